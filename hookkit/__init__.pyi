@@ -1,0 +1,50 @@
+# What hookkit offers, in the order of the house. `__init__.py` reads this file.
+
+from . import errors as errors
+from . import figures as figures
+from .captured import Captured as Captured
+from .errors import HookkitError as HookkitError
+from .figures import delta_bars as delta_bars
+from .figures import logit_panels as logit_panels
+from .figures import logit_scatter as logit_scatter
+from .figures import rank_bump as rank_bump
+from .files import Record as Record
+from .files import load_tensors as load_tensors
+from .files import record as record
+from .files import save_tensors as save_tensors
+from .hooks import Here as Here
+from .hooks import Hook as Hook
+from .hooks import ablate as ablate
+from .hooks import ban as ban
+from .hooks import boost as boost
+from .hooks import capture as capture
+from .hooks import edit as edit
+from .hooks import force as force
+from .hooks import patch as patch
+from .hooks import project_out as project_out
+from .hooks import scale as scale
+from .hooks import set_rank as set_rank
+from .hooks import skip_block as skip_block
+from .hooks import steer as steer
+from .hooks import swap as swap
+from .manager import HookManager as HookManager
+from .manager import attach as attach
+from .model import LM as LM
+from .positions import GENERATED as GENERATED
+from .positions import PROMPT as PROMPT
+from .positions import at as at
+from .reports import Report as Report
+from .reports import report as report
+from .runs import Run as Run
+from .runs import forward as forward
+from .runs import generate as generate
+from .sites import Site as Site
+from .sites import Sites as Sites
+from .sites import module as module
+from .tables import rank_shift as rank_shift
+from .tables import ranks as ranks
+from .tables import shift_summary as shift_summary
+from .tables import uncertainty as uncertainty
+from .zoo import load as load
+
+__version__: str

@@ -1,0 +1,72 @@
+"""How a result came to be: the model, its weights and tokenizer, versions, code, machine; plain values for JSON."""
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .model import LM
+
+PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
+
+
+def about_model(lm: LM) -> dict[str, Any]:
+    """The model in words: name, revision, class, dtype, device, attention implementation, size, versions."""
+    config = lm.config
+    return {
+        "model": lm.name or getattr(config, "_name_or_path", "") or type(lm.root).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "class": type(lm.root).__name__,
+        "family": lm.family.name,
+        "dtype": sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()}),
+        "device": lm.device.type,
+        "attention": getattr(config, "_attn_implementation", None),
+        "parameters": sum(weight.numel() for weight in lm.root.parameters()),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what numbers come out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_hash(lm: LM) -> str:
+    """The sha256 of all weights, by name: equal for two models that compute the same."""
+    total = hashlib.sha256()
+    for name, weight in sorted(lm.root.state_dict().items()):
+        total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        data = weight.detach().cpu().contiguous()
+        total.update(data.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def tokenizer_hash(lm: LM) -> str | None:
+    """The sha256 of the tokenizer's vocabulary and rules."""
+    if lm.tokenizer is None:
+        return None
+    backend = getattr(lm.tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else repr(sorted(lm.tokenizer.get_vocab().items()))
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of the folder one works in, with a plus sign where files differ from it; None outside git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,109 @@
+"""What happens at a tap: the chosen cells are copied out, or changed and put back."""
+
+import torch
+from torch import Tensor
+
+from .calls import Call, Cells
+from .captured import Piece
+from .errors import BadEdit, BadHook, Unsupported
+from .firing import Firing
+from .hooks.base import Here
+from .hooks.looking import Capture
+from .positions import Where
+from .sites import ModuleSite
+from .taps import Action, Tap
+
+
+def act(action: Action, tap: Tap, call: Call, found: Tensor, before: Tensor | None) -> tuple[Firing | None, Tensor]:
+    """Do one hook's work on the tensor at its place: what fired, and the tensor that goes on.
+
+    `before` is what the module was given, for edits that need it. The tensor itself is written into only at a shared
+    place, where the block reads it twice.
+    """
+    full = _with_batch_axis(found, call.rows)
+    if not _has_positions(action, full, call):
+        return _act_on_all(action, call, found)
+    view = action.view(full)
+    head = action.head or view.shape[1] != call.width
+    cells = call.cells(action.hook.where, head=head, new=action.change is None)
+    if cells is None:
+        return None, found
+    action.fired += 1
+    numbers = view[0, 0].numel()
+    if action.change is None:
+        found = _keep(action, tap, call, cells, full, found)
+        return Firing(action, call.number, cells, numbers, None), found
+    old = cells.gather(view)
+    here = Here(action.site, action.hook.where, cells, None if before is None else cells.gather(before))
+    new = action.change(old, here)
+    assert new.shape == old.shape and new.dtype == old.dtype, f"{action.hook} changed {old.shape} to {new.shape}"
+    firing = Firing(action, call.number, cells, numbers, cells.real(new != old))
+    return firing, _put(action, tap, cells, full, found, new)
+
+
+def _put(action: Action, tap: Tap, cells: Cells, full: Tensor, found: Tensor, new: Tensor) -> Tensor:
+    """The tensor with the chosen cells replaced."""
+    if tap.place.shared:
+        # the block goes on reading this very tensor: a replacement would reach the module and miss the residual stream
+        cells.scatter(action.view(found), new)
+        return found
+    if cells.whole and new.shape == full.shape:
+        return new
+    copy = full.clone(memory_format=torch.contiguous_format)
+    cells.scatter(action.view(copy), new)
+    return copy
+
+
+def _keep(action: Action, tap: Tap, call: Call, cells: Cells, full: Tensor, found: Tensor) -> Tensor:
+    capture = action.capture
+    if not capture.grad:
+        values = cells.gather(action.view(full.detach()))
+        action.pieces.append(Piece(call.number, cells, _kept(values, capture, fresh=cells.scattered)))
+        return found
+    if not torch.is_grad_enabled():
+        raise Unsupported(f"{capture} needs gradients, which are off here (generate always runs without)")
+    values = cells.gather(action.view(full))
+    values = values.clone() if values.requires_grad else values.detach().clone().requires_grad_()
+    values.retain_grad()
+    action.pieces.append(Piece(call.number, cells, values))
+    # what goes on is made of the captured values, so that they are on the path of the gradient
+    return _put(action, tap, cells, full, found, values.clone())
+
+
+def _kept(values: Tensor, capture: Capture, *, fresh: bool) -> Tensor:
+    """Values as a capture wants them: a copy, free of inference mode, so that autograd can use it later."""
+    dtype = getattr(torch, capture.dtype) if capture.dtype else values.dtype
+    device = torch.device(capture.device) if capture.device else values.device
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return values.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    return values.to(device=device, dtype=dtype, copy=not fresh, memory_format=torch.contiguous_format)
+
+
+def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tensor]:
+    """At a module whose tensor has no axes batch and pos: the whole of it, or nothing."""
+    if action.hook.where != Where():
+        raise BadHook(
+            f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of {call.width} "
+            f"positions ran): leave pos, rows and step out of {action.hook}"
+        )
+    action.fired += 1
+    if action.change is None:
+        action.pieces.append(Piece(call.number, None, _kept(found.detach(), action.capture, fresh=False)))
+        return Firing(action, call.number, None, found.numel(), None), found
+    new = action.change(found, Here(action.site, action.hook.where, None))
+    return Firing(action, call.number, None, found.numel(), (new != found).sum()), new
+
+
+def _with_batch_axis(found: Tensor, rows: int) -> Tensor:
+    """A tensor that serves all rows at once (position embeddings [1, pos, d_model]) as one with a row each."""
+    return found.expand(rows, *found.shape[1:]) if found.ndim > 1 and found.shape[0] == 1 and rows > 1 else found
+
+
+def _has_positions(action: Action, full: Tensor, call: Call) -> bool:
+    """True if the first axes of a tensor are batch and pos of this call. A named site that is not so raises."""
+    if full.ndim >= 2 and full.shape[0] == call.rows and full.shape[1] in (call.width, len(call.head)):
+        return True
+    if isinstance(action.site, ModuleSite):
+        return False
+    raise BadEdit(f"{action.site} has shape {list(full.shape)}, and {call.rows} rows of {call.width} positions ran")

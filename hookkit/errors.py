@@ -1,0 +1,100 @@
+"""The mistakes that a user can make, one class each, so that each can be caught by name.
+
+Every message has three parts: what was asked, what is there, what to do. Each class also is the builtin
+exception that Python itself would raise in its place, so `except IndexError` keeps its meaning.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class HookkitError(Exception):
+    """The root of all of hookkit's errors."""
+
+
+class UnknownSite(HookkitError, ValueError):
+    """No model family has a site of this name, or the module tree has no such path."""
+
+
+class MissingSite(HookkitError, ValueError):
+    """The name is a site, but this model has none of it, for the reason that the message gives."""
+
+
+class OutOfRange(HookkitError, IndexError):
+    """A layer, head, row, position or step that the model or the text does not have."""
+
+
+class EmptySelection(HookkitError, ValueError):
+    """A selection that selects nothing."""
+
+
+class UnknownKeyword(HookkitError, TypeError):
+    """A keyword that the function does not take."""
+
+
+class NotOneToken(HookkitError, ValueError):
+    """A text where one token is meant that the tokenizer makes several of, or none; or an id outside the vocabulary."""
+
+
+class BadPrompt(HookkitError, ValueError):
+    """A prompt that the model cannot read: empty, too long for the context, or not text or ids."""
+
+
+class BadHook(HookkitError, ValueError):
+    """A hook whose values cannot work: a vector of the wrong size, a factor that is not a number."""
+
+
+class BadEdit(HookkitError, ValueError):
+    """An edit that gave back something that cannot take the place of what it was given."""
+
+
+class NeverFired(HookkitError, RuntimeError):
+    """A hook whose wish took no effect, or not everywhere. `run` has what was computed all the same."""
+
+    run: object = None
+
+
+class NotCaptured(HookkitError, LookupError):
+    """A value was asked for that the run did not keep."""
+
+
+class Unsupported(HookkitError, RuntimeError):
+    """A mode of the model in which the wish has no defined meaning, refused before the first token."""
+
+
+class ModelNotFound(HookkitError, OSError):
+    """No model of this name could be found or read."""
+
+
+class DownloadFailed(HookkitError, OSError):
+    """The default model could not be fetched, checked or kept."""
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A clause `; did you mean 'resid_post'?` that names the nearest of `words`, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def checks_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, but an unknown keyword raises `UnknownKeyword`, which lists the known ones."""
+    parameters = inspect.signature(function).parameters.values()
+    keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    @functools.wraps(function)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for name in kwargs:
+            if name not in keywords:
+                raise UnknownKeyword(
+                    f"{function.__name__}() has no keyword {name!r}{did_you_mean(name, keywords)} "
+                    f"It takes: {', '.join(keywords)}."
+                )
+        return function(*args, **kwargs)
+
+    return checked

@@ -1,0 +1,153 @@
+"""What hooks wished for, held against what a text can give and what happened."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+
+from .calls import Call, Cells, Text
+from .captured import Ending
+from .errors import EmptySelection, OutOfRange
+from .generation import Generation
+from .positions import Wish
+from .taps import Action
+
+
+@dataclass(frozen=True, eq=False)
+class Firing:
+    """One hook at one site in one forward. `changed` counts the numbers of each row that an edit changed."""
+
+    action: Action
+    call: int
+    cells: Cells | None
+    numbers: int  # in one cell
+    changed: Int[Tensor, " row"] | None
+
+
+def check_possible(actions: Iterable[Action], text: Text, call: Call, generation: Generation | None) -> None:
+    """Raise before the forward if a wish names a place that this text cannot have, or selects nothing in a row.
+
+    Only for a text whose length is known: one forward of prompts, or a `generate`.
+    """
+    end = call.past + call.width if generation is None else generation.max_width - 1  # the last token is never read
+    for action in actions:
+        first = text.start if not action.head else call.past + call.head.start if generation is None else text.head or 0
+        for row, wanted in enumerate(text.wishes(action.hook.where)):
+            if wanted is None:
+                continue
+            there = _positions(text, row, first, end)
+            if isinstance(wanted, tuple) and not (wanted[0] in there and wanted[-1] in there):
+                missing = next(place for place in wanted if place not in there)
+                raise OutOfRange(_no_such_place(action, text, row, missing, there, generation))
+            if isinstance(wanted, range) and not _meets(wanted, there):
+                raise EmptySelection(
+                    f"{action.hook} selects nothing in row {row}, which has positions {_range(there)}"
+                    f"{' at the logits' if action.head else ''}: choose others, or leave the row out with rows="
+                )
+
+
+def _positions(text: Text, row: int, first: int, end: int) -> range:
+    length = text.lengths[row]
+    last = bisect_left(text.columns[row], end)
+    return range(bisect_left(text.columns[row], first), last if text.generating else min(last, length))
+
+
+def _meets(wanted: range, there: range) -> bool:
+    first = (
+        wanted.start
+        if wanted.start >= there.start
+        else wanted.start + -(-(there.start - wanted.start) // wanted.step) * wanted.step
+    )
+    return first < min(wanted.stop, there.stop)
+
+
+def _no_such_place(
+    action: Action, text: Text, row: int, place: int, there: range, generation: Generation | None
+) -> str:
+    length, step = text.lengths[row], action.hook.where.step
+    asked = f"{action.hook} means position {place} of row {row}"
+    if step is not None:
+        asked = f"{action.hook} means step {place - length + 1} of row {row}"
+        if generation is None:
+            return f"{asked}, and a forward of the prompt has step 0 only: use generate for later steps"
+        return (
+            f"{asked}, and at most {generation.max_width - generation.width} tokens are generated: steps count from 0"
+        )
+    if action.head and place < there.start:
+        return f"{asked}, where no logits are computed: they are at positions {_range(there)} (forward with logits='all' has all)"
+    if generation is None:
+        return f"{asked}, which has {length} tokens: positions 0 to {length - 1}"
+    return f"{asked}, and with {generation.max_width - generation.width} new tokens the model reads positions {_range(there)}"
+
+
+def unreached(actions: Iterable[Action], text: Text, ending: Ending) -> str | None:
+    """The first place that a hook named and the text did not come to, in words; None if all were reached."""
+    for action in actions:
+        wishes = text.wishes(action.hook.where)
+        for number, prompt in enumerate(ending.prompts):
+            wanted = wishes[prompt // text.expand if ending.limits is None else prompt]
+            there = text.reached(prompt, head=action.head) if ending.limits is None else range(ending.limits[number])
+            if isinstance(wanted, tuple) and wanted[-1] not in there:
+                return (
+                    f"{action.hook} at {action.site} means position {wanted[-1]} of row {prompt}, and the text ended "
+                    f"before it came there (positions {_range(there)})"
+                )
+    return None
+
+
+def never_fired(action: Action, forwards: int) -> str:
+    """Why nothing came of a hook, in words."""
+    asked = f"{action.hook} never fired at {action.site}"
+    if not forwards:
+        return f"{asked}: no forward of the model ran inside the block"
+    ran = f"{forwards} forward{'s' if forwards > 1 else ''} ran"
+    return (
+        f"{asked}, though {ran}: either its positions, rows or steps did not come, or the model never calls this "
+        "module (some are bypassed by fused code). Look at run.log, and at lm.describe() for the sites"
+    )
+
+
+def firing_log(firings: Sequence[Firing], limits: dict[Text, Ending]) -> pd.DataFrame:
+    """One row for each hook, site, forward and row of the batch in which it fired.
+
+    Columns: hook (its number, in the order given), do, site, forward, row, positions ("0-14"), numbers (how many it
+    read or wrote) and changed (how many of those an edit changed; 0 for a capture).
+    """
+    rows = []
+    for firing in firings:
+        action, cells = firing.action, firing.cells
+        common = {"hook": action.number, "do": str(action.hook), "site": str(action.site), "forward": firing.call}
+        if cells is None:
+            changed = 0 if firing.changed is None else int(firing.changed.sum())
+            rows.append(common | {"row": -1, "positions": "", "numbers": firing.numbers, "changed": changed})
+            continue
+        changed = [0] * len(cells.rows) if firing.changed is None else firing.changed.tolist()
+        for row, prompt, places, count in zip(cells.rows, cells.prompts, cells.places, changed, strict=True):
+            places = _before_end(places, row, limits.get(cells.text))
+            if places:
+                seen = {"row": prompt, "positions": _compact(places), "numbers": len(places) * firing.numbers}
+                rows.append(common | seen | {"changed": count})
+    columns = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _before_end(places: Wish, row: int, ending: Ending | None) -> Wish:
+    """The places that count: a row that has ended is fed padding while the others go on."""
+    if ending is None or ending.limits is None or ending.lineage is not None or row >= len(ending.limits):
+        return places
+    limit = ending.limits[row]
+    return places[: bisect_left(places, limit)]
+
+
+def _compact(places: Wish) -> str:
+    """Positions as words: "3", "0-14", "2,5,7"."""
+    if len(places) > 1 and places[-1] - places[0] == len(places) - 1:
+        return f"{places[0]}-{places[-1]}"
+    return ",".join(map(str, places))
+
+
+def _range(there: range) -> str:
+    return f"{there[0]} to {there[-1]}" if there else "none"

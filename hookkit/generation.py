@@ -1,0 +1,180 @@
+"""What a call of transformers' `generate` is going to do, read before its first token; and how each row of it ended.
+
+Nothing here registers hooks. Modes of decoding in which an edit has no defined meaning are refused here.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Columns, Text, contiguous, masked
+from .captured import Ending
+from .errors import Unsupported
+
+OFFERED = ("greedy_search", "sample", "beam_search", "beam_sample")
+ONE_FORWARD_PER_TOKEN = "hooks need one forward of this model for each token: leave it out"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One call of `generate`: its prompts by row, and what decides how rows go on and end."""
+
+    columns: list[Columns]
+    lengths: list[int]
+    prompt: Callable[[int], tuple[int, ...]]
+    width: int  # columns of the prompts
+    max_width: int  # columns after the last token that may be generated
+    eos: frozenset[int]
+    pad: int | None
+    beams: int
+    returned: int  # sequences for each prompt
+    other_stops: bool  # rows may end without an end token
+    embeddings: bool  # the prompt was given as embeddings alone, so the result holds generated tokens only
+
+    def text(self, find: Any) -> Text:
+        """The text that this call makes flow through the model."""
+        return Text(self.columns, self.lengths, self.prompt, find, generating=True)
+
+
+def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
+    """What this call of `model.generate` is going to do, or `Unsupported` with the reason."""
+    given = dict(kwargs)
+    inputs = args[0] if args else given.pop("inputs", None)
+    config_given = given.pop("generation_config", args[1] if len(args) > 1 else None)
+    _refuse_arguments(given)
+    stops = given.pop("stopping_criteria", None)
+    for name in ("logits_processor", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer"):
+        given.pop(name, None)
+    config, rest = model._prepare_generation_config(config_given, **given)
+    _refuse_mode(config)
+    ids = inputs if inputs is not None else rest.get("input_ids")
+    embeds = rest.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise Unsupported("generate was called without input_ids: hookkit needs to know the prompt")
+    embeddings = embeds is not None and (ids is None or ids.shape[1] == 0)
+    columns, lengths = _rows(ids, embeds if embeddings else None, rest.get("attention_mask"), config)
+    width = embeds.shape[1] if embeddings else ids.shape[1]
+    eos = config.eos_token_id
+    return Generation(
+        columns=columns,
+        lengths=lengths,
+        prompt=(lambda row: (-1,) * lengths[row]) if embeddings else _reader(ids, columns, lengths),
+        width=width,
+        max_width=width + _new_tokens(model, config, config_given, given, width),
+        eos=frozenset() if eos is None else frozenset(torch.as_tensor(eos).flatten().tolist()),
+        pad=config.pad_token_id if config.pad_token_id is not None else _first(eos),
+        beams=config.num_beams or 1,
+        returned=config.num_return_sequences or 1,
+        other_stops=bool(stops) or config.stop_strings is not None or config.max_time is not None,
+        embeddings=embeddings,
+    )
+
+
+def _refuse_arguments(given: Mapping[str, Any]) -> None:
+    for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
+        if given.get(name) is not None:
+            raise Unsupported(f"{name}= was given: {ONE_FORWARD_PER_TOKEN}")
+    if given.get("cache_implementation") == "paged":
+        raise Unsupported("cache_implementation='paged' packs prompts into one row: choose another cache")
+
+
+def _refuse_mode(config: Any) -> None:
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers", "token_healing"):
+        if getattr(config, name, None):
+            raise Unsupported(f"{name} runs the model on tokens that may be taken back: {ONE_FORWARD_PER_TOKEN}")
+    if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
+        raise Unsupported(f"guidance_scale runs the model twice for each token: {ONE_FORWARD_PER_TOKEN}")
+    mode = config.get_generation_mode()
+    if mode.value not in OFFERED:
+        raise Unsupported(
+            f"the decoding mode {mode.value!r} is not offered with hooks: choose from {', '.join(OFFERED)}"
+        )
+
+
+def _rows(ids: Any, embeds: Any, mask: Any, config: Any) -> tuple[list[Columns], list[int]]:
+    if mask is not None:
+        return masked(mask.bool(), generating=True)
+    if embeds is not None:
+        count, width = embeds.shape[:2]
+    else:
+        count, width = ids.shape
+        pad = config.pad_token_id
+        ends = set() if config.eos_token_id is None else set(torch.as_tensor(config.eos_token_id).flatten().tolist())
+        if pad is not None and pad not in ends and bool((ids == pad).any()):
+            return masked(ids != pad, generating=True)  # transformers makes this mask when none is given
+    return contiguous([width] * count, [0] * count, open_end=True), [width] * count
+
+
+def _reader(ids: Tensor, columns: list[Columns], lengths: list[int]) -> Callable[[int], tuple[int, ...]]:
+    return lambda row: tuple(ids[row, columns[row][0] : columns[row][0] + lengths[row]].tolist())
+
+
+def _new_tokens(model: Any, config: Any, config_given: Any, given: Mapping[str, Any], width: int) -> int:
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    explicit = (
+        given.get("max_length") or getattr(config_given, "max_length", None) or model.generation_config.max_length
+    )
+    return config.max_length - width if explicit is not None else config.max_length
+
+
+def _first(ids: Any) -> int | None:
+    return None if ids is None else int(torch.as_tensor(ids).flatten()[0])
+
+
+def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keywords, with the compilation of decoding steps off: a compiled step would not see the hooks."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    if config is None:
+        return {**kwargs, "disable_compile": True}
+    if len(args) > 1:
+        raise Unsupported("give generation_config to generate by its name")
+    config = copy.deepcopy(config)
+    config.disable_compile = True
+    return {**kwargs, "generation_config": config}
+
+
+def final_rows(generation: Generation, text: Text, sequences: Tensor) -> list[list[int]]:
+    """The tokens of each returned sequence, its prompt included, without padding and what follows its end token."""
+    rows = []
+    prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
+    for prompt, row in zip(prompts, sequences.tolist(), strict=True):
+        new = row if generation.embeddings else row[generation.width :]
+        end = next((n + 1 for n, token in enumerate(new) if token in generation.eos), None)
+        if end is None and generation.other_stops:
+            # a row that another rule ended is filled up with the pad token
+            end = len(new) - next((n for n, token in enumerate(reversed(new)) if token != generation.pad), len(new))
+        rows.append([*text.prompt(prompt), *new[:end]])
+    return rows
+
+
+def ending(
+    generation: Generation,
+    text: Text,
+    sequences: Tensor,
+    rows: Sequence[Sequence[int]],
+    histories: dict[int, Tensor | None],
+) -> Ending:
+    """How the text ended. The last token of a row was chosen and never read, so its position does not count."""
+    prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
+    lineage = None
+    if generation.beams > 1:
+        lineage = {call: _ancestors(seen, sequences, prompts, text.expand) for call, seen in histories.items()}
+    return Ending(prompts, [len(row) - 1 for row in rows], lineage)
+
+
+def _ancestors(seen: Tensor | None, sequences: Tensor, prompts: Sequence[int], expand: int) -> list[int]:
+    """For each final row, the model row whose tokens so far were its own; -1 where its beam had ended."""
+    if seen is None:
+        return [prompt * expand for prompt in prompts]  # all beams of a prompt are the same so far
+    length = seen.shape[1]
+    found = []
+    for row, prompt in enumerate(prompts):
+        beams = seen[prompt * expand : (prompt + 1) * expand]
+        same = (beams == sequences[row, :length].to(beams.device)).all(dim=1) if length <= sequences.shape[1] else []
+        found.append(next((prompt * expand + beam for beam, equal in enumerate(same) if equal), -1))
+    return found

@@ -1,0 +1,253 @@
+"""What every hook is: a frozen value that says what to do at which sites, at which positions of which rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from ..calls import Cells
+from ..captured import Captured
+from ..errors import BadEdit, BadHook
+from ..model import LM
+from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
+from ..sites import LOGITS, AnySite, ModuleSite, Sites
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Constant:
+    """A tensor inside a hook: a copy of its own, equal where its numbers are equal."""
+
+    tensor: Shaped[Tensor, "..."]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Constant)
+            and self.tensor.dtype == other.tensor.dtype
+            and torch.equal(self.tensor, other.tensor)
+        )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.tensor.shape), self.tensor.double().sum().item()))
+
+    def __repr__(self) -> str:
+        return f"tensor{list(self.tensor.shape)}"
+
+
+def constant(tensor: object, word: str) -> Constant:
+    """A copy of a tensor of finite numbers, or `BadHook`."""
+    try:
+        copy = torch.as_tensor(tensor).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadHook(f"{word} is a {type(tensor).__name__}, and a tensor of numbers is needed") from error
+    if not torch.isfinite(copy).all():
+        raise BadHook(f"{word} has values that are not finite numbers: {int((~torch.isfinite(copy)).sum())} of them")
+    return Constant(copy if copy.is_floating_point() else copy.float())
+
+
+def number(value: object, word: str) -> float:
+    """A finite number, or `BadHook`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+        raise BadHook(f"{word}={value!r} is not a finite number")
+    return float(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Here:
+    """Where an edit stands while it runs: the rows and positions of the values that it was given."""
+
+    site: AnySite
+    where: Where
+    found: Cells | None  # None at a module whose tensor has no axes batch and pos
+    before: Tensor | None = None  # the same cells of what the block was given, at a block's output
+
+    @property
+    def cells(self) -> Cells:
+        if self.found is None:
+            raise BadEdit(f"the tensor at {self.site} has no axes batch and pos, which this edit needs")
+        return self.found
+
+    @property
+    def rows(self) -> list[int]:
+        """The prompt that each row is of."""
+        return self.cells.prompts
+
+    @property
+    def positions(self) -> Int[Tensor, "row pos"]:
+        """Each position in its row's own text, on the CPU; -1 where a shorter row was filled up."""
+        return self.cells.positions
+
+    @property
+    def steps(self) -> Int[Tensor, "row pos"]:
+        """The generated token that each position's logits choose: 0 at the prompt's last token."""
+        return self.cells.steps
+
+    @property
+    def valid(self) -> Bool[Tensor, "row pos"] | None:
+        """False where a shorter row was filled up with zeros; None where no row was."""
+        return self.cells.valid
+
+    def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
+        """The same mask, false where a shorter row was filled up."""
+        if self.found is None or self.valid is None:
+            return mask
+        return mask & self.valid.to(mask.device).reshape(*self.valid.shape, *[1] * (mask.ndim - 2))
+
+    def order(self) -> Int[Tensor, "row pos"]:
+        """Which of the positions wanted each one is: 0 for the first that the hook wants in its row."""
+        wishes = self.cells.text.wishes(self.where)
+        counted = torch.zeros_like(self.positions)
+        for row, (prompt, places) in enumerate(zip(self.rows, self.cells.places, strict=True)):
+            wanted = wishes[prompt]
+            assert wanted is not None
+            counted[row, : len(places)] = torch.tensor([wanted.index(place) for place in places])
+        return counted
+
+
+EVERY_STEP = Span(0, None)  # the prompt's last position and every generated token: where logit edits act by default
+
+Change: TypeAlias = Callable[[Tensor, Here], Tensor]
+"""What an edit does to the chosen cells: values [row, pos, ...] to values of the same shape and dtype."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an edit may ask when it is checked against a model. `reference` runs prompts and captures the site."""
+
+    lm: LM
+    site: AnySite
+    reference: Callable[[tuple[tuple[int, ...] | str, ...]], Captured]
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The sizes of the site's axes behind batch and pos; None where only a forward can tell."""
+        return None if isinstance(self.site, ModuleSite) else self.lm.shape(self.site)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What to do at which sites. Made by `capture`, `steer`, `force` …; equal where everything in it is equal."""
+
+    sites: Sites
+    where: Where
+
+    verb: ClassVar[str]
+    bare: ClassVar[tuple[str, ...]] = ()  # the fields that the call takes by place
+
+    def __str__(self) -> str:
+        """The call that would make it, on one line."""
+        at_logits = self.bare and self.where.step == EVERY_STEP
+        shown = [] if str(self.sites[0]) == "logits" and self.bare else [self._sites()]
+        for name in self.bare:
+            value = getattr(self, name)
+            shown += map(_word, value) if isinstance(value, tuple) else [_word(value)]
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in ("sites", "where", *self.bare) and value != each.default:
+                shown.append(f"{each.name}={_word(value)}")
+        for name in ("pos", "rows", "step"):
+            value = getattr(self.where, name)
+            if value is not None and not (name == "step" and at_logits):
+                shown.append(f"{name}={value!r}")
+        return f"{self.verb}({', '.join(shown)})"
+
+    def _sites(self) -> str:
+        return ", ".join(map(str, self.sites)) if len(self.sites) <= 3 else repr(self.sites)
+
+    def to_json(self, *, tensors: str = "inline") -> str:
+        """The hook as JSON. `tensors` is "inline", or "digest" for their shapes and hashes alone."""
+        from .codec import to_json
+
+        return to_json(self, tensors=tensors)
+
+    @staticmethod
+    def from_json(text: str) -> "Hook":
+        """The hook that `to_json` wrote. One with a user's function, or with digests only, raises `BadHook`."""
+        from .codec import from_json
+
+        return from_json(text)
+
+
+@dataclass(frozen=True)
+class EditHook(Hook):
+    """A hook that changes what it finds."""
+
+    def change(self, binding: Binding) -> Change:
+        """The function that makes the change at one site, after everything was checked against the model."""
+        raise AssertionError(f"{type(self).__name__} says no change")
+
+
+def _word(value: object) -> str:
+    return getattr(value, "__name__", "function") if callable(value) else repr(value)
+
+
+def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
+    """Where a hook acts that means all positions unless told otherwise. A step is refused away from the logits."""
+    if step is not None:
+        for site in sites:
+            if isinstance(site, ModuleSite) or site.name not in LOGITS:
+                raise BadHook(
+                    f"step={step!r} at {site}: a step counts generated tokens and is there at lm_head and logits only; "
+                    "say pos= instead (hk.GENERATED for every generated token)"
+                )
+        if pos is not None:
+            raise BadHook(f"pos={pos!r} and step={step!r} were both given: say one of them")
+    return Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+
+
+def fitted(value: Constant, values: Float[Tensor, "row pos ..."], here: Here, word: str) -> Tensor:
+    """A constant in the dtype and on the device of the values, in a shape that spreads over them.
+
+    It may have the axes of the site, or [pos, ...] for the positions wanted, or [row, pos, ...].
+    """
+    tensor = value.tensor.to(device=values.device, dtype=values.dtype)
+    axes = values.ndim - 2
+    if tensor.shape == values.shape[2:]:
+        return tensor
+    leading = tensor.shape[: tensor.ndim - axes]
+    if tensor.shape[tensor.ndim - axes :] == values.shape[2:] and len(leading) in (1, 2):
+        order = here.order().to(values.device)
+        if int(order.max()) < leading[-1]:
+            if len(leading) == 1:
+                return tensor[order]
+            if max(here.rows) < leading[0]:
+                return tensor[torch.tensor(here.rows, device=values.device)[:, None], order]
+    raise BadEdit(
+        f"{word} has shape {list(tensor.shape)}, and the values at {here.site} have {list(values.shape)} "
+        f"[row, pos, ...]: give {list(values.shape[2:])}, or one for each position, or one for each row and position"
+    )
+
+
+def check_shape(value: Constant, binding: Binding, word: str) -> None:
+    """Raise `BadHook` before anything runs if a tensor can never fit its site."""
+    shape = binding.shape
+    if shape is None:
+        return
+    tensor = value.tensor
+    if tensor.ndim < len(shape) or tensor.shape[tensor.ndim - len(shape) :] != shape or tensor.ndim > len(shape) + 2:
+        raise BadHook(
+            f"{word} has shape {list(tensor.shape)}, and {binding.site} is [batch, pos, "
+            f"{', '.join(map(str, shape))}]: give {list(shape)}, or [pos, …] or [batch, pos, …] with it"
+        )
+
+
+def checked_result(new: Any, old: Tensor, here: Here, words: str) -> Tensor:
+    """What a user's function returned, if it can take the place of what it was given; else `BadEdit`."""
+    if new is None:
+        raise BadEdit(f"{words} returned None: end it with `return`, with a tensor of shape {list(old.shape)}")
+    if not isinstance(new, Tensor):
+        raise BadEdit(f"{words} returned a {type(new).__name__}: return a tensor of shape {list(old.shape)}")
+    if new.shape != old.shape:
+        raise BadEdit(
+            f"{words} was given shape {list(old.shape)} and returned {list(new.shape)}: return the same shape"
+        )
+    if new.dtype != old.dtype:
+        raise BadEdit(f"{words} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})")
+    if new.device != old.device:
+        raise BadEdit(f"{words} was given a tensor on {old.device} and returned one on {new.device}: move it back")
+    broken = here.real_cells(torch.isnan(new) & ~torch.isnan(old)) if new.is_floating_point() else None
+    if broken is not None and bool(broken.any()):
+        raise BadEdit(f"{words} returned {int(broken.sum())} NaN where there was none: look for 0/0 or inf-inf")
+    return new

@@ -1,0 +1,119 @@
+"""Hooks to JSON and back. Every value in a hook has one way to be written; a user's function only its name."""
+
+import base64
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..captured import Captured
+from ..errors import BadHook
+from ..positions import At, Part, Span, Where
+from ..sites import ModuleSite, Site, Sites, parse
+from .base import Constant, Hook
+from .edits import Edit, ProjectOut, Scale, SkipBlock, Steer
+from .logits import Ban, Boost, Force, SetRank, Swap
+from .looking import Capture
+from .replacing import Ablate, FromRun, Patch, Reference
+
+HOOKS: dict[str, type[Hook]] = {
+    kind.verb: kind
+    for kind in (Capture, Edit, Steer, Scale, ProjectOut, SkipBlock, Ablate, Patch, Force, Ban, Boost, Swap, SetRank)
+}
+VALUES: dict[str, type] = {kind.__name__: kind for kind in (Where, Span, At, Constant, Captured, FromRun, Reference)}
+
+
+def to_json(hook: Hook, *, tensors: str = "inline") -> str:
+    """The hook as JSON; equal hooks give equal text."""
+    if tensors not in ("inline", "digest"):
+        raise BadHook(f"tensors={tensors!r} is unknown: say 'inline' or 'digest'")
+    fields = {field.name: _encode(getattr(hook, field.name), tensors) for field in dataclasses.fields(hook)}
+    return json.dumps({"hook": hook.verb, **fields}, allow_nan=False)
+
+
+def from_json(text: str) -> Hook:
+    """The hook that `to_json` wrote."""
+    try:
+        written = json.loads(text)
+        verb = written.pop("hook")
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise BadHook(f"this is no hook in JSON: {text[:60]!r}") from error
+    if verb not in HOOKS:
+        raise BadHook(f"there is no hook {verb!r}: there are {', '.join(HOOKS)}")
+    known = {field.name for field in dataclasses.fields(HOOKS[verb])}
+    if set(written) != known:
+        raise BadHook(f"a {verb} has the fields {', '.join(sorted(known))}, and this has {', '.join(sorted(written))}")
+    return HOOKS[verb](**{name: _decode(value) for name, value in written.items()})
+
+
+def _encode(value: Any, tensors: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Sites):
+        return {"sites": [str(site) for site in value]}
+    if isinstance(value, Site | ModuleSite):
+        return {"site": str(value)}
+    if isinstance(value, Part):
+        return {"part": value.value}
+    if isinstance(value, tuple):
+        return [_encode(item, tensors) for item in value]
+    if isinstance(value, Tensor):
+        return {"tensor": _tensor(value, tensors)}
+    if type(value).__name__ in VALUES:
+        fields = {field.name: _encode(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
+        return {"value": type(value).__name__, **fields}
+    assert callable(value), f"a hook holds a {type(value).__name__}, which has no way to be written"
+    return {"function": _named(value)}
+
+
+def _tensor(tensor: Tensor, tensors: str) -> dict[str, Any]:
+    data = save({"t": tensor.detach().cpu().contiguous()})
+    if tensors == "inline":
+        return {"safetensors": base64.b64encode(data).decode()}
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _named(function: Any) -> dict[str, str]:
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    try:
+        return {"name": name, "source": inspect.getsource(function).strip()}
+    except (OSError, TypeError):
+        return {"name": name}
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_decode, value))
+    if not isinstance(value, dict):
+        return value
+    if "float" in value:
+        return float(value["float"])
+    if "sites" in value:
+        return Sites(tuple(map(parse, value["sites"])))
+    if "site" in value:
+        return parse(value["site"])
+    if "part" in value:
+        return Part(value["part"])
+    if "tensor" in value:
+        if "safetensors" not in value["tensor"]:
+            raise BadHook(
+                "this hook was written with tensors='digest', which has the hash of its tensor and not the numbers"
+            )
+        return load(base64.b64decode(value["tensor"]["safetensors"]))["t"]
+    if "function" in value:
+        raise BadHook(
+            f"this hook has a user's function, {value['function']['name']}, which JSON holds the name of and not the code: "
+            "make the hook again with hk.edit(site, fn)"
+        )
+    return VALUES[value["value"]](**{name: _decode(item) for name, item in value.items() if name != "value"})

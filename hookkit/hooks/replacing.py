@@ -1,0 +1,295 @@
+"""Hooks that put other values in the place of what they find: ablate and patch."""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..captured import Captured
+from ..errors import BadHook, NotCaptured, checks_keywords
+from ..positions import PROMPT, CountLike, PosLike, Where, wish
+from ..prompts import cover
+from ..sites import AnySite, Sites, SitesLike, as_sites
+from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner
+
+Per: TypeAlias = Literal["position", "all"]
+
+
+@runtime_checkable
+class HasCaptures(Protocol):
+    """A Run, or a HookManager: something that kept values at sites."""
+
+    def captured(self, site: "str | AnySite", name: str | None = None) -> Captured: ...
+    @property
+    def sites(self) -> Sites: ...
+
+
+@dataclass(frozen=True)
+class FromRun:
+    """The values that a run had, each site's own: `sources[i]` for the hook's site i."""
+
+    sources: tuple[Captured, ...]
+
+    def __repr__(self) -> str:
+        return "run"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Values of other prompts: captured already (`sources`), or to be computed from `prompts` before the first forward."""
+
+    how: Literal["mean", "resample"]
+    per: Per
+    seed: int
+    sources: tuple[Captured, ...] = ()
+    prompts: tuple[tuple[int, ...] | str, ...] = ()
+
+    def __repr__(self) -> str:
+        count = len(self.prompts) or len(self.sources[0].rows)
+        draws = f", seed={self.seed}" if self.how == "resample" else ""
+        return f"{self.how!r}, over={count} prompts, per={self.per!r}{draws}"
+
+
+Source: TypeAlias = Literal["zero"] | Constant | FromRun | Reference
+
+
+@dataclass(frozen=True)
+class Ablate(EditHook):
+    """Put something else in the place of the values. Made by `ablate`."""
+
+    to: Source = "zero"
+
+    verb: ClassVar[str] = "ablate"
+
+    def change(self, binding: Binding) -> Change:
+        if self.to == "zero":
+            return lambda values, here: torch.zeros_like(values)
+        if isinstance(self.to, Constant):
+            tensor = self.to
+            check_shape(tensor, binding, "the tensor")
+            return lambda values, here: fitted(tensor, values, here, "the tensor").expand_as(values).clone()
+        if isinstance(self.to, FromRun):
+            return _from_run(_of_site(self.to.sources, binding.site), self.where, binding)
+        assert isinstance(self.to, Reference)
+        source = _of_site(self.to.sources, binding.site) if self.to.sources else binding.reference(self.to.prompts)
+        return _mean(source, self.to.per) if self.to.how == "mean" else _resample(source, self.to.per, self.to.seed)
+
+
+@dataclass(frozen=True)
+class Patch(Ablate):
+    """Put in what another run had there. Made by `patch`."""
+
+    verb: ClassVar[str] = "patch"
+    bare: ClassVar[tuple[str, ...]] = ("to",)
+
+
+@checks_keywords
+def ablate(
+    sites: SitesLike,
+    *,
+    to: Any = "zero",
+    over: Any = None,
+    per: Per = "position",
+    seed: int = 0,
+    pos: PosLike = None,
+    rows: CountLike = None,
+) -> Ablate:
+    """Replace what is at these sites, so that it no longer tells anything about this prompt.
+
+    to="zero"       zeros
+    to="mean"       the mean over a reference that you name: `over` is a run with these captures, or a list of prompts
+    to="resample"   the value of another prompt of the reference, drawn with `seed` (Chan et al. 2022); the same draw for
+                    the same prompt, alone or in a batch
+    to=tensor       these values, of the site's axes behind batch and pos, or with [pos, …] or [batch, pos, …]
+    to=run          what that run had there (as `patch`)
+
+    For mean and resample, per="position" takes the reference's values at the same position, per="all" those of all its
+    positions (mind that a model's first position is often an outlier).
+
+    >>> print(ablate("z.9.3"))
+    ablate(z.9.3)
+    """
+    chosen = as_sites(sites)
+    where = inner(pos, rows, None, chosen)
+    if isinstance(to, str) and to in ("mean", "resample"):
+        chosen, source = _reference(chosen, to, over, per, seed)
+        return Ablate(chosen, where, source)
+    if over is not None:
+        raise BadHook(f"over= goes with to='mean' or to='resample', and to={to!r} was given")
+    if isinstance(to, HasCaptures):
+        return _patched(Ablate, chosen, to, where)
+    if isinstance(to, str):
+        if to != "zero":
+            raise BadHook(f"to={to!r} is unknown: give 'zero', 'mean', 'resample', a tensor or a run")
+        return Ablate(chosen, where)
+    return Ablate(chosen, where, constant(to, "the tensor"))
+
+
+@checks_keywords
+def patch(sites: SitesLike, source: HasCaptures, *, pos: PosLike = None, rows: CountLike = None) -> Patch:
+    """Replace what is at these sites by what another run captured there (activation patching, Vig et al. 2020).
+
+    A position means the same place in both texts: `pos=-1` takes the source's own last position. With `pos` left out,
+    the source's captured positions are meant, and its prompts must be as long as these. A source of one prompt serves
+    every row; else rows go by number. A bare name such as "resid_post" means each layer that the source captured.
+    """
+    chosen = as_sites(sites)
+    if not isinstance(source, HasCaptures):
+        raise BadHook(
+            f"patch needs a run as its source, and was given {type(source).__name__}; for a tensor: ablate(to=)"
+        )
+    return _patched(Patch, chosen, source, inner(pos, rows, None, chosen))
+
+
+def _patched(kind: "type[Any]", sites: Sites, source: HasCaptures, where: Where) -> Any:
+    found = _captures(sites, source)
+    if where.pos is None:
+        own = {(capture.where.pos, capture.where.step) for capture in found}
+        if len(own) > 1:
+            raise BadHook("the source captured these sites at different positions: say pos=, or give one hook a site")
+        pos, step = own.pop()
+        # a source that ends with its prompt says nothing of generated tokens
+        where = Where(PROMPT if pos is None and step is None and _ends_with_prompt(found[0]) else pos, where.rows, step)
+    return kind(Sites(tuple(capture.site for capture in found)), where, FromRun(found))
+
+
+def _ends_with_prompt(source: Captured) -> bool:
+    return source.positions is not None and int(source.positions.max()) < max(map(len, source.prompts))
+
+
+def _captures(sites: Sites, source: HasCaptures) -> tuple[Captured, ...]:
+    found: list[Captured] = []
+    for site in sites:
+        if site.every_layer:
+            each = [s for s in source.sites if s.name == site.name]  # pyright: ignore
+            if not each:
+                raise NotCaptured(f"the source captured no {site}: it has {source.sites}")
+            found += [source.captured(one) for one in each]
+        else:
+            found.append(source.captured(site))
+    return tuple(found)
+
+
+def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[Sites, Reference]:
+    if over is None:
+        raise BadHook(f"to={how!r} needs a reference: say over=run, or over=[prompts]")
+    if per not in ("position", "all"):
+        raise BadHook(f"per={per!r} is unknown: say 'position' or 'all'")
+    if isinstance(over, HasCaptures):
+        found = _captures(sites, over)
+        return Sites(tuple(capture.site for capture in found)), Reference(how, per, seed, found)
+    prompts = [over] if isinstance(over, str) else list(over)
+    if not prompts:
+        raise BadHook("over=[] has no prompt to take a reference from")
+    return sites, Reference(how, per, seed, (), tuple(p if isinstance(p, str) else tuple(map(int, p)) for p in prompts))
+
+
+def _of_site(sources: Sequence[Captured], site: AnySite) -> Captured:
+    return next(source for source in sources if source.site == site)
+
+
+def _from_run(source: Captured, where: Where, binding: Binding) -> Change:
+    if source.positions is None:
+        raise BadHook(
+            f"the tensor at {source.site} has no rows and positions of its own: it cannot be patched by place"
+        )
+
+    def apply(values: Tensor, here: Here) -> Tensor:
+        rows = [source.row(prompt) for prompt in here.rows]
+        columns = _columns(source, where, rows, here, binding)
+        index = torch.tensor(rows)[:, None], columns
+        return source.values[index].to(device=values.device, dtype=values.dtype)  # pyright: ignore[reportArgumentType]
+
+    return apply
+
+
+def _columns(source: Captured, where: Where, rows: list[int], here: Here, binding: Binding) -> Tensor:
+    """The column of the source's values for each cell: the place in the source's text that the same words mean."""
+    wishes = here.cells.text.wishes(where)
+    columns = torch.zeros_like(here.positions)
+    for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
+        ids = source.prompts[row]
+        mine, theirs = wishes[prompt], wish(where, len(ids), lambda at, ids=ids: cover(binding.lm, ids, at))
+        assert mine is not None
+        length = here.cells.text.lengths[prompt]
+        if len(mine) != len(theirs) or (where.pos is None and length != len(ids)):
+            raise BadHook(
+                f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
+                f"so pos={where.pos!r} does not pair their positions: say which are meant, with pos="
+            )
+        places = [theirs[mine.index(place)] for place in here.cells.places[number]]
+        columns[number, : len(places)] = torch.tensor([source.column(row, place) for place in places])
+    return columns
+
+
+def _mean(source: Captured, per: Per) -> Change:
+    assert source.positions is not None
+    there = source.positions >= 0
+    if per == "all":
+        mean = source.values[there].double().mean(0)
+        return lambda values, here: mean.to(values).expand_as(values).clone()
+    means = _by_position(source, lambda cells: cells.double().mean(0))
+
+    def apply(values: Tensor, here: Here) -> Tensor:
+        return torch.stack([means(here, row) for row in range(len(here.rows))]).to(values)
+
+    return apply
+
+
+def _by_position(source: Captured, reduce: Callable[[Tensor], Tensor]) -> Callable[[Here, int], Tensor]:
+    """For each position of a row of cells, the reference's values there, reduced over its rows."""
+    assert source.positions is not None
+    places = sorted({place for place in source.positions.flatten().tolist() if place >= 0})
+    table = {place: reduce(source.values[source.positions == place]) for place in places}
+    nothing = torch.zeros_like(table[places[0]])
+
+    def look_up(here: Here, row: int) -> Tensor:
+        width = here.positions.shape[1]
+        wanted = list(here.cells.places[row])
+        _need(table, wanted, source)
+        return torch.stack([table[place] for place in wanted] + [nothing] * (width - len(wanted)))
+
+    return look_up
+
+
+def _need(table: Any, wanted: list[int], source: Captured) -> None:
+    missing = [place for place in wanted if place not in table]
+    if missing:
+        raise BadHook(
+            f"position {missing[0]} of {source.site} is to be replaced, and no prompt of the reference is that long "
+            f"(its positions: {min(table)} to {max(table)}): give longer ones, fewer positions, or per='all'"
+        )
+
+
+def _resample(source: Captured, per: Per, seed: int) -> Change:
+    """Draws depend on the seed, the prompt's own tokens and the position: the same alone and in a batch."""
+    assert source.positions is not None
+    cells = [(row, column) for row, column in (source.positions >= 0).nonzero().tolist()]
+    columns: dict[int, list[tuple[int, int]]] = {}
+    for row, column in cells:
+        columns.setdefault(int(source.positions[row, column]), []).append((row, column))
+
+    def draw(prompt: tuple[int, ...], place: int) -> tuple[int, int]:
+        digest = hashlib.sha256(repr((seed, prompt)).encode()).hexdigest()
+        if per == "all":
+            return random.Random(f"{digest}{place}").choice(cells)
+        donors = random.Random(digest).sample(range(len(source.rows)), len(source.rows))
+        return min(
+            columns[place], key=lambda cell: donors.index(cell[0])
+        )  # one donor for a row, where it is long enough
+
+    def apply(values: Tensor, here: Here) -> Tensor:
+        new = torch.zeros_like(values)
+        for row, (prompt, places) in enumerate(zip(here.rows, here.cells.places, strict=True)):
+            if per == "position":
+                _need(columns, list(places), source)
+            drawn = [draw(here.cells.text.prompt(prompt), place) for place in places]
+            picked = torch.tensor([d[0] for d in drawn]), torch.tensor([d[1] for d in drawn])
+            new[row, : len(places)] = source.values[picked].to(values)
+        return new
+
+    return apply

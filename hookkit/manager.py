@@ -1,0 +1,393 @@
+"""HookManager: the only file that registers hooks on modules.
+
+    with hk.attach(lm, hk.force(" coffee"), hk.capture("resid_post.6")) as manager:
+        ...                             # any code that runs the model: forwards, generate, a pipeline
+    manager["resid_post.6"], manager.log
+
+Inside the block every forward of the model is read and edited. All hooks go on together or not at all, and on leaving,
+however that happens, the model carries exactly what it carried before.
+"""
+
+import functools
+import inspect
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from . import generation
+from .acting import act
+from .calls import Call, Text
+from .captured import Captured, Ending, Kept, joined, merged
+from .errors import NeverFired, NotCaptured, Unsupported
+from .firing import Firing, check_possible, firing_log, never_fired, unreached
+from .following import Follower
+from .hooks.base import Hook
+from .hooks.looking import Capture, capture
+from .model import LM, as_lm
+from .prompts import Batch, as_batch, cover
+from .sites import AnySite, Sites
+from .taps import Action, Tap, input_of, picked, planned, repacked
+
+REFERENCE_BATCH = 16  # prompts of a reference that run together
+
+
+class Stop(Exception):
+    """Raised inside a forward once everything that was asked of it is there."""
+
+
+def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
+    """A block in which these hooks act on every forward of a model, whoever calls it.
+
+    `model` is an LM, or any `nn.Module`, whose places are named with `hk.module(path)`. The hooks are checked against
+    the model here, before anything is registered.
+
+    >>> with attach(lm, force(" coffee")) as manager:
+    ...     output = lm.model.generate(**inputs)
+    """
+    return HookManager(as_lm(model), hooks)
+
+
+class HookManager:
+    """The hooks of one block: what they do, what they kept, and where they fired.
+
+    The hooks of one block act in the order given. Blocks can be nested: an outer block's hooks act first. A block can
+    be entered again after it was left, and starts anew. While a hook's own function runs, modules that it calls are
+    not hooked.
+    """
+
+    def __init__(self, lm: LM, hooks: Sequence[Hook], *, stop_early: bool = False) -> None:
+        self.lm = lm
+        self.taps = planned(lm, hooks, self._reference)
+        self.actions = sorted((action for tap in self.taps for action in tap.actions), key=lambda a: a.number)
+        self._stop_early = stop_early
+        self._depth = 0
+        self._stack = ExitStack()
+        self._start()
+
+    def _start(self) -> None:
+        self.follower = Follower(functools.partial(cover, self.lm), "logits_to_keep" in self.lm.takes)
+        self._call: Call | None = None
+        self._owner: nn.Module | None = None  # the module whose forward is running
+        self._thread = 0
+        self._busy = False  # a hook's own function is running
+        self._pending: set[Action] = set()
+        self._finished: list[Kept] = []
+        self._endings: dict[Text, Ending] = {}
+        self._text: Text | None = None  # a text whose captures are not joined yet
+        self._firings: list[Firing] = []
+        self._problem: str | None = None
+        self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
+        self._tokens: Tensor | None = None  # what every beam has read, before a forward of beam search
+        for action in self.actions:
+            action.pieces, action.fired = [], 0
+
+    # ---- the block
+
+    def __enter__(self) -> "HookManager":
+        if self._depth == 0:
+            self._start()
+            with ExitStack() as stack:
+                self._register(stack)
+                self._stack = stack.pop_all()
+        self._depth += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self._stack.close()
+        self._call = self._owner = None
+        if kind is None:
+            self._finish(self.follower.plain_ending)
+            self._check_fired()
+
+    def _register(self, stack: ExitStack) -> None:
+        root = self.lm.root
+        runs = [root, *_decoder(root)]
+        if "torch._dynamo" in sys.modules:
+            # a compiled model ignores hooks that come after its first call; inside the block it runs as it is written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for tap in self.taps:
+            if tap.place.side == "input":
+                on_input = functools.partial(self._on_input, tap)
+                stack.enter_context(tap.module.register_forward_pre_hook(on_input, prepend=True, with_kwargs=True))
+                _let_outer_blocks_go_first(tap.module._forward_pre_hooks)
+            else:
+                on_output = functools.partial(self._on_output, tap)
+                stack.enter_context(tap.module.register_forward_hook(on_output, prepend=True, with_kwargs=True))
+                _let_outer_blocks_go_first(tap.module._forward_hooks)
+        for module in runs:
+            stack.enter_context(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(self._end, always_call=True))
+        if callable(getattr(root, "generate", None)):
+            stack.enter_context(_replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
+
+    def _check_fired(self) -> None:
+        for action in self.actions:
+            if not action.fired:
+                raise NeverFired(never_fired(action, self.follower.forwards))
+        if self._problem is not None:
+            raise NeverFired(self._problem)
+
+    # ---- one forward
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inside = self._owner is not None and module is not self.lm.root and module is not self._owner
+        if self._busy or inside:
+            return
+        if self._owner is not None and self._thread != threading.get_ident():
+            raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
+        given = dict(zip(_arguments(type(module)), args, strict=False)) | kwargs
+        call, begins = self.follower.call(given)
+        if begins:
+            self._finish(self.follower.plain_ending)
+            self._text = call.text
+        if begins or not call.number:
+            self._check_possible(call)
+        if self.follower.generation is not None and self.follower.generation.beams > 1:
+            self.follower.remember(call, self._tokens)
+        self._call, self._owner, self._thread = call, module, threading.get_ident()
+        if self._stop_early:
+            self._pending = set(self.actions)
+
+    def _check_possible(self, call: Call) -> None:
+        text, plan = call.text, self.follower.generation
+        if text.final or plan is not None:
+            check_possible(self.actions, text, call, plan)
+        for action in self.actions:
+            text.wishes(
+                action.hook.where
+            )  # a text that is not there, a position before the first: said before the forward
+
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        if module is self._owner:
+            self._owner = self._call = None
+
+    def _on_input(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._busy:
+            return None
+        found, key = input_of(args, kwargs, tap.place.item, tap.place.path)
+        new = self._run(tap, found)
+        if new is found:
+            return None
+        if isinstance(key, str):
+            return args, kwargs | {key: new}
+        return (*args[:key], new, *args[key + 1 :]), kwargs
+
+    def _on_output(
+        self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._busy:
+            return None
+        found = picked(output, tap.place.item, tap.place.path or "the model")
+        before = input_of(args, kwargs, 0, tap.place.path)[0] if tap.reads_input else None
+        new = self._run(tap, found, before)
+        if new is found:
+            return None
+        if tap.place.item == "logits" and getattr(output, "loss", None) is not None:
+            raise Unsupported(
+                "the model has computed its loss from the unedited logits: leave labels out, and compute the loss from "
+                "the logits that come back"
+            )
+        return repacked(output, tap.place.item, new)
+
+    def _run(self, tap: Tap, found: Tensor, before: Tensor | None = None) -> Tensor:
+        """Do all that is to be done at one tap, and give the tensor that goes on."""
+        call = self._call
+        if call is None:
+            raise Unsupported(
+                f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its rows "
+                "and positions cannot be told. Call the model, or attach to the module that is called"
+            )
+        self._busy = True
+        try:
+            for action in tap.actions:
+                try:
+                    firing, found = act(action, tap, call, found, before)
+                except Exception as error:
+                    error.add_note(f"in {action.hook} at {action.site}, forward {call.number}")
+                    raise
+                if firing is not None:
+                    self._firings.append(firing)
+        finally:
+            self._busy = False
+        if self._stop_early:
+            self._pending.difference_update(tap.actions)
+            if not self._pending:
+                raise Stop
+        return found
+
+    # ---- one text
+
+    def _finish(self, ending: Callable[[], Ending]) -> None:
+        """Join what the captures of the running text kept."""
+        if self._text is None:
+            return
+        text, self._text = self._text, None
+        self._endings[text] = ending()
+        self._finished.append(self._kept(text, self._endings[text]))
+        for action in self.actions:
+            action.pieces = []
+        self._problem = self._problem or unreached(self.actions, text, self._endings[text])
+
+    def _kept(self, text: Text, ending: Ending) -> Kept:
+        return Kept(
+            tuple(
+                _captured(action, text, ending)
+                for action in self.actions
+                if isinstance(action.hook, Capture) and action.pieces
+            )
+        )
+
+    def _generating(self, original: Any) -> Any:
+        """transformers' `generate`, with the hooks told of its prompt, its steps and its end."""
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self._busy or self.follower.generation is not None:
+                return original(*args, **kwargs)
+            plan = generation.read(self.lm.root, args, kwargs)
+            self._finish(self.follower.plain_ending)
+            text = self._text = self.follower.text = plan.text(self.follower.find)
+            self.follower.generation = plan
+            try:
+                with self._watched_beams(plan):
+                    output = original(*args, **generation.eager(args, kwargs))
+                sequences = output if isinstance(output, Tensor) else output.sequences
+                self.rows = generation.final_rows(plan, text, sequences)
+                self._finish(lambda: generation.ending(plan, text, sequences, self.rows, self.follower.histories))
+            finally:
+                self.follower.generation = None
+                self.follower.histories = {}
+            return output
+
+        return generate
+
+    def _watched_beams(self, plan: generation.Generation) -> Any:
+        """A block in which every step of beam search says what each beam has read: beams change rows."""
+        if plan.beams == 1:
+            return nullcontext()
+        original: Any = self.lm.root.prepare_inputs_for_generation
+
+        @functools.wraps(original)
+        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._tokens = input_ids
+            return original(input_ids, *args, **kwargs)
+
+        return _replaced(self.lm.root, "prepare_inputs_for_generation", prepare)
+
+    def _reference(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
+        """What is at these sites on other prompts."""
+        parts: dict[AnySite, list[Captured]] = {site: [] for site in sites}
+        for start in range(0, len(prompts), REFERENCE_BATCH):
+            batch = as_batch(self.lm, list(prompts[start : start + REFERENCE_BATCH]))
+            manager = HookManager(self.lm, [capture(sites)], stop_early=True)
+            with torch.no_grad(), manager, suppress(Stop):
+                manager.expect(batch)
+                self.lm.model(**batch.inputs(self.lm))
+            for site in sites:
+                parts[site].append(manager.captured(site))
+        return {site: merged(found) for site, found in parts.items()}
+
+    def expect(self, batch: Batch) -> None:
+        """Say what the next forward is going to read, so that nothing has to be read back from the device."""
+        self.follower.expect(batch)
+
+    # ---- what came of it
+
+    @property
+    def texts(self) -> list[Kept]:
+        """What the captures kept, a text each: one plain forward (with the decoding steps that go on from it), or one
+        `generate`."""
+        if self._text is None:
+            return list(self._finished)
+        running = self._text if self.follower.generation is None and self.follower.forwards else None
+        return [*self._finished, *([self._kept(running, self.follower.plain_ending())] if running else [])]
+
+    def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
+        """The values at a site, with their rows and positions, if one text ran in the block."""
+        return self._only().captured(site, name)
+
+    def __getitem__(self, key: str | AnySite | tuple[str | AnySite, str]) -> Tensor:
+        return self._only()[key]
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that have values."""
+        return self._only().sites
+
+    def _only(self) -> Kept:
+        texts = self.texts
+        if len(texts) != 1:
+            raise NotCaptured(
+                f"{len(texts)} texts ran in this block, and one is meant: ask manager.texts[0][site], and so on"
+                if texts
+                else "no forward of the model has run in this block, so nothing was captured"
+            )
+        return texts[0]
+
+    @property
+    def log(self) -> pd.DataFrame:
+        """Where each hook fired: one row for each hook, site, forward and row of the batch."""
+        return firing_log(self._firings, self._endings)
+
+
+def _captured(action: Action, text: Text, ending: Ending) -> Captured:
+    hook, pieces = action.capture, action.pieces
+    if pieces[0].cells is None:
+        if len(pieces) > 1:
+            raise Unsupported(
+                f"{action.site} has no axes batch and pos to join {len(pieces)} forwards along: capture it in one forward"
+            )
+        return Captured(action.site, hook.where, pieces[0].values, None, (), (), hook.name)
+    values, positions, rows = joined(pieces, ending)
+    prompts = [ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows]
+    tokens = tuple(text.prompt(prompt) for prompt in prompts)
+    return Captured(action.site, hook.where, values, positions, tuple(prompts), tokens, hook.name)
+
+
+def _decoder(root: nn.Module) -> list[nn.Module]:
+    """The model without its head, which foreign code may call by itself."""
+    find = getattr(root, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    return [decoder] if isinstance(decoder, nn.Module) and decoder is not root else []
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a module's positional arguments."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _let_outer_blocks_go_first(hooks: "OrderedDict[int, Any]") -> None:
+    """Move the hooks of outer blocks in front of the one that was just put first."""
+    outer = [key for key, hook in list(hooks.items())[1:] if _is_ours(hook)]
+    for key in reversed(outer):
+        hooks.move_to_end(key, last=False)
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, functools.partial) and isinstance(getattr(hook.func, "__self__", None), HookManager)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A block in which an object has another attribute of its own; then it has again what it had."""
+    had = name in owner.__dict__
+    old = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            owner.__dict__[name] = old
+        else:
+            owner.__dict__.pop(name, None)

@@ -1,0 +1,284 @@
+"""LM: a model, its tokenizer, and the names of its places.
+
+lm = hk.LM(model, tokenizer)      # what you already hold, untouched
+lm.describe()                     # every site, with sizes, and why one is missing
+lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import pandas as pd
+import torch
+from torch import nn
+
+from .errors import (
+    MissingSite,
+    NotOneToken,
+    OutOfRange,
+    UnknownSite,
+    checks_keywords,
+    did_you_mean,
+)
+from .families import Family, Place, family_of
+from .sites import AXES, WHOLE_MODEL, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
+
+Token: TypeAlias = str | int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LM:
+    """A causal language model of transformers and its tokenizer, both left as they are.
+
+    With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be given too: it has no named sites, and
+    its modules are reached with `hk.module(path)`.
+    """
+
+    model: nn.Module
+    tokenizer: Any = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(
+                f"LM needs the model itself, an nn.Module, and was given {type(self.model).__name__} "
+                f"{str(self.model)[:60]!r}; to load one by name, use hk.load(name)"
+            )
+
+    # ---- the model
+
+    @cached_property
+    def root(self) -> nn.Module:
+        """The module that hooks go on: the model, or what `torch.compile` wrapped."""
+        return getattr(self.model, "_orig_mod", self.model)
+
+    @cached_property
+    def config(self) -> Any:
+        return getattr(self.root, "config", None)
+
+    @cached_property
+    def family(self) -> Family:
+        """The row of the families' table that says where this model's sites are."""
+        return family_of(getattr(self.config, "model_type", None), self._head_path())
+
+    def _head_path(self) -> str | None:
+        find = getattr(self.root, "get_output_embeddings", None)
+        head = find() if find else None
+        return next((path for path, found in self.root.named_modules() if found is head), None) if head else None
+
+    @cached_property
+    def sizes(self) -> dict[str, int | None]:
+        """The length of each axis that the model fixes; None where the family has no such axis."""
+        config = self.config
+        head = getattr(config, "num_attention_heads", None)
+        d_model = getattr(config, "hidden_size", None)
+        d_head = getattr(config, "head_dim", None) or (d_model // head if d_model and head else None)
+        return {
+            "d_model": d_model,
+            "head": head,
+            "kv_head": getattr(config, "num_key_value_heads", None) or head,
+            "d_head": d_head,
+            "d_mlp": self.family.d_mlp(config),
+            "vocab": getattr(config, "vocab_size", None),
+        }
+
+    @property
+    def n_layers(self) -> int:
+        return getattr(self.config, "num_hidden_layers", 0)
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """How many rows of the vocabulary are real tokens; the rows after them are padding, and are never ranked."""
+        vocab = self.sizes["vocab"] or 0
+        if self.tokenizer is None:
+            return vocab
+        return min(vocab, max(self.tokenizer.get_vocab().values()) + 1)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model can read at once, where its configuration says."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids have to be."""
+        embedding = self.root.get_input_embeddings() if hasattr(self.root, "get_input_embeddings") else self.root  # pyright: ignore[reportCallIssue]
+        found = next((weight.device for weight in embedding.parameters()), torch.device("cpu"))
+        return getattr(self.root, "device", found) if found.type == "meta" else found
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """The names of the arguments of the model's forward."""
+        return frozenset(inspect.signature(self.root.forward).parameters)
+
+    def __repr__(self) -> str:
+        size = sum(weight.numel() for weight in self.root.parameters()) / 1e6
+        name = self.name or type(self.root).__name__
+        return f"LM({name}: {self.family.name}, {self.n_layers} layers, {size:.1f} M parameters, on {self.device})"
+
+    # ---- its sites
+
+    @checks_keywords
+    def sites(
+        self,
+        names: str | Iterable[str] | None = None,
+        *,
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
+    ) -> Sites:
+        """The selection of sites with these names, in the layers and heads given (all, where left out).
+
+        >>> lm.sites("z", layers=[17, 18], heads=[2])
+        2 sites: z.17.2, z.18.2
+        """
+        if names is None:
+            names = (
+                list(self.family.places) if layers is None else [n for n in self.family.places if n not in WHOLE_MODEL]
+            )
+        chosen: list[AnySite] = []
+        for site in as_sites(names):
+            spread = [site] if layers is None or not isinstance(site, Site) else [Site(site.name, n) for n in layers]
+            chosen += [
+                Site(s.name, s.layer, head) for s in self.expand(Sites(tuple(spread))) for head in heads or [None]
+            ]  # pyright: ignore
+        return self.expand(as_sites(chosen))
+
+    def expand(self, sites: SitesLike) -> Sites:
+        """The same selection with every layer written out, checked against this model."""
+        chosen: list[AnySite] = []
+        for site in as_sites(sites):
+            spread = [Site(site.name, n) for n in range(self.n_layers)] if site.every_layer else [site]  # pyright: ignore
+            for each in spread:
+                self._check(each)
+            chosen += spread
+        return as_sites(chosen)
+
+    def _check(self, site: AnySite) -> None:
+        if isinstance(site, ModuleSite):
+            self.submodule(site.path)
+            return
+        if site.name not in self.family.places:
+            raise MissingSite(
+                f"this {self.family.name} model has no {site.name!r}: {self.family.why_missing(site.name)}. "
+                f"It has: {', '.join(self.family.places) or 'modules only'}."
+            )
+        if site.layer is not None and site.layer >= self.n_layers:
+            raise OutOfRange(
+                f"{site} was asked for, and the model has {self.n_layers} layers: 0 to {self.n_layers - 1}"
+            )
+        heads = self.sizes["kv_head" if site.name in "kv" else "head"] or 0
+        if site.head is not None and site.head >= heads:
+            word = "key-value heads" if site.name in "kv" else "heads"
+            raise OutOfRange(f"{site} was asked for, and {site.name!r} has {heads} {word}: 0 to {heads - 1}")
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """The sizes of a site's axes behind batch and pos."""
+        return tuple(self.sizes[axis] or 0 for axis in site.axes.split() if axis not in ("batch", "pos"))
+
+    def place(self, site: AnySite) -> Place:
+        """Where a site is in this model's module tree."""
+        self._check(site)
+        if isinstance(site, ModuleSite):
+            return Place(site.path, site.side, site.item)
+        place = self.family.places[site.name]
+        path = place.path.format(layer=site.layer)
+        return Place(path, place.side, place.item, place.split, place.part, place.shared)
+
+    def submodule(self, path: str) -> nn.Module:
+        """The module at a path, or `UnknownSite` with the nearest paths."""
+        try:
+            return self.root.get_submodule(path)
+        except AttributeError:
+            paths = [name for name, _ in self.root.named_modules() if name]
+            children = ", ".join(name for name, _ in self.root.named_children())
+            raise UnknownSite(
+                f"the model has no module {path!r}{did_you_mean(path, paths)} Its first modules are: {children}."
+            ) from None
+
+    def describe(self) -> pd.DataFrame:
+        """The table of all sites, one row each.
+
+        Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
+        editable, missing (the reason, empty where the site is there).
+        """
+
+        rows = []
+        for name, axes in AXES.items():
+            place = self.family.places.get(name)
+            rows.append(
+                {
+                    "site": name,
+                    "axes": axes,
+                    "sizes": " ".join(str(self.sizes.get(axis) or axis) for axis in axes.split()),
+                    "layers": 0 if place is None else 1 if name in WHOLE_MODEL else self.n_layers,
+                    "module": "" if place is None else place.path or "(the model)",
+                    "side": "" if place is None else place.side,
+                    "editable": place is not None,
+                    "missing": "" if place is not None else self.family.why_missing(name),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    # ---- its tokens
+
+    def token(self, token: Token) -> int:
+        """The id of one token, given as text or as the id itself.
+
+        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the nearest spellings that
+        are one.
+        """
+        vocab = self.sizes["vocab"]
+        if not isinstance(token, str):
+            if vocab is not None and not 0 <= token < vocab:
+                raise NotOneToken(f"token {token} was asked for, and the vocabulary has ids 0 to {vocab - 1}")
+            return int(token)
+        if self.tokenizer is None:
+            raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
+        ids = self._encode(token)
+        if len(ids) == 1 and self.string(ids[0]) == token:
+            return ids[0]
+        marked = self.tokenizer.convert_tokens_to_ids(
+            token.replace(" ", "▁")
+        )  # sentencepiece's own way to write a space
+        if isinstance(marked, int) and self.string(marked) == token:
+            return marked
+        pieces = " + ".join(repr(self.string(i)) for i in ids) or "nothing"
+        raise NotOneToken(
+            f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. "
+            f"One token each: {', '.join(map(repr, self._one_token_spellings(token, ids))) or 'no near spelling'}."
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _one_token_spellings(self, text: str, ids: list[int]) -> list[str]:
+        bare = text.strip()
+        cases = dict.fromkeys([bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()])
+        tried = [space + case for case in cases if case for space in (" ", "")]
+        single = [spelling for spelling in tried if len(self._encode(spelling)) == 1]
+        return single or [self.string(i) for i in ids]
+
+    def string(self, token_id: int) -> str:
+        """The text of one token, its leading space kept. Without a tokenizer, the id in angle brackets."""
+        if self.tokenizer is None:
+            return f"<{token_id}>"
+        if token_id >= self.n_tokens:
+            return f"<unused {token_id}>"
+        text = self.text([token_id])
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        # sentencepiece tokenizers drop a leading space when they decode
+        return " " + text if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a row of tokens, special tokens included."""
+        if self.tokenizer is None:
+            return " ".join(f"<{token_id}>" for token_id in ids)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def as_lm(model: LM | nn.Module) -> LM:
+    """The LM itself, or one around a bare module."""
+    return model if isinstance(model, LM) else LM(model)

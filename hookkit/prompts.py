@@ -1,0 +1,153 @@
+"""Prompts: from what a user writes to the padded batch that a model reads, and from a text to its tokens' positions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .errors import BadPrompt, OutOfRange, Unsupported
+from .model import LM
+from .positions import At
+
+Prompts: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+Side: TypeAlias = Literal["left", "right"]
+Row: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts as the model reads them: `rows` of token ids without padding; `ids` and `mask` padded on one side."""
+
+    rows: tuple[Row, ...]
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    side: Side
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        return [len(row) for row in self.rows]
+
+    @property
+    def padded(self) -> bool:
+        """True where the rows differ in length."""
+        return len(set(self.lengths)) > 1
+
+    def inputs(self, lm: LM) -> dict[str, Tensor]:
+        """The arguments of a forward: ids; a mask where there is padding; positions where the model takes them."""
+        inputs = {"input_ids": self.ids}
+        if self.padded:
+            inputs["attention_mask"] = self.mask.long()
+        if "position_ids" in lm.takes:
+            # GPT-2's own default counts the padding in
+            inputs["position_ids"] = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return inputs
+
+
+def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -> Batch:
+    """The prompts as one padded batch on the model's device. `room` is the number of tokens to be generated.
+
+    Prompts are a text, a list of texts, token ids (one row or several), or what a tokenizer returned: a mapping with
+    `input_ids` and perhaps `attention_mask`, padded on either side. Texts are read with the tokenizer's own special
+    tokens. Empty prompts, ids outside the vocabulary and texts beyond the context raise `BadPrompt`.
+    """
+    rows = _rows(lm, prompts)
+    for number, row in enumerate(rows):
+        _check(lm, number, row, room)
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id(lm), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[number, columns] = torch.tensor(row)
+        mask[number, columns] = True
+    return Batch(tuple(rows), ids.to(lm.device), mask.to(lm.device), side)
+
+
+def pad_id(lm: LM) -> int:
+    """What fills the short rows: the tokenizer's pad or end token, or 0. Any will do, since the mask hides it."""
+    vocab = lm.sizes["vocab"]
+    candidates = (getattr(lm.tokenizer, "pad_token_id", None), getattr(lm.tokenizer, "eos_token_id", None))
+    return next((i for i in candidates if i is not None and (vocab is None or i < vocab)), 0)
+
+
+def _rows(lm: LM, prompts: Prompts) -> list[Row]:
+    if isinstance(prompts, Mapping):
+        mask = prompts.get("attention_mask")
+        return _rows(lm, prompts["input_ids"]) if mask is None else _unpadded(prompts["input_ids"], mask)
+    if isinstance(prompts, Tensor):
+        if prompts.is_floating_point() or prompts.ndim not in (1, 2):
+            raise BadPrompt(
+                f"the prompt is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}: "
+                "token ids are whole numbers of shape [pos] or [batch, pos]"
+            )
+        prompts = prompts.tolist()
+    items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not items:
+        raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
+    return [tuple(items)] if all(isinstance(item, int) for item in items) else [_read(lm, item) for item in items]
+
+
+def _unpadded(ids: Any, mask: Any) -> list[Row]:
+    ids, keep = torch.atleast_2d(torch.as_tensor(ids)), torch.atleast_2d(torch.as_tensor(mask)).bool()
+    if ids.shape != keep.shape:
+        raise BadPrompt(
+            f"input_ids has shape {tuple(ids.shape)} and attention_mask {tuple(keep.shape)}: give one shape"
+        )
+    return [tuple(row[real].tolist()) for row, real in zip(ids, keep, strict=True)]
+
+
+def _read(lm: LM, prompt: object) -> Row:
+    if isinstance(prompt, str):
+        if lm.tokenizer is None:
+            raise BadPrompt(f"{shortened(prompt)!r} is text, and this model came without a tokenizer: give token ids")
+        return tuple(lm.tokenizer.encode(prompt)) if prompt else ()
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
+        raise BadPrompt(f"{shortened(str(prompt))!r} is no prompt: give texts, or rows of token ids")
+    return tuple(ids)
+
+
+def _check(lm: LM, number: int, row: Row, room: int) -> None:
+    vocab, context = lm.sizes["vocab"], lm.context
+    if not row:
+        raise BadPrompt(f"prompt {number} is empty: the model needs at least one token to read")
+    if vocab is not None and not all(0 <= i < vocab for i in row):
+        wrong = next(i for i in row if not 0 <= i < vocab)
+        raise BadPrompt(f"prompt {number} has token id {wrong}, and the vocabulary has ids 0 to {vocab - 1}")
+    if context is not None and len(row) + room > context:
+        new = f" and {room} new ones" if room else ""
+        raise BadPrompt(f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: shorten it")
+
+
+def cover(lm: LM, row: Sequence[int], at: At) -> Row:
+    """The positions of the tokens of a row that cover a text, or `OutOfRange` with the row's text."""
+    if any(token_id < 0 for token_id in row):
+        raise Unsupported(
+            f"{at!r}: the model was given embeddings, whose tokens nobody knows; give positions as numbers"
+        )
+    # The end of each prefix's text is where the next token begins; half a character decodes to "�".
+    texts = [lm.text(row[: end + 1]) for end in range(len(row))]
+    starts = [0] + [len(text.rstrip("�")) for text in texts[:-1]]
+    whole = texts[-1]
+    found = [start for start in range(len(whole)) if whole.startswith(at.text, start)]
+    if not found:
+        raise OutOfRange(f"{at!r} was asked for, and {shortened(whole)!r} does not have it")
+    if at.which is None and len(found) > 1:
+        raise OutOfRange(
+            f"{at.text!r} occurs {len(found)} times in {shortened(whole)!r}: say which, "
+            f"at({at.text!r}, which=0) for the first or which=-1 for the last"
+        )
+    which = at.which or 0
+    if not -len(found) <= which < len(found):
+        raise OutOfRange(f"{at!r} was asked for, and it occurs {len(found)} times in {shortened(whole)!r}")
+    first, last = found[which], found[which] + len(at.text)
+    return tuple(n for n in range(len(row)) if starts[n] < last and len(texts[n]) > first)
+
+
+def shortened(text: str) -> str:
+    """A long text as its beginning and end, for messages."""
+    return text if len(text) <= 80 else f"{text[:50]}…{text[-25:]}"

@@ -1,0 +1,327 @@
+"""Tables: from runs to pandas DataFrames, one row per observation.
+
+Every table has `row` (the prompt in the batch) and `pos` (the position whose logits it is about: the token there is
+the last one read, and the logits say what comes next). Tokens are shown as Python strings in quotes, so that a leading
+space is seen; `token_id` is the one to filter by. Probabilities are 0 to 1, entropies in nats, logits raw; rank 1 is the
+most likely token, and equal logits share a rank. A delta is after minus before; a shift is positive for a token that rose.
+
+Log-probabilities are a float32 log-softmax over every row of the vocabulary that the model has, as in decoding. Rows of
+the vocabulary that are no token are never ranked and never shown.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import EmptySelection, OutOfRange, checks_keywords
+from .hooks.logits import Ban, Boost, Force, SetRank, Swap
+from .model import LM, Token
+from .positions import CountLike, PosLike, Where, as_count, as_pos, chosen, wish
+from .prompts import cover
+from .runs import Run
+
+LogitVector: TypeAlias = Float[Tensor, " vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """What the model says at one position: logits and all that follows from them."""
+
+    lm: LM
+    row: int
+    pos: int
+    logits: LogitVector  # float32, on the CPU
+
+    @cached_property
+    def logprobs(self) -> LogitVector:
+        return self.logits.log_softmax(dim=-1)
+
+    @cached_property
+    def probs(self) -> LogitVector:
+        return self.logprobs.exp()
+
+    @property
+    def real(self) -> LogitVector:
+        """The logits of the rows of the vocabulary that are tokens."""
+        return self.logits[: self.lm.n_tokens or None]
+
+    @cached_property
+    def _ascending(self) -> LogitVector:
+        return self.real.sort().values
+
+    def ranks(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """1 + the number of tokens with a strictly larger logit."""
+        larger = len(self._ascending) - torch.searchsorted(self._ascending, self.logits[ids].contiguous(), right=True)
+        return larger + 1
+
+    def top(self, count: int | None) -> list[int]:
+        """The most likely tokens; the lower id first among equals, as in greedy decoding."""
+        order = torch.sort(self.real, descending=True, stable=True).indices
+        return order[:count].tolist()
+
+    @cached_property
+    def entropy(self) -> float:
+        """-Σ p log p, in nats."""
+        return float(-_weighted(self.probs, self.logprobs).sum())
+
+    @cached_property
+    def varentropy(self) -> float:
+        """The variance of -log p under p, in nats²: 0 where all candidates are equally likely, or there is only one."""
+        return float(_weighted(self.probs, (-self.logprobs - self.entropy) ** 2).sum())
+
+
+def _weighted(probs: LogitVector, values: LogitVector) -> Float[Tensor, " vocab"]:
+    """probs * values in float64, where a probability of 0 takes its value out, be it infinite."""
+    return torch.where(probs > 0, probs.double() * values.double(), 0.0)
+
+
+def distributions(
+    run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
+) -> Iterator[Distribution]:
+    """What the model says at each chosen position of each row, in order. Without `pos` and `step`, wherever the run has logits.
+
+    Raises `OutOfRange` where a chosen position has no logits in this run.
+    """
+    kept = run.captured_logits()
+    assert kept.positions is not None
+    where = Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    if where.pos is not None and where.step is not None:
+        raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: say one of them")
+    for row in chosen(where.rows, len(kept.rows)):
+        prompt = kept.prompts[row]
+        wanted = wish(where, len(prompt), lambda at, prompt=prompt: cover(run.lm, prompt, at))
+        there = [place for place in kept.positions[row].tolist() if place >= 0]
+        missing = [] if isinstance(wanted, range) else [place for place in wanted if place not in there]
+        places = [place for place in there if place in wanted]
+        if missing or not places:
+            asked = f"step={step!r}" if step is not None else f"pos={pos!r}"
+            raise OutOfRange(
+                f"{asked} was asked for in row {row}, and this run has logits at positions {there[0]} to {there[-1]} there "
+                f"(its prompt has {len(prompt)} tokens)"
+            )
+        for place in places:
+            yield Distribution(run.lm, row, place, kept.values[row, there.index(place)].detach().float().cpu())
+
+
+@checks_keywords
+def ranks(
+    run: Run,
+    *,
+    pos: PosLike = None,
+    step: CountLike = None,
+    rows: CountLike = None,
+    top: int | None = 10,
+    watch: Iterable[Token] | Token = (),
+) -> pd.DataFrame:
+    """The most likely next tokens at a position, and the watched tokens wherever they stand.
+
+    Columns: row, pos, token, token_id, logit, logprob, prob, rank. One row of the table a token, by rank. `pos` is the
+    prompt's last position unless said otherwise; `step` counts generated tokens. `top=None` gives the whole vocabulary.
+
+    >>> ranks(run, top=3, watch=" tea")[["token", "rank"]]
+    """
+    pos = -1 if pos is None and step is None else pos
+    _check_top(top)
+    watched = _token_ids(run.lm, watch)
+    parts = []
+    for said in distributions(run, pos=pos, step=step, rows=rows):
+        ids = torch.tensor(list(dict.fromkeys([*said.top(top), *watched])))
+        parts.append(_place(said, ids) | _numbers(said, ids))
+    table = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
+    return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
+
+
+def _place(said: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
+    return {
+        "row": said.row,
+        "pos": said.pos,
+        "token": [repr(said.lm.string(i)) for i in ids.tolist()],
+        "token_id": ids.tolist(),
+    }
+
+
+def _numbers(said: Distribution, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
+    columns = {"logit": said.logits, "logprob": said.logprobs, "prob": said.probs}
+    found: dict[str, object] = {name + suffix: values[ids].double().tolist() for name, values in columns.items()}
+    return found | {"rank" + suffix: said.ranks(ids).tolist()}
+
+
+@checks_keywords
+def rank_shift(
+    before: Run,
+    after: Run,
+    *,
+    pos: PosLike = None,
+    step: CountLike = None,
+    rows: CountLike = None,
+    top: int = 10,
+    movers: int = 3,
+    watch: Iterable[Token] | Token = (),
+) -> pd.DataFrame:
+    """How the ranking of tokens moved from one run to another, and why each token is in the table.
+
+    Columns: row, pos, token, token_id; logit, logprob, prob and rank, each with _before, _after and _delta (after minus
+    before); shift (ranks risen: positive for a token that rose); why. In `why`, "top before" and "top after" are the
+    first `top` of each run, "mover" the `movers` tokens each that rose and fell by the largest factor in rank, "edited"
+    a token that a hook of either run names, "watched" one that was asked for. By rank after.
+
+    Positions are taken in each run's own text, so that pos=-1 compares the two prompts' last tokens. `pos` in the table
+    is that of `after`.
+    """
+    pos = -1 if pos is None and step is None else pos
+    _check_top(top)
+    watched, edited = _token_ids(after.lm, watch), _edited(before, after)
+    parts = []
+    for was, now in _pairs(before, after, pos=pos, step=step, rows=rows):
+        reasons = {"top before": was.top(top), "top after": now.top(top), "mover": _movers(was, now, movers)}
+        reasons |= {"edited": edited, "watched": watched}
+        why: dict[int, list[str]] = {}
+        for reason, tokens in reasons.items():
+            for token in tokens:
+                why.setdefault(token, []).append(reason)
+        ids = torch.tensor(list(why))
+        part = pd.DataFrame(_place(now, ids) | _numbers(was, ids, "_before") | _numbers(now, ids, "_after"))
+        parts.append(_with_deltas(part).assign(why=[", ".join(reasons) for reasons in why.values()]))
+    table = pd.concat(parts, ignore_index=True)
+    return table.sort_values(["row", "pos", "rank_after", "token_id"], ignore_index=True)
+
+
+def _with_deltas(part: pd.DataFrame) -> pd.DataFrame:
+    names = ("logit", "logprob", "prob", "rank")
+    for name in names:
+        was, now = part[f"{name}_before"], part[f"{name}_after"]
+        part[f"{name}_delta"] = (now - was).where(now != was, 0)  # -inf minus -inf is no change
+    part["shift"] = -part["rank_delta"]
+    order = [f"{name}_{when}" for name in names for when in ("before", "after", "delta")]
+    return part[["row", "pos", "token", "token_id", *order, "shift"]]
+
+
+def _pairs(before: Run, after: Run, **places: object) -> Iterator[tuple[Distribution, Distribution]]:
+    was = list(distributions(before, **places))  # pyright: ignore[reportArgumentType]
+    now = list(distributions(after, **places))  # pyright: ignore[reportArgumentType]
+    if [said.row for said in was] != [said.row for said in now] or len(was) != len(now):
+        raise OutOfRange(
+            f"the runs have {len(was)} and {len(now)} positions to compare: give runs of the same number of prompts, and "
+            "say which positions or steps are meant"
+        )
+    sizes = {len(was[0].logits), len(now[0].logits)}
+    if len(sizes) > 1:
+        raise OutOfRange(f"the runs have vocabularies of {sorted(sizes)} tokens, whose ranks cannot be compared")
+    return zip(was, now, strict=True)
+
+
+def _movers(was: Distribution, now: Distribution, count: int) -> list[int]:
+    """The tokens whose rank changed by the largest factor, up and down: from 200 to 20 is as far as from 20 to 2."""
+    ids = torch.arange(len(now.real))
+    factor = was.ranks(ids).log() - now.ranks(ids).log()
+    up, down = factor.topk(min(count, len(ids))), (-factor).topk(min(count, len(ids)))
+    moved = [*zip(*map(list, (up.indices.tolist(), up.values.tolist())), strict=True)]
+    moved += [*zip(*map(list, (down.indices.tolist(), down.values.tolist())), strict=True)]
+    return [int(token) for token, by in moved if by > 0]
+
+
+def _edited(*runs: Run) -> list[int]:
+    """The tokens that the runs' logit edits name."""
+    tokens: list[int] = []
+    for run in runs:
+        for hook in run.hooks:
+            if isinstance(hook, Force | SetRank):
+                tokens.append(run.lm.token(hook.token))
+            elif isinstance(hook, Ban | Boost):
+                tokens += map(run.lm.token, hook.tokens)
+            elif isinstance(hook, Swap):
+                tokens += [run.lm.token(hook.a), run.lm.token(hook.b)]
+    return list(dict.fromkeys(tokens))
+
+
+@checks_keywords
+def shift_summary(
+    before: Run, after: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None, top: int = 10
+) -> pd.DataFrame:
+    """How far the whole distribution moved from one run to another: one row for each position.
+
+    Columns: row, pos; kl (KL(before‖after), in nats: infinite where a token was banned), kl_reverse (KL(after‖before)),
+    js (Jensen-Shannon divergence, in nats, at most ln 2), tv (total variation, 0 to 1); entropy and margin (largest
+    logit minus the second), each with _before, _after and _delta; top1_before, top1_after, top1_changed; kept (how many
+    of the first `top` tokens are still among them).
+    """
+    pos = -1 if pos is None and step is None else pos
+    _check_top(top)
+    rows_of_table = []
+    for was, now in _pairs(before, after, pos=pos, step=step, rows=rows):
+        firsts = was.top(1)[0], now.top(1)[0]
+        found: dict[str, object] = {"row": now.row, "pos": now.pos} | divergences(was, now)
+        for name, a, b in (("entropy", was.entropy, now.entropy), ("margin", _margin(was), _margin(now))):
+            found |= {f"{name}_before": a, f"{name}_after": b, f"{name}_delta": b - a}
+        found |= {"top1_before": repr(was.lm.string(firsts[0])), "top1_after": repr(now.lm.string(firsts[1]))}
+        found |= {"top1_changed": firsts[0] != firsts[1], "kept": len({*was.top(top)} & {*now.top(top)})}
+        rows_of_table.append(found)
+    return pd.DataFrame(rows_of_table)
+
+
+def divergences(was: Distribution, now: Distribution) -> dict[str, float]:
+    """kl, kl_reverse, js and tv of two distributions, in float64."""
+    p, q = was.probs.double(), now.probs.double()
+    logp, logq = was.logits.double().log_softmax(-1), now.logits.double().log_softmax(-1)
+    middle = torch.log((p + q) / 2)
+    return {
+        "kl": _divergence(p, logp, logq),
+        "kl_reverse": _divergence(q, logq, logp),
+        "js": (_divergence(p, logp, middle) + _divergence(q, logq, middle)) / 2,
+        "tv": float((p - q).abs().sum() / 2),
+    }
+
+
+def _divergence(p: Tensor, logp: Tensor, logq: Tensor) -> float:
+    return max(0.0, float(torch.where(p > 0, p * (logp - logq), 0.0).sum()))  # rounding can leave -1e-17
+
+
+def _margin(said: Distribution) -> float:
+    first, second = said.real.topk(2).values.tolist()
+    return first - second if second != -math.inf else math.inf
+
+
+@checks_keywords
+def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None) -> pd.DataFrame:
+    """How sure the model is, one row for each position (all that have logits, unless chosen).
+
+    Columns: row, pos, read (the token there, the last one read); entropy (nats), varentropy (nats²), perplexity
+    (e^entropy: as unsure as an even choice among so many tokens), margin (largest logit minus the second), prob_margin,
+    top1, top1_prob, and nucleus_90 (how many tokens make up 90 % of the probability).
+    """
+    found = []
+    for said in distributions(run, pos=pos, step=step, rows=rows):
+        best = said.probs.sort(descending=True).values.double()
+        first = said.top(1)[0]
+        found.append(
+            {
+                "row": said.row,
+                "pos": said.pos,
+                "read": repr(run.lm.string(int(run.tokens[said.row, said.pos]))),
+                "entropy": said.entropy,
+                "varentropy": said.varentropy,
+                "perplexity": math.exp(said.entropy),
+                "margin": _margin(said),
+                "prob_margin": float(best[0] - best[1]),
+                "top1": repr(run.lm.string(first)),
+                "top1_prob": float(said.probs[first]),
+                "nucleus_90": int((best.cumsum(0) < 0.9).sum()) + 1,
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _token_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
+    return [lm.token(token) for token in ([watch] if isinstance(watch, str | int) else watch)]
+
+
+def _check_top(top: int | None) -> None:
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
+        raise OutOfRange(f"top={top!r}: give how many tokens to show, at least 1")

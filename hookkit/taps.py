@@ -1,0 +1,162 @@
+"""From hooks to taps: which module, which side of it, which part of the tensor, and what to do there in which order.
+
+Everything that can be checked without a forward is checked here. Nothing is registered on the model.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from .captured import Captured, Piece
+from .errors import BadEdit, BadHook
+from .families import Place
+from .hooks.base import Binding, Change, EditHook, Hook
+from .hooks.edits import SkipBlock
+from .hooks.looking import Capture
+from .model import LM
+from .sites import LOGITS, AnySite, Site
+
+Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
+
+
+@dataclass(eq=False)
+class Action:
+    """One hook at one site, and what came of it."""
+
+    number: int  # the hook's place in the order given
+    hook: Hook
+    site: AnySite
+    view: Callable[[Tensor], Tensor]
+    change: Change | None  # None for a capture
+    pieces: list[Piece] = field(default_factory=list)  # of the text that is running
+    fired: int = 0  # forwards in which it did something
+
+    @property
+    def capture(self) -> Capture:
+        assert isinstance(self.hook, Capture)
+        return self.hook
+
+    @property
+    def head(self) -> bool:
+        """True at the unembedding, which may compute fewer positions than the rest of the model."""
+        return isinstance(self.site, Site) and self.site.name in LOGITS
+
+
+@dataclass(eq=False)
+class Tap:
+    """One side of one module, with all that happens there, in the order of the hooks."""
+
+    module: nn.Module
+    place: Place
+    actions: list[Action]
+
+    @property
+    def reads_input(self) -> bool:
+        """True where an edit needs what the module was given, beside what it gives."""
+        return any(isinstance(action.hook, SkipBlock) for action in self.actions)
+
+
+def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
+    """The taps for these hooks, each hook checked against the model. `reference` captures sites of reference prompts."""
+    taps: dict[tuple[str, str, int | str], Tap] = {}
+    for number, hook in enumerate(hooks):
+        if not isinstance(hook, Hook):
+            raise BadHook(
+                f"{hook!r} is a {type(hook).__name__} and no hook: make one with hk.capture, hk.steer, hk.force …"
+            )
+        sites = tuple(lm.expand(hook.sites))
+        referred = _once(lambda prompts, sites=sites: reference(sites, prompts))
+        for site in sites:
+            place = lm.place(site)
+            binding = Binding(lm, site, lambda prompts, site=site, referred=referred: referred(prompts)[site])
+            change = _with_words(hook, binding) if isinstance(hook, EditHook) else None
+            tap = taps.setdefault((place.path, place.side, place.item), Tap(lm.submodule(place.path), place, []))
+            tap.actions.append(Action(number, hook, site, _viewer(lm, site, place), change))
+    return list(taps.values())
+
+
+def _with_words(hook: EditHook, binding: Binding) -> Change:
+    try:
+        return hook.change(binding)
+    except Exception as error:
+        error.add_note(f"in {hook}")
+        raise
+
+
+def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    known: list[Any] = []
+
+    def computed(prompts: Any) -> Any:
+        if not known:
+            known.append(compute(prompts))
+        return known[0]
+
+    return computed
+
+
+def _viewer(lm: LM, site: AnySite, place: Place) -> Callable[[Tensor], Tensor]:
+    """The function from a module's tensor to the site in it, as a view, so that writing there writes into the tensor."""
+    if not place.split:
+        return lambda full: full
+    axes = place.split.strip("()").split()
+    heads = "kv_head" if "kv_head" in axes else "head"
+    sizes = {heads: lm.sizes[heads], "d_head": lm.sizes["d_head"]}
+    front = "part " if "part" in axes else ""
+    pattern = f"batch pos {place.split} -> {front}batch pos {heads} d_head"
+    head = site.head if isinstance(site, Site) else None
+
+    def view(full: Tensor) -> Tensor:
+        split = rearrange(full, pattern, **sizes)
+        split = split[place.part] if front else split
+        return split if head is None else split[:, :, head]
+
+    return view
+
+
+def picked(output: Any, item: int | str, where: str) -> Tensor:
+    """The tensor at a module's output, or one of several; `BadEdit` where there is none."""
+    if isinstance(output, Tensor) and item == 0:
+        return output
+    try:
+        found = output[0] if item == "logits" and isinstance(output, tuple) else output[item]
+    except (KeyError, IndexError, TypeError):
+        found = None
+    if not isinstance(found, Tensor):
+        there = type(output).__name__ + (f" of {len(output)}" if isinstance(output, tuple | list) else "")
+        raise BadEdit(
+            f"{where} gives a {there}, and item {item!r} of it is no tensor: say which, hk.module(path, item=…)"
+        )
+    return found
+
+
+def repacked(output: Any, item: int | str, new: Tensor) -> Any:
+    """The same output with one tensor replaced, of the module's own kind, so that what reads it finds what it expects."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, tuple | list):
+        place = item if isinstance(item, int) else 0
+        items = [new if number == place else each for number, each in enumerate(output)]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    changed = copy.copy(output)  # a dict, or a ModelOutput, which is one
+    changed[item] = new
+    return changed
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, where: str) -> tuple[Tensor, int | str]:
+    """The tensor that a module was given, and under which index or keyword."""
+    if isinstance(item, str):
+        key: int | str = item
+    else:
+        named = next((name for name in ("hidden_states", "input", "x") if name in kwargs), None)
+        key = item if len(args) > item or named is None else named
+    found = args[key] if isinstance(key, int) and len(args) > key else kwargs.get(key)  # pyright: ignore
+    if not isinstance(found, Tensor):
+        raise BadEdit(
+            f"{where} was given {len(args)} positional values and the keywords {', '.join(kwargs) or 'none'}, and {item!r} "
+            "is no tensor among them: say which, hk.module(path, side='input', item=…)"
+        )
+    return found, key

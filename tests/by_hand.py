@@ -1,0 +1,114 @@
+"""The second route: what is at each site, by plain transformers and hooks written by hand. No hookkit here."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def module_of(model: nn.Module, site: str, layer: int | None) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
+    """The module, its side and the view for a site, as one would write it down reading the model's code."""
+    same = lambda x: x  # noqa: E731
+    if model.config.model_type == "llama":
+        block = model.model.layers[layer] if layer is not None else None
+        heads = lambda count: lambda x: x.view(*x.shape[:2], count, 8)  # noqa: E731
+        table = {
+            "embed": lambda: (model.model.embed_tokens, "out", same),
+            "resid_pre": lambda: (block, "in", same),
+            "attn_in": lambda: (block.input_layernorm, "out", same),
+            "q": lambda: (block.self_attn.q_proj, "out", heads(4)),
+            "k": lambda: (block.self_attn.k_proj, "out", heads(2)),
+            "v": lambda: (block.self_attn.v_proj, "out", heads(2)),
+            "z": lambda: (block.self_attn.o_proj, "in", heads(4)),
+            "attn_out": lambda: (block.self_attn.o_proj, "out", same),
+            "resid_mid": lambda: (block.post_attention_layernorm, "in", same),
+            "mlp_in": lambda: (block.post_attention_layernorm, "out", same),
+            "mlp_pre": lambda: (block.mlp.gate_proj, "out", same),
+            "mlp_post": lambda: (block.mlp.down_proj, "in", same),
+            "mlp_out": lambda: (block.mlp.down_proj, "out", same),
+            "resid_post": lambda: (block, "out", same),
+            "final_norm": lambda: (model.lm_head, "in", same),
+            "lm_head": lambda: (model.lm_head, "out", same),
+        }
+    else:
+        block = model.transformer.h[layer] if layer is not None else None
+        third = lambda n: lambda x: x[..., 32 * n : 32 * (n + 1)].view(*x.shape[:2], 4, 8)  # noqa: E731
+        table = {
+            "embed": lambda: (model.transformer.wte, "out", same),
+            "pos_embed": lambda: (model.transformer.wpe, "out", same),
+            "resid_pre": lambda: (block, "in", same),
+            "attn_in": lambda: (block.ln_1, "out", same),
+            "q": lambda: (block.attn.c_attn, "out", third(0)),
+            "k": lambda: (block.attn.c_attn, "out", third(1)),
+            "v": lambda: (block.attn.c_attn, "out", third(2)),
+            "z": lambda: (block.attn.c_proj, "in", lambda x: x.view(*x.shape[:2], 4, 8)),
+            "attn_out": lambda: (block.attn.resid_dropout, "out", same),
+            "resid_mid": lambda: (block.ln_2, "in", same),
+            "mlp_in": lambda: (block.ln_2, "out", same),
+            "mlp_pre": lambda: (block.mlp.c_fc, "out", same),
+            "mlp_post": lambda: (block.mlp.act, "out", same),
+            "mlp_out": lambda: (block.mlp.dropout, "out", same),
+            "resid_post": lambda: (block, "out", same),
+            "final_norm": lambda: (model.lm_head, "in", same),
+            "lm_head": lambda: (model.lm_head, "out", same),
+        }
+    return table[site]()
+
+
+def captured(model: nn.Module, ids: list[int], site: str, layer: int | None) -> Tensor:
+    """The values at a site for one prompt, [1, pos, ...]."""
+    module, side, view = module_of(model, site, layer)
+    found = []
+
+    def keep(_module: nn.Module, args: tuple, output: object = None) -> None:
+        value = args[0] if side == "in" else output[0] if isinstance(output, tuple) else output
+        found.append(view(value.clone()))
+
+    handle = module.register_forward_pre_hook(keep) if side == "in" else module.register_forward_hook(keep)
+    try:
+        logits(model, ids)
+    finally:
+        handle.remove()
+    (value,) = found
+    return value
+
+
+def logits(model: nn.Module, ids: list[int]) -> Tensor:
+    """What plain transformers says, [1, pos, vocab]."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits
+
+
+def with_hook(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]):
+    """A handle of a hook that edits the first tensor at one side of a module."""
+    if side == "in":
+
+        def before(_module: nn.Module, args: tuple, kwargs: dict):
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_module: nn.Module, _args: tuple, output: object):
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    return module.register_forward_hook(after)
+
+
+def edited_logits(model: nn.Module, ids: list[int], site: str, layer: int | None, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits of plain transformers with a hand-written hook at a site; `edit` sees the whole tensor of the module."""
+    module, side, _ = module_of(model, site, layer)
+    handle = with_hook(module, side, edit)
+    try:
+        return logits(model, ids)
+    finally:
+        handle.remove()
+
+
+def greedy(model: nn.Module, ids: list[int], steps: int, change: Callable[[Tensor, int], Tensor] = lambda said, step: said) -> list[int]:
+    """A decoding loop without a cache: `change(logits, step)` edits what the model says before the largest is taken."""
+    ids = list(ids)
+    for step in range(steps):
+        ids.append(int(change(logits(model, ids)[0, -1].clone(), step).argmax()))
+    return ids

@@ -1,0 +1,108 @@
+"""Models for the tests: tiny random ones of each family, made from their configs, and the default model itself.
+
+All of them are read-only: a test that changes a model makes its own with `tiny`.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import hookkit as hk
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+TEXTS = [
+    "I like oat milk in my coffee. The store is in the city of Paris, and Mary went to the store.",
+    "When Mary and John went to the store, John gave a drink to Mary. The capital of France is Paris.",
+    "We love deep learning; tea and coffee, milk and sugar: the quick brown fox jumps over the lazy dog!",
+]
+PROMPTS = ["I like oat milk in my", "Tea", "When Mary and John went to the store, John gave a drink to"]
+SIZES = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 320 tokens, without a pad token."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def tiny(family: str, **changes: object) -> torch.nn.Module:
+    """A random model of a family, 3 layers, d_model 32, 4 heads; llama has 2 key-value heads."""
+    torch.manual_seed(0)
+    if family == "llama":
+        config = LlamaConfig(
+            **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, **changes,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    else:
+        config = GPT2Config(**SIZES, n_embd=32, n_layer=3, n_head=4, n_positions=128, **changes)
+        model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(std=0.3) if weight.ndim > 1 else weight.normal_(mean=float("norm" in name or "ln" in name), std=0.1)
+    return model.eval()
+
+
+FAMILIES = ("llama", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def words() -> PreTrainedTokenizerFast:
+    return tokenizer()
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def lm(request: pytest.FixtureRequest, words: PreTrainedTokenizerFast) -> hk.LM:
+    """A tiny random model of each family."""
+    return hk.LM(tiny(request.param), words)
+
+
+@pytest.fixture(scope="session")
+def llama(words: PreTrainedTokenizerFast) -> hk.LM:
+    return hk.LM(tiny("llama"), words)
+
+
+@pytest.fixture(scope="session")
+def gpt2(words: PreTrainedTokenizerFast) -> hk.LM:
+    return hk.LM(tiny("gpt2"), words)
+
+
+@pytest.fixture(scope="session")
+def smol() -> hk.LM:
+    """The default model."""
+    return hk.load(device="cpu")
+
+
+def hooks_on(model: torch.nn.Module) -> dict[str, list[object]]:
+    """Every hook and every attribute of its own that could stand in for a method, by module."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    found = {}
+    for path, module in model.named_modules():
+        mine = [list(getattr(module, kind).items()) for kind in kinds]
+        found[path] = [mine, sorted(name for name, value in module.__dict__.items() if callable(value))]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def every_model_is_left_as_found(request: pytest.FixtureRequest):
+    """No test may leave a hook behind on a shared model, or take one away."""
+    names = [name for name in ("lm", "llama", "gpt2", "smol") if name in request.fixturenames]
+    shared = [request.getfixturevalue(name).root for name in names]
+    before = [copy.copy(hooks_on(model)) for model in shared]
+    yield
+    assert [hooks_on(model) for model in shared] == before, "a hook was left on a model, or a method replaced"
