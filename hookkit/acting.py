@@ -20,49 +20,50 @@ def act(action: Action, tap: Tap, call: Call, found: Tensor, before: Tensor | No
     `before` is what the module was given, for edits that need it. The tensor itself is written into only at a shared
     place, where the block reads it twice.
     """
-    full = _with_batch_axis(found, call.rows)
-    if not _has_positions(action, full, call):
-        return _act_on_all(action, call, found)
-    view = action.view(full)
-    head = action.head or view.shape[1] != call.width
-    cells = call.cells(action.hook.where, head=head, new=action.change is None)
+    full, shape = found, found.shape
+    if len(shape) < 2 or shape[0] != call.rows or shape[1] != call.width:
+        full = _with_batch_axis(found, call.rows)
+        if not _has_positions(action, full, call):
+            return _act_on_all(action, call, found)
+    cells = call.cells(action.where, action.head or full.shape[1] != call.width, action.change is None)
     if cells is None:
         return None, found
     action.fired += 1
-    numbers = view[0, 0].numel()
+    view = full if action.view is None else action.view(full)
     if action.change is None:
-        found = _keep(action, tap, call, cells, full, found)
-        return Firing(action, call.number, cells, numbers, None), found
+        found = _keep(action, tap, call, cells, view, full, found)
+        return (action, call.number, cells, view.shape[2:], None), found
     old = cells.gather(view)
-    here = Here(action.site, action.hook.where, cells, None if before is None else cells.gather(before))
+    here = Here(action.site, action.where, cells, None if before is None else cells.gather(before))
     new = action.change(old, here)
     assert new.shape == old.shape and new.dtype == old.dtype, f"{action.hook} changed {old.shape} to {new.shape}"
-    firing = Firing(action, call.number, cells, numbers, cells.real(new != old))
-    return firing, _put(action, tap, cells, full, found, new)
+    changed = cells.real(new != old)
+    return (action, call.number, cells, view.shape[2:], changed), _put(action, tap, cells, full, found, new)
 
 
 def _put(action: Action, tap: Tap, cells: Cells, full: Tensor, found: Tensor, new: Tensor) -> Tensor:
     """The tensor with the chosen cells replaced."""
     if tap.place.shared:
         # the block goes on reading this very tensor: a replacement would reach the module and miss the residual stream
-        cells.scatter(action.view(found), new)
+        cells.scatter(found, new)
         return found
-    if cells.whole and new.shape == full.shape:
+    if cells.whole and action.view is None:
         return new
     copy = full.clone(memory_format=torch.contiguous_format)
-    cells.scatter(action.view(copy), new)
+    cells.scatter(copy if action.view is None else action.view(copy), new)
     return copy
 
 
-def _keep(action: Action, tap: Tap, call: Call, cells: Cells, full: Tensor, found: Tensor) -> Tensor:
-    capture = action.capture
+def _keep(action: Action, tap: Tap, call: Call, cells: Cells, view: Tensor, full: Tensor, found: Tensor) -> Tensor:
+    capture = action.hook
+    assert isinstance(capture, Capture)
+    values = cells.gather(view)
     if not capture.grad:
-        values = cells.gather(action.view(full.detach()))
-        action.pieces.append(Piece(call.number, cells, _kept(values, capture, fresh=cells.scattered)))
+        kept = _kept(values.detach() if values.requires_grad else values, capture, cells.scattered)
+        action.pieces.append(Piece(call.number, cells, kept))
         return found
     if not torch.is_grad_enabled():
         raise Unsupported(f"{capture} needs gradients, which are off here (generate always runs without)")
-    values = cells.gather(action.view(full))
     values = values.clone() if values.requires_grad else values.detach().clone().requires_grad_()
     values.retain_grad()
     action.pieces.append(Piece(call.number, cells, values))
@@ -70,8 +71,10 @@ def _keep(action: Action, tap: Tap, call: Call, cells: Cells, full: Tensor, foun
     return _put(action, tap, cells, full, found, values.clone())
 
 
-def _kept(values: Tensor, capture: Capture, *, fresh: bool) -> Tensor:
+def _kept(values: Tensor, capture: Capture, fresh: bool) -> Tensor:
     """Values as a capture wants them: a copy, free of inference mode, so that autograd can use it later."""
+    if capture.dtype is capture.device is None and not torch.is_inference_mode_enabled():
+        return values if fresh else values.clone()
     dtype = getattr(torch, capture.dtype) if capture.dtype else values.dtype
     device = torch.device(capture.device) if capture.device else values.device
     if torch.is_inference_mode_enabled():
@@ -82,17 +85,23 @@ def _kept(values: Tensor, capture: Capture, *, fresh: bool) -> Tensor:
 
 def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tensor]:
     """At a module whose tensor has no axes batch and pos: the whole of it, or nothing."""
-    if action.hook.where != Where():
+    if action.where != Where():
         raise BadHook(
             f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of {call.width} "
             f"positions ran): leave pos, rows and step out of {action.hook}"
         )
     action.fired += 1
     if action.change is None:
-        action.pieces.append(Piece(call.number, None, _kept(found.detach(), action.capture, fresh=False)))
-        return Firing(action, call.number, None, found.numel(), None), found
-    new = action.change(found, Here(action.site, action.hook.where, None))
-    return Firing(action, call.number, None, found.numel(), (new != found).sum()), new
+        assert isinstance(action.hook, Capture)
+        if action.pieces:
+            raise Unsupported(
+                f"{action.site} has shape {list(found.shape)}, without axes batch and pos along which several forwards of "
+                "one text could be joined: capture it in one forward"
+            )
+        action.pieces.append(Piece(call.number, None, _kept(found.detach(), action.hook, False)))
+        return (action, call.number, None, found.shape, None), found
+    new = action.change(found, Here(action.site, action.where, None))
+    return (action, call.number, None, found.shape, (new != found).sum()), new
 
 
 def _with_batch_axis(found: Tensor, rows: int) -> Tensor:

@@ -134,11 +134,19 @@ class Call:
     width: int
     head: range  # the columns that the unembedding computes, counted from the first of this call
     seen: int  # the columns that the text had before this call
-    _known: dict[tuple[Where, bool, bool], Cells | None] = field(default_factory=dict)
+    _known: dict[tuple[int, bool, bool], Cells | None] = field(default_factory=dict)
 
-    def cells(self, where: Where, *, head: bool = False, new: bool = False) -> Cells | None:
+    def whole(self, where: Where, head: bool) -> Cells | None:
+        """The cells of a capture, if they are known already and are all there are."""
+        cells = self._known.get((id(where), head, True))
+        return cells if cells is not None and cells.whole else None
+
+    def __post_init__(self) -> None:
+        self.shape = self.rows, self.width  # of the tensors inside the model
+
+    def cells(self, where: Where, head: bool, new: bool) -> Cells | None:
         """The cells that a hook wants here, or None. `head`: at the unembedding. `new`: only those not seen before."""
-        key = (where, head, new)
+        key = (id(where), head, new)  # hooks keep their Where alive; hashing it for every site would cost more
         if key not in self._known:
             self._known[key] = self._find(where, head, new)
         return self._known[key]

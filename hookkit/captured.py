@@ -1,6 +1,6 @@
 """What a capture kept: values with the row and the position of each, joined over the forwards of a text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,7 +47,7 @@ class Captured:
 
     def head(self, head: int) -> "Captured":
         """The values of one head of a site that was captured with all of them."""
-        if not isinstance(self.site, Site) or self.site.head is not None:
+        if not isinstance(self.site, Site) or self.site.head is not None or head >= self.values.shape[2]:
             raise NotCaptured(f"{self.site} was captured, which has no head {head} to take")
         site = Site(self.site.name, self.site.layer, head)
         return replace(self, site=site, values=self.values[:, :, head])
@@ -79,43 +79,69 @@ class Captured:
         return columns[position]
 
 
+@dataclass(eq=False, slots=True)
+class Slot:
+    """The place of one capture at one site, whose pieces are joined when it is first asked for."""
+
+    site: AnySite
+    name: str | None
+    make: Callable[[], Captured] | None
+    made: Captured | None = None
+
+    def captured(self) -> Captured:
+        """What was captured."""
+        if self.made is None:
+            assert self.make is not None
+            self.made, self.make = self.make(), None  # the pieces are let go
+        return self.made
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Kept:
     """All that the captures of one text kept, by site: `kept["resid_post.6"]`, or `kept["resid_post.6", "before"]`."""
 
-    all: tuple[Captured, ...] = ()
+    slots: tuple[Slot, ...] = ()
+
+    @property
+    def all(self) -> list[Captured]:
+        """Every capture, in the order of the hooks."""
+        return [slot.captured() for slot in self.slots]
 
     @property
     def sites(self) -> Sites:
         """The sites that have values, in the order of the hooks."""
-        return Sites(tuple(dict.fromkeys(each.site for each in self.all)))
+        return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
         """The values at a site with their rows and positions; `name` where several captures kept it."""
         wanted = parse(site) if isinstance(site, str) else site
         found = self._at(wanted, name)
-        if not found and isinstance(wanted, Site) and wanted.head is not None:
+        if found:
+            return self._only(wanted, found).captured()
+        if isinstance(wanted, Site) and wanted.head is not None:
             whole = self._at(Site(wanted.name, wanted.layer), name)
-            found = [each.head(wanted.head) for each in whole if wanted.head < each.values.shape[2]]
-        if not found:
-            what = str(wanted) if name is None else f"{wanted} named {name!r}"
-            raise NotCaptured(f"{what} was not captured. {self._there(wanted)}")
+            if whole:
+                return self._only(wanted, whole).captured().head(wanted.head)
+        what = str(wanted) if name is None else f"{wanted} named {name!r}"
+        raise NotCaptured(f"{what} was not captured. {self._there(wanted)}")
+
+    def _at(self, site: AnySite, name: str | None) -> list[Slot]:
+        return [slot for slot in self.slots if slot.site == site and (name is None or slot.name == name)]
+
+    def _only(self, wanted: AnySite, found: list[Slot]) -> Slot:
         if len(found) > 1:
-            names = ", ".join(repr(each.name) for each in found)
             raise NotCaptured(
-                f"{wanted} was captured {len(found)} times, with the names {names}: give each capture a name of its own "
-                f"and ask for [{str(wanted)!r}, name]"
+                f"{wanted} was captured {len(found)} times, with the names {', '.join(repr(s.name) for s in found)}: "
+                f"give each capture a name of its own and ask for [{str(wanted)!r}, name]"
             )
         return found[0]
 
-    def _at(self, site: AnySite, name: str | None) -> list[Captured]:
-        return [each for each in self.all if each.site == site and (name is None or each.name == name)]
-
     def _there(self, wanted: AnySite) -> str:
-        if not self.all:
+        if not self.slots:
             return "Nothing was: give hk.capture(site) to the run."
         if wanted.every_layer:
-            return f"Name one layer, such as '{wanted}.0', or stack them with .stack({str(wanted)!r}). It has {self.sites}."
+            one, all_of_them = f"{wanted}.0", f".stack({str(wanted)!r})"
+            return f"Name one layer, such as {one!r}, or stack them with {all_of_them}. It has {self.sites}."
         return f"It has {self.sites}."
 
     def __getitem__(self, key: "str | AnySite | tuple[str | AnySite, str]") -> Tensor:
@@ -124,13 +150,13 @@ class Kept:
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
         """The values of every captured layer of a site, such as "resid_post", in the order of the layers."""
-        found = sorted(each.site for each in self.all if isinstance(each.site, Site) and each.site.name == name)
+        found = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
         if not found:
             raise NotCaptured(f"no layer of {name!r} was captured. {self._there(Site(name))}")
-        return torch.stack([self.captured(site).values for site in found])
+        return torch.stack([self[site] for site in found])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Piece:
     """What one forward gave to a capture. `cells` is None where the tensor has no rows and positions of its own."""
 

@@ -2,10 +2,10 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import pandas as pd
-from jaxtyping import Int
+import torch
 from torch import Tensor
 
 from .calls import Call, Cells, Text
@@ -15,16 +15,9 @@ from .generation import Generation
 from .positions import Wish
 from .taps import Action
 
-
-@dataclass(frozen=True, eq=False)
-class Firing:
-    """One hook at one site in one forward. `changed` counts the numbers of each row that an edit changed."""
-
-    action: Action
-    call: int
-    cells: Cells | None
-    numbers: int  # in one cell
-    changed: Int[Tensor, " row"] | None
+Firing: TypeAlias = tuple[Action, int, Cells | None, torch.Size, Tensor | None]
+"""One hook at one site in one forward: the action, the forward's number, the cells, the shape of one cell (of the whole
+tensor where it has no cells), and for an edit how many numbers it changed in each row."""
 
 
 def check_possible(actions: Iterable[Action], text: Text, call: Call, generation: Generation | None) -> None:
@@ -33,7 +26,7 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
     Only for a text whose length is known: one forward of prompts, or a `generate`.
     """
     end = call.past + call.width if generation is None else generation.max_width - 1  # the last token is never read
-    for action in actions:
+    for action in _one_of_each(actions):
         first = text.start if not action.head else call.past + call.head.start if generation is None else text.head or 0
         for row, wanted in enumerate(text.wishes(action.hook.where)):
             if wanted is None:
@@ -47,6 +40,11 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
                     f"{action.hook} selects nothing in row {row}, which has positions {_range(there)}"
                     f"{' at the logits' if action.head else ''}: choose others, or leave the row out with rows="
                 )
+
+
+def _one_of_each(actions: Iterable[Action]) -> Iterable[Action]:
+    """One action for every different wish: a hook at thirty sites wishes for the same positions at each."""
+    return {(id(action.hook.where), action.head): action for action in actions}.values()
 
 
 def _positions(text: Text, row: int, first: int, end: int) -> range:
@@ -85,7 +83,7 @@ def _no_such_place(
 
 def unreached(actions: Iterable[Action], text: Text, ending: Ending) -> str | None:
     """The first place that a hook named and the text did not come to, in words; None if all were reached."""
-    for action in actions:
+    for action in _one_of_each(actions):
         wishes = text.wishes(action.hook.where)
         for number, prompt in enumerate(ending.prompts):
             wanted = wishes[prompt // text.expand if ending.limits is None else prompt]
@@ -117,18 +115,17 @@ def firing_log(firings: Sequence[Firing], limits: dict[Text, Ending]) -> pd.Data
     read or wrote) and changed (how many of those an edit changed; 0 for a capture).
     """
     rows = []
-    for firing in firings:
-        action, cells = firing.action, firing.cells
-        common = {"hook": action.number, "do": str(action.hook), "site": str(action.site), "forward": firing.call}
+    for action, call, cells, cell, changed in firings:
+        common = {"hook": action.number, "do": str(action.hook), "site": str(action.site), "forward": call}
         if cells is None:
-            changed = 0 if firing.changed is None else int(firing.changed.sum())
-            rows.append(common | {"row": -1, "positions": "", "numbers": firing.numbers, "changed": changed})
+            total = 0 if changed is None else int(changed)
+            rows.append(common | {"row": -1, "positions": "", "numbers": cell.numel(), "changed": total})
             continue
-        changed = [0] * len(cells.rows) if firing.changed is None else firing.changed.tolist()
-        for row, prompt, places, count in zip(cells.rows, cells.prompts, cells.places, changed, strict=True):
+        counts = [0] * len(cells.rows) if changed is None else changed.tolist()
+        for row, prompt, places, count in zip(cells.rows, cells.prompts, cells.places, counts, strict=True):
             places = _before_end(places, row, limits.get(cells.text))
             if places:
-                seen = {"row": prompt, "positions": _compact(places), "numbers": len(places) * firing.numbers}
+                seen = {"row": prompt, "positions": _compact(places), "numbers": len(places) * cell.numel()}
                 rows.append(common | seen | {"changed": count})
     columns = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
     return pd.DataFrame(rows, columns=columns)

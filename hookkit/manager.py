@@ -12,19 +12,19 @@ import functools
 import inspect
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import generation
 from .acting import act
 from .calls import Call, Text
-from .captured import Captured, Ending, Kept, joined, merged
+from .captured import Captured, Ending, Kept, Piece, Slot, joined, merged
 from .errors import NeverFired, NotCaptured, Unsupported
 from .firing import Firing, check_possible, firing_log, never_fired, unreached
 from .following import Follower
@@ -93,9 +93,11 @@ class HookManager:
     def __enter__(self) -> "HookManager":
         if self._depth == 0:
             self._start()
-            with ExitStack() as stack:
-                self._register(stack)
-                self._stack = stack.pop_all()
+            try:
+                self._register(self._stack)
+            except BaseException:
+                self._stack.close()
+                raise
         self._depth += 1
         return self
 
@@ -111,22 +113,24 @@ class HookManager:
 
     def _register(self, stack: ExitStack) -> None:
         root = self.lm.root
-        runs = [root, *_decoder(root)]
+        runs = [root, *self.lm.decoder]
         if "torch._dynamo" in sys.modules:
             # a compiled model ignores hooks that come after its first call; inside the block it runs as it is written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        handles: list[RemovableHandle] = []
+        stack.callback(_remove, handles)
         for tap in self.taps:
             if tap.place.side == "input":
-                on_input = functools.partial(self._on_input, tap)
-                stack.enter_context(tap.module.register_forward_pre_hook(on_input, prepend=True, with_kwargs=True))
+                hook = functools.partial(self._on_input, tap)
+                handles.append(tap.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
                 _let_outer_blocks_go_first(tap.module._forward_pre_hooks)
             else:
-                on_output = functools.partial(self._on_output, tap)
-                stack.enter_context(tap.module.register_forward_hook(on_output, prepend=True, with_kwargs=True))
+                hook = functools.partial(self._on_watched if tap.only_looks else self._on_output, tap)
+                handles.append(tap.module.register_forward_hook(hook, prepend=True, with_kwargs=tap.reads_input))
                 _let_outer_blocks_go_first(tap.module._forward_hooks)
         for module in runs:
-            stack.enter_context(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(self._end, always_call=True))
+            handles.append(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._end, always_call=True))
         if callable(getattr(root, "generate", None)):
             stack.enter_context(_replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
 
@@ -162,10 +166,8 @@ class HookManager:
         text, plan = call.text, self.follower.generation
         if text.final or plan is not None:
             check_possible(self.actions, text, call, plan)
-        for action in self.actions:
-            text.wishes(
-                action.hook.where
-            )  # a text that is not there, a position before the first: said before the forward
+        for where in {id(action.hook.where): action.hook.where for action in self.actions}.values():
+            text.wishes(where)  # raises for a text that is not there, or a position before the first
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
         if module is self._owner:
@@ -182,13 +184,25 @@ class HookManager:
             return args, kwargs | {key: new}
         return (*args[:key], new, *args[key + 1 :]), kwargs
 
-    def _on_output(
-        self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _on_watched(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
+        """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
+        call, action = self._call, tap.actions[0]
+        cells = None if call is None or self._busy else call.whole(action.where, action.head)
+        if call is None or cells is None or not _is_plain(output) or output.shape[:2] != call.shape:
+            return self._on_output(tap, module, args, output)
+        action.fired += 1
+        action.pieces.append(Piece(call.number, cells, output.clone()))
+        self._firings.append((action, call.number, cells, output.shape[2:], None))
+        if self._stop_early:
+            self._done(tap)
+        return None
+
+    def _on_output(self, tap: Tap, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
         if self._busy:
             return None
-        found = picked(output, tap.place.item, tap.place.path or "the model")
-        before = input_of(args, kwargs, 0, tap.place.path)[0] if tap.reads_input else None
+        output = kwargs_and_output[-1]
+        found = output if isinstance(output, Tensor) else picked(output, tap.place)
+        before = input_of(args, kwargs_and_output[0], 0, tap.place.path)[0] if tap.reads_input else None
         new = self._run(tap, found, before)
         if new is found:
             return None
@@ -220,15 +234,19 @@ class HookManager:
         finally:
             self._busy = False
         if self._stop_early:
-            self._pending.difference_update(tap.actions)
-            if not self._pending:
-                raise Stop
+            self._done(tap)
         return found
+
+    def _done(self, tap: Tap) -> None:
+        """Stop the forward if nothing is left to be done in it."""
+        self._pending.difference_update(tap.actions)
+        if not self._pending:
+            raise Stop
 
     # ---- one text
 
     def _finish(self, ending: Callable[[], Ending]) -> None:
-        """Join what the captures of the running text kept."""
+        """Hold what the captures of the running text kept, to be joined when it is asked for."""
         if self._text is None:
             return
         text, self._text = self._text, None
@@ -239,13 +257,12 @@ class HookManager:
         self._problem = self._problem or unreached(self.actions, text, self._endings[text])
 
     def _kept(self, text: Text, ending: Ending) -> Kept:
-        return Kept(
-            tuple(
-                _captured(action, text, ending)
-                for action in self.actions
-                if isinstance(action.hook, Capture) and action.pieces
-            )
-        )
+        slots = []
+        for action in self.actions:
+            if action.pieces:
+                make = functools.partial(_captured, action.hook, action.site, list(action.pieces), text, ending)
+                slots.append(Slot(action.site, action.hook.name, make))
+        return Kept(tuple(slots))
 
     def _generating(self, original: Any) -> Any:
         """transformers' `generate`, with the hooks told of its prompt, its steps and its end."""
@@ -340,25 +357,18 @@ class HookManager:
         return firing_log(self._firings, self._endings)
 
 
-def _captured(action: Action, text: Text, ending: Ending) -> Captured:
-    hook, pieces = action.capture, action.pieces
+def _captured(hook: Capture, site: AnySite, pieces: list[Piece], text: Text, ending: Ending) -> Captured:
+    """What one capture kept of a text, in one piece."""
     if pieces[0].cells is None:
-        if len(pieces) > 1:
-            raise Unsupported(
-                f"{action.site} has no axes batch and pos to join {len(pieces)} forwards along: capture it in one forward"
-            )
-        return Captured(action.site, hook.where, pieces[0].values, None, (), (), hook.name)
+        return Captured(site, hook.where, pieces[0].values, None, (), (), hook.name)
     values, positions, rows = joined(pieces, ending)
-    prompts = [ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows]
-    tokens = tuple(text.prompt(prompt) for prompt in prompts)
-    return Captured(action.site, hook.where, values, positions, tuple(prompts), tokens, hook.name)
+    return Captured(site, hook.where, values, positions, *_origins(rows, text, ending), hook.name)
 
 
-def _decoder(root: nn.Module) -> list[nn.Module]:
-    """The model without its head, which foreign code may call by itself."""
-    find = getattr(root, "get_decoder", None)
-    decoder = find() if callable(find) else None
-    return [decoder] if isinstance(decoder, nn.Module) and decoder is not root else []
+def _origins(rows: list[int], text: Text, ending: Ending) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The prompt that each final row is of, and its tokens."""
+    prompts = tuple(ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows)
+    return prompts, tuple(map(text.prompt, prompts))
 
 
 @functools.cache
@@ -367,8 +377,20 @@ def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def _let_outer_blocks_go_first(hooks: "OrderedDict[int, Any]") -> None:
+def _is_plain(output: object) -> TypeGuard[Tensor]:
+    """True for a tensor that can be cloned as it is."""
+    return isinstance(output, Tensor) and not output.requires_grad and not output.is_inference()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _let_outer_blocks_go_first(hooks: Any) -> None:
     """Move the hooks of outer blocks in front of the one that was just put first."""
+    if len(hooks) == 1:
+        return
     outer = [key for key, hook in list(hooks.items())[1:] if _is_ours(hook)]
     for key in reversed(outer):
         hooks.move_to_end(key, last=False)

@@ -7,7 +7,7 @@ lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -56,6 +56,13 @@ class LM:
         return getattr(self.model, "_orig_mod", self.model)
 
     @cached_property
+    def decoder(self) -> tuple[nn.Module, ...]:
+        """The model without its head, where it can be run by itself; else nothing."""
+        find = getattr(self.root, "get_decoder", None)
+        found = find() if callable(find) else None
+        return (found,) if isinstance(found, nn.Module) and found is not self.root else ()
+
+    @cached_property
     def config(self) -> Any:
         return getattr(self.root, "config", None)
 
@@ -85,8 +92,9 @@ class LM:
             "vocab": getattr(config, "vocab_size", None),
         }
 
-    @property
+    @cached_property
     def n_layers(self) -> int:
+        """How many blocks there are."""
         return getattr(self.config, "num_hidden_layers", 0)
 
     @cached_property
@@ -97,7 +105,7 @@ class LM:
             return vocab
         return min(vocab, max(self.tokenizer.get_vocab().values()) + 1)
 
-    @property
+    @cached_property
     def context(self) -> int | None:
         """How many tokens the model can read at once, where its configuration says."""
         return getattr(self.config, "max_position_embeddings", None)
@@ -105,9 +113,14 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where the token ids have to be."""
-        embedding = self.root.get_input_embeddings() if hasattr(self.root, "get_input_embeddings") else self.root  # pyright: ignore[reportCallIssue]
-        found = next((weight.device for weight in embedding.parameters()), torch.device("cpu"))
+        weight = getattr(self._first, "weight", None)
+        found = weight.device if isinstance(weight, torch.Tensor) else _device_of(self._first)
         return getattr(self.root, "device", found) if found.type == "meta" else found
+
+    @cached_property
+    def _first(self) -> nn.Module:
+        find = getattr(self.root, "get_input_embeddings", None)
+        return find() if callable(find) else self.root  # pyright: ignore[reportReturnType]
 
     @cached_property
     def takes(self) -> frozenset[str]:
@@ -146,20 +159,28 @@ class LM:
             ]  # pyright: ignore
         return self.expand(as_sites(chosen))
 
+    def located(self, sites: Sites) -> dict[AnySite, Place]:
+        """Where each site of a selection is, with every layer written out."""
+        if sites not in self._located:
+            self._located[sites] = {site: self.place(site) for site in self.expand(sites)}
+        return self._located[sites]
+
+    @cached_property
+    def _located(self) -> dict[Sites, dict[AnySite, Place]]:
+        return {}
+
     def expand(self, sites: SitesLike) -> Sites:
         """The same selection with every layer written out, checked against this model."""
         chosen: list[AnySite] = []
         for site in as_sites(sites):
-            spread = [Site(site.name, n) for n in range(self.n_layers)] if site.every_layer else [site]  # pyright: ignore
+            every = isinstance(site, Site) and site.every_layer
+            spread = [Site(site.name, layer) for layer in range(self.n_layers)] if every else [site]
             for each in spread:
-                self._check(each)
+                self.place(each)
             chosen += spread
         return as_sites(chosen)
 
-    def _check(self, site: AnySite) -> None:
-        if isinstance(site, ModuleSite):
-            self.submodule(site.path)
-            return
+    def _check(self, site: Site) -> None:
         if site.name not in self.family.places:
             raise MissingSite(
                 f"this {self.family.name} model has no {site.name!r}: {self.family.why_missing(site.name)}. "
@@ -180,18 +201,22 @@ class LM:
 
     def place(self, site: AnySite) -> Place:
         """Where a site is in this model's module tree."""
-        self._check(site)
         if isinstance(site, ModuleSite):
+            self.submodule(site.path)
             return Place(site.path, site.side, site.item)
+        self._check(site)
         place = self.family.places[site.name]
-        path = place.path.format(layer=site.layer)
-        return Place(path, place.side, place.item, place.split, place.part, place.shared)
+        return replace(place, path=place.path.format(layer=site.layer))
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a path, or `UnknownSite` with the nearest paths."""
+        module: nn.Module | None = self.root
         try:
-            return self.root.get_submodule(path)
-        except AttributeError:
+            for name in path.split(".") if path else ():
+                module = module._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
+            assert module is not None
+            return module
+        except (KeyError, AttributeError, AssertionError):
             paths = [name for name, _ in self.root.named_modules() if name]
             children = ", ".join(name for name, _ in self.root.named_children())
             raise UnknownSite(
@@ -277,6 +302,10 @@ class LM:
         if self.tokenizer is None:
             return " ".join(f"<{token_id}>" for token_id in ids)
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
 
 def as_lm(model: LM | nn.Module) -> LM:

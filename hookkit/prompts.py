@@ -19,11 +19,14 @@ Row: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts as the model reads them: `rows` of token ids without padding; `ids` and `mask` padded on one side."""
+    """Prompts as the model reads them: `rows` of token ids without padding, and `ids` padded on one side.
+
+    `positions` has each token's position in its own row, -1 for padding, on the CPU.
+    """
 
     rows: tuple[Row, ...]
     ids: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
     side: Side
 
     @property
@@ -36,14 +39,18 @@ class Batch:
         """True where the rows differ in length."""
         return len(set(self.lengths)) > 1
 
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True for real tokens."""
+        return (self.positions >= 0).to(self.ids.device)
+
     def inputs(self, lm: LM) -> dict[str, Tensor]:
         """The arguments of a forward: ids; a mask where there is padding; positions where the model takes them."""
         inputs = {"input_ids": self.ids}
         if self.padded:
             inputs["attention_mask"] = self.mask.long()
-        if "position_ids" in lm.takes:
-            # GPT-2's own default counts the padding in
-            inputs["position_ids"] = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if "position_ids" in lm.takes:  # GPT-2's own default would count the padding in
+            inputs["position_ids"] = self.positions.clamp(min=0).to(self.ids.device)
         return inputs
 
 
@@ -57,14 +64,19 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
     rows = _rows(lm, prompts)
     for number, row in enumerate(rows):
         _check(lm, number, row, room)
+    ids = padded(rows, pad_id(lm), side)
+    positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
+    if any(len(row) < ids.shape[1] for row in rows):
+        positions = padded([range(len(row)) for row in rows], -1, side)
+    return Batch(tuple(rows), ids.to(lm.device), positions, side)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, side: Side = "right") -> Int[Tensor, "row pos"]:
+    """Rows of numbers as one tensor, the short ones filled up on one side."""
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id(lm), dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for number, row in enumerate(rows):
-        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[number, columns] = torch.tensor(row)
-        mask[number, columns] = True
-    return Batch(tuple(rows), ids.to(lm.device), mask.to(lm.device), side)
+    missing = [[fill] * (width - len(row)) for row in rows]
+    pairs = zip(rows, missing, strict=True) if side == "right" else zip(missing, rows, strict=True)
+    return torch.tensor([[*first, *second] for first, second in pairs])
 
 
 def pad_id(lm: LM) -> int:
@@ -84,7 +96,7 @@ def _rows(lm: LM, prompts: Prompts) -> list[Row]:
                 f"the prompt is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}: "
                 "token ids are whole numbers of shape [pos] or [batch, pos]"
             )
-        prompts = prompts.tolist()
+        return [tuple(row) for row in torch.atleast_2d(prompts).tolist()]
     items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if not items:
         raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
@@ -115,7 +127,7 @@ def _check(lm: LM, number: int, row: Row, room: int) -> None:
     vocab, context = lm.sizes["vocab"], lm.context
     if not row:
         raise BadPrompt(f"prompt {number} is empty: the model needs at least one token to read")
-    if vocab is not None and not all(0 <= i < vocab for i in row):
+    if vocab is not None and (min(row) < 0 or max(row) >= vocab):
         wrong = next(i for i in row if not 0 <= i < vocab)
         raise BadPrompt(f"prompt {number} has token id {wrong}, and the vocabulary has ids 0 to {vocab - 1}")
     if context is not None and len(row) + room > context:

@@ -9,7 +9,7 @@ was, and a shorter row is filled up at its end, where `run.mask` is False.
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ from .hooks.looking import Capture
 from .manager import HookManager, Stop
 from .model import LM
 from .positions import Where
-from .prompts import Batch, Prompts, as_batch, pad_id
+from .prompts import Batch, Prompts, as_batch, pad_id, padded
 from .sites import AnySite, Site, Sites
 
 Logits: TypeAlias = Literal["all", "last", "none"] | bool | None
@@ -154,8 +154,8 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         output = _called(lm, batch, wanted)
     return Run(
         lm=lm,
-        tokens=_justified(batch.rows, pad_id(lm), lm.device),
-        mask=_justified([[1] * length for length in batch.lengths], 0, lm.device).bool(),
+        tokens=batch.ids if batch.side == "right" else padded(batch.rows, pad_id(lm)).to(batch.ids.device),
+        mask=batch.mask if batch.side == "right" else batch.mask.flip(1),
         prompt_rows=tuple(range(len(batch.rows))),
         prompt_lengths=tuple(batch.lengths),
         hooks=hooks,
@@ -189,15 +189,12 @@ def _called(lm: LM, batch: Batch, wanted: str) -> Any:
 
 def _logits_of(output: Any, batch: Batch, wanted: str) -> Captured:
     values = output if isinstance(output, Tensor) else output.logits
-    lengths = torch.tensor(batch.lengths)[:, None]
+    positions = batch.positions
     if wanted == "last":
-        positions, values = lengths - 1, values[:, -1:]
-    else:
-        columns = torch.arange(values.shape[1])[None].expand(len(batch.rows), -1)
-        positions = columns.masked_fill(columns >= lengths, -1)
-        if batch.padded:
-            fill = (positions < 0).to(values.device)[..., None]
-            values = values.masked_fill(fill, 0) if values.requires_grad else values.masked_fill_(fill, 0)
+        positions, values = positions[:, -1:], values[:, -1:]
+    elif batch.padded:
+        fill = ~batch.mask[..., None]
+        values = values.masked_fill(fill, 0) if values.requires_grad else values.masked_fill_(fill, 0)
     return Captured(Site("logits"), Where(), values, positions, tuple(range(len(batch.rows))), batch.rows)
 
 
@@ -235,12 +232,12 @@ def generate(
         seeded = {} if seed is None else {"seed": seed}
         return Run(
             lm=lm,
-            tokens=_justified(rows, pad_id(lm), lm.device),
-            mask=_justified([[1] * len(row) for row in rows], 0, lm.device).bool(),
+            tokens=padded(rows, pad_id(lm)).to(batch.ids.device),
+            mask=padded([[1] * len(row) for row in rows], 0).bool().to(batch.ids.device),
             prompt_rows=tuple(prompt_rows),
             prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
             hooks=hooks,
-            kept=Kept(tuple(each for each in kept.all if each.name != own.name)),
+            kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name)),
             kept_logits=_own_logits(kept, own, wanted),
             settings={
                 "verb": "generate",
@@ -317,11 +314,6 @@ def _seeded(lm: LM, seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices, device_type=lm.device.type if devices else "cuda"):
         torch.manual_seed(seed)
         yield
-
-
-def _justified(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,32 +18,25 @@ from .hooks.base import Binding, Change, EditHook, Hook
 from .hooks.edits import SkipBlock
 from .hooks.looking import Capture
 from .model import LM
+from .positions import Where
 from .sites import LOGITS, AnySite, Site
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Action:
     """One hook at one site, and what came of it."""
 
     number: int  # the hook's place in the order given
     hook: Hook
     site: AnySite
-    view: Callable[[Tensor], Tensor]
+    where: Where  # the hook's
+    view: Callable[[Tensor], Tensor] | None  # the site in the module's tensor; None where it is the tensor
     change: Change | None  # None for a capture
+    head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
     pieces: list[Piece] = field(default_factory=list)  # of the text that is running
     fired: int = 0  # forwards in which it did something
-
-    @property
-    def capture(self) -> Capture:
-        assert isinstance(self.hook, Capture)
-        return self.hook
-
-    @property
-    def head(self) -> bool:
-        """True at the unembedding, which may compute fewer positions than the rest of the model."""
-        return isinstance(self.site, Site) and self.site.name in LOGITS
 
 
 @dataclass(eq=False)
@@ -53,11 +46,8 @@ class Tap:
     module: nn.Module
     place: Place
     actions: list[Action]
-
-    @property
-    def reads_input(self) -> bool:
-        """True where an edit needs what the module was given, beside what it gives."""
-        return any(isinstance(action.hook, SkipBlock) for action in self.actions)
+    reads_input: bool = False  # an edit needs what the module was given, beside what it gives
+    only_looks: bool = True  # all that is to be done is to copy the module's output as it is
 
 
 def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
@@ -68,20 +58,26 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             raise BadHook(
                 f"{hook!r} is a {type(hook).__name__} and no hook: make one with hk.capture, hk.steer, hk.force …"
             )
-        sites = tuple(lm.expand(hook.sites))
-        referred = _once(lambda prompts, sites=sites: reference(sites, prompts))
-        for site in sites:
-            place = lm.place(site)
-            binding = Binding(lm, site, lambda prompts, site=site, referred=referred: referred(prompts)[site])
-            change = _with_words(hook, binding) if isinstance(hook, EditHook) else None
-            tap = taps.setdefault((place.path, place.side, place.item), Tap(lm.submodule(place.path), place, []))
-            tap.actions.append(Action(number, hook, site, _viewer(lm, site, place), change))
+        located = lm.located(hook.sites)
+        referred = _once(lambda prompts, sites=tuple(located): reference(sites, prompts))
+        looks = isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
+        reads_input = isinstance(hook, SkipBlock)
+        for site, place in located.items():
+            change = _change(lm, hook, site, referred) if isinstance(hook, EditHook) else None
+            tap = taps.get((place.path, place.side, place.item))
+            if tap is None:
+                tap = taps[place.path, place.side, place.item] = Tap(lm.submodule(place.path), place, [])
+            tap.reads_input |= reads_input
+            at_head = isinstance(site, Site) and site.name in LOGITS
+            view = _viewer(lm, site, place) if place.split else None
+            tap.only_looks = looks and view is None and place.item == 0 and not tap.actions
+            tap.actions.append(Action(number, hook, site, hook.where, view, change, at_head))
     return list(taps.values())
 
 
-def _with_words(hook: EditHook, binding: Binding) -> Change:
+def _change(lm: LM, hook: EditHook, site: AnySite, referred: Callable[[Any], Any]) -> Change:
     try:
-        return hook.change(binding)
+        return hook.change(Binding(lm, site, lambda prompts: referred(prompts)[site]))
     except Exception as error:
         error.add_note(f"in {hook}")
         raise
@@ -100,8 +96,6 @@ def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _viewer(lm: LM, site: AnySite, place: Place) -> Callable[[Tensor], Tensor]:
     """The function from a module's tensor to the site in it, as a view, so that writing there writes into the tensor."""
-    if not place.split:
-        return lambda full: full
     axes = place.split.strip("()").split()
     heads = "kv_head" if "kv_head" in axes else "head"
     sizes = {heads: lm.sizes[heads], "d_head": lm.sizes["d_head"]}
@@ -117,8 +111,9 @@ def _viewer(lm: LM, site: AnySite, place: Place) -> Callable[[Tensor], Tensor]:
     return view
 
 
-def picked(output: Any, item: int | str, where: str) -> Tensor:
+def picked(output: Any, place: Place) -> Tensor:
     """The tensor at a module's output, or one of several; `BadEdit` where there is none."""
+    item = place.item
     if isinstance(output, Tensor) and item == 0:
         return output
     try:
@@ -128,7 +123,7 @@ def picked(output: Any, item: int | str, where: str) -> Tensor:
     if not isinstance(found, Tensor):
         there = type(output).__name__ + (f" of {len(output)}" if isinstance(output, tuple | list) else "")
         raise BadEdit(
-            f"{where} gives a {there}, and item {item!r} of it is no tensor: say which, hk.module(path, item=…)"
+            f"{place.path or 'the model'} gives a {there}, and item {item!r} of it is no tensor: say which, hk.module(path, item=…)"
         )
     return found
 
