@@ -87,16 +87,16 @@ def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tens
     """At a module whose tensor has no axes batch and pos: the whole of it, or nothing."""
     if action.where != Where():
         raise BadHook(
-            f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of {call.width} "
-            f"positions ran): leave pos, rows and step out of {action.hook}"
+            f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of "
+            f"{call.width} positions ran): leave pos, rows and step out of {action.hook}"
         )
     action.fired += 1
     if action.change is None:
         assert isinstance(action.hook, Capture)
         if action.pieces:
             raise Unsupported(
-                f"{action.site} has shape {list(found.shape)}, without axes batch and pos along which several forwards of "
-                "one text could be joined: capture it in one forward"
+                f"{action.site} has shape {list(found.shape)}, without axes batch and pos along which several forwards "
+                "of one text could be joined: capture it in one forward"
             )
         action.pieces.append(Piece(call.number, None, _kept(found.detach(), action.hook, False)))
         return (action, call.number, None, found.shape, None), found

@@ -22,7 +22,7 @@ Columns = range | tuple[int, ...]
 
 @dataclass(eq=False)
 class Text:
-    """Rows of prompts on their way through the model. All lists have one entry a prompt; the model may run `expand` rows of each."""
+    """Prompts on their way through the model, which may run `expand` rows of each. Lists have one entry a prompt."""
 
     columns: list[Columns]  # the column at which each position of the row stands
     lengths: list[int]  # tokens in each prompt
@@ -167,11 +167,11 @@ class Call:
         return self._cells(rows, places, columns, len(inside)) if rows else None
 
     def _cells(self, rows: list[int], places: list[Wish], columns: list[Columns], width: int) -> Cells:
-        if all(same == columns[0] for same in columns) and isinstance(columns[0], range) and columns[0].step == 1:
-            if len(rows) == rows[-1] - rows[0] + 1:
-                block = slice(rows[0], rows[-1] + 1), slice(columns[0].start, columns[0].stop)
-                whole = len(rows) == self.rows and len(columns[0]) == width
-                return Cells(self.text, rows, places, block, None, whole)
+        first = columns[0]
+        together = len(rows) == rows[-1] - rows[0] + 1 and all(same == first for same in columns)
+        if together and isinstance(first, range) and first.step == 1:
+            block = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
+            return Cells(self.text, rows, places, block, None, len(rows) == self.rows and len(first) == width)
         index = torch.tensor(rows)[:, None], _filled([list(each) for each in columns], 0)
         valid = _filled([[1] * len(each) for each in columns], 0).bool()
         return Cells(self.text, rows, places, index, None if valid.all() else valid, False)

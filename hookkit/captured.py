@@ -167,7 +167,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a text ended: for each final row, its prompt, how many positions count, and the model row it had in each call."""
+    """How a text ended: each final row's prompt, how many positions count, and the model row it was in each call."""
 
     prompts: Sequence[int]
     limits: Sequence[int] | None = None

@@ -42,9 +42,8 @@ class Family:
         return self.missing.get(site, f"hookkit's table has no place for it in the {self.name} family")
 
 
-ATTENTION_INSIDE = dict.fromkeys(
-    ("scores", "pattern"), "attention's own arithmetic is not offered yet; q, k and v go into it and z comes out of it"
-)
+NOT_YET = "attention's own arithmetic is not offered yet; q, k and v go into it and z comes out of it"
+ATTENTION_INSIDE: Mapping[str, str] = {"scores": NOT_YET, "pattern": NOT_YET}
 
 LLAMA = Family(
     name="llama",
@@ -68,8 +67,10 @@ LLAMA = Family(
         "lm_head": Place("lm_head"),
         "logits": Place("", item="logits"),
     },
-    missing={"pos_embed": "positions are rotary: they turn q and k and are never added to the stream"}
-    | ATTENTION_INSIDE,
+    missing={
+        "pos_embed": "positions are rotary: they turn q and k and are never added to the stream",
+        **ATTENTION_INSIDE,
+    },
 )
 
 GPT2 = Family(
@@ -108,7 +109,7 @@ def family_of(model_type: str | None, head: str | None) -> Family:
     `head` is the path of the output embedding, or None where the model is no causal language model of transformers.
     """
     if head is None:
-        reason = "this model has no unembedding head (a transformers ...ForCausalLM has one); name its modules with hk.module(path)"
+        reason = "the model has no unembedding head (a ...ForCausalLM has one); name its modules with hk.module(path)"
         return Family("module", (), {}, dict.fromkeys(AXES, reason))
     for family in FAMILIES:
         if model_type in family.model_types:

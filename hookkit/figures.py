@@ -8,15 +8,17 @@ the font lacks is written as its code. The colours of ink and paper are the cons
 the reader's light or dark theme.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .errors import BadHook, EmptySelection, checks_keywords
 
@@ -35,7 +37,7 @@ def logit_scatter(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | in
     _one_position(table, "logit")
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    _scatter(axes, table, "logit", _watched(table, watch), names=True)
+    _scatter(axes, table, "logit", _watched(table, watch), names=LABELLED)
     axes.set_ylabel("logit (raw)")
     return _finished(figure, title or "Every token's logit")
 
@@ -55,7 +57,7 @@ def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int
     )
     watched = _watched(table, watch)
     for axes, (column, unit, name) in zip(figure.subplots(1, 3), words, strict=True):
-        _scatter(axes, table, column, watched, names=column == "prob")
+        _scatter(axes, table, column, watched, names=LABELLED if column == "prob" else 0)
         axes.set_ylabel(unit)
         axes.set_title(name, fontsize=10, color=INK)
     return _finished(figure, title)
@@ -70,36 +72,45 @@ def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = 
     _one_position(shift, "rank_after")
     figure = Figure(figsize=(7, max(4.2, 0.26 * len(shift) + 1.2)), layout="constrained")
     axes = figure.subplots()
-    worst = max(shift["rank_before"].max(), shift["rank_after"].max(), 2)
+    tokens = shift.to_dict("records")
+    columns = ("rank_before", "rank_after")
+    low = max(float(shift[list(columns)].to_numpy().max()), 10.0) * 1.25
+    gap = np.log(low / 0.85) / (len(tokens) + 3)
+    heights = [np.exp(_spread(np.log(shift[column].to_numpy(float)), gap)) for column in columns]
+    low = max(low, float(np.max(heights)) * 1.1)
     axes.set_yscale("log")
-    axes.set_ylim(worst * 1.3, 0.8)
-    for side, column in enumerate(("rank_before", "rank_after")):
-        heights = _spread(np.log(shift[column].to_numpy(float)), np.log(worst * 1.3 / 0.8) / (len(shift) + 2))
-        for (_, row), height in zip(shift.iterrows(), heights, strict=True):
-            words = f"{_drawable(row['token'])}  {row[column]}"
-            axes.annotate(
-                words if side else f"{row[column]}  {_drawable(row['token'])}",
-                (side, row[column]),
-                xytext=(side + (0.06 if side else -0.06), np.exp(height)),
-                ha="left" if side else "right",
-                va="center",
-                fontsize=8.5,
-                color=INK,
-                fontweight="bold" if "edited" in row["why"] else "normal",
-                arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.8, "shrinkA": 0, "shrinkB": 2},
-            )
-    for _, row in shift.iterrows():
-        colour = UP if row["shift"] > 0 else DOWN if row["shift"] < 0 else MUTED
-        width = 2.4 if "edited" in row["why"] else 1.3
-        axes.plot([0, 1], [row["rank_before"], row["rank_after"]], color=colour, lw=width, marker="o", ms=4)
+    axes.set_ylim(low, 0.85)
+    for side, column in enumerate(columns):
+        for token, height in zip(tokens, heights[side], strict=True):
+            _rank_label(axes, token, side, token[column], height)
+    for token in tokens:
+        colour = UP if token["shift"] > 0 else DOWN if token["shift"] < 0 else MUTED
+        width = 2.4 if "edited" in token["why"] else 1.3
+        axes.plot([0, 1], [token["rank_before"], token["rank_after"]], color=colour, lw=width, marker="o", ms=4)
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)
     axes.set_ylabel("rank (log axis; 1 is the most likely)")
-    axes.yaxis.set_major_locator(FixedLocator([n for n in (1, 2, 5, *_decades(worst)) if n <= worst * 1.3]))
+    ticks = [1, 2, 5, *(10**power for power in range(1, int(np.log10(low)) + 1))]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
     return _finished(figure, title or "How the ranking moved")
+
+
+def _rank_label(axes: Axes, token: dict[Hashable, Any], side: int, rank: int, height: float) -> None:
+    """A token's name and rank beside its point, moved to where there is room, with a thin line to the point."""
+    name = _drawable(token["token"])
+    axes.annotate(
+        f"{name}  {rank:,}" if side else f"{rank:,}  {name}",
+        (side, rank),
+        xytext=(1.12 if side else -0.12, height),
+        ha="left" if side else "right",
+        va="center",
+        fontsize=8.5,
+        color=INK,
+        fontweight="bold" if "edited" in token["why"] else "normal",
+        arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 2, "shrinkB": 3, "relpos": (1 - side, 0.5)},
+    )
 
 
 @checks_keywords
@@ -111,59 +122,64 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     _one_position(shift, "logprob_delta")
     ordered = shift.sort_values("logprob_delta", ascending=False)
     deltas = ordered["logprob_delta"].to_numpy(float)
-    finite = deltas[np.isfinite(deltas)]
-    reach = max(1e-3, np.abs(finite).max() if len(finite) else 1.0) * 1.15
+    finite = np.abs(deltas[np.isfinite(deltas)])
+    reach = 1.15 * max(1e-3, float(finite.max()) if len(finite) else 1.0)
+    drawn = np.clip(deltas, -reach, reach)
     figure = Figure(figsize=(7, max(2.4, 0.27 * len(ordered) + 1)), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(ordered))
-    drawn = np.clip(deltas, -reach, reach)
-    axes.barh(places, drawn, color=[UP if delta > 0 else DOWN for delta in deltas], height=0.7)
-    for place, delta, length in zip(places, deltas, drawn, strict=True):
-        number = f"{delta:+.2f}" if np.isfinite(delta) else ("+∞" if delta > 0 else "−∞")
-        inside = not np.isfinite(delta)
+    axes.barh(np.arange(len(drawn)), drawn, color=[UP if delta > 0 else DOWN for delta in deltas], height=0.7)
+    for place, (delta, length) in enumerate(zip(deltas, drawn, strict=True)):
+        endless = not np.isfinite(delta)
+        outwards = 1 if length >= 0 else -1
         axes.annotate(
-            number,
+            ("+∞" if delta > 0 else "−∞") if endless else f"{delta:+.2f}",
             (length, place),
-            xytext=((-4 if inside else 4) * (1 if length >= 0 else -1), 0),
+            xytext=((-4 if endless else 4) * outwards, 0),
             textcoords="offset points",
-            ha="left" if (length >= 0) != inside else "right",
+            ha="right" if (outwards > 0) == endless else "left",
             va="center",
             fontsize=8,
-            color=PAPER if inside else INK,
+            color=PAPER if endless else INK,
         )
-    axes.set_yticks(places, [_drawable(token) for token in ordered["token"]], fontsize=8.5)
+    axes.set_yticks(np.arange(len(drawn)), [_drawable(str(token)) for token in ordered["token"]], fontsize=8.5)
     axes.invert_yaxis()
     axes.axvline(0, color=MUTED, lw=0.8)
-    axes.set_xlim(
-        -reach * 1.12 if (deltas < 0).any() else -reach * 0.05, reach * 1.12 if (deltas > 0).any() else reach * 0.05
-    )
+    left, right = (deltas < 0).any(), (deltas > 0).any()
+    axes.set_xlim(-reach * (1.12 if left else 0.05), reach * (1.12 if right else 0.05))
     axes.set_xlabel("Δ log-probability (nats, after minus before)")
     return _finished(figure, title or "What became more and less likely")
 
 
-def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame, *, names: bool) -> None:
-    shown = table[np.isfinite(table[column])]
+def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame, *, names: int) -> None:
+    """Points by token id, the watched ones marked, and the names of them and of the top `names` in the right margin."""
+    shown = _finite(table, column)
     axes.scatter(shown["token_id"], shown[column], s=3, color=POINT, alpha=0.35, linewidths=0, rasterized=True)
-    axes.scatter(watched["token_id"], watched[column], s=42, color=MARK, zorder=3, edgecolors=PAPER, linewidths=0.8)
-    named = pd.concat([table.sort_values("rank").head(LABELLED) if names else table.head(0), watched])
-    for _, row in named.drop_duplicates("token_id").iterrows():
-        if not np.isfinite(row[column]):
-            continue
-        mine = row["token_id"] in set(watched["token_id"])
-        right = row["token_id"] < table["token_id"].max() * 0.8
-        axes.annotate(
-            f"{_drawable(row['token'])} (rank {row['rank']})" if mine else _drawable(row["token"]),
-            (row["token_id"], row[column]),
-            xytext=(6 if right else -6, 4 if mine else 0),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            va="bottom" if mine else "center",
-            fontsize=8.5,
-            color=MARK if mine else INK,
-            fontweight="bold" if mine else "normal",
+    chosen = pd.concat([table.sort_values("rank").head(names), watched]).drop_duplicates("token_id")
+    named = _finite(chosen, column).sort_values(column, ascending=False)
+    marked = set(watched["token_id"])
+    top, bottom = shown[column].to_numpy(float).max(), shown[column].to_numpy(float).min()
+    axes.set_ylim(bottom - 0.06 * (top - bottom), top + 0.08 * (top - bottom))
+    heights = -_spread(-named[column].to_numpy(float), 0.062 * (top - bottom))
+    width = table["token_id"].to_numpy(float).max()
+    for token, height in zip(named.to_dict("records"), heights, strict=True):
+        mine = token["token_id"] in marked
+        colour = MARK if mine else INK
+        axes.plot(
+            token["token_id"], token[column], "o", ms=6 if mine else 3.5, color=colour, mec=PAPER, mew=0.7, zorder=3
         )
+        axes.annotate(
+            f"{_drawable(token['token'])}  {token['rank']:,}",
+            (token["token_id"], token[column]),
+            xytext=(width * 1.04, height),
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            fontweight="bold" if mine else "normal",
+            arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)},
+        )
+    axes.set_xlim(-0.02 * width, width * 1.42)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= width * 1.03])
     axes.set_xlabel("token id")
-    axes.margins(y=0.12)
 
 
 def _finished(figure: Figure, title: str) -> Figure:
@@ -199,10 +215,8 @@ def _one_position(table: pd.DataFrame, column: str) -> None:
 
 def _watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> pd.DataFrame:
     asked = [watch] if isinstance(watch, str | int) else list(watch)
-    found = [
-        table[(table["token_id"] == token) if isinstance(token, int) else (table["token"] == repr(token))]
-        for token in asked
-    ]
+    ids, names = table["token_id"].to_numpy(), table["token"].to_numpy()
+    found = [pd.DataFrame(table[ids == token if isinstance(token, int) else names == repr(token)]) for token in asked]
     for token, rows in zip(asked, found, strict=True):
         if rows.empty:
             raise EmptySelection(
@@ -211,24 +225,17 @@ def _watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> p
     return pd.concat(found) if found else table.head(0)
 
 
+def _finite(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    return pd.DataFrame(table[np.isfinite(table[column].to_numpy(float))])
+
+
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
-    """The same heights, moved apart so that labels of neighbours do not overlap, in the same order."""
+    """Where labels go: at their heights, or as far behind their neighbour as a label needs, in the same order."""
     order = np.argsort(heights, kind="stable")
-    spread = heights[order].astype(float)
-    for _ in range(200):
-        close = np.diff(spread) < gap - 1e-9
-        if not close.any():
-            break
-        push = np.where(close, (gap - np.diff(spread)) / 2, 0)
-        spread[:-1] -= push
-        spread[1:] += push
-    result = np.empty_like(spread)
-    result[order] = spread
-    return result
-
-
-def _decades(worst: float) -> Sequence[int]:
-    return [10**power for power in range(1, int(np.log10(max(worst, 10))) + 1)]
+    places = heights.astype(float)
+    for before, after in pairwise(order):
+        places[after] = max(places[after], places[before] + gap)
+    return places
 
 
 def _drawable(token: str) -> str:

@@ -154,8 +154,8 @@ def record(
     """A block that writes a result's folder: tables, figures, tensors, report.html, and about.json at the end.
 
     about.json has the model with the hashes of its weights and tokenizer, versions, dtype, device, attention, seed,
-    command, git commit, seconds, and of each recorded run its prompts and hooks. A block that ends in an exception keeps
-    what was written, and about.json says how it ended.
+    command, git commit, seconds, and of each recorded run its prompts and hooks. A block that ends in an exception
+    keeps what was written, and about.json says how it ended.
 
     >>> with record("results/oat_milk", lm=lm, seed=0) as results:
     ...     results.table("ranks", ranks(run))

@@ -75,10 +75,13 @@ def _no_such_place(
             f"{asked}, and at most {generation.max_width - generation.width} tokens are generated: steps count from 0"
         )
     if action.head and place < there.start:
-        return f"{asked}, where no logits are computed: they are at positions {_range(there)} (forward with logits='all' has all)"
+        return (
+            f"{asked}, where no logits are computed; they are at positions {_range(there)} (forward with logits='all')"
+        )
     if generation is None:
         return f"{asked}, which has {length} tokens: positions 0 to {length - 1}"
-    return f"{asked}, and with {generation.max_width - generation.width} new tokens the model reads positions {_range(there)}"
+    new = generation.max_width - generation.width
+    return f"{asked}, and with {new} new tokens the model reads positions {_range(there)}"
 
 
 def unreached(actions: Iterable[Action], text: Text, ending: Ending) -> str | None:

@@ -51,18 +51,19 @@ def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Genera
         given.pop(name, None)
     config, rest = model._prepare_generation_config(config_given, **given)
     _refuse_mode(config)
-    ids = inputs if inputs is not None else rest.get("input_ids")
-    embeds = rest.get("inputs_embeds")
+    ids: Any = inputs if inputs is not None else rest.get("input_ids")
+    embeds: Any = rest.get("inputs_embeds")
     if ids is None and embeds is None:
         raise Unsupported("generate was called without input_ids: hookkit needs to know the prompt")
     embeddings = embeds is not None and (ids is None or ids.shape[1] == 0)
-    columns, lengths = _rows(ids, embeds if embeddings else None, rest.get("attention_mask"), config)
-    width = embeds.shape[1] if embeddings else ids.shape[1]
+    prompt: Any = embeds if embeddings else ids
+    columns, lengths = _rows(prompt, rest.get("attention_mask"), config)
+    width = prompt.shape[1]
     eos = config.eos_token_id
     return Generation(
         columns=columns,
         lengths=lengths,
-        prompt=(lambda row: (-1,) * lengths[row]) if embeddings else _reader(ids, columns, lengths),
+        prompt=(lambda row: (-1,) * lengths[row]) if embeddings else _reader(prompt, columns, lengths),
         width=width,
         max_width=width + _new_tokens(model, config, config_given, given, width),
         eos=frozenset() if eos is None else frozenset(torch.as_tensor(eos).flatten().tolist()),
@@ -95,17 +96,14 @@ def _refuse_mode(config: Any) -> None:
         )
 
 
-def _rows(ids: Any, embeds: Any, mask: Any, config: Any) -> tuple[list[Columns], list[int]]:
+def _rows(prompt: Tensor, mask: Tensor | None, config: Any) -> tuple[list[Columns], list[int]]:
     if mask is not None:
         return masked(mask.bool(), generating=True)
-    if embeds is not None:
-        count, width = embeds.shape[:2]
-    else:
-        count, width = ids.shape
-        pad = config.pad_token_id
-        ends = set() if config.eos_token_id is None else set(torch.as_tensor(config.eos_token_id).flatten().tolist())
-        if pad is not None and pad not in ends and bool((ids == pad).any()):
-            return masked(ids != pad, generating=True)  # transformers makes this mask when none is given
+    count, width = prompt.shape[:2]
+    pad, end = config.pad_token_id, config.eos_token_id
+    ends = set() if end is None else set(torch.as_tensor(end).flatten().tolist())
+    if prompt.ndim == 2 and pad is not None and pad not in ends and bool((prompt == pad).any()):
+        return masked(prompt != pad, generating=True)  # transformers makes this mask when none is given
     return contiguous([width] * count, [0] * count, open_end=True), [width] * count
 
 

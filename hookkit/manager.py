@@ -218,8 +218,8 @@ class HookManager:
         call = self._call
         if call is None:
             raise Unsupported(
-                f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its rows "
-                "and positions cannot be told. Call the model, or attach to the module that is called"
+                f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
+                "rows and positions cannot be told. Call the model, or attach to the module that is called"
             )
         self._busy = True
         try:
@@ -259,7 +259,7 @@ class HookManager:
     def _kept(self, text: Text, ending: Ending) -> Kept:
         slots = []
         for action in self.actions:
-            if action.pieces:
+            if isinstance(action.hook, Capture) and action.pieces:
                 make = functools.partial(_captured, action.hook, action.site, list(action.pieces), text, ending)
                 slots.append(Slot(action.site, action.hook.name, make))
         return Kept(tuple(slots))

@@ -6,7 +6,7 @@ lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .errors import (
+    BadHook,
     MissingSite,
     NotOneToken,
     OutOfRange,
@@ -139,8 +140,8 @@ class LM:
         self,
         names: str | Iterable[str] | None = None,
         *,
-        layers: Iterable[int] | None = None,
-        heads: Iterable[int] | None = None,
+        layers: Collection[int] | None = None,
+        heads: Collection[int] | None = None,
     ) -> Sites:
         """The selection of sites with these names, in the layers and heads given (all, where left out).
 
@@ -148,16 +149,12 @@ class LM:
         2 sites: z.17.2, z.18.2
         """
         if names is None:
-            names = (
-                list(self.family.places) if layers is None else [n for n in self.family.places if n not in WHOLE_MODEL]
-            )
+            names = [name for name in self.family.places if layers is None or name not in WHOLE_MODEL]
         chosen: list[AnySite] = []
         for site in as_sites(names):
-            spread = [site] if layers is None or not isinstance(site, Site) else [Site(site.name, n) for n in layers]
-            chosen += [
-                Site(s.name, s.layer, head) for s in self.expand(Sites(tuple(spread))) for head in heads or [None]
-            ]  # pyright: ignore
-        return self.expand(as_sites(chosen))
+            for each in self.expand([site] if layers is None else _in_layers(site, layers)):
+                chosen += [each] if heads is None else _of_heads(each, heads)
+        return self.expand(chosen)
 
     def located(self, sites: Sites) -> dict[AnySite, Place]:
         """Where each site of a selection is, with every layer written out."""
@@ -173,8 +170,9 @@ class LM:
         """The same selection with every layer written out, checked against this model."""
         chosen: list[AnySite] = []
         for site in as_sites(sites):
-            every = isinstance(site, Site) and site.every_layer
-            spread = [Site(site.name, layer) for layer in range(self.n_layers)] if every else [site]
+            spread: list[AnySite] = [site]
+            if isinstance(site, Site) and site.every_layer:
+                spread = [Site(site.name, layer) for layer in range(self.n_layers)]
             for each in spread:
                 self.place(each)
             chosen += spread
@@ -302,6 +300,18 @@ class LM:
         if self.tokenizer is None:
             return " ".join(f"<{token_id}>" for token_id in ids)
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:
+    if not isinstance(site, Site) or site.layer is not None:
+        raise BadHook(f"{site} says its own place: leave layers= out, or give the site's name alone")
+    return [Site(site.name, layer) for layer in layers]
+
+
+def _of_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
+    if not isinstance(site, Site) or site.head is not None:
+        raise BadHook(f"{site} says its own place: leave heads= out, or give the site's name alone")
+    return [Site(site.name, site.layer, head) for head in heads]
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -132,7 +132,7 @@ def _whole(number: object, word: str) -> int:
 
 
 def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> Wish:
-    """The positions that `where` means in a row whose prompt has `length` tokens. `cover` finds the tokens of a text."""
+    """The positions that `where` means in a row whose prompt has `length` tokens. `cover` finds a text's tokens."""
     if where.step is not None:
         steps = _resolve(where.step, 0)
         return _shifted(steps, length - 1)  # the logits that choose step 0 stand at the prompt's last token

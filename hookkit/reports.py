@@ -1,4 +1,4 @@
-"""Reports: one self-contained page from texts, tables and figures, with each table's CSV and each figure's PNG beside it.
+"""Reports: one self-contained page from texts, tables and figures, with the tables' CSV and figures' PNG beside it.
 
     hk.report("Oat milk", "What moved?", shift, hk.rank_bump(shift)).write("results/oat_milk")
 
@@ -27,6 +27,7 @@ from .figures import GRID, INK, MUTED, PAPER
 
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -112,22 +113,38 @@ def _rendered(part: str | Part) -> dict[str, Any]:
 
 def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     shown = table.head(ROWS_SHOWN)
-    styles = [
-        "number"
-        if pd.api.types.is_numeric_dtype(kind)
-        else "token"
-        if name.startswith(("token", "top1", "read"))
-        else ""
-        for name, kind in shown.dtypes.items()
-    ]
+    styles = [_style(str(name), kind) for name, kind in shown.dtypes.items()]
     rows = [
         [{"text": _written(value), "style": style} for value, style in zip(row, styles, strict=True)]
         for row in shown.itertuples(index=False)
     ]
     if len(table) > len(shown):
         caption = f"{caption} The first {len(shown)} of {len(table)} rows.".strip()
-    columns = [{"name": str(name), "style": style} for name, style in zip(shown.columns, styles, strict=True)]
-    return {"columns": columns, "rows": rows, "caption": caption}
+    return {"header": _header([str(name) for name in shown.columns], styles), "rows": rows, "caption": caption}
+
+
+def _style(name: str, kind: Any) -> str:
+    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind):
+        return "number"
+    return "token" if name.startswith(("token", "top1", "read")) else ""
+
+
+def _header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
+    """The header cells of a table in one line, or in two where columns come as NAME_before, NAME_after, NAME_delta."""
+    first: list[dict[str, Any]] = []
+    second: list[dict[str, Any]] = []
+    columns = list(zip(names, styles, strict=True))
+    while columns:
+        (name, style), group = columns[0], columns[0][0].removesuffix("_before")
+        parts = [part for part in COMPARED if (f"{group}_{part}", style) in columns[:3]]
+        if name != group and len(parts) == 3:
+            first.append({"text": group, "style": "group", "columns": 3, "lines": 1})
+            second += [{"text": COMPARED[part], "style": style, "columns": 1, "lines": 1} for part in parts]
+            columns = columns[3:]
+        else:
+            first.append({"text": name, "style": style, "columns": 1, "lines": 2})
+            columns = columns[1:]
+    return [first, second] if second else [[cell | {"lines": 1} for cell in first]]
 
 
 def _written(value: Any) -> str:

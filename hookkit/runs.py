@@ -114,7 +114,7 @@ class Run:
     def log(self) -> pd.DataFrame:
         """Where each hook fired. Columns: hook, do, site, forward, row, positions, numbers, changed."""
         log = self._manager.log
-        return log[log["hook"] < len(self.hooks)].reset_index(drop=True)
+        return pd.DataFrame(log[log["hook"] < len(self.hooks)]).reset_index(drop=True)
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -282,8 +282,9 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
 
     if not isinstance(lm.root, GenerationMixin):
         raise Unsupported(f"{type(lm.root).__name__} has no generate(): give a causal language model of transformers")
-    signature = set(inspect.signature(type(lm.root).generate).parameters)
-    prepared = set(inspect.signature(type(lm.root).prepare_inputs_for_generation).parameters)
+    kind: Any = type(lm.root)
+    signature = set(inspect.signature(kind.generate).parameters)
+    prepared = set(inspect.signature(kind.prepare_inputs_for_generation).parameters)
     known = (signature | prepared | set(GenerationConfig().to_dict()) | lm.takes) - {"self", "kwargs", "inputs"}
     for name in arguments:
         if name in ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"):

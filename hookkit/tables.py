@@ -2,8 +2,9 @@
 
 Every table has `row` (the prompt in the batch) and `pos` (the position whose logits it is about: the token there is
 the last one read, and the logits say what comes next). Tokens are shown as Python strings in quotes, so that a leading
-space is seen; `token_id` is the one to filter by. Probabilities are 0 to 1, entropies in nats, logits raw; rank 1 is the
-most likely token, and equal logits share a rank. A delta is after minus before; a shift is positive for a token that rose.
+space is seen; `token_id` is the one to filter by. Probabilities are 0 to 1, entropies in nats, logits raw; rank 1 is
+the most likely token, and equal logits share a rank. A delta is after minus before; a shift is positive for a token
+that rose.
 
 Log-probabilities are a float32 log-softmax over every row of the vocabulary that the model has, as in decoding. Rows of
 the vocabulary that are no token are never ranked and never shown.
@@ -35,8 +36,7 @@ class Distribution:
     """What the model says at one position: logits and all that follows from them."""
 
     lm: LM
-    row: int
-    pos: int
+    place: dict[str, int]  # row and pos, and step where steps were asked for
     logits: LogitVector  # float32, on the CPU
 
     @cached_property
@@ -85,9 +85,10 @@ def _weighted(probs: LogitVector, values: LogitVector) -> Float[Tensor, " vocab"
 def distributions(
     run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
 ) -> Iterator[Distribution]:
-    """What the model says at each chosen position of each row, in order. Without `pos` and `step`, wherever the run has logits.
+    """What the model says at each chosen position of each row, in order.
 
-    Raises `OutOfRange` where a chosen position has no logits in this run.
+    Without `pos` and `step` these are all the positions at which the run has logits. Raises `OutOfRange` where a chosen
+    position has none.
     """
     kept = run.captured_logits()
     assert kept.positions is not None
@@ -103,11 +104,13 @@ def distributions(
         if missing or not places:
             asked = f"step={step!r}" if step is not None else f"pos={pos!r}"
             raise OutOfRange(
-                f"{asked} was asked for in row {row}, and this run has logits at positions {there[0]} to {there[-1]} there "
+                f"{asked} was asked for in row {row}, where this run has logits at positions {there[0]} to {there[-1]} "
                 f"(its prompt has {len(prompt)} tokens)"
             )
         for place in places:
-            yield Distribution(run.lm, row, place, kept.values[row, there.index(place)].detach().float().cpu())
+            asked_step = {} if where.step is None else {"step": place - len(prompt) + 1}
+            logits = kept.values[row, there.index(place)].detach().float().cpu()
+            yield Distribution(run.lm, {"row": row, "pos": place, **asked_step}, logits)
 
 
 @checks_keywords
@@ -123,7 +126,8 @@ def ranks(
     """The most likely next tokens at a position, and the watched tokens wherever they stand.
 
     Columns: row, pos, token, token_id, logit, logprob, prob, rank. One row of the table a token, by rank. `pos` is the
-    prompt's last position unless said otherwise; `step` counts generated tokens. `top=None` gives the whole vocabulary.
+    prompt's last position unless said otherwise; `step` counts generated tokens (0 is what follows the prompt), and is
+    then a column too. `top=None` gives the whole vocabulary.
 
     >>> ranks(run, top=3, watch=" tea")[["token", "rank"]]
     """
@@ -139,12 +143,8 @@ def ranks(
 
 
 def _place(said: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
-    return {
-        "row": said.row,
-        "pos": said.pos,
-        "token": [repr(said.lm.string(i)) for i in ids.tolist()],
-        "token_id": ids.tolist(),
-    }
+    tokens = [repr(said.lm.string(i)) for i in ids.tolist()]
+    return {**said.place, "token": tokens, "token_id": ids.tolist()}
 
 
 def _numbers(said: Distribution, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
@@ -200,16 +200,17 @@ def _with_deltas(part: pd.DataFrame) -> pd.DataFrame:
         part[f"{name}_delta"] = (now - was).where(now != was, 0)  # -inf minus -inf is no change
     part["shift"] = -part["rank_delta"]
     order = [f"{name}_{when}" for name in names for when in ("before", "after", "delta")]
-    return part[["row", "pos", "token", "token_id", *order, "shift"]]
+    places = [name for name in ("row", "pos", "step", "token", "token_id") if name in part]
+    return pd.DataFrame(part[[*places, *order, "shift"]])
 
 
 def _pairs(before: Run, after: Run, **places: object) -> Iterator[tuple[Distribution, Distribution]]:
     was = list(distributions(before, **places))  # pyright: ignore[reportArgumentType]
     now = list(distributions(after, **places))  # pyright: ignore[reportArgumentType]
-    if [said.row for said in was] != [said.row for said in now] or len(was) != len(now):
+    if [said.place["row"] for said in was] != [said.place["row"] for said in now]:
         raise OutOfRange(
-            f"the runs have {len(was)} and {len(now)} positions to compare: give runs of the same number of prompts, and "
-            "say which positions or steps are meant"
+            f"the runs have {len(was)} and {len(now)} positions to compare: give runs of the same number of prompts, "
+            "and say which positions or steps are meant"
         )
     sizes = {len(was[0].logits), len(now[0].logits)}
     if len(sizes) > 1:
@@ -257,7 +258,7 @@ def shift_summary(
     rows_of_table = []
     for was, now in _pairs(before, after, pos=pos, step=step, rows=rows):
         firsts = was.top(1)[0], now.top(1)[0]
-        found: dict[str, object] = {"row": now.row, "pos": now.pos} | divergences(was, now)
+        found: dict[str, object] = {**now.place, **divergences(was, now)}
         for name, a, b in (("entropy", was.entropy, now.entropy), ("margin", _margin(was), _margin(now))):
             found |= {f"{name}_before": a, f"{name}_after": b, f"{name}_delta": b - a}
         found |= {"top1_before": repr(was.lm.string(firsts[0])), "top1_after": repr(now.lm.string(firsts[1]))}
@@ -302,9 +303,8 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
         first = said.top(1)[0]
         found.append(
             {
-                "row": said.row,
-                "pos": said.pos,
-                "read": repr(run.lm.string(int(run.tokens[said.row, said.pos]))),
+                **said.place,
+                "read": repr(run.lm.string(int(run.tokens[said.place["row"], said.place["pos"]]))),
                 "entropy": said.entropy,
                 "varentropy": said.varentropy,
                 "perplexity": math.exp(said.entropy),

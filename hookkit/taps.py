@@ -51,7 +51,7 @@ class Tap:
 
 
 def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
-    """The taps for these hooks, each hook checked against the model. `reference` captures sites of reference prompts."""
+    """The taps for these hooks, each checked against the model. `reference` captures sites on a reference's prompts."""
     taps: dict[tuple[str, str, int | str], Tap] = {}
     for number, hook in enumerate(hooks):
         if not isinstance(hook, Hook):
@@ -95,7 +95,7 @@ def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _viewer(lm: LM, site: AnySite, place: Place) -> Callable[[Tensor], Tensor]:
-    """The function from a module's tensor to the site in it, as a view, so that writing there writes into the tensor."""
+    """The function from a module's tensor to the site in it: a view, so that writing there writes into the tensor."""
     axes = place.split.strip("()").split()
     heads = "kv_head" if "kv_head" in axes else "head"
     sizes = {heads: lm.sizes[heads], "d_head": lm.sizes["d_head"]}
@@ -117,19 +117,21 @@ def picked(output: Any, place: Place) -> Tensor:
     if isinstance(output, Tensor) and item == 0:
         return output
     try:
-        found = output[0] if item == "logits" and isinstance(output, tuple) else output[item]
+        key: Any = 0 if item == "logits" and isinstance(output, tuple) else item
+        found = output[key]
     except (KeyError, IndexError, TypeError):
         found = None
     if not isinstance(found, Tensor):
         there = type(output).__name__ + (f" of {len(output)}" if isinstance(output, tuple | list) else "")
         raise BadEdit(
-            f"{place.path or 'the model'} gives a {there}, and item {item!r} of it is no tensor: say which, hk.module(path, item=…)"
+            f"{place.path or 'the model'} gives a {there}, and item {item!r} of it is no tensor: "
+            "say which is meant, hk.module(path, item=…)"
         )
     return found
 
 
 def repacked(output: Any, item: int | str, new: Tensor) -> Any:
-    """The same output with one tensor replaced, of the module's own kind, so that what reads it finds what it expects."""
+    """The same output with one tensor replaced, of the module's own kind: what reads it finds what it expects."""
     if isinstance(output, Tensor):
         return new
     if isinstance(output, tuple | list):
@@ -151,7 +153,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, whe
     found = args[key] if isinstance(key, int) and len(args) > key else kwargs.get(key)  # pyright: ignore
     if not isinstance(found, Tensor):
         raise BadEdit(
-            f"{where} was given {len(args)} positional values and the keywords {', '.join(kwargs) or 'none'}, and {item!r} "
-            "is no tensor among them: say which, hk.module(path, side='input', item=…)"
+            f"{where} was given {len(args)} positional values and the keywords {', '.join(kwargs) or 'none'}, and "
+            f"{item!r} is no tensor among them: say which is meant, hk.module(path, side='input', item=…)"
         )
     return found, key

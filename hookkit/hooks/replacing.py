@@ -40,7 +40,7 @@ class FromRun:
 
 @dataclass(frozen=True)
 class Reference:
-    """Values of other prompts: captured already (`sources`), or to be computed from `prompts` before the first forward."""
+    """Values of other prompts: captured already (`sources`), or to be computed from `prompts` before the forward."""
 
     how: Literal["mean", "resample"]
     per: Per
@@ -102,8 +102,8 @@ def ablate(
 
     to="zero"       zeros
     to="mean"       the mean over a reference that you name: `over` is a run with these captures, or a list of prompts
-    to="resample"   the value of another prompt of the reference, drawn with `seed` (Chan et al. 2022); the same draw for
-                    the same prompt, alone or in a batch
+    to="resample"   the value of another prompt of the reference, drawn with `seed` (Chan et al. 2022); the same draw
+                    for the same prompt, alone or in a batch
     to=tensor       these values, of the site's axes behind batch and pos, or with [pos, …] or [batch, pos, …]
     to=run          what that run had there (as `patch`)
 
