@@ -70,12 +70,13 @@ def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = 
     `shift` is `rank_shift(before, after)`. Lines that rise are green, lines that fall red, edited tokens bold.
     """
     _one_position(shift, "rank_after")
-    figure = Figure(figsize=(7, max(4.2, 0.26 * len(shift) + 1.2)), layout="constrained")
+    height = max(4.2, 0.26 * len(shift) + 1.2)  # inches
+    figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     tokens = shift.to_dict("records")
     columns = ("rank_before", "rank_after")
     low = max(float(shift[list(columns)].to_numpy().max()), 10.0) * 1.25
-    gap = np.log(low / 0.85) / (len(tokens) + 3)
+    gap = np.log(low / 0.85) * 0.2 / (height - 0.9)  # a label needs 0.2 inches of what the frame leaves
     heights = [np.exp(_spread(np.log(shift[column].to_numpy(float)), gap)) for column in columns]
     low = max(low, float(np.max(heights)) * 1.1)
     axes.set_yscale("log")
@@ -158,9 +159,10 @@ def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame
     named = _finite(chosen, column).sort_values(column, ascending=False)
     marked = set(watched["token_id"])
     top, bottom = shown[column].to_numpy(float).max(), shown[column].to_numpy(float).min()
-    axes.set_ylim(bottom - 0.06 * (top - bottom), top + 0.08 * (top - bottom))
-    heights = -_spread(-named[column].to_numpy(float), 0.062 * (top - bottom))
-    width = table["token_id"].to_numpy(float).max()
+    reach = (top - bottom) or 1.0
+    axes.set_ylim(bottom - 0.06 * reach, top + 0.08 * reach)
+    heights = -_spread(-named[column].to_numpy(float), 0.062 * reach)
+    width = table["token_id"].to_numpy(float).max() or 1.0
     for token, height in zip(named.to_dict("records"), heights, strict=True):
         mine = token["token_id"] in marked
         colour = MARK if mine else INK

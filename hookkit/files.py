@@ -39,7 +39,8 @@ def save_tensors(
 
     if isinstance(tensors, Run):
         found = {f"{each.site}" + (f"/{each.name}" if each.name else ""): each.values for each in tensors.kept.all}
-        about = {"about": json.dumps(tensors.about), **(about or {})}
+        made = {name: value for name, value in tensors.about.items() if name != "seconds"}  # the same run, the same bytes
+        about = {"about": json.dumps(made), **(about or {})}
     else:
         found = dict(tensors)
     if not found:

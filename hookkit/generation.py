@@ -4,7 +4,9 @@ Nothing here registers hooks. Modes of decoding in which an edit has no defined 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,18 +138,94 @@ def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "generation_config": config}
 
 
-def final_rows(generation: Generation, text: Text, sequences: Tensor) -> list[list[int]]:
-    """The tokens of each returned sequence, its prompt included, without padding and what follows its end token."""
-    rows = []
+@dataclass(eq=False)
+class Watch:
+    """Watches a call of `generate` from inside: what beams have read, and at which column each row ended."""
+
+    tokens: Tensor | None = None  # what every row has read, before a forward
+    ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
+
+    def prepared(self, original: Any) -> Any:
+        """The model's `prepare_inputs_for_generation`, noting what every row has read."""
+
+        @functools.wraps(original)
+        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.tokens = input_ids
+            return original(input_ids, *args, **kwargs)
+
+        return prepare
+
+    def stopping(self, original: Any) -> Any:
+        """The model's `_get_stopping_criteria`, noting what they decide: pad tokens alone do not tell who ended."""
+        from transformers import StoppingCriteriaList
+
+        watch = self
+
+        class Noted(StoppingCriteriaList):
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                done = super().__call__(input_ids, scores, **kwargs)
+                watch.note(done, input_ids.shape[1])
+                return done
+
+        @functools.wraps(original)
+        def criteria(*args: Any, **kwargs: Any) -> Any:
+            return Noted(original(*args, **kwargs))
+
+        return criteria
+
+    def note(self, done: Tensor, width: int) -> None:
+        """Some rows are done, after so many columns."""
+        if self.ended is None or self.ended.shape != done.shape:
+            self.ended = torch.zeros_like(done, dtype=torch.long)
+        self.ended = torch.where((self.ended == 0) & done, width, self.ended)
+
+
+@contextmanager
+def watched(model: Any, generation: Generation) -> Iterator[Watch]:
+    """A block in which the model's own steps of `generate` tell a Watch what they do."""
+    watch = Watch()
+    stopping, prepare = model._get_stopping_criteria, model.prepare_inputs_for_generation
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, "_get_stopping_criteria", watch.stopping(stopping)))
+        if generation.beams > 1:  # beams change rows from step to step
+            stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))
+        yield watch
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A block in which an object has another attribute of its own; then it has again what it had."""
+    had = name in owner.__dict__
+    old = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            owner.__dict__[name] = old
+        else:
+            owner.__dict__.pop(name, None)
+
+
+def final_rows(generation: Generation, text: Text, sequences: Tensor, watch: Watch) -> list[list[int]]:
+    """The tokens of each returned sequence, its prompt included, without padding and what follows its end."""
     prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
-    for prompt, row in zip(prompts, sequences.tolist(), strict=True):
+    ended = watch.ended.tolist() if watch.ended is not None and generation.beams == 1 else [0] * len(prompts)
+    rows = []
+    for prompt, row, columns in zip(prompts, sequences.tolist(), ended, strict=True):
         new = row if generation.embeddings else row[generation.width :]
-        end = next((n + 1 for n, token in enumerate(new) if token in generation.eos), None)
-        if end is None and generation.other_stops:
-            # a row that another rule ended is filled up with the pad token
-            end = len(new) - next((n for n, token in enumerate(reversed(new)) if token != generation.pad), len(new))
+        end = columns - (0 if generation.embeddings else generation.width) if columns else _end_of(new, generation)
         rows.append([*text.prompt(prompt), *new[:end]])
     return rows
+
+
+def _end_of(new: list[int], generation: Generation) -> int | None:
+    """Where a beam ended: behind its first end token, or, where other rules end rows too, before the padding."""
+    for count, token in enumerate(new, start=1):
+        if token in generation.eos:
+            return count
+    fill = next((n for n, token in enumerate(reversed(new)) if token != generation.pad), len(new))
+    return len(new) - fill if generation.other_stops else None
 
 
 def ending(

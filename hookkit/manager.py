@@ -12,8 +12,8 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, TypeGuard
 
 import pandas as pd
@@ -75,8 +75,8 @@ class HookManager:
         self.follower = Follower(functools.partial(cover, self.lm), "logits_to_keep" in self.lm.takes)
         self._call: Call | None = None
         self._owner: nn.Module | None = None  # the module whose forward is running
-        self._thread = 0
-        self._busy = False  # a hook's own function is running
+        self._thread = 0  # that it runs in
+        self._busy = 0  # the thread in which a hook's own function is running
         self._pending: set[Action] = set()
         self._finished: list[Kept] = []
         self._endings: dict[Text, Ending] = {}
@@ -84,7 +84,7 @@ class HookManager:
         self._firings: list[Firing] = []
         self._problem: str | None = None
         self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
-        self._tokens: Tensor | None = None  # what every beam has read, before a forward of beam search
+        self._watch = generation.Watch()
         for action in self.actions:
             action.pieces, action.fired = [], 0
 
@@ -132,7 +132,10 @@ class HookManager:
             handles.append(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._end, always_call=True))
         if callable(getattr(root, "generate", None)):
-            stack.enter_context(_replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
+            stack.enter_context(generation.replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("the model carries the hooks of a block, which no copy could shed: copy or save it outside")
 
     def _check_fired(self) -> None:
         for action in self.actions:
@@ -144,11 +147,12 @@ class HookManager:
     # ---- one forward
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inside = self._owner is not None and module is not self.lm.root and module is not self._owner
-        if self._busy or inside:
-            return
-        if self._owner is not None and self._thread != threading.get_ident():
+        thread = threading.get_ident()
+        if self._owner is not None and self._thread != thread:
             raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
+        inside = self._owner is not None and module is not self.lm.root and module is not self._owner
+        if self._busy == thread or inside:
+            return
         given = dict(zip(_arguments(type(module)), args, strict=False)) | kwargs
         call, begins = self.follower.call(given)
         if begins:
@@ -157,8 +161,8 @@ class HookManager:
         if begins or not call.number:
             self._check_possible(call)
         if self.follower.generation is not None and self.follower.generation.beams > 1:
-            self.follower.remember(call, self._tokens)
-        self._call, self._owner, self._thread = call, module, threading.get_ident()
+            self.follower.remember(call, self._watch.tokens)
+        self._call, self._owner, self._thread = call, module, thread
         if self._stop_early:
             self._pending = set(self.actions)
 
@@ -170,7 +174,7 @@ class HookManager:
             text.wishes(where)  # raises for a text that is not there, or a position before the first
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
-        if module is self._owner:
+        if module is self._owner and self._thread == threading.get_ident() and not self._busy:
             self._owner = self._call = None
 
     def _on_input(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,7 +225,7 @@ class HookManager:
                 f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
                 "rows and positions cannot be told. Call the model, or attach to the module that is called"
             )
-        self._busy = True
+        self._busy = self._thread
         try:
             for action in tap.actions:
                 try:
@@ -232,7 +236,7 @@ class HookManager:
                 if firing is not None:
                     self._firings.append(firing)
         finally:
-            self._busy = False
+            self._busy = 0
         if self._stop_early:
             self._done(tap)
         return found
@@ -269,17 +273,17 @@ class HookManager:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._busy or self.follower.generation is not None:
+            if self._busy == threading.get_ident() or self.follower.generation is not None:
                 return original(*args, **kwargs)
             plan = generation.read(self.lm.root, args, kwargs)
             self._finish(self.follower.plain_ending)
             text = self._text = self.follower.text = plan.text(self.follower.find)
             self.follower.generation = plan
             try:
-                with self._watched_beams(plan):
+                with generation.watched(self.lm.root, plan) as self._watch:
                     output = original(*args, **generation.eager(args, kwargs))
                 sequences = output if isinstance(output, Tensor) else output.sequences
-                self.rows = generation.final_rows(plan, text, sequences)
+                self.rows = generation.final_rows(plan, text, sequences, self._watch)
                 self._finish(lambda: generation.ending(plan, text, sequences, self.rows, self.follower.histories))
             finally:
                 self.follower.generation = None
@@ -287,19 +291,6 @@ class HookManager:
             return output
 
         return generate
-
-    def _watched_beams(self, plan: generation.Generation) -> Any:
-        """A block in which every step of beam search says what each beam has read: beams change rows."""
-        if plan.beams == 1:
-            return nullcontext()
-        original: Any = self.lm.root.prepare_inputs_for_generation
-
-        @functools.wraps(original)
-        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._tokens = input_ids
-            return original(input_ids, *args, **kwargs)
-
-        return _replaced(self.lm.root, "prepare_inputs_for_generation", prepare)
 
     def _reference(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
         """What is at these sites on other prompts."""
@@ -398,18 +389,3 @@ def _let_outer_blocks_go_first(hooks: Any) -> None:
 
 def _is_ours(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and isinstance(getattr(hook.func, "__self__", None), HookManager)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A block in which an object has another attribute of its own; then it has again what it had."""
-    had = name in owner.__dict__
-    old = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            owner.__dict__[name] = old
-        else:
-            owner.__dict__.pop(name, None)

@@ -219,7 +219,7 @@ def generate(
     inputs = {
         "input_ids": batch.ids,
         "attention_mask": batch.mask.long(),
-        **_with_pad_token(lm, arguments),
+        **_defaults(lm, arguments),
         **arguments,
     }
     output: Any = None
@@ -285,7 +285,8 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
     kind: Any = type(lm.root)
     signature = set(inspect.signature(kind.generate).parameters)
     prepared = set(inspect.signature(kind.prepare_inputs_for_generation).parameters)
-    known = (signature | prepared | set(GenerationConfig().to_dict()) | lm.takes) - {"self", "kwargs", "inputs"}
+    known = signature | prepared | set(GenerationConfig().to_dict()) | lm.takes | {"tokenizer"}
+    known -= {"self", "kwargs", "inputs"}
     for name in arguments:
         if name in ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"):
             raise UnknownKeyword(
@@ -298,11 +299,15 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _with_pad_token(lm: LM, arguments: Mapping[str, Any]) -> dict[str, int]:
-    """A pad token for a model that names none, so that rows can end at different steps."""
-    config = arguments.get("generation_config") or lm.root.generation_config  # pyright: ignore
-    named = arguments.get("pad_token_id") is not None or getattr(config, "pad_token_id", None) is not None
-    return {} if named or "generation_config" in arguments else {"pad_token_id": pad_id(lm)}
+def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What generate needs and the LM knows: a tokenizer for stop strings, a pad token where the model names none."""
+    config: Any = arguments.get("generation_config") or lm.root.generation_config
+    found: dict[str, Any] = {}
+    if arguments.get("stop_strings") or config.stop_strings:
+        found["tokenizer"] = lm.tokenizer
+    if arguments.get("pad_token_id") is None and config.pad_token_id is None and "generation_config" not in arguments:
+        found["pad_token_id"] = pad_id(lm)
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
-from .errors import BadHook, EmptySelection, UnknownSite, checks_keywords, did_you_mean
+from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, checks_keywords, did_you_mean
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
 AXES: dict[str, str] = {
@@ -60,6 +60,8 @@ class Site:
         for index, word in ((self.layer, "layer"), (self.head, "head")):
             if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
                 raise UnknownSite(f"the {word} of {self.name!r} is {index!r}: give a whole number, counted from 0")
+            if index is not None and index < 0:
+                raise OutOfRange(f"{word} {index} of {self.name!r} was asked for: {word}s count from 0 upwards")
         if self.layer is not None and self.name in WHOLE_MODEL:
             raise UnknownSite(f"{self.name!r} is there once in the model and has no layer {self.layer}: leave it out")
         if self.head is not None and self.name not in HEADED:
@@ -129,7 +131,7 @@ def parse(text: str) -> AnySite:
         which = item[0] if item else "0"
         return ModuleSite(path, side, int(which) if which.isdigit() else which)  # pyright: ignore[reportArgumentType]
     name, *numbers = text.split(".")
-    if len(numbers) > 2 or not all(re.fullmatch(r"\d+", number) for number in numbers):
+    if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         hint = "a path of the module tree is meant? Write hk.module(path, side='output')"
         raise UnknownSite(f"{text!r} does not name a site; sites look like 'resid_post.6' or 'z.9.3' ({hint})")
     return Site(name, *map(int, numbers))

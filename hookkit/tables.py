@@ -67,19 +67,25 @@ class Distribution:
         return order[:count].tolist()
 
     @cached_property
+    def exact(self) -> Float[Tensor, " vocab"]:
+        """The log-probabilities in float64, for sums over the vocabulary."""
+        return self.logits.double().log_softmax(dim=-1)
+
+    @cached_property
     def entropy(self) -> float:
         """-Σ p log p, in nats."""
-        return float(-_weighted(self.probs, self.logprobs).sum())
+        return -expected(self.exact, self.exact)
 
     @cached_property
     def varentropy(self) -> float:
         """The variance of -log p under p, in nats²: 0 where all candidates are equally likely, or there is only one."""
-        return float(_weighted(self.probs, (-self.logprobs - self.entropy) ** 2).sum())
+        return expected(self.exact, (self.exact + self.entropy) ** 2)
 
 
-def _weighted(probs: LogitVector, values: LogitVector) -> Float[Tensor, " vocab"]:
-    """probs * values in float64, where a probability of 0 takes its value out, be it infinite."""
-    return torch.where(probs > 0, probs.double() * values.double(), 0.0)
+def expected(logprobs: Float[Tensor, " vocab"], values: Float[Tensor, " vocab"]) -> float:
+    """The mean of values under a distribution; a probability of 0 takes its value out, be it infinite."""
+    probs = logprobs.exp()
+    return float(torch.where(probs > 0, probs * values, 0.0).sum())
 
 
 def distributions(
@@ -268,20 +274,16 @@ def shift_summary(
 
 
 def divergences(was: Distribution, now: Distribution) -> dict[str, float]:
-    """kl, kl_reverse, js and tv of two distributions, in float64."""
-    p, q = was.probs.double(), now.probs.double()
-    logp, logq = was.logits.double().log_softmax(-1), now.logits.double().log_softmax(-1)
-    middle = torch.log((p + q) / 2)
-    return {
-        "kl": _divergence(p, logp, logq),
-        "kl_reverse": _divergence(q, logq, logp),
-        "js": (_divergence(p, logp, middle) + _divergence(q, logq, middle)) / 2,
-        "tv": float((p - q).abs().sum() / 2),
+    """kl, kl_reverse, js and tv of two distributions."""
+    p, q = was.exact, now.exact
+    middle = torch.logaddexp(p, q) - math.log(2)
+    found = {
+        "kl": expected(p, p - q),
+        "kl_reverse": expected(q, q - p),
+        "js": (expected(p, p - middle) + expected(q, q - middle)) / 2,
+        "tv": float((p.exp() - q.exp()).abs().sum() / 2),
     }
-
-
-def _divergence(p: Tensor, logp: Tensor, logq: Tensor) -> float:
-    return max(0.0, float(torch.where(p > 0, p * (logp - logq), 0.0).sum()))  # rounding can leave -1e-17
+    return {name: max(0.0, value) for name, value in found.items()}  # rounding can leave -1e-17
 
 
 def _margin(said: Distribution) -> float:
@@ -299,7 +301,7 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
     """
     found = []
     for said in distributions(run, pos=pos, step=step, rows=rows):
-        best = said.probs.sort(descending=True).values.double()
+        best = said.exact.exp().sort(descending=True).values
         first = said.top(1)[0]
         found.append(
             {
@@ -312,7 +314,7 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
                 "prob_margin": float(best[0] - best[1]),
                 "top1": repr(run.lm.string(first)),
                 "top1_prob": float(said.probs[first]),
-                "nucleus_90": int((best.cumsum(0) < 0.9).sum()) + 1,
+                "nucleus_90": int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
             }
         )
     return pd.DataFrame(found)

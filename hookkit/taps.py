@@ -149,7 +149,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, whe
         key: int | str = item
     else:
         named = next((name for name in ("hidden_states", "input", "x") if name in kwargs), None)
-        key = item if len(args) > item or named is None else named
+        key = named if item == 0 and not args and named is not None else item
     found = args[key] if isinstance(key, int) and len(args) > key else kwargs.get(key)  # pyright: ignore
     if not isinstance(found, Tensor):
         raise BadEdit(

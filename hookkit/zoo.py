@@ -222,7 +222,7 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
         with _quiet(isinstance(source, Path)):
             model = AutoModelForCausalLM.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **for_tokenizer)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise _reading_failed(label, error) from error
     return model, tokenizer
 

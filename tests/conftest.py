@@ -62,24 +62,24 @@ FAMILIES = ("llama", "gpt2")
 
 
 @pytest.fixture(scope="session")
-def words() -> PreTrainedTokenizerFast:
+def small_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer()
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def lm(request: pytest.FixtureRequest, words: PreTrainedTokenizerFast) -> hk.LM:
+def lm(request: pytest.FixtureRequest, small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
     """A tiny random model of each family."""
-    return hk.LM(tiny(request.param), words)
+    return hk.LM(tiny(request.param), small_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def llama(words: PreTrainedTokenizerFast) -> hk.LM:
-    return hk.LM(tiny("llama"), words)
+def llama(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
+    return hk.LM(tiny("llama"), small_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def gpt2(words: PreTrainedTokenizerFast) -> hk.LM:
-    return hk.LM(tiny("gpt2"), words)
+def gpt2(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
+    return hk.LM(tiny("gpt2"), small_tokenizer)
 
 
 @pytest.fixture(scope="session")

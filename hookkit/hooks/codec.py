@@ -1,4 +1,7 @@
-"""Hooks to JSON and back. Every value in a hook has one way to be written; a user's function only its name."""
+"""Hooks to JSON and back. Every value in a hook has one way to be written; a user's function only its name.
+
+What JSON has no word for is an object with one key that begins with "$": {"$sites": ["z.9.3"]}, {"$tensor": …}.
+"""
 
 import base64
 import dataclasses
@@ -53,24 +56,24 @@ def from_json(text: str) -> Hook:
 
 def _encode(value: Any, tensors: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
+        return {"$float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Sites):
-        return {"sites": [str(site) for site in value]}
+        return {"$sites": [str(site) for site in value]}
     if isinstance(value, Site | ModuleSite):
-        return {"site": str(value)}
+        return {"$site": str(value)}
     if isinstance(value, Part):
-        return {"part": value.value}
+        return {"$part": value.value}
     if isinstance(value, tuple):
         return [_encode(item, tensors) for item in value]
     if isinstance(value, Tensor):
-        return {"tensor": _tensor(value, tensors)}
+        return {"$tensor": _tensor(value, tensors)}
     if type(value).__name__ in VALUES:
         fields = {field.name: _encode(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
-        return {"value": type(value).__name__, **fields}
+        return {"$value": type(value).__name__, **fields}
     assert callable(value), f"a hook holds a {type(value).__name__}, which has no way to be written"
-    return {"function": _named(value)}
+    return {"$function": _named(value)}
 
 
 def _tensor(tensor: Tensor, tensors: str) -> dict[str, Any]:
@@ -97,23 +100,23 @@ def _decode(value: Any) -> Any:
         return tuple(map(_decode, value))
     if not isinstance(value, dict):
         return value
-    if "float" in value:
-        return float(value["float"])
-    if "sites" in value:
-        return Sites(tuple(map(parse, value["sites"])))
-    if "site" in value:
-        return parse(value["site"])
-    if "part" in value:
-        return Part(value["part"])
-    if "tensor" in value:
-        if "safetensors" not in value["tensor"]:
+    if "$float" in value:
+        return float(value["$float"])
+    if "$sites" in value:
+        return Sites(tuple(map(parse, value["$sites"])))
+    if "$site" in value:
+        return parse(value["$site"])
+    if "$part" in value:
+        return Part(value["$part"])
+    if "$tensor" in value:
+        if "safetensors" not in value["$tensor"]:
             raise BadHook(
                 "this hook was written with tensors='digest', which has the hash of its tensor and not the numbers"
             )
-        return load(base64.b64decode(value["tensor"]["safetensors"]))["t"]
-    if "function" in value:
+        return load(base64.b64decode(value["$tensor"]["safetensors"]))["t"]
+    if "$function" in value:
         raise BadHook(
-            f"this hook has a user's function, {value['function']['name']}, of which JSON has the name and not the "
+            f"this hook has a user's function, {value['$function']['name']}, of which JSON has the name and not the "
             "code: make the hook again with hk.edit(site, fn)"
         )
-    return VALUES[value["value"]](**{name: _decode(item) for name, item in value.items() if name != "value"})
+    return VALUES[value["$value"]](**{name: _decode(item) for name, item in value.items() if name != "$value"})
