@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make their own environment in .venv.
+
+PYTHON ?= python3
+IN = .venv/bin/python
+READY = .venv/ready
+
+.PHONY: demo test check benchmark clean
+
+demo: $(READY)
+	$(IN) -m experiments.oat_milk
+
+# The laws run a second time with every tensor's axes checked against its annotation.
+test: check
+	$(IN) -m pytest
+	$(IN) -m pytest tests/test_laws.py tests/test_tables.py --jaxtyping-packages=hookkit,beartype.beartype
+
+check: $(READY)
+	$(IN) -m ruff format --check
+	$(IN) -m ruff check
+	$(IN) -m pyright
+	$(IN) -m pytest tests/test_house.py
+
+benchmark: $(READY)
+	$(IN) -m experiments.benchmarks.overhead
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(IN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,166 @@
+"""What do hooks cost? Each workload beside plain transformers and beside hooks written by hand.
+
+It is answered by ratios of medians in one run, the workloads in turn and in a new order each round: the machine's speed
+drifts, so that seconds of different runs do not compare. Peak memory is that of a process of its own.
+
+python -m experiments.benchmarks.overhead        15 minutes on two cores; writes results/benchmarks/
+"""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hookkit as hk
+
+ROUNDS = {"forward": 20, "generate": 10, "tiny forward": 200, "tiny generate": 30}
+BATCH, WIDTH = 8, 128  # rows and tokens of the forward
+NEW_TOKENS, TINY_TOKENS = 64, 32
+THREADS = 2
+KEPT = {"plain": 0, "resid_post": 30 * BATCH * WIDTH * 576 * 4, "resid_post, pos=-1": 30 * BATCH * 576 * 4}  # bytes
+
+Work = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    lm = hk.load(device="cpu")
+    with hk.record("results/benchmarks", title="What hooks cost", lm=lm) as results:
+        table = pd.concat([forwards(lm), generation(lm), tiny()], ignore_index=True)
+        caption = f"Medians over rounds in turn, {THREADS} threads. ratio and added_ms are to plain transformers, round by round."
+        results.table("overhead", table, caption=caption)
+        peaks = results.table("memory", memory(), caption="Peak memory of one forward, in MB over that of the loaded model.")
+    print(table.to_string(index=False), peaks.to_string(index=False), sep="\n\n")
+
+
+def compared(what: str, work: Work) -> pd.DataFrame:
+    """Seconds of each workload, and how they compare with the first one's in the same round."""
+    taken: dict[str, list[float]] = {label: [] for label in work}
+    for number in range(ROUNDS[what] + 1):  # the first round warms up
+        for label in random.Random(number).sample(list(work), len(work)):
+            started = time.perf_counter()
+            work[label]()
+            taken[label].append(time.perf_counter() - started)
+    plain = taken[next(iter(work))][1:]
+    rows = []
+    for label, seconds in taken.items():
+        pairs = list(zip(seconds[1:], plain, strict=True))
+        ratio = statistics.median(mine / other for mine, other in pairs)
+        added = statistics.median(mine - other for mine, other in pairs) * 1000
+        rows.append([what, label, statistics.median(seconds[1:]) * 1000, ratio, added])
+    return pd.DataFrame(rows, columns=["what", "workload", "median_ms", "ratio", "added_ms"])
+
+
+def by_hand(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    """The least that keeping 30 residual streams can cost: hooks that clone, and nothing else."""
+
+    @torch.no_grad()
+    def run() -> object:
+        kept = {}
+        layers = enumerate(model.model.layers)
+        hooks = [layer.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out.clone())) for n, layer in layers]
+        out = model(ids, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        return out, kept
+
+    return run
+
+
+def plainly(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    @torch.no_grad()
+    def run() -> object:
+        return model(ids, use_cache=False).logits
+
+    return run
+
+
+def some_ids() -> torch.Tensor:
+    return torch.randint(0, 49000, (BATCH, WIDTH), generator=torch.Generator().manual_seed(0))
+
+
+def forwards(lm: hk.LM) -> pd.DataFrame:
+    ids = some_ids()
+    work: Work = {
+        "plain transformers": plainly(lm.model, ids),
+        "30 clones by hand": by_hand(lm.model, ids),
+        "nothing attached": lambda: hk.forward(lm, ids),
+        "capture of 30 resid_post": lambda: hk.forward(lm, ids, hk.capture("resid_post")),
+        "capture of layer 5, no logits": lambda: hk.forward(lm, ids, hk.capture("resid_post.5"), logits=False),
+        "capture of 30, no logits": lambda: hk.forward(lm, ids, hk.capture("resid_post"), logits=False),
+        "last logits only": lambda: hk.forward(lm, ids, logits="last"),
+    }
+    return compared("forward", work)
+
+
+def generation(lm: hk.LM) -> pd.DataFrame:
+    prompt = "I like oat milk in my"
+    inputs = lm.tokenizer(prompt, return_tensors="pt")
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    vector = torch.randn(576, generator=torch.Generator().manual_seed(0))
+    hooks = [hk.force(" coffee"), hk.steer("resid_post.6", vector)]
+    work: Work = {
+        "plain transformers": lambda: lm.model.generate(**inputs, **settings),
+        "nothing attached": lambda: hk.generate(lm, prompt, **settings),
+        "force and steer": lambda: hk.generate(lm, prompt, *hooks, **settings),
+    }
+    return compared("generate", work)
+
+
+def tiny() -> pd.DataFrame:
+    """A model of 30 layers with d_model 8, of which nothing is left but overhead."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 2, "num_key_value_heads": 1}
+    lm = hk.LM(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval())
+    ids = torch.arange(8)[None]
+    settings = {"max_new_tokens": TINY_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    once: Work = {
+        "plain transformers": plainly(lm.model, ids),
+        "30 clones by hand": by_hand(lm.model, ids),
+        "nothing attached": lambda: hk.forward(lm, ids),
+        "capture of 30 resid_post": lambda: hk.forward(lm, ids, hk.capture("resid_post")),
+    }
+    tokens: Work = {
+        "plain transformers": lambda: lm.model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+        "force": lambda: hk.generate(lm, ids, hk.force(3), **settings),
+        "force and steer": lambda: hk.generate(lm, ids, hk.force(3), hk.steer("resid_post.6", torch.ones(8)), **settings),
+    }
+    return pd.concat([compared("tiny forward", once), compared("tiny generate", tokens)])
+
+
+def memory() -> pd.DataFrame:
+    """Peaks of a process each, and what is beyond the values kept, as a part of the plain forward's."""
+    words = [sys.executable, "-m", "experiments.benchmarks.overhead", "--peak"]
+    peaks = [json.loads(subprocess.run([*words, each], capture_output=True, text=True, check=True).stdout) for each in KEPT]
+    table = pd.DataFrame({"workload": list(KEPT), "peak_mb": peaks, "kept_mb": [kept / 1e6 for kept in KEPT.values()]})
+    return table.assign(beyond=(table["peak_mb"] - table["kept_mb"]) / peaks[0] - 1)
+
+
+def peak_of(workload: str) -> float:
+    torch.set_num_threads(THREADS)
+    lm = hk.load(device="cpu")
+    hk.forward(lm, [[1, 2]], hk.capture("resid_post"))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    if workload == "plain":
+        plainly(lm.model, some_ids())()
+    else:
+        hk.forward(lm, some_ids(), hk.capture("resid_post", pos=-1 if "pos" in workload else None))
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """A figure of this process's memory, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    print(peak_of(sys.argv[2])) if "--peak" in sys.argv else main()
