@@ -33,13 +33,14 @@ def save_tensors(
 ) -> Path:
     """Write named tensors, or all that a run captured, to a safetensors file, with words about them; the file's path.
 
-    >>> save_tensors({"direction": vector}, "direction.safetensors", about={"site": "resid_post.6"})
+    >>> save_tensors({"direction": vector}, "direction.safetensors", about={"site": "resid_post.6"}).name
+    'direction.safetensors'
     """
     from safetensors.torch import save_file
 
     if isinstance(tensors, Run):
         found = {f"{each.site}" + (f"/{each.name}" if each.name else ""): each.values for each in tensors.kept.all}
-        made = {name: value for name, value in tensors.about.items() if name != "seconds"}  # the same run, the same bytes
+        made = {name: value for name, value in tensors.about.items() if name != "seconds"}  # same run, same bytes
         about = {"about": json.dumps(made), **(about or {})}
     else:
         found = dict(tensors)
@@ -56,7 +57,9 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors that `save_tensors` wrote, by name, on the CPU.
 
-    >>> load_tensors("direction.safetensors")["direction"]
+    >>> path = save_tensors(run, "run.safetensors")
+    >>> load_tensors(path)["resid_post.6"].shape
+    torch.Size([1, 7, 576])
     """
     from safetensors.torch import load_file
 
@@ -159,7 +162,7 @@ def record(
     keeps what was written, and about.json says how it ended.
 
     >>> with record("results/oat_milk", lm=lm, seed=0) as results:
-    ...     results.table("ranks", ranks(run))
+    ...     table = results.table("ranks", ranks(run))
     """
     path = Path(folder)
     return Record(path, title or path.name.replace("_", " ").capitalize(), lm, seed, question)

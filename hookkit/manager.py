@@ -48,8 +48,10 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     `model` is an LM, or any `nn.Module`, whose places are named with `hk.module(path)`. The hooks are checked against
     the model here, before anything is registered.
 
-    >>> with attach(lm, force(" coffee")) as manager:
-    ...     output = lm.model.generate(**inputs)
+    >>> with attach(lm, force(" coffee"), capture("resid_post.6")) as manager:
+    ...     output = lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    >>> manager["resid_post.6"].shape
+    torch.Size([1, 9, 576])
     """
     return HookManager(as_lm(model), hooks)
 

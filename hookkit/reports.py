@@ -73,7 +73,8 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     A text that begins with "# " is a heading. Unnamed parts are table_1, figure_1 and so on. Names that stand twice, or
     that are no file names, raise `BadHook`.
 
-    >>> report("Oat milk", "# Before", ranks(run)).write("results/oat_milk")
+    >>> report("Oat milk", "# Before", ranks(run)).write("results/oat_milk").name
+    'report.html'
     """
     named: list[str | Part] = []
     for part in parts:

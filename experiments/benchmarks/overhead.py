@@ -7,6 +7,7 @@ python -m experiments.benchmarks.overhead        15 minutes on two cores; writes
 """
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -35,9 +36,9 @@ def main() -> None:
     lm = hk.load(device="cpu")
     with hk.record("results/benchmarks", title="What hooks cost", lm=lm) as results:
         table = pd.concat([forwards(lm), generation(lm), tiny()], ignore_index=True)
-        caption = f"Medians over rounds in turn, {THREADS} threads. ratio and added_ms are to plain transformers, round by round."
+        caption = f"Medians, {THREADS} threads. ratio and added_ms: to plain transformers, round by round."
         results.table("overhead", table, caption=caption)
-        peaks = results.table("memory", memory(), caption="Peak memory of one forward, in MB over that of the loaded model.")
+        peaks = results.table("memory", memory(), caption="Peak of one forward over the loaded model.")
     print(table.to_string(index=False), peaks.to_string(index=False), sep="\n\n")
 
 
@@ -65,8 +66,10 @@ def by_hand(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object]:
     @torch.no_grad()
     def run() -> object:
         kept = {}
-        layers = enumerate(model.model.layers)
-        hooks = [layer.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out.clone())) for n, layer in layers]
+        hooks = [
+            layer.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out.clone()))
+            for n, layer in enumerate(model.model.layers)
+        ]
         out = model(ids, use_cache=False).logits
         for hook in hooks:
             hook.remove()
@@ -117,8 +120,8 @@ def generation(lm: hk.LM) -> pd.DataFrame:
 
 def tiny() -> pd.DataFrame:
     """A model of 30 layers with d_model 8, of which nothing is left but overhead."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 2, "num_key_value_heads": 1}
-    lm = hk.LM(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval())
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=2)
+    lm = hk.LM(LlamaForCausalLM(config).eval())
     ids = torch.arange(8)[None]
     settings = {"max_new_tokens": TINY_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     once: Work = {
@@ -127,10 +130,11 @@ def tiny() -> pd.DataFrame:
         "nothing attached": lambda: hk.forward(lm, ids),
         "capture of 30 resid_post": lambda: hk.forward(lm, ids, hk.capture("resid_post")),
     }
+    hooks = [hk.force(3), hk.steer("resid_post.6", torch.ones(8))]
     tokens: Work = {
         "plain transformers": lambda: lm.model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
         "force": lambda: hk.generate(lm, ids, hk.force(3), **settings),
-        "force and steer": lambda: hk.generate(lm, ids, hk.force(3), hk.steer("resid_post.6", torch.ones(8)), **settings),
+        "force and steer": lambda: hk.generate(lm, ids, *hooks, **settings),
     }
     return pd.concat([compared("tiny forward", once), compared("tiny generate", tokens)])
 
@@ -138,7 +142,10 @@ def tiny() -> pd.DataFrame:
 def memory() -> pd.DataFrame:
     """Peaks of a process each, and what is beyond the values kept, as a part of the plain forward's."""
     words = [sys.executable, "-m", "experiments.benchmarks.overhead", "--peak"]
-    peaks = [json.loads(subprocess.run([*words, each], capture_output=True, text=True, check=True).stdout) for each in KEPT]
+    # glibc's own threshold moves, and with it a third of the peak, by chance; fixed, every tensor is given back at once
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    runs = [subprocess.run([*words, each], env=settings, capture_output=True, text=True, check=True) for each in KEPT]
+    peaks = [json.loads(run.stdout) for run in runs]
     table = pd.DataFrame({"workload": list(KEPT), "peak_mb": peaks, "kept_mb": [kept / 1e6 for kept in KEPT.values()]})
     return table.assign(beyond=(table["peak_mb"] - table["kept_mb"]) / peaks[0] - 1)
 
@@ -152,7 +159,7 @@ def peak_of(workload: str) -> float:
     if workload == "plain":
         plainly(lm.model, some_ids())()
     else:
-        hk.forward(lm, some_ids(), hk.capture("resid_post", pos=-1 if "pos" in workload else None))
+        hk.forward(lm, some_ids(), hk.capture("resid_post", pos=-1 if "pos=" in workload else None))
     return resident("VmHWM") - before
 
 

@@ -1,0 +1,130 @@
+"""What a model says at one position: a distribution over the vocabulary, and the numbers that follow from it.
+
+Log-probabilities are a float32 log-softmax over every row of the vocabulary that the model has, as in decoding. Rows of
+the vocabulary that are no token are never ranked and never shown. Sums over the vocabulary are taken in float64.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import EmptySelection, OutOfRange
+from .model import LM
+from .positions import CountLike, PosLike, Where, as_count, as_pos, chosen, wish
+from .prompts import cover
+from .runs import Run
+
+LogitVector: TypeAlias = Float[Tensor, " vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """What the model says at one position: logits and all that follows from them."""
+
+    lm: LM
+    place: dict[str, int]  # row and pos, and step where steps were asked for
+    logits: LogitVector  # float32, on the CPU
+
+    @cached_property
+    def logprobs(self) -> LogitVector:
+        return self.logits.log_softmax(dim=-1)
+
+    @cached_property
+    def probs(self) -> LogitVector:
+        return self.logprobs.exp()
+
+    @property
+    def real(self) -> LogitVector:
+        """The logits of the rows of the vocabulary that are tokens."""
+        return self.logits[: self.lm.n_tokens or None]
+
+    @cached_property
+    def _ascending(self) -> LogitVector:
+        return self.real.sort().values
+
+    def ranks(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """1 + the number of tokens with a strictly larger logit."""
+        larger = len(self._ascending) - torch.searchsorted(self._ascending, self.logits[ids].contiguous(), right=True)
+        return larger + 1
+
+    def top(self, count: int | None) -> list[int]:
+        """The most likely tokens; the lower id first among equals, as in greedy decoding."""
+        order = torch.sort(self.real, descending=True, stable=True).indices
+        return order[:count].tolist()
+
+    @cached_property
+    def exact(self) -> Float[Tensor, " vocab"]:
+        """The log-probabilities in float64, for sums over the vocabulary."""
+        return self.logits.double().log_softmax(dim=-1)
+
+    @cached_property
+    def entropy(self) -> float:
+        """-Σ p log p, in nats."""
+        return -expected(self.exact, self.exact)
+
+    @cached_property
+    def varentropy(self) -> float:
+        """The variance of -log p under p, in nats²: 0 where all candidates are equally likely, or there is only one."""
+        return expected(self.exact, (self.exact + self.entropy) ** 2)
+
+    @cached_property
+    def margin(self) -> float:
+        """The largest logit minus the second largest; infinite where every other token is banned."""
+        first, second = self.real.topk(2).values.tolist()
+        return first - second if second != -math.inf else math.inf
+
+
+def expected(logprobs: Float[Tensor, " vocab"], values: Float[Tensor, " vocab"]) -> float:
+    """The mean of values under a distribution; a probability of 0 takes its value out, be it infinite."""
+    probs = logprobs.exp()
+    return float(torch.where(probs > 0, probs * values, 0.0).sum())
+
+
+def distributions(
+    run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
+) -> Iterator[Distribution]:
+    """What the model says at each chosen position of each row, in order.
+
+    Without `pos` and `step` these are all the positions at which the run has logits. Raises `OutOfRange` where a chosen
+    position has none.
+    """
+    kept = run.captured_logits()
+    assert kept.positions is not None
+    where = Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    if where.pos is not None and where.step is not None:
+        raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: say one of them")
+    for row in chosen(where.rows, len(kept.rows)):
+        prompt = kept.prompts[row]
+        wanted = wish(where, len(prompt), lambda at, prompt=prompt: cover(run.lm, prompt, at))
+        there = [place for place in kept.positions[row].tolist() if place >= 0]
+        missing = [] if isinstance(wanted, range) else [place for place in wanted if place not in there]
+        places = [place for place in there if place in wanted]
+        if missing or not places:
+            asked = f"step={step!r}" if step is not None else f"pos={pos!r}"
+            raise OutOfRange(
+                f"{asked} was asked for in row {row}, where this run has logits at positions {there[0]} to {there[-1]} "
+                f"(its prompt has {len(prompt)} tokens)"
+            )
+        for place in places:
+            asked_step = {} if where.step is None else {"step": place - len(prompt) + 1}
+            logits = kept.values[row, there.index(place)].detach().float().cpu()
+            yield Distribution(run.lm, {"row": row, "pos": place, **asked_step}, logits)
+
+
+def divergences(was: Distribution, now: Distribution) -> dict[str, float]:
+    """kl, kl_reverse, js and tv of two distributions."""
+    p, q = was.exact, now.exact
+    middle = torch.logaddexp(p, q) - math.log(2)
+    found = {
+        "kl": expected(p, p - q),
+        "kl_reverse": expected(q, q - p),
+        "js": (expected(p, p - middle) + expected(q, q - middle)) / 2,
+        "tv": float((p.exp() - q.exp()).abs().sum() / 2),
+    }
+    return {name: max(0.0, value) for name, value in found.items()}  # rounding can leave -1e-17

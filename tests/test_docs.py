@@ -1,0 +1,57 @@
+"""Every example in a docstring runs, on the default model, and gives what stands there."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from test_house import ORDER
+
+import hookkit as hk
+from hookkit.errors import HookkitError
+
+FINDER = doctest.DocTestFinder(exclude_empty=True)
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def examples() -> list[doctest.DocTest]:
+    found = [test for name in ORDER for test in FINDER.find(importlib.import_module(f"hookkit.{name}"))]
+    return [test for test in {test.name: test for test in found}.values() if test.examples]
+
+
+@pytest.fixture(scope="module")
+def words(smol):
+    """What an example may take as given."""
+    torch.manual_seed(0)
+    lm = smol
+    given = {name: getattr(hk, name) for name in hk.__all__}
+    run = hk.forward(lm, "I like oat milk in my", hk.capture("resid_post.6"))
+    other = hk.forward(lm, "She takes green tea with", hk.capture("resid_post.6"))
+    inputs = lm.tokenizer("I like oat milk in my", return_tensors="pt")
+    return given | {"hk": hk, "torch": torch, "lm": lm, "run": run, "other": other, "inputs": inputs,
+                    "vector": torch.randn(576), "direction": torch.randn(576)}  # fmt: skip
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_an_example_gives_what_it_says(test, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test.globs = test.globs | words
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
+    assert not said, "".join(said)
+
+
+def public() -> list[str]:
+    return [name for name in hk.__all__ if name not in ("errors", "figures", "PROMPT", "GENERATED")]
+
+
+@pytest.mark.parametrize("name", public())
+def test_every_public_name_says_what_it_is(name):
+    thing = getattr(hk, name)
+    assert (thing.__doc__ or "").strip() and not thing.__doc__.startswith(f"{name}("), name
+
+
+def test_every_error_is_a_hookkit_error_and_says_when_it_is_raised():
+    errors = [thing for thing in vars(hk.errors).values() if isinstance(thing, type) and issubclass(thing, Exception)]
+    assert len(errors) > 8
+    assert all(issubclass(error, HookkitError) and error.__doc__ for error in errors)

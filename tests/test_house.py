@@ -1,0 +1,100 @@
+"""The house: which file may import which, what an import costs, who may touch the model."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+PACKAGE = HERE / "hookkit"
+
+# Each file may import only from files above it.
+ORDER = """
+errors sites positions families model zoo prompts calls captured
+hooks.base hooks.looking hooks.edits hooks.replacing hooks.logits hooks.codec hooks
+generation taps firing acting following manager about runs distributions tables figures reports files
+""".split()
+
+FILES = {
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.name != "__init__.py"
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The files of hookkit that a file imports, wherever in it."""
+    package = path.relative_to(HERE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {".".join([*base, name]) for name in names}
+    return {name.removeprefix("hookkit.") for name in found}
+
+
+def modules(path: Path) -> set[str]:
+    """The packages that a file imports when it is imported itself."""
+    nodes = ast.parse(path.read_text()).body
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in found}
+
+
+def fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert sorted(ORDER) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_from_files_above_it(name):
+    above = ORDER[: ORDER.index(name)]
+    assert imported(FILES[name]) <= {*above}
+
+
+def test_the_import_is_light():
+    code = "import sys, time; t = time.perf_counter(); import hookkit; print(time.perf_counter() - t, *sys.modules)"
+    words = [fresh(code).split() for _ in range(3)]
+    assert min(float(seconds) for seconds, *_ in words) < 0.3
+    assert not set(words[0]) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "jinja2"}
+
+
+def test_every_name_of_the_catalogue_is_there():
+    assert fresh("import hookkit as hk; [getattr(hk, name) for name in hk.__all__]; print(len(hk.__all__) > 40)") == "True"
+    assert "force" in fresh("import hookkit as hk; print(dir(hk))")
+
+
+def test_the_catalogue_is_sorted_and_re_exports():
+    lines = [line for line in (PACKAGE / "__init__.pyi").read_text().splitlines() if line.startswith("from")]
+    assert lines == sorted(lines, key=lambda line: (line.split()[1] != ".", line.split()[1]))
+    assert all(re.fullmatch(r"from \S+ import (\w+) as \1", line) for line in lines)
+
+
+def test_only_the_manager_registers_hooks():
+    assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager"]
+
+
+@pytest.mark.parametrize("name", ["errors", "sites", "positions", "families", "figures"])
+def test_words_and_figures_need_no_torch(name):
+    assert not modules(FILES[name]) & {"torch", "transformers"}
+
+
+def test_no_experiment_imports_another():
+    for path in (HERE / "experiments").rglob("*.py"):
+        assert "experiments" not in modules(path), path
+
+
+def test_nothing_that_is_kept_names_a_place_on_a_machine():
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True, check=False)
+    if kept.returncode:
+        pytest.skip("not a git checkout")
+    place = re.compile(rb"/(home|root|work|Users|tmp)/\w|https?://(localhost|127\.|10\.|192\.168)")
+    found = [name for name in kept.stdout.split("\0") if name and place.search((HERE / name).read_bytes())]
+    assert [name for name in found if name != "tests/test_house.py"] == []

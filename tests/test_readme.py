@@ -1,0 +1,32 @@
+"""The README's Python runs from top to bottom in one session, and prints what the README shows."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_readme_shows_what_its_code_prints(smol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, object] = {}
+    shown = 0
+    for (language, code), (after, output) in zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True):
+        if language != "python":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), session)
+        if after == "text":
+            assert printed.getvalue().rstrip() == output.rstrip()
+            shown += 1
+    assert shown >= 3
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README) or ["README.md"])
+def test_every_link_leads_somewhere(path):
+    assert (Path(__file__).parent.parent / path).exists()
