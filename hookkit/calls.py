@@ -136,13 +136,14 @@ class Call:
     seen: int  # the columns that the text had before this call
     _known: dict[tuple[int, bool, bool], Cells | None] = field(default_factory=dict)
 
-    def whole(self, where: Where, head: bool) -> Cells | None:
-        """The cells of a capture, if they are known already and are all there are."""
-        cells = self._known.get((id(where), head, True))
-        return cells if cells is not None and cells.whole else None
-
     def __post_init__(self) -> None:
         self.shape = self.rows, self.width  # of the tensors inside the model
+        self.inference = torch.is_inference_mode_enabled()
+
+    def whole(self, key: tuple[int, bool, bool]) -> Cells | None:
+        """The cells that were found for such a wish before, if they are all there are."""
+        cells = self._known.get(key)
+        return cells if cells is not None and cells.whole else None
 
     def cells(self, where: Where, head: bool, new: bool) -> Cells | None:
         """The cells that a hook wants here, or None. `head`: at the unembedding. `new`: only those not seen before."""

@@ -59,7 +59,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     >>> path = save_tensors(run, "run.safetensors")
     >>> load_tensors(path)["resid_post.6"].shape
-    torch.Size([1, 7, 576])
+    torch.Size([1, 6, 576])
     """
     from safetensors.torch import load_file
 

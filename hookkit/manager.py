@@ -12,9 +12,9 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, TypeGuard
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,13 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from . import generation
 from .acting import act
-from .calls import Call, Text
-from .captured import Captured, Ending, Kept, Piece, Slot, joined, merged
-from .errors import NeverFired, NotCaptured, Unsupported
-from .firing import Firing, check_possible, firing_log, never_fired, unreached
+from .calls import Call
+from .captured import Captured, Kept, Piece, merged
+from .errors import NotCaptured, Unsupported
+from .firing import check_possible
 from .following import Follower
 from .hooks.base import Hook
-from .hooks.looking import Capture, capture
+from .hooks.looking import capture
+from .keeping import Keeping
 from .model import LM, as_lm
 from .prompts import Batch, as_batch, cover
 from .sites import AnySite, Sites
@@ -75,20 +76,14 @@ class HookManager:
 
     def _start(self) -> None:
         self.follower = Follower(functools.partial(cover, self.lm), "logits_to_keep" in self.lm.takes)
+        self._keeping = Keeping(self.actions)
         self._call: Call | None = None
         self._owner: nn.Module | None = None  # the module whose forward is running
         self._thread = 0  # that it runs in
         self._busy = 0  # the thread in which a hook's own function is running
         self._pending: set[Action] = set()
-        self._finished: list[Kept] = []
-        self._endings: dict[Text, Ending] = {}
-        self._text: Text | None = None  # a text whose captures are not joined yet
-        self._firings: list[Firing] = []
-        self._problem: str | None = None
         self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
         self._watch = generation.Watch()
-        for action in self.actions:
-            action.pieces, action.fired = [], 0
 
     # ---- the block
 
@@ -110,8 +105,8 @@ class HookManager:
         self._stack.close()
         self._call = self._owner = None
         if kind is None:
-            self._finish(self.follower.plain_ending)
-            self._check_fired()
+            self._keeping.finish(self.follower.plain_ending)
+            self._keeping.check_fired(self.follower.forwards)
 
     def _register(self, stack: ExitStack) -> None:
         root = self.lm.root
@@ -139,13 +134,6 @@ class HookManager:
     def __reduce__(self) -> Any:
         raise Unsupported("the model carries the hooks of a block, which no copy could shed: copy or save it outside")
 
-    def _check_fired(self) -> None:
-        for action in self.actions:
-            if not action.fired:
-                raise NeverFired(never_fired(action, self.follower.forwards))
-        if self._problem is not None:
-            raise NeverFired(self._problem)
-
     # ---- one forward
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -158,8 +146,8 @@ class HookManager:
         given = dict(zip(_arguments(type(module)), args, strict=False)) | kwargs
         call, begins = self.follower.call(given)
         if begins:
-            self._finish(self.follower.plain_ending)
-            self._text = call.text
+            self._keeping.finish(self.follower.plain_ending)
+            self._keeping.running = call.text
         if begins or not call.number:
             self._check_possible(call)
         if self.follower.generation is not None and self.follower.generation.beams > 1:
@@ -193,12 +181,15 @@ class HookManager:
     def _on_watched(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
         """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
         call, action = self._call, tap.actions[0]
-        cells = None if call is None or self._busy else call.whole(action.where, action.head)
-        if call is None or cells is None or not _is_plain(output) or output.shape[:2] != call.shape:
+        cells = None if call is None or self._busy else call.whole(action.key)
+        if call is None or cells is None or type(output) is not Tensor or output.requires_grad or call.inference:
+            return self._on_output(tap, module, args, output)
+        shape = output.shape
+        if shape[:2] != call.shape:
             return self._on_output(tap, module, args, output)
         action.fired += 1
         action.pieces.append(Piece(call.number, cells, output.clone()))
-        self._firings.append((action, call.number, cells, output.shape[2:], None))
+        self._keeping.firings.append((action, call.number, cells, shape[2:], None))
         if self._stop_early:
             self._done(tap)
         return None
@@ -236,7 +227,7 @@ class HookManager:
                     error.add_note(f"in {action.hook} at {action.site}, forward {call.number}")
                     raise
                 if firing is not None:
-                    self._firings.append(firing)
+                    self._keeping.firings.append(firing)
         finally:
             self._busy = 0
         if self._stop_early:
@@ -251,25 +242,6 @@ class HookManager:
 
     # ---- one text
 
-    def _finish(self, ending: Callable[[], Ending]) -> None:
-        """Hold what the captures of the running text kept, to be joined when it is asked for."""
-        if self._text is None:
-            return
-        text, self._text = self._text, None
-        self._endings[text] = ending()
-        self._finished.append(self._kept(text, self._endings[text]))
-        for action in self.actions:
-            action.pieces = []
-        self._problem = self._problem or unreached(self.actions, text, self._endings[text])
-
-    def _kept(self, text: Text, ending: Ending) -> Kept:
-        slots = []
-        for action in self.actions:
-            if isinstance(action.hook, Capture) and action.pieces:
-                make = functools.partial(_captured, action.hook, action.site, list(action.pieces), text, ending)
-                slots.append(Slot(action.site, action.hook.name, make))
-        return Kept(tuple(slots))
-
     def _generating(self, original: Any) -> Any:
         """transformers' `generate`, with the hooks told of its prompt, its steps and its end."""
 
@@ -278,15 +250,16 @@ class HookManager:
             if self._busy == threading.get_ident() or self.follower.generation is not None:
                 return original(*args, **kwargs)
             plan = generation.read(self.lm.root, args, kwargs)
-            self._finish(self.follower.plain_ending)
-            text = self._text = self.follower.text = plan.text(self.follower.find)
+            self._keeping.finish(self.follower.plain_ending)
+            text = self._keeping.running = self.follower.text = plan.text(self.follower.find)
             self.follower.generation = plan
             try:
                 with generation.watched(self.lm.root, plan) as self._watch:
                     output = original(*args, **generation.eager(args, kwargs))
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 self.rows = generation.final_rows(plan, text, sequences, self._watch)
-                self._finish(lambda: generation.ending(plan, text, sequences, self.rows, self.follower.histories))
+                histories = self.follower.histories
+                self._keeping.finish(lambda: generation.ending(plan, text, sequences, self.rows, histories))
             finally:
                 self.follower.generation = None
                 self.follower.histories = {}
@@ -317,10 +290,8 @@ class HookManager:
     def texts(self) -> list[Kept]:
         """What the captures kept, a text each: one plain forward (with the decoding steps that go on from it), or one
         `generate`."""
-        if self._text is None:
-            return list(self._finished)
-        running = self._text if self.follower.generation is None and self.follower.forwards else None
-        return [*self._finished, *([self._kept(running, self.follower.plain_ending())] if running else [])]
+        in_between = self.follower.generation is None and self.follower.forwards
+        return self._keeping.texts(self.follower.plain_ending if in_between else None)
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
         """The values at a site, with their rows and positions, if one text ran in the block."""
@@ -347,32 +318,13 @@ class HookManager:
     @property
     def log(self) -> pd.DataFrame:
         """Where each hook fired: one row for each hook, site, forward and row of the batch."""
-        return firing_log(self._firings, self._endings)
-
-
-def _captured(hook: Capture, site: AnySite, pieces: list[Piece], text: Text, ending: Ending) -> Captured:
-    """What one capture kept of a text, in one piece."""
-    if pieces[0].cells is None:
-        return Captured(site, hook.where, pieces[0].values, None, (), (), hook.name)
-    values, positions, rows = joined(pieces, ending)
-    return Captured(site, hook.where, values, positions, *_origins(rows, text, ending), hook.name)
-
-
-def _origins(rows: list[int], text: Text, ending: Ending) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The prompt that each final row is of, and its tokens."""
-    prompts = tuple(ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows)
-    return prompts, tuple(map(text.prompt, prompts))
+        return self._keeping.log()
 
 
 @functools.cache
 def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
     """The names of a module's positional arguments."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def _is_plain(output: object) -> TypeGuard[Tensor]:
-    """True for a tensor that can be cloned as it is."""
-    return isinstance(output, Tensor) and not output.requires_grad and not output.is_inference()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -45,11 +45,11 @@ class Batch:
         return (self.positions >= 0).to(self.ids.device)
 
     def inputs(self, lm: LM) -> dict[str, Tensor]:
-        """The arguments of a forward: ids; a mask where there is padding; positions where the model takes them."""
-        inputs = {"input_ids": self.ids}
-        if self.padded:
-            inputs["attention_mask"] = self.mask.long()
-        if "position_ids" in lm.takes:  # GPT-2's own default would count the padding in
+        """The arguments of a forward: ids, and where there is padding a mask, and positions if the model takes them."""
+        if not self.padded:
+            return {"input_ids": self.ids}
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask.long()}
+        if "position_ids" in lm.takes:  # a model's own default counts the padding in
             inputs["position_ids"] = self.positions.clamp(min=0).to(self.ids.device)
         return inputs
 
@@ -64,9 +64,11 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
     rows = _rows(lm, prompts)
     for number, row in enumerate(rows):
         _check(lm, number, row, room)
-    ids = padded(rows, pad_id(lm), side)
-    positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
-    if any(len(row) < ids.shape[1] for row in rows):
+    if len(set(map(len, rows))) == 1:
+        ids = torch.tensor(rows)
+        positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
+    else:
+        ids = padded(rows, pad_id(lm), side)
         positions = padded([range(len(row)) for row in rows], -1, side)
     return Batch(tuple(rows), ids.to(lm.device), positions, side)
 

@@ -40,9 +40,10 @@ def ranks(
     then a column too. `top=None` gives the whole vocabulary, `top=0` the watched tokens alone.
 
     >>> ranks(run, top=2, watch=" tea")[["token", "rank"]]
-             token  rank
-    0    ' coffee'     1
-    1       ' tea'     2
+            token  rank
+    0   ' coffee'     1
+    1  ' morning'     2
+    2      ' tea'     5
     """
     pos = -1 if pos is None and step is None else pos
     watched = _token_ids(run.lm, watch)

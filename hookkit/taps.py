@@ -37,6 +37,10 @@ class Action:
     head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
     pieces: list[Piece] = field(default_factory=list)  # of the text that is running
     fired: int = 0  # forwards in which it did something
+    key: tuple[int, bool, bool] = (0, False, True)  # of the cells that it copies
+
+    def __post_init__(self) -> None:
+        self.key = id(self.where), self.head, True
 
 
 @dataclass(eq=False)
@@ -60,10 +64,11 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             )
         located = lm.located(hook.sites)
         referred = _once(lambda prompts, sites=tuple(located): reference(sites, prompts))
+        edits = hook if isinstance(hook, EditHook) else None
         looks = isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
         reads_input = isinstance(hook, SkipBlock)
         for site, place in located.items():
-            change = _change(lm, hook, site, referred) if isinstance(hook, EditHook) else None
+            change = _change(lm, edits, site, referred) if edits is not None else None
             tap = taps.get((place.path, place.side, place.item))
             if tap is None:
                 tap = taps[place.path, place.side, place.item] = Tap(lm.submodule(place.path), place, [])

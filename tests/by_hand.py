@@ -96,7 +96,9 @@ def with_hook(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]):
     return module.register_forward_hook(after)
 
 
-def edited_logits(model: nn.Module, ids: list[int], site: str, layer: int | None, edit: Callable[[Tensor], Tensor]) -> Tensor:
+def edited_logits(
+    model: nn.Module, ids: list[int], site: str, layer: int | None, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Logits of plain transformers with a hand-written hook at a site; `edit` sees the whole tensor of the module."""
     module, side, _ = module_of(model, site, layer)
     handle = with_hook(module, side, edit)
@@ -106,7 +108,9 @@ def edited_logits(model: nn.Module, ids: list[int], site: str, layer: int | None
         handle.remove()
 
 
-def greedy(model: nn.Module, ids: list[int], steps: int, change: Callable[[Tensor, int], Tensor] = lambda said, step: said) -> list[int]:
+def greedy(
+    model: nn.Module, ids: list[int], steps: int, change: Callable[[Tensor, int], Tensor] = lambda said, step: said
+) -> list[int]:
     """A decoding loop without a cache: `change(logits, step)` edits what the model says before the largest is taken."""
     ids = list(ids)
     for step in range(steps):

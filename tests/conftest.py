@@ -54,7 +54,9 @@ def tiny(family: str, **changes: object) -> torch.nn.Module:
         model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(std=0.3) if weight.ndim > 1 else weight.normal_(mean=float("norm" in name or "ln" in name), std=0.1)
+            weight.normal_(std=0.3) if weight.ndim > 1 else weight.normal_(
+                mean=float("norm" in name or "ln" in name), std=0.1
+            )
     return model.eval()
 
 
@@ -90,7 +92,13 @@ def smol() -> hk.LM:
 
 def hooks_on(model: torch.nn.Module) -> dict[str, list[object]]:
     """Every hook and every attribute of its own that could stand in for a method, by module."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
     found = {}
     for path, module in model.named_modules():
         mine = [list(getattr(module, kind).items()) for kind in kinds]

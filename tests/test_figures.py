@@ -91,7 +91,9 @@ def test_bars_are_the_deltas_and_a_banned_tokens_bar_has_no_end(shift):
 
 def test_tokens_that_a_font_lacks_or_that_look_like_mathematics_are_drawn_as_text(shift):
     odd = shift.copy()
-    odd["token"] = [repr(t) for t in ["$x$", " 漢", "🧋", "\n", "<script>", "$", "a_b^c", "\\", "%", "é", "ﷺ", "\t"][: len(odd)]]
+    odd["token"] = [
+        repr(t) for t in ["$x$", " 漢", "🧋", "\n", "<script>", "$", "a_b^c", "\\", "%", "é", "ﷺ", "\t"][: len(odd)]
+    ]
     for figure in (hk.rank_bump(odd), hk.delta_bars(odd)):
         drawn(figure)
 
@@ -99,9 +101,21 @@ def test_tokens_that_a_font_lacks_or_that_look_like_mathematics_are_drawn_as_tex
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda s, e: hk.rank_bump(e), BadHook, "this figure needs the column 'rank_after', and the table has row, pos, token"),
-        (lambda s, e: hk.logit_scatter(e.head(3), watch=" zebra"), EmptySelection, "the watched token ' zebra' is not in the table"),
-        (lambda s, e: hk.delta_bars(s, titel="x"), UnknownKeyword, r"delta_bars\(\) has no keyword 'titel'; did you mean 'title'"),
+        (
+            lambda s, e: hk.rank_bump(e),
+            BadHook,
+            "this figure needs the column 'rank_after', and the table has row, pos, token",
+        ),
+        (
+            lambda s, e: hk.logit_scatter(e.head(3), watch=" zebra"),
+            EmptySelection,
+            "the watched token ' zebra' is not in the table",
+        ),
+        (
+            lambda s, e: hk.delta_bars(s, titel="x"),
+            UnknownKeyword,
+            r"delta_bars\(\) has no keyword 'titel'; did you mean 'title'",
+        ),
     ],
 )
 def test_a_figure_that_cannot_be_drawn_is_refused(shift, everything, make, error, words):

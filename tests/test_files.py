@@ -51,7 +51,19 @@ def test_a_record_writes_page_tables_pictures_tensors_and_how(tmp_path, llama):
     assert about["title"] == "Oat milk"
     assert about["ended"] == "finished"
     assert about["files"] == ["shift.csv", "bump.png", "z.safetensors", "report.html"]
-    assert {"versions", "weights_sha256", "tokenizer_sha256", "seed", "dtype", "device", "attention", "git_commit", "seconds", "command", "revision"} <= set(about)
+    assert {
+        "versions",
+        "weights_sha256",
+        "tokenizer_sha256",
+        "seed",
+        "dtype",
+        "device",
+        "attention",
+        "git_commit",
+        "seconds",
+        "command",
+        "revision",
+    } <= set(about)
     forced = about["runs"]["forced"]
     assert forced["prompts"] == [PROMPTS[0]]
     assert hk.Hook.from_json(forced["hooks"][0]) == hk.force(3)

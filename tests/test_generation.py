@@ -46,8 +46,16 @@ def test_without_edits_the_draws_are_transformers_own(lm, way):
 
 
 def test_force_and_ban_hold_in_every_draw(lm):
-    settings = {"max_new_tokens": 20, "do_sample": True, "temperature": 5.0, "eos_token_id": None, "num_return_sequences": 10}
-    forced = hk.generate(lm, PROMPTS[0], hk.force(7, margin=float("inf"), step=slice(0, 10)), hk.ban(3, step=slice(10, None)), **settings)
+    settings = {
+        "max_new_tokens": 20,
+        "do_sample": True,
+        "temperature": 5.0,
+        "eos_token_id": None,
+        "num_return_sequences": 10,
+    }
+    forced = hk.generate(
+        lm, PROMPTS[0], hk.force(7, margin=float("inf"), step=slice(0, 10)), hk.ban(3, step=slice(10, None)), **settings
+    )
     new = forced.tokens[:, forced.prompt_lengths[0] :]
     assert (new[:, :10] == 7).all()
     assert (new[:, 10:] != 3).all()
@@ -68,9 +76,18 @@ def test_several_sequences_of_a_prompt_are_rows_of_their_own(lm):
         assert torch.allclose(run.logits[row], again.logits[0, run.prompt_lengths[row] - 1 :], atol=1e-4)
 
 
-@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"num_return_sequences": 2}, {"prefill_chunk_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "way", [{}, {"use_cache": False}, {"num_return_sequences": 2}, {"prefill_chunk_size": 3}], ids=str
+)
 def test_beams_keep_the_values_of_the_beam_that_survives(lm, way):
-    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": [1, 30, 60], "pad_token_id": 0, **way}
+    settings = {
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": [1, 30, 60],
+        "pad_token_id": 0,
+        **way,
+    }
     hooks = [hk.steer("resid_post.0", VECTOR, pos=hk.GENERATED, scale=2.0), hk.boost(5, by=1.0)]
     run = hk.generate(lm, PROMPTS[:2], *hooks, hk.capture(SITE), **settings)
     for row, prompt in enumerate(run.prompt_rows):
@@ -99,7 +116,16 @@ def test_beams_without_edits_are_transformers_own(lm):
 
 
 def test_a_row_that_ends_early_counts_to_its_end_token(lm):
-    run = hk.generate(lm, PROMPTS[:2], hk.force(1, step=2, rows=0), hk.ban(1, rows=1), hk.capture([SITE, "logits"]), max_new_tokens=6, do_sample=False, eos_token_id=1)
+    run = hk.generate(
+        lm,
+        PROMPTS[:2],
+        hk.force(1, step=2, rows=0),
+        hk.ban(1, rows=1),
+        hk.capture([SITE, "logits"]),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=1,
+    )
     start = run.prompt_lengths[0]
     assert run.lengths[0] == start + 3
     assert int(run.tokens[0, start + 2]) == 1
@@ -111,7 +137,9 @@ def test_a_row_that_ends_early_counts_to_its_end_token(lm):
 
 def test_a_wish_for_a_step_that_a_row_does_not_live_to_see_is_an_error_that_brings_the_run(lm):
     hooks = [hk.force(1, step=1), hk.capture(SITE, pos=-1), hk.boost(3, by=1.0, step=4)]
-    with pytest.raises(NeverFired, match=r"boost\(3, by=1.0, step=4\) never fired|means position \d+ of row 0, and the text ended") as caught:
+    with pytest.raises(
+        NeverFired, match=r"boost\(3, by=1.0, step=4\) never fired|means position \d+ of row 0, and the text ended"
+    ) as caught:
         hk.generate(lm, PROMPTS[0], *hooks, max_new_tokens=6, do_sample=False, eos_token_id=1)
     assert caught.value.run.lengths[0] == caught.value.run.prompt_lengths[0] + 2
     assert caught.value.run[SITE].shape == (1, 1, 32)
@@ -182,7 +210,9 @@ def test_a_users_stopping_criterion_and_streamer_work(lm):
 
 def test_a_stop_string_ends_a_row(smol):
     settings = {"max_new_tokens": 8, "do_sample": False, "stop_strings": [" coffee"]}
-    run = hk.generate(smol, ["I like oat milk in my", "The capital of France is"], hk.force(" coffee", rows=1, step=3), **settings)
+    run = hk.generate(
+        smol, ["I like oat milk in my", "The capital of France is"], hk.force(" coffee", rows=1, step=3), **settings
+    )
     assert run.generated[0] == " coffee"
     assert run.generated[1].endswith(" coffee")
     assert run.lengths[1] == run.prompt_lengths[1] + 4
@@ -191,7 +221,10 @@ def test_a_stop_string_ends_a_row(smol):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"assistant_model": object()}, "assistant_model= was given: hooks need one forward of this model for each token"),
+        (
+            {"assistant_model": object()},
+            "assistant_model= was given: hooks need one forward of this model for each token",
+        ),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens runs the model on tokens that may be taken back"),
         ({"assistant_early_exit": 1}, "assistant_early_exit runs the model on tokens that may be taken back"),
         ({"guidance_scale": 1.5}, "guidance_scale runs the model twice for each token"),
@@ -227,7 +260,10 @@ def test_right_padding_is_refused_in_foreign_generate(lm):
     [
         ({"max_new_token": 3}, r"generate\(\) has no keyword 'max_new_token'; did you mean 'max_new_tokens'"),
         ({"temprature": 0.5}, "no keyword 'temprature'; did you mean 'temperature'"),
-        ({"attention_mask": torch.ones(1, 3)}, "attention_mask= is made from the prompts: give the ids, and a mask with them"),
+        (
+            {"attention_mask": torch.ones(1, 3)},
+            "attention_mask= is made from the prompts: give the ids, and a mask with them",
+        ),
     ],
 )
 def test_an_unknown_argument_of_generate_is_refused(lm, more, words):
@@ -249,7 +285,10 @@ def test_embeddings_as_the_prompt_have_positions_but_no_tokens(lm):
     expected = hk.generate(lm, ids, hk.capture(SITE), hk.steer(SITE, VECTOR, pos=-1), **settings)
     assert torch.equal(tokens[0], expected.tokens[0, -4:])
     assert torch.allclose(manager[SITE], expected[SITE], atol=1e-5)
-    with pytest.raises(Unsupported, match="the model was given embeddings, whose tokens nobody knows"), hk.attach(lm, hk.scale(SITE, 1.0, pos=hk.at("oat"))):
+    with (
+        pytest.raises(Unsupported, match="the model was given embeddings, whose tokens nobody knows"),
+        hk.attach(lm, hk.scale(SITE, 1.0, pos=hk.at("oat"))),
+    ):
         lm.model.generate(inputs_embeds=embeds, **settings)
 
 

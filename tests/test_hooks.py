@@ -26,7 +26,9 @@ def as_a_function(x):
 
 EXAMPLES = {
     "capture(resid_post.1, pos=-1)": hk.capture(SITE, pos=-1),
-    "capture(z.0, z.1.3, name='a', dtype='float16', rows=(0, 2))": hk.capture(["z.0", "z.1.3"], name="a", dtype=torch.float16, rows=[0, 2]),
+    "capture(z.0, z.1.3, name='a', dtype='float16', rows=(0, 2))": hk.capture(
+        ["z.0", "z.1.3"], name="a", dtype=torch.float16, rows=[0, 2]
+    ),
     "capture(logits, step=1:)": hk.capture("logits", step=slice(1, None)),
     "edit(resid_post.1, as_a_function, pos=PROMPT)": hk.edit(SITE, as_a_function, pos=hk.PROMPT),
     "steer(resid_post.1, tensor[32], scale=2.0, pos=at('store'))": hk.steer(SITE, VECTOR, scale=2, pos=hk.at("store")),
@@ -36,7 +38,9 @@ EXAMPLES = {
     "ablate(z.0)": hk.ablate("z.0"),
     "ablate(7 sites: z.0, z.1, z.2, …, z.5, z.6)": hk.ablate([f"z.{n}" for n in range(7)]),
     "ablate(resid_post.1, to=tensor[32])": hk.ablate(SITE, to=VECTOR),
-    "ablate(resid_post.1, to='mean', over=2 prompts, per='all')": hk.ablate(SITE, to="mean", over=["a", [1, 2]], per="all"),
+    "ablate(resid_post.1, to='mean', over=2 prompts, per='all')": hk.ablate(
+        SITE, to="mean", over=["a", [1, 2]], per="all"
+    ),
     "force(' coffee')": hk.force(" coffee"),
     "force(' coffee', margin=2.0, rows=1, step=0)": hk.force(" coffee", margin=2, step=0, rows=1),
     "force(3, margin=inf)": hk.force(3, margin=math.inf),
@@ -92,7 +96,9 @@ def test_json_holds_the_name_and_source_of_a_users_function_and_refuses_to_bring
     written = json.loads(hk.edit(SITE, as_a_function).to_json())
     assert written["fn"]["$function"]["name"].endswith("as_a_function")
     assert "return x * 2" in written["fn"]["$function"]["source"]
-    with pytest.raises(BadHook, match="has a user's function, .*as_a_function, of which JSON has the name and not the code"):
+    with pytest.raises(
+        BadHook, match="has a user's function, .*as_a_function, of which JSON has the name and not the code"
+    ):
         hk.Hook.from_json(json.dumps(written))
 
 
@@ -110,8 +116,15 @@ def test_json_can_hold_digests_instead_of_tensors():
     [
         ("nonsense", "this is no hook in JSON: 'nonsense'"),
         ("[1]", "this is no hook in JSON"),
-        ('{"hook": "stear"}', "there is no hook 'stear': there are capture, edit"),
-        ('{"hook": "scale", "sites": {"$sites": ["z.0"]}}', "a scale has the fields factor, sites, where, and this has sites"),
+        ('{"hook": "stear"}', "there is no hook 'stear': there are ablate, ban, boost, capture"),
+        (
+            '{"hook": "scale", "sites": {"$sites": ["z.0"]}, "where": {"$value": "There"}, "factor": 2}',
+            "cannot be read: 'There'",
+        ),
+        (
+            '{"hook": "scale", "sites": {"$sites": ["z.0"]}}',
+            "a scale has the fields factor, sites, where, and this has sites",
+        ),
     ],
 )
 def test_json_that_is_no_hook_is_refused(text, words):
@@ -181,7 +194,9 @@ def test_mean_ablation_takes_the_mean_of_the_reference(lm, source):
 
 
 def test_mean_ablation_by_position_refuses_a_position_that_the_reference_lacks(lm):
-    with pytest.raises(BadHook, match=r"position \d+ of resid_post.1 is to be replaced, and no prompt of the reference is that long"):
+    with pytest.raises(
+        BadHook, match=r"position \d+ of resid_post.1 is to be replaced, and no prompt of the reference is that long"
+    ):
         hk.forward(lm, PROMPTS[2], hk.ablate(SITE, to="mean", over="Tea"))
 
 
@@ -196,7 +211,7 @@ def test_a_large_reference_runs_in_several_batches(lm):
 def test_resampling_takes_values_of_the_reference_the_same_alone_and_in_a_batch(lm, per):
     hook = hk.ablate(SITE, to="resample", over=PROMPTS[2:] + REFERENCE, per=per, seed=3)
     pool = [hk.forward(lm, text, hk.capture(SITE))[SITE][0] for text in PROMPTS[2:] + REFERENCE]
-    before, together = values(lm, hook)
+    _before, together = values(lm, hook)
     for row, prompt in enumerate(PROMPTS):
         _, alone = values(lm, hook, prompts=prompt)
         assert torch.equal(together[row, : alone.shape[1]], alone[0])
@@ -212,7 +227,11 @@ def test_patching_takes_the_same_place_of_the_other_text(smol):
     other = "Yesterday, when John and Mary went to the big store, Mary gave a drink to"
     source = hk.forward(smol, other, hk.capture("resid_post.5"))
     length = source.lengths[0]
-    for pos, place in ((-1, length - 1), (3, 3), (hk.at("store"), [i for i in range(length) if smol.string(int(source.tokens[0, i])) == " store"][0])):
+    for pos, place in (
+        (-1, length - 1),
+        (3, 3),
+        (hk.at("store"), next(i for i in range(length) if smol.string(int(source.tokens[0, i])) == " store")),
+    ):
         run = hk.forward(smol, clean, hk.patch("resid_post.5", source, pos=pos), hk.capture("resid_post.5", pos=pos))
         assert torch.equal(run["resid_post.5"][0, 0], source["resid_post.5"][0, place])
 
@@ -228,7 +247,7 @@ def test_patching_takes_rows_by_number_or_the_only_one(lm):
 
 def test_a_head_can_be_patched_from_a_run_that_captured_them_all(lm):
     source = hk.forward(lm, PROMPTS[0], hk.capture("z.1"))
-    before, after = values(lm, hk.ablate("attn_in.1"), hk.patch("z.1.2", source), prompts=PROMPTS[0], site="z.1")
+    _before, after = values(lm, hk.ablate("attn_in.1"), hk.patch("z.1.2", source), prompts=PROMPTS[0], site="z.1")
     assert torch.equal(after[:, :, 2], source["z.1"][:, :, 2])
 
 
@@ -241,11 +260,23 @@ def test_a_patch_from_a_prompt_does_not_reach_into_the_generated_text(lm):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda s: hk.patch("resid_post.0", s), NotCaptured, r"resid_post.0 was not captured. It has 1 site: resid_post.1"),
+        (
+            lambda s: hk.patch("resid_post.0", s),
+            NotCaptured,
+            r"resid_post.0 was not captured. It has 1 site: resid_post.1",
+        ),
         (lambda s: hk.patch("mlp_out", s), NotCaptured, "the source captured no mlp_out"),
         (lambda s: hk.patch(SITE, torch.ones(2)), BadHook, "patch needs a run as its source, and was given Tensor"),
-        (lambda s: hk.patch(SITE, s), BadHook, r"row 0 has 19 tokens and the source of resid_post.1 has \d+, so pos=PROMPT does not pair"),
-        (lambda s: hk.patch(SITE, s, pos=18), NotCaptured, "position 18 of resid_post.1 was asked for, and the source has positions 0 to"),
+        (
+            lambda s: hk.patch(SITE, s),
+            BadHook,
+            r"row 0 has 19 tokens and the source of resid_post.1 has \d+, so pos=PROMPT does not pair",
+        ),
+        (
+            lambda s: hk.patch(SITE, s, pos=18),
+            NotCaptured,
+            "position 18 of resid_post.1 was asked for, and the source has positions 0 to",
+        ),
     ],
 )
 def test_a_patch_that_cannot_be_is_refused(llama, make, error, words):
@@ -312,23 +343,43 @@ def test_logit_edits_leave_the_rest_of_the_prompt_alone(lm):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: hk.steer(SITE, VECTOR, position=3), UnknownKeyword, r"steer\(\) has no keyword 'position'; did you mean 'pos'\? It takes: site, vector, scale, pos, rows"),
+        (
+            lambda: hk.steer(SITE, VECTOR, position=3),
+            UnknownKeyword,
+            r"steer\(\) has no keyword 'position'; did you mean 'pos'\? It takes: site, vector, scale, pos, rows",
+        ),
         (lambda: hk.capture(SITE, layers=[3]), UnknownKeyword, r"capture\(\) has no keyword 'layers'"),
-        (lambda: hk.capture(SITE, step=0), BadHook, r"step=0 at resid_post.1: a step counts generated tokens and is there at lm_head and logits only"),
+        (
+            lambda: hk.capture(SITE, step=0),
+            BadHook,
+            r"step=0 at resid_post.1: a step counts generated tokens and is there at lm_head and logits only",
+        ),
         (lambda: hk.force(1, step=0, pos=1), BadHook, "pos=1 and step=0 were both given"),
         (lambda: hk.capture("logits", step=0, pos=1), BadHook, "pos=1 and step=0 were both given"),
-        (lambda: hk.force(1, site=SITE), BadHook, "an edit of logits cannot act at resid_post.1, which holds no logits"),
+        (
+            lambda: hk.force(1, site=SITE),
+            BadHook,
+            "an edit of logits cannot act at resid_post.1, which holds no logits",
+        ),
         (lambda: hk.force(1, margin=0), BadHook, "margin=0 does not put the token first"),
         (lambda: hk.force(1, margin=float("nan")), BadHook, "margin=nan is not a finite number"),
         (lambda: hk.set_rank(1, 0), OutOfRange, "rank=0: ranks are whole numbers from 1"),
         (lambda: hk.ban(), BadHook, r"ban\(\) names no token"),
         (lambda: hk.boost(1, by="a"), BadHook, "by='a' is not a finite number"),
         (lambda: hk.scale(SITE, float("inf")), BadHook, "factor=inf is not a finite number"),
-        (lambda: hk.steer(SITE, [1.0, float("nan")]), BadHook, "the vector has values that are not finite numbers: 1 of them"),
+        (
+            lambda: hk.steer(SITE, [1.0, float("nan")]),
+            BadHook,
+            "the vector has values that are not finite numbers: 1 of them",
+        ),
         (lambda: hk.steer(SITE, "up"), BadHook, "the vector is a str, and a tensor of numbers is needed"),
         (lambda: hk.edit(SITE, 3), BadHook, "edit needs a function of the values, and was given int"),
         (lambda: hk.ablate(SITE, to="mean"), BadHook, "to='mean' needs a reference: say over=run, or over="),
-        (lambda: hk.ablate(SITE, to="mode"), BadHook, "to='mode' is unknown: give 'zero', 'mean', 'resample', a tensor or a run"),
+        (
+            lambda: hk.ablate(SITE, to="mode"),
+            BadHook,
+            "to='mode' is unknown: give 'zero', 'mean', 'resample', a tensor or a run",
+        ),
         (lambda: hk.ablate(SITE, over=["a"]), BadHook, "over= goes with to='mean' or to='resample'"),
         (lambda: hk.ablate(SITE, to="mean", over=[]), BadHook, r"over=\[\] has no prompt"),
         (lambda: hk.ablate(SITE, to="mean", over="a", per="row"), BadHook, "per='row' is unknown"),
@@ -346,15 +397,35 @@ def test_a_hook_that_means_nothing_is_refused_when_it_is_made(make, error, words
 @pytest.mark.parametrize(
     ("hook", "error", "words"),
     [
-        (hk.steer(SITE, torch.ones(31)), BadHook, r"the vector has shape \[31\], and resid_post.1 is \[batch, pos, 32\]: give \[32\]"),
+        (
+            hk.steer(SITE, torch.ones(31)),
+            BadHook,
+            r"the vector has shape \[31\], and resid_post.1 is \[batch, pos, 32\]: give \[32\]",
+        ),
         (hk.steer("z.1.0", VECTOR), BadHook, r"the vector has shape \[32\], and z.1.0 is \[batch, pos, 8\]"),
         (hk.ablate(SITE, to=torch.ones(1, 1, 1, 32)), BadHook, "the tensor has shape"),
-        (hk.project_out(SITE, torch.ones(31)), BadHook, "the direction has 31 numbers, and the last axis of resid_post.1 has 32"),
-        (hk.project_out(SITE, torch.zeros(32)), BadHook, "the directions are zero, or one of them is made of the others"),
-        (hk.project_out(SITE, torch.ones(2, 32)), BadHook, "the directions are zero, or one of them is made of the others"),
+        (
+            hk.project_out(SITE, torch.ones(31)),
+            BadHook,
+            "the direction has 31 numbers, and the last axis of resid_post.1 has 32",
+        ),
+        (
+            hk.project_out(SITE, torch.zeros(32)),
+            BadHook,
+            "the directions are zero, or one of them is made of the others",
+        ),
+        (
+            hk.project_out(SITE, torch.ones(2, 32)),
+            BadHook,
+            "the directions are zero, or one of them is made of the others",
+        ),
         (hk.swap(3, 3), BadHook, "names one token twice"),
         (hk.skip_block(3), OutOfRange, "resid_post.3 was asked for, and the model has 3 layers"),
-        (hk.steer(SITE, torch.ones(2, 32), pos=[0, 1, 2]), BadEdit, r"the vector has shape \[2, 32\], and the values at resid_post.1 have"),
+        (
+            hk.steer(SITE, torch.ones(2, 32), pos=[0, 1, 2]),
+            BadEdit,
+            r"the vector has shape \[2, 32\], and the values at resid_post.1 have",
+        ),
         (hk.set_rank(3, 321), OutOfRange, "rank 321 was asked for, and the vocabulary has 320 tokens"),
         (hk.ban(*range(320)), BadEdit, "leaves no token to choose at logits"),
     ],

@@ -12,11 +12,38 @@ HERE = Path(__file__).parent.parent
 PACKAGE = HERE / "hookkit"
 
 # Each file may import only from files above it.
-ORDER = """
-errors sites positions families model zoo prompts calls captured
-hooks.base hooks.looking hooks.edits hooks.replacing hooks.logits hooks.codec hooks
-generation taps firing acting following manager about runs distributions tables figures reports files
-""".split()
+ORDER = [
+    "errors",
+    "sites",
+    "positions",
+    "families",
+    "model",
+    "zoo",
+    "prompts",
+    "calls",
+    "captured",
+    "hooks.codec",
+    "hooks.base",
+    "hooks.looking",
+    "hooks.edits",
+    "hooks.replacing",
+    "hooks.logits",
+    "hooks",
+    "generation",
+    "taps",
+    "firing",
+    "keeping",
+    "acting",
+    "following",
+    "manager",
+    "about",
+    "runs",
+    "distributions",
+    "tables",
+    "figures",
+    "reports",
+    "files",
+]
 
 FILES = {
     str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
@@ -67,7 +94,9 @@ def test_the_import_is_light():
 
 
 def test_every_name_of_the_catalogue_is_there():
-    assert fresh("import hookkit as hk; [getattr(hk, name) for name in hk.__all__]; print(len(hk.__all__) > 40)") == "True"
+    assert (
+        fresh("import hookkit as hk; [getattr(hk, name) for name in hk.__all__]; print(len(hk.__all__) > 40)") == "True"
+    )
     assert "force" in fresh("import hookkit as hk; print(dir(hk))")
 
 

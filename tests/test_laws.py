@@ -7,7 +7,21 @@ from conftest import PROMPTS
 
 import hookkit as hk
 
-LAYERED = ["resid_pre", "attn_in", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_in", "mlp_pre", "mlp_post", "mlp_out", "resid_post"]
+LAYERED = [
+    "resid_pre",
+    "attn_in",
+    "q",
+    "k",
+    "v",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_in",
+    "mlp_pre",
+    "mlp_post",
+    "mlp_out",
+    "resid_post",
+]
 WHOLE = ["embed", "pos_embed", "final_norm", "lm_head"]
 EVERY = [*LAYERED, *WHOLE, "logits"]
 
@@ -62,7 +76,9 @@ def test_every_site_holds_what_a_hand_written_hook_finds(lm):
     for row, ids in enumerate(rows_of(lm)):
         for site in lm.sites():
             name, layer = site.name, site.layer
-            expected = by_hand.logits(lm.model, ids) if name == "logits" else by_hand.captured(lm.model, ids, name, layer)
+            expected = (
+                by_hand.logits(lm.model, ids) if name == "logits" else by_hand.captured(lm.model, ids, name, layer)
+            )
             close(run[site][row : row + 1, : len(ids)], expected.expand(1, *expected.shape[1:]))
             assert (run[site][row, len(ids) :] == 0).all()
 
@@ -211,15 +227,30 @@ def test_every_way_of_decoding_gives_what_a_loop_by_hand_gives(lm, way):
         expected = by_hand.greedy(lm.model, ids, 6, say)
         handle.remove()
         hooks = [hk.steer("resid_post.1", vector, scale=3.0, **at), hk.force(7, step=2), hk.ban(9)]
-        run = hk.generate(lm, PROMPTS[0], *hooks, hk.capture("resid_post.1"), max_new_tokens=6, do_sample=False, eos_token_id=None, **way)
+        run = hk.generate(
+            lm,
+            PROMPTS[0],
+            *hooks,
+            hk.capture("resid_post.1"),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            **way,
+        )
         assert run.tokens[0].tolist() == expected
-        again = hk.forward(lm, [expected[:-1]], hooks[0], hk.capture("resid_post.1")) if at.get("pos") not in (hk.GENERATED, hk.PROMPT) else None
+        again = (
+            hk.forward(lm, [expected[:-1]], hooks[0], hk.capture("resid_post.1"))
+            if at.get("pos") not in (hk.GENERATED, hk.PROMPT)
+            else None
+        )
         if again is not None:
             close(run["resid_post.1"], again["resid_post.1"])
             close(run.logits[0, 3:4, :9], again.logits[0, start + 2 : start + 3, :9], 1e-4)
 
 
-@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=["cache", "no cache", "chunks"])
+@pytest.mark.parametrize(
+    "way", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=["cache", "no cache", "chunks"]
+)
 def test_a_generated_row_alone_is_the_row_in_a_left_padded_batch(lm, way):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(3))
     hooks = [
@@ -259,7 +290,9 @@ def test_rows_with_different_hooks_in_one_batch_are_single_runs(lm):
         lambda rows: hk.force(11, rows=rows),
     ]
     together = hk.forward(lm, PROMPTS, *(hook(row) for row, hook in enumerate(hooks)))
-    written = hk.generate(lm, PROMPTS, *(hook(row) for row, hook in enumerate(hooks)), max_new_tokens=4, do_sample=False)
+    written = hk.generate(
+        lm, PROMPTS, *(hook(row) for row, hook in enumerate(hooks)), max_new_tokens=4, do_sample=False
+    )
     for row, (prompt, hook) in enumerate(zip(PROMPTS, hooks, strict=True)):
         alone = hk.forward(lm, prompt, hook(0))
         close(together.logits[row, : alone.lengths[0]], alone.logits[0], 1e-4)
@@ -305,7 +338,10 @@ def test_no_hook_is_left_after_any_ending(lm, ending):
 
     hooks = [hk.capture(lm.sites()), hk.edit("mlp_out.1", edit), hk.force(3)]
     try:
-        for verb in (lambda: hk.forward(lm, PROMPTS, *hooks), lambda: hk.generate(lm, PROMPTS, *hooks, max_new_tokens=3)):
+        for verb in (
+            lambda: hk.forward(lm, PROMPTS, *hooks),
+            lambda: hk.generate(lm, PROMPTS, *hooks, max_new_tokens=3),
+        ):
             if ending == "return":
                 verb()
             else:

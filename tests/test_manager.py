@@ -46,9 +46,15 @@ def layers(lm):
 
 def test_one_bad_hook_leaves_none_on_the_model(llama):
     before = hooks_on(llama.root)
-    with pytest.raises(OutOfRange, match="resid_post.9 was asked for"), hk.attach(llama, hk.capture(SITE), hk.scale("resid_post.9", 2.0)):
+    with (
+        pytest.raises(OutOfRange, match="resid_post.9 was asked for"),
+        hk.attach(llama, hk.capture(SITE), hk.scale("resid_post.9", 2.0)),
+    ):
         pass
-    with pytest.raises(BadHook, match="3 is a int and no hook: make one with hk.capture"), hk.attach(llama, hk.capture(SITE), 3):
+    with (
+        pytest.raises(BadHook, match="3 is a int and no hook: make one with hk.capture"),
+        hk.attach(llama, hk.capture(SITE), 3),
+    ):
         pass
     assert hooks_on(llama.root) == before
 
@@ -138,7 +144,10 @@ def test_modules_that_a_hooks_function_calls_are_not_hooked(lm):
 
 
 def test_a_model_that_carries_a_blocks_hooks_cannot_be_copied(llama):
-    with pytest.raises(Unsupported, match="carries the hooks of a block, which no copy could shed"), hk.attach(llama, hk.capture(SITE)):
+    with (
+        pytest.raises(Unsupported, match="carries the hooks of a block, which no copy could shed"),
+        hk.attach(llama, hk.capture(SITE)),
+    ):
         copy.deepcopy(llama.model)
 
 
@@ -263,7 +272,10 @@ def test_the_body_without_its_head_can_be_run(lm):
 
 
 def test_a_block_called_by_itself_is_refused(llama):
-    with pytest.raises(Unsupported, match="'model.norm' was called by itself, outside a forward"), hk.attach(llama, hk.scale("final_norm", 2.0)):
+    with (
+        pytest.raises(Unsupported, match="'model.norm' was called by itself, outside a forward"),
+        hk.attach(llama, hk.scale("final_norm", 2.0)),
+    ):
         llama.model.model.norm(torch.ones(1, 2, 32))
 
 
@@ -284,14 +296,26 @@ def test_the_log_says_which_hook_fired_where_and_what_it_changed(lm):
     assert list(log.columns) == ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
     steered = log[log["hook"] == 1]
     assert steered[["site", "row", "positions", "numbers", "changed"]].values.tolist() == [[SITE, 2, "1-2", 64, 2]]
-    assert log[log["hook"] == 0][["row", "positions", "changed"]].values.tolist() == [[0, "0", 0], [1, "0", 0], [2, "0", 0]]
+    assert log[log["hook"] == 0][["row", "positions", "changed"]].values.tolist() == [
+        [0, "0", 0],
+        [1, "0", 0],
+        [2, "0", 0],
+    ]
     banned = log[log["hook"] == 2]
     lengths = [len(lm.tokenizer.encode(text)) for text in PROMPTS]
     assert banned[["positions", "changed"]].values.tolist() == [[str(length - 1), 2] for length in lengths]
 
 
 def test_the_log_of_a_generate_leaves_out_what_a_finished_row_was_fed(lm):
-    run_ = hk.generate(lm, PROMPTS[:2], hk.force(1, step=1, rows=0), hk.scale(SITE, 1.5), max_new_tokens=5, do_sample=False, eos_token_id=1)
+    run_ = hk.generate(
+        lm,
+        PROMPTS[:2],
+        hk.force(1, step=1, rows=0),
+        hk.scale(SITE, 1.5),
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=1,
+    )
     log = run_.log[run_.log["site"] == SITE]
     last = {row: max(int(p.split("-")[-1]) for p in rows["positions"]) for row, rows in log.groupby("row")}
     assert last == {row: length - 2 for row, length in enumerate(run_.lengths)}
@@ -304,7 +328,10 @@ def test_the_log_of_a_generate_leaves_out_what_a_finished_row_was_fed(lm):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_captures_and_edits_work_in_every_gradient_mode(lm, mode):
     ids = ids_of(lm)
-    with mode(), hk.attach(lm, hk.capture(lm.sites()), hk.steer(SITE, VECTOR), hk.steer("resid_mid.1", VECTOR)) as manager:
+    with (
+        mode(),
+        hk.attach(lm, hk.capture(lm.sites()), hk.steer(SITE, VECTOR), hk.steer("resid_mid.1", VECTOR)) as manager,
+    ):
         out = lm.model(ids).logits
     expected = hk.forward(lm, ids, hk.steer(SITE, VECTOR), hk.steer("resid_mid.1", VECTOR)).logits
     assert torch.allclose(out, expected, atol=1e-5)
@@ -434,7 +461,13 @@ def test_the_teaching_model_is_captured_edited_and_forced():
     with torch.no_grad():
         plain = model(ids)
     head = hk.module("head")
-    hooks = [hk.capture(hk.module("encoder")), hk.capture(head, name="before"), hk.force(7, site=head), hk.ban(9, site=head, rows=1), hk.capture(head, name="after")]
+    hooks = [
+        hk.capture(hk.module("encoder")),
+        hk.capture(head, name="before"),
+        hk.force(7, site=head),
+        hk.ban(9, site=head, rows=1),
+        hk.capture(head, name="after"),
+    ]
     with torch.no_grad(), hk.attach(model, *hooks) as manager:
         out = model(ids)
     assert torch.equal(manager["head:output", "before"], plain)
@@ -494,10 +527,26 @@ def test_a_tuples_other_parts_are_left_as_they_are():
 @pytest.mark.parametrize(
     ("hook", "error", "words"),
     [
-        (hk.capture(hk.module("nope")), UnknownSite, "the model has no module 'nope'. Its first modules are: model, lm_head"),
-        (hk.capture(hk.module("model.layers.1.self_attn", item=1)), BadEdit, "gives a tuple of 2, and item 1 of it is no tensor"),
-        (hk.capture(hk.module("model.layers.1.self_attn", side="input", item=3)), BadEdit, "is no tensor among them: say which"),
-        (hk.capture(hk.module("model.rotary_emb"), pos=-1, rows=1), OutOfRange, "row 1 was asked for, and the batch has 1 row"),
+        (
+            hk.capture(hk.module("nope")),
+            UnknownSite,
+            "the model has no module 'nope'. Its first modules are: model, lm_head",
+        ),
+        (
+            hk.capture(hk.module("model.layers.1.self_attn", item=1)),
+            BadEdit,
+            "gives a tuple of 2, and item 1 of it is no tensor",
+        ),
+        (
+            hk.capture(hk.module("model.layers.1.self_attn", side="input", item=3)),
+            BadEdit,
+            "is no tensor among them: say which",
+        ),
+        (
+            hk.capture(hk.module("model.rotary_emb"), pos=-1, rows=1),
+            OutOfRange,
+            "row 1 was asked for, and the batch has 1 row",
+        ),
     ],
     ids=str,
 )
@@ -519,7 +568,10 @@ def test_a_tensor_without_batch_and_pos_is_taken_whole_or_not_at_all():
     with torch.no_grad(), hk.attach(model, hk.capture(hk.module("head")), hk.scale(hk.module("head"), 2.0)) as manager:
         out = model(x)
     assert torch.equal(out, manager["head:output"] * 2)
-    for hook, words in ((hk.capture(hk.module("head"), pos=0), "without axes batch and pos"), (hk.force(1, site=hk.module("head")), "without axes batch and pos")):
+    for hook, words in (
+        (hk.capture(hk.module("head"), pos=0), "without axes batch and pos"),
+        (hk.force(1, site=hk.module("head")), "without axes batch and pos"),
+    ):
         with torch.no_grad(), pytest.raises(BadHook, match=words), hk.attach(model, hook):
             model(x)
 
@@ -570,20 +622,39 @@ def test_an_edit_is_told_where_it_is(lm):
     lengths = [len(lm.tokenizer.encode(text)) for text in PROMPTS]
     assert told == [(SITE, [0, 2], [[0, lengths[0] - 1], [0, lengths[2] - 1]], None, (2, 2, 32))]
     steps = []
-    hk.generate(lm, PROMPTS[0], hk.edit("logits", lambda x, here: steps.append(here.steps.tolist()) or x), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    hk.generate(
+        lm,
+        PROMPTS[0],
+        hk.edit("logits", lambda x, here: steps.append(here.steps.tolist()) or x),
+        max_new_tokens=3,
+        do_sample=False,
+        eos_token_id=None,
+    )
     assert steps == [[[0]], [[1]], [[2]]]
 
 
 @pytest.mark.parametrize(
     ("hook", "error", "words"),
     [
-        (hk.capture(SITE, pos=99), OutOfRange, r"capture\(resid_post.1, pos=99\) means position 99 of row 0, which has \d+ tokens"),
+        (
+            hk.capture(SITE, pos=99),
+            OutOfRange,
+            r"capture\(resid_post.1, pos=99\) means position 99 of row 0, which has \d+ tokens",
+        ),
         (hk.capture(SITE, pos=-99), OutOfRange, "position -99 was asked for, and the prompt has"),
         (hk.capture(SITE, rows=3), OutOfRange, "row 3 was asked for, and the batch has 3 rows, 0 to 2"),
-        (hk.force(3, step=1), OutOfRange, r"means step 1 of row 0, and a forward of the prompt has step 0 only: use generate"),
+        (
+            hk.force(3, step=1),
+            OutOfRange,
+            r"means step 1 of row 0, and a forward of the prompt has step 0 only: use generate",
+        ),
         (hk.capture(SITE, pos=hk.GENERATED), EmptySelection, "selects nothing in row 0, which has positions 0 to"),
         (hk.capture(SITE, pos=slice(8, None)), EmptySelection, "selects nothing in row 1"),
-        (hk.capture(SITE, pos=hk.at("nowhere")), OutOfRange, r"at\('nowhere'\) was asked for, and 'I like oat milk in my' does not have it"),
+        (
+            hk.capture(SITE, pos=hk.at("nowhere")),
+            OutOfRange,
+            r"at\('nowhere'\) was asked for, and 'I like oat milk in my' does not have it",
+        ),
     ],
     ids=str,
 )
@@ -597,11 +668,22 @@ def test_a_wish_that_the_prompts_cannot_meet_is_refused_before_the_forward(lm, h
 
 
 def test_a_hook_that_never_fires_raises_on_leaving(lm):
-    with pytest.raises(NeverFired, match=r"capture\(resid_post.1\) never fired at resid_post.1: no forward of the model ran"), hk.attach(lm, hk.capture(SITE)):
+    with (
+        pytest.raises(
+            NeverFired, match=r"capture\(resid_post.1\) never fired at resid_post.1: no forward of the model ran"
+        ),
+        hk.attach(lm, hk.capture(SITE)),
+    ):
         pass
-    with pytest.raises(NeverFired, match="never fired at resid_post.1, though 1 forward ran"), hk.attach(lm, hk.capture(SITE, pos=hk.GENERATED)):
+    with (
+        pytest.raises(NeverFired, match="never fired at resid_post.1, though 1 forward ran"),
+        hk.attach(lm, hk.capture(SITE, pos=hk.GENERATED)),
+    ):
         run(lm)
-    with pytest.raises(NeverFired, match="means position 99 of row 0, and the text ended before it came there"), hk.attach(lm, hk.capture(SITE, pos=[0, 99])):
+    with (
+        pytest.raises(NeverFired, match="means position 99 of row 0, and the text ended before it came there"),
+        hk.attach(lm, hk.capture(SITE, pos=[0, 99])),
+    ):
         run(lm)
 
 
@@ -614,13 +696,19 @@ def test_a_module_that_is_never_called_is_a_hook_that_never_fires():
         def forward(self, x):
             return nn.functional.linear(x, self.linear.weight)
 
-    with pytest.raises(NeverFired, match="the model never calls this module"), hk.attach(Bypassed(), hk.scale(hk.module("linear"), 2.0)) as manager:
+    with (
+        pytest.raises(NeverFired, match="the model never calls this module"),
+        hk.attach(Bypassed(), hk.scale(hk.module("linear"), 2.0)) as manager,
+    ):
         manager.lm.model(torch.ones(1, 2, 4))
 
 
 def test_a_loss_that_was_computed_before_the_edit_is_not_passed_on(lm):
     ids = ids_of(lm)
-    with pytest.raises(Unsupported, match="the model has computed its loss from the unedited logits"), hk.attach(lm, hk.force(3)):
+    with (
+        pytest.raises(Unsupported, match="the model has computed its loss from the unedited logits"),
+        hk.attach(lm, hk.force(3)),
+    ):
         run(lm, labels=ids)
     with hk.attach(lm, hk.steer(SITE, VECTOR)):
         loss = run(lm, labels=ids).loss
@@ -630,7 +718,12 @@ def test_a_loss_that_was_computed_before_the_edit_is_not_passed_on(lm):
 
 def test_a_mask_whose_positions_cannot_be_told_is_refused(llama):
     mask = torch.zeros(1, 1, 7, 7)
-    with pytest.raises(Unsupported, match=r"attention_mask is \[1, 1, 7, 7\]: positions are counted from a mask of shape"), hk.attach(llama, hk.capture(SITE)):
+    with (
+        pytest.raises(
+            Unsupported, match=r"attention_mask is \[1, 1, 7, 7\]: positions are counted from a mask of shape"
+        ),
+        hk.attach(llama, hk.capture(SITE)),
+    ):
         run(llama, attention_mask=mask)
 
 

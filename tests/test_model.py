@@ -24,12 +24,16 @@ def test_an_lm_takes_what_the_user_holds_and_leaves_it_untouched(small_tokenizer
 
 
 def test_a_name_instead_of_a_model_is_refused():
-    with pytest.raises(TypeError, match=r"LM needs the model itself.*given str 'gpt2'; to load one by name, use hk.load"):
+    with pytest.raises(
+        TypeError, match=r"LM needs the model itself.*given str 'gpt2'; to load one by name, use hk.load"
+    ):
         hk.LM("gpt2")
 
 
 def test_an_lm_prints_what_it_is(llama):
-    assert repr(llama) == "LM(LlamaForCausalLM: llama, 3 layers, 0.1 M parameters, on cpu)" or "llama, 3 layers" in repr(llama)
+    assert repr(
+        llama
+    ) == "LM(LlamaForCausalLM: llama, 3 layers, 0.1 M parameters, on cpu)" or "llama, 3 layers" in repr(llama)
 
 
 def test_a_token_is_given_as_text_or_id(smol):
@@ -56,13 +60,20 @@ def test_a_token_outside_the_vocabulary_is_refused(smol, llama):
 
 
 def test_rows_of_the_vocabulary_without_a_token_are_named_as_such(small_tokenizer):
-    lm = hk.LM(tiny("llama", **{}), small_tokenizer)
+    lm = hk.LM(tiny("llama"), small_tokenizer)
     assert lm.n_tokens == 320
     assert hk.LM(lm.model).string(5) == "<5>"
 
 
 def test_a_family_that_the_table_lacks_still_has_its_logits(small_tokenizer):
-    config = MistralConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = MistralConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     lm = hk.LM(MistralForCausalLM(config).eval(), small_tokenizer)
     run = hk.forward(lm, "Tea", hk.force(3), hk.capture(hk.module("model.layers.1")))
     assert int(run.logits[0, -1].argmax()) == 3

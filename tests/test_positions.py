@@ -37,7 +37,10 @@ def test_a_position_means(pos, expected):
     assert means(pos) == expected
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, (5,)), (2, (7,)), ([0, 3], (5, 8)), (slice(1, None), range(6, OPEN)), (slice(0, 2), range(5, 7))])
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, (5,)), (2, (7,)), ([0, 3], (5, 8)), (slice(1, None), range(6, OPEN)), (slice(0, 2), range(5, 7))],
+)
 def test_step_0_is_chosen_by_the_logits_at_the_prompts_last_token(step, expected):
     assert means(step=step) == expected
 
@@ -67,7 +70,10 @@ def test_a_negative_step_or_row_is_refused():
         hk.capture("embed", rows=-1)
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(None, [0, 1, 2]), (1, [1]), ([2, 0], [0, 2]), (Span(1, None), [1, 2]), (Span(0, 9), [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(None, [0, 1, 2]), (1, [1]), ([2, 0], [0, 2]), (Span(1, None), [1, 2]), (Span(0, 9), [0, 1, 2])],
+)
 def test_rows_mean_prompts_of_the_batch(rows, expected):
     assert chosen(as_count(rows, "row"), 3) == expected
 

@@ -35,7 +35,7 @@ def test_padding_keeps_every_token_and_counts_positions_without_it(llama, side):
 
 
 def test_an_unpadded_batch_has_no_mask(llama):
-    assert set(as_batch(llama, PROMPTS[0]).inputs(llama)) == {"input_ids", "position_ids"}
+    assert set(as_batch(llama, PROMPTS[0]).inputs(llama)) == {"input_ids"}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,10 @@ def test_an_unpadded_batch_has_no_mask(llama):
         ([[1] * 129], "prompt 0 has 129 tokens, and the model's context is 128: shorten it"),
         (torch.zeros(1, 3), r"the prompt is a torch.float32 tensor of shape \(1, 3\): token ids are whole numbers"),
         ([3.5], "is no prompt: give texts, or rows of token ids"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]}, r"input_ids has shape \(1, 2\) and attention_mask \(1, 3\)"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
+            r"input_ids has shape \(1, 2\) and attention_mask \(1, 3\)",
+        ),
     ],
     ids=repr,
 )

@@ -45,9 +45,16 @@ def read(page) -> Page:
 
 
 def test_a_report_is_one_page_with_its_tables_and_pictures_beside_it(tmp_path):
-    page = hk.report("Oat milk", "Why?", "# A table", table(), figure(), Part(figure(), "named", "A caption.")).write(tmp_path / "a" / "b")
+    page = hk.report("Oat milk", "Why?", "# A table", table(), figure(), Part(figure(), "named", "A caption.")).write(
+        tmp_path / "a" / "b"
+    )
     assert page.name == "report.html"
-    assert sorted(path.name for path in page.parent.iterdir()) == ["figure_1.png", "named.png", "report.html", "table_1.csv"]
+    assert sorted(path.name for path in page.parent.iterdir()) == [
+        "figure_1.png",
+        "named.png",
+        "report.html",
+        "table_1.csv",
+    ]
     parsed = read(page)
     assert parsed.tags.count("svg") == 2
     assert parsed.tags.count("h2") == 1

@@ -35,7 +35,11 @@ def test_a_run_holds_tokens_text_and_logits_in_each_rows_own_positions(lm):
     for n, row in enumerate(rows):
         assert run.tokens[n, run.mask[n]].tolist() == row
     assert run.logits.shape == (3, max(map(len, rows)), 320)
-    assert repr(run) == f"Run(3 rows of up to {max(map(len, rows))} tokens; logits [3, {max(map(len, rows))}, 320]; captured 0 sites: )" or "3 rows" in repr(run)
+    assert (
+        repr(run)
+        == f"Run(3 rows of up to {max(map(len, rows))} tokens; logits [3, {max(map(len, rows))}, 320]; captured 0 sites: )"
+        or "3 rows" in repr(run)
+    )
 
 
 def test_the_last_logits_alone_are_those_of_the_whole_matrix(lm):
@@ -73,7 +77,7 @@ def test_a_forward_without_logits_stops_where_the_last_hook_is_done(lm, hooks, e
     for site in stopped.sites:
         assert torch.equal(stopped[site], whole[site])
     with pytest.raises(NotCaptured, match="this run kept no logits: it was made with logits=False"):
-        stopped.logits
+        _ = stopped.logits
 
 
 def test_a_forward_that_is_asked_for_nothing_is_refused(llama):
@@ -88,7 +92,7 @@ def test_a_forward_that_is_asked_for_nothing_is_refused(llama):
 def test_a_generate_without_logits_keeps_none(lm):
     run = hk.generate(lm, "Tea", max_new_tokens=2, logits=False)
     with pytest.raises(NotCaptured, match="kept no logits"):
-        run.logits
+        _ = run.logits
     everything = hk.generate(lm, PROMPTS[:2], max_new_tokens=3, do_sample=False, eos_token_id=None)
     last = hk.generate(lm, PROMPTS[:2], max_new_tokens=3, do_sample=False, eos_token_id=None, logits="last")
     assert torch.equal(last.logits, everything.logits[:, -1:])
@@ -112,9 +116,18 @@ def test_a_site_can_be_read_by_text_value_head_or_stack(lm):
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (lambda run: run["mlp_out.1"], "mlp_out.1 was not captured. It has 4 sites: resid_post.0, resid_post.1, resid_post.2, z.1"),
-        (lambda run: run["resid_post"], r"Name one layer, such as 'resid_post.0', or stack them with .stack\('resid_post'\)"),
-        (lambda run: run["z.1"], "z.1 was captured 2 times, with the names 'a', 'b': give each capture a name of its own"),
+        (
+            lambda run: run["mlp_out.1"],
+            "mlp_out.1 was not captured. It has 4 sites: resid_post.0, resid_post.1, resid_post.2, z.1",
+        ),
+        (
+            lambda run: run["resid_post"],
+            r"Name one layer, such as 'resid_post.0', or stack them with .stack\('resid_post'\)",
+        ),
+        (
+            lambda run: run["z.1"],
+            "z.1 was captured 2 times, with the names 'a', 'b': give each capture a name of its own",
+        ),
         (lambda run: run["z.1", "c"], "z.1 named 'c' was not captured"),
         (lambda run: run["resid_post.1.2"], "has no heads"),
         (lambda run: run.stack("mlp_out"), "no layer of 'mlp_out' was captured"),
@@ -157,7 +170,9 @@ def test_coffee_is_first_after_oat_milk(smol):
     first = hk.ranks(run, top=1).iloc[0]
     assert (first["token"], first["token_id"], first["rank"]) == ("' coffee'", 6728, 1)
     assert round(first["logit"], 2) == 20.37
-    assert hk.ranks(hk.forward(smol, "The Eiffel Tower is located in the city of"), top=1)["token"].iloc[0] == "' Paris'"
+    assert (
+        hk.ranks(hk.forward(smol, "The Eiffel Tower is located in the city of"), top=1)["token"].iloc[0] == "' Paris'"
+    )
 
 
 def test_forced_coffee_wins_where_it_does_not_belong_and_the_table_knows_its_true_rank(smol):
@@ -168,7 +183,11 @@ def test_forced_coffee_wins_where_it_does_not_belong_and_the_table_knows_its_tru
     assert row["rank_before"] == int((logits > logits[6728]).sum()) + 1
     assert row["rank_after"] == 1
     assert "edited" in row["why"]
-    assert hk.generate(smol, prompt, hk.force(" coffee", step=0), max_new_tokens=3, do_sample=False).generated[0].startswith(" coffee")
+    assert (
+        hk.generate(smol, prompt, hk.force(" coffee", step=0), max_new_tokens=3, do_sample=False)
+        .generated[0]
+        .startswith(" coffee")
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -7,7 +7,9 @@ from hookkit.errors import BadHook, EmptySelection, MissingSite, OutOfRange, Unk
 from hookkit.sites import AXES, ModuleSite, as_sites, parse
 
 
-@pytest.mark.parametrize("text", ["logits", "resid_post.6", "z.9.3", "model.layers.3.mlp:output", "a.b:input:mask", "x:output:1"])
+@pytest.mark.parametrize(
+    "text", ["logits", "resid_post.6", "z.9.3", "model.layers.3.mlp:output", "a.b:input:mask", "x:output:1"]
+)
 def test_a_site_is_its_text(text):
     assert str(parse(text)) == text
     assert parse(str(parse(text))) == parse(text)
@@ -19,7 +21,13 @@ def test_a_module_is_named_by_path_and_side():
 
 
 @pytest.mark.parametrize(
-    ("site", "axes"), [("resid_post.1", "batch pos d_model"), ("z.1", "batch pos head d_head"), ("z.1.0", "batch pos d_head"), ("k.1.0", "batch pos d_head")]
+    ("site", "axes"),
+    [
+        ("resid_post.1", "batch pos d_model"),
+        ("z.1", "batch pos head d_head"),
+        ("z.1.0", "batch pos d_head"),
+        ("k.1.0", "batch pos d_head"),
+    ],
 )
 def test_a_site_says_its_axes(site, axes):
     assert parse(site).axes == axes
@@ -79,7 +87,12 @@ def test_all_sites_of_a_model_can_be_selected(lm):
 
 
 def test_an_empty_selection_is_refused(llama):
-    for empty in (lambda: as_sites([]), lambda: llama.sites("z", layers=[]), lambda: llama.sites("z", heads=[]), lambda: hk.capture([])):
+    for empty in (
+        lambda: as_sites([]),
+        lambda: llama.sites("z", layers=[]),
+        lambda: llama.sites("z", heads=[]),
+        lambda: hk.capture([]),
+    ):
         with pytest.raises(EmptySelection, match="name at least one"):
             empty()
 
@@ -92,15 +105,31 @@ def test_a_site_named_twice_in_one_hook_is_refused():
 @pytest.mark.parametrize(
     ("ask", "error", "words"),
     [
-        (lambda lm: lm.sites("resid_post", layers=[3]), OutOfRange, r"resid_post\.3 was asked for, and the model has 3 layers: 0 to 2"),
+        (
+            lambda lm: lm.sites("resid_post", layers=[3]),
+            OutOfRange,
+            r"resid_post\.3 was asked for, and the model has 3 layers: 0 to 2",
+        ),
         (lambda lm: lm.sites("z.1", heads=[4]), OutOfRange, r"z\.1\.4 was asked for, and 'z' has 4 heads: 0 to 3"),
         (lambda lm: lm.sites("k.1", heads=[2]), OutOfRange, r"'k' has 2 key-value heads: 0 to 1"),
-        (lambda lm: lm.sites("resid_post.1", layers=[2]), BadHook, r"resid_post\.1 says its own place: leave layers= out"),
+        (
+            lambda lm: lm.sites("resid_post.1", layers=[2]),
+            BadHook,
+            r"resid_post\.1 says its own place: leave layers= out",
+        ),
         (lambda lm: lm.sites("z.1.0", heads=[2]), BadHook, r"z\.1\.0 says its own place: leave heads= out"),
         (lambda lm: lm.sites("pos_embed"), MissingSite, "has no 'pos_embed': positions are rotary"),
-        (lambda lm: lm.sites("pattern"), MissingSite, "has no 'pattern': attention's own arithmetic is not offered yet"),
+        (
+            lambda lm: lm.sites("pattern"),
+            MissingSite,
+            "has no 'pattern': attention's own arithmetic is not offered yet",
+        ),
         (lambda lm: lm.sites("z", layer=3), UnknownKeyword, r"sites\(\) has no keyword 'layer'; did you mean 'layers'"),
-        (lambda lm: lm.submodule("model.layer.1"), UnknownSite, "no module 'model.layer.1'; did you mean 'model.layers.1'"),
+        (
+            lambda lm: lm.submodule("model.layer.1"),
+            UnknownSite,
+            "no module 'model.layer.1'; did you mean 'model.layers.1'",
+        ),
     ],
 )
 def test_a_place_that_this_model_lacks_is_refused_in_words(llama, ask, error, words):

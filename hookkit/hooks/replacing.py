@@ -15,6 +15,7 @@ from ..positions import PROMPT, CountLike, PosLike, Where, wish
 from ..prompts import cover
 from ..sites import AnySite, Sites, SitesLike, as_sites
 from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner
+from .codec import storable
 
 Per: TypeAlias = Literal["position", "all"]
 
@@ -28,6 +29,7 @@ class HasCaptures(Protocol):
     def sites(self) -> Sites: ...
 
 
+@storable
 @dataclass(frozen=True)
 class FromRun:
     """The values that a run had, each site's own: `sources[i]` for the hook's site i."""
@@ -38,6 +40,7 @@ class FromRun:
         return "run"
 
 
+@storable
 @dataclass(frozen=True)
 class Reference:
     """Values of other prompts: captured already (`sources`), or to be computed from `prompts` before the forward."""
