@@ -140,9 +140,9 @@ class Call:
         self.shape = self.rows, self.width  # of the tensors inside the model
         self.inference = torch.is_inference_mode_enabled()
 
-    def whole(self, key: tuple[int, bool, bool]) -> Cells | None:
-        """The cells that were found for such a wish before, if they are all there are."""
-        cells = self._known.get(key)
+    def whole(self, where: Where) -> Cells | None:
+        """The cells of a capture inside the model, if they were found before and are all there are."""
+        cells = self._known.get((id(where), False, True))
         return cells if cells is not None and cells.whole else None
 
     def cells(self, where: Where, head: bool, new: bool) -> Cells | None:

@@ -181,7 +181,7 @@ class HookManager:
     def _on_watched(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
         """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
         call, action = self._call, tap.actions[0]
-        cells = None if call is None or self._busy else call.whole(action.key)
+        cells = None if call is None or self._busy else call.whole(action.where)
         if call is None or cells is None or type(output) is not Tensor or output.requires_grad or call.inference:
             return self._on_output(tap, module, args, output)
         shape = output.shape

@@ -28,6 +28,7 @@ from .figures import GRID, INK, MUTED, PAPER
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
+PLACES = ("row", "pos", "step")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -114,6 +115,10 @@ def _rendered(part: str | Part) -> dict[str, Any]:
 
 def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     shown = table.head(ROWS_SHOWN)
+    same = [name for name in PLACES if name in table and len(table) > 1 and len(set(table[name])) == 1]
+    if same and len(same) < table.shape[1]:  # said once, there is room for the others
+        caption = f"{caption} {', '.join(f'{name} {table[name].iloc[0]}' for name in same).capitalize()}.".strip()
+        shown = shown.drop(columns=same)
     styles = [_style(str(name), kind) for name, kind in shown.dtypes.items()]
     rows = [
         [{"text": _written(value), "style": style} for value, style in zip(row, styles, strict=True)]

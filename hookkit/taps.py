@@ -37,10 +37,6 @@ class Action:
     head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
     pieces: list[Piece] = field(default_factory=list)  # of the text that is running
     fired: int = 0  # forwards in which it did something
-    key: tuple[int, bool, bool] = (0, False, True)  # of the cells that it copies
-
-    def __post_init__(self) -> None:
-        self.key = id(self.where), self.head, True
 
 
 @dataclass(eq=False)
@@ -51,7 +47,7 @@ class Tap:
     place: Place
     actions: list[Action]
     reads_input: bool = False  # an edit needs what the module was given, beside what it gives
-    only_looks: bool = True  # all that is to be done is to copy the module's output as it is
+    only_looks: bool = True  # all that is to be done is to copy the output of a module inside the model as it is
 
 
 def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
@@ -75,7 +71,7 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             tap.reads_input |= reads_input
             at_head = isinstance(site, Site) and site.name in LOGITS
             view = _viewer(lm, site, place) if place.split else None
-            tap.only_looks = looks and view is None and place.item == 0 and not tap.actions
+            tap.only_looks = looks and not at_head and view is None and place.item == 0 and not tap.actions
             tap.actions.append(Action(number, hook, site, hook.where, view, change, at_head))
     return list(taps.values())
 

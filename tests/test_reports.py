@@ -95,6 +95,14 @@ def test_a_long_table_shows_its_beginning_and_the_csv_has_all(tmp_path):
     assert len(pd.read_csv(tmp_path / "table_1.csv")) == 100
 
 
+def test_a_row_and_position_that_all_share_are_said_once(tmp_path, llama):
+    ranks = hk.ranks(hk.forward(llama, ["Tea", "I like"]), rows=1, top=3)
+    page = hk.report("x", Part(ranks, "ranks", "The top.")).write(tmp_path).read_text()
+    assert f"The top. Row 1, pos {ranks['pos'][0]}." in page
+    assert not re.search(r">(row|pos)<", page)
+    assert list(pd.read_csv(tmp_path / "ranks.csv").columns[:2]) == ["row", "pos"]
+
+
 def test_the_same_report_twice_is_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
         hk.report("x", table(), figure()).write(tmp_path / folder)
