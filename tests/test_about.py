@@ -1,0 +1,30 @@
+"""How a result came to be: hashes that follow the weights, and words ready for JSON."""
+
+import json
+
+import torch
+from conftest import tiny
+
+import hookkit as hk
+from hookkit.about import about_model, git_commit, tokenizer_hash, weights_hash
+
+
+def test_the_hash_is_of_the_weights_and_of_nothing_else(small_tokenizer):
+    one, two = hk.LM(tiny("llama")), hk.LM(tiny("llama"), small_tokenizer, name="another name")
+    assert weights_hash(one) == weights_hash(two)
+    with torch.no_grad():
+        two.model.model.norm.weight[0] += 1e-6
+    assert weights_hash(one) != weights_hash(two)
+    assert tokenizer_hash(one) is None and len(tokenizer_hash(two)) == 64
+
+
+def test_what_is_said_of_a_model_is_ready_for_json(llama):
+    about = json.loads(json.dumps(about_model(llama)))
+    assert about["dtype"] == ["float32"] and about["device"] == "cpu" and about["family"] == "llama"
+    assert about["parameters"] == sum(weight.numel() for weight in llama.model.parameters())
+    assert about["versions"]["torch"] == torch.__version__
+
+
+def test_outside_git_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() is None
