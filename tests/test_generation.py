@@ -137,9 +137,7 @@ def test_a_row_that_ends_early_counts_to_its_end_token(lm):
 
 def test_a_wish_for_a_step_that_a_row_does_not_live_to_see_is_an_error_that_brings_the_run(lm):
     hooks = [hk.force(1, step=1), hk.capture(SITE, pos=-1), hk.boost(3, by=1.0, step=4)]
-    with pytest.raises(
-        NeverFired, match=r"boost\(3, by=1.0, step=4\) never fired|means position \d+ of row 0, and the text ended"
-    ) as caught:
+    with pytest.raises(NeverFired, match=r"boost\(3, by=1.0, step=4\)") as caught:
         hk.generate(lm, PROMPTS[0], *hooks, max_new_tokens=6, do_sample=False, eos_token_id=1)
     assert caught.value.run.lengths[0] == caught.value.run.prompt_lengths[0] + 2
     assert caught.value.run[SITE].shape == (1, 1, 32)
@@ -172,8 +170,9 @@ def test_every_argument_of_generate_passes_through(lm):
     run = hk.generate(lm, PROMPTS[0], return_dict_in_generate=True, output_scores=True, output_logits=True, **GREEDY)
     assert torch.equal(torch.stack(run.output.logits, 1), run.logits)
     config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    before = config.to_dict()
     assert hk.generate(lm, PROMPTS[0], hk.force(9), generation_config=config).tokens[0, -3:].tolist() == [9, 9, 9]
-    assert config.disable_compile is not True or GenerationConfig().disable_compile
+    assert config.to_dict() == before, "the user's own configuration was changed"
 
 
 class Downwards(LogitsProcessor):

@@ -80,7 +80,7 @@ def test_watched_tokens_are_in_the_table_wherever_they_stand(smol):
     logits = hk.forward(smol, "I like oat milk in my").logits[0, -1]
     assert table["token"].tolist() == ["' coffee'", "' morning'", "' Paris'"]
     assert table["rank"].iloc[2] == int((logits > logits[smol.token(" Paris")]).sum()) + 1
-    with pytest.raises(NotOneToken, match="'oat milk' is 3 tokens|'oat milk' is 2 tokens"):
+    with pytest.raises(NotOneToken, match="'oat milk' is 2 tokens"):
         hk.ranks(hk.forward(smol, "Tea"), watch="oat milk")
 
 
