@@ -17,7 +17,7 @@ test: check
 check: $(READY)
 	$(IN) -m ruff format --check
 	$(IN) -m ruff check
-	$(IN) -m pyright
+	$(IN) -m pyright --pythonpath $(IN)
 	$(IN) -m pytest tests/test_house.py
 
 benchmark: $(READY)
