@@ -31,6 +31,8 @@ class Text:
     generating: bool = False
     final: bool = False  # one forward is all there will be
     expand: int = 1
+    beams: int = 1
+    history: Int[Tensor, "row column"] | None = None  # what each model row has read before this forward, in a generate
     start: int = 0  # the first column that was seen
     seen: int = 0  # columns before this one have been seen
     head: int | None = None  # the first column for which logits were computed

@@ -28,7 +28,7 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
     end = call.past + call.width if generation is None else generation.max_width - 1  # the last token is never read
     for action in _one_of_each(actions):
         first = text.start if not action.head else call.past + call.head.start if generation is None else text.head or 0
-        for row, wanted in enumerate(text.wishes(action.hook.where)):
+        for row, wanted in enumerate(text.wishes(action.where)):
             if wanted is None:
                 continue
             there = _positions(text, row, first, end)
@@ -44,7 +44,7 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
 
 def _one_of_each(actions: Iterable[Action]) -> Iterable[Action]:
     """One action for every different wish: a hook at thirty sites wishes for the same positions at each."""
-    return {(id(action.hook.where), action.head): action for action in actions}.values()
+    return {(id(action.where), action.head): action for action in actions}.values()
 
 
 def _positions(text: Text, row: int, first: int, end: int) -> range:
@@ -65,7 +65,7 @@ def _meets(wanted: range, there: range) -> bool:
 def _no_such_place(
     action: Action, text: Text, row: int, place: int, there: range, generation: Generation | None
 ) -> str:
-    length, step = text.lengths[row], action.hook.where.step
+    length, step = text.lengths[row], action.where.step
     asked = f"{action.hook} means position {place} of row {row}"
     if step is not None:
         asked = f"{action.hook} means step {place - length + 1} of row {row}"
@@ -87,7 +87,7 @@ def _no_such_place(
 def unreached(actions: Iterable[Action], text: Text, ending: Ending) -> str | None:
     """The first place that a hook named and the text did not come to, in words; None if all were reached."""
     for action in _one_of_each(actions):
-        wishes = text.wishes(action.hook.where)
+        wishes = text.wishes(action.where)
         for number, prompt in enumerate(ending.prompts):
             wanted = wishes[prompt // text.expand if ending.limits is None else prompt]
             there = text.reached(prompt, head=action.head) if ending.limits is None else range(ending.limits[number])

@@ -39,7 +39,7 @@ class Generation:
 
     def text(self, find: Any) -> Text:
         """The text that this call makes flow through the model."""
-        return Text(self.columns, self.lengths, self.prompt, find, generating=True)
+        return Text(self.columns, self.lengths, self.prompt, find, generating=True, beams=self.beams)
 
 
 def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
@@ -140,7 +140,7 @@ def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Watch:
-    """Watches a call of `generate` from inside: what beams have read, and at which column each row ended."""
+    """Watches a call of `generate` from inside: what each row has read, and at which column it ended."""
 
     tokens: Tensor | None = None  # what every row has read, before a forward
     ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
@@ -187,8 +187,7 @@ def watched(model: Any, generation: Generation) -> Iterator[Watch]:
     stopping, prepare = model._get_stopping_criteria, model.prepare_inputs_for_generation
     with ExitStack() as stack:
         stack.enter_context(replaced(model, "_get_stopping_criteria", watch.stopping(stopping)))
-        if generation.beams > 1:  # beams change rows from step to step
-            stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))
+        stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))
         yield watch
 
 

@@ -150,8 +150,10 @@ class HookManager:
             self._keeping.running = call.text
         if begins or not call.number:
             self._check_possible(call)
-        if self.follower.generation is not None and self.follower.generation.beams > 1:
-            self.follower.remember(call, self._watch.tokens)
+        if self.follower.generation is not None:
+            call.text.history = self._watch.tokens
+            if call.text.beams > 1:  # beams change rows from step to step
+                self.follower.remember(call, self._watch.tokens)
         self._call, self._owner, self._thread = call, module, thread
         if self._stop_early:
             self._pending = set(self.actions)
@@ -160,7 +162,7 @@ class HookManager:
         text, plan = call.text, self.follower.generation
         if text.final or plan is not None:
             check_possible(self.actions, text, call, plan)
-        for where in {id(action.hook.where): action.hook.where for action in self.actions}.values():
+        for where in {id(action.where): action.where for action in self.actions}.values():
             text.wishes(where)  # raises for a text that is not there, or a position before the first
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:

@@ -260,7 +260,7 @@ class LM:
             return int(token)
         if self.tokenizer is None:
             raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
-        ids = self._encode(token)
+        ids = self.encode(token)
         if len(ids) == 1 and self.string(ids[0]) == token:
             return ids[0]
         marked = self.tokenizer.convert_tokens_to_ids(
@@ -274,14 +274,15 @@ class LM:
             f"One token each: {', '.join(map(repr, self._one_token_spellings(token, ids))) or 'no near spelling'}."
         )
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text's tokens, without the special tokens that begin a prompt."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _one_token_spellings(self, text: str, ids: list[int]) -> list[str]:
         bare = text.strip()
         cases = dict.fromkeys([bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()])
         tried = [space + case for case in cases if case for space in (" ", "")]
-        single = [spelling for spelling in tried if len(self._encode(spelling)) == 1]
+        single = [spelling for spelling in tried if len(self.encode(spelling)) == 1]
         return single or [self.string(i) for i in ids]
 
     def string(self, token_id: int) -> str:

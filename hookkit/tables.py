@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .distributions import Distribution, distributions, divergences
 from .errors import OutOfRange, checks_keywords
-from .hooks.logits import Ban, Boost, Force, SetRank, Swap
+from .hooks.logits import LogitEdit
 from .model import LM, Token
 from .positions import CountLike, PosLike
 from .runs import Run
@@ -144,16 +144,8 @@ def _movers(was: Distribution, now: Distribution, count: int) -> list[int]:
 
 def _edited(*runs: Run) -> list[int]:
     """The tokens that the runs' logit edits name."""
-    tokens: list[int] = []
-    for run in runs:
-        for hook in run.hooks:
-            if isinstance(hook, Force | SetRank):
-                tokens.append(run.lm.token(hook.token))
-            elif isinstance(hook, Ban | Boost):
-                tokens += map(run.lm.token, hook.tokens)
-            elif isinstance(hook, Swap):
-                tokens += [run.lm.token(hook.a), run.lm.token(hook.b)]
-    return list(dict.fromkeys(tokens))
+    hooks = [(run.lm, hook) for run in runs for hook in run.hooks if isinstance(hook, LogitEdit)]
+    return list(dict.fromkeys(token for lm, hook in hooks for token in hook.named(lm)))
 
 
 @checks_keywords

@@ -31,7 +31,7 @@ class Action:
     number: int  # the hook's place in the order given
     hook: Hook
     site: AnySite
-    where: Where  # the hook's
+    where: Where  # the hook's, with a phrase's steps written out
     view: Callable[[Tensor], Tensor] | None  # the site in the module's tensor; None where it is the tensor
     change: Change | None  # None for a capture
     head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
@@ -63,6 +63,7 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
         edits = hook if isinstance(hook, EditHook) else None
         looks = isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
         reads_input = isinstance(hook, SkipBlock)
+        where = hook.placed(lm)
         for site, place in located.items():
             change = _change(lm, edits, site, referred) if edits is not None else None
             tap = taps.get((place.path, place.side, place.item))
@@ -72,7 +73,7 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             at_head = isinstance(site, Site) and site.name in LOGITS
             view = _viewer(lm, site, place) if place.split else None
             tap.only_looks = looks and not at_head and view is None and place.item == 0 and not tap.actions
-            tap.actions.append(Action(number, hook, site, hook.where, view, change, at_head))
+            tap.actions.append(Action(number, hook, site, where, view, change, at_head))
     return list(taps.values())
 
 

@@ -116,7 +116,7 @@ def test_json_can_hold_digests_instead_of_tensors():
     [
         ("nonsense", "this is no hook in JSON: 'nonsense'"),
         ("[1]", "this is no hook in JSON"),
-        ('{"hook": "stear"}', "there is no hook 'stear': there are ablate, ban, boost, capture"),
+        ('{"hook": "stear"}', "there is no hook 'stear': there are ablate, ban, boost, cap, capture"),
         (
             '{"hook": "scale", "sites": {"$sites": ["z.0"]}, "where": {"$value": "There"}, "factor": 2}',
             "cannot be read: 'There'",
@@ -365,7 +365,7 @@ def test_logit_edits_leave_the_rest_of_the_prompt_alone(lm):
         (lambda: hk.force(1, margin=float("nan")), BadHook, "margin=nan is not a finite number"),
         (lambda: hk.set_rank(1, 0), OutOfRange, "rank=0: ranks are whole numbers from 1"),
         (lambda: hk.ban(), BadHook, r"ban\(\) names no token"),
-        (lambda: hk.boost(1, by="a"), BadHook, "by='a' is not a finite number"),
+        (lambda: hk.boost(1, by="a"), BadHook, "by='a' is no file that can be read"),
         (lambda: hk.scale(SITE, float("inf")), BadHook, "factor=inf is not a finite number"),
         (
             lambda: hk.steer(SITE, [1.0, float("nan")]),

@@ -5,23 +5,36 @@ base        what every hook is
 looking     capture
 edits       edit, steer, scale, project_out, skip_block
 replacing   ablate, patch
-logits      force, ban, boost, swap, set_rank
+conditions  entropy_above, rank_of … when a logit edit acts
+phrases     phrase
+logits      what every hook on logits is
+choosing    force, ban, restrict
+moving      boost, cap, swap, set_rank
 """
 
 from .base import EditHook as EditHook
 from .base import Here as Here
 from .base import Hook as Hook
+from .choosing import ban as ban
+from .choosing import force as force
+from .choosing import restrict as restrict
+from .conditions import entropy_above as entropy_above
+from .conditions import entropy_below as entropy_below
+from .conditions import margin_above as margin_above
+from .conditions import margin_below as margin_below
+from .conditions import prob_of as prob_of
+from .conditions import rank_of as rank_of
 from .edits import edit as edit
 from .edits import project_out as project_out
 from .edits import scale as scale
 from .edits import skip_block as skip_block
 from .edits import steer as steer
-from .logits import ban as ban
-from .logits import boost as boost
-from .logits import force as force
-from .logits import set_rank as set_rank
-from .logits import swap as swap
 from .looking import Capture as Capture
 from .looking import capture as capture
+from .moving import boost as boost
+from .moving import cap as cap
+from .moving import set_rank as set_rank
+from .moving import swap as swap
+from .phrases import phrase as phrase
 from .replacing import ablate as ablate
 from .replacing import patch as patch

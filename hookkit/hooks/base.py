@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..calls import Cells
 from ..captured import Captured
-from ..errors import BadEdit, BadHook
+from ..errors import BadEdit, BadHook, Unsupported
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
 from ..sites import LOGITS, AnySite, ModuleSite, Sites
@@ -91,6 +91,25 @@ class Here:
         """False where a shorter row was filled up with zeros; None where no row was."""
         return self.cells.valid
 
+    def read(self, row: int, position: int, count: int) -> list[int]:
+        """The last `count` tokens up to a position in a row of the values; fewer at the row's start."""
+        text, model_row = self.cells.text, self.cells.rows[row]
+        prompt, start = model_row // text.expand, max(0, position - count + 1)
+        ids = text.prompt(prompt)
+        if position < len(ids):
+            found = list(ids[start : position + 1])
+        elif text.history is not None:
+            first = text.columns[prompt][0]
+            found = text.history[model_row, first + start : first + position + 1].tolist()
+        else:
+            found = [-1]
+        if -1 in found:
+            raise Unsupported(
+                f"the tokens before position {position} of row {prompt} are not known: hookkit did not see them "
+                "generated (a decoding loop of one's own), or the prompt was given as embeddings"
+            )
+        return found
+
     def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
         """The same mask, false where a shorter row was filled up."""
         if self.found is None or self.valid is None:
@@ -137,6 +156,10 @@ class Hook:
 
     verb: ClassVar[str]
     bare: ClassVar[tuple[str, ...]] = ()  # the fields that the call takes by place
+
+    def placed(self, lm: LM) -> Where:
+        """The positions or steps at which it acts, for this model's tokens."""
+        return self.where
 
     def __init_subclass__(cls) -> None:
         if "verb" in vars(cls):

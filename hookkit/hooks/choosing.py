@@ -1,0 +1,226 @@
+"""Hooks that say which token is chosen: force, ban, restrict."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..errors import BadEdit, BadHook, NotOneToken, checks_keywords
+from ..model import LM, Token
+from ..positions import CountLike, PosLike, Span, Where
+from ..sites import AnySite
+from .base import EVERY_STEP, Binding, Change, Here, number
+from .conditions import When, checked_when, holds
+from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
+from .phrases import Begun, Phrase
+
+
+@dataclass(frozen=True)
+class Force(LogitEdit):
+    """Let a token win, or the tokens of a phrase one after the other. Made by `force`."""
+
+    token: Token | Phrase
+    margin: float = 10.0
+
+    verb: ClassVar[str] = "force"
+    bare: ClassVar[tuple[str, ...]] = ("token",)
+    names: ClassVar[tuple[str, ...]] = ("token",)
+
+    def placed(self, lm: LM) -> Where:
+        """A phrase that starts at step 3 acts at step 3, 4 … until it is written."""
+        if not isinstance(self.token, Phrase) or self.when is not None:
+            return self.where
+        steps = self._starts()
+        taken = sorted({step + count for step in steps for count in range(len(self.token.ids(lm)))})
+        if len(taken) < len(steps) * len(self.token.ids(lm)):
+            raise BadHook(f"{self} would begin again before it is written: {len(self.token.ids(lm))} tokens are needed")
+        return replace(self.where, step=tuple(taken))
+
+    def _starts(self) -> list[int]:
+        step = self.where.step
+        return [0] if step == EVERY_STEP else [step] if isinstance(step, int) else list(step)  # pyright: ignore
+
+    def change(self, binding: Binding) -> Change:
+        if not isinstance(self.token, Phrase):
+            return super().change(binding)
+        ids = self.token.ids(binding.lm)
+        if self.when is not None:
+            begun = Begun(len(ids), holds(self.when, binding.lm))
+            return lambda logits, here: self._written(logits, here, ids, begun.offsets(logits, here))
+        starts = torch.tensor(self._starts())
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            since = here.steps[..., None] - starts
+            offsets = torch.where((since >= 0) & (since < len(ids)), since, -1).amax(dim=-1)
+            return self._written(logits, here, ids, offsets)
+
+        return apply
+
+    def edit(self, binding: Binding) -> Change:
+        assert not isinstance(self.token, Phrase)
+        (token,) = _ids(binding, self.token)
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, token)
+            return self._first(logits, torch.tensor(token, device=logits.device).expand(logits.shape[:-1]))
+
+        return apply
+
+    def _written(self, logits: Logits, here: Here, ids: list[int], offsets: Int[Tensor, "row pos"]) -> Logits:
+        """The logits with the phrase's next token first, where one is due."""
+        check_inside(logits, here, *ids)
+        offsets = offsets.to(logits.device)
+        tokens = torch.tensor(ids, device=logits.device)[offsets.clamp(min=0)]
+        return torch.where((offsets >= 0)[..., None], self._first(logits, tokens), logits)
+
+    def _first(self, logits: Logits, tokens: Int[Tensor, "row pos"]) -> Logits:
+        """The logits with these tokens first."""
+        index = tokens[..., None]
+        if self.margin == math.inf:
+            kept = logits.gather(-1, index).clamp(min=torch.finfo(logits.dtype).min)
+            return torch.full_like(logits, -math.inf).scatter(-1, index, kept)
+        return logits.scatter(-1, index, logits.amax(dim=-1, keepdim=True) + self.margin)
+
+
+@checks_keywords
+def force(
+    token: Token | Phrase,
+    *,
+    margin: float = 10.0,
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> Force:
+    """Set a token's logit to the largest one plus `margin`, so that it is chosen.
+
+    The margin is in logits: at temperature 1, 10 leaves the others together at most e⁻¹⁰ times their number.
+    `margin=math.inf` takes every other token out, which holds at any temperature.
+
+    A phrase is written one token a step, from `step` on (0 unless said otherwise; at each of several steps it begins
+    again), or with `when` from each step where the condition holds and it is not being written already.
+
+    >>> print(force(" coffee"))
+    force(' coffee')
+    >>> print(force(phrase(" a cup of tea"), when=entropy_above(3.0)))
+    force(phrase(' a cup of tea'), when=entropy_above(3.0))
+    """
+    if margin != math.inf and number(margin, "margin") <= 0:
+        raise BadHook(f"margin={margin!r} does not put the token first: give a number above 0")
+    sites, where = at_logits(site, pos, rows, step)
+    if isinstance(token, Phrase) and (
+        where.pos is not None or (isinstance(where.step, Span) and where.step != EVERY_STEP)
+    ):
+        raise BadHook(f"{token!r} is written from a step on: say step=3, or the steps at which it begins, step=[3, 20]")
+    return Force(sites, where, token, float(margin), when=checked_when(when))
+
+
+@dataclass(frozen=True)
+class Ban(LogitEdit):
+    """Let tokens never be chosen. Made by `ban`."""
+
+    tokens: tuple[Token | Phrase, ...]
+
+    verb: ClassVar[str] = "ban"
+    bare: ClassVar[tuple[str, ...]] = ("tokens",)
+    names: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def edit(self, binding: Binding) -> Change:
+        tokens = _ids(binding, *(token for token in self.tokens if not isinstance(token, Phrase)))
+        phrases = [token.ids(binding.lm) for token in self.tokens if isinstance(token, Phrase)]
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, *tokens, *(ids[-1] for ids in phrases))
+            new = logits.clone()
+            new[..., tokens] = -math.inf
+            for row, place, last in _completed(phrases, here):
+                new[row, place, last] = -math.inf
+            if bool((new.amax(dim=-1) == -math.inf).any()):
+                raise BadEdit(f"{self} leaves no token to choose at {here.site}")
+            return new
+
+        return apply
+
+
+@checks_keywords
+def ban(
+    *tokens: Token | Phrase | Iterable[Token | Phrase],
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> Ban:
+    """Set the logits of these tokens to -inf: their probability is exactly 0.
+
+    Of a phrase, the last token is banned where the tokens before it, in the prompt or generated, are all of the others.
+
+    >>> print(ban(" coffee", " tea"))
+    ban(' coffee', ' tea')
+    """
+    return Ban(*at_logits(site, pos, rows, step), several(tokens, "ban"), when=checked_when(when))
+
+
+def _completed(phrases: list[list[int]], here: Here) -> Iterator[tuple[int, int, int]]:
+    """The cells at which one token more would complete a phrase, and that token."""
+    if not phrases:
+        return
+    for row, places in enumerate(here.cells.places):
+        for column, position in enumerate(places):
+            for ids in phrases:
+                before = ids[:-1]
+                if not before or here.read(row, position, len(before)) == before:
+                    yield row, column, ids[-1]
+
+
+def _ids(binding: Binding, *tokens: Token) -> list[int]:
+    try:
+        return ids_of(binding, *tokens)
+    except NotOneToken as error:
+        raise NotOneToken(f"{error} For several tokens in a row, say hk.phrase(text).") from None
+
+
+@dataclass(frozen=True)
+class Restrict(LogitEdit):
+    """Let only these tokens be chosen. Made by `restrict`."""
+
+    tokens: tuple[Token, ...]
+
+    verb: ClassVar[str] = "restrict"
+    bare: ClassVar[tuple[str, ...]] = ("tokens",)
+    names: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def edit(self, binding: Binding) -> Change:
+        tokens = ids_of(binding, *self.tokens)
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, *tokens)
+            new = torch.full_like(logits, -math.inf)
+            new[..., tokens] = logits[..., tokens]
+            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
+                raise BadEdit(f"{self} leaves no token to choose at {here.site}: all of these were banned before")
+            return new
+
+        return apply
+
+
+@checks_keywords
+def restrict(
+    *tokens: Token | Iterable[Token],
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> Restrict:
+    """Set the logits of all other tokens to -inf: one of these is chosen, by its own odds.
+
+    >>> print(restrict(" yes", " no"))
+    restrict(' yes', ' no')
+    """
+    return Restrict(*at_logits(site, pos, rows, step), several(tokens, "restrict"), when=checked_when(when))

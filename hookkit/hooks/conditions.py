@@ -1,0 +1,149 @@
+"""When a logit edit acts: conditions on the logits that it finds.
+
+    hk.force(" coffee", when=hk.entropy_above(2.0))
+    hk.ban(" tea", when=hk.rank_of(" tea", at_most=3))
+
+A user's own function does as well: it is given the logits [row, pos, vocab] and where they are, and says True or False,
+or for each row and position.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from ..errors import BadEdit, BadHook, checks_keywords
+from ..model import LM, Token
+from .base import Here, number
+from .codec import storable
+
+Logits: TypeAlias = Float[Tensor, "row pos vocab"]
+Holds: TypeAlias = Callable[[Logits, Here], Bool[Tensor, "row pos"]]
+
+COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "above": torch.gt,
+    "below": torch.lt,
+    "at_least": torch.ge,
+    "at_most": torch.le,
+}
+
+
+@storable
+@dataclass(frozen=True)
+class Condition:
+    """A quantity of the logits held against a limit. Made by `entropy_above`, `rank_of` …"""
+
+    quantity: str
+    token: Token | None
+    compare: str
+    limit: float
+
+    def __repr__(self) -> str:
+        if self.token is None:
+            return f"{self.quantity}_{self.compare}({self.limit!r})"
+        return f"{self.quantity}_of({self.token!r}, {self.compare}={self.limit!r})"
+
+    def bound(self, lm: LM) -> Holds:
+        """The condition for this model's tokens."""
+        token = None if self.token is None else lm.token(self.token)
+        real = lm.n_tokens or None
+        return lambda logits, here: COMPARE[self.compare](_measured(self.quantity, logits, token, real), self.limit)
+
+
+When: TypeAlias = Condition | Callable[[Any, Any], Any]
+
+
+def _measured(quantity: str, logits: Logits, token: int | None, real: int | None) -> Shaped[Tensor, "row pos"]:
+    logprobs = logits.float().log_softmax(dim=-1)
+    if quantity == "entropy":
+        return torch.special.entr(logprobs.exp()).sum(dim=-1)
+    if quantity == "margin":
+        first, second = logits[..., :real].float().topk(2, dim=-1).values.unbind(dim=-1)
+        return first - second
+    if quantity == "prob":
+        return logprobs[..., token].exp()
+    assert quantity == "rank" and token is not None
+    return (logits[..., :real] > logits[..., token, None]).sum(dim=-1) + 1
+
+
+def holds(when: When, lm: LM) -> Holds:
+    """What says for each cell whether an edit acts there. A function's answer is checked."""
+    if isinstance(when, Condition):
+        return when.bound(lm)
+
+    def asked(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+        answer = when(logits.clone(), here)
+        answer = torch.as_tensor(answer, device=logits.device) if isinstance(answer, bool) else answer
+        if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape not in ((), logits.shape[:2]):
+            said = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise BadEdit(
+                f"when= gave {said}: return True or False, or a bool tensor {list(logits.shape[:2])} [row, pos]"
+            )
+        return answer.to(logits.device).expand(logits.shape[:2])
+
+    return asked
+
+
+def checked_when(when: When | None) -> When | None:
+    """`when` as it was given, or `BadHook` if it is no condition."""
+    if when is not None and not isinstance(when, Condition) and not callable(when):
+        raise BadHook(
+            f"when={when!r} is no condition: give hk.entropy_above(2.0), hk.rank_of(token, at_most=10) … or a function"
+        )
+    return when
+
+
+def entropy_above(nats: float) -> Condition:
+    """True where the model is less sure than this: the entropy of its next-token distribution is above `nats`.
+
+    >>> entropy_above(2.0)
+    entropy_above(2.0)
+    """
+    return Condition("entropy", None, "above", number(nats, "nats"))
+
+
+def entropy_below(nats: float) -> Condition:
+    """True where the model is surer than this: the entropy of its next-token distribution is below `nats`."""
+    return Condition("entropy", None, "below", number(nats, "nats"))
+
+
+def margin_above(logits: float) -> Condition:
+    """True where the largest logit is more than this above the second largest."""
+    return Condition("margin", None, "above", number(logits, "logits"))
+
+
+def margin_below(logits: float) -> Condition:
+    """True where the largest logit is less than this above the second largest."""
+    return Condition("margin", None, "below", number(logits, "logits"))
+
+
+@checks_keywords
+def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = None) -> Condition:
+    """True where a token's rank is at most, or at least, so much; 1 is the most likely token.
+
+    >>> rank_of(" coffee", at_most=10)
+    rank_of(' coffee', at_most=10)
+    """
+    return _of("rank", token, at_most, at_least)
+
+
+@checks_keywords
+def prob_of(token: Token, *, at_most: float | None = None, at_least: float | None = None) -> Condition:
+    """True where a token's probability (0 to 1) is at most, or at least, so much.
+
+    >>> prob_of(" coffee", at_least=0.05)
+    prob_of(' coffee', at_least=0.05)
+    """
+    return _of("prob", token, at_most, at_least)
+
+
+def _of(quantity: str, token: Token, at_most: float | None, at_least: float | None) -> Condition:
+    if (at_most is None) == (at_least is None):
+        raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
+    limit = at_most if at_most is not None else at_least
+    number(limit, "at_most" if at_most is not None else "at_least")
+    assert limit is not None
+    return Condition(quantity, token, "at_most" if at_most is not None else "at_least", limit)

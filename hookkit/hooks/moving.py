@@ -1,0 +1,274 @@
+"""Hooks that move tokens up or down: boost, cap, swap, set_rank."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BadEdit, BadHook, OutOfRange, checks_keywords
+from ..model import Token
+from ..positions import CountLike, PosLike
+from ..sites import AnySite
+from .base import Binding, Change, Here, number
+from .conditions import When, checked_when
+from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
+
+
+@dataclass(frozen=True)
+class Boost(LogitEdit):
+    """Add to the logits of tokens. Made by `boost`."""
+
+    tokens: tuple[Token, ...]
+    by: float | tuple[float, ...]
+
+    verb: ClassVar[str] = "boost"
+    bare: ClassVar[tuple[str, ...]] = ("tokens",)
+    names: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def __str__(self) -> str:
+        if not isinstance(self.by, tuple):
+            return super().__str__()
+        rest = str(replace(self, tokens=(0,), by=0.0))
+        return rest.replace("0, by=0.0", f"by={dict(zip(self.tokens, self.by, strict=True))}", 1)
+
+    def edit(self, binding: Binding) -> Change:
+        tokens = ids_of(binding, *self.tokens)
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, *tokens)
+            new = logits.clone()
+            new[..., tokens] += torch.tensor(self.by, dtype=logits.dtype, device=logits.device)
+            return new
+
+        return apply
+
+
+@checks_keywords
+def boost(
+    *tokens: Token | Iterable[Token],
+    by: float | Mapping[Token, float] | str | PathLike[str],
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> Boost:
+    """Add `by` to the logits of these tokens: their odds against any other token grow by the factor e^by.
+
+    `by` may also be an amount for each token, {" coffee": 2.0, " tea": -1.0}, or the path of a CSV file with the
+    columns `token` (or `token_id`) and `by`; then no tokens are named beside it.
+
+    >>> print(boost(" coffee", by=2.0))
+    boost(' coffee', by=2.0)
+    """
+    if isinstance(by, str | PathLike):
+        by = _amounts(by)
+    if not isinstance(by, Mapping):
+        chosen, amounts = several(tokens, "boost"), number(by, "by")
+    elif tokens:
+        raise BadHook(f"by= names its tokens itself: leave out {', '.join(map(repr, tokens))}")
+    else:
+        chosen, amounts = several([by], "boost"), tuple(number(each, f"by[{key!r}]") for key, each in by.items())
+    return Boost(*at_logits(site, pos, rows, step), chosen, amounts, when=checked_when(when))
+
+
+def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
+    """The amount for each token in a CSV file. A token stands as it is, its leading space kept, or as its id."""
+    try:
+        with open(path, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except OSError as error:
+        raise BadHook(
+            f"by={str(path)!r} is no file that can be read ({error.strerror}); by= is a number, amounts, or a path"
+        ) from error
+    name = next((name for name in ("token_id", "token") if rows and name in rows[0]), None)
+    if name is None or "by" not in rows[0]:
+        raise BadHook(
+            f"{path} is no table of amounts: it needs a line for each token, under token (or token_id) and by"
+        )
+    try:
+        return {int(row[name]) if name == "token_id" else row[name]: float(row["by"]) for row in rows}
+    except ValueError as error:
+        raise BadHook(f"{path} has a value that is no number: {error}") from error
+
+
+@dataclass(frozen=True)
+class Cap(LogitEdit):
+    """Keep tokens from standing higher than a limit. Made by `cap`."""
+
+    tokens: tuple[Token, ...]
+    logit: float | None = None
+    prob: float | None = None
+
+    verb: ClassVar[str] = "cap"
+    bare: ClassVar[tuple[str, ...]] = ("tokens",)
+    names: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def edit(self, binding: Binding) -> Change:
+        tokens = ids_of(binding, *self.tokens)
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, *tokens)
+            new = logits.clone()
+            new[..., tokens] = logits[..., tokens] + self._shift(logits, tokens)
+            return new
+
+        return apply
+
+    def _shift(self, logits: Logits, tokens: list[int]) -> Float[Tensor, "row pos _"]:
+        found = logits[..., tokens]
+        if self.logit is not None:
+            return (self.logit - found).clamp(max=0)
+        assert self.prob is not None
+        others = logits.clone()
+        others[..., tokens] = -math.inf
+        odds = found.logsumexp(dim=-1, keepdim=True) - others.logsumexp(dim=-1, keepdim=True)
+        return (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
+
+
+@checks_keywords
+def cap(
+    *tokens: Token | Iterable[Token],
+    logit: float | None = None,
+    prob: float | None = None,
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> Cap:
+    """Lower these tokens to a limit where they stand above it: each to a `logit`, or all together to a `prob` (0 to 1).
+
+    With `prob` they are all lowered by one number, so that their odds among each other stay as they were.
+
+    >>> print(cap(" coffee", prob=0.1))
+    cap(' coffee', prob=0.1)
+    """
+    if (logit is None) == (prob is None):
+        raise BadHook("cap() needs one limit: logit= or prob=")
+    if prob is not None and not 0 < number(prob, "prob") < 1:
+        raise BadHook(f"prob={prob!r} is no limit: give a probability between 0 and 1, or ban the tokens")
+    logit = None if logit is None else number(logit, "logit")
+    return Cap(*at_logits(site, pos, rows, step), several(tokens, "cap"), logit, prob, when=checked_when(when))
+
+
+@dataclass(frozen=True)
+class Swap(LogitEdit):
+    """Exchange the logits of two tokens. Made by `swap`."""
+
+    a: Token
+    b: Token
+
+    verb: ClassVar[str] = "swap"
+    bare: ClassVar[tuple[str, ...]] = ("a", "b")
+    names: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def edit(self, binding: Binding) -> Change:
+        a, b = ids_of(binding, self.a, self.b)
+        if a == b:
+            raise BadHook(f"{self} names one token twice: there is nothing to swap")
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, a, b)
+            new = logits.clone()
+            new[..., [a, b]] = logits[..., [b, a]]
+            return new
+
+        return apply
+
+
+@checks_keywords
+def swap(
+    a: Token,
+    b: Token,
+    *,
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> Swap:
+    """Exchange the logits of two tokens; every other token keeps its logit, its probability and its rank.
+
+    >>> print(swap(" coffee", " tea"))
+    swap(' coffee', ' tea')
+    """
+    return Swap(*at_logits(site, pos, rows, step), a, b, when=checked_when(when))
+
+
+@dataclass(frozen=True)
+class SetRank(LogitEdit):
+    """Move a token to a rank. Made by `set_rank`."""
+
+    token: Token
+    rank: int
+
+    verb: ClassVar[str] = "set_rank"
+    bare: ClassVar[tuple[str, ...]] = ("token", "rank")
+    names: ClassVar[tuple[str, ...]] = ("token",)
+
+    def edit(self, binding: Binding) -> Change:
+        (token,) = ids_of(binding, self.token)
+        real = binding.lm.n_tokens or None
+        if real is not None and token >= real:
+            raise BadHook(
+                f"token {token} is a row of the vocabulary without a token (they end at {real - 1}): it has no rank"
+            )
+
+        def apply(logits: Logits, here: Here) -> Logits:
+            check_inside(logits, here, token)
+            others = logits[..., :real].clone()
+            count = others.shape[-1]
+            if self.rank > count:
+                raise OutOfRange(f"rank {self.rank} was asked for, and the vocabulary has {count} tokens")
+            others[..., token] = -math.inf
+            new = logits.clone()
+            new[..., token] = between = _between(others, self.rank)
+            larger = (others > between[..., None]).sum(dim=-1)
+            if bool(here.real_cells(larger != self.rank - 1).any()):
+                raise BadEdit(f"{self} cannot be: the tokens that would stand before and after it have the same logit")
+            return new
+
+        return apply
+
+
+def _between(others: Logits, rank: int) -> Float[Tensor, "row pos"]:
+    """A logit that rank - 1 of the others are larger than, unless two of them are equal just there."""
+    ordered = others.topk(min(rank, others.shape[-1] - 1), dim=-1).values  # the token itself is not among the others
+    if rank == 1:
+        return ordered[..., 0] + 1
+    above = ordered[..., rank - 2]
+    if rank == others.shape[-1]:
+        return above - 1
+    below = ordered[..., rank - 1]
+    middle = (above + below) / 2
+    return torch.where(middle < above, middle, below)
+
+
+@checks_keywords
+def set_rank(
+    token: Token,
+    rank: int,
+    *,
+    step: CountLike = None,
+    when: When | None = None,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    site: str | AnySite = "logits",
+) -> SetRank:
+    """Give a token the logit midway between its new neighbours, so that it has this rank; 1 is the most likely token.
+
+    At rank 1 it is one logit above the rest, at the last rank one below. Every other token keeps its logit.
+
+    >>> print(set_rank(" coffee", 3))
+    set_rank(' coffee', 3)
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise OutOfRange(f"rank={rank!r}: ranks are whole numbers from 1, the most likely token")
+    return SetRank(*at_logits(site, pos, rows, step), token, rank, when=checked_when(when))
