@@ -3,6 +3,8 @@
 from . import errors as errors
 from . import figures as figures
 from .captured import Captured as Captured
+from .decoding import decisions as decisions
+from .decoding import decoding as decoding
 from .errors import HookkitError as HookkitError
 from .figures import delta_bars as delta_bars
 from .figures import logit_panels as logit_panels
@@ -54,6 +56,8 @@ from .tables import rank_shift as rank_shift
 from .tables import ranks as ranks
 from .tables import shift_summary as shift_summary
 from .tables import uncertainty as uncertainty
+from .tracing import Trace as Trace
+from .tracing import trace as trace
 from .zoo import load as load
 
 __version__: str

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from .captured import Ending
 from .errors import Unsupported
 
 OFFERED = ("greedy_search", "sample", "beam_search", "beam_sample")
+NEUTRAL = {  # the rules of sampling in the order in which transformers applies them, and the value that changes nothing
+    "temperature": 1.0,
+    "top_h": None,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 ONE_FORWARD_PER_TOKEN = "hooks need one forward of this model for each token: leave it out"
 
 
@@ -36,6 +46,8 @@ class Generation:
     returned: int  # sequences for each prompt
     other_stops: bool  # rows may end without an end token
     embeddings: bool  # the prompt was given as embeddings alone, so the result holds generated tokens only
+    mode: str  # "greedy_search", "sample", "beam_search" or "beam_sample"
+    rules: str  # the decoding rules in words, such as "top_p = 0.9"
 
     def text(self, find: Any) -> Text:
         """The text that this call makes flow through the model."""
@@ -74,7 +86,14 @@ def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Genera
         returned=config.num_return_sequences or 1,
         other_stops=bool(stops) or config.stop_strings is not None or config.max_time is not None,
         embeddings=embeddings,
+        mode=config.get_generation_mode().value,
+        rules=_rules(config) if config.do_sample else "",
     )
+
+
+def _rules(config: Any) -> str:
+    given = {name: getattr(config, name, None) for name in NEUTRAL}
+    return ", ".join(f"{n} = {value:g}" for n, value in given.items() if value is not None and value != NEUTRAL[n])
 
 
 def _refuse_arguments(given: Mapping[str, Any]) -> None:
@@ -138,10 +157,21 @@ def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "generation_config": config}
 
 
+class Listener(Protocol):
+    """Who is told of each step: a tracer."""
+
+    def processed(self, scores: Tensor) -> None:
+        """What the logits processors made of the logits [row, vocab]."""
+
+    def drawn(self, tokens: Tensor) -> None:
+        """The tokens that were chosen [row]."""
+
+
 @dataclass(eq=False)
 class Watch:
     """Watches a call of `generate` from inside: what each row has read, and at which column it ended."""
 
+    listener: Listener | None = None
     tokens: Tensor | None = None  # what every row has read, before a forward
     ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
 
@@ -165,6 +195,8 @@ class Watch:
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
                 done = super().__call__(input_ids, scores, **kwargs)
                 watch.note(done, input_ids.shape[1])
+                if watch.listener is not None:
+                    watch.listener.drawn(input_ids[:, -1])
                 return done
 
         @functools.wraps(original)
@@ -172,6 +204,22 @@ class Watch:
             return Noted(original(*args, **kwargs))
 
         return criteria
+
+    def processing(self, original: Any, listener: Listener) -> Any:
+        """The model's `_get_logits_processor`, telling what they make of the logits."""
+        from transformers import LogitsProcessorList
+
+        class Told(LogitsProcessorList):
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                processed = super().__call__(input_ids, scores, **kwargs)
+                listener.processed(processed)
+                return processed
+
+        @functools.wraps(original)
+        def processors(*args: Any, **kwargs: Any) -> Any:
+            return Told(original(*args, **kwargs))
+
+        return processors
 
     def note(self, done: Tensor, width: int) -> None:
         """Some rows are done, after so many columns."""
@@ -181,11 +229,14 @@ class Watch:
 
 
 @contextmanager
-def watched(model: Any, generation: Generation) -> Iterator[Watch]:
-    """A block in which the model's own steps of `generate` tell a Watch what they do."""
-    watch = Watch()
+def watched(model: Any, listener: Listener | None = None) -> Iterator[Watch]:
+    """A block in which the model's own steps of `generate` tell a Watch, and a listener, what they do."""
+    watch = Watch(listener)
     stopping, prepare = model._get_stopping_criteria, model.prepare_inputs_for_generation
     with ExitStack() as stack:
+        if listener is not None:
+            processing = watch.processing(model._get_logits_processor, listener)
+            stack.enter_context(replaced(model, "_get_logits_processor", processing))
         stack.enter_context(replaced(model, "_get_stopping_criteria", watch.stopping(stopping)))
         stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))
         yield watch

@@ -34,7 +34,8 @@ from .keeping import Keeping
 from .model import LM, as_lm
 from .prompts import Batch, as_batch, cover
 from .sites import AnySite, Sites
-from .taps import Action, Tap, input_of, picked, planned, repacked
+from .taps import Action, Tap, input_of, logits_tap, picked, planned, repacked
+from .tracing import Tracer
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together
 
@@ -65,9 +66,14 @@ class HookManager:
     not hooked.
     """
 
-    def __init__(self, lm: LM, hooks: Sequence[Hook], *, stop_early: bool = False) -> None:
+    def __init__(
+        self, lm: LM, hooks: Sequence[Hook], *, stop_early: bool = False, tracer: Tracer | None = None
+    ) -> None:
         self.lm = lm
         self.taps = planned(lm, hooks, self._reference)
+        self.tracer = tracer
+        if tracer is not None:
+            self._traced = logits_tap(lm, self.taps)
         self.actions = sorted((action for tap in self.taps for action in tap.actions), key=lambda a: a.number)
         self._stop_early = stop_early
         self._depth = 0
@@ -220,18 +226,26 @@ class HookManager:
                 f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
                 "rows and positions cannot be told. Call the model, or attach to the module that is called"
             )
+        tracer = self.tracer if self.tracer is not None and tap is self._traced else None
+        if tracer is not None:
+            tracer.before(call.number, found)
         self._busy = self._thread
         try:
             for action in tap.actions:
+                given = found
                 try:
-                    firing, found = act(action, tap, call, found, before)
+                    firing, found = act(action, tap, call, given, before)
                 except Exception as error:
                     error.add_note(f"in {action.hook} at {action.site}, forward {call.number}")
                     raise
                 if firing is not None:
                     self._keeping.firings.append(firing)
+                if tracer is not None and found is not given:
+                    tracer.changed(action.hook, given, found)
         finally:
             self._busy = 0
+        if tracer is not None:
+            tracer.after(found)
         if self._stop_early:
             self._done(tap)
         return found
@@ -255,13 +269,17 @@ class HookManager:
             self._keeping.finish(self.follower.plain_ending)
             text = self._keeping.running = self.follower.text = plan.text(self.follower.find)
             self.follower.generation = plan
+            if self.tracer is not None:
+                self.tracer.begin(plan)
             try:
-                with generation.watched(self.lm.root, plan) as self._watch:
+                with generation.watched(self.lm.root, self.tracer) as self._watch:
                     output = original(*args, **generation.eager(args, kwargs))
                 sequences = output if isinstance(output, Tensor) else output.sequences
                 self.rows = generation.final_rows(plan, text, sequences, self._watch)
-                histories = self.follower.histories
-                self._keeping.finish(lambda: generation.ending(plan, text, sequences, self.rows, histories))
+                ending = generation.ending(plan, text, sequences, self.rows, self.follower.histories)
+                self._keeping.finish(lambda: ending)
+                if self.tracer is not None:
+                    self.tracer.finish(self.rows, [text.lengths[prompt] for prompt in ending.prompts], ending.sources)
             finally:
                 self.follower.generation = None
                 self.follower.histories = {}

@@ -38,6 +38,7 @@ from .model import LM
 from .positions import Where
 from .prompts import Batch, Prompts, as_batch, pad_id, padded
 from .sites import AnySite, Site, Sites
+from .tracing import Recorded, Trace, Tracer
 
 Logits: TypeAlias = Literal["all", "last", "none"] | bool | None
 
@@ -51,6 +52,7 @@ class Run:
     prompt_rows     the prompt that each row is of (several rows are of one prompt where several sequences return)
     prompt_lengths  how many tokens of each row are its prompt
     output          what transformers returned
+    recorded        the record of each step of a generate with trace=, for `decoding` and `decisions`
     """
 
     lm: LM
@@ -64,6 +66,7 @@ class Run:
     settings: Mapping[str, Any]
     output: Any
     _manager: HookManager
+    recorded: Recorded | None = None
 
     @property
     def logits(self) -> Float[Tensor, "row pos vocab"]:
@@ -199,64 +202,71 @@ def _logits_of(output: Any, batch: Batch, wanted: str) -> Captured:
 
 
 def generate(
-    lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all", seed: int | None = None, **arguments: Any
+    lm: LM,
+    prompts: Prompts,
+    *hooks: Hook,
+    logits: Logits = "all",
+    seed: int | None = None,
+    trace: Trace | None = None,
+    **arguments: Any,
 ) -> Run:
     """Let the model go on from the prompts with these hooks. Every argument of transformers' `generate` passes through.
 
     Prompts are padded on the left. `logits` is "all" to keep the logits that chose each token ([row, step, vocab], 4
     bytes a number), "last" for those of the last step, or False. `seed` seeds this call's draws and leaves torch's own
-    generator as it was; without it the draws are those of transformers in the state torch is in.
+    generator as it was; without it the draws are those of transformers in the state torch is in. `trace` records every
+    step for `decoding` and `decisions`.
+
+    Hooks on logits act first, on what the model says; then transformers' own and the user's `logits_processor`, in the
+    order of transformers.
 
     >>> generate(lm, "The capital of France is", force(" coffee", step=0), max_new_tokens=3).generated
     [' coffee.\\n']
     """
     _check_arguments(lm, arguments)
     wanted = _wanted(logits)
-    room = arguments.get("max_new_tokens") or 0
-    batch = as_batch(lm, prompts, side="left", room=room)
+    batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     own = Capture(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
-    manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks)
-    inputs = {
-        "input_ids": batch.ids,
-        "attention_mask": batch.mask.long(),
-        **_defaults(lm, arguments),
-        **arguments,
-    }
+    tracer = None if trace is None else Tracer(lm, trace, hooks)
+    manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
+    ids = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    settings = {"verb": "generate", "logits": wanted, "arguments": _plain(arguments)}
+    settings |= {} if seed is None else {"seed": seed}
     output: Any = None
     started = time.perf_counter()
 
     def run() -> Run:
-        rows = manager.rows
-        kept = manager.texts[0]
-        prompt_rows = [row * len(batch.rows) // len(rows) for row in range(len(rows))]
-        seeded = {} if seed is None else {"seed": seed}
-        return Run(
-            lm=lm,
-            tokens=padded(rows, pad_id(lm)).to(batch.ids.device),
-            mask=padded([[1] * len(row) for row in rows], 0).bool().to(batch.ids.device),
-            prompt_rows=tuple(prompt_rows),
-            prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
-            hooks=hooks,
-            kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name)),
-            kept_logits=_own_logits(kept, own, wanted),
-            settings={
-                "verb": "generate",
-                "logits": wanted,
-                **seeded,
-                "arguments": _plain(arguments),
-                "seconds": time.perf_counter() - started,
-            },
-            output=output,
-            _manager=manager,
-        )
+        settings["seconds"] = time.perf_counter() - started
+        return _generated(lm, batch, hooks, own, manager, settings, output)
 
     try:
         with _seeded(lm, seed), manager:
-            output = lm.model.generate(**inputs)  # pyright: ignore[reportCallIssue]
+            output = lm.model.generate(**ids, **_defaults(lm, arguments), **arguments)  # pyright: ignore
     except NeverFired as error:
         error.run = run()
         raise
     return run()
+
+
+def _generated(
+    lm: LM, batch: Batch, hooks: tuple[Hook, ...], own: Capture, manager: HookManager, settings: Any, output: Any
+) -> Run:
+    rows, kept = manager.rows, manager.texts[0]
+    prompt_rows = [row * len(batch.rows) // len(rows) for row in range(len(rows))]
+    return Run(
+        lm=lm,
+        tokens=padded(rows, pad_id(lm)).to(batch.ids.device),
+        mask=padded([[1] * len(row) for row in rows], 0).bool().to(batch.ids.device),
+        prompt_rows=tuple(prompt_rows),
+        prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
+        hooks=hooks,
+        kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name)),
+        kept_logits=_own_logits(kept, own, settings["logits"]),
+        settings=settings,
+        output=output,
+        _manager=manager,
+        recorded=None if manager.tracer is None else manager.tracer.recorded,
+    )
 
 
 def _own_logits(kept: Kept, own: Capture, wanted: str) -> Captured | None:
@@ -294,8 +304,8 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
             )
         if name not in known and not hasattr(GenerationConfig(), name):
             raise UnknownKeyword(
-                f"generate() has no keyword {name!r}{did_you_mean(name, known)} It takes logits, seed and whatever "
-                "transformers' generate takes."
+                f"generate() has no keyword {name!r}{did_you_mean(name, known)} It takes logits, seed, trace and "
+                "whatever transformers' generate takes."
             )
 
 

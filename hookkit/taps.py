@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .captured import Captured, Piece
-from .errors import BadEdit, BadHook
+from .errors import BadEdit, BadHook, Unsupported
 from .families import Place
 from .hooks.base import Binding, Change, EditHook, Hook
 from .hooks.edits import SkipBlock
@@ -75,6 +75,24 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             tap.only_looks = looks and not at_head and view is None and place.item == 0 and not tap.actions
             tap.actions.append(Action(number, hook, site, where, view, change, at_head))
     return list(taps.values())
+
+
+def logits_tap(lm: LM, taps: list[Tap]) -> Tap:
+    """The tap at the logits that the model returns, added where no hook asks for it. `Unsupported` if they are edited
+    before they are there."""
+    for tap in taps:
+        for action in tap.actions:
+            if action.change is not None and action.head and action.site != Site("logits"):
+                raise Unsupported(
+                    f"{action.hook} acts at {action.site}, before the logits that a trace reads as the model's own: "
+                    "let it act at 'logits', or leave trace= out"
+                )
+    place = lm.place(Site("logits"))
+    found = next((tap for tap in taps if tap.place == place), None)
+    if found is None:
+        found = Tap(lm.submodule(place.path), place, [], only_looks=False)
+        taps.append(found)
+    return found
 
 
 def _change(lm: LM, hook: EditHook, site: AnySite, referred: Callable[[Any], Any]) -> Change:
