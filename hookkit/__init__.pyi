@@ -3,6 +3,9 @@
 from . import errors as errors
 from . import figures as figures
 from .captured import Captured as Captured
+from .comparing import Comparison as Comparison
+from .comparing import compare as compare
+from .comparing import fork as fork
 from .decoding import decisions as decisions
 from .decoding import decoding as decoding
 from .errors import HookkitError as HookkitError
@@ -52,6 +55,8 @@ from .runs import generate as generate
 from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import module as module
+from .streaming import Stream as Stream
+from .streaming import stream as stream
 from .tables import rank_shift as rank_shift
 from .tables import ranks as ranks
 from .tables import shift_summary as shift_summary

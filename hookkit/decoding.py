@@ -24,22 +24,23 @@ SUMS = ("entropy", "varentropy", "perplexity", "margin")
 
 @checks_keywords
 def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.DataFrame:
-    """Every step's candidates at each stage, one row of the table each: the top ones, the watched, named and drawn ones.
+    """Every step's candidates at each stage, a row each: the top ones, the watched, named and drawn ones.
 
     Columns: row, step, pos, stage ("model", "edited" or "processed"), token, token_id, logit, logprob, prob, rank,
     drawn (True for the token that was chosen), why ("top", "watched", "named" by a hook, "drawn"). `top` shows fewer of
-    each stage's first than were recorded. In beam search the logits of the stage "processed" are log-probabilities, as there
-    transformers' rules act on those.
+    each stage's first than were recorded. In beam search the logits of the stage "processed" are log-probabilities,
+    as there transformers' rules act on those.
 
     Raises `NotCaptured` where the run was made without trace=.
     """
     record = _record(run)
     shown = record.asked.top if top is None else min(top, record.asked.top)
-    parts = [part for decision in _of_rows(run, record, rows) for part in _candidates(record, decision, shown)]
+    parts = [part for decision in _of_rows(run, record, rows) for part in candidates(record, decision, shown)]
     return pd.DataFrame(parts)
 
 
-def _candidates(record: Recorded, decision: Decision, shown: int) -> Iterator[dict[str, object]]:
+def candidates(record: Recorded, decision: Decision, shown: int) -> Iterator[dict[str, object]]:
+    """The rows of `decoding` for one step of one row."""
     ids = decision.record.ids[decision.model_row].tolist()
     for name in STAGES:
         stage = decision.record.stages[name]

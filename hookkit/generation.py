@@ -160,11 +160,12 @@ def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 class Listener(Protocol):
     """Who is told of each step: a tracer."""
 
-    def processed(self, scores: Tensor) -> None:
-        """What the logits processors made of the logits [row, vocab]."""
+    def processed(self, scores: Tensor) -> Tensor:
+        """What the logits processors made of the logits [row, vocab], and what decoding is to go on with."""
+        ...
 
-    def drawn(self, tokens: Tensor) -> None:
-        """The tokens that were chosen [row]."""
+    def drawn(self, tokens: Tensor, done: Tensor) -> None:
+        """The tokens that were chosen [row], and which rows end with them."""
 
 
 @dataclass(eq=False)
@@ -196,7 +197,7 @@ class Watch:
                 done = super().__call__(input_ids, scores, **kwargs)
                 watch.note(done, input_ids.shape[1])
                 if watch.listener is not None:
-                    watch.listener.drawn(input_ids[:, -1])
+                    watch.listener.drawn(input_ids[:, -1], done)
                 return done
 
         @functools.wraps(original)
@@ -211,9 +212,7 @@ class Watch:
 
         class Told(LogitsProcessorList):
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                processed = super().__call__(input_ids, scores, **kwargs)
-                listener.processed(processed)
-                return processed
+                return listener.processed(super().__call__(input_ids, scores, **kwargs))
 
         @functools.wraps(original)
         def processors(*args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -52,6 +52,7 @@ class Run:
     prompt_rows     the prompt that each row is of (several rows are of one prompt where several sequences return)
     prompt_lengths  how many tokens of each row are its prompt
     output          what transformers returned
+    arguments       what generate was given for transformers
     recorded        the record of each step of a generate with trace=, for `decoding` and `decisions`
     """
 
@@ -66,6 +67,7 @@ class Run:
     settings: Mapping[str, Any]
     output: Any
     _manager: HookManager
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     recorded: Recorded | None = None
 
     @property
@@ -223,11 +225,23 @@ def generate(
     >>> generate(lm, "The capital of France is", force(" coffee", step=0), max_new_tokens=3).generated
     [' coffee.\\n']
     """
+    return traced(lm, prompts, hooks, logits, seed, None if trace is None else Tracer(lm, trace, hooks), arguments)
+
+
+def traced(
+    lm: LM,
+    prompts: Prompts,
+    hooks: tuple[Hook, ...],
+    logits: Logits,
+    seed: int | None,
+    tracer: Tracer | None,
+    arguments: Mapping[str, Any],
+) -> Run:
+    """`generate` with a tracer that is told of each step."""
     _check_arguments(lm, arguments)
     wanted = _wanted(logits)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     own = Capture(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
-    tracer = None if trace is None else Tracer(lm, trace, hooks)
     manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
     ids = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
     settings = {"verb": "generate", "logits": wanted, "arguments": _plain(arguments)}
@@ -237,7 +251,7 @@ def generate(
 
     def run() -> Run:
         settings["seconds"] = time.perf_counter() - started
-        return _generated(lm, batch, hooks, own, manager, settings, output)
+        return _generated(lm, batch, hooks, own, manager, settings, arguments, output)
 
     try:
         with _seeded(lm, seed), manager:
@@ -249,7 +263,14 @@ def generate(
 
 
 def _generated(
-    lm: LM, batch: Batch, hooks: tuple[Hook, ...], own: Capture, manager: HookManager, settings: Any, output: Any
+    lm: LM,
+    batch: Batch,
+    hooks: tuple[Hook, ...],
+    own: Capture,
+    manager: HookManager,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    output: Any,
 ) -> Run:
     rows, kept = manager.rows, manager.texts[0]
     prompt_rows = [row * len(batch.rows) // len(rows) for row in range(len(rows))]
@@ -265,6 +286,7 @@ def _generated(
         settings=settings,
         output=output,
         _manager=manager,
+        arguments=arguments,
         recorded=None if manager.tracer is None else manager.tracer.recorded,
     )
 

@@ -9,6 +9,7 @@ that rose.
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -21,6 +22,8 @@ from .hooks.logits import LogitEdit
 from .model import LM, Token
 from .positions import CountLike, PosLike
 from .runs import Run
+
+Pair: TypeAlias = tuple[Distribution, Distribution]
 
 
 @checks_keywords
@@ -90,10 +93,15 @@ def rank_shift(
     is that of `after`.
     """
     pos = -1 if pos is None and step is None else pos
+    pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
+    return shift_of(pairs, top, movers, _token_ids(after.lm, watch), _edited(before, after))
+
+
+def shift_of(pairs: Iterable[Pair], top: int, movers: int, watched: list[int], edited: list[int]) -> pd.DataFrame:
+    """`rank_shift` of distributions before and after."""
     _check_top(top)
-    watched, edited = _token_ids(after.lm, watch), _edited(before, after)
     parts = []
-    for was, now in _pairs(before, after, pos=pos, step=step, rows=rows):
+    for was, now in pairs:
         reasons = {"top before": was.top(top), "top after": now.top(top), "mover": _movers(was, now, movers)}
         reasons |= {"edited": edited, "watched": watched}
         why: dict[int, list[str]] = {}
@@ -118,7 +126,7 @@ def _with_deltas(part: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(part[[*places, *order, "shift"]])
 
 
-def _pairs(before: Run, after: Run, **places: object) -> Iterator[tuple[Distribution, Distribution]]:
+def _pairs(before: Run, after: Run, **places: object) -> Iterator[Pair]:
     was = list(distributions(before, **places))  # pyright: ignore[reportArgumentType]
     now = list(distributions(after, **places))  # pyright: ignore[reportArgumentType]
     if [said.place["row"] for said in was] != [said.place["row"] for said in now]:
@@ -160,9 +168,14 @@ def shift_summary(
     of the first `top` tokens are still among them).
     """
     pos = -1 if pos is None and step is None else pos
+    return summary_of(_pairs(before, after, pos=pos, step=step, rows=rows), top)
+
+
+def summary_of(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
+    """`shift_summary` of distributions before and after."""
     _check_top(top)
     rows_of_table = []
-    for was, now in _pairs(before, after, pos=pos, step=step, rows=rows):
+    for was, now in pairs:
         firsts = was.top(1)[0], now.top(1)[0]
         found: dict[str, object] = {**now.place, **divergences(was, now)}
         for name, a, b in (("entropy", was.entropy, now.entropy), ("margin", was.margin, now.margin)):

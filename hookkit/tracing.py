@@ -8,7 +8,7 @@ processors. Of each stage only the top tokens, the watched, named and drawn ones
 vocabulary: never the vocabulary times the steps.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ class Tracer:
     lm: LM
     asked: Trace
     hooks: Sequence[Hook]
-    listener: Callable[[Step, Int[Tensor, " row"]], None] | None = None  # is told of each step as it happens
+    listener: Callable[[Tensor, Tensor], None] | None = None  # is told, with each step, of the tokens and who is done
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -147,19 +147,37 @@ class Tracer:
         """All edits have acted on them."""
         self._found["edited"] = logits[:, -1].float() if self._changes else self._found["model"]
 
-    def processed(self, scores: Float[Tensor, "row vocab"]) -> None:
-        """What the logits processors made of the logits."""
+    def processed(self, scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+        """What the logits processors made of the logits, and what decoding goes on with."""
         self._found["processed"] = scores.float()
+        return scores
 
-    def drawn(self, tokens: Int[Tensor, " row"]) -> None:
-        """The step is over: these tokens were chosen (of beams only those that go on are told)."""
+    def drawn(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
+        """The step is over: these tokens were chosen (of beams, those that go on), and some rows are done with them."""
         if "processed" not in self._found or "model" not in self._found:
             return
         step = self._step(None if self._beams > 1 else tokens)
         self.steps.append(step)
         self._forget()
         if self.listener is not None:
-            self.listener(step, tokens)
+            self.listener(tokens, done)
+
+    @property
+    def generation(self) -> Generation:
+        """The call of `generate` that runs."""
+        assert self._generation is not None
+        return self._generation
+
+    def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> Recorded:
+        """The record of the newest step alone, in which each of these rows chose a token."""
+        number = len(self.steps) - 1
+        decisions = [_decision(self.steps[-1], row, number, lengths[row], token, row) for row, token in tokens.items()]
+        return self._recorded(decisions)
+
+    def _recorded(self, decisions: list[Decision]) -> Recorded:
+        return Recorded(
+            self.lm, self.asked, self.generation, tuple(self._watched), tuple(self._named), tuple(decisions)
+        )
 
     def _step(self, drawn: Int[Tensor, " row"] | None) -> Step:
         real = self.lm.n_tokens or None
@@ -185,17 +203,18 @@ class Tracer:
 
         `sources` says for a forward which model row each final row was in.
         """
-        assert self._generation is not None
         steps = [Step(s.call, s.ids.cpu(), _on_cpu(s.stages), [(h, c.cpu()) for h, c in s.changes]) for s in self.steps]
         decisions = []
         for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
             for step, token in enumerate(tokens[length:]):
                 model_row = sources(steps[step].call)[row]
-                hooks = tuple(hook for hook, changed in steps[step].changes if changed[model_row])
-                decisions.append(Decision(row, step, length - 1 + step, token, model_row, steps[step], hooks))
-        self.recorded = Recorded(
-            self.lm, self.asked, self._generation, tuple(self._watched), tuple(self._named), tuple(decisions)
-        )
+                decisions.append(_decision(steps[step], row, step, length, token, model_row))
+        self.recorded = self._recorded(decisions)
+
+
+def _decision(record: Step, row: int, step: int, length: int, token: int, model_row: int) -> Decision:
+    hooks = tuple(hook for hook, changed in record.changes if changed[model_row])
+    return Decision(row, step, length - 1 + step, token, model_row, record, hooks)
 
 
 def _on_cpu(stages: dict[str, Stage]) -> dict[str, Stage]:

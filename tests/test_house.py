@@ -46,6 +46,8 @@ ORDER = [
     "distributions",
     "tables",
     "decoding",
+    "streaming",
+    "comparing",
     "figures",
     "reports",
     "files",

@@ -1,0 +1,140 @@
+"""A generation as it happens, a step at a time.
+
+    for now in hk.stream(lm, "I like oat milk in my", hk.ban(" coffee"), max_new_tokens=20):
+        print(now.text[0], now.decisions["why"][0])
+
+The model runs in a thread of its own, one step ahead. Leaving the loop early, by `break` or Ctrl-C, ends it and takes
+the hooks off.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .decoding import candidates, decided
+from .errors import Unsupported
+from .hooks.base import Hook
+from .model import LM
+from .prompts import Prompts, as_batch
+from .runs import Logits, Run, traced
+from .tracing import Recorded, Trace, Tracer
+from .tracing import trace as every_step
+
+
+class _Closed(Exception):
+    """Nobody listens any more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Now:
+    """One step of a generation, just taken: `step` counts generated tokens, `text` is each row so far."""
+
+    step: int
+    text: list[str]
+    record: Recorded
+
+    @property
+    def decisions(self) -> pd.DataFrame:
+        """The step's rows of `hk.decisions`."""
+        return pd.DataFrame([decided(self.record, decision) for decision in self.record.decisions])
+
+    @property
+    def candidates(self) -> pd.DataFrame:
+        """The step's rows of `hk.decoding`."""
+        top = self.record.asked.top
+        return pd.DataFrame([row for each in self.record.decisions for row in candidates(self.record, each, top)])
+
+
+class Stream:
+    """The steps of a generation, to be gone through once. `run` is the whole of it, after the last step."""
+
+    def __init__(self, lm: LM, prompts: Prompts, hooks: tuple[Hook, ...], asked: Trace, given: dict[str, Any]) -> None:
+        self._lm, self._hooks, self._given = lm, hooks, given
+        self._rows = as_batch(lm, prompts, side="left").rows
+        self._tracer = Tracer(lm, asked, hooks, listener=self._listen)
+        self._written: list[list[int]] = [[] for _ in self._rows]
+        self._ended = [False] * len(self._rows)
+        self._steps: queue.Queue[Now | BaseException | Run] = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        self._started = False
+        self._run: Run | None = None
+
+    @property
+    def run(self) -> Run:
+        """The whole generation, once its last step was taken."""
+        if self._run is None:
+            raise Unsupported("the generation has not come to its end: go through all of its steps first")
+        return self._run
+
+    def __iter__(self) -> Iterator[Now]:
+        if self._started:
+            raise Unsupported("a stream is gone through once: make another, with the same seed for the same text")
+        self._started = True
+        thread = threading.Thread(target=self._generate, name="hookkit.stream", daemon=True)
+        thread.start()
+        try:
+            while isinstance(found := self._steps.get(), Now):
+                yield found
+            if isinstance(found, BaseException):
+                raise found
+            self._run = found
+        finally:
+            self._closed.set()
+            while thread.is_alive():  # the thread may be waiting for room
+                try:
+                    self._steps.get(timeout=0.05)
+                except queue.Empty:
+                    continue
+            thread.join()
+
+    def _generate(self) -> None:
+        logits, seed = self._given.pop("logits"), self._given.pop("seed")
+        try:
+            self._steps.put(traced(self._lm, self._rows, self._hooks, logits, seed, self._tracer, self._given))
+        except _Closed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - it is raised where the steps are read
+            self._steps.put(error)
+
+    def _listen(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
+        if self._closed.is_set():
+            raise _Closed
+        going = self._tracer.generation
+        if going.beams > 1 or going.returned > 1:
+            raise Unsupported("beams and several sequences of one prompt have no single text to stream: use generate")
+        chosen, ends = tokens.tolist(), done.tolist()
+        going_on = [row for row, ended in enumerate(self._ended) if not ended]
+        for row in going_on:
+            self._written[row].append(chosen[row])
+            self._ended[row] = ends[row]
+        texts = [self._lm.text([*row, *new]) for row, new in zip(self._rows, self._written, strict=True)]
+        lengths = {row: len(self._rows[row]) for row in going_on}
+        record = self._tracer.now({row: chosen[row] for row in going_on}, lengths)
+        self._steps.put(Now(len(self._tracer.steps) - 1, texts, record))
+
+
+def stream(
+    lm: LM,
+    prompts: Prompts,
+    *hooks: Hook,
+    logits: Logits = "last",
+    seed: int | None = None,
+    trace: Trace | None = None,
+    **arguments: Any,
+) -> Stream:
+    """The steps of `generate` with the same arguments, as they happen, each with its candidates and the reason.
+
+    Every step is recorded, as with trace=hk.trace(): `now.decisions`, `now.candidates`, and `now.text` so far. After
+    the last step `stream.run` is the run that `generate` would have given.
+
+    >>> steps = stream(lm, "The capital of France is", max_new_tokens=2, do_sample=False)
+    >>> [now.decisions["token"][0] for now in steps]
+    ["' Paris'", "'.'"]
+    """
+    return Stream(lm, prompts, hooks, trace or every_step(), {"logits": logits, "seed": seed, **arguments})
