@@ -51,6 +51,7 @@ ORDER = [
     "figures",
     "reports",
     "files",
+    "cli",
 ]
 
 FILES = {

@@ -1,0 +1,175 @@
+"""The command line. Machine output and what was asked for go to standard output, messages to standard error.
+
+hookkit trace "I like oat milk in my" --ban " coffee"
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from .hooks import Hook
+    from .model import LM
+    from .streaming import Now
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+BAR = 30  # characters of a bar that stands for probability 1
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+WRONG = 2  # that of a wish that cannot be met
+
+
+@app.callback()
+def main() -> None:
+    """See and change what a language model computes."""
+
+
+@app.command(epilog='Example: hookkit trace "I like oat milk in my" --ban " coffee" --watch " tea" --max-new-tokens 12')
+def trace(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from standard input.")],
+    model: Annotated[str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 20,
+    sample: Annotated[bool, typer.Option(help="Draw, instead of the most likely token each time.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --sample.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many candidates to show.")] = 5,
+    watch: Annotated[list[str] | None, typer.Option(help="A token to show wherever it stands; repeatable.")] = None,
+    force: Annotated[list[str] | None, typer.Option(help="TOKEN, or TOKEN@STEP; a phrase from that step on.")] = None,
+    ban: Annotated[list[str] | None, typer.Option(help="A token, or a phrase, that is never to be said.")] = None,
+    boost: Annotated[list[str] | None, typer.Option(help="TOKEN=AMOUNT in logits.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="Any hook as JSON, as Hook.to_json() writes it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each step.")] = False,
+) -> None:
+    """Generate, and show of every token what the model wanted, what became of it, and why it was chosen."""
+    from .errors import HookkitError
+
+    try:
+        given = {"model": model, "revision": revision, "device": device, "dtype": dtype}
+        lm = _loaded({name: value for name, value in given.items() if value is not None})
+        hooks = [*_edits(lm, force or [], ban or [], boost or []), *map(_read, hook or [])]
+        rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if sample else {}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "seed": seed}
+        settings |= {name: value for name, value in rules.items() if value is not None}
+        if not sample and any(value is not None for value in (temperature, top_k, top_p)):
+            raise typer.BadParameter("--temperature, --top-k and --top-p are rules of drawing: add --sample")
+        _show(
+            lm,
+            sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt,
+            hooks,
+            settings,
+            top,
+            watch or [],
+            as_json,
+        )
+    except HookkitError as error:
+        typer.echo(f"hookkit: {error}", err=True)
+        raise typer.Exit(WRONG) from None
+    except KeyboardInterrupt:
+        typer.echo("hookkit: interrupted; what stands above was recorded", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _loaded(given: dict[str, Any]) -> "LM":
+    from .zoo import load
+
+    name = given.pop("model", None)
+    return load(**given) if name is None else load(name, **given)
+
+
+def _edits(lm: "LM", force: list[str], ban: list[str], boost: list[str]) -> Iterator["Hook"]:
+    from . import hooks
+    from .errors import BadHook
+
+    for words in force:
+        text, _, step = words.rpartition("@")
+        at = int(step) if text and step.isdecimal() else None
+        yield hooks.force(_token_or_phrase(lm, words if at is None else text), step=at)
+    if ban:
+        yield hooks.ban(*(_token_or_phrase(lm, words) for words in ban))
+    for words in boost:
+        text, _, amount = words.rpartition("=")
+        try:
+            yield hooks.boost(text, by=float(amount))
+        except ValueError:
+            raise BadHook(f"--boost {words!r} is no amount for a token: write --boost ' tea=2.5'") from None
+
+
+def _token_or_phrase(lm: "LM", words: str) -> Any:
+    from .hooks import phrase
+
+    return words if lm.tokenizer is not None and len(lm.encode(words)) == 1 else phrase(words)
+
+
+def _read(words: str) -> "Hook":
+    from .hooks import Hook
+
+    return Hook.from_json(words)
+
+
+def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, watch: list[str], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from .streaming import stream
+    from .tracing import trace as record
+
+    steps = stream(lm, prompt, *hooks, trace=record(top=top, watch=watch), **settings)
+    console = Console()
+    if as_json or not console.is_terminal:
+        for now in steps:
+            typer.echo(_as_json(now) if as_json else _as_line(now))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for now in steps:
+            live.update(_as_panel(now), refresh=True)
+            console.print(_line(now), highlight=False, markup=False)
+
+
+def _records(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table as plain values; what is no finite number is None."""
+    return json.loads(table.to_json(orient="records"))
+
+
+def _as_json(now: "Now") -> str:
+    shown = _records(now.candidates.drop(columns=["row", "step", "pos"]))
+    return json.dumps({**_records(now.decisions)[0], "text": now.text[0], "candidates": shown}, ensure_ascii=False)
+
+
+def _line(now: "Now") -> str:
+    (decision,) = _records(now.decisions)
+    return f"{decision['step']:>4}  {decision['token']:<16} {decision['why']}"
+
+
+def _as_line(now: "Now") -> str:
+    last = _records(now.candidates.query("stage == 'processed'"))
+    shown = ", ".join(f"{found['token']} {found['prob']:.3f}" for found in last)
+    return f"{_line(now)}  [{shown}]"
+
+
+def _as_panel(now: "Now") -> "Group":
+    """The text so far, and the last step's candidates as bars, the chosen one marked."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="dim")
+    for name in ("", "token", "p model", "p now", ""):
+        table.add_column(name, justify="right" if name.startswith("p") else "left")
+    model = {found["token_id"]: found["prob"] for found in _records(now.candidates.query("stage == 'model'"))}
+    for found in _records(now.candidates.query("stage == 'processed'")):
+        drawn, was = found["drawn"], model.get(found["token_id"])
+        bar = Text("█" * round(BAR * found["prob"]), style="green" if drawn else "blue")
+        numbers = ("" if was is None else f"{was:.4f}", f"{found['prob']:.4f}")
+        table.add_row("→" if drawn else "", Text(found["token"]), *numbers, bar, style="bold" if drawn else "")
+    return Group(Panel(Text(now.text[0]), title="text", title_align="left"), table)
