@@ -47,7 +47,7 @@ def main() -> None:
         columns = ["way", "toward", "dose", "said", "likelihood", "likelihood_drop", "kl_neutral", "example"]
         table = table.loc[:, columns]
         results.text(
-            f"said: the part of {len(PROMPTS)} texts of {NEW} greedy tokens with {COFFEE!r}. likelihood: the mean "
+            f"said: the part of {len(PROMPTS)} texts of {NEW} tokens with {COFFEE!r}. likelihood: the mean "
             "log-probability of their tokens under the unedited model, in nats; likelihood_drop: how far below that of "
             "the unedited texts. kl_neutral: KL(unedited‖edited) in nats, the mean over neutral texts' positions. dose: "
             f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}."

@@ -116,6 +116,7 @@ def generation(lm: hk.LM) -> pd.DataFrame:
         "plain transformers": lambda: model.generate(**inputs, **settings),
         "nothing attached": lambda: hk.generate(lm, prompt, **settings),
         "force and steer": lambda: hk.generate(lm, prompt, *hooks, **settings),
+        "trace": lambda: hk.generate(lm, prompt, trace=hk.trace(top=5, watch=(" coffee", " tea")), **settings),
     }
     return compared("generate", work)
 

@@ -1,0 +1,76 @@
+"""The command line, run as a user runs it: in a process of its own, piped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import hookkit as hk
+
+MILK = "I like oat milk in my"
+
+
+def hookkit(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from hookkit.cli import app; app(prog_name='hookkit')", *words]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_a_trace_is_a_line_for_each_step_when_piped(smol):
+    run = hk.generate(smol, MILK, hk.ban(" coffee"), hk.boost(" tea", by=1.0), max_new_tokens=3, do_sample=False)
+    done = hookkit("trace", MILK, "--ban", " coffee", "--boost", " tea=1", "--max-new-tokens", "3", "--device", "cpu")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 3 and "banned ' coffee' was first for the model" in lines[0]
+    tokens = [smol.string(int(i)) for i in run.tokens[0, run.prompt_lengths[0] :]]
+    assert all(repr(token) in line for token, line in zip(tokens, lines, strict=True))
+
+
+def test_a_trace_as_json_is_what_the_tables_say(smol):
+    words = [
+        "--json",
+        "--sample",
+        "--seed",
+        "1",
+        "--top-p",
+        "0.9",
+        "--watch",
+        " tea",
+        "--max-new-tokens",
+        "2",
+        "--force",
+        " tea@1",
+    ]
+    done = hookkit("trace", "-", *words, "--device", "cpu", given=MILK + "\n")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    run = hk.generate(smol, MILK, hk.force(" tea", step=1), max_new_tokens=2, do_sample=True, top_p=0.9, seed=1,
+                      trace=hk.trace(watch=" tea"))  # fmt: skip
+    decided = hk.decisions(run)
+    assert [each["why"] for each in found] == decided["why"].tolist()
+    assert [each["token_id"] for each in found] == decided["token_id"].tolist()
+    assert found[1]["text"] == run.text[0]
+    assert {"stage", "token", "rank", "prob", "drawn", "why"} <= set(found[0]["candidates"][0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--boost", " tea"], "--boost ' tea' is no amount for a token"),
+        (["--hook", "{}"], "this is no hook in JSON"),
+        (["--top-p", "0.9"], "add --sample"),
+        (["--model", "no such/model at all"], "hookkit: "),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_said_on_standard_error(smol, words, message):
+    done = hookkit("trace", MILK, *words, "--device", "cpu")
+    assert done.returncode == 2
+    assert not done.stdout
+    assert message in done.stderr.replace("\n", " ").replace("│", "") and "Traceback" not in done.stderr
+
+
+def test_help_is_light_and_has_an_example():
+    code = "import sys; sys.argv = ['hookkit', '--help']\ntry:\n from hookkit.cli import app; app()\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "Example: hookkit trace" in hookkit("trace", "--help").stdout
