@@ -49,7 +49,7 @@ def main() -> None:
         results.text(
             f"said: the part of {len(PROMPTS)} texts of {NEW} tokens with {COFFEE!r}. likelihood: the mean "
             "log-probability of their tokens under the unedited model, in nats; likelihood_drop: how far below that of "
-            "the unedited texts. kl_neutral: KL(unedited‖edited) in nats, the mean over neutral texts' positions. dose: "
+            "the unedited texts. kl_neutral: KL(unedited‖edited) in nats, the mean over neutral positions. dose: "
             f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}."
         )
         results.table("doses", table, caption="Dose against damage.")
