@@ -103,7 +103,7 @@ class Here:
             found = text.history[model_row, first + start : first + position + 1].tolist()
         else:
             found = [-1]
-        if -1 in found:
+        if -1 in found or len(found) <= position - start:
             raise Unsupported(
                 f"the tokens before position {position} of row {prompt} are not known: hookkit did not see them "
                 "generated (a decoding loop of one's own), or the prompt was given as embeddings"
