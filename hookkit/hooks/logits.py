@@ -86,6 +86,9 @@ def ids_of(binding: Binding, *tokens: Token) -> list[int]:
 
 def check_inside(logits: Logits, here: Here, *tokens: int) -> None:
     """Raise `BadEdit` for a token that the last axis does not have."""
+    for token in tokens:
+        if isinstance(token, Phrase):
+            raise BadHook(f"{token!r} is several tokens, and one is meant: phrases are for force and ban")
     wrong = [token for token in tokens if token >= logits.shape[-1]]
     if wrong:
         raise BadEdit(
