@@ -142,7 +142,7 @@ class Ban(LogitEdit):
             new[..., tokens] = -math.inf
             for row, place, last in _completed(phrases, here):
                 new[row, place, last] = -math.inf
-            if bool((new.amax(dim=-1) == -math.inf).any()):
+            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
                 raise BadEdit(f"{self} leaves no token to choose at {here.site}")
             return new
 
