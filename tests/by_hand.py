@@ -1,9 +1,10 @@
 """The second route: what is at each site, by plain transformers and hooks written by hand. No hookkit here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 
 def module_of(model: nn.Module, site: str, layer: int | None) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
@@ -116,3 +117,52 @@ def greedy(
     for step in range(steps):
         ids.append(int(change(logits(model, ids)[0, -1].clone(), step).argmax()))
     return ids
+
+
+LogitEdit = Callable[[Tensor, int, list[int]], Tensor]
+
+
+class Edited(LogitsProcessor):
+    """An edit of what the model says, row by row: `edit(logits, step, tokens so far)`, a fresh one for each row."""
+
+    def __init__(self, edits: Sequence[Callable[[], LogitEdit]], pads: list[int], width: int) -> None:
+        self.edits, self.pads, self.width = edits, pads, width
+        self.rows: dict[int, LogitEdit] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = []
+        for row, said in enumerate(scores):
+            prompt = row * len(self.pads) // len(scores)
+            edit = self.rows.setdefault(row, self.edits[prompt]())
+            new.append(
+                edit(said.clone(), input_ids.shape[1] - self.width, input_ids[row, self.pads[prompt] :].tolist())
+            )
+        return torch.stack(new)
+
+
+def generated(
+    model: nn.Module, rows: list[list[int]], edits: Sequence[Callable[[], LogitEdit]], seed: int, settings: dict
+) -> list[list[int]]:
+    """What plain transformers writes behind rows that are padded on the left, with an edit of each row's logits.
+
+    The edit is a logits processor; in beams, whose processors are given log-probabilities, a hook on the model.
+    """
+    width = max(map(len, rows))
+    pads = [width - len(row) for row in rows]
+    ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)])
+    edited = Edited(edits, pads, width)
+    given = {"input_ids": ids, "attention_mask": mask, **settings}
+    torch.manual_seed(seed)
+    if "num_beams" not in settings:
+        return model.generate(**given, logits_processor=LogitsProcessorList([edited]))[:, width:].tolist()
+
+    def after(_module: nn.Module, _args: tuple, kwargs: dict, output: dict) -> dict:
+        output.logits[:, -1] = edited(kwargs["input_ids"], output.logits[:, -1])
+        return output
+
+    handle = model.register_forward_hook(after, with_kwargs=True)
+    try:
+        return model.generate(**given | {"use_cache": False})[:, width:].tolist()
+    finally:
+        handle.remove()

@@ -9,7 +9,15 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import hookkit as hk
 
@@ -49,6 +57,12 @@ def tiny(family: str, **changes: object) -> torch.nn.Module:
             num_key_value_heads=2, max_position_embeddings=128, **changes,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
+    elif family == "gemma2":
+        config = Gemma2Config(
+            **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, **changes,
+        )  # fmt: skip
+        model = Gemma2ForCausalLM(config)
     else:
         config = GPT2Config(**SIZES, n_embd=32, n_layer=3, n_head=4, n_positions=128, **changes)
         model = GPT2LMHeadModel(config)
@@ -85,6 +99,12 @@ def gpt2(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
 
 
 @pytest.fixture(scope="session")
+def soft_capped(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
+    """A model whose logits stay between -5 and 5."""
+    return hk.LM(tiny("gemma2", final_logit_softcapping=5.0), small_tokenizer)
+
+
+@pytest.fixture(scope="session")
 def smol() -> hk.LM:
     """The default model."""
     return hk.load(device="cpu")
@@ -109,7 +129,7 @@ def hooks_on(model: torch.nn.Module) -> dict[str, list[object]]:
 @pytest.fixture(autouse=True)
 def every_model_is_left_as_found(request: pytest.FixtureRequest):
     """No test may leave a hook behind on a shared model, or take one away."""
-    names = [name for name in ("lm", "llama", "gpt2", "smol") if name in request.fixturenames]
+    names = [name for name in ("lm", "llama", "gpt2", "soft_capped", "smol") if name in request.fixturenames]
     shared = [request.getfixturevalue(name).root for name in names]
     before = [copy.copy(hooks_on(model)) for model in shared]
     yield

@@ -64,6 +64,7 @@ class Here:
     where: Where
     found: Cells | None  # None at a module whose tensor has no axes batch and pos
     before: Tensor | None = None  # the same cells of what the block was given, at a block's output
+    asked: Bool[Tensor, "row pos"] | None = None  # where the edit's condition holds; None where it has none
 
     @property
     def cells(self) -> Cells:
@@ -103,7 +104,7 @@ class Here:
             found = text.history[model_row, first + start : first + position + 1].tolist()
         else:
             found = [-1]
-        if -1 in found:
+        if -1 in found or len(found) <= position - start:
             raise Unsupported(
                 f"the tokens before position {position} of row {prompt} are not known: hookkit did not see them "
                 "generated (a decoding loop of one's own), or the prompt was given as embeddings"
@@ -111,7 +112,9 @@ class Here:
         return found
 
     def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
-        """The same mask, false where a shorter row was filled up."""
+        """The same mask, false where a shorter row was filled up, or where the edit's condition does not hold."""
+        if self.asked is not None:
+            mask = mask & self.asked.reshape(*self.asked.shape, *[1] * (mask.ndim - self.asked.ndim))
         if self.found is None or self.valid is None:
             return mask
         return mask & self.valid.to(mask.device).reshape(*self.valid.shape, *[1] * (mask.ndim - 2))

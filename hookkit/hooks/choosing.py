@@ -32,7 +32,7 @@ class Force(LogitEdit):
 
     def placed(self, lm: LM) -> Where:
         """A phrase that starts at step 3 acts at step 3, 4 … until it is written."""
-        if not isinstance(self.token, Phrase) or self.when is not None:
+        if not isinstance(self.token, Phrase) or (self.when is not None and self.where.step == EVERY_STEP):
             return self.where
         steps = self._starts()
         taken = sorted({step + count for step in steps for count in range(len(self.token.ids(lm)))})
@@ -49,7 +49,8 @@ class Force(LogitEdit):
             return super().change(binding)
         ids = self.token.ids(binding.lm)
         if self.when is not None:
-            begun = Begun(len(ids), holds(self.when, binding.lm))
+            starts = None if self.where.step == EVERY_STEP else self._starts()
+            begun = Begun(len(ids), holds(self.when, binding.lm), starts)
             return lambda logits, here: self._written(logits, here, ids, begun.offsets(logits, here))
         starts = torch.tensor(self._starts())
 
@@ -103,7 +104,8 @@ def force(
     `margin=math.inf` takes every other token out, which holds at any temperature.
 
     A phrase is written one token a step, from `step` on (0 unless said otherwise; at each of several steps it begins
-    again), or with `when` from each step where the condition holds and it is not being written already.
+    again), or with `when` from each step (of those named) where the condition holds and it is not being
+    written already.
 
     >>> print(force(" coffee"))
     force(' coffee')
@@ -140,7 +142,7 @@ class Ban(LogitEdit):
             new[..., tokens] = -math.inf
             for row, place, last in _completed(phrases, here):
                 new[row, place, last] = -math.inf
-            if bool((new.amax(dim=-1) == -math.inf).any()):
+            if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
                 raise BadEdit(f"{self} leaves no token to choose at {here.site}")
             return new
 

@@ -6,7 +6,7 @@ act at those of them where a condition on the logits holds.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -42,8 +42,13 @@ class LogitEdit(EditHook):
         apply = self.edit(binding)
         if self.when is None:
             return apply
-        asked = holds(self.when, binding.lm)
-        return lambda logits, here: torch.where(asked(logits, here)[..., None], apply(logits, here), logits)
+        holding = holds(self.when, binding.lm)
+
+        def where_it_holds(logits: Logits, here: Here) -> Logits:
+            asked = holding(logits, here)
+            return torch.where(asked[..., None], apply(logits, replace(here, asked=asked)), logits)
+
+        return where_it_holds
 
     def edit(self, binding: Binding) -> Change:
         """The change where the condition holds."""
@@ -81,6 +86,9 @@ def several(tokens: Iterable[Named | Iterable[Named]], verb: str) -> tuple[Named
 
 def ids_of(binding: Binding, *tokens: Token) -> list[int]:
     """The ids of tokens in the model's vocabulary."""
+    for token in tokens:
+        if isinstance(token, Phrase):
+            raise BadHook(f"{token!r} is several tokens, and one is meant: phrases are for force and ban")
     return [binding.lm.token(token) for token in tokens]
 
 

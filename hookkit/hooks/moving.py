@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import ClassVar
@@ -34,11 +35,12 @@ class Boost(LogitEdit):
     def __str__(self) -> str:
         if not isinstance(self.by, tuple):
             return super().__str__()
-        rest = str(replace(self, tokens=(0,), by=0.0))
-        return rest.replace("0, by=0.0", f"by={dict(zip(self.tokens, self.by, strict=True))}", 1)
+        rest = str(replace(self, tokens=(), by=0.0))
+        return rest.replace("by=0.0", f"by={dict(zip(self.tokens, self.by, strict=True))}", 1)
 
     def edit(self, binding: Binding) -> Change:
         tokens = ids_of(binding, *self.tokens)
+        _check_once(tokens, self)
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, *tokens)
@@ -81,11 +83,12 @@ def boost(
 def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
     """The amount for each token in a CSV file. A token stands as it is, its leading space kept, or as its id."""
     try:
-        with open(path, newline="", encoding="utf-8") as lines:
+        with open(path, newline="", encoding="utf-8-sig") as lines:  # spreadsheets begin the file with a mark
             rows = list(csv.DictReader(lines))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise BadHook(
-            f"by={str(path)!r} is no file that can be read ({error.strerror}); by= is a number, amounts, or a path"
+            f"by={str(path)!r} is no file that can be read ({why}); by= is a number, amounts, or a path"
         ) from error
     name = next((name for name in ("token_id", "token") if rows and name in rows[0]), None)
     if name is None or "by" not in rows[0]:
@@ -93,9 +96,18 @@ def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
             f"{path} is no table of amounts: it needs a line for each token, under token (or token_id) and by"
         )
     try:
-        return {int(row[name]) if name == "token_id" else row[name]: float(row["by"]) for row in rows}
-    except ValueError as error:
+        amounts = [(int(row[name]) if name == "token_id" else row[name], float(row["by"])) for row in rows]
+    except (TypeError, ValueError) as error:
         raise BadHook(f"{path} has a value that is no number: {error}") from error
+    _check_once([token for token, _ in amounts], path)
+    return dict(amounts)
+
+
+def _check_once(tokens: Sequence[Token], who: object) -> None:
+    """Raise `BadHook` where a token is named twice: it is not clear what is meant."""
+    twice = [token for token, times in Counter(tokens).items() if times > 1]
+    if twice:
+        raise BadHook(f"{who} names token {twice[0]!r} twice: name each once")
 
 
 @dataclass(frozen=True)
@@ -112,19 +124,25 @@ class Cap(LogitEdit):
 
     def edit(self, binding: Binding) -> Change:
         tokens = ids_of(binding, *self.tokens)
+        _check_once(tokens, self)
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, *tokens)
             new = logits.clone()
+            if self.logit is not None:
+                new[..., tokens] = logits[..., tokens].clamp(max=self.logit)
+                return new
             new[..., tokens] = logits[..., tokens] + self._shift(logits, tokens)
+            if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
+                raise BadEdit(
+                    f"{self} cannot be at {here.site}: no other token can be chosen, so these have all the odds"
+                )
             return new
 
         return apply
 
     def _shift(self, logits: Logits, tokens: list[int]) -> Float[Tensor, "row pos _"]:
         found = logits[..., tokens]
-        if self.logit is not None:
-            return (self.logit - found).clamp(max=0)
         assert self.prob is not None
         others = logits.clone()
         others[..., tokens] = -math.inf

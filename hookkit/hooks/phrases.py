@@ -49,13 +49,13 @@ def phrase(words: str | Sequence[Token]) -> Phrase:
 
 
 class Begun:
-    """Where phrases that wait for a condition have begun, by text, model row and step.
+    """Where phrases that wait for a condition have begun, by text, model row and step: at any, or one of `starts`.
 
     The steps of a row are asked for in order; one that is asked for again (a cache is not used) has the same answer.
     """
 
-    def __init__(self, length: int, holds: Holds) -> None:
-        self.length, self.holds = length, holds
+    def __init__(self, length: int, holds: Holds, starts: Sequence[int] | None) -> None:
+        self.length, self.holds, self.starts = length, holds, starts
         self._offsets: WeakKeyDictionary[Text, dict[tuple[int, int], int]] = WeakKeyDictionary()
 
     def offsets(self, logits: Float[Tensor, "row pos vocab"], here: Here) -> Int[Tensor, "row pos"]:
@@ -73,6 +73,7 @@ class Begun:
                 if (row, step) not in known:
                     before = known.get((row, step - 1), -1)
                     going_on = 0 <= before < self.length - 1
-                    known[row, step] = before + 1 if going_on else 0 if asked[index][column] else -1
+                    begins = asked[index][column] and (self.starts is None or step in self.starts)
+                    known[row, step] = before + 1 if going_on else 0 if begins else -1
                 offsets[index, column] = known[row, step]
         return offsets
