@@ -55,8 +55,11 @@ from .runs import generate as generate
 from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import module as module
+from .steps import prob_against as prob_against
+from .steps import rank_lines as rank_lines
 from .streaming import Stream as Stream
 from .streaming import stream as stream
+from .strips import decision_strip as decision_strip
 from .tables import rank_shift as rank_shift
 from .tables import ranks as ranks
 from .tables import shift_summary as shift_summary

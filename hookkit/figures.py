@@ -39,7 +39,7 @@ def logit_scatter(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | in
     axes = figure.subplots()
     _scatter(axes, table, "logit", _watched(table, watch), names=LABELLED)
     axes.set_ylabel("logit (raw)")
-    return _finished(figure, title or "Every token's logit")
+    return finished(figure, title or "Every token's logit")
 
 
 @checks_keywords
@@ -60,7 +60,7 @@ def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int
         _scatter(axes, table, column, watched, names=LABELLED if column == "prob" else 0)
         axes.set_ylabel(unit)
         axes.set_title(name, fontsize=10, color=INK)
-    return _finished(figure, title)
+    return finished(figure, title)
 
 
 @checks_keywords
@@ -77,10 +77,9 @@ def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = 
     columns = ("rank_before", "rank_after")
     low = max(float(shift[list(columns)].to_numpy().max()), 10.0) * 1.25
     gap = np.log(low / 0.85) * 0.2 / (height - 0.9)  # a label needs 0.2 inches of what the frame leaves
-    heights = [np.exp(_spread(np.log(shift[column].to_numpy(float)), gap)) for column in columns]
+    heights = [np.exp(spread(np.log(shift[column].to_numpy(float)), gap)) for column in columns]
     low = max(low, float(np.max(heights)) * 1.1)
-    axes.set_yscale("log")
-    axes.set_ylim(low, 0.85)
+    rank_axis(axes, low)
     for side, column in enumerate(columns):
         for token, height in zip(tokens, heights[side], strict=True):
             _rank_label(axes, token, side, token[column], height)
@@ -90,17 +89,23 @@ def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = 
         axes.plot([0, 1], [token["rank_before"], token["rank_after"]], color=colour, lw=width, marker="o", ms=4)
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)
-    axes.set_ylabel("rank (log axis; 1 is the most likely)")
+    return finished(figure, title or "How the ranking moved")
+
+
+def rank_axis(axes: Axes, low: float) -> None:
+    """Make the y axis one of ranks: logarithmic, from `low` at the bottom to 1 at the top."""
+    axes.set_yscale("log")
+    axes.set_ylim(low, 0.85)
     ticks = [1, 2, 5, *(10**power for power in range(1, int(np.log10(low)) + 1))]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    return _finished(figure, title or "How the ranking moved")
+    axes.set_ylabel("rank (log axis; 1 is the most likely)")
 
 
 def _rank_label(axes: Axes, token: dict[Hashable, Any], side: int, rank: int, height: float) -> None:
     """A token's name and rank beside its point, moved to where there is room, with a thin line to the point."""
-    name = _drawable(token["token"])
+    name = drawable(token["token"])
     axes.annotate(
         f"{name}  {rank:,}" if side else f"{rank:,}  {name}",
         (side, rank),
@@ -142,13 +147,13 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
             fontsize=8,
             color=PAPER if endless else INK,
         )
-    axes.set_yticks(np.arange(len(drawn)), [_drawable(str(token)) for token in ordered["token"]], fontsize=8.5)
+    axes.set_yticks(np.arange(len(drawn)), [drawable(str(token)) for token in ordered["token"]], fontsize=8.5)
     axes.invert_yaxis()
     axes.axvline(0, color=MUTED, lw=0.8)
     left, right = (deltas < 0).any(), (deltas > 0).any()
     axes.set_xlim(-reach * (1.12 if left else 0.05), reach * (1.12 if right else 0.05))
     axes.set_xlabel("Δ log-probability (nats, after minus before)")
-    return _finished(figure, title or "What became more and less likely")
+    return finished(figure, title or "What became more and less likely")
 
 
 def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame, *, names: int) -> None:
@@ -161,7 +166,7 @@ def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame
     top, bottom = shown[column].to_numpy(float).max(), shown[column].to_numpy(float).min()
     reach = (top - bottom) or 1.0
     axes.set_ylim(bottom - 0.06 * reach, top + 0.08 * reach)
-    heights = -_spread(-named[column].to_numpy(float), 0.062 * reach)
+    heights = -spread(-named[column].to_numpy(float), 0.062 * reach)
     width = table["token_id"].to_numpy(float).max() or 1.0
     for token, height in zip(named.to_dict("records"), heights, strict=True):
         mine = token["token_id"] in marked
@@ -170,7 +175,7 @@ def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame
             token["token_id"], token[column], "o", ms=6 if mine else 3.5, color=colour, mec=PAPER, mew=0.7, zorder=3
         )
         axes.annotate(
-            f"{_drawable(token['token'])}  {token['rank']:,}",
+            f"{drawable(token['token'])}  {token['rank']:,}",
             (token["token_id"], token[column]),
             xytext=(width * 1.04, height),
             va="center",
@@ -184,7 +189,8 @@ def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame
     axes.set_xlabel("token id")
 
 
-def _finished(figure: Figure, title: str) -> Figure:
+def finished(figure: Figure, title: str) -> Figure:
+    """The figure in the house's ink, paper and type sizes, with its title."""
     figure.set_facecolor(PAPER)
     for axes in figure.axes:
         axes.set_facecolor(PAPER)
@@ -198,7 +204,7 @@ def _finished(figure: Figure, title: str) -> Figure:
             label.set_color(INK)
             label.set_fontsize(9)
     if title:
-        figure.suptitle(_plain(title), fontsize=11, color=INK, x=0.01, ha="left")
+        figure.suptitle(plain(title), fontsize=11, color=INK, x=0.01, ha="left")
     return figure
 
 
@@ -231,7 +237,7 @@ def _finite(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return pd.DataFrame(table[np.isfinite(table[column].to_numpy(float))])
 
 
-def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
     """Where labels go: at their heights, or as far behind their neighbour as a label needs, in the same order."""
     order = np.argsort(heights, kind="stable")
     places = heights.astype(float)
@@ -240,14 +246,20 @@ def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
     return places
 
 
-def _drawable(token: str) -> str:
-    """A token as the font can draw it: characters that it lacks as their codes."""
+def drawable(token: str) -> str:
+    """A token as matplotlib can draw it."""
+    return plain(readable(token))
+
+
+def readable(token: str) -> str:
+    """A token with the characters that the font lacks as their codes."""
     known = _characters()
-    return _plain("".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in token))
+    return "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in token)
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib reads text between dollars as mathematics
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it stands: what is between dollars it reads as mathematics."""
+    return text.replace("$", r"\$")
 
 
 @cache

@@ -49,6 +49,8 @@ ORDER = [
     "streaming",
     "comparing",
     "figures",
+    "strips",
+    "steps",
     "reports",
     "files",
     "cli",
@@ -119,7 +121,7 @@ def test_only_the_manager_registers_hooks():
     assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager"]
 
 
-@pytest.mark.parametrize("name", ["errors", "sites", "positions", "families", "figures"])
+@pytest.mark.parametrize("name", ["errors", "sites", "positions", "families", "figures", "strips", "steps"])
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
 
