@@ -6,7 +6,14 @@ import by_hand
 import pytest
 import torch
 from conftest import PROMPTS
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 
 import hookkit as hk
 from hookkit.errors import BadHook, NotOneToken, Unsupported
@@ -20,12 +27,16 @@ SAMPLED = {**GREEDY, "do_sample": True}
 VECTOR = torch.linspace(-1, 1, 32)
 
 
-def stages(run, column="logit"):
+def stages(run, what="logits"):
     """The whole record: of each stage, for each row and step, the values of all tokens by id."""
     found = {name: {} for name in ("model", "edited", "processed")}
-    for (name, row, step), part in hk.decoding(run).groupby(["stage", "row", "step"]):
-        assert part["token_id"].is_unique and len(part) == VOCAB
-        found[name][row, step] = torch.tensor(part.sort_values("token_id")[column].to_numpy()).float()
+    for decision in run.recorded.decisions:
+        ids = decision.record.ids[decision.model_row]
+        for name, stage in decision.record.stages.items():
+            values = torch.full((VOCAB,), torch.nan)
+            values[ids] = getattr(stage, what)[decision.model_row].float()
+            assert not values.isnan().any(), "a token of the vocabulary is missing"
+            found[name][decision.row, decision.step] = values
     return found.values()
 
 
@@ -238,7 +249,7 @@ def test_ranks_of_tokens_that_share_a_logit_are_equal(llama, family_of_ties):
         )
 
     run = hk.generate(llama, PROMPTS[0], hk.edit("logits", share), trace=ALL, **GREEDY)
-    for number, (logits, ranks) in enumerate(zip(stages(run), stages(run, "rank"), strict=True)):
+    for number, (logits, ranks) in enumerate(zip(stages(run), stages(run, "ranks"), strict=True)):
         for where, values in logits.items():
             ordered = sorted(values.tolist(), reverse=True)
             assert ranks[where].tolist() == [ordered.index(value) + 1 for value in values.tolist()]
@@ -314,15 +325,17 @@ def numbers(found, seen):
     return sum(numbers(each, seen) for each in found) if isinstance(found, list | tuple) else 0
 
 
-def test_the_record_of_twenty_steps_is_smaller_than_two_vocabularies(smol):
-    hooks = [hk.ban(" coffee"), hk.boost(" tea", by=2.0)]
+def test_the_record_of_twenty_steps_is_smaller_than_two_vocabularies():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wide = hk.LM(LlamaForCausalLM(LlamaConfig(vocab_size=50_000, **sizes)).eval())
+    hooks = [hk.ban(70), hk.boost(90, by=2.0)]
     settings = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "eos_token_id": None, "seed": 0}
-    run = hk.generate(smol, PROMPTS[0], *hooks, logits=False, trace=hk.trace(top=3), **settings)
+    run = hk.generate(wide, [[5, 6, 7]], *hooks, logits=False, trace=hk.trace(top=3), **settings)
     steps = {id(decision.record): decision.record for decision in run.recorded.decisions}
     assert len(steps) == 20
     seen = set()
     held = sum(numbers(step, seen) for step in steps.values())
-    assert 20 * 3 * 3 < held < 2 * smol.model.config.vocab_size
+    assert 20 * 3 * 3 < held < 2 * 50_000
 
 
 def test_beam_sampling_leaves_no_trace(llama):
@@ -347,9 +360,9 @@ def test_a_trace_of_no_token_is_refused(top):
         hk.trace(top=top)
 
 
-def test_a_watched_text_that_is_not_one_token_is_refused_before_the_first_token(smol):
-    with pytest.raises(NotOneToken, match=r"'coffee' is 3 tokens here"):
-        hk.generate(smol, PROMPTS[0], trace=hk.trace(watch="coffee"), max_new_tokens=1)
+def test_a_watched_text_that_is_not_one_token_is_refused_before_the_first_token(llama):
+    with pytest.raises(NotOneToken, match=r"'a walrus' is \d+ tokens here"):
+        hk.generate(llama, PROMPTS[0], trace=hk.trace(watch="a walrus"), max_new_tokens=1)
 
 
 def test_one_watched_token_may_stand_alone():
