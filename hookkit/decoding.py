@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from .errors import NotCaptured, checks_keywords
+from .errors import NotCaptured, OutOfRange, checks_keywords
 from .hooks.base import Hook
 from .hooks.choosing import Ban, Force, Restrict
 from .hooks.logits import LogitEdit
@@ -31,10 +31,13 @@ def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.
     each stage's first than were recorded. In beam search the logits of the stage "processed" are log-probabilities,
     as there transformers' rules act on those.
 
-    Raises `NotCaptured` where the run was made without trace=.
+    Raises `NotCaptured` where the run was made without trace=, `OutOfRange` for a `top` that is not on record.
     """
     record = _record(run)
-    shown = record.asked.top if top is None else min(top, record.asked.top)
+    shown = record.asked.top if top is None else top
+    if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= record.asked.top:
+        most = record.asked.top
+        raise OutOfRange(f"top={top!r}: {most} tokens of each stage are on record, so give 1 to {most}")
     parts = [part for decision in _of_rows(run, record, rows) for part in candidates(record, decision, shown)]
     return pd.DataFrame(parts)
 
@@ -108,12 +111,13 @@ def why(record: Recorded, decision: Decision) -> str:
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     column = ids.index(decision.token)
     ranks = {name: int(decision.record.stages[name].ranks[row, column]) for name in STAGES}
-    forced = _forced(record, decision)
+    moves = list(_moves(decision, column))
+    forced = _forced(record, decision, moves)
     if forced is not None and ranks["edited"] == 1:
         sentence = f"forced by {forced}: rank {ranks['model']} for the model"
         return "; ".join([sentence, *_taken_out(record, decision)])
     parts = [_chosen(record, decision, column, ranks["processed"]), *_taken_out(record, decision)]
-    movers = [str(hook) for hook in decision.hooks if not isinstance(hook, Ban | Restrict)]
+    movers = [str(hook) for hook, was, now in moves if was != now and not isinstance(hook, Ban | Restrict)]
     if movers and ranks["model"] != ranks["edited"]:
         parts.append(f"{' and '.join(movers)} moved it from rank {ranks['model']} to {ranks['edited']}")
     elif ranks["model"] != 1 and record.generation.mode == "sample":
@@ -139,10 +143,20 @@ def _chosen(record: Recorded, decision: Decision, column: int, rank: int) -> str
     return f"greedy: first of {count}"
 
 
-def _forced(record: Recorded, decision: Decision) -> Hook | None:
+def _moves(decision: Decision, column: int) -> Iterator[tuple[Hook, int, int]]:
+    """The hooks that changed the logits, with the token's rank before and after each."""
+    row, was = decision.model_row, int(decision.record.stages["model"].ranks[decision.model_row, column])
+    for changed in decision.record.changes:
+        if changed.rows[row]:
+            now = int(changed.ranks[row, column])
+            yield changed.hook, was, now
+            was = now
+
+
+def _forced(record: Recorded, decision: Decision, moves: list[tuple[Hook, int, int]]) -> Hook | None:
     """The last hook that put this token first."""
-    for hook in reversed(decision.hooks):
-        if isinstance(hook, Force) and decision.token in hook.named(record.lm):
+    for hook, _, now in reversed(moves):
+        if isinstance(hook, Force) and now == 1 and decision.token in hook.named(record.lm):
             return hook
     return None
 
@@ -157,6 +171,7 @@ def _taken_out(record: Recorded, decision: Decision) -> Iterator[str]:
     for hook in decision.hooks:
         if isinstance(hook, Ban) and first in hook.named(record.lm):
             yield f"banned {token} was first for the model"
+            return
         elif isinstance(hook, Restrict) and first not in hook.named(record.lm):
             yield f"{hook} left out {token}, first for the model"
         elif isinstance(hook, Force) or not isinstance(hook, LogitEdit):

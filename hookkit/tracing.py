@@ -64,13 +64,26 @@ class Stage:
 
 
 @dataclass(eq=False, slots=True)
+class Changed:
+    """What one hook changed in one step: in which rows, and the ranks of the kept tokens after it."""
+
+    hook: Hook
+    rows: Bool[Tensor, " row"]
+    ranks: Int[Tensor, "row token"]
+
+    def cpu(self) -> "Changed":
+        """The same in memory."""
+        return Changed(self.hook, self.rows.cpu(), self.ranks.cpu())
+
+
+@dataclass(eq=False, slots=True)
 class Step:
     """All that is kept of one step, by model row."""
 
     call: int
     ids: Int[Tensor, "row token"]
     stages: dict[str, Stage]
-    changes: list[tuple[Hook, Bool[Tensor, " row"]]]  # the hooks that changed logits, and in which rows
+    changes: list[Changed]  # by hooks on logits, in their order
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +132,7 @@ class Tracer:
     def _forget(self) -> None:
         self._call = -1
         self._found: dict[str, Tensor] = {}
-        self._changes: list[tuple[Hook, Tensor]] = []
+        self._changes: list[tuple[Hook, Tensor, Tensor]] = []
 
     def begin(self, generation: Generation) -> None:
         """A call of `generate` starts."""
@@ -141,7 +154,7 @@ class Tracer:
 
     def changed(self, hook: Hook, before: Tensor, after: Tensor) -> None:
         """A hook has made one of the other."""
-        self._changes.append((hook, (before[:, -1] != after[:, -1]).any(dim=-1)))
+        self._changes.append((hook, (before[:, -1] != after[:, -1]).any(dim=-1), after[:, -1].float()))
 
     def after(self, logits: Tensor) -> None:
         """All edits have acted on them."""
@@ -194,7 +207,10 @@ class Tracer:
         ids += [drawn[:, None].to(ids[0].device)] if drawn is not None else []
         kept = torch.cat(ids, dim=1)
         stages = {name: _stage(values, kept, tops[name], self.asked.top, real) for name, values in seen.items()}
-        return Step(self._call, kept, {name: stages[of[name]] for name in STAGES}, self._changes)
+        changes = [
+            Changed(hook, rows, _ranks(after[:, :real], after.gather(1, kept))) for hook, rows, after in self._changes
+        ]
+        return Step(self._call, kept, {name: stages[of[name]] for name in STAGES}, changes)
 
     def finish(
         self, rows: Sequence[Sequence[int]], lengths: Sequence[int], sources: Callable[[int], Sequence[int]]
@@ -203,7 +219,7 @@ class Tracer:
 
         `sources` says for a forward which model row each final row was in.
         """
-        steps = [Step(s.call, s.ids.cpu(), _on_cpu(s.stages), [(h, c.cpu()) for h, c in s.changes]) for s in self.steps]
+        steps = [Step(s.call, s.ids.cpu(), _on_cpu(s.stages), [c.cpu() for c in s.changes]) for s in self.steps]
         decisions = []
         for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
             for step, token in enumerate(tokens[length:]):
@@ -213,13 +229,17 @@ class Tracer:
 
 
 def _decision(record: Step, row: int, step: int, length: int, token: int, model_row: int) -> Decision:
-    hooks = tuple(hook for hook, changed in record.changes if changed[model_row])
+    hooks = tuple(changed.hook for changed in record.changes if changed.rows[model_row])
     return Decision(row, step, length - 1 + step, token, model_row, record, hooks)
 
 
 def _on_cpu(stages: dict[str, Stage]) -> dict[str, Stage]:
     moved = {id(stage): stage.cpu() for stage in stages.values()}
     return {name: moved[id(stage)] for name, stage in stages.items()}
+
+
+def _ranks(inside: Float[Tensor, "row vocab"], mine: Float[Tensor, "row token"]) -> Int[Tensor, "row token"]:
+    return torch.stack([(inside > mine[:, n, None]).sum(dim=-1) for n in range(mine.shape[1])], dim=1) + 1
 
 
 def _stage(
@@ -235,7 +255,7 @@ def _stage(
     return Stage(
         logits=mine,
         logprobs=logprobs.gather(1, ids),
-        ranks=torch.stack([(inside > mine[:, n, None]).sum(dim=-1) for n in range(mine.shape[1])], dim=1) + 1,
+        ranks=_ranks(inside, mine),
         top=top.indices[:, :shown],
         entropy=entropy,
         varentropy=(probs * surprise.square()).sum(dim=-1),
