@@ -15,6 +15,6 @@ Names are loaded when they are first used, so that the import is light. The cata
 
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -146,8 +146,9 @@ def compare(
     compare what both say at each step along one text, `along` the "baseline" or the "edited" one: there the steps can
     be compared after the texts have parted too.
 
-    >>> compare(lm, "I like oat milk in my", ban(" coffee"), max_new_tokens=3, do_sample=False).texts["parts_at"][0]
-    0
+    >>> both = compare(lm, "I like oat milk in my", ban(" coffee"), max_new_tokens=3, do_sample=False)
+    >>> both.texts["parts_at"].tolist()
+    [0]
     """
     if along not in ("edited", "baseline"):
         raise BadHook(f"along={along!r} is unknown: say 'edited' or 'baseline'")
