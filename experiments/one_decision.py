@@ -97,6 +97,9 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
 def told(results: hk.Record, run: hk.Run) -> None:
     results.text("# 4. And so on")
     results.text(f"The token is read, and the next is chosen from what it makes of the text: {run.text[0]!r}")
+    record = hk.decoding(run)
+    results.figure("strip", hk.decision_strip(record), caption="Each chosen token, by how little it was expected.")
+    results.figure("ranks", hk.rank_lines(record, watch=WATCH), caption=f"Where {WATCH!r} stood for the model.")
     columns = ["step", "token", "why", "rank_model", "prob_model", "prob_processed", "candidates", "entropy_model"]
     results.table("steps", hk.decisions(run).loc[:, columns], caption="Every step of the text. Entropy in nats.")
 
