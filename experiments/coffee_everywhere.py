@@ -53,9 +53,7 @@ def main() -> None:
             f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}."
         )
         results.table("doses", table, caption="Dose against damage.")
-        results.figure(
-            "doses", damage(table), caption="Lower is cheaper. Controls stay at the left if the effect is the token's."
-        )
+        results.figure("damage", damage(table), caption="Lower is cheaper; controls stay at the left.")
     print(table.drop(columns="example").round(3).to_string(index=False))
     print("\nThe page: results/coffee_everywhere/report.html")
 
@@ -93,7 +91,7 @@ def measured(lm: hk.LM, make) -> pd.DataFrame:
     apart = hk.shift_summary(hk.forward(lm, NEUTRAL), hk.forward(lm, NEUTRAL, *everywhere), pos=slice(None))
     said = sum(COFFEE in text for text in run.generated) / len(rows)
     numbers = {"said": said, "likelihood": float(torch.stack(told).mean()), "kl_neutral": apart["kl"].mean()}
-    return pd.DataFrame([numbers | {"example": run.text[6]}])
+    return pd.DataFrame([numbers | {"example": repr(run.text[6])}])
 
 
 def damage(table: pd.DataFrame) -> Figure:

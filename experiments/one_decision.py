@@ -37,7 +37,8 @@ def main() -> None:
 
 def read(lm: hk.LM, results: hk.Record) -> None:
     ids = lm.tokenizer.encode(PROMPT)
-    results.text(f"# 1. Read\n\nThe model reads {len(ids)} numbers, and nothing else:")
+    results.text("# 1. Read")
+    results.text(f"The model reads {len(ids)} numbers, and nothing else:")
     tokens = {"pos": range(len(ids)), "token_id": ids, "token": [repr(lm.string(i)) for i in ids]}
     results.table("tokens", pd.DataFrame(tokens), caption="The prompt as tokens.")
 
@@ -87,7 +88,7 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
     model: Any = lm.model
     plain = model.generate(run.tokens[:, : run.prompt_lengths[0]], **settings)
     results.text(f"Is it what transformers' own generate draws with this seed? {torch.equal(plain, run.tokens)}.")
-    first = hk.decoding(run).query("step == 0").drop(columns=["row", "step"])
+    first = hk.decoding(run).query("step == 0 and stage != 'edited'").drop(columns=["row", "step"])
     results.table(
         "stages", first, caption="The candidates of this step: as the model has them, and what the rules leave."
     )
