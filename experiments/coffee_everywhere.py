@@ -108,8 +108,9 @@ def damage(table: pd.DataFrame) -> Figure:
             axes.plot(part["said"], part[column], color=colour, label=f"{way} to {toward}", **style)
         axes.set_xlabel(f"part of the texts that say {COFFEE!r}")
         axes.set_ylabel(unit)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
+        axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)
+    figure.axes[1].set_yscale("symlog", linthresh=1e-3)
+    return hk.figures.finished(figure, "What it costs to be heard")
 
 
 if __name__ == "__main__":

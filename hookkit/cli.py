@@ -51,17 +51,17 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each step.")] = False,
 ) -> None:
     """Generate, and show of every token what the model wanted, what became of it, and why it was chosen."""
-    from .errors import HookkitError
+    from .errors import BadHook, HookkitError
 
     try:
+        if not sample and any(value is not None for value in (temperature, top_k, top_p)):
+            raise BadHook("--temperature, --top-k and --top-p are rules of drawing: add --sample")
         given = {"model": model, "revision": revision, "device": device, "dtype": dtype}
         lm = _loaded({name: value for name, value in given.items() if value is not None})
         hooks = [*_edits(lm, force or [], ban or [], boost or []), *map(_read, hook or [])]
         rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if sample else {}
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "seed": seed}
         settings |= {name: value for name, value in rules.items() if value is not None}
-        if not sample and any(value is not None for value in (temperature, top_k, top_p)):
-            raise typer.BadParameter("--temperature, --top-k and --top-p are rules of drawing: add --sample")
         _show(
             lm,
             sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt,

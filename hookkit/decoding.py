@@ -14,7 +14,6 @@ import pandas as pd
 from .errors import NotCaptured, OutOfRange, checks_keywords
 from .hooks.base import Hook
 from .hooks.choosing import Ban, Force, Restrict
-from .hooks.logits import LogitEdit
 from .positions import CountLike, as_count, chosen
 from .runs import Run
 from .tracing import STAGES, Decision, Recorded, Stage
@@ -172,10 +171,8 @@ def _taken_out(record: Recorded, decision: Decision) -> Iterator[str]:
         if isinstance(hook, Ban) and first in hook.named(record.lm):
             yield f"banned {token} was first for the model"
             return
-        elif isinstance(hook, Restrict) and first not in hook.named(record.lm):
+        if isinstance(hook, Restrict) and first not in hook.named(record.lm):
             yield f"{hook} left out {token}, first for the model"
-        elif isinstance(hook, Force) or not isinstance(hook, LogitEdit):
-            continue
 
 
 def _record(run: Run) -> Recorded:

@@ -82,7 +82,7 @@ def padded(rows: Sequence[Sequence[int]], fill: int, side: Side = "right") -> In
 
 
 def pad_id(lm: LM) -> int:
-    """What fills the short rows: the tokenizer's pad or end token, or 0. Any will do, since the mask hides it."""
+    """What fills the short rows: the tokenizer's pad or end token, or 0. The mask hides it from the model."""
     vocab = lm.sizes["vocab"]
     candidates = (getattr(lm.tokenizer, "pad_token_id", None), getattr(lm.tokenizer, "eos_token_id", None))
     return next((i for i in candidates if i is not None and (vocab is None or i < vocab)), 0)

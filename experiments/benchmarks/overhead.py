@@ -3,7 +3,7 @@
 It is answered by ratios of medians in one run, the workloads in turn and in a new order each round: the machine's speed
 drifts, so that seconds of different runs do not compare. Peak memory is that of a process of its own.
 
-python -m experiments.benchmarks.overhead        15 minutes on two cores; writes results/benchmarks/
+python -m experiments.benchmarks.overhead        10 minutes on two cores; writes results/benchmarks/
 """
 
 import json
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hookkit as hk
 
-ROUNDS = {"forward": 20, "generate": 10, "tiny forward": 200, "tiny generate": 30}
+ROUNDS = {"forward": 12, "generate": 8, "tiny forward": 200, "tiny generate": 20}
 BATCH, WIDTH = 8, 128  # rows and tokens of the forward
 NEW_TOKENS, TINY_TOKENS = 64, 32
 THREADS = 2
