@@ -5,7 +5,7 @@ each beside a control of the same size: another token, or a random direction. Su
 it; damage is how far the texts' own likelihood under the unedited model falls, and KL on neutral text. It is answered
 if one way reaches most of the texts at less damage than the others, and its control does not.
 
-python -m experiments.coffee_everywhere        5 minutes on two cores; writes results/coffee_everywhere/
+python -m experiments.coffee_everywhere        2 to 5 minutes on two cores; writes results/coffee_everywhere/
 """
 
 from typing import Any
