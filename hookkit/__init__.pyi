@@ -64,6 +64,7 @@ from .tables import rank_shift as rank_shift
 from .tables import ranks as ranks
 from .tables import shift_summary as shift_summary
 from .tables import uncertainty as uncertainty
+from .tiny import tiny as tiny
 from .tracing import Trace as Trace
 from .tracing import trace as trace
 from .zoo import load as load

@@ -19,6 +19,7 @@ ORDER = [
     "families",
     "model",
     "zoo",
+    "tiny",
     "prompts",
     "calls",
     "captured",
@@ -98,10 +99,8 @@ def test_a_file_imports_only_from_files_above_it(name):
 
 
 def test_the_import_is_light():
-    code = "import sys, time; t = time.perf_counter(); import hookkit; print(time.perf_counter() - t, *sys.modules)"
-    words = [fresh(code).split() for _ in range(3)]
-    assert min(float(seconds) for seconds, *_ in words) < 0.3
-    assert not set(words[0]) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "jinja2"}
+    loaded = set(fresh("import sys; import hookkit; print(*sys.modules)").split())
+    assert not loaded & {"torch", "transformers", "pandas", "numpy", "matplotlib", "jinja2", "rich", "typer"}
 
 
 def test_every_name_of_the_catalogue_is_there():
