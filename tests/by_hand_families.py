@@ -8,6 +8,9 @@ What a family has not: `q_rot` and `k_rot` where it does not call transformers' 
 positions; `k` with latent attention (keys are made of a latent and a shared rotary part); `resid_mid` in parallel
 blocks; `mlp_pre` and `mlp_post` in blocks with experts; the sites of attention in blocks whose mixer is no attention
 (mamba, qwen3_next's linear_attention, lfm2's conv); those of the MLP in mamba.
+
+In every block with attention, resid_pre + attn_out + mlp_out is resid_post; not in gemma4, whose blocks add an input
+of their own behind the MLP and multiply the stream by a scalar.
 """
 
 import math
