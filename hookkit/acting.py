@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Cells
-from .captured import Piece
+from .captured import Piece, in_order
 from .errors import BadEdit, BadHook, Unsupported
 from .firing import Firing
+from .forms import Form
 from .hooks.base import Here
 from .hooks.looking import Capture
 from .positions import Where
@@ -20,55 +21,68 @@ def act(action: Action, tap: Tap, call: Call, found: Tensor, before: Tensor | No
     `before` is what the module was given, for edits that need it. The tensor itself is written into only at a shared
     place, where the block reads it twice.
     """
-    full, shape = found, found.shape
+    form, full = action.form, found
+    if not form.plain:
+        call, full = form.call(call, found), form.laid(found, call)
+    shape = full.shape
     if len(shape) < 2 or shape[0] != call.rows or shape[1] != call.width:
-        full = _with_batch_axis(found, call.rows)
+        full = _with_batch_axis(full, call.rows)
         if not _has_positions(action, full, call):
             return _act_on_all(action, call, found)
     cells = call.cells(action.where, action.head or full.shape[1] != call.width, action.change is None)
     if cells is None:
         return None, found
     action.fired += 1
-    view = full if action.view is None else action.view(full)
+    raw = cells.gather(full if form.plain else form.view(full))
+    old = raw if form.plain else form.read(raw, cells, call)
     if action.change is None:
-        found = _keep(action, tap, call, cells, view, full, found)
-        return (action, call.number, cells, view.shape[2:], None), found
-    old = cells.gather(view)
+        found = _keep(action, tap, call, cells, raw, old, found)
+        return (action, call.number, cells, old.shape[2:], None), found
     here = Here(action.site, action.where, cells, None if before is None else cells.gather(before))
     new = action.change(old, here)
-    assert new.shape == old.shape and new.dtype == old.dtype, f"{action.hook} changed {old.shape} to {new.shape}"
+    if new.dtype != old.dtype:
+        raise BadEdit(f"{action.hook} gives {new.dtype}, and {action.site} is {old.dtype}: edit it with hk.edit")
+    assert new.shape == old.shape, f"{action.hook} changed {old.shape} to {new.shape}"
     changed = cells.real(new != old)
-    return (action, call.number, cells, view.shape[2:], changed), _put(action, tap, cells, full, found, new)
+    if not form.plain:
+        new = form.write(new, old, raw, cells, call)
+    return (action, call.number, cells, old.shape[2:], changed), _put(action, tap, call, cells, found, new)
 
 
-def _put(action: Action, tap: Tap, cells: Cells, full: Tensor, found: Tensor, new: Tensor) -> Tensor:
-    """The tensor with the chosen cells replaced."""
+def _put(action: Action, tap: Tap, call: Call, cells: Cells, found: Tensor, new: Tensor) -> Tensor:
+    """The tensor with the chosen cells of its view replaced."""
+    form = action.form
     if tap.place.shared:
         # the block goes on reading this very tensor: a replacement would reach the module and miss the residual stream
-        cells.scatter(found, new)
+        cells.scatter(form.laid(found, call), new)
         return found
-    if cells.whole and action.view is None:
+    if cells.whole and type(form) is Form:
         return new
-    copy = full.clone(memory_format=torch.contiguous_format)
-    cells.scatter(copy if action.view is None else action.view(copy), new)
+    wide = form.laid(found, call)
+    served = _with_batch_axis(wide, call.rows)
+    copy = (found if served is wide else served).clone(memory_format=torch.contiguous_format)
+    cells.scatter(form.view(form.laid(copy, call)), new)
     return copy
 
 
-def _keep(action: Action, tap: Tap, call: Call, cells: Cells, view: Tensor, full: Tensor, found: Tensor) -> Tensor:
+def _keep(action: Action, tap: Tap, call: Call, cells: Cells, raw: Tensor, values: Tensor, found: Tensor) -> Tensor:
     capture = action.hook
     assert isinstance(capture, Capture)
-    values = cells.gather(view)
     if not capture.grad:
-        kept = _kept(values.detach() if values.requires_grad else values, capture, cells.scattered)
+        fresh = cells.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
+        kept = _kept(values.detach() if values.requires_grad else values, capture, fresh)
         action.pieces.append(Piece(call.number, cells, kept))
         return found
     if not torch.is_grad_enabled():
         raise Unsupported(f"{capture} needs gradients, which are off here (generate always runs without)")
-    values = values.clone() if values.requires_grad else values.detach().clone().requires_grad_()
-    values.retain_grad()
-    action.pieces.append(Piece(call.number, cells, values))
+    leaf = in_order(action.site, values)
+    leaf = leaf.clone() if leaf.requires_grad else leaf.detach().clone().requires_grad_()
+    leaf.retain_grad()
+    values = in_order(action.site, leaf)
+    action.pieces.append(Piece(call.number, cells, values, leaf))
     # what goes on is made of the captured values, so that they are on the path of the gradient
-    return _put(action, tap, cells, full, found, values.clone())
+    new = values.clone() if action.form.plain else action.form.write(values, None, raw, cells, call)
+    return _put(action, tap, call, cells, found, new)
 
 
 def _kept(values: Tensor, capture: Capture, fresh: bool) -> Tensor:

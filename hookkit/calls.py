@@ -136,11 +136,38 @@ class Call:
     width: int
     head: range  # the columns that the unembedding computes, counted from the first of this call
     seen: int  # the columns that the text had before this call
+    end: int | None = None  # the first column that is not there yet, where the tensors have room for more
+    _keys: dict[int, "Call"] = field(default_factory=dict)
     _known: dict[tuple[int, bool, bool], Cells | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shape = self.rows, self.width  # of the tensors inside the model
         self.inference = torch.is_inference_mode_enabled()
+
+    def over_keys(self, count: int) -> "Call":
+        """This call as attention's keys see it: all the columns that the cache holds, of which a sliding window keeps
+        the last ones and a static cache has room for more."""
+        if count == self.width:
+            return self
+        if count not in self._keys:
+            end = self.past + self.width
+            first = max(0, end - count)
+            self._keys[count] = Call(self.text, self.number, first, self.rows, count, range(count), self.seen, end)
+        return self._keys[count]
+
+    def keys(self, cells: "Cells", count: int) -> list[tuple[int, int, int]]:
+        """Of `count` columns of keys, for each row of the cells: the positions from the first to behind the last that
+        are its own, and the column of the first."""
+        end = self.past + self.width
+        start = max(0, end - count)
+        spans = []
+        for prompt in cells.prompts:
+            columns = self.text.columns[prompt]
+            if not isinstance(columns, range):
+                raise Unsupported("attention_mask has gaps, so the keys of scores and pattern are not in one piece")
+            first, last = bisect_left(columns, start), bisect_left(columns, end)
+            spans.append((first, last, columns[first] - start))
+        return spans
 
     def whole(self, where: Where) -> Cells | None:
         """The cells of a capture inside the model, if they were found before and are all there are."""
@@ -157,6 +184,7 @@ class Call:
     def _find(self, where: Where, head: bool, new: bool) -> Cells | None:
         inside = self.head if head else range(self.width)
         first, last = self.past + inside.start, self.past + inside.stop
+        last = last if self.end is None else min(last, self.end)
         lowest = max(first, self.seen) if new else first
         wanted = self.text.wishes(where)
         rows, places, columns = [], [], []

@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calls import Cells
 from .errors import NotCaptured
 from .positions import Where
-from .sites import AnySite, Site, Sites, parse
+from .sites import SQUARE, AnySite, Site, Sites, parse
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Captured:
     """A copy of the values at a site, which nothing changes later.
 
-    `values` [row, pos, ...] holds the chosen rows and positions in the order of the text, zero where a shorter row was
-    filled up; `positions` [row, pos] says which position each is, -1 where filled. `rows` are the prompts' numbers,
-    `prompts` the prompts' tokens. For a tensor without rows and positions of its own, `positions` is None.
+    `values` [row, pos, ...] (at scores and pattern [row, head, query, key], positions being those of queries) holds the
+    chosen rows and positions in the order of the text, zero where a shorter row was filled up; `positions` [row, pos]
+    says which position each is, -1 where filled. `rows` are the prompts' numbers, `prompts` the prompts' tokens. For a
+    tensor without rows and positions of its own, `positions` is None.
     """
 
     site: AnySite
@@ -45,12 +46,17 @@ class Captured:
     def __repr__(self) -> str:
         return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
 
+    @property
+    def by_place(self) -> Shaped[Tensor, "row pos ..."]:
+        """The values with rows and positions as the first two axes, for scores and patterns too."""
+        return in_order(self.site, self.values)
+
     def head(self, head: int) -> "Captured":
         """The values of one head of a site that was captured with all of them."""
-        if not isinstance(self.site, Site) or self.site.head is not None or head >= self.values.shape[2]:
+        if not isinstance(self.site, Site) or self.site.head is not None or head >= self.by_place.shape[2]:
             raise NotCaptured(f"{self.site} was captured, which has no head {head} to take")
         site = Site(self.site.name, self.site.layer, head)
-        return replace(self, site=site, values=self.values[:, :, head])
+        return replace(self, site=site, values=self.by_place[:, :, head])
 
     def row(self, prompt: int) -> int:
         """The index of a prompt's values: its own row, or the only one there is."""
@@ -77,6 +83,12 @@ class Captured:
                 f"{min(columns)} to {max(columns)} of its row {self.rows[row]}: capture it there"
             )
         return columns[position]
+
+
+def in_order(site: AnySite, values: Tensor) -> Tensor:
+    """Values [row, query, head, key] of scores or a pattern as [row, head, query, key], or back; others as they are."""
+    whole_square = isinstance(site, Site) and site.name in SQUARE and site.head is None
+    return values.transpose(1, 2) if whole_square else values
 
 
 @dataclass(eq=False, slots=True)
@@ -158,11 +170,15 @@ class Kept:
 
 @dataclass(eq=False, slots=True)
 class Piece:
-    """What one forward gave to a capture. `cells` is None where the tensor has no rows and positions of its own."""
+    """What one forward gave to a capture. `cells` is None where the tensor has no rows and positions of its own.
+
+    `leaf` is what a capture with gradients gives out, where that is not `values` itself but in another order.
+    """
 
     call: int
     cells: Cells | None
     values: Tensor
+    leaf: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -178,13 +194,20 @@ class Ending:
         return range(len(self.prompts)) if self.lineage is None else self.lineage[call]
 
 
-def joined(pieces: list[Piece], ending: Ending) -> tuple[Tensor, Tensor, list[int]]:
-    """The values [row, pos, ...] of all pieces, their positions [row, pos], and the final rows that have any."""
+def joined(pieces: list[Piece], ending: Ending, unseen: float) -> tuple[Tensor, Tensor, list[int]]:
+    """The values [row, pos, ...] of all pieces, their positions [row, pos], and the final rows that have any.
+
+    `unseen` fills the last axis where later pieces have more in it, as scores and patterns have keys.
+    """
     if len(pieces) == 1 and ending.limits is None:
         cells = _cells(pieces[0])
         return pieces[0].values, cells.positions, cells.rows
     blocks = [_arranged(piece, ending.sources(piece.call)) for piece in pieces]
-    values = torch.cat([values for values, _ in blocks], dim=1)
+    widest = max(values.shape[-1] for values, _ in blocks)
+    wide = [
+        v if v.shape[-1] == widest else nn.functional.pad(v, (0, widest - v.shape[-1]), value=unseen) for v, _ in blocks
+    ]
+    values = torch.cat(wide, dim=1)
     positions = torch.cat([positions for _, positions in blocks], dim=1)
     if ending.limits is not None:
         positions = positions.masked_fill(positions >= torch.tensor(ending.limits)[:, None], -1)
@@ -233,4 +256,4 @@ def merged(parts: Sequence[Captured]) -> Captured:
 
 
 def _widened(values: Tensor, width: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(values, [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]], value=fill)
+    return nn.functional.pad(values, [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]], value=fill)

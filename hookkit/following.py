@@ -36,8 +36,8 @@ class Follower:
         if tensor is None or tensor.ndim == 0:
             raise Unsupported("a forward was given no tensor, so its rows and positions cannot be told")
         rows, width = tensor.shape[0], tensor.shape[1] if tensor.ndim > 1 else 1
-        cache = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0  # pyright: ignore
+        cache = given.get("past_key_values", given.get("cache_params"))
+        past = self._past(cache)
         text = self._text(given, ids, past, rows, width)
         new, self.text = text is not self.text, text
         if new:
@@ -49,6 +49,15 @@ class Follower:
         text.seen = max(text.seen, past + width)
         self.forwards += 1
         return call, new
+
+    def _past(self, cache: Any) -> int:
+        """How many columns the cache has seen."""
+        if not hasattr(cache, "get_seq_length"):
+            return 0
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # a state-space model's cache does not count: it goes on where the last forward ended
+            return self.text.seen if self.text is not None and cache.has_previous_state() else 0
 
     def expect(self, batch: Batch) -> None:
         """The next forward reads these prompts and nothing goes on from it."""

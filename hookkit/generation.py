@@ -16,6 +16,7 @@ from torch import Tensor
 from .calls import Columns, Text, contiguous, masked
 from .captured import Ending
 from .errors import Unsupported
+from .lent import replaced
 
 OFFERED = ("greedy_search", "sample", "beam_search", "beam_sample")
 NEUTRAL = {  # the rules of sampling in the order in which transformers applies them, and the value that changes nothing
@@ -240,21 +241,6 @@ def watched(model: Any, listener: Listener | None = None) -> Iterator[Watch]:
         stack.enter_context(replaced(model, "_get_stopping_criteria", watch.stopping(stopping)))
         stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))
         yield watch
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A block in which an object has another attribute of its own; then it has again what it had."""
-    had = name in owner.__dict__
-    old = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            owner.__dict__[name] = old
-        else:
-            owner.__dict__.pop(name, None)
 
 
 def final_rows(generation: Generation, text: Text, sequences: Tensor, watch: Watch) -> list[list[int]]:

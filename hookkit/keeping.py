@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from .calls import Text
-from .captured import Captured, Ending, Kept, Piece, Slot, joined
+from .captured import Captured, Ending, Kept, Piece, Slot, in_order, joined
 from .errors import NeverFired
 from .firing import Firing, firing_log, never_fired, unreached
+from .forms import unseen_value
 from .hooks.looking import Capture
-from .sites import AnySite
+from .sites import AnySite, Site
 from .taps import Action
 
 
@@ -69,7 +70,9 @@ def _captured(hook: Capture, site: AnySite, pieces: list[Piece], text: Text, end
     """What one capture kept of a text, in one piece."""
     if pieces[0].cells is None:
         return Captured(site, hook.where, pieces[0].values, None, (), (), hook.name)
-    values, positions, rows = joined(pieces, ending)
+    scores = isinstance(site, Site) and site.name == "scores"
+    values, positions, rows = joined(pieces, ending, unseen_value(pieces[0].values.dtype, scores))
+    values = in_order(site, values) if pieces[0].leaf is None else pieces[0].leaf
     return Captured(site, hook.where, values, positions, *_origins(rows, text, ending), hook.name)
 
 

@@ -30,7 +30,9 @@ from .firing import check_possible
 from .following import Follower
 from .hooks.base import Hook
 from .hooks.looking import capture
+from .inside import opened
 from .keeping import Keeping
+from .lent import replaced
 from .model import LM, as_lm
 from .prompts import Batch, as_batch, cover
 from .sites import AnySite, Sites
@@ -122,8 +124,11 @@ class HookManager:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         handles: list[RemovableHandle] = []
         stack.callback(_remove, handles)
+        inside: dict[nn.Module, dict[int | str, Tap]] = {}
         for tap in self.taps:
-            if tap.place.side == "input":
+            if tap.place.side == "inside":
+                inside.setdefault(tap.module, {})[tap.place.item] = tap
+            elif tap.place.side == "input":
                 hook = functools.partial(self._on_input, tap)
                 handles.append(tap.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
                 _let_outer_blocks_go_first(tap.module._forward_pre_hooks)
@@ -131,11 +136,14 @@ class HookManager:
                 hook = functools.partial(self._on_watched if tap.only_looks else self._on_output, tap)
                 handles.append(tap.module.register_forward_hook(hook, prepend=True, with_kwargs=tap.reads_input))
                 _let_outer_blocks_go_first(tap.module._forward_hooks)
+        for module, taps in inside.items():
+            say = functools.partial(self._on_inside, taps)
+            stack.enter_context(opened(module, self.lm.family.attention, frozenset(map(str, taps)), say))
         for module in runs:
             handles.append(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._end, always_call=True))
         if callable(getattr(root, "generate", None)):
-            stack.enter_context(generation.replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
+            stack.enter_context(replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
 
     def __reduce__(self) -> Any:
         raise Unsupported("the model carries the hooks of a block, which no copy could shed: copy or save it outside")
@@ -217,6 +225,9 @@ class HookManager:
                 "the logits that come back"
             )
         return repacked(output, tap.place.item, new)
+
+    def _on_inside(self, taps: dict[int | str, Tap], name: str, found: Tensor) -> Tensor:
+        return found if self._busy or name not in taps else self._run(taps[name], found)
 
     def _run(self, tap: Tap, found: Tensor, before: Tensor | None = None) -> Tensor:
         """Do all that is to be done at one tap, and give the tensor that goes on."""

@@ -7,7 +7,7 @@ lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
 
 import inspect
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -17,15 +17,12 @@ from torch import nn
 
 from .errors import (
     BadHook,
-    MissingSite,
     NotOneToken,
-    OutOfRange,
-    UnknownSite,
     checks_keywords,
-    did_you_mean,
 )
-from .families import Family, Place, family_of
-from .sites import AXES, WHOLE_MODEL, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
+from .families import Family, Place
+from .layout import Layout, family_of
+from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 
 Token: TypeAlias = str | int
 
@@ -35,12 +32,14 @@ class LM:
     """A causal language model of transformers and its tokenizer, both left as they are.
 
     With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be given too: it has no named sites, and
-    its modules are reached with `hk.module(path)`.
+    its modules are reached with `hk.module(path)`. `row` says where its sites are; it is looked up by the model's type
+    where it is left out.
     """
 
     model: nn.Module
     tokenizer: Any = None
     name: str = ""
+    row: Family | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -70,7 +69,7 @@ class LM:
     @cached_property
     def family(self) -> Family:
         """The row of the families' table that says where this model's sites are."""
-        return family_of(getattr(self.config, "model_type", None), self._head_path())
+        return self.row if self.row is not None else family_of(self.config, self._head_path())
 
     def _head_path(self) -> str | None:
         find = getattr(self.root, "get_output_embeddings", None)
@@ -78,25 +77,19 @@ class LM:
         return next((path for path, found in self.root.named_modules() if found is head), None) if head else None
 
     @cached_property
+    def layout(self) -> Layout:
+        """That row, laid over this model's modules."""
+        return Layout(self.root, self.config, self.family)
+
+    @property
     def sizes(self) -> dict[str, int | None]:
         """The length of each axis that the model fixes; None where the family has no such axis."""
-        config = self.config
-        head = getattr(config, "num_attention_heads", None)
-        d_model = getattr(config, "hidden_size", None)
-        d_head = getattr(config, "head_dim", None) or (d_model // head if d_model and head else None)
-        return {
-            "d_model": d_model,
-            "head": head,
-            "kv_head": getattr(config, "num_key_value_heads", None) or head,
-            "d_head": d_head,
-            "d_mlp": self.family.d_mlp(config),
-            "vocab": getattr(config, "vocab_size", None),
-        }
+        return self.layout.sizes
 
-    @cached_property
+    @property
     def n_layers(self) -> int:
         """How many blocks there are."""
-        return getattr(self.config, "num_hidden_layers", 0)
+        return self.layout.n_layers
 
     @cached_property
     def n_tokens(self) -> int:
@@ -149,7 +142,7 @@ class LM:
         2 sites: z.17.2, z.18.2
         """
         if names is None:
-            names = [name for name in self.family.places if layers is None or name not in WHOLE_MODEL]
+            names = [name for name in self.layout.names if layers is None or name not in WHOLE_MODEL]
         chosen: list[AnySite] = []
         for site in as_sites(names):
             for each in self.expand([site] if layers is None else _in_layers(site, layers)):
@@ -172,54 +165,29 @@ class LM:
         for site in as_sites(sites):
             spread: list[AnySite] = [site]
             if isinstance(site, Site) and site.every_layer:
-                spread = [Site(site.name, layer) for layer in range(self.n_layers)]
+                spread = [Site(site.name, layer) for layer in self._layers(site)]
             for each in spread:
                 self.place(each)
             chosen += spread
         return as_sites(chosen)
 
-    def _check(self, site: Site) -> None:
-        if site.name not in self.family.places:
-            raise MissingSite(
-                f"this {self.family.name} model has no {site.name!r}: {self.family.why_missing(site.name)}. "
-                f"It has: {', '.join(self.family.places) or 'modules only'}."
-            )
-        if site.layer is not None and site.layer >= self.n_layers:
-            raise OutOfRange(
-                f"{site} was asked for, and the model has {self.n_layers} layers: 0 to {self.n_layers - 1}"
-            )
-        heads = self.sizes["kv_head" if site.name in "kv" else "head"] or 0
-        if site.head is not None and site.head >= heads:
-            word = "key-value heads" if site.name in "kv" else "heads"
-            raise OutOfRange(f"{site} was asked for, and {site.name!r} has {heads} {word}: 0 to {heads - 1}")
+    def _layers(self, site: Site) -> list[int]:
+        """The blocks that a layered name without a layer stands for: those that have the site."""
+        if site.name not in self.layout.names:
+            self.place(Site(site.name, 0))  # raises, with the reason
+        return self.layout.layers(site.name) or []
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """The sizes of a site's axes behind batch and pos."""
-        return tuple(self.sizes[axis] or 0 for axis in site.axes.split() if axis not in ("batch", "pos"))
+        return self.layout.shape(site)
 
     def place(self, site: AnySite) -> Place:
-        """Where a site is in this model's module tree."""
-        if isinstance(site, ModuleSite):
-            self.submodule(site.path)
-            return Place(site.path, site.side, site.item)
-        self._check(site)
-        place = self.family.places[site.name]
-        return replace(place, path=place.path.format(layer=site.layer))
+        """Where a site is in this model's module tree. `MissingSite` or `OutOfRange` where it has none."""
+        return self.layout.place(site)
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a path, or `UnknownSite` with the nearest paths."""
-        module: nn.Module | None = self.root
-        try:
-            for name in path.split(".") if path else ():
-                module = module._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
-            assert module is not None
-            return module
-        except (KeyError, AttributeError, AssertionError):
-            paths = [name for name, _ in self.root.named_modules() if name]
-            children = ", ".join(name for name, _ in self.root.named_children())
-            raise UnknownSite(
-                f"the model has no module {path!r}{did_you_mean(path, paths)} Its first modules are: {children}."
-            ) from None
+        return self.layout.submodule(path)
 
     def describe(self) -> pd.DataFrame:
         """The table of all sites, one row each.
@@ -227,23 +195,7 @@ class LM:
         Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
         editable, missing (the reason, empty where the site is there).
         """
-
-        rows = []
-        for name, axes in AXES.items():
-            place = self.family.places.get(name)
-            rows.append(
-                {
-                    "site": name,
-                    "axes": axes,
-                    "sizes": " ".join(str(self.sizes.get(axis) or axis) for axis in axes.split()),
-                    "layers": 0 if place is None else 1 if name in WHOLE_MODEL else self.n_layers,
-                    "module": "" if place is None else place.path or "(the model)",
-                    "side": "" if place is None else place.side,
-                    "editable": place is not None,
-                    "missing": "" if place is not None else self.family.why_missing(name),
-                }
-            )
-        return pd.DataFrame(rows)
+        return self.layout.describe()
 
     # ---- its tokens
 

@@ -15,7 +15,8 @@ from typing import Literal, TypeAlias, overload
 
 from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, checks_keywords, did_you_mean
 
-# The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
+# The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q. q, k and v are as
+# projected; q_rot and k_rot are what attention multiplies, after a norm and the rotation by position.
 AXES: dict[str, str] = {
     "embed": "batch pos d_model",
     "pos_embed": "batch pos d_model",
@@ -24,12 +25,17 @@ AXES: dict[str, str] = {
     "q": "batch pos head d_head",
     "k": "batch pos kv_head d_head",
     "v": "batch pos kv_head d_head",
+    "q_rot": "batch pos head d_head",
+    "k_rot": "batch pos kv_head d_head",
     "scores": "batch head query key",
     "pattern": "batch head query key",
     "z": "batch pos head d_head",
     "attn_out": "batch pos d_model",
     "resid_mid": "batch pos d_model",
     "mlp_in": "batch pos d_model",
+    "router_logits": "batch pos expert",
+    "experts": "batch pos choice",
+    "expert_weights": "batch pos choice",
     "mlp_pre": "batch pos d_mlp",
     "mlp_post": "batch pos d_mlp",
     "mlp_out": "batch pos d_model",
@@ -39,7 +45,9 @@ AXES: dict[str, str] = {
     "logits": "batch pos vocab",
 }
 WHOLE_MODEL = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
-HEADED = frozenset({"q", "k", "v", "z", "scores", "pattern"})
+HEADED = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
+KEY_HEADED = frozenset({"k", "v", "k_rot"})
+SQUARE = frozenset({"scores", "pattern"})  # their positions are queries, each with a number for every key
 LOGITS = frozenset({"lm_head", "logits"})
 
 

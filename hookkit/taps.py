@@ -5,15 +5,15 @@ Everything that can be checked without a forward is checked here. Nothing is reg
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from .captured import Captured, Piece
 from .errors import BadEdit, BadHook, Unsupported
 from .families import Place
+from .forms import Form, form_of
 from .hooks.base import Binding, Change, EditHook, Hook
 from .hooks.edits import SkipBlock
 from .hooks.looking import Capture
@@ -32,7 +32,7 @@ class Action:
     hook: Hook
     site: AnySite
     where: Where  # the hook's, with a phrase's steps written out
-    view: Callable[[Tensor], Tensor] | None  # the site in the module's tensor; None where it is the tensor
+    form: Form  # how the site stands in the module's tensor
     change: Change | None  # None for a capture
     head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
     pieces: list[Piece] = field(default_factory=list)  # of the text that is running
@@ -52,7 +52,7 @@ class Tap:
 
 def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
     """The taps for these hooks, each checked against the model. `reference` captures sites on a reference's prompts."""
-    taps: dict[tuple[str, str, int | str], Tap] = {}
+    taps: dict[Place, Tap] = {}
     for number, hook in enumerate(hooks):
         if not isinstance(hook, Hook):
             raise BadHook(
@@ -66,15 +66,18 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
         where = hook.placed(lm)
         for site, place in located.items():
             change = _change(lm, edits, site, referred) if edits is not None else None
-            tap = taps.get((place.path, place.side, place.item))
+            where_at = replace(place, cut="", part=0, times="", over="")  # parts of one tensor share a tap
+            tap = taps.get(where_at)
             if tap is None:
-                tap = taps[place.path, place.side, place.item] = Tap(lm.submodule(place.path), place, [])
+                tap = taps[where_at] = Tap(lm.submodule(place.path), where_at, [])
             tap.reads_input |= reads_input
             at_head = isinstance(site, Site) and site.name in LOGITS
-            view = _viewer(lm, site, place) if place.split else None
-            tap.only_looks = looks and not at_head and view is None and place.item == 0 and not tap.actions
-            tap.actions.append(Action(number, hook, site, where, view, change, at_head))
-    return list(taps.values())
+            form = form_of(lm.layout, site, place)
+            simple = form.plain and place.item == 0 and not place.shared
+            tap.only_looks = looks and not at_head and simple and not tap.actions
+            tap.actions.append(Action(number, hook, site, where, form, change, at_head))
+    # the last one registered acts first: what the stream is comes before what reads it
+    return sorted(taps.values(), key=lambda tap: tap.place.shared)
 
 
 def logits_tap(lm: LM, taps: list[Tap]) -> Tap:
@@ -112,23 +115,6 @@ def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[0]
 
     return computed
-
-
-def _viewer(lm: LM, site: AnySite, place: Place) -> Callable[[Tensor], Tensor]:
-    """The function from a module's tensor to the site in it: a view, so that writing there writes into the tensor."""
-    axes = place.split.strip("()").split()
-    heads = "kv_head" if "kv_head" in axes else "head"
-    sizes = {heads: lm.sizes[heads], "d_head": lm.sizes["d_head"]}
-    front = "part " if "part" in axes else ""
-    pattern = f"batch pos {place.split} -> {front}batch pos {heads} d_head"
-    head = site.head if isinstance(site, Site) else None
-
-    def view(full: Tensor) -> Tensor:
-        split = rearrange(full, pattern, **sizes)
-        split = split[place.part] if front else split
-        return split if head is None else split[:, :, head]
-
-    return view
 
 
 def picked(output: Any, place: Place) -> Tensor:

@@ -128,12 +128,14 @@ def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[
         raise ModelNotFound(
             f"transformers has no model type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
         )
-    words = {**SIZES, **FAMILIES.get(model_type, {}), **(config or {})}
+    kind = CONFIG_MAPPING[model_type]
+    known = {name: value for name, value in SIZES.items() if hasattr(kind(), name)}
+    words = {**known, **FAMILIES.get(model_type, {}), **(config or {})}
     words = {name: value for name, value in words.items() if value is not None or name == "pad_token_id"}
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**words), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(kind(**words), dtype=torch.float32)
         _fill(model)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ModelNotFound(

@@ -16,7 +16,10 @@ ORDER = [
     "errors",
     "sites",
     "positions",
+    "families.places",
+    "families.table",
     "families",
+    "layout",
     "model",
     "zoo",
     "tiny",
@@ -34,7 +37,10 @@ ORDER = [
     "hooks.choosing",
     "hooks.moving",
     "hooks",
+    "lent",
+    "inside",
     "generation",
+    "forms",
     "taps",
     "firing",
     "keeping",
@@ -120,7 +126,9 @@ def test_only_the_manager_registers_hooks():
     assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager"]
 
 
-@pytest.mark.parametrize("name", ["errors", "sites", "positions", "families", "figures", "strips", "steps"])
+@pytest.mark.parametrize(
+    "name", ["errors", "sites", "positions", "families.places", "families.table", "figures", "strips", "steps"]
+)
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
 

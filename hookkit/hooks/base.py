@@ -13,7 +13,7 @@ from ..captured import Captured
 from ..errors import BadEdit, BadHook, Unsupported
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
-from ..sites import LOGITS, AnySite, ModuleSite, Sites
+from ..sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites
 from . import codec
 
 
@@ -147,7 +147,9 @@ class Binding:
     @property
     def shape(self) -> tuple[int, ...] | None:
         """The sizes of the site's axes behind batch and pos; None where only a forward can tell."""
-        return None if isinstance(self.site, ModuleSite) else self.lm.shape(self.site)
+        if isinstance(self.site, ModuleSite) or self.site.name in SQUARE:
+            return None
+        return self.lm.shape(self.site)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,17 @@ def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where
         if pos is not None:
             raise BadHook(f"pos={pos!r} and step={step!r} were both given: say one of them")
     return Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+
+
+def not_square(sites: Sites, does: str) -> Sites:
+    """The same sites, or `BadHook` where one is attention's scores or pattern, which are no vectors."""
+    for site in sites:
+        if not isinstance(site, ModuleSite) and site.name in SQUARE:
+            raise BadHook(
+                f"{does} values at each position, and {site} has a number for each query and key, more with every "
+                "token: use hk.edit, hk.scale, hk.ablate(to='zero'), hk.patch or hk.knockout"
+            )
+    return sites
 
 
 def fitted(value: Constant, values: Float[Tensor, "row pos ..."], here: Here, word: str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..captured import in_order
 from ..errors import BadHook, checks_keywords
 from ..positions import CountLike, PosLike
 from ..sites import Site, SitesLike, as_sites
@@ -22,6 +23,7 @@ from .base import (
     constant,
     fitted,
     inner,
+    not_square,
     number,
 )
 
@@ -40,8 +42,10 @@ class Edit(EditHook):
         words = f"the function of {self}"
 
         def apply(values: Tensor, here: Here) -> Tensor:
-            mine = values.clone()  # the function may write into what it is given
-            return checked_result(self.fn(mine, here) if takes_here else self.fn(mine), values, here, words)
+            given = in_order(here.site, values)
+            mine = given.clone()  # the function may write into what it is given
+            new = self.fn(mine, here) if takes_here else self.fn(mine)
+            return in_order(here.site, checked_result(new, given, here, words))
 
         return apply
 
@@ -62,8 +66,9 @@ def edit(
 ) -> Edit:
     """Replace the values at a site by `fn(values)`, or by `fn(values, here)` if it takes two.
 
-    `fn` is given the chosen cells [row, pos, ...], which it may write into, and returns a tensor of the same shape and
-    dtype. Rows are in their own positions: a shorter one is filled up with zeros, which are not written back.
+    `fn` is given the chosen cells [row, pos, ...] (at scores and pattern [row, head, query, key], or [row, query, key]
+    of one head), which it may write into, and returns a tensor of the same shape and dtype. Rows are in their own
+    positions: a shorter one is filled up with zeros, which are not written back.
     `here.positions`, `here.rows`, `here.steps`, `here.valid` and `here.site` say what the values are. Returning None,
     another shape or dtype, or NaN where there was none raises `BadEdit`.
 
@@ -101,7 +106,7 @@ def steer(site: SitesLike, vector: Any, *, scale: float = 1.0, pos: PosLike = No
     >>> print(steer("resid_post.6", torch.ones(576), scale=2.0))
     steer(resid_post.6, tensor[576], scale=2.0)
     """
-    sites = as_sites(site)
+    sites = not_square(as_sites(site), "steer adds a vector to")
     return Steer(sites, inner(pos, rows, None, sites), constant(vector, "the vector"), number(scale, "scale"))
 
 
@@ -167,7 +172,7 @@ def project_out(site: SitesLike, direction: Any, *, pos: PosLike = None, rows: C
     >>> print(project_out("resid_post.6", torch.ones(576)))
     project_out(resid_post.6, tensor[576])
     """
-    sites = as_sites(site)
+    sites = not_square(as_sites(site), "project_out takes a direction out of")
     kept = constant(direction, "the direction")
     if kept.tensor.ndim not in (1, 2) or not kept.tensor.numel():
         raise BadHook(f"the direction has shape {list(kept.tensor.shape)}: give [d_model], or [k, d_model] for several")

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..captured import Captured
 from ..errors import BadHook, NotCaptured, checks_keywords
 from ..positions import PROMPT, CountLike, PosLike, Where, wish
 from ..prompts import cover
-from ..sites import AnySite, Sites, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner
+from ..sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike, as_sites
+from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner, not_square
 from .codec import storable
 
 Per: TypeAlias = Literal["position", "all"]
@@ -119,7 +119,7 @@ def ablate(
     chosen = as_sites(sites)
     where = inner(pos, rows, None, chosen)
     if isinstance(to, str) and to in ("mean", "resample"):
-        chosen, source = _reference(chosen, to, over, per, seed)
+        chosen, source = _reference(not_square(chosen, f"to={to!r} puts in"), to, over, per, seed)
         return Ablate(chosen, where, source)
     if over is not None:
         raise BadHook(f"over= goes with to='mean' or to='resample', and to={to!r} was given")
@@ -129,7 +129,7 @@ def ablate(
         if to != "zero":
             raise BadHook(f"to={to!r} is unknown: give 'zero', 'mean', 'resample', a tensor or a run")
         return Ablate(chosen, where)
-    return Ablate(chosen, where, constant(to, "the tensor"))
+    return Ablate(not_square(chosen, "to=tensor puts in"), where, constant(to, "the tensor"))
 
 
 @checks_keywords
@@ -204,8 +204,12 @@ def _from_run(source: Captured, where: Where, binding: Binding) -> Change:
     def apply(values: Tensor, here: Here) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]
         columns = _columns(source, where, rows, here, binding)
-        index = torch.tensor(rows)[:, None], columns
-        return source.values[index].to(device=values.device, dtype=values.dtype)  # pyright: ignore[reportArgumentType]
+        found = source.by_place[torch.tensor(rows)[:, None], columns].to(device=values.device, dtype=values.dtype)
+        if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
+            return found
+        missing = values.shape[-1] - found.shape[-1]  # keys that come behind the source's last are not looked at
+        closed = torch.finfo(found.dtype).min if source.site.name == "scores" else 0.0
+        return nn.functional.pad(found, (0, missing), value=closed) if missing > 0 else found[..., : values.shape[-1]]
 
     return apply
 

@@ -1,0 +1,205 @@
+"""In the midst of a module's forward: attention's queries, keys, values, scores and pattern, and a router's logits.
+
+While a block has asked for one of these, the module's own forward runs inside `opened`, which tells `say` of each
+tensor on its way and goes on with what it gives back. Scores and pattern are computed as the module's own code does it
+when it is asked for weights ("eager"). Only where one of them was changed, what comes of them goes on; else the result
+is that of sdpa or flash attention, bit for bit, as in all other modules.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import Unsupported
+from .forms import hidden
+from .lent import replaced
+
+NAME = "hookkit"  # of the attention function that transformers is told of
+
+Say: TypeAlias = Callable[[str, Tensor], Tensor]
+"""Told the name of a tensor and the tensor; gives the tensor to go on with."""
+
+Style: TypeAlias = Literal["interface", "own"]
+
+
+@contextmanager
+def opened(module: nn.Module, style: Style, wanted: frozenset[str], say: Say) -> Iterator[None]:
+    """A block in which a module says what it has inside. `wanted` names the tensors that are asked for."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def speaking(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            if "router" in wanted:
+                stack.enter_context(_Router(say))
+            elif style == "interface":
+                stack.enter_context(_through_interface(module, wanted, say))
+            else:
+                stack.enter_context(_Arithmetic(say))
+            return forward(*args, **kwargs)
+
+    with replaced(module, "forward", speaking):
+        yield
+
+
+class _Arithmetic(TorchFunctionMode):
+    """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written."""
+
+    def __init__(self, say: Say, keys: int | None = None) -> None:
+        super().__init__()
+        self.say, self.keys, self.done = say, keys, False
+        self.changed = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.done and func in (nn.functional.softmax, torch.softmax, Tensor.softmax):
+            self.done = True
+            return self._softmax(func, args, kwargs)
+        if not self.done and func is nn.functional.scaled_dot_product_attention:
+            self.done = True
+            written_out = self._written_out(*args, **kwargs)
+            return written_out if self.changed else func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _softmax(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        scores, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+        keys = scores.shape[-1] if self.keys is None else self.keys  # behind the keys may stand a sink
+        pattern = func(self._told("scores", scores, keys), *rest, **kwargs)
+        return self._told("pattern", pattern, keys)
+
+    def _told(self, name: str, found: Tensor, keys: int) -> Tensor:
+        part = found[..., :keys]
+        new = self.say(name, part)
+        if new is part or torch.equal(new, part):
+            return found
+        self.changed = True
+        new = _still_hidden(new, part) if name == "scores" else new
+        return new if keys == found.shape[-1] else torch.cat([new, found[..., keys:]], dim=-1)
+
+    def _written_out(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """What torch's fused attention computes, in steps."""
+        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        mask = _causal(scores) if is_causal else attn_mask
+        if mask is not None:
+            scores = scores + (_as_added(mask, scores.dtype) if mask.dtype == torch.bool else mask)
+        pattern = self._softmax(nn.functional.softmax, (scores,), {"dim": -1}).to(value.dtype)
+        return nn.functional.dropout(pattern, dropout_p) @ value
+
+
+def _still_hidden(new: Tensor, scores: Tensor) -> Tensor:
+    """Edited scores, in which what the mask hid is hidden still."""
+    return torch.where(hidden(scores), scores, new)
+
+
+class _Router(TorchFunctionMode):
+    """Tells of the first linear map in a router, which gives its logits."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__()
+        self.say, self.done = say, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.done or func is not nn.functional.linear:
+            return found
+        self.done = True
+        return self.say("router", found)
+
+
+@contextmanager
+def _through_interface(module: nn.Module, wanted: frozenset[str], say: Say) -> Iterator[None]:
+    """A block in which this module's attention, and no other's, is computed by `_attention`.
+
+    An attention module looks its function up by the name in its configuration at each call, so it is given a copy of
+    the configuration with another name.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)
+    given: Any = module.config
+    config = copy.copy(given)
+    config._attn_implementation_internal = NAME
+    with replaced(module, "config", config), replaced(module, "_hookkit", (given._attn_implementation, wanted, say)):
+        yield
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """A module's attention, which says what it has inside. What transformers' interface calls.
+
+    query is [batch, head, query, d_head], key and value [batch, kv_head, key, d_head] with all that the cache holds.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kind, wanted, say = module.__dict__["_hookkit"]
+    query, key, value = say("query", query), say("key", key), say("value", value)
+    own = _own_attention(module)
+    fused: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, own)
+    if not wanted & {"scores", "pattern"}:
+        return fused(module, query, key, value, attention_mask, **settings)
+    mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
+    with _Arithmetic(say, keys=key.shape[2]) as told:
+        written_out = own(module, query, key, value, mask, **settings)
+    if told.changed or fused is own:
+        return written_out
+    return fused(module, query, key, value, attention_mask, **settings)
+
+
+def _own_attention(module: nn.Module) -> Any:
+    """The function of the module's own file that computes attention step by step."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise Unsupported(
+            f"{type(module).__name__} has no attention of its own that gives weights (eager_attention_forward): "
+            "scores, pattern, q_rot and k_rot cannot be reached; q, k, v and z can"
+        )
+    return own
+
+
+def _additive(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
+    """A mask to be added to the scores, whatever kind the model was going to use.
+
+    transformers gives sdpa no mask where a causal one is meant (then the first query stands at the first key), or a
+    boolean one that is true for what is seen; flash attention gets the padding mask of the keys, or none.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise Unsupported(f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with sdpa")
+    if mask is None:
+        return None if queries == 1 else _causal(query.new_empty(queries, keys))
+    if mask.ndim == 4:
+        return _as_added(mask[..., :keys], query.dtype) if mask.dtype == torch.bool else mask[..., :keys]
+    places = torch.arange(keys - queries, keys, device=query.device)[:, None]
+    columns = torch.arange(keys, device=query.device)
+    seen = (columns <= places) & mask[:, None, None, :keys].bool()
+    return _as_added(seen if window is None else seen & (columns > places - window), query.dtype)
+
+
+def _causal(scores: Tensor) -> Tensor:
+    """The mask to be added where the first query stands at the first key."""
+    queries, keys = scores.shape[-2:]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
+    return _as_added(seen, scores.dtype)
+
+
+def _as_added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is true for what is seen, as one that is added."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
