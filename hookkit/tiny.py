@@ -128,7 +128,7 @@ def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[
         raise ModelNotFound(
             f"transformers has no model type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
         )
-    kind = CONFIG_MAPPING[model_type]
+    kind: Any = CONFIG_MAPPING[model_type]
     known = {name: value for name, value in SIZES.items() if hasattr(kind(), name)}
     words = {**known, **FAMILIES.get(model_type, {}), **(config or {})}
     words = {name: value for name, value in words.items() if value is not None or name == "pad_token_id"}

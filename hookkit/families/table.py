@@ -194,7 +194,7 @@ def _gpt_bigcode(config: Any) -> Family:
     sizes = {"kv_head": 1 if config.multi_query else config.num_attention_heads}
     return Family(
         "gpt_bigcode",
-        GPT2_PLACES | _fused(".attn.c_attn", cut),
+        {**GPT2_PLACES, **_fused(".attn.c_attn", cut)},
         GPT2.missing,
         block=GPT2.block,
         sizes=lambda config, layer: sizes,
