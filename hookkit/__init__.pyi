@@ -28,6 +28,7 @@ from .hooks import edit as edit
 from .hooks import entropy_above as entropy_above
 from .hooks import entropy_below as entropy_below
 from .hooks import force as force
+from .hooks import knockout as knockout
 from .hooks import margin_above as margin_above
 from .hooks import margin_below as margin_below
 from .hooks import patch as patch
@@ -41,6 +42,7 @@ from .hooks import set_rank as set_rank
 from .hooks import skip_block as skip_block
 from .hooks import steer as steer
 from .hooks import swap as swap
+from .laws import prove as prove
 from .manager import HookManager as HookManager
 from .manager import attach as attach
 from .model import LM as LM

@@ -10,7 +10,8 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -29,24 +30,49 @@ Say: TypeAlias = Callable[[str, Tensor], Tensor]
 Style: TypeAlias = Literal["interface", "own"]
 
 
+@dataclass(eq=False)
+class _Telling:
+    """What is told of one module: to whom, the outermost block first, and by which attention it is computed else."""
+
+    told: list[tuple[frozenset[str], Say]]
+    kind: str = ""
+    compared: bool = False
+
+    def wants(self, *names: str) -> bool:
+        return any(wanted & {*names} for wanted, _ in self.told)
+
+    def say(self, name: str, found: Tensor) -> Tensor:
+        for wanted, say in self.told:
+            found = say(name, found) if name in wanted else found
+        return found
+
+
 @contextmanager
 def opened(module: nn.Module, style: Style, wanted: frozenset[str], say: Say) -> Iterator[None]:
     """A block in which a module says what it has inside. `wanted` names the tensors that are asked for."""
     forward = module.forward
+    compared: list[bool] = []
 
     @functools.wraps(forward)
     def speaking(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            if "router" in wanted:
-                stack.enter_context(_Router(say))
-            elif style == "interface":
-                stack.enter_context(_through_interface(module, wanted, say))
-            else:
-                stack.enter_context(_Arithmetic(say))
+        outer: _Telling | None = module.__dict__.get("_hookkit")
+        if outer is not None:  # a block inside this one has begun to listen already
+            outer.told.insert(0, (wanted, say))
             return forward(*args, **kwargs)
+        telling = _Telling([(wanted, say)], compared=bool(compared))
+        with replaced(module, "_hookkit", telling), _listening(module, style, telling):
+            result = forward(*args, **kwargs)
+        compared.append(telling.compared)
+        return result
 
     with replaced(module, "forward", speaking):
         yield
+
+
+def _listening(module: nn.Module, style: Style, telling: _Telling) -> AbstractContextManager[Any]:
+    if telling.wants("router"):
+        return _Router(telling.say)
+    return _through_interface(module, telling) if style == "interface" else _Arithmetic(telling.say)
 
 
 class _Arithmetic(TorchFunctionMode):
@@ -77,7 +103,7 @@ class _Arithmetic(TorchFunctionMode):
     def _told(self, name: str, found: Tensor, keys: int) -> Tensor:
         part = found[..., :keys]
         new = self.say(name, part)
-        if new is part or torch.equal(new, part):
+        if new is part or (torch.equal(new, part) and not new.requires_grad):
             return found
         self.changed = True
         new = _still_hidden(new, part) if name == "scores" else new
@@ -124,7 +150,7 @@ class _Router(TorchFunctionMode):
 
 
 @contextmanager
-def _through_interface(module: nn.Module, wanted: frozenset[str], say: Say) -> Iterator[None]:
+def _through_interface(module: nn.Module, telling: _Telling) -> Iterator[None]:
     """A block in which this module's attention, and no other's, is computed by `_attention`.
 
     An attention module looks its function up by the name in its configuration at each call, so it is given a copy of
@@ -134,9 +160,10 @@ def _through_interface(module: nn.Module, wanted: frozenset[str], say: Say) -> I
 
     AttentionInterface.register(NAME, _attention)
     given: Any = module.config
+    telling.kind = given._attn_implementation
     config = copy.copy(given)
     config._attn_implementation_internal = NAME
-    with replaced(module, "config", config), replaced(module, "_hookkit", (given._attn_implementation, wanted, say)):
+    with replaced(module, "config", config):
         yield
 
 
@@ -149,18 +176,41 @@ def _attention(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    kind, wanted, say = module.__dict__["_hookkit"]
-    query, key, value = say("query", query), say("key", key), say("value", value)
+    telling: _Telling = module.__dict__["_hookkit"]
+    query, key, value = telling.say("query", query), telling.say("key", key), telling.say("value", value)
     own = _own_attention(module)
-    fused: Any = ALL_ATTENTION_FUNCTIONS.get_interface(kind, own)
-    if not wanted & {"scores", "pattern"}:
+    fused: Any = ALL_ATTENTION_FUNCTIONS.get_interface(telling.kind, own)
+    if not telling.wants("scores", "pattern"):
         return fused(module, query, key, value, attention_mask, **settings)
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
-    with _Arithmetic(say, keys=key.shape[2]) as told:
+    with _Arithmetic(telling.say, keys=key.shape[2]) as arithmetic:
         written_out = own(module, query, key, value, mask, **settings)
-    if told.changed or fused is own:
+    if fused is own or (arithmetic.changed and telling.compared):
         return written_out
-    return fused(module, query, key, value, attention_mask, **settings)
+    result = fused(module, query, key, value, attention_mask, **settings)
+    if not telling.compared:
+        plain = own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
+        _check_same(module, telling.kind, plain[0], result[0], mask)
+        telling.compared = True
+    return written_out if arithmetic.changed else result
+
+
+def _check_same(module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: Tensor | None) -> None:
+    """Raise if the attention in use computes something else than the steps that were told of (sdpa has no soft-cap)."""
+    if module.training:
+        return  # dropout draws anew
+    difference = (own.detach().float() - fused.detach().float().reshape(own.shape)).abs().amax((-2, -1))
+    if mask is not None:  # what a query of the padding gives, which sees nothing, is nobody's concern
+        blind = hidden(mask).all(-1).reshape(-1, mask.shape[-2])
+        difference = difference.masked_fill(blind.expand_as(difference), 0)
+    apart = float(difference.max())
+    limit = 16 * torch.finfo(own.dtype).eps * max(1.0, float(own.detach().abs().max()))
+    if apart > max(limit, 1e-4):
+        raise Unsupported(
+            f"{type(module).__name__} under {kind!r} computes another attention than its own code does step by step "
+            f"(they differ by {apart:.2g}: a soft-cap or a sink that {kind!r} leaves out, say), so its scores and "
+            "pattern cannot be told: load the model with attn_implementation='eager'"
+        )
 
 
 def _own_attention(module: nn.Module) -> Any:

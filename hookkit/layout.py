@@ -129,6 +129,11 @@ class Layout:
         found = self.cut(site)
         if found is not None:
             return found.shape if site.head is None or found.inner is None else found.shape[1:]
+        if site.name in ("embed", "final_norm"):  # some models project between the embedding and the stream
+            module = self.submodule(self.place(site).path)
+            width = getattr(module, "embedding_dim", getattr(module, "out_features", None))
+            if isinstance(width, int):
+                return (width,)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of the sites that stand inside attention
         return tuple(sizes[axis] or 0 for axis in site.axes.split() if axis not in ("batch", "pos"))

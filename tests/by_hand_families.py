@@ -80,7 +80,7 @@ MAMBA = Names(body="backbone", embed="embeddings", final="norm_f", before_attn="
 ALIKE: dict[Names, tuple[str, ...]] = {
     LLAMA: (
         "llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma",
-        "olmo", "olmoe", "granite", "smollm3", "helium", "stablelm",
+        "olmo", "olmoe", "granite", "smollm3", "helium", "stablelm", "seed_oss", "ernie4_5", "hunyuan_v1_dense",
     ),
     GPT2: ("gpt2", "gpt_bigcode"),
     SANDWICH: ("gemma2", "gemma3_text", "gemma4_text"),
@@ -113,6 +113,10 @@ FAMILIES: dict[str, Names] = {kind: names for names, kinds in ALIKE.items() for 
         NEOX, body="model", embed="embed_tokens", final="final_layernorm", attn="self_attn"
     ),
     "nemotron": replace(LLAMA, gate="up_proj", up=None),
+    "arcee": replace(LLAMA, gate="up_proj", up=None),
+    "apertus": replace(
+        LLAMA, gate="up_proj", up=None, before_attn="attention_layernorm", before_mlp="feedforward_layernorm"
+    ),
     "starcoder2": replace(LLAMA, gate="c_fc", up=None, act="act", down="c_proj"),
     "granitemoe": replace(LLAMA, mlp="block_sparse_moe", router="router"),
     "gpt_oss": replace(LLAMA, router="router"),

@@ -120,9 +120,9 @@ def test_a_site_named_twice_in_one_hook_is_refused():
         (lambda lm: lm.sites("z.1.0", heads=[2]), BadHook, r"z\.1\.0 says its own place: leave heads= out"),
         (lambda lm: lm.sites("pos_embed"), MissingSite, "has no 'pos_embed': positions are rotary"),
         (
-            lambda lm: lm.sites("pattern"),
+            lambda lm: lm.sites("router_logits"),
             MissingSite,
-            "has no 'pattern': attention's own arithmetic is not offered yet",
+            "has no 'router_logits': the MLP is one network, without a router",
         ),
         (lambda lm: lm.sites("z", layer=3), UnknownKeyword, r"sites\(\) has no keyword 'layer'; did you mean 'layers'"),
         (
@@ -146,5 +146,5 @@ def test_describe_tells_every_site_with_sizes_and_why_one_is_missing(llama, gpt2
     assert table.loc["logits", ["sizes", "module", "layers"]].tolist() == ["batch pos 320", "(the model)", 1]
     assert "rotary" in table.loc["pos_embed", "missing"]
     assert not table.loc["pos_embed", "editable"]
-    assert (table["missing"] == "").sum() == table["editable"].sum() == 17
+    assert (table["missing"] == "").sum() == table["editable"].sum() == 21
     assert gpt2.describe().set_index("site").loc["mlp_pre", "sizes"] == "batch pos 128"

@@ -93,7 +93,7 @@ class Family:
     attention   how `scores` and `pattern` are reached: through transformers' attention "interface", or in the
                 family's "own" arithmetic
     sizes       sizes that the configuration says in another way than most
-    exceptions  laws that do not hold here, each with the reason
+    exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold here, each with the reason
     """
 
     name: str

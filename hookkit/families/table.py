@@ -280,7 +280,12 @@ def _opt(config: Any) -> Family:
         return Family("opt", places, missing, block="model.decoder.layers.{layer}", sizes=_as_many)
     missing |= {"resid_mid": NORMED_STREAM, "final_norm": NORMED_STREAM + ": the last block's output is read as it is"}
     return Family(
-        "opt", places, missing, block="model.decoder.layers.{layer}", sizes=_as_many, exceptions={"sum": NORMED_STREAM}
+        "opt",
+        places,
+        missing,
+        block="model.decoder.layers.{layer}",
+        sizes=_as_many,
+        exceptions=dict.fromkeys(("sum", "one stream attn_out", "one stream mlp_out"), NORMED_STREAM),
     )
 
 
@@ -301,10 +306,11 @@ def _bloom(config: Any) -> Family:
         **HEAD,
     }
     missing = {**ALIBI, **UNTURNED, **DENSE}
-    exceptions = {}
+    exceptions: dict[str, str] = {}
     if config.apply_residual_connection_post_layernorm:
         places.pop("resid_mid")
-        missing["resid_mid"] = exceptions["sum"] = AFTER_NORM
+        missing["resid_mid"] = AFTER_NORM
+        exceptions |= dict.fromkeys(("sum", "one stream attn_out"), AFTER_NORM)
     return Family(
         "bloom", places, missing, block="transformer.h.{layer}", attention="own", sizes=_as_many, exceptions=exceptions
     )
@@ -338,6 +344,10 @@ def _falcon(config: Any) -> Family:
     )
 
 
+COUNTED_BACK = (
+    "ALiBi is counted back from the last column of the batch: scores are known up to a number for each query and head, "
+    "which the softmax takes out"
+)
 MPT = Family(
     "mpt",
     {
@@ -355,10 +365,7 @@ MPT = Family(
     block="transformer.blocks.{layer}",
     attention="own",
     sizes=_as_many,
-    exceptions={
-        "scores": "ALiBi is counted back from the last column of the batch: scores are known up to a number for each "
-        "query and head, which the softmax takes out"
-    },
+    exceptions=dict.fromkeys(("batch scores", "writing scores"), COUNTED_BACK),
 )
 
 PHI = Family(
@@ -413,18 +420,24 @@ QWEN3_NEXT = Family(
 )
 
 
-GEMMA4 = Family(
-    "gemma4",
-    POST_NORMED,
-    {
+PER_LAYER_INPUT = "each block also adds a token embedding of its own, and multiplies the stream by a scalar"
+LAST_ONLY = (
+    "while generating, the blocks that share the keys of earlier ones read the last position of the prompt only: their "
+    "sites are not there at the others"
+)
+
+
+def _gemma4(config: Any) -> Family:
+    missing = {
         **LLAMA_MISSING,
         "k": "this block takes its keys from an earlier one",
         "v": "this block takes its values from an earlier one, or uses its keys as values",
-    },
-    exceptions={
-        "sum": "each block also adds an embedding of its own of the token, and multiplies the stream by a scalar"
-    },
-)
+    }
+    exceptions: dict[str, str] = dict.fromkeys(("sum", "one stream mlp_out"), PER_LAYER_INPUT)
+    if config.num_kv_shared_layers:
+        exceptions |= dict.fromkeys(("writing", "without cache"), LAST_ONLY)
+    return Family("gemma4_text", POST_NORMED, missing, exceptions=exceptions)
+
 
 MINICPM3 = _latent(
     "minicpm3",
@@ -467,7 +480,6 @@ MAMBA = Family(
         **DENSE,
     },
     block="backbone.layers.{layer}",
-    exceptions={"sum": "a block adds one thing, its mixer's output"},
 )
 
 Row: TypeAlias = Family | Callable[[Any], Family]
@@ -516,7 +528,7 @@ FAMILIES: Mapping[str, Row] = {
     "gpt_oss": _mixture("gpt_oss", router=".mlp.router"),
     "gemma2": Family("gemma2", POST_NORMED, LLAMA_MISSING),
     "gemma3_text": Family("gemma3_text", POST_NORMED, LLAMA_MISSING),
-    "gemma4_text": GEMMA4,
+    "gemma4_text": _gemma4,
     "olmo2": Family("olmo2", ONLY_POST_NORMED, LLAMA_MISSING),
     "olmo3": Family("olmo3", ONLY_POST_NORMED, LLAMA_MISSING),
     "exaone4": Family("exaone4", ONLY_POST_NORMED, LLAMA_MISSING),

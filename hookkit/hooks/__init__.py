@@ -5,6 +5,7 @@ base        what every hook is
 looking     capture
 edits       edit, steer, scale, project_out, skip_block
 replacing   ablate, patch
+cutting     knockout
 conditions  entropy_above, rank_of … when a logit edit acts
 phrases     phrase
 logits      what every hook on logits is
@@ -24,6 +25,7 @@ from .conditions import margin_above as margin_above
 from .conditions import margin_below as margin_below
 from .conditions import prob_of as prob_of
 from .conditions import rank_of as rank_of
+from .cutting import knockout as knockout
 from .edits import edit as edit
 from .edits import project_out as project_out
 from .edits import scale as scale

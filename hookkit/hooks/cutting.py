@@ -1,0 +1,91 @@
+"""Hooks that cut attention: knockout."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BadEdit, EmptySelection, OutOfRange, checks_keywords
+from ..positions import CountLike, Pos, PosLike, Where, as_pos, wish
+from ..sites import Site, Sites, as_sites
+from .base import Binding, Change, EditHook, Here, inner
+
+
+@dataclass(frozen=True)
+class Knockout(EditHook):
+    """Keep queries from seeing keys. Made by `knockout`; `where.pos` are the queries."""
+
+    key: Pos = None
+
+    verb: ClassVar[str] = "knockout"
+
+    def change(self, binding: Binding) -> Change:
+        def apply(values: Tensor, here: Here) -> Tensor:
+            unseen = torch.finfo(values.dtype).min
+            new = values.clone()
+            for number, row in enumerate(here.rows):
+                new[number, ..., self._keys(here, row, values.shape[-1])] = unseen
+            blind = here.real_cells(~(new > unseen / 16).any(-1) & (values > unseen / 16).any(-1))
+            if bool(blind.any()):
+                number, place = (int(index) for index in blind.nonzero()[0][:2])
+                raise BadEdit(
+                    f"{self} leaves the query at position {int(here.positions[number, place])} of row "
+                    f"{here.rows[number]} nothing to see: name the queries, query=slice(1, None) say, or fewer keys"
+                )
+            return new
+
+        return apply
+
+    def _keys(self, here: Here, row: int, count: int) -> list[int]:
+        """The positions of the keys that a row's queries are not to see, of the `count` that there are."""
+        text = here.cells.text
+        length = text.lengths[row]
+        wanted = wish(Where(self.key), length, lambda at: text.find(text.prompt(row), at))
+        if isinstance(wanted, range):
+            return list(range(wanted.start, min(wanted.stop, count), wanted.step))
+        if text.final and wanted[-1] >= length:
+            raise OutOfRange(f"{self} means the key at position {wanted[-1]} of row {row}, which has {length} tokens")
+        return [place for place in wanted if place < count]
+
+    def __str__(self) -> str:
+        layers = dict.fromkeys(site.layer for site in self.sites if isinstance(site, Site))
+        heads = dict.fromkeys(site.head for site in self.sites if isinstance(site, Site))
+        words = [
+            str(found[0] if len(found) == 1 else found) for found in (list(layers), list(heads)) if found != [None]
+        ]
+        given = {"query": self.where.pos, "key": self.key, "rows": self.where.rows}
+        words += [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return f"knockout({', '.join(words)})"
+
+
+@checks_keywords
+def knockout(
+    layer: int | Iterable[int],
+    head: int | Iterable[int] | None = None,
+    *,
+    key: PosLike,
+    query: PosLike = None,
+    rows: CountLike = None,
+) -> Knockout:
+    """Cut attention from the tokens `query` to the tokens `key`, in one or more layers; the rest is renormalised
+    (attention knockout, Geva et al. 2023).
+
+    Scores of these pairs become the smallest number there is, so that the softmax gives them nothing. `head` is one
+    head or several; all of them where it is left out. Positions are written as anywhere: a number, a slice, a list,
+    `hk.at("store")`, `hk.PROMPT`, `hk.GENERATED`. A query that would see nothing at all raises `BadEdit`.
+
+    >>> print(knockout(9, 3, query=-1, key=at("Mary")))
+    knockout(9, 3, query=-1, key=at('Mary'))
+    """
+    if key is None:
+        raise EmptySelection("knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')")
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    heads = [head] if head is None or isinstance(head, int) else list(head)
+    if not layers or not heads:
+        raise EmptySelection(
+            f"knockout of layers {layers} and heads {heads} selects nothing: name at least one of each"
+        )
+    sites: Sites = as_sites([Site("scores", each, one) for each in layers for one in heads])
+    return Knockout(sites, inner(query, rows, None, sites), as_pos(key))

@@ -1,0 +1,464 @@
+"""The laws that give each site its meaning, and the proof of them on a model: the user's own, or a tiny random one.
+
+    hk.prove(lm)            a DataFrame: which law, at which site, how large the difference, whether it holds
+
+A name means what the design says only where the laws that name it hold: what attention and MLP add is the stream, a
+captured value put back changes nothing, an edit reaches the output, a row alone is the row in a padded batch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from . import hooks as hk
+from .errors import BadPrompt, HookkitError, checks_keywords
+from .model import LM
+from .prompts import as_batch
+from .runs import Run, forward, generate
+from .sites import SQUARE, WHOLE_MODEL, Site
+
+LENGTHS = (7, 2, 5)  # of the prompts, in tokens
+NEW = 3  # tokens that are generated
+REACHES = 1e-6  # of the largest logit: what an edit has to change at least
+LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Of the largest value: how far two ways to compute one thing may differ in a dtype."""
+
+READ = 10  # times the limit: what reading in another shape may cost, since a pattern makes much of little
+
+LAWS: dict[str, Callable[["Study"], Iterator["Finding"]]] = {}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one law stands at one site: the difference, as a part of the largest value, and what it may be at most."""
+
+    site: str
+    difference: float
+    limit: float
+    note: str = ""
+    at_least: bool = False  # the difference has to be larger than the limit
+
+    @property
+    def holds(self) -> bool:
+        """True where the law holds; never for a difference that is not a number."""
+        return self.difference > self.limit if self.at_least else self.difference <= self.limit
+
+
+@checks_keywords
+def prove(
+    lm: LM, *, prompts: "list[list[int]] | list[str] | None" = None, layers: Iterable[int] | None = None
+) -> pd.DataFrame:
+    """The laws on a model, one row for each law and site (the worst of the blocks that were tried).
+
+    Columns: law, site, difference (a part of the largest value there), limit, holds, note (the reason, where the family
+    is an exception, or what was raised). `prompts` are three or more of different lengths; ids from the whole
+    vocabulary if left out. `layers` are the blocks to try: the first, middle and last of each kind if left out.
+
+    >>> prove(tiny("gpt_neox"))["holds"].all()
+    np.True_
+    """
+    study = Study(lm, _prompts(lm) if prompts is None else prompts, _layers(lm, layers))
+    rows = []
+    for law, check in LAWS.items():
+        found = _checked(law, check, study)
+        for site in dict.fromkeys(each.site for each in found):
+            worst = max((each for each in found if each.site == site), key=_badness)
+            excused = lm.family.exceptions.get(law) or lm.family.exceptions.get(f"{law} {site}")
+            rows.append(
+                {
+                    "law": law,
+                    "site": site,
+                    "difference": worst.difference,
+                    "limit": worst.limit,
+                    "holds": worst.holds,
+                    "note": f"exception: {excused}" if excused and not worst.holds else worst.note,
+                }
+            )
+    return pd.DataFrame(rows, columns=["law", "site", "difference", "limit", "holds", "note"])
+
+
+def _badness(finding: Finding) -> tuple[bool, float]:
+    number = finding.difference if finding.difference == finding.difference else float("inf")
+    return not finding.holds, -number if finding.at_least else number
+
+
+def _checked(law: str, check: "Callable[[Study], Iterator[Finding]]", study: "Study") -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        found.extend(check(study))
+    except (HookkitError, RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        said = str(error).split("\n")[0][:300]
+        found.append(Finding("", float("nan"), 0.0, f"could not be tried: {type(error).__name__}: {said}"))
+    return found
+
+
+def _law(name: str) -> Callable[[Callable[["Study"], Iterator[Finding]]], Callable[["Study"], Iterator[Finding]]]:
+    def known(check: Callable[["Study"], Iterator[Finding]]) -> Callable[["Study"], Iterator[Finding]]:
+        LAWS[name] = check
+        return check
+
+    return known
+
+
+def _prompts(lm: LM) -> list[list[int]]:
+    """Three prompts of token ids spread over the vocabulary, the same every time."""
+    tokens = lm.n_tokens
+    if not tokens:
+        raise BadPrompt(f"the vocabulary of {lm!r} is not known: give prompts, rows of token ids")
+    numbers = iter(range(3, 3 + sum(LENGTHS)))
+    return [[next(numbers) ** 3 * 7919 % tokens for _ in range(length)] for length in LENGTHS]
+
+
+def _layers(lm: LM, layers: Iterable[int] | None) -> list[int]:
+    """The first, middle and last block of each kind, blocks being of one kind if they have the same sites."""
+    if layers is not None:
+        return list(layers)
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for layer in range(lm.n_layers):
+        names = tuple(name for name in lm.layout.names if name not in WHOLE_MODEL and lm.layout.find(name, layer))
+        kinds.setdefault(names, []).append(layer)
+    return sorted({each[place] for each in kinds.values() for place in (0, len(each) // 2, -1)})
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A model with prompts, and what its forward gives at every site of the blocks that are tried."""
+
+    lm: LM
+    prompts: list
+    layers: list[int]
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """The sites that are tried."""
+        found = [site for site in self.lm.sites() if isinstance(site, Site)]
+        return [site for site in found if site.layer is None or site.layer in self.layers]
+
+    def having(self, *names: str) -> list[int]:
+        """The blocks that have all these sites."""
+        return [layer for layer in self.layers if all(self.lm.layout.find(name, layer) for name in names)]
+
+    @cached_property
+    def plain(self) -> Run:
+        """The forward of the prompts with nothing attached."""
+        return forward(self.lm, self.prompts)
+
+    @cached_property
+    def run(self) -> Run:
+        """The same with every site captured."""
+        return forward(self.lm, self.prompts, hk.capture(self.sites))
+
+    @cached_property
+    def limit(self) -> float:
+        """How far two ways to compute one thing may differ in this model's dtype."""
+        return LIMITS.get(self.run[self.sites[0]].dtype, LIMITS[torch.float32])
+
+    def logits(self, *edits: hk.Hook) -> Tensor:
+        """The logits under these hooks."""
+        return forward(self.lm, self.prompts, *edits).logits
+
+    def vector(self, site: Site) -> Tensor:
+        """A random vector as large as what is at a site."""
+        size = float(self.run[site].float().std()) or 1.0
+        return size * torch.randn(self.lm.shape(site), generator=torch.Generator().manual_seed(0))
+
+    def written(self, value: Tensor, source: Site, target: Site) -> Tensor:
+        """What the block adds to the stream for values at `source` (z or mlp_post): projection, norm, multiplier."""
+        inner, outer = self.lm.place(source).path, self.lm.place(target).path
+        with torch.no_grad():
+            given = self.lm.submodule(inner)(value)
+            if not f"{inner}.".startswith(f"{outer}."):  # a norm stands behind it
+                given = self.lm.submodule(outer)(given)
+        return given * self.lm.layout.factor(target)
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a part of the largest value expected."""
+    if found.shape != expected.shape:
+        return float("nan")
+    if not found.numel():
+        return 0.0
+    size = max(float(expected.abs().max()), 1e-3)
+    return float((found.double() - expected.double()).abs().max()) / size
+
+
+def _squares(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores or patterns of one text that were captured with more keys and with fewer, as far as both have them.
+
+    Keys that are not seen are left at zero."""
+    width = min(found.shape[-1], expected.shape[-1])
+    lowest = torch.finfo(found.dtype).min / 16
+    return tuple(each[..., :width].masked_fill(each[..., :width] <= lowest, 0) for each in (found, expected))  # pyright: ignore
+
+
+def _compared(site: Site, found: Tensor, expected: Tensor) -> float:
+    return apart(*_squares(found, expected)) if site.name in SQUARE else apart(found.float(), expected.float())
+
+
+# ---- a model that is only looked at
+
+
+@_law("nothing")
+def _nothing(study: Study) -> Iterator[Finding]:
+    """Without hooks, logits are those of plain transformers, to the bit."""
+    batch = as_batch(study.lm, study.prompts)
+    with torch.no_grad():
+        expected = study.lm.model(**batch.inputs(study.lm), use_cache=False).logits
+    found = study.plain.logits
+    same = [torch.equal(found[row, :length], expected[row, :length]) for row, length in enumerate(batch.lengths)]
+    worst = max(apart(found[row, :length], expected[row, :length]) for row, length in enumerate(batch.lengths))
+    yield Finding("logits", worst if not all(same) else 0.0, 0.0)
+
+
+@_law("looking")
+def _looking(study: Study) -> Iterator[Finding]:
+    """Capturing every site changes nothing, to the bit."""
+    same = torch.equal(study.run.logits, study.plain.logits)
+    yield Finding("logits", 0.0 if same else apart(study.run.logits, study.plain.logits), 0.0)
+
+
+@_law("sum")
+def _sum(study: Study) -> Iterator[Finding]:
+    """What attention and the MLP add to the stream that enters a block is the stream that leaves it."""
+    run = study.run
+    for layer in study.having("attn_out", "mlp_out"):
+        total = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"] + run[f"mlp_out.{layer}"]
+        difference = apart(total, run[f"resid_post.{layer}"])
+        for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
+            yield Finding(name, difference, study.limit)
+    for layer in study.having("attn_out", "resid_mid"):
+        middle = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"]
+        yield Finding("resid_mid", apart(middle, run[f"resid_mid.{layer}"]), study.limit)
+
+
+@_law("projection")
+def _projection(study: Study) -> Iterator[Finding]:
+    """z and the MLP's neurons, through the projection behind them, give what is added to the stream."""
+    for name, added in (("z", "attn_out"), ("mlp_post", "mlp_out")):
+        for layer in study.having(name, added):
+            source, target = Site(name, layer), Site(added, layer)
+            values = study.run[source]
+            values = values.flatten(2) if name == "z" else values
+            for row, length in enumerate(study.run.lengths):  # a row is padded with zeros, which a bias moves
+                written = study.written(values[row : row + 1, :length], source, target)
+                yield Finding(name, apart(written, study.run[target][row : row + 1, :length]), study.limit)
+
+
+@_law("unembedding")
+def _unembedding(study: Study) -> Iterator[Finding]:
+    """The head, given what final_norm has, gives what lm_head has."""
+    if {"final_norm", "lm_head"} <= set(study.lm.layout.names):
+        head = study.lm.submodule(study.lm.place(Site("lm_head")).path)
+        for row, length in enumerate(study.run.lengths):
+            with torch.no_grad():
+                found = head(study.run["final_norm"][row : row + 1, :length])
+            expected = study.run["lm_head"][row : row + 1, :length]
+            yield Finding("final_norm", apart(found.float(), expected.float()), study.limit)
+
+
+@_law("pattern")
+def _pattern(study: Study) -> Iterator[Finding]:
+    """A query's pattern sums to 1, or to less where a sink takes a part, and no query sees a later key."""
+    for layer in study.having("pattern"):
+        pattern = study.run[f"pattern.{layer}"].float()
+        later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1)[: pattern.shape[-2], : pattern.shape[-1]]
+        yield Finding("pattern", float(pattern.masked_select(later.to(pattern.device)).abs().sum()), 0.0)
+        sums = pattern.sum(-1).cpu()[study.run.mask.cpu()[:, None].expand(-1, pattern.shape[1], -1)]
+        yield Finding("pattern", max(0.0, float(sums.max()) - 1), study.limit)
+        yield Finding("pattern", float(sums.min()), 0.0, at_least=True)
+
+
+# ---- a model that is edited
+
+
+@_law("identity")
+def _identity(study: Study) -> Iterator[Finding]:
+    """A run patched with its own values is the same run, to the bit."""
+    for site in study.sites:
+        found = study.logits(hk.patch(site, study.run))
+        same = torch.equal(found, study.plain.logits)
+        yield Finding(site.name, 0.0 if same else apart(found, study.plain.logits), 0.0)
+
+
+@_law("reaches")
+def _reaches(study: Study) -> Iterator[Finding]:
+    """Zeroing a site changes the output (halving scores; for chosen experts, the next ones)."""
+    for site in study.sites:
+        edit: hk.Hook = hk.ablate(site)
+        if site.name == "scores":
+            edit = hk.scale(site, 0.5)
+        elif site.name == "experts":
+            experts = study.lm.sizes["expert"] or 2
+            edit = hk.edit(site, lambda chosen, experts=experts: (chosen + 1) % experts)
+        yield Finding(site.name, apart(study.logits(edit), study.plain.logits), REACHES, at_least=True)
+
+
+@_law("there and back")
+def _back(study: Study) -> Iterator[Finding]:
+    """Steered by a vector and by its opposite, a model says what it said."""
+    for site in study.sites:
+        if site.name not in SQUARE and site.name != "experts":
+            vector = study.vector(site)
+            found = study.logits(hk.steer(site, vector), hk.steer(site, -vector))
+            yield Finding(site.name, apart(found, study.plain.logits), 5 * study.limit)
+
+
+@_law("one stream")
+def _one_stream(study: Study) -> Iterator[Finding]:
+    """A vector added to what attention or the MLP gives is a vector added to the stream behind it."""
+
+    def same(first: Site, second: Site) -> Finding:
+        vector = study.vector(Site("resid_post", first.layer))
+        found, expected = study.logits(hk.steer(first, vector)), study.logits(hk.steer(second, vector))
+        return Finding(first.name, apart(found, expected), 5 * study.limit)
+
+    for layer in study.having("attn_out", "resid_mid"):
+        yield same(Site("attn_out", layer), Site("resid_mid", layer))
+    for layer in study.having("mlp_out"):
+        yield same(Site("mlp_out", layer), Site("resid_post", layer))
+        if "resid_mid" not in study.lm.layout.names and study.having("attn_out"):
+            yield same(Site("attn_out", layer), Site("resid_post", layer))
+    for layer in range(study.lm.n_layers - 1):
+        if layer in study.layers:
+            yield same(Site("resid_post", layer), Site("resid_pre", layer + 1))
+
+
+@_law("all heads")
+def _all_heads(study: Study) -> Iterator[Finding]:
+    """Zeroing every head, or every neuron, leaves of what is added to the stream what a projection makes of zero."""
+    for name, added in (("z", "attn_out"), ("mlp_post", "mlp_out")):
+        for layer in study.having(name, added):
+            source, target = Site(name, layer), Site(added, layer)
+            values = study.run[source]
+            nothing = torch.zeros_like(values.flatten(2) if name == "z" else values)[:1, :1]
+            rest = study.written(nothing, source, target)[0, 0]
+            heads = values.shape[2] if name == "z" else 0
+            off = [hk.ablate([Site(name, layer, head) for head in range(heads)])] if heads else [hk.ablate(source)]
+            expected = study.logits(hk.ablate(target, to=rest))
+            yield Finding(name, apart(study.logits(*off), expected), 5 * study.limit)
+
+
+@_law("one head")
+def _one_head(study: Study) -> Iterator[Finding]:
+    """Zeroing one head's pattern is zeroing its z."""
+    for layer in study.having("pattern", "z"):
+        found = study.logits(hk.ablate(Site("pattern", layer, 1)))
+        expected = study.logits(hk.ablate(Site("z", layer, 1)))
+        yield Finding("pattern", apart(found, expected), 5 * study.limit)
+
+
+# ---- a model that reads batches and writes
+
+
+@_law("batch")
+def _batch(study: Study) -> Iterator[Finding]:
+    """A row alone is the row in a batch, padded on the right or on the left, at every site."""
+    sites = study.sites
+    left = {"input_ids": [], "attention_mask": []}
+    rows = as_batch(study.lm, study.prompts).rows
+    width = max(map(len, rows))
+    for row in rows:
+        left["input_ids"].append([0] * (width - len(row)) + list(row))
+        left["attention_mask"].append([0] * (width - len(row)) + [1] * len(row))
+    padded_left = _left(study, left, sites)
+    for number, row in enumerate(rows):
+        alone = forward(study.lm, [list(row)], hk.capture(sites))
+        for site in sites:
+            if site.name == "experts":
+                continue  # a tie may fall either way; their weights are compared
+            expected = alone.captured(site).by_place[0]
+            for together in (study.run[site], padded_left[site]):
+                whole_square = site.name in SQUARE
+                found = (together.transpose(1, 2) if whole_square else together)[number, : expected.shape[0]]
+                yield Finding(site.name, _compared(site, found, expected), READ * study.limit)
+
+
+def _left(study: Study, batch: dict[str, list[list[int]]], sites: list[Site]) -> dict[Site, Tensor]:
+    """What a forward by plain transformers of a batch padded on the left has at every site."""
+    from .manager import attach
+
+    ids, mask = (torch.tensor(batch[name], device=study.lm.device) for name in ("input_ids", "attention_mask"))
+    given = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in study.lm.takes:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with attach(study.lm, hk.capture(sites)) as manager, torch.no_grad():
+        study.lm.model(**given, use_cache=False)
+    return {site: manager[site] for site in sites}
+
+
+@_law("writing")
+def _writing(study: Study) -> Iterator[Finding]:
+    """While generating, with the cache, every site has what a forward over the whole text has there."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    written = generate(study.lm, study.prompts, hk.capture(study.sites), **settings)
+    for row, length in enumerate(written.lengths):
+        text = forward(study.lm, [written.tokens[row, : length - 1].tolist()], hk.capture(study.sites))
+        for site in study.sites:
+            if site.name in ("lm_head", "logits", "experts"):  # generate asks for the last position of a prompt only
+                continue
+            expected = text.captured(site).by_place[0]
+            found = written.captured(site).by_place[row, : expected.shape[0]]
+            yield Finding(site.name, _compared(site, found, expected), READ * study.limit)
+        start = written.prompt_lengths[row] - 1
+        yield Finding("logits", apart(written.logits[row], text.logits[0, start:]), READ * study.limit)
+
+
+@_law("without cache")
+def _without_cache(study: Study) -> Iterator[Finding]:
+    """An edit of the prompt, of what is written, or of k and v gives the same logits with the cache and without."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    layer = study.layers[len(study.layers) // 2]
+    for name in ("resid_post", "k", "v", "k_rot", "q_rot", "z"):
+        if name in study.lm.layout.names and study.lm.layout.find(name, layer):
+            edits = [hk.scale(Site(name, layer), 1.5, pos=slice(0, -1)), hk.ban(0)]
+            found = generate(study.lm, study.prompts, *edits, use_cache=True, **settings)
+            expected = generate(study.lm, study.prompts, *edits, use_cache=False, **settings)
+            real = torch.arange(found.logits.shape[-1]) != 0
+            yield Finding(name, apart(found.logits[..., real], expected.logits[..., real]), 5 * study.limit)
+
+
+@_law("rows")
+def _rows(study: Study) -> Iterator[Finding]:
+    """Rows with different hooks in one batch are single runs."""
+    layer = study.layers[len(study.layers) // 2]
+    site = Site("resid_post", layer)
+    vector = study.vector(site)
+    edits: list[Callable[[int], hk.Hook]] = [
+        lambda row: hk.steer(site, vector, rows=row, pos=-1),
+        lambda row: hk.ablate(site, rows=row, pos=0),
+        lambda row: hk.force(5, rows=row),
+    ]
+    together = study.logits(*(edit(row) for row, edit in enumerate(edits)))
+    for row, edit in enumerate(edits):
+        length = study.plain.lengths[row]
+        alone = forward(study.lm, [study.plain.tokens[row, :length].tolist()], edit(0))
+        yield Finding("resid_post", apart(together[row, :length], alone.logits[0]), 3 * study.limit)
+
+
+@_law("left as found")
+def _left_as_found(study: Study) -> Iterator[Finding]:
+    """After a return and after an exception the model has the hooks and attributes that it had."""
+
+    class Ended(Exception):
+        pass
+
+    def end(values: Tensor) -> Tensor:
+        raise Ended
+
+    before = _belongings(study.lm)
+    with suppress(Ended):
+        study.logits(hk.capture(study.sites), hk.edit(Site("resid_post", study.layers[-1]), end))
+    yield Finding("", float(_belongings(study.lm) != before), 0.0)
+
+
+def _belongings(lm: LM) -> list[tuple[int, ...]]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return [
+        (*(len(getattr(module, kind)) for kind in kinds), *sorted(map(hash, module.__dict__)))
+        for module in lm.root.modules()
+    ]
