@@ -8,6 +8,8 @@ from .comparing import compare as compare
 from .comparing import fork as fork
 from .decoding import decisions as decisions
 from .decoding import decoding as decoding
+from .doctor import Checkup as Checkup
+from .doctor import doctor as doctor
 from .errors import HookkitError as HookkitError
 from .figures import delta_bars as delta_bars
 from .figures import logit_panels as logit_panels

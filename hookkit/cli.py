@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from .doctor import Checkup
     from .hooks import Hook
     from .model import LM
     from .streaming import Now
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 BAR = 30  # characters of a bar that stands for probability 1
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+UNHEALTHY = 1  # that of a model in which something does not hold
 WRONG = 2  # that of a wish that cannot be met
 
 
@@ -77,6 +79,68 @@ def trace(
     except KeyboardInterrupt:
         typer.echo("hookkit: interrupted; what stands above was recorded", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command(epilog="Example: hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16")
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="auto, to spread the model over what there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …")] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    layer: Annotated[list[int] | None, typer.Option(help="A block to try; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON.")] = False,
+) -> None:
+    """Prove the laws on a model, and say what will not work and why. Exit status 1 where something does not."""
+    from .doctor import doctor as examined
+    from .errors import HookkitError
+
+    given: dict[str, Any] = {"model": model, "revision": revision, "device": device, "device_map": device_map}
+    given |= {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    try:
+        lm = _loaded({name: value for name, value in given.items() if value is not None})
+        found = examined(lm, layers=layer or None)
+    except HookkitError as error:
+        typer.echo(f"hookkit: {error}", err=True)
+        raise typer.Exit(WRONG) from None
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _print_checkup(found)
+    raise typer.Exit(0 if found.healthy else UNHEALTHY)
+
+
+def _print_checkup(found: "Checkup") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    about = Table(box=None, show_header=False)
+    for name, value in found.facts.items():
+        about.add_row(name, str(value))
+    table = Table(box=None, header_style="dim")
+    for name, side in (("site", "left"), ("blocks", "right"), ("editable", "left"), ("proved", "left")):
+        table.add_column(name, justify=side)  # pyright: ignore[reportArgumentType]
+    table.add_column("difference", justify="right")
+    table.add_column("why")
+    for row in _records(found.sites):
+        there = row["blocks"] != ""
+        marks = ["yes" if row[name] else "no" if there else "" for name in ("editable", "proved")]
+        number = "" if row["difference"] is None else f"{row['difference']:.1e}"
+        style = "dim" if not there else "" if row["proved"] else "bold red"
+        table.add_row(row["site"], row["blocks"], *marks, number, row["why"], style=style)
+    console.print(about)
+    console.print(table)
+    for title, said in (("note", found.notes), ("problem", found.problems)):
+        for words in said:
+            console.print(f"{title}: {words}", style="bold red" if title == "problem" else "")
+    console.print("nothing was found that does not work" if found.healthy else "", style="green")
 
 
 def _loaded(given: dict[str, Any]) -> "LM":

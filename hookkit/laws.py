@@ -134,6 +134,11 @@ class Study:
     layers: list[int]
 
     @cached_property
+    def few(self) -> "Study":
+        """The same with the shorter prompts alone, for laws that take a forward for every site."""
+        return Study(self.lm, self.prompts[1:], self.layers)
+
+    @cached_property
     def sites(self) -> list[Site]:
         """The sites that are tried."""
         found = [site for site in self.lm.sites() if isinstance(site, Site)]
@@ -279,6 +284,7 @@ def _pattern(study: Study) -> Iterator[Finding]:
 @_law("identity")
 def _identity(study: Study) -> Iterator[Finding]:
     """A run patched with its own values is the same run, to the bit."""
+    study = study.few
     for site in study.sites:
         found = study.logits(hk.patch(site, study.run))
         same = torch.equal(found, study.plain.logits)
@@ -288,6 +294,7 @@ def _identity(study: Study) -> Iterator[Finding]:
 @_law("reaches")
 def _reaches(study: Study) -> Iterator[Finding]:
     """Zeroing a site changes the output (halving scores; for chosen experts, the next ones)."""
+    study = study.few
     for site in study.sites:
         edit: hk.Hook = hk.ablate(site)
         if site.name == "scores":
@@ -301,6 +308,7 @@ def _reaches(study: Study) -> Iterator[Finding]:
 @_law("there and back")
 def _back(study: Study) -> Iterator[Finding]:
     """Steered by a vector and by its opposite, a model says what it said."""
+    study = study.few
     for site in study.sites:
         if site.name not in SQUARE and site.name != "experts":
             vector = study.vector(site)
@@ -311,6 +319,7 @@ def _back(study: Study) -> Iterator[Finding]:
 @_law("one stream")
 def _one_stream(study: Study) -> Iterator[Finding]:
     """A vector added to what attention or the MLP gives is a vector added to the stream behind it."""
+    study = study.few
 
     def same(first: Site, second: Site) -> Finding:
         vector = study.vector(Site("resid_post", first.layer))
@@ -331,6 +340,7 @@ def _one_stream(study: Study) -> Iterator[Finding]:
 @_law("all heads")
 def _all_heads(study: Study) -> Iterator[Finding]:
     """Zeroing every head, or every neuron, leaves of what is added to the stream what a projection makes of zero."""
+    study = study.few
     for name, added in (("z", "attn_out"), ("mlp_post", "mlp_out")):
         for layer in study.having(name, added):
             source, target = Site(name, layer), Site(added, layer)
@@ -346,6 +356,7 @@ def _all_heads(study: Study) -> Iterator[Finding]:
 @_law("one head")
 def _one_head(study: Study) -> Iterator[Finding]:
     """Zeroing one head's pattern is zeroing its z."""
+    study = study.few
     for layer in study.having("pattern", "z"):
         found = study.logits(hk.ablate(Site("pattern", layer, 1)))
         expected = study.logits(hk.ablate(Site("z", layer, 1)))

@@ -52,6 +52,7 @@ ORDER = [
     "about",
     "runs",
     "laws",
+    "doctor",
     "distributions",
     "tables",
     "decoding",

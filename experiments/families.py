@@ -1,0 +1,108 @@
+"""Which sites has each model family, and do the names mean there what they mean everywhere?
+
+A tiny random model of every family in hookkit's table is made from its configuration class, and the laws are run on
+it: a site is proved where all that name it hold in every block tried. It is answered if nothing is left that is there
+and not proved, but for the exceptions that the table gives a reason for.
+
+python -m experiments.families        three minutes on two cores; writes results/families/
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import transformers
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from tqdm import tqdm
+
+import hookkit as hk
+from hookkit.families import FAMILIES
+
+STATES = {  # and the colour of each
+    "proved": "#3b7a57",
+    "proved, in some blocks": "#8fbf9f",
+    "proved, with an exception": "#d9a441",
+    "not there": "#e6e6e6",
+    "not proved": "#c0392b",
+}
+
+
+def main() -> None:
+    question = "Which sites has each model family, and are their meanings proved?"
+    with hk.record("results/families", title="Model families", question=question) as results:
+        checked = {model_type: hk.doctor(hk.tiny(model_type)) for model_type in tqdm(FAMILIES, disable=None)}
+        table = pd.concat([rows_of(model_type, checkup) for model_type, checkup in checked.items()])
+        summary = summed(table, checked)
+        results.text(
+            f"{len(FAMILIES)} model types of transformers {transformers.__version__}, each as a random model of three "
+            "blocks in float32. The largest difference is a part of the largest value at the site, over all laws that "
+            "compare two ways to compute it."
+        )
+        results.figure("coverage", coverage(table), caption="Family by site.")
+        results.table("families", summary, caption="One row for each model type.")
+        reasons = table.query("state != 'proved'")[["site", "state", "reason"]].groupby(["state", "reason"], sort=False)
+        why = reasons.agg(sites=("site", lambda found: ", ".join(dict.fromkeys(found)))).reset_index()
+        results.table("reasons", why, caption="Why a site is not there, or not everywhere.")
+        results.table("sites", table, caption="Every family and site.")
+    print(summary.to_string(index=False))
+    print(f"\n{(table['state'] == 'not proved').sum()} sites are there and not proved")
+    print("The page: results/families/report.html")
+
+
+def rows_of(model_type: str, checkup: hk.Checkup) -> pd.DataFrame:
+    excused = {
+        site: laws["note"].iloc[0]
+        for site, laws in checkup.laws[checkup.laws["note"].str.startswith("exception: ")].groupby("site")
+    }
+    rows = []
+    for row in checkup.sites.itertuples():
+        state, reason = "proved", ""
+        blocks = str(row.blocks)
+        if not blocks:
+            state, reason = "not there", str(row.why)
+        elif not (row.proved and row.editable):
+            state, reason = "not proved", str(row.why)
+        elif row.site in excused:
+            state, reason = "proved, with an exception", excused[row.site].removeprefix("exception: ")
+        elif blocks != "once" and len(set(blocks.split(" of "))) > 1:
+            state = "proved, in some blocks"
+            notes = [note for note in checkup.notes if note.startswith(f"{row.site} is not in")]
+            reason = notes[0].partition(": ")[2] if notes else ""
+        rows.append((model_type, row.site, state, blocks, row.difference, reason))
+    return pd.DataFrame(rows, columns=["model_type", "site", "state", "blocks", "difference", "reason"])
+
+
+def summed(table: pd.DataFrame, checked: dict[str, hk.Checkup]) -> pd.DataFrame:
+    rows = []
+    for model_type, found in table.groupby("model_type", sort=False):
+        there = found[found["state"] != "not there"]
+        laws = checked[str(model_type)].laws
+        holds = laws["holds"] | laws["note"].str.startswith("exception: ")
+        proved = there["state"].str.startswith("proved").sum()
+        rows.append((model_type, len(there), proved, len(laws), int(holds.sum()), there["difference"].max()))
+    columns = ["model_type", "sites", "proved", "laws tried", "laws hold", "largest difference"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def coverage(table: pd.DataFrame) -> Figure:
+    states = [*STATES]
+    grid = table.assign(number=table["state"].map(states.index))
+    grid = grid.pivot_table(index="model_type", columns="site", values="number", sort=False)
+    figure, axes = plt.subplots(figsize=(9.5, 0.21 * len(grid) + 1.6), layout="constrained")
+    axes.pcolormesh(grid, cmap=ListedColormap([*STATES.values()]), vmin=0, vmax=len(states), edgecolors="w", lw=1)
+    axes.set_xticks(
+        [x + 0.5 for x in range(grid.shape[1])], grid.columns, rotation=60, ha="left", rotation_mode="anchor"
+    )
+    axes.set_yticks([y + 0.5 for y in range(len(grid))], grid.index)
+    axes.tick_params(length=0, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.invert_yaxis()
+    for side in axes.spines.values():
+        side.set_visible(False)
+    used = [state for state in states if (table["state"] == state).any()]
+    handles = [Patch(color=STATES[state], label=state) for state in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(used), frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
