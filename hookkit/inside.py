@@ -42,19 +42,27 @@ def opened(module: nn.Module, style: Style, wanted: frozenset[str], say: Say) ->
             elif style == "interface":
                 stack.enter_context(_through_interface(module, wanted, say))
             else:
-                stack.enter_context(_Arithmetic(say))
+                stack.enter_context(_Arithmetic(say, _dtype_of((*args, *kwargs.values()))))
             return forward(*args, **kwargs)
 
     with replaced(module, "forward", speaking):
         yield
 
 
-class _Arithmetic(TorchFunctionMode):
-    """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written."""
+def _dtype_of(given: tuple[Any, ...]) -> torch.dtype:
+    """The dtype that a module was given numbers in, in which its masks are made too."""
+    return next((each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()), torch.float32)
 
-    def __init__(self, say: Say, keys: int | None = None) -> None:
+
+class _Arithmetic(TorchFunctionMode):
+    """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written.
+
+    `dtype` is that of the masks, which may be narrower than that of the scores.
+    """
+
+    def __init__(self, say: Say, dtype: torch.dtype, keys: int | None = None) -> None:
         super().__init__()
-        self.say, self.keys, self.done = say, keys, False
+        self.say, self.dtype, self.keys, self.done = say, dtype, keys, False
         self.changed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,11 +84,13 @@ class _Arithmetic(TorchFunctionMode):
 
     def _told(self, name: str, found: Tensor, keys: int) -> Tensor:
         part = found[..., :keys]
-        new = self.say(name, part)
-        if new is part or torch.equal(new, part):
+        shown = _wider(part, self.dtype) if name == "scores" else part
+        new = self.say(name, shown)
+        if name == "scores" and new is not shown:
+            new = torch.where(hidden(shown), part, new)  # what the mask hid is hidden still
+        if new is shown or torch.equal(new, part):
             return found
         self.changed = True
-        new = _still_hidden(new, part) if name == "scores" else new
         return new if keys == found.shape[-1] else torch.cat([new, found[..., keys:]], dim=-1)
 
     def _written_out(
@@ -103,9 +113,12 @@ class _Arithmetic(TorchFunctionMode):
         return nn.functional.dropout(pattern, dropout_p) @ value
 
 
-def _still_hidden(new: Tensor, scores: Tensor) -> Tensor:
-    """Edited scores, in which what the mask hid is hidden still."""
-    return torch.where(hidden(scores), scores, new)
+def _wider(scores: Tensor, masks: torch.dtype) -> Tensor:
+    """Scores in which a mask of a narrower dtype hides keys as one of their own would (gptj adds float16's smallest
+    number to float32 scores)."""
+    if torch.finfo(masks).min == torch.finfo(scores.dtype).min:
+        return scores
+    return scores.masked_fill(scores <= torch.finfo(masks).min / 16, torch.finfo(scores.dtype).min)
 
 
 class _Router(TorchFunctionMode):
@@ -156,7 +169,7 @@ def _attention(
     if not wanted & {"scores", "pattern"}:
         return fused(module, query, key, value, attention_mask, **settings)
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
-    with _Arithmetic(say, keys=key.shape[2]) as told:
+    with _Arithmetic(say, query.dtype, keys=key.shape[2]) as told:
         written_out = own(module, query, key, value, mask, **settings)
     if told.changed or fused is own:
         return written_out
