@@ -88,8 +88,8 @@ class _Arithmetic(TorchFunctionMode):
         new = self.say(name, shown)
         if name == "scores" and new is not shown:
             new = torch.where(hidden(shown), part, new)  # what the mask hid is hidden still
-        if new is shown or torch.equal(new, part):
-            return found
+        if new is shown or (torch.equal(new, part) and not new.requires_grad):
+            return found  # a capture with gradients has to be on their path, so it counts as a change
         self.changed = True
         return new if keys == found.shape[-1] else torch.cat([new, found[..., keys:]], dim=-1)
 

@@ -39,7 +39,7 @@ from .prompts import Batch, as_batch, cover
 from .sites import AnySite, Sites
 from .taps import Action, Tap, input_of, logits_tap, picked, planned, repacked
 from .tracing import Tracer
-from .training import checkpointed, warn_of_dropout
+from .training import checkpointing, in_checkpointed_block, warn_of_dropout
 from .wrapped import called, refuse_virtual_tokens
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together
@@ -147,7 +147,7 @@ class HookManager:
         for module, taps in inside.items():
             say = functools.partial(self._on_inside, taps)
             stack.enter_context(opened(module, self.lm.family.attention, frozenset(map(str, taps)), say))
-        for module in {block: None for tap in self.taps for block in checkpointed(root, tap.place.path)}:
+        for module in {block: None for tap in self.taps for block in checkpointing(root, tap.place.path)}:
             name = "_gradient_checkpointing_func"
             stack.enter_context(replaced(module, name, self._checkpointing(getattr(module, name))))
         for module in self._runs:
@@ -309,7 +309,7 @@ class HookManager:
         if not self.lm.root.training:
             return
         for tap in self.taps:
-            if checkpointed(self.lm.root, tap.place.path):
+            if in_checkpointed_block(self.lm.root, tap.place.path):
                 raise Unsupported(
                     f"{tap.actions[0].hook} stands in a block with gradient checkpointing, which runs again in "
                     "backward(), without the hook: call model.gradient_checkpointing_disable() or model.eval(), or run "

@@ -44,11 +44,8 @@ def _levels_to_the_user() -> int:
     return level + 1
 
 
-def checkpointed(root: nn.Module, path: str) -> list[Any]:
-    """The blocks around a module whose inside runs again in the backward pass (gradient checkpointing).
-
-    transformers checkpoints a block's forward: hooks on the block itself stay outside.
-    """
+def checkpointing(root: nn.Module, path: str) -> list[Any]:
+    """The modules around a module that may run something in them again in the backward pass."""
     found, module = [], root
     for name in path.split(".") if path else ():
         if vars(module).get("gradient_checkpointing") and "_gradient_checkpointing_func" in vars(module):
@@ -56,3 +53,10 @@ def checkpointed(root: nn.Module, path: str) -> list[Any]:
         module = module._modules[name]
         assert module is not None
     return found
+
+
+def in_checkpointed_block(root: nn.Module, path: str) -> bool:
+    """True for a module in a block whose forward runs again in the backward pass. Hooks on the block itself do not."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return any(isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, path))
