@@ -87,7 +87,7 @@ def test_in_sixteen_bits_patching_a_run_with_itself_is_the_identity_bit_for_bit(
     source = hk.forward(half, IDS, hk.capture(half.sites()))
     everything = hk.forward(half, IDS, hk.patch(half.sites(), source))
     assert torch.equal(everything.logits, source.logits)
-    for site in half.sites(layers=[1]):
+    for site in [site for site in half.sites() if site.layer in (1, None)]:
         assert torch.equal(hk.forward(half, IDS, hk.patch(site, source)).logits, source.logits), site
 
 
@@ -195,7 +195,7 @@ def lora(request, peft) -> hk.LM:
 def test_a_model_with_adapters_has_the_sites_of_its_base_and_names_the_adapters(lora):
     base = hk.tiny(lora.family.name)
     assert lora.sites() == base.sites()
-    assert {site: lora.shape(site) for site in lora.sites()} == {site: base.shape(site) for site in base.sites()}
+    assert lora.sizes == base.sizes
     assert "adapters: default" in repr(lora)
     table = lora.describe().set_index("site")
     assert table.loc["q", "adapters"] == "default" and table.loc["resid_post", "adapters"] == ""
@@ -712,9 +712,6 @@ def test_what_has_no_meaning_in_an_encoder_decoder_is_refused():
         with pytest.raises(BadHook, match="an encoder-decoder reads two texts, so a position at .* may be of either"):  # noqa: SIM117
             with hk.attach(model, hook), torch.no_grad():
                 model(**given)
-    shared = hk.capture(hk.module("shared"))
-    with pytest.raises(Unsupported, match="ran twice in one forward"), hk.attach(model, shared):
-        model(**given)
     layer = hk.capture(hk.module("decoder.block.1"))
     with (
         pytest.raises(Unsupported, match=r"generate of an encoder-decoder .* runs its two parts"),
@@ -753,7 +750,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out_by_the_text_th
     small = hk.LM(hk.tiny("llama", config={"vocab_size": 200}).model, small_tokenizer)
     assert small.n_tokens == 200
     large = max(small_tokenizer.encode(PROMPTS[0]))
-    words = rf"prompt 0 has token id \d+, and the vocabulary has ids 0 to 199: the tokenizer is not this model's"
+    words = r"prompt 0 has token id \d+, and the vocabulary has ids 0 to 199: the tokenizer is not this model's"
     assert large >= 200
     for prompts in (PROMPTS[0], [PROMPTS[0]], small_tokenizer(PROMPTS[0])):
         with pytest.raises(BadPrompt, match=words):
@@ -768,3 +765,38 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out_by_the_text_th
     low = small_tokenizer.decode([60])
     assert hk.forward(small, low).logits.shape[-1] == 200
     assert math.isfinite(float(hk.ranks(hk.forward(small, low), top=3)["logit"].max()))
+
+
+def test_a_module_that_runs_twice_in_one_forward_cannot_be_captured_whole():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(self.linear(x))
+
+    with (
+        pytest.raises(Unsupported, match="the module at linear:output ran twice in one forward"),
+        hk.attach(Twice(), hk.capture(hk.module("linear"))) as manager,
+    ):
+        manager.lm.model(torch.ones(4))
+
+
+def test_scores_and_patterns_of_prompts_of_several_lengths_are_edited_each_in_its_own_row():
+    lm = hk.tiny("llama")
+    for site in ("scores.1", "pattern.1", "pattern.1.2"):
+        together = hk.forward(lm, IDS, hk.edit(site, lambda x: x * 0.5))
+        for row, ids in enumerate(IDS):
+            alone = hk.forward(lm, ids, hk.edit(site, lambda x: x * 0.5)).logits[0]
+            assert torch.allclose(together.logits[row, : len(ids)], alone, atol=1e-5)
+
+
+def test_a_pattern_captured_with_gradients_has_them():
+    """By hand: from the values that it is multiplied with."""
+    lm = hk.tiny("llama")
+    run = hk.forward(lm, IDS[0], hk.capture("pattern.2", grad=True), hk.capture("z.2", grad=True), hk.capture("v.2"))
+    run.logits[0, -1, 7].backward()
+    values = run["v.2"].repeat_interleave(2, dim=2)  # of each query head
+    expected = torch.einsum("bqhd,bkhd->bhqk", run["z.2"].grad, values)
+    assert torch.allclose(run["pattern.2"].grad, expected, atol=1e-5)
