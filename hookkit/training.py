@@ -39,7 +39,7 @@ def _dropping(path: str, module: nn.Module) -> Iterable[str]:
 def _levels_to_the_user() -> int:
     """How many frames above the caller of this the first one stands that is not hookkit's."""
     level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__ or "hookkit"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
     return level + 1
 

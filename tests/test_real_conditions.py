@@ -33,6 +33,15 @@ KINDS = ["llama", "gpt2", "gemma2", "mixtral", "deepseek_v3", "gpt_oss", "gptj"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these are slower with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def plain(model: nn.Module, ids: torch.Tensor = ONE) -> torch.Tensor:
     return model(input_ids=ids).logits
