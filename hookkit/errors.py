@@ -76,8 +76,8 @@ class DownloadFailed(HookkitError, OSError):
     """The default model could not be fetched, checked or kept."""
 
 
-class DroppedOut(UserWarning):
-    """The model is in training mode, and numbers differ from call to call."""
+class DroppedOut(HookkitError, UserWarning):
+    """A warning: the model is in training mode with dropout, so numbers differ from call to call."""
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -194,7 +194,7 @@ def no_decoder(root: nn.Module, config: Any, head: str | None) -> Family | None:
     if head is None:
         reason = f"the model has no unembedding head (a ...ForCausalLM has one); {MODULES}"
         if model_type is not None and not kind.endswith("ForCausalLM"):
-            reason = f"{kind} has no unembedding head: load it with AutoModelForCausalLM; {MODULES}"
+            reason = f"the model has no unembedding head: it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
         return Family("module", {}, dict.fromkeys(AXES, reason))
     if model_type not in FAMILIES and getattr(config, "is_decoder", None) is False:
         reason = f"{kind} is an encoder, and named sites beside head and logits are those of decoders; {MODULES}"

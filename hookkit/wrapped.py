@@ -13,11 +13,8 @@ from .errors import Unsupported
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The model, what it wraps, what that wraps …, the last being transformers' own.
-
-    >>> [type(each).__name__ for each in unwrapped(get_peft_model(llama, LoraConfig()))]
-    ['PeftModelForCausalLM', 'LoraModel', 'LlamaForCausalLM']
-    """
+    """The model, what it wraps, what that wraps …, the last being transformers' own: a PeftModelForCausalLM, its
+    LoraModel, its LlamaForCausalLM."""
     inner = model._modules.get("_orig_mod") or _adapted(model)
     return (model,) if inner is None else (model, *unwrapped(inner))
 

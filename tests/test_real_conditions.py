@@ -742,7 +742,7 @@ def test_an_encoder_says_what_it_is_and_has_head_and_logits():
 
 def test_a_model_without_its_head_says_how_to_load_it_with_one():
     body = hk.LM(LlamaModel(hk.tiny("llama").config).eval())
-    words = r"LlamaModel has no unembedding head: load it with AutoModelForCausalLM; name its modules with hk.module"
+    words = "the model has no unembedding head: it is a LlamaModel, load it with AutoModelForCausalLM; name its modules"
     for hooks in ([], [hk.capture("resid_post.1")]):
         with pytest.raises(MissingSite, match=words):
             hk.forward(body, IDS, *hooks)
