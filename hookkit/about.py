@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,6 +25,7 @@ def about_model(lm: LM) -> dict[str, Any]:
         "dtype": sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()}),
         "device": lm.device.type,
         "attention": getattr(config, "_attn_implementation", None),
+        "adapters": list(lm.adapters),
         "parameters": sum(weight.numel() for weight in lm.root.parameters()),
         "versions": versions(),
     }
@@ -43,11 +45,33 @@ def versions() -> dict[str, str]:
 def weights_hash(lm: LM) -> str:
     """The sha256 of all weights, by name: equal for two models that compute the same."""
     total = hashlib.sha256()
-    for name, weight in sorted(lm.root.state_dict().items()):
+    for name, weight in sorted(_numbers("", _state(lm.root)), key=lambda named: named[0]):
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         data = weight.detach().cpu().contiguous()
         total.update(data.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """All that a model has learnt, also what accelerate keeps elsewhere between forwards."""
+    if not any(weight.device.type == "meta" for weight in model.parameters()):
+        return model.state_dict()
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(model)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The plain tensors that a weight is made of, by name: one that is quantised has scales beside its numbers."""
+    if isinstance(value, Mapping):
+        for word, part in value.items():
+            yield from _numbers(f"{name}.{word}" if name else word, part)
+    elif isinstance(value, tuple | list):
+        yield from _numbers(name, dict(enumerate(value)))
+    elif hasattr(value, "__tensor_flatten__"):
+        yield from _numbers(name, {word: getattr(value, word) for word in value.__tensor_flatten__()[0]})
+    elif isinstance(value, torch.Tensor):
+        yield name, value.dequantize() if value.is_quantized else value
 
 
 def tokenizer_hash(lm: LM) -> str | None:

@@ -21,6 +21,8 @@ def act(action: Action, tap: Tap, call: Call, found: Tensor, before: Tensor | No
     `before` is what the module was given, for edits that need it. The tensor itself is written into only at a shared
     place, where the block reads it twice.
     """
+    if not call.placed:
+        return _act_on_all(action, call, found)
     form, full = action.form, found
     if not form.plain:
         call, full = form.call(call, found), form.laid(found, call)
@@ -99,6 +101,11 @@ def _kept(values: Tensor, capture: Capture, fresh: bool) -> Tensor:
 
 def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tensor]:
     """At a module whose tensor has no axes batch and pos: the whole of it, or nothing."""
+    if action.where != Where() and not call.placed:
+        raise BadHook(
+            f"an encoder-decoder reads two texts, so a position at {action.site} may be of either: leave pos, rows and "
+            f"step out of {action.hook}"
+        )
     if action.where != Where():
         raise BadHook(
             f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of "
@@ -107,6 +114,11 @@ def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tens
     action.fired += 1
     if action.change is None:
         assert isinstance(action.hook, Capture)
+        if action.pieces and action.pieces[0].call == call.number:
+            raise Unsupported(
+                f"the module at {action.site} ran twice in one forward, and which of the two is meant cannot be said: "
+                "capture what goes into it or comes out of it elsewhere"
+            )
         if action.pieces:
             raise Unsupported(
                 f"{action.site} has shape {list(found.shape)}, without axes batch and pos along which several forwards "

@@ -136,6 +136,7 @@ class Call:
     width: int
     head: range  # the columns that the unembedding computes, counted from the first of this call
     seen: int  # the columns that the text had before this call
+    placed: bool = True  # false for an encoder-decoder, whose tensors may be of one text or the other
     end: int | None = None  # the first column that is not there yet, where the tensors have room for more
     _keys: dict[int, "Call"] = field(default_factory=dict)
     _known: dict[tuple[int, bool, bool], Cells | None] = field(default_factory=dict)
@@ -152,7 +153,7 @@ class Call:
         if count not in self._keys:
             end = self.past + self.width
             first = max(0, end - count)
-            self._keys[count] = Call(self.text, self.number, first, self.rows, count, range(count), self.seen, end)
+            self._keys[count] = Call(self.text, self.number, first, self.rows, count, range(count), self.seen, end=end)
         return self._keys[count]
 
     def keys(self, cells: "Cells", count: int) -> list[tuple[int, int, int]]:

@@ -76,6 +76,10 @@ class DownloadFailed(HookkitError, OSError):
     """The default model could not be fetched, checked or kept."""
 
 
+class DroppedOut(HookkitError, UserWarning):
+    """A warning: the model is in training mode with dropout, so numbers differ from call to call."""
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of a sentence: `; did you mean 'resid_post'?` with the nearest of `words`, or a full stop."""
     known = list(words)

@@ -21,6 +21,7 @@ class Follower:
 
     find: Callable[[Sequence[int], At], tuple[int, ...]]
     takes_logits_to_keep: bool
+    two_texts: bool = False  # an encoder-decoder, in which a position may be of either text
     text: Text | None = None  # the one that is running, or ran last
     forwards: int = 0
     generation: Generation | None = None  # while `generate` runs
@@ -29,6 +30,8 @@ class Follower:
 
     def call(self, given: Mapping[str, Any]) -> tuple[Call, bool]:
         """The forward that these arguments start, and whether it begins a new text."""
+        if self.two_texts:
+            given = {"input_ids": next((each for each in given.values() if isinstance(each, Tensor)), None)}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tensor = ids if ids is not None else embeds
         if not isinstance(tensor, Tensor):
@@ -45,7 +48,7 @@ class Follower:
         head = self._head(given.get("logits_to_keep", 0), width)
         if text.head is None and head:
             text.head = past + head.start
-        call = Call(text, self.forwards, past, rows, width, head, text.seen)
+        call = Call(text, self.forwards, past, rows, width, head, text.seen, placed=not self.two_texts)
         text.seen = max(text.seen, past + width)
         self.forwards += 1
         return call, new

@@ -60,27 +60,36 @@ def opened(module: nn.Module, style: Style, wanted: frozenset[str], say: Say) ->
             outer.told.insert(0, (wanted, say))
             return forward(*args, **kwargs)
         telling = _Telling([(wanted, say)], compared=bool(compared))
-        with replaced(module, "_hookkit", telling), _listening(module, style, telling):
+        dtype = _dtype_of((*args, *kwargs.values()))
+        with replaced(module, "_hookkit", telling), _listening(module, style, telling, dtype):
             result = forward(*args, **kwargs)
-        compared.append(telling.compared)
+        compared.extend([True] if telling.compared else [])
         return result
 
     with replaced(module, "forward", speaking):
         yield
 
 
-def _listening(module: nn.Module, style: Style, telling: _Telling) -> AbstractContextManager[Any]:
+def _listening(module: nn.Module, style: Style, telling: _Telling, dtype: torch.dtype) -> AbstractContextManager[Any]:
     if telling.wants("router"):
         return _Router(telling.say)
-    return _through_interface(module, telling) if style == "interface" else _Arithmetic(telling.say)
+    return _through_interface(module, telling) if style == "interface" else _Arithmetic(telling.say, dtype)
+
+
+def _dtype_of(given: tuple[Any, ...]) -> torch.dtype:
+    """The dtype that a module was given numbers in, in which its masks are made too."""
+    return next((each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()), torch.float32)
 
 
 class _Arithmetic(TorchFunctionMode):
-    """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written."""
+    """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written.
 
-    def __init__(self, say: Say, keys: int | None = None) -> None:
+    `dtype` is that of the masks, which may be narrower than that of the scores.
+    """
+
+    def __init__(self, say: Say, dtype: torch.dtype, keys: int | None = None) -> None:
         super().__init__()
-        self.say, self.keys, self.done = say, keys, False
+        self.say, self.dtype, self.keys, self.done = say, dtype, keys, False
         self.changed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,11 +111,13 @@ class _Arithmetic(TorchFunctionMode):
 
     def _told(self, name: str, found: Tensor, keys: int) -> Tensor:
         part = found[..., :keys]
-        new = self.say(name, part)
-        if new is part or (torch.equal(new, part) and not new.requires_grad):
-            return found
+        shown = _wider(part, self.dtype) if name == "scores" else part
+        new = self.say(name, shown)
+        if name == "scores" and new is not shown:
+            new = torch.where(hidden(shown), part, new)  # what the mask hid is hidden still
+        if new is shown or (torch.equal(new, part) and not new.requires_grad):
+            return found  # a capture with gradients has to be on their path, so it counts as a change
         self.changed = True
-        new = _still_hidden(new, part) if name == "scores" else new
         return new if keys == found.shape[-1] else torch.cat([new, found[..., keys:]], dim=-1)
 
     def _written_out(
@@ -129,9 +140,12 @@ class _Arithmetic(TorchFunctionMode):
         return nn.functional.dropout(pattern, dropout_p) @ value
 
 
-def _still_hidden(new: Tensor, scores: Tensor) -> Tensor:
-    """Edited scores, in which what the mask hid is hidden still."""
-    return torch.where(hidden(scores), scores, new)
+def _wider(scores: Tensor, masks: torch.dtype) -> Tensor:
+    """Scores in which a mask of a narrower dtype hides keys as one of their own would (gptj adds float16's smallest
+    number to float32 scores)."""
+    if torch.finfo(masks).min == torch.finfo(scores.dtype).min:
+        return scores
+    return scores.masked_fill(scores <= torch.finfo(masks).min / 16, torch.finfo(scores.dtype).min)
 
 
 class _Router(TorchFunctionMode):
@@ -183,7 +197,7 @@ def _attention(
     if not telling.wants("scores", "pattern"):
         return fused(module, query, key, value, attention_mask, **settings)
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
-    with _Arithmetic(telling.say, keys=key.shape[2]) as arithmetic:
+    with _Arithmetic(telling.say, query.dtype, keys=key.shape[2]) as arithmetic:
         written_out = own(module, query, key, value, mask, **settings)
     if fused is own or (arithmetic.changed and telling.compared):
         return written_out

@@ -187,19 +187,43 @@ class Layout:
         return pd.DataFrame(rows)
 
 
+def no_decoder(root: nn.Module, config: Any, head: str | None) -> Family | None:
+    """The row for a model that is no decoder with a head, whose reasons say what it is; None for one that is.
+
+    `head` is the path of the output embedding, if there is one.
+    """
+    kind, model_type = type(root).__name__, getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
+        return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
+    if head is None:
+        reason = f"the model has no unembedding head (a ...ForCausalLM has one); {MODULES}"
+        if model_type is not None and not kind.endswith("ForCausalLM"):
+            reason = f"the model has no unembedding head: it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
+        return Family("module", {}, dict.fromkeys(AXES, reason))
+    if model_type not in FAMILIES and getattr(config, "is_decoder", None) is False:
+        reason = f"{kind} is an encoder, and named sites beside head and logits are those of decoders; {MODULES}"
+        return _head_only(model_type, head, reason)
+    return None
+
+
+MODULES = "name its modules with hk.module(path)"
+
+
 def family_of(config: Any, head: str | None) -> Family:
     """The row for a configuration. For one without a row: the head and the logits, and a reason for all the rest.
 
-    `head` is the path of the output embedding, or None where the model is no causal language model of transformers.
+    `head` is the path of the output embedding.
     """
-    if head is None:
-        reason = "the model has no unembedding head (a ...ForCausalLM has one); name its modules with hk.module(path)"
-        return Family("module", {}, dict.fromkeys(AXES, reason))
     model_type = getattr(config, "model_type", None)
     row = FAMILIES.get(model_type or "")
     if row is not None:
         return replace(row if isinstance(row, Family) else row(config), name=model_type)
     reason = f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
+    return _head_only(model_type, head or "", reason)
+
+
+def _head_only(model_type: str | None, head: str, reason: str) -> Family:
     places: Mapping[str, Place] = {"lm_head": Place(head), "logits": Place("", item="logits")}
     return Family(model_type or "unknown", places, dict.fromkeys(AXES, reason))
 

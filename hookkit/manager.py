@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -38,6 +39,8 @@ from .prompts import Batch, as_batch, cover
 from .sites import AnySite, Sites
 from .taps import Action, Tap, input_of, logits_tap, picked, planned, repacked
 from .tracing import Tracer
+from .training import checkpointing, in_checkpointed_block, warn_of_dropout
+from .wrapped import called, refuse_virtual_tokens
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together
 
@@ -57,7 +60,9 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     >>> manager["resid_post.6"].shape
     torch.Size([1, 9, 576])
     """
-    return HookManager(as_lm(model), hooks)
+    manager = HookManager(as_lm(model), hooks)
+    warn_of_dropout(manager.lm)
+    return manager
 
 
 class HookManager:
@@ -78,17 +83,23 @@ class HookManager:
             self._traced = logits_tap(lm, self.taps)
         self.actions = sorted((action for tap in self.taps for action in tap.actions), key=lambda a: a.number)
         self._stop_early = stop_early
+        self._shells = called(lm.wrapping)
+        self._runs = (*self._shells, lm.root, *lm.decoder)  # whose forward is one of the model, the outer first
         self._depth = 0
+        self._entered = 0  # counts the blocks that were left
         self._stack = ExitStack()
         self._start()
 
     def _start(self) -> None:
-        self.follower = Follower(functools.partial(cover, self.lm), "logits_to_keep" in self.lm.takes)
+        self.follower = Follower(
+            functools.partial(cover, self.lm), "logits_to_keep" in self.lm.takes, self.lm.two_texts
+        )
         self._keeping = Keeping(self.actions)
         self._call: Call | None = None
         self._owner: nn.Module | None = None  # the module whose forward is running
         self._thread = 0  # that it runs in
         self._busy = 0  # the thread in which a hook's own function is running
+        self._again = False  # a checkpointed block runs again, in the backward pass
         self._pending: set[Action] = set()
         self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
         self._watch = generation.Watch()
@@ -112,13 +123,14 @@ class HookManager:
             return
         self._stack.close()
         self._call = self._owner = None
+        self._entered += 1
         if kind is None:
             self._keeping.finish(self.follower.plain_ending)
             self._keeping.check_fired(self.follower.forwards)
 
     def _register(self, stack: ExitStack) -> None:
         root = self.lm.root
-        runs = [root, *self.lm.decoder]
+        refuse_virtual_tokens(self.lm.wrapping)
         if "torch._dynamo" in sys.modules:
             # a compiled model ignores hooks that come after its first call; inside the block it runs as it is written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -128,22 +140,41 @@ class HookManager:
         for tap in self.taps:
             if tap.place.side == "inside":
                 inside.setdefault(tap.module, {})[tap.place.item] = tap
-            elif tap.place.side == "input":
-                hook = functools.partial(self._on_input, tap)
-                handles.append(tap.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-                _let_outer_blocks_go_first(tap.module._forward_pre_hooks)
+            elif tap.module is root and self._shells:
+                handles += [self._tapped(tap, module) for module in (*self._shells, root)]
             else:
-                hook = functools.partial(self._on_watched if tap.only_looks else self._on_output, tap)
-                handles.append(tap.module.register_forward_hook(hook, prepend=True, with_kwargs=tap.reads_input))
-                _let_outer_blocks_go_first(tap.module._forward_hooks)
+                handles.append(self._tapped(tap, tap.module))
         for module, taps in inside.items():
             say = functools.partial(self._on_inside, taps)
             stack.enter_context(opened(module, self.lm.family.attention, frozenset(map(str, taps)), say))
-        for module in runs:
+        for module in {block: None for tap in self.taps for block in checkpointing(root, tap.place.path)}:
+            name = "_gradient_checkpointing_func"
+            stack.enter_context(replaced(module, name, self._checkpointing(getattr(module, name))))
+        for module in self._runs:
             handles.append(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._end, always_call=True))
         if callable(getattr(root, "generate", None)):
             stack.enter_context(replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
+
+    def _tapped(self, tap: Tap, module: nn.Module) -> RemovableHandle:
+        """Register what a tap does."""
+        if tap.place.side == "input":
+            work, hooks = self._on_input, module._forward_pre_hooks
+        else:
+            work, hooks = self._on_watched if tap.only_looks else self._on_output, module._forward_hooks
+        hook = functools.partial(work, tap)
+        if module is not tap.module or (module is self.lm.root and self._shells):
+            hook = functools.partial(self._outermost, hook)
+        if tap.place.side == "input":
+            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=tap.reads_input)
+        _let_outer_blocks_go_first(hooks)
+        return handle
+
+    def _outermost(self, hook: Any, module: nn.Module, *given: Any) -> Any:
+        """Of several modules that are the model, only the one that was called does the work."""
+        return hook(module, *given) if module is self._owner else None
 
     def __reduce__(self) -> Any:
         raise Unsupported("the model carries the hooks of a block, which no copy could shed: copy or save it outside")
@@ -154,10 +185,10 @@ class HookManager:
         thread = threading.get_ident()
         if self._owner is not None and self._thread != thread:
             raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
-        inside = self._owner is not None and module is not self.lm.root and module is not self._owner
+        inside = self._owner is not None and self._runs.index(self._owner) < self._runs.index(module)
         if self._busy == thread or inside:
             return
-        given = dict(zip(_arguments(type(module)), args, strict=False)) | kwargs
+        given = dict(zip(_arguments(type(module), type(self.lm.root)), args, strict=False)) | kwargs
         call, begins = self.follower.call(given)
         if begins:
             self._keeping.finish(self.follower.plain_ending)
@@ -200,6 +231,8 @@ class HookManager:
         cells = None if call is None or self._busy else call.whole(action.where)
         if call is None or cells is None or type(output) is not Tensor or output.requires_grad or call.inference:
             return self._on_output(tap, module, args, output)
+        if self._again:
+            return None
         shape = output.shape
         if shape[:2] != call.shape:
             return self._on_output(tap, module, args, output)
@@ -243,13 +276,15 @@ class HookManager:
         self._busy = self._thread
         try:
             for action in tap.actions:
+                if self._again:  # the same work, of which nothing is kept
+                    action = replace(action, pieces=[])
                 given = found
                 try:
                     firing, found = act(action, tap, call, given, before)
                 except Exception as error:
                     error.add_note(f"in {action.hook} at {action.site}, forward {call.number}")
                     raise
-                if firing is not None:
+                if firing is not None and not self._again:
                     self._keeping.firings.append(firing)
                 if tracer is not None and found is not given:
                     tracer.changed(action.hook, given, found)
@@ -267,6 +302,46 @@ class HookManager:
         if not self._pending:
             raise Stop
 
+    # ---- a block that runs again in the backward pass
+
+    def refuse_checkpoints(self) -> None:
+        """Raise `Unsupported` if a hook stands in a block that would run again after the hooks are gone."""
+        if not self.lm.root.training:
+            return
+        for tap in self.taps:
+            if in_checkpointed_block(self.lm.root, tap.place.path):
+                raise Unsupported(
+                    f"{tap.actions[0].hook} stands in a block with gradient checkpointing, which runs again in "
+                    "backward(), without the hook: call model.gradient_checkpointing_disable() or model.eval(), or run "
+                    "the model and backward() inside a block of hk.attach"
+                )
+
+    def _checkpointing(self, original: Any) -> Any:
+        """The model's way to run a function again in the backward pass, with the hooks in the same forward again."""
+
+        def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+            call, entered, ran = self._call, self._entered, False
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal ran
+                if not ran:
+                    ran = True
+                    return function(*args, **kwargs)
+                if entered != self._entered:
+                    raise Unsupported(
+                        "backward() ran after the block was left, and gradient checkpointing runs the model again, "
+                        "without the hooks: call backward() inside the block, or model.gradient_checkpointing_disable()"
+                    )
+                before, self._call, self._again = self._call, call, True
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self._call, self._again = before, False
+
+            return original(run, *args, **kwargs)
+
+        return checkpoint
+
     # ---- one text
 
     def _generating(self, original: Any) -> Any:
@@ -276,7 +351,13 @@ class HookManager:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if self._busy == threading.get_ident() or self.follower.generation is not None:
                 return original(*args, **kwargs)
+            if self.lm.two_texts:
+                raise Unsupported(
+                    f"generate of an encoder-decoder ({type(self.lm.root).__name__}) runs its two parts by themselves: "
+                    "call the model with input_ids and decoder_input_ids in the block"
+                )
             plan = generation.read(self.lm.root, args, kwargs)
+            self._owner = self._call = None  # of a forward that was interrupted
             self._keeping.finish(self.follower.plain_ending)
             text = self._keeping.running = self.follower.text = plan.text(self.follower.find)
             self.follower.generation = plan
@@ -353,9 +434,12 @@ class HookManager:
 
 
 @functools.cache
-def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The names of a module's positional arguments."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _arguments(kind: type[nn.Module], root: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a module's positional arguments; those of the model for a wrapper that passes all on."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if kind is not root and parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return _arguments(root, root)
+    return tuple(parameter.name for parameter in parameters)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

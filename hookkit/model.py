@@ -21,8 +21,9 @@ from .errors import (
     checks_keywords,
 )
 from .families import Family, Place
-from .layout import Layout, family_of
+from .layout import Layout, family_of, no_decoder
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
+from .wrapped import adapters, adapters_of, execution_device, unwrapped
 
 Token: TypeAlias = str | int
 
@@ -51,9 +52,19 @@ class LM:
     # ---- the model
 
     @cached_property
+    def wrapping(self) -> tuple[nn.Module, ...]:
+        """The model, and what it wraps: that of `torch.compile`, or of PEFT."""
+        return unwrapped(self.model)
+
+    @cached_property
     def root(self) -> nn.Module:
-        """The module that hooks go on: the model, or what `torch.compile` wrapped."""
-        return getattr(self.model, "_orig_mod", self.model)
+        """The model that paths are counted from: transformers' own, whatever it is wrapped in."""
+        return self.wrapping[-1]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of PEFT's adapters."""
+        return tuple(adapters(self.wrapping))
 
     @cached_property
     def decoder(self) -> tuple[nn.Module, ...]:
@@ -69,7 +80,15 @@ class LM:
     @cached_property
     def family(self) -> Family:
         """The row of the families' table that says where this model's sites are."""
-        return self.row if self.row is not None else family_of(self.config, self._head_path())
+        if self.row is not None:
+            return self.row
+        head = self._head_path()
+        return no_decoder(self.root, self.config, head) or family_of(self.config, head)
+
+    @property
+    def two_texts(self) -> bool:
+        """True for an encoder-decoder, which reads one text and writes another: a position may be of either."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
 
     def _head_path(self) -> str | None:
         find = getattr(self.root, "get_output_embeddings", None)
@@ -107,6 +126,9 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where the token ids have to be."""
+        offloaded = execution_device(self._first)
+        if offloaded is not None:
+            return offloaded
         weight = getattr(self._first, "weight", None)
         found = weight.device if isinstance(weight, torch.Tensor) else _device_of(self._first)
         return getattr(self.root, "device", found) if found.type == "meta" else found
@@ -124,7 +146,9 @@ class LM:
     def __repr__(self) -> str:
         size = sum(weight.numel() for weight in self.root.parameters()) / 1e6
         name = self.name or type(self.root).__name__
-        return f"LM({name}: {self.family.name}, {self.n_layers} layers, {size:.1f} M parameters, on {self.device})"
+        adapted = f"; adapters: {', '.join(self.adapters)}" if self.adapters else ""
+        size = f"{self.n_layers} layers, {size:.1f} M parameters"
+        return f"LM({name}: {self.family.name}, {size}, on {self.device}{adapted})"
 
     # ---- its sites
 
@@ -193,9 +217,18 @@ class LM:
         """The table of all sites, one row each.
 
         Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
-        editable, missing (the reason, empty where the site is there).
+        editable, missing (the reason, empty where the site is there); and where the model has adapters, adapters: the
+        names of those in the module.
         """
-        return self.layout.describe()
+        table = self.layout.describe()
+        if self.adapters:
+            table["adapters"] = [self._adapters_at(name) for name in table["site"]]
+        return table
+
+    def _adapters_at(self, name: str) -> str:
+        places = self.located(self.sites(name)).values() if name in self.layout.names else ()
+        found = [adapter for place in places for adapter in adapters_of(self.submodule(place.path))]
+        return ", ".join(dict.fromkeys(found))
 
     # ---- its tokens
 
@@ -213,6 +246,11 @@ class LM:
         if self.tokenizer is None:
             raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
         ids = self.encode(token)
+        if vocab is not None and max(ids, default=0) >= vocab:
+            raise NotOneToken(
+                f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to {vocab - 1}: give the LM "
+                "the model's own tokenizer"
+            )
         if len(ids) == 1 and self.string(ids[0]) == token:
             return ids[0]
         marked = self.tokenizer.convert_tokens_to_ids(

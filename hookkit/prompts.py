@@ -63,7 +63,7 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
     """
     rows = _rows(lm, prompts)
     for number, row in enumerate(rows):
-        _check(lm, number, row, room)
+        _check(lm, number, row, room, _is_text(prompts, number))
     if len(set(map(len, rows))) == 1:
         ids = torch.tensor(rows)
         positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
@@ -125,13 +125,28 @@ def _read(lm: LM, prompt: object) -> Row:
     return tuple(ids)
 
 
-def _check(lm: LM, number: int, row: Row, room: int) -> None:
+def _is_text(prompts: Prompts, number: int) -> bool:
+    """True where a tokenizer made the ids of a prompt."""
+    if isinstance(prompts, str | Mapping):
+        return True
+    return not isinstance(prompts, Tensor) and isinstance(prompts[number], str)
+
+
+def _check(lm: LM, number: int, row: Row, room: int, is_text: bool) -> None:
     vocab, context = lm.sizes["vocab"], lm.context
     if not row:
         raise BadPrompt(f"prompt {number} is empty: the model needs at least one token to read")
     if vocab is not None and (min(row) < 0 or max(row) >= vocab):
         wrong = next(i for i in row if not 0 <= i < vocab)
-        raise BadPrompt(f"prompt {number} has token id {wrong}, and the vocabulary has ids 0 to {vocab - 1}")
+        raise BadPrompt(
+            f"prompt {number} has token id {wrong}, and the vocabulary has ids 0 to {vocab - 1}"
+            + (
+                ": the tokenizer is not this model's, or tokens were added to it. Give the model's own, or call "
+                "model.resize_token_embeddings(len(tokenizer))"
+                if is_text and wrong >= vocab
+                else ""
+            )
+        )
     if context is not None and len(row) + room > context:
         new = f" and {room} new ones" if room else ""
         raise BadPrompt(f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: shorten it")

@@ -39,6 +39,7 @@ from .positions import Where
 from .prompts import Batch, Prompts, as_batch, pad_id, padded
 from .sites import AnySite, Site, Sites
 from .tracing import Recorded, Trace, Tracer
+from .training import warn_of_dropout
 
 Logits: TypeAlias = Literal["all", "last", "none"] | bool | None
 
@@ -148,11 +149,17 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     torch.Size([2, 1, 576])
     """
     wanted = _wanted(logits)
+    _refuse_two_texts(lm)
+    if wanted != "none" and lm.config is not None:
+        lm.place(Site("logits"))  # raises where the model gives none
     if wanted == "none" and not hooks:
         raise EmptySelection("the forward was asked for nothing: give it hooks, or logits='all' or 'last'")
     batch = as_batch(lm, prompts, side="left" if wanted == "last" else "right")
     manager = HookManager(lm, hooks, stop_early=wanted == "none")
     with_gradients = any(isinstance(hook, Capture) and hook.grad for hook in hooks)
+    if with_gradients:
+        manager.refuse_checkpoints()
+    warn_of_dropout(lm)
     output, started = None, time.perf_counter()
     with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
         manager.follower.expect(batch)
@@ -170,6 +177,14 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         output=output,
         _manager=manager,
     )
+
+
+def _refuse_two_texts(lm: LM) -> None:
+    if lm.two_texts:
+        raise Unsupported(
+            f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes another: run it yourself "
+            "in a block of hk.attach, with hooks at hk.module(path)"
+        )
 
 
 def _wanted(logits: Logits) -> Literal["all", "last", "none"]:
@@ -238,7 +253,9 @@ def traced(
     arguments: Mapping[str, Any],
 ) -> Run:
     """`generate` with a tracer that is told of each step."""
+    _refuse_two_texts(lm)
     _check_arguments(lm, arguments)
+    warn_of_dropout(lm)
     wanted = _wanted(logits)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     own = Capture(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
@@ -318,6 +335,7 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
     signature = set(inspect.signature(kind.generate).parameters)
     prepared = set(inspect.signature(kind.prepare_inputs_for_generation).parameters)
     known = signature | prepared | set(GenerationConfig().to_dict()) | lm.takes | {"tokenizer"}
+    known |= getattr(lm.model, "special_peft_forward_args", set())
     known -= {"self", "kwargs", "inputs"}
     for name in arguments:
         if name in ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"):

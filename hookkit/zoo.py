@@ -60,7 +60,7 @@ def load(
         "device_map": device_map,
         "revision": revision,
         "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code or None,
+        "trust_remote_code": bool(trust_remote_code),  # with None, transformers asks at the terminal
     }
     options = {word: value for word, value in options.items() if value is not None}
     if name is None:
@@ -235,6 +235,11 @@ def _reading_failed(label: str, error: BaseException) -> Exception:
         kinds.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
     said = str(error).strip().split("\n")[0][:300]
+    if "trust_remote_code" in str(error):
+        return ModelNotFound(
+            f"{label!r} has code of its own, which would run on this machine: read it, and if you trust it, add "
+            f"trust_remote_code=True. {said}"
+        )
     if "GatedRepoError" in kinds:
         return ModelNotFound(
             f"{label!r} asks for an account that accepted its licence: log in with `hf auth login`. {said}"

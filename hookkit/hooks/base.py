@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..calls import Cells
-from ..captured import Captured
+from ..captured import Captured, in_order
 from ..errors import BadEdit, BadHook, Unsupported
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
@@ -288,7 +288,8 @@ def checked_result(new: Any, old: Tensor, here: Here, words: str) -> Tensor:
         raise BadEdit(f"{words} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})")
     if new.device != old.device:
         raise BadEdit(f"{words} was given a tensor on {old.device} and returned one on {new.device}: move it back")
-    broken = here.real_cells(torch.isnan(new) & ~torch.isnan(old)) if new.is_floating_point() else None
-    if broken is not None and bool(broken.any()):
+    broken = in_order(here.site, torch.isnan(new) & ~torch.isnan(old))  # as [row, pos, ...], at scores and pattern too
+    broken = here.real_cells(broken)
+    if bool(broken.any()):
         raise BadEdit(f"{words} returned {int(broken.sum())} NaN where there was none: look for 0/0 or inf-inf")
     return new

@@ -1,0 +1,62 @@
+"""What training mode does to numbers: dropout changes them from call to call, and checkpointed blocks run twice."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .errors import DroppedOut
+from .model import LM
+
+
+def warn_of_dropout(lm: LM) -> None:
+    """Give a `DroppedOut` warning at the user's own line, if the model is in training mode and drops numbers out."""
+    if not lm.root.training:
+        return
+    found = next((words for path, module in lm.root.named_modules() for words in _dropping(path, module)), None)
+    if found is not None:
+        warnings.warn(
+            f"the model is in training mode and drops numbers out at random ({found}), so that what comes out differs "
+            "from call to call: call model.eval() first",
+            DroppedOut,
+            stacklevel=_levels_to_the_user(),
+        )
+
+
+def _dropping(path: str, module: nn.Module) -> Iterable[str]:
+    """What a module itself drops out, in words. Attention has the probability as a number, without a module for it."""
+    if not module.training:
+        return
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        yield f"{path}: p = {module.p:g}"
+    for name, value in vars(module).items():
+        if isinstance(value, float) and value > 0 and "drop" in name:
+            yield f"{path}: {name} = {value:g}"
+
+
+def _levels_to_the_user() -> int:
+    """How many frames above the caller of this the first one stands that is not hookkit's."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level + 1
+
+
+def checkpointing(root: nn.Module, path: str) -> list[Any]:
+    """The modules around a module that may run something in them again in the backward pass."""
+    found, module = [], root
+    for name in path.split(".") if path else ():
+        if vars(module).get("gradient_checkpointing") and "_gradient_checkpointing_func" in vars(module):
+            found.append(module)
+        module = module._modules[name]
+        assert module is not None
+    return found
+
+
+def in_checkpointed_block(root: nn.Module, path: str) -> bool:
+    """True for a module in a block whose forward runs again in the backward pass. Hooks on the block itself do not."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return any(isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, path))
