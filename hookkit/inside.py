@@ -199,20 +199,19 @@ def _attention(
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
     with _Arithmetic(telling.say, query.dtype, keys=key.shape[2]) as arithmetic:
         written_out = own(module, query, key, value, mask, **settings)
-    if fused is own or (arithmetic.changed and telling.compared):
+    if fused is own:
         return written_out
-    result = fused(module, query, key, value, attention_mask, **settings)
-    if not telling.compared:
-        plain = own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
-        _check_same(module, telling.kind, plain[0], result[0], mask)
+    if not telling.compared and not module.training:  # dropout draws anew
+        with torch.no_grad():
+            plain = own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
+            used = fused(module, query, key, value, attention_mask, **settings)
+            _check_same(module, telling.kind, plain[0], used[0], mask)
         telling.compared = True
-    return written_out if arithmetic.changed else result
+    return written_out if arithmetic.changed else fused(module, query, key, value, attention_mask, **settings)
 
 
 def _check_same(module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: Tensor | None) -> None:
     """Raise if the attention in use computes something else than the steps that were told of (sdpa has no soft-cap)."""
-    if module.training:
-        return  # dropout draws anew
     difference = (own.detach().float() - fused.detach().float().reshape(own.shape)).abs().amax((-2, -1))
     if mask is not None:  # what a query of the padding gives, which sees nothing, is nobody's concern
         blind = hidden(mask).all(-1).reshape(-1, mask.shape[-2])
