@@ -94,6 +94,7 @@ class Family:
                 family's "own" arithmetic
     sizes       sizes that the configuration says in another way than most
     exceptions  laws that do not hold here, each with the reason
+    found       whether the row was found out by a dry run of the model, and is none of the table's
     """
 
     name: str
@@ -103,6 +104,7 @@ class Family:
     attention: Literal["interface", "own"] = "interface"
     sizes: Sizes = lambda config, layer: {}
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    found: bool = False
 
     def at(self, site: str, layer: int | None) -> list[Place]:
         """The places that a site may have in a block, with their paths written out."""
