@@ -162,8 +162,13 @@ def _projections(watched: Watched, found: Attention) -> None:
             )
             continue
         visit, heads = where
-        found.places[name] = Place(visit.path, cut=heads.cut, part=heads.part, flat=_flat(visit.result))
         turned[name] = heads.turned
+        if watched.laid(visit.result) is not None:
+            found.places[name] = Place(visit.path, cut=heads.cut, part=heads.part, flat=_flat(visit.result))
+        elif name == "v" and found.style == "interface" and not heads.turned:
+            found.places[name] = Place(found.visit.path, "inside", "value")
+        else:
+            found.missing[name] = f"the output of {visit.path!r}, where it stands, is not [batch, pos, …]"
     found.turned = turned.get("q", True) or turned.get("k", True)
     path = found.visit.path
     for name, item in (("q_rot", "query"), ("k_rot", "key")):
@@ -181,7 +186,7 @@ def _projection(
     """The projection that some heads [batch, pos, head, d_head] come from, directly or through a norm."""
     inside = [visit for visit in watched.inside(found.visit) if watched.once(visit)]
     for visit in inside:
-        output = watched.laid(visit.result) if visit.linear else None
+        output = _spread(watched, visit.result) if visit.linear else None
         heads = None if output is None else heads_in(output, target, found.sizes, rotates)
         if heads is not None:
             return visit, Found(heads.cut, heads.part, heads.turned or not _everywhere(output, heads, target, found))
@@ -196,6 +201,13 @@ def _projection(
             if where is not None:
                 return where[0], Found(where[1].cut, where[1].part, turned=True)
     return None
+
+
+def _spread(watched: Watched, tensor: Tensor | None) -> Tensor | None:
+    """A projection's output as [batch, pos, …], also where it stands as one head [batch, 1, pos, …]."""
+    if tensor is not None and tensor.ndim == 4 and tensor.shape[1] == 1:
+        tensor = tensor[:, 0]
+    return watched.laid(tensor)
 
 
 def _everywhere(output: Tensor | None, heads: Found, target: Tensor, found: Attention) -> bool:
@@ -260,7 +272,7 @@ def _first(watched: Watched, found: Attention) -> bool:
         return True
     first = next(step for step in watched.steps(found.visit) if step.kind in ("softmax", "fused"))
     if first.kind == "fused":
-        return first.given[0].shape[1] == first.given[1].shape[1]  # heads that share keys are not written out
+        return first.given[1].shape[1] in (1, first.given[0].shape[1])  # heads in groups are not written out
     return first.gave is found.pattern
 
 

@@ -207,6 +207,15 @@ def _place(block: Block, name: str, term: Term | None) -> None:
     visit = _chosen(block, term.given)
     flat = visit.result is not None and visit.result.ndim == 2
     block.places[name] = Place(visit.path, flat=flat, times=term.times)
+    if name == "attn_out" and block.attention is None:
+        _place_read(block, visit)
+
+
+def _place_read(block: Block, visit: Visit) -> None:
+    """attn_in of what stands in attention's place: a convolution, or linear attention."""
+    inside = block.watched.inside(visit)
+    if visit.read is not None and any(same(each.read, visit.read) for each in inside if each.linear):
+        block.places["attn_in"] = Place(visit.path, "input", flat=visit.read.ndim == 2)
 
 
 def _between(block: Block, first: Term | None, second: Term | None, mid: Tensor | None) -> None:

@@ -210,7 +210,8 @@ class _Watcher(TorchFunctionMode):
         kind = KINDS.get(func) if self.stack else None
         if kind is None:
             return func(*args, **(kwargs or {}))
-        given = [_kept(found) for _, found in _tensors(enumerate(args))]
+        named = (kwargs or {}).items() if kind == "product" else ()
+        given = [_kept(found) for _, found in _tensors([*enumerate(args), *named])]
         keywords = {key: _kept(each) if isinstance(each, Tensor) else each for key, each in (kwargs or {}).items()}
         gave = func(*args, **(kwargs or {}))
         self.stack[-1].steps.append(Step(kind, given, keywords, _kept(gave), self._now()))
