@@ -7,7 +7,7 @@ lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
 
 import inspect
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -20,7 +20,8 @@ from .errors import (
     NotOneToken,
     checks_keywords,
 )
-from .families import Family, Place
+from .families import FAMILIES, Family, Place
+from .finding import found_out
 from .layout import Layout, family_of
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 
@@ -68,8 +69,32 @@ class LM:
 
     @cached_property
     def family(self) -> Family:
-        """The row of the families' table that says where this model's sites are."""
-        return self.row if self.row is not None else family_of(self.config, self._head_path())
+        """The row of the families' table that says where this model's sites are.
+
+        For a causal language model whose family is not in the table, the row is found out by one dry run of a few
+        tokens, at the first use; see `Family.found`.
+        """
+        if self.row is not None:
+            return self.row
+        known = family_of(self.config, self._head_path())
+        return self._found_out(known) if self._unknown else known
+
+    @property
+    def _unknown(self) -> bool:
+        """True for a causal language model of a family that the table does not have."""
+        kind, config = type(self.root).__name__, self.config
+        causal = "CausalLM" in kind or "LMHead" in kind or kind in _causal_classes()
+        encodes = getattr(config, "is_encoder_decoder", False)
+        listed = getattr(config, "model_type", None) in FAMILIES
+        return causal and not encodes and not listed and self._head_path() is not None
+
+    def _found_out(self, known: Family) -> Family:
+        try:
+            return found_out(self.root, self.config)
+        except Exception as error:  # noqa: BLE001  what a model of any kind may raise; it is told with each reason
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = f"no row of hookkit's table has this model type, and a dry run of it ended with: {said}"
+            return replace(known, missing={name: f"{reason}; use hk.module(path)" for name in known.missing})
 
     def _head_path(self) -> str | None:
         find = getattr(self.root, "get_output_embeddings", None)
@@ -124,7 +149,8 @@ class LM:
     def __repr__(self) -> str:
         size = sum(weight.numel() for weight in self.root.parameters()) / 1e6
         name = self.name or type(self.root).__name__
-        return f"LM({name}: {self.family.name}, {self.n_layers} layers, {size:.1f} M parameters, on {self.device})"
+        family = f"{self.family.name}{' (found out by a dry run)' if self.family.found else ''}"
+        return f"LM({name}: {family}, {self.n_layers} layers, {size:.1f} M parameters, on {self.device})"
 
     # ---- its sites
 
@@ -265,6 +291,13 @@ def _of_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
     if not isinstance(site, Site) or site.head is not None:
         raise BadHook(f"{site} says its own place: leave heads= out, or give the site's name alone")
     return [Site(site.name, site.layer, head) for head in heads]
+
+
+def _causal_classes() -> frozenset[str]:
+    """The names of transformers' causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -25,6 +25,7 @@ class Place:
     flat    rows and positions are one axis
     times   the block's attribute by which what the module gives is multiplied before it is added to the stream
     over    the configuration's word by which it is divided before the head reads it
+    layers  the numbers of the blocks in which it is there; empty: all that have the module
     """
 
     path: str
@@ -36,6 +37,7 @@ class Place:
     flat: bool = False
     times: str = ""
     over: str = ""
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,11 @@ class Family:
         found = self.places.get(site, ())
         block = self.block.format(layer=layer)
         return [
-            replace(place, path=f"{block}{place.path}".removesuffix(".") if place.path[:1] == "." else place.path)
+            replace(
+                place, path=f"{block}{place.path}".removesuffix(".") if place.path[:1] == "." else place.path, layers=()
+            )
             for place in (found if isinstance(found, tuple) else (found,))
+            if not place.layers or layer in place.layers
         ]
 
     def why_missing(self, site: str) -> str:

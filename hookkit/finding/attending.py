@@ -31,6 +31,7 @@ class Attention:
     places: dict[str, Place] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     out: Visit | None = None  # the output projection
+    by_head: bool = True  # scores and pattern stand as [batch, head, query, key]
     turned: bool = True  # q_rot and k_rot are other than q and k
 
 
@@ -112,10 +113,8 @@ def _of_softmax(watched: Watched, owner: Visit, softmax: Step) -> Attention | No
         tensor.reshape(rows, -1, *tensor.shape[-2:])
         for tensor in (before[-1].given[-2], before[-1].given[-1].transpose(-1, -2), after[0].given[-1])
     ]
-    there = softmax.gave.ndim == 4
-    return Attention(
-        owner, "own", *by_head, softmax.given[0] if there else None, softmax.gave if there else None
-    )
+    squares = [each.reshape(rows, -1, width, width) for each in (softmax.given[0], softmax.gave)]
+    return Attention(owner, "own", *by_head, *squares, by_head=softmax.gave.ndim == 4)
 
 
 def _unique(tensor: Tensor, *with_it: Tensor) -> int:
@@ -168,7 +167,9 @@ def _projections(watched: Watched, found: Attention) -> None:
         elif name == "v" and found.style == "interface" and not heads.turned:
             found.places[name] = Place(found.visit.path, "inside", "value")
         else:
-            found.missing[name] = f"the output of {visit.path!r}, where it stands, is not [batch, pos, …]"
+            found.missing[name] = (
+                f"the output of its projection {visit.name!r}, where it stands, is not [batch, pos, …]"
+            )
     found.turned = turned.get("q", True) or turned.get("k", True)
     path = found.visit.path
     for name, item in (("q_rot", "query"), ("k_rot", "key")):
@@ -180,13 +181,11 @@ def _projections(watched: Watched, found: Attention) -> None:
             found.missing.setdefault(name, OWN[name])
 
 
-def _projection(
-    watched: Watched, found: Attention, target: Tensor, *, rotates: bool
-) -> tuple[Visit, Found] | None:
+def _projection(watched: Watched, found: Attention, target: Tensor, *, rotates: bool) -> tuple[Visit, Found] | None:
     """The projection that some heads [batch, pos, head, d_head] come from, directly or through a norm."""
-    inside = [visit for visit in watched.inside(found.visit) if watched.once(visit)]
+    inside = watched.inside(found.visit)
     for visit in inside:
-        output = _spread(watched, visit.result) if visit.linear else None
+        output = _spread(watched, visit.result) if visit.linear and watched.once(visit) else None
         heads = None if output is None else heads_in(output, target, found.sizes, rotates)
         if heads is not None:
             return visit, Found(heads.cut, heads.part, heads.turned or not _everywhere(output, heads, target, found))
@@ -225,20 +224,20 @@ def _by_head(tensor: Tensor | None, target: Tensor) -> list[Tensor]:
 
 
 def _output(watched: Watched, found: Attention) -> None:
-    """z: what the last projection reads, if it is the heads' values, weighted."""
+    """attn_in, and z: what the last projection reads, if it is the heads' values, weighted."""
     inside = [visit for visit in watched.inside(found.visit) if visit.linear and watched.once(visit)]
-    found.out = out = inside[-1] if inside else None
-    name = "d_head" if found.sizes["d_qk"] == found.sizes["d_v"] else "d_v"
+    given = watched.laid(found.visit.read)
+    if given is not None and any(same(visit.read, given) for visit in inside):
+        found.places["attn_in"] = Place(found.visit.path, "input", flat=_flat(found.visit.read))
+    else:
+        found.missing["attn_in"] = UNPROVED + "no projection of attention reads what the module is given first"
+    out = found.out = inside[-1] if inside else None
     reads = None if out is None else watched.laid(out.read)
     if out is None or reads is None or not _weighted(found, reads):
         found.missing["z"] = UNPROVED + "the last projection of attention does not read the heads' outputs in order"
         return
+    name = "d_head" if found.sizes["d_qk"] == found.sizes["d_v"] else "d_v"
     found.places["z"] = Place(out.path, "input", cut=f"head {name}", flat=_flat(out.read))
-    first = watched.laid(found.visit.read)
-    if first is not None and any(same(visit.read, first) for visit in inside):
-        found.places["attn_in"] = Place(found.visit.path, "input", flat=_flat(found.visit.read))
-    else:
-        found.missing["attn_in"] = UNPROVED + "no projection of attention reads what the module is given"
 
 
 def _weighted(found: Attention, reads: Tensor) -> bool:
@@ -259,7 +258,7 @@ def _squares(watched: Watched, found: Attention) -> None:
     """Scores and pattern, where hookkit's own way to them ends at the attention's softmax."""
     path = found.visit.path
     for name in ("scores", "pattern"):
-        if getattr(found, name) is not None and _first(watched, found):
+        if getattr(found, name) is not None and found.by_head and _first(watched, found):
             found.places[name] = Place(path, "inside", name)
         else:
             why = watched.unopened or "the softmax of this attention was not seen, or not by head"
@@ -273,9 +272,8 @@ def _first(watched: Watched, found: Attention) -> bool:
     first = next(step for step in watched.steps(found.visit) if step.kind in ("softmax", "fused"))
     if first.kind == "fused":
         return first.given[1].shape[1] in (1, first.given[0].shape[1])  # heads in groups are not written out
-    return first.gave is found.pattern
+    return same(first.gave, found.pattern)
 
 
 def _flat(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.ndim == 2
-

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..families import Family, Place
-from ..families.table import DENSE, NEURONS
-from ..layout import Layout
+from ..families import Place
 from ..sites import AXES, WHOLE_MODEL
 from .attending import HEADED, UNPROVED, Attention, attention_of
 from .neurons import read_mlp
@@ -68,7 +66,9 @@ def _check_output(block: Block) -> None:
         block.missing["z"] = UNPROVED + "attention's last projection does not give what attention adds"
 
 
-def merged(found: Mapping[int, Block | str], built: list[int], path: str) -> tuple[dict[str, Any], dict[str, str]]:
+def merged(
+    root: nn.Module, found: Mapping[int, Block | str], built: list[int], path: str
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The places of each site over all kinds of blocks, and why a kind has none.
 
     `found` is by the number of the block that was studied; `built` says for each block which one that is.
@@ -80,7 +80,9 @@ def merged(found: Mapping[int, Block | str], built: list[int], path: str) -> tup
         there = list(dict.fromkeys(place for place in by_kind.values() if place is not None))
         reasons = list(dict.fromkeys(_reason(block, name) for n, block in found.items() if by_kind[n] is None))
         if there:
-            places[name] = there[0] if len(there) == 1 else tuple(there)
+            own = [by_kind[kind] for kind in built]
+            alternatives = there if _told_apart(root, there, own, path) else [_only(place, own) for place in there]
+            places[name] = alternatives[0] if len(alternatives) == 1 else tuple(alternatives)
         if reasons:
             missing[name] = "; or ".join(reasons)
     return places, missing
@@ -91,29 +93,20 @@ def _relative(block: Block | str, name: str, path: str) -> Place | None:
     return None if place is None else replace(place, path="." + place.path.removeprefix(path).removeprefix("."))
 
 
+def _told_apart(root: nn.Module, there: list[Place], own: list[Place | None], path: str) -> bool:
+    """True where the first of the places whose module a block has is its own."""
+    for layer, place in enumerate(own):
+        block = root.get_submodule(path.format(layer=layer))
+        paths = {name for name, _ in block.named_modules()}
+        if next((each for each in there if each.path.removeprefix(".") in paths), None) != place:
+            return False
+    return True
+
+
+def _only(place: Place, own: list[Place | None]) -> Place:
+    """The place in those blocks alone that have it."""
+    return replace(place, layers=tuple(layer for layer, each in enumerate(own) if each == place))
+
+
 def _reason(block: Block | str, name: str) -> str:
     return block if isinstance(block, str) else block.missing.get(name, UNPROVED + "nothing like it was seen")
-
-
-def checked(root: nn.Module, config: Any, family: Family, built: list[int], own: dict[int, dict[str, Place]]) -> Family:
-    """The row without the sites that it would place wrongly: where a block has a module under the path of another
-    kind's place."""
-    layout = Layout(root, config, family)
-    wrong = set()
-    for name in [name for name in family.places if name in LAYERED]:
-        for layer, kind in enumerate(built):
-            expected = own[kind].get(name)
-            place = layout.find(name, layer)
-            if (place is None) != (expected is None) or (place and expected and not _alike(place, expected, layer, kind)):
-                wrong.add(name)
-    why = UNPROVED + "blocks of this model differ in a way that one row cannot say"
-    places = {name: place for name, place in family.places.items() if name not in wrong}
-    return replace(family, places=places, missing={**family.missing, **dict.fromkeys(wrong, why)})
-
-
-def _alike(place: Place, expected: Place, layer: int, kind: int) -> bool:
-    moved = expected.path.replace(f".{kind}", f".{layer}", 1)
-    return place == replace(expected, path=moved)
-
-
-__all__ = ["DENSE", "LAYERED", "NEURONS", "checked", "kinds", "merged", "studied"]

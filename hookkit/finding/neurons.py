@@ -9,8 +9,6 @@ from .matching import same
 from .stream import Block
 from .watching import Visit
 
-ROUTED = ("router_logits", "expert_weights", "experts")
-
 
 def read_mlp(block: Block) -> None:
     """Find mlp_in, mlp_pre, mlp_post, and what a router says."""
@@ -25,7 +23,9 @@ def read_mlp(block: Block) -> None:
     _reads(block, mlp, inside)
     ends = last is not None and _ends(block, mlp, last)
     if last is None or not ends:
-        block.missing |= NEURONS
+        mixed = any("expert" in name for name, _ in (mlp or block.visit).module.named_modules())
+        why = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
+        block.missing |= NEURONS if mixed else dict.fromkeys(NEURONS, why)
         return
     block.places["mlp_post"] = Place(last.path, "input", flat=_flat(last.read))
     _before(block, inside, last)
@@ -77,9 +77,7 @@ def _reads(block: Block, mlp: Visit | None, inside: list[Visit]) -> None:
     first = next((visit for visit in inside if visit.linear), None)
     into = mlp or first
     value = block.watched.laid(into.read) if into else None
-    known = mlp is None or any(
-        same(visit.read, value) for visit in inside if visit.linear or _wide(visit)
-    )
+    known = mlp is None or any(same(visit.read, value) for visit in inside if visit.linear or _wide(visit))
     if into is None or value is None or value.shape[-1] != block.pre.shape[-1] or not known:
         block.missing["mlp_in"] = UNPROVED + "no matrix of the MLP reads what its module is given"
         return
@@ -126,21 +124,37 @@ def _bent(block: Block, inside: list[Visit]) -> list[Tensor]:
 
 def _router(block: Block, inside: list[Visit]) -> None:
     """A module that says of each token how much each expert is worth, and which are chosen."""
+    block.missing |= dict.fromkeys(DENSE, "no router was seen in this block's MLP")
     for visit in inside:
-        if len(visit.gave) != 3 or not block.watched.once(visit):
+        logits = _logits(block, visit)
+        if logits is None:
             continue
-        logits, weights, chosen = visit.gave
-        if not all(isinstance(each, Tensor) and each.ndim == 2 for each in visit.gave):
-            continue
-        linear = [step.gave for step in block.watched.steps(visit) if step.kind == "linear"]
-        tokens = block.watched.rows * block.watched.width
-        whole = not chosen.is_floating_point() and weights.shape == chosen.shape and len(chosen) == tokens
-        if whole and linear and linear[0].shape == logits.shape and chosen.shape[-1] < logits.shape[-1]:
-            block.places["router_logits"] = Place(visit.path, "inside", "router", flat=True)
+        block.places["router_logits"] = Place(visit.path, "inside", "router", flat=True)
+        if len(visit.gave) == 3 and _choice(visit.gave[1], visit.gave[2], logits):
             block.places["expert_weights"] = Place(visit.path, item=1, flat=True)
             block.places["experts"] = Place(visit.path, item=2, flat=True)
-            return
-    block.missing |= dict.fromkeys(DENSE, "no router was seen in this block's MLP")
+        else:
+            why = UNPROVED + f"the router {visit.name!r} does not give logits, weights and indices"
+            block.missing |= dict.fromkeys(("expert_weights", "experts"), why)
+        return
+
+
+def _logits(block: Block, visit: Visit) -> Tensor | None:
+    """A router's logits, [tokens, expert]: what the first linear map in it gives."""
+    tensors = [each for each in visit.gave if each is not None]
+    if len(tensors) < 2 or not block.watched.once(visit) or len(tensors) != len(visit.gave):
+        return None
+    logits = next((step.gave for step in block.watched.steps(visit) if step.kind == "linear"), None)
+    tokens = block.watched.rows * block.watched.width
+    if logits is None or logits.ndim != 2 or len(logits) != tokens:
+        return None
+    return logits if any(each.shape == logits.shape for each in tensors) else None
+
+
+def _choice(weights: Tensor, chosen: Tensor, logits: Tensor) -> bool:
+    """True for a weight and a number of an expert for each token and choice."""
+    whole = not chosen.is_floating_point() and weights.is_floating_point() and weights.shape == chosen.shape
+    return whole and len(chosen) == len(logits) and chosen.ndim == 2 and chosen.shape[-1] <= logits.shape[-1]
 
 
 def _flat(tensor: Tensor | None) -> bool:

@@ -62,7 +62,8 @@ def follow(block: Block) -> None:
         first, mid = _read_first(block, terms)
         second, base = _read_second(block, terms, mid)
         mid = mid if mid is not None else base
-        block.exceptions["sum"] = SUM
+        if first is not None and second is not None:
+            block.exceptions["sum"] = SUM
     else:
         mid = None if first is None or second is None else block.pre + first.value
     _place(block, "attn_out", first)
@@ -115,7 +116,7 @@ def _pair(block: Block, terms: list[Term]) -> tuple[Term | None, Term | None]:
                 continue
             if _order(second) < _order(first) and not first.given.under(block.attends):
                 continue
-            if _nested(first, second):
+            if _nested(first, second) or (block.attends is None and _together(block, first, second)):
                 continue
             far = apart([block.pre, first.value, second.value], block.post)
             if far <= tolerance(block.post):
@@ -125,11 +126,14 @@ def _pair(block: Block, terms: list[Term]) -> tuple[Term | None, Term | None]:
         return first, second
     alone = [term for term in terms if sums([block.pre, term.value], block.post)]
     if alone and block.attends and alone[0].given.under(block.attends):
+        for name in ("mlp_out", "resid_mid"):
+            block.missing[name] = "the block has no MLP: it adds what attention gives, and nothing more"
         return alone[0], None
     if alone:
-        path = _chosen(block, alone[0].given).path
+        adds = _chosen(block, alone[0].given).name
         for name in ("attn_out", "mlp_out"):
-            block.missing[name] = f"the block adds one thing, the output of {path!r}: reach it with hk.module"
+            block.missing[name] = f"the block adds one thing, what its module {adds!r} gives: reach it with hk.module"
+        block.missing["resid_mid"] = block.missing["mlp_out"]
     return None, None
 
 
@@ -139,6 +143,13 @@ def _nested(first: Term, second: Term) -> bool:
         all(any(v in w.above for w in outer.given.visits) for v in inner.given.visits)
         for outer, inner in ((first, second), (second, first))
     )
+
+
+def _together(block: Block, first: Term, second: Term) -> bool:
+    """True where both come from one module of the block, as those of a mixture of experts with a shared one do."""
+    depth = len(block.visit.above) + 1
+    tops = [{(*visit.above, visit)[depth] for visit in term.given.visits} for term in (first, second)]
+    return bool(tops[0] & tops[1])
 
 
 def _reads(block: Block) -> list[tuple[Visit, Tensor]]:
@@ -155,29 +166,27 @@ def _reads(block: Block) -> list[tuple[Visit, Tensor]]:
 
 def _read_first(block: Block, terms: list[Term]) -> tuple[Term | None, Tensor | None]:
     """A where a later module reads pre + A."""
-    if block.attends is None:
-        return None, None
     for term in terms:
         if not _attentive(block, term):
             continue
         total = block.pre + term.value
+        after = max(_order(term), block.attends.end if block.attends else 0)
         for visit, value in _reads(block):
-            if visit.start > max(_order(term), block.attends.end) and sums([block.pre, term.value], value):
+            if visit.start > after and sums([block.pre, term.value], value):
                 return term, total
     return None, None
 
 
 def _read_second(block: Block, terms: list[Term], mid: Tensor | None) -> tuple[Term | None, Tensor | None]:
     """M where mid + M is post or read by a later module; mid may be what any module after attention reads."""
-    if block.attends is None:
-        return None, None
+    ended = block.attends.end if block.attends else 0
     reads = _reads(block)
-    bases = [mid] if mid is not None else [v for visit, v in reads if visit.start > block.attends.end]
+    bases = [mid] if mid is not None else [v for visit, v in reads if ended and visit.start > ended]
     for base in bases:
         if same(base, block.pre):
             continue
         for term in terms:
-            if term.given.under(block.attends) or _order(term) < block.attends.end:
+            if term.given.under(block.attends) or _order(term) < ended:
                 continue
             if sums([base, term.value], block.post):
                 return term, base
@@ -221,9 +230,8 @@ def _place_read(block: Block, visit: Visit) -> None:
 def _between(block: Block, first: Term | None, second: Term | None, mid: Tensor | None) -> None:
     """resid_mid: what a module reads between attention and the MLP."""
     if mid is None:
-        block.missing["resid_mid"] = (
-            UNPROVED + "it is the sum of resid_pre and attn_out, and not both of attn_out and mlp_out were found"
-        )
+        why = "it is the sum of resid_pre and attn_out, and not both of attn_out and mlp_out were found"
+        block.missing.setdefault("resid_mid", UNPROVED + why)
         return
     after = max(_order(first) if first else 0, block.attends.end if block.attends else 0)
     scale = [block.pre, first.value] if first else [mid]

@@ -5,6 +5,8 @@ some families add to a tensor in place). Afterwards the model is what it was.
 """
 
 import functools
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +71,11 @@ class Visit:
     def result(self) -> Tensor | None:
         """What it gave, or the first of several."""
         return self.gave[0] if self.gave and isinstance(self.gave[0], Tensor) else None
+
+    @property
+    def name(self) -> str:
+        """Its path in the block, for a sentence."""
+        return re.sub(r"^.*?\.\d+\.", "", self.path)
 
     @property
     def linear(self) -> bool:
@@ -162,8 +169,6 @@ def _emptied(hooks: Any) -> Iterator[None]:
 
 def _speaks(module: nn.Module) -> bool:
     """True where a module may call transformers' attention interface."""
-    import sys
-
     kind = type(module)
     named = "attention" in kind.__name__.lower() or "attn" in kind.__name__.lower()
     config = module.__dict__.get("config")

@@ -11,7 +11,7 @@ from ..families import Family, Place
 from ..layout import Layout
 from ..sites import AXES
 from .attending import UNPROVED, Attention
-from .blocks import checked, kinds, merged, studied
+from .blocks import kinds, merged, studied
 from .matching import ratio, same, sums
 from .stream import Block
 from .watching import Visit, Watched, dry_run
@@ -31,7 +31,7 @@ def found_out(model: nn.Module, config: Any) -> Family:
     built = kinds(blocks)
     watched = dry_run(model, _watched_modules(model, blocks, path, built), _ids(model, config))
     found = {number: _study(watched, path.format(layer=number)) for number in sorted(set(built))}
-    places, missing = merged(found, built, path)
+    places, missing = merged(model, found, built, path)
     once, why = _once(model, config, watched, path)
     known = [block for block in found.values() if isinstance(block, Block)]
     family = Family(
@@ -44,8 +44,7 @@ def found_out(model: nn.Module, config: Any) -> Family:
         found=True,
     )
     family = replace(family, sizes=_sizes(model, config, family, built, found))
-    own = {number: dict(block.places) if isinstance(block, Block) else {} for number, block in found.items()}
-    return _one_style(_explained(_unturned(checked(model, config, family, built, own), known)), known)
+    return _explained(_one_style(_unturned(family, known), known))
 
 
 def _blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
@@ -62,23 +61,17 @@ def _blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
     return found, f"{path}.{{layer}}"
 
 
-def _watched_modules(
-    model: nn.Module, blocks: nn.ModuleList, path: str, built: list[int]
-) -> dict[str, nn.Module]:
+def _watched_modules(model: nn.Module, blocks: nn.ModuleList, path: str, built: list[int]) -> dict[str, nn.Module]:
     """All modules outside the blocks, and those of one block of each kind."""
     left_out = tuple(path.format(layer=number) + "." for number in range(len(blocks)) if built[number] != number)
-    return {
-        name: module for name, module in model.named_modules() if name and not name.startswith(left_out or ("\0",))
-    }
+    return {name: module for name, module in model.named_modules() if name and not name.startswith(left_out or ("\0",))}
 
 
 def _ids(model: Any, config: Any) -> Tensor:
     """A few token ids, all different, none of them a special one where there is room."""
     embedding = model.get_input_embeddings()
     vocab = getattr(embedding, "num_embeddings", None) or config.vocab_size
-    special = {
-        getattr(config, f"{word}_token_id", None) for word in ("pad", "bos", "eos", "unk", "mask", "sep")
-    }
+    special = {getattr(config, f"{word}_token_id", None) for word in ("pad", "bos", "eos", "unk", "mask", "sep")}
     step = max(1, vocab // (ROWS * WIDTH + 3))
     ids = [number for number in range(step, vocab, step) if number not in special]
     ids = (ids * (ROWS * WIDTH))[: ROWS * WIDTH]
@@ -147,7 +140,9 @@ def _once(model: Any, config: Any, watched: Watched, path: str) -> tuple[dict[st
         places["embed"] = Place(embed.path)
     else:
         missing["embed"] = UNPROVED + "the token embedding does not run once, with a vector for each token"
-    outside = [v for v in watched.visits if not any(_is_block(u, path) for u in (v, *v.above)) and v is not embed]
+    in_blocks = [visit for visit in watched.visits if any(_is_block(each, path) for each in (visit, *visit.above))]
+    above = {id(visit) for each in in_blocks for visit in (each, *each.above)}
+    outside = [visit for visit in watched.visits if id(visit) not in above and visit is not embed]
     first = next((v for v in watched.visits if v.path == path.format(layer=0)), None)
     _positions(watched, embed, first, outside, places, missing)
     if head is None:
@@ -188,7 +183,9 @@ def _positions(
             if sums([token, given.expand_as(token)], stream):
                 places["pos_embed"] = Place(visit.path)
                 return
-    missing["pos_embed"] = UNPROVED + "no module's output, added to the token's embedding, is what the first block reads"
+    missing["pos_embed"] = (
+        UNPROVED + "no module's output, added to the token's embedding, is what the first block reads"
+    )
 
 
 def _final(
@@ -196,9 +193,8 @@ def _final(
 ) -> None:
     """final_norm: the module outside the blocks whose output, perhaps divided by a number, the head reads."""
     reads = head.read
-    for visit in [v for v in outside if v.end and v.end < head.start and watched.once(v)]:
-        holds_blocks = any(visit in other.above for other in watched.visits if other.heads or other.path != visit.path)
-        if reads is None or holds_blocks or visit.result is None or visit.result.shape != reads.shape:
+    for visit in [visit for visit in outside if visit.end < head.start and watched.once(visit)]:
+        if reads is None or visit.result is None or visit.result.shape != reads.shape:
             continue
         if same(visit.result, reads):
             places["final_norm"] = Place(visit.path)
@@ -208,7 +204,9 @@ def _final(
         if word is not None:
             places["final_norm"] = Place(visit.path, over=word)
             return
-    missing["final_norm"] = UNPROVED + "no module outside the blocks gives what the head reads"
+    again = next((v.path for v in outside if v.start < head.start and same(v.result, head.read)), None)
+    why = "no module outside the blocks gives" if again is None else f"{again!r}, which runs more than once, gives"
+    missing["final_norm"] = f"{UNPROVED}{why} what the head reads"
 
 
 def _word(config: Any, number: float) -> str | None:
@@ -225,9 +223,7 @@ def _word(config: Any, number: float) -> str | None:
 # ---- sizes
 
 
-def _sizes(
-    model: nn.Module, config: Any, family: Family, built: list[int], found: dict[int, Block | str]
-) -> Any:
+def _sizes(model: nn.Module, config: Any, family: Family, built: list[int], found: dict[int, Block | str]) -> Any:
     """The function that corrects the sizes which the configuration would give otherwise, block by block."""
     layout = Layout(model, config, family)
     by_kind: dict[int, dict[str, int | None]] = {}
@@ -246,7 +242,8 @@ def _seen(block: Block) -> dict[str, int | None]:
     if block.attention:
         names = ("head", "kv_head", "d_head", "d_qk", "d_v")
         sizes |= {name: block.attention.sizes[name] for name in names}
-    if "experts" in block.places:
-        router = next(v for v in block.watched.visits if v.path == block.places["experts"].path)
-        sizes |= {"expert": router.gave[0].shape[-1], "choice": router.gave[2].shape[-1]}
+    for name, axis in (("router_logits", "expert"), ("experts", "choice")):
+        if name in block.places:
+            router = next(visit for visit in block.watched.visits if visit.path == block.places[name].path)
+            sizes[axis] = router.gave[2 if name == "experts" else 0].shape[-1]
     return sizes
