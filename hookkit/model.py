@@ -94,7 +94,7 @@ class LM:
         except Exception as error:  # noqa: BLE001  what a model of any kind may raise; it is told with each reason
             said = " ".join(str(error).split())[:200] or type(error).__name__
             reason = f"no row of hookkit's table has this model type, and a dry run of it ended with: {said}"
-            return replace(known, missing={name: f"{reason}; use hk.module(path)" for name in known.missing})
+            return replace(known, missing=dict.fromkeys(known.missing, f"{reason}; use hk.module(path)"))
 
     def _head_path(self) -> str | None:
         find = getattr(self.root, "get_output_embeddings", None)

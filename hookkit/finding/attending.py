@@ -2,6 +2,7 @@
 projections gave."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def _square(step: Step, watched: Watched) -> bool:
         step.kind == "softmax"
         and len(shape) in (3, 4)
         and shape[-2:] == (watched.width, watched.width)
-        and (len(shape) == 4 and shape[0] == watched.rows or len(shape) == 3 and shape[0] > watched.rows)
+        and (shape[0] == watched.rows if len(shape) == 4 else shape[0] > watched.rows)
     )
 
 
@@ -114,11 +115,13 @@ def _of_softmax(watched: Watched, owner: Visit, softmax: Step) -> Attention | No
         for tensor in (before[-1].given[-2], before[-1].given[-1].transpose(-1, -2), after[0].given[-1])
     ]
     squares = [each.reshape(rows, -1, width, width) for each in (softmax.given[0], softmax.gave)]
-    return Attention(owner, "own", *by_head, *squares, by_head=softmax.gave.ndim == 4)
+    query, key, value = by_head
+    scores, pattern = squares
+    return Attention(owner, "own", query, key, value, scores, pattern, by_head=softmax.gave.ndim == 4)
 
 
 def _unique(tensor: Tensor, *with_it: Tensor) -> int:
-    """How many heads [batch, head, …] there are that differ: some families repeat each for the queries that share it."""
+    """How many heads [batch, head, …] there are that differ: some families repeat one for the queries that share it."""
     heads = tensor.shape[1]
     for kept in range(1, heads):
         if heads % kept:
@@ -172,7 +175,8 @@ def _projections(watched: Watched, found: Attention) -> None:
             )
     found.turned = turned.get("q", True) or turned.get("k", True)
     path = found.visit.path
-    for name, item in (("q_rot", "query"), ("k_rot", "key")):
+    names: tuple[tuple[Literal["q_rot", "k_rot"], str], ...] = (("q_rot", "query"), ("k_rot", "key"))
+    for name, item in names:
         if not found.turned:
             found.missing[name] = UNTURNED[name]
         elif found.style == "interface" and name not in found.missing:

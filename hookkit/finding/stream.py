@@ -1,5 +1,6 @@
 """What a block adds to the residual stream, by value: the outputs A and M of which resid_pre + A + M is resid_post."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,35 +107,42 @@ def _attentive(block: Block, term: Term) -> bool:
 
 
 def _pair(block: Block, terms: list[Term]) -> tuple[Term | None, Term | None]:
-    """The A and M of which pre + A + M is post, or one of them alone where the block adds one thing."""
-    found: list[tuple[float, Term, Term]] = []
-    for first in terms:
-        if not _attentive(block, first):
-            continue
-        for second in terms:
-            if second.given is first.given or second.given.under(block.attends):
-                continue
-            if _order(second) < _order(first) and not first.given.under(block.attends):
-                continue
-            if _nested(first, second) or (block.attends is None and _together(block, first, second)):
-                continue
-            far = apart([block.pre, first.value, second.value], block.post)
-            if far <= tolerance(block.post):
-                found.append((far, first, second))
+    """The A and M of which pre + A + M is post, or A alone where the block adds one thing."""
+    found = [
+        (apart([block.pre, first.value, second.value], block.post), number, first, second)
+        for number, (first, second) in enumerate(itertools.product(terms, terms))
+        if _may_be(block, first, second)
+    ]
     if found:
-        _, first, second = min(found, key=lambda each: each[0])
-        return first, second
-    alone = [term for term in terms if sums([block.pre, term.value], block.post)]
-    if alone and block.attends and alone[0].given.under(block.attends):
-        for name in ("mlp_out", "resid_mid"):
-            block.missing[name] = "the block has no MLP: it adds what attention gives, and nothing more"
-        return alone[0], None
-    if alone:
-        adds = _chosen(block, alone[0].given).name
-        for name in ("attn_out", "mlp_out"):
-            block.missing[name] = f"the block adds one thing, what its module {adds!r} gives: reach it with hk.module"
-        block.missing["resid_mid"] = block.missing["mlp_out"]
-    return None, None
+        far, _, first, second = min(found, key=lambda each: each[:2])
+        if far <= tolerance(block.post):
+            return first, second
+    return _alone(block, terms), None
+
+
+def _may_be(block: Block, first: Term, second: Term) -> bool:
+    """True where the first may be attention's part and the second the MLP's."""
+    from_attention = first.given.under(block.attends)
+    if second.given is first.given or second.given.under(block.attends) or not _attentive(block, first):
+        return False
+    if _order(second) < _order(first) and not from_attention:
+        return False
+    return not _nested(first, second) and (block.attends is not None or not _together(block, first, second))
+
+
+def _alone(block: Block, terms: list[Term]) -> Term | None:
+    """A where pre + A is post and A is attention's; else None, and the reason is written down."""
+    alone = next((term for term in terms if sums([block.pre, term.value], block.post)), None)
+    if alone is None:
+        return None
+    if alone.given.under(block.attends):
+        why = "the block has no MLP: it adds what attention gives, and nothing more"
+        block.missing |= dict.fromkeys(("mlp_out", "resid_mid"), why)
+        return alone
+    adds = _chosen(block, alone.given).name
+    why = f"the block adds one thing, what its module {adds!r} gives: reach it with hk.module"
+    block.missing |= dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), why)
+    return None
 
 
 def _nested(first: Term, second: Term) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..families import Family, Place
 from ..layout import Layout
 from ..sites import AXES
-from .attending import UNPROVED, Attention
+from .attending import HEADED, UNPROVED
 from .blocks import kinds, merged, studied
 from .matching import ratio, same, sums
 from .stream import Block
@@ -31,9 +31,11 @@ def found_out(model: nn.Module, config: Any) -> Family:
     built = kinds(blocks)
     watched = dry_run(model, _watched_modules(model, blocks, path, built), _ids(model, config))
     found = {number: _study(watched, path.format(layer=number)) for number in sorted(set(built))}
+    known = [block for block in found.values() if isinstance(block, Block)]
+    _turned(known)
+    _one_style(known)
     places, missing = merged(model, found, built, path)
     once, why = _once(model, config, watched, path)
-    known = [block for block in found.values() if isinstance(block, Block)]
     family = Family(
         name,
         {**places, **once},
@@ -43,8 +45,7 @@ def found_out(model: nn.Module, config: Any) -> Family:
         exceptions={law: reason for block in known for law, reason in block.exceptions.items()},
         found=True,
     )
-    family = replace(family, sizes=_sizes(model, config, family, built, found))
-    return _explained(_one_style(_unturned(family, known), known))
+    return _explained(replace(family, sizes=_sizes(model, config, family, built, found)))
 
 
 def _blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
@@ -90,38 +91,31 @@ def _style(known: list[Block]) -> Any:
     return "own" if styles == {"own"} else "interface"
 
 
-def _one_style(family: Family, known: list[Block]) -> Family:
-    """The row without what is inside attention, where some blocks call transformers' interface and others do not."""
+def _one_style(known: list[Block]) -> None:
+    """Take out what is inside attention, where some blocks call transformers' interface and others do not."""
     if len({block.attention.style for block in known if block.attention}) < 2:
-        return family
-    names = ("scores", "pattern", "q_rot", "k_rot")
-    why = dict.fromkeys(names, UNPROVED + "some blocks compute attention in their own code, and others do not")
-    places = {name: place for name, place in family.places.items() if name not in names}
-    return replace(family, places=places, missing={**family.missing, **why})
+        return
+    why = UNPROVED + "some blocks compute attention in their own code, and others do not"
+    for block in known:
+        for name in [name for name, place in block.places.items() if place.side == "inside" and name in HEADED]:
+            block.places.pop(name)
+            block.missing[name] = why
 
 
-def _unturned(family: Family, known: list[Block]) -> Family:
+def _turned(known: list[Block]) -> None:
     """Where some blocks turn q and k and others do not, q_rot and k_rot are there in all of them."""
-    attentions = [block.attention for block in known if block.attention]
-    turned = any(each.turned for each in attentions)
-    if not turned or all(each.turned for each in attentions) or family.attention == "own":
-        return family
-    places = dict(family.places)
-    for name, item in (("q_rot", "query"), ("k_rot", "key")):
-        paths = dict.fromkeys(_below(family, each) for each in attentions)
-        given = tuple(Place(path, "inside", item) for path in paths)
-        places[name] = given if len(given) > 1 else given[0]
-    return replace(family, places=places)
-
-
-def _below(family: Family, attention: Attention) -> str:
-    depth = family.block.count(".") + 1
-    return "." + ".".join(attention.visit.path.split(".")[depth:])
+    attentions = [(block, block.attention) for block in known if block.attention]
+    if not any(attention.turned for _, attention in attentions):
+        return
+    for block, attention in attentions:
+        if not attention.turned and attention.style == "interface":
+            path = attention.visit.path
+            block.places |= {"q_rot": Place(path, "inside", "query"), "k_rot": Place(path, "inside", "key")}
 
 
 def _explained(family: Family) -> Family:
     """Every site with a place or a reason, and no reason for what every block has."""
-    missing = {name: why for name, why in family.missing.items()}
+    missing = dict(family.missing)
     for name in AXES:
         if name not in family.places:
             missing.setdefault(name, UNPROVED + "nothing like it was seen")
@@ -179,10 +173,10 @@ def _positions(
         given = visit.result
         if first is None or visit.start > first.start or given is None or given.shape[-1] != token.shape[-1]:
             continue
-        if given.ndim == 3 and watched.once(visit) and given.shape[1] == token.shape[1]:
-            if sums([token, given.expand_as(token)], stream):
-                places["pos_embed"] = Place(visit.path)
-                return
+        fits = given.ndim == 3 and watched.once(visit) and given.shape[1] == token.shape[1]
+        if fits and sums([token, given.expand_as(token)], stream):
+            places["pos_embed"] = Place(visit.path)
+            return
     missing["pos_embed"] = (
         UNPROVED + "no module's output, added to the token's embedding, is what the first block reads"
     )
