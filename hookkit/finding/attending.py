@@ -33,6 +33,7 @@ class Attention:
     missing: dict[str, str] = field(default_factory=dict)
     out: Visit | None = None  # the output projection
     by_head: bool = True  # scores and pattern stand as [batch, head, query, key]
+    repeated: bool = False  # keys and values are given to attention once for each query's head
     turned: bool = True  # q_rot and k_rot are other than q and k
 
 
@@ -107,7 +108,7 @@ def _of_softmax(watched: Watched, owner: Visit, softmax: Step) -> Attention | No
     rows, width = watched.rows, watched.width
     products = [step for step in watched.steps(owner) if step.kind == "product" and len(step.given) > 1]
     before = [s for s in products if s.start < softmax.start and s.gave.shape[-2:] == (width, width)]
-    after = [s for s in products if s.start > softmax.start and same(s.given[-2].float(), softmax.gave.float())]
+    after = [s for s in products if s.start > softmax.start and same(s.given[-2], softmax.gave.to(s.given[-2].dtype))]
     if not before or not after:
         return None
     by_head = [
@@ -135,9 +136,7 @@ def _unique(tensor: Tensor, *with_it: Tensor) -> int:
 def _measure(found: Attention) -> None:
     heads, kept = found.query.shape[1], _unique(found.key, found.value)
     if found.key.shape[1] != kept:
-        if found.style == "interface":
-            why = "keys and values are repeated for each query's head before attention is given them"
-            found.missing["k_rot"] = UNPROVED + why
+        found.repeated = True
         found.key = found.key[:, :: found.key.shape[1] // kept]
         found.value = found.value[:, :: found.value.shape[1] // kept]
     d_qk, d_v = found.query.shape[-1], found.value.shape[-1]
@@ -179,10 +178,13 @@ def _projections(watched: Watched, found: Attention) -> None:
     for name, item in names:
         if not found.turned:
             found.missing[name] = UNTURNED[name]
-        elif found.style == "interface" and name not in found.missing:
-            found.places[name] = Place(path, "inside", item)
+        elif found.style == "own":
+            found.missing[name] = OWN[name]
         else:
-            found.missing.setdefault(name, OWN[name])
+            found.places[name] = Place(path, "inside", item)
+    if found.repeated and "k_rot" in found.places:
+        found.places.pop("k_rot")
+        found.missing["k_rot"] = UNPROVED + "keys are repeated for each query's head before attention is given them"
 
 
 def _projection(watched: Watched, found: Attention, target: Tensor, *, rotates: bool) -> tuple[Visit, Found] | None:

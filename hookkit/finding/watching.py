@@ -121,17 +121,22 @@ class Watched:
         return tensor if tensor.ndim == 3 and tensor.shape[:2] == (self.rows, self.width) else None
 
 
-def dry_run(root: nn.Module, modules: dict[str, nn.Module], ids: Tensor) -> Watched:
-    """Run the model once on token ids [batch, pos] and write down what these modules, by path, do."""
+def dry_run(root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor) -> Watched:
+    """Run the model once on token ids [batch, pos] and write down what these modules, by path, do.
+
+    What happens in the modules that are left out is not written down.
+    """
     try:
-        return _run(root, modules, ids, frozenset(INSIDE))
+        return _run(root, modules, left_out, ids, frozenset(INSIDE))
     except Exception as error:  # noqa: BLE001  a family whose scores cannot be asked for has other sites
-        watched = _run(root, modules, ids, frozenset(INSIDE[:3]))
+        watched = _run(root, modules, left_out, ids, frozenset(INSIDE[:3]))
         watched.unopened = str(error).splitlines()[0] if str(error) else type(error).__name__
         return watched
 
 
-def _run(root: nn.Module, modules: dict[str, nn.Module], ids: Tensor, wanted: frozenset[str]) -> Watched:
+def _run(
+    root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor, wanted: frozenset[str]
+) -> Watched:
     watcher = _Watcher()
     with ExitStack() as stack:
         for module in root.modules():
@@ -141,6 +146,8 @@ def _run(root: nn.Module, modules: dict[str, nn.Module], ids: Tensor, wanted: fr
             if _speaks(module):
                 stack.enter_context(opened(module, "interface", wanted, watcher.say))
             stack.enter_context(replaced(module, "forward", watcher.watched(path, module)))
+        for module in left_out:
+            stack.enter_context(replaced(module, "forward", watcher.unwatched(module)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watcher)
         output = root(input_ids=ids, use_cache=False)
@@ -185,6 +192,7 @@ class _Watcher(TorchFunctionMode):
         self.calls: dict[nn.Module, int] = {}
         self.stack: list[Visit] = []
         self.clock = 0
+        self.muted = 0
 
     def watched(self, path: str, module: nn.Module) -> Callable[..., Any]:
         """The module's forward, which writes down what goes in and comes out."""
@@ -192,10 +200,12 @@ class _Watcher(TorchFunctionMode):
 
         @functools.wraps(forward)
         def running(*args: Any, **kwargs: Any) -> Any:
+            self.calls[module] = self.calls.get(module, 0) + 1
+            if self.muted:
+                return forward(*args, **kwargs)
             visit = Visit(path, module, tuple(self.stack), self._now())
             visit.given = {key: _kept(found) for key, found in _tensors([*enumerate(args), *kwargs.items()])}
             self.visits.append(visit)
-            self.calls[module] = self.calls.get(module, 0) + 1
             self.stack.append(visit)
             try:
                 output = forward(*args, **kwargs)
@@ -206,15 +216,34 @@ class _Watcher(TorchFunctionMode):
 
         return running
 
+    def unwatched(self, module: nn.Module) -> Callable[..., Any]:
+        """The module's forward, in which nothing but calls of watched modules is counted."""
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def running(*args: Any, **kwargs: Any) -> Any:
+            self.muted += 1
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.muted -= 1
+
+        return running
+
     def say(self, name: str, found: Tensor) -> Tensor:
         """Write down what attention has inside."""
-        self.stack[-1].heads[name] = _kept(found)
+        if not self.muted:
+            self.stack[-1].heads[name] = _kept(found)
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = KINDS.get(func) if self.stack else None
+        kind = KINDS.get(func) if self.stack and not self.muted else None
         if kind is None:
             return func(*args, **(kwargs or {}))
+        if kind == "linear":  # what it reads is known, and its weight is large
+            gave = func(*args, **(kwargs or {}))
+            self.stack[-1].steps.append(Step(kind, [], {}, _kept(gave), self._now()))
+            return gave
         named = (kwargs or {}).items() if kind == "product" else ()
         given = [_kept(found) for _, found in _tensors([*enumerate(args), *named])]
         keywords = {key: _kept(each) if isinstance(each, Tensor) else each for key, each in (kwargs or {}).items()}

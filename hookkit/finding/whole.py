@@ -29,7 +29,8 @@ def found_out(model: nn.Module, config: Any) -> Family:
     name = getattr(config, "model_type", None) or "unknown"
     blocks, path = _blocks(model, config)
     built = kinds(blocks)
-    watched = dry_run(model, _watched_modules(model, blocks, path, built), _ids(model, config))
+    left_out = [block for number, block in enumerate(blocks) if built[number] != number]
+    watched = dry_run(model, _watched_modules(model, path, built), left_out, _ids(model, config))
     found = {number: _study(watched, path.format(layer=number)) for number in sorted(set(built))}
     known = [block for block in found.values() if isinstance(block, Block)]
     _turned(known)
@@ -62,10 +63,15 @@ def _blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
     return found, f"{path}.{{layer}}"
 
 
-def _watched_modules(model: nn.Module, blocks: nn.ModuleList, path: str, built: list[int]) -> dict[str, nn.Module]:
+def _watched_modules(model: nn.Module, path: str, built: list[int]) -> dict[str, nn.Module]:
     """All modules outside the blocks, and those of one block of each kind."""
-    left_out = tuple(path.format(layer=number) + "." for number in range(len(blocks)) if built[number] != number)
-    return {name: module for name, module in model.named_modules() if name and not name.startswith(left_out or ("\0",))}
+    left_out = [path.format(layer=number) for number, kind in enumerate(built) if kind != number]
+    inside = tuple(f"{block}." for block in left_out)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and name not in left_out and not name.startswith(inside)
+    }
 
 
 def _ids(model: Any, config: Any) -> Tensor:
@@ -110,7 +116,9 @@ def _turned(known: list[Block]) -> None:
     for block, attention in attentions:
         if not attention.turned and attention.style == "interface":
             path = attention.visit.path
-            block.places |= {"q_rot": Place(path, "inside", "query"), "k_rot": Place(path, "inside", "key")}
+            block.places["q_rot"] = Place(path, "inside", "query")
+            if not attention.repeated:
+                block.places["k_rot"] = Place(path, "inside", "key")
 
 
 def _explained(family: Family) -> Family:
@@ -130,20 +138,25 @@ def _once(model: Any, config: Any, watched: Watched, path: str) -> tuple[dict[st
     embed, head = watched.of(model.get_input_embeddings()), watched.of(model.get_output_embeddings())
     places: dict[str, Place] = {"logits": Place("", item="logits")}
     missing: dict[str, str] = {}
-    if embed is not None and watched.laid(embed.result) is not None:
+    first = next((v for v in watched.visits if v.path == path.format(layer=0)), None)
+    stream = watched.laid(first.read) if first else None
+    if embed is not None and stream is not None and embed.result is not None and embed.result.shape == stream.shape:
         places["embed"] = Place(embed.path)
     else:
-        missing["embed"] = UNPROVED + "the token embedding does not run once, with a vector for each token"
+        why = "the token embedding does not run once, with as many numbers for each token as the stream has"
+        missing["embed"] = UNPROVED + why
     in_blocks = [visit for visit in watched.visits if any(_is_block(each, path) for each in (visit, *visit.above))]
     above = {id(visit) for each in in_blocks for visit in (each, *each.above)}
     outside = [visit for visit in watched.visits if id(visit) not in above and visit is not embed]
-    first = next((v for v in watched.visits if v.path == path.format(layer=0)), None)
     _positions(watched, embed, first, outside, places, missing)
     if head is None:
         missing["lm_head"] = missing["final_norm"] = UNPROVED + "the head does not run once in a forward"
         return places, missing
     places["lm_head"] = Place(head.path)
-    _final(watched, config, head, outside, places, missing)
+    if stream is not None and head.read is not None and head.read.shape[-1] == stream.shape[-1]:
+        _final(watched, config, head, outside, places, missing)
+    else:
+        missing["final_norm"] = UNPROVED + "the head does not read as many numbers of each token as the stream has"
     return places, missing
 
 
