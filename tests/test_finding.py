@@ -168,7 +168,7 @@ def test_what_blocks_of_an_unknown_family_add_is_the_stream(model_type):
                 assert far < 1e-5, (layer, parts, total)
 
 
-@pytest.mark.parametrize("model_type", UNKNOWN)
+@pytest.mark.parametrize("model_type", ["llama4_text", "biogpt", "falcon_h1", "xglm"])  # others take seconds each
 def test_an_edit_at_any_site_of_an_unknown_family_reaches_the_logits(model_type):
     lm = made(model_type)
     plain = hk.forward(lm, IDS).logits

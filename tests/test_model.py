@@ -65,7 +65,7 @@ def test_rows_of_the_vocabulary_without_a_token_are_named_as_such(small_tokenize
     assert hk.LM(lm.model).string(5) == "<5>"
 
 
-def test_a_family_that_the_table_lacks_still_has_its_logits(small_tokenizer):
+def test_a_family_that_the_table_lacks_is_found_out(small_tokenizer):
     config = MistralConfig(
         vocab_size=320,
         hidden_size=32,
@@ -74,13 +74,14 @@ def test_a_family_that_the_table_lacks_still_has_its_logits(small_tokenizer):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
+    config.model_type = "mine"
     lm = hk.LM(MistralForCausalLM(config).eval(), small_tokenizer)
     run = hk.forward(lm, "Tea", hk.force(3), hk.capture(hk.module("model.layers.1")))
     assert int(run.logits[0, -1].argmax()) == 3
     ids = small_tokenizer.encode("Tea")
     assert torch.equal(run["model.layers.1:output"], by_hand_layer(lm.model, ids))
-    with pytest.raises(MissingSite, match=r"no family in hookkit's table has model type 'mistral' .*use hk.module"):
-        hk.forward(lm, "Tea", hk.capture("resid_post.0"))
+    assert lm.family.found
+    assert torch.equal(hk.forward(lm, "Tea", hk.capture("resid_post.1"))["resid_post.1"], by_hand_layer(lm.model, ids))
 
 
 def by_hand_layer(model, ids):
