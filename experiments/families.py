@@ -7,6 +7,8 @@ and not proved, but for the exceptions that the table gives a reason for.
 python -m experiments.families        three minutes on two cores; writes results/families/
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import transformers
@@ -50,36 +52,34 @@ def main() -> None:
 
 
 def rows_of(model_type: str, checkup: hk.Checkup) -> pd.DataFrame:
-    excused = {
-        site: laws["note"].iloc[0]
-        for site, laws in checkup.laws[checkup.laws["note"].str.startswith("exception: ")].groupby("site")
-    }
+    laws: list[dict[str, Any]] = checkup.laws.to_dict(orient="records")
+    excused = {law["site"]: law["note"] for law in laws if law["note"].startswith("exception: ")}
     rows = []
-    for row in checkup.sites.itertuples():
+    for row in checkup.sites.to_dict(orient="records"):
+        site, blocks = row["site"], row["blocks"]
         state, reason = "proved", ""
-        blocks = str(row.blocks)
         if not blocks:
-            state, reason = "not there", str(row.why)
-        elif not (row.proved and row.editable):
-            state, reason = "not proved", str(row.why)
-        elif row.site in excused:
-            state, reason = "proved, with an exception", excused[row.site].removeprefix("exception: ")
+            state, reason = "not there", row["why"]
+        elif not (row["proved"] and row["editable"]):
+            state, reason = "not proved", row["why"]
+        elif site in excused:
+            state, reason = "proved, with an exception", excused[site].removeprefix("exception: ")
         elif blocks != "once" and len(set(blocks.split(" of "))) > 1:
             state = "proved, in some blocks"
-            notes = [note for note in checkup.notes if note.startswith(f"{row.site} is not in")]
-            reason = notes[0].partition(": ")[2] if notes else ""
-        rows.append((model_type, row.site, state, blocks, row.difference, reason))
+            reason = next(note for note in checkup.notes if note.startswith(f"{site} is not in")).partition(": ")[2]
+        rows.append((model_type, site, state, blocks, row["difference"], reason))
     return pd.DataFrame(rows, columns=["model_type", "site", "state", "blocks", "difference", "reason"])
 
 
 def summed(table: pd.DataFrame, checked: dict[str, hk.Checkup]) -> pd.DataFrame:
     rows = []
-    for model_type, found in table.groupby("model_type", sort=False):
-        there = found[found["state"] != "not there"]
-        laws = checked[str(model_type)].laws
-        holds = laws["holds"] | laws["note"].str.startswith("exception: ")
-        proved = there["state"].str.startswith("proved").sum()
-        rows.append((model_type, len(there), proved, len(laws), int(holds.sum()), there["difference"].max()))
+    for model_type, checkup in checked.items():
+        found = [row for row in table.to_dict(orient="records") if row["model_type"] == model_type]
+        there = [row for row in found if row["state"] != "not there"]
+        proved = sum(row["state"].startswith("proved") for row in there)
+        holds = [law["holds"] or law["note"] != "" for law in checkup.laws.to_dict(orient="records")]
+        largest = max(row["difference"] for row in there)
+        rows.append((model_type, len(there), proved, len(holds), sum(holds), largest))
     columns = ["model_type", "sites", "proved", "laws tried", "laws hold", "largest difference"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -98,7 +98,7 @@ def coverage(table: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     for side in axes.spines.values():
         side.set_visible(False)
-    used = [state for state in states if (table["state"] == state).any()]
+    used = [state for state in states if state in table["state"].tolist()]
     handles = [Patch(color=STATES[state], label=state) for state in used]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(used), frameon=False, fontsize=8)
     return figure

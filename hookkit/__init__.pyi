@@ -53,6 +53,8 @@ from .positions import PROMPT as PROMPT
 from .positions import at as at
 from .reports import Report as Report
 from .reports import report as report
+from .rows import family as family
+from .rows import place as place
 from .runs import Run as Run
 from .runs import forward as forward
 from .runs import generate as generate

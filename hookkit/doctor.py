@@ -74,31 +74,39 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
             laws = prove(lm, layers=layers)
         except HookkitError as error:
             problems.append(str(error))
-    excused = laws["note"].str.startswith("exception: ")
-    for _, row in laws[~laws["holds"].astype(bool)].iterrows():
-        at = f" at {row['site']}" if row["site"] else ""
-        words = row["note"] or f"differs by {row['difference']:.2g}, and may by {row['limit']:.2g}"
-        (notes if words.startswith("exception: ") else problems).append(f"the law {row['law']!r}{at}: {words}")
-    return Checkup(_sites(lm, laws, excused), laws, facts(lm), notes, problems)
+    for law in _records(laws):
+        if not law["holds"]:
+            at = f" at {law['site']}" if law["site"] else ""
+            words = law["note"] or f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
+            (notes if _excused(law) else problems).append(f"the law {law['law']!r}{at}: {words}")
+    return Checkup(_sites(lm, _records(laws)), laws, facts(lm), notes, problems)
 
 
-def _sites(lm: LM, laws: pd.DataFrame, excused: pd.Series) -> pd.DataFrame:
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]
+
+
+def _excused(law: dict[str, Any]) -> bool:
+    return law["note"].startswith("exception: ")
+
+
+def _sites(lm: LM, laws: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for name in AXES:
         layers = lm.layout.layers(name) if name in lm.layout.names else []
-        mine = laws[laws["site"] == name]
-        failed = mine[~mine["holds"].astype(bool) & ~excused[mine.index]]
-        reaches = mine[mine["law"] == "reaches"]
-        equal = mine[(mine["law"] != "reaches") & ~excused[mine.index]]["difference"]
         there = layers != []
+        mine = [law for law in laws if law["site"] == name]
+        failed = [law["law"] for law in mine if not law["holds"] and not _excused(law)]
+        reaches = [law["holds"] for law in mine if law["law"] == "reaches"]
+        equal = [law["difference"] for law in mine if law["law"] != "reaches" and not _excused(law)]
         rows.append(
             {
                 "site": name,
                 "blocks": ("once" if layers is None else f"{len(layers)} of {lm.n_layers}") if there else "",
-                "editable": bool(there and len(reaches) and reaches["holds"].all()),
-                "proved": bool(there and len(mine) and failed.empty),
-                "difference": float(equal.max()) if len(equal) else float("nan"),
-                "why": ", ".join(failed["law"]) if there else lm.family.why_missing(name),
+                "editable": bool(there and reaches and all(reaches)),
+                "proved": bool(there and mine and not failed),
+                "difference": max(equal, default=float("nan")),
+                "why": ", ".join(failed) if there else lm.family.why_missing(name),
             }
         )
     return pd.DataFrame(rows)

@@ -140,6 +140,14 @@ class _Arithmetic(TorchFunctionMode):
         return nn.functional.dropout(pattern, dropout_p) @ value
 
 
+def squares(query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any) -> dict[str, Tensor]:
+    """The scores and the pattern of a call of torch's fused attention."""
+    told: dict[str, Tensor] = {}
+    arithmetic = _Arithmetic(lambda name, found: told.setdefault(name, found), query.dtype)
+    arithmetic._written_out(query, key, value, *args, **settings)
+    return told
+
+
 def _wider(scores: Tensor, masks: torch.dtype) -> Tensor:
     """Scores in which a mask of a narrower dtype hides keys as one of their own would (gptj adds float16's smallest
     number to float32 scores)."""
@@ -214,7 +222,8 @@ def _check_same(module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: 
     """Raise if the attention in use computes something else than the steps that were told of (sdpa has no soft-cap)."""
     difference = (own.detach().float() - fused.detach().float().reshape(own.shape)).abs().amax((-2, -1))
     if mask is not None:  # what a query of the padding gives, which sees nothing, is nobody's concern
-        blind = hidden(mask).all(-1).reshape(-1, mask.shape[-2])
+        blind = hidden(mask).all(-1)  # [query], or [batch, head, query]
+        blind = blind.all(1) if blind.ndim == 3 else blind
         difference = difference.masked_fill(blind.expand_as(difference), 0)
     apart = float(difference.max())
     limit = 16 * torch.finfo(own.dtype).eps * max(1.0, float(own.detach().abs().max()))

@@ -201,7 +201,8 @@ def no_decoder(root: nn.Module, config: Any, head: str | None) -> Family | None:
         if model_type is not None and not kind.endswith("ForCausalLM"):
             reason = f"the model has no unembedding head: it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
         return Family("module", {}, dict.fromkeys(AXES, reason))
-    if model_type not in FAMILIES and getattr(config, "is_decoder", None) is False:
+    undecided = model_type not in FAMILIES and not kind.endswith("ForCausalLM")
+    if undecided and getattr(config, "is_decoder", None) is False:
         reason = f"{kind} is an encoder, and named sites beside head and logits are those of decoders; {MODULES}"
         return _head_only(model_type, head, reason)
     return None

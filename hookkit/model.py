@@ -21,7 +21,8 @@ from .errors import (
     checks_keywords,
 )
 from .families import Family, Place
-from .layout import Layout, family_of, no_decoder
+from .finding import row_of
+from .layout import Layout
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 from .wrapped import adapters, adapters_of, execution_device, unwrapped
 
@@ -79,11 +80,12 @@ class LM:
 
     @cached_property
     def family(self) -> Family:
-        """The row of the families' table that says where this model's sites are."""
-        if self.row is not None:
-            return self.row
-        head = self._head_path()
-        return no_decoder(self.root, self.config, head) or family_of(self.config, head)
+        """The row of the families' table that says where this model's sites are.
+
+        For a causal language model whose family is not in the table, the row is found out by one dry run of a few
+        tokens, at the first use; see `Family.found`.
+        """
+        return self.row if self.row is not None else row_of(self.root, self.config, self._head_path())
 
     @property
     def two_texts(self) -> bool:
@@ -147,8 +149,9 @@ class LM:
         size = sum(weight.numel() for weight in self.root.parameters()) / 1e6
         name = self.name or type(self.root).__name__
         adapted = f"; adapters: {', '.join(self.adapters)}" if self.adapters else ""
+        family = f"{self.family.name}{' (found out by a dry run)' if self.family.found else ''}"
         size = f"{self.n_layers} layers, {size:.1f} M parameters"
-        return f"LM({name}: {self.family.name}, {size}, on {self.device}{adapted})"
+        return f"LM({name}: {family}, {size}, on {self.device}{adapted})"
 
     # ---- its sites
 

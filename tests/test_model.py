@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
 
 import hookkit as hk
 from hookkit.errors import MissingSite, NotOneToken
@@ -62,6 +63,25 @@ def test_rows_of_the_vocabulary_without_a_token_are_named_as_such(small_tokenize
     lm = hk.LM(tiny("llama"), small_tokenizer)
     assert lm.n_tokens == 320
     assert hk.LM(lm.model).string(5) == "<5>"
+
+
+def test_a_family_that_the_table_lacks_is_found_out(small_tokenizer):
+    config = MistralConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config.model_type = "mine"
+    lm = hk.LM(MistralForCausalLM(config).eval(), small_tokenizer)
+    run = hk.forward(lm, "Tea", hk.force(3), hk.capture(hk.module("model.layers.1")))
+    assert int(run.logits[0, -1].argmax()) == 3
+    ids = small_tokenizer.encode("Tea")
+    assert torch.equal(run["model.layers.1:output"], by_hand_layer(lm.model, ids))
+    assert lm.family.found
+    assert torch.equal(hk.forward(lm, "Tea", hk.capture("resid_post.1"))["resid_post.1"], by_hand_layer(lm.model, ids))
 
 
 def by_hand_layer(model, ids):

@@ -25,6 +25,7 @@ class Place:
     flat    rows and positions are one axis
     times   the block's attribute by which what the module gives is multiplied before it is added to the stream
     over    the configuration's word by which it is divided before the head reads it
+    layers  the numbers of the blocks in which it is there; empty: all that have the module
     """
 
     path: str
@@ -36,6 +37,7 @@ class Place:
     flat: bool = False
     times: str = ""
     over: str = ""
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Family:
                 family's "own" arithmetic
     sizes       sizes that the configuration says in another way than most
     exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold here, each with the reason
+    found       whether the row was found out by a dry run of the model, and is none of the table's
     """
 
     name: str
@@ -103,14 +106,18 @@ class Family:
     attention: Literal["interface", "own"] = "interface"
     sizes: Sizes = lambda config, layer: {}
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    found: bool = False
 
     def at(self, site: str, layer: int | None) -> list[Place]:
         """The places that a site may have in a block, with their paths written out."""
         found = self.places.get(site, ())
         block = self.block.format(layer=layer)
         return [
-            replace(place, path=f"{block}{place.path}".removesuffix(".") if place.path[:1] == "." else place.path)
+            replace(
+                place, path=f"{block}{place.path}".removesuffix(".") if place.path[:1] == "." else place.path, layers=()
+            )
             for place in (found if isinstance(found, tuple) else (found,))
+            if not place.layers or layer in place.layers
         ]
 
     def why_missing(self, site: str) -> str:
