@@ -117,7 +117,7 @@ def facts(lm: LM) -> dict[str, Any]:
     import transformers
 
     weights = [*lm.root.parameters(), *lm.root.buffers()]
-    kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights if weight.is_floating_point()})
+    kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()})
     quantised = getattr(lm.config, "quantization_config", None)
     said: dict[str, Any] = {
         "model": lm.name or type(lm.root).__name__,
