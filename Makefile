@@ -22,6 +22,7 @@ check: $(READY)
 
 benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead
+	$(IN) -m experiments.benchmarks.attention
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

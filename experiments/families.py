@@ -24,7 +24,7 @@ STATES = {  # and the colour of each
     "proved": "#3b7a57",
     "proved, in some blocks": "#8fbf9f",
     "proved, with an exception": "#d9a441",
-    "not there": "#e6e6e6",
+    "not there": hk.figures.GRID,
     "not proved": "#c0392b",
 }
 
@@ -77,7 +77,8 @@ def summed(table: pd.DataFrame, checked: dict[str, hk.Checkup]) -> pd.DataFrame:
         found = [row for row in table.to_dict(orient="records") if row["model_type"] == model_type]
         there = [row for row in found if row["state"] != "not there"]
         proved = sum(row["state"].startswith("proved") for row in there)
-        holds = [law["holds"] or law["note"] != "" for law in checkup.laws.to_dict(orient="records")]
+        laws = checkup.laws.to_dict(orient="records")
+        holds = [law["holds"] or law["note"].startswith("exception: ") for law in laws]
         largest = max(row["difference"] for row in there)
         rows.append((model_type, len(there), proved, len(holds), sum(holds), largest))
     columns = ["model_type", "sites", "proved", "laws tried", "laws hold", "largest difference"]
@@ -89,18 +90,28 @@ def coverage(table: pd.DataFrame) -> Figure:
     grid = table.assign(number=table["state"].map(states.index))
     grid = grid.pivot_table(index="model_type", columns="site", values="number", sort=False)
     figure, axes = plt.subplots(figsize=(9.5, 0.21 * len(grid) + 1.6), layout="constrained")
-    axes.pcolormesh(grid, cmap=ListedColormap([*STATES.values()]), vmin=0, vmax=len(states), edgecolors="w", lw=1)
+    axes.pcolormesh(
+        grid, cmap=ListedColormap([*STATES.values()]), vmin=0, vmax=len(states), edgecolors=hk.figures.PAPER, lw=1
+    )
     axes.set_xticks(
         [x + 0.5 for x in range(grid.shape[1])], grid.columns, rotation=60, ha="left", rotation_mode="anchor"
     )
     axes.set_yticks([y + 0.5 for y in range(len(grid))], grid.index)
-    axes.tick_params(length=0, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.tick_params(
+        length=0, labelsize=8, labelcolor=hk.figures.INK, top=True, labeltop=True, bottom=False, labelbottom=False
+    )
     axes.invert_yaxis()
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
     used = [state for state in states if state in table["state"].tolist()]
     handles = [Patch(color=STATES[state], label=state) for state in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(used), frameon=False, fontsize=8)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(used),
+        frameon=False,
+        fontsize=8,
+        labelcolor=hk.figures.INK,
+    )
     return figure
 
 

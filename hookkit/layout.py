@@ -125,7 +125,7 @@ class Layout:
         return cut(place, self.sizes_of(site.layer)) if place.cut else None
 
     def shape(self, site: Site) -> tuple[int, ...]:
-        """The sizes of a site's axes behind batch and pos."""
+        """The sizes of a site's axes behind batch and pos; 0 for queries and keys, which are as many as the tokens."""
         found = self.cut(site)
         if found is not None:
             return found.shape if site.head is None or found.inner is None else found.shape[1:]
@@ -136,7 +136,7 @@ class Layout:
                 return (width,)
         sizes = dict(self.sizes_of(site.layer))
         sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of the sites that stand inside attention
-        return tuple(sizes[axis] or 0 for axis in site.axes.split() if axis not in ("batch", "pos"))
+        return tuple(sizes.get(axis) or 0 for axis in site.axes.split() if axis not in ("batch", "pos"))
 
     def factor(self, site: AnySite) -> float:
         """What the module's tensor is multiplied by to give the site."""

@@ -17,6 +17,7 @@ from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, checks_key
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q. q, k and v are as
 # projected; q_rot and k_rot are what attention multiplies, after a norm and the rotation by position.
+# While generating, an edit of k or v is in what the cache stores; one of k_rot is made anew in what each step reads.
 AXES: dict[str, str] = {
     "embed": "batch pos d_model",
     "pos_embed": "batch pos d_model",
