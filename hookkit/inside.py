@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -35,8 +35,8 @@ class _Telling:
     """What is told of one module: to whom, the outermost block first, and by which attention it is computed else."""
 
     told: list[tuple[frozenset[str], Say]]
+    verified: set[str]  # the implementations that were seen to compute what is told of
     kind: str = ""
-    compared: bool = False
 
     def wants(self, *names: str) -> bool:
         return any(wanted & {*names} for wanted, _ in self.told)
@@ -48,10 +48,16 @@ class _Telling:
 
 
 @contextmanager
-def opened(module: nn.Module, style: Style, wanted: frozenset[str], say: Say) -> Iterator[None]:
-    """A block in which a module says what it has inside. `wanted` names the tensors that are asked for."""
+def opened(
+    module: nn.Module, style: Style, wanted: frozenset[str], say: Say, verified: set[str] | None = None
+) -> Iterator[None]:
+    """A block in which a module says what it has inside. `wanted` names the tensors that are asked for.
+
+    `verified` keeps, from block to block, the attention implementations of this module that were seen to compute what
+    is told of; each is compared once.
+    """
     forward = module.forward
-    compared: list[bool] = []
+    known = set() if verified is None else verified
 
     @functools.wraps(forward)
     def speaking(*args: Any, **kwargs: Any) -> Any:
@@ -59,12 +65,10 @@ def opened(module: nn.Module, style: Style, wanted: frozenset[str], say: Say) ->
         if outer is not None:  # a block inside this one has begun to listen already
             outer.told.insert(0, (wanted, say))
             return forward(*args, **kwargs)
-        telling = _Telling([(wanted, say)], compared=bool(compared))
+        telling = _Telling([(wanted, say)], known)
         dtype = _dtype_of((*args, *kwargs.values()))
         with replaced(module, "_hookkit", telling), _listening(module, style, telling, dtype):
-            result = forward(*args, **kwargs)
-        compared.extend([True] if telling.compared else [])
-        return result
+            return forward(*args, **kwargs)
 
     with replaced(module, "forward", speaking):
         yield
@@ -81,15 +85,20 @@ def _dtype_of(given: tuple[Any, ...]) -> torch.dtype:
     return next((each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()), torch.float32)
 
 
+class _Unchanged(Exception):
+    """Nothing that was told of was changed: the values need not be weighed once more."""
+
+
 class _Arithmetic(TorchFunctionMode):
     """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written.
 
-    `dtype` is that of the masks, which may be narrower than that of the scores.
+    `dtype` is that of the masks, which may be narrower than that of the scores. With `stop`, `_Unchanged` ends the
+    computation behind a pattern that nobody changed.
     """
 
-    def __init__(self, say: Say, dtype: torch.dtype, keys: int | None = None) -> None:
+    def __init__(self, say: Say, dtype: torch.dtype, keys: int | None = None, *, stop: bool = False) -> None:
         super().__init__()
-        self.say, self.dtype, self.keys, self.done = say, dtype, keys, False
+        self.say, self.dtype, self.keys, self.stop, self.done = say, dtype, keys, stop, False
         self.changed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +116,10 @@ class _Arithmetic(TorchFunctionMode):
         scores, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
         keys = scores.shape[-1] if self.keys is None else self.keys  # behind the keys may stand a sink
         pattern = func(self._told("scores", scores, keys), *rest, **kwargs)
-        return self._told("pattern", pattern, keys)
+        pattern = self._told("pattern", pattern, keys)
+        if self.stop and not self.changed:
+            raise _Unchanged
+        return pattern
 
     def _told(self, name: str, found: Tensor, keys: int) -> Tensor:
         part = found[..., :keys]
@@ -205,23 +217,21 @@ def _attention(
     if not telling.wants("scores", "pattern"):
         return fused(module, query, key, value, attention_mask, **settings)
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
-    with _Arithmetic(telling.say, query.dtype, keys=key.shape[2]) as arithmetic:
+    compare = telling.kind not in telling.verified and not module.training and fused is not own  # dropout draws anew
+    if not compare and fused is not own:
+        with suppress(_Unchanged), _Arithmetic(telling.say, query.dtype, key.shape[2], stop=True):
+            return own(module, query, key, value, mask, **settings)
+        return fused(module, query, key, value, attention_mask, **settings)
+    with _Arithmetic(telling.say, query.dtype, key.shape[2]) as arithmetic:
         written_out = own(module, query, key, value, mask, **settings)
-    if fused is own:
+    if not compare:
         return written_out
-    compare = not telling.compared and not module.training  # dropout draws anew
-    telling.compared |= compare
-    if not arithmetic.changed:
-        result = fused(module, query, key, value, attention_mask, **settings)
-        if compare:
-            _check_same(module, telling.kind, written_out[0], result[0], mask)
-        return result
-    if compare:
-        with torch.no_grad():
-            plain = own(module, query, key, value, mask, **settings)
-            used = fused(module, query, key, value, attention_mask, **settings)
-            _check_same(module, telling.kind, plain[0], used[0], mask)
-    return written_out
+    with torch.no_grad():
+        plain = own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
+        used = fused(module, query, key, value, attention_mask, **settings)
+        _check_same(module, telling.kind, plain[0], used[0], mask)
+    telling.verified.add(telling.kind)
+    return written_out if arithmetic.changed else fused(module, query, key, value, attention_mask, **settings)
 
 
 def _check_same(module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: Tensor | None) -> None:

@@ -22,6 +22,7 @@ class Layout:
     family: Family
     _found: dict[tuple[str, int | None], Place | None] = field(default_factory=dict)
     _sizes: dict[int | None, dict[str, int | None]] = field(default_factory=dict)
+    verified: dict[nn.Module, set[str]] = field(default_factory=dict)  # see `inside.opened`
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:

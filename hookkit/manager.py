@@ -146,7 +146,8 @@ class HookManager:
                 handles.append(self._tapped(tap, tap.module))
         for module, taps in inside.items():
             say = functools.partial(self._on_inside, taps)
-            stack.enter_context(opened(module, self.lm.family.attention, frozenset(map(str, taps)), say))
+            wanted, verified = frozenset(map(str, taps)), self.lm.layout.verified.setdefault(module, set())
+            stack.enter_context(opened(module, self.lm.family.attention, wanted, say, verified))
         for module in {block: None for tap in self.taps for block in checkpointing(root, tap.place.path)}:
             name = "_gradient_checkpointing_func"
             stack.enter_context(replaced(module, name, self._checkpointing(getattr(module, name))))

@@ -22,7 +22,7 @@ from transformers import (
 import hookkit as hk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # a worker for each core of two
 
 TEXTS = [
     "I like oat milk in my coffee. The store is in the city of Paris, and Mary went to the store.",

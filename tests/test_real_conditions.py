@@ -376,7 +376,7 @@ def test_an_offloaded_model_gives_the_numbers_of_the_model_in_memory(offloaded):
         [hk.edit("scores.1", lambda x: x * 0.5), hk.edit("pattern.2", lambda x: x * 0.5)],
         [hk.scale("z.1.2", 0.0), hk.ablate("mlp_out.2"), hk.force(7, step=0)],
     ],
-    ids=str,
+    ids=["steer", "attention", "heads"],
 )
 def test_edits_and_generations_of_an_offloaded_model_equal_those_of_the_model_in_memory(offloaded, hooks):
     whole = hk.tiny("llama")
