@@ -203,10 +203,11 @@ def _through_interface(module: nn.Module, telling: _Telling) -> Iterator[None]:
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """A module's attention, which says what it has inside. What transformers' interface calls.
 
     query is [batch, head, query, d_head], key and value [batch, kv_head, key, d_head] with all that the cache holds.
+    Comes back: [batch, query, head, d_head], and the pattern where the function in use gives one.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
