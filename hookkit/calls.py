@@ -31,6 +31,7 @@ class Text:
     generating: bool = False
     final: bool = False  # one forward is all there will be
     expand: int = 1
+    numbers: Sequence[int] | None = None  # the prompt of each model row, where rows are not `expand` of each in order
     beams: int = 1
     history: Int[Tensor, "row column"] | None = None  # what each model row has read before this forward, in a generate
     start: int = 0  # the first column that was seen
@@ -46,6 +47,10 @@ class Text:
                 wanted[row] = wish(where, self.lengths[row], lambda at, row=row: self.find(self.prompt(row), at))
             self._wishes[where] = wanted
         return self._wishes[where]
+
+    def of(self, row: int) -> int:
+        """The prompt that a model row is of."""
+        return row // self.expand if self.numbers is None else self.numbers[row]
 
     def reached(self, row: int, *, head: bool) -> range:
         """The positions of a prompt's row that have been seen, or those whose logits were computed."""
@@ -76,7 +81,7 @@ class Cells:
     @property
     def prompts(self) -> list[int]:
         """The prompt that each row is of."""
-        return [row // self.text.expand for row in self.rows]
+        return [self.text.of(row) for row in self.rows]
 
     @cached_property
     def positions(self) -> Int[Tensor, "row pos"]:
@@ -190,7 +195,7 @@ class Call:
         wanted = self.text.wishes(where)
         rows, places, columns = [], [], []
         for row in range(self.rows):
-            prompt = row // self.text.expand
+            prompt = self.text.of(row)
             found = _between(wanted[prompt], self.text.columns[prompt], lowest, last)
             if found:
                 rows.append(row)

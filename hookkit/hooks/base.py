@@ -95,7 +95,7 @@ class Here:
     def read(self, row: int, position: int, count: int) -> list[int]:
         """The last `count` tokens up to a position in a row of the values; fewer at the row's start."""
         text, model_row = self.cells.text, self.cells.rows[row]
-        prompt, start = model_row // text.expand, max(0, position - count + 1)
+        prompt, start = text.of(model_row), max(0, position - count + 1)
         ids = text.prompt(prompt)
         if position < len(ids):
             found = list(ids[start : position + 1])
