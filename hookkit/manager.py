@@ -77,7 +77,7 @@ class HookManager:
         self, lm: LM, hooks: Sequence[Hook], *, stop_early: bool = False, tracer: Tracer | None = None
     ) -> None:
         self.lm = lm
-        self.taps = planned(lm, hooks, self._reference)
+        self.taps = planned(lm, hooks, self.reference)
         self.tracer = tracer
         if tracer is not None:
             self._traced = logits_tap(lm, self.taps)
@@ -173,6 +173,10 @@ class HookManager:
         _let_outer_blocks_go_first(hooks)
         return handle
 
+    def _ahead(self, module: nn.Module, work: Any) -> RemovableHandle:
+        """Register what comes before all else at a module's input."""
+        return module.register_forward_pre_hook(work, prepend=True, with_kwargs=True)
+
     def _outermost(self, hook: Any, module: nn.Module, *given: Any) -> Any:
         """Of several modules that are the model, only the one that was called does the work."""
         return hook(module, *given) if module is self._owner else None
@@ -200,9 +204,12 @@ class HookManager:
             call.text.history = self._watch.tokens
             if call.text.beams > 1:  # beams change rows from step to step
                 self.follower.remember(call, self._watch.tokens)
-        self._call, self._owner, self._thread = call, module, thread
+        self._enter_forward(call, module)
         if self._stop_early:
             self._pending = set(self.actions)
+
+    def _enter_forward(self, call: Call, module: nn.Module) -> None:
+        self._call, self._owner, self._thread = call, module, threading.get_ident()
 
     def _check_possible(self, call: Call) -> None:
         text, plan = call.text, self.follower.generation
@@ -380,7 +387,7 @@ class HookManager:
 
         return generate
 
-    def _reference(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
+    def reference(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
         """What is at these sites on other prompts."""
         parts: dict[AnySite, list[Captured]] = {site: [] for site in sites}
         for start in range(0, len(prompts), REFERENCE_BATCH):

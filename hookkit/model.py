@@ -186,6 +186,11 @@ class LM:
     def _located(self) -> dict[Sites, dict[AnySite, Place]]:
         return {}
 
+    @cached_property
+    def learnt(self) -> dict[Any, Any]:
+        """What was found out about this model by trial, to be tried once only."""
+        return {}
+
     def expand(self, sites: SitesLike) -> Sites:
         """The same selection with every layer written out, checked against this model."""
         chosen: list[AnySite] = []
