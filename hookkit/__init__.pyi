@@ -47,6 +47,17 @@ from .hooks import swap as swap
 from .laws import prove as prove
 from .manager import HookManager as HookManager
 from .manager import attach as attach
+from .metrics import Metric as Metric
+from .metrics import Said as Said
+from .metrics import entropy as entropy
+from .metrics import kl as kl
+from .metrics import logit as logit
+from .metrics import logit_diff as logit_diff
+from .metrics import logprob as logprob
+from .metrics import loss as loss
+from .metrics import prob as prob
+from .metrics import rank as rank
+from .metrics import top1_changed as top1_changed
 from .model import LM as LM
 from .positions import GENERATED as GENERATED
 from .positions import PROMPT as PROMPT
@@ -66,6 +77,9 @@ from .steps import rank_lines as rank_lines
 from .streaming import Stream as Stream
 from .streaming import stream as stream
 from .strips import decision_strip as decision_strip
+from .sweeps import Plan as Plan
+from .sweeps import plan as plan
+from .sweeps import sweep as sweep
 from .tables import rank_shift as rank_shift
 from .tables import ranks as ranks
 from .tables import shift_summary as shift_summary
@@ -74,5 +88,3 @@ from .tiny import tiny as tiny
 from .tracing import Trace as Trace
 from .tracing import trace as trace
 from .zoo import load as load
-
-__version__: str

@@ -466,3 +466,18 @@ def _let_outer_blocks_go_first(hooks: Any) -> None:
 
 def _is_ours(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and isinstance(getattr(hook.func, "__self__", None), HookManager)
+
+
+def hooks_of_others(root: nn.Module) -> list[str]:
+    """The paths of the modules that carry hooks of the user's, and not of libraries. `Unsupported` inside a block."""
+    found = []
+    for path, module in root.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if _is_ours(hook):
+                raise Unsupported(
+                    "a sweep inside a block of hk.attach: leave the block, and give its hooks as under=[…]"
+                )
+            maker = getattr(hook, "__module__", None) or type(hook).__module__
+            if maker.partition(".")[0] not in ("transformers", "accelerate", "peft", "torch"):
+                found.append(path)
+    return found

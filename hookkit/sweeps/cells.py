@@ -1,0 +1,101 @@
+"""The cells of a sweep: each point of the grid with the hooks that act there."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ..captured import Captured
+from ..calls import Call
+from ..errors import BadHook, EmptySelection
+from ..firing import check_possible
+from ..hooks.base import Hook
+from ..hooks.looking import Capture
+from ..manager import HookManager
+from ..model import LM
+from ..sites import AnySite, Site
+from ..taps import Action, Tap, planned
+from .reading import Reading
+
+Grid: TypeAlias = Mapping[str, Iterable[Any]]
+HooksAt: TypeAlias = Callable[..., Hook | Sequence[Hook]]
+
+TAKEN = ("row", "control")  # columns that the table has of its own
+
+
+@dataclass(eq=False)
+class Cell:
+    """One point of the grid: its coordinates, its hooks, and what they do where."""
+
+    number: int
+    at: dict[str, Any]
+    hooks: tuple[Hook, ...]
+    taps: list[Tap]
+    control: bool = False
+    alone: str = ""  # why it has to be run by itself
+
+    @property
+    def actions(self) -> list[Action]:
+        """All that is done."""
+        return [action for tap in self.taps for action in tap.actions]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.at.items())
+
+
+@dataclass(eq=False)
+class References:
+    """Values of other prompts, for hooks that put in means or draws: each layer of a site is captured once."""
+
+    lm: LM
+    known: dict[tuple[Any, str], dict[AnySite, Captured]] = field(default_factory=dict)
+
+    def __call__(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
+        return {site: self._at(site, prompts) for site in sites}
+
+    def _at(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
+        name = site.name if isinstance(site, Site) else str(site)
+        whole: AnySite = Site(site.name, site.layer) if isinstance(site, Site) else site
+        if (prompts, name) not in self.known:
+            asked = self.lm.expand(name if isinstance(site, Site) else [site])
+            self.known[prompts, name] = HookManager(self.lm, ()).reference(asked, prompts)
+        found = self.known[prompts, name][whole]
+        return found.head(site.head) if isinstance(site, Site) and site.head is not None else found
+
+
+def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]:
+    """Every cell of the grid, the last dimension fastest, its hooks checked against the model and the prompts."""
+    axes = {name: list(values) for name, values in grid.items()}
+    for name, values in axes.items():
+        if name in TAKEN:
+            raise BadHook(f"the grid has a dimension {name!r}, which is a column of the table: give it another name")
+        if not values:
+            raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
+    if not axes:
+        raise EmptySelection("the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}")
+    references = References(lm)
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [_cell(lm, number, at, hooks, reading, references) for number, at in enumerate(points)]
+
+
+def _cell(lm: LM, number: int, at: dict[str, Any], hooks: HooksAt, reading: Reading, references: References) -> Cell:
+    try:
+        given = hooks(**at)
+        found = (given,) if isinstance(given, Hook) else tuple(given)
+        return Cell(number, at, found, checked(lm, found, reading, references))
+    except Exception as error:
+        error.add_note(f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}")
+        raise
+
+
+def checked(lm: LM, hooks: Sequence[Hook], reading: Reading, references: References) -> list[Tap]:
+    """The taps of hooks that can act on these prompts."""
+    for hook in hooks:
+        if isinstance(hook, Capture):
+            raise BadHook(f"{hook} in a sweep: a sweep keeps metrics only; capture with hk.forward")
+    taps = planned(lm, hooks, references)
+    text = reading.full
+    width = max(text.lengths)
+    whole = Call(text, 0, 0, len(reading), width, range(width), 0)
+    check_possible([action for tap in taps for action in tap.actions], text, whole, None)
+    return taps

@@ -1,0 +1,103 @@
+"""Controls: the same cell with an edit that says nothing of the hypothesis."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..captured import Captured
+from ..errors import BadHook
+from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square
+from ..hooks.replacing import Ablate, FromRun
+from ..model import LM
+from .cells import Cell, HooksAt, References, checked
+from .reading import Reading
+
+Control: TypeAlias = Literal["random", "resample"] | HooksAt
+
+
+@dataclass(frozen=True)
+class Randomised(EditHook):
+    """Change what it finds by as much as another hook would, in a random direction."""
+
+    hook: EditHook
+    seed: int = 0
+
+    verb: ClassVar[str] = "randomised"
+    bare: ClassVar[tuple[str, ...]] = ("hook",)
+
+    def change(self, binding: Binding) -> Change:
+        inner = self.hook.change(binding)
+
+        def apply(values: Tensor, here: Here) -> Tensor:
+            by = (inner(values, here) - values).float()
+            axes = tuple(range(2, values.ndim))
+            noise = self._noise(values, here)
+            size = by.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)
+            return values + (noise * size).to(values.dtype)
+
+        return apply
+
+    def _noise(self, values: Tensor, here: Here) -> Tensor:
+        """Normal draws that depend on the seed, the site, the prompt's tokens and the position alone."""
+        noise = torch.ones(values.shape)
+        for number, (row, places) in enumerate(zip(here.rows, here.cells.places, strict=True)):
+            for column, place in enumerate(places):
+                words = repr((self.seed, str(here.site), here.cells.text.prompt(row), place))
+                seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
+                drawn = torch.randn(values.shape[2:], generator=torch.Generator().manual_seed(seed))
+                noise[number, column] = drawn
+        return noise.to(values.device)
+
+
+def controlled(lm: LM, cells: Sequence[Cell], control: Control, reading: Reading) -> list[Cell]:
+    """The control of each cell."""
+    made: dict[Any, Callable[[Sequence[Hook], dict[str, Any]], Sequence[Hook]]] = {
+        "random": lambda hooks, at: [_random(hook) for hook in hooks],
+        "resample": lambda hooks, at: [_resampled(hook) for hook in hooks],
+    }
+    if not callable(control) and control not in made:
+        raise BadHook(
+            f"control={control!r} is unknown: say 'random', 'resample', or give a function of the grid's values"
+        )
+    references, found = References(lm), []
+    for cell in cells:
+        if callable(control):
+            given = control(**cell.at)
+            hooks = (given,) if isinstance(given, Hook) else tuple(given)
+        else:
+            hooks = tuple(made[control](cell.hooks, cell.at))
+        found.append(
+            Cell(len(cells) + cell.number, cell.at, hooks, checked(lm, hooks, reading, references), control=True)
+        )
+    return found
+
+
+def _random(hook: Hook) -> Hook:
+    assert isinstance(hook, EditHook)
+    not_square(hook.sites, "control='random' needs vectors, and changes")
+    return Randomised(hook.sites, hook.where, hook)
+
+
+def _resampled(hook: Hook) -> Hook:
+    """The same patch with the values of the next prompt of its source."""
+    if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
+        raise BadHook(f"control='resample' patches from another prompt, and {hook} is no patch: say control='random'")
+    return replace(hook, to=FromRun(tuple(map(_rolled, hook.to.sources))))
+
+
+def _rolled(source: Captured) -> Captured:
+    if len(source.rows) < 2 or source.positions is None:
+        raise BadHook(
+            f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt only: "
+            "give several prompts, or say control='random'"
+        )
+    return replace(
+        source,
+        values=source.values.roll(-1, 0),
+        positions=source.positions.roll(-1, 0),
+        prompts=(*source.prompts[1:], source.prompts[0]),
+    )

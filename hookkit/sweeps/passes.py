@@ -1,0 +1,150 @@
+"""The forwards of a sweep: the unedited rows once, then many cells at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..calls import Call
+from ..captured import Piece
+from ..model import LM
+from ..taps import Action, Tap
+from .prefix import KeysAndValues, kept, prefix
+from .reach import INPUT, Start
+from .reading import Reading
+from .wave import Factors, Growth, Lane, Recorder, Wave
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One prompt of one cell, and where it begins to differ from the unedited prompt."""
+
+    cell: int
+    row: int
+    start: Start
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return self.start.block, self.cell, self.row
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """The unedited rows: what later forwards start from.
+
+    known   keys and values of every position; None where they were not kept
+    states  what enters the blocks at which a row may join: the last `width` positions
+    logits  [row, look, vocab]
+    """
+
+    rows: tuple[int, ...]
+    columns: int
+    known: KeysAndValues | None
+    states: Mapping[int, Tensor]
+    logits: Float[Tensor, "row look vocab"]
+
+    def places(self, units: Sequence[Unit]) -> list[int]:
+        """The number, among its rows, of each unit's prompt."""
+        number = {row: place for place, row in enumerate(self.rows)}
+        return [number[unit.row] for unit in units]
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcuts:
+    """What a model was seen to allow, and the facts that this needs.
+
+    batch   cells may share a forward, each on rows of its own
+    grow    rows may join at the block where they begin to differ
+    prefix  positions before the first that differs may come from a cache
+    why     for each that is not allowed, the reason
+    """
+
+    batch: bool
+    grow: bool
+    prefix: bool
+    why: Mapping[str, str]
+    factors: Factors
+    kinds: Sequence[int]
+
+
+def run_trunk(
+    reading: Reading, rows: Sequence[int], taps: Sequence[Tap], blocks: Sequence[int], width: int, *, cache: bool
+) -> Trunk:
+    """Run some prompts without a cell's edits. `taps` act on all of them; the last `width` positions are recorded."""
+    from transformers import DynamicCache
+
+    columns = max(reading.lengths[row] for row in rows)
+    lane = _lane(reading, tuple(rows), 0, columns, 0, columns)
+    recorder = Recorder(blocks, width)
+    given: dict[str, Any] = {"past_key_values": DynamicCache()} if cache else {}
+    wave = Wave(reading.lm, [(lane, taps)], recorder=recorder, rows=len(rows), width=columns)
+    logits = _called(wave, reading, rows, columns, columns, given)
+    known = kept(given["past_key_values"]) if cache else None
+    return Trunk(tuple(rows), columns, known, recorder.states, logits)
+
+
+def run_units(
+    trunk: Trunk, reading: Reading, units: Sequence[Unit], taps: Sequence[Sequence[Tap]], width: int, may: Shortcuts
+) -> Float[Tensor, "row look vocab"]:
+    """Run units, sorted by `Unit.order`, over the last `width` columns. `taps` are those of each cell."""
+    past, places = trunk.columns - width, trunk.places(units)
+    grows = may.grow and units[0].start.block > INPUT
+    rows = trunk.rows if grows else [unit.row for unit in units]
+    lanes = [(lane, taps[cell]) for cell, lane in _lanes(reading, units, trunk.columns, width)]
+    growth = _growth(trunk, reading.lm, units, places, width, may) if grows else None
+    wave = Wave(reading.lm, lanes, growth, rows=len(rows), width=width)
+    given: dict[str, Any] = {}
+    if past:
+        assert trunk.known is not None
+        numbers = torch.tensor(places)
+        given["past_key_values"] = prefix(trunk.known, past, lambda: numbers[: wave.count])
+    return _called(wave, reading, rows, trunk.columns, width, given)
+
+
+def _called(
+    wave: Wave, reading: Reading, rows: Sequence[int], columns: int, width: int, given: dict[str, Any]
+) -> Float[Tensor, "row look vocab"]:
+    lm, looks = reading.lm, max(reading.looks[row] for row in rows)
+    settings = {"use_cache": bool(given), "return_dict": True, "logits_to_keep": looks}
+    known = {name: value for name, value in settings.items() if name in lm.takes or name == "return_dict"}
+    with torch.no_grad(), wave:
+        output = lm.model(**reading.inputs(rows, columns, width), **known, **given)
+    return output.logits[:, -looks:]
+
+
+def _lanes(reading: Reading, units: Sequence[Unit], columns: int, width: int) -> Iterator[tuple[int, Lane]]:
+    """The rows of each cell, those that join at one block together."""
+    start = 0
+    for (_, cell), found in groupby(units, key=lambda unit: (unit.start.block, unit.cell)):
+        rows = tuple(unit.row for unit in found)
+        yield cell, _lane(reading, rows, start, columns, columns - width, width)
+        start += len(rows)
+
+
+def _lane(reading: Reading, rows: tuple[int, ...], start: int, columns: int, past: int, width: int) -> Lane:
+    looks = max(reading.looks)
+    text = replace(reading.text(columns), numbers=rows)
+    call = Call(text, 0, past, len(rows), width, range(width - looks, width), past)
+    return Lane(rows, start, start + len(rows), call)
+
+
+def _growth(trunk: Trunk, lm: LM, units: Sequence[Unit], places: list[int], width: int, may: Shortcuts) -> Growth:
+    blocks = [unit.start.block for unit in units]
+    counts = [sum(block <= number for block in blocks) for number in range(lm.n_layers)]
+
+    def states(number: int) -> Tensor:
+        joining = [place for place, block in zip(places, blocks, strict=True) if block == number]
+        found = trunk.states[number]
+        return found[torch.tensor(joining, device=found.device), -width:]
+
+    return Growth(blocks[0], counts, states, places, len(trunk.rows), may.kinds, may.factors)
+
+
+def run_captures(reading: Reading, rows: Sequence[int], taps: Sequence[Tap]) -> dict[Action, Piece]:
+    """What the captures among these taps keep of some prompts."""
+    run_trunk(reading, rows, taps, (), 1, cache=False)
+    return {action: action.pieces[0] for tap in taps for action in tap.actions if action.change is None}

@@ -1,0 +1,161 @@
+"""The plan of a sweep: what has to run, what need not, and what it will cost."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..metrics import Metric
+from ..model import LM
+from ..taps import Tap
+from .cells import Cell
+from .grouping import Job, cut, grouped, row_bytes, trunk_bytes
+from .passes import Shortcuts, Unit
+from .reach import INPUT, Reach, Start
+from .reading import Reading
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """What a sweep is going to do; print it. `hk.plan` makes one, `hk.sweep` runs one."""
+
+    lm: LM
+    cells: tuple[Cell, ...]
+    reading: Reading
+    metrics: tuple[Metric, ...]
+    under: tuple[Tap, ...]
+    may: Shortcuts
+    budget: int
+
+    @cached_property
+    def taps(self) -> list[list[Tap]]:
+        """All that is done in each cell, what acts in every cell first."""
+        return [[*self.under, *cell.taps] for cell in self.cells]
+
+    def chunks(self) -> Iterator[tuple[int, ...]]:
+        """The prompts, a part at a time, so that what is kept of them fits half the budget."""
+        room = max(1, self.budget // 2 // trunk_bytes(self.lm, max(self.reading.lengths)))
+        for start in range(0, len(self.reading), room):
+            yield tuple(range(start, min(start + room, len(self.reading))))
+
+    def reach(self, *, trusted: bool = True) -> Reach:
+        """The argument about what can change; `trusted` where sources were seen to be this model's own."""
+        actions = tuple(action for tap in self.under for action in tap.actions)
+        return Reach(self.lm, self.reading, trusted, actions)
+
+    def units(self, rows: Sequence[int], reach: Reach) -> list[Unit]:
+        """The units of some prompts that have to run with others; the rest cannot matter, or runs alone."""
+        found = []
+        for cell in self.cells:
+            if not cell.alone:
+                starts = ((row, reach.start(cell.actions, row)) for row in rows)
+                found += [Unit(cell.number, row, start) for row, start in starts if start is not None]
+        return found
+
+    def jobs(self, rows: Sequence[int], units: Sequence[Unit], budget: int) -> list[Job]:
+        """The forwards that run these units."""
+        reading, columns = self.reading, max(self.reading.lengths[row] for row in rows)
+        looks = max(reading.looks)
+        needs = [max(looks, reading.lengths[unit.row] - unit.start.pos) for unit in units]
+        jobs = []
+        for joining in (False, True):  # rows that begin with the input are no part of a batch that grows
+            chosen = [n for n, unit in enumerate(units) if (self.may.grow and unit.start.block > INPUT) is joining]
+            some = _from_input([units[n] for n in chosen], keep=joining)
+            jobs += grouped(self.lm, some, [needs[n] for n in chosen], columns, prefix=self.may.prefix)
+        return [part for job in jobs for part in cut(self.lm, job, columns, looks, budget // 2)]
+
+    @property
+    def alone(self) -> list[Cell]:
+        """The cells that run by themselves."""
+        return [cell for cell in self.cells if cell.alone]
+
+    @cached_property
+    def all_jobs(self) -> list[Job]:
+        """The forwards of all prompts."""
+        reach = self.reach()
+        return [job for rows in self.chunks() for job in self.jobs(rows, self.units(rows, reach), self.budget)]
+
+    @property
+    def forwards(self) -> int:
+        """How many forwards will run."""
+        chunks = len(list(self.chunks()))
+        return chunks * (1 + len(self.alone)) + len(self.all_jobs)
+
+    @cached_property
+    def layer_tokens(self) -> int:
+        """How many tokens will pass through a block, counted for each block, those of the unedited rows included."""
+        whole = sum(self.reading.lengths) * self.lm.n_layers
+        run = sum(job.layer_tokens(self.lm.n_layers, grow=self.may.grow) for job in self.all_jobs)
+        return whole * (1 + len(self.alone)) + run
+
+    @property
+    def naive_layer_tokens(self) -> int:
+        """The same for one whole forward of each prompt in each cell."""
+        return sum(map(len, self.reading.rows)) * self.lm.n_layers * len(self.cells)
+
+    @property
+    def running(self) -> int:
+        """How many cells, counted for each prompt, have to run."""
+        return sum(len(job.units) for job in self.all_jobs) + len(self.alone) * len(self.reading)
+
+    @property
+    def filled(self) -> int:
+        """How many need not run, since their edit cannot change what the metric sees."""
+        return len(self.cells) * len(self.reading) - self.running
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes it will take at its peak, beside the model."""
+        reading = self.reading
+        columns, looks = max(reading.lengths), max(reading.looks)
+        rows = max(map(len, self.chunks()))
+        waves = [len(job.units) * row_bytes(self.lm, job.width, columns, looks) for job in self.all_jobs]
+        return rows * trunk_bytes(self.lm, columns) + max([*waves, rows * row_bytes(self.lm, columns, columns, looks)])
+
+    def __repr__(self) -> str:
+        prompts = len(self.reading)
+        share = self.layer_tokens / max(1, self.naive_layer_tokens)
+        widths = [job.width for job in self.all_jobs]
+        over = f", over {_range(widths)} of {max(self.reading.lengths)} positions" if widths else ""
+        lines = [
+            f"{len(self.cells):,} cells x {_count(prompts, 'prompt')}",
+            f"  cannot matter   {self.filled:,}: filled with the unedited value",
+            f"  to run          {self.running:,} in {_count(self.forwards, 'forward')}{over}",
+            f"  layer-tokens    {self.layer_tokens:,} instead of {self.naive_layer_tokens:,} ({share:.1%})",
+            f"  memory          about {self.memory / 2**20:,.0f} MB beside the model",
+            *(f"  {name:<15} {words}" for name, words in self._reductions()),
+        ]
+        return "\n".join(lines)
+
+    def _reductions(self) -> Iterator[tuple[str, str]]:
+        why = self.may.why
+        cropped = any(len(fed) < len(row) for fed, row in zip(self.reading.fed, self.reading.rows, strict=True))
+        yield (
+            "stop",
+            "at the position where the metric looks" if cropped else "at the last position, where the metric looks",
+        )
+        yield "share", "cells share forwards" if self.may.batch else f"no: {why['batch']}"
+        yield "start", "at the block where a cell first differs" if self.may.grow else f"no: {why['grow']}"
+        yield "prefix", "positions before the edit come from a cache" if self.may.prefix else f"no: {why['prefix']}"
+        yield (
+            "head",
+            "at the metric's position only"
+            if "logits_to_keep" in self.lm.takes
+            else "no: the model takes no logits_to_keep",
+        )
+        for reason, count in Counter(cell.alone for cell in self.alone).items():
+            yield "alone", f"{_count(count, 'cell')}: {reason}"
+
+
+def _from_input(units: Sequence[Unit], *, keep: bool) -> Sequence[Unit]:
+    """The same units, to be run from the input on unless their own start is to be kept."""
+    return units if keep else [Unit(unit.cell, unit.row, Start(INPUT, unit.start.pos)) for unit in units]
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

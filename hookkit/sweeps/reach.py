@@ -1,0 +1,119 @@
+"""What a cell can change: the first block and the first position at which its rows differ from the unedited ones.
+
+Everything here is an argument, and no measurement:
+
+causal      what is at a position depends on nothing behind it, so an edit changes nothing before its own position
+last block  behind the attention of the last block no position reads another, so an edit there that is not where the
+            metric looks changes nothing that it sees
+same text   a patch puts in what is there already, up to the first token in which the source's prompt differs (the
+            sweep holds the source's values against the model's own before it believes this)
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..captured import Captured
+from ..hooks.replacing import Ablate, FromRun
+from ..model import LM
+from ..positions import Where, Wish, wish
+from ..prompts import cover
+from ..sites import AnySite, Site
+from ..taps import Action
+from .reading import Reading
+
+INPUT = -1  # before the first block
+
+# What stands behind the attention of its block: it reaches other positions through later blocks only.
+BEHIND_ATTENTION = frozenset(
+    {"scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "router_logits", "experts", "expert_weights"}
+    | {"mlp_pre", "mlp_post", "mlp_out", "resid_post", "final_norm", "lm_head", "logits"}
+)
+
+
+@dataclass(frozen=True, order=True)
+class Start:
+    """Where a row of a cell begins to differ from the unedited row."""
+
+    block: int
+    pos: int
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The argument for one model and one reading. `trusted`: patches of the same text put in what is there already."""
+
+    lm: LM
+    reading: Reading
+    trusted: bool = True
+    under: tuple[Action, ...] = ()  # acts in every row, edited or not
+
+    def start(self, actions: Iterable[Action], row: int) -> Start | None:
+        """Where a row begins to differ under these actions; None where it cannot matter."""
+        found = [start for action in actions if (start := self.of(action, row)) is not None]
+        return Start(min(each.block for each in found), min(each.pos for each in found)) if found else None
+
+    def of(self, action: Action, row: int) -> Start | None:
+        """Where one action begins to change a row, as far as the metric can see."""
+        wanted = self.reading.full.wishes(action.where)[row]
+        if wanted is None:
+            return None
+        first = 0
+        if self.last_block(action.site):
+            first = self.reading.lengths[row] - self.reading.looks[row]
+        if self.trusted:
+            first = max(first, self.same_until(action, row))
+        place = _first(wanted, first)
+        if place is None or place >= self.reading.lengths[row]:
+            return None
+        return Start(self.block(action.site), place)
+
+    def block(self, site: AnySite) -> int:
+        """The block in which a site is; the last one for what comes behind all blocks, `INPUT` for the rest."""
+        last = self.lm.n_layers - 1
+        if isinstance(site, Site):
+            return INPUT if site.name in ("embed", "pos_embed") else last if site.layer is None else site.layer
+        path = self.lm.family.block
+        inside = (n for n in range(last + 1) if f"{site.path}.".startswith(path.format(layer=n) + "."))
+        return next(inside, INPUT)
+
+    def last_block(self, site: AnySite) -> bool:
+        """True where a site is behind the last attention."""
+        if not isinstance(site, Site) or site.name not in BEHIND_ATTENTION:
+            return False
+        return site.layer is None or site.layer == self.lm.n_layers - 1
+
+    def same_until(self, action: Action, row: int) -> int:
+        """The first position at which a patch may put in something else than is there; 0 for what is no patch."""
+        source = source_of(action)
+        if source is None or source.positions is None:
+            return 0
+        number = source.row(row)
+        ids, mine = source.prompts[number], self.reading.rows[row]
+        if not self._same_places(action.where, row, ids):
+            return 0
+        pairs = enumerate(zip(ids, mine, strict=False))
+        differ = next((place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(mine)))
+        return min([differ, *(self._first_of(each, row) for each in self.under)])
+
+    def _same_places(self, where: Where, row: int, ids: tuple[int, ...]) -> bool:
+        theirs = wish(where, len(ids), lambda at: cover(self.lm, ids, at))
+        return theirs == self.reading.full.wishes(where)[row]
+
+    def _first_of(self, action: Action, row: int) -> int:
+        wanted = self.reading.full.wishes(action.where)[row]
+        return len(self.reading.rows[row]) if not wanted else wanted[0]
+
+
+def source_of(action: Action) -> Captured | None:
+    """What a patch puts in at its site; None for any other hook."""
+    hook = action.hook
+    if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
+        return None
+    return next(source for source in hook.to.sources if source.site == action.site)
+
+
+def _first(wanted: Wish, least: int) -> int | None:
+    """The first wanted position that is at least so much."""
+    place = bisect_left(wanted, least)
+    return wanted[place] if place < len(wanted) else None

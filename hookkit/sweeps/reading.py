@@ -1,0 +1,92 @@
+"""What a sweep reads: its prompts, as far as the metric looks, and with the continuation that it looks at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls import Text
+from ..errors import OutOfRange, Unsupported
+from ..metrics import Loss, Metric
+from ..model import LM
+from ..prompts import Prompts, Row, as_batch, cover, pad_id, padded
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The rows of a sweep.
+
+    rows    the tokens of each prompt
+    fed     what is run of each: up to where the metric looks, and a continuation
+    looks   at how many of the last positions of each the metric looks
+    """
+
+    lm: LM
+    rows: tuple[Row, ...]
+    fed: tuple[Row, ...]
+    looks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """How many tokens are run of each row."""
+        return [len(row) for row in self.fed]
+
+    @cached_property
+    def full(self) -> Text:
+        """The prompts by themselves, without padding, for what hooks wish of them."""
+        return self._text([range(len(row)) for row in self.rows])
+
+    def text(self, columns: int) -> Text:
+        """The rows that are run, padded on the left to so many columns."""
+        return self._text([range(columns - length, columns) for length in self.lengths])
+
+    def _text(self, columns: Sequence[range]) -> Text:
+        lengths = [len(row) for row in self.rows]
+        return Text(list(columns), lengths, self.rows.__getitem__, partial(cover, self.lm), final=True)
+
+    def inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:
+        """The arguments of a forward over the last `width` of so many columns of these rows."""
+        lm, lengths = self.lm, [self.lengths[row] for row in rows]
+        ids = padded([self.fed[row] for row in rows], pad_id(lm), "left")
+        ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
+        inputs = {"input_ids": ids[:, -width:].to(lm.device)}
+        if set(lengths) == {columns}:
+            return inputs
+        positions = torch.stack([torch.arange(columns) - (columns - length) for length in lengths])
+        inputs["attention_mask"] = (positions >= 0).long().to(lm.device)
+        if "position_ids" in lm.takes:
+            inputs["position_ids"] = positions.clamp(min=0)[:, -width:].to(lm.device)
+        return inputs
+
+
+def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Reading:
+    """The prompts of a sweep whose metrics look at position `pos`."""
+    rows = as_batch(lm, prompts).rows
+    ends = [_end(number, len(row), pos) for number, row in enumerate(rows)]
+    continued = {metric for metric in metrics if isinstance(metric, Loss)}
+    if not continued:
+        fed = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
+        return Reading(lm, rows, fed, (1,) * len(rows))
+    if len(continued) > 1 or pos != -1:
+        raise Unsupported(
+            f"loss reads a continuation behind the prompt, and {len(continued)} were asked for with pos={pos}: "
+            "ask for one, at pos=-1"
+        )
+    behind = continued.pop().tokens(lm, len(rows))
+    fed = tuple((*row, *more[:-1]) for row, more in zip(rows, behind, strict=True))
+    return Reading(lm, rows, as_batch(lm, [list(row) for row in fed]).rows, tuple(map(len, behind)))
+
+
+def _end(number: int, length: int, pos: Any) -> int:
+    place = pos if pos >= 0 else length + pos
+    if not 0 <= place < length:
+        raise OutOfRange(
+            f"the metric looks at position {pos}, and prompt {number} has {length} tokens: -{length} to {length - 1}"
+        )
+    return place
