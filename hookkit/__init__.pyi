@@ -78,6 +78,12 @@ from .streaming import Stream as Stream
 from .streaming import stream as stream
 from .strips import decision_strip as decision_strip
 from .sweeps import Plan as Plan
+from .sweeps import ablations as ablations
+from .sweeps import causal_tracing as causal_tracing
+from .sweeps import dose as dose
+from .sweeps import over_prompts as over_prompts
+from .sweeps import patching as patching
+from .sweeps import path_patching as path_patching
 from .sweeps import plan as plan
 from .sweeps import sweep as sweep
 from .tables import rank_shift as rank_shift

@@ -11,7 +11,7 @@ Any function of the logits [row, vocab] that gives a number for each row is a me
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +31,7 @@ class Said:
 
     logits  [row, vocab]        float32, at the position that the metric is of
     rows                        the prompt that each row is of
-    before  [row, vocab]        the same rows without the edit; None outside a sweep
+    before  [row, vocab]        the same rows without the edit; None where no metric of a sweep compares with it
     after   row of [pos, vocab] where a continuation was read: the logits at the prompt's last position and at each
                                 token of the continuation but the last
     """
@@ -50,9 +50,10 @@ class Metric:
     """One number for each prompt. Made by `logit_diff`, `prob`, `kl` …"""
 
     name: ClassVar[str]  # of its column
+    compares: ClassVar[bool] = False  # with the same prompt without the edit
 
     def bound(self, lm: LM, count: int) -> Measure:
-        """The metric for this model's tokens and so many prompts; raises where a token is none or a list is too short."""
+        """The metric for this model's tokens and so many prompts; raises where a token is none, or one is missing."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
     def __call__(self, run: Run, *, pos: int = -1) -> Float[Tensor, " row"]:
@@ -69,6 +70,8 @@ def last_logits(run: Run, pos: int = -1) -> Float[Tensor, "row vocab"]:
 
 @dataclass(frozen=True)
 class LogitDiff(Metric):
+    """The right logit minus the wrong one. Made by `logit_diff`."""
+
     right: Answers
     wrong: Answers
 
@@ -93,6 +96,8 @@ def logit_diff(right: Answers, wrong: Answers) -> LogitDiff:
 
 @dataclass(frozen=True)
 class Logit(Metric):
+    """The logit of a token. Made by `logit`."""
+
     token: Answers
 
     name: ClassVar[str] = "logit"
@@ -108,6 +113,8 @@ def logit(token: Answers) -> Logit:
 
 @dataclass(frozen=True)
 class Logprob(Metric):
+    """The log-probability of a token. Made by `logprob`."""
+
     token: Answers
 
     name: ClassVar[str] = "logprob"
@@ -124,6 +131,8 @@ def logprob(token: Answers) -> Logprob:
 
 @dataclass(frozen=True)
 class Prob(Metric):
+    """The probability of a token. Made by `prob`."""
+
     token: Answers
 
     name: ClassVar[str] = "prob"
@@ -140,6 +149,8 @@ def prob(token: Answers) -> Prob:
 
 @dataclass(frozen=True)
 class Rank(Metric):
+    """The rank of a token. Made by `rank`."""
+
     token: Answers
 
     name: ClassVar[str] = "rank"
@@ -161,6 +172,8 @@ def rank(token: Answers) -> Rank:
 
 @dataclass(frozen=True)
 class Entropy(Metric):
+    """The entropy of the next token. Made by `entropy`."""
+
     name: ClassVar[str] = "entropy"
 
     def bound(self, lm: LM, count: int) -> Measure:
@@ -174,10 +187,13 @@ def entropy() -> Entropy:
 
 @dataclass(frozen=True, eq=False)
 class KL(Metric):
+    """The divergence from a reference. Made by `kl`."""
+
     reference: Run | None
     pos: int = -1
 
     name: ClassVar[str] = "kl"
+    compares: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         return "KL()" if self.reference is None else f"KL({self.reference})"
@@ -213,7 +229,10 @@ def kl(reference: Run | None = None, *, pos: int = -1) -> KL:
 
 @dataclass(frozen=True)
 class Top1Changed(Metric):
+    """Whether the most likely token is another. Made by `top1_changed`."""
+
     name: ClassVar[str] = "top1_changed"
+    compares: ClassVar[bool] = True
 
     def bound(self, lm: LM, count: int) -> Measure:
         real = lm.n_tokens or None
@@ -235,6 +254,8 @@ def top1_changed() -> Top1Changed:
 
 @dataclass(frozen=True)
 class Loss(Metric):
+    """The loss of a continuation. Made by `loss`."""
+
     continuation: str | list[str] | tuple[int, ...]
 
     name: ClassVar[str] = "loss"
@@ -280,6 +301,8 @@ def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:
 
 @dataclass(frozen=True)
 class OfLogits(Metric):
+    """A user's function of the logits [row, vocab]."""
+
     fn: Callable[[Tensor], Tensor]
 
     @property
@@ -346,8 +369,8 @@ def _ids(lm: LM, answers: Answers, count: int) -> _Ids:
     each = answers if isinstance(answers, list) else [answers] * count
     if len(each) != count:
         raise BadPrompt(
-            f"a metric has tokens for {len(each)} prompts, and there are {count}: a list has one entry for each prompt, "
-            "and a tuple holds several tokens of one"
+            f"a metric has tokens for {len(each)} prompts, and there are {count}: a list has one entry for each "
+            "prompt, and a tuple holds several tokens of one"
         )
     rows = [[lm.token(token) for token in (one if isinstance(one, tuple) else (one,))] for one in each]
     if not all(rows):

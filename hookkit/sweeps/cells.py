@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from ..captured import Captured
 from ..calls import Call
+from ..captured import Captured
 from ..errors import BadHook, EmptySelection
 from ..firing import check_possible
 from ..hooks.base import Hook
@@ -18,7 +18,8 @@ from ..taps import Action, Tap, planned
 from .reading import Reading
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]]
-HooksAt: TypeAlias = Callable[..., Hook | Sequence[Hook]]
+HooksAt: TypeAlias = Callable[..., Hook | Sequence[Hook] | None]
+"""From a value of each dimension, by name, to the hooks of the cell; None where the grid has no such cell."""
 
 TAKEN = ("row", "control")  # columns that the table has of its own
 
@@ -74,15 +75,32 @@ def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]
     if not axes:
         raise EmptySelection("the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}")
     references = References(lm)
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [_cell(lm, number, at, hooks, reading, references) for number, at in enumerate(points)]
+    cells: list[Cell] = []
+    for values in itertools.product(*axes.values()):
+        at = dict(zip(axes, values, strict=True))
+        made = hooks_at(hooks, at)
+        if made is not None:
+            cells.append(_cell(lm, len(cells), at, made, reading, references))
+    if not cells:
+        raise EmptySelection("the function gave None for every point of the grid: give hooks for at least one")
+    return cells
 
 
-def _cell(lm: LM, number: int, at: dict[str, Any], hooks: HooksAt, reading: Reading, references: References) -> Cell:
+def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
+    """What a function of the grid's values gives at a point, as hooks."""
     try:
         given = hooks(**at)
-        found = (given,) if isinstance(given, Hook) else tuple(given)
-        return Cell(number, at, found, checked(lm, found, reading, references))
+    except Exception as error:
+        error.add_note(f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}")
+        raise
+    return given if given is None else (given,) if isinstance(given, Hook) else tuple(given)
+
+
+def _cell(
+    lm: LM, number: int, at: dict[str, Any], hooks: tuple[Hook, ...], reading: Reading, references: References
+) -> Cell:
+    try:
+        return Cell(number, at, hooks, checked(lm, hooks, reading, references))
     except Exception as error:
         error.add_note(f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}")
         raise

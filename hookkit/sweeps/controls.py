@@ -13,7 +13,7 @@ from ..errors import BadHook
 from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square
 from ..hooks.replacing import Ablate, FromRun
 from ..model import LM
-from .cells import Cell, HooksAt, References, checked
+from .cells import Cell, HooksAt, References, checked, hooks_at
 from .reading import Reading
 
 Control: TypeAlias = Literal["random", "resample"] | HooksAt
@@ -66,8 +66,9 @@ def controlled(lm: LM, cells: Sequence[Cell], control: Control, reading: Reading
     references, found = References(lm), []
     for cell in cells:
         if callable(control):
-            given = control(**cell.at)
-            hooks = (given,) if isinstance(given, Hook) else tuple(given)
+            hooks = hooks_at(control, cell.at)
+            if hooks is None:
+                continue
         else:
             hooks = tuple(made[control](cell.hooks, cell.at))
         found.append(
@@ -92,8 +93,8 @@ def _resampled(hook: Hook) -> Hook:
 def _rolled(source: Captured) -> Captured:
     if len(source.rows) < 2 or source.positions is None:
         raise BadHook(
-            f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt only: "
-            "give several prompts, or say control='random'"
+            f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt "
+            "only: give several prompts, or say control='random'"
         )
     return replace(
         source,

@@ -108,7 +108,7 @@ def run_units(
 def _called(
     wave: Wave, reading: Reading, rows: Sequence[int], columns: int, width: int, given: dict[str, Any]
 ) -> Float[Tensor, "row look vocab"]:
-    lm, looks = reading.lm, max(reading.looks[row] for row in rows)
+    lm, looks = reading.lm, max(reading.looks)
     settings = {"use_cache": bool(given), "return_dict": True, "logits_to_keep": looks}
     known = {name: value for name, value in settings.items() if name in lm.takes or name == "return_dict"}
     with torch.no_grad(), wave:

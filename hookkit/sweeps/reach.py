@@ -50,7 +50,8 @@ class Reach:
 
     def start(self, actions: Iterable[Action], row: int) -> Start | None:
         """Where a row begins to differ under these actions; None where it cannot matter."""
-        found = [start for action in actions if (start := self.of(action, row)) is not None]
+        edits = (action for action in actions if action.change is not None)
+        found = [start for action in edits if (start := self.of(action, row)) is not None]
         return Start(min(each.block for each in found), min(each.pos for each in found)) if found else None
 
     def of(self, action: Action, row: int) -> Start | None:

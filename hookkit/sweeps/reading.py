@@ -69,7 +69,10 @@ def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Readi
     """The prompts of a sweep whose metrics look at position `pos`."""
     rows = as_batch(lm, prompts).rows
     ends = [_end(number, len(row), pos) for number, row in enumerate(rows)]
-    continued = {metric for metric in metrics if isinstance(metric, Loss)}
+    continued: list[Loss] = []
+    for metric in metrics:
+        if isinstance(metric, Loss) and metric not in continued:
+            continued.append(metric)
     if not continued:
         fed = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
         return Reading(lm, rows, fed, (1,) * len(rows))

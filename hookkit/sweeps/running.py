@@ -1,7 +1,6 @@
 """Running a plan: the unedited rows once, then the jobs, with what is found kept as it comes."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +54,8 @@ class Running:
         trunk, pieces = self._trunk(rows, jobs, list(sources))
         if wrong := _not_its_own(reach, sources, pieces, rows):
             self.checked.append(wrong)
-            return self._with_trunk(rows)
+            self._with_trunk(rows)
+            return
         measures = [metric.bound(plan.lm, len(plan.reading)) for metric in plan.metrics]
         said = Saying(plan, trunk, measures)
         self.before |= said.values([(-1, row) for row in rows], trunk.logits)
@@ -138,12 +138,19 @@ class Saying:
 
     def _said(self, rows: list[int], logits: Tensor) -> Said:
         looks = self.plan.reading.looks
-        number = {row: place for place, row in enumerate(self.trunk.rows)}
-        places = [number[row] for row in rows]
-        before = torch.stack([self.trunk.logits[place, -looks[row]] for place, row in zip(places, rows, strict=True)])
+        if max(looks) == 1:
+            return Said(logits[:, -1].float(), rows, self._before(rows), None)
         first = torch.stack([each[-looks[row]] for each, row in zip(logits, rows, strict=True)])
         after = [each[-looks[row] :].float() for each, row in zip(logits, rows, strict=True)]
-        return Said(first.float(), rows, before.float(), after)
+        return Said(first.float(), rows, self._before(rows), after)
+
+    def _before(self, rows: list[int]) -> Tensor | None:
+        """The logits of these prompts without an edit, where a metric compares with them."""
+        if not any(metric.compares for metric in self.plan.metrics):
+            return None
+        number = {row: place for place, row in enumerate(self.trunk.rows)}
+        looks, logits = self.plan.reading.looks, self.trunk.logits
+        return torch.stack([logits[number[row], -looks[row]] for row in rows]).float()
 
 
 def _sources(plan: Plan, rows: Sequence[int]) -> dict[AnySite, list[tuple[Action, Captured]]]:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..errors import BadHook, Unsupported, checks_keywords
 from ..hooks.base import Hook
 from ..manager import hooks_of_others
-from ..metrics import Metric, MetricLike, Said, as_metrics, columns, last_logits
+from ..metrics import MetricLike, Said, as_metrics, columns, last_logits
 from ..model import LM
 from ..prompts import Prompts
 from ..runs import Run, forward
@@ -113,8 +113,8 @@ def sweep(
     hook or several. `metrics` look at position `pos` of each prompt.
 
     under       hooks that act in every cell, and in the unedited rows that cells are compared with
-    target      a run, or prompts, to which the effect is measured: 0 where nothing changed, 1 where the metric came to be
-                what it is there
+    target      a run, or prompts, by which the effect is measured: 0 where nothing changed, 1 where the metric came to
+                be what it is there
     control     "random" or "resample": every cell a second time with an edit that should not matter; or a function of
                 the grid's values that gives the control's hooks
     save        a folder in which values are kept as they come; a sweep that was killed goes on there
@@ -203,9 +203,9 @@ def _verify(made: Plan, values: Values, count: int) -> None:
             for metric, now, was in zip(made.metrics, values.get(key, expected), expected, strict=True):
                 if abs(now - was) > _allowed(made, was):
                     raise Unsupported(
-                        f"the cell {made.cells[number]} of prompt {key[1]} has {metric.name} {now:.6g}, and run by itself "
-                        f"it has {was:.6g}: a shortcut does not hold for this model. Please report it; until then "
-                        "run the cells with hk.forward"
+                        f"the cell {made.cells[number]} of prompt {key[1]} has {metric.name} {now:.6g}, and {was:.6g} "
+                        "when it is run by itself: a shortcut does not hold for this model. Please report it; until "
+                        "then run the cells with hk.forward"
                     )
 
 

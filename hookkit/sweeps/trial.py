@@ -192,7 +192,7 @@ def _watched(lm: LM, reading: Reading) -> tuple[dict[tuple[int, Path], int], lis
             watch = _Watch(lm, blocks)
             try:
                 _run(watch, lm, reading, range(count), cached=cached)
-            except Exception:  # noqa: BLE001  a model without such a cache: the trial of the prefix says so
+            except Exception:
                 if not cached:
                     raise
             for place, shape in watch.given.items():
