@@ -19,6 +19,8 @@ from .files import Record as Record
 from .files import load_tensors as load_tensors
 from .files import record as record
 from .files import save_tensors as save_tensors
+from .heatmaps import heat_map as heat_map
+from .heatmaps import interval_lines as interval_lines
 from .hooks import Here as Here
 from .hooks import Hook as Hook
 from .hooks import ablate as ablate

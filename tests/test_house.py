@@ -90,6 +90,7 @@ ORDER = [
     "streaming",
     "comparing",
     "figures",
+    "heatmaps",
     "strips",
     "steps",
     "reports",
@@ -161,7 +162,8 @@ def test_only_the_manager_registers_hooks():
 
 
 @pytest.mark.parametrize(
-    "name", ["errors", "sites", "positions", "families.places", "families.table", "figures", "strips", "steps"]
+    "name",
+    ["errors", "sites", "positions", "families.places", "families.table", "figures", "heatmaps", "strips", "steps"],
 )
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
