@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -20,7 +21,7 @@ from .errors import BadPrompt, HookkitError, checks_keywords
 from .model import LM
 from .prompts import as_batch
 from .runs import Run, forward, generate
-from .sites import SQUARE, WHOLE_MODEL, Site
+from .sites import AXES, LOGITS, SQUARE, WHOLE_MODEL, Site
 
 LENGTHS = (7, 2, 5)  # of the prompts, in tokens
 NEW = 3  # tokens that are generated
@@ -30,7 +31,23 @@ LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.b
 
 READ = 10  # times the limit: what reading in another shape may cost, since a pattern makes much of little
 
-LAWS: dict[str, Callable[["Study"], Iterator["Finding"]]] = {}
+UNTRIED = "this law ended in an error, and was not tried here to its end"
+
+STEERED = tuple(name for name in AXES if name not in SQUARE and name != "experts")
+BY_ROW = tuple(name for name in AXES if name != "experts")  # a tie may fall either way; their weights are compared
+WRITTEN = tuple(name for name in BY_ROW if name not in LOGITS)  # generate asks these for a prompt's last position only
+EDITED_WRITING = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
+
+Check: TypeAlias = Callable[["Study"], Iterator["Finding"]]
+LAWS: dict[str, "Law"] = {}
+
+
+@dataclass(frozen=True)
+class Law:
+    """A way to try a law on a model, and the sites of which it says something there."""
+
+    check: Check
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,16 +73,17 @@ def prove(
     """The laws on a model, one row for each law and site (the worst of the blocks that were tried).
 
     Columns: law, site, difference (a part of the largest value there), limit, holds, note (the reason, where the family
-    is an exception, or what was raised). `prompts` are three or more of different lengths; ids from the whole
-    vocabulary if left out. `layers` are the blocks to try: the first, middle and last of each kind if left out.
+    is an exception, or what was raised). A law that raised was not tried to its end, and holds at none of the sites
+    that it names. `prompts` are three or more of different lengths; ids from the whole vocabulary if left out.
+    `layers` are the blocks to try: the first, middle and last of each kind if left out.
 
     >>> prove(tiny("gpt_neox"))["holds"].all()
     np.True_
     """
     study = Study(lm, _prompts(lm) if prompts is None else prompts, _layers(lm, layers))
     rows = []
-    for law, check in LAWS.items():
-        found = _checked(law, check, study)
+    for law in LAWS:
+        found = _checked(LAWS[law], study)
         for site in dict.fromkeys(each.site for each in found):
             worst = max((each for each in found if each.site == site), key=_badness)
             excused = lm.family.exceptions.get(law) or lm.family.exceptions.get(f"{law} {site}")
@@ -87,19 +105,25 @@ def _badness(finding: Finding) -> tuple[bool, float]:
     return not finding.holds, -number if finding.at_least else number
 
 
-def _checked(law: str, check: "Callable[[Study], Iterator[Finding]]", study: "Study") -> list[Finding]:
+def _checked(law: Law, study: "Study") -> list[Finding]:
+    """What a law finds. If it raises, it holds nowhere: of a site that it came to, some block or row may be untried."""
     found: list[Finding] = []
     try:
-        found.extend(check(study))
-    except (HookkitError, RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        found.extend(law.check(study))
+    except (HookkitError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         said = str(error).split("\n")[0][:300]
         found.append(Finding("", float("nan"), 0.0, f"could not be tried: {type(error).__name__}: {said}"))
+        failed = {each.site for each in found if not each.holds}
+        there = {site.name for site in study.sites} - failed
+        found += [Finding(site, float("nan"), 0.0, UNTRIED) for site in law.sites if site in there]
     return found
 
 
-def _law(name: str) -> Callable[[Callable[["Study"], Iterator[Finding]]], Callable[["Study"], Iterator[Finding]]]:
-    def known(check: Callable[["Study"], Iterator[Finding]]) -> Callable[["Study"], Iterator[Finding]]:
-        LAWS[name] = check
+def _law(name: str, *sites: str) -> Callable[[Check], Check]:
+    """Register a law, with every site of which it may find something."""
+
+    def known(check: Check) -> Check:
+        LAWS[name] = Law(check, sites)
         return check
 
     return known
@@ -208,7 +232,7 @@ def _compared(site: Site, found: Tensor, expected: Tensor) -> float:
 # ---- a model that is only looked at
 
 
-@_law("nothing")
+@_law("nothing", "logits")
 def _nothing(study: Study) -> Iterator[Finding]:
     """Without hooks, logits are those of plain transformers, to the bit."""
     batch = as_batch(study.lm, study.prompts)
@@ -220,14 +244,14 @@ def _nothing(study: Study) -> Iterator[Finding]:
     yield Finding("logits", worst if not all(same) else 0.0, 0.0)
 
 
-@_law("looking")
+@_law("looking", "logits")
 def _looking(study: Study) -> Iterator[Finding]:
     """Capturing every site changes nothing, to the bit."""
     same = torch.equal(study.run.logits, study.plain.logits)
     yield Finding("logits", 0.0 if same else apart(study.run.logits, study.plain.logits), 0.0)
 
 
-@_law("sum")
+@_law("sum", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 def _sum(study: Study) -> Iterator[Finding]:
     """What attention and the MLP add to the stream that enters a block is the stream that leaves it."""
     run = study.run
@@ -241,7 +265,7 @@ def _sum(study: Study) -> Iterator[Finding]:
         yield Finding("resid_mid", apart(middle, run[f"resid_mid.{layer}"]), study.limit)
 
 
-@_law("projection")
+@_law("projection", "z", "mlp_post")
 def _projection(study: Study) -> Iterator[Finding]:
     """z and the MLP's neurons, through the projection behind them, give what is added to the stream."""
     for name, added in (("z", "attn_out"), ("mlp_post", "mlp_out")):
@@ -254,7 +278,7 @@ def _projection(study: Study) -> Iterator[Finding]:
                 yield Finding(name, apart(written, study.run[target][row : row + 1, :length]), study.limit)
 
 
-@_law("unembedding")
+@_law("unembedding", "final_norm")
 def _unembedding(study: Study) -> Iterator[Finding]:
     """The head, given what final_norm has, gives what lm_head has."""
     if {"final_norm", "lm_head"} <= set(study.lm.layout.names):
@@ -266,7 +290,7 @@ def _unembedding(study: Study) -> Iterator[Finding]:
             yield Finding("final_norm", apart(found.float(), expected.float()), study.limit)
 
 
-@_law("pattern")
+@_law("pattern", "pattern")
 def _pattern(study: Study) -> Iterator[Finding]:
     """A query's pattern sums to 1, or to less where a sink takes a part, and no query sees a later key."""
     for layer in study.having("pattern"):
@@ -281,7 +305,7 @@ def _pattern(study: Study) -> Iterator[Finding]:
 # ---- a model that is edited
 
 
-@_law("identity")
+@_law("identity", *AXES)
 def _identity(study: Study) -> Iterator[Finding]:
     """A run patched with its own values is the same run, to the bit."""
     study = study.few
@@ -291,7 +315,7 @@ def _identity(study: Study) -> Iterator[Finding]:
         yield Finding(site.name, 0.0 if same else apart(found, study.plain.logits), 0.0)
 
 
-@_law("reaches")
+@_law("reaches", *AXES)
 def _reaches(study: Study) -> Iterator[Finding]:
     """Zeroing a site changes the output (halving scores; for chosen experts, the next ones)."""
     study = study.few
@@ -305,18 +329,18 @@ def _reaches(study: Study) -> Iterator[Finding]:
         yield Finding(site.name, apart(study.logits(edit), study.plain.logits), REACHES, at_least=True)
 
 
-@_law("there and back")
+@_law("there and back", *STEERED)
 def _back(study: Study) -> Iterator[Finding]:
     """Steered by a vector and by its opposite, a model says what it said."""
     study = study.few
     for site in study.sites:
-        if site.name not in SQUARE and site.name != "experts":
+        if site.name in STEERED:
             vector = study.vector(site)
             found = study.logits(hk.steer(site, vector), hk.steer(site, -vector))
             yield Finding(site.name, apart(found, study.plain.logits), 5 * study.limit)
 
 
-@_law("one stream")
+@_law("one stream", "attn_out", "mlp_out", "resid_post")
 def _one_stream(study: Study) -> Iterator[Finding]:
     """A vector added to what attention or the MLP gives is a vector added to the stream behind it."""
     study = study.few
@@ -337,7 +361,7 @@ def _one_stream(study: Study) -> Iterator[Finding]:
             yield same(Site("resid_post", layer), Site("resid_pre", layer + 1))
 
 
-@_law("all heads")
+@_law("all heads", "z", "mlp_post")
 def _all_heads(study: Study) -> Iterator[Finding]:
     """Zeroing every head, or every neuron, leaves of what is added to the stream what a projection makes of zero."""
     study = study.few
@@ -353,7 +377,7 @@ def _all_heads(study: Study) -> Iterator[Finding]:
             yield Finding(name, apart(study.logits(*off), expected), 5 * study.limit)
 
 
-@_law("one head")
+@_law("one head", "pattern")
 def _one_head(study: Study) -> Iterator[Finding]:
     """Zeroing one head's pattern is zeroing its z."""
     study = study.few
@@ -366,7 +390,7 @@ def _one_head(study: Study) -> Iterator[Finding]:
 # ---- a model that reads batches and writes
 
 
-@_law("batch")
+@_law("batch", *BY_ROW)
 def _batch(study: Study) -> Iterator[Finding]:
     """A row alone is the row in a batch, padded on the right or on the left, at every site."""
     sites = study.sites
@@ -380,8 +404,8 @@ def _batch(study: Study) -> Iterator[Finding]:
     for number, row in enumerate(rows):
         alone = forward(study.lm, [list(row)], hk.capture(sites))
         for site in sites:
-            if site.name == "experts":
-                continue  # a tie may fall either way; their weights are compared
+            if site.name not in BY_ROW:
+                continue
             expected = alone.captured(site).by_place[0]
             for together in (study.run[site], padded_left[site]):
                 whole_square = site.name in SQUARE
@@ -402,7 +426,7 @@ def _left(study: Study, batch: dict[str, list[list[int]]], sites: list[Site]) ->
     return {site: manager[site] for site in sites}
 
 
-@_law("writing")
+@_law("writing", *WRITTEN, "logits")
 def _writing(study: Study) -> Iterator[Finding]:
     """While generating, with the cache, every site has what a forward over the whole text has there."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
@@ -410,7 +434,7 @@ def _writing(study: Study) -> Iterator[Finding]:
     for row, length in enumerate(written.lengths):
         text = forward(study.lm, [written.tokens[row, : length - 1].tolist()], hk.capture(study.sites))
         for site in study.sites:
-            if site.name in ("lm_head", "logits", "experts"):  # generate asks for the last position of a prompt only
+            if site.name not in WRITTEN:
                 continue
             expected = text.captured(site).by_place[0]
             found = written.captured(site).by_place[row, : expected.shape[0]]
@@ -419,12 +443,12 @@ def _writing(study: Study) -> Iterator[Finding]:
         yield Finding("logits", apart(written.logits[row], text.logits[0, start:]), READ * study.limit)
 
 
-@_law("without cache")
+@_law("without cache", *EDITED_WRITING)
 def _without_cache(study: Study) -> Iterator[Finding]:
     """An edit of the prompt, of what is written, or of k and v gives the same logits with the cache and without."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     layer = study.layers[len(study.layers) // 2]
-    for name in ("resid_post", "k", "v", "k_rot", "q_rot", "z"):
+    for name in EDITED_WRITING:
         if name in study.lm.layout.names and study.lm.layout.find(name, layer):
             edits = [hk.scale(Site(name, layer), 1.5, pos=slice(0, -1)), hk.ban(0)]
             found = generate(study.lm, study.prompts, *edits, use_cache=True, **settings)
@@ -433,7 +457,7 @@ def _without_cache(study: Study) -> Iterator[Finding]:
             yield Finding(name, apart(found.logits[..., real], expected.logits[..., real]), 5 * study.limit)
 
 
-@_law("rows")
+@_law("rows", "resid_post")
 def _rows(study: Study) -> Iterator[Finding]:
     """Rows with different hooks in one batch are single runs."""
     layer = study.layers[len(study.layers) // 2]
