@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import hooks as hk
 from .errors import BadPrompt, HookkitError, checks_keywords
+from .forms import hidden
 from .model import LM
 from .prompts import as_batch
 from .runs import Run, forward, generate
@@ -221,8 +222,8 @@ def _squares(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
 
     Keys that are not seen are left at zero."""
     width = min(found.shape[-1], expected.shape[-1])
-    lowest = torch.finfo(found.dtype).min / 16
-    return tuple(each[..., :width].masked_fill(each[..., :width] <= lowest, 0) for each in (found, expected))  # pyright: ignore
+    found, expected = found[..., :width], expected[..., :width]
+    return found.masked_fill(hidden(found), 0), expected.masked_fill(hidden(expected), 0)
 
 
 def _compared(site: Site, found: Tensor, expected: Tensor) -> float:

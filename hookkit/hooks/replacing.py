@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..captured import Captured
 from ..errors import BadHook, NotCaptured, checks_keywords
+from ..forms import unseen_value
 from ..positions import PROMPT, CountLike, PosLike, Where, wish
 from ..prompts import cover
 from ..sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike, as_sites
@@ -208,7 +209,7 @@ def _from_run(source: Captured, where: Where, binding: Binding) -> Change:
         if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
             return found
         missing = values.shape[-1] - found.shape[-1]  # keys that come behind the source's last are not looked at
-        closed = torch.finfo(found.dtype).min if source.site.name == "scores" else 0.0
+        closed = unseen_value(found.dtype, source.site.name == "scores")
         return nn.functional.pad(found, (0, missing), value=closed) if missing > 0 else found[..., : values.shape[-1]]
 
     return apply
