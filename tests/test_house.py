@@ -49,6 +49,7 @@ ORDER = [
     "hooks.base",
     "hooks.looking",
     "hooks.edits",
+    "hooks.stand_ins",
     "hooks.replacing",
     "hooks.cutting",
     "hooks.conditions",
