@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import HookkitError, checks_keywords
-from .laws import prove
+from .laws import UNTRIED, prove
 from .model import LM
 from .sites import AXES
 
@@ -75,7 +75,7 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
         except HookkitError as error:
             problems.append(str(error))
     for law in _records(laws):
-        if not law["holds"]:
+        if not law["holds"] and law["note"] != UNTRIED:  # the error itself is said once
             at = f" at {law['site']}" if law["site"] else ""
             words = law["note"] or f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
             (notes if _excused(law) else problems).append(f"the law {law['law']!r}{at}: {words}")
@@ -98,14 +98,14 @@ def _sites(lm: LM, laws: list[dict[str, Any]]) -> pd.DataFrame:
         mine = [law for law in laws if law["site"] == name]
         failed = [law["law"] for law in mine if not law["holds"] and not _excused(law)]
         reaches = [law["holds"] for law in mine if law["law"] == "reaches"]
-        equal = [law["difference"] for law in mine if law["law"] != "reaches" and not _excused(law)]
+        compared = [law for law in mine if law["law"] != "reaches" and law["note"] != UNTRIED and not _excused(law)]
         rows.append(
             {
                 "site": name,
                 "blocks": ("once" if layers is None else f"{len(layers)} of {lm.n_layers}") if there else "",
                 "editable": bool(there and reaches and all(reaches)),
                 "proved": bool(there and mine and not failed),
-                "difference": max(equal, default=float("nan")),
+                "difference": max((law["difference"] for law in compared), default=float("nan")),
                 "why": ", ".join(failed) if there else lm.family.why_missing(name),
             }
         )

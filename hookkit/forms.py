@@ -133,9 +133,12 @@ class Square(Form):
         return result
 
 
-def hidden(scores: Tensor) -> Tensor:
-    """Where a mask hides a key. Some families scale after they have masked."""
-    return scores <= torch.finfo(scores.dtype).min / 16
+def hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
+    """Where a mask hides a key; `masks` is the dtype of the mask, that of the scores if left out.
+
+    It is not the smallest number alone, since some families scale after they have masked.
+    """
+    return scores <= torch.finfo(masks or scores.dtype).min / 16
 
 
 def unseen_value(dtype: torch.dtype, scores: bool) -> float:

@@ -40,8 +40,8 @@ def heat_map(
     """A number for every point of a grid, as colour: layer by position, or layer by head; a panel for each site.
 
     `table` is what `sweep`, `patching` … or `over_prompts` gave; several prompts are averaged. `value` is the column
-    that is shown (the first effect, else the first delta), `x` and `y` those of the axes. `labels` are texts for x, such
-    as the prompt's tokens. Colours reach from -`limit` to `limit` (left out, the largest value); the `named` largest
+    that is shown (the first effect, else the first delta), `x` and `y` those of the axes. `labels` are texts for x,
+    such as the prompt's tokens. Colours reach from -`limit` to `limit` (left out, the largest value); the `named` largest
     values of each panel are written in their cells.
     """
     value = _value(table, value)

@@ -165,7 +165,7 @@ def _wider(scores: Tensor, masks: torch.dtype) -> Tensor:
     number to float32 scores)."""
     if torch.finfo(masks).min == torch.finfo(scores.dtype).min:
         return scores
-    return scores.masked_fill(scores <= torch.finfo(masks).min / 16, torch.finfo(scores.dtype).min)
+    return scores.masked_fill(hidden(scores, masks), torch.finfo(scores.dtype).min)
 
 
 class _Router(TorchFunctionMode):

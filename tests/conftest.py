@@ -9,15 +9,7 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 import hookkit as hk
 
@@ -30,7 +22,6 @@ TEXTS = [
     "We love deep learning; tea and coffee, milk and sugar: the quick brown fox jumps over the lazy dog!",
 ]
 PROMPTS = ["I like oat milk in my", "Tea", "When Mary and John went to the store, John gave a drink to"]
-SIZES = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -48,30 +39,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
-def tiny(family: str, **changes: object) -> torch.nn.Module:
-    """A random model of a family, 3 layers, d_model 32, 4 heads; llama has 2 key-value heads."""
-    torch.manual_seed(0)
-    if family == "llama":
-        config = LlamaConfig(
-            **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, **changes,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-    elif family == "gemma2":
-        config = Gemma2Config(
-            **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, **changes,
-        )  # fmt: skip
-        model = Gemma2ForCausalLM(config)
-    else:
-        config = GPT2Config(**SIZES, n_embd=32, n_layer=3, n_head=4, n_positions=128, **changes)
-        model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(std=0.3) if weight.ndim > 1 else weight.normal_(
-                mean=float("norm" in name or "ln" in name), std=0.1
-            )
-    return model.eval()
+def tiny(family: str) -> torch.nn.Module:
+    """A random model of a family for a test that changes it: 3 layers, d_model 32, 4 heads; llama has 2 key-value heads."""
+    return hk.tiny(family).model
 
 
 FAMILIES = ("llama", "gpt2")
@@ -101,7 +71,7 @@ def gpt2(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
 @pytest.fixture(scope="session")
 def soft_capped(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
     """A model whose logits stay between -5 and 5."""
-    return hk.LM(tiny("gemma2", final_logit_softcapping=5.0), small_tokenizer)
+    return hk.tiny("gemma2", tokenizer=small_tokenizer, config={"final_logit_softcapping": 5.0})
 
 
 @pytest.fixture(scope="session")

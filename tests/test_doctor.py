@@ -63,6 +63,20 @@ def test_a_wrong_row_is_a_problem_with_the_law_and_the_site():
     assert any("the law 'sum' at attn_out: differs by" in problem for problem in checkup.problems)
 
 
+def test_what_a_law_had_not_come_to_when_it_raised_is_not_proved():
+    lm = hk.tiny("llama")
+    what_attention_reads = hk.place(".self_attn", side="input", cut="head d_head")
+    checkup = hk.doctor(hk.LM(lm.model, row=hk.family("mine", like=lm, places={"z": what_attention_reads})))
+    sites = checkup.sites.set_index("site")
+    assert any("the law 'projection': could not be tried: TypeError" in problem for problem in checkup.problems)
+    # the law is tried at z, raises, and never comes to the neurons, where the other laws hold
+    others = checkup.laws.query("site == 'mlp_post' and law not in ('projection', 'all heads')")
+    assert others["holds"].all() and len(others) > 3
+    assert not sites.loc["mlp_post", "proved"] and sites.loc["mlp_post", "why"] == "projection, all heads"
+    assert sites.loc["resid_post", "proved"] and sites.loc["resid_post", "editable"]
+    assert len(checkup.problems) == len(set(checkup.problems)), "an error is said once, not for every site"
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_a_problem(small_tokenizer):
     checkup = hk.doctor(hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": 300}))
     assert any("the tokenizer has ids up to 319, and the model's vocabulary ends at 299" in p for p in checkup.problems)

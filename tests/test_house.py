@@ -17,6 +17,10 @@ ORDER = [
     "sites",
     "positions",
     "families.places",
+    "families.parts",
+    "families.reasons",
+    "families.llama_like",
+    "families.other_layouts",
     "families.table",
     "families",
     "layout",
@@ -45,6 +49,7 @@ ORDER = [
     "hooks.base",
     "hooks.looking",
     "hooks.edits",
+    "hooks.stand_ins",
     "hooks.replacing",
     "hooks.cutting",
     "hooks.conditions",
@@ -63,6 +68,12 @@ ORDER = [
     "manager",
     "about",
     "runs",
+    "laws.study",
+    "laws.law",
+    "laws.looking",
+    "laws.editing",
+    "laws.reading",
+    "laws.proving",
     "laws",
     "doctor",
     "distributions",
@@ -161,10 +172,7 @@ def test_only_the_manager_registers_hooks():
     assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["errors", "sites", "positions", "families.places", "families.table", "figures", "heatmaps", "strips", "steps"],
-)
+@pytest.mark.parametrize("name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "strips", "steps"])
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
 

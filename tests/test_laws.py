@@ -6,6 +6,7 @@ import torch
 from conftest import PROMPTS
 
 import hookkit as hk
+from hookkit.forms import hidden
 
 LAYERED = [
     "resid_pre",
@@ -45,8 +46,8 @@ def same_text(site: hk.Site, found: torch.Tensor, expected: torch.Tensor) -> Non
         keys = min(found.shape[-1], expected.shape[-1])
         unseen = torch.finfo(found.dtype).min if site.name == "scores" else 0.0
         assert (found[..., keys:] == unseen).all() and (expected[..., keys:] == unseen).all()
-        seen = expected[..., :keys] > torch.finfo(found.dtype).min / 16
-        assert torch.equal(seen, found[..., :keys] > torch.finfo(found.dtype).min / 16)
+        seen = ~hidden(expected[..., :keys])
+        assert torch.equal(seen, ~hidden(found[..., :keys]))
         found, expected = found[..., :keys].where(seen, 0), expected[..., :keys].where(seen, 0)
         close(found, expected, 3e-5)
         return

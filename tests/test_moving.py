@@ -285,10 +285,10 @@ def test_what_cannot_be_done_with_this_model_is_refused(llama, hooks, error, wor
 
 
 def test_a_row_of_the_vocabulary_without_a_token_has_no_rank(llama, small_tokenizer):
-    from conftest import SIZES, tiny
+    from conftest import tiny
 
     wide = tiny("llama")
-    wide.resize_token_embeddings(SIZES["vocab_size"] + 8)
+    wide.resize_token_embeddings(len(small_tokenizer) + 8)
     lm = hk.LM(wide, small_tokenizer)
     with pytest.raises(BadHook, match=r"token 325 is a row of the vocabulary without a token \(they end at 319\)"):
         hk.forward(lm, PROMPTS, hk.set_rank(325, 2))

@@ -8,8 +8,6 @@ python -m experiments.benchmarks.attention        a minute on two cores; writes 
 """
 
 import sys
-import time
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -17,11 +15,12 @@ import torch
 
 import hookkit as hk
 
-from .overhead import Work, plainly
+from .overhead import Work, compared, plainly
 
 ROUNDS = 100
 SHAPES = [(1, 16), (8, 128), (1, 512)]  # rows and tokens
 THREADS = 2
+ALONE = "its attention alone, step by step"
 SIZES = {  # of SmolLM2-135M, but for one block and a small vocabulary
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -46,27 +45,16 @@ def measured(lm: hk.LM, rows: int, width: int) -> pd.DataFrame:
     ids = torch.randint(0, 300, (rows, width), generator=torch.Generator().manual_seed(0))
     work: Work = {
         "plain transformers": plainly(lm.model, ids),
-        "its attention alone, step by step": alone(lm, ids),
+        ALONE: alone(lm, ids),
         "nothing attached": lambda: hk.forward(lm, ids),
         "capture of q_rot.0": lambda: hk.forward(lm, ids, hk.capture("q_rot.0")),
         "capture of pattern.0": lambda: hk.forward(lm, ids, hk.capture("pattern.0")),
         "capture of pattern.0.3, one head": lambda: hk.forward(lm, ids, hk.capture("pattern.0.3")),
         "knockout(0, 3, query=-1, key=0)": lambda: hk.forward(lm, ids, hk.knockout(0, 3, query=-1, key=0)),
     }
-    taken: dict[str, list[float]] = {label: [] for label in work}
-    for _ in range(ROUNDS + 1):  # the first round warms up
-        for label, run in work.items():
-            started = time.perf_counter()
-            run()
-            taken[label].append(1000 * (time.perf_counter() - started))
-    plain = taken["plain transformers"][1:]
-    found = []
-    for label, times in taken.items():
-        added = median(mine - other for mine, other in zip(times[1:], plain, strict=True))
-        added = median(times[1:]) if "alone" in label else added
-        ratio = median(mine / other for mine, other in zip(times[1:], plain, strict=True))
-        found.append((f"{rows}x{width}", label, median(times[1:]), ratio, added))
-    return pd.DataFrame(found, columns=["shape", "workload", "median_ms", "ratio", "added_ms"])
+    table = compared(f"{rows}x{width}", work, ROUNDS).rename(columns={"what": "shape"})
+    by_itself = table["workload"] == ALONE  # it is no forward, to which something was added
+    return table.assign(added_ms=table["median_ms"].where(by_itself, table["added_ms"]))
 
 
 def alone(lm: hk.LM, ids: torch.Tensor) -> Any:

@@ -43,10 +43,10 @@ def main() -> None:
     print(table.to_string(index=False), peaks.to_string(index=False), sep="\n\n")
 
 
-def compared(what: str, work: Work) -> pd.DataFrame:
+def compared(what: str, work: Work, rounds: int) -> pd.DataFrame:
     """Seconds of each workload, and how they compare with the first one's in the same round."""
     taken: dict[str, list[float]] = {label: [] for label in work}
-    for number in range(ROUNDS[what] + 1):  # the first round warms up
+    for number in range(rounds + 1):  # the first round warms up
         for label in random.Random(number).sample(list(work), len(work)):
             started = time.perf_counter()
             work[label]()
@@ -102,7 +102,7 @@ def forwards(lm: hk.LM) -> pd.DataFrame:
         "capture of 30, no logits": lambda: hk.forward(lm, ids, hk.capture("resid_post"), logits=False),
         "last logits only": lambda: hk.forward(lm, ids, logits="last"),
     }
-    return compared("forward", work)
+    return compared("forward", work, ROUNDS["forward"])
 
 
 def generation(lm: hk.LM) -> pd.DataFrame:
@@ -118,7 +118,7 @@ def generation(lm: hk.LM) -> pd.DataFrame:
         "force and steer": lambda: hk.generate(lm, prompt, *hooks, **settings),
         "trace": lambda: hk.generate(lm, prompt, trace=hk.trace(top=5, watch=(" coffee", " tea")), **settings),
     }
-    return compared("generate", work)
+    return compared("generate", work, ROUNDS["generate"])
 
 
 def tiny() -> pd.DataFrame:
@@ -140,7 +140,8 @@ def tiny() -> pd.DataFrame:
         "force": lambda: hk.generate(lm, ids, hk.force(3), **settings),
         "force and steer": lambda: hk.generate(lm, ids, *hooks, **settings),
     }
-    return pd.concat([compared("tiny forward", once), compared("tiny generate", tokens)])
+    both = {"tiny forward": once, "tiny generate": tokens}
+    return pd.concat([compared(what, work, ROUNDS[what]) for what, work in both.items()])
 
 
 def memory() -> pd.DataFrame:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..families import Place
-from ..families.table import OWN, UNTURNED
+from ..families.reasons import OWN, UNTURNED
 from ..inside import squares
 from .matching import Found, heads_in, ratio, same
 from .watching import Step, Visit, Watched

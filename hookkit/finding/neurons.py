@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..families import Place
-from ..families.table import DENSE, NEURONS
+from ..families.reasons import DENSE, NEURONS
 from .attending import UNPROVED
 from .matching import same
 from .stream import Block

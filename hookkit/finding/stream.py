@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..families import Place
-from ..families.table import PARALLEL
+from ..families.reasons import PARALLEL
 from .attending import UNPROVED, Attention
 from .matching import apart, same, sums, tolerance
 from .watching import Visit, Watched

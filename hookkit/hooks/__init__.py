@@ -4,6 +4,7 @@ codec       to JSON and back
 base        what every hook is
 looking     capture
 edits       edit, steer, scale, project_out, skip_block
+stand_ins   values of other texts, for ablate and patch
 replacing   ablate, patch
 cutting     knockout
 conditions  entropy_above, rank_of … when a logit edit acts

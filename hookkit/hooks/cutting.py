@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import BadEdit, EmptySelection, OutOfRange, checks_keywords
+from ..forms import hidden, unseen_value
 from ..positions import CountLike, Pos, PosLike, Where, as_pos, wish
 from ..sites import Site, Sites, as_sites
 from .base import Binding, Change, EditHook, Here, inner
@@ -23,11 +23,11 @@ class Knockout(EditHook):
 
     def change(self, binding: Binding) -> Change:
         def apply(values: Tensor, here: Here) -> Tensor:
-            unseen = torch.finfo(values.dtype).min
+            unseen = unseen_value(values.dtype, scores=True)
             new = values.clone()
             for number, row in enumerate(here.rows):
                 new[number, ..., self._keys(here, row, values.shape[-1])] = unseen
-            blind = here.real_cells(~(new > unseen / 16).any(-1) & (values > unseen / 16).any(-1))
+            blind = here.real_cells(hidden(new).all(-1) & ~hidden(values).all(-1))
             if bool(blind.any()):
                 number, place = (int(index) for index in blind.nonzero()[0][:2])
                 raise BadEdit(

@@ -1,23 +1,18 @@
 """Hooks that put other values in the place of what they find: ablate and patch."""
 
-import hashlib
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor, nn
 
 from ..captured import Captured
 from ..errors import BadHook, NotCaptured, checks_keywords
-from ..positions import PROMPT, CountLike, PosLike, Where, wish
-from ..prompts import cover
-from ..sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner, not_square
+from ..positions import PROMPT, CountLike, PosLike, Where
+from ..sites import AnySite, Sites, SitesLike, as_sites
+from .base import Binding, Change, Constant, EditHook, check_shape, constant, fitted, inner, not_square
 from .codec import storable
-
-Per: TypeAlias = Literal["position", "all"]
+from .stand_ins import Per, from_run, mean, resample
 
 
 @runtime_checkable
@@ -76,10 +71,10 @@ class Ablate(EditHook):
             check_shape(tensor, binding, "the tensor")
             return lambda values, here: fitted(tensor, values, here, "the tensor").expand_as(values).clone()
         if isinstance(self.to, FromRun):
-            return _from_run(_of_site(self.to.sources, binding.site), self.where, binding)
+            return from_run(_of_site(self.to.sources, binding.site), self.where, binding)
         assert isinstance(self.to, Reference)
         source = _of_site(self.to.sources, binding.site) if self.to.sources else binding.reference(self.to.prompts)
-        return _mean(source, self.to.per) if self.to.how == "mean" else _resample(source, self.to.per, self.to.seed)
+        return mean(source, self.to.per) if self.to.how == "mean" else resample(source, self.to.per, self.to.seed)
 
 
 @dataclass(frozen=True)
@@ -193,110 +188,3 @@ def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[
 
 def _of_site(sources: Sequence[Captured], site: AnySite) -> Captured:
     return next(source for source in sources if source.site == site)
-
-
-def _from_run(source: Captured, where: Where, binding: Binding) -> Change:
-    if source.positions is None:
-        raise BadHook(
-            f"the tensor at {source.site} has no rows and positions of its own: it cannot be patched by place"
-        )
-
-    def apply(values: Tensor, here: Here) -> Tensor:
-        rows = [source.row(prompt) for prompt in here.rows]
-        columns = _columns(source, where, rows, here, binding)
-        found = source.by_place[torch.tensor(rows)[:, None], columns].to(device=values.device, dtype=values.dtype)
-        if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
-            return found
-        missing = values.shape[-1] - found.shape[-1]  # keys that come behind the source's last are not looked at
-        closed = torch.finfo(found.dtype).min if source.site.name == "scores" else 0.0
-        return nn.functional.pad(found, (0, missing), value=closed) if missing > 0 else found[..., : values.shape[-1]]
-
-    return apply
-
-
-def _columns(source: Captured, where: Where, rows: list[int], here: Here, binding: Binding) -> Tensor:
-    """The column of the source's values for each cell: the place in the source's text that the same words mean."""
-    wishes = here.cells.text.wishes(where)
-    columns = torch.zeros_like(here.positions)
-    for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
-        ids = source.prompts[row]
-        mine, theirs = wishes[prompt], wish(where, len(ids), lambda at, ids=ids: cover(binding.lm, ids, at))
-        assert mine is not None
-        length = here.cells.text.lengths[prompt]
-        if len(mine) != len(theirs) or (where.pos is None and length != len(ids)):
-            raise BadHook(
-                f"row {prompt} has {length} tokens and the source of {source.site} has {len(ids)}, "
-                f"so pos={where.pos!r} does not pair their positions: say which are meant, with pos="
-            )
-        places = [theirs[mine.index(place)] for place in here.cells.places[number]]
-        columns[number, : len(places)] = torch.tensor([source.column(row, place) for place in places])
-    return columns
-
-
-def _mean(source: Captured, per: Per) -> Change:
-    assert source.positions is not None
-    there = source.positions >= 0
-    if per == "all":
-        mean = source.values[there].double().mean(0)
-        return lambda values, here: mean.to(values).expand_as(values).clone()
-    means = _by_position(source, lambda cells: cells.double().mean(0))
-
-    def apply(values: Tensor, here: Here) -> Tensor:
-        return torch.stack([means(here, row) for row in range(len(here.rows))]).to(values)
-
-    return apply
-
-
-def _by_position(source: Captured, reduce: Callable[[Tensor], Tensor]) -> Callable[[Here, int], Tensor]:
-    """For each position of a row of cells, the reference's values there, reduced over its rows."""
-    assert source.positions is not None
-    places = sorted({place for place in source.positions.flatten().tolist() if place >= 0})
-    table = {place: reduce(source.values[source.positions == place]) for place in places}
-    nothing = torch.zeros_like(table[places[0]])
-
-    def look_up(here: Here, row: int) -> Tensor:
-        width = here.positions.shape[1]
-        wanted = list(here.cells.places[row])
-        _need(table, wanted, source)
-        return torch.stack([table[place] for place in wanted] + [nothing] * (width - len(wanted)))
-
-    return look_up
-
-
-def _need(table: Any, wanted: list[int], source: Captured) -> None:
-    missing = [place for place in wanted if place not in table]
-    if missing:
-        raise BadHook(
-            f"position {missing[0]} of {source.site} is to be replaced, and no prompt of the reference is that long "
-            f"(its positions: {min(table)} to {max(table)}): give longer ones, fewer positions, or per='all'"
-        )
-
-
-def _resample(source: Captured, per: Per, seed: int) -> Change:
-    """Draws depend on the seed, the prompt's own tokens and the position: the same alone and in a batch."""
-    assert source.positions is not None
-    cells = [(row, column) for row, column in (source.positions >= 0).nonzero().tolist()]
-    columns: dict[int, list[tuple[int, int]]] = {}
-    for row, column in cells:
-        columns.setdefault(int(source.positions[row, column]), []).append((row, column))
-
-    def draw(prompt: tuple[int, ...], place: int) -> tuple[int, int]:
-        digest = hashlib.sha256(repr((seed, prompt)).encode()).hexdigest()
-        if per == "all":
-            return random.Random(f"{digest}{place}").choice(cells)
-        donors = random.Random(digest).sample(range(len(source.rows)), len(source.rows))
-        return min(
-            columns[place], key=lambda cell: donors.index(cell[0])
-        )  # one donor for a row, where it is long enough
-
-    def apply(values: Tensor, here: Here) -> Tensor:
-        new = torch.zeros_like(values)
-        for row, (prompt, places) in enumerate(zip(here.rows, here.cells.places, strict=True)):
-            if per == "position":
-                _need(columns, list(places), source)
-            drawn = [draw(here.cells.text.prompt(prompt), place) for place in places]
-            picked = torch.tensor([d[0] for d in drawn]), torch.tensor([d[1] for d in drawn])
-            new[row, : len(places)] = source.values[picked].to(values)
-        return new
-
-    return apply
