@@ -41,8 +41,8 @@ def heat_map(
 
     `table` is what `sweep`, `patching` … or `over_prompts` gave; several prompts are averaged. `value` is the column
     that is shown (the first effect, else the first delta), `x` and `y` those of the axes. `labels` are texts for x,
-    such as the prompt's tokens. Colours reach from -`limit` to `limit` (left out, the largest value); the `named` largest
-    values of each panel are written in their cells.
+    such as the prompt's tokens. Colours reach from -`limit` to `limit` (left out, the largest value); the `named`
+    largest values of each panel are written in their cells.
     """
     value = _value(table, value)
     x = x or next((name for name in ("pos", "head", "unit", "scale") if name in table.columns), None)

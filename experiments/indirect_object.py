@@ -1,0 +1,120 @@
+"""Which parts of the model find out who is given the drink, and in which order?
+
+"When Mary and John went to the store, John gave a drink to" is answered " Mary". The corrupted prompt has the other
+name at its second mention (S2), and is answered " John". A place matters if its clean value, put into the corrupted run,
+brings the answer back. It is answered if the effect moves from S2 to the end of the prompt, if few heads carry it, and
+if their effect is far above that of the same patch from an unrelated pair.
+
+python -m experiments.indirect_object        some minutes on two cores; writes results/indirect_object/
+"""
+
+import pandas as pd
+
+import hookkit as hk
+
+SEED, COUNT = 0, 50  # pairs
+SITES = ["resid_pre", "attn_out", "mlp_out"]
+TOP = 5  # heads that are looked at more closely
+QUESTION = "Which parts of the model find out who is given the drink, and in which order?"
+
+
+def main() -> None:
+    lm = hk.load(device="cpu")
+    pairs = hk.datasets.indirect_object(lm, COUNT, seed=SEED).solved(lm)
+    with hk.record("results/indirect_object", title="Indirect object", question=QUESTION, lm=lm, seed=SEED) as results:
+        solved(lm, pairs, results)
+        where(lm, pairs, results)
+        heads = which_heads(lm, pairs, results)
+        readers(lm, pairs, heads, results)
+    print(heads[["head_name", "logit_diff_effect", "logit_diff_effect_low", "logit_diff_effect_high"]].round(3))
+    print("\nThe page: results/indirect_object/report.html")
+
+
+def solved(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
+    checked = pairs.check(lm)
+    results.text("# Does the model do it at all?")
+    results.text(
+        f"{pairs.note}. In these the right name is ahead by {checked['logit_diff_clean'].mean():.2f} logits; after the "
+        f"corrupted prompts the other one by {-checked['logit_diff_corrupted'].mean():.2f}."
+    )
+    results.table("pairs", checked.round(3), caption="Each pair: the logits of both names, clean and corrupted.")
+
+
+def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
+    results.text("# Early at the second mention, late at the end")
+    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    places = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
+    table = hk.patching(lm, pairs.clean, pairs.corrupted, SITES, metric, pos=places)
+    results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
+    means = results.table("places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.")
+    results.figure("places", hk.heat_map(table), caption="What one clean place brings back (1: all of it).")
+    stream = means[means["site"] == "resid_pre"]
+    results.figure("stream", hk.interval_lines(stream, series="pos"), caption="The residual stream, with intervals.")
+    by_layer = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
+    moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
+    results.text(
+        f"Until block {moved - 1} the clean stream at S2 brings back more than that at the end; from block {moved} on "
+        "it is the other way round. IO and S1 come before the token that differs, and can bring back nothing."
+    )
+
+
+def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
+    results.text("# Few heads carry it")
+    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
+    results.figure("heads", hk.heat_map(table, named=TOP), caption="Each head's clean output, at all positions.")
+    means = hk.over_prompts(table)
+    results.table("heads", means, caption="Every head, with 95 % intervals over the pairs.")
+    best = means.reindex(means["logit_diff_effect"].abs().sort_values(ascending=False).index).head(TOP)
+    names = [f"z.{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)]
+    source = hk.forward(lm, pairs.clean, hk.capture(sorted({name.rpartition(".")[0] for name in names})))
+    control = hk.sweep(
+        lm,
+        pairs.corrupted,
+        {"head": names},
+        lambda head: hk.patch(head, source),
+        metric,
+        control="resample",
+        target=source,
+    )
+    held = hk.over_prompts(control)
+    results.table("control", held, caption="The strongest heads beside the same patch from another pair (control).")
+    effect = held.pivot_table(index="head", columns="control", values="logit_diff_effect")
+    results.text(
+        f"The strongest: {', '.join(names)}. Patched from another pair, none of them brings back more than "
+        f"{effect[True].abs().max():.2f}; from their own pair {effect[False].abs().min():.2f} to "
+        f"{effect[False].abs().max():.2f} in size."
+    )
+    return best.assign(head_name=names)
+
+
+def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
+    results.text("# Who writes the answer, and who tells the writers where to look")
+    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
+    results.figure(
+        "writers", hk.heat_map(direct, named=TOP), caption="Head to logits, all other heads held: 1 is as corrupted."
+    )
+    means = results.table(
+        "writers", hk.over_prompts(direct), caption="The direct effect of every head, with intervals."
+    )
+    writer = means.loc[means["logit_diff_effect"].idxmax()]
+    layer, head = int(writer["layer"]), int(writer["head"])
+    told = hk.path_patching(
+        lm, pairs.clean, pairs.corrupted, metric, receivers=hk.Site("q", layer, head), layers=range(layer)
+    )
+    results.figure("readers", hk.heat_map(told, named=TOP), caption=f"Head to the queries of head {layer}.{head}.")
+    means = results.table(
+        "readers", hk.over_prompts(told), caption=f"What each head tells the queries of {layer}.{head}."
+    )
+    teller = means.loc[means["logit_diff_effect"].idxmax()]
+    results.text(
+        f"Head {layer}.{head} writes the most by itself: with its corrupted output the logits alone move by "
+        f"{writer['logit_diff_effect']:.2f} of the way. Its queries hear most from head {int(teller['layer'])}."
+        f"{int(teller['head'])}: {teller['logit_diff_effect']:.2f} "
+        f"[{teller['logit_diff_effect_low']:.2f}, {teller['logit_diff_effect_high']:.2f}] of the way on that path alone."
+    )
+
+
+if __name__ == "__main__":
+    main()
