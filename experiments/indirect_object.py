@@ -1,9 +1,9 @@
 """Which parts of the model find out who is given the drink, and in which order?
 
 "When Mary and John went to the store, John gave a drink to" is answered " Mary". The corrupted prompt has the other
-name at its second mention (S2), and is answered " John". A place matters if its clean value, put into the corrupted run,
-brings the answer back. It is answered if the effect moves from S2 to the end of the prompt, if few heads carry it, and
-if their effect is far above that of the same patch from an unrelated pair.
+name at its second mention (S2), and is answered " John". A place matters if its clean value, put into the corrupted
+run, brings the answer back. It is answered if the effect moves from S2 to the end of the prompt, if few heads carry it,
+and if their effect is far above that of the same patch from an unrelated pair.
 
 python -m experiments.indirect_object        some minutes on two cores; writes results/indirect_object/
 """
@@ -112,7 +112,7 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
         f"Head {layer}.{head} writes the most by itself: with its corrupted output the logits alone move by "
         f"{writer['logit_diff_effect']:.2f} of the way. Its queries hear most from head {int(teller['layer'])}."
         f"{int(teller['head'])}: {teller['logit_diff_effect']:.2f} "
-        f"[{teller['logit_diff_effect_low']:.2f}, {teller['logit_diff_effect_high']:.2f}] of the way on that path alone."
+        f"[{teller['logit_diff_effect_low']:.2f}, {teller['logit_diff_effect_high']:.2f}] on that path alone."
     )
 
 

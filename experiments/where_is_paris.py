@@ -41,7 +41,7 @@ def traced(lm: hk.LM, results: hk.Record) -> None:
         best = means.loc[means["prob_delta"].idxmax()]
         results.text(
             f"{site}: p({CITY!r}) is {hk.prob(CITY)(clean).item():.3f} clean and {best['prob_before']:.3f} blurred; "
-            f"the best single place, block {int(best['layer'])} at {tokens[int(best['pos'])]}, makes it {best['prob']:.3f}."
+            f"the best place, block {int(best['layer'])} at {tokens[int(best['pos'])]}, makes it {best['prob']:.3f}."
         )
 
 

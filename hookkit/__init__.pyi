@@ -19,6 +19,12 @@ from .files import Record as Record
 from .files import load_tensors as load_tensors
 from .files import record as record
 from .files import save_tensors as save_tensors
+from .harvesting import Harvest as Harvest
+from .harvesting import Statistics as Statistics
+from .harvesting import harvest as harvest
+from .harvesting import load_statistics as load_statistics
+from .harvesting import open_harvest as open_harvest
+from .harvesting import statistics as statistics
 from .heatmaps import heat_map as heat_map
 from .heatmaps import interval_lines as interval_lines
 from .hooks import Here as Here

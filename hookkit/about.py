@@ -1,6 +1,7 @@
 """How a result came to be: the model, its weights and tokenizer, versions, code, machine; plain values for JSON."""
 
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -81,6 +82,16 @@ def tokenizer_hash(lm: LM) -> str | None:
     backend = getattr(lm.tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(lm.tokenizer.get_vocab().items()))
     return hashlib.sha256(words.encode()).hexdigest()
+
+
+def config_hash(lm: LM) -> str | None:
+    """The sha256 of the model's configuration, without where it was loaded from."""
+    if lm.config is None or not hasattr(lm.config, "to_dict"):
+        return None
+    words = {name: value for name, value in lm.config.to_dict().items() if name[0] != "_"}
+    words.pop("transformers_version", None)
+    text = json.dumps(words, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def git_commit() -> str | None:

@@ -68,6 +68,14 @@ class Unsupported(HookkitError, RuntimeError):
     """A mode of the model in which the wish has no defined meaning, refused before the first token."""
 
 
+class HarvestChanged(HookkitError, ValueError):
+    """A harvest that cannot go on: its folder was begun with other settings, with another model or on other texts."""
+
+
+class DamagedHarvest(HookkitError, OSError):
+    """A folder without a harvest, or with one of which a file is missing or is not as it was written."""
+
+
 class ModelNotFound(HookkitError, OSError):
     """No model of this name could be found or read."""
 

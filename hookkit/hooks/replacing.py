@@ -24,6 +24,26 @@ class HasCaptures(Protocol):
     def sites(self) -> Sites: ...
 
 
+@runtime_checkable
+class HasMeans(Protocol):
+    """Statistics: something that knows the mean at sites."""
+
+    def mean_of(self, site: "AnySite") -> Tensor: ...
+    @property
+    def sites(self) -> Sites: ...
+
+
+@storable
+@dataclass(frozen=True)
+class Means:
+    """A tensor for each of the hook's sites: `tensors[i]` for site i."""
+
+    tensors: tuple[Constant, ...]
+
+    def __repr__(self) -> str:
+        return "means"
+
+
 @storable
 @dataclass(frozen=True)
 class FromRun:
@@ -52,7 +72,7 @@ class Reference:
         return f"{self.how!r}, over={count} prompts, per={self.per!r}{draws}"
 
 
-Source: TypeAlias = Literal["zero"] | Constant | FromRun | Reference
+Source: TypeAlias = Literal["zero"] | Constant | Means | FromRun | Reference
 
 
 @dataclass(frozen=True)
@@ -66,8 +86,8 @@ class Ablate(EditHook):
     def change(self, binding: Binding) -> Change:
         if self.to == "zero":
             return lambda values, here: torch.zeros_like(values)
-        if isinstance(self.to, Constant):
-            tensor = self.to
+        if isinstance(self.to, Constant | Means):
+            tensor = self.to if isinstance(self.to, Constant) else self.to.tensors[self.sites.index(binding.site)]
             check_shape(tensor, binding, "the tensor")
             return lambda values, here: fitted(tensor, values, here, "the tensor").expand_as(values).clone()
         if isinstance(self.to, FromRun):
@@ -103,6 +123,7 @@ def ablate(
     to="resample"   the value of another prompt of the reference, drawn with `seed` (Chan et al. 2022); the same draw
                     for the same prompt, alone or in a batch
     to=tensor       these values, of the site's axes behind batch and pos, or with [pos, …] or [batch, pos, …]
+    to=statistics   each site's own mean over the texts that `hk.statistics` was given
     to=run          what that run had there (as `patch`)
 
     For mean and resample, per="position" takes the reference's values at the same position, per="all" those of all its
@@ -120,9 +141,12 @@ def ablate(
         raise BadHook(f"over= goes with to='mean' or to='resample', and to={to!r} was given")
     if isinstance(to, HasCaptures):
         return _patched(Ablate, chosen, to, where)
+    if isinstance(to, HasMeans):
+        named = tuple(each for site in chosen for each in _spread(site, to))
+        return Ablate(Sites(named), where, Means(tuple(constant(to.mean_of(site), "the mean") for site in named)))
     if isinstance(to, str):
         if to != "zero":
-            raise BadHook(f"to={to!r} is unknown: give 'zero', 'mean', 'resample', a tensor or a run")
+            raise BadHook(f"to={to!r} is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run")
         return Ablate(chosen, where)
     return Ablate(not_square(chosen, "to=tensor puts in"), where, constant(to, "the tensor"))
 
@@ -160,16 +184,17 @@ def _ends_with_prompt(source: Captured) -> bool:
 
 
 def _captures(sites: Sites, source: HasCaptures) -> tuple[Captured, ...]:
-    found: list[Captured] = []
-    for site in sites:
-        if site.every_layer:
-            each = [s for s in source.sites if s.name == site.name]  # pyright: ignore
-            if not each:
-                raise NotCaptured(f"the source captured no {site}: it has {source.sites}")
-            found += [source.captured(one) for one in each]
-        else:
-            found.append(source.captured(site))
-    return tuple(found)
+    return tuple(source.captured(each) for site in sites for each in _spread(site, source))
+
+
+def _spread(site: AnySite, source: HasCaptures | HasMeans) -> list[AnySite]:
+    """The site, or for a layered name without a layer each of them that the source has."""
+    if not site.every_layer:
+        return [site]
+    each: list[AnySite] = [s for s in source.sites if s.name == site.name]  # pyright: ignore
+    if not each:
+        raise NotCaptured(f"the source captured no {site}: it has {source.sites}")
+    return each
 
 
 def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[Sites, Reference]:

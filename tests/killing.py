@@ -1,0 +1,64 @@
+"""A process that is killed while it harvests, at random moments, until it comes to the end. Run by test_harvest.
+
+python killing.py FOLDER SEED KILLS: the harvest runs in a child of this process, which imports everything once. What is
+printed is how often the child was killed before it ended by itself.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import hookkit as hk
+
+SITES = ["resid_post.1", "z.2"]
+SETTINGS = {"batch_tokens": 64, "shard_size": 60, "progress": False}
+
+
+def texts(seed: int = 0, count: int = 150) -> list[list[int]]:
+    """Rows of token ids, 1 to 24 of them."""
+    drawn = random.Random(seed)
+    return [[drawn.randrange(320) for _ in range(drawn.randrange(1, 25))] for _ in range(count)]
+
+
+def harvest(folder: Path) -> hk.Harvest:
+    return hk.harvest(hk.tiny("llama"), iter(texts()), SITES, folder, **SETTINGS)
+
+
+def killed(folder: Path, after: float) -> bool:
+    """Harvest in a child that is killed after some seconds; False if it ended before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            harvest(folder)
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    end = time.monotonic() + after
+    while time.monotonic() < end:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def main(folder: str, seed: str, kills: str) -> None:
+    torch.set_num_threads(1)  # no threads, so that a fork is whole
+    harvest(Path(folder) / "undisturbed")
+    started = time.monotonic()
+    harvest(Path(folder) / "again")  # without the imports
+    whole = time.monotonic() - started
+    drawn, count = random.Random(int(seed)), 0
+    while count < int(kills) and killed(Path(folder) / "killed", drawn.uniform(0.02, 0.3) * whole):
+        count += 1
+    if count == int(kills):
+        harvest(Path(folder) / "killed")
+    print(count)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
