@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from ..captured import Captured
 from ..errors import BadHook, NotCaptured, checks_keywords

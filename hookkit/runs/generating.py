@@ -1,0 +1,185 @@
+"""hk.generate: transformers' generate, with hooks, a seed of its own and a record of every step."""
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..captured import Captured, Kept
+from ..errors import NeverFired, UnknownKeyword, Unsupported, did_you_mean
+from ..hooks.base import EVERY_STEP, Hook
+from ..hooks.looking import Capture
+from ..manager import HookManager
+from ..model import LM
+from ..positions import Where
+from ..prompts import Batch, Prompts, as_batch, pad_id, padded
+from ..sites import Site, Sites
+from ..tracing import Trace, Tracer
+from ..training import warn_of_dropout
+from .asking import Logits, refuse_two_texts, wanted_logits
+from .run import Run
+
+
+def generate(
+    lm: LM,
+    prompts: Prompts,
+    *hooks: Hook,
+    logits: Logits = "all",
+    seed: int | None = None,
+    trace: Trace | None = None,
+    **arguments: Any,
+) -> Run:
+    """Let the model go on from the prompts with these hooks. Every argument of transformers' `generate` passes through.
+
+    Prompts are padded on the left. `logits` is "all" to keep the logits that chose each token ([row, step, vocab], 4
+    bytes a number), "last" for those of the last step, or False. `seed` seeds this call's draws and leaves torch's own
+    generator as it was; without it the draws are those of transformers in the state torch is in. `trace` records every
+    step for `decoding` and `decisions`.
+
+    Hooks on logits act first, on what the model says; then transformers' own and the user's `logits_processor`, in the
+    order of transformers.
+
+    >>> generate(lm, "The capital of France is", force(" coffee", step=0), max_new_tokens=3).generated
+    [' coffee.\\n']
+    """
+    return traced(lm, prompts, hooks, logits, seed, None if trace is None else Tracer(lm, trace, hooks), arguments)
+
+
+def traced(
+    lm: LM,
+    prompts: Prompts,
+    hooks: tuple[Hook, ...],
+    logits: Logits,
+    seed: int | None,
+    tracer: Tracer | None,
+    arguments: Mapping[str, Any],
+) -> Run:
+    """`generate` with a tracer that is told of each step."""
+    refuse_two_texts(lm)
+    _check_arguments(lm, arguments)
+    warn_of_dropout(lm)
+    wanted = wanted_logits(logits)
+    batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
+    own = Capture(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
+    manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
+    ids = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    settings = {"verb": "generate", "logits": wanted, "arguments": _plain(arguments)}
+    settings |= {} if seed is None else {"seed": seed}
+    output: Any = None
+    started = time.perf_counter()
+
+    def run() -> Run:
+        settings["seconds"] = time.perf_counter() - started
+        return _generated(lm, batch, hooks, own, manager, settings, arguments, output)
+
+    try:
+        with _seeded(lm, seed), manager:
+            output = lm.model.generate(**ids, **_defaults(lm, arguments), **arguments)  # pyright: ignore
+    except NeverFired as error:
+        error.run = run()
+        raise
+    return run()
+
+
+def _generated(
+    lm: LM,
+    batch: Batch,
+    hooks: tuple[Hook, ...],
+    own: Capture,
+    manager: HookManager,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    output: Any,
+) -> Run:
+    rows, kept = manager.rows, manager.texts[0]
+    prompt_rows = [row * len(batch.rows) // len(rows) for row in range(len(rows))]
+    return Run(
+        lm=lm,
+        tokens=padded(rows, pad_id(lm)).to(batch.ids.device),
+        mask=padded([[1] * len(row) for row in rows], 0).bool().to(batch.ids.device),
+        prompt_rows=tuple(prompt_rows),
+        prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
+        hooks=hooks,
+        kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name)),
+        kept_logits=_own_logits(kept, own, settings["logits"]),
+        settings=settings,
+        output=output,
+        _manager=manager,
+        arguments=arguments,
+        recorded=None if manager.tracer is None else manager.tracer.recorded,
+    )
+
+
+def _own_logits(kept: Kept, own: Capture, wanted: str) -> Captured | None:
+    if wanted == "none":
+        return None
+    found = kept.captured("logits", own.name)
+    return found if wanted == "all" else _last_step(found)
+
+
+def _last_step(found: Captured) -> Captured:
+    assert found.positions is not None
+    last = (found.positions >= 0).sum(dim=1) - 1
+    rows = torch.arange(len(last))
+    picked = found.values[rows.to(found.values.device), last.to(found.values.device)][:, None]
+    return replace(found, values=picked, positions=found.positions[rows, last][:, None])
+
+
+def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
+    """Raise `UnknownKeyword` for an argument that neither `generate` nor the model knows."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    if not isinstance(lm.root, GenerationMixin):
+        raise Unsupported(f"{type(lm.root).__name__} has no generate(): give a causal language model of transformers")
+    kind: Any = type(lm.root)
+    signature = set(inspect.signature(kind.generate).parameters)
+    prepared = set(inspect.signature(kind.prepare_inputs_for_generation).parameters)
+    known = signature | prepared | set(GenerationConfig().to_dict()) | lm.takes | {"tokenizer"}
+    known |= getattr(lm.model, "special_peft_forward_args", set())
+    known -= {"self", "kwargs", "inputs"}
+    for name in arguments:
+        if name in ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+            raise UnknownKeyword(
+                f"{name}= is made from the prompts: give the ids, and a mask with them, as the prompts"
+            )
+        if name not in known and not hasattr(GenerationConfig(), name):
+            raise UnknownKeyword(
+                f"generate() has no keyword {name!r}{did_you_mean(name, known)} It takes logits, seed, trace and "
+                "whatever transformers' generate takes."
+            )
+
+
+def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What generate needs and the LM knows: a tokenizer for stop strings, a pad token where the model names none."""
+    config: Any = arguments.get("generation_config") or lm.root.generation_config
+    found: dict[str, Any] = {}
+    if arguments.get("stop_strings") or config.stop_strings:
+        found["tokenizer"] = lm.tokenizer
+    if arguments.get("pad_token_id") is None and config.pad_token_id is None and "generation_config" not in arguments:
+        found["pad_token_id"] = pad_id(lm)
+    return found
+
+
+@contextmanager
+def _seeded(lm: LM, seed: int | None) -> Iterator[None]:
+    """A block whose draws start from a seed, after which torch's generators are as they were."""
+    if seed is None:
+        yield
+        return
+    devices = [lm.device] if lm.device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices, device_type=lm.device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON can hold them; objects by the name of their kind."""
+    simple = str | int | float | bool | None
+    return {
+        name: value if isinstance(value, (simple, list | tuple)) else type(value).__name__
+        for name, value in arguments.items()
+    }

@@ -1,0 +1,111 @@
+"""Run: all that came of one forward or one generate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..captured import Captured, Kept
+from ..errors import NotCaptured
+from ..hooks.base import Hook
+from ..manager import HookManager
+from ..model import LM
+from ..sites import AnySite, Sites
+from ..tracing import Recorded
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """What one forward or generate gave.
+
+    tokens          [row, pos]   ids, the generated ones included; a shorter row is filled up at its end
+    mask            [row, pos]   True for real tokens
+    prompt_rows     the prompt that each row is of (several rows are of one prompt where several sequences return)
+    prompt_lengths  how many tokens of each row are its prompt
+    output          what transformers returned
+    arguments       what generate was given for transformers
+    recorded        the record of each step of a generate with trace=, for `decoding` and `decisions`
+    """
+
+    lm: LM
+    tokens: Int[Tensor, "row pos"]
+    mask: Bool[Tensor, "row pos"]
+    prompt_rows: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    hooks: tuple[Hook, ...]
+    kept: Kept
+    kept_logits: Captured | None
+    settings: Mapping[str, Any]
+    output: Any
+    _manager: HookManager
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Recorded | None = None
+
+    @property
+    def logits(self) -> Float[Tensor, "row pos vocab"]:
+        """The logits that the model returned, every edit in them: [row, pos, vocab] of a forward, one position for
+        logits="last"; of a generate [row, step, vocab], those that chose each generated token."""
+        return self.captured_logits().values
+
+    def captured_logits(self) -> Captured:
+        """The logits, with the position at which each stands. `NotCaptured` where the run did not keep them."""
+        if self.kept_logits is None:
+            raise NotCaptured("this run kept no logits: it was made with logits=False; make it with logits='all'")
+        return self.kept_logits
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        return self.mask.sum(dim=1).tolist()
+
+    @cached_property
+    def text(self) -> list[str]:
+        """Each row as text, special tokens included."""
+        return [self.lm.text(row[:length]) for row, length in zip(self.tokens.tolist(), self.lengths, strict=True)]
+
+    @cached_property
+    def generated(self) -> list[str]:
+        """What the model wrote behind each prompt, as text; empty for a forward."""
+        rows = zip(self.tokens.tolist(), self.prompt_lengths, self.lengths, strict=True)
+        return [self.lm.text(row[start:end]) if end > start else "" for row, start, end in rows]
+
+    def __getitem__(self, key: str | AnySite | tuple[str | AnySite, str]) -> Tensor:
+        """The captured values at a site [row, pos, ...]; `run[site, name]` where several captures kept it."""
+        return self.kept[key]
+
+    def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
+        """The captured values at a site, with their rows and positions."""
+        return self.kept.captured(site, name)
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that were captured."""
+        return self.kept.sites
+
+    def stack(self, name: str) -> Tensor:
+        """The captured values of every layer of a site, such as "resid_post": [layer, row, pos, ...]."""
+        return self.kept.stack(name)
+
+    @cached_property
+    def log(self) -> pd.DataFrame:
+        """Where each hook fired. Columns: hook, do, site, forward, row, positions, numbers, changed."""
+        log = self._manager.log
+        return pd.DataFrame(log[log["hook"] < len(self.hooks)]).reset_index(drop=True)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """How the run was made: model, versions, prompts, hooks, settings; plain values, ready for JSON."""
+        from ..about import about_model
+
+        prompts = [self.lm.text(row[:end]) for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)]
+        hooks = [hook.to_json(tensors="digest") for hook in self.hooks]
+        return {**about_model(self.lm), "prompts": prompts, "hooks": hooks, **self.settings}
+
+    def __repr__(self) -> str:
+        rows = f"{len(self.lengths)} row{'s' if len(self.lengths) > 1 else ''} of up to {max(self.lengths)} tokens"
+        logits = "no logits" if self.kept_logits is None else f"logits {list(self.kept_logits.values.shape)}"
+        return f"Run({rows}; {logits}; captured {self.sites})"
