@@ -8,6 +8,8 @@ and if their effect is far above that of the same patch from an unrelated pair.
 python -m experiments.indirect_object        some minutes on two cores; writes results/indirect_object/
 """
 
+from typing import Any
+
 import pandas as pd
 
 import hookkit as hk
@@ -48,9 +50,9 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
     means = results.table("places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.")
     results.figure("places", hk.heat_map(table), caption="What one clean place brings back (1: all of it).")
-    stream = means[means["site"] == "resid_pre"]
+    stream: Any = means[means["site"] == "resid_pre"]
     results.figure("stream", hk.interval_lines(stream, series="pos"), caption="The residual stream, with intervals.")
-    by_layer = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
+    by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
     results.text(
         f"Until block {moved - 1} the clean stream at S2 brings back more than that at the end; from block {moved} on "
@@ -65,7 +67,7 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     results.figure("heads", hk.heat_map(table, named=TOP), caption="Each head's clean output, at all positions.")
     means = hk.over_prompts(table)
     results.table("heads", means, caption="Every head, with 95 % intervals over the pairs.")
-    best = means.reindex(means["logit_diff_effect"].abs().sort_values(ascending=False).index).head(TOP)
+    best = means.sort_values("logit_diff_effect", key=abs, ascending=False).head(TOP)
     names = [f"z.{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)]
     source = hk.forward(lm, pairs.clean, hk.capture(sorted({name.rpartition(".")[0] for name in names})))
     control = hk.sweep(

@@ -7,6 +7,8 @@ last token, and attention late at the end of the prompt; and if the state of a l
 python -m experiments.where_is_paris        some minutes on two cores; writes results/where_is_paris/
 """
 
+from typing import Any
+
 import hookkit as hk
 
 SEED, SAMPLES, NOISE = 0, 10, 3.0  # draws of noise, in standard deviations of the embeddings
@@ -55,9 +57,9 @@ def swapped(lm: hk.LM, results: hk.Record) -> None:
         "swapped", hk.over_prompts(table), caption=f"{len(pairs)} pairs of landmarks; 95 % intervals."
     )
     results.text(f"{pairs.note}.")
-    stream = means[means["site"] == "resid_post"]
+    stream: Any = means[means["site"] == "resid_post"]
     results.figure("stream", hk.interval_lines(stream, series="pos"), caption="1: the other landmark's city has won.")
-    by_layer = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
+    by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     half = {name: by_layer.index[(by_layer[name] > 0.5)].tolist() for name in places}
     results.text(
         f"The stream at the subject's last token carries more than half of the answer in blocks "

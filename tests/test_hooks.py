@@ -378,7 +378,7 @@ def test_logit_edits_leave_the_rest_of_the_prompt_alone(lm):
         (
             lambda: hk.ablate(SITE, to="mode"),
             BadHook,
-            "to='mode' is unknown: give 'zero', 'mean', 'resample', a tensor or a run",
+            "to='mode' is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run",
         ),
         (lambda: hk.ablate(SITE, over=["a"]), BadHook, "over= goes with to='mean' or to='resample'"),
         (lambda: hk.ablate(SITE, to="mean", over=[]), BadHook, r"over=\[\] has no prompt"),
@@ -434,3 +434,21 @@ def test_a_hook_that_means_nothing_is_refused_when_it_is_made(make, error, words
 def test_a_hook_that_does_not_fit_the_model_is_refused(llama, hook, error, words):
     with pytest.raises(error, match=words):
         hk.forward(llama, PROMPTS[2], hook)
+
+
+def test_some_units_of_a_site_are_replaced_and_the_others_are_not():
+    lm = hk.tiny("llama")
+    before = hk.forward(lm, [[5, 6, 7]], hk.capture("mlp_post.1"))
+    cut = hk.ablate("mlp_post.1", units=[2, 30])
+    after = hk.forward(lm, [[5, 6, 7]], cut, hk.capture("mlp_post.1"))["mlp_post.1"]
+    others = [unit for unit in range(after.shape[-1]) if unit not in (2, 30)]
+    assert (after[..., [2, 30]] == 0).all()
+    assert torch.equal(after[..., others], before["mlp_post.1"][..., others])
+    assert hk.Hook.from_json(cut.to_json()) == cut
+
+
+def test_a_unit_that_is_not_there_is_refused():
+    with pytest.raises(hk.errors.OutOfRange, match="unit 48 of mlp_post.1 was asked for, which has 48"):
+        hk.forward(hk.tiny("llama"), [[5]], hk.ablate("mlp_post.1", units=48))
+    with pytest.raises(hk.errors.BadHook, match="a number for each query and key"):
+        hk.ablate("pattern.1", units=3)

@@ -48,8 +48,9 @@ def from_json(text: str) -> Any:
         raise BadHook(f"this is no hook in JSON: {text[:60]!r}") from error
     if verb not in HOOKS:
         raise BadHook(f"there is no hook {verb!r}: there are {', '.join(sorted(HOOKS))}")
-    known = {field.name for field in dataclasses.fields(HOOKS[verb])}
-    if set(written) != known:
+    known = {field.name: field for field in dataclasses.fields(HOOKS[verb])}
+    needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    if not needed <= set(written) <= set(known):
         raise BadHook(f"a {verb} has the fields {', '.join(sorted(known))}, and this has {', '.join(sorted(written))}")
     try:
         return HOOKS[verb](**{name: _decode(value) for name, value in written.items()})

@@ -1,17 +1,17 @@
 """Hooks that put other values in the place of what they find: ablate and patch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..captured import Captured
-from ..errors import BadHook, NotCaptured, checks_keywords
-from ..positions import PROMPT, CountLike, PosLike, Where
+from ..errors import BadHook, NotCaptured, OutOfRange, checks_keywords
+from ..positions import PROMPT, CountLike, PosLike, Span, Where, as_count
 from ..sites import AnySite, Sites, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, check_shape, constant, fitted, inner, not_square
+from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner, not_square
 from .codec import storable
 from .stand_ins import Per, from_run, mean, resample
 
@@ -81,10 +81,26 @@ class Ablate(EditHook):
     """Put something else in the place of the values. Made by `ablate`."""
 
     to: Source = "zero"
+    units: tuple[int, ...] | None = None
 
     verb: ClassVar[str] = "ablate"
 
     def change(self, binding: Binding) -> Change:
+        replaced = self._replaced(binding)
+        units = self.units
+        if units is None:
+            return replaced
+        _check_units(units, binding)
+
+        def apply(values: Tensor, here: Here) -> Tensor:
+            new = values.clone()
+            new[..., units] = replaced(values, here)[..., units]
+            return new
+
+        return apply
+
+    def _replaced(self, binding: Binding) -> Change:
+        """What puts all of the values in."""
         if self.to == "zero":
             return lambda values, here: torch.zeros_like(values)
         if isinstance(self.to, Constant | Means):
@@ -114,6 +130,7 @@ def ablate(
     over: Any = None,
     per: Per = "position",
     seed: int = 0,
+    units: CountLike = None,
     pos: PosLike = None,
     rows: CountLike = None,
 ) -> Ablate:
@@ -128,13 +145,17 @@ def ablate(
     to=run          what that run had there (as `patch`)
 
     For mean and resample, per="position" takes the reference's values at the same position, per="all" those of all its
-    positions (mind that a model's first position is often an outlier).
+    positions (mind that a model's first position is often an outlier). `units` are the numbers of the last axis that
+    are replaced, such as neurons of mlp_post; all of them where it is left out.
 
-    >>> print(ablate("z.9.3"))
-    ablate(z.9.3)
+    >>> print(ablate("z.9.3"), ablate("mlp_post.12", units=[7, 1001]), sep="; ")
+    ablate(z.9.3); ablate(mlp_post.12, units=(7, 1001))
     """
-    chosen = as_sites(sites)
-    where = inner(pos, rows, None, chosen)
+    made = _ablate(as_sites(sites), to, over, per, seed, inner(pos, rows, None, as_sites(sites)))
+    return made if units is None else replace(made, units=_units(units, made.sites))
+
+
+def _ablate(chosen: Sites, to: Any, over: Any, per: Per, seed: int, where: Where) -> Ablate:
     if isinstance(to, str) and to in ("mean", "resample"):
         chosen, source = _reference(not_square(chosen, f"to={to!r} puts in"), to, over, per, seed)
         return Ablate(chosen, where, source)
@@ -152,20 +173,39 @@ def ablate(
     return Ablate(not_square(chosen, "to=tensor puts in"), where, constant(to, "the tensor"))
 
 
+def _units(units: CountLike, sites: Sites) -> tuple[int, ...]:
+    not_square(sites, "units= chooses")
+    counted = as_count(units, "unit", negative=False)
+    if isinstance(counted, Span):
+        raise BadHook("units= takes numbers: one, or a list of them")
+    assert counted is not None
+    return (counted,) if isinstance(counted, int) else counted
+
+
+def _check_units(units: tuple[int, ...], binding: Binding) -> None:
+    size = binding.shape[-1] if binding.shape else None
+    if size is not None and max(units) >= size:
+        raise OutOfRange(f"unit {max(units)} of {binding.site} was asked for, which has {size}: 0 to {size - 1}")
+
+
 @checks_keywords
-def patch(sites: SitesLike, source: HasCaptures, *, pos: PosLike = None, rows: CountLike = None) -> Patch:
+def patch(
+    sites: SitesLike, source: HasCaptures, *, units: CountLike = None, pos: PosLike = None, rows: CountLike = None
+) -> Patch:
     """Replace what is at these sites by what another run captured there (activation patching, Vig et al. 2020).
 
     A position means the same place in both texts: `pos=-1` takes the source's own last position. With `pos` left out,
     the source's captured positions are meant, and its prompts must be as long as these. A source of one prompt serves
     every row; else rows go by number. A bare name such as "resid_post" means each layer that the source captured.
+    `units` are the numbers of the last axis that are replaced, such as neurons of mlp_post; all where it is left out.
     """
     chosen = as_sites(sites)
     if not isinstance(source, HasCaptures):
         raise BadHook(
             f"patch needs a run as its source, and was given {type(source).__name__}; for a tensor: ablate(to=)"
         )
-    return _patched(Patch, chosen, source, inner(pos, rows, None, chosen))
+    made = _patched(Patch, chosen, source, inner(pos, rows, None, chosen))
+    return made if units is None else replace(made, units=_units(units, made.sites))
 
 
 def _patched(kind: "type[Any]", sites: Sites, source: HasCaptures, where: Where) -> Any:
