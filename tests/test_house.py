@@ -38,6 +38,7 @@ ORDER = [
     "finding.whole",
     "finding.looking_up",
     "finding",
+    "vocabulary",
     "model",
     "rows",
     "zoo",
