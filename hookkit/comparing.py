@@ -24,13 +24,14 @@ from .hooks.choosing import Force
 from .hooks.logits import LogitEdit
 from .hooks.looking import Capture
 from .hooks.phrases import Phrase
-from .model import LM, Token
+from .model import LM
 from .positions import Where, chosen
 from .prompts import Prompts, as_batch
 from .runs import Run, generate, traced
 from .sites import Site, Sites
 from .tables import Pair, shift_of, summary_of
 from .tracing import Trace, Tracer
+from .vocabulary import Token
 
 ALONG = Sites((Site("logits"),))
 

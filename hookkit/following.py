@@ -1,11 +1,13 @@
 """Following the model: from each forward's arguments to the text and the columns that it works on."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calls import Call, Text, contiguous, masked
 from .captured import Ending
@@ -127,3 +129,17 @@ class Follower:
         """How a text ended that no `generate` made."""
         assert self.text is not None
         return Ending(range(len(self.text.lengths) * self.text.expand))
+
+
+def named(module: nn.Module, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model, or one that wraps it, was given, by the names of its arguments."""
+    return {**dict(zip(_arguments(type(module), type(root)), args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module], root: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a module's positional arguments; those of the model for a wrapper that passes all on."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if kind is not root and parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return _arguments(root, root)
+    return tuple(parameter.name for parameter in parameters)

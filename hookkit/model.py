@@ -9,24 +9,19 @@ import inspect
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from .errors import (
-    BadHook,
-    NotOneToken,
-    checks_keywords,
-)
+from .errors import BadHook, checks_keywords
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
+from .vocabulary import Token, Vocabulary
 from .wrapped import adapters, adapters_of, execution_device, unwrapped
-
-Token: TypeAlias = str | int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,10 +110,7 @@ class LM:
     @cached_property
     def n_tokens(self) -> int:
         """How many rows of the vocabulary are real tokens; the rows after them are padding, and are never ranked."""
-        vocab = self.sizes["vocab"] or 0
-        if self.tokenizer is None:
-            return vocab
-        return min(vocab, max(self.tokenizer.get_vocab().values()) + 1)
+        return self._vocabulary.n_tokens
 
     @cached_property
     def context(self) -> int | None:
@@ -246,59 +238,23 @@ class LM:
         Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the nearest spellings that
         are one.
         """
-        vocab = self.sizes["vocab"]
-        if not isinstance(token, str):
-            if vocab is not None and not 0 <= token < vocab:
-                raise NotOneToken(f"token {token} was asked for, and the vocabulary has ids 0 to {vocab - 1}")
-            return int(token)
-        if self.tokenizer is None:
-            raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
-        ids = self.encode(token)
-        if vocab is not None and max(ids, default=0) >= vocab:
-            raise NotOneToken(
-                f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to {vocab - 1}: give the LM "
-                "the model's own tokenizer"
-            )
-        if len(ids) == 1 and self.string(ids[0]) == token:
-            return ids[0]
-        marked = self.tokenizer.convert_tokens_to_ids(
-            token.replace(" ", "▁")
-        )  # sentencepiece's own way to write a space
-        if isinstance(marked, int) and self.string(marked) == token:
-            return marked
-        pieces = " + ".join(repr(self.string(i)) for i in ids) or "nothing"
-        raise NotOneToken(
-            f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. "
-            f"One token each: {', '.join(map(repr, self._one_token_spellings(token, ids))) or 'no near spelling'}."
-        )
+        return self._vocabulary.token(token)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text's tokens, without the special tokens that begin a prompt."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def _one_token_spellings(self, text: str, ids: list[int]) -> list[str]:
-        bare = text.strip()
-        cases = dict.fromkeys([bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()])
-        tried = [space + case for case in cases if case for space in (" ", "")]
-        single = [spelling for spelling in tried if len(self.encode(spelling)) == 1]
-        return single or [self.string(i) for i in ids]
+        return self._vocabulary.encode(text)
 
     def string(self, token_id: int) -> str:
         """The text of one token, its leading space kept. Without a tokenizer, the id in angle brackets."""
-        if self.tokenizer is None:
-            return f"<{token_id}>"
-        if token_id >= self.n_tokens:
-            return f"<unused {token_id}>"
-        text = self.text([token_id])
-        piece = self.tokenizer.convert_ids_to_tokens(token_id)
-        # sentencepiece tokenizers drop a leading space when they decode
-        return " " + text if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
+        return self._vocabulary.string(token_id)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of a row of tokens, special tokens included."""
-        if self.tokenizer is None:
-            return " ".join(f"<{token_id}>" for token_id in ids)
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._vocabulary.text(ids)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, lambda: self.sizes["vocab"])
 
 
 def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:

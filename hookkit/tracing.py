@@ -20,7 +20,8 @@ from .errors import BadHook, Unsupported, checks_keywords
 from .generation import Generation
 from .hooks.base import Hook
 from .hooks.logits import LogitEdit
-from .model import LM, Token
+from .model import LM
+from .vocabulary import Token
 
 STAGES = ("model", "edited", "processed")
 

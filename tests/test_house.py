@@ -38,6 +38,7 @@ ORDER = [
     "finding.whole",
     "finding.looking_up",
     "finding",
+    "vocabulary",
     "model",
     "rows",
     "zoo",
@@ -65,6 +66,11 @@ ORDER = [
     "acting",
     "following",
     "tracing",
+    "manager.precedence",
+    "manager.again",
+    "manager.running",
+    "manager.forwards",
+    "manager.block",
     "manager",
     "about",
     "runs.run",
@@ -187,7 +193,7 @@ def test_the_catalogue_is_sorted_and_re_exports():
 
 
 def test_only_the_manager_registers_hooks():
-    assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager"]
+    assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager.block"]
 
 
 @pytest.mark.parametrize("name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "strips", "steps"])

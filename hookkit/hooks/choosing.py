@@ -10,9 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook, NotOneToken, checks_keywords
-from ..model import LM, Token
+from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where
 from ..sites import AnySite
+from ..vocabulary import Token
 from .base import EVERY_STEP, Binding, Change, Here, number
 from .conditions import When, checked_when, holds
 from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook, checks_keywords
-from ..model import LM, Token
+from ..model import LM
+from ..vocabulary import Token
 from .base import Here, number
 from .codec import storable
 

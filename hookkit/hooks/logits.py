@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook
-from ..model import LM, Token
+from ..model import LM
 from ..positions import CountLike, PosLike, Where, as_count, as_pos
 from ..sites import LOGITS, AnySite, ModuleSite, Sites, as_sites
+from ..vocabulary import Token
 from .base import EVERY_STEP, Binding, Change, EditHook, Here
 from .conditions import When, holds
 from .phrases import Phrase

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadEdit, BadHook, OutOfRange, checks_keywords
-from ..model import Token
 from ..positions import CountLike, PosLike
 from ..sites import AnySite
+from ..vocabulary import Token
 from .base import Binding, Change, Here, number
 from .conditions import When, checked_when
 from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several

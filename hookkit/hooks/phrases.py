@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..calls import Text
 from ..errors import BadHook, NotOneToken, Unsupported
-from ..model import LM, Token
+from ..model import LM
+from ..vocabulary import Token
 from .base import Here
 from .codec import storable
 from .conditions import Holds

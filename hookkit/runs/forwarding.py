@@ -46,7 +46,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     warn_of_dropout(lm)
     output, started = None, time.perf_counter()
     with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
-        manager.follower.expect(batch)
+        manager.expect(batch)
         output = _called(lm, batch, wanted)
     return Run(
         lm=lm,

@@ -1,0 +1,36 @@
+"""Whose hooks act first at a module, and which of those on it are not hookkit's."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from ..errors import Unsupported
+
+
+class Work(functools.partial):
+    """What a block does at one place, told apart by its kind from the hooks of users and libraries."""
+
+
+def let_outer_blocks_go_first(hooks: Any) -> None:
+    """Move the hooks of outer blocks in front of the one that was just put first."""
+    if len(hooks) == 1:
+        return
+    outer = [key for key, hook in list(hooks.items())[1:] if isinstance(hook, Work)]
+    for key in reversed(outer):
+        hooks.move_to_end(key, last=False)
+
+
+def hooks_of_others(root: nn.Module) -> list[str]:
+    """The paths of the modules that carry hooks of the user's, and not of libraries. `Unsupported` inside a block."""
+    found = []
+    for path, module in root.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(hook, Work):
+                raise Unsupported(
+                    "a sweep inside a block of hk.attach: leave the block, and give its hooks as under=[…]"
+                )
+            maker = getattr(hook, "__module__", None) or type(hook).__module__
+            if maker.partition(".")[0] not in ("transformers", "accelerate", "peft", "torch"):
+                found.append(path)
+    return found

@@ -1,0 +1,101 @@
+"""The texts that run in a block: which one each forward is of, what its captures kept, and how it ended."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import generation
+from ..calls import Call
+from ..captured import Kept
+from ..errors import Unsupported
+from ..firing import check_possible
+from ..following import Follower
+from ..generation import Generation
+from ..keeping import Keeping
+from ..model import LM
+from ..prompts import cover
+from ..taps import Action
+from ..tracing import Tracer
+
+
+class Running:
+    """The texts since a block was entered. The tracer, if there is one, is told of each `generate`."""
+
+    def __init__(self, lm: LM, actions: Sequence[Action], tracer: Tracer | None) -> None:
+        self.lm, self.actions, self.tracer = lm, actions, tracer
+        self.follower = Follower(functools.partial(cover, lm), "logits_to_keep" in lm.takes, lm.two_texts)
+        self.keeping = Keeping(actions)
+        self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
+        self._watch = generation.Watch()
+
+    @property
+    def generating(self) -> bool:
+        """True while a `generate` runs."""
+        return self.follower.generation is not None
+
+    def call(self, given: Mapping[str, Any]) -> Call:
+        """The forward that begins with these arguments, its hooks' wishes held against what the text can give."""
+        call, begins = self.follower.call(given)
+        if begins:
+            self.finish()
+            self.keeping.running = call.text
+        if begins or not call.number:
+            self._check_possible(call)
+        if self.generating:
+            call.text.history = self._watch.tokens
+            if call.text.beams > 1:  # beams change rows from step to step
+                self.follower.remember(call, self._watch.tokens)
+        return call
+
+    def _check_possible(self, call: Call) -> None:
+        text, plan = call.text, self.follower.generation
+        if text.final or plan is not None:
+            check_possible(self.actions, text, call, plan)
+        for where in {id(action.where): action.where for action in self.actions}.values():
+            text.wishes(where)  # raises for a text that is not there, or a position before the first
+
+    def finish(self) -> None:
+        """Hold what was kept of a text that no `generate` made."""
+        self.keeping.finish(self.follower.plain_ending)
+
+    def check_fired(self) -> None:
+        """Raise `NeverFired` for a hook that did nothing, or not all that it was to do."""
+        self.keeping.check_fired(self.follower.forwards)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """What the captures kept, a text each."""
+        in_between = not self.generating and self.follower.forwards
+        return self.keeping.texts(self.follower.plain_ending if in_between else None)
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
+        """What a call of `generate` is going to do, or `Unsupported` with the reason."""
+        if self.lm.two_texts:
+            raise Unsupported(
+                f"generate of an encoder-decoder ({type(self.lm.root).__name__}) runs its two parts by themselves: "
+                "call the model with input_ids and decoder_input_ids in the block"
+            )
+        return generation.read(self.lm.root, args, kwargs)
+
+    def generate(self, plan: Generation, original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """transformers' `generate`, followed from its prompts to the end of each row."""
+        self.finish()
+        text = self.keeping.running = self.follower.text = plan.text(self.follower.find)
+        self.follower.generation = plan
+        if self.tracer is not None:
+            self.tracer.begin(plan)
+        try:
+            with generation.watched(self.lm.root, self.tracer) as self._watch:
+                output = original(*args, **generation.eager(args, kwargs))
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            self.rows = generation.final_rows(plan, text, sequences, self._watch)
+            ending = generation.ending(plan, text, sequences, self.rows, self.follower.histories)
+            self.keeping.finish(lambda: ending)
+            if self.tracer is not None:
+                self.tracer.finish(self.rows, [text.lengths[prompt] for prompt in ending.prompts], ending.sources)
+        finally:
+            self.follower.generation = None
+            self.follower.histories = {}
+        return output
