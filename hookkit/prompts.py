@@ -12,7 +12,7 @@ from .errors import BadPrompt, OutOfRange, Unsupported
 from .model import LM
 from .positions import At
 
-Prompts: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
+Prompts: TypeAlias = str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
 Side: TypeAlias = Literal["left", "right"]
 Row: TypeAlias = tuple[int, ...]
 
