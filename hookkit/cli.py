@@ -6,6 +6,7 @@ hookkit trace "I like oat milk in my" --ban " coffee"
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,29 +54,41 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each step.")] = False,
 ) -> None:
     """Generate, and show of every token what the model wanted, what became of it, and why it was chosen."""
-    from .errors import BadHook, HookkitError
+    with _refusals_said(), _interrupts_said():
+        settings = _settings(max_new_tokens, sample, seed, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
+        lm = _loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
+        hooks = [*_edits(lm, force or [], ban or [], boost or []), *map(_read, hook or [])]
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        _show(lm, text, hooks, settings, top, watch or [], as_json)
+
+
+def _settings(max_new_tokens: int, sample: bool, seed: int | None, rules: dict[str, Any]) -> dict[str, Any]:
+    """What generate is given."""
+    from .errors import BadHook
+
+    given = {name: value for name, value in rules.items() if value is not None}
+    if given and not sample:
+        raise BadHook("--temperature, --top-k and --top-p are rules of drawing: add --sample")
+    return {"max_new_tokens": max_new_tokens, "do_sample": sample, "seed": seed, **given}
+
+
+@contextmanager
+def _refusals_said() -> Iterator[None]:
+    """A block in which a wish that cannot be met ends the program, with the reason."""
+    from .errors import HookkitError
 
     try:
-        if not sample and any(value is not None for value in (temperature, top_k, top_p)):
-            raise BadHook("--temperature, --top-k and --top-p are rules of drawing: add --sample")
-        given = {"model": model, "revision": revision, "device": device, "dtype": dtype}
-        lm = _loaded({name: value for name, value in given.items() if value is not None})
-        hooks = [*_edits(lm, force or [], ban or [], boost or []), *map(_read, hook or [])]
-        rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if sample else {}
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "seed": seed}
-        settings |= {name: value for name, value in rules.items() if value is not None}
-        _show(
-            lm,
-            sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt,
-            hooks,
-            settings,
-            top,
-            watch or [],
-            as_json,
-        )
+        yield
     except HookkitError as error:
         typer.echo(f"hookkit: {error}", err=True)
         raise typer.Exit(WRONG) from None
+
+
+@contextmanager
+def _interrupts_said() -> Iterator[None]:
+    """A block that Ctrl-C ends with a word on what it leaves."""
+    try:
+        yield
     except KeyboardInterrupt:
         typer.echo("hookkit: interrupted; what stands above was recorded", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -95,7 +108,6 @@ def doctor(
 ) -> None:
     """Prove the laws on a model, and say what will not work and why. Exit status 1 where something does not."""
     from .doctor import doctor as examined
-    from .errors import HookkitError
 
     given: dict[str, Any] = {"model": model, "revision": revision, "device": device, "device_map": device_map}
     given |= {
@@ -103,12 +115,8 @@ def doctor(
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code or None,
     }
-    try:
-        lm = _loaded({name: value for name, value in given.items() if value is not None})
-        found = examined(lm, layers=layer or None)
-    except HookkitError as error:
-        typer.echo(f"hookkit: {error}", err=True)
-        raise typer.Exit(WRONG) from None
+    with _refusals_said():
+        found = examined(_loaded(given), layers=layer or None)
     if as_json:
         typer.echo(found.to_json())
     else:
@@ -143,9 +151,11 @@ def _print_checkup(found: "Checkup") -> None:
     console.print("nothing was found that does not work" if found.healthy else "", style="green")
 
 
-def _loaded(given: dict[str, Any]) -> "LM":
+def _loaded(words: dict[str, Any]) -> "LM":
+    """The model that these words mean, the default one where they say nothing."""
     from .zoo import load
 
+    given = {name: value for name, value in words.items() if value is not None}
     name = given.pop("model", None)
     return load(**given) if name is None else load(name, **given)
 
