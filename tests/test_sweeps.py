@@ -347,3 +347,9 @@ def test_a_sweep_inside_a_block_is_refused(lm):
         hk.forward(lm, corrupted)
         with pytest.raises(hk.errors.Unsupported, match="under="):
             hk.sweep(lm, corrupted, {"layer": [0]}, lambda layer: hk.ablate(hk.Site("z", layer)), METRICS)
+
+
+def test_a_model_that_reads_ahead_is_refused():
+    lm = hk.tiny("gemma3_text", config={"use_bidirectional_attention": True})
+    with pytest.raises(hk.errors.Unsupported, match="reads ahead"):
+        hk.sweep(lm, [[5, 6, 7]], {"layer": [0]}, lambda layer: hk.ablate(hk.Site("attn_out", layer)), METRICS)

@@ -34,7 +34,7 @@ from .passes import run_trunk
 from .planning import Plan
 from .reading import read
 from .running import Running, Saying
-from .trial import LIMITS, by_row, shortcuts
+from .trial import LIMITS, by_row, reads_ahead, shortcuts
 
 
 @checks_keywords
@@ -65,6 +65,8 @@ def plan(
     if control is not None:
         cells += controlled(lm, cells, control, reading)
     always = tuple(checked(lm, tuple(under), reading, References(lm)))
+    if reads_ahead(lm):
+        raise Unsupported("this model reads ahead: what it says at a position depends on later tokens; use hk.forward")
     may = shortcuts(lm)
     _leave_alone(lm, cells, "" if may.batch else may.why["batch"])
     return Plan(lm, tuple(cells), reading, found, always, may, memory_budget(lm, memory))

@@ -44,6 +44,17 @@ def shortcuts(lm: LM) -> Shortcuts:
     return lm.learnt[key]
 
 
+def reads_ahead(lm: LM) -> bool:
+    """True if what the model says at a position depends on a token behind it: then no position can be left out."""
+    if "reads_ahead" not in lm.learnt:
+        first = list(_reading(lm).rows[0])
+        other = [*first[:-1], (first[-1] + 1) % lm.n_tokens]
+        one, another = forward(lm, [first, other]).logits[:, :-1].float()
+        size = float(one.abs().max())
+        lm.learnt["reads_ahead"] = float((one - another).abs().max()) > LIMITS.get(_dtype(lm), 2e-5) * size
+    return lm.learnt["reads_ahead"]
+
+
 def by_row(lm: LM, path: str, side: str) -> bool:
     """True if a module is given, or gives, a tensor [batch, pos, ...] whatever the batch."""
     seen = []
@@ -75,6 +86,10 @@ def _tried(lm: LM) -> Shortcuts:
         may = may if reason else more
         why |= {name: reason} if reason else {}
     return replace(may, why=why)
+
+
+def _dtype(lm: LM) -> Any:
+    return getattr(lm.root, "dtype", None)
 
 
 def _none(reason: str) -> Shortcuts:
