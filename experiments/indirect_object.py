@@ -49,7 +49,7 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     table = hk.patching(lm, pairs.clean, pairs.corrupted, SITES, metric, pos=places)
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
     means = results.table("places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.")
-    results.figure("places", hk.heat_map(table), caption="What one clean place brings back (1: all of it).")
+    results.figure("places_map", hk.heat_map(table), caption="What one clean place brings back (1: all of it).")
     stream: Any = means[means["site"] == "resid_pre"]
     results.figure("stream", hk.interval_lines(stream, series="pos"), caption="The residual stream, with intervals.")
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
@@ -64,7 +64,7 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     results.text("# Few heads carry it")
     metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
     table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
-    results.figure("heads", hk.heat_map(table, named=TOP), caption="Each head's clean output, at all positions.")
+    results.figure("heads_map", hk.heat_map(table, named=TOP), caption="Each head's clean output, at all positions.")
     means = hk.over_prompts(table)
     results.table("heads", means, caption="Every head, with 95 % intervals over the pairs.")
     best = means.sort_values("logit_diff_effect", key=abs, ascending=False).head(TOP)
@@ -95,7 +95,9 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
     results.figure(
-        "writers", hk.heat_map(direct, named=TOP), caption="Head to logits, all other heads held: 1 is as corrupted."
+        "writers_map",
+        hk.heat_map(direct, named=TOP),
+        caption="Head to logits, all other heads held: 1 is as corrupted.",
     )
     means = results.table(
         "writers", hk.over_prompts(direct), caption="The direct effect of every head, with intervals."
@@ -105,7 +107,7 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     told = hk.path_patching(
         lm, pairs.clean, pairs.corrupted, metric, receivers=hk.Site("q", layer, head), layers=range(layer)
     )
-    results.figure("readers", hk.heat_map(told, named=TOP), caption=f"Head to the queries of head {layer}.{head}.")
+    results.figure("readers_map", hk.heat_map(told, named=TOP), caption=f"Head to the queries of head {layer}.{head}.")
     means = results.table(
         "readers", hk.over_prompts(told), caption=f"What each head tells the queries of {layer}.{head}."
     )
