@@ -23,6 +23,7 @@ check: $(READY)
 benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead
 	$(IN) -m experiments.benchmarks.attention
+	$(IN) -m experiments.benchmarks.harvest
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

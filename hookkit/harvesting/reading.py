@@ -36,7 +36,7 @@ def open_harvest(folder: str | os.PathLike[str]) -> "Harvest":
 
     >>> made = hk.harvest(lm, ["Tea with milk", "Coffee"], "resid_post.6", "folder", progress=False)
     >>> open_harvest("folder")
-    Harvest(4 rows of 2 texts: resid_post.6)
+    Harvest(6 rows of 2 texts; 1 site: resid_post.6)
     """
     path = Path(folder)
     about = read_settings(path)
@@ -81,8 +81,8 @@ class Harvest:
         return self.shards.starts[-1]
 
     def __repr__(self) -> str:
-        unfinished = "" if self.finished else ", unfinished"
-        return f"Harvest({len(self)} rows of {self.texts} texts{unfinished}: {', '.join(map(str, self.sites))})"
+        texts = f"{self.texts} text{'' if self.texts == 1 else 's'}{'' if self.finished else ', unfinished'}"
+        return f"Harvest({len(self)} rows of {texts}; {self.sites})"
 
     def __getitem__(self, name: str | AnySite) -> Column:
         """The values at a site, or which token each row is of, all rows one behind the other."""
@@ -143,7 +143,7 @@ class Harvest:
         columns = {site: self[site] for site in chosen}
         for shard, start in enumerate(self.shards.starts[:-1]):
             rows = start + rows_at(self.shards.tensors(shard), where)
-            for some in rows.split(CHUNK):
+            for some in rows.split(CHUNK) if len(rows) else ():
                 places = torch.stack([self[name][some].long() for name in WORDS], dim=1)
                 total.add({site: column[some] for site, column in columns.items()}, some, places)
         if not total.of_site:

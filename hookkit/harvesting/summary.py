@@ -142,8 +142,8 @@ class Statistics:
         return save_tensors(tensors, path, about={"statistics": json.dumps(dict(self.about))})
 
     def __repr__(self) -> str:
-        count = next(iter(self.of_site.values())).count
-        return f"Statistics({count} tokens of {self.about['texts']} texts; {self.sites})"
+        count, texts = next(iter(self.of_site.values())).count, self.about["texts"]
+        return f"Statistics({count} tokens of {texts} text{'' if texts == 1 else 's'}; {self.sites})"
 
 
 def _tensors(found: SiteStatistics) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def harvest(
 
     >>> made = harvest(lm, ["Tea with milk", "Coffee"], "resid_post.6", "folder", dtype="bfloat16", progress=False)
     >>> made["resid_post.6"][-1].shape, made["pos"][:].tolist()
-    (torch.Size([576]), [0, 1, 2, 0])
+    (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
     context = context_of(lm, context)
     rules = Rules(Where(as_pos(pos)), context, long, unfit)
