@@ -17,6 +17,8 @@ import hookkit as hk
 SEED, COUNT = 0, 50  # pairs
 SITES = ["resid_pre", "attn_out", "mlp_out"]
 TOP = 5  # heads that are looked at more closely
+BACK = "What one clean value brings back: 0 nothing, 1 all of it"
+TAKES = "What one corrupted output does on one path alone: 1 is as corrupted"
 QUESTION = "Which parts of the model find out who is given the drink, and in which order?"
 
 
@@ -27,7 +29,7 @@ def main() -> None:
         solved(lm, pairs, results)
         where(lm, pairs, results)
         heads = which_heads(lm, pairs, results)
-        readers(lm, pairs, heads, results)
+        readers(lm, pairs, results)
     print(heads[["head_name", "logit_diff_effect", "logit_diff_effect_low", "logit_diff_effect_high"]].round(3))
     print("\nThe page: results/indirect_object/report.html")
 
@@ -49,9 +51,9 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     table = hk.patching(lm, pairs.clean, pairs.corrupted, SITES, metric, pos=places)
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
     means = results.table("places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.")
-    results.figure("places_map", hk.heat_map(table), caption="What one clean place brings back (1: all of it).")
+    results.figure("places_map", hk.heat_map(table, title=BACK), caption="By layer and named position.")
     stream: Any = means[means["site"] == "resid_pre"]
-    results.figure("stream", hk.interval_lines(stream, series="pos"), caption="The residual stream, with intervals.")
+    results.figure("stream", hk.interval_lines(stream, series="pos", title=BACK), caption="The residual stream.")
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
     results.text(
@@ -64,7 +66,7 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     results.text("# Few heads carry it")
     metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
     table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
-    results.figure("heads_map", hk.heat_map(table, named=TOP), caption="Each head's clean output, at all positions.")
+    results.figure("heads_map", hk.heat_map(table, named=TOP, title=BACK), caption="Each head's clean output.")
     means = hk.over_prompts(table)
     results.table("heads", means, caption="Every head, with 95 % intervals over the pairs.")
     best = means.sort_values("logit_diff_effect", key=abs, ascending=False).head(TOP)
@@ -90,27 +92,19 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     return best.assign(head_name=names)
 
 
-def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
+def readers(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     results.text("# Who writes the answer, and who tells the writers where to look")
     metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
-    results.figure(
-        "writers_map",
-        hk.heat_map(direct, named=TOP),
-        caption="Head to logits, all other heads held: 1 is as corrupted.",
-    )
-    means = results.table(
-        "writers", hk.over_prompts(direct), caption="The direct effect of every head, with intervals."
-    )
+    results.figure("writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits.")
+    means = results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
     writer = means.loc[means["logit_diff_effect"].idxmax()]
     layer, head = int(writer["layer"]), int(writer["head"])
-    told = hk.path_patching(
-        lm, pairs.clean, pairs.corrupted, metric, receivers=hk.Site("q", layer, head), layers=range(layer)
-    )
-    results.figure("readers_map", hk.heat_map(told, named=TOP), caption=f"Head to the queries of head {layer}.{head}.")
-    means = results.table(
-        "readers", hk.over_prompts(told), caption=f"What each head tells the queries of {layer}.{head}."
-    )
+    queries = {"receivers": hk.Site("q", layer, head), "layers": range(layer)}
+    told = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric, **queries)
+    caption = f"From each head to the queries of head {layer}.{head}."
+    results.figure("readers_map", hk.heat_map(told, named=TOP, title=TAKES), caption=caption)
+    means = results.table("readers", hk.over_prompts(told), caption=caption)
     teller = means.loc[means["logit_diff_effect"].idxmax()]
     results.text(
         f"Head {layer}.{head} writes the most by itself: with its corrupted output the logits alone move by "
