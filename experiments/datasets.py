@@ -4,7 +4,7 @@ Pairs of every dataset in its default configuration, and the other way to corrup
 where the answer's logit is above that of the wrong answer after the clean prompt. A dataset is fit to be patched on if
 at least nine of ten pairs are solved, and if the corrupted prompts take the difference away or turn it round.
 
-python -m experiments.datasets        eight minutes on two cores; writes results/datasets/
+python -m experiments.datasets        ten minutes on two cores; writes results/datasets/
 """
 
 import pandas as pd
@@ -92,12 +92,17 @@ def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
     bins = [step / 2 for step in range(2 * int(min(found)) - 2, 2 * int(max(found)) + 4)]
     for axes, (name, check) in zip(rows, checks.items(), strict=True):
         for column, colour in both:
-            axes.hist(check[column], bins=bins, color=colour, alpha=0.55, lw=0)
+            axes.hist(
+                check[column], bins=bins, color=colour, alpha=0.55, lw=0, label=column.removeprefix("logit_diff_")
+            )
         axes.axvline(0, color=hk.figures.MUTED, lw=0.8)
-        axes.set_ylabel(f"{name.replace('_', ' ')}\n{check['right'].mean():.1%}", rotation=0, ha="right", va="center")
+        solved = f"{name.replace('_', ' ')}\n{check['right'].mean():.1%} solved"
+        axes.set_ylabel(solved, rotation=0, ha="right", va="center")
         axes.set_yticks([])
+        axes.tick_params(length=0)
+    rows[0].legend(title="after prompts that are", frameon=False, fontsize=8, title_fontsize=8, loc="upper right")
     rows[-1].set_xlabel("logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred")
-    return hk.figures.finished(figure, "How clearly the model prefers the answer: clean prompts and corrupted ones")
+    return hk.figures.finished(figure, "How clearly the model prefers the answer")
 
 
 if __name__ == "__main__":

@@ -397,13 +397,29 @@ def test_a_block_that_the_model_cannot_read_is_refused(wordy):
         D.induction(wordy, 5, length=65)
 
 
-def test_pairs_of_another_tokenizer_are_refused(smol, wordy):
-    with pytest.raises(
-        BadPrompt, match=r"pair 0 is \d+ tokens for this tokenizer, and its label 'end' stands at 1\d: make"
-    ):
-        D.indirect_object(smol, 5).check(wordy)
+@pytest.mark.parametrize("name", ["indirect_object", "successor", "capitals", "landmarks"])
+def test_texts_that_were_made_for_another_tokenizer_are_refused(smol, wordy, name):
+    again = rf"pair 0 has other tokens with this tokenizer.*make the pairs with this model, hk.datasets.{name}\(lm"
+    with pytest.raises(BadPrompt, match=again):
+        TEXTS[name](smol, 5).check(wordy)
+
+
+def test_ids_that_were_drawn_for_another_tokenizer_are_refused():
+    days, months = (random_model(trained(words)) for words in series.ROUND.values())
+    refused = 0
+    for pair in D.induction(days, 40, length=3):
+        try:
+            pair.check(months)
+        except (BadPrompt, NotOneToken):
+            refused += 1
+        else:  # a token that both number the same
+            assert months.string(pair.clean[0][pair.labels["B1"][0]]) == pair.answers[0]
+    assert 0 < refused < 40
+
+
+def test_your_own_pairs_have_to_be_equally_long_with_answers_of_one_token(smol):
     uneven = hk.Pairs("mine", ["The capital of France is"], ["The capital of South Korea is"], [" Paris"], [" Seoul"])
-    with pytest.raises(BadPrompt, match="pair 0 is 5 tokens clean and 6 corrupted for this tokenizer"):
+    with pytest.raises(BadPrompt, match="pair 0 is 5 tokens clean and 6 corrupted.*give two prompts of one length"):
         uneven.check(smol)
     with pytest.raises(NotOneToken, match="' oat milk' is 2 tokens here"):
         hk.Pairs("mine", ["I like"], ["I hate"], [" oat milk"], [" tea"]).check(smol)

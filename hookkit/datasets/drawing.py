@@ -14,7 +14,7 @@ from ..errors import NotOneToken, OutOfRange, TooFew, Unsupported
 from ..model import LM, Token
 from ..positions import At
 from ..prompts import Row, cover
-from .pairs import Pairs, Prompt
+from .pairs import Pairs, Prompt, checksum
 
 PATIENCE = 2000  # draws in a row that give nothing new, after which there is no more to be found
 PILOT = 100  # pairs by which the commonest length is found
@@ -45,6 +45,7 @@ class Made:
     draw: Draw
     labels: dict[str, int]
     length: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Urn:
             wrong=tuple(draw.wrong for draw in draws),
             labels={name: tuple(made.labels[name] for made in found) for name in found[0].labels},
             seed=self.seed,
+            checksums=tuple(made.checksum for made in found),
         )
 
     def _commonest_length(self) -> int | None:
@@ -105,7 +107,8 @@ def _made(lm: LM, draw: Draw) -> Made | None:
         if isinstance(answer, str) and any(next_token(lm, text, answer) != answer for text in texts):
             return None
     places = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
-    return Made(draw, {**places, "end": len(clean) - 1}, len(clean))
+    tokens = checksum(clean, corrupted, lm.token(draw.answer), lm.token(draw.wrong))
+    return Made(draw, {**places, "end": len(clean) - 1}, len(clean), tokens)
 
 
 def _position(lm: LM, row: Row, label: int | At | Behind) -> int:

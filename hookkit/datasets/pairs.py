@@ -9,6 +9,7 @@ pairs.solved(lm)                # the pairs that the model solves
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
+from zlib import crc32
 
 import pandas as pd
 import torch
@@ -37,9 +38,10 @@ class Pairs:
     labels      positions with a name ("S1", "subject", "end"), one for each pair, counted in the clean prompt's tokens
     seed        what the pairs were drawn with
     note        what was left out, if anything was
+    checksums   of each pair's token ids, by which `check` knows a model with another tokenizer, and refuses it
 
-    They are made by `hk.datasets` for one tokenizer, and `check` refuses a model whose tokenizer makes other tokens of
-    them. Your own pairs can be written as `Pairs("mine", clean, corrupted, answers, wrong)`.
+    They are made by `hk.datasets` for one tokenizer. Your own can be written as
+    `Pairs("mine", clean, corrupted, answers, wrong)`.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Pairs:
     labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     seed: int = 0
     note: str = ""
+    checksums: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in FIELDS:
@@ -59,6 +62,7 @@ class Pairs:
         object.__setattr__(self, "labels", {name: tuple(places) for name, places in self.labels.items()})
         counts = {name: len(getattr(self, name)) for name in FIELDS}
         counts |= {f"labels[{name!r}]": len(places) for name, places in self.labels.items()}
+        counts |= {"checksums": len(self.checksums)} if self.checksums else {}
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise BadPrompt(f"the pairs do not match: {said}. Give one of each for every pair")
@@ -74,7 +78,8 @@ class Pairs:
             raise EmptySelection(f"[{which}] selects none of the {len(self)} pairs: choose at least one")
         kept: dict[str, Any] = {name: tuple(getattr(self, name)[row] for row in rows) for name in FIELDS}
         labels = {name: tuple(places[row] for row in rows) for name, places in self.labels.items()}
-        return replace(self, **kept, labels=labels)
+        checksums = tuple(self.checksums[row] for row in rows) if self.checksums else ()
+        return replace(self, **kept, labels=labels, checksums=checksums)
 
     def _rows(self, which: int | slice | Sequence[int]) -> list[int]:
         everything = range(len(self))
@@ -114,13 +119,12 @@ class Pairs:
         top1 (rank_clean is 1). `table["right"].mean()` is the accuracy.
 
         Raises `BadPrompt` where this model's tokenizer makes other tokens of the pairs than the one that they were made
-        for, and `NotOneToken` where an answer is not one token of it.
+        for, or two prompts of a pair are not equally long, and `NotOneToken` where an answer is not one token.
 
         >>> datasets.indirect_object(lm, 4).check(lm)["right"].tolist()
         [True, True, True, True]
         """
-        self._same_tokens(lm)
-        answers, wrong = ([lm.token(token) for token in tokens] for tokens in (self.answers, self.wrong))
+        answers, wrong = self._tokens(lm)
         sides = {side: _measured(lm, getattr(self, side), answers, wrong) for side in ("clean", "corrupted")}
         numbers = {f"{name}_{side}": values for side, found in sides.items() for name, values in found.items()}
         tokens = {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
@@ -147,21 +151,28 @@ class Pairs:
         said = f"{model} solves {len(kept)} of {len(self)} pairs, {len(self) - len(kept)} fell out"
         return replace(self[kept], note=f"{self.note}; {said}" if self.note else said)
 
-    def _same_tokens(self, lm: LM) -> None:
-        """Raise `BadPrompt` unless clean and corrupted are equally long for this tokenizer, with the labels in them."""
+    def _tokens(self, lm: LM) -> tuple[list[int], list[int]]:
+        """The ids of the answers and of the wrong ones, once it is sure that the pairs are right for this tokenizer."""
+        answers, wrong = ([lm.token(token) for token in tokens] for tokens in (self.answers, self.wrong))
         sides = [as_batch(lm, _given(prompts)).rows for prompts in (self.clean, self.corrupted)]
-        again = f"make the pairs with this model, hk.datasets.{self.name}(lm, …)"
         for number, (clean, corrupted) in enumerate(zip(*sides, strict=True)):
+            found = checksum(clean, corrupted, answers[number], wrong[number])
+            if self.checksums and self.checksums[number] != found:
+                raise BadPrompt(
+                    f"pair {number} has other tokens with this tokenizer than with the one that it was made for: make "
+                    f"the pairs with this model, hk.datasets.{self.name}(lm, …)"
+                )
             if len(clean) != len(corrupted):
                 raise BadPrompt(
                     f"pair {number} is {len(clean)} tokens clean and {len(corrupted)} corrupted for this tokenizer, "
-                    f"and the two have to be equal: {again}"
+                    "and positions are compared: give two prompts of one length"
                 )
-            if "end" in self.labels and self.labels["end"][number] != len(clean) - 1:
-                raise BadPrompt(
-                    f"pair {number} is {len(clean)} tokens for this tokenizer, and its label 'end' stands at "
-                    f"{self.labels['end'][number]}: {again}"
-                )
+        return answers, wrong
+
+
+def checksum(clean: Row, corrupted: Row, answer: int, wrong: int) -> int:
+    """A number that is the same for the same tokens, and as good as never for others."""
+    return crc32(repr((clean, corrupted, answer, wrong)).encode())
 
 
 def _measured(lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list[int]) -> dict[str, list[Any]]:
