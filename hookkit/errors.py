@@ -8,7 +8,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -92,6 +92,10 @@ class DroppedOut(HookkitError, UserWarning):
     """A warning: the model is in training mode with dropout, so numbers differ from call to call."""
 
 
+class Interrupted(HookkitError, UserWarning):
+    """A warning: Ctrl-C ended a sweep, and its table has the rows that were done."""
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of a sentence: `; did you mean 'resid_post'?` with the nearest of `words`, or a full stop."""
     known = list(words)
@@ -101,9 +105,14 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def checks_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, but an unknown keyword raises `UnknownKeyword`, which lists the known ones."""
+    """The same function, but an unknown keyword raises `UnknownKeyword`, which lists the known ones.
+
+    What a function passes on, `**settings: Unpack[Settings]`, are the names in that TypedDict.
+    """
     parameters = inspect.signature(function).parameters.values()
     keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    passed: list[Any] = [p.annotation for p in parameters if p.kind is p.VAR_KEYWORD]
+    keywords += [name for given in passed for kind in get_args(given) for name in kind.__annotations__]
 
     @functools.wraps(function)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .distributions import distributions
 from .errors import BadEdit, BadHook, BadPrompt, Unsupported
 from .model import LM, Token
+from .prompts import shortened
 from .runs import Run
 
 Answers: TypeAlias = Token | tuple[Token, ...] | list[Token | tuple[Token, ...]]
@@ -58,6 +59,8 @@ class Metric:
 
     def __call__(self, run: Run, *, pos: int = -1) -> Float[Tensor, " row"]:
         """The metric of a run at a position of each prompt: [row], on the CPU."""
+        if isinstance(pos, bool) or not isinstance(pos, int):
+            raise BadHook(f"a metric looks at one position of each prompt, and pos={pos!r}: give a whole number")
         measure = self.bound(run.lm, len(run.lengths))
         logits = last_logits(run, pos)
         return measure(Said(logits, range(len(logits)))).cpu()
@@ -222,8 +225,11 @@ class KL(Metric):
 def kl(reference: Run | None = None, *, pos: int = -1) -> KL:
     """How far the model's next-token distribution is from a reference run's: KL(reference ‖ now), in nats.
 
-    Without a reference, a sweep takes what the model says of the same prompt without the edit.
+    Without a reference, a sweep takes what the model says of the same prompt without the edit. `pos` is the position of
+    the reference's prompts.
     """
+    if reference is not None and not isinstance(reference, Run):
+        raise BadHook(f"kl needs a run as its reference, and was given a {type(reference).__name__}")
     return KL(reference, pos)
 
 
@@ -268,7 +274,7 @@ class Loss(Metric):
             raise BadPrompt(
                 f"loss has {len(each)} continuations, and there are {count} prompts: give one for each, or one"
             )
-        rows = [tuple(lm.encode(text)) if isinstance(text, str) else tuple(text) for text in each]
+        rows = [_continuation(lm, text) for text in each]
         if not all(rows):
             raise BadPrompt("loss was given an empty continuation: give the text whose loss is meant")
         return rows
@@ -288,6 +294,14 @@ class Loss(Metric):
             return torch.stack(found)
 
         return measure
+
+
+def _continuation(lm: LM, given: str | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(given, int):
+        raise BadPrompt(f"loss was given {given}, one token: a continuation is a text, or ids in a tuple")
+    if isinstance(given, str) and given and lm.tokenizer is None:
+        raise BadPrompt(f"{shortened(given)!r} is text, and this model came without a tokenizer: give token ids")
+    return tuple(lm.token(token) for token in (lm.encode(given) if isinstance(given, str) and given else given))
 
 
 def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:
@@ -311,7 +325,7 @@ class OfLogits(Metric):
 
     def bound(self, lm: LM, count: int) -> Measure:
         def measure(said: Said) -> Tensor:
-            found = self.fn(said.logits)
+            found = self.fn(said.logits.clone())  # the function may write into what it is given
             if not isinstance(found, Tensor) or found.shape != (len(said.rows),):
                 shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise BadEdit(
@@ -372,9 +386,18 @@ def _ids(lm: LM, answers: Answers, count: int) -> _Ids:
             f"a metric has tokens for {len(each)} prompts, and there are {count}: a list has one entry for each "
             "prompt, and a tuple holds several tokens of one"
         )
+    for one in each:
+        if not isinstance(one, str | int | tuple):
+            raise BadHook(
+                f"{one!r} is no token: give its text or id, a tuple of several that count, or a list with an entry for "
+                "each prompt"
+            )
     rows = [[lm.token(token) for token in (one if isinstance(one, tuple) else (one,))] for one in each]
     if not all(rows):
         raise BadHook("a metric was given an empty tuple of tokens: name at least one")
+    for row in rows:
+        if len(set(row)) < len(row):
+            raise BadHook(f"a metric names token {max(row, key=row.count)} twice for one prompt: name each once")
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     return _Ids(ids, torch.tensor([[n < len(row) for n in range(width)] for row in rows]))

@@ -15,7 +15,6 @@ from .errors import BadEdit, BadHook, Unsupported
 from .families import Place
 from .forms import Form, form_of
 from .hooks.base import Binding, Change, EditHook, Hook
-from .hooks.edits import SkipBlock
 from .hooks.looking import Capture
 from .model import LM
 from .positions import Where
@@ -62,7 +61,7 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
         referred = _once(lambda prompts, sites=tuple(located): reference(sites, prompts))
         edits = hook if isinstance(hook, EditHook) else None
         looks = isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
-        reads_input = isinstance(hook, SkipBlock)
+        reads_input = edits is not None and edits.reads_input
         where = hook.placed(lm)
         for site, place in located.items():
             change = _change(lm, edits, site, referred) if edits is not None else None

@@ -21,7 +21,7 @@ def warn_of_dropout(lm: LM) -> None:
             f"the model is in training mode and drops numbers out at random ({found}), so that what comes out differs "
             "from call to call: call model.eval() first",
             DroppedOut,
-            stacklevel=_levels_to_the_user(),
+            stacklevel=levels_to_the_user(),
         )
 
 
@@ -36,7 +36,7 @@ def _dropping(path: str, module: nn.Module) -> Iterable[str]:
             yield f"{path}: {name} = {value:g}"
 
 
-def _levels_to_the_user() -> int:
+def levels_to_the_user() -> int:
     """How many frames above the caller of this the first one stands that is not hookkit's."""
     level, frame = 0, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:

@@ -1,5 +1,6 @@
 """Hooks as values: what each does by a closed form, how it prints, what it equals, and what JSON keeps of it."""
 
+import functools
 import json
 import math
 
@@ -20,7 +21,7 @@ def values(lm, *hooks, prompts=PROMPTS, site=SITE):
     return run[site, "before"], run[site, "after"]
 
 
-def as_a_function(x):
+def as_a_function(x, *_):
     return x * 2
 
 
@@ -100,6 +101,27 @@ def test_json_holds_the_name_and_source_of_a_users_function_and_refuses_to_bring
         BadHook, match="has a user's function, .*as_a_function, of which JSON has the name and not the code"
     ):
         hk.Hook.from_json(json.dumps(written))
+
+
+FACTOR = 3.0
+
+
+def test_json_tells_two_functions_with_the_same_source_and_other_numbers_apart():
+    def times(factor, tensor):
+        return hk.edit(SITE, lambda values: values * factor + tensor)
+
+    def default(values, by=2.0):
+        return values * by * FACTOR
+
+    assert times(1.0, VECTOR).to_json() == times(1.0, VECTOR.clone()).to_json()
+    assert len({times(1.0, VECTOR).to_json(), times(2.0, VECTOR).to_json(), times(1.0, -VECTOR).to_json()}) == 3
+    around = json.loads(hk.edit(SITE, default).to_json())["fn"]["$function"]["with"]
+    assert around == {"default 0": "2.0", "FACTOR": "3.0"}
+    partials = [hk.edit(SITE, functools.partial(as_a_function, factor)).to_json() for factor in (1, 2)]
+    assert partials[0] != partials[1] and "return x * 2" in partials[0]
+    made = [eval(compile(f"lambda x: x * {n}", "<nowhere>", "eval")) for n in (2, 2, 3)]  # no source to be read
+    written = [hk.edit(SITE, fn).to_json() for fn in made]
+    assert written[0] == written[1] != written[2]
 
 
 def test_json_can_hold_digests_instead_of_tensors():

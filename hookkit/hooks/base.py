@@ -204,12 +204,24 @@ class Hook:
 class EditHook(Hook):
     """A hook that changes what it finds."""
 
+    @property
+    def together(self) -> bool:
+        """True where what it does at a position may depend on the others that it is given: a user's function."""
+        return False
+
+    @property
+    def reads_input(self) -> bool:
+        """True where it needs what the module was given, beside what it gives."""
+        return False
+
     def change(self, binding: Binding) -> Change:
         """The function that makes the change at one site, after everything was checked against the model."""
         raise AssertionError(f"{type(self).__name__} says no change")
 
 
 def _word(value: object) -> str:
+    if isinstance(value, Hook):
+        return str(value)
     return getattr(value, "__name__", "function") if callable(value) else repr(value)
 
 

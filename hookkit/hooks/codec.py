@@ -5,10 +5,12 @@ What JSON has no word for is an object with one key that begins with "$": {"$sit
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from safetensors.torch import load, save
@@ -74,15 +76,18 @@ def _encode(value: Any, tensors: str) -> Any:
     if isinstance(value, tuple):
         return [_encode(item, tensors) for item in value]
     if isinstance(value, Tensor):
-        return {"$tensor": _tensor(value, tensors)}
+        return {"$tensor": tensor_as_json(value, tensors)}
     if type(value).__name__ in VALUES:
         fields = {field.name: _encode(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
         return {"$value": type(value).__name__, **fields}
+    if HOOKS.get(getattr(value, "verb", "")) is type(value):
+        return {"$hook": json.loads(to_json(value, tensors=tensors))}
     assert callable(value), f"a hook holds a {type(value).__name__}, which has no way to be written"
-    return {"$function": _named(value)}
+    return {"$function": function_as_json(value)}
 
 
-def _tensor(tensor: Tensor, tensors: str) -> dict[str, Any]:
+def tensor_as_json(tensor: Tensor, tensors: str) -> dict[str, Any]:
+    """A tensor in full, or its shape and its hash ("digest")."""
     data = save({"t": tensor.detach().cpu().contiguous()})
     if tensors == "inline":
         return {"safetensors": base64.b64encode(data).decode()}
@@ -93,12 +98,53 @@ def _tensor(tensor: Tensor, tensors: str) -> dict[str, Any]:
     }
 
 
-def _named(function: Any) -> dict[str, str]:
+def function_as_json(function: Any, *, alone: bool = False) -> dict[str, Any]:
+    """A user's function by its name and source, with what it takes from around it unless it is wanted `alone`."""
+    if isinstance(function, functools.partial):
+        given = {"args": function.args, **function.keywords}
+        return {**function_as_json(function.func), "given": {name: _held(value) for name, value in given.items()}}
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    found: dict[str, Any] = {"name": name}
     try:
-        return {"name": name, "source": inspect.getsource(function).strip()}
+        found["source"] = inspect.getsource(function).strip()
     except (OSError, TypeError):
-        return {"name": name}
+        if (code := getattr(function, "__code__", None)) is not None:
+            found["code"] = hashlib.sha256(_code(code).encode()).hexdigest()
+    around = {} if alone else _around(function)
+    return found | ({"with": around} if around else {})
+
+
+def _code(code: Any) -> str:
+    """What a function does, where its source is not to be had."""
+    constants = [_code(each) if hasattr(each, "co_code") else repr(each) for each in code.co_consts]
+    return repr((code.co_code, code.co_names, code.co_varnames, constants))
+
+
+def _around(function: Any) -> dict[str, Any]:
+    """What a function takes from around it, and its defaults: numbers, words, tensors, other functions of its file."""
+    try:
+        found = inspect.getclosurevars(function)
+    except (TypeError, ValueError):
+        return {}
+    names = {**found.globals, **found.nonlocals}
+    names |= {f"default {place}": value for place, value in enumerate(getattr(function, "__defaults__", None) or ())}
+    names |= getattr(function, "__kwdefaults__", None) or {}
+    ours = {
+        name: function_as_json(value, alone=True)
+        for name, value in names.items()
+        if inspect.isfunction(value) and value.__module__ == function.__module__ and value is not function
+    }
+    told = {name: _held(value) for name, value in names.items()}
+    return ours | {name: value for name, value in told.items() if value is not None}
+
+
+def _held(value: Any) -> Any:
+    """A number, a word, a tensor's hash, or several of them; None for anything else, which may change by itself."""
+    if isinstance(value, Tensor):
+        return tensor_as_json(value, "digest")
+    if isinstance(value, tuple):
+        return [_held(each) for each in value]
+    return repr(value) if isinstance(value, bool | int | float | str) else None
 
 
 def _decode(value: Any) -> Any:
@@ -106,23 +152,33 @@ def _decode(value: Any) -> Any:
         return tuple(map(_decode, value))
     if not isinstance(value, dict):
         return value
-    if "$float" in value:
-        return float(value["$float"])
-    if "$sites" in value:
-        return Sites(tuple(map(parse, value["$sites"])))
-    if "$site" in value:
-        return parse(value["$site"])
-    if "$part" in value:
-        return Part(value["$part"])
-    if "$tensor" in value:
-        if "safetensors" not in value["$tensor"]:
-            raise BadHook(
-                "this hook was written with tensors='digest', which has the hash of its tensor and not the numbers"
-            )
-        return load(base64.b64decode(value["$tensor"]["safetensors"]))["t"]
-    if "$function" in value:
-        raise BadHook(
-            f"this hook has a user's function, {value['$function']['name']}, of which JSON has the name and not the "
-            "code: make the hook again with hk.edit(site, fn)"
-        )
+    word = next((word for word in READ if word in value), None)
+    if word is not None:
+        return READ[word](value[word])
     return VALUES[value["$value"]](**{name: _decode(item) for name, item in value.items() if name != "$value"})
+
+
+def _read_tensor(written: Any) -> Tensor:
+    if "safetensors" not in written:
+        raise BadHook(
+            "this hook was written with tensors='digest', which has the hash of its tensor and not the numbers"
+        )
+    return load(base64.b64decode(written["safetensors"]))["t"]
+
+
+def _no_function(written: Any) -> Any:
+    raise BadHook(
+        f"this hook has a user's function, {written['name']}, of which JSON has the name and not the code: make the "
+        "hook again with hk.edit(site, fn)"
+    )
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$sites": lambda written: Sites(tuple(map(parse, written))),
+    "$site": parse,
+    "$part": Part,
+    "$tensor": _read_tensor,
+    "$hook": lambda written: from_json(json.dumps(written)),
+    "$function": _no_function,
+}

@@ -37,6 +37,10 @@ class Edit(EditHook):
     verb: ClassVar[str] = "edit"
     bare: ClassVar[tuple[str, ...]] = ("fn",)
 
+    @property
+    def together(self) -> bool:
+        return True
+
     def change(self, binding: Binding) -> Change:
         takes_here = _positional(self.fn) >= 2
         words = f"the function of {self}"
@@ -184,6 +188,10 @@ class SkipBlock(EditHook):
     """Let a block give out what it was given. Made by `skip_block`."""
 
     verb: ClassVar[str] = "skip_block"
+
+    @property
+    def reads_input(self) -> bool:
+        return True
 
     def change(self, binding: Binding) -> Change:
         def apply(values: Tensor, here: Here) -> Tensor:

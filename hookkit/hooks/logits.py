@@ -19,7 +19,7 @@ from ..positions import CountLike, PosLike, Where, as_count, as_pos
 from ..sites import LOGITS, AnySite, ModuleSite, Sites, as_sites
 from ..vocabulary import Token
 from .base import EVERY_STEP, Binding, Change, EditHook, Here
-from .conditions import When, holds
+from .conditions import Condition, When, holds
 from .phrases import Phrase
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
@@ -32,6 +32,10 @@ class LogitEdit(EditHook):
     when: When | None = field(default=None, kw_only=True)
 
     names: ClassVar[tuple[str, ...]] = ()  # the fields that name tokens
+
+    @property
+    def together(self) -> bool:
+        return self.when is not None and not isinstance(self.when, Condition)
 
     def named(self, lm: LM) -> list[int]:
         """The tokens that the hook names, in its order."""

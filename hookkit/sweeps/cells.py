@@ -66,7 +66,7 @@ class References:
 
 def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]:
     """Every cell of the grid, the last dimension fastest, its hooks checked against the model and the prompts."""
-    axes = {name: list(values) for name, values in grid.items()}
+    axes = {name: listed(values, f"the grid's dimension {name!r}") for name, values in grid.items()}
     for name, values in axes.items():
         if name in TAKEN:
             raise BadHook(f"the grid has a dimension {name!r}, which is a column of the table: give it another name")
@@ -84,6 +84,13 @@ def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]
     if not cells:
         raise EmptySelection("the function gave None for every point of the grid: give hooks for at least one")
     return cells
+
+
+def listed(given: Any, word: str) -> list[Any]:
+    """The values of a dimension; `BadHook` for one value where several are meant."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise BadHook(f"{word} is {given!r}, one value, and a grid has a list of them: [{given!r}]")
+    return list(given)
 
 
 def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
@@ -112,8 +119,13 @@ def checked(lm: LM, hooks: Sequence[Hook], reading: Reading, references: Referen
         if isinstance(hook, Capture):
             raise BadHook(f"{hook} in a sweep: a sweep keeps metrics only; capture with hk.forward")
     taps = planned(lm, hooks, references)
+    check_reached(taps, reading)
+    return taps
+
+
+def check_reached(taps: Sequence[Tap], reading: Reading) -> None:
+    """Raise where something is to be done at a place that these prompts do not have."""
     text = reading.full
     width = max(text.lengths)
     whole = Call(text, 0, 0, len(reading), width, range(width), 0)
     check_possible([action for tap in taps for action in tap.actions], text, whole, None)
-    return taps

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..captured import Captured
-from ..errors import BadHook
+from ..errors import BadEdit, BadHook
 from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square
 from ..hooks.replacing import Ablate, FromRun
 from ..model import LM
+from ..positions import Where
 from .cells import Cell, HooksAt, References, checked, hooks_at
 from .reading import Reading
 
@@ -29,11 +30,24 @@ class Randomised(EditHook):
     verb: ClassVar[str] = "randomised"
     bare: ClassVar[tuple[str, ...]] = ("hook",)
 
+    @property
+    def together(self) -> bool:
+        return self.hook.together
+
+    @property
+    def reads_input(self) -> bool:
+        return self.hook.reads_input
+
+    def placed(self, lm: LM) -> Where:
+        return self.hook.placed(lm)
+
     def change(self, binding: Binding) -> Change:
         inner = self.hook.change(binding)
 
         def apply(values: Tensor, here: Here) -> Tensor:
             by = (inner(values, here) - values).float()
+            if bool(here.real_cells(~by.isfinite()).any()):
+                raise BadEdit(f"{self.hook} changes numbers without end, which no random change is as large as")
             axes = tuple(range(2, values.ndim))
             noise = self._noise(values, here)
             size = by.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)
@@ -71,9 +85,8 @@ def controlled(lm: LM, cells: Sequence[Cell], control: Control, reading: Reading
                 continue
         else:
             hooks = tuple(made[control](cell.hooks, cell.at))
-        found.append(
-            Cell(len(cells) + cell.number, cell.at, hooks, checked(lm, hooks, reading, references), control=True)
-        )
+        number = len(cells) + len(found)
+        found.append(Cell(number, cell.at, hooks, checked(lm, hooks, reading, references), control=True))
     return found
 
 

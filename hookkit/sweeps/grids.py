@@ -7,28 +7,29 @@ hk.dose(lm, prompts, "resid_post.12", vector, metric, scales=[0, 2, 4])
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
 
-from ..errors import BadHook, BadPrompt, Unsupported, checks_keywords
+from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported, checks_keywords
 from ..hooks.base import Hook
 from ..hooks.edits import skip_block, steer
 from ..hooks.looking import capture
 from ..hooks.replacing import ablate, patch
 from ..metrics import MetricLike
 from ..model import LM
-from ..positions import CountLike, PosLike
-from ..prompts import Prompts
-from ..runs import Run, forward
+from ..positions import CountLike, Pos, PosLike, as_pos
+from ..prompts import Prompts, as_batch
+from ..runs import forward
 from ..sites import HEADED, KEY_HEADED, WHOLE_MODEL, AnySite, Site
-from .sweep import sweep
+from .cells import listed
+from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
 Positions: TypeAlias = Iterable[PosLike] | Mapping[str, PosLike | Sequence[int]] | None
 """The positions of a grid: a list of them, or names for them, each with one position or one for every prompt."""
 
-Places: TypeAlias = Mapping[Any, list[tuple[PosLike, CountLike]]]
+Places: TypeAlias = Mapping[Any, list[tuple[Pos, CountLike]]]
 """The positions of a grid by name, each as hooks say them: where, and in which rows."""
 
 
@@ -44,7 +45,7 @@ def patching(
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     pos: Positions = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> pd.DataFrame:
     """Activation patching of a whole site: what each place carries that the metric needs (Vig et al. 2020; Meng et al.
     2022; Heimersheim and Nanda 2024).
@@ -65,25 +66,28 @@ def patching(
         raise BadHook(f"direction={direction!r} is unknown: say 'denoise' or 'noise'")
     names = [sites] if isinstance(sites, str) else list(sites)
     to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    places = [Site(name, layer) for name in names for layer in _layers(lm, name, layers)]
-    source = forward(lm, of, capture(places))
-    check_pairs(source, forward(lm, to, logits="last"))
-    grid, hooks_at = grid_of(lm, names, layers, heads, positions_of(source, names, pos))
+    lengths = check_pairs(lm, of, to)
+    grid, hooks_at = grid_of(lm, names, layers, heads, positions_of(lengths, names, pos))
+    each = [Site(name, layer) for name in names for layer in grid.get("layer", [None])]
+    places = [site for site in each if lm.layout.find(site.name, site.layer)]
+    source = forward(lm, of, *settings.get("under", ()), capture(places), logits=False)
 
     def hooks(**at: Any) -> Sequence[Hook] | None:
         chosen = hooks_at(at)
         return None if chosen is None else [patch(chosen[0], source, pos=p, rows=r) for p, r in chosen[1]]
 
-    return sweep(lm, to, grid, hooks, metrics, target=source, **settings)
+    return sweep(lm, to, grid, hooks, metrics, target=of, **settings)
 
 
-def check_pairs(source: Run, run: Run) -> None:
-    """Raise where the prompts of a patch are not as many, or not as long, as those of its source."""
-    if source.lengths != run.lengths:
+def check_pairs(lm: LM, of: Prompts, to: Prompts) -> list[int]:
+    """The lengths of prompts in pairs. Raises where they are not as many, or not as long as one another."""
+    source, run = as_batch(lm, of).lengths, as_batch(lm, to).lengths
+    if source != run:
         raise BadPrompt(
-            f"clean and corrupted prompts have {source.lengths} and {run.lengths} tokens: patching pairs positions, so "
-            "give as many of each, as long as one another"
+            f"prompts of {source} tokens are to be patched into prompts of {run} tokens: patching pairs positions, so "
+            "give as many clean as corrupted ones, as long as one another"
         )
+    return run
 
 
 @checks_keywords
@@ -99,7 +103,7 @@ def ablations(
     heads: Iterable[int] | None = None,
     units: Mapping[int, Iterable[int]] | Iterable[int] | None = None,
     pos: Positions = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> pd.DataFrame:
     """Each head, neuron or block taken out by itself: what the metric loses without it.
 
@@ -108,12 +112,15 @@ def ablations(
     are those of `ablate`: zeros, the mean or a draw of other prompts, a run. All positions at once, or each of `pos`.
     """
     if what == "block":
-        if to != "zero" or pos is not None:
-            raise BadHook("a block is left out as a whole: leave to= and pos= out, or ablate 'attn_out' and 'mlp_out'")
+        if to != "zero" or any(given is not None for given in (over, pos, heads, units)):
+            raise BadHook(
+                "a block is left out as a whole: leave to=, over=, pos=, heads= and units= out, or ablate 'attn_out' "
+                "and 'mlp_out'"
+            )
         chosen = range(lm.n_layers) if layers is None else layers
         return sweep(lm, prompts, {"layer": chosen}, lambda layer: skip_block(layer), metrics, **settings)
-    run = forward(lm, prompts, logits="last") if pos is not None else None
-    grid, hooks_at = grid_of(lm, [what], layers, heads, None if run is None else positions_of(run, [what], pos))
+    positions = None if pos is None else positions_of(as_batch(lm, prompts).lengths, [what], pos)
+    grid, hooks_at = grid_of(lm, [what], layers, heads, positions)
     wanted = _units(units, list(grid.get("layer", [])))
     grid |= {"unit": sorted({unit for each in wanted.values() for unit in each})} if wanted else {}
 
@@ -132,8 +139,11 @@ def _units(units: Mapping[int, Iterable[int]] | Iterable[int] | None, layers: Se
     if units is None:
         return {}
     if isinstance(units, Mapping):
-        return {layer: list(units.get(layer, ())) for layer in layers}
-    every = list(units)
+        gone = [layer for layer in units if layer not in layers]
+        if gone:
+            raise BadHook(f"units= names layer {gone[0]}, and the grid has the layers {list(layers)}")
+        return {layer: listed(units.get(layer, ()), f"units[{layer}]") for layer in layers}
+    every = listed(units, "units")
     return dict.fromkeys(layers, every)
 
 
@@ -147,7 +157,7 @@ def dose(
     *,
     scales: Iterable[float] = (-8, -4, -2, -1, 0, 1, 2, 4, 8),
     pos: PosLike = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> pd.DataFrame:
     """A steering vector at several strengths: the metrics at each scale. Columns: scale, and those of `sweep`."""
     return sweep(
@@ -172,10 +182,15 @@ def grid_of(
     positions: Places | None,
 ) -> tuple[dict[str, list[Any]], Any]:
     """The dimensions of a grid over sites, and what gives the site and the positions at a point of it."""
-    layers = None if layers is None else list(layers)
-    headed = {name in HEADED for name in names}
-    if len(headed) > 1:
-        raise Unsupported(f"{', '.join(names)} have heads and have none: make a grid of each")
+    layers = None if layers is None else listed(layers, "layers")
+    heads = None if heads is None else listed(heads, "heads")
+    headed, whole = {name in HEADED for name in names}, {name in WHOLE_MODEL for name in names}
+    for both, word in ((headed, "heads"), (whole, "no layers")):
+        if len(both) > 1:
+            raise Unsupported(f"of {', '.join(names)} some have {word} and some do not: make a grid of each")
+    for given, there, word in ((heads, headed == {True}, "heads"), (layers, whole == {False}, "layers")):
+        if given is not None and not there:
+            raise BadHook(f"{word}={given}: {', '.join(names)} has no {word}; leave {word}= out")
     found = {name: _layers(lm, name, layers) for name in names}
     grid: dict[str, list[Any]] = {"site": list(names)} if len(names) > 1 else {}
     each = sorted({layer for some in found.values() for layer in some if layer is not None})
@@ -186,7 +201,7 @@ def grid_of(
     if positions is not None:
         grid["pos"] = list(positions)
 
-    def at_point(at: Mapping[str, Any]) -> tuple[Site, list[tuple[PosLike, CountLike]]] | None:
+    def at_point(at: Mapping[str, Any]) -> tuple[Site, list[tuple[Pos, CountLike]]] | None:
         name, layer, head = at.get("site", names[0]), at.get("layer"), at.get("head")
         if layer not in found[name] or (heads is None and head is not None and head >= _heads(lm, name, layer)):
             return None
@@ -199,26 +214,30 @@ def _heads(lm: LM, name: str, layer: int | None) -> int:
     return lm.layout.sizes_of(layer)["kv_head" if name in KEY_HEADED else "head"] or 0
 
 
-def positions_of(run: Run, names: Sequence[str], pos: Positions) -> Places | None:
+def positions_of(lengths: Sequence[int], names: Sequence[str], pos: Positions) -> Places | None:
     """The positions of a grid; None where a site with heads is meant at all positions at once."""
     if pos is None:
         if names[0] in HEADED:
             return None
-        shortest = min(run.lengths)
-        same = len(set(run.lengths)) == 1
+        shortest = min(lengths)
+        same = len(set(lengths)) == 1
         return {place: [(place, None)] for place in (range(shortest) if same else range(-shortest, 0))}
-    if not isinstance(pos, Mapping):
-        return {place: [(place, None)] for place in pos}
-    return {name: _named(name, where, len(run.lengths)) for name, where in pos.items()}
+    if isinstance(pos, Mapping):
+        found: Places = {name: _named(name, where, len(lengths)) for name, where in pos.items()}
+    else:
+        found = {place: [(place, None)] for place in map(as_pos, listed(pos, "pos"))}
+    if not found:
+        raise EmptySelection("the grid's dimension 'pos' is empty: give at least one position")
+    return found
 
 
-def _named(name: Any, where: Any, count: int) -> list[tuple[PosLike, CountLike]]:
+def _named(name: Any, where: Any, count: int) -> list[tuple[Pos, CountLike]]:
     """A named position as hooks: one for all prompts, or each prompt's own, those of one place together."""
     if not isinstance(where, list | tuple):
-        return [(where, None)]
+        return [(as_pos(where), None)]
     if len(where) != count:
         raise BadPrompt(f"the position {name!r} is given for {len(where)} prompts, and there are {count}")
-    rows: dict[int, list[int]] = {}
+    rows: dict[Pos, list[int]] = {}
     for row, place in enumerate(where):
-        rows.setdefault(place, []).append(row)
+        rows.setdefault(as_pos(place), []).append(row)
     return list(rows.items())

@@ -11,7 +11,7 @@ With no receivers the logits themselves are what receives.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 
@@ -30,7 +30,7 @@ from .grids import Metrics, Places, Positions, check_pairs, grid_of, positions_o
 from .journal import Journal
 from .planning import Plan
 from .running import Running
-from .sweep import plan, sweep
+from .sweep import Settings, plan, sweep
 
 ORDER = ("z", "attn_out", "mlp_out")  # of what adds to the stream, within a block
 
@@ -48,7 +48,7 @@ def path_patching(
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     pos: Positions = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> pd.DataFrame:
     """What each sender does to the receivers directly: the metric when only that path carries corrupted values.
 
@@ -65,13 +65,16 @@ def path_patching(
         if name not in ORDER:
             raise BadHook(f"{name!r} adds nothing to the residual stream by itself: name some of {', '.join(ORDER)}")
     wanted = Sites(()) if receivers is None else lm.expand(receivers)
+    if not freeze and not wanted:
+        raise BadHook("freeze=() holds nothing, so that every path carries the change: that is hk.patching")
     whole = list(dict.fromkeys(_whole(site) for site in wanted))
     held = [Site(name, layer) for name in freeze for layer in lm.layout.layers(name) or []]
-    run = forward(lm, clean, capture(dict.fromkeys([*held, *whole])))
-    other = forward(lm, corrupted, capture(lm.sites(senders)))
-    check_pairs(other, run)
+    lengths = check_pairs(lm, corrupted, clean)
+    under = settings.get("under", ())
+    run = forward(lm, clean, *under, capture(dict.fromkeys([*held, *whole])), logits=False)
+    other = forward(lm, corrupted, *under, capture(lm.sites(senders)), logits=False)
     everywhere: Places = {None: [(None, None)]}
-    places = everywhere if pos is None else positions_of(run, [senders], pos) or everywhere
+    places = everywhere if pos is None else positions_of(lengths, [senders], pos) or everywhere
     grid, _ = grid_of(lm, [senders], layers, heads, places if pos is not None else None)
 
     def sent(layer: int, head: int | None = None, pos: Any = None) -> list[Hook]:
@@ -80,19 +83,29 @@ def path_patching(
         return [*([patch(behind, run)] if behind else []), *patches]
 
     if not wanted:
-        return sweep(lm, clean, grid, sent, metrics, target=other, **settings)
-    given = {name: settings[name] for name in ("memory",) if name in settings}
-    read = _received(plan(lm, clean, grid, sent, logit(0), **given), run, whole)
+        return sweep(lm, clean, grid, sent, metrics, target=corrupted, **settings)
+    first_run = plan(lm, clean, grid, sent, logit(0), under=under, memory=settings.get("memory"))
+    read = _received(first_run, run, whole)
 
     def received(**at: Any) -> list[Hook]:
         source, first = read[tuple(at.values())]
-        return [] if source is None else [patch(wanted, source, pos=slice(first, None))]
+        if source is None:
+            return []
+        return [
+            patch(wanted, source, pos=slice(first, length), rows=rows) for length, rows in _by_length(lengths, first)
+        ]
 
-    return sweep(lm, clean, grid, received, metrics, target=other, **settings)
+    return sweep(lm, clean, grid, received, metrics, target=corrupted, **settings)
+
+
+def _by_length(lengths: Sequence[int], longer: int) -> list[tuple[int, list[int]]]:
+    """The rows of each length that is larger than a number."""
+    found = sorted({length for length in lengths if length > longer})
+    return [(length, [row for row, each in enumerate(lengths) if each == length]) for length in found]
 
 
 def _whole(site: AnySite) -> Site:
-    if not isinstance(site, Site) or site.layer is None:
+    if not isinstance(site, Site) or site.layer is None or site.name in ORDER:
         raise BadHook(f"{site} is no receiver: name what a block reads, such as 'q.9.3' or 'mlp_in.12'")
     return Site(site.name, site.layer)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..metrics import Metric
+from ..metrics import Loss, Measure, Metric
 from ..model import LM
 from ..taps import Tap
 from .cells import Cell
@@ -31,6 +31,11 @@ class Plan:
     def taps(self) -> list[list[Tap]]:
         """All that is done in each cell, what acts in every cell first."""
         return [[*self.under, *cell.taps] for cell in self.cells]
+
+    @cached_property
+    def measures(self) -> list[Measure]:
+        """The metrics for this model's tokens."""
+        return [metric.bound(self.lm, len(self.reading)) for metric in self.metrics]
 
     def chunks(self) -> Iterator[tuple[int, ...]]:
         """The prompts, a part at a time, so that what is kept of them fits half the budget."""
@@ -83,8 +88,10 @@ class Plan:
 
     @cached_property
     def layer_tokens(self) -> int:
-        """How many tokens will pass through a block, counted for each block, those of the unedited rows included."""
-        whole = sum(self.reading.lengths) * self.lm.n_layers
+        """How many tokens will pass through a block, counted for each block: those of the unedited rows and what fills
+        up shorter rows are included."""
+        lengths = self.reading.lengths
+        whole = sum(len(rows) * max(lengths[row] for row in rows) for rows in self.chunks()) * self.lm.n_layers
         run = sum(job.layer_tokens(self.lm.n_layers, grow=self.may.grow) for job in self.all_jobs)
         return whole * (1 + len(self.alone)) + run
 
@@ -129,11 +136,7 @@ class Plan:
 
     def _reductions(self) -> Iterator[tuple[str, str]]:
         why = self.may.why
-        cropped = any(len(fed) < len(row) for fed, row in zip(self.reading.fed, self.reading.rows, strict=True))
-        yield (
-            "stop",
-            "at the position where the metric looks" if cropped else "at the last position, where the metric looks",
-        )
+        yield "stop", self._stop()
         yield "share", "cells share forwards" if self.may.batch else f"no: {why['batch']}"
         yield "start", "at the block where a cell first differs" if self.may.grow else f"no: {why['grow']}"
         yield "prefix", "positions before the edit come from a cache" if self.may.prefix else f"no: {why['prefix']}"
@@ -145,6 +148,15 @@ class Plan:
         )
         for reason, count in Counter(cell.alone for cell in self.alone).items():
             yield "alone", f"{_count(count, 'cell')}: {reason}"
+
+    def _stop(self) -> str:
+        if any(isinstance(metric, Loss) for metric in self.metrics):
+            return "at the end of the continuation"
+        if self.reading.cropped:
+            return "at the position where the metric looks"
+        if max(self.reading.looks) > 1:
+            return "no: a function is given positions behind the one where the metric looks"
+        return "at the last position, where the metric looks"
 
 
 def _from_input(units: Sequence[Unit], *, keep: bool) -> Sequence[Unit]:

@@ -5,6 +5,7 @@ Everything here is an argument, and no measurement:
 causal      what is at a position depends on nothing behind it, so an edit changes nothing before its own position
 last block  behind the attention of the last block no position reads another, so an edit there that is not where the
             metric looks changes nothing that it sees
+together    a user's function is given all the positions that it wants, so that it may look from one at another
 same text   a patch puts in what is there already, up to the first token in which the source's prompt differs (the
             sweep holds the source's values against the model's own before it believes this)
 """
@@ -12,8 +13,10 @@ same text   a patch puts in what is there already, up to the first token in whic
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..captured import Captured
+from ..hooks.base import EditHook
 from ..hooks.replacing import Ablate, FromRun
 from ..model import LM
 from ..positions import Where, Wish, wish
@@ -48,11 +51,19 @@ class Reach:
     trusted: bool = True
     under: tuple[Action, ...] = ()  # acts in every row, edited or not
 
+    @cached_property
+    def _mixing(self) -> list[Action]:
+        """What may carry something from a position to one before it, in every row."""
+        return [action for action in self.under if together(action)]
+
     def start(self, actions: Iterable[Action], row: int) -> Start | None:
         """Where a row begins to differ under these actions; None where it cannot matter."""
         edits = (action for action in actions if action.change is not None)
         found = [start for action in edits if (start := self.of(action, row)) is not None]
-        return Start(min(each.block for each in found), min(each.pos for each in found)) if found else None
+        if not found:
+            return None
+        also = [self._first_of(action, row) for action in self._mixing]
+        return Start(min(each.block for each in found), min([*(each.pos for each in found), *also]))
 
     def of(self, action: Action, row: int) -> Start | None:
         """Where one action begins to change a row, as far as the metric can see."""
@@ -60,7 +71,7 @@ class Reach:
         if wanted is None:
             return None
         first = 0
-        if self.last_block(action.site):
+        if self.last_block(action.site) and not together(action) and not self._mixing:
             first = self.reading.lengths[row] - self.reading.looks[row]
         if self.trusted:
             first = max(first, self.same_until(action, row))
@@ -87,12 +98,15 @@ class Reach:
     def same_until(self, action: Action, row: int) -> int:
         """The first position at which a patch may put in something else than is there; 0 for what is no patch."""
         source = source_of(action)
-        if source is None or source.positions is None:
+        if source is None or not self._same_places(action.where, row, source.prompts[source.row(row)]):
             return 0
-        number = source.row(row)
-        ids, mine = source.prompts[number], self.reading.rows[row]
-        if not self._same_places(action.where, row, ids):
+        return self.common(source, row)
+
+    def common(self, source: Captured, row: int) -> int:
+        """The first position at which a source's prompt differs from one of these, or at which something acts on it."""
+        if source.positions is None:
             return 0
+        ids, mine = source.prompts[source.row(row)], self.reading.rows[row]
         pairs = enumerate(zip(ids, mine, strict=False))
         differ = next((place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(mine)))
         return min([differ, *(self._first_of(each, row) for each in self.under)])
@@ -104,6 +118,11 @@ class Reach:
     def _first_of(self, action: Action, row: int) -> int:
         wanted = self.reading.full.wishes(action.where)[row]
         return len(self.reading.rows[row]) if not wanted else wanted[0]
+
+
+def together(action: Action) -> bool:
+    """True where what is done at a position may depend on the others that are wanted: they have to be there."""
+    return isinstance(action.hook, EditHook) and action.hook.together
 
 
 def source_of(action: Action) -> Captured | None:

@@ -1,7 +1,7 @@
 """What a sweep reads: its prompts, as far as the metric looks, and with the continuation that it looks at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Text
-from ..errors import OutOfRange, Unsupported
+from ..errors import BadHook, OutOfRange, Unsupported
 from ..metrics import Loss, Metric
 from ..model import LM
 from ..prompts import Prompts, Row, as_batch, cover, pad_id, padded
@@ -21,7 +21,7 @@ class Reading:
 
     rows    the tokens of each prompt
     fed     what is run of each: up to where the metric looks, and a continuation
-    looks   at how many of the last positions of each the metric looks
+    looks   how many of the last positions of each count; the metric looks at the first of them, a loss at all
     """
 
     lm: LM
@@ -31,6 +31,16 @@ class Reading:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def cropped(self) -> bool:
+        """True where prompts go on behind the position at which the metric looks, and are not run there."""
+        return any(len(fed) < len(row) for fed, row in zip(self.fed, self.rows, strict=True))
+
+    def whole(self) -> "Reading":
+        """The same with all of each prompt run."""
+        ends = zip(self.rows, self.fed, strict=True)
+        return replace(self, fed=self.rows, looks=tuple(len(row) - len(fed) + 1 for row, fed in ends))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -67,6 +77,8 @@ class Reading:
 
 def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Reading:
     """The prompts of a sweep whose metrics look at position `pos`."""
+    if isinstance(pos, bool) or not isinstance(pos, int):
+        raise BadHook(f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number")
     rows = as_batch(lm, prompts).rows
     ends = [_end(number, len(row), pos) for number, row in enumerate(rows)]
     continued: list[Loss] = []

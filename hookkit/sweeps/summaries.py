@@ -21,6 +21,8 @@ def over_prompts(
 ) -> pd.DataFrame:
     """The mean of each metric of a sweep over its prompts, with how sure it is.
 
+    Where a prompt was run with several samples of noise (`causal_tracing`), their mean is the prompt's value.
+
     `by` are the columns that say which cell a row is of; left out, the grid's own (and `control`). Columns: those,
     n (prompts), and for each column of numbers its mean under its own name, `_se` (standard error: the standard
     deviation of a sample over √n) and `_low` and `_high`, a bootstrap interval (percentiles of the means of `resamples`
@@ -40,6 +42,8 @@ def over_prompts(
     rows = []
     weights: dict[int, np.ndarray] = {}
     for key, found in table.groupby(cells, sort=False, dropna=False):
+        if "sample" in found.columns:
+            found = pd.DataFrame(found.groupby("prompt", sort=False)[values].mean())
         count = len(found)
         if count not in weights:
             weights[count] = draws.integers(0, count, (resamples, count))

@@ -8,33 +8,48 @@ Every cell means one forward with its hooks, and has that forward's numbers; how
 """
 
 import os
-import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..errors import BadHook, Unsupported, checks_keywords
+from ..errors import BadHook, Interrupted, Unsupported, checks_keywords
 from ..hooks.base import Hook
 from ..manager import hooks_of_others
-from ..metrics import MetricLike, Said, as_metrics, columns, last_logits
+from ..metrics import MetricLike, as_metrics, columns
 from ..model import LM
 from ..prompts import Prompts
-from ..runs import Run, forward
+from ..runs import Run
 from ..sites import ModuleSite
-from ..training import warn_of_dropout
-from .cells import Cell, Grid, HooksAt, References, cells_of, checked
+from ..taps import Action
+from ..training import levels_to_the_user, warn_of_dropout
+from .cells import TAKEN, Cell, Grid, HooksAt, References, cells_of, checked
 from .controls import Control, controlled
 from .grouping import memory_budget
-from .journal import Values, journal
-from .passes import run_trunk
+from .journal import Journal, journal
+from .passes import Shortcuts
 from .planning import Plan
-from .reading import read
-from .running import Running, Saying
-from .trial import LIMITS, by_row, reads_ahead, shortcuts
+from .reach import together
+from .reading import Reading, read
+from .running import Running
+from .saying import UNEDITED
+from .targets import aims
+from .trial import by_row, no_shortcuts, reads_ahead, shortcuts
+from .verifying import verify as verified
+
+
+class Settings(TypedDict, total=False):
+    """What the standard grids pass on to `sweep`."""
+
+    under: Sequence[Hook]
+    control: Control | None
+    save: str | os.PathLike[str] | None
+    progress: bool | None
+    memory: int | None
+    verify: int
 
 
 @checks_keywords
@@ -50,7 +65,8 @@ def plan(
     control: Control | None = None,
     memory: int | None = None,
 ) -> Plan:
-    """What a sweep with the same arguments is going to do and to cost; nothing but a trial of a few tokens is run.
+    """What a sweep with the same arguments is going to do and to cost; nothing is run but a trial of a few tokens, and
+    the texts of which a hook takes the mean or a draw.
 
     >>> plan(lm, prompt, {"layer": range(30)}, lambda layer: ablate(Site("attn_out", layer)), prob(" coffee")).forwards
     2
@@ -65,21 +81,52 @@ def plan(
     if control is not None:
         cells += controlled(lm, cells, control, reading)
     always = tuple(checked(lm, tuple(under), reading, References(lm)))
+    actions = [action for tap in always for action in tap.actions] + [each for cell in cells for each in cell.actions]
+    if any(_looks_on(action, reading) for action in actions):
+        reading = reading.whole()
+    _check_names(cells[0], columns(found))
     if reads_ahead(lm):
         raise Unsupported("this model reads ahead: what it says at a position depends on later tokens; use hk.forward")
-    may = shortcuts(lm)
+    may = _shortcuts(lm)
     _leave_alone(lm, cells, "" if may.batch else may.why["batch"])
     return Plan(lm, tuple(cells), reading, found, always, may, memory_budget(lm, memory))
+
+
+def _looks_on(action: Action, reading: Reading) -> bool:
+    """True where a user's function is given a position behind the one at which the metric looks."""
+    if not reading.cropped or not together(action):
+        return False
+    rows = zip(reading.full.wishes(action.where), reading.fed, reading.rows, strict=True)
+    return any(
+        wanted is not None and any(place in wanted for place in range(len(fed), len(row))) for wanted, fed, row in rows
+    )
+
+
+def _check_names(cell: Cell, names: Sequence[str]) -> None:
+    """Raise where two columns of the table would have one name."""
+    for name in names:
+        own = [name, f"{name}_before", f"{name}_delta", f"{name}_effect"]
+        twice = [each for each in (*cell.at, *TAKEN) if each in own]
+        if twice:
+            raise BadHook(
+                f"the table has a column {twice[0]!r} of the grid's or its own, and the metric {name} makes one of "
+                "that name: give the dimension, or the metric's function, another name"
+            )
+
+
+def _shortcuts(lm: LM) -> Shortcuts:
+    """What the model allows; nothing where it carries hooks of the user's, which do not see a trial either."""
+    users = hooks_of_others(lm.model)
+    if not users:
+        return shortcuts(lm)
+    return no_shortcuts(
+        f"the model carries hooks that are not hookkit's (on {users[0] or 'the model'}), which see whole batches"
+    )
 
 
 def _leave_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
     """Mark the cells that cannot share a forward."""
     known: dict[tuple[str, str], bool] = {}
-    users = hooks_of_others(lm.root)
-    if users:
-        reason = (
-            f"the model carries hooks that are not hookkit's (on {users[0] or 'the model'}), which see whole batches"
-        )
     for cell in cells:
         cell.alone = reason
         for action in cell.actions if not reason else ():
@@ -114,9 +161,9 @@ def sweep(
     `grid` maps the name of each dimension to its values; `hooks` is called with a value of each, by name, and gives a
     hook or several. `metrics` look at position `pos` of each prompt.
 
-    under       hooks that act in every cell, and in the unedited rows that cells are compared with
-    target      a run, or prompts, by which the effect is measured: 0 where nothing changed, 1 where the metric came to
-                be what it is there
+    under       hooks that act in every cell, in the unedited rows that cells are compared with, and in the target's
+    target      prompts, or a run as it is, by which the effect is measured: 0 where nothing changed, 1 where the metric
+                came to be what it is there
     control     "random" or "resample": every cell a second time with an edit that should not matter; or a function of
                 the grid's values that gives the control's hooks
     save        a folder in which values are kept as they come; a sweep that was killed goes on there
@@ -127,7 +174,14 @@ def sweep(
 
     Columns: the grid's dimensions, row (the prompt), control where one was asked for, and for each metric its value,
     `_before` (without the cell's hooks), `_delta` (after minus before), and with a target `_effect`. Ctrl-C gives the
-    rows that are done, with a warning; `table.attrs["complete"]` says whether all are there.
+    rows that are done, with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
+
+    A user's function, in an edit, is given the rows of one cell at a time, perhaps not all of them, and the cells come
+    in an order of the plan's own: what it gives for a prompt may depend on nothing but that prompt.
+
+    Values are those of a forward up to rounding: what runs together depends on `memory`. With the same memory, a sweep
+    that was killed and goes on gives the same table to the bit on the same machine; where memory ran out in between,
+    the last digits may differ. `NeverFired` is raised for an edit that did nothing.
 
     >>> table = sweep(lm, prompt, {"layer": range(30)}, lambda layer: ablate(Site("attn_out", layer)), prob(" coffee"))
     >>> list(table.columns)
@@ -135,85 +189,58 @@ def sweep(
     """
     made = plan(lm, prompts, grid, hooks, metrics, pos=pos, under=under, control=control, memory=memory)
     warn_of_dropout(lm)
-    kept = journal(save, made, {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in under]})
+    settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in under]}
+    with journal(save, made, settings) as kept:
+        aimed = None if target is None else aims(made, target, pos)
+        checks, complete = _run(made, kept, progress)
+        if verify:
+            verified(made, kept.values, verify)
+        table = _table(made, kept, aimed)
+        table.attrs |= {"complete": complete, "plan": repr(made), "sources_not_the_models_own": checks}
+        if kept.folder is not None and complete:
+            _write(table, kept.folder)
+    return table
+
+
+def _run(made: Plan, kept: Journal, progress: bool | None) -> tuple[list[str], bool]:
+    """Run what is not known yet: sources that turned out to be no values of the model, and whether all is done."""
     total = len(made.cells) * len(made.reading)
-    complete = True
-    with kept, tqdm(total=total, unit="cell", disable=None if progress is None else not progress) as bar:
+    shown = None if progress is None else not progress
+    with tqdm(total=total, initial=kept.done, unit="cell", disable=shown) as bar:
         running = Running(made, kept, bar.update, made.budget)
         try:
             running.run()
         except KeyboardInterrupt:
-            complete = False
-            warnings.warn(f"the sweep was interrupted: {len(kept.values)} of {total} cells are done", stacklevel=2)
-    if verify:
-        _verify(made, kept.values, verify)
-    table = _table(made, kept.values, running.before, target, pos)
-    table.attrs |= {"complete": complete, "plan": repr(made), "sources_not_the_models_own": running.checked}
-    if kept.folder is not None and complete:
-        _write(table, kept.folder)
-    return table
+            words = "and with save= it could go on from there" if kept.folder is None else "call it again to go on"
+            warnings.warn(
+                f"the sweep was interrupted: {kept.done} of {total} cells are done; {words}",
+                Interrupted,
+                stacklevel=levels_to_the_user(),
+            )
+            return running.checked, False
+    return running.checked, True
 
 
-def _table(made: Plan, values: Values, before: Values, target: Any, pos: int) -> pd.DataFrame:
+def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None) -> pd.DataFrame:
     names = columns(made.metrics)
     controls = any(cell.control for cell in made.cells)
-    aims = None if target is None else _target(made, target, pos)
     rows: list[dict[str, Any]] = []
     for cell in made.cells:
         for row in range(len(made.reading)):
-            if (cell.number, row) not in values:
+            if (cell.number, row) not in kept.values:
                 continue
             found: dict[str, Any] = {**cell.at, "row": row} | ({"control": cell.control} if controls else {})
             for place, name in enumerate(names):
-                now, was = values[cell.number, row][place], before[-1, row][place]
+                now, was = kept.values[cell.number, row][place], kept.values[UNEDITED, row][place]
                 found |= {name: now, f"{name}_before": was, f"{name}_delta": now - was}
-                if aims is not None:
-                    way = aims[place][row] - was
+                if aimed is not None:
+                    way = aimed[row][place] - was
                     found[f"{name}_effect"] = (now - was) / way if way else float("nan")
             rows.append(found)
     own = ["control"] if controls else []
-    parts = ["", "_before", "_delta"] + ([] if aims is None else ["_effect"])
+    parts = ["", "_before", "_delta"] + ([] if aimed is None else ["_effect"])
     wanted = [*made.cells[0].at, "row", *own, *(name + part for name in names for part in parts)]
     return pd.DataFrame(rows, columns=wanted)
-
-
-def _target(made: Plan, target: Any, pos: int) -> list[list[float]]:
-    """What each metric is at the target, for each prompt."""
-    run = target if isinstance(target, Run) else forward(made.lm, target)
-    logits, count = last_logits(run, pos), len(made.reading)
-    if len(logits) not in (1, count):
-        raise BadHook(f"the target has {len(logits)} rows, and there are {count} prompts: give as many, or one")
-    logits = logits.expand(count, -1)
-    trunk = run_trunk(made.reading, range(count), made.under, (), 1, cache=False)
-    looks = made.reading.looks
-    if max(looks) > 1:
-        raise Unsupported("the effect of a loss has no target: leave target= out")
-    said = Said(logits, range(count), trunk.logits[:, -1].float().cpu())
-    return [metric.bound(made.lm, count)(said).double().tolist() for metric in made.metrics]
-
-
-def _verify(made: Plan, values: Values, count: int) -> None:
-    """Run some cells by themselves, from beginning to end, and raise if one has other values."""
-    done = sorted({cell for cell, _ in values})
-    rows = tuple(range(len(made.reading)))
-    measures = [metric.bound(made.lm, len(rows)) for metric in made.metrics]
-    for number in random.Random(0).sample(done, min(count, len(done))):
-        trunk = run_trunk(made.reading, rows, made.under, (), 1, cache=False)
-        alone = run_trunk(made.reading, rows, made.taps[number], (), 1, cache=False)
-        wanted = Saying(made, trunk, measures).values([(number, row) for row in rows], alone.logits)
-        for key, expected in wanted.items():
-            for metric, now, was in zip(made.metrics, values.get(key, expected), expected, strict=True):
-                if abs(now - was) > _allowed(made, was):
-                    raise Unsupported(
-                        f"the cell {made.cells[number]} of prompt {key[1]} has {metric.name} {now:.6g}, and {was:.6g} "
-                        "when it is run by itself: a shortcut does not hold for this model. Please report it; until "
-                        "then run the cells with hk.forward"
-                    )
-
-
-def _allowed(made: Plan, value: float) -> float:
-    limit = LIMITS.get(getattr(made.lm.root, "dtype", None), LIMITS[next(iter(LIMITS))])  # pyright: ignore
-    return 5 * limit * max(1.0, abs(value))
 
 
 def _write(table: pd.DataFrame, folder: Path) -> None:

@@ -46,13 +46,15 @@ def shortcuts(lm: LM) -> Shortcuts:
 
 def reads_ahead(lm: LM) -> bool:
     """True if what the model says at a position depends on a token behind it: then no position can be left out."""
-    if "reads_ahead" not in lm.learnt:
+    key = "reads_ahead", lm.root.training
+    if key not in lm.learnt:
         first = list(_reading(lm).rows[0])
         other = [*first[:-1], (first[-1] + 1) % lm.n_tokens]
-        one, another = forward(lm, [first, other]).logits[:, :-1].float()
-        size = float(one.abs().max())
-        lm.learnt["reads_ahead"] = float((one - another).abs().max()) > LIMITS.get(_dtype(lm), 2e-5) * size
-    return lm.learnt["reads_ahead"]
+        one, again, another = forward(lm, [first, first, other]).logits[:, :-1].float()
+        limit = LIMITS.get(_dtype(lm), 2e-5) * float(one.abs().max())
+        steady = float((one - again).abs().max()) <= limit  # with dropout nothing can be told
+        lm.learnt[key] = steady and float((one - another).abs().max()) > limit
+    return lm.learnt[key]
 
 
 def by_row(lm: LM, path: str, side: str) -> bool:
@@ -68,17 +70,17 @@ def by_row(lm: LM, path: str, side: str) -> bool:
 
 def _tried(lm: LM) -> Shortcuts:
     if not lm.n_layers or "resid_pre" not in lm.layout.names:
-        return _none("the model's blocks are not known")
+        return no_shortcuts("the model's blocks are not known")
     reading = _reading(lm)
     try:
         factors, kinds = _watched(lm, reading)
         expected = _expected(lm, reading)
     except Exception as error:  # noqa: BLE001  whatever a model refuses, it can still be run cell by cell
-        return _none(_raised(error))
+        return no_shortcuts(_raised(error))
     may = Shortcuts(True, False, False, {}, factors, kinds)
     reason = _differs(lm, reading, may, expected)
     if reason:
-        return _none(reason)
+        return no_shortcuts(reason)
     why: dict[str, str] = {}
     for name in ("grow", "prefix"):
         more = replace(may, **{name: True})
@@ -92,7 +94,8 @@ def _dtype(lm: LM) -> Any:
     return getattr(lm.root, "dtype", None)
 
 
-def _none(reason: str) -> Shortcuts:
+def no_shortcuts(reason: str) -> Shortcuts:
+    """Every cell by itself, for this reason."""
     return Shortcuts(False, False, False, dict.fromkeys(("batch", "grow", "prefix"), reason), {}, [])
 
 
