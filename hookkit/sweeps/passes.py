@@ -1,5 +1,6 @@
 """The forwards of a sweep: the unedited rows once, then many cells at a time."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..calls import Call
+from ..calls import Call, Text
 from ..captured import Piece
 from ..model import LM
 from ..taps import Action, Tap
@@ -78,7 +79,7 @@ def run_trunk(
     from transformers import DynamicCache
 
     columns = max(reading.lengths[row] for row in rows)
-    lane = _lane(reading, tuple(rows), 0, columns, 0, columns)
+    lane = _lane(reading, reading.text(columns), tuple(rows), 0, 0, columns)
     recorder = Recorder(blocks, width)
     given: dict[str, Any] = {"past_key_values": DynamicCache()} if cache else {}
     wave = Wave(reading.lm, [(lane, taps)], recorder=recorder, rows=len(rows), width=columns)
@@ -118,27 +119,26 @@ def _called(
 
 def _lanes(reading: Reading, units: Sequence[Unit], columns: int, width: int) -> Iterator[tuple[int, Lane]]:
     """The rows of each cell, those that join at one block together."""
-    start = 0
+    start, text = 0, reading.text(columns)  # what hooks wish of the prompts is worked out once for all lanes
     for (_, cell), found in groupby(units, key=lambda unit: (unit.start.block, unit.cell)):
         rows = tuple(unit.row for unit in found)
-        yield cell, _lane(reading, rows, start, columns, columns - width, width)
+        yield cell, _lane(reading, text, rows, start, columns - width, width)
         start += len(rows)
 
 
-def _lane(reading: Reading, rows: tuple[int, ...], start: int, columns: int, past: int, width: int) -> Lane:
+def _lane(reading: Reading, text: Text, rows: tuple[int, ...], start: int, past: int, width: int) -> Lane:
     looks = max(reading.looks)
-    text = replace(reading.text(columns), numbers=rows)
-    call = Call(text, 0, past, len(rows), width, range(width - looks, width), past)
+    call = Call(replace(text, numbers=rows), 0, past, len(rows), width, range(width - looks, width), past)
     return Lane(rows, start, start + len(rows), call)
 
 
 def _growth(trunk: Trunk, lm: LM, units: Sequence[Unit], places: list[int], width: int, may: Shortcuts) -> Growth:
     blocks = [unit.start.block for unit in units]
-    counts = [sum(block <= number for block in blocks) for number in range(lm.n_layers)]
+    counts = [bisect_right(blocks, number) for number in range(lm.n_layers)]
 
     def states(number: int) -> Tensor:
-        joining = [place for place, block in zip(places, blocks, strict=True) if block == number]
         found = trunk.states[number]
+        joining = places[bisect_left(blocks, number) : bisect_right(blocks, number)]
         return found[torch.tensor(joining, device=found.device), -width:]
 
     return Growth(blocks[0], counts, states, places, len(trunk.rows), may.kinds, may.factors)

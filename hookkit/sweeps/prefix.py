@@ -32,13 +32,16 @@ def prefix(known: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> An
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            index = rows().to(key_states.device)
             assert self.keys is not None and self.values is not None
-            return (
-                cat([self.keys.index_select(0, index), key_states], dim=-2),
-                cat([self.values.index_select(0, index), value_states], dim=-2),
-            )
+            return _behind(self.keys, rows(), key_states), _behind(self.values, rows(), value_states)
 
     cache: Any = DynamicCache()
     cache.layers = [DynamicLayer() if each is None else Prefix(*each) for each in known]
     return cache
+
+
+def _behind(known: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """New keys or values behind those that are known, of which some rows are meant."""
+    alone = len(known) == 1  # and need not be copied twice
+    first = known.expand(len(rows), *known.shape[1:]) if alone else known.index_select(0, rows.to(known.device))
+    return cat([first, new], dim=-2)

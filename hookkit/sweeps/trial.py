@@ -77,17 +77,15 @@ def _tried(lm: LM) -> Shortcuts:
         expected = _expected(lm, reading)
     except Exception as error:  # noqa: BLE001  whatever a model refuses, it can still be run cell by cell
         return no_shortcuts(_raised(error))
-    may = Shortcuts(True, False, False, {}, factors, kinds)
-    reason = _differs(lm, reading, may, expected)
-    if reason:
-        return no_shortcuts(reason)
-    why: dict[str, str] = {}
-    for name in ("grow", "prefix"):
-        more = replace(may, **{name: True})
-        reason = _differs(lm, reading, more, expected)
-        may = may if reason else more
-        why |= {name: reason} if reason else {}
-    return replace(may, why=why)
+    may, why = Shortcuts(True, True, False, {}, factors, kinds), {}
+    if reason := _differs(lm, reading, may, expected):
+        may, why = replace(may, grow=False), {"grow": reason}
+        if reason := _differs(lm, reading, may, expected):
+            return no_shortcuts(reason)
+    whole = replace(may, prefix=True)
+    if reason := _differs(lm, reading, whole, expected):
+        why |= {"prefix": reason}
+    return replace(may if reason else whole, why=why)
 
 
 def _dtype(lm: LM) -> Any:

@@ -96,7 +96,7 @@ class Wave(HookManager):
         self.work: dict[Tap, list[tuple[Lane, list[Action]]]] = {}
         self._merge(lanes)
         self._shown = Call(Text([], [], lambda row: (), lambda ids, at: ()), 0, 0, rows, width, range(width), 0)
-        self._spreads: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._spreads: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _merge(self, lanes: Sequence[tuple[Lane, Sequence[Tap]]]) -> None:
         """One tap for each place, with the work of every lane there."""
@@ -114,11 +114,6 @@ class Wave(HookManager):
                 else:
                     work.append((lane, list(each.actions)))
         self.taps = sorted(taps.values(), key=lambda tap: tap.place.shared)
-
-    def index(self, device: torch.device | None = None) -> Tensor:
-        """Of the rows that are there, the number of the row that the model was given."""
-        numbers = range(self.count) if self.growth is None else self.growth.prompts[: self.count]
-        return torch.as_tensor(list(numbers), device=device)
 
     # ---- around the blocks
 
@@ -178,12 +173,11 @@ class Wave(HookManager):
             raise NotByRow(f"block {number} is given a tensor {list(value.shape)} at {path}, which no trial showed")
         if factor == 0 or value.shape[0] != factor * growth.base:
             return value
-        key = (id(value), self.count)
-        if key not in self._spreads:
-            index = self.index(value.device)
-            wide = value.unflatten(0, (growth.base, factor)).index_select(0, index).flatten(0, 1)
-            self._spreads[key] = value, wide  # the tensor is kept alive, and its number with it
-        return self._spreads[key][1]
+        if id(value) not in self._spreads:  # what all blocks share is spread once, over all the rows that there will be
+            rows = torch.tensor(growth.prompts, device=value.device)
+            wide = value.unflatten(0, (growth.base, factor)).index_select(0, rows).flatten(0, 1)
+            self._spreads[id(value)] = value, wide  # the tensor is kept alive, and its number with it
+        return self._spreads[id(value)][1][: self.count * factor]
 
     # ---- what the hooks do
 
