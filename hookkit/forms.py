@@ -148,6 +148,14 @@ def unseen_value(dtype: torch.dtype, scores: bool) -> float:
 
 def form_of(layout: Layout, site: AnySite, place: Place) -> Form:
     """How a site stands in the tensor at its place."""
+    if place.times or place.over:  # read anew each time: a multiplier is an attribute, which a user may change
+        return _form(layout, site, place)
+    if site not in layout.forms:
+        layout.forms[site] = _form(layout, site, place)
+    return layout.forms[site]
+
+
+def _form(layout: Layout, site: AnySite, place: Place) -> Form:
     head = site.head if isinstance(site, Site) else None
     if place.flat:
         return Flat(head)

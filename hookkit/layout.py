@@ -23,6 +23,7 @@ class Layout:
     _found: dict[tuple[str, int | None], Place | None] = field(default_factory=dict)
     _sizes: dict[int | None, dict[str, int | None]] = field(default_factory=dict)
     verified: dict[nn.Module, set[str]] = field(default_factory=dict)  # see `inside.opened`
+    forms: dict[AnySite, Any] = field(default_factory=dict)  # see `forms.form_of`
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:

@@ -5,7 +5,7 @@ Everything that can be checked without a forward is checked here. Nothing is reg
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
         where = hook.placed(lm)
         for site, place in located.items():
             change = _change(lm, edits, site, referred) if edits is not None else None
-            where_at = replace(place, cut="", part=0, times="", over="")  # parts of one tensor share a tap
+            where_at = place.tensor  # parts of one tensor share a tap
             tap = taps.get(where_at)
             if tap is None:
                 tap = taps[where_at] = Tap(lm.submodule(place.path), where_at, [])

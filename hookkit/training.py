@@ -44,19 +44,28 @@ def levels_to_the_user() -> int:
     return level + 1
 
 
-def checkpointing(root: nn.Module, path: str) -> list[Any]:
-    """The modules around a module that may run something in them again in the backward pass."""
-    found, module = [], root
-    for name in path.split(".") if path else ():
-        if vars(module).get("gradient_checkpointing") and "_gradient_checkpointing_func" in vars(module):
-            found.append(module)
-        module = module._modules[name]
-        assert module is not None
-    return found
+def checkpointing(root: nn.Module, paths: Iterable[str]) -> list[Any]:
+    """The modules around these that may run something in them again in the backward pass, the outer ones first."""
+    around: dict[str, Any] = {}  # each is looked at once, however many are in it
+
+    def at(path: str) -> Any:
+        if path not in around:
+            above, _, name = path.rpartition(".")
+            around[path] = at(above)._modules[name] if path else root
+        return around[path]
+
+    for path in paths:
+        if path:
+            at(path.rpartition(".")[0])
+    return [module for module in around.values() if _checkpoints(vars(module))]
+
+
+def _checkpoints(attributes: dict[str, Any]) -> bool:
+    return bool(attributes.get("gradient_checkpointing")) and "_gradient_checkpointing_func" in attributes
 
 
 def in_checkpointed_block(root: nn.Module, path: str) -> bool:
     """True for a module in a block whose forward runs again in the backward pass. Hooks on the block itself do not."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return any(isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, path))
+    return any(isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, [path]))

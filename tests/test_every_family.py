@@ -170,3 +170,11 @@ def test_a_site_that_only_some_blocks_have_is_there_in_those_and_refused_in_word
     assert [site.layer for site in lm.sites("pattern")] == [1]
     with pytest.raises(MissingSite, match=re.escape("a gated delta rule), which has no pattern")):
         lm.sites("pattern", layers=[0])
+
+
+def test_a_multiplier_that_the_user_changes_between_two_runs_is_the_one_that_counts():
+    lm = hk.tiny("granite")
+    hook = hk.capture("attn_out.1")
+    before = hk.forward(lm, [IDS], hook)["attn_out.1"]
+    lm.model.model.layers[1].residual_multiplier *= 2
+    assert torch.equal(hk.forward(lm, [IDS], hook)["attn_out.1"], 2 * before)

@@ -559,6 +559,19 @@ def test_gradients_with_checkpointing_are_those_without_it(kind, cause):
     assert log.equals(log_again)
 
 
+def test_a_model_that_is_put_in_training_mode_inside_the_block_is_checkpointed_with_the_hooks():
+    found = []
+    for checkpoints in (False, True):
+        lm = hk.tiny("llama")
+        if checkpoints:
+            checkpointed(lm)
+        with hk.attach(lm, hk.scale("attn_out.1", 2.0)):
+            lm.model.train()
+            lm.model(ONE, use_cache=False).logits[0, -1, 7].backward()
+        found.append([weight.grad for weight in lm.model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 def test_one_backward_through_two_checkpointed_forwards_edits_each_in_its_own_positions():
     found = []
     for checkpoints in (False, True):

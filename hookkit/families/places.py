@@ -5,6 +5,7 @@ Nothing here knows torch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 Side: TypeAlias = Literal["input", "output", "inside"]
@@ -38,6 +39,11 @@ class Place:
     times: str = ""
     over: str = ""
     layers: tuple[int, ...] = ()
+
+    @cached_property
+    def tensor(self) -> "Place":
+        """The place of the whole tensor, which sites that are parts of it share."""
+        return replace(self, cut="", part=0, times="", over="")
 
 
 @dataclass(frozen=True)

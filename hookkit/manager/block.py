@@ -107,7 +107,7 @@ class HookManager(Forwards):
             say = functools.partial(self._on_inside, taps)
             wanted, verified = frozenset(map(str, taps)), self.lm.layout.verified.setdefault(module, set())
             stack.enter_context(opened(module, self.lm.family.attention, wanted, say, verified))
-        for module in {block: None for tap in self.taps for block in checkpointing(root, tap.place.path)}:
+        for module in checkpointing(root, (tap.place.path for tap in self.taps)):
             name = "_gradient_checkpointing_func"
             stack.enter_context(replaced(module, name, run_again_within(getattr(module, name), self._here)))
         for module in self._runs:
