@@ -19,6 +19,17 @@ def examples() -> list[doctest.DocTest]:
     return [test for test in {test.name: test for test in found}.values() if test.examples]
 
 
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
+
+
+def swept(lm: hk.LM):
+    """What a sweep gives."""
+    return hk.ablations(
+        lm, ["I like oat milk in my", "She takes tea with"], "attn_out", hk.prob(" coffee"), layers=[3, 9]
+    )
+
+
 @pytest.fixture(scope="module")
 def words(smol):
     """What an example may take as given."""
@@ -29,6 +40,7 @@ def words(smol):
     other = hk.forward(lm, "She takes green tea with", hk.capture("resid_post.6"))
     inputs = lm.tokenizer("I like oat milk in my", return_tensors="pt")
     return given | {"hk": hk, "torch": torch, "lm": lm, "run": run, "other": other, "inputs": inputs,
+                    "prompt": "I like oat milk in my", "clean": CLEAN, "corrupted": CORRUPTED, "table": swept(lm),
                     "vector": torch.randn(576), "direction": torch.randn(576)}  # fmt: skip
 
 

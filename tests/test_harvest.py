@@ -275,6 +275,19 @@ def test_a_long_text_is_cut_or_split_and_its_pieces_are_texts_of_their_own(tmp_p
     assert split.tokens(-1) == tuple(row[40:])
 
 
+def test_a_harvest_goes_on_in_the_middle_of_a_text_that_was_split(tmp_path, llama):
+    given = [[9, 8], [(3 * n) % 320 for n in range(90)], [5] * 11, []]
+    settings = {"context": 10, "long": "split", "unfit": "skip", "shard_size": 15}
+    harvest(llama, tmp_path / "undisturbed", given, **settings)
+    lines = lines_of(tmp_path / "undisturbed")
+    assert len(lines) > 5
+    for done in range(len(lines)):
+        copy_of(tmp_path / "undisturbed", tmp_path / str(done))
+        (tmp_path / str(done) / "index.jsonl").write_text("".join(line + "\n" for line in lines[:done]))
+        harvest(llama, tmp_path / str(done), iter(given), **settings)
+        assert files(tmp_path / str(done)) == files(tmp_path / "undisturbed")
+
+
 def test_every_piece_begins_with_the_token_that_begins_texts(tmp_path, llama):
     bos = llama.tokenizer.bos_token_id
     split = harvest(llama, tmp_path, [[bos, *range(10, 17)]], context=4, long="split")

@@ -54,7 +54,7 @@ def harvest(
     long          what becomes of a longer text: "error", "truncate", or "split" into texts of their own, its pieces
     unfit         what becomes of a text that is empty or lacks a position that is wanted: "error" or "skip"
     batch_tokens  how many tokens run together, padding included
-    shard_size    a shard is done when it has as many rows; the values of one are held in memory
+    shard_size    a shard is done when it has as many rows (128 MiB, where left out); memory holds three at most
 
     A folder that is there already is gone on with, behind the last shard that is done, if the model, the settings and
     the texts up to there are the same; else `HarvestChanged`. What comes out is then the same, byte for byte, as if it
