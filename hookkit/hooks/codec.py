@@ -48,7 +48,7 @@ def from_json(text: str) -> Any:
         verb = written.pop("hook")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise BadHook(f"this is no hook in JSON: {text[:60]!r}") from error
-    if verb not in HOOKS:
+    if not isinstance(verb, str) or verb not in HOOKS:
         raise BadHook(f"there is no hook {verb!r}: there are {', '.join(sorted(HOOKS))}")
     known = {field.name: field for field in dataclasses.fields(HOOKS[verb])}
     needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}

@@ -24,30 +24,33 @@ Control: TypeAlias = Literal["random", "resample"] | HooksAt
 class Randomised(EditHook):
     """Change what it finds by as much as another hook would, in a random direction."""
 
-    hook: EditHook
+    of: EditHook
     seed: int = 0
 
     verb: ClassVar[str] = "randomised"
-    bare: ClassVar[tuple[str, ...]] = ("hook",)
+    bare: ClassVar[tuple[str, ...]] = ("of",)
 
     @property
     def together(self) -> bool:
-        return self.hook.together
+        return self.of.together
 
     @property
     def reads_input(self) -> bool:
-        return self.hook.reads_input
+        return self.of.reads_input
+
+    def __str__(self) -> str:
+        return f"{self.verb}({self.of})"
 
     def placed(self, lm: LM) -> Where:
-        return self.hook.placed(lm)
+        return self.of.placed(lm)
 
     def change(self, binding: Binding) -> Change:
-        inner = self.hook.change(binding)
+        inner = self.of.change(binding)
 
         def apply(values: Tensor, here: Here) -> Tensor:
             by = (inner(values, here) - values).float()
             if bool(here.real_cells(~by.isfinite()).any()):
-                raise BadEdit(f"{self.hook} changes numbers without end, which no random change is as large as")
+                raise BadEdit(f"{self.of} changes numbers without end, which no random change is as large as")
             axes = tuple(range(2, values.ndim))
             noise = self._noise(values, here)
             size = by.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)

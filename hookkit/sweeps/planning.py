@@ -38,8 +38,10 @@ class Plan:
         return [metric.bound(self.lm, len(self.reading)) for metric in self.metrics]
 
     def chunks(self) -> Iterator[tuple[int, ...]]:
-        """The prompts, a part at a time, so that what is kept of them fits half the budget."""
-        room = max(1, self.budget // 2 // trunk_bytes(self.lm, max(self.reading.lengths)))
+        """The prompts, a part at a time, so that what is kept of them fits half the budget, and their forward too."""
+        columns, looks = max(self.reading.lengths), max(self.reading.looks)
+        row = max(trunk_bytes(self.lm, columns), row_bytes(self.lm, columns, columns, looks))
+        room = max(1, self.budget // 2 // max(1, row))
         for start in range(0, len(self.reading), room):
             yield tuple(range(start, min(start + room, len(self.reading))))
 

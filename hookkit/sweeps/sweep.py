@@ -126,17 +126,12 @@ def _shortcuts(lm: LM) -> Shortcuts:
 
 def _leave_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
     """Mark the cells that cannot share a forward."""
-    known: dict[tuple[str, str], bool] = {}
     for cell in cells:
         cell.alone = reason
         for action in cell.actions if not reason else ():
             site = action.site
-            if isinstance(site, ModuleSite):
-                key = site.path, site.side
-                if key not in known:
-                    known[key] = by_row(lm, *key)
-                if not known[key]:
-                    cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
+            if isinstance(site, ModuleSite) and not by_row(lm, site.path, site.side):
+                cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
 
 
 @checks_keywords

@@ -59,6 +59,13 @@ def reads_ahead(lm: LM) -> bool:
 
 def by_row(lm: LM, path: str, side: str) -> bool:
     """True if a module is given, or gives, a tensor [batch, pos, ...] whatever the batch."""
+    key = "by_row", path, side
+    if key not in lm.learnt:
+        lm.learnt[key] = _by_row(lm, path, side)
+    return lm.learnt[key]
+
+
+def _by_row(lm: LM, path: str, side: str) -> bool:
     seen = []
     for count in (2, 3):
         watch = _Watch(lm, {0: lm.submodule(path)})
