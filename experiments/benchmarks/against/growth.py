@@ -1,0 +1,90 @@
+"""Does a sweep's cost grow as its plan says? More prompts, longer prompts: seconds beside the plan's layer-tokens."""
+
+import statistics
+import time
+from itertools import islice, permutations
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import hookkit as hk
+
+PAIRS, WIDTHS = (1, 10, 50), (15, 60, 240)  # prompts, and tokens of each
+NAMES = [" Mary", " John", " Tom", " James", " Anna", " Paul", " Mark", " Peter", " Jack", " David", " Sarah"]
+BEFORE = "The museum opens at nine and closes at five. On Sundays it stays open until late in the evening. " * 20
+COLOURS = dict(zip(WIDTHS, ("#4c72b0", "#1f9e89", "#e0522d"), strict=True))
+
+
+def growing(lm: hk.LM, counts: tuple[int, ...] = PAIRS, widths: tuple[int, ...] = WIDTHS) -> pd.DataFrame:
+    """The residual stream patched at every layer and position, for each number and length of prompts."""
+    found = []
+    for width in widths:
+        forward = one_forward(lm, width)
+        for count in counts:
+            clean, corrupted, right, wrong = pairs(lm, count, width)
+            started, used = time.perf_counter(), time.process_time()
+            source = hk.forward(lm, clean, hk.capture("resid_pre"), logits=False)
+            hooks = lambda layer, pos, source=source: hk.patch(hk.Site("resid_pre", layer), source, pos=pos)  # noqa: E731
+            given = (
+                lm,
+                corrupted,
+                {"layer": range(lm.n_layers), "pos": range(width)},
+                hooks,
+                hk.logit_diff(right, wrong),
+            )
+            hk.sweep(*given)
+            clock, used = time.perf_counter() - started, time.process_time() - used
+            plan = hk.plan(*given)
+            ran, naive = plan.layer_tokens, plan.naive_layer_tokens
+            loop = forward * count * len(plan.cells)
+            found.append([count, width, len(plan.cells) * count, plan.running, ran, naive, clock, used, loop])
+            found[-1] += [1e6 * clock / ran, loop / clock]
+    names = ["pairs", "tokens", "cells", "run", "layer_tokens", "naive_layer_tokens", "clock_s", "processor_s"]
+    return pd.DataFrame(found, columns=[*names, "loop_s_computed", "us_per_layer_token", "times"])
+
+
+def pairs(lm: hk.LM, count: int, width: int) -> tuple[list[list[int]], list[list[int]], list[Any], list[Any]]:
+    """Prompts of so many tokens, a text before them; the corrupted ones have another name in the last clause."""
+    before, clean, corrupted, right, wrong = lm.encode(BEFORE), [], [], [], []
+    for one, other in islice(permutations(NAMES, 2), count):
+        for prompts, giver in ((clean, other), (corrupted, one)):
+            ids = lm.encode(f"When{one} and{other} went to the store,{giver} gave a drink to")
+            prompts.append(before[: width - len(ids)] + ids)
+        right.append(one)
+        wrong.append(other)
+    return clean, corrupted, right, wrong
+
+
+@torch.no_grad()
+def one_forward(lm: hk.LM, width: int) -> float:
+    """The seconds of one plain forward of so many tokens."""
+    ids, taken = torch.tensor([lm.encode(BEFORE)[:width]]), []
+    for _ in range(6):
+        started = time.perf_counter()
+        lm.model(input_ids=ids, use_cache=False)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def drawn(table: pd.DataFrame) -> Figure:
+    """Seconds against tokens that pass through a block: what the sweeps ran, and what a loop would run."""
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for width, part in table.groupby("tokens"):
+        colour, label = COLOURS.get(int(str(width)), "#6b7283"), f"prompts of {width} tokens"
+        axes.plot(part["layer_tokens"], part["clock_s"], "o-", color=colour, ms=7, label=f"hk.sweep, {label}")
+        loop = {"color": colour, "mfc": "none", "ms": 7, "lw": 1, "label": f"a forward for each cell, {label}"}
+        axes.plot(part["naive_layer_tokens"], part["loop_s_computed"], "s--", **loop)
+        for each in part.to_dict("records"):
+            words = f"{each['pairs']} pair{'s' if each['pairs'] > 1 else ''}"
+            axes.annotate(
+                words, (each["layer_tokens"], each["clock_s"]), (7, -11), textcoords="offset points", size=7.5
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens that pass through a block, counted for each block (log)")
+    axes.set_ylabel("seconds (log); those of the loop computed from one forward's")
+    axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)
+    return hk.figures.finished(figure, "A sweep's time grows with the tokens that its plan counts")
