@@ -4,7 +4,7 @@ Pairs of every dataset in its default configuration, and the other way to corrup
 where the answer's logit is above that of the wrong answer after the clean prompt. A dataset is fit to be patched on if
 at least nine of ten pairs are solved, and if the corrupted prompts take the difference away or turn it round.
 
-python -m experiments.datasets        ten minutes on two cores; writes results/datasets/
+python -m experiments.datasets        a quarter of an hour on two busy cores; writes results/datasets/
 """
 
 import pandas as pd
@@ -87,20 +87,19 @@ def missed_of(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> pd.DataFrame:
 def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(8, 0.85 * len(checks) + 1), layout="constrained")
     rows = figure.subplots(len(checks), 1, sharex=True)
-    both = ("logit_diff_clean", hk.figures.UP), ("logit_diff_corrupted", hk.figures.DOWN)
-    found: list[float] = [diff for check in checks.values() for column, _ in both for diff in check[column].tolist()]
+    both = {"clean": hk.figures.UP, "corrupted": hk.figures.DOWN}
+    found: list[float] = [diff for check in checks.values() for side in both for diff in check[f"logit_diff_{side}"]]
     bins = [step / 2 for step in range(2 * int(min(found)) - 2, 2 * int(max(found)) + 4)]
     for axes, (name, check) in zip(rows, checks.items(), strict=True):
-        for column, colour in both:
-            axes.hist(
-                check[column], bins=bins, color=colour, alpha=0.55, lw=0, label=column.removeprefix("logit_diff_")
-            )
+        for side, colour in both.items():
+            diffs = check[f"logit_diff_{side}"]
+            axes.hist(diffs, bins=bins, color=colour, alpha=0.55, lw=0, label=f"after {side} prompts")
         axes.axvline(0, color=hk.figures.MUTED, lw=0.8)
         solved = f"{name.replace('_', ' ')}\n{check['right'].mean():.1%} solved"
         axes.set_ylabel(solved, rotation=0, ha="right", va="center")
         axes.set_yticks([])
         axes.tick_params(length=0)
-    rows[0].legend(title="after prompts that are", frameon=False, fontsize=8, title_fontsize=8, loc="upper right")
+    rows[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="upper right")
     rows[-1].set_xlabel("logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred")
     return hk.figures.finished(figure, "How clearly the model prefers the answer")
 
