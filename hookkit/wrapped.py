@@ -53,6 +53,16 @@ def adapters_of(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for part in parts if hasattr(part, "keys") for name in part.keys()))  # noqa: SIM118
 
 
+def adapters_in_use(model: nn.Module) -> list[str]:
+    """The names of the adapters that act in some layer; none where they are disabled."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+
+
 def _configs(module: Any) -> dict[str, Any]:
     found = getattr(module, "peft_config", None)
     return found if isinstance(found, dict) else {}

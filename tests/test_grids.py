@@ -692,6 +692,8 @@ def test_means_of_a_control_and_by_columns_of_ones_choice(llama_ids):
     by_row = hk.over_prompts(table, by=["row"])
     assert by_row["n"].tolist() == [6, 6]
     assert by_row["logit_diff"][0] == pytest.approx(table[table["row"] == 0]["logit_diff"].mean())
+    lists = hk.over_prompts(table.assign(layer=[[0, 1], [2]] * 6, control=[slice(0, 3), slice(3, 4)] * 6))
+    assert lists["layer"].tolist() == [(0, 1), (2,)] and lists["n"].tolist() == [6, 6]
     for wrong, words in ((pd.DataFrame({"a": [1]}), "give what sweep gave"), (table, "confidence=2 is no share")):
         with pytest.raises(BadHook, match=words):
             hk.over_prompts(wrong, confidence=2 if wrong is table else 0.9)

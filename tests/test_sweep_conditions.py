@@ -141,6 +141,14 @@ def test_a_position_may_be_the_tokens_that_cover_a_text(llama):
     assert "in the sweep's cell pos=at('Mary')" in caught.value.__notes__
 
 
+def test_one_hook_under_every_cell_needs_no_list(small):
+    one = hk.sweep(small, PROMPTS, {"pos": [-1]}, lambda pos: steered(1, pos), METRIC, under=hk.ablate("z.0.1"))
+    listed = hk.sweep(small, PROMPTS, {"pos": [-1]}, lambda pos: steered(1, pos), METRIC, under=[hk.ablate("z.0.1")])
+    assert one["logit_diff"].tolist() == listed["logit_diff"].tolist()
+    grid = hk.ablations(small, PROMPTS, "z", METRIC, under=hk.ablate("z.0.1"), layers=[0], heads=[1])
+    assert (grid["logit_diff_delta"].abs() < 1e-5).all()
+
+
 def test_hooks_of_some_rows_leave_the_others_alone(small):
     table = hk.sweep(
         small, PROMPTS, {"which": [0, 1, 2]}, lambda which: hk.steer("resid_pre.1", VECTOR, pos=-2, rows=which), METRIC
@@ -502,6 +510,17 @@ def test_a_source_is_looked_at_wherever_its_positions_pair(small):
     assert_as_the_loop(small, [prompt], table, source, "resid_pre")
 
 
+def test_a_source_of_some_rows_serves_those_rows(small):
+    others = drawn(9, 6, 9, seed=2)
+    source = hk.forward(small, others, hk.capture("resid_pre", rows=[0, 2]))
+    hooks = lambda pos: hk.patch("resid_pre.1", source, pos=pos, rows=[0, 2])  # noqa: E731
+    table = hk.sweep(small, PROMPTS, {"pos": [-2, -1]}, hooks, METRIC)
+    for pos, found in table.groupby("pos"):
+        wanted = METRIC(hk.forward(small, PROMPTS, hooks(pos)))
+        assert found["logit_diff"].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert (table[table["row"] == 1]["logit_diff_delta"] == 0).all()
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_what_the_model_itself_has_is_taken_for_its_own_alone_and_in_a_batch(kind):
     lm = hk.tiny(kind)
@@ -514,6 +533,51 @@ def test_what_the_model_itself_has_is_taken_for_its_own_alone_and_in_a_batch(kin
         lm, prompts, grid, lambda site, layer: hk.patch(hk.Site(site, layer), source, pos=range(4, 9)), METRIC
     )
     assert table.attrs["sources_not_the_models_own"] == [] and (table["logit_diff_delta"] == 0).all()
+
+
+# ---- modules
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "alone"),
+    [
+        ("llama", hk.module("model.layers.1.mlp.gate_proj"), False),
+        ("llama", hk.module("model.layers.1.self_attn", side="input", item="hidden_states"), False),
+        ("llama", hk.module("model.layers.1", side="input"), False),
+        ("bloom", hk.module("transformer.h.1"), False),
+        ("opt", hk.module("model.decoder.layers.1.fc1"), True),  # [batch * pos, d_mlp]
+        ("deepseek_v3", hk.module("model.layers.1.mlp.gate", item=1), True),  # [batch * pos, choice]
+    ],
+)
+def test_an_edit_at_any_module_acts_in_the_rows_of_its_cell(kind, site, alone):
+    lm = hk.tiny(kind)
+    prompts = drawn(9, 9)
+    hooks = lambda by: [hk.scale(site, by), steered(0, -2)]  # noqa: E731
+    plan = hk.plan(lm, prompts, {"by": [0.5, 2.0]}, hooks, METRIC)
+    assert len(plan.alone) == (2 if alone else 0)
+    table = hk.sweep(lm, prompts, {"by": [0.5, 2.0]}, hooks, METRIC)
+    for by, found in table.groupby("by"):
+        wanted = METRIC(hk.forward(lm, prompts, *hooks(by)))
+        assert found["logit_diff"].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert (table["logit_diff_delta"].abs() > 1e-4).all()
+
+
+# ---- what cannot be swept
+
+
+def test_models_that_are_no_causal_language_models_are_refused():
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = hk.LM(BertForMaskedLM(BertConfig(**sizes, intermediate_size=48, max_position_embeddings=64)).eval())
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+    for lm, words in (
+        (bert, "reads ahead"),
+        (hk.LM(t5), "needs a causal language"),
+        (hk.LM(nn.Linear(3, 3)), "causal"),
+    ):
+        with pytest.raises(hk.errors.Unsupported, match=words):
+            hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: hk.ban(5), METRIC)
 
 
 # ---- grids that mean nothing

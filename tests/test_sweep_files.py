@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import filelock
@@ -282,6 +283,42 @@ def test_the_folder_of_another_model_is_refused(tmp_path, change):
     change(model)
     with pytest.raises(BadHook, match="it differs in model"):
         ran(hk.LM(model, name="tiny llama"), tmp_path)
+
+
+def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
+    ran(hk.tiny("llama"), tmp_path)
+    ran(hk.LM(hk.tiny("llama").model, name="moved"), tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text())["name"] == ["tiny llama", None]
+
+
+def test_adapters_that_are_switched_off_make_another_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(hk.tiny("llama").model, config).eval()
+    lm = hk.LM(model)
+    ran(lm, tmp_path)
+    with model.disable_adapter(), pytest.raises(BadHook, match="it differs in model"):
+        ran(lm, tmp_path)
+    ran(lm, tmp_path)
+
+
+def test_a_dimension_of_functions_is_the_same_in_another_process(small, tmp_path):
+    def once(*functions):
+        hooks = lambda do: hk.edit("z.1", lambda values: do(values))  # noqa: E731
+        ran(small, tmp_path, grid={"do": list(functions)}, hooks=hooks)
+
+    def another():
+        def doubled(values):
+            return values * 2
+
+        return doubled
+
+    first, again = another(), another()
+    assert repr(first) != repr(again)  # as in another process
+    once(first)
+    once(again)
 
 
 def test_two_sweeps_at_once_in_one_folder_are_refused(small, tmp_path):

@@ -100,7 +100,12 @@ def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
     except Exception as error:
         error.add_note(f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}")
         raise
-    return given if given is None else (given,) if isinstance(given, Hook) else tuple(given)
+    return None if given is None else as_hooks(given)
+
+
+def as_hooks(given: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
+    """One hook or several, as several."""
+    return (given,) if isinstance(given, Hook) else tuple(given)
 
 
 def _cell(

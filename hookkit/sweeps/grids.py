@@ -22,7 +22,7 @@ from ..positions import CountLike, Pos, PosLike, as_pos
 from ..prompts import Prompts, as_batch
 from ..runs import forward
 from ..sites import HEADED, KEY_HEADED, WHOLE_MODEL, AnySite, Site
-from .cells import listed
+from .cells import as_hooks, listed
 from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
@@ -70,7 +70,7 @@ def patching(
     grid, hooks_at = grid_of(lm, names, layers, heads, positions_of(lengths, names, pos))
     each = [Site(name, layer) for name in names for layer in grid.get("layer", [None])]
     places = [site for site in each if lm.layout.find(site.name, site.layer)]
-    source = forward(lm, of, *settings.get("under", ()), capture(places), logits=False)
+    source = forward(lm, of, *as_hooks(settings.get("under", ())), capture(places), logits=False)
 
     def hooks(**at: Any) -> Sequence[Hook] | None:
         chosen = hooks_at(at)

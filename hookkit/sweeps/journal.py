@@ -6,6 +6,7 @@ A folder has `sweep.json`, which says what the sweep is, and `cells.jsonl`, a li
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -17,8 +18,11 @@ from ..errors import BadHook, Unsupported
 from ..hooks import codec
 from ..metrics import Metric
 from ..runs import Run
+from ..wrapped import adapters_in_use
 from .planning import Plan
 from .saying import UNEDITED, Values
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in how Python shows a function: another one in every process
 
 
 @dataclass(eq=False)
@@ -57,7 +61,7 @@ def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping
             making.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             making.replace(target)
         known = json.loads(target.read_text(encoding="utf-8"))
-        differ = [name for name in about if known.get(name) != about[name]]
+        differ = [name for name in about if name != "name" and known.get(name) != about[name]]
         if differ:
             raise BadHook(
                 f"{path} holds another sweep: it differs in {', '.join(differ)}. Give this one a folder of its own, or "
@@ -113,12 +117,14 @@ def _about(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_hash(lm),
     }
     model = {**about_model(lm), **hashes}
+    model["adapters"] = adapters_in_use(lm.root)
     del model["versions"]
     cells = hashlib.sha256()
     for cell in plan.cells:
         hooks = [hook.to_json(tensors="digest") for hook in cell.hooks]
-        cells.update(json.dumps([str(cell), cell.control, hooks]).encode())
+        cells.update(json.dumps([ADDRESS.sub("", str(cell)), cell.control, hooks]).encode())
     return {
+        "name": [model.pop("model"), model.pop("revision")],  # for the reader: the weights say what it is
         "model": model,
         "prompts": [list(row) for row in plan.reading.rows],
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},

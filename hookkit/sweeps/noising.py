@@ -18,7 +18,7 @@ from ..positions import At, CountLike, at
 from ..prompts import Prompts, Row, as_batch, cover
 from ..runs import forward
 from ..sites import WHOLE_MODEL, Site
-from .cells import listed
+from .cells import as_hooks, listed
 from .grids import Metrics, Positions, positions_of
 from .sweep import Settings, sweep
 
@@ -70,7 +70,7 @@ def causal_tracing(
     if found is None:
         raise BadHook(f"{site!r} has heads, all of which are restored together: say at which positions, with pos=")
     places = {name: [(where, _each(some, samples)) for where, some in given] for name, given in found.items()}
-    under = list(settings.get("under", ()))
+    under = as_hooks(settings.get("under", ()))
     clean = forward(lm, rows, *under, capture(lm.sites(site)))
 
     def hooks(layer: int, pos: object) -> list[Hook]:

@@ -26,6 +26,7 @@ from ..prompts import Prompts
 from ..runs import Run, forward
 from ..sites import AnySite, Site, Sites, SitesLike
 from ..taps import planned
+from .cells import as_hooks
 from .grids import Metrics, Places, Positions, check_pairs, grid_of, positions_of
 from .journal import Journal
 from .planning import Plan
@@ -70,7 +71,7 @@ def path_patching(
     whole = list(dict.fromkeys(_whole(site) for site in wanted))
     held = [Site(name, layer) for name in freeze for layer in lm.layout.layers(name) or []]
     lengths = check_pairs(lm, corrupted, clean)
-    under = settings.get("under", ())
+    under = as_hooks(settings.get("under", ()))
     run = forward(lm, clean, *under, capture(dict.fromkeys([*held, *whole])), logits=False)
     other = forward(lm, corrupted, *under, capture(lm.sites(senders)), logits=False)
     everywhere: Places = {None: [(None, None)]}

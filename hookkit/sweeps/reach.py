@@ -106,7 +106,17 @@ class Reach:
         """The first position at which a source's prompt differs from one of these, or at which something acts on it."""
         if source.positions is None:
             return 0
-        ids, mine = source.prompts[source.row(row)], self.reading.rows[row]
+        key = id(source.prompts), source.row(row), row
+        if key not in self._known:
+            self._known[key] = source, self._common(source.prompts[source.row(row)], row)
+        return self._known[key][1]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int, int], tuple[Captured, int]]:
+        return {}  # the source is kept alive, and its number with it
+
+    def _common(self, ids: tuple[int, ...], row: int) -> int:
+        mine = self.reading.rows[row]
         pairs = enumerate(zip(ids, mine, strict=False))
         differ = next((place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(mine)))
         return min([differ, *(self._first_of(each, row) for each in self.under)])

@@ -48,6 +48,8 @@ def not_its_own(reach: Reach, sources: Sources, pieces: dict[AnySite, Piece], ro
         sizes = _sizes(piece)
         for action, source in patches:
             for number, row in enumerate(rows):
+                if len(source.rows) > 1 and row not in source.rows:
+                    continue  # the patch leaves it alone
                 until = reach.common(source, row)
                 if until and not _same(
                     source, action.site, piece.values[number], sizes[number], source.row(row), until

@@ -1,6 +1,7 @@
 """What a sweep says over its prompts: means with their uncertainty."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,8 @@ def over_prompts(
     cells = [name for name in table.columns if name not in (*values, *NOT_VALUES)] if by is None else list(by)
     if not metrics or not cells:
         raise BadHook(f"this table has columns {', '.join(table.columns)}: give what sweep gave, or say by=")
+    for name in cells:
+        table = table.assign(**{name: [_hashable(value) for value in table[name]]})
     draws = np.random.default_rng(seed)
     rows = []
     weights: dict[int, np.ndarray] = {}
@@ -52,6 +55,13 @@ def over_prompts(
             row |= _summary(name, found[name].to_numpy(float), weights[count], confidence)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _hashable(value: Any) -> Any:
+    """A value of a dimension by which rows can be put together: a list of positions is a tuple of them."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, Hashable) else repr(value)
 
 
 def _summary(name: str, numbers: np.ndarray, draws: np.ndarray, confidence: float) -> dict[str, float]:

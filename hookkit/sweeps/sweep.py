@@ -26,7 +26,7 @@ from ..runs import Run
 from ..sites import ModuleSite
 from ..taps import Action
 from ..training import levels_to_the_user, warn_of_dropout
-from .cells import TAKEN, Cell, Grid, HooksAt, References, cells_of, checked
+from .cells import TAKEN, Cell, Grid, HooksAt, References, as_hooks, cells_of, checked
 from .controls import Control, controlled
 from .grouping import memory_budget
 from .journal import Journal, journal
@@ -44,7 +44,7 @@ from .verifying import verify as verified
 class Settings(TypedDict, total=False):
     """What the standard grids pass on to `sweep`."""
 
-    under: Sequence[Hook]
+    under: Hook | Sequence[Hook]
     control: Control | None
     save: str | os.PathLike[str] | None
     progress: bool | None
@@ -61,7 +61,7 @@ def plan(
     metrics: MetricLike | Sequence[MetricLike],
     *,
     pos: int = -1,
-    under: Sequence[Hook] = (),
+    under: Hook | Sequence[Hook] = (),
     control: Control | None = None,
     memory: int | None = None,
 ) -> Plan:
@@ -80,7 +80,7 @@ def plan(
     cells = cells_of(lm, grid, hooks, reading)
     if control is not None:
         cells += controlled(lm, cells, control, reading)
-    always = tuple(checked(lm, tuple(under), reading, References(lm)))
+    always = tuple(checked(lm, as_hooks(under), reading, References(lm)))
     actions = [action for tap in always for action in tap.actions] + [each for cell in cells for each in cell.actions]
     if any(_looks_on(action, reading) for action in actions):
         reading = reading.whole()
@@ -130,7 +130,7 @@ def _leave_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
         cell.alone = reason
         for action in cell.actions if not reason else ():
             site = action.site
-            if isinstance(site, ModuleSite) and not by_row(lm, site.path, site.side):
+            if isinstance(site, ModuleSite) and not by_row(lm, site):
                 cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
 
 
@@ -143,7 +143,7 @@ def sweep(
     metrics: MetricLike | Sequence[MetricLike],
     *,
     pos: int = -1,
-    under: Sequence[Hook] = (),
+    under: Hook | Sequence[Hook] = (),
     target: Run | Prompts | None = None,
     control: Control | None = None,
     save: str | os.PathLike[str] | None = None,
@@ -184,7 +184,7 @@ def sweep(
     """
     made = plan(lm, prompts, grid, hooks, metrics, pos=pos, under=under, control=control, memory=memory)
     warn_of_dropout(lm)
-    settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in under]}
+    settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in as_hooks(under)]}
     with journal(save, made, settings) as kept:
         aimed = None if target is None else aims(made, target, pos)
         checks, complete = _run(made, kept, progress)

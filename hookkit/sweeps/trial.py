@@ -4,7 +4,7 @@ A small sweep is run with each shortcut and compared with one plain forward. Wha
 not run at all, is left out, with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from ..lent import replaced
 from ..manager import HookManager
 from ..model import LM
 from ..runs import forward
-from ..sites import Site
+from ..sites import ModuleSite, Site
 from ..taps import planned
 from .passes import Shortcuts, Unit, run_trunk, run_units
 from .prefix import kept, prefix
@@ -57,22 +57,22 @@ def reads_ahead(lm: LM) -> bool:
     return lm.learnt[key]
 
 
-def by_row(lm: LM, path: str, side: str) -> bool:
-    """True if a module is given, or gives, a tensor [batch, pos, ...] whatever the batch."""
-    key = "by_row", path, side
+def by_row(lm: LM, site: ModuleSite) -> bool:
+    """True if the tensor at a module's side is [batch, pos, ...] whatever the batch."""
+    key = "by_row", site
     if key not in lm.learnt:
-        lm.learnt[key] = _by_row(lm, path, side)
+        lm.learnt[key] = all(_shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3))
     return lm.learnt[key]
 
 
-def _by_row(lm: LM, path: str, side: str) -> bool:
-    seen = []
-    for count in (2, 3):
-        watch = _Watch(lm, {0: lm.submodule(path)})
-        _run(watch, lm, _reading(lm), range(count))
-        shapes = watch.given.values() if side == "input" else [watch.gives.get(0)]
-        seen.append(any(shape is not None and shape[:2] == (count, max(LENGTHS)) for shape in shapes))
-    return all(seen)
+def _shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
+    """The shape of the tensor in a trial of so many rows; empty where it is none, or the module does not run."""
+    watch = _Watch(lm, {0: lm.submodule(site.path)})
+    _run(watch, lm, _reading(lm), range(count))
+    if site.side == "output":
+        return watch.gives.get((0, site.item), ())
+    names = [site.item, "hidden_states", "input", "x"] if site.item == 0 else [site.item]
+    return next((watch.given[0, (name,)] for name in names if (0, (name,)) in watch.given), ())
 
 
 def _tried(lm: LM) -> Shortcuts:
@@ -167,6 +167,13 @@ def _no_reference(sites: Any, prompts: Any) -> Any:
     raise AssertionError("the trial's edits have no reference")
 
 
+def _items(output: Any) -> Iterable[tuple[int | str, Any]]:
+    """What a module gives, with the word or number of each."""
+    if isinstance(output, dict):
+        return output.items()
+    return enumerate(output) if isinstance(output, tuple | list) else [(0, output)]
+
+
 class _Watch(HookManager):
     """Notes the shapes of what some modules are given, and what they give."""
 
@@ -174,7 +181,7 @@ class _Watch(HookManager):
         super().__init__(lm, ())
         self.modules = modules
         self.given: dict[tuple[int, Path], tuple[int, ...]] = {}
-        self.gives: dict[int, Any] = {}
+        self.gives: dict[tuple[int, int | str], tuple[int, ...]] = {}
         self.kinds: dict[int, int] = {}
 
     def _register(self, stack: ExitStack) -> None:
@@ -187,8 +194,8 @@ class _Watch(HookManager):
             self._note(number, args, ())
             self._note(number, kwargs, ())
             output = forward(*args, **kwargs)
-            first = output[0] if isinstance(output, tuple) else output
-            self.gives[number] = tuple(first.shape) if isinstance(first, Tensor) else None
+            shapes = {(number, item): tuple(each.shape) for item, each in _items(output) if isinstance(each, Tensor)}
+            self.gives |= shapes
             self.kinds[number] = len(output) if isinstance(output, tuple) else 0
             return output
 
