@@ -510,6 +510,20 @@ def test_a_source_is_looked_at_wherever_its_positions_pair(small):
     assert_as_the_loop(small, [prompt], table, source, "resid_pre")
 
 
+@pytest.mark.parametrize("look", [-1, -3])
+@pytest.mark.parametrize("name", ["logits", "lm_head", "final_norm", "embed", "resid_pre.1", "scores.1", "k_rot.1.0"])
+def test_a_source_that_differs_behind_the_metrics_position_or_is_of_logits(small, name, look):
+    others = [[*ids[:-2], 299, ids[-1]] for ids in PROMPTS]
+    source = hk.forward(small, others, hk.capture(name.replace(".1.0", ".1")))
+    hooks = lambda pos: hk.patch(name, source, pos=pos)  # noqa: E731
+    table = hk.sweep(small, PROMPTS, {"pos": [0, -4, -3, -2, -1]}, hooks, METRIC, pos=look)
+    assert table.attrs["sources_not_the_models_own"] == []
+    for pos, found in table.groupby("pos"):
+        wanted = METRIC(hk.forward(small, PROMPTS, hooks(pos)), pos=look)
+        assert found["logit_diff"].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert bool(table["logit_diff_delta"].abs().max() > 1e-3) is (look == -1)
+
+
 def test_a_source_of_some_rows_serves_those_rows(small):
     others = drawn(9, 6, 9, seed=2)
     source = hk.forward(small, others, hk.capture("resid_pre", rows=[0, 2]))

@@ -1,6 +1,6 @@
 """Whether a patch puts in what the model itself has, up to where its text differs: looked at, and never assumed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -45,15 +45,17 @@ def not_its_own(reach: Reach, sources: Sources, pieces: dict[AnySite, Piece], ro
     """
     for site, patches in sources.items():
         piece = pieces[site]
+        assert piece.cells is not None
         sizes = _sizes(piece)
         for action, source in patches:
+            head = action.site.head if isinstance(action.site, Site) else None
             for number, row in enumerate(rows):
                 if len(source.rows) > 1 and row not in source.rows:
                     continue  # the patch leaves it alone
                 until = reach.common(source, row)
-                if until and not _same(
-                    source, action.site, piece.values[number], sizes[number], source.row(row), until
-                ):
+                places = {place: column for column, place in enumerate(piece.cells.places[number]) if place < until}
+                values = piece.values[number] if head is None else piece.values[number][:, head]
+                if not _same(source, source.row(row), places, values, sizes[number]):
                     return str(action.hook)
     return ""
 
@@ -65,22 +67,21 @@ def _sizes(piece: Piece) -> Tensor:
     return values.abs().flatten(2).amax(-1)
 
 
-def _same(source: Captured, site: AnySite, values: Tensor, sizes: Tensor, theirs: int, until: int) -> bool:
-    """True if a source has in its row `theirs`, before position `until`, these values [pos, ...] of one prompt.
+def _same(source: Captured, theirs: int, places: Mapping[int, int], values: Tensor, sizes: Tensor) -> bool:
+    """True if a source has in its row `theirs` what `values` [column, ...] has in the columns of these places.
 
     Each position is held against its own size: the first one's is often a thousand times that of the others.
     """
     assert source.positions is not None
-    columns = [(n, place) for n, place in enumerate(source.positions[theirs].tolist()) if 0 <= place < until]
-    if not columns:
+    found = [(n, places[place]) for n, place in enumerate(source.positions[theirs].tolist()) if place in places]
+    if not found:
         return True
-    there, places = zip(*columns, strict=True)
-    head = site.head if isinstance(site, Site) else None
-    was = source.by_place[theirs, list(there)].float()
-    now = (values if head is None else values[:, head])[list(places)].float().to(was.device)
+    there, columns = map(list, zip(*found, strict=True))
+    was = source.by_place[theirs, there].float()
+    now = values[columns].float().to(was.device)
     if was.ndim > 1 and was.shape[-1] != now.shape[-1]:  # queries look at as many keys as there are
         width = min(was.shape[-1], now.shape[-1])
         was, now = was[..., :width], now[..., :width]
     apart = (was - now).abs().flatten(1).amax(-1)
     limit = LIMITS.get(source.values.dtype, LIMITS[torch.float32])
-    return bool((apart <= limit * sizes[list(places)].to(was.device).clamp(min=1e-9)).all())
+    return bool((apart <= limit * sizes[columns].to(was.device).clamp(min=1e-9)).all())
