@@ -52,12 +52,18 @@ class Plan:
 
     def units(self, rows: Sequence[int], reach: Reach) -> list[Unit]:
         """The units of some prompts that have to run with others; the rest cannot matter, or runs alone."""
-        found = []
-        for cell in self.cells:
-            if not cell.alone:
-                starts = ((row, reach.start(cell.actions, row)) for row in rows)
+        key = tuple(rows), reach.trusted
+        if key not in self._units:
+            found = self._units[key] = []
+            for cell in self.cells:
+                actions = [] if cell.alone else cell.actions
+                starts = ((row, reach.start(actions, row)) for row in rows)
                 found += [Unit(cell.number, row, start) for row, start in starts if start is not None]
-        return found
+        return self._units[key]
+
+    @cached_property
+    def _units(self) -> dict[tuple[tuple[int, ...], bool], list[Unit]]:
+        return {}
 
     def jobs(self, rows: Sequence[int], units: Sequence[Unit], budget: int) -> list[Job]:
         """The forwards that run these units."""

@@ -19,7 +19,7 @@ from ..captured import Captured
 from ..hooks.base import EditHook
 from ..hooks.replacing import Ablate, FromRun
 from ..model import LM
-from ..positions import Where, Wish, wish
+from ..positions import At, Where, Wish, wish
 from ..prompts import cover
 from ..sites import AnySite, Site
 from ..taps import Action
@@ -122,6 +122,8 @@ class Reach:
         return min([differ, *(self._first_of(each, row) for each in self.under)])
 
     def _same_places(self, where: Where, row: int, ids: tuple[int, ...]) -> bool:
+        if len(ids) == len(self.reading.rows[row]) and not isinstance(where.pos, At):
+            return True
         theirs = wish(where, len(ids), lambda at: cover(self.lm, ids, at))
         return theirs == self.reading.full.wishes(where)[row]
 
