@@ -8,7 +8,7 @@ import torch
 from ..model import LM
 from .passes import Unit
 
-FORWARD = {"cpu": 8, "cuda": 256}  # what a block costs beside its tokens, in tokens: reading its weights, calling it
+FORWARD = {"cpu": 40, "cuda": 256}  # what a block costs beside its tokens, in tokens: reading its weights, calling it
 BUDGET = 512 * 2**20  # bytes, where the memory cannot be asked for
 
 
