@@ -10,6 +10,10 @@ from .comparing import fork as fork
 from .datasets import Pairs as Pairs
 from .decoding import decisions as decisions
 from .decoding import decoding as decoding
+from .decomposing import direct_logits as direct_logits
+from .decomposing import logit_path as logit_path
+from .decomposing import logit_terms as logit_terms
+from .decomposing import unembedding as unembedding
 from .doctor import Checkup as Checkup
 from .doctor import doctor as doctor
 from .errors import HookkitError as HookkitError
@@ -55,6 +59,12 @@ from .hooks import skip_block as skip_block
 from .hooks import steer as steer
 from .hooks import swap as swap
 from .laws import prove as prove
+from .lenses import TunedLens as TunedLens
+from .lenses import lens_summary as lens_summary
+from .lenses import load_lens as load_lens
+from .lenses import logit_lens as logit_lens
+from .lenses import patchscope as patchscope
+from .lenses import train_lens as train_lens
 from .manager import HookManager as HookManager
 from .manager import attach as attach
 from .metrics import Metric as Metric

@@ -123,7 +123,7 @@ class Wave(HookManager):
         for number in range(self.lm.n_layers) if growth is not None or self.recorder is not None else ():
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
-                stack.enter_context(replaced(block, "forward", _passed_by(growth.kinds[number])))
+                stack.enter_context(replaced(block, "forward", passed_by(growth.kinds[number])))
             elif growth is not None or (self.recorder is not None and number in self.recorder.blocks):
                 stack.enter_context(self._ahead(block, self._entering(number)))
 
@@ -232,7 +232,7 @@ class Wave(HookManager):
         return out
 
 
-def _passed_by(kind: int) -> Any:
+def passed_by(kind: int) -> Any:
     """A forward of a block that gives out what it was given: a tensor, or so many values of which it is the first."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,99 @@
+"""What is read off the logits of many states: in few passes, and never more than a chunk of them in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK = {"cpu": 24 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits at a time; on a CPU, about what its caches hold
+
+
+def chunk_of(device: torch.device, vocab: int) -> int:
+    """How many states are read at a time."""
+    return max(1, CHUNK.get(device.type, CHUNK["cuda"]) // (4 * vocab))
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """The numbers of some cells, each with its states in order: the last one is the end that `kl` is measured to.
+
+    ids       [cell, state, token]  the tokens that are shown; their logits, logprobs and ranks likewise
+    entropy   [cell, state]         nats
+    kl        [cell, state]         KL(end ‖ state), nats
+    """
+
+    ids: Int[Tensor, "cell state token"]
+    logits: Float[Tensor, "cell state token"]
+    logprobs: Float[Tensor, "cell state token"]
+    ranks: Int[Tensor, "cell state token"]
+    entropy: Float[Tensor, "cell state"]
+    kl: Float[Tensor, "cell state"]
+
+    def cpu(self) -> "Numbers":
+        return Numbers(*(getattr(self, name).cpu() for name in self.__dataclass_fields__))
+
+
+def numbers(
+    logits: Float[Tensor, "cell state vocab"], real: int, top: int, watched: Sequence[int], *, anywhere: bool
+) -> Numbers:
+    """The numbers of a chunk of logits, which is written over.
+
+    Shown are the first `top` tokens of each state or, with `anywhere`, the same tokens at every state of a cell: those
+    that rank best at any of them; and the watched ones.
+    """
+    shown = logits[..., :real]
+    leading, ids = shown.topk(top, dim=-1) if top else (shown[..., :0], shown[..., :0].long())
+    ranks = 1 + (leading[..., None, :] > leading[..., None]).sum(-1)
+    if anywhere and top:
+        ids = _best_anywhere(ids, ranks)
+        leading, ranks = _of(shown, ids)
+    if watched:
+        others = torch.tensor(list(watched), device=logits.device).expand(*logits.shape[:2], -1)
+        values, places = _of(shown, others)
+        ids, leading, ranks = (torch.cat(pair, -1) for pair in ((ids, others), (leading, values), (ranks, places)))
+    log_total, entropy, kl = _sums(logits)
+    return Numbers(ids, leading, leading - log_total[..., None], ranks, entropy, kl)
+
+
+def _of(shown: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of tokens, and their ranks: 1 + the number of tokens with a strictly larger logit."""
+    values = shown.gather(-1, ids)
+    ranks = torch.stack([1 + (shown > values[..., n : n + 1]).sum(-1) for n in range(ids.shape[-1])], -1)
+    return values, ranks
+
+
+def _best_anywhere(ids: Tensor, ranks: Tensor) -> Tensor:
+    """Of each cell's leading tokens [cell, state, top], those `top` that rank best at any state; the later state first
+    among equals."""
+    chosen = []
+    for tokens, places in zip(ids.tolist(), ranks.tolist(), strict=True):
+        best: dict[int, tuple[int, int]] = {}
+        for number, (row, found) in enumerate(zip(tokens, places, strict=True)):
+            for token, rank in zip(row, found, strict=True):
+                best[token] = min(best.get(token, (rank, -number)), (rank, -number))
+        chosen.append(sorted(best, key=lambda token: best[token])[: ids.shape[-1]])
+    return torch.tensor(chosen, device=ids.device)[:, None].expand(-1, ids.shape[1], -1)
+
+
+def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm of the sum of exponentials, the entropy, and the divergence from the last state of each cell.
+
+    Σ p log p is written as Σ p x - log Z, so that no log-softmax of the whole is ever there.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    banned = bool(torch.isinf(logits).any()) if largest.isinf().any() or logits.amin() == -torch.inf else False
+    logits -= largest
+    weights = logits.exp()
+    total = weights.sum(-1)
+    if banned:
+        logits.nan_to_num_(neginf=0.0)  # their weight is 0, and 0 times -inf would be no number
+    mean = torch.einsum("csv,csv->cs", weights, logits) / total
+    probs = weights[:, -1:] / total[:, -1:, None]
+    crossed = torch.bmm(probs, logits.transpose(1, 2))[:, 0]
+    log_total = total.log()
+    entropy = (log_total - mean).clamp(min=0)
+    kl = (log_total - crossed - entropy[:, -1:]).clamp(min=0)
+    kl[:, -1] = 0.0
+    return log_total + largest[..., 0], entropy, kl

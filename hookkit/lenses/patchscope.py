@@ -1,0 +1,75 @@
+"""Patchscopes: a hidden state of one prompt, put into another prompt and said in the model's own words."""
+
+import pandas as pd
+
+from ..errors import BadPrompt, checks_keywords
+from ..hooks.base import Hook
+from ..hooks.looking import capture
+from ..hooks.replacing import ablate
+from ..model import LM
+from ..positions import PosLike, at
+from ..prompts import Prompts, as_batch
+from ..runs import forward, generate
+from ..sites import Site, SitesLike
+from ..tables import ranks
+
+IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ? ->"  # the prompt of the paper's next-token reading
+
+
+@checks_keywords
+def patchscope(
+    lm: LM,
+    prompt: Prompts,
+    *hooks: Hook,
+    sites: SitesLike = "resid_post",
+    pos: PosLike = -1,
+    target: Prompts = IDENTITY,
+    target_pos: PosLike = None,
+    target_layer: int | None = None,
+    max_new_tokens: int = 8,
+) -> pd.DataFrame:
+    """A state of a prompt at each site, put into a target prompt, and what the model then writes.
+
+    Columns: site, layer (where the state was taken), target_site (where it was put in); token, token_id, prob (the most
+    likely first token after the target), text (what is generated, greedily).
+
+    The state at `pos` (one position) of `prompt` is taken under `hooks`, and takes the place of what the target prompt
+    has at `target_pos`, which is the "?" of the default target, in the same layer or in `target_layer`. All sites run
+    in one batch.
+
+    Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations".
+
+    >>> patchscope(lm, "The Eiffel Tower is located in the city of", sites="resid_post.28")["token"].tolist()
+    [' Paris']
+    """
+    wanted = [site for site in lm.expand(sites) if isinstance(site, Site)]
+    source = forward(lm, prompt, *hooks, capture(wanted, pos=pos), logits=False)
+    first = source.captured(wanted[0])
+    if first.values.shape[:2] != (1, 1):
+        raise BadPrompt(
+            f"{first.values.shape[0]} prompts and {first.values.shape[1]} positions were chosen: a patchscope takes "
+            "the state of one position of one prompt"
+        )
+    place = (at("?") if target is IDENTITY else -1) if target_pos is None else target_pos
+    put = [Site(site.name, site.layer if target_layer is None else target_layer, site.head) for site in wanted]
+    edits = [
+        ablate(there, to=source[site][0, 0], pos=place, rows=[row])
+        for row, (site, there) in enumerate(zip(wanted, put, strict=True))
+    ]
+    goal = as_batch(lm, target).rows
+    if len(goal) != 1:
+        raise BadPrompt(f"{len(goal)} target prompts were given: a patchscope puts every state into the same one")
+    run = generate(lm, list(goal) * len(wanted), *edits, max_new_tokens=max_new_tokens, do_sample=False)
+    table = ranks(run, step=0, top=1)
+    table = table.drop_duplicates("row")
+    return pd.DataFrame(
+        {
+            "site": [str(site) for site in wanted],
+            "layer": pd.array([site.layer for site in wanted], dtype="Int64"),
+            "target_site": [str(site) for site in put],
+            "token": table["token"].tolist(),
+            "token_id": table["token_id"].tolist(),
+            "prob": table["prob"].tolist(),
+            "text": run.generated,
+        }
+    )

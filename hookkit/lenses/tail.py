@@ -1,0 +1,228 @@
+"""What the model would say of a state of its residual stream: its own final norm, head, cap and scale, on any state.
+
+The model's own forward runs with every block passed by and the state in place of what the last block gives, so that
+whatever a family does behind its blocks is done here too, by the family's own code.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..calls import Call, Text
+from ..errors import Unsupported
+from ..hooks.base import Hook
+from ..lent import replaced
+from ..manager import HookManager
+from ..manager.precedence import Work
+from ..model import LM
+from ..prompts import Row, cover, pad_id
+from ..sites import Site
+from ..sweeps.wave import Lane, Wave, passed_by
+from ..taps import Tap, input_of, planned
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a model ends.
+
+    kinds   what each block gives: a tensor (0), or so many values of which the stream is the first
+    begun   the modules that begin to run behind the last block
+    ended   those that end there: the model itself too
+    """
+
+    kinds: tuple[int, ...]
+    begun: frozenset[str]
+    ended: frozenset[str]
+
+    def has(self, tap: Tap) -> bool:
+        """True where this place is behind the blocks."""
+        return tap.place.path in (self.begun if tap.place.side == "input" else self.ended)
+
+
+def ending(lm: LM) -> Ending:
+    """How this model ends, seen in a forward of one token. `Unsupported` where its blocks are not known."""
+    if not lm.n_layers or "resid_post" not in lm.layout.names:
+        raise Unsupported(f"the blocks of {type(lm.root).__name__} are not known, so nothing can be put behind them")
+    if "ending" not in lm.learnt:
+        lm.learnt["ending"] = _seen(lm)
+    return lm.learnt["ending"]
+
+
+def _seen(lm: LM) -> Ending:
+    blocks = [lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    kinds: dict[int, int] = {}
+    begun: set[str] = set()
+    ended: set[str] = set()
+
+    def block(number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        kinds[number] = len(output) if isinstance(output, tuple) else 0
+        return output
+
+    def other(path: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(kinds) == len(blocks):
+            begun.add(path)
+        output = forward(*args, **kwargs)
+        if len(kinds) == len(blocks):
+            ended.add(path)
+        return output
+
+    manager = _Alone(lm, inside)
+    with ExitStack() as stack:
+        for number, module in enumerate(blocks):
+            stack.enter_context(replaced(module, "forward", partial(block, number, module.forward)))
+        for path, module in lm.root.named_modules():
+            if id(module) not in inside:
+                stack.enter_context(replaced(module, "forward", partial(other, path, module.forward)))
+        with torch.no_grad(), manager:
+            lm.model(**_inputs(lm, 1))
+    return Ending(tuple(kinds[number] for number in range(len(blocks))), frozenset(begun), frozenset(ended))
+
+
+def _inputs(lm: LM, rows: int) -> dict[str, Any]:
+    given: dict[str, Any] = {"input_ids": torch.full((rows, 1), pad_id(lm), device=lm.device), "return_dict": True}
+    return given | ({"use_cache": False} if "use_cache" in lm.takes else {})
+
+
+class _Alone(HookManager):
+    """A block in which hooks inside the model's blocks, and hookkit's own of other blocks, are silent.
+
+    What the user hung on the modules behind the blocks goes on acting: it is part of what the model says.
+    """
+
+    def __init__(self, lm: LM, inside: set[int]) -> None:
+        super().__init__(lm, ())
+        self.inside = inside
+
+    def _register(self, stack: ExitStack) -> None:
+        silence(self.lm, self.inside, stack)
+        super()._register(stack)
+
+
+def silence(lm: LM, inside: set[int], stack: ExitStack) -> None:
+    """Lend every module hooks without those that must not act on a state that is put behind the blocks."""
+    for module in (*lm.wrapping, *lm.root.modules()):
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = module.__dict__.get(name)
+            if hooks:
+                left = {} if id(module) in inside else {key: hook for key, hook in hooks.items() if not _ours(hook)}
+                stack.enter_context(replaced(module, name, OrderedDict(left)))
+
+
+def _ours(hook: Any) -> bool:
+    return isinstance(hook, Work) or isinstance(getattr(hook, "__self__", None), HookManager)
+
+
+class _Tail(Wave):
+    """A forward of what comes behind the blocks, with hooks there."""
+
+    def __init__(self, lm: LM, known: Ending, lanes: Sequence[tuple[Lane, Sequence[Tap]]], states: Tensor) -> None:
+        super().__init__(lm, lanes, rows=len(states), width=1)
+        self.known, self.states = known, states
+
+    def _register(self, stack: ExitStack) -> None:
+        blocks = [self.lm.submodule(self.lm.family.block.format(layer=number)) for number in range(self.lm.n_layers)]
+        silence(self.lm, {id(module) for block in blocks for module in block.modules()}, stack)
+        for block, kind in zip(blocks[:-1], self.known.kinds, strict=False):
+            stack.enter_context(replaced(block, "forward", passed_by(kind)))
+        kind = self.known.kinds[-1]
+        given = self.states[:, None]
+        output = given if not kind else (given, *[None] * (kind - 1))
+        stack.enter_context(replaced(blocks[-1], "forward", lambda *args, **kwargs: output))
+        super()._register(stack)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """`given` [state, d] is what the head reads, `raw` [state, vocab] what it gives, `logits` what the model makes of
+    that with its soft-cap or scale."""
+
+    given: Float[Tensor, "state d"]
+    raw: Float[Tensor, "state vocab"]
+    logits: Float[Tensor, "state vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What comes behind the blocks of a model, for states of these prompts, with hooks that act there.
+
+    Made by `tail_of`. `taps` are the hooks' work behind the blocks, at each state's own row and position.
+    """
+
+    lm: LM
+    known: Ending
+    taps: Sequence[Tap]
+    rows: tuple[Row, ...]
+
+    def logits(
+        self, states: Float[Tensor, "state d_model"], places: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "state vocab"]:
+        """What the model would say of each state; `places` has its row and position."""
+        if not self.taps:
+            return self._run(states, [])
+        found: dict[int, Tensor] = {}
+        for pos in sorted({pos for _, pos in places}):  # hooks see a forward of one position
+            numbers = [number for number, place in enumerate(places) if place[1] == pos]
+            lane = self._lane([places[number][0] for number in numbers], pos)
+            logits = self._run(states[torch.tensor(numbers, device=states.device)], [(lane, self.taps)])
+            found |= dict(zip(numbers, logits, strict=True))
+        return torch.stack([found[number] for number in range(len(places))])
+
+    def read(self, states: Float[Tensor, "state d_model"]) -> "Read":
+        """What the head reads of each state, what it gives and what the model makes of that, without any hook."""
+        path = self.lm.place(Site("lm_head")).path
+        head = self.lm.submodule(path)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def forward(*args: Any, _forward: Any = head.forward, **kwargs: Any) -> Any:
+            output = _forward(*args, **kwargs)
+            seen.append((input_of(args, kwargs, 0, path)[0], output))
+            return output
+
+        with replaced(head, "forward", forward):
+            logits = self._run(states, [])
+        (given, gave) = seen[-1]
+        return Read(given.reshape(len(states), -1), gave.reshape(len(states), -1), logits)
+
+    def _lane(self, prompts: list[int], pos: int) -> Lane:
+        columns: list[Any] = [range(len(row)) for row in self.rows]
+        find = partial(cover, self.lm)
+        text = Text(columns, list(map(len, self.rows)), self.rows.__getitem__, find, final=True, numbers=prompts)
+        return Lane(tuple(prompts), 0, len(prompts), Call(text, 0, pos, len(prompts), 1, range(1), pos))
+
+    def _run(self, states: Tensor, lanes: Sequence[tuple[Lane, Sequence[Tap]]]) -> Tensor:
+        with _Tail(self.lm, self.known, lanes, states):
+            return self.lm.model(**_inputs(self.lm, len(states))).logits[:, 0]
+
+
+def tail_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> Tail:
+    """What comes behind the model's blocks, with those of the hooks that act there. `Unsupported` where an edit of an
+    outer block acts there, whose rows and positions would not be known."""
+    known = ending(lm)
+    _refuse_outer(lm, known)
+    manager = HookManager(lm, ())
+    taps = [tap for tap in planned(lm, list(hooks), manager.reference) if known.has(tap)]
+    for tap in taps:
+        tap.actions = [action for action in tap.actions if action.change is not None]
+    return Tail(lm, known, [tap for tap in taps if tap.actions], rows)
+
+
+def _refuse_outer(lm: LM, known: Ending) -> None:
+    for path in known.ended:
+        module = lm.submodule(path)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            tap = next((each for each in getattr(hook, "args", ()) if isinstance(each, Tap)), None)
+            edit = next((action.hook for action in tap.actions if action.change is not None), None) if tap else None
+            if isinstance(hook, Work) and tap is not None and edit is not None and known.has(tap):
+                raise Unsupported(
+                    f"{edit} of a block of hk.attach acts behind the model's blocks, where a lens reads each layer: "
+                    "give it to the lens itself, as one of its hooks"
+                )
