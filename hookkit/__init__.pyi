@@ -79,6 +79,8 @@ from .metrics import prob as prob
 from .metrics import rank as rank
 from .metrics import top1_changed as top1_changed
 from .model import LM as LM
+from .origins import lens_map as lens_map
+from .origins import logit_bars as logit_bars
 from .positions import GENERATED as GENERATED
 from .positions import PROMPT as PROMPT
 from .positions import at as at

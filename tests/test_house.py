@@ -133,6 +133,7 @@ ORDER = [
     "datasets",
     "figures",
     "heatmaps",
+    "origins",
     "strips",
     "steps",
     "reports",

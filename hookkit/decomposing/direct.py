@@ -202,7 +202,10 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
         {"term": f"dim {dim}", "dim": dim, **_numbers(weight[dim], hidden[dim]), "product": float(products[dim])}
         for dim in order
     ]
-    raw, said = float(read.raw[0, chosen[0]]), float(again.captured_logits().values[row, -1, chosen[0]])
+    assert end.positions is not None
+    logits = again.captured_logits()
+    said = float(logits.values[row, logits.column(row, int(end.positions[row, 0])), chosen[0]])
+    raw = float(read.raw[0, chosen[0]])
     others = float(products.sum()) - sum(float(products[dim]) for dim in order)
     found.append({"term": "others", "product": others})
     found.append({"term": "bias", "product": raw - float(products.sum())})

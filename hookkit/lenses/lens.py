@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -187,8 +187,8 @@ def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
         raise BadHook(f"this table has no column {', '.join(missing)}: give what logit_lens gave")
     sites = list(dict.fromkeys(lens["site"]))
     found = []
-    for key, part in lens.groupby(["row", "pos", "token_id"], sort=True):
-        row, pos, token_id = key if isinstance(key, tuple) else (key,)
+    groups: Any = lens.groupby(["row", "pos", "token_id"], sort=True)
+    for (row, pos, token_id), part in groups:
         ranks = dict(zip(part["site"], part["rank"], strict=True))
         best = min(ranks.values())
         leads = [site for site in sites if ranks.get(site) == 1]

@@ -237,7 +237,9 @@ class _Trainer:
         for ridge in RIDGE:
             strength = torch.diag_embed((ridge * mean)[:, None].expand(-1, width + 1))
             strength[:, -1, -1] = 0  # the offset is free
-            found = torch.linalg.solve(square + strength, cross).float().to(self.test.device)
+            pairs = zip(square + strength, cross, strict=True)
+            solved = [torch.cholesky_solve(right, torch.linalg.cholesky(left)) for left, right in pairs]
+            found = torch.stack(solved).float().to(self.test.device)
             change, offset = found[:, :-1], found[:, -1]
             self.kept.offer(change, offset, self.judged(change, offset))
 

@@ -16,11 +16,15 @@ def over_prompts(
     table: pd.DataFrame,
     *,
     by: Sequence[str] | None = None,
+    values: Sequence[str] | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The mean of each metric of a sweep over its prompts, with how sure it is.
+
+    Of another table with a row for each cell and prompt (a lens, direct logits) say which columns are averaged, with
+    `values`, and what is a cell, with `by`.
 
     Where a prompt was run with several samples of noise (`causal_tracing`), their mean is the prompt's value.
 
@@ -35,10 +39,15 @@ def over_prompts(
     if not 0 < confidence < 1:
         raise BadHook(f"confidence={confidence} is no share: give 0.95 for an interval of 95 %")
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
-    values = [name for name in table.columns if any(name == m or name.startswith(f"{m}_") for m in metrics)]
+    if values is None:
+        values = [name for name in table.columns if any(name == m or name.startswith(f"{m}_") for m in metrics)]
+    if missing := [name for name in (*values, *(by or ())) if name not in table.columns]:
+        raise BadHook(f"the table has no column {missing[0]!r}; it has {', '.join(table.columns)}")
     cells = [name for name in table.columns if name not in (*values, *NOT_VALUES)] if by is None else list(by)
-    if not metrics or not cells:
-        raise BadHook(f"this table has columns {', '.join(table.columns)}: give what sweep gave, or say by=")
+    if not values or not cells:
+        raise BadHook(
+            f"this table has columns {', '.join(table.columns)}: give what sweep gave, or say by= and values="
+        )
     for name in cells:
         table = table.assign(**{name: [_hashable(value) for value in table[name]]})
     draws = np.random.default_rng(seed)

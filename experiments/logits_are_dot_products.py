@@ -1,0 +1,88 @@
+"""Where does a logit come from? From `W @ h + b`: one row of weights, one hidden state, and everything that wrote it.
+
+The logit of " coffee" after "I like oat milk in my" is taken apart three times: by the numbers of the hidden state, by
+the components that wrote it, and by heads. It is answered if each sum gives the logit. A researcher then asks of many
+prompts which components write the answer's lead over a rival, and tests the claim by ablating them: a direct share is
+what a component would take away if nothing behind it had read it.
+
+python -m experiments.logits_are_dot_products        a minute on two cores; writes results/logits_are_dot_products/
+"""
+
+from typing import Any
+
+import hookkit as hk
+
+SEED, COUNT = 0, 50  # pairs
+PROMPT, OTHER, TOKEN, RIVAL = "I like oat milk in my", "I walk the dog in my", " coffee", " tea"
+QUESTION = "Where does a logit come from?"
+
+
+def main() -> None:
+    lm = hk.load(device="cpu")
+    title = "Logits are dot products"
+    with hk.record("results/logits_are_dot_products", title=title, question=QUESTION, lm=lm, seed=SEED) as results:
+        results.table("path", hk.logit_path(lm, PROMPT), caption="From the text to the next token, stage by stage.")
+        by_number(lm, results)
+        by_component(lm, results)
+        over_many_prompts(lm, results)
+    print("The page: results/logits_are_dot_products/report.html")
+
+
+def by_number(lm: hk.LM, results: hk.Record) -> None:
+    results.text("# W @ h + b")
+    run = results.run("two contexts", hk.forward(lm, [PROMPT, OTHER], hk.capture("final_norm", pos=-1)))
+    terms = results.table(
+        "terms", hk.logit_terms(run, TOKEN), caption="The largest products of weight and hidden state."
+    )
+    weights = hk.unembedding(lm, TOKEN)
+    logits = (run["final_norm"][:, 0] @ weights).tolist()
+    said = terms["product"].tolist()[-1]
+    results.text(
+        f"The {len(weights)} products sum to {said:.3f}, the logit of {TOKEN!r}. The weights are the same in every "
+        f"context; after {OTHER!r} the hidden state is another, and the same row gives {logits[1]:.3f}."
+    )
+
+
+def by_component(lm: hk.LM, results: hk.Record) -> None:
+    results.text("# Who wrote the hidden state")
+    run = hk.forward(lm, PROMPT)
+    parts = results.table("components", hk.direct_logits(run, TOKEN), caption="Every component; they sum to the logit.")
+    results.figure("components_bars", hk.logit_bars(parts), caption=f"What each component adds to {TOKEN!r}.")
+    residual = parts.attrs["residual"]
+    results.text(f"The sum misses the logit by {residual:.1g}, which is rounding.")
+    against = hk.direct_logits(run, TOKEN, against=RIVAL, heads=True)
+    caption = f"What adds to {TOKEN!r} over {RIVAL!r}, by heads."
+    results.table("heads", against, caption=caption)
+    results.figure("heads_bars", hk.logit_bars(against), caption=caption)
+
+
+def over_many_prompts(lm: hk.LM, results: hk.Record) -> None:
+    results.text("# Many prompts, and the test")
+    pairs = hk.datasets.indirect_object(lm, COUNT, seed=SEED)
+    run = hk.forward(lm, list(pairs.clean), logits="last")
+    parts = hk.direct_logits(run, list(pairs.answers), against=list(pairs.wrong), heads=True)
+    heads: Any = parts[parts["kind"] == "head"][["row", "layer", "head", "logit"]]
+    means = results.table(
+        "many", hk.over_prompts(heads, by=["layer", "head"], values=["logit"]), caption=f"{len(pairs)} pairs, 95 %."
+    )
+    figure = hk.heat_map(heads, value="logit", x="head")
+    results.figure("many_map", figure, caption="What each head adds to the answer's lead over the other name.")
+    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    removed = hk.ablations(lm, list(pairs.clean), "z", metric, to="zero", progress=False)
+    effect: Any = hk.over_prompts(removed, by=["layer", "head"])
+    both = means.merge(effect, on=["layer", "head"])
+    both["taken"] = -both["logit_diff_delta"]
+    results.table(
+        "tested", both[["layer", "head", "logit", "taken"]], caption="Direct share, and what zeroing takes away."
+    )
+    top = both.nlargest(5, "logit")
+    named = ", ".join(f"{int(r.layer)}.{int(r.head)} ({r.logit:+.2f}, {r.taken:+.2f})" for r in top.itertuples())
+    results.text(
+        f"The heads that add most (direct share, and what zeroing them takes away): {named}. Over all {len(both)} heads "
+        f"the two go together with r = {both['logit'].corr(both['taken']):.2f}: where they part, other components "
+        "read the head, or make up for it."
+    )
+
+
+if __name__ == "__main__":
+    main()
