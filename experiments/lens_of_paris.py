@@ -46,7 +46,7 @@ def manual() -> str:
 def one_prompt(lm: hk.LM, results: hk.Record) -> None:
     run = results.run("prompt", hk.forward(lm, PROMPT))
     tokens = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
-    lens = hk.logit_lens(lm, PROMPT, pos=None, top=1, watch=CITY)
+    lens: Any = hk.logit_lens(lm, PROMPT, pos=None, top=1, watch=CITY)
     last = results.table("lens", lens[lens["pos"] == len(tokens) - 1], caption="The lens at the last token.")
     leading: Any = lens[lens["rank"] == 1]
     words = "What each block would say, after reading each token; the uppermost row is what the model says."
@@ -76,7 +76,7 @@ def many_landmarks(lm: hk.LM, results: hk.Record, tuned: hk.TunedLens) -> None:
 
 def said_by_the_model(lm: hk.LM, results: hk.Record) -> None:
     results.text("# Said by the model itself\n\nThe last token's state, put into a prompt that asks to repeat a word.")
-    scope = hk.patchscope(lm, PROMPT, sites="resid_post")
+    scope: Any = hk.patchscope(lm, PROMPT, sites="resid_post")
     results.table("patchscope", scope[["layer", "token", "prob", "text"]], caption="What the model writes behind it.")
     says = scope[scope["text"].str.contains(CITY.strip())]["layer"].tolist()
     results.text(f"{CITY.strip()} is in what it writes with the states of blocks {says or 'none'}.")

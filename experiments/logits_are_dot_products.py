@@ -70,17 +70,16 @@ def over_many_prompts(lm: hk.LM, results: hk.Record) -> None:
     metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
     removed = hk.ablations(lm, list(pairs.clean), "z", metric, to="zero", progress=False)
     effect: Any = hk.over_prompts(removed, by=["layer", "head"])
-    both = means.merge(effect, on=["layer", "head"])
+    both: Any = means.merge(effect, on=["layer", "head"])
     both["taken"] = -both["logit_diff_delta"]
-    results.table(
-        "tested", both[["layer", "head", "logit", "taken"]], caption="Direct share, and what zeroing takes away."
-    )
+    results.table("tested", both[["layer", "head", "logit", "taken"]], caption="Direct share; what zeroing takes away.")
     top = both.nlargest(5, "logit")
-    named = ", ".join(f"{int(r.layer)}.{int(r.head)} ({r.logit:+.2f}, {r.taken:+.2f})" for r in top.itertuples())
+    each = zip(top["layer"], top["head"], top["logit"], top["taken"], strict=True)
+    named = ", ".join(f"{layer}.{head} ({share:+.2f}, {taken:+.2f})" for layer, head, share, taken in each)
     results.text(
-        f"The heads that add most (direct share, and what zeroing them takes away): {named}. Over all {len(both)} heads "
-        f"the two go together with r = {both['logit'].corr(both['taken']):.2f}: where they part, other components "
-        "read the head, or make up for it."
+        f"The heads that add most (direct share, and what zeroing them takes away): {named}. Over all {len(both)} "
+        f"heads the two go together with r = {both['logit'].corr(both['taken']):.2f}: where they part, other "
+        "components read the head, or make up for it."
     )
 
 
