@@ -24,6 +24,7 @@ from .files import save_tensors as save_tensors
 from .gradients import Gradients as Gradients
 from .gradients import agreement as agreement
 from .gradients import attribution as attribution
+from .gradients import edge_attribution as edge_attribution
 from .gradients import gradients as gradients
 from .gradients import token_attribution as token_attribution
 from .harvesting import Harvest as Harvest

@@ -125,14 +125,14 @@ class Pair:
                 "loss reads a continuation, and attribution is of prompts in pairs: take hk.logprob of its first token"
             )
 
-    def batches(self) -> list[range]:
+    def batches(self, together: int) -> list[range]:
         """The prompts that run together: all of them where hooks may name rows."""
-        size = len(self.to) if self.under else TOGETHER
+        size = len(self.to) if self.under else together
         return [range(start, min(start + size, len(self.to))) for start in range(0, len(self.to), size)]
 
     def found(self, sites: Sequence[Site], steps: int) -> Found:
         """The estimate at these sites; with `steps`, integrated over so many."""
-        parts = [self._of(rows, sites, steps) for rows in self.batches()]
+        parts = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
         products = {site: _joined([part.products[site] for part in parts]) for site in sites}
         return Found(torch.cat([p.before for p in parts]), torch.cat([p.target for p in parts]), products)
 

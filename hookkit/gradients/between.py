@@ -1,6 +1,6 @@
 """Between two runs: the model with embeddings a part of the way from one text's to another's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,17 +37,18 @@ def along(
     steps: int,
     *,
     keep_graph: bool = False,
-) -> list[Derived]:
-    """The metric and its gradients with the embeddings at each part of the way."""
-    return [
-        derived(asked, rows, sites, [put(start + part * (end - start)), *hooks], keep_graph=keep_graph)
-        for part in parts(steps)
-    ]
+) -> Iterator[Derived]:
+    """The metric and its gradients with the embeddings at each part of the way, one after the other."""
+    for part in parts(steps):
+        yield derived(asked, rows, sites, [put(start + part * (end - start)), *hooks], keep_graph=keep_graph)
 
 
-def average(found: Sequence[Derived]) -> dict[AnySite, Tensor]:
+def average(found: Iterator[Derived]) -> dict[AnySite, Tensor]:
     """The mean gradient at each site."""
-    return {site: torch.stack([each.gradient[site] for each in found]).mean(0) for site in found[0].gradient}
+    count, sums = 1, dict(next(found).gradient)
+    for each in found:
+        count, sums = count + 1, {site: total + each.gradient[site] for site, total in sums.items()}
+    return {site: total / count for site, total in sums.items()}
 
 
 def check_end(asked: Question, rows: Sequence[int], hooks: Sequence[Hook], end: Tensor, wanted: Tensor) -> None:

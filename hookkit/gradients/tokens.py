@@ -38,9 +38,10 @@ def token_attribution(
                [d_model]
 
     Columns: row, pos, token, token_id, attribution (in the metric's unit, positive for a token that raises it), and
-    with "integrated" gap: metric(prompt) - metric(baseline) - the row's sum, the same for all tokens of a row. A gap
-    that is large beside the metric's change asks for more steps. `attrs["metric"]` and `attrs["baseline"]` have the
-    metric of each prompt and of the baseline.
+    with "integrated" gap: metric(prompt) - metric(baseline) - the row's sum, the same for all tokens of a row.
+    `attrs["metric"]`, `attrs["baseline"]` and `attrs["gap"]` have them of each prompt. Where the gap is large beside
+    the metric's change, the numbers do not share it out: take more steps, or another baseline. A model that norms what
+    it reads hardly changes along most of the way from zeros, and at once near their end.
 
     >>> token_attribution(lm, "The capital of France is", logit(" Paris"))["token"].tolist()
     ["'The'", "' capital'", "' of'", "' France'", "' is'"]
@@ -63,6 +64,7 @@ def token_attribution(
     if method == "integrated":
         gaps = here.metric.double().cpu() - ground.double().cpu() - found.sum(-1)
         table["gap"] = [float(gaps[row]) for row in table["row"]]
+        table.attrs |= {"gap": gaps.tolist(), "steps": steps}
     table.attrs |= {"method": method, "metric": here.metric.tolist(), "baseline": ground.tolist()}
     return table
 
