@@ -27,7 +27,6 @@ from ..metrics import MetricLike
 from ..model import LM
 from ..positions import Where, Wish, as_count
 from ..prompts import Prompts
-from ..runs import forward
 from ..sites import HEADED, AnySite, Site
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import Places, Positions, check_pairs, grid_of, positions_of
@@ -137,16 +136,15 @@ class Pair:
         return Found(torch.cat([p.before for p in parts]), torch.cat([p.target for p in parts]), products)
 
     def _of(self, rows: range, sites: Sequence[Site], steps: int) -> Found:
-        lm = self.to.lm
         read = [*sites, EMBED] if steps and EMBED not in sites else sites
-        other = forward(lm, self.of.prompts(rows), *self.under, capture(read, name=OWN), logits="last")
+        other = self.of.run(rows, *self.under, capture(read, name=OWN))
         target = self.of.asked_of(other, rows)
         source = {site: other.captured(site, OWN) for site in read}
         if not steps:
             here = derived(self.to, rows, sites, self.under)
             before, values, gradient = here.metric, here.values, here.gradient
         else:
-            run = forward(lm, self.to.prompts(rows), *self.under, capture(read, name=OWN), logits="last")
+            run = self.to.run(rows, *self.under, capture(read, name=OWN))
             before, values = self.to.asked_of(run, rows), {site: run.captured(site, OWN) for site in read}
             start, end = values[EMBED].values, source[EMBED].values
             check_end(self.to, rows, self.under, end, target)

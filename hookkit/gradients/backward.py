@@ -58,9 +58,16 @@ class Question:
         of = self.reading.fed if self.reads_on else self.reading.rows
         return [list(of[row]) for row in rows]
 
-    def last_only(self) -> bool:
-        """True where the metric looks at the last position of each prompt alone."""
-        return not self.reads_on and not self.reading.cropped
+    def run(self, rows: Sequence[int], *hooks: Hook) -> Run:
+        """A forward of these prompts, with no more logits than the metric reads.
+
+        Prompts of several lengths have them all: logits of the last position alone would have the padding on the left,
+        where a query sees no key and its pattern no slope.
+        """
+        prompts = self.prompts(rows)
+        last = len(set(map(len, prompts))) == 1 and not self.reads_on and not self.reading.cropped
+        at_head = any(_at_head(site) for hook in hooks for site in hook.sites)
+        return forward(self.lm, prompts, *hooks, logits="last" if last and not at_head else "all")
 
     def asked_of(self, run: Run, rows: Sequence[int]) -> Float[Tensor, " row"]:
         """The metric of a run of these prompts, differentiable where the run's logits are."""
@@ -106,17 +113,17 @@ def derived(
     asked: Question, rows: Sequence[int], sites: SitesLike, hooks: Sequence[Hook], *, keep_graph: bool = False
 ) -> Derived:
     """The metric of these prompts and its gradient at the sites, in one forward and one backward."""
-    lm = asked.lm
-    chosen = _differentiable(lm.expand(sites))
-    logits = "last" if asked.last_only() and not any(_at_head(site) for site in chosen) else "all"
+    chosen = _differentiable(asked.lm.expand(sites))
     own = capture(chosen, grad=True, name=OWN)
-    with torch.inference_mode(False), torch.enable_grad(), frozen(lm.model):
-        run = forward(lm, asked.prompts(rows), *hooks, own, logits=logits)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(asked.lm.model):
+        run = asked.run(rows, *hooks, own)
         metric = asked.asked_of(run, rows)
-        _check_metric(asked.metric, metric)
         captured = {site: run.captured(site, OWN) for site in chosen}
         leaves = {site: _leaf(found) for site, found in captured.items()}
-        found = torch.autograd.grad(metric.sum(), list(leaves.values()), allow_unused=True, retain_graph=keep_graph)
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if run.logits.requires_grad:  # else nothing that was captured reaches them
+            _check_metric(asked.metric, metric)
+            found = torch.autograd.grad(metric.sum(), list(leaves.values()), allow_unused=True, retain_graph=keep_graph)
     edited = any(isinstance(hook, EditHook) for hook in hooks)
     given = zip(leaves.items(), found, strict=True)
     gradient = {site: _checked(site, leaf, grad, edited) for (site, leaf), grad in given}

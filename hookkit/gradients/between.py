@@ -8,7 +8,6 @@ from torch import Tensor
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.edits import edit
-from ..runs import forward
 from ..sites import AnySite, Site, SitesLike
 from .backward import Derived, Question, derived
 
@@ -53,8 +52,7 @@ def average(found: Iterator[Derived]) -> dict[AnySite, Tensor]:
 
 def check_end(asked: Question, rows: Sequence[int], hooks: Sequence[Hook], end: Tensor, wanted: Tensor) -> None:
     """Raise `Unsupported` where the embeddings of other tokens do not make the model say what those tokens do."""
-    run = forward(asked.lm, asked.prompts(rows), put(end), *hooks, logits="last")
-    found = asked.asked_of(run, rows)
+    found = asked.asked_of(asked.run(rows, put(end), *hooks), rows)
     if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
         raise Unsupported(
             f"the way from one prompt's embeddings to another's does not end at the other prompt: the metric is "

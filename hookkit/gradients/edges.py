@@ -20,7 +20,6 @@ from ..hooks.looking import capture
 from ..metrics import MetricLike
 from ..model import LM
 from ..prompts import Prompts
-from ..runs import forward
 from ..sites import Site
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import check_pairs
@@ -80,7 +79,7 @@ def _scored(
     """The ends of all edges, and the score of each, summed over these prompts."""
     lm, under = pair.to.lm, pair.under
     read = [*sites, EMBED] if steps > 1 else sites
-    other = forward(lm, pair.of.prompts(rows), *under, capture(read, name=OWN), logits="last")
+    other = pair.of.run(rows, *under, capture(read, name=OWN))
     source = {site: other.captured(site, OWN) for site in read}
     here = derived(pair.to, rows, read, under, keep_graph=True)
     check_sum(lm, here)

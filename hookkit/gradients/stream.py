@@ -62,7 +62,7 @@ def check_sum(lm: LM, here: Derived) -> None:
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
-    return float((found - wanted).abs().max().detach()) <= 2e-2 * _precision(wanted) * float(wanted.abs().max())
+    return float((found - wanted).detach().abs().max()) <= 2e-2 * _precision(wanted) * float(wanted.detach().abs().max())
 
 
 def _precision(like: Tensor) -> float:

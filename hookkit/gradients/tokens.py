@@ -84,8 +84,7 @@ def _baseline(lm: LM, given: Token | Tensor | None, like: Float[Tensor, "row pos
 def _metric_at(asked: Question, embeddings: Tensor) -> Float[Tensor, " row"]:
     """The metric of the prompts with other embeddings."""
     rows = range(len(asked))
-    run = forward(asked.lm, asked.prompts(rows), put(embeddings), logits="last" if asked.last_only() else "all")
-    return asked.asked_of(run, rows)
+    return asked.asked_of(asked.run(rows, put(embeddings)), rows)
 
 
 def _table(asked: Question, found: Float[Tensor, "row pos"]) -> pd.DataFrame:
