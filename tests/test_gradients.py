@@ -48,7 +48,9 @@ def test_gradients_in_every_family_are_as_steep_as_small_steps_say(family):
         slope = slope[..., : len(SHORT), : len(SHORT)] if site.name == "pattern" else slope[: len(SHORT)]
         noise = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0), dtype=slope.dtype)
         way = slope / slope.norm() + noise / noise.norm()
-        by_steps = steepness(lm, SHORT, site, way[None], 2e-3)  # not smaller: many norms compute in float32 all the same
+        by_steps = steepness(
+            lm, SHORT, site, way[None], 2e-3
+        )  # not smaller: many norms compute in float32 all the same
         assert by_steps == pytest.approx(float((slope * way).sum()), abs=2e-3 * float(slope.norm())), site
 
 
@@ -155,7 +157,9 @@ def test_edits_are_in_the_numbers_and_in_the_gradients(llama):
     logits = [hk.forward(llama, [LONG], *edit(sign * 1e-2 * way)).logits[0, -1] for sign in (1, -1)]
     steps = float((logits[0] - logits[1])[5] - (logits[0] - logits[1])[7]) / 2e-2
     assert steps == pytest.approx(float(slope.norm()), rel=1e-2)
-    assert torch.allclose(found.values("mlp_out.1"), hk.forward(llama, [LONG], double, hk.capture("mlp_out.1"))["mlp_out.1"])
+    assert torch.allclose(
+        found.values("mlp_out.1"), hk.forward(llama, [LONG], double, hk.capture("mlp_out.1"))["mlp_out.1"]
+    )
     assert [str(site) for site in found.run.sites] == ["embed"] and not found.run.logits.requires_grad
 
 

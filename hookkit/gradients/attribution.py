@@ -31,7 +31,7 @@ from ..sites import HEADED, AnySite, Site
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import Places, Positions, check_pairs, grid_of, positions_of
 from .backward import OWN, Question, derived, one_of, question
-from .between import EMBED, along, average, check_end
+from .between import EMBED, along, average, check_end, parts
 
 TOGETHER = 16  # prompts of one backward: the graph of each is kept until then
 
@@ -74,6 +74,7 @@ def attribution(
     """
     one_of("direction", direction, "denoise", "noise")
     one_of("method", method, "gradient", "integrated")
+    parts(steps)  # raises
     names = [sites] if isinstance(sites, str) else list(sites)
     to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, of, to)
@@ -131,9 +132,9 @@ class Pair:
 
     def found(self, sites: Sequence[Site], steps: int) -> Found:
         """The estimate at these sites; with `steps`, integrated over so many."""
-        parts = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
-        products = {site: _joined([part.products[site] for part in parts]) for site in sites}
-        return Found(torch.cat([p.before for p in parts]), torch.cat([p.target for p in parts]), products)
+        found = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
+        products = {site: _joined([each.products[site] for each in found]) for site in sites}
+        return Found(torch.cat([each.before for each in found]), torch.cat([each.target for each in found]), products)
 
     def _of(self, rows: range, sites: Sequence[Site], steps: int) -> Found:
         read = [*sites, EMBED] if steps and EMBED not in sites else sites
@@ -188,7 +189,8 @@ def _within(wish: Wish, length: int, row: int, name: Any) -> list[int]:
         return list(range(wish.start, min(wish.stop, length), wish.step))
     if wish[-1] >= length:
         raise OutOfRange(
-            f"position {wish[-1]} of row {row} was asked for (pos={name!r}), and it has {length} tokens: 0 to {length - 1}"
+            f"position {wish[-1]} of row {row} was asked for (pos={name!r}), and it has {length} tokens, 0 to "
+            f"{length - 1}"
         )
     return list(wish)
 

@@ -1,9 +1,9 @@
 """hk.gradients: what is at many sites and the metric's gradient there, in one forward and one backward.
 
-    found = hk.gradients(lm, prompts, hk.logit_diff(" Mary", " John"), "resid_pre")
-    found.metric                     # [row]
-    found.of("resid_pre.6")          # [row, pos, d_model]: by how much the metric rises with each number
-    found.values("resid_pre.6")      # the numbers themselves
+found = hk.gradients(lm, prompts, hk.logit_diff(" Mary", " John"), "resid_pre")
+found.metric                     # [row]
+found.of("resid_pre.6")          # [row, pos, d_model]: by how much the metric rises with each number
+found.values("resid_pre.6")      # the numbers themselves
 """
 
 from dataclasses import dataclass, replace
@@ -62,9 +62,7 @@ class Gradients:
 
 
 @checks_keywords
-def gradients(
-    lm: LM, prompts: Prompts, metric: MetricLike, sites: SitesLike, *hooks: Hook, pos: int = -1
-) -> Gradients:
+def gradients(lm: LM, prompts: Prompts, metric: MetricLike, sites: SitesLike, *hooks: Hook, pos: int = -1) -> Gradients:
     """The metric of each prompt and its gradient at these sites: how fast it rises with each number there, all that
     comes behind the site taken along (Simonyan et al. 2013).
 

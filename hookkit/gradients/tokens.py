@@ -31,9 +31,9 @@ def token_attribution(
     """How much each token of each prompt adds to the metric, to first order: its embedding times the gradient there.
 
     method     "gradient": gradient times input (Shrikumar et al. 2016), with a baseline times the difference from it.
-               "integrated": the gradient's mean over `steps` runs on the way from the baseline to the prompt (integrated
-               gradients: Sundararajan et al. 2017), whose sum over the tokens is metric(prompt) - metric(baseline),
-               up to the steps
+               "integrated": the gradient's mean over `steps` runs on the way from the baseline to the prompt
+               (integrated gradients: Sundararajan et al. 2017), whose sum over the tokens is metric(prompt) -
+               metric(baseline), up to the steps
     baseline   the embedding that says nothing: zeros where left out, that of a token (text or id), or a tensor
                [d_model]
 
@@ -75,7 +75,9 @@ def _baseline(lm: LM, given: Token | Tensor | None, like: Float[Tensor, "row pos
         return torch.zeros_like(like)
     if isinstance(given, Tensor):
         if given.shape != like.shape[2:] or not bool(given.isfinite().all()):
-            raise BadHook(f"baseline has shape {list(given.shape)}: give finite numbers {list(like.shape[2:])}, or a token")
+            raise BadHook(
+                f"baseline has shape {list(given.shape)}: give finite numbers {list(like.shape[2:])}, or a token"
+            )
         return given.detach().to(like).expand_as(like).clone()
     run = forward(lm, [[lm.token(given)]], capture(EMBED, name=OWN), logits=False)
     return run[EMBED][0, 0].to(like).expand_as(like).clone()
