@@ -81,7 +81,8 @@ def workloads(lm: hk.LM) -> Work:
     def attributed() -> torch.Tensor:
         source, _ = streams(clean, False)
         kept, slope = gradients()
-        return ((torch.stack(source) - torch.stack(kept)) * slope).sum(-1)
+        with torch.no_grad():
+            return ((torch.stack(source) - torch.stack(kept)) * slope).sum(-1)
 
     return {
         "plain forward": plain,

@@ -212,23 +212,29 @@ def _table(
 ) -> pd.DataFrame:
     """The table of `patching`: the cells in its order, a row for each prompt."""
     before, way = found.before.double().numpy(force=True), (found.target - found.before).double().numpy(force=True)
-    at: dict[str, list[Any]] = {dimension: [] for dimension in grid}
-    units, deltas = [], []
+    numbers = {site: each.movedim(1, -1).numpy() for site, each in sums.items()}  # [place, head or neuron, row]
+    index, count = {place: number for number, place in enumerate(places)}, len(before)
+    cells, deltas = [], []
     for point in itertools.product(*grid.values()):
         cell = dict(zip(grid, point, strict=True))
         chosen = at_point(cell)
         if chosen is None:
             continue
         site: Site = chosen[0]
-        delta = sums[Site(site.name, site.layer)][places.index(cell.get("pos"))]
-        delta = delta if site.head is None else delta[:, site.head]
-        width = delta.shape[1] if delta.ndim > 1 else 1
-        units.append(np.repeat(np.arange(width), len(before)))
-        deltas.append(delta.movedim(0, -1).reshape(-1).numpy())
-        for dimension, value in cell.items():
-            at[dimension] += [value] * (width * len(before))
+        delta = numbers[Site(site.name, site.layer)][index[cell.get("pos")]]
+        cells.append(point)
+        deltas.append((delta if site.head is None else delta[site.head]).ravel())
+    widths = [len(delta) for delta in deltas]
+    each = zip(*cells, strict=True) if grid else []
+    at = {name: _spread(values, widths) for name, values in zip(grid, each, strict=True)}
+    units = [np.repeat(np.arange(width // count), count) for width in widths] if neurons else []
     by = np.concatenate(deltas)
-    rows = np.tile(np.arange(len(before)), len(by) // len(before))
+    rows = np.tile(np.arange(count), len(by) // count)
     effect = np.divide(by, way[rows], out=np.full(len(by), np.nan), where=way[rows] != 0)
     values = {name: before[rows] + by, f"{name}_before": before[rows], f"{name}_delta": by, f"{name}_effect": effect}
     return pd.DataFrame({**at, **({"unit": np.concatenate(units)} if neurons else {}), "row": rows, **values})
+
+
+def _spread(values: Sequence[Any], widths: Sequence[int]) -> list[Any]:
+    """Each cell's value as often as it has rows; a list, since places may be tuples."""
+    return [value for value, width in zip(values, widths, strict=True) for _ in range(width)]
