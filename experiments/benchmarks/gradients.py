@@ -38,8 +38,8 @@ def main() -> None:
         ratios = table.set_index("workload")["ratio"]
         results.text(
             f"hk.gradients and the backward by hand differ by {same:.1e} at most. Attribution takes "
-            f"{ratios['attribution']:.2f} plain forwards (aimed at: {GOAL} or less), {ratios['attribution by hand']:.2f} "
-            "by hand: a forward of each prompt and a backward."
+            f"{ratios['attribution']:.2f} plain forwards (aimed at: {GOAL} or less), "
+            f"{ratios['attribution by hand']:.2f} by hand: a forward of each prompt and a backward."
         )
     print(table.round(2).to_string(index=False))
 

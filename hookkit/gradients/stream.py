@@ -1,9 +1,9 @@
 """Who writes into the residual stream and who reads it, each in the stream's own numbers.
 
-What a sender would write otherwise is pushed forward through the family's own output projection, and a norm or a
-factor behind it; the gradient at what a receiver reads is pulled back through the family's own norm and projection. Both
-are products of a vector with the Jacobian that autograd has of the run, so that nothing of the family has to be known
-but its sites.
+What a sender would write otherwise is pushed forward through the family's own output projection, and a norm or
+a factor behind it; the gradient at what a receiver reads is pulled back through the family's own norm and projection.
+Both are products of a vector with the Jacobian that autograd has of the run, so that nothing of the family has to be
+known but its sites.
 """
 
 from collections.abc import Iterator, Mapping
