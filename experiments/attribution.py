@@ -29,7 +29,7 @@ def main() -> None:
     pairs = hk.datasets.indirect_object(lm, COUNT, seed=SEED).solved(lm)
     with hk.record("results/attribution", title="Attribution", question=QUESTION, lm=lm, seed=SEED) as results:
         found = [*places(lm, pairs, results), *edges(lm, pairs, results)]
-        table = pd.concat(found, ignore_index=True)
+        table: Any = pd.concat(found, ignore_index=True)
         results.text("# How alike")
         caption = (
             "cells: of each pair by itself, or means over the pairs. 1 is the same; same_sign and overlap are shares."
@@ -45,7 +45,7 @@ def main() -> None:
     print(table.round(3).to_string(index=False))
 
 
-def _range(means: pd.DataFrame, method: str) -> str:
+def _range(means: Any, method: str) -> str:
     found = means[(means["method"] == method) & (means["site"] != "edges to logits")]["pearson"]
     return f"{found.min():.2f} to {found.max():.2f}"
 
@@ -56,7 +56,8 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
     named = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     both = (list(pairs.clean), list(pairs.corrupted))
     found: list[pd.DataFrame] = []
-    for label, sites, settings in (("stream", STREAM, {"pos": named}), ("heads", "z", {})):
+    grids: list[tuple[str, Any, dict[str, Any]]] = [("stream", STREAM, {"pos": named}), ("heads", "z", {})]
+    for label, sites, settings in grids:
         started = time.perf_counter()
         truth = hk.patching(lm, *both, sites, metric, **settings)
         seconds = {"patching": time.perf_counter() - started}

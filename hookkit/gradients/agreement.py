@@ -1,6 +1,7 @@
 """hk.agreement: how far an estimate of patching tells what patching tells."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -49,7 +50,7 @@ def agreement(
 def _value(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None) -> str:
     both = [name for name in estimate.columns if name in truth.columns]
     found = value or next((name for name in both if name.endswith("_delta")), None)
-    if found not in both:
+    if found is None or found not in both:
         raise BadHook(f"the tables share {', '.join(both) or 'no column'}, and not {found or 'a _delta'}: say value=")
     return found
 
@@ -69,8 +70,9 @@ def _cells(estimate: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
     return cells
 
 
-def _alike(pair: pd.DataFrame, value: str, top: int) -> dict[str, float]:
-    mine, true = pair[value], pair[f"{value}_true"]
+def _alike(pair: pd.DataFrame, value: str, top: int) -> dict[str, Any]:
+    mine: Any = pair[value]
+    true: Any = pair[f"{value}_true"]
     neither = (mine != 0) & (true != 0)
     count = min(top, int(neither.sum()))
     largest: Sequence[set[object]] = [set(each[neither].abs().nlargest(count).index) for each in (mine, true)]

@@ -133,14 +133,14 @@ class Pair:
     def found(self, sites: Sequence[Site], steps: int) -> Found:
         """The estimate at these sites; with `steps`, integrated over so many."""
         found = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
-        products = {site: _joined([each.products[site] for each in found]) for site in sites}
+        products: dict[AnySite, Tensor] = {site: _joined([each.products[site] for each in found]) for site in sites}
         return Found(torch.cat([each.before for each in found]), torch.cat([each.target for each in found]), products)
 
     def _of(self, rows: range, sites: Sequence[Site], steps: int) -> Found:
         read = [*sites, EMBED] if steps and EMBED not in sites else sites
         other = self.of.run(rows, *self.under, capture(read, name=OWN))
         target = self.of.asked_of(other, rows)
-        source = {site: other.captured(site, OWN) for site in read}
+        source: dict[AnySite, Captured] = {site: other.captured(site, OWN) for site in read}
         if not steps:
             here = derived(self.to, rows, sites, self.under)
             before, values, gradient = here.metric, here.values, here.gradient

@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..captured import Captured
 from ..errors import checks_keywords
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..metrics import MetricLike
 from ..model import LM
 from ..prompts import Prompts
-from ..sites import Site
+from ..sites import AnySite, Site
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import check_pairs
 from .attribution import Pair
@@ -80,7 +81,7 @@ def _scored(
     lm, under = pair.to.lm, pair.under
     read = [*sites, EMBED] if steps > 1 else sites
     other = pair.of.run(rows, *under, capture(read, name=OWN))
-    source = {site: other.captured(site, OWN) for site in read}
+    source: dict[AnySite, Captured] = {site: other.captured(site, OWN) for site in read}
     here = derived(pair.to, rows, read, under, keep_graph=True)
     check_sum(lm, here)
     sending = senders(lm, here, source)
