@@ -57,7 +57,7 @@ def edge_attribution(
 
     >>> table = edge_attribution(lm, clean, corrupted, logit_diff(" Mary", " John"))
     >>> len(table), list(table.columns)
-    (77566, ['sender', 'receiver', 'logit_diff_delta', 'n'])
+    (70651, ['sender', 'receiver', 'logit_diff_delta', 'n'])
     """
     one_of("direction", direction, "denoise", "noise")
     parts(steps)  # raises

@@ -78,10 +78,9 @@ def senders(lm: LM, here: Derived, other: Mapping[AnySite, Captured]) -> list[En
     change = {site: other[site].values - found.values.detach() for site, found in here.values.items()}
     found = [End("embed", -1, change[Site("resid_pre", 0)])]
     for layer in range(lm.n_layers):
-        parallel = not lm.layout.find("resid_mid", layer)
         z, out = Site("z", layer), Site("attn_out", layer)
         for head, vector in enumerate(_pushed(here.leaves[z], here.leaves[out], change[z])):
-            found.append(End(f"z.{layer}.{head}", 2 * layer + parallel, vector))
+            found.append(End(f"z.{layer}.{head}", 2 * layer, vector))
         found.append(End(f"mlp_out.{layer}", 2 * layer + 1, change[Site("mlp_out", layer)]))
     return found
 
