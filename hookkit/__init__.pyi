@@ -25,6 +25,12 @@ from .files import Record as Record
 from .files import load_tensors as load_tensors
 from .files import record as record
 from .files import save_tensors as save_tensors
+from .gradients import Gradients as Gradients
+from .gradients import agreement as agreement
+from .gradients import attribution as attribution
+from .gradients import edge_attribution as edge_attribution
+from .gradients import gradients as gradients
+from .gradients import token_attribution as token_attribution
 from .harvesting import Harvest as Harvest
 from .harvesting import Statistics as Statistics
 from .harvesting import harvest as harvest

@@ -75,8 +75,8 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             simple = form.plain and place.item == 0 and not place.shared
             tap.only_looks = looks and not at_head and simple and not tap.actions
             tap.actions.append(Action(number, hook, site, where, form, change, at_head))
-    # the last one registered acts first: what the stream is comes before what reads it
-    return sorted(taps.values(), key=lambda tap: tap.place.shared)
+    # the first one registered acts first: what the stream is comes before what reads it
+    return sorted(taps.values(), key=lambda tap: not tap.place.shared)
 
 
 def logits_tap(lm: LM, taps: list[Tap]) -> Tap:

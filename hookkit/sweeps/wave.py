@@ -113,7 +113,7 @@ class Wave(HookManager):
                     work[-1][1].extend(each.actions)
                 else:
                     work.append((lane, list(each.actions)))
-        self.taps = sorted(taps.values(), key=lambda tap: tap.place.shared)
+        self.taps = sorted(taps.values(), key=lambda tap: not tap.place.shared)
 
     # ---- around the blocks
 

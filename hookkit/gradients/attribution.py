@@ -1,0 +1,240 @@
+"""hk.attribution: what activation patching would give, estimated for all places at once.
+
+    estimate = hk.attribution(lm, clean, corrupted, "z", metric)
+    truth = hk.patching(lm, clean, corrupted, "z", metric)
+    hk.agreement(estimate, truth)
+
+Patching puts another prompt's value into a place and runs the model once for each place. To first order the metric then
+moves by (that value - the value there) · (the metric's gradient there), and one backward has the gradient everywhere.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..captured import Captured, in_order
+from ..errors import BadHook, OutOfRange, Unsupported, checks_keywords
+from ..hooks.base import Hook
+from ..hooks.looking import capture
+from ..metrics import MetricLike
+from ..model import LM
+from ..positions import Where, Wish, as_count
+from ..prompts import Prompts
+from ..sites import HEADED, AnySite, Site
+from ..sweeps.cells import as_hooks
+from ..sweeps.grids import Places, Positions, check_pairs, grid_of, positions_of
+from .backward import OWN, Question, derived, one_of, question
+from .between import EMBED, along, average, check_end, parts
+
+TOGETHER = 16  # prompts of one backward: the graph of each is kept until then
+
+
+@checks_keywords
+def attribution(
+    lm: LM,
+    clean: Prompts,
+    corrupted: Prompts,
+    sites: str | Sequence[str],
+    metric: MetricLike,
+    *,
+    direction: Literal["denoise", "noise"] = "denoise",
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    pos: Positions = None,
+    by: Literal["neuron"] | None = None,
+    method: Literal["gradient", "integrated"] = "gradient",
+    steps: int = 5,
+    under: Hook | Sequence[Hook] = (),
+) -> pd.DataFrame:
+    """What `patching` with the same arguments would give, to first order: (the other prompt's value - the value there)
+    times the metric's gradient there, summed over the cell (attribution patching: Nanda 2023; Kramár et al. 2024).
+
+    method   "gradient": the gradient on the prompts patched into, two forwards and a backward in all. "integrated":
+             its mean over `steps` runs with embeddings between the two prompts' (Hanna et al. 2024; here at the middles
+             of equal parts of the way), which is nearer where the metric bends
+    by       "neuron": each number of a site without heads for itself (column unit), at all positions at once or at
+             each of `pos`; left out, the cells of `patching`
+    under    hooks that act in every run
+
+    Columns are those of `patching`: the cells', row, and the metric's own with `_before`, `_delta` (the estimate),
+    `_effect`; of them the value is `_before` plus `_delta`. Where the gradient vanishes and the effect does not (a
+    saturated pattern), or the value put in is far away (early in the stream), the estimate is off: `agreement` says how
+    far. The queries' and keys' correction of AtP* is not made.
+
+    >>> table = attribution(lm, clean, corrupted, "attn_out", logit_diff(" Mary", " John"), layers=[9], pos=[-1])
+    >>> list(table.columns)
+    ['layer', 'pos', 'row', 'logit_diff', 'logit_diff_before', 'logit_diff_delta', 'logit_diff_effect']
+    """
+    one_of("direction", direction, "denoise", "noise")
+    one_of("method", method, "gradient", "integrated")
+    parts(steps)  # raises
+    names = [sites] if isinstance(sites, str) else list(sites)
+    to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    lengths = check_pairs(lm, of, to)
+    if by is not None:
+        _check_neurons(by, names)
+    summed = by is not None and pos is None
+    places = None if summed else positions_of(lengths, names, pos)
+    grid, at_point = grid_of(lm, names, layers, heads, places)
+    wanted = [Site(name, layer) for name in names for layer in grid.get("layer", [None])]
+    wanted = [site for site in wanted if lm.layout.find(site.name, site.layer)]
+    pair = Pair(question(lm, to, metric), question(lm, of, metric), tuple(as_hooks(under)))
+    found = pair.found(wanted, steps if method == "integrated" else 0)
+    masks = masks_of(pair.to, places)
+    sums = {site: _summed(each, masks, by is not None) for site, each in found.products.items()}
+    table = _table(pair.to.metric.name, grid, at_point, list(places or [None]), sums, found, by is not None)
+    table.attrs |= {"method": method, "direction": direction} | ({"steps": steps} if method == "integrated" else {})
+    return table
+
+
+def _check_neurons(by: str, names: Sequence[str]) -> None:
+    one_of("by", by, "neuron")
+    headed = [name for name in names if name in HEADED]
+    if headed:
+        raise BadHook(f"by='neuron' takes sites without heads, and {headed[0]} has them: leave by= out")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """For each prompt the metric without and with all of the other prompt, and at each site the estimate of every
+    number [row, pos, ...]."""
+
+    before: Float[Tensor, " row"]
+    target: Float[Tensor, " row"]
+    products: Mapping[AnySite, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The prompts that are patched into, and those patched from, with hooks that act in both."""
+
+    to: Question
+    of: Question
+    under: tuple[Hook, ...]
+
+    def __post_init__(self) -> None:
+        if self.to.reads_on:
+            raise Unsupported(
+                "loss reads a continuation, and attribution is of prompts in pairs: take hk.logprob of its first token"
+            )
+
+    def batches(self, together: int) -> list[range]:
+        """The prompts that run together: all of them where hooks may name rows."""
+        size = len(self.to) if self.under else together
+        return [range(start, min(start + size, len(self.to))) for start in range(0, len(self.to), size)]
+
+    def found(self, sites: Sequence[Site], steps: int) -> Found:
+        """The estimate at these sites; with `steps`, integrated over so many."""
+        found = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
+        products: dict[AnySite, Tensor] = {site: _joined([each.products[site] for each in found]) for site in sites}
+        return Found(torch.cat([each.before for each in found]), torch.cat([each.target for each in found]), products)
+
+    def _of(self, rows: range, sites: Sequence[Site], steps: int) -> Found:
+        read = [*sites, EMBED] if steps and EMBED not in sites else sites
+        other = self.of.run(rows, *self.under, capture(read, name=OWN))
+        target = self.of.asked_of(other, rows)
+        source: dict[AnySite, Captured] = {site: other.captured(site, OWN) for site in read}
+        if not steps:
+            here = derived(self.to, rows, sites, self.under)
+            before, values, gradient = here.metric, here.values, here.gradient
+        else:
+            run = self.to.run(rows, *self.under, capture(read, name=OWN))
+            before, values = self.to.asked_of(run, rows), {site: run.captured(site, OWN) for site in read}
+            start, end = values[EMBED].values, source[EMBED].values
+            check_end(self.to, rows, self.under, end, target)
+            gradient = average(along(self.to, rows, sites, self.under, start, end, steps))
+        return Found(before, target, {site: _product(source[site], values[site], gradient[site]) for site in sites})
+
+
+def _product(source: Captured, here: Captured, gradient: Tensor) -> Tensor:
+    """[row, pos, ...] (at scores and pattern [row, query, head, key]), on the CPU."""
+    by = source.by_place - here.by_place.detach()
+    return (by * in_order(here.site, gradient)).to(device="cpu", dtype=torch.float64)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches of several widths as one, filled up with zeros at the end of each row."""
+    widest = [max(part.shape[axis] for part in parts) for axis in range(parts[0].ndim)]
+    made = parts[0].new_zeros(sum(len(part) for part in parts), *widest[1:])
+    start = 0
+    for part in parts:
+        made[(slice(start, start + len(part)), *[slice(size) for size in part.shape[1:]])] = part
+        start += len(part)
+    return made
+
+
+def masks_of(asked: Question, places: Places | None) -> Float[Tensor, "place row pos"]:
+    """Which positions of each prompt each of the places means, as ones and zeros."""
+    lengths = [len(row) for row in asked.reading.rows]
+    named = places or {None: [(None, None)]}
+    masks = torch.zeros(len(named), len(lengths), max(lengths), dtype=torch.float64)
+    for number, (name, wheres) in enumerate(named.items()):
+        for pos, rows in wheres:
+            for row, wish in enumerate(asked.reading.full.wishes(Where(pos, as_count(rows, "row")))):
+                if wish is not None:
+                    masks[number, row, _within(wish, lengths[row], row, name)] = 1
+    return masks
+
+
+def _within(wish: Wish, length: int, row: int, name: Any) -> list[int]:
+    """The positions of a wish; those of an open slice end with the prompt."""
+    if isinstance(wish, range):
+        return list(range(wish.start, min(wish.stop, length), wish.step))
+    if wish[-1] >= length:
+        raise OutOfRange(
+            f"position {wish[-1]} of row {row} was asked for (pos={name!r}), and it has {length} tokens, 0 to "
+            f"{length - 1}"
+        )
+    return list(wish)
+
+
+def _summed(product: Tensor, masks: Tensor, neurons: bool) -> Float[Tensor, "place row ..."]:
+    """The estimates of each place: [place, row], with a last axis for heads, or for neurons."""
+    product = product if neurons or product.ndim < 3 else product.sum(-1)
+    return torch.einsum("nrp,rp...->nr...", masks, product)
+
+
+def _table(
+    name: str,
+    grid: Mapping[str, list[Any]],
+    at_point: Any,
+    places: list[Any],
+    sums: Mapping[AnySite, Tensor],
+    found: Found,
+    neurons: bool,
+) -> pd.DataFrame:
+    """The table of `patching`: the cells in its order, a row for each prompt."""
+    before, way = found.before.double().numpy(force=True), (found.target - found.before).double().numpy(force=True)
+    numbers = {site: each.movedim(1, -1).numpy() for site, each in sums.items()}  # [place, head or neuron, row]
+    index, count = {place: number for number, place in enumerate(places)}, len(before)
+    cells, deltas = [], []
+    for point in itertools.product(*grid.values()):
+        cell = dict(zip(grid, point, strict=True))
+        chosen = at_point(cell)
+        if chosen is None:
+            continue
+        site: Site = chosen[0]
+        delta = numbers[Site(site.name, site.layer)][index[cell.get("pos")]]
+        cells.append(point)
+        deltas.append((delta if site.head is None else delta[site.head]).ravel())
+    widths = [len(delta) for delta in deltas]
+    each = zip(*cells, strict=True) if grid else []
+    at = {name: _spread(values, widths) for name, values in zip(grid, each, strict=True)}
+    units = [np.repeat(np.arange(width // count), count) for width in widths] if neurons else []
+    by = np.concatenate(deltas)
+    rows = np.tile(np.arange(count), len(by) // count)
+    effect = np.divide(by, way[rows], out=np.full(len(by), np.nan), where=way[rows] != 0)
+    values = {name: before[rows] + by, f"{name}_before": before[rows], f"{name}_delta": by, f"{name}_effect": effect}
+    return pd.DataFrame({**at, **({"unit": np.concatenate(units)} if neurons else {}), "row": rows, **values})
+
+
+def _spread(values: Sequence[Any], widths: Sequence[int]) -> list[Any]:
+    """Each cell's value as often as it has rows; a list, since places may be tuples."""
+    return [value for value, width in zip(values, widths, strict=True) for _ in range(width)]

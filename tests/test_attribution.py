@@ -1,0 +1,351 @@
+"""Attribution: the first-order estimate of patching, which it equals where the model is linear."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import hookkit as hk
+from hookkit.errors import BadHook, BadPrompt, EmptySelection, MissingSite, OutOfRange, Unsupported
+
+CLEAN = [[5, 6, 7, 8, 9, 30], [9, 10, 3], [11, 12, 13]]
+CORRUPTED = [[5, 6, 17, 8, 9, 30], [9, 11, 3], [11, 12, 14]]
+DIFF = hk.logit_diff(5, 7)
+
+
+@pytest.fixture(scope="module")
+def linear_end():
+    """A GPT-2 whose head reads the stream as it is: all that the last block adds is in the logits linearly."""
+    lm = hk.tiny("gpt2")
+    lm.model.transformer.ln_f = nn.Identity()
+    return lm
+
+
+def both(lm, sites, **settings):
+    estimate = hk.attribution(lm, CLEAN, CORRUPTED, sites, DIFF, **settings)
+    return estimate, hk.patching(lm, CLEAN, CORRUPTED, sites, DIFF, **settings)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out"])
+def test_attribution_is_patching_where_nothing_behind_the_site_bends(linear_end, site, direction):
+    estimate, truth = both(linear_end, site, layers=[2], direction=direction)
+    pd.testing.assert_frame_equal(estimate, truth, check_like=False, atol=1e-4, rtol=1e-4)
+    assert truth["logit_diff_delta"].abs().max() > 0.1
+    agreed = hk.agreement(estimate, truth)
+    assert agreed["pearson"][0] > 0.999999 and agreed["same_sign"][0] == 1
+
+
+def test_a_model_without_a_final_norm_is_linear_at_its_last_block_of_its_own():
+    lm = hk.tiny("opt", config={"do_layer_norm_before": False})
+    estimate, truth = both(lm, "resid_post", layers=[2])
+    pd.testing.assert_frame_equal(estimate, truth, atol=1e-4, rtol=1e-4)
+
+
+def test_each_neuron_is_its_patch_where_nothing_bends_and_they_sum_to_the_site(linear_end):
+    table = hk.attribution(linear_end, CLEAN, CORRUPTED, "mlp_post", DIFF, layers=[2], by="neuron")
+    assert list(table.columns[:3]) == ["layer", "unit", "row"] and len(table) == 3 * linear_end.sizes["d_mlp"]
+    source = hk.forward(linear_end, CLEAN, hk.capture("mlp_post.2"))["mlp_post.2"]
+    for unit in (0, 17):
+
+        def put(values, unit=unit):
+            values = values.clone()
+            values[..., unit] = source[..., unit]
+            return values
+
+        run = hk.forward(linear_end, CORRUPTED, hk.edit("mlp_post.2", put))
+        found = table[table["unit"] == unit]["logit_diff"].tolist()
+        assert found == pytest.approx(DIFF(run).tolist(), abs=1e-4)
+    whole = hk.attribution(linear_end, CLEAN, CORRUPTED, "mlp_post", DIFF, layers=[2])
+    for row in range(3):
+        parts = [each[each["row"] == row]["logit_diff_delta"].sum() for each in (table, whole)]
+        assert parts[0] == pytest.approx(parts[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sites", "settings"),
+    [
+        ("resid_pre", {}),
+        (["attn_out", "mlp_out"], {"pos": [-1, slice(1, 3)]}),
+        ("z", {}),
+        ("k", {"heads": [1]}),
+        ("pattern", {"pos": [-1]}),
+        ("embed", {}),
+        ("z", {"pos": {"differs": [2, 1, 2], "end": -1}}),
+    ],
+)
+def test_the_table_is_that_of_patching(llama, sites, settings):
+    estimate, truth = both(llama, sites, **settings)
+    assert list(estimate.columns) == list(truth.columns)
+    cells = [name for name in truth.columns if "logit_diff" not in name]
+    assert estimate[cells].astype(str).equals(truth[cells].astype(str))
+    assert estimate["logit_diff_before"].tolist() == pytest.approx(truth["logit_diff_before"].tolist(), abs=1e-5)
+    assert np.allclose(
+        estimate["logit_diff_effect"] * truth["logit_diff_delta"],
+        truth["logit_diff_effect"] * estimate["logit_diff_delta"],
+        atol=1e-4,
+        equal_nan=True,
+    )
+    hk.over_prompts(estimate)
+
+
+def test_a_heads_attribution_is_what_hooks_by_hand_make_of_it(llama):
+    """Torch's own hooks alone: z of both prompts, its gradient, and their product for one head."""
+    kept = {}
+
+    def keep(module, args):
+        kept["z"] = args[0]
+        args[0].retain_grad()
+
+    projection = llama.model.model.layers[1].self_attn.o_proj
+    handle = projection.register_forward_pre_hook(keep)
+    with torch.enable_grad():
+        llama.model(torch.tensor([CLEAN[0]]), use_cache=False)
+        clean = kept["z"].detach()
+        logits = llama.model(torch.tensor([CORRUPTED[0]]), use_cache=False).logits[0, -1]
+        (logits[5] - logits[7]).backward()
+    handle.remove()
+    llama.model.zero_grad()
+    by = ((clean - kept["z"].detach()) * kept["z"].grad)[0]
+    wanted = by.unflatten(-1, (4, 8)).sum(-1)  # [pos, head]
+    table = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF, layers=[1])
+    assert table[table["row"] == 0]["logit_diff_delta"].tolist() == pytest.approx(wanted.sum(0).tolist(), abs=1e-4)
+    placed = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF, layers=[1], pos=[2])
+    assert placed[placed["row"] == 0]["logit_diff_delta"].tolist() == pytest.approx(wanted[2].tolist(), abs=1e-4)
+
+
+def test_prompts_of_several_lengths_and_in_several_batches_give_what_each_gives_alone(llama, monkeypatch):
+    together = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
+    for row in range(3):
+        alone = hk.attribution(llama, CLEAN[row : row + 1], CORRUPTED[row : row + 1], "z", DIFF)
+        found = together[together["row"] == row]["logit_diff_delta"].tolist()
+        assert found == pytest.approx(alone["logit_diff_delta"].tolist(), abs=1e-4)
+    import sys
+
+    monkeypatch.setattr(sys.modules["hookkit.gradients.attribution"], "TOGETHER", 2)
+    split = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
+    assert split["logit_diff_delta"].tolist() == pytest.approx(together["logit_diff_delta"].tolist(), abs=1e-4)
+
+
+def test_places_before_the_token_that_differs_carry_nothing(llama):
+    table = hk.attribution(llama, CLEAN[:1], CORRUPTED[:1], "resid_pre", DIFF)
+    assert (table[table["pos"] < 2]["logit_diff_delta"] == 0).all()
+
+
+def test_the_integral_over_the_embeddings_is_all_of_the_change(llama):
+    everywhere = {"pos": [slice(None)]}
+    table = hk.attribution(llama, CLEAN, CORRUPTED, "embed", DIFF, method="integrated", steps=60, **everywhere)
+    wanted = DIFF(hk.forward(llama, CLEAN)) - DIFF(hk.forward(llama, CORRUPTED))
+    assert table["logit_diff_delta"].tolist() == pytest.approx(wanted.tolist(), abs=0.02)
+    assert table["logit_diff_effect"].tolist() == pytest.approx([1, 1, 1], abs=0.02) and table.attrs["steps"] == 60
+    one = hk.attribution(llama, CLEAN, CORRUPTED, "embed", DIFF, **everywhere)
+    assert np.abs(one["logit_diff_delta"] - wanted.tolist()).max() > 0.1
+
+
+def test_hooks_under_both_runs_act_in_both(linear_end):
+    under = [hk.ablate("z.0.1"), hk.scale("mlp_out.2", 2.0, rows=[1])]
+    estimate, truth = both(linear_end, "mlp_post", layers=[2], under=under)
+    columns = ["logit_diff", "logit_diff_before", "logit_diff_effect"]
+    pd.testing.assert_frame_equal(estimate[columns], truth[columns], atol=1e-4, rtol=1e-4)
+
+
+def test_agreement_counts_what_it_says():
+    cells = {"layer": [0, 1, 2, 3], "row": [0] * 4}
+    one = pd.DataFrame({**cells, "m": 0.0, "m_before": 0.0, "m_delta": [1.0, 2.0, 0.0, -4.0]})
+    two = pd.DataFrame({**cells, "m": 0.0, "m_before": 0.0, "m_delta": [2.0, 1.0, 0.0, 4.0]})
+    found = hk.agreement(one, two.iloc[::-1], top=2).iloc[0]
+    assert found["pearson"] == pytest.approx(np.corrcoef(one["m_delta"], two["m_delta"])[0, 1])
+    assert found["spearman"] == pytest.approx(np.corrcoef([2, 3, 1, 0], [2, 1, 0, 3])[0, 1])
+    assert (found["n"], found["top"]) == (4, 2)
+    assert found["same_sign"] == pytest.approx(2 / 3) and found["overlap"] == pytest.approx(1 / 2)
+    assert hk.agreement(one, two, by="layer")["layer"].tolist() == [0, 1, 2, 3]
+    assert list(found.index) == ["value", "n", "pearson", "spearman", "same_sign", "top", "overlap"]
+    with pytest.raises(EmptySelection, match="no cell in common by layer, row"):
+        hk.agreement(one, two.assign(layer=9))
+    with pytest.raises(BadHook, match="stands several times"):
+        hk.agreement(pd.concat([one, one]), two)
+    with pytest.raises(BadHook, match="say value="):
+        hk.agreement(one, two, value="q")
+    with pytest.raises(BadHook, match="by='site' is no column"):
+        hk.agreement(one, two, by="site")
+
+
+# ---- tokens
+
+
+def test_a_tokens_attribution_is_its_embedding_times_the_gradient(gpt2):
+    ids = torch.tensor([CLEAN[0]])
+    embedded = gpt2.model.transformer.wte(ids).detach().requires_grad_()
+    logits = gpt2.model(inputs_embeds=embedded).logits[0, -1]
+    (slope,) = torch.autograd.grad(logits[5] - logits[7], embedded)
+    wanted = (slope * embedded)[0].sum(-1).tolist()
+    table = hk.token_attribution(gpt2, CLEAN, DIFF)
+    assert table[table["row"] == 0]["attribution"].tolist() == pytest.approx(wanted, abs=1e-4)
+    assert table["token_id"].tolist() == [token for row in CLEAN for token in row]
+    assert table.groupby("row").size().tolist() == [6, 3, 3] and table["pos"].tolist()[:8] == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
+@pytest.mark.parametrize("baseline", [20, torch.full((32,), 0.1)])
+def test_integrated_gradients_share_out_all_of_the_change(gpt2, baseline):
+    coarse, fine = (
+        hk.token_attribution(gpt2, CLEAN, DIFF, method="integrated", steps=steps, baseline=baseline)
+        for steps in (2, 80)
+    )
+    assert fine["gap"].abs().max() < 0.05 < coarse["gap"].abs().max()
+    change = [now - was for now, was in zip(fine.attrs["metric"], fine.attrs["baseline"], strict=True)]
+    sums = fine.groupby("row")["attribution"].sum()
+    assert (sums + fine.groupby("row")["gap"].first()).tolist() == pytest.approx(change, abs=1e-4)
+    if isinstance(baseline, int):
+        same = [[baseline] * len(row) for row in CLEAN]
+        assert fine.attrs["baseline"] == pytest.approx(DIFF(hk.forward(gpt2, same)).tolist(), abs=1e-4)
+
+
+# ---- edges
+
+
+def by_small_steps(lm, edge, row, width=2e-2):
+    """The steepness of one edge by hand: a part of what the sender writes otherwise reaches the receiver alone."""
+    (kind, layer, *head), (name, at, *receiver) = (part.split(".") if "." in part else (part, 0) for part in edge)
+    layers = lm.model.model.layers if lm.family.name == "llama" else lm.model.transformer.h
+    layer, at, d_head = int(layer), int(at), lm.sizes["d_head"]
+    site = {"embed": "resid_pre.0", "z": f"z.{layer}", "mlp_out": f"mlp_out.{layer}"}[kind]
+    clean, here = (hk.forward(lm, [ids[row]], hk.capture(site))[site] for ids in (CLEAN, CORRUPTED))
+    change = clean - here
+    if kind == "z":
+        only = torch.zeros_like(change)
+        only[:, :, int(head[0])] = change[:, :, int(head[0])]
+        attention = layers[layer].self_attn if lm.family.name == "llama" else layers[layer].attn
+        project = attention.o_proj if lm.family.name == "llama" else attention.c_proj
+        change = (project(only.flatten(2)) - project(torch.zeros_like(only.flatten(2)))).detach()
+    block = layers[at]
+    norms = ("input_layernorm", "post_attention_layernorm") if lm.family.name == "llama" else ("ln_1", "ln_2")
+
+    def value(step):
+        def whole(module, args):
+            return (args[0] + step * change,)
+
+        def head_alone(module, args, output):
+            norm = getattr(block, norms[0])
+            other = module.forward(norm.forward(streams[-1] + step * change))
+            start = int(receiver[0]) * d_head
+            if lm.family.name != "llama":
+                start += "qkv".index(name) * lm.sizes["d_model"]
+            output = output.clone()
+            output[..., start : start + d_head] = other[..., start : start + d_head]
+            return output
+
+        streams, handles = [], []
+        if name == "logits":
+            final = lm.model.model.norm if lm.family.name == "llama" else lm.model.transformer.ln_f
+            handles.append(final.register_forward_pre_hook(whole))
+        elif name == "mlp_in":
+            handles.append(getattr(block, norms[1]).register_forward_pre_hook(whole))
+        else:
+            reads = getattr(block.self_attn, f"{name}_proj") if lm.family.name == "llama" else block.attn.c_attn
+            handles.append(
+                getattr(block, norms[0]).register_forward_pre_hook(lambda m, a: streams.append(a[0]) or None)
+            )
+            handles.append(reads.register_forward_hook(head_alone))
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([CORRUPTED[row]]), use_cache=False).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        return float(logits[5] - logits[7])
+
+    return (value(width) - value(-width)) / (2 * width)
+
+
+EDGES = [
+    ("embed", "q.0.1"),
+    ("embed", "logits"),
+    ("z.0.2", "mlp_in.0"),
+    ("z.0.1", "k.1.1"),
+    ("z.1.3", "v.2.0"),
+    ("mlp_out.0", "q.2.3"),
+    ("mlp_out.1", "mlp_in.2"),
+    ("z.2.0", "logits"),
+    ("mlp_out.2", "logits"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_edge_is_as_steep_as_small_steps_by_hand_say(family):
+    lm = hk.tiny(family)
+    table = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF).set_index(["sender", "receiver"])["logit_diff_delta"]
+    for edge in EDGES:
+        wanted = np.mean([by_small_steps(lm, edge, row) for row in range(len(CLEAN))])
+        assert table[edge] == pytest.approx(wanted, abs=0.02, rel=0.02), edge
+    assert ("z.1.0", "q.1.0") not in table.index and ("mlp_out.1", "mlp_in.1") not in table.index
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gptj", "granite", "olmo2", "mixtral"])
+def test_a_last_heads_edges_sum_to_its_attribution(family):
+    """Of a head of the last block only its MLP and the logits read; norms and factors behind a head are in both."""
+    lm = hk.tiny(family)
+    edges = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF)
+    heads = hk.attribution(lm, CLEAN, CORRUPTED, "z", DIFF, layers=[2])
+    for head, found in heads.groupby("head"):
+        mine = edges[edges["sender"] == f"z.2.{head}"]
+        assert set(mine["receiver"]) == ({"logits"} if family == "gptj" else {"logits", "mlp_in.2"})
+        wanted = pytest.approx(found["logit_diff_delta"].mean(), abs=1e-4, rel=1e-3)
+        assert mine["logit_diff_delta"].sum() == wanted
+
+
+def test_edges_in_a_parallel_block_do_not_lead_from_its_heads_to_its_mlp():
+    table = hk.edge_attribution(hk.tiny("gptj"), CLEAN, CORRUPTED, DIFF)
+    edges = set(zip(table["sender"], table["receiver"], strict=True))
+    assert ("z.0.1", "mlp_in.0") not in edges and ("z.0.1", "mlp_in.1") in edges
+
+
+def test_integrated_edges_to_the_logits_of_a_linear_end_are_the_plain_ones(linear_end):
+    one, many = (hk.edge_attribution(linear_end, CLEAN, CORRUPTED, DIFF, steps=steps) for steps in (1, 3))
+    plain, mean = (t[t["receiver"] == "logits"]["logit_diff_delta"].tolist() for t in (one, many))
+    assert plain == pytest.approx(mean, abs=1e-4)
+    assert hk.agreement(one, many)["pearson"][0] < 0.9999
+
+
+# ---- errors
+
+
+def test_models_without_edges_say_why():
+    with pytest.raises(Unsupported, match="not the sum of its embedding.*adds a token embedding of its own"):
+        hk.edge_attribution(hk.tiny("gemma4_text"), CLEAN, CORRUPTED, DIFF)
+    with pytest.raises(MissingSite, match="has no 'k'"):
+        hk.edge_attribution(hk.tiny("deepseek_v3"), CLEAN, CORRUPTED, DIFF)
+
+
+def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
+    with pytest.raises(Unsupported, match="does not end at the other prompt"):
+        hk.attribution(hk.tiny("gemma4_text"), CLEAN, CORRUPTED, "resid_pre", DIFF, method="integrated")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"direction": "up"}, BadHook, "direction='up' is unknown"),
+        ({"method": "exact"}, BadHook, "method='exact' is unknown: say 'gradient' or 'integrated'"),
+        ({"by": "head"}, BadHook, "by='head' is unknown"),
+        ({"sites": "z", "by": "neuron"}, BadHook, "z has them: leave by= out"),
+        ({"corrupted": CORRUPTED[:1]}, BadPrompt, "are to be patched into"),
+        ({"method": "integrated", "steps": 0}, BadHook, "steps=0: give a whole number, 1 or more"),
+        ({"metric": hk.rank(5)}, Unsupported, "gives no gradient"),
+        ({"metric": hk.loss((8, 9))}, Unsupported, "attribution is of prompts in pairs"),
+        ({"pos": [5]}, OutOfRange, "position 5 of row 1"),
+        ({"sites": ["resid_pre", "z"]}, Unsupported, "some have heads and some do not"),
+        ({"metrics": DIFF}, hk.errors.UnknownKeyword, "did you mean 'metric'"),
+    ],
+)
+def test_a_mistake_in_attribution_says_what_to_do(llama, change, error, words):
+    given = {"clean": CLEAN, "corrupted": CORRUPTED, "sites": "resid_pre", "metric": DIFF} | change
+    with pytest.raises(error, match=words):
+        hk.attribution(llama, **given)
+
+
+def test_a_mistake_at_tokens_says_what_to_do(llama):
+    with pytest.raises(BadHook, match=r"baseline has shape \[3\]: give finite numbers \[32\]"):
+        hk.token_attribution(llama, CLEAN, DIFF, baseline=torch.zeros(3))
+    with pytest.raises(BadHook, match="method='both' is unknown"):
+        hk.token_attribution(llama, CLEAN, DIFF, method="both")
+    with pytest.raises(Unsupported, match="take hk.logprob"):
+        hk.token_attribution(llama, CLEAN, hk.loss((8, 9)))
