@@ -110,7 +110,12 @@ ORDER = [
     "sweeps.paths",
     "sweeps.summaries",
     "sweeps",
+    "scenarios",
     "tables",
+    "surprisals",
+    "scoring",
+    "warping",
+    "judging",
     "decoding",
     "streaming",
     "comparing",
@@ -124,7 +129,9 @@ ORDER = [
     "datasets",
     "figures",
     "heatmaps",
+    "curves",
     "strips",
+    "passages",
     "steps",
     "reports",
     "files",
@@ -208,7 +215,9 @@ def test_only_the_manager_registers_hooks():
     assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager.block"]
 
 
-@pytest.mark.parametrize("name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "strips", "steps"])
+@pytest.mark.parametrize(
+    "name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "curves", "strips", "passages", "steps"]
+)
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
 
