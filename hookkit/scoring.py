@@ -54,9 +54,9 @@ def score(
 
     Texts are prompts as `forward` takes them. `window` is how many tokens are read at once (the model's context, at
     most 1,024, unless said otherwise), `stride` how far a window is moved on (half of it): a small one gives tokens
-    more context and costs more forwards. Where a text begins with the tokenizer's beginning token, each of its windows does.
-    Forwards are of at most `batch_tokens` tokens, padding included, of texts of like length; a longer window is one of
-    its own. Logits are let go after each forward.
+    more context and costs more forwards. Where a text begins with the tokenizer's beginning token, each of its windows
+    does. Forwards are of at most `batch_tokens` tokens, padding included, of texts of like length; a longer window is
+    one of its own. Logits are let go after each forward.
 
     `after` are prompts, one for each text or one for all: then the texts go on from them, and only the texts' tokens
     are scored. `pos` counts in the whole. Tokens are joined as they are, so write the space that the text begins with.

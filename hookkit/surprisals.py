@@ -37,7 +37,7 @@ def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame
     `ranks(run, pos=…)`, one position earlier.
 
     Every edit is in the logits, and the decoding rules of a generate (temperature, top_p) are not. A banned token's
-    loss is infinite. `NotCaptured` where the run kept no logits, `EmptySelection` where none of them has a token after it.
+    loss is infinite. `NotCaptured` where the run kept no logits, `EmptySelection` where none has a token after it.
 
     >>> surprisal(forward(lm, "We love deep learning"))[["token", "loss", "rank"]].round(2)
              token   loss  rank
@@ -94,7 +94,7 @@ def _named(lm: LM, ids: Sequence[Sequence[int]], probs: Sequence[Sequence[float]
 
 
 def as_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd.DataFrame:
-    """The table of surprisals from (row, positions, what was said of the tokens there); rows without any are skipped."""
+    """The table of surprisals from (row, positions, what was said of the tokens there); rows without any are left."""
     tables = []
     for row, places, said in parts:
         if not places:

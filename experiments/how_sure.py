@@ -1,0 +1,119 @@
+"""Can one see from a single forward whether the model's answer is right?
+
+Of each answer only the next-token distribution is looked at: its entropy, margins, first probabilities. A router, a
+logistic regression on these numbers, is trained on some subjects and asked about others. It is answered with yes if it
+tells right answers from wrong ones clearly better than chance (area under the ROC curve above 0.7), and the router
+earns its place only if it does so better than the first token's probability alone.
+
+python -m experiments.how_sure        two minutes on two busy cores; writes results/how_sure/; needs scikit-learn
+"""
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import hookkit as hk
+
+SEED = 0
+TEXT = (
+    "The capital of France is Paris, and the capital of Italy is Rome. When I was a child, my grandmother told me that "
+    "one should never put milk in green tea. She lived in New York, on the third floor of a house with a red door."
+)
+DATASETS = {"indirect_object": 60, "successor": 60, "induction": 90, "capitals": 240, "landmarks": 240}  # pairs drawn
+NUMBERS = ["entropy", "varentropy", "margin", "prob_margin", "top1_prob", "top2_prob", "log_nucleus_90"]
+FOLDS = 5
+
+
+def main() -> None:
+    lm = hk.load(device="cpu")
+    question = "Can one see from a single forward whether the model's answer is right?"
+    with hk.record("results/how_sure", title="How sure?", question=question, lm=lm, seed=SEED) as results:
+        scenarios(lm, results)
+        answers = pd.concat([answered(lm, name, n) for name, n in DATASETS.items()], ignore_index=True)
+        results.text("# Answers whose truth is known")
+        by = answers.groupby("dataset", sort=False)
+        counts = by[["right", "top1_prob", "entropy"]].mean().round(3).assign(answers=by.size()).reset_index()
+        results.table("datasets", counts, caption="Each prompt once; right: the likeliest token is the answer.")
+        results.table("answers", answers.round(6), caption="Each answer with the numbers that the router sees.")
+        summary = judged(answers, results)
+    print(summary.to_string(index=False))
+    print("\nThe page: results/how_sure/report.html")
+
+
+def scenarios(lm: hk.LM, results: hk.Record) -> None:
+    run = results.run("text", hk.forward(lm, TEXT))
+    sure = hk.uncertainty(run)
+    ids = run.tokens[0].tolist()
+    sure.insert(2, "before", [repr(lm.text(ids[max(0, pos - 4) : pos + 1])) for pos in sure["pos"]])
+    came = hk.surprisal(run).set_index("pos")
+    sure["came"] = [came["token"].get(pos + 1, "") for pos in sure["pos"]]
+    shown = ["pos", "before", "top1", "top1_prob", "top2", "top2_prob", "entropy", "nucleus_90", "scenario", "came"]
+    first = sure.sort_values("top1_prob", ascending=False).groupby("scenario", sort=False).head(4)
+    results.text("# Four ways in which a choice can look")
+    results.text(f"“{TEXT}” has {len(ids)} tokens; behind each of them the model says what may come.")
+    results.table("scenarios", first[shown].round(3), caption="Four positions of each kind, and the token that came.")
+    results.text(f"Positions of each kind: {sure['scenario'].value_counts().to_dict()}")
+
+
+def answered(lm: hk.LM, name: str, n: int) -> pd.DataFrame:
+    pairs = getattr(hk.datasets, name)(lm, n, seed=SEED)
+    once = {prompt: lm.token(answer) for prompt, answer in zip(pairs.clean, pairs.answers, strict=True)}
+    run = hk.forward(lm, list(once), logits="last")
+    table = hk.uncertainty(run).assign(dataset=name, answer=[repr(lm.string(token)) for token in once.values()])
+    table["right"] = hk.ranks(run, top=1)["token_id"].to_numpy() == list(once.values())
+    table["log_nucleus_90"] = np.log(table["nucleus_90"])
+    return table[["dataset", "row", "answer", "top1", "right", *NUMBERS]]
+
+
+def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
+    right, numbers = answers["right"].to_numpy(), answers[NUMBERS].to_numpy()
+    router = make_pipeline(StandardScaler(), LogisticRegression())
+    told = answers["dataset"] + answers["answer"]  # an answer that is asked about is not among those trained on
+    folds = {"router": (GroupKFold(FOLDS), told), "router, unseen dataset": (LeaveOneGroupOut(), answers["dataset"])}
+    scores = {
+        name: cross_val_predict(router, numbers, right, groups=groups, cv=split, method="predict_proba")[:, 1]
+        for name, (split, groups) in folds.items()
+    }
+    scores |= {"top-1 probability": answers["top1_prob"].to_numpy(), "minus entropy": -answers["entropy"].to_numpy()}
+    curves = {name: hk.roc(score, right) for name, score in scores.items()}
+    tables = {name: hk.calibration(score, right) for name, score in scores.items() if score.min() >= 0}
+    rows = [
+        {"score": name, "auc": curve.attrs["auc"], "auc_within": within(answers, scores[name])}
+        | {"ece": tables[name].attrs["ece"] if name in tables else None}
+        for name, curve in curves.items()
+    ]
+    caption = (
+        "auc: area under the ROC curve over all answers; auc_within: its mean over the datasets, each alone; ece: "
+    )
+    caption += "expected calibration error in 10 bins (an entropy is no probability)."
+    results.text("# Does the router know?")
+    summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
+    results.figure("roc", hk.roc_curves(curves, title=f"{len(right)} answers, {right.mean():.0%} of them right"))
+    for file, name in {"reliability_model": "top-1 probability", "reliability_router": "router"}.items():
+        results.figure(file, hk.reliability_diagram(tables[name], title=f"Confidence: {name}"))
+    router.fit(numbers, right)
+    weights = pd.DataFrame({"number": NUMBERS, "weight": router[-1].coef_[0].round(3)})
+    results.table("weights", weights, caption="What the router adds up; each number in its standard deviations.")
+    area = summary.set_index("score")["auc"]
+    gain = area["router"] - area["top-1 probability"]
+    results.text("# A dataset that it never saw")
+    results.text(
+        f"The router's area is {area['router']:.3f}: {abs(gain):.3f} {'more' if gain > 0 else 'less'} than that of the "
+        f"first probability. Trained on four datasets and asked about the fifth it has "
+        f"{area['router, unseen dataset']:.3f}; what it lost there it knew about the datasets, not about certainty."
+    )
+    return summary
+
+
+def within(answers: pd.DataFrame, score: np.ndarray) -> float:
+    """The mean area over the datasets, each alone: telling the datasets apart does not help here."""
+    right = answers["right"].to_numpy()
+    parts = [part for part in answers.groupby("dataset").indices.values() if 0 < right[part].mean() < 1]
+    return float(np.mean([hk.roc(score[part], right[part]).attrs["auc"] for part in parts]))
+
+
+if __name__ == "__main__":
+    main()
