@@ -80,7 +80,7 @@ def learn(lm: hk.LM, results: hk.Record) -> pd.DataFrame:
     results.table("curve", curve, caption="Loss in nats; gradient: its length; then each word's probability.")
     shift = hk.rank_shift(before, hk.forward(lm, SENTENCE), pos=2, top=len(WORDS)).drop(columns=["row", "pos", "why"])
     results.table("logits", shift.round(4), caption="All logits after “we love deep”, before and after.")
-    moved = {name: float((w - start[name]).norm() / start[name].norm()) for name, w in lm.model.named_parameters()}
+    moved = {n: float((w.data - start[n]).norm() / start[n].norm()) for n, w in lm.model.named_parameters()}
     table = pd.DataFrame({"weight": moved.keys(), "moved": moved.values()}).sort_values("moved", ascending=False)
     results.table("weights", table, caption="How far each weight moved, as a part of its length before.")
     return curve

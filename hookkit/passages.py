@@ -16,6 +16,7 @@ from .strips import BAND, STRONGEST, colour_bar, fitted, name_of, sheet, width_o
 MOST = 600  # tokens that can be drawn to be read
 LINE, HIGH = 0.55, 0.42  # inches from line to line, and of a cell
 ROOM = (0.42, 2.2)  # inches that a cell may have
+CAPTION = "In a cell: the token, at the left its loss, at the right its rank among all tokens that could have come."
 
 
 @checks_keywords
@@ -29,9 +30,8 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     placed, lines = _flowed(cells)
     finite = [cell["loss"] for cell in cells if cell["loss"] < float("inf")]
     top = max([*finite, 1e-3])
-    figure = Figure(
-        figsize=(max(6.5, min(BAND, max(x + wide for x, _, wide in placed)) + 0.2), 0.9 + lines * LINE + 0.45)
-    )
+    span = max(6.5, max(x + wide for x, _, wide in placed) + 0.1)  # the least that a title and the caption need
+    figure = Figure(figsize=(span, 0.42 + lines * LINE + 0.8))
     axes = sheet(figure)
     small = {"fontsize": 6.5, "va": "center"}
     for cell, (x, line, wide) in zip(cells, placed, strict=True):
@@ -43,10 +43,9 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
         axes.text(x + wide / 2, y + 0.14, name, fontsize=size, color=INK, ha="center", va="center")
         axes.text(x + 0.04, y + 0.32, f"{cell['loss']:.1f}" if cell["loss"] < float("inf") else "∞", color=INK, **small)
         axes.text(x + wide - 0.04, y + 0.32, f"{cell['rank']:,}", color=MUTED, ha="right", **small)
+    axes.text(0.1, figure.get_figheight() - 0.08, CAPTION, fontsize=7.5, color=MUTED, va="bottom")
     finished(figure, title or "What each token cost the model")
-    colour_bar(
-        figure, 0.5 + lines * LINE, top, MARK, "loss of the token (nats): in a cell at the left, its rank at the right"
-    )
+    colour_bar(figure, 0.42 + lines * LINE, top, MARK, "loss of the token (nats)")
     return figure
 
 

@@ -66,8 +66,9 @@ def score(
     refused with `BadHook`; a hook on logits needs pos=slice(None), since what it does behind the last token unless told
     otherwise is not scored.
 
-    >>> score(lm, [" milk in my coffee", " sand in my coffee"], after="I like oat")["perplexity"].round(1).tolist()
-    []
+    >>> table = score(lm, [" milk in my coffee", " sand in my coffee"], after="I like oat")
+    >>> table.groupby("row")["loss"].mean().round(2).tolist()
+    [2.98, 4.84]
     """
     rows, firsts = _rows(lm, texts, after)
     length, step = _window_of(lm, window, stride)

@@ -40,10 +40,10 @@ def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame
     loss is infinite. `NotCaptured` where the run kept no logits, `EmptySelection` where none has a token after it.
 
     >>> surprisal(forward(lm, "We love deep learning"))[["token", "loss", "rank"]].round(2)
-             token   loss  rank
-    0      ' love'   6.10   221
-    1      ' deep'   9.24   842
-    2  ' learning'   4.20     8
+             token  loss  rank
+    0      ' love'  8.37   221
+    1      ' deep'  9.50   718
+    2  ' learning'  3.07     5
     """
     _check_top(top)
     kept = run.captured_logits()
@@ -144,9 +144,13 @@ def surprisal_shift(
     Raises `OutOfRange` where the two read different tokens, as two generates do: score one text under both instead,
     `surprisal(forward(lm, text, *hooks))`.
 
-    >>> edited = forward(lm, "We love deep learning", skip_block(17))
-    >>> surprisal_shift(run, edited, worst_first=True)["token"][0]
-    ' deep'
+    >>> edited = forward(lm, "I like oat milk in my", skip_block(17))
+    >>> shift = surprisal_shift(run, edited, worst_first=True)
+    >>> shift[["token", "loss_before", "loss_after", "worse"]].round(2).head(3)
+         token  loss_before  loss_after  worse
+    0  ' milk'         4.37        4.95   True
+    1  ' like'         9.19        9.20   True
+    2    ' in'         3.28        3.18  False
     """
     was, now = (_as_surprisal(each, rows) for each in (before, after))
     _check_same(was, now)

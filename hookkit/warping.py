@@ -44,10 +44,10 @@ def warped(
     Holtzman et al. 2020). Raises `BadHook` for values that they cannot take, or where no setting is given.
 
     >>> warped(run, temperature=0.5, top_k=1, top=1)[["setting", "prob", "tokens_kept"]]
-                setting      prob  tokens_kept
-    0          as it is  0.256213        49152
-    1   temperature=0.5  0.811903        49152
-    2           top_k=1  1.000000            1
+               setting      prob  tokens_kept
+    0         as it is  0.152338        49152
+    1  temperature=0.5  0.404853        49152
+    2          top_k=1  1.000000            1
     """
     rules = list(_rules(temperature, top_k, top_p))
     if not rules:

@@ -213,7 +213,7 @@ def test_the_figures_say_what_the_tables_say(llama):
     table = hk.surprisal(run)
     strip = hk.surprisal_strip(table, row=1)
     written = [text.get_text() for text in strip.axes[0].texts]
-    assert len(written) == 3 * int((table["row"] == 1).sum())
+    assert len(written) == 3 * int((table["row"] == 1).sum()) + 1  # and the caption
     assert f"{table[table['row'] == 1]['loss'].iloc[0]:.1f}" in written
     with pytest.raises(OutOfRange, match="row 7 is not in the table, which has rows"):
         hk.surprisal_strip(table, row=7)
