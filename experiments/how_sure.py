@@ -5,7 +5,7 @@ logistic regression on these numbers, is trained on some subjects and asked abou
 tells right answers from wrong ones clearly better than chance (area under the ROC curve above 0.7), and the router
 earns its place only if it does so better than the first token's probability alone.
 
-python -m experiments.how_sure        two minutes on two busy cores; writes results/how_sure/; needs scikit-learn
+python -m experiments.how_sure        two minutes on two busy cores; writes results/how_sure/; needs .[experiments]
 """
 
 import numpy as np
@@ -48,10 +48,10 @@ def scenarios(lm: hk.LM, results: hk.Record) -> None:
     sure = hk.uncertainty(run)
     ids = run.tokens[0].tolist()
     sure.insert(2, "before", [repr(lm.text(ids[max(0, pos - 4) : pos + 1])) for pos in sure["pos"]])
-    came = hk.surprisal(run).set_index("pos")
-    sure["came"] = [came["token"].get(pos + 1, "") for pos in sure["pos"]]
+    sure["came"] = [*hk.surprisal(run)["token"], ""]
     shown = ["pos", "before", "top1", "top1_prob", "top2", "top2_prob", "entropy", "nucleus_90", "scenario", "came"]
-    first = sure.sort_values("top1_prob", ascending=False).groupby("scenario", sort=False).head(4)
+    kinds = sure.sort_values("top1_prob", ascending=False).groupby("scenario", sort=False)
+    first = pd.concat([part.head(4) for _, part in kinds])
     results.text("# Four ways in which a choice can look")
     results.text(f"“{TEXT}” has {len(ids)} tokens; behind each of them the model says what may come.")
     results.table("scenarios", first[shown].round(3), caption="Four positions of each kind, and the token that came.")

@@ -20,7 +20,7 @@ SEED = 0
 PROMPTS = {"sure": "The Eiffel Tower is in the city of", "unsure": "I like oat milk in my"}
 TEMPERATURES = (0.1, 0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0)
 TOP_K, TOP_P = (1, 5, 50), (0.5, 0.9, 0.99)
-DRAWS = 2000
+DRAWS = 500
 
 
 def main() -> None:
