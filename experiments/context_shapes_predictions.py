@@ -70,8 +70,7 @@ def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
     )
     caption = "A logit is the row's length × the length of h × the cosine of the two."
     results.table("endings", pd.DataFrame(found).round(4), caption=caption)
-    first, second = runs.values()
-    shift = results.table("shift", hk.rank_shift(first, second, top=8, watch=WATCH), caption="From river to city.")
+    shift = results.table("shift", hk.rank_shift(*runs.values(), top=8, watch=WATCH), caption="From river to city.")
     results.figure("ranks", hk.rank_bump(shift, names=("river", "city"), title="What the other context moved"))
 
 
@@ -109,8 +108,9 @@ def drawn(table: pd.DataFrame) -> Figure:
         hk.figures.rank_axis(axes, low)
         reads = mine.drop_duplicates("pos")
         axes.set_xticks(reads["pos"], reads["read"], rotation=60, ha="right")
-        axes.set_title(name, fontsize=10, color=hk.figures.INK)
-    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="lower left")
+        axes.set_title(TEXTS[name], fontsize=9, color=hk.figures.INK)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=9, labelcolor=hk.figures.INK, loc="outside right center")
     figure.axes[1].set_ylabel("")
     return hk.figures.finished(figure, "")
 

@@ -43,7 +43,7 @@ def softmax(run: hk.Run, results: hk.Record) -> None:
     found["ratio"] = found["prob"][0] / found["prob"]
     shown = ["token", "logit", "prob", "rank", "behind_first", "predicted_ratio", "ratio"]
     results.table("softmax", found[shown], caption="After the unsure prompt. predicted_ratio is e^behind_first.")
-    logits = run.logits[0, -1].double()
+    logits = run.logits[0, -1]
     moved = (logits + 100).softmax(-1)
     results.text(
         f"Softmax is exp(x) / Σ exp(x). The largest error of the predicted ratios is "
@@ -55,7 +55,7 @@ def softmax(run: hk.Run, results: hk.Record) -> None:
 def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
     words = {"temperature": TEMPERATURES, "top_k": TOP_K, "top_p": TOP_P}
     tables = {name: hk.warped(run, **words, top=5) for name, run in runs.items()}
-    both = pd.concat([table.assign(position=name) for name, table in tables.items()], ignore_index=True)
+    both = pd.concat(tables, names=["position"]).reset_index("position").reset_index(drop=True)
     summary = both[["position", "setting", "tokens_kept", "entropy", "perplexity"]].drop_duplicates().round(4)
     hot = both[both["setting"].str.startswith("temperature")]
     moved = int((hot["rank"] != hot.groupby(["position", "token"])["rank"].transform("first")).sum())

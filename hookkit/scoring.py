@@ -164,6 +164,8 @@ def _joined(found: Sequence[tuple[Window, pd.DataFrame]]) -> Iterator[tuple[int,
 
 def _check(lm: LM, hook: Hook, *, several: bool) -> None:
     """Raise `BadHook` where a hook would not do what it says, or would do it unseen."""
+    if not isinstance(hook, Hook):
+        return  # which forward refuses
     where, instead = hook.where, "see hk.surprisal(hk.forward(lm, texts, hook))"
     if isinstance(hook, Capture):
         raise BadHook(f"{hook}: score gives a table and keeps no captures; see hk.harvest")

@@ -292,6 +292,7 @@ def test_the_default_models_numbers_are_transformers_own(smol):
         (lambda m, r: hk.score(m, [[5, 999]]), BadPrompt, "token id 999, and the vocabulary has ids 0 to 319"),
         (lambda m, r: hk.score(m, PROMPTS, after=["a", "b"]), BadPrompt, r"there are 3 texts and 2 prompts in after="),
         (lambda m, r: hk.score(m, PROMPTS, hk.capture("embed")), BadHook, "keeps no captures; see hk.harvest"),
+        (lambda m, r: hk.score(m, PROMPTS, "embed"), BadHook, "is a str and no hook"),
         (lambda m, r: hk.score(m, PROMPTS, hk.ban(7)), BadHook, r"not scored: say pos=slice\(None\)"),
         (lambda m, r: hk.score(m, PROMPTS, hk.ablate("embed", rows=0)), BadHook, "names rows, and score makes batches"),
         (
