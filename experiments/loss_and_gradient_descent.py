@@ -37,7 +37,7 @@ def main() -> None:
 def made() -> hk.LM:
     """A model of two blocks that has learnt nothing, and a tokenizer with a token for each of ten words."""
     torch.manual_seed(SEED)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=None, **sizes)
     words: Any = Tokenizer(models.WordLevel(dict(zip(WORDS, range(10), strict=True)), unk_token="and"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

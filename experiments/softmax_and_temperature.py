@@ -9,6 +9,7 @@ python -m experiments.softmax_and_temperature        half a minute on two cores;
 """
 
 import math
+from typing import Any
 
 import pandas as pd
 import torch
@@ -37,30 +38,29 @@ def main() -> None:
 
 def softmax(run: hk.Run, results: hk.Record) -> None:
     results.text("# Softmax: a difference of logits is a ratio of probabilities")
-    found = hk.ranks(run, top=6)
+    found: Any = hk.ranks(run, top=6)
     found["behind_first"] = found["logit"][0] - found["logit"]
     found["predicted_ratio"] = found["behind_first"].map(math.exp)
     found["ratio"] = found["prob"][0] / found["prob"]
     shown = ["token", "logit", "prob", "rank", "behind_first", "predicted_ratio", "ratio"]
     results.table("softmax", found[shown], caption="After the unsure prompt. predicted_ratio is e^behind_first.")
     logits = run.logits[0, -1]
-    moved = (logits + 100).softmax(-1)
+    off = ((logits + 100).softmax(-1) - logits.softmax(-1)).abs().max()
     results.text(
         f"Softmax is exp(x) / Σ exp(x). The largest error of the predicted ratios is "
         f"{(found['predicted_ratio'] / found['ratio'] - 1).abs().max():.0e}. Adding 100 to all {len(logits):,} logits "
-        f"changes no probability by more than {float((moved - logits.softmax(-1)).abs().max()):.0e}."
+        f"changes no probability by more than {off:.0e}."
     )
 
 
 def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
     words = {"temperature": TEMPERATURES, "top_k": TOP_K, "top_p": TOP_P}
     tables = {name: hk.warped(run, **words, top=5) for name, run in runs.items()}
-    both = pd.concat(tables, names=["position"]).reset_index("position").reset_index(drop=True)
+    both: Any = pd.concat(tables, names=["position"]).reset_index("position").reset_index(drop=True)
     summary = both[["position", "setting", "tokens_kept", "entropy", "perplexity"]].drop_duplicates().round(4)
     hot = both[both["setting"].str.startswith("temperature")]
     moved = int((hot["rank"] != hot.groupby(["position", "token"])["rank"].transform("first")).sum())
-    results.text("# Temperature, top-k, top-p")
-    results.text("\n".join(f"{name}: “{prompt}”" for name, prompt in PROMPTS.items()))
+    results.text(f"# Temperature, top-k, top-p: sure after “{PROMPTS['sure']}”, unsure after “{PROMPTS['unsure']}”")
     results.figure("figure", drawing(tables), caption="Left and middle: the first five tokens at each temperature.")
     results.table("settings", both.drop(columns=["row", "pos"]), caption="All settings.")
     results.table("summary", summary, caption="What each setting leaves to draw from. Entropy in nats.")
@@ -102,7 +102,7 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
 
 def drawn(lm: hk.LM, run: hk.Run, results: hk.Record) -> None:
     rules = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 1}
-    said = hk.warped(run, temperature=0.7, top=5)
+    said: Any = hk.warped(run, temperature=0.7, top=5)
     said = said[said["setting"] != "as it is"]
     many = hk.generate(lm, PROMPTS["unsure"], seed=SEED, num_return_sequences=DRAWS, logits=False, **rules)
     counts = torch.bincount(many.tokens[:, -1], minlength=lm.n_tokens)

@@ -22,15 +22,15 @@ def reliability_diagram(table: pd.DataFrame, *, title: str = "") -> Figure:
 
     `table` is `calibration(confidence, right)`. A bar under the diagonal was too sure, one above it not sure enough.
     """
-    _check(table, ("low", "high", "count", "confidence", "accuracy", "error"), "calibration(confidence, right)")
+    _check(table, ("low", "high", "count", "confidence", "accuracy", "gap", "error"), "calibration(confidence, right)")
     figure = Figure(figsize=(5.4, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     width = table["high"] - table["low"]
-    some = table[table["count"] > 0]
+    some = pd.DataFrame(table[table["count"] > 0])
     bars = {"width": width[some.index] * 0.92, "align": "edge"}
     left = some["low"] + width[some.index] * 0.04
     above.bar(left, some["accuracy"], color=POINT, label="were right", **bars)
-    lower, gap = some[["accuracy", "confidence"]].min(axis=1), (some["confidence"] - some["accuracy"]).abs()
+    lower, gap = some[["accuracy", "confidence"]].min(axis=1), some["gap"].abs()
     above.bar(left, gap, bottom=lower, color=(0, 0, 0, 0), edgecolor=DOWN, hatch="////", lw=0.8, label="gap", **bars)
     above.plot([0, 1], [0, 1], color=MUTED, lw=1, ls="--", label="as sure as right")
     above.set_ylim(0, 1.02)

@@ -44,8 +44,9 @@ def calibration(confidence: Iterable[float], right: Iterable[Any], *, bins: int 
     gap = means[0] - means[1]
     table = pd.DataFrame({"bin": range(bins), "low": edges[:-1], "high": edges[1:], "count": counts})
     table = table.assign(confidence=means[0], accuracy=means[1], gap=gap)
-    table["error"] = np.nan_to_num(np.abs(gap)) * counts / len(sure)
-    table.attrs["ece"] = round(float(table["error"].sum()), 12)
+    error = np.nan_to_num(np.abs(gap)) * counts / len(sure)
+    table = table.assign(error=error)
+    table.attrs["ece"] = round(float(error.sum()), 12)  # 0.0 where it is one but for rounding
     return table
 
 

@@ -99,20 +99,21 @@ def as_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd
     for row, places, said in parts:
         if not places:
             continue
-        loss = 0.0 - said["logprob"]  # so that a certain token's loss is 0.0, not -0.0
-        mean = loss.cumsum() / (pd.Series(range(len(loss))) + 1)
+        logprob = torch.tensor(said["logprob"].tolist(), dtype=torch.float64)
+        loss = 0.0 - logprob  # so that a certain token's loss is 0.0, not -0.0
+        mean = loss.cumsum(0) / torch.arange(1, len(loss) + 1)
         columns = {
             "row": row,
             "pos": places,
             "token": [repr(lm.string(token)) for token in said["token_id"].tolist()],
             "token_id": said["token_id"],
             "logprob": said["logprob"],
-            "loss": loss,
-            "bits": loss / math.log(2),
+            "loss": loss.tolist(),
+            "bits": (loss / math.log(2)).tolist(),
             "rank": said["rank"],
-            "prob": _exp(said["logprob"]),
-            "mean_loss": mean,
-            "perplexity": _exp(mean),
+            "prob": logprob.exp().tolist(),
+            "mean_loss": mean.tolist(),
+            "perplexity": mean.exp().tolist(),  # infinite where that is too large for a number
         }
         tables.append(
             pd.DataFrame(columns | {"alternatives": said["alternatives"]} if "alternatives" in said else columns)
@@ -123,11 +124,6 @@ def as_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd
             "logits='last' of a forward stand behind the last; give texts of two tokens or more, with logits='all'"
         )
     return pd.concat(tables, ignore_index=True)
-
-
-def _exp(values: "pd.Series[float]") -> list[float]:
-    """e to these; infinite where that is too large for a number."""
-    return torch.tensor(values.tolist(), dtype=torch.float64).exp().tolist()
 
 
 @checks_keywords
@@ -154,7 +150,7 @@ def surprisal_shift(
     """
     was, now = (_as_surprisal(each, rows) for each in (before, after))
     _check_same(was, now)
-    found = was[list(PLACES)].copy()
+    found = pd.DataFrame(was[list(PLACES)]).copy()
     for name in COMPARED:
         found[f"{name}_before"], found[f"{name}_after"] = was[name], now[name]
         found[f"{name}_delta"] = (now[name] - was[name]).where(now[name] != was[name], 0)  # inf minus inf is no change
@@ -173,7 +169,7 @@ def _as_surprisal(given: Run | pd.DataFrame, rows: CountLike) -> pd.DataFrame:
         raise BadHook(
             f"surprisal_shift was given {what}: give two runs, or two tables of surprisal(run) or score(lm, …)"
         )
-    wanted = chosen(as_count(rows, "row", negative=False), int(given["row"].max()) + 1)
+    wanted = chosen(as_count(rows, "row", negative=False), max(given["row"].tolist(), default=0) + 1)
     return pd.DataFrame(given[given["row"].isin(wanted)]).reset_index(drop=True)
 
 

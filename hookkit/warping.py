@@ -43,11 +43,11 @@ def warped(
     They are the warpers that `generate` samples with (temperature: Ackley et al. 1985; top_k: Fan et al. 2018; top_p:
     Holtzman et al. 2020). Raises `BadHook` for values that they cannot take, or where no setting is given.
 
-    >>> warped(run, temperature=0.5, top_k=1, top=1)[["setting", "prob", "tokens_kept"]]
-               setting      prob  tokens_kept
-    0         as it is  0.152338        49152
-    1  temperature=0.5  0.404853        49152
-    2          top_k=1  1.000000            1
+    >>> warped(run, temperature=0.5, top_k=1, top=1)[["setting", "prob", "tokens_kept"]].round(3)
+               setting   prob  tokens_kept
+    0         as it is  0.152        49152
+    1  temperature=0.5  0.405        49152
+    2          top_k=1  1.000            1
     """
     rules = list(_rules(temperature, top_k, top_p))
     if not rules:
