@@ -52,7 +52,6 @@ def scenarios(lm: hk.LM, results: hk.Record) -> None:
     shown = ["pos", "before", "top1", "top1_prob", "top2", "top2_prob", "entropy", "nucleus_90", "scenario", "came"]
     kinds = sure.sort_values("top1_prob", ascending=False).groupby("scenario", sort=False)
     first: Any = pd.concat([part.head(4) for _, part in kinds])
-    results.text("# Four ways in which a choice can look")
     results.text(f"“{TEXT}” has {len(ids)} positions: {sure['scenario'].value_counts().to_dict()}.")
     results.table("scenarios", first[shown].round(3), caption="Four positions of each kind, and the token that came.")
 
@@ -103,8 +102,8 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
     alone, one, unseen = "top-1 probability", "router of one number", "router, unseen dataset"
     results.text(
         f"As an order, what does the router gain? Its area is {area['router']}, the first probability's {area[alone]}. "
-        f"As a probability? Its calibration error is {error['router']}, the first probability's {error[alone]}, that of a "
-        f"regression on this one number {error[one]}. On a dataset it never saw: {area[unseen]} and {error[unseen]}."
+        f"As a probability? Its calibration error is {error['router']}, the first probability's {error[alone]}, and of "
+        f"a regression on this one number {error[one]}. On a dataset it never saw: {area[unseen]} and {error[unseen]}."
     )
     return summary
 
