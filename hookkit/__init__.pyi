@@ -7,6 +7,8 @@ from .captured import Captured as Captured
 from .comparing import Comparison as Comparison
 from .comparing import compare as compare
 from .comparing import fork as fork
+from .curves import reliability_diagram as reliability_diagram
+from .curves import roc_curves as roc_curves
 from .datasets import Pairs as Pairs
 from .decoding import decisions as decisions
 from .decoding import decoding as decoding
@@ -64,6 +66,8 @@ from .hooks import set_rank as set_rank
 from .hooks import skip_block as skip_block
 from .hooks import steer as steer
 from .hooks import swap as swap
+from .judging import calibration as calibration
+from .judging import roc as roc
 from .laws import prove as prove
 from .lenses import TunedLens as TunedLens
 from .lenses import lens_summary as lens_summary
@@ -87,6 +91,7 @@ from .metrics import top1_changed as top1_changed
 from .model import LM as LM
 from .origins import lens_map as lens_map
 from .origins import logit_bars as logit_bars
+from .passages import surprisal_strip as surprisal_strip
 from .positions import GENERATED as GENERATED
 from .positions import PROMPT as PROMPT
 from .positions import at as at
@@ -97,6 +102,7 @@ from .rows import place as place
 from .runs import Run as Run
 from .runs import forward as forward
 from .runs import generate as generate
+from .scoring import score as score
 from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import module as module
@@ -105,6 +111,8 @@ from .steps import rank_lines as rank_lines
 from .streaming import Stream as Stream
 from .streaming import stream as stream
 from .strips import decision_strip as decision_strip
+from .surprisals import surprisal as surprisal
+from .surprisals import surprisal_shift as surprisal_shift
 from .sweeps import Plan as Plan
 from .sweeps import ablations as ablations
 from .sweeps import causal_tracing as causal_tracing
@@ -121,4 +129,5 @@ from .tables import uncertainty as uncertainty
 from .tiny import tiny as tiny
 from .tracing import Trace as Trace
 from .tracing import trace as trace
+from .warping import warped as warped
 from .zoo import load as load

@@ -66,7 +66,7 @@ class Distribution:
     @cached_property
     def entropy(self) -> float:
         """-Σ p log p, in nats."""
-        return -expected(self.exact, self.exact)
+        return 0.0 - expected(self.exact, self.exact)  # 0.0 where it is certain, not -0.0
 
     @cached_property
     def varentropy(self) -> float:

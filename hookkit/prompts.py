@@ -61,9 +61,9 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
     `input_ids` and perhaps `attention_mask`, padded on either side. Texts are read with the tokenizer's own special
     tokens. Empty prompts, ids outside the vocabulary and texts beyond the context raise `BadPrompt`.
     """
-    rows = _rows(lm, prompts)
+    rows = as_rows(lm, prompts)
     for number, row in enumerate(rows):
-        _check(lm, number, row, room, _is_text(prompts, number))
+        _check_length(lm, number, row, room)
     if len(set(map(len, rows))) == 1:
         ids = torch.tensor(rows)
         positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
@@ -71,6 +71,14 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
         ids = padded(rows, pad_id(lm), side)
         positions = padded([range(len(row)) for row in rows], -1, side)
     return Batch(tuple(rows), ids.to(lm.device), positions, side)
+
+
+def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
+    """The prompts as rows of token ids, however long. `BadPrompt` for empty ones and ids outside the vocabulary."""
+    rows = _rows(lm, prompts)
+    for number, row in enumerate(rows):
+        _check_ids(lm, number, row, _is_text(prompts, number))
+    return rows
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, side: Side = "right") -> Int[Tensor, "row pos"]:
@@ -132,8 +140,8 @@ def _is_text(prompts: Prompts, number: int) -> bool:
     return not isinstance(prompts, Tensor) and isinstance(prompts[number], str)
 
 
-def _check(lm: LM, number: int, row: Row, room: int, is_text: bool) -> None:
-    vocab, context = lm.sizes["vocab"], lm.context
+def _check_ids(lm: LM, number: int, row: Row, is_text: bool) -> None:
+    vocab = lm.sizes["vocab"]
     if not row:
         raise BadPrompt(f"prompt {number} is empty: the model needs at least one token to read")
     if vocab is not None and (min(row) < 0 or max(row) >= vocab):
@@ -147,6 +155,10 @@ def _check(lm: LM, number: int, row: Row, room: int, is_text: bool) -> None:
                 else ""
             )
         )
+
+
+def _check_length(lm: LM, number: int, row: Row, room: int) -> None:
+    context = lm.context
     if context is not None and len(row) + room > context:
         new = f" and {room} new ones" if room else ""
         raise BadPrompt(f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: shorten it")

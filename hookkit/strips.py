@@ -72,14 +72,14 @@ def decision_strip(
     span = max(per_line * width + 0.2, 6.5)  # the least that a title and the caption need
     written = wrap(caption, int(span / 0.062))
     figure = Figure(figsize=(span, 0.42 + lines * pitch + 0.6 + 0.15 * len(written)))
-    axes = _sheet(figure)
+    axes = sheet(figure)
     top = max([cell.value for cell in cells if cell.value < inf] + [1.0])  # a text of sure tokens stays pale
     for place, cell in enumerate(cells):
         corner = (0.1 + place % per_line * width, 0.42 + place // per_line * pitch)
         _draw_cell(axes, cell, corner, width - 0.05, min(cell.value / top, 1.0), COLOURS[colour][0])
     axes.text(0.1, figure.get_figheight() - 0.08, "\n".join(written), fontsize=7.5, color=MUTED, va="bottom")
     finished(figure, title or f"What each token was chosen from, {STAGES[stage]}")
-    _colour_bar(figure, 0.42 + lines * pitch, top, *COLOURS[colour])
+    colour_bar(figure, 0.42 + lines * pitch, top, *COLOURS[colour])
     return figure
 
 
@@ -106,12 +106,12 @@ def _margin(ordered: pd.DataFrame) -> float:
 
 def _cell_width(cells: list[_Cell]) -> float:
     """Inches that the longest token needs, within reason."""
-    chosen = max(_width(readable(cell.token), 9.5) for cell in cells) + 0.16
-    below = max(_width(readable(token["token"]), 7) for cell in cells for token in cell.candidates) + 0.52
+    chosen = max(width_of(readable(cell.token), 9.5) for cell in cells) + 0.16
+    below = max(width_of(readable(token["token"]), 7) for cell in cells for token in cell.candidates) + 0.52
     return float(np.clip(max(chosen, below), *CELL))
 
 
-def _sheet(figure: Figure) -> Axes:
+def sheet(figure: Figure) -> Axes:
     """Axes over the whole figure whose unit is the inch, counted from the top left corner, without a frame."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, figure.get_figwidth())
@@ -128,11 +128,11 @@ def _draw_cell(axes: Axes, cell: _Cell, corner: tuple[float, float], width: floa
     small = {"fontsize": 6.5, "color": INK, "va": "center"}
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
     axes.text(x + width - 0.04, y + 0.085, f"{cell.value:.2f}" if cell.value < inf else "∞", ha="right", **small)
-    name, size = _fitted(cell.token, width - 0.1, 9.5)
+    name, size = fitted(cell.token, width - 0.1, 9.5)
     axes.text(x + width / 2, y + 0.27, name, fontsize=size, color=INK, ha="center", va="center")
     for place, token in enumerate(cell.candidates):
         height, ink = y + 0.52 + 0.135 * place, INK if token["drawn"] else MUTED
-        name, size = _fitted(token["token"], width - 0.47, 7)
+        name, size = fitted(token["token"], width - 0.47, 7)
         if token["drawn"]:
             axes.text(x, height, "▸", fontsize=7, color=colour, va="center")
         axes.text(x + 0.09, height, name, fontsize=size, color=ink, va="center")
@@ -146,7 +146,7 @@ def written_prob(prob: float) -> str:
     return "<0.01" if prob < 0.01 else ">0.99" if prob > 0.99 else f"{prob:.2f}"
 
 
-def _colour_bar(figure: Figure, below: float, top: float, colour: str, label: str) -> None:
+def colour_bar(figure: Figure, below: float, top: float, colour: str, label: str) -> None:
     """What the opacities mean, `below` inches under the top edge."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0.2 / width, 1 - (below + 0.11) / height, 2.6 / width, 0.11 / height))
@@ -205,22 +205,22 @@ def _listed(numbers: list[int], noun: str) -> str:
     )
 
 
-def _width(text: str, size: float) -> float:
+def width_of(text: str, size: float) -> float:
     """Inches that a text takes."""
     return TextPath((0, 0), plain(text), size=size).get_extents().width * 1.04 / 72
 
 
-def _fitted(token: str, room: float, size: float) -> tuple[str, float]:
+def fitted(token: str, room: float, size: float) -> tuple[str, float]:
     """A token's text, and the type size at which it fits: a little smaller if that is enough, or its middle cut."""
     word = readable(token)
-    size *= float(np.clip(room / _width(word, size), 0.8, 1.0))
+    size *= float(np.clip(room / width_of(word, size), 0.8, 1.0))
     return plain(cut(word, room, size)), size
 
 
 def cut(word: str, room: float, size: float) -> str:
     """The word, or its two ends with … between, as long as fits into `room` inches."""
     short, kept = word, len(word) - 1
-    while _width(short, size) > room * 1.001 and kept > 3:
+    while width_of(short, size) > room * 1.001 and kept > 3:
         short = f"{word[: ceil(kept / 2)]}…{word[-(kept // 2) :]}"
         kept -= 1
     return short

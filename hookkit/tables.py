@@ -22,6 +22,7 @@ from .hooks.logits import LogitEdit
 from .model import LM, Token
 from .positions import CountLike, PosLike
 from .runs import Run
+from .scenarios import scenario
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
@@ -192,12 +193,15 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
 
     Columns: row, pos, read (the token there, the last one read); entropy (nats), varentropy (nats²), perplexity
     (e^entropy: as unsure as an even choice among so many tokens), margin (largest logit minus the second), prob_margin,
-    top1, top1_prob, and nucleus_90 (how many tokens make up 90 % of the probability).
+    top1, top1_prob, nucleus_90 (how many tokens make up 90 % of the probability), top2, top2_prob, and scenario: "very
+    confident" (top1_prob at least 0.9), "two good options" (top2_prob at least half of it, both together at least 0.6),
+    "one clear winner" (top1_prob at least 0.5), else "uncertain", the first that fits.
     """
     found = []
     for said in distributions(run, pos=pos, step=step, rows=rows):
         best = said.exact.exp().sort(descending=True).values
-        first = said.top(1)[0]
+        first, second = said.top(2)
+        probs = float(said.probs[first]), float(said.probs[second])
         found.append(
             {
                 **said.place,
@@ -208,8 +212,11 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
                 "margin": said.margin,
                 "prob_margin": float(best[0] - best[1]),
                 "top1": repr(run.lm.string(first)),
-                "top1_prob": float(said.probs[first]),
+                "top1_prob": probs[0],
                 "nucleus_90": int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
+                "top2": repr(run.lm.string(second)),
+                "top2_prob": probs[1],
+                "scenario": scenario(*probs),
             }
         )
     return pd.DataFrame(found)

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,11 @@ def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(smol, 
     assert any(
         "' coffee'" in line and ",0," in line for line in (folders[0] / "banned_shift.csv").read_text().splitlines()
     )
+
+
+def test_the_loop_of_gradient_descent_learns_the_same_sentence_twice_in_the_same_way():
+    experiment = importlib.import_module("experiments.loss_and_gradient_descent")
+    one, two = (experiment.trained(experiment.made(), experiment.SENTENCE) for _ in range(2))
+    assert one.equals(two)
+    assert one["loss"].iloc[0] == pytest.approx(math.log(len(experiment.WORDS)), abs=0.1)
+    assert one["loss"].iloc[-1] < 0.05 and (one.iloc[-1][["'love'", "'deep'", "'learning'"]] > 0.9).all()

@@ -119,6 +119,7 @@ ORDER = [
     "gradients.stream",
     "gradients.edges",
     "gradients",
+    "scenarios",
     "tables",
     "lenses.tail",
     "lenses.numbers",
@@ -129,6 +130,10 @@ ORDER = [
     "decomposing.direct",
     "decomposing.path",
     "decomposing",
+    "surprisals",
+    "scoring",
+    "warping",
+    "judging",
     "decoding",
     "streaming",
     "comparing",
@@ -143,7 +148,9 @@ ORDER = [
     "figures",
     "heatmaps",
     "origins",
+    "curves",
     "strips",
+    "passages",
     "steps",
     "reports",
     "files",
@@ -229,7 +236,9 @@ def test_only_the_manager_registers_hooks():
     assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["manager.block"]
 
 
-@pytest.mark.parametrize("name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "strips", "steps"])
+@pytest.mark.parametrize(
+    "name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "curves", "strips", "passages", "steps"]
+)
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
 

@@ -36,6 +36,9 @@ SURE = [
     "top1",
     "top1_prob",
     "nucleus_90",
+    "top2",
+    "top2_prob",
+    "scenario",
 ]
 
 

@@ -1,0 +1,119 @@
+"""How can one token be likely after one text and unlikely after another, when its row of the unembedding is the same?
+
+A token's logit is its row of W times the last hidden state h. W does not change from text to text, so all that a
+context can do is turn h. The claim is tested word by word in two texts that end alike: W h by hand is the model's logit
+everywhere, and moving nothing but h from one text to the other moves the whole ranking with it, exactly.
+
+python -m experiments.context_shapes_predictions        20 seconds; writes results/context_shapes_predictions/
+"""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import hookkit as hk
+
+SEED = 0
+TEXTS = {
+    "river": "They walked along the river to the bank and looked at the",
+    "city": "They walked into the city to the bank and looked at the",
+}
+WATCH = (" water", " fish", " trees", " money", " building", " clock")
+
+
+def main() -> None:
+    lm = hk.load(device="cpu")
+    question = "How can one token be likely after one text and unlikely after another, when its row of W is the same?"
+    with hk.record("results/context_shapes_predictions", question=question, lm=lm, seed=SEED) as results:
+        runs = {name: results.run(name, hk.forward(lm, TEXTS[name], hk.capture("final_norm"))) for name in TEXTS}
+        words(lm, runs, results)
+        endings(lm, runs, results)
+        table = moved(lm, runs, results)
+    print(table.to_string(index=False))
+    print("\nThe page: results/context_shapes_predictions/report.html")
+
+
+def words(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
+    """One forward gives every beginning of a text at once, since no position sees those behind it."""
+    parts = []
+    for name, run in runs.items():
+        read = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
+        table = hk.ranks(run, pos=hk.PROMPT, top=0, watch=WATCH)
+        parts.append(table.assign(text=name, read=[read[pos] for pos in table["pos"]]))
+    table: Any = pd.concat(parts, ignore_index=True)
+    ids = [lm.token(token) for token in WATCH]
+    rows = lm.model.lm_head.weight.detach()[ids]  # pyright: ignore
+    off = max(float((run["final_norm"][0] @ rows.T - run.logits[0][:, ids]).abs().max()) for run in runs.values())
+    results.text("# Word by word")
+    results.text("\n".join(f"{name}: “{text}”" for name, text in TEXTS.items()))
+    results.figure(
+        "figure", drawn(table), caption="The rank of six tokens as next token, after each word that is read."
+    )
+    results.table(
+        "words", table[["text", "pos", "read", "token", "logit", "prob", "rank"]], caption="The same, in numbers."
+    )
+    results.text(f"Everywhere the logit is the token's row of W times h: the largest difference is {off:.0e}.")
+
+
+def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
+    hidden = {name: run["final_norm"][0, -1] for name, run in runs.items()}
+    rows = lm.model.lm_head.weight.detach()[[lm.token(token) for token in WATCH]]  # pyright: ignore
+    found = {"token": [*map(repr, WATCH)], "row_length": rows.norm(dim=1).tolist()}
+    found |= {f"cosine_{name}": torch.cosine_similarity(rows, h).tolist() for name, h in hidden.items()}
+    found |= {f"logit_{name}": (rows @ h).tolist() for name, h in hidden.items()}
+    here, there = hidden.values()
+    turned, lengths = torch.cosine_similarity(here, there, dim=0), (here.norm(), there.norm())
+    results.text("# At the end: the same rows, another h")
+    results.text(
+        f"h is {lengths[0]:.1f} long after one text and {lengths[1]:.1f} after the other; cosine {turned:.3f}."
+    )
+    caption = "A logit is the row's length × the length of h × the cosine of the two."
+    results.table("endings", pd.DataFrame(found).round(4), caption=caption)
+    shift = results.table("shift", hk.rank_shift(*runs.values(), top=8, watch=WATCH), caption="From river to city.")
+    results.figure("ranks", hk.rank_bump(shift, names=("river", "city"), title="What the other context moved"))
+
+
+def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
+    """The causal test, and what a researcher asks next: from which layer on has h been turned?"""
+    source = hk.forward(lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm"))
+    patched = hk.forward(lm, TEXTS["river"], hk.patch("final_norm", source, pos=-1))
+    same = hk.shift_summary(runs["city"], patched)
+    results.text("# Only h moved")
+    results.text(
+        "With the last position's h from the city text and all weights as they are, the river text's distribution is "
+        f"that of the city text: KL = {same['kl'].max():.1e} nats. So h carries all that the context did."
+    )
+    rows = []
+    for layer in range(lm.n_layers):
+        run = hk.forward(lm, TEXTS["river"], hk.patch(hk.Site("resid_post", layer), source, pos=-1), logits="last")
+        ranks = hk.ranks(run, top=0, watch=WATCH).set_index("token")["rank"].to_dict()
+        left = hk.shift_summary(runs["city"], run)["kl"][0]
+        rows.append({"layer": layer, "kl_to_city": left, **{repr(token): ranks[repr(token)] for token in WATCH}})
+    results.text("# From which layer on is the last position's h already turned?")
+    caption = "The last position's residual stream after a layer, from the city text: KL(city‖patched), and ranks."
+    return results.table("layers", pd.DataFrame(rows), caption=caption)
+
+
+def drawn(table: Any) -> Figure:
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    styles = [{"marker": "os^Dv*"[n], "ms": 4, "lw": 1.4} for n in range(len(WATCH))]
+    low = float(table["rank"].max()) * 1.3
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), TEXTS, strict=True):
+        mine = table[table["text"] == name]
+        for token, style in zip(WATCH, styles, strict=True):
+            part = mine[mine["token"] == repr(token)]
+            axes.plot(part["pos"], part["rank"], label=repr(token), **style)
+        hk.figures.rank_axis(axes, low)
+        reads = mine.drop_duplicates("pos")
+        axes.set_xticks(reads["pos"], reads["read"], rotation=60, ha="right")
+        axes.set_title(TEXTS[name], fontsize=9, color=hk.figures.INK)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=9, labelcolor=hk.figures.INK, loc="outside right center")
+    figure.axes[1].set_ylabel("")
+    return hk.figures.finished(figure, "")
+
+
+if __name__ == "__main__":
+    main()
