@@ -53,9 +53,8 @@ class Aim:
             total = self.values(vector, rows).sum()
             if not total.requires_grad:
                 raise BadHook(
-                    f"{self.words} has no gradient with respect to a vector at {self.site}: a rank, or whether a token "
-                    "is the first, has none (give hk.logprob or hk.logit_diff), nor has one a position that the "
-                    "target's own cannot read"
+                    f"{self.words} has no gradient: a rank, or whether a token is the first, moves in steps; give "
+                    "hk.logprob or hk.logit_diff"
                 )
             return total.detach(), torch.autograd.grad(total, vector)[0]
 
@@ -113,9 +112,8 @@ def aim(lm: LM, site: str | AnySite, prompts: Prompts, target: MetricLike | str 
 def _places(reading: Reading, where: Where, pos: PosLike) -> Iterator[tuple[int, ...]]:
     """The positions of each prompt, those on its continuation too."""
     for number, wanted in enumerate(reading.full.wishes(where)):
-        length = reading.lengths[number]
         assert wanted is not None
-        places = tuple(place for place in range(length) if place in wanted)
+        places = tuple(place for place in range(reading.lengths[number]) if place in wanted)
         if not places:
             raise EmptySelection(f"prompt {number} has no token at pos={pos!r}: give other positions")
         yield places

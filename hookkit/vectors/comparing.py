@@ -29,9 +29,9 @@ def over_doses(table: pd.DataFrame, *, confidence: float = 0.95, resamples: int 
     """
     cells = [*_places(table), "dose", "control"]
     means = over_prompts(table, by=cells, confidence=confidence, resamples=resamples, seed=seed)
-    hurt: Any = table.groupby(cells, sort=False)[_damage(table)].mean().reset_index()
-    count: Any = table.groupby(cells, sort=False)["sample"].nunique().rename("samples").reset_index()
-    return means.merge(count, on=cells).merge(hurt, on=cells) if _damage(table) else means.merge(count, on=cells)
+    groups: Any = table.groupby(cells, sort=False)
+    others = {"samples": ("sample", "nunique")} | {name: (name, "mean") for name in _damage(table)}
+    return means.merge(groups.agg(**others).reset_index(), on=cells)
 
 
 @checks_keywords
@@ -44,8 +44,8 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
     `OutOfRange` where a vector's doses do not cost so much: none is extrapolated.
 
     Columns: vector, site, layer, control, sample, row, prompt, dose_there, and each metric's value, `_before`,
-    `_delta`, and `_gain`: how far its delta is above the mean of that of its random vectors, for the same prompt (NaN
-    without any). `over_prompts(found, by=["vector", "control"])` gives the means and intervals.
+    `_delta`, and `_gain`: how far its delta is above the mean of that of all random vectors at the same site, for the
+    same prompt (NaN without any). `over_prompts(found, by=["vector", "control"])` gives the means and intervals.
     """
     if by not in _damage(table):
         raise BadHook(
@@ -56,10 +56,8 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
         raise BadHook(f"damage={damage} and toward={toward}: give a damage above 0, and 1 or -1 for the doses' sign")
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
     lines = [*_places(table), "control", "sample"]
-    found = [
-        _there(pd.DataFrame(line), dict(zip(lines, key, strict=True)), damage, by, toward, metrics)
-        for key, line in table.groupby(lines, sort=False, dropna=False)
-    ]
+    groups: Any = table.groupby(lines, sort=False, dropna=False)
+    found = [_there(line, dict(zip(lines, key, strict=True)), damage, by, toward, metrics) for key, line in groups]
     made = pd.concat(found, ignore_index=True)
     for metric in metrics:
         made[f"{metric}_gain"] = _gain(made, metric)
@@ -100,12 +98,12 @@ def _crossing(costs: Sequence[float], damage: float, words: str, by: str) -> tup
     )
 
 
-def _gain(made: pd.DataFrame, metric: str) -> "pd.Series[float]":
-    """How far each prompt's delta is above its random vectors' mean, at the same site and for the same vector."""
-    own = [*_places(made), "row"]
-    random = made[made["control"]].groupby(own)[f"{metric}_delta"].mean()
-    keys = made.set_index(own).index
-    return pd.Series(made[f"{metric}_delta"].to_numpy() - random.reindex(keys).to_numpy(float), index=made.index)
+def _gain(made: pd.DataFrame, metric: str) -> list[float]:
+    """How far each prompt's delta is above the mean of the random vectors' at the same site."""
+    random: Any = made[made["control"]].groupby(["site", "row"])[f"{metric}_delta"].mean()
+    means = random.to_dict()
+    rows = made[["site", "row", f"{metric}_delta"]].itertuples(index=False)
+    return [delta - means.get((site, row), np.nan) for site, row, delta in rows]
 
 
 def _places(table: pd.DataFrame) -> list[str]:

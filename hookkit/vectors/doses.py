@@ -135,4 +135,4 @@ def _told(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFr
     if all(isinstance(vector.site, Site) and vector.site.layer is not None for vector in vectors):
         table["layer"] = [vectors[n].site.layer for n in number]  # pyright: ignore
         places.insert(2, "layer")
-    return table[[*places, *(name for name in table.columns if name not in places)]]
+    return table.loc[:, [*places, *(name for name in table.columns if name not in places)]]

@@ -36,20 +36,22 @@ def damage_curves(
     """
     if by not in DAMAGE or by not in table.columns:
         raise BadHook(f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=.")
-    value = value or next(name for name in table.columns if str(name).endswith("_delta"))
+    shown = value or next(str(name) for name in table.columns if str(name).endswith("_delta"))
+    if shown not in table.columns:
+        raise BadHook(f"the table has no column {shown!r}{did_you_mean(shown, map(str, table.columns))} Say value=.")
     sites = list(dict.fromkeys(table["site"]))
     figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
     panels = list(figure.subplots(1, len(sites), squeeze=False, sharey=True)[0])
     for axes, site in zip(panels, sites, strict=True):
         own: Any = table[table["site"] == site]
-        _random(axes, own, value, by)
-        _vectors(axes, own, value, by, labels or {})
+        _random(axes, own, shown, by)
+        _vectors(axes, own, shown, by, labels or {})
         axes.axhline(0, color=MUTED, lw=0.8)
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(UNITS[by])
         axes.set_title(str(site) if len(sites) > 1 else "", fontsize=10, color=INK)
-    panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
+    panels[0].set_ylabel(f"{shown.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
     panels[0].legend(frameon=False, fontsize=8.5, labelcolor=INK)
     return finished(figure, title)
 
@@ -69,16 +71,14 @@ def _random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:
 def _vectors(axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[str, str]) -> None:
     means: Any = over_doses(table)
     means = means[~means["control"]]
-    for number, name in enumerate(dict.fromkeys(means["vector"])):
+    names: list[str] = list(dict.fromkeys(means["vector"]))
+    for number, name in enumerate(names):
         colour = LINES[number % (len(LINES) - 1)]  # the last one is that of the random vectors
+        label: str | None = drawable(labels.get(name, name))
         for up in (True, False):
             line = means[(means["vector"] == name) & ((means["dose"] > 0) == up)].sort_values("dose", key=abs)
-            label = (
-                drawable(labels.get(name, name)) if len(line) and not _labelled(axes, labels.get(name, name)) else None
-            )
+            if line.empty:
+                continue
             axes.plot(line[by], line[value], color=colour, lw=1.8, marker="o", ms=4, label=label)
             axes.fill_between(line[by], line[f"{value}_low"], line[f"{value}_high"], color=colour, alpha=0.18, lw=0)
-
-
-def _labelled(axes: Axes, name: str) -> bool:
-    return drawable(name) in axes.get_legend_handles_labels()[1]
+            label = None

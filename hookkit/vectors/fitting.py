@@ -55,7 +55,7 @@ def fit_vector(
     progress  True or False; left out, a bar is shown in a terminal
 
     The same call gives the same numbers. `about["curve"]` has the target's mean before each step and after the last, in
-    its own units. `BadHook` where the target has no gradient with respect to the vector.
+    its own units. `BadHook` where the target has no slope to follow.
 
     >>> fitted = fit_vector(lm, "resid_post.20", ["I take my tea with"], logprob(" sugar"), steps=2, progress=False)
     >>> fitted.about["curve"][-1] > fitted.about["curve"][0]
@@ -100,6 +100,11 @@ class Descent:
         for _ in tqdm(range(self.steps), unit="step", disable=shown):
             value, slope = self._mean(vector)
             curve.append(value)
+            if not bool(slope.any()):
+                raise BadHook(
+                    f"{self.aim.words} does not change with a vector at {self.aim.site}, so that there is no slope to "
+                    "follow: add it where the target's position reads it, or (for kl, flat at the start) give seed="
+                )
             vector.grad = slope if self.aim.falls else -slope
             adam.step()
             if self.longest is not None:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..captured import Captured
-from ..errors import BadHook, EmptySelection
+from ..errors import BadHook
 from ..hooks.base import not_square
 from ..hooks.looking import capture
 from ..model import LM
@@ -49,24 +49,19 @@ def streams(lm: LM, rows: Sequence[Row], sites: SitesLike, pos: PosLike, batch: 
         some = [list(row) for row in rows[start : start + batch]]
         run = forward(lm, some, capture(chosen, pos=pos), logits=False)
         for site in chosen:
-            found[site].append(_stream(list(_own(run.captured(site), len(some), start))))
+            found[site].append(_stream(list(_own(run.captured(site)))))
     return {site: _joined(each) for site, each in found.items()}
 
 
-def _own(kept: Captured, count: int, start: int) -> Iterator[Float[Tensor, "pos d"]]:
+def _own(kept: Captured) -> Iterator[Float[Tensor, "pos d"]]:
     """The values of each prompt at its own positions."""
     if kept.positions is None or kept.values.ndim != 3:
         raise BadHook(
             f"{kept.site} has values {list(kept.values.shape)}, and a steering vector is one for each prompt and "
             "position, [prompt, pos, d]: name one head of a site with heads, such as 'z.9.3'"
         )
-    for number in range(count):
-        there = kept.positions[kept.rows.index(number)] >= 0 if number in kept.rows else torch.zeros(0).bool()
-        if not bool(there.any()):
-            raise EmptySelection(
-                f"prompt {start + number} has no token at pos={kept.where.pos!r}: give other positions"
-            )
-        yield kept.values[kept.rows.index(number)][there.to(kept.values.device)].cpu().double()
+    for values, positions in zip(kept.values, kept.positions, strict=True):
+        yield values[(positions >= 0).to(values.device)].cpu().double()
 
 
 def _stream(each: Sequence[Float[Tensor, "pos d"]]) -> Stream:
