@@ -138,6 +138,13 @@ def test_a_principal_direction_is_the_first_eigenvector_of_the_pairs_differences
     assert torch.allclose(back.tensor, -found.tensor, atol=1e-5)
 
 
+def test_positive_prompts_lie_in_a_principal_directions_own_sense(small):
+    sites = ["resid_post", "mlp_out", "attn_out"]
+    means = hk.mean_difference(small, MORE, PAIRED, sites)
+    for found in hk.principal_direction(small, MORE, PAIRED, sites):
+        assert found.tensor @ means[found.site].tensor > 0, found.site
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
