@@ -16,7 +16,7 @@ import hookkit as hk
 
 SEED, RANDOM = 0, 8  # random vectors as a control
 LAYERS, TRIED = range(2, 29, 4), 0.2  # where the mean difference is tried, and at which dose
-DOSES = [0.05, 0.1, 0.2, 0.3, 0.4]  # in the stream's median length
+DOSES = [0.05, 0.1, 0.2, 0.4, 0.8]  # in the stream's median length
 LEVEL = 0.1  # nats a token of KL on neutral text: the damage at which vectors are compared
 STEPS, LR = 12, 0.03  # of gradient descent; a step in the same unit
 QUESTION = "Can the mood of a text be steered, and does a vector that was read or learnt beat a random one?"
@@ -52,7 +52,9 @@ def which_layer(lm: hk.LM, results: hk.Record) -> int:
     table = hk.dose_response(lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=2, seed=SEED)
     means = results.table("layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings.")
     figure = hk.interval_lines(means, value="logit_diff_delta", title=f"The mean difference at dose {TRIED}")
-    results.figure("layers", figure, caption="Happy minus unhappy words, after minus before. Control: random vectors.")
+    results.figure(
+        "by_layer", figure, caption="Happy minus unhappy words, after minus before. Control: random vectors."
+    )
     best: Any = means[~means["control"]].set_index("layer")["logit_diff_delta"].idxmax()
     results.text(f"It moves the openings furthest at layer {best}, which all that follows is about.")
     return int(best)
