@@ -52,9 +52,7 @@ def which_layer(lm: hk.LM, results: hk.Record) -> int:
     table = hk.dose_response(lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=2, seed=SEED)
     means = results.table("layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings.")
     figure = hk.interval_lines(means, value="logit_diff_delta", title=f"The mean difference at dose {TRIED}")
-    results.figure(
-        "by_layer", figure, caption="Happy minus unhappy words, after minus before. Control: random vectors."
-    )
+    results.figure("by_layer", figure, caption="Happy minus unhappy words, after minus before, beside random vectors.")
     best: Any = means[~means["control"]].set_index("layer")["logit_diff_delta"].idxmax()
     results.text(f"It moves the openings furthest at layer {best}, which all that follows is about.")
     return int(best)
