@@ -16,7 +16,7 @@ import hookkit as hk
 
 SEED, RANDOM = 0, 8  # random vectors as a control
 LAYERS, TRIED = range(2, 29, 4), 0.2  # where the mean difference is tried, and at which dose
-DOSES = [0.05, 0.1, 0.2, 0.4, 0.8]  # in the stream's median length
+DOSES = [0.05, 0.1, 0.2, 0.4]  # in the stream's median length
 LEVEL = 0.1  # nats a token of KL on neutral text: the damage at which vectors are compared
 STEPS, LR = 12, 0.03  # of gradient descent; a step in the same unit
 QUESTION = "Can the mood of a text be steered, and does a vector that was read or learnt beat a random one?"
@@ -41,8 +41,8 @@ def main() -> None:
     lm = hk.load(device="cpu")
     with hk.record("results/steer_a_mood", title="Steer a mood", question=QUESTION, lm=lm, seed=SEED) as results:
         vectors = make(lm, f"resid_post.{which_layer(lm, results)}", results)
-        there = compare(dose_and_damage(lm, vectors, results), results)
-        read_aloud(lm, vectors, there, results)
+        compare(dose_and_damage(lm, vectors, results), results)
+        read_aloud(lm, vectors, results)
     print("The page: results/steer_a_mood/report.html")
 
 
@@ -51,7 +51,8 @@ def which_layer(lm: hk.LM, results: hk.Record) -> int:
     found = hk.mean_difference(lm, HAPPY, UNHAPPY, lm.sites("resid_post", layers=LAYERS))
     table = hk.dose_response(lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=2, seed=SEED)
     means = results.table("layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings.")
-    figure = hk.interval_lines(means, value="logit_diff_delta", title=f"The mean difference at dose {TRIED}")
+    lines = {"value": "logit_diff_delta", "series": "control"}
+    figure = hk.interval_lines(means, **lines, title=f"The mean difference at dose {TRIED}")
     results.figure("by_layer", figure, caption="Happy minus unhappy words, after minus before, beside random vectors.")
     best: Any = means[~means["control"]].set_index("layer")["logit_diff_delta"].idxmax()
     results.text(f"It moves the openings furthest at layer {best}, which all that follows is about.")
@@ -77,6 +78,10 @@ def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
 
 def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> pd.DataFrame:
     results.text("# What a dose does, and what it damages")
+    words = (
+        "A dose is a length, as a fraction of the stream's. Damage: KL(without ‖ with) on neutral text, nats a token."
+    )
+    results.text(f"{words} A line that hides another has its direction: see the cosines.")
     given: dict[str, Any] = {"doses": DOSES, "neutral": NEUTRAL, "seed": SEED, "progress": False}
     samples = {name: RANDOM if name == "mean difference" else 0 for name in vectors}  # the same for all at one site
     mood, each = hk.logit_diff(*HELD_OUT), vectors.items()
@@ -87,7 +92,7 @@ def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record
     return table
 
 
-def compare(table: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
+def compare(table: pd.DataFrame, results: hk.Record) -> None:
     results.text(f"# At equal damage: {LEVEL} nats a token")
     there = hk.at_damage(table, LEVEL)
     means = hk.over_prompts(there, by=["vector", "control"])
@@ -98,20 +103,18 @@ def compare(table: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
         says = f"{moved:+.2f} logits; {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean random vector"
         word = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
         results.text(f"{name}: {says}: {word} random, the furthest of which goes {random.max():+.2f}.")
-    print(shown.round(2))
-    return there
+    print(shown.round(2).to_string())
 
 
-def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], there: pd.DataFrame, results: hk.Record) -> None:
-    doses: Any = there[there["sample"] == 0].groupby(["vector", "control"])["dose_there"].first()
-    random = vectors["mean difference"].random(seed=SEED).steer(dose=doses["mean difference", True])
-    hooks: dict[str, list[hk.Hook]] = {"nothing": [], "random": [random]}
-    for sign, word in ((1, ""), (-1, "minus ")):
-        hooks |= {f"{word}{name}": [each.steer(dose=sign * doses[name, False])] for name, each in vectors.items()}
+def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> None:
+    results.text("# How it reads")
+    given = vectors | {"random": vectors["mean difference"].random(seed=SEED)}
+    hooks = {f"{way:+} {name}": [v.steer(dose=way)] for name, v in given.items() for way in (DOSES[-1], -DOSES[-1])}
     greedy = {"max_new_tokens": 16, "do_sample": False}
-    runs = {name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy)) for name, hook in hooks.items()}
+    each = {"nothing": [], **hooks}.items()
+    runs = {name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy)) for name, hook in each}
     texts = [{"added": name, "text": text} for name, run in runs.items() for text in run.text]
-    results.table("texts", pd.DataFrame(texts), caption=f"Greedy texts, at {LEVEL} nats a token of damage.")
+    results.table("texts", pd.DataFrame(texts), caption="Greedy texts with the largest dose of each, and its opposite.")
 
 
 if __name__ == "__main__":

@@ -566,6 +566,14 @@ def test_vectors_are_compared_where_they_damage_equally_much():
     assert hk.at_damage(made_up(), 0.01, toward=-1)["m_delta"].iloc[0] == pytest.approx(-0.5)
 
 
+def test_tables_may_be_put_together():
+    table = made_up()
+    both = pd.concat([table[table["vector"] == name].reset_index(drop=True) for name in ("v", "w")])
+    pd.testing.assert_frame_equal(hk.at_damage(both, 0.025), hk.at_damage(table, 0.025))
+    pd.testing.assert_frame_equal(hk.over_doses(both), hk.over_doses(table))
+    assert len(hk.damage_curves(both).axes[0].get_lines()) == len(hk.damage_curves(table).axes[0].get_lines())
+
+
 def test_without_random_vectors_there_is_no_gain():
     table = made_up()
     assert np.isnan(hk.at_damage(table[~table["control"]], 0.01)["m_gain"]).all()

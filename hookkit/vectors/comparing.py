@@ -54,6 +54,7 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
         )
     if toward not in (1, -1) or not damage > 0:
         raise BadHook(f"damage={damage} and toward={toward}: give a damage above 0, and 1 or -1 for the doses' sign")
+    table = table.reset_index(drop=True)  # several put together may count their rows alike
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
     lines = [*_places(table), "control", "sample"]
     groups: Any = table.groupby(lines, sort=False, dropna=False)

@@ -39,6 +39,7 @@ def damage_curves(
     shown = value or next(str(name) for name in table.columns if str(name).endswith("_delta"))
     if shown not in table.columns:
         raise BadHook(f"the table has no column {shown!r}{did_you_mean(shown, map(str, table.columns))} Say value=.")
+    table = table.reset_index(drop=True)  # several put together may count their rows alike
     sites = list(dict.fromkeys(table["site"]))
     figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
     panels = list(figure.subplots(1, len(sites), squeeze=False, sharey=True)[0])
