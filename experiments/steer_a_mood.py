@@ -43,7 +43,6 @@ def main() -> None:
         vectors = make(lm, f"resid_post.{which_layer(lm, results)}", results)
         compare(dose_and_damage(lm, vectors, results), results)
         read_aloud(lm, vectors, results)
-    print("The page: results/steer_a_mood/report.html")
 
 
 def which_layer(lm: hk.LM, results: hk.Record) -> int:
@@ -103,16 +102,15 @@ def compare(table: pd.DataFrame, results: hk.Record) -> None:
         says = f"{moved:+.2f} logits; {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean random vector"
         word = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
         results.text(f"{name}: {says}: {word} random, the furthest of which goes {random.max():+.2f}.")
-    print(shown.round(2).to_string())
+    print(f"{shown.round(2).to_string()}\n\nThe page: results/steer_a_mood/report.html")
 
 
 def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> None:
     results.text("# How it reads")
     given = vectors | {"random": vectors["mean difference"].random(seed=SEED)}
     hooks = {f"{way:+} {name}": [v.steer(dose=way)] for name, v in given.items() for way in (DOSES[-1], -DOSES[-1])}
-    greedy = {"max_new_tokens": 16, "do_sample": False}
-    each = {"nothing": [], **hooks}.items()
-    runs = {name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy)) for name, hook in each}
+    hooks, greedy = {"nothing": [], **hooks}, {"max_new_tokens": 16, "do_sample": False}
+    runs = {name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy)) for name, hook in hooks.items()}
     texts = [{"added": name, "text": text} for name, run in runs.items() for text in run.text]
     results.table("texts", pd.DataFrame(texts), caption="Greedy texts with the largest dose of each, and its opposite.")
 
