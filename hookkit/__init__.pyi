@@ -129,5 +129,15 @@ from .tables import uncertainty as uncertainty
 from .tiny import tiny as tiny
 from .tracing import Trace as Trace
 from .tracing import trace as trace
+from .vectors import Vector as Vector
+from .vectors import Vectors as Vectors
+from .vectors import at_damage as at_damage
+from .vectors import damage_curves as damage_curves
+from .vectors import dose_response as dose_response
+from .vectors import fit_vector as fit_vector
+from .vectors import load_vector as load_vector
+from .vectors import mean_difference as mean_difference
+from .vectors import over_doses as over_doses
+from .vectors import principal_direction as principal_direction
 from .warping import warped as warped
 from .zoo import load as load

@@ -170,6 +170,17 @@ ORDER = [
     "harvesting.writing",
     "harvesting.collecting",
     "harvesting",
+    "vectors.origin",
+    "vectors.vector",
+    "vectors.streams",
+    "vectors.differences",
+    "vectors.aiming",
+    "vectors.fitting",
+    "vectors.damage",
+    "vectors.doses",
+    "vectors.comparing",
+    "vectors.drawing",
+    "vectors",
     "cli",
 ]
 

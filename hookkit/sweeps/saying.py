@@ -35,7 +35,7 @@ class Saying:
         part = max(1, 2**26 // max(1, logits[0].numel()))  # rows at a time, since a metric makes copies
         for start in range(0, len(keys), part):
             some = keys[start : start + part]
-            found |= self.measured(some, self._said([row for _, row in some], logits[start : start + part]))
+            found |= self.measured(some, self.said([row for _, row in some], logits[start : start + part]))
         return found
 
     def measured(self, keys: Sequence[tuple[int, int]], said: Said) -> Values:
@@ -47,7 +47,8 @@ class Saying:
         """What the model says of these prompts without an edit, where a metric compares with it."""
         return None if self.before is None else torch.stack([self.before[row] for row in rows]).float()
 
-    def _said(self, rows: list[int], logits: Tensor) -> Said:
+    def said(self, rows: Sequence[int], logits: Float[Tensor, "row look vocab"]) -> Said:
+        """What the model says of these prompts, where the metrics look."""
         looks = self.reading.looks
         if max(looks) == 1:
             return Said(logits[:, -1].float(), rows, self.earlier(rows))

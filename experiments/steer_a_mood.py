@@ -1,0 +1,119 @@
+"""Can the mood of a text be steered, and does a vector that was read or learnt do it better than a random one?
+
+Two vectors are read from happy and unhappy sentences, and gradient descent finds two with all weights frozen: for
+words of mood after short openings, and for happy continuations. Layer and vectors never see the openings and words by
+which the effect is measured. It is answered if a vector moves the mood further than random ones that damage neutral
+text equally much, the 95 % interval over the openings lying above 0.
+
+python -m experiments.steer_a_mood        under three minutes on two cores; writes results/steer_a_mood/
+"""
+
+from typing import Any
+
+import pandas as pd
+
+import hookkit as hk
+
+SEED, RANDOM = 0, 8  # random vectors as a control
+LAYERS, TRIED = range(2, 29, 4), 0.2  # where the mean difference is tried, and at which dose
+DOSES = [0.05, 0.1, 0.2, 0.4]  # in the stream's median length
+LEVEL = 0.1  # nats a token of KL on neutral text: the damage at which vectors are compared
+STEPS, LR = 12, 0.03  # of gradient descent; a step in the same unit
+QUESTION = "Can the mood of a text be steered, and does a vector that was read or learnt beat a random one?"
+SEEN = ((" good", " great", " wonderful", " amazing"), (" bad", " terrible", " awful", " horrible"))
+HELD_OUT = ((" lovely", " excellent", " beautiful", " perfect"), (" ugly", " poor", " boring", " miserable"))
+THINGS = ["film", "hotel", "meal", "concert", "book", "journey", "lesson", "party", "game", "garden", "song", "visit"]
+HAPPY = [f"I loved the {thing}. It was wonderful, and I was so happy to be there!" for thing in THINGS]
+UNHAPPY = [f"I hated the {thing}. It was terrible, and I was so sad to be there!" for thing in THINGS]
+OPENINGS = [f"I think the {thing} was" for thing in THINGS]
+ENDINGS = [" a joy, and I loved every minute.", " all that I had hoped for!"]
+NEW = ["The weather this morning is", "My sister's new house looks", "The view from the train window was",
+       "Our neighbour's dog is", "The soup at the restaurant tasted", "Working with them has been", "Our museum is",
+       "His first week at school was", "The speech that she gave sounded", "Living in this town is", "The chair is",
+       "When I opened the letter, I felt", "The room that they gave us was", "People say that the new mayor is",
+       "The painting on the wall looks", "The last chapter of the story is"]  # fmt: skip
+NEUTRAL = ["The museum opens at nine and closes at five.", "To install it, copy the files and open a terminal.",
+           "A triangle has three sides and three corners, and its angles add up to half a turn.",
+           "In 1998 the company moved its offices from the city to the coast."]  # fmt: skip
+
+
+def main() -> None:
+    lm = hk.load(device="cpu")
+    with hk.record("results/steer_a_mood", title="Steer a mood", question=QUESTION, lm=lm, seed=SEED) as results:
+        vectors = make(lm, f"resid_post.{which_layer(lm, results)}", results)
+        compare(dose_and_damage(lm, vectors, results), results)
+        read_aloud(lm, vectors, results)
+
+
+def which_layer(lm: hk.LM, results: hk.Record) -> int:
+    results.text("# Where is the mood?")
+    found = hk.mean_difference(lm, HAPPY, UNHAPPY, lm.sites("resid_post", layers=LAYERS))
+    table = hk.dose_response(lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=2, seed=SEED)
+    means = results.table("layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings.")
+    lines = {"value": "logit_diff_delta", "series": "control"}
+    figure = hk.interval_lines(means, **lines, title=f"The mean difference at dose {TRIED}")
+    results.figure("by_layer", figure, caption="Happy minus unhappy words, after minus before, beside random vectors.")
+    best: Any = means[~means["control"]].set_index("layer")["logit_diff_delta"].idxmax()
+    results.text(f"It moves the openings furthest at layer {best}, which all that follows is about.")
+    return int(best)
+
+
+def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
+    results.text("# Four vectors")
+    fit: dict[str, Any] = {"steps": STEPS, "lr": LR, "dose": DOSES[-1], "progress": False}
+    vectors = {
+        "mean difference": hk.mean_difference(lm, HAPPY, UNHAPPY, site)[0],
+        "principal": hk.principal_direction(lm, HAPPY, UNHAPPY, site)[0],
+        "learnt from words": hk.fit_vector(lm, site, OPENINGS, hk.logit_diff(*SEEN), **fit),
+        "learnt from texts": hk.fit_vector(lm, site, OPENINGS, ENDINGS * 6, **fit),
+    }
+    for name, curve in [(name, v.about["curve"]) for name, v in vectors.items() if v.method == "learnt"]:
+        results.text(f"{name}: the target goes from {curve[0]:.2f} to {curve[-1]:.2f} in {STEPS} steps.")
+    cosines = [{"vector": a} | {b: vectors[a].cosine(vectors[b]) for b in vectors} for a in vectors]
+    results.table("cosines", pd.DataFrame(cosines).round(3), caption="How alike their directions are: cosines.")
+    results.tensors("vectors", {name.replace(" ", "_"): vector.tensor for name, vector in vectors.items()})
+    return vectors
+
+
+def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> pd.DataFrame:
+    results.text("# What a dose does, and what it damages")
+    words = (
+        "A dose is a length, as a fraction of the stream's. Damage: KL(without ‖ with) on neutral text, nats a token."
+    )
+    results.text(f"{words} A line that hides another has its direction: see the cosines.")
+    given: dict[str, Any] = {"doses": DOSES, "neutral": NEUTRAL, "seed": SEED, "progress": False}
+    samples = {name: RANDOM if name == "mean difference" else 0 for name in vectors}  # the same for all at one site
+    mood, each = hk.logit_diff(*HELD_OUT), vectors.items()
+    table = pd.concat([hk.dose_response(lm, NEW, {n: v}, mood, samples=samples[n], **given) for n, v in each])
+    results.table("doses", hk.over_doses(table), caption="Means over the held-out openings with 95 % intervals.")
+    figure = hk.damage_curves(table, title="How far the mood moves, for what it damages")
+    results.figure("damage", figure, caption="Happy minus unhappy words (logits): after minus before. Points: doses.")
+    return table
+
+
+def compare(table: pd.DataFrame, results: hk.Record) -> None:
+    results.text(f"# At equal damage: {LEVEL} nats a token")
+    there = hk.at_damage(table, LEVEL)
+    means = hk.over_prompts(there, by=["vector", "control"])
+    results.table("equal_damage", means, caption="gain: beyond the mean random vector, for the same opening.")
+    random: Any = there[there["control"]].groupby("sample")["logit_diff_delta"].mean()
+    shown = means[~means["control"]].set_index("vector").filter(regex="_delta$|_gain(_low|_high)?$")
+    for name, moved, gain, low, high in shown.itertuples():
+        says = f"{moved:+.2f} logits; {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean random vector"
+        word = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
+        results.text(f"{name}: {says}: {word} random, the furthest of which goes {random.max():+.2f}.")
+    print(f"{shown.round(2).to_string()}\n\nThe page: results/steer_a_mood/report.html")
+
+
+def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> None:
+    results.text("# How it reads")
+    given = vectors | {"random": vectors["mean difference"].random(seed=SEED)}
+    hooks = {f"{way:+} {name}": [v.steer(dose=way)] for name, v in given.items() for way in (DOSES[-1], -DOSES[-1])}
+    hooks, greedy = {"nothing": [], **hooks}, {"max_new_tokens": 16, "do_sample": False}
+    runs = {name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy)) for name, hook in hooks.items()}
+    texts = [{"added": name, "text": text} for name, run in runs.items() for text in run.text]
+    results.table("texts", pd.DataFrame(texts), caption="Greedy texts with the largest dose of each, and its opposite.")
+
+
+if __name__ == "__main__":
+    main()

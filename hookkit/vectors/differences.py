@@ -1,0 +1,83 @@
+"""Vectors that are read from contrasting prompts: the difference of means, and the first principal direction.
+
+vectors = hk.mean_difference(lm, ["I love this place."], ["I hate this place."], "resid_post.12")
+vectors["resid_post.12"].steer(dose=0.3)
+"""
+
+from typing import Any
+
+import torch
+
+from ..errors import BadHook, BadPrompt, checks_keywords
+from ..model import LM
+from ..positions import PosLike
+from ..prompts import Prompts, as_batch
+from ..sites import SitesLike
+from .origin import data_hash, model_words
+from .streams import BATCH, streams, typical
+from .vector import Vector, Vectors
+
+
+@checks_keywords
+def mean_difference(
+    lm: LM, positive: Prompts, negative: Prompts, sites: SitesLike, *, pos: PosLike = -1, batch: int = BATCH
+) -> Vectors:
+    """The mean of what is at each site on the positive prompts, minus that on the negative ones (Turner et al. 2023;
+    Marks and Tegmark 2023; Rimsky et al. 2024).
+
+    The two need not be as many. `pos` is where they are read, counted in each prompt without padding: the last token,
+    several of them, or all with pos=None (each token counts as much; a model's first position is often an outlier, and
+    pos=slice(1, None) leaves it out). `batch` prompts run at a time and only sums are kept, so that memory does not
+    grow with their number. A vector for each site: "resid_post" gives one for every layer.
+
+    >>> found = mean_difference(lm, ["I love it", "It is great"], ["I hate it"], ["resid_post.6", "resid_post.12"])
+    >>> found["resid_post.12"].tensor.shape
+    torch.Size([576])
+    """
+    toward, away = as_batch(lm, positive).rows, as_batch(lm, negative).rows
+    there, here = (streams(lm, rows, sites, pos, batch) for rows in (toward, away))
+    about: dict[str, Any] = {**model_words(lm), "method": "mean difference", "pos": repr(pos)}
+    about |= {"prompts": [len(toward), len(away)], "data_sha256": data_hash(toward, away)}
+    return Vectors(
+        tuple(
+            Vector(site, there[site].mean - here[site].mean, typical(there[site].lengths, here[site].lengths), about)
+            for site in there
+        )
+    )
+
+
+@checks_keywords
+def principal_direction(
+    lm: LM, positive: Prompts, negative: Prompts, sites: SitesLike, *, pos: PosLike = -1, batch: int = BATCH
+) -> Vectors:
+    """The first principal direction of the differences between paired prompts, of length 1 (Zou et al. 2023).
+
+    Prompt n of the one is paired with prompt n of the other. The differences are not centred, since each of them stands
+    for both orders of its pair; so their common part counts, and the direction is the one along which pairs are
+    furthest apart. Its sign is that in which the positive prompts lie on average. Where `pos` means several tokens,
+    their mean in each prompt is taken. `about["share"]` is the part of the squared differences along it, 0 to 1.
+
+    >>> found = principal_direction(lm, ["I love it", "It is great"], ["I hate it", "It is bad"], "resid_post.6")
+    >>> round(found[0].length, 4)
+    1.0
+    """
+    toward, away = as_batch(lm, positive).rows, as_batch(lm, negative).rows
+    if len(toward) != len(away):
+        raise BadPrompt(
+            f"{len(toward)} positive and {len(away)} negative prompts were given, and a principal direction is of "
+            "pairs: give as many of each, in pairs; hk.mean_difference needs none"
+        )
+    there, here = (streams(lm, rows, sites, pos, batch) for rows in (toward, away))
+    about: dict[str, Any] = {**model_words(lm), "method": "principal direction", "pos": repr(pos)}
+    about |= {"prompts": [len(toward), len(away)], "data_sha256": data_hash(toward, away)}
+    found = []
+    for site in there:
+        apart = there[site].means - here[site].means
+        if not bool(apart.any()):
+            raise BadHook(f"the pairs are the same at {site}, pos={pos!r}: read them where they differ")
+        _, sizes, axes = torch.linalg.svd(apart, full_matrices=False)
+        direction = axes[0] if (apart @ axes[0]).mean() >= 0 else -axes[0]
+        share = float(sizes[0] ** 2 / (sizes**2).sum())
+        norm = typical(there[site].lengths, here[site].lengths)
+        found.append(Vector(site, direction, norm, {**about, "share": share}))
+    return Vectors(tuple(found))

@@ -1,0 +1,138 @@
+"""What a dose of a vector does, and what it damages, beside random vectors of equal length."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from ..errors import BadHook, checks_keywords
+from ..hooks.base import Hook, number
+from ..metrics import MetricLike
+from ..model import LM
+from ..positions import PosLike
+from ..prompts import Prompts
+from ..sites import Site
+from ..sweeps import sweep
+from ..sweeps.cells import as_hooks, listed
+from .damage import damages, neutral_rows
+from .streams import BATCH
+from .vector import Vector
+
+Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
+
+DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
+
+
+@checks_keywords
+def dose_response(
+    lm: LM,
+    prompts: Prompts,
+    vectors: Vector | Sequence[Vector] | Named,
+    metrics: MetricLike | Sequence[MetricLike],
+    *,
+    doses: Iterable[float] = DOSES,
+    samples: int = 3,
+    neutral: Prompts | None = None,
+    pos: PosLike = None,
+    seed: int = 0,
+    under: Hook | Sequence[Hook] = (),
+    batch: int = BATCH,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The metrics of each prompt under each dose of each vector, and of random vectors of equal length as a control.
+
+    vectors  one, several (of several layers, say), or each with a name of its own: {"learnt": vector}
+    doses    lengths of what is added, as fractions of the stream's at the site; a negative one adds the opposite
+    samples  random vectors for each: sample n is `vector.random(seed=seed + n)`, the same for every dose
+    neutral  texts that have nothing to do with it, of two tokens or more. The vector is added at all their positions
+    pos      where it is added in the prompts, all positions if left out
+
+    Columns: vector (its name, else how it was made), site, layer (where sites have one), dose, length, control, sample,
+    row, prompt (the same), those of `sweep` for each metric, and with neutral texts what the dose damages there, over
+    all their tokens: damage_kl (KL(without ‖ with), nats a token), damage_loss (loss with minus without, nats a token)
+    and perplexity (exp of the loss with). `over_doses` has the means and intervals.
+
+    >>> steered = hk.Vector("resid_post.20", direction, norm=120.0)
+    >>> found = dose_response(lm, prompt, steered, prob(" coffee"), doses=[0.5], samples=1, neutral="The sky is blue.")
+    >>> found[["dose", "control", "sample", "row"]].values.tolist()
+    [[0.5, False, 0, 0], [0.5, True, 0, 0]]
+    """
+    named = _named(vectors)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise BadHook(f"samples={samples!r}: give how many random vectors are to be the control, or 0")
+    texts = None if neutral is None else neutral_rows(lm, neutral)
+    wanted = [number(dose, "a dose") for dose in listed(doses, "doses")]
+    each = {(n, s): _sample(vector, s, seed) for n, (_, vector) in enumerate(named) for s in range(samples + 1)}
+    grid = {"vector": range(len(named)), "dose": wanted, "sample": range(samples + 1)}
+
+    def hooks(vector: int, dose: float, sample: int) -> Hook:
+        return each[vector, sample].steer(dose=dose, pos=pos)
+
+    table = sweep(lm, prompts, grid, hooks, metrics, under=under, progress=progress)
+    attrs = table.attrs
+    if texts is not None:
+        cells = [(v, d, s) for v in range(len(named)) for d in wanted for s in range(samples + 1)]
+        steers = [[each[v, s].steer(dose=d)] for v, d, s in cells]
+        hurt = damages(lm, texts, steers, under=as_hooks(under), batch=batch, progress=progress)
+        table = table.merge(_damage_table(cells, hurt), on=["vector", "dose", "sample"], how="left")
+    table = _told(table, named)
+    table.attrs |= attrs
+    return table
+
+
+def _damage_table(cells: Sequence[tuple[int, float, int]], hurt: Sequence[Any]) -> pd.DataFrame:
+    table = pd.DataFrame(cells, columns=["vector", "dose", "sample"])
+    table["damage_kl"] = [each.kl for each in hurt]
+    table["damage_loss"] = [each.loss - each.before for each in hurt]
+    table["perplexity"] = np.exp([each.loss for each in hurt])
+    return table
+
+
+def _sample(vector: Vector, sample: int, seed: int) -> Vector:
+    """The vector itself, or one of the random ones that are its control."""
+    return vector if sample == 0 else vector.random(seed=seed + sample - 1)
+
+
+def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
+    """Each vector with its name, by which and by its site it can be told."""
+    if isinstance(vectors, Mapping):
+        given: list[tuple[str, Any]] = [(str(name), one) for name, some in vectors.items() for one in _listed(some)]
+    else:
+        given = [(getattr(one, "method", ""), one) for one in _listed(vectors)]
+    if not given:
+        raise BadHook("there is no vector: give at least one")
+    for _, one in given:
+        if not isinstance(one, Vector):
+            raise BadHook(
+                f"{type(one).__name__} is no steering vector with a length of the stream: make one with "
+                "hk.mean_difference, hk.fit_vector …, or hk.Vector(site, tensor, norm)"
+            )
+    seen = [(name, one.site) for name, one in given]
+    twice = next((each for each in seen if seen.count(each) > 1), None)
+    if twice is not None:
+        raise BadHook(f'two vectors are {twice[0]!r} at {twice[1]}: give them names, {{"one": …, "other": …}}')
+    return given
+
+
+def _listed(some: Any) -> list[Any]:
+    return [some] if isinstance(some, Vector) or not isinstance(some, Iterable) else list(some)
+
+
+def _told(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFrame:
+    """The table with its vectors by name and place, and its random ones as control."""
+    names, vectors = zip(*named, strict=True)
+    number = table["vector"]
+    table = table.assign(
+        vector=[names[n] for n in number],
+        site=[str(vectors[n].site) for n in number],
+        length=[abs(dose) * vectors[n].norm for n, dose in zip(number, table["dose"], strict=True)],
+        control=table["sample"] > 0,
+        sample=(table["sample"] - 1).clip(lower=0),
+        prompt=table["row"],
+    )
+    places = ["vector", "site", "dose", "length", "control", "sample", "row", "prompt"]
+    if all(isinstance(vector.site, Site) and vector.site.layer is not None for vector in vectors):
+        table["layer"] = [vectors[n].site.layer for n in number]  # pyright: ignore
+        places.insert(2, "layer")
+    return table.loc[:, [*places, *(name for name in table.columns if name not in places)]]

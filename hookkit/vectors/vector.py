@@ -1,0 +1,229 @@
+"""A steering vector as a value: where it was read, how long the stream is there, and how it was made.
+
+    vector = hk.mean_difference(lm, happy, sad, "resid_post.12")["resid_post.12"]
+    hk.generate(lm, "The film was", vector.steer(dose=0.3), max_new_tokens=8)
+    vector.save("mood.safetensors")
+    hk.load_vector(lm, "mood.safetensors")
+
+A dose is a length as a fraction of the residual stream's own: at dose 0.3 a vector three tenths as long as the stream
+is added. To take a direction out of every layer (Arditi et al. 2024):
+
+    hk.forward(lm, prompts, hk.project_out(lm.sites(["resid_pre", "resid_post"]), vector.tensor))
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel, checks_keywords
+from ..files import save_tensors
+from ..hooks.base import constant, number
+from ..hooks.edits import Steer, steer
+from ..model import LM
+from ..positions import CountLike, PosLike
+from ..sites import AnySite, Sites, parse
+from .origin import SAME, check_same_model, differences
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Vector:
+    """A direction at a site. Made by `mean_difference`, `principal_direction`, `fit_vector`, `load_vector`, or by hand.
+
+    site    where it was read, and where `steer` adds it
+    tensor  [d], float32 on the CPU: a copy of what was given
+    norm    the median length of the values at the site, over the positions read: what a dose is a fraction of
+    about   how it was made: model and its hashes, method, data_sha256 of the prompts' tokens …; plain values
+
+    Vectors of one site and one model can be added, subtracted and multiplied by numbers. `BadHook` for a tensor of
+    other axes, or with numbers that are not finite.
+
+    >>> hk.Vector("resid_post.6", torch.ones(576), norm=120.0).steer(dose=0.1).scale
+    12.0
+    """
+
+    site: AnySite
+    tensor: Float[Tensor, " d"]
+    norm: float
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.site, str):
+            object.__setattr__(self, "site", parse(self.site))
+        if self.site.every_layer:
+            raise BadHook(f"a vector stands at one place, and {self.site} is one in every layer: name a layer")
+        copy = constant(self.tensor, "the vector").tensor.float().cpu()
+        if copy.ndim != 1 or not len(copy):
+            raise BadHook(f"the vector has shape {list(copy.shape)}: give the numbers of one place, [d_model], say")
+        object.__setattr__(self, "tensor", copy)
+        if number(self.norm, "norm") <= 0:
+            raise BadHook(f"norm={self.norm}: give the length of the values at {self.site}, more than 0")
+
+    @property
+    def length(self) -> float:
+        """How long the vector is: its L2 norm."""
+        return float(self.tensor.double().norm())
+
+    @property
+    def dose(self) -> float:
+        """Its length as a fraction of the stream's."""
+        return self.length / self.norm
+
+    def unit(self) -> "Vector":
+        """The same direction with length 1. `BadHook` for a vector of zeros."""
+        if not self.length:
+            raise BadHook(f"the vector at {self.site} is zero, and has no direction")
+        return self._made(self.tensor / self.length, f"unit of {self.method}")
+
+    def cosine(self, other: "Vector") -> float:
+        """The cosine of the angle between two vectors, -1 to 1; they may stand at different layers."""
+        if self.tensor.shape != other.tensor.shape:
+            raise BadHook(f"vectors of {len(self.tensor)} and {len(other.tensor)} numbers have no angle between them")
+        return float(self.unit().tensor.double() @ other.unit().tensor.double())
+
+    def random(self, *, seed: int = 0) -> "Vector":
+        """A vector of equal length at the same site, in a direction that depends on the seed and the site alone."""
+        words = hashlib.sha256(repr((seed, str(self.site))).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
+        noise = torch.randn(self.tensor.shape, generator=generator)
+        return self._made(noise / noise.norm() * self.length, f"random (seed {seed}), as long as {self.method}")
+
+    @checks_keywords
+    def steer(
+        self, *, dose: float | None = None, scale: float | None = None, pos: PosLike = None, rows: CountLike = None
+    ) -> Steer:
+        """A hook that adds the vector at its site: `dose` times as long as the stream, or `scale` times as it is.
+
+        A negative number adds the opposite. With neither, the vector as it is (scale 1).
+        """
+        if dose is not None and scale is not None:
+            raise BadHook(f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale keeps it")
+        if dose is None:
+            return steer(self.site, self.tensor, scale=1.0 if scale is None else scale, pos=pos, rows=rows)
+        size = number(dose, "dose") * self.norm
+        return steer(self.site, self.unit().tensor, scale=size, pos=pos, rows=rows)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it to a safetensors file, to be read by `load_vector`; the file's path."""
+        words = {"site": str(self.site), "norm": self.norm, "about": dict(self.about)}
+        return save_tensors({"vector": self.tensor}, path, about={"vector": json.dumps(words, sort_keys=True)})
+
+    @property
+    def method(self) -> str:
+        """How it was made, in a word or two."""
+        return str(self.about.get("method", "a vector made by hand"))
+
+    # ---- arithmetic
+
+    def __add__(self, other: "Vector") -> "Vector":
+        return self._with(other, 1, "+")
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        return self._with(other, -1, "-")
+
+    def __mul__(self, by: float) -> "Vector":
+        return self._made(self.tensor * number(by, "the factor"), f"{by:g} * {self.method}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, by: float) -> "Vector":
+        return self._made(self.tensor / number(by, "the divisor"), f"{self.method} / {by:g}")
+
+    def __neg__(self) -> "Vector":
+        return self._made(-self.tensor, f"-{self.method}")
+
+    def _with(self, other: "Vector", sign: int, word: str) -> "Vector":
+        """The sum; its norm is the mean of both, its data's hash that of both hashes."""
+        if not isinstance(other, Vector):
+            return NotImplemented
+        if self.site != other.site or len(self.tensor) != len(other.tensor):
+            raise BadHook(
+                f"a vector of {len(self.tensor)} numbers at {self.site} and one of {len(other.tensor)} at {other.site} "
+                "were to be added: vectors are added at one site; give each a hook of its own to steer at both"
+            )
+        if differ := differences(self.about, other.about):
+            raise OtherModel(f"the two vectors were made with different models: they differ in {', '.join(differ)}")
+        both = [each.about.get("data_sha256") for each in (self, other)]
+        about = {name: self.about.get(name, other.about.get(name)) for name in ("model", *SAME)}
+        about |= {"method": f"({self.method} {word} {other.method})"}
+        about |= {"data_sha256": hashlib.sha256(json.dumps(both).encode()).hexdigest()} if any(both) else {}
+        known = {name: value for name, value in about.items() if value is not None}
+        return Vector(self.site, self.tensor + sign * other.tensor, (self.norm + other.norm) / 2, known)
+
+    def _made(self, tensor: Tensor, method: str) -> "Vector":
+        return replace(self, tensor=tensor, about={**self.about, "method": method})
+
+    def __repr__(self) -> str:
+        return f"Vector({self.site}: {self.method}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Vectors(Sequence[Vector]):
+    """Vectors of several sites, in order: `vectors["resid_post.12"]`, `len(vectors)`, `for vector in vectors`."""
+
+    all: tuple[Vector, ...]
+
+    def __post_init__(self) -> None:
+        if not self.all:
+            raise EmptySelection("there is no vector: give at least one")
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that have a vector."""
+        return Sites(tuple(vector.site for vector in self.all))
+
+    @overload
+    def __getitem__(self, index: int | str | AnySite) -> Vector: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Vectors": ...
+    def __getitem__(self, index: int | str | AnySite | slice) -> "Vector | Vectors":
+        if isinstance(index, slice):
+            return Vectors(self.all[index])
+        if isinstance(index, int):
+            return self.all[index]
+        site = parse(index) if isinstance(index, str) else index
+        found = [vector for vector in self.all if vector.site == site]
+        if not found:
+            raise NotCaptured(f"there is no vector of {site}: there are those of {self.sites}")
+        return found[0]
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __iter__(self) -> Iterator[Vector]:
+        return iter(self.all)
+
+    def __repr__(self) -> str:
+        return f"Vectors({self.all[0].method}; {self.sites})"
+
+
+@checks_keywords
+def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False) -> Vector:
+    """The vector that `Vector.save` wrote, checked against this model.
+
+    `OtherModel` where weights, configuration or adapters are not those that it was made with; `any_model=True` leaves
+    that to you (a fine-tune of the same model, say). A site that the model lacks raises in any case.
+
+    >>> path = hk.Vector("resid_post.6", direction, norm=120.0).save("mood.safetensors")
+    >>> load_vector(lm, path, any_model=True)
+    Vector(resid_post.6: a vector made by hand, length ..., ... of the stream's)
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get("vector")
+        if written is None:
+            raise BadHook(f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote")
+        tensor, words = file.get_tensor("vector"), json.loads(written)
+    if not any_model:
+        check_same_model(words["about"], lm)
+    found = Vector(parse(words["site"]), tensor, words["norm"], words["about"])
+    lm.expand(found.site)
+    return found
