@@ -1,9 +1,10 @@
-"""Where does a logit come from? From `W @ h + b`: one row of weights, one hidden state, and everything that wrote it.
+"""Where does a logit come from?
 
-The logit of " coffee" after "I like oat milk in my" is taken apart three times: by the numbers of the hidden state, by
-the components that wrote it, and by heads. It is answered if each sum gives the logit. A researcher then asks of many
-prompts which components write the answer's lead over a rival, and tests the claim by ablating them: a direct share is
-what a component would take away if nothing behind it had read it.
+From `W @ h + b`: one row of weights, one hidden state, and everything that wrote it. The logit of " coffee" after
+"I like oat milk in my" is taken apart three times: by the numbers of the hidden state, by the components that wrote it,
+and by heads. It is answered if each sum gives the logit. A researcher then asks of many prompts which components write
+the answer's lead over a rival, and tests the claim by ablating them: a direct share is what a component would take away
+if nothing behind it had read it.
 
 python -m experiments.logits_are_dot_products        a minute on two cores; writes results/logits_are_dot_products/
 """

@@ -51,7 +51,7 @@ def direct_logits(
 
     >>> table = direct_logits(run, " coffee")
     >>> table["logit"].sum().round(3), table.nlargest(2, "logit")["component"].tolist()
-    (np.float64(17.872), ['mlp_out.28', 'mlp_out.27'])
+    (np.float64(20.371), ['mlp_out.29', 'mlp_out.27'])
     """
     lm = run.lm
     again = _again(run, heads, neurons, pos)
@@ -184,7 +184,13 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
     "logit", whose product is the logit itself.
 
     >>> terms = logit_terms(run, " coffee", top=2)
-    >>> terms[["term", "product"]].round(3)
+    >>> terms[["term", "product"]].round(2)
+          term  product
+    0  dim 199     2.46
+    1  dim 322     2.16
+    2   others    15.75
+    3     bias     0.00
+    4    logit    20.37
     """
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise BadHook(f"top={top!r}: give how many dimensions to show, at least 1")
@@ -206,9 +212,11 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
     logits = again.captured_logits()
     said = float(logits.values[row, logits.column(row, int(end.positions[row, 0])), chosen[0]])
     raw = float(read.raw[0, chosen[0]])
-    others = float(products.sum()) - sum(float(products[dim]) for dim in order)
-    found.append({"term": "others", "product": others})
-    found.append({"term": "bias", "product": raw - float(products.sum())})
+    with torch.no_grad():
+        head = lm.submodule(lm.place(Site("lm_head")).path).forward
+        bias = float(head(torch.zeros_like(read.given[:1]))[0, chosen[0]])
+    found.append({"term": "others", "product": raw - bias - sum(float(products[dim]) for dim in order)})
+    found.append({"term": "bias", "product": bias})
     if abs(said - raw) > 1e-6 * max(1.0, abs(raw)):
         found.append({"term": "soft-cap, scale or edit", "product": said - raw})
     table = pd.DataFrame(found)

@@ -39,8 +39,9 @@ def patchscope(
 
     Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations".
 
-    >>> patchscope(lm, "The Eiffel Tower is located in the city of", sites="resid_post.28")["token"].tolist()
-    [' Paris']
+    >>> scope = patchscope(lm, "I like oat milk in my", sites=["resid_post.4", "resid_post.28"], max_new_tokens=1)
+    >>> scope[["site", "target_site"]].values.tolist()
+    [['resid_post.4', 'resid_post.4'], ['resid_post.28', 'resid_post.28']]
     """
     wanted = [site for site in lm.expand(sites) if isinstance(site, Site)]
     source = forward(lm, prompt, *hooks, capture(wanted, pos=pos), logits=False)

@@ -62,8 +62,9 @@ class TunedLens:
 def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLens:
     """The tuned lens that `save` wrote. `BadHook` where `lm` is given and its weights are not those it was trained on.
 
-    >>> lens = load_lens(path, lm=lm)
-    >>> lens.history.columns.tolist()
+    >>> small = hk.tiny("llama")
+    >>> lens = train_lens(small, [list(range(2, 90))], window=16, steps=2, progress=False)
+    >>> load_lens(lens.save("lens.safetensors"), lm=small).history.columns.tolist()
     ['site', 'layer', 'kl_before', 'kl_after']
     """
     from io import StringIO

@@ -9,7 +9,7 @@ from ..model import LM
 from .passes import Unit
 
 FORWARD = {"cpu": 40, "cuda": 256}  # what a block costs beside its tokens, in tokens: reading its weights, calling it
-BUDGET = 512 * 2**20  # bytes, where the memory cannot be asked for
+BUDGET = 128 * 2**20  # bytes, where the memory cannot be asked for: larger tensors are mapped anew each time
 
 
 @dataclass(frozen=True)
