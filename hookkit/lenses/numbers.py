@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = {"cpu": 24 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits at a time; on a CPU, about what its caches hold
+CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits at a time
 
 
 def chunk_of(device: torch.device, vocab: int) -> int:
@@ -38,7 +38,7 @@ class Numbers:
 def numbers(
     logits: Float[Tensor, "cell state vocab"], real: int, top: int, watched: Sequence[int], *, anywhere: bool
 ) -> Numbers:
-    """The numbers of a chunk of logits, which is written over.
+    """The numbers of a chunk of logits.
 
     Shown are the first `top` tokens of each state or, with `anywhere`, the same tokens at every state of a cell: those
     that rank best at any of them; and the watched ones.
@@ -83,17 +83,20 @@ def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Σ p log p is written as Σ p x - log Z, so that no log-softmax of the whole is ever there.
     """
     largest = logits.amax(-1, keepdim=True)
-    banned = bool(torch.isinf(logits).any()) if largest.isinf().any() or logits.amin() == -torch.inf else False
-    logits -= largest
-    weights = logits.exp()
+    weights = (logits - largest).exp_()
     total = weights.sum(-1)
-    if banned:
-        logits.nan_to_num_(neginf=0.0)  # their weight is 0, and 0 times -inf would be no number
-    mean = torch.einsum("csv,csv->cs", weights, logits) / total
-    probs = weights[:, -1:] / total[:, -1:, None]
-    crossed = torch.bmm(probs, logits.transpose(1, 2))[:, 0]
-    log_total = total.log()
+    mean = _weighed(weights, logits) / total
+    if mean.isnan().any():  # banned tokens: their weight is 0, and 0 times -inf is no number
+        logits = logits.nan_to_num(neginf=0.0)
+        mean = _weighed(weights, logits) / total
+    crossed = torch.bmm(weights[:, -1:], logits.transpose(1, 2))[:, 0] / total[:, -1:]
+    log_total = total.log() + largest[..., 0]
     entropy = (log_total - mean).clamp(min=0)
     kl = (log_total - crossed - entropy[:, -1:]).clamp(min=0)
     kl[:, -1] = 0.0
-    return log_total + largest[..., 0], entropy, kl
+    return log_total, entropy, kl
+
+
+def _weighed(weights: Tensor, logits: Tensor) -> Tensor:
+    """Σ weight x logit over the vocabulary."""
+    return torch.bmm(weights.flatten(0, 1)[:, None], logits.flatten(0, 1)[..., None]).view(weights.shape[:2])
