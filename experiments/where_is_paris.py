@@ -62,13 +62,13 @@ def swapped(lm: hk.LM, results: hk.Record) -> None:
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     half = {name: by_layer.index[(by_layer[name] > 0.5)].tolist() for name in places}
     results.text(
-        f"The stream at the subject's last token carries more than half of the answer in blocks "
-        f"{_span(half['subject'])}, and at the end in blocks {_span(half['end'])}."
+        f"The stream at the subject's last token carries more than half of the answer in "
+        f"{_span(half['subject'])}, and at the end in {_span(half['end'])}."
     )
 
 
 def _span(layers: list[int]) -> str:
-    return f"{min(layers)} to {max(layers)}" if layers else "nowhere"
+    return f"blocks {min(layers)} to {max(layers)}" if layers else "no block"
 
 
 if __name__ == "__main__":
