@@ -607,6 +607,16 @@ def test_a_resampled_control_patches_from_the_next_prompt(small):
         assert found == pytest.approx(run(small, corrupted[row], [edit]), abs=1e-4)
 
 
+def test_a_resampled_control_of_whole_prompts_takes_the_next_of_the_same_length(small):
+    clean, corrupted = pair(8, 7, 8, 7)
+    patch = hk.patch("attn_out.1", hk.forward(small, clean, hk.capture("attn_out.1")))
+    table = hk.sweep(small, corrupted, {"n": [0]}, lambda n: patch, METRIC, control="resample")
+    for row, control, found in table[["row", "control", "logit_diff"]].itertuples(index=False):
+        source = clean[(row + 2 * control) % 4]
+        edit = ("attn_out", 1, put(raw(small, source, "attn_out", 1)))
+        assert found == pytest.approx(run(small, corrupted[row], [edit]), abs=1e-4)
+
+
 def test_a_control_may_be_a_function_and_leave_cells_out(llama_ids):
     def control(layer):
         return None if layer == 0 else hk.ablate(hk.Site("attn_out", layer))

@@ -100,7 +100,7 @@ def _random(hook: Hook) -> Hook:
 
 
 def _resampled(hook: Hook) -> Hook:
-    """The same patch with the values of the next prompt of its source."""
+    """The same patch with the values of the next prompt of its source, of the same length where there is one."""
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
         raise BadHook(f"control='resample' patches from another prompt, and {hook} is no patch: say control='random'")
     return replace(hook, to=FromRun(tuple(map(_rolled, hook.to.sources))))
@@ -112,9 +112,19 @@ def _rolled(source: Captured) -> Captured:
             f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt "
             "only: give several prompts, or say control='random'"
         )
+    others = _next_of_length([len(prompt) for prompt in source.prompts])
     return replace(
         source,
-        values=source.values.roll(-1, 0),
-        positions=source.positions.roll(-1, 0),
-        prompts=(*source.prompts[1:], source.prompts[0]),
+        values=source.values[others],
+        positions=source.positions[others],
+        prompts=tuple(source.prompts[other] for other in others),
     )
+
+
+def _next_of_length(lengths: Sequence[int]) -> list[int]:
+    """For each prompt the next one around that has as many tokens, or the very next where none has."""
+    count, found = len(lengths), []
+    for row in range(count):
+        around = [(row + step) % count for step in range(1, count)]
+        found.append(next((other for other in around if lengths[other] == lengths[row]), around[0]))
+    return found
