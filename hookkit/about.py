@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .model import LM
+from .sharding import whole_weight
 
 PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
 
@@ -46,7 +47,8 @@ def versions() -> dict[str, str]:
 def weights_hash(lm: LM) -> str:
     """The sha256 of all weights, by name: equal for two models that compute the same."""
     total = hashlib.sha256()
-    for name, weight in sorted(_numbers("", _state(lm.root)), key=lambda named: named[0]):
+    state = {name: whole_weight(weight) for name, weight in _state(lm.root).items()}
+    for name, weight in sorted(_numbers("", state), key=lambda named: named[0]):
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         data = weight.detach().cpu().contiguous()
         total.update(data.flatten().view(torch.uint8).numpy())

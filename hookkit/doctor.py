@@ -127,6 +127,7 @@ def facts(lm: LM) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in lm.root.parameters()),
         "dtype": ", ".join(kinds),
         "device": ", ".join(sorted({str(weight.device) for weight in weights})),
+        "processes": "1" if lm.ranks is None else f"{lm.ranks.count}, of which this is number {lm.ranks.rank}",
         "device map": str(getattr(lm.root, "hf_device_map", None) or "none"),
         "quantisation": type(quantised).__name__ if quantised is not None else "none",
         "attention": getattr(lm.config, "_attn_implementation", None) or "unknown",

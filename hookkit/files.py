@@ -25,6 +25,7 @@ from .errors import BadHook, checks_keywords
 from .model import LM
 from .reports import NAME, Part, Report, report, save_part
 from .runs import Run
+from .sharding import writes
 
 
 @checks_keywords
@@ -49,8 +50,11 @@ def save_tensors(
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     making = target.with_name(f".{target.name}.making")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, making, dict(about or {}))
-    making.replace(target)
+    if writes():
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, making, dict(about or {})
+        )
+        making.replace(target)
     return target
 
 
@@ -142,8 +146,9 @@ class Record:
         about |= {"files": self.files, "seconds": round(time.perf_counter() - self._started, 1)}
         target = self.folder / "about.json"
         making = target.with_name(".about.json.making")
-        making.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        making.replace(target)
+        if writes():
+            making.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            making.replace(target)
 
 
 @checks_keywords

@@ -4,7 +4,7 @@ A `Form` says how a site stands in the tensor at its place. What it reads is a v
 writes goes into the module's own tensor (or a copy of it).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -153,6 +153,22 @@ def form_of(layout: Layout, site: AnySite, place: Place) -> Form:
     if site not in layout.forms:
         layout.forms[site] = _form(layout, site, place)
     return layout.forms[site]
+
+
+def full_sizes(layout: Layout, site: AnySite, place: Place) -> dict[int, int] | None:
+    """How long the axes of the whole tensor at a place are that may be split among processes; None where that is not
+    known."""
+    if isinstance(site, Site):
+        shape = layout.shape(replace(site, head=None))
+        if place.side == "inside" and not place.flat:
+            return {1: shape[0]}
+        found = layout.cut(site) if place.cut else None
+        if found is not None:
+            return {-1: found.outer * found.total}
+        return {number - len(shape): size for number, size in enumerate(shape) if size}
+    word = "in_features" if place.side == "input" else "out_features"
+    size = getattr(layout.submodule(place.path), word, None) if place.item == 0 else None
+    return {-1: size} if isinstance(size, int) else None
 
 
 def _form(layout: Layout, site: AnySite, place: Place) -> Form:

@@ -19,6 +19,7 @@ from .errors import BadHook, checks_keywords
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
+from .sharding import Ranks, ranks_of
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 from .vocabulary import Token, Vocabulary
 from .wrapped import adapters, adapters_of, execution_device, unwrapped
@@ -68,6 +69,11 @@ class LM:
         find = getattr(self.root, "get_decoder", None)
         found = find() if callable(find) else None
         return (found,) if isinstance(found, nn.Module) and found is not self.root else ()
+
+    @cached_property
+    def ranks(self) -> Ranks | None:
+        """The processes that hold the model together, by tensor parallelism; None where it is whole in this one."""
+        return ranks_of(self.root)
 
     @cached_property
     def config(self) -> Any:
@@ -218,12 +224,27 @@ class LM:
 
         Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
         editable, missing (the reason, empty where the site is there); and where the model has adapters, adapters: the
-        names of those in the module.
+        names of those in the module; where it is split among processes, split: along which axis, and how much of it
+        each has, as far as a hook has been there.
         """
         table = self.layout.describe()
+        if self.ranks is not None:
+            table["split"] = [self._split_at(name) for name in table["site"]]
         if self.adapters:
             table["adapters"] = [self._adapters_at(name) for name in table["site"]]
         return table
+
+    def _split_at(self, name: str) -> str:
+        """How the tensor of a site is split, in words."""
+        assert self.ranks is not None
+        found: list[str] = []
+        for site, place in self.located(self.sites(name)).items() if name in self.layout.names else ():
+            split = self.ranks.splits.get((place.path, place.side, place.item))
+            if split is not None and isinstance(site, Site):
+                axes = [axis for axis in site.axes.split() if axis not in ("batch", "pos", "query", "key")]
+                share = max(1, sum(split.sizes) // (self.layout.sizes_of(site.layer)[axes[0]] or sum(split.sizes)))
+                found.append(f"{axes[0]} {'+'.join(str(size // share) for size in split.sizes)}")
+        return "; ".join(dict.fromkeys(found))
 
     def _adapters_at(self, name: str) -> str:
         places = self.located(self.sites(name)).values() if name in self.layout.names else ()

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from .errors import BadHook
 from .figures import GRID, INK, MUTED, PAPER
+from .sharding import writes
 
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
@@ -64,7 +65,8 @@ class Report:
             if isinstance(part, Part):
                 save_part(part, target)
         page = target / "report.html"
-        page.write_text(self.html(), encoding="utf-8")
+        if writes():
+            page.write_text(self.html(), encoding="utf-8")
         return page
 
 
@@ -97,10 +99,12 @@ def save_part(part: Part, folder: Path) -> Path:
     """Write one table as CSV or one figure as PNG; the same content gives the same bytes."""
     if isinstance(part.content, pd.DataFrame):
         path = folder / f"{part.name}.csv"
-        part.content.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        if writes():
+            part.content.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
         return path
     path = folder / f"{part.name}.png"
-    part.content.savefig(path, dpi=150, metadata={"Software": None})
+    if writes():
+        part.content.savefig(path, dpi=150, metadata={"Software": None})
     return path
 
 

@@ -5,7 +5,7 @@ Everything that can be checked without a forward is checked here. Nothing is reg
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +48,11 @@ class Tap:
     reads_input: bool = False  # an edit needs what the module was given, beside what it gives
     only_looks: bool = True  # all that is to be done is to copy the output of a module inside the model as it is
 
+    @property
+    def key(self) -> tuple[str, str, int | str]:
+        """The tensor, in words."""
+        return self.place.path, self.place.side, self.place.item
+
 
 def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
     """The taps for these hooks, each checked against the model. `reference` captures sites on a reference's prompts."""
@@ -73,7 +78,7 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             at_head = isinstance(site, Site) and site.name in LOGITS
             form = form_of(lm.layout, site, place)
             simple = form.plain and place.item == 0 and not place.shared
-            tap.only_looks = looks and not at_head and simple and not tap.actions
+            tap.only_looks = looks and not at_head and simple and not tap.actions and lm.ranks is None
             tap.actions.append(Action(number, hook, site, where, form, change, at_head))
     # the first one registered acts first: what the stream is comes before what reads it
     return sorted(taps.values(), key=lambda tap: not tap.place.shared)
@@ -95,6 +100,17 @@ def logits_tap(lm: LM, taps: list[Tap]) -> Tap:
         found = Tap(lm.submodule(place.path), place, [], only_looks=False)
         taps.append(found)
     return found
+
+
+def reader(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
+    """The module that reads a site, as a function of all of it, also where this process has a part of its weights."""
+    place = lm.place(site)
+    forward = lm.submodule(place.path).forward
+    ranks = lm.ranks
+    split = None if ranks is None else ranks.splits.get((place.path, place.side, place.item))
+    if ranks is None or split is None:
+        return forward
+    return lambda given: forward(ranks.part(given, replace(split, axis=given.ndim - 1)))
 
 
 def _change(lm: LM, hook: EditHook, site: AnySite, referred: Callable[[Any], Any]) -> Change:

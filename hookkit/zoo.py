@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .errors import DownloadFailed, ModelNotFound, checks_keywords
+from .errors import BadHook, DownloadFailed, ModelNotFound, Unsupported, checks_keywords
 from .model import LM
 
 DEFAULT = "SmolLM2-135M-Instruct"
@@ -41,6 +41,7 @@ def load(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    tp_plan: str | Mapping[str, str] | None = None,
 ) -> LM:
     """A model and its tokenizer, ready to be looked into, in evaluation mode.
 
@@ -51,6 +52,10 @@ def load(
 
     `dtype`, `device_map`, `revision`, `attn_implementation` and `trust_remote_code` are transformers' own. `device` is
     where the model goes if `device_map` says nothing: CUDA or MPS where there is one, else the CPU.
+
+    `tp_plan` splits the model among the processes that `torchrun` started: "auto" by the plan of its family, or rules
+    of your own beside it, as transformers reads them. Each process then holds a part, and all of them have to make the
+    same calls; every one gets the same numbers, and the first alone writes files.
 
     Raises `ModelNotFound` for a name that nobody knows or a folder that cannot be read, and `DownloadFailed` where the
     network, the disk or a checksum fails.
@@ -63,14 +68,32 @@ def load(
         "trust_remote_code": bool(trust_remote_code),  # with None, transformers asks at the terminal
     }
     options = {word: value for word, value in options.items() if value is not None}
+    if tp_plan is not None:
+        options["distributed_config"] = _distributed(tp_plan, device, device_map)
     if name is None:
         source, label = default_folder(), f"{DEFAULT} ({PACKAGE} {VERSION})"
         options = {"dtype": torch.float32, **options, "local_files_only": True}
     else:
         source, label = _source(os.fspath(name)), os.fspath(name)
-    target = None if device_map is not None else _device(device)
+    target = None if device_map is not None or tp_plan is not None else _device(device)
     model, tokenizer = _read(source, label, options)
     return LM((model if target is None else model.to(target)).eval(), tokenizer, label)
+
+
+def _distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:
+    """transformers' word for a model that is split among processes."""
+    if device is not None or device_map is not None:
+        raise BadHook("tp_plan= says where each part of the model goes: leave device= and device_map= out")
+    if "WORLD_SIZE" not in os.environ:
+        raise Unsupported(
+            "tp_plan= splits a model among processes, and there is one: start the script with "
+            "`torchrun --nproc-per-node N script.py`"
+        )
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+    except ImportError as error:
+        raise Unsupported(f"this version of transformers splits no models by a plan: {error}") from error
+    return DistributedConfig(tp_plan=plan if isinstance(plan, str) else dict(plan))  # pyright: ignore
 
 
 def default_folder() -> Path:
@@ -216,7 +239,9 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
         options = {**options, "gguf_file": source.name}
         source = source.parent
     for_tokenizer = {
-        word: options[word] for word in options if word not in ("dtype", "device_map", "attn_implementation")
+        word: options[word]
+        for word in options
+        if word not in ("dtype", "device_map", "attn_implementation", "distributed_config")
     }
     try:
         with _quiet(isinstance(source, Path)):

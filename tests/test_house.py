@@ -24,6 +24,7 @@ ORDER = [
     "families.table",
     "families",
     "layout",
+    "sharding",
     "wrapped",
     "calls",
     "lent",

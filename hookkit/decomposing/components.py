@@ -12,6 +12,7 @@ from ..layout import Layout
 from ..model import LM
 from ..runs import Run
 from ..sites import Site
+from ..taps import reader
 from .frozen import Frozen, back, frozen
 
 Cells = tuple[list[int], list[int]]
@@ -121,7 +122,7 @@ def _split(stream: Stream, name: str, inner: str, layer: int, added: Tensor) -> 
     given = stream.at(inner, layer)
     assert given is not None
     flat = given.flatten(1)
-    project = lm.submodule(lm.place(Site(inner, layer)).path).forward
+    project = reader(lm, Site(inner, layer))
     through, offset = _behind(stream, name, layer, project, flat, added)
     direction = back(project, flat, through).double()
     shares = direction * flat.double()

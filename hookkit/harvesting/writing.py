@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..errors import BadHook, EmptySelection, HarvestChanged, checks_keywords
 from ..model import LM
 from ..positions import PosLike, Where, as_pos
+from ..sharding import writes
 from ..sites import AnySite, Sites, SitesLike
 from . import disk
 from .folder import FORMAT, End, Shard, append, begin, columns, finish, model_of, read_index, write_shard
@@ -75,9 +77,14 @@ def harvest(
     settings |= {"pos": repr(rules.where.pos), "context": context, "long": long, "unfit": unfit}
     settings |= {"batch_tokens": batch_tokens, "shard_size": shard_size}
     path, cursor = Path(folder), Cursor(lm, texts, rules)
-    with disk.locked(path), Progress(how_many(texts) if progress else None, progress) as shown:
-        begin(path, settings)
+    progress = progress and writes()
+    lock = disk.locked(path) if writes() else nullcontext()
+    with lock, Progress(how_many(texts) if progress else None, progress) as shown:
+        if writes():
+            begin(path, settings)
         Harvesting(lm, kinds, path, cursor, batch_tokens, shard_size, shown).run()
+    if lm.ranks is not None:
+        lm.ranks.together()
     return open_harvest(path)
 
 
@@ -119,12 +126,12 @@ class Harvesting:
 
     def run(self) -> None:
         """Make the shards that are not there, and end the index."""
-        done, end = read_index(self.folder)
+        done, end, there = self._known()
         number, writing = 0, None
         with ThreadPoolExecutor(1) as writer:  # which is waited for, whatever happens: what is computed gets written
             while number < len(done) or end is None:
                 known = done[number] if number < len(done) else None
-                if known is not None and known.is_there(self.folder):
+                if known is not None and there[number]:
                     self.cursor.skip(known.text, known.piece, known.stream)
                     self.progress.skipped(known.text)
                 else:
@@ -141,6 +148,12 @@ class Harvesting:
                 number += 1
             _wait(writing)
         self._finish(bool(number), end)
+
+    def _known(self) -> tuple[list[Shard], End | None, list[bool]]:
+        """The shards that are done, how the harvest ended, and which shards are there, as the one that writes sees it."""
+        done, end = read_index(self.folder) if writes() else ([], None)
+        found = done, end, [each.is_there(self.folder) for each in done]
+        return found if self.lm.ranks is None else self.lm.ranks.first(found)
 
     def shard(self, number: int, known: Shard | None) -> Callable[[], None] | None:
         """Compute the next shard; what writes it. None behind the last text."""
@@ -173,6 +186,8 @@ class Harvesting:
     def _write(
         self, number: int, known: Shard | None, windows: list[Window], values: list[dict[AnySite, Tensor]]
     ) -> None:
+        if not writes():
+            return
         tensors = {str(site): torch.cat([each.pop(site) for each in values]) for site in self.kinds}
         last = windows[-1].reads[-1]
         shard = write_shard(
@@ -208,6 +223,6 @@ class Harvesting:
                 if texts
                 else "no text was given: the stream of texts is empty"
             )
-        if end is None:
+        if end is None and writes():
             finish(self.folder, End(texts, self.cursor.left_out, self.cursor.digest))
         self.progress.reached(texts - 1)

@@ -13,6 +13,7 @@ from ..forms import hidden
 from ..model import LM
 from ..runs import Run, forward
 from ..sites import SQUARE, WHOLE_MODEL, Site
+from ..taps import reader
 
 LENGTHS = (7, 2, 5)  # of the prompts, in tokens
 LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -70,7 +71,7 @@ class Study:
         """What the block adds to the stream for values at `source` (z or mlp_post): projection, norm, multiplier."""
         inner, outer = self.lm.place(source).path, self.lm.place(target).path
         with torch.no_grad():
-            given = self.lm.submodule(inner)(value)
+            given = reader(self.lm, source)(value)
             if not f"{inner}.".startswith(f"{outer}."):  # a norm stands behind it
                 given = self.lm.submodule(outer)(given)
         return given * self.lm.layout.factor(target)

@@ -14,7 +14,9 @@ from ..calls import Call
 from ..captured import Piece
 from ..errors import Unsupported
 from ..following import named
+from ..forms import full_sizes
 from ..model import LM
+from ..sites import AnySite, Site
 from ..taps import Action, Tap, input_of, logits_tap, picked, repacked
 from ..tracing import Tracer
 from ..wrapped import called
@@ -147,6 +149,19 @@ class Forwards:
                 f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
                 "rows and positions cannot be told. Call the model, or attach to the module that is called"
             )
+        ranks = self.lm.ranks
+        if ranks is None:
+            return self._whole(tap, call, found, before)
+        site = self._site(tap)
+        sizes = full_sizes(self.lm.layout, site, self.lm.place(site))
+        return ranks.around(tap.key, found, sizes, lambda whole: self._whole(tap, call, whole, before))
+
+    def _site(self, tap: Tap) -> AnySite:
+        """One of the sites that a tap is of."""
+        return tap.actions[0].site if tap.actions else Site("logits")
+
+    def _whole(self, tap: Tap, call: Call, found: Tensor, before: Tensor | None) -> Tensor:
+        """`_run`, on a tensor of which no other process has a part."""
         tracer = self.tracer if tap is self._traced else None
         if tracer is not None:
             tracer.before(call.number, found)

@@ -166,7 +166,10 @@ def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _seeded(lm: LM, seed: int | None) -> Iterator[None]:
-    """A block whose draws start from a seed, after which torch's generators are as they were."""
+    """A block whose draws start from a seed, after which torch's generators are as they were. The ranks of a model that
+    is split draw the same."""
+    if seed is None and lm.ranks is not None:
+        seed = lm.ranks.first(int(torch.randint(2**62, ())))
     if seed is None:
         yield
         return

@@ -90,5 +90,6 @@ def memory_budget(lm: LM, asked: int | None) -> int:
     if asked is not None:
         return asked
     if lm.device.type == "cuda":
-        return torch.cuda.mem_get_info(lm.device)[0] // 4
+        free = torch.cuda.mem_get_info(lm.device)[0] // 4
+        return free if lm.ranks is None else lm.ranks.least(free)
     return BUDGET

@@ -53,7 +53,11 @@ def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping
     if folder is None:
         yield Journal()
         return
-    path = Path(folder)
+    path, ranks = Path(folder), plan.lm.ranks
+    if ranks is not None and ranks.rank:
+        _about(plan, settings)  # weights are read by all ranks
+        yield Journal(values=ranks.first(None))  # what the first one knows
+        return
     with _locked(path):
         about, target = _about(plan, settings), path / "sweep.json"
         if not target.exists():
@@ -68,6 +72,7 @@ def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping
                 "remove that one"
             )
         values = _read(path / "cells.jsonl")
+        values = values if ranks is None else ranks.first(values)
         with (path / "cells.jsonl").open("a", encoding="utf-8") as file:
             yield Journal(path, values, file)
 

@@ -9,6 +9,7 @@ import torch
 from ..captured import Piece
 from ..errors import NeverFired
 from ..hooks.looking import capture
+from ..model import LM
 from ..sites import AnySite
 from ..taps import planned
 from .cells import Cell
@@ -44,7 +45,7 @@ class Running:
         try:
             self._with_trunk(rows)
         except RuntimeError as error:
-            if not out_of_memory(error) or len(rows) == 1:
+            if not out_of_memory(error, self.plan.lm) or len(rows) == 1:
                 raise
             half = len(rows) // 2
             self._rows(rows[:half])
@@ -110,7 +111,7 @@ class Running:
             logits = run_units(trunk, plan.reading, job.units, plan.taps, job.width, plan.may)
             found = said.values(keys, logits)
         except RuntimeError as error:
-            if not out_of_memory(error) or len(job.units) == 1:
+            if not out_of_memory(error, plan.lm) or len(job.units) == 1:
                 raise
             del error
             self.budget = max(1, self.budget // 2)  # for what comes later
@@ -147,8 +148,10 @@ class Running:
                 raise NeverFired(f"{action.hook}, which is to act under every cell, never fired at {action.site}")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """True for an error that means that there was too little memory."""
+def out_of_memory(error: BaseException, lm: LM) -> bool:
+    """True for an error that means that there was too little memory, and that one process alone can make good."""
+    if lm.ranks is not None:
+        return False
     if isinstance(error, torch.OutOfMemoryError):
         return True
     words = str(error)

@@ -19,6 +19,7 @@ from ..families import Place
 from ..lent import replaced
 from ..manager import HookManager
 from ..model import LM
+from ..sites import AnySite
 from ..taps import Action, Tap, input_of
 
 Path: TypeAlias = tuple[Any, ...]
@@ -185,7 +186,10 @@ class Wave(HookManager):
         if self._owner is None and not self._busy:
             super()._enter_forward(self._shown, module)
 
-    def _run(self, tap: Tap, found: Tensor, before: Tensor | None = None) -> Tensor:
+    def _site(self, tap: Tap) -> AnySite:
+        return self.work[tap][0][1][0].site
+
+    def _whole(self, tap: Tap, call: Call, found: Tensor, before: Tensor | None) -> Tensor:
         out = found
         self._busy = self._thread
         try:
