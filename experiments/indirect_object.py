@@ -14,7 +14,7 @@ import pandas as pd
 
 import hookkit as hk
 
-SEED, COUNT = 0, 50  # pairs
+SEED, COUNT = 0, 32  # pairs
 SITES = ["resid_pre", "attn_out", "mlp_out"]
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"
@@ -29,7 +29,7 @@ def main() -> None:
         solved(lm, pairs, results)
         where(lm, pairs, results)
         heads = which_heads(lm, pairs, results)
-        readers(lm, pairs, results)
+        readers(lm, pairs, heads, results)
     print(heads[["head_name", "logit_diff_effect", "logit_diff_effect_low", "logit_diff_effect_high"]].round(3))
     print("\nThe page: results/indirect_object/report.html")
 
@@ -87,30 +87,39 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     results.text(
         f"The strongest: {', '.join(names)}. Patched from another pair, none of them brings back more than "
         f"{effect[True].abs().max():.2f}; from their own pair {effect[False].abs().min():.2f} to "
-        f"{effect[False].abs().max():.2f} in size."
+        f"{effect[False].abs().max():.2f} in size. What the other pair's value brings back too is not the name: it may "
+        "be the place where the name stands, which is the same in sentences of one make."
     )
     return best.assign(head_name=names)
 
 
-def readers(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
-    results.text("# Who writes the answer, and who tells the writers where to look")
+def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
+    results.text("# Who writes the answer, and what the writer reads")
     metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
     results.figure("writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits.")
     means = results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
     writer = means.loc[means["logit_diff_effect"].idxmax()]
     layer, head = int(writer["layer"]), int(writer["head"])
-    queries = {"receivers": hk.Site("q", layer, head), "layers": range(layer)}
-    told = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric, **queries)
-    caption = f"From each head to the queries of head {layer}.{head}."
-    results.figure("readers_map", hk.heat_map(told, named=TOP, title=TAKES), caption=caption)
-    means = results.table("readers", hk.over_prompts(told), caption=caption)
+    share = (lm.sizes["head"] or 1) // (lm.sizes["kv_head"] or 1)
+    read = [hk.Site("q", layer, head), hk.Site("k", layer, head // share), hk.Site("v", layer, head // share)]
+    senders = sorted({int(each) for each in heads["layer"] if each < layer})
+    found = []
+    for site in read:
+        told = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric, receivers=site, layers=senders)
+        found.append(told.assign(site=str(site)))
+    paths: Any = pd.concat(found, ignore_index=True)
+    caption = f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} reads."
+    results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
+    cell = ["site", "layer", "head"]
+    means = results.table("readers", hk.over_prompts(paths, by=cell), caption=caption)
     teller = means.loc[means["logit_diff_effect"].idxmax()]
     results.text(
         f"Head {layer}.{head} writes the most by itself: with its corrupted output the logits alone move by "
-        f"{writer['logit_diff_effect']:.2f} of the way. Its queries hear most from head {int(teller['layer'])}."
-        f"{int(teller['head'])}: {teller['logit_diff_effect']:.2f} "
-        f"[{teller['logit_diff_effect_low']:.2f}, {teller['logit_diff_effect_high']:.2f}] on that path alone."
+        f"{writer['logit_diff_effect']:.2f} of the way. Of these paths into it, the one from head "
+        f"{int(teller['layer'])}.{int(teller['head'])} to {teller['site']} does the most: "
+        f"{teller['logit_diff_effect']:.2f} [{teller['logit_diff_effect_low']:.2f}, "
+        f"{teller['logit_diff_effect_high']:.2f}]. A head that matters without such a path acts through several at once."
     )
 
 

@@ -8,6 +8,7 @@ the font lacks is written as its code. The colours of ink and paper are the cons
 the reader's light or dark theme.
 """
 
+import textwrap
 from collections.abc import Hashable, Iterable
 from functools import cache
 from itertools import pairwise
@@ -24,6 +25,7 @@ from .errors import BadHook, EmptySelection, checks_keywords
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
 POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
+LETTERS = 12.5  # of a title, to an inch
 LABELLED = 6  # the most likely tokens that get their names
 
 
@@ -204,7 +206,8 @@ def finished(figure: Figure, title: str) -> Figure:
             label.set_color(INK)
             label.set_fontsize(9)
     if title:
-        figure.suptitle(plain(title), fontsize=11, color=INK, x=0.01, ha="left")
+        lines = textwrap.fill(plain(title), int(LETTERS * figure.get_figwidth()))
+        figure.suptitle(lines, fontsize=11, color=INK, x=0.01, ha="left")
     return figure
 
 
