@@ -4,13 +4,14 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from .model import LM
+from .placement import weights_of
 
 PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
 
@@ -44,22 +45,27 @@ def versions() -> dict[str, str]:
 
 
 def weights_hash(lm: LM) -> str:
-    """The sha256 of all weights, by name: equal for two models that compute the same."""
+    """The sha256 of all weights, by name: equal for two models that compute the same.
+
+    Weights that accelerate keeps on the disk are read one after the other.
+    """
     total = hashlib.sha256()
-    for name, weight in sorted(_numbers("", _state(lm.root)), key=lambda named: named[0]):
+    for name, read in sorted(_parts(lm), key=lambda named: named[0]):
+        weight = read()
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         data = weight.detach().cpu().contiguous()
         total.update(data.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def _state(model: Any) -> dict[str, Any]:
-    """All that a model has learnt, also what accelerate keeps elsewhere between forwards."""
-    if not any(weight.device.type == "meta" for weight in model.parameters()):
-        return model.state_dict()
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    return get_state_dict_offloaded_model(model)
+def _parts(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """The plain tensors that all weights are made of, by name, and what gives each."""
+    for name, read, there in weights_of(lm.root):
+        if there:
+            for part, value in _numbers(name, read()):
+                yield part, lambda value=value: value
+        else:
+            yield name, read
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -19,9 +19,10 @@ from .errors import BadHook, checks_keywords
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
+from .placement import device_of, place_at, places_of, told
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 from .vocabulary import Token, Vocabulary
-from .wrapped import adapters, adapters_of, execution_device, unwrapped
+from .wrapped import adapters, adapters_of, unwrapped
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,11 +121,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where the token ids have to be."""
-        offloaded = execution_device(self._first)
-        if offloaded is not None:
-            return offloaded
-        weight = getattr(self._first, "weight", None)
-        found = weight.device if isinstance(weight, torch.Tensor) else _device_of(self._first)
+        found = device_of(self._first)
         return getattr(self.root, "device", found) if found.type == "meta" else found
 
     @cached_property
@@ -217,13 +214,31 @@ class LM:
         """The table of all sites, one row each.
 
         Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
-        editable, missing (the reason, empty where the site is there); and where the model has adapters, adapters: the
-        names of those in the module.
+        editable, missing (the reason, empty where the site is there); where the model has adapters, adapters: the
+        names of those in the module; and where its weights are in more than one place, place: where those of the site's
+        module are between forwards, such as "cuda:0 in 0-3, disk in 4-7" (blocks), "cpu" or "disk".
         """
         table = self.layout.describe()
+        if len(set(self.places.values())) > 1:
+            table["place"] = [self._place_of(name) for name in table["site"]]
         if self.adapters:
             table["adapters"] = [self._adapters_at(name) for name in table["site"]]
         return table
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
+        return places_of(self.root)
+
+    def _place_of(self, name: str) -> str:
+        """Where the weights are of the modules that have a site; of the logits, those of the head."""
+        if name not in self.layout.names:
+            return ""
+        places, layers = self.places, self.layout.layers(name)
+        if layers is None:
+            path = self.place(Site(name)).path or self._head_path() or ""
+            return place_at(places, path)
+        return told((layer, place_at(places, self.place(Site(name, layer)).path)) for layer in layers)
 
     def _adapters_at(self, name: str) -> str:
         places = self.located(self.sites(name)).values() if name in self.layout.names else ()
@@ -267,10 +282,6 @@ def _of_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
     if not isinstance(site, Site) or site.head is not None:
         raise BadHook(f"{site} says its own place: leave heads= out, or give the site's name alone")
     return [Site(site.name, site.layer, head) for head in heads]
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
 
 def as_lm(model: LM | nn.Module) -> LM:

@@ -25,6 +25,7 @@ ORDER = [
     "families",
     "layout",
     "wrapped",
+    "placement",
     "calls",
     "lent",
     "forms",
