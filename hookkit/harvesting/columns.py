@@ -58,7 +58,7 @@ class Shards:
         return self._open[shard]
 
     def close_before(self, row: int) -> None:
-        """Let go of the shards that end before a row: while they are open, their pages count as this process's memory."""
+        """Let go of the shards that end before a row: the pages of open ones count as this process's memory."""
         for shard in [shard for shard in self._open if self.starts[shard + 1] <= row]:
             del self._open[shard]
 
