@@ -4,13 +4,14 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from .model import LM
+from .placement import weights_of
 from .sharding import whole_weight
 
 PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
@@ -45,23 +46,30 @@ def versions() -> dict[str, str]:
 
 
 def weights_hash(lm: LM) -> str:
-    """The sha256 of all weights, by name: equal for two models that compute the same."""
+    """The sha256 of all weights, by name: equal for two models that compute the same.
+
+    Weights that accelerate keeps on the disk are read one after the other.
+    """
     total = hashlib.sha256()
-    state = {name: whole_weight(weight) for name, weight in _state(lm.root).items()}
-    for name, weight in sorted(_numbers("", state), key=lambda named: named[0]):
+    for name, read in sorted(_parts(lm), key=lambda named: named[0]):
+        weight = read()
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         data = weight.detach().cpu().contiguous()
         total.update(data.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def _state(model: Any) -> dict[str, Any]:
-    """All that a model has learnt, also what accelerate keeps elsewhere between forwards."""
-    if not any(weight.device.type == "meta" for weight in model.parameters()):
-        return model.state_dict()
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    return get_state_dict_offloaded_model(model)
+def _parts(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """The plain tensors that all weights are made of, by name, and what gives each."""
+    for name, read, there in weights_of(lm.root):
+        value = read() if there else None
+        if hasattr(value, "full_tensor"):  # split among processes: put together when its turn comes
+            yield name, lambda value=value: whole_weight(value)
+        elif there:
+            for part, plain in _numbers(name, value):
+                yield part, lambda plain=plain: plain
+        else:
+            yield name, read
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -161,11 +161,13 @@ class Kept:
         return self.captured(site, name).values
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
-        """The values of every captured layer of a site, such as "resid_post", in the order of the layers."""
+        """The values of every captured layer of a site, such as "resid_post", in the order of the layers, where the
+        first of them is."""
         found = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
         if not found:
             raise NotCaptured(f"no layer of {name!r} was captured. {self._there(Site(name))}")
-        return torch.stack([self[site] for site in found])
+        first, *others = (self[site] for site in found)
+        return torch.stack([first, *(values.to(first.device) for values in others)])  # layers may be on several
 
 
 @dataclass(eq=False, slots=True)

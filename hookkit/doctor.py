@@ -21,7 +21,8 @@ class Checkup:
     """What `doctor` found.
 
     sites     one row for each site: how many blocks have it, whether edits reach the output, whether every law that
-              names it holds, the largest difference seen, and why it is missing or which laws fail
+              names it holds, the largest difference seen, and why it is missing or which laws fail; where the weights
+              are in more than one place, also place: where the site's are, as `LM.describe` says it
     laws      one row for each law and site, as `prove` gives them
     facts     what the model, its weights and its tokenizer are, in plain values
     notes     what a user should know
@@ -109,14 +110,16 @@ def _sites(lm: LM, laws: list[dict[str, Any]]) -> pd.DataFrame:
                 "why": ", ".join(failed) if there else lm.family.why_missing(name),
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if "place" in (known := lm.describe().set_index("site")):
+        table.insert(2, "place", known.loc[table["site"], "place"].tolist())
+    return table
 
 
 def facts(lm: LM) -> dict[str, Any]:
     """What a model is and how it stands on this machine, in plain values."""
     import transformers
 
-    weights = [*lm.root.parameters(), *lm.root.buffers()]
     kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()})
     quantised = getattr(lm.config, "quantization_config", None)
     said: dict[str, Any] = {
@@ -126,7 +129,7 @@ def facts(lm: LM) -> dict[str, Any]:
         "blocks": lm.n_layers,
         "parameters": sum(weight.numel() for weight in lm.root.parameters()),
         "dtype": ", ".join(kinds),
-        "device": ", ".join(sorted({str(weight.device) for weight in weights})),
+        "device": ", ".join(sorted({str(lm.device), *_places(lm)})),
         "processes": "1" if lm.ranks is None else f"{lm.ranks.count}, of which this is number {lm.ranks.rank}",
         "device map": str(getattr(lm.root, "hf_device_map", None) or "none"),
         "quantisation": type(quantised).__name__ if quantised is not None else "none",
@@ -134,6 +137,12 @@ def facts(lm: LM) -> dict[str, Any]:
         "context": lm.context,
     }
     return said | _tokenizer_facts(lm) | {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _places(lm: LM) -> set[str]:
+    """Where weights and buffers are; of those that accelerate keeps elsewhere, where that is."""
+    buffers = {str(buffer.device) for buffer in lm.root.buffers() if not buffer.is_meta}
+    return {*lm.places.values(), *buffers}
 
 
 def _tokenizer_facts(lm: LM) -> dict[str, Any]:

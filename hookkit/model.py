@@ -19,10 +19,12 @@ from .errors import BadHook, checks_keywords
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
+from .describing import described
+from .placement import device_of, places_of
 from .sharding import Ranks, ranks_of
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 from .vocabulary import Token, Vocabulary
-from .wrapped import adapters, adapters_of, execution_device, unwrapped
+from .wrapped import adapters, unwrapped
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,14 +88,14 @@ class LM:
         For a causal language model whose family is not in the table, the row is found out by one dry run of a few
         tokens, at the first use; see `Family.found`.
         """
-        return self.row if self.row is not None else row_of(self.root, self.config, self._head_path())
+        return self.row if self.row is not None else row_of(self.root, self.config, self.head_path())
 
     @property
     def two_texts(self) -> bool:
         """True for an encoder-decoder, which reads one text and writes another: a position may be of either."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
-    def _head_path(self) -> str | None:
+    def head_path(self) -> str | None:
         find = getattr(self.root, "get_output_embeddings", None)
         head = find() if find else None
         return next((path for path, found in self.root.named_modules() if found is head), None) if head else None
@@ -126,11 +128,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where the token ids have to be."""
-        offloaded = execution_device(self._first)
-        if offloaded is not None:
-            return offloaded
-        weight = getattr(self._first, "weight", None)
-        found = weight.device if isinstance(weight, torch.Tensor) else _device_of(self._first)
+        found = device_of(self._first)
         return getattr(self.root, "device", found) if found.type == "meta" else found
 
     @cached_property
@@ -223,33 +221,17 @@ class LM:
         """The table of all sites, one row each.
 
         Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
-        editable, missing (the reason, empty where the site is there); and where the model has adapters, adapters: the
-        names of those in the module; where it is split among processes, split: along which axis, and how much of it
-        each has, as far as a hook has been there.
+        editable, missing (the reason, empty where the site is there); where the model has adapters, adapters: the
+        names of those in the module; and where its weights are in more than one place, place: where those of the site's
+        module are between forwards, such as "cuda:0 in 0-3, disk in 4-7" (blocks), "cpu" or "disk". Where processes
+        hold it together, split: along which axis, and how much of it each has, as far as a hook has been there.
         """
-        table = self.layout.describe()
-        if self.ranks is not None:
-            table["split"] = [self._split_at(name) for name in table["site"]]
-        if self.adapters:
-            table["adapters"] = [self._adapters_at(name) for name in table["site"]]
-        return table
+        return described(self)
 
-    def _split_at(self, name: str) -> str:
-        """How the tensor of a site is split, in words."""
-        assert self.ranks is not None
-        found: list[str] = []
-        for site, place in self.located(self.sites(name)).items() if name in self.layout.names else ():
-            split = self.ranks.splits.get((place.path, place.side, place.item))
-            if split is not None and isinstance(site, Site):
-                axes = [axis for axis in site.axes.split() if axis not in ("batch", "pos", "query", "key")]
-                share = max(1, sum(split.sizes) // (self.layout.sizes_of(site.layer)[axes[0]] or sum(split.sizes)))
-                found.append(f"{axes[0]} {'+'.join(str(size // share) for size in split.sizes)}")
-        return "; ".join(dict.fromkeys(found))
-
-    def _adapters_at(self, name: str) -> str:
-        places = self.located(self.sites(name)).values() if name in self.layout.names else ()
-        found = [adapter for place in places for adapter in adapters_of(self.submodule(place.path))]
-        return ", ".join(dict.fromkeys(found))
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
+        return places_of(self.root)
 
     # ---- its tokens
 
@@ -288,10 +270,6 @@ def _of_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
     if not isinstance(site, Site) or site.head is not None:
         raise BadHook(f"{site} says its own place: leave heads= out, or give the site's name alone")
     return [Site(site.name, site.layer, head) for head in heads]
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
 
 def as_lm(model: LM | nn.Module) -> LM:

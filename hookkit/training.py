@@ -1,8 +1,10 @@
-"""What training mode does to numbers: dropout changes them from call to call, and checkpointed blocks run twice."""
+"""What training mode does to numbers: dropout changes them from call to call, and checkpointed blocks run twice; and
+weights that learn, held still for a while."""
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -69,3 +71,24 @@ def in_checkpointed_block(root: nn.Module, path: str) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return any(isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, [path]))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A block in which no weight asks for a gradient, so that none is computed; then each asks as it did before.
+
+    Weights are known by their names: those that accelerate keeps elsewhere are other objects after every forward.
+    """
+    asking = {name for name, weight in _weights(model) if weight.requires_grad}
+    try:
+        for _, weight in _weights(model):
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for name, weight in _weights(model):
+            if name in asking:
+                weight.requires_grad_(True)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""What other libraries put around a model: torch.compile, the adapters of PEFT, the offloading of accelerate.
+"""What other libraries put around a model: torch.compile, the adapters of PEFT.
 
 None of them is imported here: a model that they wrapped has imported them.
 """
@@ -6,7 +6,6 @@ None of them is imported here: a model that they wrapped has imported them.
 import sys
 from typing import Any
 
-import torch
 from torch import nn
 
 from .errors import Unsupported
@@ -80,13 +79,3 @@ def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
             "front of every text, so positions would mean others than the text's: use an adapter in the layers such as "
             "LoRA, or run inside `with model.disable_adapter():`"
         )
-
-
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings an offloaded module's weights, and what it is given, for its forward."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        device = getattr(each, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return None

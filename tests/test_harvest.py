@@ -613,6 +613,27 @@ def test_batches_have_every_row_once_and_a_seed_shuffles_them(read):
         read.batches(0)
 
 
+def test_a_table_of_some_rows_has_the_numbers_of_the_sites_that_are_asked_for(read):
+    table = read.table([700, 3], sites=["z.2", "resid_post.1", "z.2.3"])
+    assert table.columns[:6].tolist() == ["row", "text", "piece", "pos", "token_id", "z.2[0, 0]"]
+    assert len(table.columns) == 5 + 32 + 32 + 8
+    assert table["z.2[3, 5]"].tolist() == read["z.2"][[700, 3]][:, 3, 5].tolist() == table["z.2.3[5]"].tolist()
+    assert table["resid_post.1[31]"].tolist() == read["resid_post.1"][[700, 3]][:, 31].tolist()
+    with pytest.raises(NotCaptured, match="resid_post.0 was not harvested"):
+        read.table([0], sites="resid_post.0")
+
+
+def test_reading_from_front_to_back_keeps_few_shards_open(read):
+    harvest = hk.open_harvest(read.shards.folder)
+    assert len(harvest.shards) > 10
+    opened = [len(harvest.shards._open) for _ in harvest.batches(50)]
+    assert max(opened) <= 2
+    harvest.statistics()
+    assert len(harvest.shards._open) <= 2
+    again = torch.cat([batch["z.2"] for batch in harvest.batches(50)])
+    assert torch.equal(again, read["z.2"][:])
+
+
 def test_torchs_own_loader_reads_a_column(read):
     loaded = torch.cat(list(DataLoader(read["z.2"], batch_size=64)))
     assert torch.equal(loaded, read["z.2"][:])

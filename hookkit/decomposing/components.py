@@ -45,6 +45,10 @@ class Stream:
             return None
         return self.run[Site(name, layer)][self.cells]
 
+    def along_on(self, values: Tensor) -> Float[Tensor, "cell d_model"]:
+        """The direction, where these values are."""
+        return self.along.to(values.device)
+
     def share(self, values: Tensor) -> Tensor:
         """The share of a component's values."""
         return torch.einsum("cd,cd->c", self.along, values.double().to(self.along.device))
@@ -71,12 +75,12 @@ def parts_of(stream: Stream, *, heads: bool, neurons: bool) -> Iterator[Part]:
     for layer in range(stream.lm.n_layers):
         before, after = stream.at("resid_pre", layer), stream.at("resid_post", layer)
         assert before is not None and after is not None
-        rest, whole = after.double() - before.double(), True
+        rest, whole = after.double() - _beside(before, after), True
         for name, kind in (("attn_out", "attention"), ("mlp_out", "mlp")):
             added = stream.at(name, layer)
             if added is None:
                 continue
-            rest, whole = rest - added.double(), False
+            rest, whole = rest - _beside(added, rest), False
             split = {"attn_out": "z" if heads else "", "mlp_out": "mlp_post" if neurons else ""}[name]
             if split and has(stream.lm.layout, split, layer):
                 yield from _split(stream, name, split, layer, added)
@@ -98,7 +102,7 @@ def _entering(stream: Stream) -> Iterator[Part]:
         return
     yield Part("embed", "embedding", None, stream.share(token))
     yield Part("pos_embed", "embedding", None, stream.share(place))
-    rest = entering.double() - token.double() - place.double()
+    rest = entering.double() - _beside(token, entering) - _beside(place, entering)
     if _counts(rest, entering):
         yield Part("rest.embed", "rest", None, stream.share(rest))
 
@@ -106,9 +110,14 @@ def _entering(stream: Stream) -> Iterator[Part]:
 def _between(stream: Stream, layer: int, after: Tensor) -> Iterator[Part]:
     """What came to the stream between two blocks: an edit, or what the model adds there."""
     following = stream.at("resid_pre", layer + 1) if layer + 1 < stream.lm.n_layers else None
-    if following is not None and _counts(following.double() - after.double(), after):
-        change = following.double() - after.double()
+    change = None if following is None else _beside(following, after) - after.double()
+    if change is not None and _counts(change, after):
         yield Part(f"between.{layer}.{layer + 1}", "rest", layer, stream.share(change))
+
+
+def _beside(values: Tensor, others: Tensor) -> Tensor:
+    """The values in float64 on the device of others: blocks may be on several."""
+    return values.double().to(others.device)
 
 
 def _counts(rest: Tensor, stream: Tensor) -> bool:
@@ -125,7 +134,7 @@ def _split(stream: Stream, name: str, inner: str, layer: int, added: Tensor) -> 
     project = reader(lm, Site(inner, layer))
     through, offset = _behind(stream, name, layer, project, flat, added)
     direction = back(project, flat, through).double()
-    shares = direction * flat.double()
+    shares, offset = _beside(direction * flat.double(), stream.along), offset.to(stream.along.device)
     if inner == "z":
         by_head = shares.unflatten(1, (given.shape[1], -1)).sum(-1)
         for head in range(by_head.shape[1]):
@@ -144,7 +153,7 @@ def _behind(
 ) -> tuple[Tensor, Tensor]:
     """From what a projection gives to what is added: the direction in the former [cell, d], and the share of all that
     does not depend on what the projection read."""
-    lm, along = stream.lm, stream.along
+    lm, along = stream.lm, stream.along_on(added)
     factor = lm.layout.factor(Site(name, layer))
     with torch.no_grad():
         raw, zero = project(flat), project(torch.zeros_like(flat[:1]))

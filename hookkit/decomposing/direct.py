@@ -11,6 +11,7 @@ from ..errors import BadHook, BadPrompt, Unsupported, checks_keywords
 from ..hooks.looking import Capture, capture
 from ..lenses.tail import Read, Tail, tail_of
 from ..model import LM, Token
+from ..placement import device_of
 from ..positions import PosLike
 from ..runs import Run, forward
 from ..sites import Site
@@ -239,7 +240,7 @@ def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
     """
     head = lm.submodule(lm.place(Site("lm_head")).path)
     width = lm.shape(Site("final_norm"))[0] if "final_norm" in lm.layout.names else lm.sizes["d_model"] or 0
-    parameter = next(head.parameters())
+    dtype = next(head.parameters()).dtype
     with torch.enable_grad():
-        given = torch.zeros(1, width, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
+        given = torch.zeros(1, width, device=device_of(head), dtype=dtype, requires_grad=True)
         return torch.autograd.grad(head.forward(given)[0, lm.token(token)], given)[0][0].clone()

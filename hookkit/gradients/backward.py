@@ -1,13 +1,12 @@
 """One forward and one backward: a metric's gradient at many sites, with the weights frozen for the while."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..captured import Captured
 from ..errors import BadHook, Unsupported
@@ -19,21 +18,9 @@ from ..prompts import Prompts
 from ..runs import Run, forward
 from ..sites import LOGITS, AnySite, Site, Sites, SitesLike
 from ..sweeps.reading import Reading, read
+from ..training import frozen
 
 OWN = "hookkit.gradients"  # the name of the capture whose values are differentiated by
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """A block in which no weight asks for a gradient, so that none is computed; then each asks as it did before."""
-    asking = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in asking:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in asking:
-            weight.requires_grad_(True)
 
 
 @dataclass(frozen=True, eq=False)

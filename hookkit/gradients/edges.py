@@ -85,7 +85,7 @@ def _scored(
     here = derived(pair.to, rows, read, under, keep_graph=True)
     check_sum(lm, here)
     sending = senders(lm, here, source)
-    sent = torch.stack([end.vector.flatten() for end in sending])
+    sent = _flat(sending, lm.device)
     runs = iter([here])
     if steps > 1:
         start, end = here.values[EMBED].values.detach(), source[EMBED].values
@@ -96,10 +96,15 @@ def _scored(
     for run in runs:
         receiving, columns = [], []
         for group in receivers(lm, run):
-            columns.append(sent @ torch.stack([end.vector.flatten() for end in group]).T)
+            columns.append(sent @ _flat(group, lm.device).T)
             receiving += [End(end.name, end.stage, end.vector.new_zeros(())) for end in group]
         scores = scores + torch.cat(columns, dim=1).double().cpu() / steps
     return (sending, receiving), scores
+
+
+def _flat(ends: Sequence[End], device: torch.device) -> Float[Tensor, "end numbers"]:
+    """The vectors of some ends, whose blocks may be on several devices, on one."""
+    return torch.stack([end.vector.flatten().to(device) for end in ends])
 
 
 def _table(name: str, ends: tuple[list[End], list[End]], scores: Tensor, count: int) -> pd.DataFrame:

@@ -52,7 +52,8 @@ def check_sum(lm: LM, here: Derived) -> None:
     """Raise `Unsupported` where the stream is more than the sum of what embedding, attention and MLPs write."""
     found = here.values[Site("resid_pre", 0)].values
     for layer in range(lm.n_layers):
-        found = found + here.values[Site("attn_out", layer)].values + here.values[Site("mlp_out", layer)].values
+        for name in ("attn_out", "mlp_out"):  # blocks may be on several devices
+            found = found + here.values[Site(name, layer)].values.to(found.device)
     last = here.values[Site("resid_post", lm.n_layers - 1)].values
     if not _alike(found, last):
         reason = lm.family.exceptions.get("sum", "something else writes into it, or scales it")
@@ -63,7 +64,7 @@ def check_sum(lm: LM, here: Derived) -> None:
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
-    return float((found - wanted).detach().abs().max()) <= 2e-2 * _precision(wanted) * float(
+    return float((found.to(wanted.device) - wanted).detach().abs().max()) <= 2e-2 * _precision(wanted) * float(
         wanted.detach().abs().max()
     )
 
@@ -112,7 +113,7 @@ def receivers(lm: LM, here: Derived) -> Iterator[list[End]]:
     for layer in reversed(range(lm.n_layers)):
         found = [*_heads(here, layer), _mlp(lm, here, layer)]
         for end in found:
-            total += end.vector
+            total += end.vector.to(total.device)
         yield found
     if not _alike(total, here.gradient[Site("resid_pre", 0)]):
         raise Unsupported(

@@ -57,6 +57,11 @@ class Shards:
                 ) from error
         return self._open[shard]
 
+    def close_before(self, row: int) -> None:
+        """Let go of the shards that end before a row: the pages of open ones count as this process's memory."""
+        for shard in [shard for shard in self._open if self.starts[shard + 1] <= row]:
+            del self._open[shard]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # another process opens them for itself
 

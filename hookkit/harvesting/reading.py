@@ -6,6 +6,7 @@ for batch in harvest.batches(4096, seed=0):
     batch["resid_post.6"], batch["token"]
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,11 +109,22 @@ class Harvest:
         read = int(found["read"][inside])
         return tuple(found["ids"][int(found["starts"][read]) : int(found["starts"][read + 1])].tolist())
 
-    def table(self, rows: RowsLike = slice(None)) -> pd.DataFrame:
-        """Which token each row is of. Columns: row, text, piece, pos, token_id."""
+    @checks_keywords
+    def table(self, rows: RowsLike = slice(None), *, sites: Sequence[str | AnySite] | str = ()) -> pd.DataFrame:
+        """Which token each row is of: columns row, text, piece, pos, token_id. Only these rows are read.
+
+        With `sites`, what is there stands behind them, a column for each number: "z.9[3, 17]" is number 17 of head 3.
+        The numbers are copies; for more than a part, go through `batches`.
+
+        >>> made = hk.harvest(lm, ["Tea with milk", "Coffee"], "z.9", "folder", progress=False)
+        >>> made.table(slice(4, 6), sites=["z.9.3"]).iloc[:, :6].columns.tolist()
+        ['row', 'text', 'piece', 'pos', 'token_id', 'z.9.3[0]']
+        """
         numbers = torch.atleast_1d(numbered(rows, len(self)))
         found = {name: self[name][numbers].tolist() for name in WORDS}
-        return pd.DataFrame({"row": numbers.tolist(), **found}).rename(columns={"token": "token_id"})
+        table = pd.DataFrame({"row": numbers.tolist(), **found}).rename(columns={"token": "token_id"})
+        names = [str(site) for site in ([sites] if isinstance(sites, str) else sites)]
+        return pd.concat([table, *(_numbers(name, self[name], numbers) for name in names)], axis=1)
 
     @checks_keywords
     def batches(
@@ -128,7 +140,7 @@ class Harvest:
         names = [str(site) for site in (self.sites if sites is None else [sites] if isinstance(sites, str) else sites)]
         columns = {name: self[name] for name in dict.fromkeys([*names, *WORDS])}
         order = None if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return _batches(columns, size, order, len(self) // size * size if whole else len(self))
+        return _batches(self.shards, columns, size, order, len(self) // size * size if whole else len(self))
 
     @checks_keywords
     def statistics(
@@ -146,6 +158,7 @@ class Harvest:
             for some in rows.split(CHUNK) if len(rows) else ():
                 places = torch.stack([self[name][some].long() for name in WORDS], dim=1)
                 total.add({site: column[some] for site, column in columns.items()}, some, places)
+            self.shards.close_before(self.shards.starts[shard + 1])
         if not total.of_site:
             raise EmptySelection(f"none of the {len(self)} rows is at pos={pos!r}: give others")
         about = {name: self.about[name] for name in ("model", "context", "long")}
@@ -169,7 +182,19 @@ class Harvest:
             )
 
 
-def _batches(columns: Mapping[str, Column], size: int, order: Tensor | None, end: int) -> Iterator[dict[str, Tensor]]:
+def _numbers(name: str, column: Column, rows: Tensor) -> pd.DataFrame:
+    """The numbers of a site at some rows, a column each, named by their places along the site's axes."""
+    values = column[rows]
+    values = (values.float() if values.dtype == torch.bfloat16 else values).flatten(1)
+    places = itertools.product(*map(range, column.sizes))
+    return pd.DataFrame(values.numpy(), columns=[f"{name}[{', '.join(map(str, place))}]" for place in places])
+
+
+def _batches(
+    shards: Shards, columns: Mapping[str, Column], size: int, order: Tensor | None, end: int
+) -> Iterator[dict[str, Tensor]]:
     for start in range(0, end, size):
         rows = slice(start, min(start + size, end))
+        if order is None:
+            shards.close_before(start)
         yield {name: column[rows if order is None else order[rows]] for name, column in columns.items()}

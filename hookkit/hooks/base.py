@@ -250,12 +250,30 @@ def not_square(sites: Sites, does: str) -> Sites:
     return sites
 
 
-def fitted(value: Constant, values: Float[Tensor, "row pos ..."], here: Here, word: str) -> Tensor:
-    """A constant in the dtype and on the device of the values, in a shape that spreads over them.
+def moved(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives the tensor on the device and in the dtype of some values: moved there once, not in every forward."""
+    there = tensor
+
+    def like(values: Tensor) -> Tensor:
+        nonlocal there
+        if there.device != values.device or there.dtype != values.dtype:
+            with torch.inference_mode(False):  # a later forward may need gradients
+                there = tensor.to(device=values.device, dtype=values.dtype)
+        return there
+
+    return like
+
+
+def fitting(value: Constant, word: str) -> Callable[[Tensor, Here], Tensor]:
+    """What gives a constant in the dtype and on the device of some values, in a shape that spreads over them.
 
     It may have the axes of the site, or [pos, ...] for the positions wanted, or [row, pos, ...].
     """
-    tensor = value.tensor.to(device=values.device, dtype=values.dtype)
+    like = moved(value.tensor)
+    return lambda values, here: _fitted(like(values), values, here, word)
+
+
+def _fitted(tensor: Tensor, values: Float[Tensor, "row pos ..."], here: Here, word: str) -> Tensor:
     axes = values.ndim - 2
     if tensor.shape == values.shape[2:]:
         return tensor

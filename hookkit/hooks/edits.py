@@ -21,8 +21,9 @@ from .base import (
     check_shape,
     checked_result,
     constant,
-    fitted,
+    fitting,
     inner,
+    moved,
     not_square,
     number,
 )
@@ -97,7 +98,8 @@ class Steer(EditHook):
 
     def change(self, binding: Binding) -> Change:
         check_shape(self.vector, binding, "the vector")
-        return lambda values, here: values + self.scale * fitted(self.vector, values, here, "the vector")
+        vector = fitting(self.vector, "the vector")
+        return lambda values, here: values + self.scale * vector(values, here)
 
 
 @checks_keywords
@@ -158,10 +160,11 @@ class ProjectOut(EditHook):
         if bool((weights.diagonal().abs() < 1e-9 * directions.norm(dim=1).clamp(min=1e-30)).any()):
             raise BadHook("the directions are zero, or one of them is made of the others: give independent ones")
 
+        like = moved(basis)
+
         def apply(values: Tensor, here: Here) -> Tensor:
-            wide = torch.promote_types(values.dtype, torch.float32)
-            axes = basis.to(device=values.device, dtype=wide)
-            kept = values.to(wide)
+            kept = values.to(torch.promote_types(values.dtype, torch.float32))
+            axes = like(kept)
             return (kept - (kept @ axes) @ axes.T).to(values.dtype)
 
         return apply

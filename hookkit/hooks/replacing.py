@@ -11,7 +11,7 @@ from ..captured import Captured
 from ..errors import BadHook, NotCaptured, OutOfRange, checks_keywords
 from ..positions import PROMPT, CountLike, PosLike, Span, Where, as_count
 from ..sites import AnySite, Sites, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitted, inner, not_square
+from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitting, inner, not_square
 from .codec import storable
 from .stand_ins import Per, from_run, mean, resample
 
@@ -106,7 +106,8 @@ class Ablate(EditHook):
         if isinstance(self.to, Constant | Means):
             tensor = self.to if isinstance(self.to, Constant) else self.to.tensors[self.sites.index(binding.site)]
             check_shape(tensor, binding, "the tensor")
-            return lambda values, here: fitted(tensor, values, here, "the tensor").expand_as(values).clone()
+            put = fitting(tensor, "the tensor")
+            return lambda values, here: put(values, here).expand_as(values).clone()
         if isinstance(self.to, FromRun):
             return from_run(_of_site(self.to.sources, binding.site), self.where, binding)
         assert isinstance(self.to, Reference)

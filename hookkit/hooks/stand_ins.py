@@ -14,7 +14,7 @@ from ..forms import unseen_value
 from ..positions import Where, wish
 from ..prompts import cover
 from ..sites import SQUARE, ModuleSite
-from .base import Binding, Change, Here
+from .base import Binding, Change, Here, moved
 
 Per: TypeAlias = Literal["position", "all"]
 
@@ -63,8 +63,8 @@ def mean(source: Captured, per: Per) -> Change:
     assert source.positions is not None
     there = source.positions >= 0
     if per == "all":
-        overall = source.values[there].double().mean(0)
-        return lambda values, here: overall.to(values).expand_as(values).clone()
+        overall = moved(source.values[there].double().mean(0))
+        return lambda values, here: overall(values).expand_as(values).clone()
     means = _by_position(source, lambda cells: cells.double().mean(0))
 
     def apply(values: Tensor, here: Here) -> Tensor:

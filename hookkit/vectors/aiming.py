@@ -1,13 +1,12 @@
 """What a target is when a vector is added: its value on some prompts, as autograd can follow it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BadHook, EmptySelection
 from ..hooks.base import Hook, inner, not_square
@@ -117,16 +116,3 @@ def _places(reading: Reading, where: Where, pos: PosLike) -> Iterator[tuple[int,
         if not places:
             raise EmptySelection(f"prompt {number} has no token at pos={pos!r}: give other positions")
         yield places
-
-
-@contextmanager
-def frozen(root: nn.Module) -> Iterator[None]:
-    """A block in which no weight of a model takes a gradient; at its end each does again that did before."""
-    learning = [weight for weight in root.parameters() if weight.requires_grad]
-    try:
-        for weight in learning:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in learning:
-            weight.requires_grad_(True)

@@ -20,8 +20,8 @@ from ..model import LM
 from ..positions import PosLike
 from ..prompts import Prompts
 from ..sites import AnySite
-from ..training import warn_of_dropout
-from .aiming import Aim, aim, frozen
+from ..training import frozen, warn_of_dropout
+from .aiming import Aim, aim
 from .origin import data_hash, model_words
 from .streams import BATCH, streams, typical
 from .vector import Vector
