@@ -40,9 +40,9 @@ def main() -> None:
         results.text(
             f"Over the means, the plain gradient has a Pearson correlation of {_range(means, 'gradient')} with "
             f"patching, the integrated one {_range(means, 'integrated')}. The furthest off is {worst['site']} by "
-            f"{worst['method']}, {worst['pearson']:.2f}. The plain gradient sees a straight line at the corrupted prompt: "
-            "right for small effects, which it orders better, and too little where a large change goes through a norm or "
-            "a softmax, as in the stream's first blocks."
+            f"{worst['method']}, {worst['pearson']:.2f}. The plain gradient sees a straight line at the corrupted "
+            "prompt: right for small effects, which it orders better, and too little where a large change goes through "
+            "a norm or a softmax, as in the stream's first blocks."
         )
     print(table.round(3).to_string(index=False))
 

@@ -119,7 +119,7 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
         f"{writer['logit_diff_effect']:.2f} of the way. Of these paths into it, the one from head "
         f"{int(teller['layer'])}.{int(teller['head'])} to {teller['site']} does the most: "
         f"{teller['logit_diff_effect']:.2f} [{teller['logit_diff_effect_low']:.2f}, "
-        f"{teller['logit_diff_effect_high']:.2f}]. A head that matters without such a path acts through several at once."
+        f"{teller['logit_diff_effect_high']:.2f}]. A head that matters without such a path acts through several."
     )
 
 

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .describing import described
 from .errors import BadHook, checks_keywords
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
-from .describing import described
 from .placement import device_of, places_of
 from .sharding import Ranks, ranks_of
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites

@@ -150,7 +150,7 @@ class Harvesting:
         self._finish(bool(number), end)
 
     def _known(self) -> tuple[list[Shard], End | None, list[bool]]:
-        """The shards that are done, how the harvest ended, and which shards are there, as the one that writes sees it."""
+        """The shards that are done, how the harvest ended, and which shards are there, as the one that writes sees."""
         done, end = read_index(self.folder) if writes() else ([], None)
         found = done, end, [each.is_there(self.folder) for each in done]
         return found if self.lm.ranks is None else self.lm.ranks.first(found)

@@ -18,7 +18,7 @@ from ..positions import CountLike, PosLike
 from ..prompts import Prompts, as_batch
 from ..runs import Run, forward
 from ..sites import AnySite, Site, SitesLike
-from .numbers import Numbers, chunk_of, numbers
+from .numbers import Numbers, chunk_of, in_cache, numbers
 from .tail import Tail, tail_of
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -135,8 +135,7 @@ def _table(lm: LM, states: States, tail: Tail, top: int, watched: Sequence[int],
             cells = places[start : start + step]
             each = [(row, pos) for _, _, row, pos in cells for _ in range(count)]
             logits = tail.logits(states.of(cells).flatten(0, 1), each).float().unflatten(0, (len(cells), count))
-            found = numbers(logits, lm.n_tokens, top, watched, anywhere=anywhere)
-            parts.append(found.cpu())
+            parts += [numbers(part, lm.n_tokens, top, watched, anywhere=anywhere).cpu() for part in in_cache(logits)]
     return _frame(lm, states.sites, [(row, pos) for _, _, row, pos in places], parts)
 
 

@@ -7,12 +7,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits at a time
+CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that are computed at a time
+CACHED = {"cpu": 6 * 2**20, "cuda": 1024 * 2**20}  # and that are read at a time: what stays in a cache between passes
 
 
 def chunk_of(device: torch.device, vocab: int) -> int:
-    """How many states are read at a time."""
+    """How many states' logits are computed at a time."""
     return max(1, CHUNK.get(device.type, CHUNK["cuda"]) // (4 * vocab))
+
+
+def in_cache(logits: Float[Tensor, "cell state vocab"]) -> Sequence[Float[Tensor, "some state vocab"]]:
+    """The same logits, of some cells at a time."""
+    bytes_of_cell = 4 * logits[0].numel()
+    return logits.split(max(1, CACHED.get(logits.device.type, CACHED["cuda"]) // bytes_of_cell))
 
 
 @dataclass(frozen=True, eq=False)
