@@ -188,6 +188,12 @@ ORDER = [
     "vectors.comparing",
     "vectors.drawing",
     "vectors",
+    "cli.base",
+    "cli.engine",
+    "cli.tracing",
+    "cli.examining",
+    "cli.harvesting",
+    "cli.sweeping",
     "cli",
 ]
 
