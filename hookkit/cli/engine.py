@@ -18,7 +18,7 @@ def chosen(
     engine: str | None, actors: int | None, cpus: float | None, gpus: float | None, address: str | None
 ) -> "EngineLike":
     """The engine that these options mean."""
-    from ..engines import Ray
+    from ..engines import Ray, check_installed
     from ..errors import BadHook
 
     words = {"actors": actors, "cpus": cpus, "gpus": gpus, "address": address}
@@ -27,4 +27,6 @@ def chosen(
         raise BadHook(f"--engine {engine!r} is unknown: say ray, or leave it out")
     if given and engine is None:
         raise BadHook(f"--{next(iter(given))} is of Ray's actors: add --engine ray")
+    if engine is not None:
+        check_installed()
     return None if engine is None else Ray(**given)  # pyright: ignore[reportArgumentType]

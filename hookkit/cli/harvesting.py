@@ -38,6 +38,7 @@ def harvest(
     from ..harvesting import harvest as harvested
 
     with refusals_said(), interrupts_said(f"what is in {out} stays, and the same command goes on"):
+        where = chosen(engine, actors, cpus, gpus, address)
         found = harvested(
             loaded({"model": model, "revision": revision, "device": device, "dtype": model_dtype}),
             texts,
@@ -51,7 +52,7 @@ def harvest(
             batch_tokens=batch_tokens,
             shard_size=shard_size,
             progress=progress,
-            engine=chosen(engine, actors, cpus, gpus, address),
+            engine=where,
         )
     said = {"folder": out, "rows": len(found), "texts": found.texts, "left_out": found.left_out}
     typer.echo(json.dumps(said | {"sites": [str(site) for site in found.sites]}, ensure_ascii=False))

@@ -54,9 +54,9 @@ def ablations(
     from ..sweeps import ablations as swept
 
     with refusals_said():
-        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
         given: dict[str, Any] = {"to": to, "over": over or None, **_places(layer, head, pos), "save": save}
         given["engine"] = chosen(engine, actors, cpus, gpus, address)
+        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
         _say(lambda: swept(lm, [prompt], what, _metric(token, against), **given), save)
 
 
@@ -91,9 +91,9 @@ def patching(
     from ..sweeps import patching as swept
 
     with refusals_said():
-        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
         given: dict[str, Any] = {"direction": direction, **_places(layer, head, pos), "save": save}
         given["engine"] = chosen(engine, actors, cpus, gpus, address)
+        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
         _say(lambda: swept(lm, [clean], [corrupted], site, _metric(token, against), **given), save)
 
 

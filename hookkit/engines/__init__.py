@@ -9,6 +9,7 @@ crew        the actors, and steps computed by them
 from .cluster import EngineLike as EngineLike
 from .cluster import Ray as Ray
 from .cluster import as_engine as as_engine
+from .cluster import check_installed as check_installed
 from .crew import computed as computed
 from .steps import Step as Step
 from .steps import Steps as Steps

@@ -70,18 +70,19 @@ def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
     found = Ray() if engine == "ray" else engine
     if not isinstance(found, Ray):
         raise BadHook(f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this process")
-    if not installed():
-        raise MissingExtra("engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'")
+    check_installed()
     check_travels(lm, found.gpus)
     return found
 
 
-def installed() -> bool:
-    """True where Ray can be imported."""
+def check_installed() -> None:
+    """Raise `MissingExtra` where Ray cannot be imported."""
     try:
-        return find_spec("ray.actor") is not None  # a folder that happens to be called ray has no such module
+        found = find_spec("ray.actor") is not None  # a folder that happens to be called ray has no such module
     except (ImportError, ValueError):
-        return False
+        found = False
+    if not found:
+        raise MissingExtra("engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'")
 
 
 @contextmanager
