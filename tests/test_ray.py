@@ -413,7 +413,7 @@ for words in (["harvest", "texts.txt", "z.1", "--out", "a"], ["sweep", "ablation
 """
     done = child(str(tmp_path / "a"), code=code)
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.splitlines() == ["engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'"] * 3
-    )
+    words = "engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'"
+    assert done.stdout.splitlines() == [words] * 3 + ["2"] * 2
+    assert done.stderr.splitlines() == [f"hookkit: {words}"] * 2
     assert not (tmp_path / "a").exists()

@@ -129,8 +129,10 @@ def _check_address(engine: Ray) -> None:
     """Raise where another cluster is asked for than the one that the program is in."""
     import ray
 
+    if engine.address is None or engine.address in ANY:
+        return
     there = ray.get_runtime_context().gcs_address
-    if engine.address is not None and engine.address not in (*ANY, there):
+    if engine.address != there:
         raise Unsupported(
             f"address={engine.address!r} was asked for, and this program has initialised Ray at {there!r}: leave "
             "address= out, or call ray.shutdown() first"

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import ActorLost
 from ..model import LM
-from .cluster import Ray, actors_of, joined
+from .cluster import Ray, actors_of, joined, room
 from .steps import Step, Steps, Work, computed_here
 from .travelling import (
     Packed,
@@ -35,6 +35,7 @@ from .travelling import (
 )
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
+LOOK = 10  # seconds between looks at whether there is still a node to wait for
 LOSSES = 5  # so often a unit's actor may die, or actors in a row before they were ready
 
 
@@ -66,14 +67,15 @@ class Actor:
 
     def __init__(self, threads: int, precision: str, places: list[str]) -> None:
         sys.path += [place for place in places if place not in sys.path]  # of the modules of the user's functions
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+        self.threads, self.precision = threads, precision
         self.work: Any = None
 
     def ready(self, model: Packed, work: Packed) -> Failure | None:
         """Take in the model and the work."""
         try:
             self.work = unpacked_work(work, unpacked_model(model))
+            torch.set_num_threads(self.threads)  # behind the imports of the user's modules, which may say otherwise
+            torch.set_float32_matmul_precision(self.precision)
         except Exception as error:  # noqa: BLE001  it is raised where the user is
             return _failure(error)
         return None
@@ -208,7 +210,9 @@ class Crew:
         from ray.exceptions import RayError, RayTaskError
 
         again: list[Held] = []
-        done, _ = ray.wait([*self._starting, *self._flying], num_returns=1, timeout=None)
+        done, _ = ray.wait([*self._starting, *self._flying], num_returns=1, timeout=LOOK)
+        if not done and not self._flying and not room(self.engine):
+            raise ActorLost("no node that is left has room for an actor: what was done before it is kept")
         for ref in done:
             starting, (held, member) = self._starting.pop(ref, None), self._flying.pop(ref, (None, None))
             try:
@@ -221,7 +225,7 @@ class Crew:
                 continue
             if starting is not None:
                 if isinstance(found, Failure):
-                    raise found.raised("the model's first start") from None
+                    raise found.raised("an actor's start") from None
                 starting.ready, self._never_ready = True, 0
             elif held is not None and member is not None:
                 held.found, held.done = found if isinstance(found, Failure) else unpacked_result(found), True
