@@ -38,26 +38,37 @@ def harvest(folder: Path, given, **settings) -> hk.Harvest:
     return hk.harvest(hk.tiny("llama"), given, killing.SITES, folder, **killing.SETTINGS, **settings)
 
 
-def rays_own() -> list[str]:
-    """The processes of Ray that this one started."""
-    return [each.name() for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+class Interrupt:
+    """A Ctrl-C, and which processes of Ray there were then."""
 
+    def __init__(self) -> None:
+        self.started: list[psutil.Process] = []
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    def __call__(self) -> None:
+        self.started = psutil.Process().children(recursive=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def ended(self) -> dict:
+        """Whether Ray is still there, and which of its processes."""
+        _, left = psutil.wait_procs(self.started, timeout=10)
+        names = {each.name() for each in self.started if each in left and each.status() != psutil.STATUS_ZOMBIE}
+        return {"started": len(self.started) > 3, "initialised": ray.is_initialized(), "left": sorted(names)}
 
 
 def interrupted_harvest(folder: Path) -> dict:
+    interrupt = Interrupt()
     try:
         harvest(folder, texts(interrupt), engine=hk.Ray(actors=2, cpus=0.5))
     except KeyboardInterrupt:
-        return {"ended": "interrupted", "initialised": ray.is_initialized(), "left": rays_own()}
-    return {"ended": "finished"}
+        return {"interrupted": True, **interrupt.ended()}
+    return {"interrupted": False}
 
 
 def interrupted_sweep(folder: Path) -> dict:
+    interrupt = Interrupt()
+
     def watch() -> None:
-        while killing_sweeps.lines(folder) < 5:
+        while killing_sweeps.lines(folder) < 4:
             time.sleep(0.001)
         interrupt()
 
@@ -66,14 +77,16 @@ def interrupted_sweep(folder: Path) -> dict:
         warnings.simplefilter("always")
         table = killing_sweeps.swept(hk.tiny("llama"), folder, engine=hk.Ray(actors=2, cpus=0.5))
     said = [each for each in caught if issubclass(each.category, hk.errors.Interrupted)]
-    found = {"complete": table.attrs["complete"], "said": len(said), "rows": len(table)}
-    return found | {"initialised": ray.is_initialized(), "left": rays_own()}
+    interrupted = not table.attrs["complete"] and len(said) == 1
+    return {"interrupted": interrupted, "rows": len(table), **interrupt.ended()}
 
 
 def cluster(folder: Path) -> dict:
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": soon}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     other = nodes.add_node(num_cpus=2)
     nodes.wait_for_nodes()
 

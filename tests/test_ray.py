@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def child(*words: str, code: str = "", **given) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("actors", [1, 2, 4])
 def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(cluster, small, undisturbed, tmp_path, actors):
-    found = harvest(small, tmp_path / "a", engine=hk.Ray(actors=actors))
+    found = harvest(small, tmp_path / "a", engine="ray" if actors == 4 else hk.Ray(actors=actors))  # which is four
     assert files(tmp_path / "a") == files(undisturbed) and rows_once(found)
     assert ray.is_initialized()  # what the program initialised is its own to end
 
@@ -119,12 +120,11 @@ def test_a_standard_grid_passes_its_engine_on_with_its_sources_and_cells_that_ru
     pd.testing.assert_frame_equal(there, here, check_exact=True)
 
 
-def test_the_default_engine_fills_the_cluster_and_reads_words(cluster, gpt2, tmp_path):
-    words = [gpt2, ["Tea with milk", "Coffee", "I like oat milk in my"], "mlp_post"]
-    for folder, engine in (("here", None), ("there", "ray")):
-        hk.harvest(
-            *words, tmp_path / folder, pos=slice(1, None), dtype="bfloat16", unfit="skip", progress=False, engine=engine
-        )
+def test_what_is_kept_in_another_dtype_or_left_out_is_so_on_actors_too(cluster, gpt2, tmp_path):
+    words = [gpt2, ["Tea with milk", "T", "I like oat milk in my"], "mlp_post"]
+    given = {"pos": slice(1, None), "dtype": "bfloat16", "unfit": "skip", "progress": False}
+    for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
+        hk.harvest(*words, tmp_path / folder, **given, engine=engine)
     assert files(tmp_path / "there") == files(tmp_path / "here")
 
 
@@ -184,7 +184,7 @@ def test_actors_killed_while_they_sweep_lose_no_cell_and_double_none(cluster, sm
     here = swept()
     for number in range(6):
         (marks / str(number)).touch()
-    there = swept(engine=hk.Ray(actors=4), save=tmp_path / "sweep")
+    there = swept(engine=hk.Ray(actors=2), save=tmp_path / "sweep")
     assert not list(marks.iterdir())  # six were killed
     pd.testing.assert_frame_equal(there, here, check_exact=True)
     lines = (tmp_path / "sweep" / "cells.jsonl").read_text().splitlines()
@@ -249,7 +249,7 @@ def test_an_error_of_one_batch_names_its_texts_and_the_shards_before_it_stay(clu
         lm.root.get_input_embeddings().weight[319] = 3e38
     given = [[token % 319 for token in ids] for ids in killing.texts()]
     given[100] = [1, 319, 2]
-    for folder, engine in (("here", None), ("there", hk.Ray(actors=2))):
+    for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
         with pytest.raises(BadHook, match="dtype='float16' holds numbers up to 65504") as raised:
             harvest(lm, tmp_path / folder, given, dtype="float16", engine=engine)
     assert "in the batch of text" in raised.value.__notes__[0] and "100" in raised.value.__notes__[0]
@@ -260,7 +260,7 @@ def test_an_error_of_one_batch_names_its_texts_and_the_shards_before_it_stay(clu
 def test_a_text_that_cannot_be_read_ends_a_harvest_behind_what_came_before_it(cluster, small, tmp_path):
     given = killing.texts()
     given[100] = []
-    for folder, engine in (("here", None), ("there", hk.Ray(actors=2))):
+    for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
         with pytest.raises(hk.errors.BadPrompt, match="text 100 is empty"):
             harvest(small, tmp_path / folder, given, engine=engine)
     assert files(tmp_path / "there") == files(tmp_path / "here")
@@ -279,21 +279,19 @@ def interrupted(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_ctrl_c_ends_what_hookkit_started_and_a_harvest_goes_on(interrupted, cluster, small, undisturbed, tmp_path):
     folder, said = interrupted
-    assert said["harvest"] == {"ended": "interrupted", "initialised": False, "left": []}
+    assert said["harvest"] == {"interrupted": True, "started": True, "initialised": False, "left": []}
     done = hk.open_harvest(folder / "harvest")
     assert not done.finished and 0 < len(done) < len(hk.open_harvest(undisturbed))
     shutil.copytree(folder / "harvest", tmp_path / "there")
-    for where, engine in ((folder / "harvest", None), (tmp_path / "there", hk.Ray(actors=2))):
+    for where, engine in ((folder / "harvest", None), (tmp_path / "there", hk.Ray(actors=1))):
         harvest(small, where, engine=engine)
         assert files(where) == files(undisturbed)
 
 
 def test_ctrl_c_ends_what_hookkit_started_and_a_sweep_goes_on(interrupted, small, table):
     folder, said = interrupted
-    assert said["sweep"] == {"complete": False, "said": 1, "initialised": False, "left": []} | {
-        "rows": said["sweep"]["rows"]
-    }
-    assert 0 < said["sweep"]["rows"] < len(table)
+    assert 0 < said["sweep"].pop("rows") < len(table)
+    assert said["sweep"] == {"interrupted": True, "started": True, "initialised": False, "left": []}
     found = killing_sweeps.swept(small, folder / "sweep")
     pd.testing.assert_frame_equal(found, table, check_exact=True)
 
@@ -319,7 +317,6 @@ def test_a_model_arrives_with_its_own_weights_tied_as_they_were_and_uncopied(fam
     assert arrived.root.lm_head.weight is arrived.root.get_input_embeddings().weight
     addresses = {array.ctypes.data for array in packed.storages}
     assert all(weight.untyped_storage().data_ptr() in addresses for weight in arrived.root.parameters())
-    assert len(packed.data) < 30_000  # the numbers are beside the bytes
 
 
 def test_a_model_that_arrives_with_other_weights_is_refused(small):
@@ -349,12 +346,13 @@ def test_a_model_that_cannot_be_had_twice_is_refused_before_anything_is_written(
 
 
 def test_what_cannot_be_sent_is_said(cluster, small):
-    with open(os.devnull) as file, pytest.raises(Unsupported, match="cannot go to an actor .*: a function may use"):
+    lock = threading.Lock()
+    with pytest.raises(Unsupported, match="cannot go to an actor .*lock.*: a function may use"):
         hk.sweep(
             small,
             [[1, 2]],
             {"layer": [0]},
-            lambda layer: hk.edit(hk.Site("z", layer), lambda v: v * (file.fileno() * 0 + 2)),
+            lambda layer: hk.edit(hk.Site("z", layer), lambda v: v * (2 + lock.locked())),
             hk.prob(3),
             engine=hk.Ray(actors=1),
         )

@@ -11,7 +11,7 @@ from ..sites import AnySite, Sites
 from .texts import Read
 from .values import Kind, as_stored, at_sites
 
-NAMED = 4  # so many texts are named in an error
+NAMED = 8  # so many texts are named in an error
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from ..errors import NeverFired
 from ..hooks.looking import capture
 from ..sites import AnySite
 from ..taps import planned
+from .grouping import Job
 from .journal import Journal
 from .passes import Trunk, Unit, run_trunk
 from .planning import Plan
@@ -72,7 +73,7 @@ class Running:
             if not all(key in self.journal.values for key in todo.keys):
                 yield Step(todo, self._take)
 
-    def _base(self, rows: tuple[int, ...]) -> tuple[Base, Trunk, Sequence[Any], Sequence[Unit]]:
+    def _base(self, rows: tuple[int, ...]) -> tuple[Base, Trunk, Sequence[Job], Sequence[Unit]]:
         """What the forwards of some prompts start from, and which they are."""
         plan = self.plan
         sources = {} if self.checked else sources_of(plan)
