@@ -18,6 +18,7 @@ from .decomposing import logit_terms as logit_terms
 from .decomposing import unembedding as unembedding
 from .doctor import Checkup as Checkup
 from .doctor import doctor as doctor
+from .engines import Ray as Ray
 from .errors import HookkitError as HookkitError
 from .figures import delta_bars as delta_bars
 from .figures import logit_panels as logit_panels

@@ -92,6 +92,14 @@ class DownloadFailed(HookkitError, OSError):
     """The default model could not be fetched, checked or kept."""
 
 
+class MissingExtra(HookkitError, ImportError):
+    """What was asked for needs a package that hookkit does not bring along; the message names the extra that does."""
+
+
+class ActorLost(HookkitError, RuntimeError):
+    """The processes of an engine that computed something ended, again and again."""
+
+
 class DroppedOut(HookkitError, UserWarning):
     """A warning: the model is in training mode with dropout, so numbers differ from call to call."""
 

@@ -1,9 +1,11 @@
 """The command line, run as a user runs it: in a process of its own, piped."""
 
+import io
 import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 import hookkit as hk
@@ -74,3 +76,39 @@ def test_help_is_light_and_has_an_example():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "Example: hookkit trace" in hookkit("trace", "--help").stdout
+
+
+def test_a_harvest_writes_the_folder_that_the_call_writes_and_says_so_as_json(smol, tmp_path):
+    texts = ["I like oat milk in my", "Tea with milk"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    words = ["resid_post.2", "z.1", "--dtype", "bfloat16", "--pos", "-1", "--device", "cpu", "--no-progress"]
+    done = hookkit("harvest", str(tmp_path / "texts.txt"), *words, "--out", str(tmp_path / "there"))
+    assert done.returncode == 0, done.stderr
+    said = {"folder": str(tmp_path / "there"), "rows": 2, "texts": 2, "left_out": 0, "sites": ["resid_post.2", "z.1"]}
+    assert json.loads(done.stdout) == said
+    made = hk.harvest(smol, texts, ["resid_post.2", "z.1"], tmp_path / "here", pos=-1, dtype="bfloat16", progress=False)
+    assert hk.open_harvest(tmp_path / "there").about == made.about
+    assert made["z.1"][:].shape == hk.open_harvest(tmp_path / "there")["z.1"][:].shape
+
+
+def test_a_sweep_prints_its_table_as_csv(smol):
+    words = ["--token", " coffee", "--against", " tea", "--layer", "3", "--layer", "9", "--device", "cpu"]
+    done = hookkit("sweep", "ablations", MILK, "attn_out", *words)
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(io.StringIO(done.stdout))
+    wanted = hk.ablations(smol, [MILK], "attn_out", hk.logit_diff(" coffee", " tea"), layers=[3, 9], progress=False)
+    assert list(found.columns) == list(wanted.columns)
+    assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-4)
+
+
+def test_patching_takes_two_prompts_and_names_a_wish_that_cannot_be_met():
+    words = ["Mary gave tea to", "John gave tea to", "resid_pre", "--token", " John", "--layer", "3", "--device", "cpu"]
+    done = hookkit("sweep", "patching", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "layer,pos,row,prob,prob_before,prob_delta,prob_effect"
+    for more, said in (
+        (["--actors", "2"], "hookkit: --actors is of Ray's actors: add --engine ray"),
+        (["--engine", "dask"], "hookkit: --engine 'dask' is unknown: say ray, or leave it out"),
+    ):
+        done = hookkit("sweep", "patching", *words, *more)
+        assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (2, "", said)

@@ -82,6 +82,11 @@ ORDER = [
     "runs.forwarding",
     "runs.generating",
     "runs",
+    "engines.steps",
+    "engines.travelling",
+    "engines.cluster",
+    "engines.crew",
+    "engines",
     "laws.study",
     "laws.law",
     "laws.looking",
@@ -104,6 +109,7 @@ ORDER = [
     "sweeps.planning",
     "sweeps.journal",
     "sweeps.sources",
+    "sweeps.working",
     "sweeps.running",
     "sweeps.controls",
     "sweeps.targets",
@@ -163,6 +169,7 @@ ORDER = [
     "harvesting.texts",
     "harvesting.windows",
     "harvesting.values",
+    "harvesting.computing",
     "harvesting.progress",
     "harvesting.disk",
     "harvesting.folder",
@@ -185,6 +192,12 @@ ORDER = [
     "vectors.comparing",
     "vectors.drawing",
     "vectors",
+    "cli.base",
+    "cli.engine",
+    "cli.tracing",
+    "cli.examining",
+    "cli.harvesting",
+    "cli.sweeping",
     "cli",
 ]
 
@@ -231,7 +244,7 @@ def test_a_file_imports_only_from_files_above_it(name):
 
 def test_the_import_is_light():
     loaded = set(fresh("import sys; import hookkit; print(*sys.modules)").split())
-    assert not loaded & {"torch", "transformers", "pandas", "numpy", "matplotlib", "jinja2", "rich", "typer"}
+    assert not loaded & {"torch", "transformers", "pandas", "numpy", "matplotlib", "jinja2", "rich", "typer", "ray"}
 
 
 def test_every_name_of_the_catalogue_is_there():

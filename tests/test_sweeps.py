@@ -233,12 +233,12 @@ def patch_source(lm, prompt):
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
-    from hookkit.sweeps import running
+    from hookkit.sweeps import working
 
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
-    real, refused = running.run_units, []
+    real, refused = working.run_units, []
 
     def scarce(trunk, reading, units, taps, width, may):
         if len(units) > 3:
@@ -246,7 +246,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(trunk, reading, units, taps, width, may)
 
-    monkeypatch.setattr(running, "run_units", scarce)
+    monkeypatch.setattr(working, "run_units", scarce)
     found = hk.sweep(lm, corrupted, grid, hooks, METRICS)
     assert refused and found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-5)
 

@@ -3,6 +3,7 @@
 texts       what is given: numbered texts to rows of tokens
 windows     the rows that come next, in batches of like length
 values      what is at the sites, from one forward
+computing   the values of a batch, here or on an actor
 progress    a line in the terminal
 disk        files that are whole or not there
 folder      the settings, the index and the shards

@@ -5,23 +5,26 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engines import EngineLike, Ray, Step, Steps, as_engine, computed
 from ..errors import BadHook, EmptySelection, HarvestChanged, checks_keywords
 from ..model import LM
 from ..positions import PosLike, Where, as_pos
 from ..sharding import writes
-from ..sites import AnySite, Sites, SitesLike
+from ..sites import AnySite, SitesLike
 from . import disk
+from .computing import Batch, Computing
 from .folder import FORMAT, End, Shard, append, begin, columns, finish, model_of, read_index, write_shard
 from .progress import Progress
 from .reading import Harvest, open_harvest
 from .texts import Cursor, Long, Rules, TextsLike, Unfit, context_of, how_many
-from .values import Kind, as_stored, at_sites, probed, row_numbers
+from .values import Kind, probed, row_numbers
 from .windows import LOOK_AHEAD, Window, batches, next_window
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, where shard_size is left out
@@ -43,6 +46,7 @@ def harvest(
     batch_tokens: int = 2048,
     shard_size: int | None = None,
     progress: bool = True,
+    engine: EngineLike = None,
 ) -> Harvest:
     """Write what is at these sites, for every text, to a folder of safetensors; the harvest to read.
 
@@ -57,6 +61,7 @@ def harvest(
     unfit         what becomes of a text that is empty or lacks a position that is wanted: "error" or "skip"
     batch_tokens  how many tokens run together, padding included
     shard_size    a shard is done when it has as many rows (128 MiB, where left out); memory holds three at most
+    engine        "ray", or `Ray(…)`: batches are computed by actors that hold the model each, and written here
 
     A folder that is there already is gone on with, behind the last shard that is done, if the model, the settings and
     the texts up to there are the same; else `HarvestChanged`. What comes out is then the same, byte for byte, as if it
@@ -66,6 +71,7 @@ def harvest(
     >>> made["resid_post.6"][-1].shape, made["pos"][:].tolist()
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
+    chosen = as_engine(engine, lm)
     context = context_of(lm, context)
     rules = Rules(Where(as_pos(pos)), context, long, unfit)
     kinds = _stored(probed(lm, sites, "a harvest"), dtype)
@@ -82,16 +88,10 @@ def harvest(
     with lock, Progress(how_many(texts) if progress else None, progress) as shown:
         if writes():
             begin(path, settings)
-        Harvesting(lm, kinds, path, cursor, batch_tokens, shard_size, shown).run()
+        Harvesting(lm, kinds, path, cursor, batch_tokens, shard_size, shown).run(chosen)
     if lm.ranks is not None:
         lm.ranks.together()
     return open_harvest(path)
-
-
-def _wait(writing: Future[None] | None) -> None:
-    """Wait for a shard to be on the disk; what went wrong there is raised here."""
-    if writing is not None:
-        writing.result()
 
 
 def _stored(kinds: dict[AnySite, Kind], dtype: torch.dtype | str | None) -> dict[AnySite, Kind]:
@@ -113,6 +113,24 @@ def _written(kinds: dict[AnySite, Kind]) -> dict[str, Any]:
 
 
 @dataclass(eq=False)
+class Writing:
+    """Shards on their way to the disk: at most one is written while the next one is computed."""
+
+    writer: ThreadPoolExecutor
+    any: bool = False
+    _last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        self.wait()
+        self._last, self.any = self.writer.submit(write), True
+
+    def wait(self) -> None:
+        """Wait for a shard to be on the disk; what went wrong there is raised here."""
+        if self._last is not None:
+            self._last.result()
+
+
+@dataclass(eq=False)
 class Harvesting:
     """A harvest while it is being made: shard after shard, each from the windows that come next."""
 
@@ -124,30 +142,15 @@ class Harvesting:
     shard_size: int
     progress: Progress
 
-    def run(self) -> None:
+    def run(self, engine: Ray | None) -> None:
         """Make the shards that are not there, and end the index."""
         done, end, there = self._known()
-        number, writing = 0, None
+        work = Computing(self.lm, self.kinds, self.cursor.rules.where)
         with ThreadPoolExecutor(1) as writer:  # which is waited for, whatever happens: what is computed gets written
-            while number < len(done) or end is None:
-                known = done[number] if number < len(done) else None
-                if known is not None and there[number]:
-                    self.cursor.skip(known.text, known.piece, known.stream)
-                    self.progress.skipped(known.text)
-                else:
-                    write = self.shard(number, known)
-                    if write is None and known is not None:
-                        raise HarvestChanged(
-                            f"the folder has a harvest of {known.text + 1} texts or more, and only "
-                            f"{self.cursor.text + 1} were given: give the same texts to go on, or another folder"
-                        )
-                    if write is None:
-                        break
-                    _wait(writing)  # at most one shard is written while the next one is computed
-                    writing = writer.submit(write)
-                number += 1
-            _wait(writing)
-        self._finish(bool(number), end)
+            writing = Writing(writer)
+            computed(engine, self.lm, work, self._steps(done, there, end, writing))
+            writing.wait()
+        self._finish(bool(done) or writing.any, end)
 
     def _known(self) -> tuple[list[Shard], End | None, list[bool]]:
         """The shards that are done, how the harvest ended, and which shards are there, as the one that writes sees."""
@@ -155,33 +158,58 @@ class Harvesting:
         found = done, end, [each.is_there(self.folder) for each in done]
         return found if self.lm.ranks is None else self.lm.ranks.first(found)
 
-    def shard(self, number: int, known: Shard | None) -> Callable[[], None] | None:
-        """Compute the next shard; what writes it. None behind the last text."""
-        windows: list[Window] = []
-        values: list[dict[AnySite, Tensor]] = []
+    def _steps(self, done: list[Shard], there: list[bool], end: End | None, writing: "Writing") -> Steps:
+        """Shard after shard, each from the windows that come next."""
+        number = 0
+        while number < len(done) or end is None:
+            known = done[number] if number < len(done) else None
+            if known is not None and there[number]:
+                self.cursor.skip(known.text, known.piece, known.stream)
+                yield Step(None, lambda _, text=known.text: self.progress.skipped(text))
+            else:
+                windows: list[Window] = []
+                values: list[dict[AnySite, Tensor]] = []
+                yield from self._shard(windows, values)
+                if not windows and known is not None:
+                    raise HarvestChanged(
+                        f"the folder has a harvest of {known.text + 1} texts or more, and only "
+                        f"{self.cursor.text + 1} were given: give the same texts to go on, or another folder"
+                    )
+                if not windows:
+                    return
+                write = partial(self._write, number, known, windows, values)
+                yield Step(None, lambda _, write=write: writing.submit(write))
+            number += 1
+
+    def _shard(self, windows: list[Window], values: list[dict[AnySite, Tensor]]) -> Steps:
+        """The windows of the next shard, and their values; none behind the last text."""
         rows = 0
         while rows < self.shard_size:
             look_ahead = LOOK_AHEAD * self.batch_tokens
             window = next_window(self.cursor, room=self.shard_size - rows, tokens=look_ahead)
             if window is None:
-                break
-            values.append(self._values(window))
+                return
             windows.append(window)
+            values.append(self._empty(window))
+            yield from self._window(window, values[-1])
             rows += window.rows
-            self.progress.reached(window.reads[-1].text)
-        return (lambda: self._write(number, known, windows, values)) if windows else None
 
-    def _values(self, window: Window) -> dict[AnySite, Tensor]:
+    def _empty(self, window: Window) -> dict[AnySite, Tensor]:
+        return {site: torch.empty((window.rows, *kind.shape), dtype=kind.dtype) for site, kind in self.kinds.items()}
+
+    def _window(self, window: Window, into: dict[AnySite, Tensor]) -> Steps:
         """The values of a window, in the order of the texts, computed in the order of their lengths."""
-        sites, starts = Sites(tuple(self.kinds)), window.starts
-        into = {site: torch.empty((window.rows, *kind.shape), dtype=kind.dtype) for site, kind in self.kinds.items()}
-        for batch in batches(window, self.batch_tokens, one_length=self.lm.config is None):
-            reads = [window.reads[number] for number in batch]
-            rows = row_numbers(reads, [starts[number] for number in batch])
-            for site, found in at_sites(self.lm, reads, sites, self.cursor.rules.where).items():
-                into[site][rows] = as_stored(site, found, into[site].dtype)
+        starts = window.starts
+
+        def put(found: dict[AnySite, Tensor], batch: list[int]) -> None:
+            rows = row_numbers([window.reads[number] for number in batch], [starts[number] for number in batch])
+            for site, values in found.items():
+                into[site][rows] = values
             self.progress.computed(window, batch)
-        return into
+
+        for batch in batches(window, self.batch_tokens, one_length=self.lm.config is None):
+            yield Step(Batch(tuple(window.reads[number] for number in batch)), partial(put, batch=batch))
+        yield Step(None, lambda _: self.progress.reached(window.reads[-1].text))
 
     def _write(
         self, number: int, known: Shard | None, windows: list[Window], values: list[dict[AnySite, Tensor]]

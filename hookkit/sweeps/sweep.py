@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..engines import EngineLike, Ray, as_engine
 from ..errors import BadHook, Interrupted, Unsupported, checks_keywords
 from ..hooks.base import Hook
 from ..manager import hooks_of_others
@@ -50,6 +51,7 @@ class Settings(TypedDict, total=False):
     progress: bool | None
     memory: int | None
     verify: int
+    engine: EngineLike
 
 
 @checks_keywords
@@ -150,6 +152,7 @@ def sweep(
     progress: bool | None = None,
     memory: int | None = None,
     verify: int = 0,
+    engine: EngineLike = None,
 ) -> pd.DataFrame:
     """The metrics of every cell of a grid, for every prompt: one row each.
 
@@ -166,6 +169,7 @@ def sweep(
     memory      bytes that it may use beside the model
     verify      so many cells, drawn by chance, are run once more by themselves, and `Unsupported` is raised if one of
                 them has other values
+    engine      "ray", or `Ray(…)`: the forwards run on actors that hold the model each; the table is the same
 
     Columns: the grid's dimensions, row (the prompt), control where one was asked for, and for each metric its value,
     `_before` (without the cell's hooks), `_delta` (after minus before), and with a target `_effect`. Ctrl-C gives the
@@ -182,12 +186,13 @@ def sweep(
     >>> list(table.columns)
     ['layer', 'row', 'prob', 'prob_before', 'prob_delta']
     """
+    chosen = as_engine(engine, lm)
     made = plan(lm, prompts, grid, hooks, metrics, pos=pos, under=under, control=control, memory=memory)
     warn_of_dropout(lm)
     settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in as_hooks(under)]}
     with journal(save, made, settings) as kept:
         aimed = None if target is None else aims(made, target, pos)
-        checks, complete = _run(made, kept, progress)
+        checks, complete = _run(made, kept, progress, chosen)
         if verify:
             verified(made, kept.values, verify)
         table = _table(made, kept, aimed)
@@ -197,12 +202,12 @@ def sweep(
     return table
 
 
-def _run(made: Plan, kept: Journal, progress: bool | None) -> tuple[list[str], bool]:
+def _run(made: Plan, kept: Journal, progress: bool | None, engine: Ray | None) -> tuple[list[str], bool]:
     """Run what is not known yet: sources that turned out to be no values of the model, and whether all is done."""
     total = len(made.cells) * len(made.reading)
     shown = None if progress is None else not progress
     with tqdm(total=total, initial=kept.done, unit="cell", disable=shown) as bar:
-        running = Running(made, kept, bar.update, made.budget)
+        running = Running(made, kept, bar.update, made.budget, engine)
         try:
             running.run()
         except KeyboardInterrupt:

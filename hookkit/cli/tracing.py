@@ -1,35 +1,22 @@
-"""The command line. Machine output and what was asked for go to standard output, messages to standard error.
-
-hookkit trace "I like oat milk in my" --ban " coffee"
-"""
+"""hookkit trace: generate, and show of every token what the model wanted and what became of it."""
 
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .base import app, interrupts_said, loaded, records, refusals_said
+
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from .doctor import Checkup
-    from .hooks import Hook
-    from .model import LM
-    from .streaming import Now
-
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    from ..hooks import Hook
+    from ..model import LM
+    from ..streaming import Now
 
 BAR = 30  # characters of a bar that stands for probability 1
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-UNHEALTHY = 1  # that of a model in which something does not hold
-WRONG = 2  # that of a wish that cannot be met
-
-
-@app.callback()
-def main() -> None:
-    """See and change what a language model computes."""
 
 
 @app.command(epilog='Example: hookkit trace "I like oat milk in my" --ban " coffee" --watch " tea" --max-new-tokens 12')
@@ -54,9 +41,9 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each step.")] = False,
 ) -> None:
     """Generate, and show of every token what the model wanted, what became of it, and why it was chosen."""
-    with _refusals_said(), _interrupts_said():
+    with refusals_said(), interrupts_said("what stands above was recorded"):
         settings = _settings(max_new_tokens, sample, seed, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
-        lm = _loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
+        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
         hooks = [*_edits(lm, force or [], ban or [], boost or []), *map(_read, hook or [])]
         text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
         _show(lm, text, hooks, settings, top, watch or [], as_json)
@@ -64,7 +51,7 @@ def trace(
 
 def _settings(max_new_tokens: int, sample: bool, seed: int | None, rules: dict[str, Any]) -> dict[str, Any]:
     """What generate is given."""
-    from .errors import BadHook
+    from ..errors import BadHook
 
     given = {name: value for name, value in rules.items() if value is not None}
     if given and not sample:
@@ -72,97 +59,9 @@ def _settings(max_new_tokens: int, sample: bool, seed: int | None, rules: dict[s
     return {"max_new_tokens": max_new_tokens, "do_sample": sample, "seed": seed, **given}
 
 
-@contextmanager
-def _refusals_said() -> Iterator[None]:
-    """A block in which a wish that cannot be met ends the program, with the reason."""
-    from .errors import HookkitError
-
-    try:
-        yield
-    except HookkitError as error:
-        typer.echo(f"hookkit: {error}", err=True)
-        raise typer.Exit(WRONG) from None
-
-
-@contextmanager
-def _interrupts_said() -> Iterator[None]:
-    """A block that Ctrl-C ends with a word on what it leaves."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("hookkit: interrupted; what stands above was recorded", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@app.command(epilog="Example: hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16")
-def doctor(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="auto, to spread the model over what there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …")] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    layer: Annotated[list[int] | None, typer.Option(help="A block to try; repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON.")] = False,
-) -> None:
-    """Prove the laws on a model, and say what will not work and why. Exit status 1 where something does not."""
-    from .doctor import doctor as examined
-
-    given: dict[str, Any] = {"model": model, "revision": revision, "device": device, "device_map": device_map}
-    given |= {
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code or None,
-    }
-    with _refusals_said():
-        found = examined(_loaded(given), layers=layer or None)
-    if as_json:
-        typer.echo(found.to_json())
-    else:
-        _print_checkup(found)
-    raise typer.Exit(0 if found.healthy else UNHEALTHY)
-
-
-def _print_checkup(found: "Checkup") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    about = Table(box=None, show_header=False)
-    for name, value in found.facts.items():
-        about.add_row(name, str(value))
-    table = Table(box=None, header_style="dim")
-    for name, side in (("site", "left"), ("blocks", "right"), ("editable", "left"), ("proved", "left")):
-        table.add_column(name, justify=side)  # pyright: ignore[reportArgumentType]
-    table.add_column("difference", justify="right")
-    table.add_column("why")
-    for row in _records(found.sites):
-        there = row["blocks"] != ""
-        marks = ["yes" if row[name] else "no" if there else "" for name in ("editable", "proved")]
-        number = "" if row["difference"] is None else f"{row['difference']:.1e}"
-        style = "dim" if not there else "" if row["proved"] else "bold red"
-        table.add_row(row["site"], row["blocks"], *marks, number, row["why"], style=style)
-    console.print(about)
-    console.print(table)
-    for title, said in (("note", found.notes), ("problem", found.problems)):
-        for words in said:
-            console.print(f"{title}: {words}", style="bold red" if title == "problem" else "")
-    console.print("nothing was found that does not work" if found.healthy else "", style="green")
-
-
-def _loaded(words: dict[str, Any]) -> "LM":
-    """The model that these words mean, the default one where they say nothing."""
-    from .zoo import load
-
-    given = {name: value for name, value in words.items() if value is not None}
-    name = given.pop("model", None)
-    return load(**given) if name is None else load(name, **given)
-
-
 def _edits(lm: "LM", force: list[str], ban: list[str], boost: list[str]) -> Iterator["Hook"]:
-    from . import hooks
-    from .errors import BadHook
+    from .. import hooks
+    from ..errors import BadHook
 
     for words in force:
         text, _, step = words.rpartition("@")
@@ -179,13 +78,13 @@ def _edits(lm: "LM", force: list[str], ban: list[str], boost: list[str]) -> Iter
 
 
 def _token_or_phrase(lm: "LM", words: str) -> Any:
-    from .hooks import phrase
+    from ..hooks import phrase
 
     return words if lm.tokenizer is not None and len(lm.encode(words)) == 1 else phrase(words)
 
 
 def _read(words: str) -> "Hook":
-    from .hooks import Hook
+    from ..hooks import Hook
 
     return Hook.from_json(words)
 
@@ -194,8 +93,8 @@ def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, w
     from rich.console import Console
     from rich.live import Live
 
-    from .streaming import stream
-    from .tracing import trace as record
+    from ..streaming import stream
+    from ..tracing import trace as record
 
     steps = stream(lm, prompt, *hooks, trace=record(top=top, watch=watch), **settings)
     console = Console()
@@ -209,23 +108,18 @@ def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, w
             console.print(_line(now), highlight=False, markup=False)
 
 
-def _records(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table as plain values; what is no finite number is None."""
-    return json.loads(table.to_json(orient="records"))
-
-
 def _as_json(now: "Now") -> str:
-    shown = _records(now.candidates.drop(columns=["row", "step", "pos"]))
-    return json.dumps({**_records(now.decisions)[0], "text": now.text[0], "candidates": shown}, ensure_ascii=False)
+    shown = records(now.candidates.drop(columns=["row", "step", "pos"]))
+    return json.dumps({**records(now.decisions)[0], "text": now.text[0], "candidates": shown}, ensure_ascii=False)
 
 
 def _line(now: "Now") -> str:
-    (decision,) = _records(now.decisions)
+    (decision,) = records(now.decisions)
     return f"{decision['step']:>4}  {decision['token']:<16} {decision['why']}"
 
 
 def _as_line(now: "Now") -> str:
-    last = _records(now.candidates.query("stage == 'processed'"))
+    last = records(now.candidates.query("stage == 'processed'"))
     shown = ", ".join(f"{found['token']} {found['prob']:.3f}" for found in last)
     return f"{_line(now)}  [{shown}]"
 
@@ -240,8 +134,8 @@ def _as_panel(now: "Now") -> "Group":
     table = Table(box=None, header_style="dim")
     for name in ("", "token", "p model", "p now", ""):
         table.add_column(name, justify="right" if name.startswith("p") else "left")
-    model = {found["token_id"]: found["prob"] for found in _records(now.candidates.query("stage == 'model'"))}
-    for found in _records(now.candidates.query("stage == 'processed'")):
+    model = {found["token_id"]: found["prob"] for found in records(now.candidates.query("stage == 'model'"))}
+    for found in records(now.candidates.query("stage == 'processed'")):
         drawn, was = found["drawn"], model.get(found["token_id"])
         bar = Text("█" * round(BAR * found["prob"]), style="green" if drawn else "blue")
         numbers = ("" if was is None else f"{was:.4f}", f"{found['prob']:.4f}")

@@ -1,0 +1,20 @@
+"""The command line. Machine output and what was asked for go to standard output, messages to standard error.
+
+hookkit trace "I like oat milk in my" --ban " coffee"
+hookkit harvest texts.txt resid_post.6 --out folder
+hookkit sweep ablations "I like oat milk in my" z --token " coffee"
+
+base        the program, and how it ends
+engine      where a command computes
+tracing     hookkit trace
+examining   hookkit doctor
+harvesting  hookkit harvest
+sweeping    hookkit sweep
+"""
+
+from .base import app as app
+from .examining import doctor as doctor
+from .harvesting import harvest as harvest
+from .sweeping import ablations as ablations
+from .sweeping import patching as patching
+from .tracing import trace as trace

@@ -1,0 +1,168 @@
+"""hk.Ray: which actors compute, and on which cluster. Ray is imported where it is used, and only there."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias
+
+from ..errors import BadHook, MissingExtra, Unsupported
+from ..model import LM
+from .travelling import check_travels
+
+ANY = ("auto", "local")  # addresses that mean no cluster in particular
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Actors of Ray that hold the model each: `engine=hk.Ray(actors=4)`; `engine="ray"` is `hk.Ray()`.
+
+    actors   how many; as many as the cluster has room for, where left out
+    cpus     of each actor; torch has as many threads there, and at least one
+    gpus     of each actor; 1 for a model on a GPU
+    memory   bytes of each actor, which Ray sets aside; nothing where left out
+    address  of a cluster to join, such as "auto" for the one of this machine or "10.0.0.1:6379"
+
+    A Ray that the program initialised is used as it is. Else the cluster at `address` is joined, or the one that the
+    environment variable RAY_ADDRESS names; and where neither says one, Ray is started on this machine and ended again.
+
+    >>> Ray(actors=2, cpus=4)
+    Ray(actors=2, cpus=4, gpus=0, memory=None, address=None)
+    """
+
+    actors: int | None = None
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        for word, value, least in (("actors", self.actors, 1), ("cpus", self.cpus, 0), ("gpus", self.gpus, 0)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not (whole or (word != "actors" and isinstance(value, float))) or value < least):
+                raise BadHook(f"Ray({word}={value!r}): give a number from {least} on")
+        if self.memory is not None and self.memory < 1:
+            raise BadHook(f"Ray(memory={self.memory!r}): give bytes, or leave it out")
+
+    @property
+    def threads(self) -> int:
+        """How many threads torch has in an actor."""
+        return max(1, int(self.cpus))
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What an actor takes of a node, in Ray's words for it."""
+        found = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory or 0}
+        return {name: value for name, value in found.items() if value}
+
+
+EngineLike: TypeAlias = Ray | Literal["ray"] | None
+
+
+def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
+    """The engine that is meant; None for this process.
+
+    `MissingExtra` where Ray is not installed, `Unsupported` for a model that cannot be on an actor.
+    """
+    if engine is None:
+        return None
+    found = Ray() if engine == "ray" else engine
+    if not isinstance(found, Ray):
+        raise BadHook(f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this process")
+    check_installed()
+    check_travels(lm, found.gpus)
+    return found
+
+
+def check_installed() -> None:
+    """Raise `MissingExtra` where Ray cannot be imported."""
+    try:
+        found = find_spec("ray.actor") is not None  # a folder that happens to be called ray has no such module
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise MissingExtra("engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'")
+
+
+@contextmanager
+def joined(engine: Ray) -> Iterator[None]:
+    """A block in which Ray is initialised. What was started or joined for it is left again, whatever happens."""
+    import ray
+
+    if ray.is_initialized():
+        _check_address(engine)
+        yield
+        return
+    address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
+    given: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        with _nothing_reported():
+            ray.init(address=address, logging_level="ERROR", **given)
+        yield
+    except ConnectionError as error:
+        if ray.is_initialized():
+            raise
+        raise Unsupported(
+            f"no Ray cluster answers at {address!r}: start one with `ray start --head`, or leave address= out to start "
+            f"Ray on this machine. {error}"
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _nothing_reported() -> Iterator[None]:
+    """A block in which a Ray that is started sends nobody a report of its use, unless the user said otherwise."""
+    name = "RAY_USAGE_STATS_ENABLED"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _check_address(engine: Ray) -> None:
+    """Raise where another cluster is asked for than the one that the program is in."""
+    import ray
+
+    if engine.address is None or engine.address in ANY:
+        return
+    there = ray.get_runtime_context().gcs_address
+    if engine.address != there:
+        raise Unsupported(
+            f"address={engine.address!r} was asked for, and this program has initialised Ray at {there!r}: leave "
+            "address= out, or call ray.shutdown() first"
+        )
+
+
+def room(engine: Ray) -> int:
+    """For how many actors the cluster has room, were it free. A node has it or not: an actor is not spread."""
+    import ray
+
+    return sum(_room(node["Resources"], engine.needs) for node in ray.nodes() if node["Alive"])
+
+
+def _room(there: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    if not needs:
+        return max(1, int(there.get("CPU", 0)))
+    return min(int(there.get(name, 0) / value + 1e-9) for name, value in needs.items())
+
+
+def actors_of(engine: Ray) -> int:
+    """How many actors there are to be. `Unsupported` where the cluster has no room for them."""
+    import ray
+
+    there, fit = ray.cluster_resources(), room(engine)
+    if fit < (engine.actors or 1):
+        words = ", ".join(f"{value:g} {name}" for name, value in engine.needs.items())
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        has = ", ".join(f"{there.get(name, 0):g} {name}" for name in engine.needs)
+        raise Unsupported(
+            f"{engine.actors or 1} actors of {words} each were asked for, and the cluster has {has} on {nodes} "
+            f"node{'' if nodes == 1 else 's'}, room for {fit}: give fewer actors, or less to each"
+        )
+    return engine.actors or fit
