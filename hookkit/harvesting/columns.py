@@ -49,7 +49,7 @@ class Shards:
             path = self.folder / self.all[shard].file
             try:
                 file: Any = safe_open(path, "pt")
-                self._open[shard] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self._open[shard] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
             except (OSError, SafetensorError) as error:
                 raise DamagedHarvest(
                     f"{path.name}, shard {shard} of {len(self.all)}, cannot be read ({error}): call verify(), which "

@@ -173,7 +173,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         if about is None:
             raise DamagedHarvest(f"{Path(path).name!r} has no statistics: give a file that Statistics.save wrote")
         by_site: dict[str, dict[str, Tensor]] = {}
-        for name in file.keys():  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118  no mapping
             site, _, word = name.rpartition("/")
             by_site.setdefault(site, {})[word] = file.get_tensor(name)
     said = json.loads(about)

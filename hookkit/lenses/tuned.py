@@ -73,7 +73,7 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
 
     with safe_open(path, framework="pt") as file:
         words: Mapping[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     if "history" not in words:
         raise BadHook(f"{path} is no tuned lens: it was not written by TunedLens.save")
     about = json.loads(words["about"])
