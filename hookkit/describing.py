@@ -1,6 +1,6 @@
 """What `LM.describe` says beside the table of sites: whose adapters, where the weights are, how it is split."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pandas as pd
 
@@ -8,11 +8,8 @@ from .placement import place_at, told
 from .sites import Site
 from .wrapped import adapters_of
 
-if TYPE_CHECKING:
-    from .model import LM
 
-
-def described(lm: "LM") -> pd.DataFrame:
+def described(lm: Any) -> pd.DataFrame:
     """The table of all sites; see `LM.describe`."""
     table = lm.layout.describe()
     places = lm.places
@@ -25,7 +22,7 @@ def described(lm: "LM") -> pd.DataFrame:
     return table
 
 
-def _place(lm: "LM", name: str, places: dict[str, str]) -> str:
+def _place(lm: Any, name: str, places: dict[str, str]) -> str:
     """Where the weights are of the modules that have a site; of the logits, those of the head."""
     if name not in lm.layout.names:
         return ""
@@ -35,7 +32,7 @@ def _place(lm: "LM", name: str, places: dict[str, str]) -> str:
     return told((layer, place_at(places, lm.place(Site(name, layer)).path)) for layer in layers)
 
 
-def _split(lm: "LM", name: str) -> str:
+def _split(lm: Any, name: str) -> str:
     """Along which axis the tensor of a site is split among processes, and how much of it each has."""
     assert lm.ranks is not None
     found: list[str] = []
@@ -48,7 +45,7 @@ def _split(lm: "LM", name: str) -> str:
     return "; ".join(dict.fromkeys(found))
 
 
-def _adapters(lm: "LM", name: str) -> str:
+def _adapters(lm: Any, name: str) -> str:
     places = lm.located(lm.sites(name)).values() if name in lm.layout.names else ()
     found = [adapter for place in places for adapter in adapters_of(lm.submodule(place.path))]
     return ", ".join(dict.fromkeys(found))
