@@ -50,7 +50,7 @@ class Interrupt:
 
     def ended(self) -> dict:
         """Whether Ray is still there, and which of its processes."""
-        _, left = psutil.wait_procs(self.started, timeout=10)
+        _, left = psutil.wait_procs(self.started, timeout=30)
         names = {each.name() for each in self.started if each in left and each.status() != psutil.STATUS_ZOMBIE}
         return {"started": len(self.started) > 3, "initialised": ray.is_initialized(), "left": sorted(names)}
 

@@ -69,7 +69,9 @@ def workloads(lm: hk.LM, ids: list[list[int]], folder: Path, actors: list[int]) 
 
     here = {"this process, one thread": lambda: harvest("here", None)}
     return here | {
-        f"{count} actor{'' if count == 1 else 's'} of one CPU": lambda count=count: harvest(f"{count}", hk.Ray(count))
+        f"{count} actor{'' if count == 1 else 's'} of one CPU": lambda count=count: harvest(
+            f"{count}", hk.Ray(actors=count)
+        )
         for count in actors
     }
 

@@ -14,7 +14,7 @@ from .travelling import check_travels
 ANY = ("auto", "local")  # addresses that mean no cluster in particular
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ray:
     """Actors of Ray that hold the model each: `engine=hk.Ray(actors=4)`; `engine="ray"` is `hk.Ray()`.
 
