@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .model import LM
-from .placement import weights_of
+from .placement import count, weights_of
 from .sharding import whole_weight
 
 PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
@@ -29,7 +29,7 @@ def about_model(lm: LM) -> dict[str, Any]:
         "device": lm.device.type,
         "attention": getattr(config, "_attn_implementation", None),
         "adapters": list(lm.adapters),
-        "parameters": sum(weight.numel() for weight in lm.root.parameters()),
+        "parameters": count(lm.root),
         "versions": versions(),
     }
 

@@ -67,8 +67,8 @@ def load(
                     family, or rules of your own beside it, as transformers reads them. All of them have to make the
                     same calls; each gets the same numbers, and the first alone writes files
 
-    What is on the disk is read anew in every forward. `lm.describe()` says where each site's weights are; hooks act,
-    and captures are, where its block computes.
+    What is on the disk is read anew in every forward; a backward holds all weights that it goes through.
+    `lm.describe()` says where each site's weights are; hooks act, and captures are, where its block computes.
 
     Raises `BadHook` for a placement that cannot be, `ModelNotFound` for a name that nobody knows or a folder that
     cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
