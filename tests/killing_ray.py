@@ -103,6 +103,7 @@ def cluster(folder: Path) -> dict:
 
 
 def main(what: str, folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have taken away in the background
     torch.set_num_threads(1)
     where = Path(folder)
     if what == "cluster":
