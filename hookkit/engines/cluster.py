@@ -1,5 +1,6 @@
 """hk.Ray: which actors compute, and on which cluster. Ray is imported where it is used, and only there."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def joined(engine: Ray) -> Iterator[None]:
     given: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         with _nothing_reported():
-            ray.init(address=address, logging_level="ERROR", **given)
+            ray.init(address=address, logging_level=logging.ERROR, **given)
         yield
     except ConnectionError as error:
         if ray.is_initialized():

@@ -89,18 +89,18 @@ class Actor:
 
 
 def _failure(error: Exception) -> Failure:
-    from ray import cloudpickle
+    from ray.cloudpickle import dumps  # pyright: ignore[reportPrivateImportUsage]
 
     words = "".join(traceback.format_exception(error)).rstrip()
     kind, state = type(error), dict(vars(error))
     for made in (lambda: error, lambda: _Remade(kind, error.args, state), lambda: _Remade(kind, (str(error),), {})):
         try:
-            found = cloudpickle.dumps(made())
+            found = dumps(made())
             pickle.loads(found)
         except Exception:  # noqa: BLE001  what an error holds may be anything
             continue
         return Failure(found, words)
-    return Failure(cloudpickle.dumps(RuntimeError(f"{kind.__name__}: {error}")), words)
+    return Failure(dumps(RuntimeError(f"{kind.__name__}: {error}")), words)
 
 
 class _Remade:

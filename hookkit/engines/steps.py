@@ -22,7 +22,7 @@ Steps: TypeAlias = Iterator[Step]
 class Work(Protocol):
     """What computes units. It gives the same for a unit whenever and wherever it is asked."""
 
-    def compute(self, unit: Any) -> Any: ...
+    def compute(self, unit: Any, /) -> Any: ...
 
 
 def computed_here(work: Work, steps: Steps) -> None:

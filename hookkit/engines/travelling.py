@@ -109,7 +109,8 @@ def unpacked_result(packed: Packed) -> Any:
 
 
 def _packed(value: Any, known: Mapping[int, tuple[str, str]], shared: frozenset[int]) -> Packed:
-    from ray.cloudpickle import CloudPickler  # functions of the user's go by their code
+    # functions of the user's go by their code
+    from ray.cloudpickle import CloudPickler  # pyright: ignore[reportAttributeAccessIssue]
 
     numbers = _Storages(shared)
 
