@@ -54,7 +54,7 @@ def weights_hash(lm: LM) -> str:
     for name, read in sorted(_parts(lm), key=lambda named: named[0]):
         weight = read()
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        data = weight.detach().cpu().contiguous()
+        data: Any = weight.detach().cpu().contiguous()
         total.update(data.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
