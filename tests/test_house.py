@@ -152,6 +152,7 @@ ORDER = [
     "strips",
     "passages",
     "steps",
+    "typesetting",
     "reports",
     "files",
     "lenses.tuned",
@@ -181,6 +182,14 @@ ORDER = [
     "vectors.comparing",
     "vectors.drawing",
     "vectors",
+    "shifts.naming",
+    "shifts.measuring",
+    "shifts.inside",
+    "shifts.texts",
+    "shifts.drawing",
+    "shifts.sections",
+    "shifts.page",
+    "shifts",
     "cli",
 ]
 
@@ -248,7 +257,18 @@ def test_only_the_manager_registers_hooks():
 
 
 @pytest.mark.parametrize(
-    "name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "curves", "strips", "passages", "steps"]
+    "name",
+    [
+        *ORDER[: ORDER.index("families") + 1],
+        "figures",
+        "heatmaps",
+        "curves",
+        "strips",
+        "passages",
+        "steps",
+        "typesetting",
+        "shifts.drawing",
+    ],
 )
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}
