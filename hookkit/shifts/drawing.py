@@ -22,12 +22,23 @@ CELLS = 56  # of the map of all tokens, along each side
 NAMED = 9  # tokens that get their names
 
 
-def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each name, which is its title."""
+def _panels(names: Sequence[str], height: float, left: float = 0.8) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each name, which is its title. Inches; `left` is what labels take.
+
+    The margins are set by hand: a layout engine draws everything once more each time a figure is saved.
+    """
     columns = min(2, len(names))
     rows = ceil(len(names) / columns)
-    figure = Figure(figsize=(7 if columns == 1 else 11, height * rows + 0.4), layout="constrained")
+    width, above, below, right = (7.0 if columns == 1 else 11.0), 0.72, 0.6, 0.2
+    full = height * rows + 0.4
+    across = width / columns - left - right
+    upwards = (full - above - below - (rows - 1) * (below + 0.36)) / rows
+    figure = Figure(figsize=(width, full))
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure.subplots_adjust(
+        left=left / width, right=1 - right / width, top=1 - above / full, bottom=below / full,
+        wspace=(left + right) / across, hspace=(below + 0.36) / upwards,
+    )  # fmt: skip
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
@@ -95,7 +106,7 @@ def _name(axes: Axes, table: pd.DataFrame, low: float) -> None:
 
 
 def through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "") -> Figure:
-    """Each token's rank by what each layer would say, before (dashed) and after (drawn through); edited blocks shaded."""
+    """Each token's rank by what each layer would say, before (dashed) and after; edited blocks are shaded."""
     figure, panels = _panels(edits, 3.6)
     for axes, edit in zip(panels, edits, strict=True):
         mine: Any = layers[layers["edit"] == edit]
@@ -140,7 +151,7 @@ def what_made_it(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Figur
 
     `parts` has `most_moved` of each edit.
     """
-    figure, panels = _panels(list(parts), 0.26 * max(map(len, parts.values())) + 0.9)
+    figure, panels = _panels(list(parts), 0.24 * max(map(len, parts.values())) + 1.1, left=1.5)
     for axes, table in zip(panels, parts.values(), strict=True):
         values = table["logit_delta"].to_numpy(float)
         colours = [*[UP if value > 0 else DOWN for value in values[:-1]], INK]
@@ -154,7 +165,7 @@ def what_made_it(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Figur
         axes.set_yticks(np.arange(len(values)), table["component"].tolist(), fontsize=8.5)
         axes.invert_yaxis()
         axes.axvline(0, color=MUTED, lw=0.8)
-        axes.set_xlim(*((-reach * 1.28, reach * 1.28)))
+        axes.set_xlim(-reach * 1.28, reach * 1.28)
         axes.set_xlabel("change of the logit, after minus before")
     return finished(figure, title)
 
@@ -164,7 +175,7 @@ def means_of(summary: pd.DataFrame, *, title: str = "") -> Figure:
     found: Any = summary[np.isfinite(summary["logprob_delta"].to_numpy(float))]
     names = list(dict.fromkeys(found["watched"]))[:PANELS]
     each = list(dict.fromkeys(zip(found["edit"], found["control"], strict=True)))
-    figure, panels = _panels(names, 0.3 * len(each) + 1.0)
+    figure, panels = _panels(names, 0.3 * len(each) + 1.2, left=2.2)
     for axes, name in zip(panels, names, strict=True):
         mine = found[found["watched"] == name].set_index("edit")
         for place, (edit, control) in enumerate(each):

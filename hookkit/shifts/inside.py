@@ -101,8 +101,7 @@ def why_of(
 ) -> tuple[pd.DataFrame, str]:
     """One token's logit, before and after an edit, as its sum over components, and "" or why there is none.
 
-    `tokens` has the token of each shown prompt; `known` the decompositions of the unedited run by their tokens. Columns:
-    row, edit, token, token_id, component, kind, layer, head; logit_before, logit_after, logit_delta. The rows of a
+    `tokens` has the token of each shown prompt; `known` the unedited run's decompositions by their tokens. Columns: row, edit, token, token_id, component, kind, layer, head; logit_before, logit_after, logit_delta. The rows of a
     prompt sum to its token's logits; the row "residual" is what rounding left.
     """
     assert now.edit is not None

@@ -127,7 +127,7 @@ def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
             continue
         moved[edit.name] = most_moved(table, PARTS)
         sums = [table[f"logit_{when}"].sum() for when in ("before", "after", "delta")]
-        rest = table[table["kind"] == "residual"][["logit_before", "logit_after"]].abs().to_numpy().max()
+        rest = _missed(table)
         caption = (
             f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, {sums[0]:.4f} before "
             f"and {sums[1]:.4f} after: {sums[2]:+.4f}. Rounding left {rest:.1e}. The final norm is in every part, with "
@@ -137,6 +137,11 @@ def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
     if drawn and moved:
         some = dict(list(moved.items())[:PANELS])
         yield Part(what_made_it(some, title="What made the change"), f"why_bars_{row}", "The last bar is the sum.")
+
+
+def _missed(why: pd.DataFrame) -> float:
+    """What rounding left, at most."""
+    return float(why[why["kind"] == "residual"][["logit_before", "logit_after"]].abs().to_numpy().max())
 
 
 def _texts(found: Found, row: int) -> Iterable[Content]:
