@@ -1,6 +1,6 @@
 """What moved, and why: how do three edits of three kinds look on one page each?
 
-A token forced at the logits and the same token steered to inside; a head that names the indirect object taken out; and
+A token forced at the logits, and the same token steered to inside; two heads that name the indirect object taken out;
 a word that the last token may no longer see. Each beside a control. It is answered if the watched token moves further
 than under the control, the 95 % intervals over the prompts lying apart, and each change is the sum of its parts.
 
@@ -13,20 +13,22 @@ from typing import Any
 import hookkit as hk
 
 SEED = 0
+SHOWN: dict[str, Any] = {"shown": 2}  # prompts with tables of their own
 FOLDER = Path("results/shift_reports")
 COFFEE, TEA = " coffee", " tea"
-TEAS = ["Every afternoon at five she drinks a cup of green", "The English are known for their love of", "Sencha is a kind of Japanese",
-        "He put the kettle on and made some", "With the scones they served a pot of", "Chamomile is an herbal"]  # fmt: skip
+TEAS = ["The English are known for their love of", "He put the kettle on and made some", "Sencha is a kind of Japanese",
+        "Every afternoon at five she drinks a cup of green", "With the scones they served a pot of"]  # fmt: skip
 LAYER, DOSE = 20, 0.2  # where it is steered, and by how much of the stream's length
-HEAD, OTHER = hk.Site("z", 23, 3), hk.Site("z", 23, 5)  # a head that names the indirect object, and its neighbour
-GIVEN = ["When Mary and John went to the store, John gave a drink to", "When John and Mary went to the park, John gave a book to",
-         "After Mary and John left the house, John handed the keys to", "While Mary and John worked in the garden, John passed a cup to",
+DRINKS = [["I drink coffee", "A cup of coffee"], ["I drink tea", "A cup of tea"]]
+HEADS = [hk.Site("z", 23, 3), hk.Site("z", 20, 0)]  # they name the indirect object, as indirect_object.py finds
+OTHER = hk.Site("z", 23, 5)  # a neighbour
+GIVEN = ["When Mary and John went to the store, John gave a drink to",
+         "When John and Mary went to the park, John gave a book to",
+         "After Mary and John left the house, John handed the keys to",
+         "While Mary and John worked in the garden, John passed a cup to",
          "When Mary and John met at the station, John showed the letter to"]  # fmt: skip
-CITIES = [
-    "The Eiffel Tower is located in the city of",
-    "The Eiffel Tower stands in the centre of",
-    "From the top of the Eiffel Tower one can see all of",
-]
+CITIES = ["The Eiffel Tower is located in the city of", "The Eiffel Tower stands in the centre of",
+          "From the top of the Eiffel Tower one can see all of"]  # fmt: skip
 
 
 def main() -> None:
@@ -37,44 +39,33 @@ def main() -> None:
 
 
 def coffee(lm: hk.LM) -> hk.Report:
-    vector = hk.mean_difference(
-        lm, ["I drink coffee", "A cup of coffee"], ["I drink tea", "A cup of tea"], f"resid_post.{LAYER}"
-    )[0]
+    vector = hk.mean_difference(lm, *DRINKS, f"resid_post.{LAYER}")[0]
     edits: dict[str, Any] = {"forced": hk.force(COFFEE), "steered": vector.steer(dose=DOSE)}
-    question = (
-        "Where it would say tea, what does it take to make it say coffee: the logit by force, or the stream by a push?"
-    )
+    question = "What does it take to make it say coffee: the logit by force, or the stream by a push?"
+    settings: dict[str, Any] = {"watch": (COFFEE, TEA), "generate": 8, "seed": SEED}
     return hk.shift_report(
-        lm,
-        TEAS,
-        edits,
-        controls="random",
-        watch=(COFFEE, TEA),
-        generate=8,
-        seed=SEED,
-        title="Coffee over tea",
-        question=question,
+        lm, TEAS, edits, controls="random", title="Coffee over tea", question=question, **settings, **SHOWN
     )
 
 
 def indirect_object(lm: hk.LM) -> hk.Report:
-    question = "How much of “ Mary” is the work of head 3 in block 23, and what else changes when it is gone?"
+    question = "How much of “ Mary” is the work of two heads that name her, and what else goes with them?"
+    edits = {f"{head} taken out": hk.ablate(head) for head in HEADS}
+    settings: dict[str, Any] = {"controls": {f"{OTHER} taken out": hk.ablate(OTHER)}, "heads": True, "seed": SEED}
     return hk.shift_report(
-        lm, GIVEN, {"head 23.3 taken out": hk.ablate(HEAD)}, controls={"head 23.5 taken out": hk.ablate(OTHER)},
-        watch=(" Mary", " John"), heads=True, seed=SEED, title="Without the head that names Mary", question=question,
+        lm, GIVEN, edits, watch=(" Mary", " John"), title="Without the heads that name Mary", question=question,
+        **settings, **SHOWN,
     )  # fmt: skip
 
 
 def eiffel(lm: hk.LM) -> hk.Report:
     question = "Does the last token look at “Eiffel” itself, or has the rest of the sentence already heard of it?"
-    every = range(lm.n_layers)
-    cuts = {
-        f"blind to it from block {start}": hk.knockout(every[start:], query=-1, key=hk.at(" Eiffel Tower"))
-        for start in (0, 16)
-    }
+    every, tower = range(lm.n_layers), hk.at(" Eiffel Tower")
+    cuts = {f"blind to it from block {start}": hk.knockout(every[start:], query=-1, key=tower) for start in (0, 16)}
+    controls = {"blind to its “ the”": hk.knockout(every, query=-1, key=hk.at(" the", which=-1))}
     return hk.shift_report(
-        lm, CITIES, cuts, controls={"blind to “ the”": hk.knockout(every, query=-1, key=hk.at(" the", which=-1))},
-        watch=(" Paris", " London"), seed=SEED, title="Paris without the Eiffel Tower", question=question,
+        lm, CITIES, cuts, controls=controls, watch=(" Paris", " London"), seed=SEED,
+        title="Paris without the Eiffel Tower", question=question, **SHOWN,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
     hk.report("Oat milk", "What moved?", shift, hk.rank_bump(shift)).write("results/oat_milk")
 
 The page needs no network, follows the reader's light or dark theme, fits a phone, and can be printed. Everything that
-comes from a model or a user is escaped: a token may be "<script>". The one script on it, which sorts tables, is named by
-its hash in the page's policy, so that the browser runs no other.
+comes from a model or a user is escaped: a token may be "<script>". The one script on it, which sorts tables, is named
+by its hash in the page's policy, so that the browser runs no other.
 """
 
 import base64
@@ -32,7 +32,8 @@ from .typesetting import as_json, as_latex, as_markdown, kind_of, written
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 SORTED = 3  # rows that a table has at least for the reader to sort it
-SIGNED = ("logit_delta", "logprob_delta", "prob_delta", "shift")  # columns whose rises are green and falls red
+SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}  # 1: more is green
+PAPER_ROWS = 200  # of a longer table there is no Markdown and no LaTeX
 LONG = 40  # letters of a text that goes on in the next line
 FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {"json": as_json, "md": as_markdown, "tex": as_latex}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
@@ -93,8 +94,7 @@ class Report:
         script = _source("report.js") if sorts else ""
         return _template().render(
             title=self.title, footer=self.footer, parts=parts, script=Markup(script), policy=_policy(script),
-            data=[{"name": part.name, "caption": part.caption} for part in self.data], formats=self.formats,
-            files=list(self.files),
+            data=[_listed(part, self.formats) for part in self.data], files=list(self.files),
         )  # fmt: skip
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
@@ -139,7 +139,7 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
 def save_part(part: Part, folder: Path, formats: tuple[str, ...] = ("csv",)) -> Path:
     """Write one table as CSV, and in the other formats, or one figure as PNG; the same content gives the same bytes."""
     if isinstance(part.content, pd.DataFrame):
-        for kind in formats:
+        for kind in written_as(part.content, formats):
             if kind != "csv":
                 text = FORMATS[kind](part.content).rstrip("\n") + "\n"
                 (folder / f"{part.name}.{kind}").write_text(text, encoding="utf-8", newline="\n")
@@ -151,6 +151,16 @@ def save_part(part: Part, folder: Path, formats: tuple[str, ...] = ("csv",)) -> 
     return path
 
 
+def _listed(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
+    kinds = written_as(part.content, formats) if isinstance(part.content, pd.DataFrame) else ["png"]
+    return {"files": [f"{part.name}.{kind}" for kind in kinds], "caption": part.caption}
+
+
+def written_as(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
+    """Those of the formats that a table is written in."""
+    return [kind for kind in formats if kind in ("csv", "json") or len(table) <= PAPER_ROWS]
+
+
 def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(part, str):
         marks = {"# ": "heading", "## ": "smaller"}
@@ -160,7 +170,9 @@ def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, 
         return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part.content, Figure):
         return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": Markup(_svg(part))}
-    files = [f"{part.file or part.name}.{kind}" for kind in formats]
+    if part.file:  # all of the file's formats are named among the files
+        formats = ("csv",)
+    files = [f"{part.file or part.name}.{kind}" for kind in written_as(part.content, formats)]
     return {"kind": "table", "name": part.name, "files": files} | _cells(part.content, part.caption)
 
 
@@ -185,7 +197,8 @@ def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
 def _cell(value: Any, name: str, style: str) -> dict[str, Any]:
     text = written(value)
     if style == "number":
-        sign = "" if name not in SIGNED or not text else " up" if value > 0 else " down" if value < 0 else ""
+        rises = SIGNED.get(name, 0) * value if text else 0
+        sign = " up" if rises > 0 else " down" if rises < 0 else ""
         return {"text": text, "style": f"number{sign}", "value": f"{value:.12g}" if text else ""}
     return {"text": text, "style": style or ("prose" if len(text) > LONG else ""), "value": None}
 
@@ -224,9 +237,10 @@ def _svg(part: Part) -> str:
     for colour, name in THEMED.items():
         drawing = drawing.replace(colour, f"var({name})")
     drawing = drawing.replace("font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1), count=1
-    )
+    inches = part.content.get_figwidth()
+    widths = f"min-width: {max(34, 4.3 * inches):g}rem; max-width: {min(76, max(56, 6.7 * inches)):g}rem"
+    sized = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{widths}"', sized, count=1)
 
 
 @cache

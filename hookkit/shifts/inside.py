@@ -18,6 +18,7 @@ from .measuring import Answers
 from .naming import literal
 
 NUMBERS = ("logit", "prob", "rank")
+NOTHING = 1e-4  # logits: a smaller change of a component is not shown by itself
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def why_of(
 ) -> tuple[pd.DataFrame, str]:
     """One token's logit, before and after an edit, as its sum over components, and "" or why there is none.
 
-    `tokens` has the token of each shown prompt; `known` the unedited run's decompositions by their tokens. Columns: row, edit, token, token_id, component, kind, layer, head; logit_before, logit_after, logit_delta. The rows of a
-    prompt sum to its token's logits; the row "residual" is what rounding left.
+    `tokens` has the token of each shown prompt; `known` the unedited run's decompositions by their tokens.
+    Columns: row, edit, token, token_id, component, kind, layer, head; logit_before, logit_after, logit_delta. The rows
+    of a prompt sum to its token's logits; the row "residual" is what rounding left.
     """
     assert now.edit is not None
     if looks.no_parts:
@@ -144,7 +146,8 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     """
     columns = ["component", "logit_before", "logit_after", "logit_delta"]
     order = why["logit_delta"].abs().sort_values(ascending=False, kind="stable").index
-    shown, others = why.loc[order[:top], columns], why.loc[order[top:], columns]
+    count = min(top, int((why["logit_delta"].abs() > NOTHING).sum()))
+    shown, others = why.loc[order[:count], columns], why.loc[order[count:], columns]
     shown = shown.sort_values("logit_delta", ascending=False, kind="stable")
     rows: list[Mapping[str, object]] = []
     for name, part in ((f"the other {len(others)}", others), ("sum: the logit", why)):

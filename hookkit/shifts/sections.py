@@ -11,13 +11,18 @@ from ..hooks.base import Hook
 from ..model import LM
 from ..prompts import Row, shortened
 from ..reports import Content, Folded, Part
+from ..typesetting import written
 from .drawing import PANELS, means_of, rank_against_rank, through_layers, what_made_it
 from .inside import most_moved
 from .naming import Edit
 
 SHIFT = ["token", "token_id", "logit_before", "logit_after", "logit_delta", "prob_before", "prob_after", "prob_delta",
-         "rank_before", "rank_after", "rank_delta", "shift", "why"]  # fmt: skip
-WATCHED = ["edit", "watched", *SHIFT[:1], *SHIFT[2:12]]
+         "rank_before", "rank_after", "rank_delta", "why"]  # fmt: skip
+WATCHED = [name for name in SHIFT if name not in ("token_id", "why")]
+NORM = (
+    "The final norm is in every part, with the scale that it had, so that parts before the edit change where the scale "
+    "does. rest.L is what block L's stream got beside attention and MLP: an edit of it."
+)
 PARTS = 10  # components that are shown
 
 
@@ -75,21 +80,31 @@ def over_all(found: Found) -> Iterable[Content]:
     yield f"# Over {count} prompts"
     says = f"Means over {count} prompts with 95 % bootstrap intervals. decades: log10 of rank before over rank after."
     caption = f"{says} A control stands beside its edit; its dot is hollow in the figure."
-    shown = summary.drop(columns=[name for name in summary if str(name).endswith("_se")])
-    yield Part(shown, "summary_shown", caption, file="summary")
+    yield Part(_brief(summary, ["edit", "control", "watched", "n"]), "summary_shown", caption, file="summary")
     yield Part(means_of(summary, title="What became more and less likely"), "means", "Intervals are of the mean.")
     far = found.tables["summary_distances"]
     caption = "kl: KL(before‖after) in nats. top1_changed: the part of the prompts with another first token."
-    far = far.drop(columns=[name for name in far if str(name).endswith("_se")])
-    yield Part(far, "distances_shown", caption, file="summary_distances")
+    yield Part(_brief(far, ["edit", "control", "n"]), "distances_shown", caption, file="summary_distances")
+
+
+def _brief(means: pd.DataFrame, places: list[str]) -> pd.DataFrame:
+    """Each mean and its interval in one column, as text."""
+    shown = means[places].copy()
+    for name in [name.removesuffix("_low") for name in means if str(name).endswith("_low")]:
+        numbers = [means[f"{name}{end}"] for end in ("", "_low", "_high")]
+        shown[name] = [
+            written(mean) if pd.isna(low) else f"{written(mean)}  [{written(low)}, {written(high)}]"
+            for mean, low, high in zip(*numbers, strict=True)
+        ]
+    return shown
 
 
 def of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
     """All that is shown of one prompt."""
     yield f"# “{shortened(found.lm.text(found.rows[row]))}”"
-    watched = pd.DataFrame(found.of("watched", row)[WATCHED]).sort_values("watched", kind="stable")
     yield "## The watched tokens"
-    yield Part(watched, f"watched_{row}", f"Prompt {row}, every edit and control.", file="watched")
+    says = "Every edit and control. The token that was first before stands here as well."
+    yield Part(_watched(found, row), f"watched_{row}", f"Prompt {row}. {says}", file="watched")
     yield "## What rose and fell"
     for number, edit in enumerate(found.edits):
         table = pd.DataFrame(found.of("shifts", row, edit.name)[SHIFT])
@@ -104,11 +119,20 @@ def of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
         first = [edit.name for edit in found.edits][:PANELS]
         figure = through_layers(found.of("layers", row), first, title="What each layer would say")
         says = "Logit lens: rank before (dashed) and after (drawn through). Shaded: blocks in which the edit acts."
+        says += " An edit of the logits acts on what every layer would say."
         yield Part(figure, f"layers_{row}", f"{says} The table is layers.csv.")
     else:
         yield "The ranks at every layer are in layers.csv."
     yield from _why(found, row, drawn=drawn)
     yield from _texts(found, row)
+
+
+def _watched(found: Found, row: int) -> pd.DataFrame:
+    """Each token once, with every edit and control."""
+    table = found.of("watched", row).drop_duplicates(["edit", "token_id"])
+    order = {token: place for place, token in enumerate(dict.fromkeys(table["token_id"]))}
+    table = table.assign(_place=table["token_id"].map(order)).sort_values("_place", kind="stable")
+    return pd.DataFrame(table[["token", "edit", *WATCHED[1:]]])
 
 
 def _drawn_ranks(found: Found, row: int) -> Iterable[Content]:
@@ -127,11 +151,9 @@ def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
             continue
         moved[edit.name] = most_moved(table, PARTS)
         sums = [table[f"logit_{when}"].sum() for when in ("before", "after", "delta")]
-        rest = _missed(table)
         caption = (
             f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, {sums[0]:.4f} before "
-            f"and {sums[1]:.4f} after: {sums[2]:+.4f}. Rounding left {rest:.1e}. The final norm is in every part, with "
-            "the scale that it had, so that parts before the edit change where the scale does."
+            f"and {sums[1]:.4f} after: {sums[2]:+.4f}. Rounding left {_missed(table):.1e}. {NORM}"
         )
         yield Part(moved[edit.name], f"why_{row}_{number}", caption, file="why")
     if drawn and moved:
@@ -160,7 +182,8 @@ def made_again(found: Found, about: dict[str, Any]) -> Iterable[Content]:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield (
         f"Model {about['model']} ({about['class']}, {', '.join(about['dtype'])}, {about['device']}); "
-        f"seed {about['seed']}.\n{versions}.\nabout.json has all of it, the hooks with their tensors; hk.Hook.from_json reads them back."
+        f"seed {about['seed']}.\n{versions}.\n"
+        "about.json has all of it, the hooks with their tensors; hk.Hook.from_json reads them back."
     )
     every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls)}
     for name, hooks in every.items():
