@@ -44,8 +44,8 @@ def coffee(lm: hk.LM) -> hk.Report:
     question = "What does it take to make it say coffee: the logit by force, or the stream by a push?"
     settings: dict[str, Any] = {"watch": (COFFEE, TEA), "generate": 8, "seed": SEED}
     return hk.shift_report(
-        lm, TEAS, edits, controls="random", title="Coffee over tea", question=question, **settings, **SHOWN
-    )
+        lm, TEAS, edits, controls="random", title="Coffee over tea", question=question, **settings, **SHOWN,
+    )  # fmt: skip
 
 
 def indirect_object(lm: hk.LM) -> hk.Report:

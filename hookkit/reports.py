@@ -114,8 +114,8 @@ class Report:
 def report(title: str, *parts: Content, footer: str = "") -> Report:
     """A page of these parts, in order: text, tables, figures, or `Part(content, name, caption)` to name their files.
 
-    A text that begins with "# " is a heading, one with "## " a smaller one. Unnamed parts are table_1, figure_1 and so on. Names that stand twice, or
-    that are no file names, raise `BadHook`.
+    A text that begins with "# " is a heading, one with "## " a smaller one. Unnamed parts are table_1, figure_1 and so
+    on. Names that stand twice, or that are no file names, raise `BadHook`.
 
     >>> report("Oat milk", "# Before", ranks(run)).write("results/oat_milk").name
     'report.html'

@@ -260,7 +260,8 @@ def test_where_a_model_allows_no_sum_or_lens_the_page_says_why(llama):
     made = hk.shift_report(alone, [[1, 2, 3]], hk.scale(hk.module("0"), 2.0), watch=3)
     page = made.html()
     assert {"why", "layers"}.isdisjoint(made.tables) and "There is no lens" in page and "there is no sum" in page
-    weights = alone.root[0].weight[3] @ alone.root[1].weight[3] * 2 + alone.root[1].bias[3]
+    embed, head = alone.root
+    weights = (embed.weight[3] @ head.weight[3] * 2 + head.bias[3]).detach()
     assert made.tables["watched"]["logit_after"].iloc[0] == pytest.approx(float(weights), abs=1e-5)
 
 

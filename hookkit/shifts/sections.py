@@ -16,8 +16,8 @@ from .drawing import PANELS, means_of, rank_against_rank, through_layers, what_m
 from .inside import most_moved
 from .naming import Edit
 
-SHIFT = ["token", "token_id", "logit_before", "logit_after", "logit_delta", "prob_before", "prob_after", "prob_delta",
-         "rank_before", "rank_after", "rank_delta", "why"]  # fmt: skip
+SHIFT = ["token", "logit_before", "logit_after", "logit_delta", "prob_before", "prob_after", "prob_delta",
+         "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
 WATCHED = [name for name in SHIFT if name not in ("token_id", "why")]
 NORM = (
     "The final norm is in every part, with the scale that it had, so that parts before the edit change where the scale "
@@ -93,7 +93,7 @@ def _brief(means: pd.DataFrame, places: list[str]) -> pd.DataFrame:
     for name in [name.removesuffix("_low") for name in means if str(name).endswith("_low")]:
         numbers = [means[f"{name}{end}"] for end in ("", "_low", "_high")]
         shown[name] = [
-            written(mean) if pd.isna(low) else f"{written(mean)}  [{written(low)}, {written(high)}]"
+            written(mean) if pd.isna(low) else f"{mean:.3g}  [{low:.3g}, {high:.3g}]"
             for mean, low, high in zip(*numbers, strict=True)
         ]
     return shown
@@ -152,8 +152,8 @@ def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
         moved[edit.name] = most_moved(table, PARTS)
         sums = [table[f"logit_{when}"].sum() for when in ("before", "after", "delta")]
         caption = (
-            f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, {sums[0]:.4f} before "
-            f"and {sums[1]:.4f} after: {sums[2]:+.4f}. Rounding left {_missed(table):.1e}. {NORM}"
+            f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, {sums[0]:.4f} "
+            f"before and {sums[1]:.4f} after: {sums[2]:+.4f}. Rounding left {_missed(table):.1e}. {NORM}"
         )
         yield Part(moved[edit.name], f"why_{row}_{number}", caption, file="why")
     if drawn and moved:
