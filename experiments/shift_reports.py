@@ -70,7 +70,7 @@ def eiffel(lm: hk.LM) -> hk.Report:
 
 
 def apart(page: hk.Report) -> str:
-    """The first watched token's change under each edit and control, and by how much the sums miss the logits' change."""
+    """The first watched token under each edit and control, and by how much the sums miss the change of the logits."""
     summary, why = page.tables["summary"], page.tables["why"]
     first: Any = summary[summary["watched"] == summary["watched"].iloc[0]]
     columns = ["edit", "watched", "logprob_delta", "logprob_delta_low", "logprob_delta_high"]
