@@ -104,6 +104,7 @@ from .runs import Run as Run
 from .runs import forward as forward
 from .runs import generate as generate
 from .scoring import score as score
+from .shifts import shift_report as shift_report
 from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import module as module

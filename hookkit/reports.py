@@ -2,20 +2,23 @@
 
     hk.report("Oat milk", "What moved?", shift, hk.rank_bump(shift)).write("results/oat_milk")
 
-The page needs no network, follows the reader's light or dark theme, and can be printed. Everything that comes from a
-model or a user is escaped: a token may be "<script>".
+The page needs no network, follows the reader's light or dark theme, fits a phone, and can be printed. Everything that
+comes from a model or a user is escaped: a token may be "<script>". The one script on it, which sorts tables, is named
+by its hash in the page's policy, so that the browser runs no other.
 """
 
+import base64
+import hashlib
 import io
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
@@ -25,9 +28,15 @@ from matplotlib.figure import Figure
 from .errors import BadHook
 from .figures import GRID, INK, MUTED, PAPER
 from .sharding import writes
+from .typesetting import as_json, as_latex, as_markdown, kind_of, written
 
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+SORTED = 3  # rows that a table has at least for the reader to sort it
+SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}  # 1: more is green
+PAPER_ROWS = 200  # of a longer table there is no Markdown and no LaTeX
+LONG = 40  # letters of a text that goes on in the next line
+FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {"json": as_json, "md": as_markdown, "tex": as_latex}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 PLACES = ("row", "pos", "step")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -35,57 +44,92 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A table or a figure with its name, which is the name of its file, and a caption."""
+    """A table or a figure with its name, which is the name of its file, and a caption.
+
+    `file` is the name of the part whose file has these rows as well; a part with one is written to no file of its own.
+    """
 
     content: pd.DataFrame | Figure
     name: str
     caption: str = ""
+    file: str = ""
 
 
-Content: TypeAlias = str | pd.DataFrame | Figure | Part
+@dataclass(frozen=True)
+class Folded:
+    """A text as it stands, line by line, that is folded away behind its summary."""
+
+    summary: str
+    text: str
+
+
+Content: TypeAlias = str | pd.DataFrame | Figure | Part | Folded
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """A page that is not written yet. Made by `report`."""
+    """A page that is not written yet. Made by `report`, and by `shift_report`.
+
+    data     tables that are written beside the page and do not stand on it
+    formats  how tables are written: "csv", "json", "md" (Markdown), "tex" (LaTeX)
+    files    other texts that are written beside it, by name
+    """
 
     title: str
-    parts: tuple[str | Part, ...]
+    parts: tuple[str | Part | Folded, ...]
     footer: str = ""
+    data: tuple[Part, ...] = ()
+    formats: tuple[str, ...] = ("csv",)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables by the names of their files."""
+        named = [part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file]
+        return {part.name: part.content for part in named if isinstance(part.content, pd.DataFrame)}
 
     def html(self) -> str:
         """The page as text."""
-        return _template().render(title=self.title, footer=self.footer, parts=[_rendered(part) for part in self.parts])
+        parts = [_rendered(part, self.formats) for part in self.parts]
+        sorts = any(part.get("sorts") for part in parts)
+        script = _source("report.js") if sorts else ""
+        return _template().render(
+            title=self.title, footer=self.footer, parts=parts, script=Markup(script), policy=_policy(script),
+            data=[_listed(part, self.formats) for part in self.data], files=list(self.files),
+        )  # fmt: skip
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.html, and beside it NAME.csv for every table and NAME.png for every figure; the page's path."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for part in self.parts:
-            if isinstance(part, Part):
-                save_part(part, target)
         page = target / "report.html"
-        if writes():
-            page.write_text(self.html(), encoding="utf-8")
+        if not writes():
+            return page
+        for part in (*self.parts, *self.data):
+            if isinstance(part, Part) and not part.file:
+                save_part(part, target, self.formats)
+        for name, text in self.files.items():
+            (target / name).write_text(text, encoding="utf-8", newline="\n")
+        page.write_text(self.html(), encoding="utf-8")
         return page
 
 
 def report(title: str, *parts: Content, footer: str = "") -> Report:
     """A page of these parts, in order: text, tables, figures, or `Part(content, name, caption)` to name their files.
 
-    A text that begins with "# " is a heading. Unnamed parts are table_1, figure_1 and so on. Names that stand twice, or
-    that are no file names, raise `BadHook`.
+    A text that begins with "# " is a heading, one with "## " a smaller one. Unnamed parts are table_1, figure_1 and so
+    on. Names that stand twice, or that are no file names, raise `BadHook`.
 
     >>> report("Oat milk", "# Before", ranks(run)).write("results/oat_milk").name
     'report.html'
     """
-    named: list[str | Part] = []
+    named: list[str | Part | Folded] = []
     for part in parts:
         if isinstance(part, pd.DataFrame | Figure):
             kind = "table" if isinstance(part, pd.DataFrame) else "figure"
             count = sum(isinstance(p, Part) and p.name.startswith(f"{kind}_") for p in named)
             part = Part(part, f"{kind}_{count + 1}")
-        if not isinstance(part, str | Part):
+        if not isinstance(part, str | Part | Folded):
             raise BadHook(f"a report has texts, tables and figures, and was given a {type(part).__name__}")
         named.append(part)
     names = [part.name for part in named if isinstance(part, Part)]
@@ -95,26 +139,45 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     return Report(title, tuple(named), footer)
 
 
-def save_part(part: Part, folder: Path) -> Path:
-    """Write one table as CSV or one figure as PNG; the same content gives the same bytes."""
-    if isinstance(part.content, pd.DataFrame):
-        path = folder / f"{part.name}.csv"
-        if writes():
-            part.content.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+def save_part(part: Part, folder: Path, formats: tuple[str, ...] = ("csv",)) -> Path:
+    """Write one table as CSV, and in the other formats, or one figure as PNG; the same content gives the same bytes."""
+    path = folder / f"{part.name}.{'csv' if isinstance(part.content, pd.DataFrame) else 'png'}"
+    if not writes():
         return path
-    path = folder / f"{part.name}.png"
-    if writes():
+    if isinstance(part.content, pd.DataFrame):
+        for kind in written_as(part.content, formats):
+            if kind != "csv":
+                text = FORMATS[kind](part.content).rstrip("\n") + "\n"
+                (folder / f"{part.name}.{kind}").write_text(text, encoding="utf-8", newline="\n")
+        part.content.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    else:
         part.content.savefig(path, dpi=150, metadata={"Software": None})
     return path
 
 
-def _rendered(part: str | Part) -> dict[str, Any]:
+def _listed(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
+    kinds = written_as(part.content, formats) if isinstance(part.content, pd.DataFrame) else ["png"]
+    return {"files": [f"{part.name}.{kind}" for kind in kinds], "caption": part.caption}
+
+
+def written_as(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
+    """Those of the formats that a table is written in."""
+    return [kind for kind in formats if kind in ("csv", "json") or len(table) <= PAPER_ROWS]
+
+
+def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(part, str):
-        heading = part.startswith("# ")
-        return {"kind": "heading" if heading else "text", "text": part.removeprefix("# ")}
+        marks = {"# ": "heading", "## ": "smaller"}
+        mark = next((mark for mark in marks if part.startswith(mark)), "")
+        return {"kind": marks.get(mark, "text"), "text": part.removeprefix(mark)}
+    if isinstance(part, Folded):
+        return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part.content, Figure):
         return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": Markup(_svg(part))}
-    return {"kind": "table", "name": part.name} | _cells(part.content, part.caption)
+    if part.file:  # all of the file's formats are named among the files
+        formats = ("csv",)
+    files = [f"{part.file or part.name}.{kind}" for kind in written_as(part.content, formats)]
+    return {"kind": "table", "name": part.name, "files": files} | _cells(part.content, part.caption)
 
 
 def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
@@ -123,20 +186,25 @@ def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     if same and len(same) < table.shape[1]:  # said once, there is room for the others
         caption = f"{caption} {', '.join(f'{name} {table[name].iloc[0]}' for name in same).capitalize()}.".strip()
         shown = shown.drop(columns=same)
-    styles = [_style(str(name), kind) for name, kind in shown.dtypes.items()]
+    names = [str(name) for name in shown.columns]
+    styles = [kind_of(name, kind) for name, kind in zip(names, shown.dtypes, strict=True)]
     rows = [
-        [{"text": _written(value), "style": style} for value, style in zip(row, styles, strict=True)]
+        [_cell(value, name, style) for value, name, style in zip(row, names, styles, strict=True)]
         for row in shown.itertuples(index=False)
     ]
     if len(table) > len(shown):
         caption = f"{caption} The first {len(shown)} of {len(table)} rows.".strip()
-    return {"header": _header([str(name) for name in shown.columns], styles), "rows": rows, "caption": caption}
+    header = _header(names, list(styles))
+    return {"header": header, "rows": rows, "caption": caption, "sorts": len(rows) >= SORTED}
 
 
-def _style(name: str, kind: Any) -> str:
-    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind):
-        return "number"
-    return "token" if name.startswith(("token", "top1", "read")) else ""
+def _cell(value: Any, name: str, style: str) -> dict[str, Any]:
+    text = written(value)
+    if style == "number":
+        rises = SIGNED.get(name, 0) * value if text else 0
+        sign = " up" if rises > 0 else " down" if rises < 0 else ""
+        return {"text": text, "style": f"number{sign}", "value": f"{value:.12g}" if text else ""}
+    return {"text": text, "style": style or ("prose" if len(text) > LONG else ""), "value": None}
 
 
 def _header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
@@ -145,22 +213,20 @@ def _header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
     second: list[dict[str, Any]] = []
     columns = list(zip(names, styles, strict=True))
     while columns:
+        place = len(names) - len(columns)
         (name, style), group = columns[0], columns[0][0].removesuffix("_before")
         parts = [part for part in COMPARED if (f"{group}_{part}", style) in columns[:3]]
         if name != group and len(parts) == 3:
-            first.append({"text": group, "style": "group", "columns": 3, "lines": 1})
-            second += [{"text": COMPARED[part], "style": style, "columns": 1, "lines": 1} for part in parts]
+            first.append({"text": group, "style": "group", "columns": 3, "lines": 1, "place": None})
+            for number, part in enumerate(parts):
+                second.append(
+                    {"text": COMPARED[part], "style": style, "columns": 1, "lines": 1, "place": place + number}
+                )
             columns = columns[3:]
         else:
-            first.append({"text": name, "style": style, "columns": 1, "lines": 2})
+            first.append({"text": name, "style": style, "columns": 1, "lines": 2, "place": place})
             columns = columns[1:]
     return [first, second] if second else [[cell | {"lines": 1} for cell in first]]
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, float | np.floating):
-        return "−∞" if value == -np.inf else "∞" if value == np.inf else f"{value:.4g}"
-    return str(value)
 
 
 def _svg(part: Part) -> str:
@@ -175,12 +241,24 @@ def _svg(part: Part) -> str:
     for colour, name in THEMED.items():
         drawing = drawing.replace(colour, f"var({name})")
     drawing = drawing.replace("font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1), count=1
-    )
+    inches = part.content.get_figwidth()
+    widths = f"min-width: {max(34, 4.3 * inches):g}rem; max-width: {min(76, max(56, 6.7 * inches)):g}rem"
+    sized = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{widths}"', sized, count=1)
 
 
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("hookkit").joinpath("report.html").read_text(encoding="utf-8"))
+    return environment.from_string(_source("report.html"))
+
+
+@cache
+def _source(name: str) -> str:
+    return files("hookkit").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(script: str) -> str:
+    """What the browser may do with the page: show it, and run this one script."""
+    runs = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else "'none'"
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; script-src {runs}; base-uri 'none'"

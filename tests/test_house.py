@@ -162,6 +162,7 @@ ORDER = [
     "strips",
     "passages",
     "steps",
+    "typesetting",
     "reports",
     "files",
     "lenses.tuned",
@@ -192,6 +193,14 @@ ORDER = [
     "vectors.comparing",
     "vectors.drawing",
     "vectors",
+    "shifts.naming",
+    "shifts.measuring",
+    "shifts.inside",
+    "shifts.texts",
+    "shifts.drawing",
+    "shifts.sections",
+    "shifts.page",
+    "shifts",
     "cli.base",
     "cli.engine",
     "cli.tracing",
@@ -265,7 +274,18 @@ def test_only_the_manager_registers_hooks():
 
 
 @pytest.mark.parametrize(
-    "name", [*ORDER[: ORDER.index("families") + 1], "figures", "heatmaps", "curves", "strips", "passages", "steps"]
+    "name",
+    [
+        *ORDER[: ORDER.index("families") + 1],
+        "figures",
+        "heatmaps",
+        "curves",
+        "strips",
+        "passages",
+        "steps",
+        "typesetting",
+        "shifts.drawing",
+    ],
 )
 def test_words_and_figures_need_no_torch(name):
     assert not modules(FILES[name]) & {"torch", "transformers"}

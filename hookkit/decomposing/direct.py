@@ -54,15 +54,19 @@ def direct_logits(
     >>> table["logit"].sum().round(3), table.nlargest(2, "logit")["component"].tolist()
     (np.float64(20.371), ['mlp_out.29', 'mlp_out.27'])
     """
-    lm = run.lm
-    again = _again(run, heads, neurons, pos)
+    return decomposed(_again(run, heads, neurons, pos), token, against)
+
+
+def decomposed(again: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
+    """`direct_logits` of a run that captured, after its edits, the `needed` sites of its first rows."""
+    lm = again.lm
     end = again.captured(f"resid_post.{lm.n_layers - 1}")
     assert end.positions is not None
     places = [(n, c, p) for n, row in enumerate(end.positions.tolist()) for c, p in enumerate(row) if p >= 0]
     cells = [row for row, _, _ in places], [column for _, column, _ in places]
     rows = [end.rows[row] for row in cells[0]]
-    chosen = _chosen(lm, token, rows, len(run.lengths))
-    others = None if against is None else _chosen(lm, against, rows, len(run.lengths))
+    chosen = _chosen(lm, token, rows, len(again.lengths))
+    others = None if against is None else _chosen(lm, against, rows, len(again.lengths))
     tail = tail_of(lm, (), end.prompts)
     logits = again.captured_logits()
     said = torch.stack([logits.values[row, logits.column(row, place)] for row, _, place in places])

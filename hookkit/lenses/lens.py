@@ -15,7 +15,7 @@ from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM, Token
 from ..positions import CountLike, PosLike
-from ..prompts import Prompts, as_batch
+from ..prompts import Prompts, Row, as_batch
 from ..runs import Run, forward
 from ..sites import AnySite, Site, SitesLike
 from .numbers import Numbers, chunk_of, in_cache, numbers
@@ -73,8 +73,7 @@ def logit_lens(
     read = tuple(site for site in wanted if site != end)
     run = forward(lm, prompts, *hooks, capture([*read, end], pos=pos, rows=rows), logits=False)
     states = States(run, (*read, end), through)
-    tail = tail_of(lm, hooks, as_batch(lm, prompts).rows)
-    table = _table(lm, states, tail, top, watched, anywhere=choose == "anywhere")
+    table = lens_of(states, hooks, as_batch(lm, prompts).rows, top, watched, anywhere=choose == "anywhere")
     return table if end in wanted else pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
 
 
@@ -124,6 +123,14 @@ class States:
             translates = self.through is not None and site != self.sites[-1]
             found.append(self.through.translated(site, states) if translates and self.through else states)
         return torch.stack([states.to(found[-1].device) for states in found], 1)
+
+
+def lens_of(
+    states: States, hooks: Sequence[Hook], rows: tuple[Row, ...], top: int, watched: Sequence[int], *, anywhere: bool
+) -> pd.DataFrame:
+    """`logit_lens` of states that were captured, in a run of these rows with these hooks."""
+    tail = tail_of(states.run.lm, hooks, rows)
+    return _table(states.run.lm, states, tail, top, watched, anywhere=anywhere)
 
 
 def _table(lm: LM, states: States, tail: Tail, top: int, watched: Sequence[int], *, anywhere: bool) -> pd.DataFrame:

@@ -1,0 +1,157 @@
+"""The forwards of a report, one for each edit over all prompts, and what they say of every prompt."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..captured import Captured
+from ..distributions import Distribution
+from ..hooks.base import Hook
+from ..hooks.looking import capture
+from ..model import LM
+from ..prompts import Row
+from ..runs import Run, forward
+from ..sites import Site
+from ..sweeps import over_prompts
+from .naming import Edit, literal
+
+FIRST = "what was first"  # the token that led before the edit, which is another for each prompt
+COMPARED = ("logit", "logprob", "prob", "rank")
+Logits = Float[Tensor, "row vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What the model says after each prompt, and the run, which keeps no more than the shown rows."""
+
+    edit: Edit | None
+    run: Run
+    logits: Logits  # float32, on the CPU
+
+    @property
+    def lm(self) -> LM:
+        return self.run.lm
+
+    @cached_property
+    def logprobs(self) -> Logits:
+        return self.logits.log_softmax(-1)
+
+    @cached_property
+    def exact(self) -> Logits:
+        """In float64, for sums over the vocabulary."""
+        return self.logits.double().log_softmax(-1)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, " row"]:
+        return 0.0 - expected(self.exact, self.exact)
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The most likely token of each prompt."""
+        return self.logits[:, : self.lm.n_tokens or None].argmax(-1).tolist()
+
+    def ranks(self, ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """1 + the number of strictly larger logits, of one token for each prompt."""
+        real = self.logits[:, : self.lm.n_tokens or None]
+        return (real > self.logits.gather(1, ids[:, None])).sum(-1) + 1
+
+    def said(self, row: int) -> Distribution:
+        """What it says after one prompt."""
+        place = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
+        return Distribution(self.lm, place, self.logits[row])
+
+
+def expected(logprobs: Logits, values: Logits) -> Float[Tensor, " row"]:
+    """The mean of values under each row's distribution; a probability of 0 takes its value out."""
+    probs = logprobs.exp()
+    return torch.where(probs > 0, probs * values, 0.0).sum(-1)
+
+
+def answered(
+    lm: LM, rows: Sequence[Row], hooks: tuple[Hook, ...], edit: Edit | None, looks: Sequence[Site], shown: int
+) -> Answers:
+    """One forward over all prompts with these hooks, which keeps the looked-at sites of the first `shown` of them."""
+    look = [capture(list(looks), pos=-1, rows=range(shown), name="hookkit.shifts")] if looks else []
+    run = forward(lm, [list(row) for row in rows], *hooks, *look, logits="last")
+    kept = run.captured_logits()
+    logits = kept.values[:, 0].detach().float().cpu()
+    return Answers(edit, replace(run, output=None, kept_logits=_first(kept, shown)), logits)
+
+
+def _first(kept: Captured, shown: int) -> Captured:
+    assert kept.positions is not None
+    return replace(kept, values=kept.values[:shown].clone(), positions=kept.positions[:shown], rows=kept.rows[:shown],
+                   prompts=kept.prompts[:shown])  # fmt: skip
+
+
+def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame:
+    """Every prompt's watched tokens, and the token that was first, before and after one edit.
+
+    Columns: row, edit, control, watched, token, token_id; logit, logprob, prob and rank, each with _before, _after and
+    _delta; shift; decades (log10 of rank before over rank after: 1 for a rise from 100 to 10).
+    """
+    assert now.edit is not None
+    count, parts = len(now.logits), []
+    names = {literal(now.lm, token): [token] * count for token in watch} | {FIRST: was.first}
+    for name, tokens in names.items():
+        ids = torch.tensor(tokens)
+        found: dict[str, object] = {"row": range(count), "edit": now.edit.name, "control": now.edit.control}
+        found |= {"watched": name, "token": [literal(now.lm, token) for token in tokens], "token_id": tokens}
+        for when, each in (("before", was), ("after", now)):
+            logprob = each.logprobs.gather(1, ids[:, None])[:, 0]
+            numbers = {"logit": each.logits.gather(1, ids[:, None])[:, 0], "logprob": logprob, "prob": logprob.exp()}
+            found |= {f"{key}_{when}": values.double().numpy() for key, values in numbers.items()}
+            found[f"rank_{when}"] = each.ranks(ids).numpy()
+        parts.append(pd.DataFrame(found))
+    return with_deltas(pd.concat(parts, ignore_index=True)).sort_values("row", kind="stable", ignore_index=True)
+
+
+def with_deltas(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with after minus before of what is compared, in the order of the other tables."""
+    for name in COMPARED:
+        was, now = table[f"{name}_before"], table[f"{name}_after"]
+        table[f"{name}_delta"] = (now - was).where(now != was, 0)  # -inf minus -inf is no change
+    table["shift"] = -table["rank_delta"]
+    table["decades"] = np.log10(table["rank_before"] / table["rank_after"])
+    order = [f"{name}_{when}" for name in COMPARED for when in ("before", "after", "delta")]
+    places = [name for name in table.columns if name not in (*order, "shift", "decades")]
+    return pd.DataFrame(table[[*places, *order, "shift", "decades"]])
+
+
+def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
+    """How far each prompt's whole distribution moved.
+
+    Columns: row, edit, control, kl (KL(before‖after), nats), entropy_before, _after, _delta (nats), top1_before,
+    top1_after, top1_changed.
+    """
+    assert now.edit is not None
+    kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
+    entropy = {"entropy_before": was.entropy, "entropy_after": now.entropy, "entropy_delta": now.entropy - was.entropy}
+    first = {"top1_before": was.first, "top1_after": now.first}
+    return pd.DataFrame(
+        {"row": range(len(kl)), "edit": now.edit.name, "control": now.edit.control, "kl": kl.tolist()}
+        | {name: values.tolist() for name, values in entropy.items()}
+        | {name: [literal(now.lm, token) for token in tokens] for name, tokens in first.items()}
+        | {"top1_changed": [one != other for one, other in zip(was.first, now.first, strict=True)]}
+    )
+
+
+def over(table: pd.DataFrame, by: Sequence[str], values: Sequence[str], seed: int) -> pd.DataFrame:
+    """`over_prompts`, but an infinite value makes its mean infinite and leaves it without an interval."""
+    finite = table.assign(**{name: table[name].astype(float).replace([math.inf, -math.inf], np.nan) for name in values})
+    means = over_prompts(finite, by=by, values=values, seed=seed)
+    for name in values:
+        endless = table[np.isinf(table[name].astype(float))].groupby(list(by), sort=False)[name].mean()
+        for key, value in endless.items():
+            keys = key if isinstance(key, tuple) else (key,)
+            rows = np.logical_and.reduce([means[each] == word for each, word in zip(by, keys, strict=True)])
+            means.loc[rows, name] = float(value)
+            means.loc[rows, [f"{name}_se", f"{name}_low", f"{name}_high"]] = np.nan
+    return means

@@ -1,0 +1,172 @@
+"""hk.shift_report: one page on what edits did to what a model says next."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ..about import about_model, git_commit
+from ..errors import BadHook, OutOfRange, checks_keywords
+from ..hooks.base import Hook
+from ..model import LM, Token
+from ..prompts import Prompts, Row, as_batch
+from ..reports import Content, Part, Report, report
+from ..tables import shift_of
+from .inside import layers_of, looks_of, why_of
+from .measuring import Answers, answered, distances_of, over, watched_of, with_deltas
+from .naming import Controls, Edit, Hooks, controls_of, edits_of, literal, table_of, together
+from .sections import Found, beginning, made_again, of_prompt, over_all
+from .texts import texts_of
+
+ALL = ("csv", "json", "md", "tex")
+INLINE = 200_000  # letters of a hook in JSON, up to which its tensors are written out
+MOVED = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
+DISTANCES = ["kl", "entropy_delta", "top1_changed"]
+
+
+@checks_keywords
+def shift_report(
+    lm: LM,
+    prompts: Prompts,
+    *edits: Hook | Mapping[str, Hooks],
+    baseline: Hooks = (),
+    controls: Controls = None,
+    watch: Iterable[Token] | Token = (),
+    top: int = 10,
+    heads: bool = False,
+    generate: int = 0,
+    shown: int = 3,
+    drawn: int = 1,
+    title: str = "",
+    question: str = "",
+    seed: int = 0,
+) -> Report:
+    """A page on what edits did to what the model says next: which tokens rose and fell, where inside, and why.
+
+    `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `baseline` are hooks of what they are
+    compared with, nothing unless given. `controls` is "random" (for each edit a change of the same size at the same
+    places, in a random direction) or a mapping like that of edits. All is about the token after each prompt; with
+    `generate` also about so many tokens of greedy text.
+
+    Every prompt has its `watch`ed tokens, those that hooks name, and the token that was first. The first `shown`
+    prompts have the `top` tokens and largest movers, the logit lens, and the exact sum of one token's change over
+    components (with `heads` over heads): the first that is watched or named, else the one that came first. The first
+    `drawn` have figures. Each edit and control takes one forward over all prompts, which are one batch.
+
+    `tables` has edits, shifts, watched, distances, and where they can be made layers, why, texts, summary and
+    summary_distances (means over prompts with bootstrap intervals); `write` writes each as CSV, JSON, Markdown and
+    LaTeX, and about.json. Where a model allows no lens or no sum, the page says why.
+
+    >>> made = shift_report(lm, "The capital of France is", force(" coffee"), watch=" Paris", drawn=0)
+    >>> made.tables["watched"][["watched", "rank_before", "rank_after"]]
+              watched  rank_before  rank_after
+    0        ' Paris'            1           2
+    1       ' coffee'         8827           1
+    2  what was first            1           2
+    """
+    for name, value, least in (("top", top, 1), ("generate", generate, 0), ("shown", shown, 1), ("drawn", drawn, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OutOfRange(f"{name}={value!r}: give a whole number, at least {least}")
+    named, under = edits_of(edits), together(baseline, "the baseline")
+    beside = controls_of(controls, named, seed)
+    if len({edit.name for edit in named}) < len(named):
+        raise BadHook("two edits have one name: names stand once")
+    rows = as_batch(lm, prompts).rows
+    tokens = [lm.token(token) for token in ([watch] if isinstance(watch, str | int) else watch)]
+    tokens = list(dict.fromkeys([*tokens, *(i for edit in named for i in edit.named(lm))]))
+    with torch.no_grad():
+        found = _measured(lm, rows, under, named, beside, tokens, top, heads, min(shown, len(rows)), drawn)
+        if generate:
+            found.tables["texts"] = texts_of(lm, rows, under, named, generate)
+    _sum_up(found, seed)
+    settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn, "seed": seed}
+    about = _about(found, under, tokens, settings | {"controls": controls if isinstance(controls, str) else None})
+    parts: list[Content] = [*beginning(found, question, under), *over_all(found)]
+    for row in range(min(shown, len(rows))):
+        parts += of_prompt(found, row, drawn=row < drawn)
+    parts += made_again(found, about)
+    page = report(
+        title or "What moved, and why", *parts, footer="Deltas are after minus before. Rank 1 is the likeliest."
+    )
+    return _with_files(page, found, about)
+
+
+def _measured(
+    lm: LM, rows: tuple[Row, ...], under: tuple[Hook, ...], edits: list[Edit], controls: list[Edit], watch: list[int],
+    top: int, heads: bool, shown: int, drawn: int,
+) -> Found:  # fmt: skip
+    looks = looks_of(lm, heads=heads)
+    was = answered(lm, rows, under, None, looks.sites, shown)
+    edited: list[Answers] = []
+    parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
+    known: dict[tuple[int, ...], pd.DataFrame] = {}
+    ranks, refused, every = {}, {}, torch.arange(lm.n_tokens or was.logits.shape[1])
+    before = [was.said(row) for row in range(shown)]
+    for edit in (*edits, *controls):
+        now = answered(lm, rows, edit.hooks, edit, [] if edit.control else looks.sites, shown)
+        parts["watched"].append(watched_of(was, now, watch))
+        parts["distances"].append(distances_of(was, now))
+        if edit.control:
+            continue
+        after = [now.said(row) for row in range(shown)]
+        pairs = list(zip(before, after, strict=True))
+        parts["shifts"].append(_shifts(shift_of(pairs, top, 5, watch, edit.named(lm)), now))
+        for row in range(min(drawn, shown)):
+            ranks[row, edit.name] = (before[row].ranks(every).numpy(), after[row].ranks(every).numpy())
+        told = [watch[0] if watch else now.first[row] for row in range(shown)]
+        why, refused[f"why {edit.name}"] = why_of(was, now, told, looks, known)
+        parts["why"].append(why)
+        edited.append(Answers(edit, now.run, now.logits[:shown]))
+    tables = {"edits": table_of([*edits, *controls])}
+    tables |= {name: _joined(found) for name, found in parts.items()}
+    tables["layers"], refused["layers"] = layers_of(was, edited, rows, looks, watch, shown)
+    return Found(lm, rows, edits, controls, tables, ranks, refused)
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    some = [table for table in tables if not table.empty]
+    return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
+
+
+def _shifts(table: pd.DataFrame, now: Answers) -> pd.DataFrame:
+    """`rank_shift` with the edit's name, and with parts of characters as bytes."""
+    assert now.edit is not None
+    table = with_deltas(table.assign(edit=now.edit.name, token=[literal(now.lm, i) for i in table["token_id"]]))
+    first = ["row", "pos", "edit"]
+    return pd.DataFrame(table[[*first, *(name for name in table if name not in (*first, "why")), "why"]])
+
+
+def _sum_up(found: Found, seed: int) -> None:
+    if len(found.rows) < 2:
+        return
+    watched, distances = found.tables["watched"], found.tables["distances"]
+    found.tables["summary"] = over(watched, ["edit", "control", "watched"], MOVED, seed)
+    found.tables["summary_distances"] = over(distances, ["edit", "control"], DISTANCES, seed)
+
+
+def _about(found: Found, under: tuple[Hook, ...], watch: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
+    every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls)}
+    hooks = {name: [_json(hook) for hook in hooks] for name, hooks in {"baseline": under, **every}.items()}
+    prompts = [found.lm.text(row) for row in found.rows]
+    made = {"hooks": hooks, "prompts": prompts, "tokens": [list(row) for row in found.rows]}
+    return {**about_model(found.lm), "git_commit": git_commit(), "watch": list(watch), **settings, **made}
+
+
+def _json(hook: Hook) -> Any:
+    """A hook with its tensors, or with their hashes where they are large."""
+    whole = hook.to_json()
+    return json.loads(whole if len(whole) <= INLINE else hook.to_json(tensors="digest"))
+
+
+def _with_files(page: Report, found: Found, about: dict[str, Any]) -> Report:
+    captions = {
+        "shifts": "first tokens before and after, and movers", "watched": "watched tokens of every prompt",
+        "distances": "how far every prompt's distribution moved", "layers": "the logit lens before and after",
+        "why": "the logit's parts before and after", "texts": "what was written",
+        "summary": "means of the watched tokens", "summary_distances": "means of the distances",
+    }  # fmt: skip
+    data = [Part(t, name, captions[name]) for name, t in found.tables.items() if name in captions and not t.empty]
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    return Report(page.title, page.parts, page.footer, tuple(data), ALL, {"about.json": text})
