@@ -11,12 +11,14 @@ python -m experiments.benchmarks.ray_engine        an hour on two cores; writes 
 """
 
 import argparse
+import logging
 import os
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -43,7 +45,7 @@ def main() -> None:
     ids = torch.randint(0, 49000, (given.texts, WIDTH), generator=torch.Generator().manual_seed(0)).tolist()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     actors = [count for count in (1, 2, 4) if count <= cores]
-    ray.init(address="local", num_cpus=max(actors), include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=max(actors), include_dashboard=False, logging_level=logging.ERROR)
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -67,13 +69,11 @@ def workloads(lm: hk.LM, ids: list[list[int]], folder: Path, actors: list[int]) 
         shutil.rmtree(folder / name, ignore_errors=True)
         hk.harvest(lm, ids, SITES, folder / name, batch_tokens=BATCH * WIDTH, progress=False, engine=engine)
 
-    here = {"this process, one thread": lambda: harvest("here", None)}
-    return here | {
-        f"{count} actor{'' if count == 1 else 's'} of one CPU": lambda count=count: harvest(
-            f"{count}", hk.Ray(actors=count)
-        )
-        for count in actors
-    }
+    found: dict[str, Callable[[], object]] = {"this process, one thread": lambda: harvest("here", None)}
+    for count in actors:
+        label = f"{count} actor{'' if count == 1 else 's'} of one CPU"
+        found[label] = partial(harvest, f"{count}", hk.Ray(actors=count))
+    return found
 
 
 def in_turn(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
