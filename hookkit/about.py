@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .model import LM
-from .placement import weights_of
+from .placement import count, weights_of
 
 PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
 
@@ -28,7 +28,7 @@ def about_model(lm: LM) -> dict[str, Any]:
         "device": lm.device.type,
         "attention": getattr(config, "_attn_implementation", None),
         "adapters": list(lm.adapters),
-        "parameters": sum(weight.numel() for weight in lm.root.parameters()),
+        "parameters": count(lm.root),
         "versions": versions(),
     }
 
@@ -53,7 +53,7 @@ def weights_hash(lm: LM) -> str:
     for name, read in sorted(_parts(lm), key=lambda named: named[0]):
         weight = read()
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        data = weight.detach().cpu().contiguous()
+        data: Any = weight.detach().cpu().contiguous()
         total.update(data.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 

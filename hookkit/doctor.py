@@ -11,6 +11,7 @@ from torch import nn
 from .errors import HookkitError, checks_keywords
 from .laws import UNTRIED, prove
 from .model import LM
+from .placement import count
 from .sites import AXES
 
 SAMPLE = "When Mary and John went to the store, 12 + 34 = 46."
@@ -127,7 +128,7 @@ def facts(lm: LM) -> dict[str, Any]:
         "class": type(lm.root).__name__,
         "family": lm.family.name,
         "blocks": lm.n_layers,
-        "parameters": sum(weight.numel() for weight in lm.root.parameters()),
+        "parameters": count(lm.root),
         "dtype": ", ".join(kinds),
         "device": ", ".join(sorted({str(lm.device), *_places(lm)})),
         "device map": str(getattr(lm.root, "hf_device_map", None) or "none"),

@@ -19,7 +19,7 @@ from .errors import BadHook, checks_keywords
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
-from .placement import device_of, place_at, places_of, told
+from .placement import count, device_of, place_at, places_of, told
 from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 from .vocabulary import Token, Vocabulary
 from .wrapped import adapters, adapters_of, unwrapped
@@ -135,7 +135,7 @@ class LM:
         return frozenset(inspect.signature(self.root.forward).parameters)
 
     def __repr__(self) -> str:
-        size = sum(weight.numel() for weight in self.root.parameters()) / 1e6
+        size = count(self.root) / 1e6
         name = self.name or type(self.root).__name__
         adapted = f"; adapters: {', '.join(self.adapters)}" if self.adapters else ""
         family = f"{self.family.name}{' (found out by a dry run)' if self.family.found else ''}"

@@ -27,8 +27,11 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes."""
-    device = execution_device(module)
-    return next((weight.device for weight in module.parameters()), torch.device("cpu")) if device is None else device
+    found = execution_device(module)
+    if found is None:
+        found = next((weight.device for weight in module.parameters()), torch.device("cpu"))
+    inside = map(execution_device, module.modules()) if found.type == "meta" else ()
+    return next((device for device in inside if device is not None), found)  # adapters keep a module in their own
 
 
 def _aligning(module: nn.Module) -> Iterator[Any]:
@@ -109,3 +112,10 @@ def told(each: Iterable[tuple[int, str]]) -> str:
     runs = [[number for number, _ in run] for _, run in groupby(pairs, key=lambda pair: pair[1])]
     at = dict(pairs)
     return ", ".join(f"{at[run[0]]} in {run[0]}{f'-{run[-1]}' if len(run) > 1 else ''}" for run in runs)
+
+
+def count(root: nn.Module) -> int:
+    """How many numbers a model has learnt. Weights that are shared count once: accelerate parts them in a forward."""
+    shared = getattr(root, "all_tied_weights_keys", None) or {}
+    named = root.named_parameters()
+    return sum(weight.numel() for name, weight in named if not (weight.is_meta and name in shared))

@@ -62,8 +62,8 @@ def load(
     max_memory      with "auto", how much of each device it may use: {0: "20GB", "cpu": "60GB"}
     offload_folder  where weights are written that are to be on the disk and cannot be read from the model's own files
 
-    What is on the disk is read anew in every forward. `lm.describe()` says where each site's weights are; hooks act,
-    and captures are, where its block computes.
+    What is on the disk is read anew in every forward; a backward holds all weights that it goes through.
+    `lm.describe()` says where each site's weights are; hooks act, and captures are, where its block computes.
 
     Raises `BadHook` for a placement that cannot be, `ModelNotFound` for a name that nobody knows or a folder that
     cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
