@@ -26,7 +26,7 @@ from hookkit.harvesting.disk import write_tensors
 from hookkit.sharding import Split
 
 QUESTION = "What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what fails first?"
-SHAPE = {  # of Llama 3 70B
+SHAPE: dict[str, Any] = {  # of Llama 3 70B
     "hidden_size": 8192,
     "num_hidden_layers": 80,
     "num_attention_heads": 64,

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def coffee(lm: hk.LM) -> hk.Report:
-    vector = hk.mean_difference(lm, *DRINKS, f"resid_post.{LAYER}")[0]
+    vector = hk.mean_difference(lm, DRINKS[0], DRINKS[1], f"resid_post.{LAYER}")[0]
     edits: dict[str, Any] = {"forced": hk.force(COFFEE), "steered": vector.steer(dose=DOSE)}
     question = "What does it take to make it say coffee: the logit by force, or the stream by a push?"
     settings: dict[str, Any] = {"watch": (COFFEE, TEA), "generate": 8, "seed": SEED}
@@ -74,8 +74,9 @@ def apart(page: hk.Report) -> str:
     summary, why = page.tables["summary"], page.tables["why"]
     first: Any = summary[summary["watched"] == summary["watched"].iloc[0]]
     columns = ["edit", "watched", "logprob_delta", "logprob_delta_low", "logprob_delta_high"]
-    rest = why[why["kind"] == "residual"][["logit_before", "logit_after"]].abs().to_numpy().max()
-    return f"{first[columns].round(2).to_string(index=False)}\nWhat the sums miss: {rest:.1e}"
+    rest: Any = why[why["kind"] == "residual"][["logit_before", "logit_after"]]
+    missed = rest.abs().to_numpy().max()
+    return f"{first[columns].round(2).to_string(index=False)}\nWhat the sums miss: {missed:.1e}"
 
 
 if __name__ == "__main__":

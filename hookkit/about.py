@@ -62,7 +62,7 @@ def weights_hash(lm: LM) -> str:
 def _parts(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """The plain tensors that all weights are made of, by name, and what gives each."""
     for name, read, there in weights_of(lm.root):
-        value = read() if there else None
+        value: Any = read() if there else None
         if hasattr(value, "full_tensor"):  # split among processes: put together when its turn comes
             yield name, lambda value=value: whole_weight(value)
         elif there:

@@ -56,7 +56,7 @@ def bare(lm: hk.LM, prompts: list[list[int]], times: int) -> None:
         model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
 
-def reported(lm: hk.LM, prompts: list[list[int]], edits: dict[str, hk.Hook], **settings: int) -> None:
+def reported(lm: hk.LM, prompts: list[list[int]], edits: dict[str, hk.Hook], **settings: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hk.shift_report(lm, prompts, edits, watch=" people", **settings).write(folder)
 

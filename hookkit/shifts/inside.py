@@ -87,14 +87,14 @@ def _both(before: pd.DataFrame, after: pd.DataFrame, was: Answers, now: Answers,
     )
     mine = {row: {*watch, was.first[row], now.first[row]} for row in set(both["row"])}
     keep = [token in mine[row] for row, token in zip(both["row"], both["token_id"], strict=True)]
-    both = pd.DataFrame(both[keep])
-    both = both.assign(edit=now.edit.name, edited=both["layer"].isin(now.edit.layers))
-    both["token"] = [literal(now.lm, int(token)) for token in both["token_id"]]
+    kept: Any = both[keep]
+    kept = kept.assign(edit=now.edit.name, edited=kept["layer"].isin(now.edit.layers))
+    kept["token"] = [literal(now.lm, int(token)) for token in kept["token_id"]]
     for name in NUMBERS:
-        both[f"{name}_delta"] = both[f"{name}_after"] - both[f"{name}_before"]
+        kept[f"{name}_delta"] = kept[f"{name}_after"] - kept[f"{name}_before"]
     numbers = [f"{name}_{when}" for name in NUMBERS for when in ("before", "after", "delta")]
     order = ["row", "edit", "layer", "site", "edited", "token", "token_id", *numbers]
-    return both[order].sort_values(["row", "token_id", "layer"], kind="stable", ignore_index=True)
+    return kept[order].sort_values(["row", "token_id", "layer"], kind="stable", ignore_index=True)
 
 
 def why_of(
@@ -128,7 +128,7 @@ def why_of(
 def joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Two decompositions side by side; a component that only one of them has adds 0 in the other."""
     keys = ["row", "component", "kind", "layer", "head"]
-    both = before[[*keys, "logit"]].merge(
+    both: Any = before[[*keys, "logit"]].merge(
         after[[*keys, "logit"]], on=keys, how="outer", suffixes=("_before", "_after"), sort=False
     )
     numbers = both[["logit_before", "logit_after"]].fillna(0.0)
@@ -145,12 +145,15 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     Columns: component, logit_before, logit_after, logit_delta.
     """
     columns = ["component", "logit_before", "logit_after", "logit_delta"]
-    order = why["logit_delta"].abs().sort_values(ascending=False, kind="stable").index
-    count = min(top, int((why["logit_delta"].abs() > NOTHING).sum()))
-    shown, others = why.loc[order[:count], columns], why.loc[order[count:], columns]
+    change: Any = why["logit_delta"].abs()
+    order = change.sort_values(ascending=False, kind="stable").index
+    count = min(top, int((change > NOTHING).sum()))
+    shown: Any = why.loc[order[:count], columns]
+    others: Any = why.loc[order[count:], columns]
     shown = shown.sort_values("logit_delta", ascending=False, kind="stable")
     rows: list[Mapping[str, object]] = []
-    for name, part in ((f"the other {len(others)}", others), ("sum: the logit", why)):
+    sums: tuple[tuple[str, Any], ...] = ((f"the other {len(others)}", others), ("sum: the logit", why))
+    for name, part in sums:
         if len(part):
             rows.append({"component": name, **{column: float(part[column].sum()) for column in columns[1:]}})
     return pd.concat([shown, pd.DataFrame(rows)], ignore_index=True)

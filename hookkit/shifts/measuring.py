@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -148,7 +149,7 @@ def over(table: pd.DataFrame, by: Sequence[str], values: Sequence[str], seed: in
     finite = table.assign(**{name: table[name].astype(float).replace([math.inf, -math.inf], np.nan) for name in values})
     means = over_prompts(finite, by=by, values=values, seed=seed)
     for name in values:
-        endless = table[np.isinf(table[name].astype(float))].groupby(list(by), sort=False)[name].mean()
+        endless: Any = table[np.isinf(table[name].astype(float))].groupby(list(by), sort=False)[name].mean()
         for key, value in endless.items():
             keys = key if isinstance(key, tuple) else (key,)
             rows = np.logical_and.reduce([means[each] == word for each, word in zip(by, keys, strict=True)])

@@ -89,7 +89,7 @@ def over_all(found: Found) -> Iterable[Content]:
 
 def _brief(means: pd.DataFrame, places: list[str]) -> pd.DataFrame:
     """Each mean and its interval in one column, as text."""
-    shown = means[places].copy()
+    shown: Any = means[places].copy()
     for name in [name.removesuffix("_low") for name in means if str(name).endswith("_low")]:
         numbers = [means[f"{name}{end}"] for end in ("", "_low", "_high")]
         shown[name] = [
@@ -131,7 +131,8 @@ def _watched(found: Found, row: int) -> pd.DataFrame:
     """Each token once, with every edit and control."""
     table = found.of("watched", row).drop_duplicates(["edit", "token_id"])
     order = {token: place for place, token in enumerate(dict.fromkeys(table["token_id"]))}
-    table = table.assign(_place=table["token_id"].map(order)).sort_values("_place", kind="stable")
+    places: Any = table["token_id"].map(lambda token: order[token])
+    table = table.assign(_place=places).sort_values("_place", kind="stable")
     return pd.DataFrame(table[["token", "edit", *WATCHED[1:]]])
 
 
@@ -163,14 +164,15 @@ def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
 
 def _missed(why: pd.DataFrame) -> float:
     """What rounding left, at most."""
-    return float(why[why["kind"] == "residual"][["logit_before", "logit_after"]].abs().to_numpy().max())
+    rest: Any = why[why["kind"] == "residual"][["logit_before", "logit_after"]]
+    return float(rest.abs().to_numpy().max())
 
 
 def _texts(found: Found, row: int) -> Iterable[Content]:
     texts = found.of("texts", row)
     if not texts.empty:
         yield "## The text"
-        shown = texts[["edit", "parts_at", "both", "then_before", "then_after"]]
+        shown: Any = texts[["edit", "parts_at", "both", "then_before", "then_after"]]
         says = "Greedy text, the same in both up to where it parts (a token, counted from 0), and how each goes on."
         words = {name: shown[name].map(repr) for name in ("both", "then_before", "then_after")}
         yield Part(shown.assign(**words), f"texts_{row}", says, file="texts")
