@@ -31,18 +31,15 @@ def main() -> None:
         found = [*places(lm, pairs, results), *edges(lm, pairs, results)]
         table: Any = pd.concat(found, ignore_index=True)
         results.text("# How alike")
-        caption = (
-            "cells: of each pair by itself, or means over the pairs. 1 is the same; same_sign and overlap are shares."
-        )
+        caption = "cells: of each pair by itself, or means over the pairs. 1 is the same; the last two are shares."
         results.table("agreement", table.round(3), caption=caption)
         means = table[table["cells"] == "means"]
         worst = means.loc[means["pearson"].idxmin()]
         results.text(
             f"Over the means, the plain gradient has a Pearson correlation of {_range(means, 'gradient')} with "
             f"patching, the integrated one {_range(means, 'integrated')}. The furthest off is {worst['site']} by "
-            f"{worst['method']}, {worst['pearson']:.2f}. The plain gradient sees a straight line at the corrupted "
-            "prompt: right for small effects, which it orders better, and too little where a large change goes through "
-            "a norm or a softmax, as in the stream's first blocks."
+            f"{worst['method']}, {worst['pearson']:.2f}. The plain gradient is right for small effects, and too little "
+            "where a large change goes through norms and softmax, as in the stream's first blocks."
         )
     print(table.round(3).to_string(index=False))
 

@@ -72,23 +72,15 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     best = means.sort_values("logit_diff_effect", key=abs, ascending=False).head(TOP)
     names = [f"z.{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)]
     source = hk.forward(lm, pairs.clean, hk.capture(sorted({name.rpartition(".")[0] for name in names})))
-    control = hk.sweep(
-        lm,
-        pairs.corrupted,
-        {"head": names},
-        lambda head: hk.patch(head, source),
-        metric,
-        control="resample",
-        target=source,
-    )
+    patched = {"head": names}, lambda head: hk.patch(head, source)
+    control = hk.sweep(lm, pairs.corrupted, *patched, metric, control="resample", target=source)
     held = hk.over_prompts(control)
     results.table("control", held, caption="The strongest heads beside the same patch from another pair (control).")
     effect = held.pivot_table(index="head", columns="control", values="logit_diff_effect")
     results.text(
         f"The strongest: {', '.join(names)}. Patched from another pair, none of them brings back more than "
         f"{effect[True].abs().max():.2f}; from their own pair {effect[False].abs().min():.2f} to "
-        f"{effect[False].abs().max():.2f} in size. What the other pair's value brings back too is not the name: it may "
-        "be the place where the name stands, which is the same in sentences of one make."
+        f"{effect[False].abs().max():.2f} in size. What another pair's value brings back too is not the name."
     )
     return best.assign(head_name=names)
 
@@ -101,25 +93,21 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     means = results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
     writer = means.loc[means["logit_diff_effect"].idxmax()]
     layer, head = int(writer["layer"]), int(writer["head"])
-    share = (lm.sizes["head"] or 1) // (lm.sizes["kv_head"] or 1)
-    read = [hk.Site("q", layer, head), hk.Site("k", layer, head // share), hk.Site("v", layer, head // share)]
+    shared = head * (lm.sizes["kv_head"] or 1) // (lm.sizes["head"] or 1)  # the key-value head
+    read = [hk.Site("q", layer, head), hk.Site("k", layer, shared), hk.Site("v", layer, shared)]
     senders = sorted({int(each) for each in heads["layer"] if each < layer})
-    found = []
-    for site in read:
-        told = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric, receivers=site, layers=senders)
-        found.append(told.assign(site=str(site)))
-    paths: Any = pd.concat(found, ignore_index=True)
+    both = pairs.clean, pairs.corrupted
+    found = [hk.path_patching(lm, *both, metric, receivers=site, layers=senders) for site in read]
+    paths: Any = pd.concat([told.assign(site=str(site)) for told, site in zip(found, read, strict=True)])
     caption = f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} reads."
     results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
-    cell = ["site", "layer", "head"]
-    means = results.table("readers", hk.over_prompts(paths, by=cell), caption=caption)
+    means = results.table("readers", hk.over_prompts(paths, by=["site", "layer", "head"]), caption=caption)
     teller = means.loc[means["logit_diff_effect"].idxmax()]
     results.text(
-        f"Head {layer}.{head} writes the most by itself: with its corrupted output the logits alone move by "
-        f"{writer['logit_diff_effect']:.2f} of the way. Of these paths into it, the one from head "
-        f"{int(teller['layer'])}.{int(teller['head'])} to {teller['site']} does the most: "
+        f"Head {layer}.{head} writes the most by itself, {writer['logit_diff_effect']:.2f} of the way. Of these paths "
+        f"into it, the one from head {int(teller['layer'])}.{int(teller['head'])} to {teller['site']} does the most: "
         f"{teller['logit_diff_effect']:.2f} [{teller['logit_diff_effect_low']:.2f}, "
-        f"{teller['logit_diff_effect_high']:.2f}]. A head that matters without such a path acts through several."
+        f"{teller['logit_diff_effect_high']:.2f}]."
     )
 
 

@@ -4,7 +4,7 @@ Measured here: tokens a second, bytes of each site, what putting parts of a tens
 what an actor of Ray costs. Assumed, and said so: what the devices of a cluster can do. The forecast is arithmetic on
 both, and the page says which number comes from where. It is answered by the slowest part of each plan.
 
-python -m experiments.scale        three minutes on two cores; writes results/scale/
+python -m experiments.benchmarks.scale        three minutes on two cores; writes results/scale/
 """
 
 import json
@@ -93,7 +93,7 @@ def gathering() -> dict[str, float]:
     settings = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gathered.json"
-        made = [*words, "-m", "experiments.scale", "--gather", str(path)]
+        made = [*words, "-m", "experiments.benchmarks.scale", "--gather", str(path)]
         subprocess.run(made, env=settings, check=True, capture_output=True)
         small, large = json.loads(path.read_text())
     return {"seconds to put a small tensor together, two processes": small, "bytes a second of a large one": large}
