@@ -89,7 +89,7 @@ class Actor:
 
 
 def _failure(error: Exception) -> Failure:
-    from ray.cloudpickle import dumps  # pyright: ignore[reportPrivateImportUsage]
+    from ray.cloudpickle import dumps  # pyright: ignore[reportAttributeAccessIssue]
 
     words = "".join(traceback.format_exception(error)).rstrip()
     kind, state = type(error), dict(vars(error))
