@@ -3,10 +3,10 @@
 Two million tokens of text from a generator, which are never in memory together: harvested, summed up by hk.statistics
 without a harvest, and read again from the disk, in order and shuffled. A random model of 3 blocks gives the numbers,
 since memory is what counts here and not what they are; the default model runs over a part of the text beside it.
-What is sampled is the memory of the whole process (RSS), and its own part of it, without pages of files that are
-mapped, which the system takes back when it needs them.
+What is sampled, whenever a text or a batch is taken, is the memory of the whole process (RSS), and its own part of it,
+without pages of files that are mapped, which the system takes back when it needs them.
 
-python -m experiments.benchmarks.long_harvest        ten minutes on two cores; writes results/benchmarks_long_harvest/
+python -m experiments.benchmarks.long_harvest        eleven minutes on two busy cores; writes results/benchmarks_long_harvest/
 """
 
 import random

@@ -145,6 +145,7 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     Columns: component, logit_before, logit_after, logit_delta.
     """
     columns = ["component", "logit_before", "logit_after", "logit_delta"]
+    all_of: Any = why
     change: Any = why["logit_delta"].abs()
     order = change.sort_values(ascending=False, kind="stable").index
     count = min(top, int((change > NOTHING).sum()))
@@ -152,7 +153,7 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     others: Any = why.loc[order[count:], columns]
     shown = shown.sort_values("logit_delta", ascending=False, kind="stable")
     rows: list[Mapping[str, object]] = []
-    sums: tuple[tuple[str, Any], ...] = ((f"the other {len(others)}", others), ("sum: the logit", why))
+    sums: tuple[tuple[str, Any], ...] = ((f"the other {len(others)}", others), ("sum: the logit", all_of))
     for name, part in sums:
         if len(part):
             rows.append({"component": name, **{column: float(part[column].sum()) for column in columns[1:]}})
