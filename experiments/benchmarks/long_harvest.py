@@ -6,7 +6,7 @@ since memory is what counts here and not what they are; the default model runs o
 What is sampled, whenever a text or a batch is taken, is the memory of the whole process (RSS), and its own part of it,
 without pages of files that are mapped, which the system takes back when it needs them.
 
-python -m experiments.benchmarks.long_harvest        eleven minutes on two busy cores; writes results/benchmarks_long_harvest/
+python -m experiments.benchmarks.long_harvest        eleven minutes; writes results/benchmarks_long_harvest/
 """
 
 import random
