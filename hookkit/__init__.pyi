@@ -3,6 +3,7 @@
 from . import datasets as datasets
 from . import errors as errors
 from . import figures as figures
+from .against import moved as moved
 from .captured import Captured as Captured
 from .comparing import Comparison as Comparison
 from .comparing import compare as compare
@@ -24,10 +25,10 @@ from .figures import delta_bars as delta_bars
 from .figures import logit_panels as logit_panels
 from .figures import logit_scatter as logit_scatter
 from .figures import rank_bump as rank_bump
-from .files import Record as Record
 from .files import load_tensors as load_tensors
-from .files import record as record
 from .files import save_tensors as save_tensors
+from .gallery import index as index
+from .gallery import results as results
 from .gradients import Gradients as Gradients
 from .gradients import agreement as agreement
 from .gradients import attribution as attribution
@@ -96,6 +97,8 @@ from .passages import surprisal_strip as surprisal_strip
 from .positions import GENERATED as GENERATED
 from .positions import PROMPT as PROMPT
 from .positions import at as at
+from .recording import Record as Record
+from .recording import record as record
 from .reports import Report as Report
 from .reports import report as report
 from .rows import family as family

@@ -80,6 +80,10 @@ class DamagedHarvest(HookkitError, OSError):
     """A folder without a harvest, or with one of which a file is missing or is not as it was written."""
 
 
+class OtherSettings(HookkitError, ValueError):
+    """A result's folder that has results of another model, seed or settings."""
+
+
 class OtherModel(HookkitError, ValueError):
     """A steering vector that was made with another model than the one it is to be used with."""
 

@@ -93,8 +93,8 @@ class Report:
         parts = [_rendered(part, self.formats) for part in self.parts]
         sorts = any(part.get("sorts") for part in parts)
         script = _source("report.js") if sorts else ""
-        return _template().render(
-            title=self.title, footer=self.footer, parts=parts, script=Markup(script), policy=_policy(script),
+        return rendered(
+            "report.html", script, title=self.title, footer=self.footer, parts=parts,
             data=[_listed(part, self.formats) for part in self.data], files=list(self.files),
         )  # fmt: skip
 
@@ -247,10 +247,16 @@ def _svg(part: Part) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{widths}"', sized, count=1)
 
 
+def rendered(template: str, script: str = "", **values: Any) -> str:
+    """A page in the house's style, on which the browser may run this script and no other."""
+    style, script = Markup(_source("page.css")), Markup(script)
+    return _template(template).render(style=style, script=script, policy=_policy(script), **values)
+
+
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_source("report.html"))
+    return environment.from_string(_source(name))
 
 
 @cache

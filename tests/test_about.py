@@ -28,3 +28,14 @@ def test_what_is_said_of_a_model_is_ready_for_json(llama):
 def test_outside_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert git_commit() is None
+
+
+def test_the_hash_of_the_weights_tells_models_apart(tmp_path, llama, gpt2, small_tokenizer):
+
+    other = hk.LM(tiny("llama"), small_tokenizer)
+    assert weights_hash(llama) == weights_hash(other)
+    with torch.no_grad():
+        other.model.lm_head.weight[0, 0] += 1
+    assert len({weights_hash(llama), weights_hash(other), weights_hash(gpt2)}) == 3
+    assert tokenizer_hash(llama) == tokenizer_hash(other)
+    assert tokenizer_hash(hk.LM(llama.model)) is None

@@ -165,6 +165,9 @@ ORDER = [
     "typesetting",
     "reports",
     "files",
+    "against",
+    "recording",
+    "gallery",
     "lenses.tuned",
     "lenses",
     "harvesting.texts",
@@ -207,6 +210,8 @@ ORDER = [
     "cli.examining",
     "cli.harvesting",
     "cli.sweeping",
+    "cli.starting",
+    "cli.results",
     "cli",
 ]
 

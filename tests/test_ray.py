@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import killing
@@ -141,22 +140,21 @@ def actors() -> list[psutil.Process]:
 
 
 def test_actors_killed_while_they_harvest_lose_no_row_and_double_none(cluster, small, undisturbed, tmp_path):
-    drawn, killed = random.Random(0), []
+    drawn, killed, due = random.Random(0), set(), {30: 1, 60: 2, 100: 1}  # how many are to be killed, from which text on
 
     def given():
+        left = 0
         for number, ids in enumerate(killing.texts()):
-            if number in (60, 90, 120):
-                count = 2 if number == 90 else 1
-                while len(actors()) < count:  # those that take the place of the ones before
-                    time.sleep(0.01)
-                chosen = drawn.sample(actors(), count)
-                for each in chosen:
-                    each.kill()
-                killed.extend(each.pid for each in chosen)
+            left += due.get(number, 0)  # one that is not there yet is killed before a later text: it cannot come if
+            while left and (there := [each for each in actors() if each.pid not in killed]):  # this one waits for it
+                chosen = drawn.choice(there)
+                chosen.kill()
+                killed.add(chosen.pid)
+                left -= 1
             yield ids
 
     found = harvest(small, tmp_path / "a", given(), engine=hk.Ray(actors=2))
-    assert len(set(killed)) == 4
+    assert len(killed) == 4
     assert files(tmp_path / "a") == files(undisturbed) and rows_once(found)
 
 

@@ -10,11 +10,16 @@ tracing     hookkit trace
 examining   hookkit doctor
 harvesting  hookkit harvest
 sweeping    hookkit sweep
+starting    hookkit new
+results     hookkit run, hookkit show
 """
 
 from .base import app as app
 from .examining import doctor as doctor
 from .harvesting import harvest as harvest
+from .results import run as run
+from .results import show as show
+from .starting import new as new
 from .sweeping import ablations as ablations
 from .sweeping import patching as patching
 from .tracing import trace as trace

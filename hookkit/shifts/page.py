@@ -82,14 +82,13 @@ def shift_report(
             found.tables["texts"] = texts_of(lm, rows, under, named, generate)
     _sum_up(found, seed)
     settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn, "seed": seed}
-    about = _about(found, under, tokens, settings | {"controls": controls if isinstance(controls, str) else None})
+    title, kind = title or "What moved, and why", controls if isinstance(controls, str) else None
+    about = {"title": title, "question": question, **_about(found, under, tokens, settings | {"controls": kind})}
     parts: list[Content] = [*beginning(found, question, under), *over_all(found)]
     for row in range(min(shown, len(rows))):
         parts += of_prompt(found, row, drawn=row < drawn)
     parts += made_again(found, about)
-    page = report(
-        title or "What moved, and why", *parts, footer="Deltas are after minus before. Rank 1 is the likeliest."
-    )
+    page = report(title, *parts, footer="Deltas are after minus before. Rank 1 is the likeliest.")
     return _with_files(page, found, about)
 
 

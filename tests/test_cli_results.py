@@ -1,0 +1,116 @@
+"""hookkit new, run and show, as a new user types them."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import hookkit as hk
+from hookkit.cli import app
+
+SCRIPT = """
+import pathlib, sys
+import pandas as pd
+import hookkit as hk
+value = float(pathlib.Path("value").read_text())
+with hk.record("results/plain", question="How much?") as results:
+    results.table("t", pd.DataFrame({"x": [value]}))
+    results.answer(f"{value:g} of it.")
+print("said")
+sys.exit(int(value < 0))
+"""
+
+
+def hookkit(*words, status=0):
+    found = CliRunner().invoke(app, [str(word) for word in words])
+    assert found.exit_code == status, found.output + str(found.exception)
+    return found
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "plain.py").write_text(SCRIPT)
+    (tmp_path / "value").write_text("1")
+    return tmp_path
+
+
+def test_a_new_experiment_is_short_and_it_and_its_test_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = hookkit("new", "milk_or_tea", "--question", 'What does "it" \\do?', "--prompt", 'He said "tea" and')
+    assert found.stdout.splitlines() == ["experiments/milk_or_tea.py", "tests/test_milk_or_tea.py"]
+    assert "hookkit run experiments/milk_or_tea.py" in found.stderr
+    words = (tmp_path / "experiments" / "milk_or_tea.py").read_text()
+    assert words.startswith('"""What does "it" \\\\do?') and 25 <= len(words.splitlines()) <= 40
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    hookkit("run", "experiments/milk_or_tea.py")
+    about = json.loads((tmp_path / "results" / "milk_or_tea" / "about.json").read_text())
+    assert about["question"] == 'What does "it" \\do?' and "goes from rank" in about["answer"]
+    assert about["command"] == "python -m experiments.milk_or_tea"
+    assert about["settings"] == {"prompt": 'He said "tea" and', "token": " coffee", "layer": 15}
+
+
+def test_a_new_experiment_takes_another_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    hookkit("new", "one", "--model", "model")
+    hookkit("new", "two", "--model", "some/hub-id", "--folder", "deep")
+    assert f"hk.load({str(tmp_path / 'model')!r})" in (tmp_path / "experiments" / "one.py").read_text()
+    assert "hk.load('some/hub-id')" in (tmp_path / "deep" / "experiments" / "two.py").read_text()
+
+
+def test_new_overwrites_nothing_and_wants_a_name_and_a_question(place):
+    for words, said in (
+        (("plain",), "experiments/plain.py stand there already"),
+        (("Plain Tea",), "'Plain Tea' cannot name an experiment"),
+        (("class",), "'class' cannot name an experiment"),
+        (("tea", "--question", "Tea."), "'Tea.' is no question"),
+    ):
+        assert said in hookkit("new", *words, status=2).stderr
+    assert (place / "experiments" / "plain.py").read_text() == SCRIPT
+    assert not (place / "tests").exists()
+
+
+def test_run_says_how_each_ended_and_writes_the_index(place):
+    (place / "experiments" / "wrong.py").write_text("raise ZeroDivisionError")
+    found = hookkit("run", "experiments/plain.py", "experiments/wrong.py", status=1)
+    rows = [line.split() for line in found.stdout.splitlines()]
+    assert rows[0] == ["experiment", "seconds", "ended"]
+    assert rows[1][0] == "plain" and rows[1][2] == "finished"
+    assert rows[2][0] == "wrong" and rows[2][2:] == ["status", "1"]
+    assert "1 of it." in (place / "results" / "index.html").read_text()
+    assert "there is no file none.py" in hookkit("run", "none.py", status=2).stderr
+
+
+def test_run_and_show_tell_what_moved_and_end_with_1(place):
+    hookkit("run", "experiments/plain.py")
+    assert "keeps no run before this one" in hookkit("show", "results/plain", "--against", "last", status=2).stderr
+    same = hookkit("run", "experiments/plain.py", "--against", "last")
+    assert same.stdout.split()[-3:] == ["1", "True", "0.0"]
+    (place / "value").write_text("1.5")
+    assert (
+        "t: 1 of 1 cells moved, x by 0.5"
+        in hookkit("run", "experiments/plain.py", "--against", "last", status=1).stderr
+    )
+    hookkit("run", "experiments/plain.py", "--against", "last", "--tolerance", "1")
+    found = json.loads(hookkit("show", "results/plain", "--against", "last", "--json").stdout)
+    assert found[0]["table"] == "t" and found[0]["same"] is True
+    hookkit("show", "results/plain", "--against", "results/plain")
+
+
+def test_show_prints_a_result_and_lists_a_folder_of_them(place):
+    hookkit("run", "experiments/plain.py")
+    words = hookkit("show", "results/plain").stdout
+    for said in ("How much?", "1 of it.", "python -m experiments.plain", "report.html"):
+        assert said in words
+    listed = hookkit("show", "results").stdout
+    assert listed == "plain\n  How much?\n  1 of it.\n"
+    assert pd.DataFrame(json.loads(hookkit("show", "results", "--json").stdout)).equals(hk.results("results"))
+    assert "there is no folder" in hookkit("show", "nowhere", status=2).stderr
