@@ -4,7 +4,7 @@ PYTHON ?= python3
 IN = .venv/bin/python
 READY = .venv/ready
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check results benchmark clean
 
 demo: $(READY)
 	$(IN) -m experiments.oat_milk
@@ -19,6 +19,10 @@ check: $(READY)
 	$(IN) -m ruff check
 	$(IN) -m pyright --pythonpath $(IN)
 	$(IN) -m pytest tests/test_house.py
+
+# Every experiment again; it says what moved against what is committed, and ends with an error if anything did.
+results: $(READY)
+	.venv/bin/hookkit run experiments/*.py --against HEAD
 
 benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead

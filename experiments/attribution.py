@@ -35,7 +35,7 @@ def main() -> None:
         results.table("agreement", table.round(3), caption=caption)
         means = table[table["cells"] == "means"]
         worst = means.loc[means["pearson"].idxmin()]
-        results.text(
+        results.answer(
             f"Over the means, the plain gradient has a Pearson correlation of {_range(means, 'gradient')} with "
             f"patching, the integrated one {_range(means, 'integrated')}. The furthest off is {worst['site']} by "
             f"{worst['method']}, {worst['pearson']:.2f}. The plain gradient is right for small effects, and too little "

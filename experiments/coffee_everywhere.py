@@ -52,6 +52,8 @@ def main() -> None:
             "the unedited texts. kl_neutral: KL(unedited‖edited) in nats, the mean over neutral positions. dose: "
             f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}."
         )
+        half = [f"{w} {d:g} costs {c:.2f}" for w, t, d, s, _, c, *_ in table.to_numpy() if s > 0.5 and t == "coffee"]
+        results.answer(f"What makes it say so in more than half of the texts, in nats a token: {', '.join(half)}.")
         results.table("doses", table, caption="Dose against damage.")
         results.figure("damage", damage(table), caption="Lower is cheaper; controls stay at the left.")
     print(table.drop(columns="example").round(3).to_string(index=False))

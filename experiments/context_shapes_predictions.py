@@ -80,8 +80,7 @@ def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFram
     source = hk.forward(lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm"))
     patched = hk.forward(lm, TEXTS["river"], hk.patch("final_norm", source, pos=-1))
     same = hk.shift_summary(runs["city"], patched)
-    results.text("# Only h moved")
-    results.text(
+    results.answer(
         "With the last position's h from the city text and all weights as they are, the river text's distribution is "
         f"that of the city text: KL = {same['kl'].max():.1e} nats. So h carries all that the context did."
     )

@@ -40,6 +40,7 @@ def main() -> None:
             "blocks in float32. The largest difference is a part of the largest value at the site, over all laws that "
             "compare two ways to compute it."
         )
+        results.answer(" · ".join(f"{count:,} sites {state}" for state, count in table["state"].value_counts().items()))
         results.figure("coverage", coverage(table), caption="Family by site.")
         results.table("families", summary, caption="One row for each model type.")
         reasons = table.query("state != 'proved'")[["site", "state", "reason"]].groupby(["state", "reason"], sort=False)
@@ -47,8 +48,7 @@ def main() -> None:
         results.table("reasons", why, caption="Why a site is not there, or not everywhere.")
         results.table("sites", table, caption="Every family and site.")
     print(summary.to_string(index=False))
-    print(f"\n{(table['state'] == 'not proved').sum()} sites are there and not proved")
-    print("The page: results/families/report.html")
+    print(f"\n{results.answered}\nThe page: results/families/report.html")
 
 
 def rows_of(model_type: str, checkup: hk.Checkup) -> pd.DataFrame:

@@ -100,7 +100,7 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
     results.table("weights", weights, caption="What the router adds up; each number in its standard deviations.")
     area, error = (dict(zip(summary["score"], summary[column], strict=True)) for column in ("auc", "ece"))
     alone, one, unseen = "top-1 probability", "router of one number", "router, unseen dataset"
-    results.text(
+    results.answer(
         f"As an order, what does the router gain? Its area is {area['router']}, the first probability's {area[alone]}. "
         f"As a probability? Its calibration error is {error['router']}, the first probability's {error[alone]}, and of "
         f"a regression on this one number {error[one]}. On a dataset it never saw: {area[unseen]} and {error[unseen]}."

@@ -14,7 +14,7 @@ import pandas as pd
 
 import hookkit as hk
 
-SEED, COUNT = 0, 50  # pairs
+SEED, COUNT = 0, 24  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"
@@ -103,7 +103,7 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
     means = results.table("readers", hk.over_prompts(paths, by=["site", "layer", "head"]), caption=caption)
     teller = means.loc[means["logit_diff_effect"].idxmax()]
-    results.text(
+    results.answer(
         f"Head {layer}.{head} writes the most by itself, {writer['logit_diff_effect']:.2f} of the way. Of these paths "
         f"into it, the one from head {int(teller['layer'])}.{int(teller['head'])} to {teller['site']} does the most: "
         f"{teller['logit_diff_effect']:.2f} [{teller['logit_diff_effect_low']:.2f}, "

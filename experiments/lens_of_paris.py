@@ -52,7 +52,7 @@ def one_prompt(lm: hk.LM, results: hk.Record) -> None:
     words = "What each block would say, after reading each token; the uppermost row is what the model says."
     results.figure("lens_map", hk.lens_map(leading, labels=tokens), caption=words)
     found = hk.lens_summary(last).set_index("token").loc[repr(CITY)]
-    results.text(f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on.")
+    results.answer(f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on.")
 
 
 def many_landmarks(lm: hk.LM, results: hk.Record, tuned: hk.TunedLens) -> None:

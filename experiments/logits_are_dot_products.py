@@ -38,7 +38,7 @@ def by_number(lm: hk.LM, results: hk.Record) -> None:
     weights = hk.unembedding(lm, TOKEN)
     logits = (run["final_norm"][:, 0] @ weights).tolist()
     said = terms["product"].tolist()[-1]
-    results.text(
+    results.answer(
         f"The {len(weights)} products sum to {said:.3f}, the logit of {TOKEN!r}. The weights are the same in every "
         f"context; after {OTHER!r} the hidden state is another, and the same row gives {logits[1]:.3f}."
     )

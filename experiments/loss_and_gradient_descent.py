@@ -71,7 +71,7 @@ def learn(lm: hk.LM, results: hk.Record) -> pd.DataFrame:
     drop = loss - step(lm, SENTENCE, 0)[0]
     start = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
     before, curve, guess = hk.forward(lm, SENTENCE), trained(lm, SENTENCE), math.log(len(WORDS))
-    results.text(
+    results.answer(
         f"{STEPS} steps of {STEP_SIZE:g} take the loss from {loss:.3f} nats to {curve['loss'].iloc[-1]:.4f}; guessing "
         f"costs ln {len(WORDS)} = {guess:.3f}. A step of {SMALL:g} should lower it by {SMALL:g} × |gradient|² = "
         f"{SMALL * squared:.6f}, and lowered it by {drop:.6f}."

@@ -29,10 +29,11 @@ def main() -> None:
         look_at_draws(lm, before, results)
         shift = change_the_logits(lm, before, results)
         change_the_inside(lm, before, results)
+        results.answer(f"From the largest logits: {COFFEE!r} comes from rank {shift['rank_before'][0]} by force alone.")
         same = torch.equal(before.logits, hk.forward(lm, MILK).logits)
         results.text(f"After all of this, are the model's logits the same as before, bit for bit? {same}.")
     print(shift[["token", "rank_before", "rank_after", "prob_before", "prob_after", "why"]].to_string(index=False))
-    print("\nThe page: results/oat_milk/report.html")
+    print(f"\n{results.answered}\nThe page: results/oat_milk/report.html")
 
 
 def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:

@@ -79,7 +79,7 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
     kept = order[probs.cumsum(0) - probs < RULES["top_p"]]
     chosen = int(run.tokens[0, run.prompt_lengths[0]])
     left = (logits[kept] / RULES["temperature"]).softmax(dim=-1)[kept == chosen].item()
-    results.text(
+    results.answer(
         f"Temperature {RULES['temperature']} divides the logits; top_p = {RULES['top_p']} keeps the most likely tokens "
         f"until they make up {RULES['top_p']:.0%}: {len(kept)} of {len(logits):,}. Of these {lm.string(chosen)!r} has "
         f"p = {left:.4f}. The record of the run says: {hk.decisions(run)['why'][0]}."

@@ -66,7 +66,7 @@ def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
     results.table("summary", summary, caption="What each setting leaves to draw from. Entropy in nats.")
     kept = {name: summary[summary["position"] == name].set_index("setting")["tokens_kept"] for name in PROMPTS}
     counts = [int(kept[name][setting]) for setting in ("top_k=50", "top_p=0.9") for name in PROMPTS]
-    results.text(
+    results.answer(
         f"{moved} of {len(hot)} ranks change with the temperature. Top-k 50 keeps {counts[0]} tokens where the model "
         f"is sure and {counts[1]} where it is not; top-p 0.9 keeps {counts[2]} and {counts[3]}."
     )

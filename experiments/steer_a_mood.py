@@ -77,9 +77,7 @@ def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
 
 def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> pd.DataFrame:
     results.text("# What a dose does, and what it damages")
-    words = (
-        "A dose is a length, as a fraction of the stream's. Damage: KL(without ‖ with) on neutral text, nats a token."
-    )
+    words = "A dose is a part of the stream's length. Damage: KL(without ‖ with) on neutral text, nats a token."
     results.text(f"{words} A line that hides another has its direction: see the cosines.")
     given: dict[str, Any] = {"doses": DOSES, "neutral": NEUTRAL, "seed": SEED, "progress": False}
     samples = {name: RANDOM if name == "mean difference" else 0 for name in vectors}  # the same for all at one site
@@ -98,10 +96,11 @@ def compare(table: pd.DataFrame, results: hk.Record) -> None:
     results.table("equal_damage", means, caption="gain: beyond the mean random vector, for the same opening.")
     random: Any = there[there["control"]].groupby("sample")["logit_diff_delta"].mean()
     shown = means[~means["control"]].set_index("vector").filter(regex="_delta$|_gain(_low|_high)?$")
+    said = []
     for name, moved, gain, low, high in shown.itertuples():
-        says = f"{moved:+.2f} logits; {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean random vector"
         word = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
-        results.text(f"{name}: {says}: {word} random, the furthest of which goes {random.max():+.2f}.")
+        said.append(f"{name}: {moved:+.2f} logits, {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond, {word} random")
+    results.answer(f"Beside the mean random vector: {'; '.join(said)}. The furthest goes {random.max():+.2f}.")
     print(f"{shown.round(2).to_string()}\n\nThe page: results/steer_a_mood/report.html")
 
 

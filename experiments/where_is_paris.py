@@ -61,7 +61,7 @@ def swapped(lm: hk.LM, results: hk.Record) -> None:
     results.figure("stream", hk.interval_lines(stream, series="pos"), caption="1: the other landmark's city has won.")
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     half = {name: by_layer.index[(by_layer[name] > 0.5)].tolist() for name in places}
-    results.text(
+    results.answer(
         f"The stream at the subject's last token carries more than half of the answer in "
         f"{_span(half['subject'])}, and at the end in {_span(half['end'])}."
     )

@@ -5,6 +5,7 @@ All of them are read-only: a test that changes a model makes its own with `tiny`
 
 import copy
 import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import hookkit as hk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C; a shell's background ignores it
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # a worker for each core of two
 
 TEXTS = [

@@ -143,7 +143,7 @@ def test_a_run_says_how_it_was_made(lm):
     about = hk.forward(lm, PROMPTS, hk.force(3)).about
     assert about["prompts"] == PROMPTS
     assert '"hook": "force"' in about["hooks"][0]
-    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # a build may say more
     assert {"model", "dtype", "device", "attention", "seconds", "logits"} <= set(about)
     assert hk.generate(lm, "Tea", seed=3, max_new_tokens=2).about["arguments"] == {"max_new_tokens": 2}
 
