@@ -4,7 +4,7 @@ PYTHON ?= python3
 IN = .venv/bin/python
 READY = .venv/ready
 
-.PHONY: demo test check results benchmark clean
+.PHONY: demo test check results docs benchmark clean
 
 demo: $(READY)
 	$(IN) -m experiments.oat_milk
@@ -23,6 +23,10 @@ check: $(READY)
 # Every experiment again; it says what moved against what is committed, and ends with an error if anything did.
 results: $(READY)
 	.venv/bin/hookkit run experiments/*.py --against HEAD
+
+# The documentation as pages that need no network: build/docs/index.html
+docs: $(READY)
+	$(IN) -m pdoc --no-show-source -o build/docs hookkit.docs hookkit
 
 benchmark: $(READY)
 	$(IN) -m experiments.benchmarks.overhead

@@ -1,7 +1,7 @@
 """Against: what moved between two runs of one experiment, table by table.
 
-    hk.moved("results/oat_milk", "elsewhere/oat_milk")      # two folders
-    hk.moved("results/oat_milk@HEAD", "results/oat_milk")   # what is committed, and what stands there now
+hk.moved("results/oat_milk", "elsewhere/oat_milk")      # two folders
+hk.moved("results/oat_milk@HEAD", "results/oat_milk")   # what is committed, and what stands there now
 """
 
 import io

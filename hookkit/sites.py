@@ -174,7 +174,7 @@ class Sites(Sequence[AnySite]):
         return f"{len(names)} site{'' if len(names) == 1 else 's'}: {', '.join(shown)}"
 
 
-SitesLike: TypeAlias = str | AnySite | Iterable["str | AnySite"]
+SitesLike: TypeAlias = str | AnySite | Iterable[str | AnySite]
 
 
 def as_sites(sites: SitesLike) -> Sites:
