@@ -2,6 +2,10 @@
 
 import doctest
 import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +71,13 @@ def test_every_error_is_a_hookkit_error_and_says_when_it_is_raised():
     errors = [thing for thing in vars(hk.errors).values() if isinstance(thing, type) and issubclass(thing, Exception)]
     assert len(errors) > 8
     assert all(issubclass(error, HookkitError) and error.__doc__ for error in errors)
+
+
+def test_the_documentation_is_pages_that_need_no_network(tmp_path):
+    words = [sys.executable, "-m", "pdoc", "--no-show-source", "-o", str(tmp_path), "hookkit.docs", "hookkit"]
+    subprocess.run(words, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "hookkit.html", "hookkit/docs/symptoms.html", "hookkit/docs/coming_from.html"} <= {*pages}
+    assert "the batch differs" in pages["hookkit/docs/symptoms.html"].lower()
+    for name, page in pages.items():
+        assert not re.search(r'(src=|@import |<link[^>]*href=)"?https?:', page), name
