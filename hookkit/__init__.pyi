@@ -16,6 +16,8 @@ from .decomposing import direct_logits as direct_logits
 from .decomposing import logit_path as logit_path
 from .decomposing import logit_terms as logit_terms
 from .decomposing import unembedding as unembedding
+from .diffing import Difference as Difference
+from .diffing import diff as diff
 from .doctor import Checkup as Checkup
 from .doctor import doctor as doctor
 from .engines import Ray as Ray

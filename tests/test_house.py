@@ -201,12 +201,23 @@ ORDER = [
     "shifts.sections",
     "shifts.page",
     "shifts",
+    "diffing.pairing",
+    "diffing.cka",
+    "diffing.alike",
+    "diffing.saying",
+    "diffing.reading",
+    "diffing.drawing",
+    "diffing.page",
+    "diffing.difference",
+    "diffing.running",
+    "diffing",
     "cli.base",
     "cli.engine",
     "cli.tracing",
     "cli.examining",
     "cli.harvesting",
     "cli.sweeping",
+    "cli.differing",
     "cli",
 ]
 
@@ -285,6 +296,7 @@ def test_only_the_manager_registers_hooks():
         "steps",
         "typesetting",
         "shifts.drawing",
+        "diffing.drawing",
     ],
 )
 def test_words_and_figures_need_no_torch(name):

@@ -3,6 +3,7 @@
 hookkit trace "I like oat milk in my" --ban " coffee"
 hookkit harvest texts.txt resid_post.6 --out folder
 hookkit sweep ablations "I like oat milk in my" z --token " coffee"
+hookkit diff default ./tuned "I like oat milk in my"
 
 base        the program, and how it ends
 engine      where a command computes
@@ -10,9 +11,11 @@ tracing     hookkit trace
 examining   hookkit doctor
 harvesting  hookkit harvest
 sweeping    hookkit sweep
+differing   hookkit diff
 """
 
 from .base import app as app
+from .differing import diff as diff
 from .examining import doctor as doctor
 from .harvesting import harvest as harvest
 from .sweeping import ablations as ablations
