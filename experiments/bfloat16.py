@@ -31,8 +31,8 @@ TEXTS = [
     "She opened the door, looked around the empty room, and began to laugh.",
 ]
 QUESTION = (
-    "Is a result that was found in bfloat16 one about the model, or about its rounding? The same texts, read by the same "
-    "weights in both."
+    "Is a result that was found in bfloat16 one about the model, or about its rounding? The same texts, read by the "
+    "same weights in both."
 )
 
 

@@ -3,6 +3,7 @@
 from . import datasets as datasets
 from . import errors as errors
 from . import figures as figures
+from .attention_views import attention_view as attention_view
 from .captured import Captured as Captured
 from .comparing import Comparison as Comparison
 from .comparing import compare as compare

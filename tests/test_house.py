@@ -14,6 +14,7 @@ PACKAGE = HERE / "hookkit"
 # Each file may import only from files above it.
 ORDER = [
     "errors",
+    "displaying",
     "sites",
     "positions",
     "families.places",
@@ -42,6 +43,7 @@ ORDER = [
     "finding",
     "vocabulary",
     "describing",
+    "selecting",
     "model",
     "rows",
     "spreading",
@@ -82,6 +84,7 @@ ORDER = [
     "runs.forwarding",
     "runs.generating",
     "runs",
+    "attention_views",
     "engines.steps",
     "engines.travelling",
     "engines.cluster",
@@ -295,6 +298,7 @@ def test_only_the_manager_registers_hooks():
         "passages",
         "steps",
         "typesetting",
+        "selecting",
         "shifts.drawing",
         "diffing.drawing",
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..displaying import records, shown
 from ..errors import Unsupported
 from ..reports import Report
 from ..sites import AnySite, parse
@@ -88,6 +89,10 @@ class Difference:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the page and all tables to a folder; the page's path."""
         return self.page().write(folder)
+
+    def _repr_html_(self) -> str:
+        facts = {"part first at": self.first or "no site"} if len(self.parting) else {}
+        return shown(f"Difference: {self.names[0]} and {self.names[1]}", facts, records(self.prompts))
 
     def __repr__(self) -> str:
         kl, changed = self.tokens["kl"].mean(), self.tokens["top1_changed"].mean()

@@ -54,7 +54,8 @@ def diff(
     those of `sites`, or embed, attn_out, mlp_out, resid_post and final_norm; False: none). `pos` are the positions that
     are compared, all unless given, and `rank_pos` those of the table of shifts, with the `top` and `watch`ed tokens.
     Two models have parted where a token's vectors differ by more than `tolerance` of the first one's length: rounding
-    in float32 gives about 1e-6, in bfloat16 4e-3. Models of other depths or widths are compared as far as that means
+    in float32 gives about 1e-6, in bfloat16 4e-3. CKA is carried by the longest vectors, often those of the first
+    token, which pos=slice(1, None) leaves out. Models of other depths or widths are compared as far as that means
     something, sites by name, and `left_out` says what is not.
 
     Forwards are of at most `batch_tokens` tokens (with hooks: one of all prompts, whose rows they then are), and hold
