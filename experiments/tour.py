@@ -100,4 +100,4 @@ tab key; `hk.attention_view(run, 23)` draws the pattern that was captured above,
 """
 
 # %%
-run  # noqa: B018
+run  # noqa: B018  # pyright: ignore[reportUnusedExpression]

@@ -68,14 +68,8 @@ class Difference:
         found["top1_changed"] = of["top1_changed"].sum()
         for name in ("loss_before", "loss_after", "loss_delta"):
             found[name] = of[name].mean()
-        found = found.reset_index()
-        return (
-            found
-            if self.parting.empty
-            else found.assign(
-                parts_at=found["row"].map(dict(zip(self.parting["row"], self.parting["site"], strict=True)))
-            )
-        )
+        found, at = found.reset_index(), dict(zip(self.parting["row"], self.parting["site"], strict=True))
+        return found.assign(parts_at=[at[row] for row in found["row"]]) if at else found
 
     def page(self, *, title: str = "", question: str = "", drawn: int = 1) -> Report:
         """One page of it; the first `drawn` prompts have figures. Its tables are written as CSV, JSON, Markdown and

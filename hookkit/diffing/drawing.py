@@ -26,12 +26,12 @@ def through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "") ->
 
     None where nothing differs, or nothing can be compared.
     """
-    layered = sites[sites["layer"].notna()]
+    layered = pd.DataFrame(sites[sites["layer"].notna()])
     panels = {
         "difference": layered.assign(value=layered["difference"]),
         "1 − CKA": layered.assign(value=1 - layered["cka"]),
     }
-    panels = {name: table[_drawn(table["value"])] for name, table in panels.items()}
+    panels = {name: pd.DataFrame(table[_drawn(table["value"])]) for name, table in panels.items()}
     panels = {name: table for name, table in panels.items() if not table.empty}
     if not panels:
         return None
@@ -52,7 +52,7 @@ def _drawn(values: Any) -> Any:
 def _lines(axes: Axes, table: pd.DataFrame) -> None:
     names = [name for name in LINED if name in set(table["name"])] or list(dict.fromkeys(table["name"]))
     for colour, name in zip(LINES, names, strict=False):
-        mine: Any = table[table["name"] == name].sort_values("layer")
+        mine = pd.DataFrame(table[table["name"] == name]).sort_values("layer")
         axes.plot(
             mine["layer"].astype(int), mine["value"], color=colour, lw=1.6, marker="o", ms=3.2, label=drawable(name)
         )

@@ -64,7 +64,7 @@ def _beginning(found: Found, question: str) -> Iterable[Content]:
     said = (
         f"After {len(tokens):,} tokens of {len(prompts)} prompt{'s' * (len(prompts) > 1)} the two are "
         f"{tokens['kl'].mean():.3g} nats apart (KL, mean), at most {furthest['kl']:.3g}, after {furthest['read']} in "
-        f"prompt {furthest['row']}. Another token comes first after {int(tokens['top1_changed'].sum())} of them "
+        f"prompt {furthest['row']}. Another token comes first after {sum(tokens['top1_changed'])} of them "
         f"({tokens['top1_changed'].mean():.1%})."
     )
     losses = tokens[["loss_before", "loss_after"]].mean()
@@ -89,7 +89,7 @@ def _parting(found: Found) -> Iterable[Content]:
     if not found.first:
         yield f"Nowhere: at no site do a token's vectors differ by more than {found.tolerance:g} of their length."
         return
-    count = int((parting["site"] == found.first).sum())
+    count = parting["site"].tolist().count(found.first)
     yield (
         f"First at {found.first}, in {count} of {len(parting)} prompts: no site that is computed before it has a token "
         f"whose vectors differ by more than {found.tolerance:g} of their length."
@@ -102,7 +102,7 @@ def _parting(found: Found) -> Iterable[Content]:
 
 def _why(found: Found, what: str) -> str:
     left_out = found.tables["left_out"]
-    return str(left_out[left_out["what"] == what]["why"].iloc[0])
+    return dict(zip(left_out["what"], left_out["why"], strict=True))[what]
 
 
 def _alike(found: Found) -> Iterable[Content]:
@@ -112,7 +112,7 @@ def _alike(found: Found) -> Iterable[Content]:
     if figure is not None:
         yield Part(figure, "through_layers", "Means over all tokens, log axes. Dashed: the tolerance.")
     some = sites[sites["name"].isin(["embed", "resid_post", "final_norm", "logits"])]
-    few = pd.DataFrame(some if len(some) > 1 else sites)[SHOWN]
+    few = pd.DataFrame((some if len(some) > 1 else sites)[SHOWN])
     caption = (
         "cosine is a mean over the tokens, difference that of ‖after − before‖ / ‖before‖; cka is linear CKA "
         "(Kornblith et al. 2019), 1 where the one is the other turned and scaled."
@@ -125,10 +125,10 @@ def _of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
     yield f"# “{shortened(found.about['prompts'][row])}”"
     if drawn and not tokens.empty:
         yield Part(token_bars(tokens, title="How far apart they are after each token"), f"tokens_{row}")
-    yield Part(tokens[SAID], f"said_{row}", "Entropy and loss in nats.", file="tokens")
+    yield Part(pd.DataFrame(tokens[SAID]), f"said_{row}", "Entropy and loss in nats.", file="tokens")
     if not shifts.empty:
         caption = "The first tokens of each, the largest movers, and why each is here."
-        yield Part(shifts[["pos", *SHIFT]], f"shifts_{row}", caption, file="shifts")
+        yield Part(pd.DataFrame(shifts[["pos", *SHIFT]]), f"shifts_{row}", caption, file="shifts")
     figure = stream_map(stream, title="The stream behind each layer") if drawn else None
     if figure is not None:
         yield Part(figure, f"stream_{row}", "‖after − before‖ / ‖before‖ at resid_post.")

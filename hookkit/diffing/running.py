@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..about import about_model, git_commit
+from ..about import about_model, git_commit, versions
 from ..errors import BadHook, OutOfRange, checks_keywords
 from ..hooks.logits import LogitEdit
 from ..model import LM, Token
@@ -63,8 +63,8 @@ def diff(
     over the prompts. Of the first `shown` prompts the stream is kept token by token.
 
     >>> found = diff(lm, lm, "I like oat milk in my", hooks_after=skip_block(17), sites=["resid_post", "attn_out"])
-    >>> found.first, round(found.tokens["kl"].iloc[-1], 3)
-    (Site(name='resid_post', layer=17, head=None), 0.036)
+    >>> str(found.first), round(float(found.tokens["kl"].iloc[-1]), 3)
+    ('resid_post.17', 0.082)
     """
     _check(batch_tokens=batch_tokens, memory=memory, top=top, shown=shown)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < float("inf"):
@@ -132,11 +132,11 @@ def _about(sides: tuple[Side, Side], reading: Reading) -> dict[str, Any]:
     for name, side in zip(("before", "after"), sides, strict=True):
         hooks = [json.loads(hook.to_json(tensors="digest")) for hook in side.hooks]
         within = "" if side.around is nullcontext else getattr(side.around, "__qualname__", type(side.around).__name__)
-        about[name] = {**about_model(side.lm), "hooks": hooks, "within": within}
-        versions = about[name].pop("versions")
+        model = {word: value for word, value in about_model(side.lm).items() if word != "versions"}
+        about[name] = {**model, "hooks": hooks, "within": within}
     asked, rows = reading.asked, reading.rows
     settings = {"pos": repr(asked.where.pos), "rank_pos": repr(asked.ranked.pos), "top": asked.top}
     settings |= {"watch": list(asked.watched), "tolerance": asked.tolerance, "shown": asked.shown}
     settings |= {"batch_tokens": asked.batch_tokens, "cka": sorted(map(str, asked.cka))}
     prompts = {"prompts": [reading.reader.text(row) for row in rows], "tokens": [list(row) for row in rows]}
-    return {**about, "versions": versions, "git_commit": git_commit(), **settings, **prompts}
+    return {**about, "versions": versions(), "git_commit": git_commit(), **settings, **prompts}
