@@ -4,6 +4,7 @@ from . import datasets as datasets
 from . import errors as errors
 from . import figures as figures
 from .against import moved as moved
+from .attention_views import attention_view as attention_view
 from .captured import Captured as Captured
 from .comparing import Comparison as Comparison
 from .comparing import compare as compare
@@ -17,6 +18,8 @@ from .decomposing import direct_logits as direct_logits
 from .decomposing import logit_path as logit_path
 from .decomposing import logit_terms as logit_terms
 from .decomposing import unembedding as unembedding
+from .diffing import Difference as Difference
+from .diffing import diff as diff
 from .doctor import Checkup as Checkup
 from .doctor import doctor as doctor
 from .engines import Ray as Ray

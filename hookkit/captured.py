@@ -10,6 +10,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from .calls import Cells
+from .displaying import shown
 from .errors import NotCaptured
 from .positions import Where
 from .sites import SQUARE, AnySite, Site, Sites, parse
@@ -42,6 +43,10 @@ class Captured:
 
     def __hash__(self) -> int:
         return hash((self.site, self.where, self.rows, self.prompts))
+
+    def _repr_html_(self) -> str:
+        facts = {"shape": list(self.values.shape), "dtype": self.values.dtype, "rows": list(self.rows)}
+        return shown(f"captured {self.site}", facts)
 
     def __repr__(self) -> str:
         return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
@@ -168,6 +173,9 @@ class Kept:
             raise NotCaptured(f"no layer of {name!r} was captured. {self._there(Site(name))}")
         first, *others = (self[site] for site in found)
         return torch.stack([first, *(values.to(first.device) for values in others)])  # layers may be on several
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [str(site) for site in self.sites]
 
 
 @dataclass(eq=False, slots=True)

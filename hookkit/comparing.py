@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .captured import Captured
+from .displaying import records, shown
 from .distributions import Distribution
 from .errors import BadHook, OutOfRange, Unsupported, checks_keywords
 from .hooks.base import EVERY_STEP, Hook
@@ -104,6 +105,9 @@ class Comparison:
             for row, text in enumerate(texts)
             for step in range(len(text))
         ]
+
+    def _repr_html_(self) -> str:
+        return shown(f"Comparison along the {self.along} text", rows=records(self.texts))
 
 
 def _at(said: Captured, row: int, step: int, run: Run) -> Distribution:

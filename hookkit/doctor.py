@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .displaying import records, shown
 from .errors import HookkitError, checks_keywords
 from .laws import UNTRIED, prove
 from .model import LM
@@ -46,6 +47,11 @@ class Checkup:
         tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in ("sites", "laws")}
         said = {"healthy": self.healthy, "facts": self.facts, "notes": self.notes, "problems": self.problems}
         return json.dumps({**said, **tables}, ensure_ascii=False)
+
+    def _repr_html_(self) -> str:
+        said = {f"problem {number}": words for number, words in enumerate(self.problems, 1)}
+        title = "Checkup: nothing was found that does not work" if self.healthy else "Checkup: something does not work"
+        return shown(title, {**self.facts, **said}, records(self.sites, "site", "blocks", "editable", "proved"))
 
     def __repr__(self) -> str:
         width = max(map(len, self.facts))

@@ -88,6 +88,10 @@ class OtherModel(HookkitError, ValueError):
     """A steering vector that was made with another model than the one it is to be used with."""
 
 
+class OtherVocabulary(HookkitError, ValueError):
+    """Two models that do not read the same tokens, so that what they say cannot be compared."""
+
+
 class ModelNotFound(HookkitError, OSError):
     """No model of this name could be found or read."""
 

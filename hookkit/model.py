@@ -6,7 +6,7 @@ lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
 """
 
 import inspect
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from .describing import described
-from .errors import BadHook, checks_keywords
+from .displaying import records, shown
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout
 from .placement import count, device_of, places_of
+from .selecting import SiteNames
 from .sharding import Ranks, ranks_of
-from .sites import WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
+from .sites import AnySite, Site, Sites, SitesLike, as_sites
 from .vocabulary import Token, Vocabulary
 from .wrapped import adapters, unwrapped
 
@@ -149,28 +150,30 @@ class LM:
         size = f"{self.n_layers} layers, {size:.1f} M parameters"
         return f"LM({name}: {family}, {size}, on {self.device}{adapted})"
 
+    def _repr_html_(self) -> str:
+        words = ("d_model", "head", "kv_head", "d_head", "d_mlp", "expert", "vocab")
+        sizes = {name: self.sizes[name] for name in words if self.sizes.get(name) is not None}
+        facts = {"class": type(self.root).__name__, "sizes": ", ".join(f"{n} {size}" for n, size in sizes.items())}
+        there = self.describe()
+        columns = ("site", "axes", "layers", "editable")
+        rows = records(there[there["missing"] == ""], *columns, most=len(there))
+        return shown(repr(self), facts, rows, most=len(there))
+
     # ---- its sites
 
-    @checks_keywords
-    def sites(
-        self,
-        names: str | Iterable[str] | None = None,
-        *,
-        layers: Collection[int] | None = None,
-        heads: Collection[int] | None = None,
-    ) -> Sites:
-        """The selection of sites with these names, in the layers and heads given (all, where left out).
+    @property
+    def sites(self) -> SiteNames:
+        """Called, the selection of sites with these names, in the layers and heads given (all, where left out).
+
+        `lm.sites.z` is that of all layers of one name, and what a notebook completes behind `lm.sites.` or
+        `lm.sites["` are the names that the model has.
 
         >>> lm.sites("z", layers=[17, 18], heads=[2])
         2 sites: z.17.2, z.18.2
+        >>> lm.sites.resid_post[-1], lm.sites["z.3"]
+        (Site(name='resid_post', layer=29, head=None), 1 site: z.3)
         """
-        if names is None:
-            names = [name for name in self.layout.names if layers is None or name not in WHOLE_MODEL]
-        chosen: list[AnySite] = []
-        for site in as_sites(names):
-            for each in self.expand([site] if layers is None else _in_layers(site, layers)):
-                chosen += [each] if heads is None else _of_heads(each, heads)
-        return self.expand(chosen)
+        return SiteNames(lambda: self.layout.names, self.expand)
 
     def located(self, sites: Sites) -> dict[AnySite, Place]:
         """Where each site of a selection is, with every layer written out."""
@@ -258,18 +261,6 @@ class LM:
     @cached_property
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self.tokenizer, lambda: self.sizes["vocab"])
-
-
-def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:
-    if not isinstance(site, Site) or site.layer is not None:
-        raise BadHook(f"{site} says its own place: leave layers= out, or give the site's name alone")
-    return [Site(site.name, layer) for layer in layers]
-
-
-def _of_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
-    if not isinstance(site, Site) or site.head is not None:
-        raise BadHook(f"{site} says its own place: leave heads= out, or give the site's name alone")
-    return [Site(site.name, site.layer, head) for head in heads]
 
 
 def as_lm(model: LM | nn.Module) -> LM:

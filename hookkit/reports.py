@@ -25,6 +25,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from .displaying import shown
 from .errors import BadHook
 from .figures import GRID, INK, MUTED, PAPER
 from .sharding import writes
@@ -113,6 +114,11 @@ class Report:
         page.write_text(self.html(), encoding="utf-8")
         return page
 
+    def _repr_html_(self) -> str:
+        named = [part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file]
+        rows = [{"name": part.name, "what": _kind(part), "caption": part.caption} for part in named]
+        return shown(f"Report: {self.title}", {"to see it": "write(folder), which gives the page's path"}, rows)
+
 
 def report(title: str, *parts: Content, footer: str = "") -> Report:
     """A page of these parts, in order: text, tables, figures, or `Part(content, name, caption)` to name their files.
@@ -137,6 +143,10 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
         if names.count(name) > 1 or not NAME.fullmatch(name):
             raise BadHook(f"{name!r} cannot name a part: names stand once, and are letters, digits, '-' and '_'")
     return Report(title, tuple(named), footer)
+
+
+def _kind(part: Part) -> str:
+    return f"table of {len(part.content)} rows" if isinstance(part.content, pd.DataFrame) else "figure"
 
 
 def save_part(part: Part, folder: Path, formats: tuple[str, ...] = ("csv",)) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
+from .displaying import shown
 from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, checks_keywords, did_you_mean
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q. q, k and v are as
@@ -88,6 +89,9 @@ class Site:
     def every_layer(self) -> bool:
         """True for a layered name without a layer, which stands for all of them."""
         return self.layer is None and self.name not in WHOLE_MODEL
+
+    def _repr_html_(self) -> str:
+        return shown(f"site {self}", {"axes": self.axes})
 
     def __str__(self) -> str:
         return ".".join(str(part) for part in (self.name, self.layer, self.head) if part is not None)
@@ -167,6 +171,10 @@ class Sites(Sequence[AnySite]):
 
     def __add__(self, other: "SitesLike") -> "Sites":
         return Sites(self.chosen + as_sites(other).chosen)
+
+    def _repr_html_(self) -> str:
+        rows = [{"site": str(site), "axes": site.axes if isinstance(site, Site) else ""} for site in self.chosen]
+        return shown(f"{len(rows)} site{'' if len(rows) == 1 else 's'}", rows=rows)
 
     def __repr__(self) -> str:
         names = [str(site) for site in self.chosen]

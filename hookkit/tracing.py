@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .displaying import shown
 from .errors import BadHook, Unsupported, checks_keywords
 from .generation import Generation
 from .hooks.base import Hook
@@ -32,6 +33,9 @@ class Trace:
 
     top: int = 5
     watch: tuple[Token, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return shown("trace", {"top": self.top, "watch": ", ".join(map(repr, self.watch))})
 
 
 @checks_keywords

@@ -14,6 +14,7 @@ PACKAGE = HERE / "hookkit"
 # Each file may import only from files above it.
 ORDER = [
     "errors",
+    "displaying",
     "sites",
     "positions",
     "families.places",
@@ -42,6 +43,7 @@ ORDER = [
     "finding",
     "vocabulary",
     "describing",
+    "selecting",
     "model",
     "rows",
     "spreading",
@@ -82,6 +84,7 @@ ORDER = [
     "runs.forwarding",
     "runs.generating",
     "runs",
+    "attention_views",
     "engines.steps",
     "engines.travelling",
     "engines.cluster",
@@ -211,6 +214,16 @@ ORDER = [
     "docs.coming_from",
     "docs.symptoms",
     "docs",
+    "diffing.pairing",
+    "diffing.cka",
+    "diffing.alike",
+    "diffing.saying",
+    "diffing.reading",
+    "diffing.drawing",
+    "diffing.page",
+    "diffing.difference",
+    "diffing.running",
+    "diffing",
     "cli.base",
     "cli.engine",
     "cli.tracing",
@@ -219,6 +232,7 @@ ORDER = [
     "cli.sweeping",
     "cli.starting",
     "cli.results",
+    "cli.differing",
     "cli",
 ]
 
@@ -296,7 +310,9 @@ def test_only_the_manager_registers_hooks():
         "passages",
         "steps",
         "typesetting",
+        "selecting",
         "shifts.drawing",
+        "diffing.drawing",
     ],
 )
 def test_words_and_figures_need_no_torch(name):

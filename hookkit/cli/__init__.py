@@ -3,6 +3,7 @@
 hookkit trace "I like oat milk in my" --ban " coffee"
 hookkit harvest texts.txt resid_post.6 --out folder
 hookkit sweep ablations "I like oat milk in my" z --token " coffee"
+hookkit diff default ./tuned "I like oat milk in my"
 
 base        the program, and how it ends
 engine      where a command computes
@@ -12,9 +13,11 @@ harvesting  hookkit harvest
 sweeping    hookkit sweep
 starting    hookkit new
 results     hookkit run, hookkit show
+differing   hookkit diff
 """
 
 from .base import app as app
+from .differing import diff as diff
 from .examining import doctor as doctor
 from .harvesting import harvest as harvest
 from .results import run as run

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..displaying import shown
 from ..errors import BadPrompt, EmptySelection, OutOfRange, checks_keywords
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch, shortened
@@ -92,6 +93,10 @@ class Pairs:
             if not -len(self) <= number < len(self):
                 raise OutOfRange(f"pair {number} was asked for, and there are {len(self)}, 0 to {len(self) - 1}")
         return [everything[number] for number in numbers]
+
+    def _repr_html_(self) -> str:
+        rows = [{name: repr(getattr(self, name)[row]) for name in FIELDS} for row in range(len(self))]
+        return shown(f"{len(self)} pairs: {self.name}", rows=rows)
 
     def __repr__(self) -> str:
         first = self.clean[0] if isinstance(self.clean[0], str) else " ".join(f"<{i}>" for i in self.clean[0])

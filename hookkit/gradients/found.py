@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..captured import Captured, Kept, Slot
+from ..displaying import shown
 from ..errors import Unsupported, checks_keywords
 from ..hooks.base import Hook
 from ..metrics import MetricLike
@@ -56,6 +57,10 @@ class Gradients:
     def stack(self, name: str) -> Shaped[Tensor, "layer row pos ..."]:
         """The gradients at every layer of a site, such as "resid_pre"."""
         return self.gradient.stack(name)
+
+    def _repr_html_(self) -> str:
+        numbers = {f"row {row}": value for row, value in enumerate(self.metric.tolist())}
+        return shown("Gradients of a metric", numbers | {"at": self.sites})
 
     def __repr__(self) -> str:
         return f"Gradients(metric {[round(value, 4) for value in self.metric.tolist()]}; at {self.sites})"

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..displaying import shown
 from ..errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, checks_keywords
 from ..positions import PosLike, Where, as_pos
 from ..sites import AnySite, Site, Sites, SitesLike, as_sites, parse
@@ -80,6 +81,14 @@ class Harvest:
 
     def __len__(self) -> int:
         return self.shards.starts[-1]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [str(site) for site in self.sites]
+
+    def _repr_html_(self) -> str:
+        return shown(
+            "Harvest", {"rows": len(self), "texts": self.texts, "finished": self.finished, "sites": self.sites}
+        )
 
     def __repr__(self) -> str:
         texts = f"{self.texts} text{'' if self.texts == 1 else 's'}{'' if self.finished else ', unfinished'}"

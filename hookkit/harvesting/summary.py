@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..displaying import records, shown
 from ..errors import BadHook, DamagedHarvest, NotCaptured, OutOfRange, Unsupported
 from ..files import save_tensors
 from ..model import LM
@@ -140,6 +141,12 @@ class Statistics:
         for site, found in self.of_site.items():
             tensors |= {f"{site}/{name}": tensor for name, tensor in _tensors(found).items()}
         return save_tensors(tensors, path, about={"statistics": json.dumps(dict(self.about))})
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [str(site) for site in self.sites]
+
+    def _repr_html_(self) -> str:
+        return shown("Statistics", rows=records(self.table(), "site", "head", "count", "norm_mean", "norm_std"))
 
     def __repr__(self) -> str:
         count, texts = next(iter(self.of_site.values())).count, self.about["texts"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..calls import Cells
 from ..captured import Captured, in_order
+from ..displaying import shown
 from ..errors import BadEdit, BadHook, Unsupported
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
@@ -186,6 +187,11 @@ class Hook:
             if value is not None and not (name == "step" and at_logits):
                 shown.append(f"{name}={value!r}")
         return f"{self.verb}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        place = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
+        facts = {"sites": self._sites()} | {name: repr(value) for name, value in place.items() if value is not None}
+        return shown(str(self), facts)
 
     def _sites(self) -> str:
         return ", ".join(map(str, self.sites)) if len(self.sites) <= 3 else repr(self.sites)

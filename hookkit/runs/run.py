@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..captured import Captured, Kept
+from ..displaying import shown
 from ..errors import NotCaptured
 from ..hooks.base import Hook
 from ..manager import HookManager
@@ -104,6 +105,22 @@ class Run:
         prompts = [self.lm.text(row[:end]) for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)]
         hooks = [hook.to_json(tensors="digest") for hook in self.hooks]
         return {**about_model(self.lm), "prompts": prompts, "hooks": hooks, **self.settings}
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What a notebook offers behind `run["`."""
+        return [str(site) for site in self.sites]
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {}
+        if self.kept_logits is not None:
+            facts["logits"] = str(list(self.kept_logits.values.shape))
+        facts |= {"hooks": "; ".join(map(str, self.hooks))} if self.hooks else {}
+        facts |= {"captured": f"{self.sites}"} if len(self.sites) else {}
+        rows: list[dict[str, object]] = []
+        for row, text in enumerate(self.text):
+            written = {"written": repr(self.generated[row])} if any(self.generated) else {}
+            rows.append({"row": row, "tokens": self.lengths[row], "text": repr(text), **written})
+        return shown(f"Run: {self.settings.get('verb', '')}", facts, rows)
 
     def __repr__(self) -> str:
         rows = f"{len(self.lengths)} row{'s' if len(self.lengths) > 1 else ''} of up to {max(self.lengths)} tokens"

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..displaying import shown
 from ..metrics import Loss, Measure, Metric
 from ..model import LM
 from ..taps import Tap
@@ -126,6 +127,9 @@ class Plan:
         rows = max(map(len, self.chunks()))
         waves = [len(job.units) * row_bytes(self.lm, job.width, columns, looks) for job in self.all_jobs]
         return rows * trunk_bytes(self.lm, columns) + max([*waves, rows * row_bytes(self.lm, columns, columns, looks)])
+
+    def _repr_html_(self) -> str:
+        return shown("Plan of a sweep", text=repr(self))
 
     def __repr__(self) -> str:
         prompts = len(self.reading)

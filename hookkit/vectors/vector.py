@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..displaying import shown
 from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel, checks_keywords
 from ..files import save_tensors
 from ..hooks.base import constant, number
@@ -160,6 +161,10 @@ class Vector:
     def _made(self, tensor: Tensor, method: str) -> "Vector":
         return replace(self, tensor=tensor, about={**self.about, "method": method})
 
+    def _repr_html_(self) -> str:
+        facts = {"made": self.method, "length": self.length, "of the stream's": self.dose, "numbers": len(self.tensor)}
+        return shown(f"Vector at {self.site}", facts)
+
     def __repr__(self) -> str:
         return f"Vector({self.site}: {self.method}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
 
@@ -199,6 +204,13 @@ class Vectors(Sequence[Vector]):
 
     def __iter__(self) -> Iterator[Vector]:
         return iter(self.all)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [str(site) for site in self.sites]
+
+    def _repr_html_(self) -> str:
+        rows = [{"site": each.site, "length": each.length, "of the stream's": each.dose} for each in self.all]
+        return shown(f"Vectors: {self.all[0].method}", rows=rows)
 
     def __repr__(self) -> str:
         return f"Vectors({self.all[0].method}; {self.sites})"
