@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from .errors import DownloadFailed, ModelNotFound, did_you_mean
+from .errors import BadFile, ModelNotFound, did_you_mean
 from .zoo import DEFAULT, PACKAGE, cache_folder, default_folder, reading_failed
 
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
@@ -71,6 +71,9 @@ def remove(name: str, revision: str | None = None) -> float:
         raise ModelNotFound(f"no model {name!r}{said} is kept on this machine{did_you_mean(name, known)}")
     plan = _hub_info().delete_revisions(*wanted)
     plan.execute()
+    left = {each.commit_hash for repo in _hub() for each in repo.revisions} & {*wanted}
+    if left:  # the Hub's client logs that, and goes on
+        raise BadFile(f"{name} cannot be removed from {_hub_folder()}: allow it, or remove the folder yourself")
     return round(plan.expected_freed_size / 1e6, 1)
 
 
@@ -96,7 +99,7 @@ def _remove_default() -> float:
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            raise DownloadFailed(f"{folder} cannot be removed: {error.strerror}") from error
+            raise BadFile(f"{folder} cannot be removed: {error.strerror}") from error
     return freed
 
 

@@ -13,14 +13,14 @@ import hookkit as hk
 MILK = "I like oat milk in my"
 
 
-def hookkit(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def process(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from hookkit.cli import app; app(prog_name='hookkit')", *words]
     return subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_a_trace_is_a_line_for_each_step_when_piped(smol):
     run = hk.generate(smol, MILK, hk.ban(" coffee"), hk.boost(" tea", by=1.0), max_new_tokens=3, do_sample=False)
-    done = hookkit("trace", MILK, "--ban", " coffee", "--boost", " tea=1", "--max-new-tokens", "3", "--device", "cpu")
+    done = process("trace", MILK, "--ban", " coffee", "--boost", " tea=1", "--max-new-tokens", "3", "--device", "cpu")
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert len(lines) == 3 and "banned ' coffee' was first for the model" in lines[0]
@@ -43,7 +43,7 @@ def test_a_trace_as_json_is_what_the_tables_say(smol):
         "--force",
         " tea@1",
     ]
-    done = hookkit("trace", "-", *words, "--device", "cpu", given=MILK + "\n")
+    done = process("trace", "-", *words, "--device", "cpu", given=MILK + "\n")
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     run = hk.generate(smol, MILK, hk.force(" tea", step=1), max_new_tokens=2, do_sample=True, top_p=0.9, seed=1,
@@ -65,7 +65,7 @@ def test_a_trace_as_json_is_what_the_tables_say(smol):
     ],
 )
 def test_a_wish_that_cannot_be_met_is_said_on_standard_error(smol, words, message):
-    done = hookkit("trace", MILK, *words, "--device", "cpu")
+    done = process("trace", MILK, *words, "--device", "cpu")
     assert done.returncode == 2
     assert not done.stdout
     assert message in done.stderr.replace("\n", " ").replace("│", "") and "Traceback" not in done.stderr
@@ -75,14 +75,14 @@ def test_help_is_light_and_has_an_example():
     code = "import sys; sys.argv = ['hookkit', '--help']\ntry:\n from hookkit.cli import app; app()\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    assert "Example: hookkit trace" in hookkit("trace", "--help").stdout
+    assert "Example: hookkit trace" in process("trace", "--help").stdout
 
 
 def test_a_harvest_writes_the_folder_that_the_call_writes_and_says_so_as_json(smol, tmp_path):
     texts = ["I like oat milk in my", "Tea with milk"]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     words = ["resid_post.2", "z.1", "--dtype", "bfloat16", "--pos", "-1", "--device", "cpu", "--no-progress"]
-    done = hookkit("harvest", str(tmp_path / "texts.txt"), *words, "--out", str(tmp_path / "there"))
+    done = process("harvest", str(tmp_path / "texts.txt"), *words, "--out", str(tmp_path / "there"))
     assert done.returncode == 0, done.stderr
     said = {"folder": str(tmp_path / "there"), "rows": 2, "texts": 2, "left_out": 0, "sites": ["resid_post.2", "z.1"]}
     assert json.loads(done.stdout) == said
@@ -93,7 +93,7 @@ def test_a_harvest_writes_the_folder_that_the_call_writes_and_says_so_as_json(sm
 
 def test_a_sweep_prints_its_table_as_csv(smol):
     words = ["--token", " coffee", "--against", " tea", "--layer", "3", "--layer", "9", "--device", "cpu"]
-    done = hookkit("sweep", "ablations", MILK, "attn_out", *words)
+    done = process("sweep", "ablations", MILK, "attn_out", *words)
     assert done.returncode == 0, done.stderr
     found = pd.read_csv(io.StringIO(done.stdout))
     wanted = hk.ablations(smol, [MILK], "attn_out", hk.logit_diff(" coffee", " tea"), layers=[3, 9], progress=False)
@@ -103,12 +103,12 @@ def test_a_sweep_prints_its_table_as_csv(smol):
 
 def test_patching_takes_two_prompts_and_names_a_wish_that_cannot_be_met():
     words = ["Mary gave tea to", "John gave tea to", "resid_pre", "--token", " John", "--layer", "3", "--device", "cpu"]
-    done = hookkit("sweep", "patching", *words)
+    done = process("sweep", "patching", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "layer,pos,row,prob,prob_before,prob_delta,prob_effect"
     for more, said in (
         (["--actors", "2"], "hookkit: --actors is of Ray's actors: add --engine ray"),
         (["--engine", "dask"], "hookkit: --engine 'dask' is unknown: say ray, or leave it out"),
     ):
-        done = hookkit("sweep", "patching", *words, *more)
+        done = process("sweep", "patching", *words, *more)
         assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (2, "", said)

@@ -19,19 +19,23 @@ class Scanned(Protocol):
     @property
     def prompt(self) -> str: ...
     @property
-    def tokens(self) -> tuple[str, str]: ...
+    def first(self) -> tuple[int, int]: ...
 
 
 def questions(scan: Scanned, which: Which, parts: Mapping[str, Any]) -> list[str]:
     """A question and its command, by turns."""
-    one, two = scan.tokens
+    one, two = (_spelled(scan.lm, token) for token in scan.first)
+    names = [scan.lm.string(token) for token in scan.first]
     asked: list[tuple[str, Sequence[str]]] = [
-        (f"Which heads say {one!r} rather than {two!r}?", ["direct", "--token", one, "--against", two, "--heads"]),
+        (
+            f"Which heads say {names[0]!r} rather than {names[1]!r}?",
+            ["direct", "--token", one, "--against", two, "--heads"],
+        ),
         ("Does it come from what is looked at?", _cut(parts)),
-        (f"Is the strongest component needed for {one!r}?", _without(parts, one)),
-        (f"When does it come to say {one!r}?", ["lens", "--watch", one, "--top", "1"]),
+        (f"Is the strongest component needed for {names[0]!r}?", _without(parts, one)),
+        (f"When does it come to say {names[0]!r}?", ["lens", "--watch", one, "--top", "1"]),
         ("What would it write, and why?", ["trace", "--watch", two, "--max-new-tokens", "12"]),
-        (f"And without {one!r}?", ["compare", "--ban", one, "--max-new-tokens", "12"]),
+        (f"And without {names[0]!r}?", ["compare", "--ban", one, "--max-new-tokens", "12"]),
     ]
     lines = []
     for question, words in asked:
@@ -40,6 +44,18 @@ def questions(scan: Scanned, which: Which, parts: Mapping[str, Any]) -> list[str
     if "Not to be had here" in parts:
         lines += ["Why is something not to be had?", f"    {shlex.join(['hookkit', 'doctor', *_doctor(which)])}"]
     return lines
+
+
+def _spelled(lm: "LM", token: int) -> str:
+    """A token as an option takes it: its text, or its id where that text is not this one token."""
+    from ..errors import NotOneToken
+    from ..spelling.writing import spelled_token
+
+    try:
+        found = lm.token(lm.string(token)) == token
+    except NotOneToken:
+        found = False
+    return spelled_token(lm.string(token) if found else token)
 
 
 def _line(command: str, prompt: str, words: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Top: TypeAlias = Annotated[int, typer.Option(min=1, help="How many tokens to show.")]
 Watch: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="TOKEN", help="A token to show wherever it stands; repeatable.")
+    list[str] | None, typer.Option(metavar="TOKEN", help="A token, or id(28), to show wherever it stands.")
 ]
 Pos: TypeAlias = Annotated[
     str, typer.Option(metavar="POS", help="Where: -1 the last token, 3, 1:4, all, \"at('store')\".")
@@ -186,6 +186,14 @@ def place(text: str) -> Any:
     return slice(None) if found is None else found
 
 
+def word(text: str) -> "str | int":
+    """The token that an option names: as it stands, in quotes, or by its id(28)."""
+    from ..spelling.words import word_of
+
+    found: Any = word_of(text)
+    return found if isinstance(found, str | int) else text
+
+
 def watched(lm: "LM", watch: list[str] | None) -> list[int]:
     """The ids of the watched tokens; raises before anything runs."""
-    return [lm.token(each) for each in watch or []]
+    return [lm.token(word(each)) for each in watch or []]

@@ -169,9 +169,11 @@ def _to_reader(parts: "Mapping[str, Shown | str]") -> None:
 
 
 def said(text: str, *, style: str = "") -> None:
-    """A text on standard output, without what would move the terminal's cursor or colour it."""
-    lines = "\n".join(map(printable, text.split("\n")))
-    typer.echo(typer.style(lines, bold=True) if style and sys.stdout.isatty() else lines)
+    """A text on standard output; in a terminal without what would move its cursor or colour it."""
+    if sys.stdout.isatty():
+        text = "".join(each if each in "\n\t" else printable(each) for each in text)
+        text = typer.style(text, bold=True) if style else text
+    typer.echo(text)
 
 
 def printable(text: str) -> str:

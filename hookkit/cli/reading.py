@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .base import command
-from .options import Edits, Pos, Prompt, Texts, Top, Watch, Which, one_prompt, place, watched
+from .options import Edits, Pos, Prompt, Texts, Top, Watch, Which, one_prompt, place, watched, word
 from .printing import Form, Shown, strongest, tell
 
 LOOK = "Look"
@@ -75,8 +75,8 @@ def direct(
     from ..tables import ranks as ranked
 
     lm = which.load(quiet=form.quiet)
-    named = None if token is None else lm.token(token)
-    other = None if against is None else lm.token(against)
+    named = None if token is None else lm.token(word(token))
+    other = None if against is None else lm.token(word(against))
     run = forward(lm, text, *edits.read(lm))
     chosen = int(ranked(run, pos=pos, top=1)["token_id"].iloc[0]) if named is None else named
     table = direct_logits(run, chosen, against=other, pos=pos, heads=heads, neurons=neurons)

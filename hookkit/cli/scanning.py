@@ -95,7 +95,6 @@ class Scan:
     def lens(self) -> Shown:
         """What each layer would say."""
         from ..lenses import logit_lens
-
         from ..origins import lens_map
 
         ids = list(dict.fromkeys((*self.first, *self.watch)))

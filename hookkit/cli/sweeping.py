@@ -10,7 +10,7 @@ import typer
 
 from .base import INTERRUPTED, app, command, program
 from .engine import Engine
-from .options import Head, Layer, Position, Which, one_prompt
+from .options import Head, Layer, Position, Which, one_prompt, word
 from .printing import Form, Shown, strongest, tell
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Measure:
     def metric(self) -> "Metric":
         from ..metrics import logit_diff, prob
 
-        return prob(self.token) if self.against is None else logit_diff(self.token, self.against)
+        return prob(word(self.token)) if self.against is None else logit_diff(word(self.token), word(self.against))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _answers(lm: "LM", clean: str, corrupted: str, token: str | None, against: s
     from ..runs import forward
     from ..tables import ranks
 
-    named = [None if each is None else lm.token(each) for each in (token, against)]
+    named = [None if each is None else lm.token(word(each)) for each in (token, against)]
     first = [
         int(ranks(forward(lm, text, logits="last"), top=1)["token_id"].iloc[0]) if one is None else one
         for text, one in zip((clean, corrupted), named, strict=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .base import command, endings_said
-from .options import Edits, Generation, Prompt, Top, Watch, Which, one_prompt
+from .options import Edits, Generation, Prompt, Top, Watch, Which, one_prompt, watched
 from .printing import printable, records
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def trace(
     with endings_said("what stands above was recorded"):
         settings, text = generation.arguments(), one_prompt(prompt)
         lm = which.load(quiet=quiet)
-        _show(lm, text, edits.read(lm), settings, top, watch or [], as_json)
+        _show(lm, text, edits.read(lm), settings, top, watched(lm, watch), as_json)
 
 
-def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, watch: list[str], as_json: bool) -> None:
+def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, watch: list[int], as_json: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 

@@ -16,7 +16,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (at, phrase, entropy_above, entropy_below, margin_above, margin_below, rank_of, prob_of)
 }
-NAMES: dict[str, Any] = {"all": None, "PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
+NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
 SPAN = re.compile(r"(-?\d*):(-?\d*)(?::(\d+))?")
 NAMED = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
 SITE = r"[A-Za-z_][\w.\[\]-]*(?::(?:input|output)(?::\w+)?)?"
@@ -57,7 +57,9 @@ def parts_of(text: str) -> Spelling:
 
 
 def place_of(text: str, what: str = "a position") -> Any:
-    """The value of a position or a step as it is written: -1, 1:4, [0, 2], at('store'), PROMPT, all."""
+    """The value of a position or a step as it is written: -1, 1:4, [0, 2], at('store'), PROMPT; all is None."""
+    if text.strip() == "all":
+        return None
     try:
         return _value(text)
     except _NoValueError:
@@ -149,7 +151,14 @@ def tokens_of(spelled: Spelling) -> list[Token | Phrase]:
 
 
 def token_of(text: str, spelled: Spelling) -> Token | Phrase:
-    """A token as it stands, its leading space kept; in quotes, by its id, or a phrase."""
+    """A token of WHAT; `BadHook` for none."""
+    if not text:
+        raise BadHook(f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, the space being its own")
+    return word_of(text)
+
+
+def word_of(text: str) -> Token | Phrase:
+    """A token as it stands, its leading space kept; or in quotes, by its id(28), or a phrase('…')."""
     bare = text.strip()
     if number := re.fullmatch(r"id\((\d+)\)", bare):
         return int(number[1])
@@ -157,11 +166,9 @@ def token_of(text: str, spelled: Spelling) -> Token | Phrase:
         try:
             found = _value(bare)
         except _NoValueError:
-            found = None
+            return text
         if isinstance(found, str | Phrase) and found:
             return found
-    if not text:
-        raise BadHook(f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, the space being its own")
     return text
 
 

@@ -63,7 +63,7 @@ def _what(hook: Hook) -> str | None:
 
 def _tokens(hook: LogitEdit) -> str:
     tokens = [each for name in hook.names for each in _as_tuple(getattr(hook, name))]
-    words = [_token(each) for each in tokens]
+    words = [spelled_token(each) for each in tokens]
     if isinstance(hook, Boost) and _spread(hook):
         words = [f"{word}={by!r}" for word, by in zip(words, _as_tuple(hook.by), strict=True)]
     if isinstance(hook, SetRank):
@@ -80,7 +80,8 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _token(token: Any) -> str:
+def spelled_token(token: Any) -> str:
+    """A token as the grammar has it: bare, in quotes, by its id, or a phrase."""
     if isinstance(token, Phrase):
         return repr(token)
     if isinstance(token, int):
