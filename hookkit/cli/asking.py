@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .options import Which
@@ -18,7 +19,7 @@ class Scanned(Protocol):
     def lm(self) -> "LM": ...
     @property
     def prompt(self) -> str: ...
-    @property
+    @cached_property
     def first(self) -> tuple[int, int]: ...
 
 
@@ -76,7 +77,7 @@ def _cut(parts: Mapping[str, Any]) -> list[str]:
     """A knockout of the head that looks most at a token other than the first and the last one."""
     if "attention" not in parts:
         return []
-    table = parts["attention"].table.iloc[1:-1]
+    table: Any = parts["attention"].table.iloc[1:-1]
     if table.empty:
         return []
     best = table.loc[table["strongest"].idxmax()]
@@ -88,7 +89,7 @@ def _without(parts: Mapping[str, Any], one: str) -> list[str]:
     found = parts.get("direct")
     if not isinstance(found, Shown):
         return []
-    table = found.table[found.table["kind"].isin(["attention", "mlp"])]
+    table: Any = found.table[found.table["kind"].isin(["attention", "mlp"])]
     if table.empty:
         return []
     return ["shift", "--ablate", str(table.loc[table["logit"].idxmax(), "component"]), "--watch", one]

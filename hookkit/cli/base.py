@@ -30,21 +30,24 @@ def program(**settings: Any) -> typer.Typer:
 app = program(add_completion=True, epilog=STATUS)
 
 
-def _version(wanted: bool) -> None:
+def _say_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"hookkit {__version__}")
+        typer.echo(f"hookkit {version('hookkit')}")
         raise typer.Exit(DONE)
 
 
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which hookkit this is.")
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which hookkit this is.")
     ] = False,
 ) -> None:
     """See and change what a language model computes. A model is SmolLM2-135M-Instruct unless --model names another."""
+    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8" and hasattr(sys.stdout, "reconfigure"):
+        wide: Any = sys.stdout
+        wide.reconfigure(**({"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
 
 
 def command(example: str, *, panel: str, within: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 def gathered(function: Callable[..., None], within: Callable[[], AbstractContextManager[None]]) -> Callable[..., None]:
     """The function as typer is to see it: with the fields of its dataclasses written out. It runs `within` a block."""
     hints = get_type_hints(function, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters: list[Parameter] = []
     for name, given in inspect.signature(function).parameters.items():
         parameters += _of(groups[name]) if name in groups else [given.replace(annotation=hints[name])]

@@ -53,7 +53,10 @@ class Which:
 
         given = {"revision": self.revision, "device": self.device, "dtype": self.dtype, **more}
         given = {name: value for name, value in given.items() if value is not None}
-        return load(**given) if self.model is None else load(self.model, **given)
+        try:
+            return load(**given) if self.model is None else load(self.model, **given)
+        finally:
+            passing("")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def show(table: "pd.DataFrame") -> None:
         typer.echo(aligned([names, *rows], right))
 
 
-def _cells(column: "pd.Series[Any]", number: bool) -> list[str]:
+def _cells(column: Any, number: bool) -> list[str]:
     """The cells of a column: numbers with as many digits behind the point as one another."""
     from ..typesetting import written
 
@@ -234,7 +234,8 @@ def aligned(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
 
 def strongest(table: "pd.DataFrame", name: str, count: int) -> "pd.DataFrame":
     """The rows with the largest values of a column, whatever their sign, the largest first."""
-    order = table[name].abs().sort_values(ascending=False, kind="stable").index
+    values: Any = table[name]
+    order = values.abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].head(count).reset_index(drop=True)
 
 

@@ -50,7 +50,7 @@ def lens(
     ids = watched(lm, watch)
     table = logit_lens(lm, prompts, *edits.read(lm), sites=site, pos=where, top=top, watch=ids)
     columns = ("row", "pos", "site", "rank", "token", "prob", "entropy", "kl")
-    drawn = (lambda: lens_map(table)) if table["row"].nunique() == 1 else None
+    drawn = (lambda: lens_map(table)) if len(prompts) == 1 else None
     tell(form, "Logit lens", {"lens": Shown(table, columns, figure=drawn)})
 
 

@@ -148,8 +148,9 @@ def leading(lens: "pd.DataFrame", token: int) -> "pd.DataFrame":
     of the token that is asked for, in the first of them and in the last."""
     import pandas as pd
 
-    first: Any = lens[lens["rank"] == 1].drop_duplicates("site").set_index("site")
-    ranks: Any = lens[lens["token_id"] == token].set_index("site")["rank"]
+    table: Any = lens
+    first = table[table["rank"] == 1].drop_duplicates("site").set_index("site")
+    ranks = table[table["token_id"] == token].set_index("site")["rank"]
     spans: list[list[str]] = []
     for site in first.index:
         if spans and first.loc[spans[-1][-1], "token_id"] == first.loc[site, "token_id"]:
