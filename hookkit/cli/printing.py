@@ -82,7 +82,7 @@ class Shown:
         table: Any = self.table if self.reader is None else self.reader
         names = [name for name in (self.columns or table.columns) if name in table]
         same = {name for name in PLACES if name in table and table[name].nunique() <= 1}
-        return table[[name for name in names if name not in same or len(table) == 1]]
+        return table[[name for name in names if name not in same]]
 
 
 def tell(form: Form, title: str, parts: "Mapping[str, Shown | str]", *, main: str | None = None) -> None:
