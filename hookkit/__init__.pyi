@@ -114,6 +114,9 @@ from .shifts import shift_report as shift_report
 from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import module as module
+from .spelling import hook as hook
+from .spelling import load_hooks as load_hooks
+from .spelling import spell as spell
 from .steps import prob_against as prob_against
 from .steps import rank_lines as rank_lines
 from .streaming import Stream as Stream

@@ -108,6 +108,10 @@ class ActorLost(HookkitError, RuntimeError):
     """The processes of an engine that computed something ended, again and again."""
 
 
+class BadFile(HookkitError, OSError):
+    """A file or folder that was named and cannot be read, or not be written."""
+
+
 class DroppedOut(HookkitError, UserWarning):
     """A warning: the model is in training mode with dropout, so numbers differ from call to call."""
 

@@ -17,6 +17,7 @@ PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> None:
     """Raise `BadHook` for a placement that cannot be, and `Unsupported` where accelerate is missing."""
     if device_map is None:
+        _check_device(device)
         for word, value in (("max_memory", max_memory), ("offload_folder", offload_folder)):
             if value is not None:
                 raise BadHook(f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes where")
@@ -35,6 +36,26 @@ def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folde
         _check_memory(max_memory)
     if offload_folder is not None and Path(os.fspath(offload_folder)).is_file():
         raise BadHook(f"offload_folder={str(offload_folder)!r} is a file: give a folder")
+
+
+def _check_device(device: Any) -> None:
+    if device is None:
+        return
+    try:
+        there = _is_there(torch.device(device))
+    except (RuntimeError, TypeError):
+        there = False
+    if not there:
+        raise BadHook(f"device={str(device)!r} is none of this machine, which has {_there().removesuffix(', disk')}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise `BadHook` for a dtype in which no model computes."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    named = dtype is None or dtype == "auto" or isinstance(dtype, Mapping)  # a mapping has one for each part
+    known = named or (isinstance(found, torch.dtype) and found.is_floating_point)
+    if not known:
+        raise BadHook(f"dtype={str(dtype)!r} is none in which a model computes: say float32, bfloat16, float16 or auto")
 
 
 def _check_map(device_map: Any) -> None:

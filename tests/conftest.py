@@ -6,11 +6,13 @@ All of them are read-only: a test that changes a model makes its own with `tiny`
 import copy
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
 
 import hookkit as hk
 
@@ -80,6 +82,20 @@ def soft_capped(small_tokenizer: PreTrainedTokenizerFast) -> hk.LM:
 def smol() -> hk.LM:
     """The default model."""
     return hk.load(device="cpu")
+
+
+@pytest.fixture
+def hookkit(llama: hk.LM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command line in this process, piped, with a tiny model as its default."""
+    real = hk.load
+    monkeypatch.setattr("hookkit.zoo.load", lambda *name, **words: real(*name, **words) if name or words else llama)
+
+    def run(*words: str, given: str = "") -> Result:
+        from hookkit.cli import app
+
+        return CliRunner().invoke(app, words, input=given, prog_name="hookkit")
+
+    return run
 
 
 def hooks_on(model: torch.nn.Module) -> dict[str, list[object]]:

@@ -93,7 +93,7 @@ def test_run_and_show_tell_what_moved_and_end_with_1(place):
     hookkit("run", "experiments/plain.py")
     assert "keeps no run before this one" in hookkit("show", "results/plain", "--against", "last", status=2).stderr
     same = hookkit("run", "experiments/plain.py", "--against", "last")
-    assert same.stdout.split()[-3:] == ["1", "True", "0.0"]
+    assert same.stdout.split()[-3:] == ["1", "True", "0.0000"]
     (place / "value").write_text("1.5")
     assert (
         "t: 1 of 1 cells moved, x by 0.5"
@@ -108,9 +108,13 @@ def test_run_and_show_tell_what_moved_and_end_with_1(place):
 def test_show_prints_a_result_and_lists_a_folder_of_them(place):
     hookkit("run", "experiments/plain.py")
     words = hookkit("show", "results/plain").stdout
-    for said in ("How much?", "1 of it.", "python -m experiments.plain", "report.html"):
+    for said in ("How much?", "1 of it.", "python -m experiments.plain", "t\n"):
         assert said in words
-    listed = hookkit("show", "results").stdout
-    assert listed == "plain\n  How much?\n  1 of it.\n"
+    told = json.loads(hookkit("show", "results/plain", "--json").stdout)
+    assert told["about"][0]["answer"] == "1 of it." and told["t"] == [{"x": 1.0}]
+    listed = [line.split("  ") for line in hookkit("show", "results").stdout.splitlines()]
+    assert [[cell.strip() for cell in line if cell] for line in listed] == [
+        ["result", "question", "answer"], ["plain", "How much?", "1 of it."],
+    ]  # fmt: skip
     assert pd.DataFrame(json.loads(hookkit("show", "results", "--json").stdout)).equals(hk.results("results"))
     assert "there is no folder" in hookkit("show", "nowhere", status=2).stderr

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_the_readme_shows_what_its_code_prints(smol, tmp_path, monkeypatch):
             assert printed.getvalue().rstrip() == output.rstrip()
             shown += 1
     assert shown >= 3
+
+
+def test_the_readme_shows_what_its_commands_say(smol, hookkit, monkeypatch):
+    monkeypatch.setattr("hookkit.zoo.load", lambda: smol)
+    shown = [code for language, code in BLOCKS if language == "console"]
+    assert len(shown) >= 2
+    for code in shown:
+        command, output = code.removeprefix("$ hookkit ").split("\n", 1)
+        assert hookkit(*shlex.split(command)).stdout.rstrip() == output.rstrip()
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README) or ["README.md"])

@@ -1,58 +1,86 @@
-"""The program itself, and what its commands share: how a wish that cannot be met, and Ctrl-C, end it."""
+"""The program itself, and how its commands end: done, with a wish that cannot be met, by Ctrl-C, or unread."""
 
-import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-if TYPE_CHECKING:
-    from ..model import LM
+from .gathering import gathered
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-UNHEALTHY = 1  # that of a model in which something does not hold
+DONE = 0
+UNHEALTHY = 1  # the exit status of a model in which something does not hold, and of a result that moved
 WRONG = 2  # that of a wish that cannot be met
+INTERRUPTED = 130  # that of a program that Ctrl-C ended
+
+STATUS = (
+    "Exit status: 0 done; 1 doctor found what does not work, or what was run failed or moved; 2 a wish that cannot be "
+    "met; 130 ended by Ctrl-C."
+)
+PIPED = not sys.stdout.isatty()  # help and refusals are then plain text, without frames
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def program(**settings: Any) -> typer.Typer:
+    """The program, or a group of commands in it."""
+    mode = None if PIPED else "rich"
+    return typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=mode, **settings)
+
+
+app = program(add_completion=True, epilog=STATUS)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hookkit {version('hookkit')}")
+        raise typer.Exit(DONE)
 
 
 @app.callback()
-def main() -> None:
-    """See and change what a language model computes."""
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which hookkit this is.")
+    ] = False,
+) -> None:
+    """See and change what a language model computes. A model is SmolLM2-135M-Instruct unless --model names another."""
+    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8" and hasattr(sys.stdout, "reconfigure"):
+        wide: Any = sys.stdout
+        wide.reconfigure(**({"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+
+
+def command(example: str, *, panel: str, within: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:
+    """What makes a function a command, whose endings are all clean. `panel` is its heading in the program's help."""
+
+    def made(function: Function) -> Function:
+        words = f"Example: {example}" if not PIPED else f"\b\nExample:\n  {example}"  # \b keeps its lines
+        within.command(name, epilog=words, rich_help_panel=panel)(gathered(function, endings_said))
+        return function
+
+    return made
 
 
 @contextmanager
-def refusals_said() -> Iterator[None]:
-    """A block in which a wish that cannot be met ends the program, with the reason."""
+def endings_said(left: str = "") -> Iterator[None]:
+    """A block that ends the program with its status and a word, where a wish cannot be met, and at Ctrl-C.
+
+    Where nobody reads on (`| head`), it ends quietly. `left` says what an interrupted program leaves.
+    """
     from ..errors import HookkitError
 
     try:
         yield
+        sys.stdout.flush()
     except HookkitError as error:
         typer.echo(f"hookkit: {error}", err=True)
         raise typer.Exit(WRONG) from None
-
-
-@contextmanager
-def interrupts_said(left: str) -> Iterator[None]:
-    """A block that Ctrl-C ends with a word on what it leaves."""
-    try:
-        yield
     except KeyboardInterrupt:
-        typer.echo(f"hookkit: interrupted; {left}", err=True)
+        typer.echo("hookkit: interrupted" + (f"; {left}" if left else ""), err=True)
         raise typer.Exit(INTERRUPTED) from None
-
-
-def loaded(words: dict[str, Any]) -> "LM":
-    """The model that these words mean, the default one where they say nothing."""
-    from ..zoo import load
-
-    given = {name: value for name, value in words.items() if value is not None}
-    name = given.pop("model", None)
-    return load(**given) if name is None else load(name, **given)
-
-
-def records(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table as plain values; what is no finite number is None."""
-    return json.loads(table.to_json(orient="records"))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes goes nowhere
+        raise typer.Exit(DONE) from None

@@ -5,20 +5,19 @@ from typing import Annotated
 
 import typer
 
-from .base import app, interrupts_said, loaded, refusals_said
-from .engine import Actors, Address, Cpus, Engine, Gpus, chosen
+from .base import command, endings_said
+from .engine import Engine
+from .options import Which
 
 
-@app.command(epilog="Example: hookkit harvest texts.txt resid_post.6 z.9 --out folder --dtype bfloat16")
+@command("hookkit harvest texts.txt resid_post.6 z.9 --out folder --keep-as bfloat16", panel="Grids and corpora")
 def harvest(
     texts: Annotated[str, typer.Argument(help="A file with a text a line: .txt, or .jsonl.")],
     sites: Annotated[list[str], typer.Argument(help="The sites, such as resid_post.6; resid_post means every layer.")],
     out: Annotated[str, typer.Option(help="The folder; one that was begun is gone on with.")],
-    model: Annotated[str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out.")] = None,
-    model_dtype: Annotated[str | None, typer.Option(help="In which the model computes: float32, bfloat16 …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="In which values are kept; as the model's if left out.")] = None,
+    which: Which,
+    engine: Engine,
+    keep_as: Annotated[str | None, typer.Option(help="The dtype of what is kept; the model's if left out.")] = None,
     pos: Annotated[int | None, typer.Option(help="One position of each text, such as -1; all if left out.")] = None,
     context: Annotated[int | None, typer.Option(help="How many tokens of a text are read at most.")] = None,
     long: Annotated[str, typer.Option(help="What becomes of a longer text: error, truncate or split.")] = "error",
@@ -27,31 +26,26 @@ def harvest(
     ] = "error",
     batch_tokens: Annotated[int, typer.Option(min=1, help="How many tokens run together.")] = 2048,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Rows of a shard; 128 MiB if left out.")] = None,
-    progress: Annotated[bool, typer.Option(help="A line that says how far it is.")] = True,
-    engine: Engine = None,
-    actors: Actors = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    address: Address = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line that says how far it is.")] = False,
 ) -> None:
     """Write what is at some sites, for every text of a file, to a folder; prints what it has, as JSON."""
     from ..harvesting import harvest as harvested
 
-    with refusals_said(), interrupts_said(f"what is in {out} stays, and the same command goes on"):
-        where = chosen(engine, actors, cpus, gpus, address)
+    with endings_said(f"what is in {out} stays, and the same command goes on"):
+        where = engine.chosen()
         found = harvested(
-            loaded({"model": model, "revision": revision, "device": device, "dtype": model_dtype}),
+            which.load(quiet=quiet),
             texts,
             sites,
             out,
             pos=pos,
-            dtype=dtype,
+            dtype=keep_as,
             context=context,
             long=long,  # pyright: ignore[reportArgumentType]
             unfit=unfit,  # pyright: ignore[reportArgumentType]
             batch_tokens=batch_tokens,
             shard_size=shard_size,
-            progress=progress,
+            progress=not quiet,
             engine=where,
         )
     said = {"folder": out, "rows": len(found), "texts": found.texts, "left_out": found.left_out}

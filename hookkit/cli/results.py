@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .base import UNHEALTHY, app, interrupts_said, records, refusals_said
+from .base import UNHEALTHY, command
+from .printing import Form, Shown, tell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,9 +22,10 @@ Against: TypeAlias = Annotated[
 Tolerance: TypeAlias = Annotated[float, typer.Option(help="With --against: how far numbers may lie apart.")]
 
 
-@app.command(epilog="Example: hookkit run experiments/oat_milk.py --against HEAD")
+@command("hookkit run experiments/oat_milk.py --against HEAD", panel="Experiments")
 def run(
-    scripts: Annotated[list[Path], typer.Argument(help="Experiments: files of Python.")],
+    scripts: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Experiments: files of Python.")],
+    form: Form,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
     folder: Annotated[Path, typer.Option(help="Where the results are written.")] = Path("results"),
@@ -32,25 +34,24 @@ def run(
 
     Ends with status 1 if one of them failed, or if with --against a table moved.
     """
+    _ = form.kind
     import pandas as pd
 
-    from ..errors import BadHook
+    from ..errors import BadFile
 
-    with refusals_said(), interrupts_said("what was recorded stays"):
-        missing = [str(path) for path in scripts if not path.is_file()]
-        if missing:
-            raise BadHook(f"there is no file {', '.join(missing)}: name experiments by their files")
-        rows = [_ran(path, folder / path.stem, against, tolerance) for path in scripts]
-        _indexed(folder)
-    table = pd.DataFrame(rows)
-    typer.echo(table.to_string(index=False))
+    missing = [str(path) for path in scripts if not path.is_file()]
+    if missing:
+        raise BadFile(f"there is no file {', '.join(missing)}: name experiments by their files")
+    table = pd.DataFrame([_ran(form, path, folder / path.stem, against, tolerance) for path in scripts])
+    _indexed(form, folder)
+    tell(form, "Experiments", {"experiments": Shown(table)})
     if (table["ended"] != "finished").any() or (against is not None and not table["same"].all()):
         raise typer.Exit(UNHEALTHY)
 
 
-def _ran(path: Path, folder: Path, against: str | None, tolerance: float) -> dict[str, Any]:
+def _ran(form: Form, path: Path, folder: Path, against: str | None, tolerance: float) -> dict[str, Any]:
     """Run one experiment: its time, how it ended, and what moved."""
-    typer.echo(f"hookkit: {path}", err=True)
+    form.note(str(path))
     started = time.perf_counter()
     status = subprocess.run([sys.executable, *_words(path)], check=False, stdout=STANDARD_ERROR).returncode
     row = {"experiment": path.stem, "seconds": round(time.perf_counter() - started)}
@@ -61,7 +62,7 @@ def _ran(path: Path, folder: Path, against: str | None, tolerance: float) -> dic
 
     table = _moved(folder, against, tolerance)
     said = in_words(table)
-    typer.echo(f"hookkit: {folder} against {against}: {said}", err=True)
+    form.note(f"{folder} against {against}: {said}")
     return row | {"tables": len(table), "same": bool(table["same"].all()), "largest": table["largest"].max()}
 
 
@@ -72,37 +73,41 @@ def _words(path: Path) -> list[str]:
     return ["-m", ".".join(parts)] if parts and all(part.isidentifier() for part in parts) else [str(path)]
 
 
-def _indexed(folder: Path) -> None:
+def _indexed(form: Form, folder: Path) -> None:
     from ..errors import BadHook
     from ..gallery import index
 
     try:
-        typer.echo(f"hookkit: the index is {index(folder)}", err=True)
+        form.note(f"the index is {index(folder)}")
     except BadHook as error:  # an experiment need not record anything
-        typer.echo(f"hookkit: no index: {error}", err=True)
+        form.note(f"no index: {error}")
 
 
-@app.command(epilog="Example: hookkit show results/oat_milk --against last")
+@command("hookkit show results/oat_milk --against last", panel="Experiments")
 def show(
     folder: Annotated[Path, typer.Argument(help="A result, or a folder of results.")],
+    form: Form,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
     rows: Annotated[int, typer.Option(min=1, help="How many rows of each table to show.")] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show a result: question, answer, tables; or list a folder of results; or say what moved.
 
     Ends with status 1 if with --against a table moved.
     """
+    kind = form.kind
     from ..gallery import results
 
-    with refusals_said():
-        if against is not None:
-            _say_moved(_moved(folder, against, tolerance), as_json)
-        elif (folder / "report.html").is_file():
-            _say_result(folder, rows, as_json)
-        else:
-            _say_all(results(folder), as_json)
+    if against is not None:
+        table = _moved(folder, against, tolerance)
+        tell(form, "What moved", {"moved": Shown(table)})
+        if not table["same"].all():
+            raise typer.Exit(UNHEALTHY)
+    elif (folder / "report.html").is_file():
+        tell(form, folder.name, _result(folder, kind, rows))
+    else:
+        table = results(folder)
+        tell(form, "Results", {"results": Shown(table, ("result", "question", "answer"))})
 
 
 def _moved(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
@@ -117,43 +122,23 @@ def _moved(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
     return moved(before, folder, tolerance=tolerance)
 
 
-def _say_moved(table: "pd.DataFrame", as_json: bool) -> None:
-    typer.echo(_json(records(table)) if as_json else table.to_string(index=False))
-    if not table["same"].all():
-        raise typer.Exit(UNHEALTHY)
-
-
-def _say_result(folder: Path, rows: int, as_json: bool) -> None:
+def _result(folder: Path, kind: str, rows: int) -> dict[str, Shown | str]:
+    """What a result says, and its tables; so many rows of each for a reader."""
     import json
 
     import pandas as pd
 
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-    if as_json:
-        typer.echo(_json({"about": about, "tables": {name: records(table) for name, table in tables.items()}}))
-        return
-    for words in (about.get("title"), about.get("question"), about.get("answer")):
-        if words:
-            typer.echo(words)
-    for name, table in tables.items():
-        more = f", the first {rows} of {len(table)} rows" if len(table) > rows else ""
-        typer.echo(f"\n{name}{more}\n{table.head(rows).to_string(index=False, max_colwidth=40)}")
-    typer.echo(f"\nMade by {about.get('command', 'an unknown command')}; the page is {folder / 'report.html'}")
+    from ..errors import BadFile
 
-
-def _say_all(table: "pd.DataFrame", as_json: bool) -> None:
-    found = records(table)
-    if as_json:
-        typer.echo(_json(found))
-        return
-    for each in found:
-        typer.echo(f"{each['result']}\n  {each['question'] or each['title']}")
-        if each["answer"]:
-            typer.echo(f"  {each['answer']}")
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=1)
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{folder / 'about.json'} cannot be read: {error}; run the experiment again") from error
+    said = {name: about[name] for name in ("title", "question", "answer", "command") if about.get(name)}
+    parts: dict[str, Shown | str] = {"about": Shown(pd.DataFrame([said]))} if kind == "json" else {**said}
+    for path in sorted(folder.glob("*.csv")):
+        table = pd.read_csv(path)
+        cut = not kind and len(table) > rows
+        caption = path.stem + (f", the first {rows} of {len(table)} rows" if cut else "")
+        parts[path.stem] = Shown(table, caption=caption, reader=table.head(rows) if cut else None)
+    return parts

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .base import app, refusals_said
+from .base import command
 
 EXPERIMENT = '''\
 """{said}
@@ -65,7 +65,7 @@ def test_{name}_gives_the_same_table_twice(tmp_path, monkeypatch):
 '''
 
 
-@app.command(epilog='Example: hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"')
+@command('hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"', panel="Experiments")
 def new(
     name: Annotated[str, typer.Argument(help="What the experiment is called: letters, digits and _.")],
     question: Annotated[str, typer.Option(help="What it asks.")] = "",
@@ -77,21 +77,20 @@ def new(
     """Write a running experiment of some thirty lines, and its test."""
     from ..errors import BadHook
 
-    with refusals_said():
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-            raise BadHook(f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk")
-        asked = " ".join(question.split()) or f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
-        if not asked.endswith("?"):
-            raise BadHook(f"{asked!r} is no question: an experiment asks one, and it ends in a question mark")
-        words = {"name": name, "question": asked, "said": _said(asked), "prompt": prompt, "token": token}
-        words["model"] = "" if model is None else repr(str(Path(model).resolve()) if Path(model).exists() else model)
-        files = {folder / "experiments" / f"{name}.py": EXPERIMENT, folder / "tests" / f"test_{name}.py": TEST}
-        there = [str(path) for path in files if path.exists()]
-        if there:
-            raise BadHook(f"{' and '.join(there)} stand there already: choose another name, or move them away")
-        for path, template in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(template.format(**words), encoding="utf-8")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise BadHook(f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk")
+    asked = " ".join(question.split()) or f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
+    if not asked.endswith("?"):
+        raise BadHook(f"{asked!r} is no question: an experiment asks one, and it ends in a question mark")
+    words = {"name": name, "question": asked, "said": _said(asked), "prompt": prompt, "token": token}
+    words["model"] = "" if model is None else repr(str(Path(model).resolve()) if Path(model).exists() else model)
+    files = {folder / "experiments" / f"{name}.py": EXPERIMENT, folder / "tests" / f"test_{name}.py": TEST}
+    there = [str(path) for path in files if path.exists()]
+    if there:
+        raise BadHook(f"{' and '.join(there)} stand there already: choose another name, or move them away")
+    for path, template in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(template.format(**words), encoding="utf-8")
     for path in files:
         typer.echo(path)
     run, test = files

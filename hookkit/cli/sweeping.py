@@ -1,115 +1,194 @@
-"""hookkit sweep: a standard grid of edits, as a table."""
+"""hookkit sweep: a standard grid of edits, as a table; hookkit patch: the most usual one, for a reader."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .base import INTERRUPTED, app, loaded, refusals_said
-from .engine import Actors, Address, Cpus, Engine, Gpus, chosen
+from .base import INTERRUPTED, app, command, program
+from .engine import Engine
+from .options import Head, Layer, Position, Which, one_prompt, word
+from .printing import Form, Shown, strongest, tell
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..metrics import Metric
+    from ..model import LM
 
-grids = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.add_typer(grids, name="sweep", help="A grid of edits and what each does to a token: a table as CSV.")
+GRIDS = "Grids and corpora"
+grids = program()
+app.add_typer(grids, name="sweep", help="A grid of edits and what each does to a token: a table as CSV.",
+              rich_help_panel=GRIDS)  # fmt: skip
 
-Token: TypeAlias = Annotated[str, typer.Option(help="The token that is measured, such as ' coffee'.")]
-Against: TypeAlias = Annotated[str | None, typer.Option(help="Another token: the difference of their logits.")]
-Layer: TypeAlias = Annotated[list[int] | None, typer.Option(help="A layer; repeatable. All if left out.")]
-Head: TypeAlias = Annotated[list[int] | None, typer.Option(help="A head; repeatable. All if left out.")]
-Position: TypeAlias = Annotated[list[int] | None, typer.Option(help="A position of the prompt; repeatable.")]
-Save: TypeAlias = Annotated[str | None, typer.Option(help="A folder in which it goes on if it is ended.")]
-Model: TypeAlias = Annotated[str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")]
-Revision: TypeAlias = Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")]
-Device: TypeAlias = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out.")]
-Dtype: TypeAlias = Annotated[str | None, typer.Option(help="float32, bfloat16 …")]
+Clean: TypeAlias = Annotated[str, typer.Argument(help="The prompt that is patched from.")]
+Corrupted: TypeAlias = Annotated[str, typer.Argument(help="The prompt that is patched, of as many tokens.")]
+Direction: TypeAlias = Annotated[str, typer.Option(help="denoise, or noise: clean prompts with what is corrupted.")]
+Save: TypeAlias = Annotated[Path | None, typer.Option(help="A folder in which it goes on if it is ended.")]
 
 
-@grids.command(epilog='Example: hookkit sweep ablations "I like oat milk in my" z --token " coffee"')
+@dataclass(frozen=True)
+class Measure:
+    """What is measured."""
+
+    token: Annotated[str, typer.Option(help="The token that is measured, such as ' coffee'.")]
+    against: Annotated[str | None, typer.Option(help="Another token: the difference of their logits.")] = None
+
+    def metric(self) -> "Metric":
+        from ..metrics import logit_diff, prob
+
+        return prob(word(self.token)) if self.against is None else logit_diff(word(self.token), word(self.against))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which places; all of each dimension that is left out."""
+
+    layer: Layer = None
+    head: Head = None
+    pos: Position = None
+    save: Save = None
+
+    def settings(self) -> dict[str, Any]:
+        places = {"layers": self.layer or None, "heads": self.head or None, "pos": self.pos or None}
+        return {**places, "save": self.save}
+
+
+@command('hookkit sweep ablations "I like oat milk in my" z --token " coffee"', panel=GRIDS, within=grids)
 def ablations(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     what: Annotated[str, typer.Argument(help="A site such as z or mlp_out, or block.")],
-    token: Token,
-    against: Against = None,
+    measure: Measure,
+    grid: Grid,
+    which: Which,
+    engine: Engine,
+    form: Form,
     to: Annotated[str, typer.Option(help="What is put in: zero, mean or resample.")] = "zero",
     over: Annotated[list[str] | None, typer.Option(help="A prompt of the mean or the draw; repeatable.")] = None,
-    layer: Layer = None,
-    head: Head = None,
-    pos: Position = None,
-    save: Save = None,
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    engine: Engine = None,
-    actors: Actors = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    address: Address = None,
 ) -> None:
     """Each head, layer or block taken out by itself: what the token loses without it."""
     from ..sweeps import ablations as swept
 
-    with refusals_said():
-        given: dict[str, Any] = {"to": to, "over": over or None, **_places(layer, head, pos), "save": save}
-        given["engine"] = chosen(engine, actors, cpus, gpus, address)
-        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
-        _say(lambda: swept(lm, [prompt], what, _metric(token, against), **given), save)
+    text, _ = one_prompt(prompt), form.kind
+    given: dict[str, Any] = {"to": to, "over": over or None, **grid.settings(), "progress": form.progress}
+    given["engine"] = engine.chosen()
+    lm = which.load(quiet=form.quiet)
+    _say(lambda: swept(lm, [text], what, measure.metric(), **given), grid, form)
 
 
-@grids.command(
-    epilog='Example: hookkit sweep patching "Mary gave tea to" "John gave tea to" resid_pre --token " John" '
-    '--against " Mary"'
+@command(
+    'hookkit sweep patching "Mary gave tea to" "John gave tea to" resid_pre --token " John" --against " Mary"',
+    panel=GRIDS,
+    within=grids,
 )
 def patching(
-    clean: Annotated[str, typer.Argument(help="The prompt that is patched from.")],
-    corrupted: Annotated[str, typer.Argument(help="The prompt that is patched, of as many tokens.")],
+    clean: Clean,
+    corrupted: Corrupted,
     site: Annotated[list[str], typer.Argument(help="A site such as resid_pre or z; several are compared.")],
-    token: Token,
-    against: Against = None,
-    direction: Annotated[
-        str, typer.Option(help="denoise, or noise: clean prompts with what is corrupted.")
-    ] = "denoise",
-    layer: Layer = None,
-    head: Head = None,
-    pos: Position = None,
-    save: Save = None,
-    model: Model = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    engine: Engine = None,
-    actors: Actors = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    address: Address = None,
+    measure: Measure,
+    grid: Grid,
+    which: Which,
+    engine: Engine,
+    form: Form,
+    direction: Direction = "denoise",
 ) -> None:
     """What each place of a clean prompt carries: put into the corrupted one, how much of the token comes back."""
     from ..sweeps import patching as swept
 
-    with refusals_said():
-        given: dict[str, Any] = {"direction": direction, **_places(layer, head, pos), "save": save}
-        given["engine"] = chosen(engine, actors, cpus, gpus, address)
-        lm = loaded({"model": model, "revision": revision, "device": device, "dtype": dtype})
-        _say(lambda: swept(lm, [clean], [corrupted], site, _metric(token, against), **given), save)
+    _ = form.kind
+    given: dict[str, Any] = {"direction": direction, **grid.settings(), "progress": form.progress}
+    given["engine"] = engine.chosen()
+    lm = which.load(quiet=form.quiet)
+    _say(lambda: swept(lm, [clean], [corrupted], site, measure.metric(), **given), grid, form)
 
 
-def _places(layer: list[int] | None, head: list[int] | None, pos: list[int] | None) -> dict[str, Any]:
-    """The dimensions of the grid; all of each that was left out."""
-    return {"layers": layer or None, "heads": head or None, "pos": pos or None}
+@command('hookkit patch "Mary and John met; John thanked" "Mary and John met; Mary thanked"', panel=GRIDS)
+def patch(
+    clean: Clean,
+    corrupted: Corrupted,
+    grid: Grid,
+    which: Which,
+    form: Form,
+    site: Annotated[str, typer.Option(help="resid_pre, attn_out, mlp_out, z …")] = "resid_pre",
+    token: Annotated[str | None, typer.Option(help="What is measured; the clean prompt's first if left out.")] = None,
+    against: Annotated[str | None, typer.Option(help="Against which; the corrupted one's first if left out.")] = None,
+    direction: Direction = "denoise",
+    top: Annotated[int, typer.Option(min=1, help="How many places to show, the strongest first.")] = 10,
+    figure: Annotated[Path | None, typer.Option(help="A file for the figure: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Where a clean prompt has what a corrupted one lacks: the strongest places. CSV and JSON have all of them.
+
+    The effect is 0 where a place changed nothing, and 1 where it brought all of the clean prompt's answer.
+    """
+    from ..metrics import logit_diff
+    from ..sweeps import patching as swept
+
+    _check_figure(figure)
+    _ = form.kind
+    lm = which.load(quiet=form.quiet)
+    right, wrong = _answers(lm, clean, corrupted, token, against)
+    form.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
+    metric = logit_diff(right, wrong)
+    given: dict[str, Any] = {"direction": direction, **grid.settings(), "progress": form.progress}
+
+    def tell_it(table: "pd.DataFrame") -> None:
+        tokens = [repr(lm.string(each)) for each in lm.tokenizer.encode(corrupted)] if lm.tokenizer else None
+        _tell_places(form, table, tokens, top, figure)
+
+    _say(lambda: swept(lm, [clean], [corrupted], site, metric, **given), grid, form, tell_it)
 
 
-def _metric(token: str, against: str | None) -> "Metric":
-    from ..metrics import logit_diff, prob
+def _answers(lm: "LM", clean: str, corrupted: str, token: str | None, against: str | None) -> tuple[int, int]:
+    """The two tokens whose logits are compared: those named, else the first of each prompt."""
+    from ..errors import BadHook
+    from ..runs import forward
+    from ..tables import ranks
 
-    return prob(token) if against is None else logit_diff(token, against)
+    named = [None if each is None else lm.token(word(each)) for each in (token, against)]
+    first = [
+        int(ranks(forward(lm, text, logits="last"), top=1)["token_id"].iloc[0]) if one is None else one
+        for text, one in zip((clean, corrupted), named, strict=True)
+    ]
+    if first[0] == first[1]:
+        raise BadHook(
+            f"both prompts are answered with {lm.string(first[0])!r}: say what is measured, --token and --against"
+        )
+    return first[0], first[1]
 
 
-def _say(sweep: Any, save: str | None) -> None:
-    """Print a table as CSV, also one that Ctrl-C ended."""
+def _check_figure(path: Path | None) -> None:
+    from ..errors import BadFile
+
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise BadFile(f"--figure {path}: give a file that ends in .png, .svg or .pdf")
+
+
+def _tell_places(form: Form, table: "pd.DataFrame", tokens: list[str] | None, top: int, figure: Path | None) -> None:
+    """The places by their effect, the positions with their tokens."""
+    from ..errors import BadFile
+    from ..heatmaps import heat_map
+
+    labels = tokens if tokens is not None and "pos" in table and "head" not in table else None
+    if figure is not None:
+        try:
+            heat_map(table, labels=labels).savefig(figure, dpi=150)
+        except OSError as error:
+            raise BadFile(f"{str(figure)!r} cannot be written: {error.strerror or error}") from error
+        form.note(f"wrote {figure}")
+    shown = strongest(table, "logit_diff_effect", top)
+    if tokens is not None and "pos" in shown:
+        shown["token"] = [tokens[int(place)] for place in shown["pos"]]
+    columns = ("site", "layer", "head", "pos", "token", "logit_diff_before", "logit_diff", "logit_diff_effect")
+    tell(form, "Patching", {"patching": Shown(table, columns, "", shown, lambda: heat_map(table, labels=labels))})
+
+
+def _say(
+    sweep: Callable[[], "pd.DataFrame"], grid: Grid, form: Form, tell_it: "Callable[[pd.DataFrame], None] | None" = None
+) -> None:
+    """Say the table, as CSV unless told otherwise, also one that Ctrl-C ended."""
     from ..errors import Interrupted
 
     with warnings.catch_warnings():
@@ -118,9 +197,13 @@ def _say(sweep: Any, save: str | None) -> None:
             table: pd.DataFrame | None = sweep()
         except KeyboardInterrupt:  # before the first cell
             table = None
-    if table is not None:
-        typer.echo(table.to_csv(index=False), nl=False)
+    if table is not None and tell_it is not None:
+        tell_it(table)
+    elif table is not None and form.kind:
+        tell(form, "Sweep", {"sweep": Shown(table)})
+    elif table is not None:
+        typer.echo(table.to_csv(index=False, lineterminator="\n"), nl=False)
     if table is None or not table.attrs["complete"]:
-        on = "with --save FOLDER it could go on" if save is None else "the same command goes on"
+        on = "with --save FOLDER it could go on" if grid.save is None else "the same command goes on"
         typer.echo(f"hookkit: interrupted; {on}", err=True)
         raise typer.Exit(INTERRUPTED)

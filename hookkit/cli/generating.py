@@ -1,0 +1,169 @@
+"""hookkit generate, compare, steer: what a model writes, edited, beside its unedited twin, and along a direction."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .base import command
+from .options import Edits, Generation, Texts, Top, Watch, Which, watched
+from .printing import Form, Shown, said, tell
+
+if TYPE_CHECKING:
+    from ..model import LM
+    from ..vectors import Vector
+
+WRITE = "Write"
+
+
+@command('hookkit generate "I like oat milk in my" --ban " coffee" --max-new-tokens 12', panel=WRITE)
+def generate(
+    texts: Texts,
+    which: Which,
+    edits: Edits,
+    generation: Generation,
+    form: Form,
+    only_new: Annotated[bool, typer.Option("--only-new", help="Without the prompt before it.")] = False,
+) -> None:
+    """Let the model go on from each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
+    prompts, settings, kind = texts.read(), generation.arguments(), form.kind
+    import pandas as pd
+
+    from ..runs import generate as generated
+
+    lm = which.load(quiet=form.quiet)
+    run = generated(lm, prompts, *edits.read(lm), logits=False, **settings)
+    if not kind:
+        for prompt, text in zip(prompts, run.generated, strict=True):
+            said(text if only_new else prompt + text)
+        return
+    table = pd.DataFrame({"row": range(len(prompts)), "prompt": prompts, "generated": run.generated})
+    tell(form, "Generated", {"generated": Shown(table)})
+
+
+@command('hookkit compare "I like oat milk in my" --ablate mlp_out.12 --max-new-tokens 8', panel=WRITE)
+def compare(
+    texts: Texts,
+    which: Which,
+    edits: Edits,
+    generation: Generation,
+    form: Form,
+    along: Annotated[str, typer.Option(help="Along whose text steps are compared: baseline or edited.")] = "baseline",
+    top: Top = 5,
+    watch: Watch = None,
+) -> None:
+    """Generate with hooks and without them, with the same random numbers: where the texts part, and how far.
+
+    CSV has the shift of each token at each step; JSON also the texts and the distances.
+    """
+    prompts, settings, _ = texts.read(), generation.arguments(), form.kind
+    from ..comparing import compare as compared
+
+    lm = which.load(quiet=form.quiet)
+    ids = watched(lm, watch)
+    hooks = edits.read(lm, needed="a comparison is of a text with hooks and one without")
+    both = compared(lm, prompts, *hooks, along=along, top=top, watch=ids, **settings)  # pyright: ignore
+    names = ("row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept")
+    parts: dict[str, Shown | str] = {
+        "texts": Shown(_quoted(both.texts), caption=" + ".join(map(str, hooks))),
+        "summary": Shown(both.summary, names, f"at each step of the {along} text (nats)"),
+        "shifts": Shown(both.shifts, caption="every token's shift"),
+    }
+    if not form.kind:
+        del parts["shifts"]
+    tell(form, "Comparison", parts if not form.kind else parts | {"texts": Shown(both.texts)}, main="shifts")
+
+
+def _quoted(table: Any) -> Any:
+    """The texts as literals, so that a space at an end is seen."""
+    return table.assign(**{name: table[name].map(repr) for name in ("baseline", "edited")})
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Along which direction: of a file, or from one kind of texts to another."""
+
+    vector: Annotated[Path | None, typer.Option(help="A file that Vector.save, or --save, wrote.")] = None
+    toward: Annotated[list[str] | None, typer.Option(help="A text that has it; repeatable.")] = None
+    away: Annotated[list[str] | None, typer.Option(help="A text that has the opposite; repeatable.")] = None
+    site: Annotated[str | None, typer.Option(help="Where it is read and added; a middle layer if left out.")] = None
+    save: Annotated[Path | None, typer.Option(help="Where the vector is kept, as .safetensors.")] = None
+
+    def found(self, lm: "LM") -> "Vector":
+        """The vector, read from its file or from the texts."""
+        from ..errors import BadHook
+
+        made = bool(self.toward or self.away)
+        if made == (self.vector is not None) or (made and not (self.toward and self.away)):
+            raise BadHook("a direction is --vector FILE, or --toward TEXT and --away TEXT: give one of them")
+        found = self._between(lm) if made else self._of_file(lm)
+        if self.save is not None:
+            self._keep(found)
+        return found
+
+    def _between(self, lm: "LM") -> "Vector":
+        from ..vectors import mean_difference
+
+        site = self.site or f"resid_post.{lm.n_layers // 2}"
+        found = mean_difference(lm, self.toward or [], self.away or [], site)
+        if len(found) > 1:
+            from ..errors import BadHook
+
+            raise BadHook(f"--site {site} is one place in every layer: name a layer, such as {found[0].site}")
+        return found[0]
+
+    def _of_file(self, lm: "LM") -> "Vector":
+        from safetensors import SafetensorError
+
+        from ..errors import BadFile, BadHook
+        from ..vectors import load_vector
+
+        if self.site is not None:
+            raise BadHook("--site goes with --toward and --away: a file says itself where its vector stands")
+        try:
+            return load_vector(lm, str(self.vector))
+        except (OSError, SafetensorError) as error:
+            raise BadFile(f"{str(self.vector)!r} is no file of a vector that can be read: {error}") from error
+
+    def _keep(self, vector: "Vector") -> None:
+        from ..errors import BadFile
+
+        try:
+            vector.save(str(self.save))
+        except OSError as error:
+            raise BadFile(f"{str(self.save)!r} cannot be written: {error.strerror or error}") from error
+
+
+@command(
+    'hookkit steer "I think the film was" --toward "I love it" --away "I hate it" --site resid_post.16', panel=WRITE
+)
+def steer(
+    texts: Texts,
+    which: Which,
+    direction: Direction,
+    generation: Generation,
+    form: Form,
+    dose: Annotated[
+        list[float] | None, typer.Option(help="How much, as a part of the stream's own length; repeatable.")
+    ] = None,
+) -> None:
+    """What the model writes with a direction added to its stream, at several doses; a negative one is the opposite."""
+    prompts, settings, _ = texts.read(), generation.arguments(), form.kind
+    import pandas as pd
+
+    from ..runs import generate as generated
+
+    lm = which.load(quiet=form.quiet)
+    vector = direction.found(lm)
+    form.note(str(vector))
+    if direction.save is not None:
+        form.note(f"wrote {direction.save}")
+    found = []
+    for each in dose or (-0.4, -0.2, 0.0, 0.2, 0.4):
+        hooks = [vector.steer(dose=each)] if each else []
+        run = generated(lm, prompts, *hooks, logits=False, **settings)
+        found += [{"row": row, "dose": each, "generated": text} for row, text in enumerate(run.generated)]
+    table = pd.DataFrame(found).sort_values(["row", "dose"], ignore_index=True, kind="stable")
+    shown = table if form.kind else table.assign(generated=table["generated"].map(repr))
+    tell(form, "Steering", {"steering": Shown(shown)})

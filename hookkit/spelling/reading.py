@@ -1,0 +1,247 @@
+"""hk.hook: a hook from a short text, or from JSON; hk.load_hooks: those of a file."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadFile, BadHook, NotOneToken, checks_keywords, did_you_mean
+from ..hooks.base import Hook
+from ..hooks.choosing import ban, force, restrict
+from ..hooks.cutting import knockout
+from ..hooks.edits import project_out, scale, skip_block, steer
+from ..hooks.looking import capture
+from ..hooks.moving import boost, cap, set_rank, swap
+from ..hooks.phrases import phrase
+from ..hooks.replacing import ablate, patch
+from ..model import LM
+from ..runs import forward
+from ..vectors import Vector, load_vector
+from .words import Spelling, amount_of, parts_of, sites_of, split, token_of, tokens_of
+
+
+@checks_keywords
+def hook(text: str, *, lm: LM | None = None) -> Hook:
+    """The hook that a short text VERB:WHAT@WHERE means, or that `Hook.to_json` wrote; `spell` is the way back.
+
+    Sites, tokens, positions and settings are written as `hookkit.spelling` has them, and mean what the function of
+    that verb means by them. `lm` is needed where a text has to be read with the model: a steering vector's file, which
+    is checked against it, a prompt to patch from, and several tokens in a row for force and ban.
+
+    >>> print(hook("ablate:z.9.3"), hook("force: coffee@0"), hook("boost: tea=2.5"), sep="; ")
+    ablate(z.9.3); force(' coffee', step=0); boost(' tea', by=2.5)
+    >>> print(hook("patch:resid_post.6:She takes green tea with@-1", lm=lm))
+    patch(resid_post.6, run, pos=-1)
+    """
+    if text.lstrip().startswith("{"):
+        return Hook.from_json(text)
+    spelled = parts_of(text)
+    if spelled.verb == "edit":
+        raise BadHook(f"{text!r}: an edit needs a function, which no text holds: make it in Python, hk.edit(site, fn)")
+    if spelled.verb not in READ:
+        raise BadHook(
+            f"{text!r}: there is no hook {spelled.verb!r}{did_you_mean(spelled.verb, READ)} "
+            f"There are: {', '.join(READ)}."
+        )
+    return READ[spelled.verb](spelled, lm)
+
+
+@checks_keywords
+def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Hook]:
+    """The hooks of a YAML or JSON file: a list of short texts, and of mappings as `Hook.to_json` writes them.
+
+    >>> _ = Path("hooks.yaml").write_text('- "ablate:z.9.3"\\n- "force: coffee@0"\\n')
+    >>> [str(each) for each in load_hooks("hooks.yaml")]
+    ['ablate(z.9.3)', "force(' coffee', step=0)"]
+    """
+    import yaml
+
+    try:
+        words = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise BadFile(f"{os.fspath(path)!r} is no file of hooks that can be read: {why}") from error
+    try:
+        found = json.loads(words) if Path(path).suffix == ".json" else yaml.safe_load(words)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise BadHook(f"{os.fspath(path)!r} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(found, list) or not found:
+        raise BadHook(f'{os.fspath(path)!r} has no list of hooks: write a line for each, - "ablate:z.9.3"')
+    return [_listed(each, lm, os.fspath(path)) for each in found]
+
+
+def _listed(written: Any, lm: LM | None, path: str) -> Hook:
+    if isinstance(written, str):
+        return hook(written, lm=lm)
+    if isinstance(written, Mapping) and "hook" in written:
+        return Hook.from_json(json.dumps(written))
+    if isinstance(written, Mapping) and len(written) == 1:  # YAML reads `force: coffee` so, and drops the space
+        raise BadHook(f'{path!r} has {dict(written)}, a short text without quotes: write - "force: coffee@0"')
+    raise BadHook(
+        f"{path!r} has {written!r}, which is no hook: write short texts in quotes, or what Hook.to_json() writes"
+    )
+
+
+def _inner(spelled: Spelling) -> dict[str, Any]:
+    """The keywords of a hook on inner values: the place is its position."""
+    return {**({} if spelled.place is None else {"pos": spelled.place}), **spelled.settings}
+
+
+def _step(spelled: Spelling) -> dict[str, Any]:
+    """The keywords of a hook on logits: the place is its step."""
+    return {**({} if spelled.place is None else {"step": spelled.place}), **spelled.settings}
+
+
+def _only_sites(made: Callable[..., Hook]) -> "Reader":
+    def read(spelled: Spelling, lm: LM | None) -> Hook:
+        sites, rest = sites_of(spelled)
+        if rest:
+            raise BadHook(f"{spelled.text!r} has {rest!r} behind its sites, where @ and settings may stand: @pos=-1")
+        return made(sites, **_inner(spelled))
+
+    return read
+
+
+def _scale(spelled: Spelling, lm: LM | None) -> Hook:
+    what, factor = amount_of(spelled.what, "*", spelled)
+    return scale(sites_of(Spelling(spelled.text, spelled.verb, what))[0], factor, **_inner(spelled))
+
+
+def _skip_block(spelled: Spelling, lm: LM | None) -> Hook:
+    return skip_block([number for number, _ in _numbers(spelled)], **_inner(spelled))
+
+
+def _knockout(spelled: Spelling, lm: LM | None) -> Hook:
+    found = _numbers(spelled)
+    layers, heads = (list(dict.fromkeys(each)) for each in zip(*found, strict=True))
+    if [(layer, head) for layer in layers for head in heads] != found:
+        raise BadHook(f"{spelled.text!r} names heads that are no grid of layers and heads: give a hook for each layer")
+    settings = {**({} if spelled.place is None else {"query": spelled.place}), **spelled.settings}
+    return knockout(layers, None if heads == [None] else heads, **{"key": None, **settings})
+
+
+def _numbers(spelled: Spelling) -> list[tuple[int, int | None]]:
+    """Layers, or layers and heads: 3, or 9.3."""
+    found: list[tuple[int, int | None]] = []
+    for each in spelled.what.split(","):
+        layer, dot, head = each.strip().partition(".")
+        if not layer.isdecimal() or (dot and (not head.isdecimal() or spelled.verb != "knockout")):
+            example = "knockout:9.3@query=-1,key=0" if spelled.verb == "knockout" else "skip_block:3"
+            raise BadHook(f"{spelled.text!r} has {each!r} where a block's number is meant: write {example}")
+        found.append((int(layer), int(head) if dot else None))
+    return found
+
+
+def _steer(spelled: Spelling, lm: LM | None) -> Hook:
+    sites, path, scaled = _sites_and_file(spelled)
+    settings = _inner(spelled)
+    if scaled is not None and not {"dose", "scale"}.isdisjoint(settings):
+        raise BadHook(f"{spelled.text!r} says twice how much: *{scaled:g}, and a dose or a scale")
+    settings |= {} if scaled is None else {"scale": scaled}
+    vector = _vector(path, lm, spelled)
+    if sites is None or sites == [str(vector.site)]:
+        return vector.steer(**settings)
+    if "dose" in settings:
+        raise BadHook(f"{spelled.text!r}: a dose is of the stream's length at {vector.site}: leave {sites[0]} out")
+    return steer(sites, vector.tensor, **settings)
+
+
+def _project_out(spelled: Spelling, lm: LM | None) -> Hook:
+    sites, path, scaled = _sites_and_file(spelled)
+    if scaled is not None:
+        raise BadHook(f"{spelled.text!r}: a direction has no size: leave *{scaled:g} out")
+    vector = _vector(path, lm, spelled)
+    return project_out(sites or [str(vector.site)], vector.tensor, **_inner(spelled))
+
+
+def _sites_and_file(spelled: Spelling) -> tuple[list[str] | None, str, float | None]:
+    """The sites (None where the vector's own is meant), the file, and the number behind its last *."""
+    what, scaled = spelled.what, None
+    head, star, number = what.rpartition("*")
+    if star:
+        what, scaled = amount_of(f"{head}*{number}", "*", spelled)
+    if Path(what.strip()).is_file():
+        return None, what.strip(), scaled
+    sites, rest = sites_of(Spelling(spelled.text, spelled.verb, what))
+    if not rest.startswith(":"):
+        raise BadHook(
+            f"{spelled.text!r}: there is no file {what.strip()!r}: write {spelled.verb}:FILE, or "
+            f"{spelled.verb}:SITE:FILE, with a file that Vector.save wrote"
+        )
+    return sites, rest[1:].strip(), scaled
+
+
+def _vector(path: str, lm: LM | None, spelled: Spelling) -> Vector:
+    from safetensors import SafetensorError
+
+    if lm is None:
+        raise BadHook(f"{spelled.text!r} reads a vector that is checked against a model: hk.hook(text, lm=lm)")
+    try:
+        return load_vector(lm, path)
+    except (OSError, SafetensorError) as error:
+        raise BadFile(f"{spelled.text!r}: {path!r} is no file of a vector that can be read: {error}") from error
+
+
+def _patch(spelled: Spelling, lm: LM | None) -> Hook:
+    sites, prompt = sites_of(spelled)
+    prompt = prompt.removeprefix(":")
+    if not prompt.strip():
+        raise BadHook(f"{spelled.text!r} has no prompt to patch from: write patch:resid_post.6:She takes tea with@-1")
+    if lm is None:
+        raise BadHook(f"{spelled.text!r} has a prompt that a model has to read: hk.hook(text, lm=lm)")
+    source = forward(lm, prompt, capture(sites), logits=False)
+    return patch(sites, source, **_inner(spelled))
+
+
+def _token(token: Any, lm: LM | None) -> Any:
+    """A text of several tokens is a phrase, where there is a model to say so."""
+    if isinstance(token, str) and lm is not None and lm.tokenizer is not None:
+        try:
+            lm.token(token)
+        except NotOneToken:
+            return phrase(token)
+    return token
+
+
+def _force(spelled: Spelling, lm: LM | None) -> Hook:
+    return force(_token(token_of(spelled.what, spelled), lm), **_step(spelled))
+
+
+def _ban(spelled: Spelling, lm: LM | None) -> Hook:
+    return ban([_token(each, lm) for each in tokens_of(spelled)], **_step(spelled))
+
+
+def _several(made: Callable[..., Hook]) -> "Reader":
+    return lambda spelled, lm: made(*tokens_of(spelled), **_step(spelled))
+
+
+def _boost(spelled: Spelling, lm: LM | None) -> Hook:
+    if "by" in spelled.settings:
+        return boost(*tokens_of(spelled), **_step(spelled))  # pyright: ignore
+    found = [amount_of(each, "=", spelled) for each in split(spelled.what)]
+    tokens: list[Any] = [token_of(token, spelled) for token, _ in found]
+    if len(found) == 1:
+        return boost(tokens[0], by=found[0][1], **_step(spelled))
+    return boost(by=dict(zip(tokens, (by for _, by in found), strict=True)), **_step(spelled))
+
+
+def _swap(spelled: Spelling, lm: LM | None) -> Hook:
+    tokens: list[Any] = list(tokens_of(spelled))
+    if len(tokens) != 2:
+        raise BadHook(f"{spelled.text!r} names {len(tokens)} tokens, and two change places: write swap: coffee, tea")
+    return swap(*tokens, **_step(spelled))
+
+
+def _set_rank(spelled: Spelling, lm: LM | None) -> Hook:
+    what, rank = amount_of(spelled.what, "=", spelled)
+    token: Any = token_of(what, spelled)
+    return set_rank(token, int(rank) if rank.is_integer() else rank, **_step(spelled))  # pyright: ignore
+
+
+Reader = Callable[[Spelling, LM | None], Hook]
+READ: dict[str, Reader] = {
+    "ablate": _only_sites(ablate), "patch": _patch, "steer": _steer, "project_out": _project_out, "scale": _scale,
+    "skip_block": _skip_block, "knockout": _knockout, "capture": _only_sites(capture), "force": _force, "ban": _ban,
+    "restrict": _several(restrict), "boost": _boost, "cap": _several(cap), "swap": _swap, "set_rank": _set_rank,
+}  # fmt: skip

@@ -1,0 +1,71 @@
+"""Tables in a terminal and in a pipe: no token can break one."""
+
+import io
+
+import pandas as pd
+
+from hookkit.cli import printing
+
+NASTY = [
+    "'[red]hot[/red]'",
+    "':smile:'",
+    "'\\n'",
+    "a\nb",
+    "\x1b[31mred\x07",
+    "'\u202eltr'",
+    "'שלום'",
+    "'茶'",
+    "'🍵'",
+    "�",
+]
+
+
+def in_a_terminal(monkeypatch) -> io.StringIO:
+    """Standard output as a terminal, from here on."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    made = Terminal()
+    monkeypatch.setattr("sys.stdout", made)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    return made
+
+
+def test_a_token_stands_as_it_is_in_a_terminal(monkeypatch):
+    terminal = in_a_terminal(monkeypatch)
+    printing.show(pd.DataFrame({"token": NASTY, "rank": range(len(NASTY))}))
+    said = terminal.getvalue()
+    assert "[red]hot[/red]" in said and ":smile:" in said and r"\x1b[31mred\x07" in said and "\\u202e" in said
+    assert len(said.splitlines()) == len(NASTY) + 1
+    assert "\x1b[31m" not in said and "\x07" not in said
+
+
+def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
+    table = pd.DataFrame({"token": NASTY, "why": ["x" * 300] * len(NASTY), "rank": range(len(NASTY))})
+    printing.show(table)
+    from rich.cells import cell_len
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(NASTY) + 1 and all("x" * 300 in line for line in lines[1:])
+    assert len({cell_len(line) for line in lines}) == 1
+
+
+def test_numbers_of_a_column_have_as_many_digits_and_small_ones_an_exponent(capsys):
+    nan, inf = float("nan"), float("inf")
+    printing.show(pd.DataFrame({"prob": [0.5, 1e-7, 0.0], "logit": [20.375, nan, -inf], "rank": [1, 2, 3]}))
+    assert capsys.readouterr().out.splitlines() == [
+        "   prob  logit  rank", " 0.5000  20.38     1", "1.0e-07            2", " 0.0000     −∞     3"]  # fmt: skip
+
+
+def test_a_text_reaches_a_terminal_without_what_would_move_it(monkeypatch):
+    terminal = in_a_terminal(monkeypatch)
+    printing.said("one\ntwo\x1b[2J\r")
+    assert terminal.getvalue() == "one\ntwo\\x1b[2J\\r\n"
+
+
+def test_a_place_that_is_the_same_everywhere_is_left_out_for_a_reader():
+    shown = printing.Shown(pd.DataFrame({"row": [0, 0], "pos": [1, 2], "token": ["a", "b"]}))
+    assert list(shown.for_reader().columns) == ["pos", "token"]
