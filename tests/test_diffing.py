@@ -1,6 +1,7 @@
 """Model against model: what differs is what plain transformers and hooks written by hand say, and where it begins."""
 
 import copy
+import io
 import json
 import math
 import subprocess
@@ -351,15 +352,15 @@ def test_the_command_prints_what_the_call_gives(two, tmp_path):
         lm.tokenizer.save_pretrained(tmp_path / name)
     words = ["diff", str(tmp_path / "one"), str(tmp_path / "other"), *PROMPTS[:2], "--device", "cpu"]
     command = [sys.executable, "-c", "from hookkit.cli import app; app(prog_name='hookkit')"]
-    done = subprocess.run(
-        [*command, *words, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *words, "--csv"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = hk.diff(*two, PROMPTS[:2])
-    lines = done.stdout.splitlines()
-    assert lines[0] == "row,pos,read,kl,top1_before,top1_after" and len(lines) == 1 + len(found.tokens)
-    assert float(lines[1].split(",")[-3]) == pytest.approx(found.tokens["kl"].iloc[0], rel=1e-4)
-    assert (tmp_path / "out" / "report.html").exists() and "they part at embed" in done.stderr
+    table = pd.read_csv(io.StringIO(done.stdout))
+    assert list(table) == list(found.tokens) and len(table) == len(found.tokens)
+    assert table["kl"].tolist() == pytest.approx(found.tokens["kl"].tolist(), rel=1e-4)
+    assert "they part at embed" in done.stderr
+    written = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert written.exit_code == 0 and (tmp_path / "out" / "report.html").exists()
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert len(told["sites"]) == len(found.sites) and told["parting"][0]["site"] == "embed"
     wrong = CliRunner().invoke(app, [*words[:3], ""])
