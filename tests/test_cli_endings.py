@@ -155,6 +155,13 @@ def test_an_option_that_is_not_there_ends_with_2(hookkit, words):
     assert done.exit_code == 2 and not done.stdout and "Usage: hookkit" in done.stderr
 
 
+def test_a_token_without_its_space_is_taken_as_a_phrase_and_that_is_said(hookkit):
+    done = hookkit("generate", MILK, "--ban", "coffee", "--max-new-tokens", "1")
+    words = "hookkit: 'coffee' is 2 tokens here, and taken as a phrase; ' coffee' is one token\n"
+    assert (done.exit_code, done.stderr) == (0, words)
+    assert hookkit("generate", MILK, "--ban", "coffee", "--max-new-tokens", "1", "-q").stderr == ""
+
+
 def test_a_folder_that_cannot_be_written_is_said(hookkit, tmp_path):
     (tmp_path / "file").write_text("")
     done = hookkit("ranks", MILK, "--out", str(tmp_path / "file" / "ranks.csv"))

@@ -33,7 +33,7 @@ def generate(
     from ..runs import generate as generated
 
     lm = which.load(quiet=form.quiet)
-    run = generated(lm, prompts, *edits.read(lm), logits=False, **settings)
+    run = generated(lm, prompts, *edits.read(lm, form.note), logits=False, **settings)
     if not kind:
         for prompt, text in zip(prompts, run.generated, strict=True):
             said(text if only_new else prompt + text)
@@ -62,7 +62,7 @@ def compare(
 
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    hooks = edits.read(lm, needed="a comparison is of a text with hooks and one without")
+    hooks = edits.read(lm, form.note, needed="a comparison is of a text with hooks and one without")
     both = compared(lm, prompts, *hooks, along=along, top=top, watch=ids, **settings)  # pyright: ignore
     names = ("row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept")
     parts: dict[str, Shown | str] = {

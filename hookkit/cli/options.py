@@ -1,6 +1,7 @@
 """The options that commands share, each written once: which model, which prompts, which hooks, how it is generated."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -134,7 +135,7 @@ class Edits:
         list[str] | None, typer.Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable.")
     ] = None
 
-    def read(self, lm: "LM", *, needed: str = "") -> list["Hook"]:
+    def read(self, lm: "LM", note: Callable[[str], None], *, needed: str = "") -> list["Hook"]:
         """The hooks, those of the file first. `needed` says what there is to do only with one."""
         from ..errors import BadHook
         from ..spelling import hook, load_hooks
@@ -144,7 +145,25 @@ class Edits:
         found += [hook(f"{verb}:{words}", lm=lm) for verb in SHORT for words in getattr(self, verb) or []]
         if needed and not found:
             raise BadHook(f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …")
+        for each in found:
+            _note_phrases(lm, each, note)
         return found
+
+
+def _note_phrases(lm: "LM", hook: "Hook", note: Callable[[str], None]) -> None:
+    """A word on a phrase that would be one token with a space before it, which is what is mostly meant."""
+    from ..errors import NotOneToken
+    from ..hooks.phrases import Phrase
+
+    for each in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
+        if not isinstance(each, Phrase) or not isinstance(each.words, str) or each.words.startswith(" "):
+            continue
+        spaced = f" {each.words}"
+        try:
+            lm.token(spaced)
+        except NotOneToken:
+            continue
+        note(f"{each.words!r} is {len(each.ids(lm))} tokens here, and taken as a phrase; {spaced!r} is one token")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class Shown:
         """What a reader is shown; a place that is the same in all rows is left out."""
         table: Any = self.table if self.reader is None else self.reader
         names = [name for name in (self.columns or table.columns) if name in table]
-        same = {name for name in PLACES if name in table and table[name].nunique() <= 1}
+        whole: Any = self.table
+        same = {name for name in PLACES if name in whole and whole[name].nunique() <= 1}
         return table[[name for name in names if name not in same]]
 
 

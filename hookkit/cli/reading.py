@@ -22,7 +22,7 @@ def ranks(
 
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    run = forward(lm, prompts, *edits.read(lm), logits="last" if where == -1 else "all")
+    run = forward(lm, prompts, *edits.read(lm, form.note), logits="last" if where == -1 else "all")
     table = ranked(run, pos=where, top=top, watch=ids)
     columns = ("row", "pos", "rank", "token", "prob", "logit")
     tell(form, "Ranks", {"ranks": Shown(table, columns)})
@@ -48,7 +48,7 @@ def lens(
 
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    table = logit_lens(lm, prompts, *edits.read(lm), sites=site, pos=where, top=top, watch=ids)
+    table = logit_lens(lm, prompts, *edits.read(lm, form.note), sites=site, pos=where, top=top, watch=ids)
     columns = ("row", "pos", "site", "rank", "token", "prob", "entropy", "kl")
     drawn = (lambda: lens_map(table)) if len(prompts) == 1 else None
     tell(form, "Logit lens", {"lens": Shown(table, columns, figure=drawn)})
@@ -77,7 +77,7 @@ def direct(
     lm = which.load(quiet=form.quiet)
     named = None if token is None else lm.token(word(token))
     other = None if against is None else lm.token(word(against))
-    run = forward(lm, text, *edits.read(lm))
+    run = forward(lm, text, *edits.read(lm, form.note))
     chosen = int(ranked(run, pos=pos, top=1)["token_id"].iloc[0]) if named is None else named
     table = direct_logits(run, chosen, against=other, pos=pos, heads=heads, neurons=neurons)
     beside = "" if other is None else f" minus that of {table.attrs['against']}"
@@ -104,7 +104,7 @@ def surprisal(
     from ..surprisals import surprisal as surprised
 
     lm = which.load(quiet=form.quiet)
-    table = surprised(forward(lm, prompts, *edits.read(lm)), top=top)
+    table = surprised(forward(lm, prompts, *edits.read(lm, form.note)), top=top)
     drawn = (lambda: surprisal_strip(table)) if len(prompts) == 1 else None
     columns = ("row", "pos", "token", "loss", "rank", "prob", "mean_loss", "alternatives")
     tell(form, "Surprisal", {"surprisal": Shown(table, columns, figure=drawn)})

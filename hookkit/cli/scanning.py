@@ -27,7 +27,7 @@ def scan(prompt: Prompt, which: Which, edits: Edits, form: Form, top: Top = 5, w
     text, _ = one_prompt(prompt), form.kind
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    found = Scan(lm, text, tuple(edits.read(lm)), top, tuple(ids))
+    found = Scan(lm, text, tuple(edits.read(lm, form.note)), top, tuple(ids))
     parts: dict[str, Shown | str] = {"ranks": found.ranks(), "uncertainty": found.uncertainty()}
     refused: list[str] = []
     for name in ("lens", "direct", "surprisal", "attention", "attribution"):

@@ -35,7 +35,7 @@ def shift(
         raise BadHook("--random and --generate are of the page: add --html, or --out FOLDER")
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    hooks = edits.read(lm, needed="a shift is from a run without hooks to one with them")
+    hooks = edits.read(lm, form.note, needed="a shift is from a run without hooks to one with them")
     if kind in ("html", "folder"):
         from ..shifts import shift_report
 

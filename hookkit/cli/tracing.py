@@ -8,7 +8,7 @@ import typer
 
 from .base import command, endings_said
 from .options import Edits, Generation, Prompt, Top, Watch, Which, one_prompt, watched
-from .printing import printable, records
+from .printing import Form, printable, records
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -33,9 +33,10 @@ def trace(
 ) -> None:
     """Generate, and show of every token what the model wanted, what became of it, and why it was chosen."""
     with endings_said("what stands above was recorded"):
+        note = Form(quiet=quiet).note
         settings, text = generation.arguments(), one_prompt(prompt)
         lm = which.load(quiet=quiet)
-        _show(lm, text, edits.read(lm), settings, top, watched(lm, watch), as_json)
+        _show(lm, text, edits.read(lm, note), settings, top, watched(lm, watch), as_json)
 
 
 def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, watch: list[int], as_json: bool) -> None:
