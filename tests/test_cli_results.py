@@ -90,7 +90,10 @@ def test_run_says_how_each_ended_and_writes_the_index(place):
 
 
 def test_run_and_show_tell_what_moved_and_end_with_1(place):
-    hookkit("run", "experiments/plain.py")
+    (place / "experiments" / "silent.py").write_text("")
+    first = hookkit("run", "experiments/plain.py", "experiments/silent.py", "--against", "last", status=1)
+    assert "keeps no run before this one" in first.stderr and "writes no results/silent" in first.stderr
+    assert [line.split()[3:5] for line in first.stdout.splitlines()[1:]] == [["0", "False"], ["0", "True"]]
     assert "keeps no run before this one" in hookkit("show", "results/plain", "--against", "last", status=2).stderr
     same = hookkit("run", "experiments/plain.py", "--against", "last")
     assert same.stdout.split()[-3:] == ["1", "True", "0.0000"]

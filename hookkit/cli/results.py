@@ -59,10 +59,17 @@ def _ran(form: Form, path: Path, folder: Path, against: str | None, tolerance: f
     if against is None or status:
         return row
     from ..against import in_words
+    from ..errors import BadHook
 
-    table = _moved(folder, against, tolerance)
-    said = in_words(table)
-    form.note(f"{folder} against {against}: {said}")
+    if not folder.is_dir():
+        form.note(f"{path} writes no {folder}")
+        return row | {"tables": 0, "same": True, "largest": 0.0}
+    try:
+        table = _moved(folder, against, tolerance)
+    except BadHook as error:  # there is nothing to compare with; the others go on
+        form.note(str(error))
+        return row | {"tables": 0, "same": False, "largest": float("nan")}
+    form.note(f"{folder} against {against}: {in_words(table)}")
     return row | {"tables": len(table), "same": bool(table["same"].all()), "largest": table["largest"].max()}
 
 
