@@ -27,7 +27,7 @@ def sites(
     missing: Annotated[bool, typer.Option("--missing", help="Those alone that the model lacks, and why.")] = False,
 ) -> None:
     """The named places of a model: axes, sizes, modules, what can be edited there, and why one is missing."""
-    _ = form.kind
+    form.check()
     lm = which.load(quiet=form.quiet)
     table: Any = _chosen(lm, names or [])
     if missing:

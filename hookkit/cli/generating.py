@@ -57,7 +57,8 @@ def compare(
 
     CSV has the shift of each token at each step; JSON also the texts and the distances.
     """
-    prompts, settings, _ = texts.read(), generation.arguments(), form.kind
+    form.check()
+    prompts, settings = texts.read(), generation.arguments()
     from ..comparing import compare as compared
 
     lm = which.load(quiet=form.quiet)
@@ -149,7 +150,8 @@ def steer(
     ] = None,
 ) -> None:
     """What the model writes with a direction added to its stream, at several doses; a negative one is the opposite."""
-    prompts, settings, _ = texts.read(), generation.arguments(), form.kind
+    form.check()
+    prompts, settings = texts.read(), generation.arguments()
     import pandas as pd
 
     from ..runs import generate as generated

@@ -49,6 +49,14 @@ class Form:
             raise BadHook(f"--out {self.out} ends in .{suffix}: say .csv, .json, .html, .md or .tex, or a folder")
         return found.pop() if found else "folder" if self.out is not None else ""
 
+    def check(self, *, several: bool = False) -> None:
+        """Raise `BadHook` for a form that cannot be, before anything runs; of `several` tables, one that holds one."""
+        from ..errors import BadHook
+
+        kind = self.kind
+        if several and kind in ("csv", "md", "tex"):
+            raise BadHook(f"these are several tables, and {kind} holds one: say --json, or --out FOLDER for all")
+
     def note(self, text: str) -> None:
         """A message on standard error."""
         if not self.quiet:
@@ -130,14 +138,11 @@ def _write(path: Path, text: str) -> str:
 
 
 def _as_text(kind: str, parts: "Mapping[str, Shown | str]", main: str | None) -> str:
-    from ..errors import BadHook
     from ..typesetting import as_json, as_latex, as_markdown
 
     tables = {name: part.table for name, part in parts.items() if isinstance(part, Shown)}
     if kind == "json" and len(tables) > 1:
         return "{\n" + ",\n".join(f"{json.dumps(name)}: {as_json(t).strip()}" for name, t in tables.items()) + "\n}\n"
-    if len(tables) > 1 and main is None:
-        raise BadHook(f"these are {len(tables)} tables, and {kind} holds one: say --json, or --out FOLDER for all")
     table = tables[main] if main is not None else next(iter(tables.values()))
     if kind == "csv":
         return table.to_csv(index=False, lineterminator="\n")

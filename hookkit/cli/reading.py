@@ -16,7 +16,8 @@ def ranks(
     texts: Texts, which: Which, edits: Edits, form: Form, top: Top = 10, watch: Watch = None, pos: Pos = "-1"
 ) -> None:
     """The most likely next tokens after each prompt, and where the watched ones stand."""
-    prompts, where, _ = texts.read(), place(pos), form.kind
+    form.check()
+    prompts, where = texts.read(), place(pos)
     from ..runs import forward
     from ..tables import ranks as ranked
 
@@ -42,7 +43,8 @@ def lens(
     pos: Pos = "-1",
 ) -> None:
     """What each layer would say (the logit lens): its state through the model's own final norm and head."""
-    prompts, where, _ = texts.read(), place(pos), form.kind
+    form.check()
+    prompts, where = texts.read(), place(pos)
     from ..lenses import logit_lens
     from ..origins import lens_map
 
@@ -68,7 +70,8 @@ def direct(
     pos: Annotated[int, typer.Option(help="The position: -1 the last token.")] = -1,
 ) -> None:
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
-    text, _ = one_prompt(prompt), form.kind
+    form.check()
+    text = one_prompt(prompt)
     from ..decomposing import direct_logits
     from ..origins import logit_bars
     from ..runs import forward
@@ -98,7 +101,8 @@ def surprisal(
     top: Annotated[int, typer.Option(min=0, help="How many tokens that were expected instead to show.")] = 3,
 ) -> None:
     """What each token of a text cost the model: its loss in nats, its rank, and what was expected instead."""
-    prompts, _ = texts.read(), form.kind
+    form.check()
+    prompts = texts.read()
     from ..passages import surprisal_strip
     from ..runs import forward
     from ..surprisals import surprisal as surprised

@@ -24,7 +24,8 @@ def scan(prompt: Prompt, which: Which, edits: Edits, form: Form, top: Top = 5, w
 
     All is about the token after the prompt. JSON has every table; --out FOLDER is a page with figures and tables.
     """
-    text, _ = one_prompt(prompt), form.kind
+    form.check(several=True)
+    text = one_prompt(prompt)
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
     found = Scan(lm, text, tuple(edits.read(lm, form.note)), top, tuple(ids))

@@ -17,7 +17,7 @@ PANEL = "Commands"
 @command("hookkit models list --json", panel=PANEL, within=models, name="list")
 def list_models(form: Form) -> None:
     """The models that are kept here, with their revisions and sizes."""
-    _ = form.kind
+    form.check()
     from ..stored import stored
 
     tell(form, "Models", {"models": Shown(stored())})
@@ -26,7 +26,7 @@ def list_models(form: Form) -> None:
 @command("hookkit models where", panel=PANEL, within=models)
 def where(form: Form) -> None:
     """The folders in which models are kept, and what sets them."""
-    _ = form.kind
+    form.check()
     from ..stored import places
 
     tell(form, "Where models are kept", {"where": Shown(places())})

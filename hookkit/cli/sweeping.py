@@ -72,7 +72,8 @@ def ablations(
     """Each head, layer or block taken out by itself: what the token loses without it."""
     from ..sweeps import ablations as swept
 
-    text, _ = one_prompt(prompt), form.kind
+    form.check()
+    text = one_prompt(prompt)
     given: dict[str, Any] = {"to": to, "over": over or None, **grid.settings(), "progress": form.progress}
     given["engine"] = engine.chosen()
     lm = which.load(quiet=form.quiet)
@@ -98,7 +99,7 @@ def patching(
     """What each place of a clean prompt carries: put into the corrupted one, how much of the token comes back."""
     from ..sweeps import patching as swept
 
-    _ = form.kind
+    form.check()
     given: dict[str, Any] = {"direction": direction, **grid.settings(), "progress": form.progress}
     given["engine"] = engine.chosen()
     lm = which.load(quiet=form.quiet)
@@ -127,7 +128,7 @@ def patch(
     from ..sweeps import patching as swept
 
     _check_figure(figure)
-    _ = form.kind
+    form.check()
     lm = which.load(quiet=form.quiet)
     right, wrong = _answers(lm, clean, corrupted, token, against)
     form.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")

@@ -1,4 +1,4 @@
-"""The grammar of hooks as short texts: VERB:WHAT@WHERE into its parts, and WHERE into values. No torch."""
+"""The grammar of hooks as short texts: VERB:WHAT@WHERE into its parts, and WHERE into values."""
 
 import ast
 import re
