@@ -102,12 +102,12 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     caption = f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} reads."
     results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
     means = results.table("readers", hk.over_prompts(paths, by=["site", "layer", "head"]), caption=caption)
-    teller = means.loc[means["logit_diff_effect"].idxmax()]
+    teller = means.loc[means["logit_diff_effect"].abs().idxmax()]
     results.answer(
-        f"Head {layer}.{head} writes the most by itself, {writer['logit_diff_effect']:.2f} of the way. Of these paths "
-        f"into it, the one from head {int(teller['layer'])}.{int(teller['head'])} to {teller['site']} does the most: "
-        f"{teller['logit_diff_effect']:.2f} [{teller['logit_diff_effect_low']:.2f}, "
-        f"{teller['logit_diff_effect_high']:.2f}]."
+        f"{', '.join(heads['head_name'][:3])} carry the most. Head {layer}.{head} writes the most by itself, "
+        f"{writer['logit_diff_effect']:.2f} of the way. The largest single path into what it reads is from "
+        f"head {int(teller['layer'])}.{int(teller['head'])} to {teller['site']}: {teller['logit_diff_effect']:+.3f} "
+        f"[{teller['logit_diff_effect_low']:+.3f}, {teller['logit_diff_effect_high']:+.3f}] of the way."
     )
 
 

@@ -43,7 +43,8 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
 def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     """Write index.html into a folder of results: of each the question, the answer and a picture; the page's path.
 
-    The picture is the first figure of a result. The page is self-contained, and links to the pages of the results.
+    The picture is the first figure of a result; results that ask nothing stand at the end. The page is self-contained,
+    and links to the pages of the results.
     Raises what `results` raises.
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
@@ -51,7 +52,7 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     >>> index("results").name
     'index.html'
     """
-    rows: list[Any] = results(folder).to_dict("records")
+    rows: list[Any] = sorted(results(folder).to_dict("records"), key=lambda row: not row["question"])
     shown = [row | {"picture": _picture(Path(folder) / row["result"])} for row in rows]
     page = Path(folder) / "index.html"
     if writes():

@@ -49,16 +49,16 @@ def page_of(found: Found, *, title: str, question: str, drawn: int) -> Report:
     parts += _left_out(found)
     parts += _made_again(found)
     footer = f"Before is {found.names[0]}, after is {found.names[1]}; deltas are after minus before."
-    page = report(title or f"{found.names[0]} and {found.names[1]}", *parts, footer=footer)
+    title = title or f"{found.names[0]} and {found.names[1]}"
+    page = report(title, *parts, footer=footer)
     data = [Part(table, name, CAPTIONS[name]) for name, table in found.tables.items() if not table.empty]
-    about = json.dumps(found.about, indent=1, ensure_ascii=False) + "\n"
+    said = {"title": title, "question": question, "answer": _answer(found)}
+    about = json.dumps({**said, **found.about}, indent=1, ensure_ascii=False) + "\n"
     return Report(page.title, page.parts, page.footer, tuple(data), FORMATS, {"about.json": about})
 
 
-def _beginning(found: Found, question: str) -> Iterable[Content]:
-    """The question, and what came of it in sentences."""
-    if question:
-        yield question
+def _answer(found: Found) -> str:
+    """What came of it, in sentences."""
     tokens, prompts = found.tables["tokens"], found.tables["prompts"]
     furthest = tokens.loc[tokens["kl"].idxmax()]
     said = (
@@ -70,7 +70,13 @@ def _beginning(found: Found, question: str) -> Iterable[Content]:
     losses = tokens[["loss_before", "loss_after"]].mean()
     if losses.notna().all():
         said += f" What follows costs {losses.iloc[0]:.3f} nats a token before and {losses.iloc[1]:.3f} after."
-    yield said
+    return said
+
+
+def _beginning(found: Found, question: str) -> Iterable[Content]:
+    """The question, what came of it, and the prompts."""
+    yield from [question] if question else []
+    yield _answer(found)
     yield "# The prompts"
     caption = "kl is the mean over a prompt's tokens, in nats; kl_max_pos is where it is largest. Losses are means."
     yield Part(prompts.assign(prompt=_texts(found, prompts)), "prompts_shown", caption, file="prompts")

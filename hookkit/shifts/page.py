@@ -17,7 +17,7 @@ from ..tables import shift_of
 from .inside import layers_of, looks_of, why_of
 from .measuring import Answers, answered, distances_of, over, watched_of, with_deltas
 from .naming import Controls, Edit, Hooks, controls_of, edits_of, literal, table_of, together
-from .sections import Found, beginning, made_again, of_prompt, over_all
+from .sections import Found, answer, beginning, made_again, of_prompt, over_all
 from .texts import texts_of
 
 ALL = ("csv", "json", "md", "tex")
@@ -83,7 +83,12 @@ def shift_report(
     _sum_up(found, seed)
     settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn, "seed": seed}
     title, kind = title or "What moved, and why", controls if isinstance(controls, str) else None
-    about = {"title": title, "question": question, **_about(found, under, tokens, settings | {"controls": kind})}
+    about = {
+        "title": title,
+        "question": question,
+        "answer": answer(found),
+        **_about(found, under, tokens, settings | {"controls": kind}),
+    }
     parts: list[Content] = [*beginning(found, question, under), *over_all(found)]
     for row in range(min(shown, len(rows))):
         parts += of_prompt(found, row, drawn=row < drawn)

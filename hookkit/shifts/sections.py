@@ -54,10 +54,15 @@ def beginning(found: Found, question: str, under: tuple[Hook, ...]) -> Iterable[
     count = len(found.rows)
     if question:
         yield question
-    yield "\n".join(_headline(found, edit) for edit in found.edits)
+    yield answer(found)
     beside = f" The baseline has {' + '.join(map(str, under))}." if under else ""
     yield "# The edits"
     yield Part(found.tables["edits"], "edits", f"What was done, over {count} prompt{'s' * (count > 1)}.{beside}")
+
+
+def answer(found: Found) -> str:
+    """What came of it, in a sentence for each edit."""
+    return "\n".join(_headline(found, edit) for edit in found.edits)
 
 
 def _headline(found: Found, edit: Edit) -> str:
