@@ -51,7 +51,8 @@ def in_words(table: pd.DataFrame) -> str:
     """What `moved` found, in one line."""
     if table.empty:
         return "there are no tables"
-    found: list[Any] = table[~table["same"]].to_dict("records")
+    other: Any = table[~table["same"]]
+    found: list[Any] = other.to_dict("records")
     if not found:
         return f"{len(table)} tables are the same"
     said = [f"{each['table']}: {each['note'] or _cells(each)}" for each in found]

@@ -45,7 +45,7 @@ def run(
     table = pd.DataFrame([_ran(form, path, folder / path.stem, against, tolerance) for path in scripts])
     _indexed(form, folder)
     tell(form, "Experiments", {"experiments": Shown(table)})
-    if (table["ended"] != "finished").any() or (against is not None and not table["same"].all()):
+    if set(table["ended"]) != {"finished"} or (against is not None and not all(table["same"].tolist())):
         raise typer.Exit(UNHEALTHY)
 
 
@@ -108,7 +108,7 @@ def show(
     if against is not None:
         table = _moved(folder, against, tolerance)
         tell(form, "What moved", {"moved": Shown(table)})
-        if not table["same"].all():
+        if not all(table["same"].tolist()):
             raise typer.Exit(UNHEALTHY)
     elif (folder / "report.html").is_file():
         tell(form, folder.name, _result(folder, kind, rows))

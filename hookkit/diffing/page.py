@@ -75,6 +75,7 @@ def _answer(found: Found) -> str:
 
 def _beginning(found: Found, question: str) -> Iterable[Content]:
     """The question, what came of it, and the prompts."""
+    prompts = found.tables["prompts"]
     yield from [question] if question else []
     yield _answer(found)
     yield "# The prompts"
