@@ -14,7 +14,7 @@ import pandas as pd
 
 import hookkit as hk
 
-SEED, COUNT = 0, 24  # pairs; of each length more than one, for the control
+SEED, COUNT = 0, 22  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"

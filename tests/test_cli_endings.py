@@ -48,6 +48,9 @@ def test_the_commands_are_there():
     assert {*wanted, *grids} <= {*NAMES}
 
 
+MODELLESS = ("new", "run", "show")  # they load no model themselves
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_help_of_each_has_an_example_that_can_be_read(name):
     words = name.split()
@@ -71,7 +74,7 @@ def test_options_that_are_common_are_called_the_same_everywhere():
     for words, options in names.items():
         if {"--csv", "--html"} & options:
             assert {"--csv", "--json", "--html", "--out", "--quiet"} <= options, words
-        if words[0] not in ("models", "doctor"):
+        if words[0] not in ("models", "doctor", "diff", *MODELLESS):  # diff names its models as arguments
             assert {"--model", "--revision", "--device", "--dtype"} <= options, words
         if "--hook" in options:
             assert {"--hooks", "--ablate", "--force", "--ban", "--boost", "--steer"} <= options, words
@@ -168,17 +171,24 @@ def test_a_folder_that_cannot_be_written_is_said(hookkit, tmp_path):
     assert done.exit_code == 2 and "cannot be written" in done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("models")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split()[0] not in ("models", *MODELLESS)])
 def test_ctrl_c_ends_every_command_with_a_word_and_130(hookkit, name, monkeypatch, tmp_path):
     def interrupted(*given, **words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hookkit.zoo.load", interrupted)
     words = {"harvest": ["texts.txt", "z.1", "--out", "a"], "sweep ablations": [MILK, "z", "--token", " tea"],
-             "sweep patching": [MILK, MILK, "z", "--token", " tea"], "patch": [MILK, MILK], "sites": [], "doctor": []}  # fmt: skip
+             "sweep patching": [MILK, MILK, "z", "--token", " tea"], "patch": [MILK, MILK], "sites": [], "doctor": [], "diff": ["default", "default", MILK]}  # fmt: skip
     done = hookkit(*name.split(), *words.get(name, [MILK]))
     assert done.exit_code == 130 and not done.stdout
     assert done.stderr.startswith("hookkit: interrupted") and len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_a_run_of_experiments(hookkit, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getppid(), signal.SIGINT)\nos._exit(0)")
+    done = hookkit("run", "mine.py")
+    assert (done.exit_code, done.stdout) == (130, "") and done.stderr.endswith("hookkit: interrupted\n")
 
 
 def test_a_real_ctrl_c_leaves_what_was_said(smol):
