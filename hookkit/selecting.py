@@ -1,7 +1,7 @@
 """`lm.sites`: called, it selects sites; and it has each name that the model has, for a notebook to complete."""
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Never
+from typing import Any
 
 from .displaying import shown
 from .errors import BadHook, HookkitError, checks_keywords
@@ -22,7 +22,7 @@ class SiteNames:
         *,
         layers: Collection[int] | None = None,
         heads: Collection[int] | None = None,
-        **unknown: Never,
+        **unknown: Any,
     ) -> Sites:
         return sites(self, names, layers=layers, heads=heads, **unknown)
 
