@@ -162,9 +162,9 @@ def test_actors_killed_while_they_harvest_lose_no_row_and_double_none(cluster, s
     assert files(tmp_path / "a") == files(undisturbed) and rows_once(found)
 
 
-def deadly(folder: Path, values: torch.Tensor) -> torch.Tensor:
-    """An edit whose process is killed, now and then, as long as the folder has files."""
-    if random.random() < 0.2 and (left := sorted(folder.iterdir())):
+def deadly(mark: Path, values: torch.Tensor) -> torch.Tensor:
+    """An edit whose process is killed as long as there is a mark. Each death takes one away."""
+    if left := sorted(mark.glob("*")):
         left[0].unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     return values * 0.5
@@ -172,26 +172,47 @@ def deadly(folder: Path, values: torch.Tensor) -> torch.Tensor:
 
 def test_actors_killed_while_they_sweep_lose_no_cell_and_double_none(cluster, small, tmp_path):
     marks = tmp_path / "marks"
-    marks.mkdir()
 
     def swept(**settings):
         grid = {"layer": range(3), "pos": [-3, -2, -1], "by": [1, 2]}
         edits = lambda layer, pos, by: [  # noqa: E731
-            hk.edit(hk.Site("z", layer), lambda values: deadly(marks, values), pos=pos),
+            hk.edit(hk.Site("z", layer), lambda values: deadly(marks / f"{layer} {pos} {by}", values), pos=pos),
             hk.scale(hk.Site("resid_pre", layer), by, pos=pos),
         ]
         settings |= {"memory": 60_000, "progress": False}
         return hk.sweep(small, killing_sweeps.PROMPTS, grid, edits, hk.logit_diff(5, 7), **settings)
 
     here = swept()
-    for number in range(6):
-        (marks / str(number)).touch()
+    deaths = {"0 -3 1": 2, "0 -1 1": 1, "1 -2 2": 2, "2 -3 1": 1, "2 -1 2": 3}
+    for cell, count in deaths.items():
+        (marks / cell).mkdir(parents=True)
+        for number in range(count):
+            (marks / cell / str(number)).touch()
     there = swept(engine=hk.Ray(actors=2), save=tmp_path / "sweep")
-    assert not list(marks.iterdir())  # six were killed
+    assert not [*marks.glob("*/*")]  # every death was died
     pd.testing.assert_frame_equal(there, here, check_exact=True)
     lines = (tmp_path / "sweep" / "cells.jsonl").read_text().splitlines()
     keys = [tuple(found[:2]) for line in lines for found in json.loads(line)]
     assert len(keys) == len(set(keys))
+
+
+def test_units_that_wait_behind_one_that_kills_its_actors_are_not_blamed(cluster, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("hookkit.engines.crew.LOSSES", 1)
+    marks = tmp_path / "marks"
+    for layer in range(3):
+        (marks / str(layer)).mkdir(parents=True)
+        (marks / str(layer) / "once").touch()
+    found = hk.sweep(
+        small,
+        [[1, 2, 3]],
+        {"layer": range(3)},
+        lambda layer: hk.edit(hk.Site("z", layer), lambda values: deadly(marks / str(layer), values)),
+        hk.prob(5),
+        engine=hk.Ray(actors=1),
+        memory=1,
+        progress=False,
+    )
+    assert len(found) == 3 and not [*marks.glob("*/*")]  # three deaths, one at each of the three that were in flight
 
 
 def test_work_that_kills_every_actor_is_named_and_given_up(cluster, small, monkeypatch):

@@ -36,7 +36,7 @@ from .travelling import (
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
 LOOK = 10  # seconds between looks at whether there is still a node to wait for
-LOSSES = 5  # so often a unit's actor may die, or actors in a row before they were ready
+LOSSES = 5  # so often an actor may die at a unit, or actors in a row before they were ready
 
 
 def computed(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
@@ -122,11 +122,11 @@ def _remade(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any])
 
 @dataclass(eq=False)
 class Member:
-    """An actor, and how many units it was given that did not come back."""
+    """An actor, and the steps it was given that did not come back. It computes them one by one, in this order."""
 
     handle: Any
     ready: bool = False
-    busy: int = 0
+    given: "list[Held]" = field(default_factory=list)
     gone: bool = False
 
 
@@ -197,11 +197,11 @@ class Crew:
         if todo and self._sent is None:
             self._start()
         while todo:
-            free = [member for member in self.members if member.ready and member.busy < AHEAD]
+            free = [member for member in self.members if member.ready and len(member.given) < AHEAD]
             if not free:
                 return
-            member, held = min(free, key=lambda member: member.busy), todo.popleft()
-            member.busy += 1
+            member, held = min(free, key=lambda member: len(member.given)), todo.popleft()
+            member.given.append(held)
             self._flying[member.handle.compute.remote(held.step.unit)] = held, member
 
     def _back(self) -> list[Held]:
@@ -220,7 +220,7 @@ class Crew:
             except RayTaskError:
                 raise
             except RayError as error:  # the actor died, or its node, with what it had computed
-                self._lost(starting or member, held, error)
+                self._lost(starting or member, error)
                 again += [] if held is None else [held]
                 continue
             if starting is not None:
@@ -229,7 +229,7 @@ class Crew:
                 starting.ready, self._never_ready = True, 0
             elif held is not None and member is not None:
                 held.found, held.done = found if isinstance(found, Failure) else unpacked_result(found), True
-                member.busy -= 1
+                member.given.remove(held)
         return again[::-1]
 
     # ---- the actors
@@ -256,26 +256,30 @@ class Crew:
         self.members.append(member)
         self._starting[member.handle.ready.remote(*self._sent)] = member
 
-    def _lost(self, member: Member | None, held: Held | None, error: BaseException) -> None:
-        """Another actor takes the place of one that died. `ActorLost` where that happens over and over."""
+    def _lost(self, member: Member | None, error: BaseException) -> None:
+        """Another actor takes the place of one that died. `ActorLost` where that happens over and over.
+
+        The unit that it was at is held to have killed it, not those that waited behind that one.
+        """
         import ray
 
+        if member is None or member.gone:
+            return
+        member.gone = True
+        self.members.remove(member)
+        with suppress(Exception):
+            ray.kill(member.handle)
+        held = member.given[0] if member.given else None
         if held is not None:
             held.lost += 1
-        if member is not None and not member.gone:
-            member.gone = True
-            self._never_ready += not member.ready
-            self.members.remove(member)
-            with suppress(Exception):
-                ray.kill(member.handle)
-            if self._never_ready <= LOSSES:
-                self._another()
+        self._never_ready += not member.ready
         if self._never_ready > LOSSES or (held is not None and held.lost > LOSSES):
             what = "an actor before it had the model" if held is None else f"the actors that computed {held.step.unit}"
             raise ActorLost(
                 f"{what} died {LOSSES + 1} times: is the memory enough? What was done before it is kept. Ray said: "
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
+        self._another()
 
     @contextmanager
     def _ended(self) -> Iterator[None]:
