@@ -12,21 +12,8 @@ from ..captured import in_order
 from ..errors import BadHook, checks_keywords
 from ..positions import CountLike, PosLike
 from ..sites import Site, SitesLike, as_sites
-from .base import (
-    Binding,
-    Change,
-    Constant,
-    EditHook,
-    Here,
-    check_shape,
-    checked_result,
-    constant,
-    fitting,
-    inner,
-    moved,
-    not_square,
-    number,
-)
+from .base import Binding, Change, Constant, EditHook, Here, constant, inner, not_square, number
+from .fitting import check_shape, checked_result, fitting, moved
 
 
 @dataclass(frozen=True)

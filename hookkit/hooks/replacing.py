@@ -11,8 +11,9 @@ from ..captured import Captured
 from ..errors import BadHook, NotCaptured, OutOfRange, checks_keywords
 from ..positions import PROMPT, CountLike, PosLike, Span, Where, as_count
 from ..sites import AnySite, Sites, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, check_shape, constant, fitting, inner, not_square
+from .base import Binding, Change, Constant, EditHook, Here, constant, inner, not_square
 from .codec import storable
+from .fitting import check_shape, fitting
 from .stand_ins import Per, from_run, mean, resample
 
 

@@ -14,7 +14,8 @@ from ..forms import unseen_value
 from ..positions import Where, wish
 from ..prompts import cover
 from ..sites import SQUARE, ModuleSite
-from .base import Binding, Change, Here, moved
+from .base import Binding, Change, Here
+from .fitting import moved
 
 Per: TypeAlias = Literal["position", "all"]
 
