@@ -281,6 +281,7 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
 def test_hooks_of_the_users_own_see_whole_batches_of_one_cell(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
+    hk.plan(lm, corrupted, grid, hooks, METRICS)  # whether the model reads ahead is found out once, by three rows
     seen = []
     handle = lm.model.model.layers[1].register_forward_hook(lambda m, a, output: seen.append(output.shape[0]))
     try:

@@ -117,7 +117,7 @@ def _check_names(cell: Cell, names: Sequence[str]) -> None:
 
 
 def _shortcuts(lm: LM) -> Shortcuts:
-    """What the model allows; nothing where it carries hooks of the user's, which do not see a trial either."""
+    """What the model allows; nothing, and nothing is tried, where it carries hooks of the user's."""
     users = hooks_of_others(lm.model)
     if not users:
         return shortcuts(lm)
