@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import hookkit as hk
 from hookkit.about import about_model, weights_hash
 from hookkit.errors import BadHook, Unsupported
-from hookkit.hooks.base import moved
+from hookkit.hooks.fitting import moved
 from hookkit.placement import told
 
 ALL = {"": "disk"}
