@@ -71,7 +71,7 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             footer = f"Made by {_command()} in {time.perf_counter() - self._started:.0f} s; about.json says how."
-            self.report(footer).write(self.folder)
+            self.report(footer).write_page(self.folder)
             self.files.append("report.html")
         self._write_about("finished" if kind is None else f"stopped: {kind.__name__}: {error}")
         if kind is None and writes() and (self.folder / LAST).is_dir():
@@ -93,7 +93,7 @@ class Record:
 
     def table(self, name: str, table: pd.DataFrame, *, caption: str = "") -> pd.DataFrame:
         """Write a table as NAME.csv, put it on the page, and give it back."""
-        self._add(Part(table, name, caption))
+        self._add(Part(table.copy(), name, caption))  # what the page shows is what the file has
         return table
 
     def figure(self, name: str, figure: Figure, *, caption: str = "") -> Figure:

@@ -103,15 +103,20 @@ class Report:
         """Write report.html, and beside it NAME.csv for every table and NAME.png for every figure; the page's path."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        page = target / "report.html"
         if not writes():
-            return page
+            return target / "report.html"
         for part in (*self.parts, *self.data):
             if isinstance(part, Part) and not part.file:
                 save_part(part, target, self.formats)
         for name, text in self.files.items():
             (target / name).write_text(text, encoding="utf-8", newline="\n")
-        page.write_text(self.html(), encoding="utf-8")
+        return self.write_page(folder)
+
+    def write_page(self, folder: str | os.PathLike[str]) -> Path:
+        """Write report.html into a folder that has the files of its tables and figures already; its path."""
+        page = Path(folder) / "report.html"
+        if writes():
+            page.write_text(self.html(), encoding="utf-8")
         return page
 
     def _repr_html_(self) -> str:

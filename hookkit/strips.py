@@ -16,8 +16,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
 from .errors import BadHook, NotCaptured, OutOfRange, checks_keywords, did_you_mean
@@ -207,7 +208,7 @@ def _listed(numbers: list[int], noun: str) -> str:
 
 def width_of(text: str, size: float) -> float:
     """Inches that a text takes."""
-    return TextPath((0, 0), plain(text), size=size).get_extents().width * 1.04 / 72
+    return text_to_path.get_text_width_height_descent(plain(text), FontProperties(size=size), False)[0] * 1.04 / 72
 
 
 def fitted(token: str, room: float, size: float) -> tuple[str, float]:

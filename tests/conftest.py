@@ -8,6 +8,9 @@ import os
 import signal
 from collections.abc import Callable
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core; the processes that tests start have one thread too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,7 +21,7 @@ import hookkit as hk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C; a shell's background ignores it
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # a worker for each core of two
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TEXTS = [
     "I like oat milk in my coffee. The store is in the city of Paris, and Mary went to the store.",

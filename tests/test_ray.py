@@ -170,7 +170,10 @@ def deadly(mark: Path, values: torch.Tensor) -> torch.Tensor:
     return values * 0.5
 
 
-def test_actors_killed_while_they_sweep_lose_no_cell_and_double_none(cluster, small, tmp_path):
+def test_actors_killed_while_they_sweep_lose_no_cell_double_none_and_blame_no_other(
+    cluster, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hookkit.engines.crew.LOSSES", 1)  # units that wait behind one that kills do not count
     marks = tmp_path / "marks"
 
     def swept(**settings):
@@ -179,40 +182,19 @@ def test_actors_killed_while_they_sweep_lose_no_cell_and_double_none(cluster, sm
             hk.edit(hk.Site("z", layer), lambda values: deadly(marks / f"{layer} {pos} {by}", values), pos=pos),
             hk.scale(hk.Site("resid_pre", layer), by, pos=pos),
         ]
-        settings |= {"memory": 60_000, "progress": False}
+        settings |= {"memory": 1, "progress": False}  # so little that each cell is a unit
         return hk.sweep(small, killing_sweeps.PROMPTS, grid, edits, hk.logit_diff(5, 7), **settings)
 
     here = swept()
-    deaths = {"0 -3 1": 2, "0 -1 1": 1, "1 -2 2": 2, "2 -3 1": 1, "2 -1 2": 3}
-    for cell, count in deaths.items():
+    for cell in ("0 -3 1", "0 -3 2", "0 -2 1", "1 -2 2", "2 -1 2"):
         (marks / cell).mkdir(parents=True)
-        for number in range(count):
-            (marks / cell / str(number)).touch()
+        (marks / cell / "once").touch()
     there = swept(engine=hk.Ray(actors=2), save=tmp_path / "sweep")
     assert not [*marks.glob("*/*")]  # every death was died
     pd.testing.assert_frame_equal(there, here, check_exact=True)
     lines = (tmp_path / "sweep" / "cells.jsonl").read_text().splitlines()
     keys = [tuple(found[:2]) for line in lines for found in json.loads(line)]
     assert len(keys) == len(set(keys))
-
-
-def test_units_that_wait_behind_one_that_kills_its_actors_are_not_blamed(cluster, small, tmp_path, monkeypatch):
-    monkeypatch.setattr("hookkit.engines.crew.LOSSES", 1)
-    marks = tmp_path / "marks"
-    for layer in range(3):
-        (marks / str(layer)).mkdir(parents=True)
-        (marks / str(layer) / "once").touch()
-    found = hk.sweep(
-        small,
-        [[1, 2, 3]],
-        {"layer": range(3)},
-        lambda layer: hk.edit(hk.Site("z", layer), lambda values: deadly(marks / str(layer), values)),
-        hk.prob(5),
-        engine=hk.Ray(actors=1),
-        memory=1,
-        progress=False,
-    )
-    assert len(found) == 3 and not [*marks.glob("*/*")]  # three deaths, one at each of the three that were in flight
 
 
 def test_work_that_kills_every_actor_is_named_and_given_up(cluster, small, monkeypatch):
