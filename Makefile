@@ -3,6 +3,8 @@
 PYTHON ?= python3
 IN = .venv/bin/python
 READY = .venv/ready
+# What is imported is compiled once, not by every process that imports it; nor does pip compile all that is never used.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test check results docs benchmark clean
 
@@ -35,7 +37,7 @@ benchmark: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(IN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(IN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
