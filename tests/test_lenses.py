@@ -317,3 +317,31 @@ def test_the_kl_objective_is_the_divergence(trained):
     logprobs = [torch.tensor(part["logprob"].tolist()) for part in (end, first)]
     wanted = functional.kl_div(logprobs[1], logprobs[0], log_target=True, reduction="sum")
     assert first["kl"].iloc[0] == pytest.approx(float(wanted), abs=1e-5)
+
+
+# ---- exactness over a whole vocabulary
+
+
+def test_entropy_and_divergence_keep_their_digits_over_49152_tokens(smol):
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    lens = hk.logit_lens(smol, prompt, pos=None, top=1)
+    states = torch.stack([states_by_hand(smol.model, smol.encode(prompt))[1:]]).flatten(0, 1)
+    states[-1] = hk.forward(smol, prompt, hk.capture("resid_post.29"))["resid_post.29"][0]
+    logprobs = end_by_hand(smol.model, states).double().log_softmax(-1).transpose(0, 1)  # [pos, layer, vocab]
+    end = logprobs[:, -1:]
+    entropy, kl = -(logprobs.exp() * logprobs).sum(-1), (end.exp() * (end - logprobs)).sum(-1)
+    assert lens["entropy"].tolist() == pytest.approx(entropy.flatten().tolist(), abs=2e-5)
+    assert lens["kl"].tolist() == pytest.approx(kl.flatten().tolist(), abs=4e-5)
+
+
+@pytest.mark.parametrize("vocab", [49152, 50257, 1000, 300])
+def test_the_largest_of_blocks_are_the_largest(vocab):
+    values = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(0))
+    values[0, 0, -1] = values[0, 1, 7] = 9.0  # one behind the last whole block
+    values[1, 2] = -torch.inf  # where but few tokens are allowed
+    values[1, 2, 290:293] = torch.tensor([1.0, 3.0, 2.0])
+    for top in (1, 3, 20):
+        found, ids = reading.largest(values, top)
+        assert torch.equal(found, values.topk(top).values)
+        assert torch.equal(values.gather(-1, ids), found)
+        assert all(len(set(each)) == top for each in ids.flatten(0, 1).tolist())

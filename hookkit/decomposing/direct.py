@@ -108,7 +108,7 @@ def _sum(
     """Every part of the logits, which sum to what the run said."""
     lm = run.lm
     states = run[Site("resid_post", lm.n_layers - 1)][cells]
-    still = frozen(lambda found: tail.read(found).given, states, "what stands between the last block and the head")
+    still = frozen(tail.given, states, "what stands between the last block and the head")
     with torch.no_grad():
         read = tail.read(states)
     wanted = _picked(read.raw, chosen, others)

@@ -142,7 +142,9 @@ def _table(lm: LM, states: States, tail: Tail, top: int, watched: Sequence[int],
             cells = places[start : start + step]
             each = [(row, pos) for _, _, row, pos in cells for _ in range(count)]
             logits = tail.logits(states.of(cells).flatten(0, 1), each).float().unflatten(0, (len(cells), count))
-            parts += [numbers(part, lm.n_tokens, top, watched, anywhere=anywhere).cpu() for part in in_cache(logits)]
+            some = in_cache(logits)
+            room = some[0].new_empty(2, *some[0].shape)
+            parts += [numbers(part, lm.n_tokens, top, watched, room, anywhere=anywhere).cpu() for part in some]
     return _frame(lm, states.sites, [(row, pos) for _, _, row, pos in places], parts)
 
 

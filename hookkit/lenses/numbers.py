@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that are computed at a time
+BLOCK = 256  # tokens of which the largest is found first
 CACHED = {"cpu": 6 * 2**20, "cuda": 1024 * 2**20}  # and that are read at a time: what stays in a cache between passes
 
 
@@ -43,15 +44,23 @@ class Numbers:
 
 
 def numbers(
-    logits: Float[Tensor, "cell state vocab"], real: int, top: int, watched: Sequence[int], *, anywhere: bool
+    logits: Float[Tensor, "cell state vocab"],
+    real: int,
+    top: int,
+    watched: Sequence[int],
+    room: Float[Tensor, "2 most_cells state vocab"],
+    *,
+    anywhere: bool,
 ) -> Numbers:
-    """The numbers of a chunk of logits.
+    """The numbers of a chunk of logits. `room` is written over: memory that is fetched anew each time is slow.
 
     Shown are the first `top` tokens of each state or, with `anywhere`, the same tokens at every state of a cell: those
     that rank best at any of them; and the watched ones.
     """
     shown = logits[..., :real]
-    leading, ids = shown.topk(top, dim=-1) if top else (shown[..., :0], shown[..., :0].long())
+    leading, ids = largest(shown, max(top, 1))
+    most = leading[..., :1] if real == logits.shape[-1] else logits.amax(-1, keepdim=True)
+    leading, ids = leading[..., :top], ids[..., :top]
     ranks = 1 + (leading[..., None, :] > leading[..., None]).sum(-1)
     if anywhere and top:
         ids = _best_anywhere(ids, ranks)
@@ -60,7 +69,7 @@ def numbers(
         others = torch.tensor(list(watched), device=logits.device).expand(*logits.shape[:2], -1)
         values, places = _of(shown, others)
         ids, leading, ranks = (torch.cat(pair, -1) for pair in ((ids, others), (leading, values), (ranks, places)))
-    log_total, entropy, kl = _sums(logits)
+    log_total, entropy, kl = _sums(logits, most, room[:, : len(logits)])
     return Numbers(ids, leading, leading - log_total[..., None], ranks, entropy, kl)
 
 
@@ -84,26 +93,42 @@ def _best_anywhere(ids: Tensor, ranks: Tensor) -> Tensor:
     return torch.tensor(chosen, device=ids.device)[:, None].expand(-1, ids.shape[1], -1)
 
 
-def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def largest(values: Float[Tensor, "cell state token"], top: int) -> tuple[Tensor, Tensor]:
+    """The `top` largest along the last axis, in order, and where they are: what `topk` gives, in a fifth of its time.
+
+    They lie in those blocks that have the `top` largest maxima, or in what is left behind the last whole block.
+    """
+    blocks = values.shape[-1] // BLOCK
+    if blocks <= top:
+        return values.topk(top, dim=-1)
+    cut = values[..., : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    chosen = cut.amax(-1).topk(top, dim=-1).indices
+    inside = cut.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).flatten(-2)
+    ids = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(-2)
+    rest = torch.arange(blocks * BLOCK, values.shape[-1], device=values.device).expand(*ids.shape[:-1], -1)
+    found, places = torch.cat([inside, values[..., blocks * BLOCK :]], -1).topk(top, dim=-1)
+    return found, torch.cat([ids, rest], -1).gather(-1, places)
+
+
+def _sums(
+    logits: Float[Tensor, "cell state vocab"],
+    most: Float[Tensor, "cell state 1"],
+    room: Float[Tensor, "2 cell state vocab"],
+) -> tuple[Tensor, Tensor, Tensor]:
     """The logarithm of the sum of exponentials, the entropy, and the divergence from the last state of each cell.
 
-    Σ p log p is written as Σ p x - log Z, so that no log-softmax of the whole is ever there.
+    Σ p log p is written as Σ p x - log Z, so that no log-softmax of the whole is ever there. The sums are torch's
+    pairwise ones: products of matrices add term by term, which over a vocabulary costs three digits.
     """
-    largest = logits.amax(-1, keepdim=True)
-    weights = (logits - largest).exp_()
-    total = weights.sum(-1)
-    mean = _weighed(weights, logits) / total
-    if mean.isnan().any():  # banned tokens: their weight is 0, and 0 times -inf is no number
-        logits = logits.nan_to_num(neginf=0.0)
-        mean = _weighed(weights, logits) / total
-    crossed = torch.bmm(weights[:, -1:], logits.transpose(1, 2))[:, 0] / total[:, -1:]
-    log_total = total.log() + largest[..., 0]
+    below, weights = torch.sub(logits, most, out=room[0]), room[1]
+    total = torch.exp(below, out=weights).sum(-1)
+    end = weights[:, -1:].clone()
+    if not below.amin().isfinite():  # banned tokens: their weight is 0, and 0 times -inf is no number
+        below.nan_to_num_(neginf=0.0)
+    mean = weights.mul_(below).sum(-1) / total
+    crossed = below.mul_(end).sum(-1) / total[:, -1:]
+    log_total = total.log()
     entropy = (log_total - mean).clamp(min=0)
     kl = (log_total - crossed - entropy[:, -1:]).clamp(min=0)
     kl[:, -1] = 0.0
-    return log_total, entropy, kl
-
-
-def _weighed(weights: Tensor, logits: Tensor) -> Tensor:
-    """Σ weight x logit over the vocabulary."""
-    return torch.bmm(weights.flatten(0, 1)[:, None], logits.flatten(0, 1)[..., None]).view(weights.shape[:2])
+    return log_total + most[..., 0], entropy, kl

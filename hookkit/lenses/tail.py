@@ -140,6 +140,10 @@ class _Tail(Wave):
         super()._register(stack)
 
 
+class _Given(Exception):
+    """Ends a forward at the head, with what that was given."""
+
+
 @dataclass(frozen=True, eq=False)
 class Read:
     """`given` [state, d] is what the head reads, `raw` [state, vocab] what it gives, `logits` what the model makes of
@@ -175,6 +179,20 @@ class Tail:
             logits = self._run(states[torch.tensor(numbers, device=states.device)], [(lane, self.taps)])
             found |= dict(zip(numbers, logits, strict=True))
         return torch.stack([found[number] for number in range(len(places))])
+
+    def given(self, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d"]:
+        """What the head reads of each state, without any hook; the head does not run."""
+        path = self.lm.place(Site("lm_head")).path
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            raise _Given(input_of(args, kwargs, 0, path)[0])
+
+        with replaced(self.lm.submodule(path), "forward", forward):
+            try:
+                self._run(states, [])
+            except _Given as given:
+                return given.args[0].reshape(len(states), -1)
+        raise AssertionError("the head was not called")
 
     def read(self, states: Float[Tensor, "state d_model"]) -> "Read":
         """What the head reads of each state, what it gives and what the model makes of that, without any hook."""
