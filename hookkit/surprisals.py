@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import BadHook, EmptySelection, OutOfRange, checks_keywords
 from .model import LM
 from .positions import CountLike, as_count, chosen
+from .ranking import rank_among
 from .runs import Run
 
 NUMBERS_AT_ONCE = 2**22  # logits in one piece of work: 16 MiB of float32
@@ -79,7 +80,7 @@ def _piece(lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top
     numbers: dict[str, Shaped[Tensor, " n"]] = {
         "token_id": ids,
         "logprob": logprobs.gather(1, wanted)[:, 0].double(),
-        "rank": (real > logits.gather(1, wanted)).sum(-1) + 1,
+        "rank": rank_among(real, logits.gather(1, wanted)[:, 0]),
     }
     found = pd.DataFrame({name: values.tolist() for name, values in numbers.items()})
     if top:

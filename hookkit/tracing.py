@@ -22,6 +22,7 @@ from .generation import Generation
 from .hooks.base import Hook
 from .hooks.logits import LogitEdit
 from .model import LM
+from .ranking import rank_among
 from .vocabulary import Token
 
 STAGES = ("model", "edited", "processed")
@@ -244,7 +245,7 @@ def _on_cpu(stages: dict[str, Stage]) -> dict[str, Stage]:
 
 
 def _ranks(inside: Float[Tensor, "row vocab"], mine: Float[Tensor, "row token"]) -> Int[Tensor, "row token"]:
-    return torch.stack([(inside > mine[:, n, None]).sum(dim=-1) for n in range(mine.shape[1])], dim=1) + 1
+    return torch.stack([rank_among(inside, mine[:, n]) for n in range(mine.shape[1])], dim=1)
 
 
 def _stage(

@@ -24,6 +24,7 @@ ORDER = [
     "families.other_layouts",
     "families.table",
     "families",
+    "ranking",
     "layout",
     "sharding",
     "wrapped",

@@ -20,6 +20,7 @@ from ..displaying import shown
 from ..errors import BadPrompt, EmptySelection, OutOfRange, checks_keywords
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch, shortened
+from ..ranking import rank_among
 from ..runs import forward
 
 Prompt: TypeAlias = str | Row
@@ -190,7 +191,7 @@ def _measured(lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list
         "logit_answer": right.tolist(),
         "logit_wrong": other.tolist(),
         "logit_diff": (right - other).tolist(),
-        "rank": ((real > right[:, None]).sum(dim=1) + 1).tolist(),
+        "rank": rank_among(real, right).tolist(),
     }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import BadEdit, BadHook, checks_keywords
 from ..model import LM
+from ..ranking import rank_among
 from ..vocabulary import Token
 from .base import Here, number
 from .codec import storable
@@ -67,7 +68,7 @@ def _measured(quantity: str, logits: Logits, token: int | None, real: int | None
     if quantity == "prob":
         return logprobs[..., token].exp()
     assert quantity == "rank" and token is not None
-    return (logits[..., :real] > logits[..., token, None]).sum(dim=-1) + 1
+    return rank_among(logits[..., :real], logits[..., token])
 
 
 def holds(when: When, lm: LM) -> Holds:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..ranking import rank_among
+
 CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that are computed at a time
 BLOCK = 256  # tokens of which the largest is found first
 CACHED = {"cpu": 6 * 2**20, "cuda": 1024 * 2**20}  # and that are read at a time: what stays in a cache between passes
@@ -74,10 +76,9 @@ def numbers(
 
 
 def _of(shown: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of tokens, and their ranks: 1 + the number of tokens with a strictly larger logit."""
+    """The logits of tokens, and their ranks."""
     values = shown.gather(-1, ids)
-    ranks = torch.stack([1 + (shown > values[..., n : n + 1]).sum(-1) for n in range(ids.shape[-1])], -1)
-    return values, ranks
+    return values, torch.stack([rank_among(shown, each) for each in values.unbind(-1)], -1)
 
 
 def _best_anywhere(ids: Tensor, ranks: Tensor) -> Tensor:

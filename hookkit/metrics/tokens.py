@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..model import LM
+from ..ranking import rank_among
 from .answers import Answers, ids_of
 from .metric import Measure, Metric, Said
 
@@ -102,8 +103,8 @@ class Rank(Metric):
         ids, real = ids_of(lm, self.token, count), lm.n_tokens or None
 
         def measure(said: Said) -> Tensor:
-            best = ids.of(said.logits, said.rows, -math.inf).amax(-1, keepdim=True)
-            return 1.0 + (said.logits[:, :real] > best).sum(-1)
+            best = ids.of(said.logits, said.rows, -math.inf).amax(-1)
+            return rank_among(said.logits[:, :real], best).float()
 
         return measure
 

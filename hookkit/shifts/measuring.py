@@ -18,6 +18,7 @@ from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM
 from ..prompts import Row
+from ..ranking import rank_among
 from ..runs import Run, forward
 from ..sites import Site
 from ..sweeps import over_prompts
@@ -50,8 +51,13 @@ class Answers:
         return self.logits.double().log_softmax(-1)
 
     @cached_property
+    def probs(self) -> Logits:
+        """In float64."""
+        return self.exact.exp()
+
+    @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
-        return 0.0 - expected(self.exact, self.exact)
+        return 0.0 - expected(self.probs, self.exact)
 
     @cached_property
     def first(self) -> list[int]:
@@ -61,7 +67,7 @@ class Answers:
     def ranks(self, ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
         """1 + the number of strictly larger logits, of one token for each prompt."""
         real = self.logits[:, : self.lm.n_tokens or None]
-        return (real > self.logits.gather(1, ids[:, None])).sum(-1) + 1
+        return rank_among(real, self.logits.gather(1, ids[:, None])[:, 0])
 
     def said(self, row: int) -> Distribution:
         """What it says after one prompt."""
@@ -69,9 +75,11 @@ class Answers:
         return Distribution(self.lm, place, self.logits[row])
 
 
-def expected(logprobs: Logits, values: Logits) -> Float[Tensor, " row"]:
+def expected(probs: Logits, values: Logits) -> Float[Tensor, " row"]:
     """The mean of values under each row's distribution; a probability of 0 takes its value out."""
-    probs = logprobs.exp()
+    found = (probs * values).sum(-1)
+    if found.isfinite().all():
+        return found
     return torch.where(probs > 0, probs * values, 0.0).sum(-1)
 
 
@@ -133,7 +141,7 @@ def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
     top1_after, top1_changed.
     """
     assert now.edit is not None
-    kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
+    kl = expected(was.probs, was.exact - now.exact).clamp(min=0.0)
     entropy = {"entropy_before": was.entropy, "entropy_after": now.entropy, "entropy_delta": now.entropy - was.entropy}
     first = {"top1_before": was.first, "top1_after": now.first}
     return pd.DataFrame(
