@@ -213,6 +213,7 @@ ORDER = [
     "spelling.writing",
     "spelling",
     "shifts.naming",
+    "shifts.resuming",
     "shifts.measuring",
     "shifts.inside",
     "shifts.texts",

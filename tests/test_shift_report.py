@@ -13,6 +13,7 @@ from conftest import tokenizer
 
 import hookkit as hk
 from hookkit.errors import BadHook, OutOfRange
+from hookkit.shifts import resuming
 from hookkit.shifts.naming import literal
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
@@ -308,3 +309,58 @@ def test_in_a_browser_the_headings_sort_and_nothing_else_runs(nasty, tmp_path):
     shown = subprocess.run([browser, *words, page.as_uri()], capture_output=True, text=True, timeout=60).stdout
     assert '<button type="button">token</button>' in shown, "the page's own script did not run"
     assert "<title>run</title>" not in shown
+
+
+# ---- forwards that begin where an edit does
+
+
+RESUMED = ["llama", "gpt2", "gemma2", "gpt_neox", "qwen3_moe", "mamba", "lfm2"]
+
+
+@pytest.mark.parametrize("family", RESUMED)
+def test_forwards_that_begin_at_the_edited_block_say_what_whole_ones_do(family, monkeypatch):
+    lm = hk.tiny(family, tokenizer=tokenizer())
+    vector = torch.randn(lm.shape(hk.Site("resid_post", 1)), generator=torch.Generator().manual_seed(0))
+    edits = {
+        "logits": hk.boost(" milk", by=3),
+        "last": hk.steer("resid_post.2", vector),
+        "inner": hk.steer("resid_pre.2", vector, pos=-1),
+        "first": hk.scale("resid_pre.0", 2),
+        "block": hk.skip_block(1),
+        "both": [hk.scale("resid_post.1", 0.5), hk.boost(" m", by=-2)],
+    }
+    made = {}
+    for worth in (0, 10**9):
+        monkeypatch.setattr("hookkit.shifts.resuming.WORTH", worth)
+        made[worth] = hk.shift_report(lm, PROMPTS, edits, watch=" milk", controls="random", drawn=0, shown=2).tables
+    assert made[0].keys() == made[10**9].keys()
+    for name, table in made[0].items():
+        pd.testing.assert_frame_equal(table, made[10**9][name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_blocks_below_an_edit_do_not_run_again(llama, monkeypatch):
+    rows = [tuple(llama.encode(prompt)) for prompt in PROMPTS]
+    edits = [(hk.boost(" milk", by=3),), (hk.ablate("z.2.1"),), (hk.skip_block(1),), (hk.scale("resid_pre.0", 2),)]
+    monkeypatch.setattr(resuming, "WORTH", 0)
+    later = resuming.resuming(llama, rows, edits)
+    assert later.starts == {0: 3, 1: 2, 2: 1}
+    ran = []
+    for number, layer in enumerate(llama.model.model.layers):
+        monkeypatch.setattr(layer.mlp, "forward", lambda *a, n=number, f=layer.mlp.forward: (ran.append(n), f(*a))[1])
+    with later.noting():
+        hk.forward(llama, [*map(list, rows)], logits="last")
+    for place, expected in ((0, []), (1, [2]), (2, [1, 2]), (3, [0, 1, 2])):
+        ran.clear()
+        with later.resumed(later.starts.get(place, 0)):
+            hk.forward(llama, [*map(list, rows)], logits="last")
+        assert ran == expected
+
+
+@pytest.mark.parametrize("why", ["training", "the user's hook", "few tokens"])
+def test_a_model_that_may_not_be_resumed_runs_whole_forwards(why, monkeypatch):
+    lm = hk.LM(hk.tiny("llama").model)
+    monkeypatch.setattr(resuming, "WORTH", 10**9 if why == "few tokens" else 0)
+    lm.root.train(why == "training")
+    if why == "the user's hook":
+        lm.model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not resuming.resuming(lm, [(5, 6, 7)], [(hk.ablate("z.2.1"),)]).starts

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..captured import Captured
+from ..captured import Captured, Kept
 from ..distributions import Distribution
 from ..hooks.base import Hook
 from ..hooks.looking import capture
@@ -23,6 +23,7 @@ from ..runs import Run, forward
 from ..sites import Site
 from ..sweeps import over_prompts
 from .naming import Edit, literal
+from .resuming import seen_from, with_those_below
 
 FIRST = "what was first"  # the token that led before the edit, which is another for each prompt
 COMPARED = ("logit", "logprob", "prob", "rank")
@@ -84,14 +85,32 @@ def expected(probs: Logits, values: Logits) -> Float[Tensor, " row"]:
 
 
 def answered(
-    lm: LM, rows: Sequence[Row], hooks: tuple[Hook, ...], edit: Edit | None, looks: Sequence[Site], shown: int
+    lm: LM,
+    rows: Sequence[Row],
+    hooks: tuple[Hook, ...],
+    edit: Edit | None,
+    looks: Sequence[Site],
+    shown: int,
+    start: int = 0,
+    unedited: Kept | None = None,
 ) -> Answers:
-    """One forward over all prompts with these hooks, which keeps the looked-at sites of the first `shown` of them."""
-    look = [capture(list(looks), pos=-1, rows=range(shown), name="hookkit.shifts")] if looks else []
-    run = forward(lm, [list(row) for row in rows], *hooks, *look, logits="last")
+    """One forward over all prompts with these hooks, which keeps the looked-at sites of the first `shown` of them.
+
+    Where it begins with the block `start`, those below that are taken from what was kept `unedited`.
+    """
+    whole = [_look(looks, shown)] if looks else []
+    passed = seen_from(looks, start)
+    run = forward(lm, [list(row) for row in rows], *hooks, *([_look(passed, shown)] if passed else []), logits="last")
     kept = run.captured_logits()
     logits = kept.values[:, 0].detach().float().cpu()
-    return Answers(edit, replace(run, output=None, kept_logits=_first(kept, shown)), logits)
+    run = replace(run, hooks=(*hooks, *whole), output=None, kept_logits=_first(kept, shown))
+    if unedited is not None and looks:
+        run = replace(run, kept=with_those_below(run.kept, unedited))
+    return Answers(edit, run, logits)
+
+
+def _look(sites: Sequence[Site], shown: int) -> Hook:
+    return capture(list(sites), pos=-1, rows=range(shown), name="hookkit.shifts")
 
 
 def _first(kept: Captured, shown: int) -> Captured:

@@ -17,6 +17,7 @@ from ..tables import shift_of
 from .inside import layers_of, looks_of, why_of
 from .measuring import Answers, answered, distances_of, over, watched_of, with_deltas
 from .naming import Controls, Edit, Hooks, controls_of, edits_of, literal, table_of, together
+from .resuming import resuming
 from .sections import Found, answer, beginning, made_again, of_prompt, over_all
 from .texts import texts_of
 
@@ -53,7 +54,8 @@ def shift_report(
     Every prompt has its `watch`ed tokens, those that hooks name, and the token that was first. The first `shown`
     prompts have the `top` tokens and largest movers, the logit lens, and the exact sum of one token's change over
     components (with `heads` over heads): the first that is watched or named, else the one that came first. The first
-    `drawn` have figures. Each edit and control takes one forward over all prompts, which are one batch.
+    `drawn` have figures. Each edit and control takes one forward over all prompts, which are one batch; with many
+    prompts it begins at the first block that the edit touches, where the model allows it.
 
     `tables` has edits, shifts, watched, distances, and where they can be made layers, why, texts, summary and
     summary_distances (means over prompts with bootstrap intervals); `write` writes each as CSV, JSON, Markdown and
@@ -102,14 +104,19 @@ def _measured(
     top: int, heads: bool, shown: int, drawn: int,
 ) -> Found:  # fmt: skip
     looks = looks_of(lm, heads=heads)
-    was = answered(lm, rows, under, None, looks.sites, shown)
+    every_edit = [*edits, *controls]
+    later = resuming(lm, rows, [] if under else [edit.hooks for edit in every_edit])
+    with later.noting():
+        was = answered(lm, rows, under, None, looks.sites, shown)
     edited: list[Answers] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
     known: dict[tuple[int, ...], pd.DataFrame] = {}
     ranks, refused, every = {}, {}, torch.arange(lm.n_tokens or was.logits.shape[1])
     before = [was.said(row) for row in range(shown)]
-    for edit in (*edits, *controls):
-        now = answered(lm, rows, edit.hooks, edit, [] if edit.control else looks.sites, shown)
+    for place, edit in enumerate(every_edit):
+        start, sites = later.starts.get(place, 0), [] if edit.control else looks.sites
+        with later.resumed(start):
+            now = answered(lm, rows, edit.hooks, edit, sites, shown, start, was.run.kept)
         parts["watched"].append(watched_of(was, now, watch))
         parts["distances"].append(distances_of(was, now))
         if edit.control:
