@@ -58,7 +58,7 @@ class Interrupt:
 def interrupted_harvest(folder: Path) -> dict:
     interrupt = Interrupt()
     try:
-        harvest(folder, texts(interrupt), engine=hk.Ray(actors=2, cpus=0.5))
+        harvest(folder, texts(interrupt), engine=hk.Ray(actors=1))
     except KeyboardInterrupt:
         return {"interrupted": True, **interrupt.ended()}
     return {"interrupted": False}
@@ -75,7 +75,7 @@ def interrupted_sweep(folder: Path) -> dict:
     threading.Thread(target=watch, daemon=True).start()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        table = killing_sweeps.swept(hk.tiny("llama"), folder, engine=hk.Ray(actors=2, cpus=0.5))
+        table = killing_sweeps.swept(hk.tiny("llama"), folder, engine=hk.Ray(actors=1))
     said = [each for each in caught if issubclass(each.category, hk.errors.Interrupted)]
     interrupted = not table.attrs["complete"] and len(said) == 1
     return {"interrupted": interrupted, "rows": len(table), **interrupt.ended()}
@@ -85,17 +85,17 @@ def cluster(folder: Path) -> dict:
     from ray.cluster_utils import Cluster
 
     soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": soon}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
     nodes = Cluster(initialize_head=True, head_node_args=head)
-    other = nodes.add_node(num_cpus=2)
+    other = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
 
     def lose() -> None:
         nodes.remove_node(other, allow_graceful=False)
 
     before = []
-    try:  # four actors need both nodes
-        engine = hk.Ray(actors=4, address=nodes.address)
+    try:  # two actors need both nodes
+        engine = hk.Ray(actors=2, address=nodes.address)
         harvest(folder, texts(lambda: (before.append(len(nodes.list_all_nodes())), lose())), engine=engine)
         return {"before": before, "after": len(nodes.list_all_nodes()), "initialised": ray.is_initialized()}
     finally:
