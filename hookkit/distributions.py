@@ -66,12 +66,12 @@ class Distribution:
     @cached_property
     def entropy(self) -> float:
         """-Σ p log p, in nats."""
-        return 0.0 - expected(self.exact, self.exact)  # 0.0 where it is certain, not -0.0
+        return 0.0 - float(expected(self.exact, self.exact))  # 0.0 where it is certain, not -0.0
 
     @cached_property
     def varentropy(self) -> float:
         """The variance of -log p under p, in nats²: 0 where all candidates are equally likely, or there is only one."""
-        return expected(self.exact, (self.exact + self.entropy) ** 2)
+        return float(expected(self.exact, (self.exact + self.entropy) ** 2))
 
     @cached_property
     def margin(self) -> float:
@@ -80,10 +80,11 @@ class Distribution:
         return first - second if second != -math.inf else math.inf
 
 
-def expected(logprobs: Float[Tensor, " vocab"], values: Float[Tensor, " vocab"]) -> float:
-    """The mean of values under a distribution; a probability of 0 takes its value out, be it infinite."""
+def expected(logprobs: Float[Tensor, "*place vocab"], values: Float[Tensor, "*place vocab"]) -> Float[Tensor, "*place"]:
+    """The mean of values under each distribution; a probability of 0 takes its value out, be it infinite."""
     probs = logprobs.exp()
-    return float(torch.where(probs > 0, probs * values, 0.0).sum())
+    found = (probs * values).sum(-1)
+    return found if found.isfinite().all() else torch.where(probs > 0, probs * values, 0.0).sum(-1)
 
 
 def distributions(
@@ -122,9 +123,9 @@ def divergences(was: Distribution, now: Distribution) -> dict[str, float]:
     p, q = was.exact, now.exact
     middle = torch.logaddexp(p, q) - math.log(2)
     found = {
-        "kl": expected(p, p - q),
-        "kl_reverse": expected(q, q - p),
-        "js": (expected(p, p - middle) + expected(q, q - middle)) / 2,
+        "kl": float(expected(p, p - q)),
+        "kl_reverse": float(expected(q, q - p)),
+        "js": float(expected(p, p - middle) + expected(q, q - middle)) / 2,
         "tv": float((p.exp() - q.exp()).abs().sum() / 2),
     }
     return {name: max(0.0, value) for name, value in found.items()}  # rounding can leave -1e-17

@@ -67,8 +67,8 @@ def score(
     otherwise is not scored.
 
     >>> table = score(lm, [" milk in my coffee", " sand in my coffee"], after="I like oat")
-    >>> table.groupby("row")["loss"].mean().round(2).tolist()
-    [2.98, 4.84]
+    >>> table.groupby("row")["loss"].mean().round(1).tolist()
+    [3.0, 4.8]
     """
     rows, firsts = _rows(lm, texts, after)
     length, step = _window_of(lm, window, stride)

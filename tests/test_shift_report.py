@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -356,11 +357,14 @@ def test_the_blocks_below_an_edit_do_not_run_again(llama, monkeypatch):
         assert ran == expected
 
 
-@pytest.mark.parametrize("why", ["training", "the user's hook", "few tokens"])
+@pytest.mark.parametrize("why", ["training", "the user's hook", "a block around it", "few tokens"])
 def test_a_model_that_may_not_be_resumed_runs_whole_forwards(why, monkeypatch):
     lm = hk.LM(hk.tiny("llama").model)
     monkeypatch.setattr(resuming, "WORTH", 10**9 if why == "few tokens" else 0)
     lm.root.train(why == "training")
     if why == "the user's hook":
         lm.model.model.layers[0].register_forward_hook(lambda *_: None)
-    assert not resuming.resuming(lm, [(5, 6, 7)], [(hk.ablate("z.2.1"),)]).starts
+    around = [hk.capture("resid_post.0")] if why == "a block around it" else []
+    with hk.attach(lm, *around) if around else nullcontext():
+        assert not resuming.resuming(lm, [(5, 6, 7)], [(hk.ablate("z.2.1"),)]).starts
+        hk.forward(lm, [[5, 6, 7]])

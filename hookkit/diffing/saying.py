@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..distributions import Distribution
+from ..distributions import Distribution, expected
 from ..model import LM
 from ..shifts.naming import literal
 from ..tables import shift_of
@@ -54,10 +54,10 @@ def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataF
 def _numbers(lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]) -> pd.DataFrame:
     p, q = (logits.detach().cpu().double().log_softmax(-1) for logits in (before, after))
     middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-    found = {"kl": _mean(p, p - q), "kl_reverse": _mean(q, q - p)}
-    found["js"] = (_mean(p, p - middle) + _mean(q, q - middle)) / 2
+    found = {"kl": expected(p, p - q), "kl_reverse": expected(q, q - p)}
+    found["js"] = (expected(p, p - middle) + expected(q, q - middle)) / 2
     found = {name: values.clamp(min=0.0) for name, values in found.items()}  # rounding can leave -1e-17
-    entropies = 0.0 - _mean(p, p), 0.0 - _mean(q, q)
+    entropies = 0.0 - expected(p, p), 0.0 - expected(q, q)
     found |= {
         "entropy_before": entropies[0],
         "entropy_after": entropies[1],
@@ -76,12 +76,6 @@ def _numbers(lm: LM, before: Logits, after: Logits, following: Int[Tensor, " tok
     was, now = table["loss_before"], table["loss_after"]
     table["loss_delta"] = (now - was).where((now != was) | now.isna(), 0.0)
     return table
-
-
-def _mean(logprobs: Logits, values: Logits) -> Float[Tensor, " token"]:
-    """The mean of values under each distribution; a probability of 0 takes its value out, be it infinite."""
-    probs = logprobs.exp()
-    return torch.where(probs > 0, probs * values, 0.0).sum(-1)
 
 
 def rank_shifts(

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..captured import Captured, Kept
-from ..distributions import Distribution
+from ..distributions import Distribution, expected
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM
@@ -52,13 +52,8 @@ class Answers:
         return self.logits.double().log_softmax(-1)
 
     @cached_property
-    def probs(self) -> Logits:
-        """In float64."""
-        return self.exact.exp()
-
-    @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
-        return 0.0 - expected(self.probs, self.exact)
+        return 0.0 - expected(self.exact, self.exact)
 
     @cached_property
     def first(self) -> list[int]:
@@ -74,14 +69,6 @@ class Answers:
         """What it says after one prompt."""
         place = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
         return Distribution(self.lm, place, self.logits[row])
-
-
-def expected(probs: Logits, values: Logits) -> Float[Tensor, " row"]:
-    """The mean of values under each row's distribution; a probability of 0 takes its value out."""
-    found = (probs * values).sum(-1)
-    if found.isfinite().all():
-        return found
-    return torch.where(probs > 0, probs * values, 0.0).sum(-1)
 
 
 def answered(
@@ -160,7 +147,7 @@ def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
     top1_after, top1_changed.
     """
     assert now.edit is not None
-    kl = expected(was.probs, was.exact - now.exact).clamp(min=0.0)
+    kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
     entropy = {"entropy_before": was.entropy, "entropy_after": now.entropy, "entropy_delta": now.entropy - was.entropy}
     first = {"top1_before": was.first, "top1_after": now.first}
     return pd.DataFrame(

@@ -14,7 +14,6 @@ from ..hooks.base import Hook
 from ..lenses.tail import ending
 from ..lent import replaced
 from ..manager import HookManager
-from ..manager.precedence import hooks_of_others
 from ..model import LM
 from ..prompts import Row
 from ..sites import Site
@@ -68,9 +67,9 @@ def _copy(given: Any) -> Any:
 
 def resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> Resuming:
     """Which edits' forwards can begin at the block that they touch first. The model is seen to allow it in a trial; one
-    that does not, or that carries hooks of the user's, runs whole forwards."""
+    that does not, or that carries hooks already, which would see blocks passed by, runs whole forwards."""
     none = Resuming(lm, {})
-    if sum(map(len, rows)) * len(edits) < WORTH or lm.root.training or hooks_of_others(lm.model):
+    if sum(map(len, rows)) * len(edits) < WORTH or lm.root.training or _carries_hooks(lm):
         return none
     try:
         starts = {place: _first_block(lm, hooks) for place, hooks in enumerate(edits)}
@@ -78,6 +77,11 @@ def resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> 
         return none
     starts = {place: start for place, start in starts.items() if start > 0}
     return Resuming(lm, starts) if starts and shortcuts(lm).grow else none
+
+
+def _carries_hooks(lm: LM) -> bool:
+    """True where a forward is seen by others: hooks of the user's, or those of an outer block of hookkit's."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in (*lm.wrapping, *lm.root.modules()))
 
 
 def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
