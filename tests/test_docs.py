@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shown import Checker
 from test_house import ORDER
 
 import hookkit as hk
@@ -53,7 +54,7 @@ def test_an_example_gives_what_it_says(test, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test.globs = test.globs | words
     said: list[str] = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
+    doctest.DocTestRunner(Checker(), optionflags=FLAGS).run(test, out=said.append)
     assert not said, "".join(said)
 
 
