@@ -167,7 +167,8 @@ def test_positions_may_have_names_and_be_each_prompts_own(llama_ids):
         assert found == pytest.approx(wanted, abs=1e-4), (name, row)
     listed = hk.patching(llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=[slice(3, 5), (2, 3)])
     assert [str(each) for each in dict.fromkeys(listed["pos"])] == ["3:5", "(2, 3)"]
-    assert listed["logit_diff"].tolist()[:2] == table[table["pos"] == "text"]["logit_diff"].tolist()
+    text = table[table["pos"] == "text"]["logit_diff"].tolist()
+    assert listed["logit_diff"].tolist()[:2] == pytest.approx(text, abs=1e-5)  # in a batch of another size
 
 
 def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):

@@ -113,6 +113,7 @@ ORDER = [
     "sweeps.reading",
     "sweeps.cells",
     "sweeps.reach",
+    "sweeps.narrowing",
     "sweeps.wave",
     "sweeps.passes",
     "sweeps.saying",

@@ -201,7 +201,8 @@ def test_on_the_default_model_a_padded_batch_is_its_single_runs(smol, side):
     for row, prompt in enumerate(prompts):
         alone = hk.forward(smol, prompt, *hooks)
         length = alone.lengths[0]
-        assert float((together.logits[row, :length] - alone.logits[0]).abs().max()) <= 1e-4
+        apart = float((together.logits[row, :length] - alone.logits[0]).abs().max())
+        assert apart <= 1e-5 * float(alone.logits.abs().max())  # 1e-4 is what plain transformers has on some processors
         for site in sites:
             difference = float((together[site][row, :length] - alone[site][0]).abs().max())
             assert difference <= 1e-5 * float(alone[site].abs().max()), site

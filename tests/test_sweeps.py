@@ -268,14 +268,34 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
     key = next(iter(bare.learnt))
     _, grid, hooks = patch_grid(lm, clean)
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
-    for name, words in (("prefix", "no: because"), ("grow", "no: because"), ("batch", "because")):
+    for name, words in (*((each, "no: because") for each in ("last", "prefix", "grow")), ("batch", "because")):
         from dataclasses import replace
 
         bare.learnt[key] = replace(bare.learnt[key], **{name: False}, why={**bare.learnt[key].why, name: "because"})
         assert words in repr(hk.plan(bare, corrupted, grid, hooks, METRICS))
         found = hk.sweep(bare, corrupted, grid, hooks, METRICS)
         assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-5)
-    assert known.batch and known.grow and known.prefix
+    assert known.batch and known.grow and known.prefix and known.last
+
+
+def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
+    ids = texts(lm)[0][0]
+    hooks = {name: hk.hook(name) for name in ("ablate:z.1.0", "ablate:z.2.0", "scale:mlp_in.2*3", "ablate:mlp_post.2")}
+    hooks["mixed"] = hk.edit("resid_mid.2", lambda values: values.flip(1))  # the end gets what was at the beginning
+    assert shortcuts(lm).last
+    mlp, widths = lm.model.model.layers[-1].mlp, []
+    forward = mlp.act_fn.forward
+    mlp.act_fn.forward = lambda x: (widths.append(x.shape[1]), forward(x))[1]
+    try:
+        for with_it, width in (("ablate:z.2.0", 1), ("scale:mlp_in.2*3", 1), ("ablate:mlp_post.2", 9), ("mixed", 9)):
+            widths.clear()
+            names = ["ablate:z.1.0", with_it]  # the first of them needs all nine positions in the blocks before
+            table = hk.sweep(lm, [ids], {"hook": names}, lambda hook: hooks[hook], METRICS[0])
+            assert widths == [9, width], with_it
+            wanted = [by_loop(lm, [ids], [hooks[name]], METRICS[0])[0] for name in names]
+            assert table["logit_diff"].tolist() == pytest.approx(wanted, abs=1e-5)
+    finally:
+        del mlp.act_fn.forward
 
 
 def test_hooks_of_the_users_own_see_whole_batches_of_one_cell(lm):

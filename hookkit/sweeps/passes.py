@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -14,6 +15,7 @@ from ..calls import Call, Text
 from ..captured import Piece
 from ..model import LM
 from ..taps import Action, Tap
+from .narrowing import may_narrow, narrowed
 from .prefix import KeysAndValues, kept, prefix
 from .reach import INPUT, Start
 from .reading import Reading
@@ -61,12 +63,14 @@ class Shortcuts:
     batch   cells may share a forward, each on rows of its own
     grow    rows may join at the block where they begin to differ
     prefix  positions before the first that differs may come from a cache
+    last    behind the last attention only the metric's positions need to run
     why     for each that is not allowed, the reason
     """
 
     batch: bool
     grow: bool
     prefix: bool
+    last: bool
     why: Mapping[str, str]
     factors: Factors
     kinds: Sequence[int]
@@ -103,7 +107,10 @@ def run_units(
         assert trunk.known is not None
         numbers = torch.tensor(places)
         given["past_key_values"] = prefix(trunk.known, past, lambda: numbers[: wave.count])
-    return _called(wave, reading, rows, trunk.columns, width, given)
+    looks = max(reading.looks)
+    narrow = may.last and looks < width and all(may_narrow(reading.lm, taps) for _, taps in lanes)
+    with narrowed(reading.lm, looks) if narrow else nullcontext():
+        return _called(wave, reading, rows, trunk.columns, width, given)
 
 
 def _called(

@@ -153,6 +153,10 @@ class Plan:
         yield "start", "at the block where a cell first differs" if self.may.grow else f"no: {why['grow']}"
         yield "prefix", "positions before the edit come from a cache" if self.may.prefix else f"no: {why['prefix']}"
         yield (
+            "last block",
+            "behind its attention at the metric's position only" if self.may.last else f"no: {why['last']}",
+        )
+        yield (
             "head",
             "at the metric's position only"
             if "logits_to_keep" in self.lm.takes

@@ -7,6 +7,7 @@ not run at all, is left out, with the reason.
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -84,11 +85,16 @@ def _tried(lm: LM) -> Shortcuts:
         expected = _expected(lm, reading)
     except Exception as error:  # noqa: BLE001  whatever a model refuses, it can still be run cell by cell
         return no_shortcuts(_raised(error))
-    may, why = Shortcuts(True, True, False, {}, factors, kinds), {}
-    if reason := _differs(lm, reading, may, expected):
-        may, why = replace(may, grow=False), {"grow": reason}
-        if reason := _differs(lm, reading, may, expected):
-            return no_shortcuts(reason)
+    why: dict[str, str] = {}
+    for grow, last in product((True, False), repeat=2):
+        may = Shortcuts(True, grow, False, last, why, factors, kinds)
+        reason = _differs(lm, reading, may, expected)
+        if not reason:
+            break
+        why["last" if last else "grow"] = reason
+    else:
+        return no_shortcuts(reason)
+    why = {name: each for name, each in why.items() if not getattr(may, name)}
     whole = replace(may, prefix=True)
     if reason := _differs(lm, reading, whole, expected):
         why |= {"prefix": reason}
@@ -101,7 +107,7 @@ def _dtype(lm: LM) -> Any:
 
 def no_shortcuts(reason: str) -> Shortcuts:
     """Every cell by itself, for this reason."""
-    return Shortcuts(False, False, False, dict.fromkeys(("batch", "grow", "prefix"), reason), {}, [])
+    return Shortcuts(False, False, False, False, dict.fromkeys(("batch", "grow", "prefix", "last"), reason), {}, [])
 
 
 def _raised(error: Exception) -> str:
