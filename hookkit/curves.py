@@ -10,10 +10,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .errors import BadHook, EmptySelection, checks_keywords
-from .figures import DOWN, GRID, INK, MUTED, POINT, UP, finished, plain
+from .figures import DASHES, DOWN, GRID, INK, MUTED, POINT, UP, finished, plain
 
 LINES = (UP, POINT, "#b07a1e", "#a565c4", DOWN)  # seen on either paper
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # and told apart without colour
 
 
 @checks_keywords

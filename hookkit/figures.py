@@ -25,6 +25,7 @@ from .errors import BadHook, EmptySelection, checks_keywords
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
 POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # tell lines apart without colour, and where one hides another
 LETTERS = 12.5  # of a title, to an inch
 LABELLED = 6  # the most likely tokens that get their names
 

@@ -81,9 +81,15 @@ def _value(table: pd.DataFrame, value: str | None) -> str:
 
 
 def _prompts(table: pd.DataFrame) -> str:
-    column: Any = table["n"].max() if "n" in table.columns else table["row"].nunique() if "row" in table.columns else 1
-    count = int(column)
-    return f", mean of {count} prompts" if count > 1 else ""
+    """Over what a table's values are averaged, in words."""
+    if "n" in table.columns:
+        counts = {"prompts": int(table["n"].max())}
+    elif "sample" in table.columns:  # of causal tracing
+        counts = {"prompts": table["prompt"].nunique(), "draws of noise": table["sample"].nunique()}
+    else:
+        counts = {"prompts": table["row"].nunique() if "row" in table.columns else 1}
+    words = [f"{count} {name}" for name, count in counts.items() if count > 1]
+    return f", mean of {' x '.join(words)}" if words else ""
 
 
 def _colours() -> ListedColormap:

@@ -389,6 +389,18 @@ def covers(lm: hk.LM, ids: list[int], place: int, text: str) -> bool:
     return len(lm.text(ids[: place + 1])) > start and len(lm.text(ids[:place])) < start + len(text)
 
 
+def test_a_map_says_over_what_it_is_a_mean(lm):
+    table = traced(lm, pos=[-2, -1], layers=[0, 1])
+    for shown, words in (
+        (table, "logit diff effect, mean of 2 prompts x 3 draws of noise"),
+        (hk.over_prompts(table), "logit diff effect, mean of 2 prompts"),
+        (table[table["prompt"] == 0], "logit diff effect, mean of 3 draws of noise"),
+        (table.drop(columns="sample"), "logit diff effect, mean of 6 prompts"),
+        (table[table["row"] == 0], "logit diff effect"),
+    ):
+        assert hk.heat_map(shown).axes[-1].get_ylabel() == words
+
+
 def test_noise_is_the_same_alone_and_among_others_and_another_in_each_sample(lm):
     both = traced(lm, pos=[-2], layers=[1])
     alone = hk.causal_tracing(lm, TEXTS[1], SUBJECTS[1], METRIC, samples=3, seed=4, pos=[-2], layers=[1])

@@ -140,11 +140,8 @@ def actors() -> list[psutil.Process]:
 
 
 def test_actors_killed_while_they_harvest_lose_no_row_and_double_none(cluster, small, undisturbed, tmp_path):
-    drawn, killed, due = (
-        random.Random(0),
-        set(),
-        {30: 1, 60: 2},
-    )  # how many are to be killed, from which text on
+    drawn, killed = random.Random(0), set()
+    due = {30: 1, 60: 2}  # how many are to be killed, from which text on
 
     def given():
         left = 0

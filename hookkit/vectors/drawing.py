@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import BadHook, checks_keywords, did_you_mean
-from ..figures import INK, MUTED, drawable, finished
+from ..figures import DASHES, INK, MUTED, drawable, finished
 from ..heatmaps import LINES
 from .comparing import DAMAGE, over_doses
 
@@ -80,6 +80,7 @@ def _vectors(axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[
             line = means[(means["vector"] == name) & ((means["dose"] > 0) == up)].sort_values("dose", key=abs)
             if line.empty:
                 continue
-            axes.plot(line[by], line[value], color=colour, lw=1.8, marker="o", ms=4, label=label)
+            style = {"color": colour, "ls": DASHES[number % len(DASHES)]}
+            axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, label=label, **style)
             axes.fill_between(line[by], line[f"{value}_low"], line[f"{value}_high"], color=colour, alpha=0.18, lw=0)
             label = None
