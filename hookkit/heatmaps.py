@@ -83,11 +83,11 @@ def _value(table: pd.DataFrame, value: str | None) -> str:
 def _prompts(table: pd.DataFrame) -> str:
     """Over what a table's values are averaged, in words."""
     if "n" in table.columns:
-        counts = {"prompts": int(table["n"].max())}
+        counts = {"prompts": int(table["n"].to_numpy().max())}
     elif "sample" in table.columns:  # of causal tracing
-        counts = {"prompts": table["prompt"].nunique(), "draws of noise": table["sample"].nunique()}
+        counts = {"prompts": len(set(table["prompt"])), "draws of noise": len(set(table["sample"]))}
     else:
-        counts = {"prompts": table["row"].nunique() if "row" in table.columns else 1}
+        counts = {"prompts": len(set(table["row"])) if "row" in table.columns else 1}
     words = [f"{count} {name}" for name, count in counts.items() if count > 1]
     return f", mean of {' x '.join(words)}" if words else ""
 

@@ -143,6 +143,55 @@ def test_the_integral_over_the_embeddings_is_all_of_the_change(llama):
     assert np.abs(one["logit_diff_delta"] - wanted.tolist()).max() > 0.1
 
 
+@pytest.fixture(scope="module")
+def linear_beside():
+    """A GPT-NeoX whose head reads the stream as it is: its last MLP stands beside its attention, not behind it."""
+    lm = hk.tiny("gpt_neox")
+    lm.model.gpt_neox.final_layer_norm = nn.Identity()
+    return lm
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("site", ["q", "k"])
+@pytest.mark.parametrize("pos", [None, [-1, slice(1, 3)]])
+def test_the_qk_fix_is_patching_where_only_the_softmax_bends(linear_beside, site, pos, direction):
+    given = {"layers": [2], "pos": pos, "direction": direction}
+    fixed = hk.attribution(linear_beside, CLEAN, CORRUPTED, site, DIFF, **given, method="qk_fix")
+    plain, truth = both(linear_beside, site, **given)
+    far = "logit_diff_effect"  # of a pair whose metric hardly differs
+    pd.testing.assert_frame_equal(fixed.drop(columns=far), truth.drop(columns=far), atol=1e-4, rtol=1e-4)
+    apart = (plain["logit_diff_delta"] - truth["logit_diff_delta"]).abs().max()
+    assert apart > 0.1 * truth["logit_diff_delta"].abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_oss", "bloom", "gpt_neox", "mixtral", "gpt_neo"])
+def test_the_qk_fix_is_the_gradient_where_prompts_hardly_differ(family):
+    """Between two runs that hardly differ, the change of a pattern is its slope."""
+    lm = hk.tiny(family)
+    near = [row.copy() for row in CLEAN]
+    embedding = lm.model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[20:23] = embedding[[17, 11, 14]] * 0.999 + embedding[[7, 10, 13]] * 0.001
+    for row, (place, token) in zip(near, ((2, 20), (1, 21), (2, 22)), strict=True):
+        row[place] = token
+    given = {"pos": [-1, 1], "layers": [lm.n_layers - 1]}
+    for site in ("q", "k"):
+        fixed = hk.attribution(lm, near, CORRUPTED, site, DIFF, **given, method="qk_fix")
+        plain = hk.attribution(lm, near, CORRUPTED, site, DIFF, **given)
+        assert list(fixed.columns) == list(plain.columns)
+        scale = plain["logit_diff_delta"].abs().max()
+        assert scale > 0
+        assert (fixed["logit_diff_delta"] - plain["logit_diff_delta"]).abs().max() <= 0.02 * scale
+
+
+def test_a_pattern_that_is_not_the_softmax_of_queries_and_keys_is_refused():
+    lm = hk.tiny("gemma2", config={"attn_logit_softcapping": 0.01})
+    with pytest.raises(Unsupported, match="a soft-cap"):
+        hk.attribution(lm, CLEAN, CORRUPTED, "q", DIFF, method="qk_fix")
+    with pytest.raises(BadHook, match="'z' is neither"):
+        hk.attribution(lm, CLEAN, CORRUPTED, ["q", "z"], DIFF, method="qk_fix")
+
+
 def test_hooks_under_both_runs_act_in_both(linear_end):
     under = [hk.ablate("z.0.1"), hk.scale("mlp_out.2", 2.0, rows=[1])]
     estimate, truth = both(linear_end, "mlp_post", layers=[2], under=under)

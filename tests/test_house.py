@@ -136,6 +136,7 @@ ORDER = [
     "gradients.backward",
     "gradients.found",
     "gradients.between",
+    "gradients.softmaxed",
     "gradients.attribution",
     "gradients.agreement",
     "gradients.tokens",

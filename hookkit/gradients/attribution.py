@@ -32,6 +32,7 @@ from ..sweeps.cells import as_hooks
 from ..sweeps.grids import Places, Positions, check_pairs, grid_of, positions_of
 from .backward import OWN, Question, derived, one_of, question
 from .between import EMBED, along, average, check_end, parts
+from .softmaxed import check_fixed, softmaxed
 
 TOGETHER = 16  # prompts of one backward: the graph of each is kept until then
 
@@ -49,7 +50,7 @@ def attribution(
     heads: Iterable[int] | None = None,
     pos: Positions = None,
     by: Literal["neuron"] | None = None,
-    method: Literal["gradient", "integrated"] = "gradient",
+    method: Literal["gradient", "integrated", "qk_fix"] = "gradient",
     steps: int = 5,
     under: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
@@ -58,7 +59,9 @@ def attribution(
 
     method   "gradient": the gradient on the prompts patched into, two forwards and a backward in all. "integrated":
              its mean over `steps` runs with embeddings between the two prompts' (Hanna et al. 2024; here at the middles
-             of equal parts of the way), which is nearer where the metric bends
+             of equal parts of the way), which is nearer where the metric bends. "qk_fix": of queries and keys, the
+             gradient at the pattern times what the pattern would be with the other prompt's (AtP*: Kramár et al. 2024,
+             3.1.1), which is right where a softmax is saturated; the keys of a cell are put in together
     by       "neuron": each number of a site without heads for itself (column unit), at all positions at once or at
              each of `pos`; left out, the cells of `patching`
     under    hooks that act in every run
@@ -73,22 +76,26 @@ def attribution(
     ['layer', 'pos', 'row', 'logit_diff', 'logit_diff_before', 'logit_diff_delta', 'logit_diff_effect']
     """
     one_of("direction", direction, "denoise", "noise")
-    one_of("method", method, "gradient", "integrated")
+    one_of("method", method, "gradient", "integrated", "qk_fix")
     parts(steps)  # raises
     names = [sites] if isinstance(sites, str) else list(sites)
     to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, of, to)
     if by is not None:
         _check_neurons(by, names)
+    if method == "qk_fix":
+        check_fixed(names)
     summed = by is not None and pos is None
     places = None if summed else positions_of(lengths, names, pos)
     grid, at_point = grid_of(lm, names, layers, heads, places)
     wanted = [Site(name, layer) for name in names for layer in grid.get("layer", [None])]
     wanted = [site for site in wanted if lm.layout.find(site.name, site.layer)]
     pair = Pair(question(lm, to, metric), question(lm, of, metric), tuple(as_hooks(under)))
-    found = pair.found(wanted, steps if method == "integrated" else 0)
     masks = masks_of(pair.to, places)
-    sums = {site: _summed(each, masks, by is not None) for site, each in found.products.items()}
+    found = pair.fixed(wanted, masks) if method == "qk_fix" else pair.found(wanted, steps * (method == "integrated"))
+    sums = found.products
+    if method != "qk_fix":
+        sums = {site: _summed(each, masks, by is not None) for site, each in sums.items()}
     table = _table(pair.to.metric.name, grid, at_point, list(places or [None]), sums, found, by is not None)
     table.attrs |= {"method": method, "direction": direction} | ({"steps": steps} if method == "integrated" else {})
     return table
@@ -104,7 +111,7 @@ def _check_neurons(by: str, names: Sequence[str]) -> None:
 @dataclass(frozen=True, eq=False)
 class Found:
     """For each prompt the metric without and with all of the other prompt, and at each site the estimate of every
-    number [row, pos, ...]."""
+    number [row, pos, ...], or of each place [place, row, head]."""
 
     before: Float[Tensor, " row"]
     target: Float[Tensor, " row"]
@@ -135,6 +142,13 @@ class Pair:
         found = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
         products: dict[AnySite, Tensor] = {site: _joined([each.products[site] for each in found]) for site in sites}
         return Found(torch.cat([each.before for each in found]), torch.cat([each.target for each in found]), products)
+
+    def fixed(self, sites: Sequence[Site], masks: Tensor) -> Found:
+        """The estimate for queries and keys, of each place [place, row, head]."""
+        found = [softmaxed(self.to, self.of, rows, sites, self.under, masks) for rows in self.batches(TOGETHER)]
+        before, target, sums = zip(*found, strict=True)
+        joined: dict[AnySite, Tensor] = {site: torch.cat([each[site] for each in sums], 1) for site in sites}
+        return Found(torch.cat(before), torch.cat(target), joined)
 
     def _of(self, rows: range, sites: Sequence[Site], steps: int) -> Found:
         read = [*sites, EMBED] if steps and EMBED not in sites else sites

@@ -86,14 +86,14 @@ def _tried(lm: LM) -> Shortcuts:
     except Exception as error:  # noqa: BLE001  whatever a model refuses, it can still be run cell by cell
         return no_shortcuts(_raised(error))
     why: dict[str, str] = {}
+    may = Shortcuts(True, True, False, True, why, factors, kinds)
     for grow, last in product((True, False), repeat=2):
-        may = Shortcuts(True, grow, False, last, why, factors, kinds)
-        reason = _differs(lm, reading, may, expected)
-        if not reason:
+        may = replace(may, grow=grow, last=last)
+        if not (reason := _differs(lm, reading, may, expected)):
             break
         why["last" if last else "grow"] = reason
     else:
-        return no_shortcuts(reason)
+        return no_shortcuts(why["grow"])
     why = {name: each for name, each in why.items() if not getattr(may, name)}
     whole = replace(may, prefix=True)
     if reason := _differs(lm, reading, whole, expected):
