@@ -38,6 +38,8 @@ def test_a_text_that_differs_and_a_number_that_is_missing_or_infinite_moved():
     assert only(TABLE, gone)["moved"] == 1 and only(TABLE, endless)["moved"] == 1
     assert only(gone, gone.copy())["same"] and only(endless, endless.copy())["same"]
     assert only(endless, TABLE)["moved"] == 1
+    sure, unsure = TABLE.assign(sure=[True, True]), TABLE.assign(sure=[True, False])
+    assert only(sure, unsure)["moved"] == 1 and only(sure, unsure)["column"] == ""  # which is of numbers
     assert in_words(hk.moved({"t": TABLE}, {"t": gone})) == "t: 1 of 6 cells moved"
 
 

@@ -52,6 +52,27 @@ def test_a_run_that_stopped_and_a_page_without_about_are_listed_as_what_they_are
     assert found["title"]["bare"] == "Bare" and found["question"]["bare"] == ""
 
 
+def test_results_that_ask_nothing_stand_last_and_hidden_folders_not_at_all(made):
+    with hk.record(made / "apart") as results:
+        results.table("t", pd.DataFrame({"x": [1.0]}))
+    for hidden in (made / ".kept", made / "oat_milk" / ".last"):
+        hidden.mkdir(exist_ok=True)
+        (hidden / "report.html").write_text("by hand")
+    (made / "report.html").write_text("of the folder itself")
+    assert hk.results(made)["result"].tolist() == ["apart", "oat_milk", "tea/green"]
+    links = re.findall(r'href="([^"]+)"', hk.index(made).read_text())
+    assert list(dict.fromkeys(links)) == ["oat_milk/report.html", "tea/green/report.html", "apart/report.html"]
+
+
+def test_the_picture_is_the_first_figure_that_was_recorded(tmp_path):
+    with hk.record(tmp_path / "two") as results:
+        for name, colour in (("z", "red"), ("a", "blue")):
+            results.figure(name, Figure(figsize=(2, 2), facecolor=colour))
+    (picture,) = re.findall(r'src="data:image/webp;base64,([^"]+)"', hk.index(tmp_path).read_text())
+    red, _, blue = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").getpixel((5, 5))
+    assert red > 200 > 50 > blue
+
+
 def test_a_folder_without_results_is_said_to_have_none(tmp_path):
     with pytest.raises(BadHook, match="there is no folder .*nowhere"):
         hk.index(tmp_path / "nowhere")

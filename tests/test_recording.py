@@ -159,6 +159,32 @@ def test_a_run_that_stopped_is_replaced_and_the_finished_one_before_it_is_kept(t
     assert pd.read_csv(tmp_path / ".last" / "numbers.csv")["x"][0] == 1.0
 
 
+def test_what_a_run_that_stopped_had_written_is_gone_with_the_next(tmp_path, llama):
+    with pytest.raises(ZeroDivisionError), hk.record(tmp_path, lm=llama) as results:
+        results.table("halfway", pd.DataFrame({"x": [1.0]}))
+        raise ZeroDivisionError
+    assert (tmp_path / "halfway.csv").exists()
+    made(tmp_path, llama)
+    assert not (tmp_path / "halfway.csv").exists()
+
+
+def test_the_page_shows_a_table_as_it_was_when_it_was_written(tmp_path):
+    table = pd.DataFrame({"x": [1.25]})
+    with hk.record(tmp_path) as results:
+        results.table("numbers", table)
+        table["x"] = 7.75
+    page = (tmp_path / "report.html").read_text()
+    assert "1.25" in page and "7.75" not in page and "1.25" in (tmp_path / "numbers.csv").read_text()
+
+
+def test_the_command_in_about_has_no_path_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/me/mine.py", "/home/me/texts.txt", "--seed", "3"])
+    with hk.record(tmp_path):
+        pass
+    command = json.loads((tmp_path / "about.json").read_text())["command"]
+    assert "/home" not in command and command.endswith("--seed 3")
+
+
 def test_about_names_only_files_of_the_folder_itself(tmp_path, llama):
     (tmp_path / "mine.txt").write_text("mine")
     folder = tmp_path / "result"

@@ -153,7 +153,19 @@ def test_a_shift_is_after_minus_before_and_puts_the_worst_first(llama):
 
 def test_a_token_that_is_banned_before_and_after_did_not_move(llama):
     run = hk.forward(llama, [[5, 6, 7]], hk.ban(6, pos=0))
-    assert hk.surprisal_shift(run, run)["loss_delta"].tolist() == [0, 0]
+    shift = hk.surprisal_shift(run, run)
+    assert shift["loss_delta"].tolist() == [0, 0] and not shift["worse"].any()
+
+
+def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_rank(small_tokenizer):
+    lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": 352})
+    with torch.no_grad():
+        lm.model.lm_head.weight[320:] = 9.0 * lm.model.lm_head.weight[:1].sign()
+    run = hk.forward(lm, PROMPTS[2])
+    logits, ids = run.logits[0, :-1], run.tokens[0, 1:]
+    own = logits.gather(1, ids[:, None])
+    wanted = 1 + (logits[:, :320] > own).sum(1)
+    assert hk.surprisal(run)["rank"].tolist() == wanted.tolist() != (1 + (logits > own).sum(1)).tolist()
 
 
 def test_two_models_with_the_same_tokens_can_be_compared(llama, gpt2):
