@@ -1,9 +1,10 @@
 """Does attribution, one backward for all places, tell what patching tells, one forward for each?
 
 On pairs of indirect-object sentences every place is patched, and estimated by its gradient: the residual stream and
-what attention and MLPs write, at four positions, and every head. It is answered by how alike both are (Pearson,
-Spearman, signs, and the ten largest), for the plain gradient, for one that is integrated over the embeddings, and for
-edges from heads to the logits, which path patching gives exactly.
+what attention and MLPs write, at four positions, and every head, its query and its key. It is answered by how alike
+both are (Pearson, Spearman, signs, and the ten largest), for the plain gradient, for one that is integrated over the
+embeddings, for queries and keys taken through their own softmax, and for edges from heads to the logits, which path
+patching gives exactly.
 
 python -m experiments.attribution        some minutes on two cores; writes results/attribution/
 """
@@ -21,6 +22,7 @@ SEED, COUNT = 0, 12  # pairs
 STEPS = 5  # of the integrated gradients
 STREAM = ["resid_pre", "attn_out", "mlp_out"]
 WAYS: dict[str, dict[str, Any]] = {"gradient": {}, "integrated": {"method": "integrated", "steps": STEPS}}
+SOFTMAX: dict[str, dict[str, Any]] = {"qk_fix": {"method": "qk_fix"}}
 QUESTION = "Does attribution, one backward for all places, tell what patching tells, one forward for each?"
 
 
@@ -37,8 +39,9 @@ def main() -> None:
         worst = means.loc[means["pearson"].idxmin()]
         results.answer(
             f"Over the means, the plain gradient has a Pearson correlation of {_range(means, 'gradient')} with "
-            f"patching, the integrated one {_range(means, 'integrated')}. The furthest off is {worst['site']} by "
-            f"{worst['method']}, {worst['pearson']:.2f}. The plain gradient is right for small effects, and too little "
+            f"patching, the integrated one {_range(means, 'integrated')}, queries and keys through their own softmax "
+            f"{_range(means, 'qk_fix')}. The furthest off is {worst['site']} by {worst['method']}, "
+            f"{worst['pearson']:.2f}. The plain gradient is right for small effects, and too little "
             "where a large change goes through norms and softmax, as in the stream's first blocks."
         )
     print(table.round(3).to_string(index=False))
@@ -55,13 +58,13 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
     named = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     both = (list(pairs.clean), list(pairs.corrupted))
     found: list[pd.DataFrame] = []
-    grids: list[tuple[str, Any, dict[str, Any]]] = [("stream", STREAM, {"pos": named}), ("heads", "z", {})]
-    for label, sites, settings in grids:
+    grids: list[tuple[str, Any, Any, Any]] = [("stream", STREAM, {"pos": named}, WAYS), ("heads", ["z"], {}, WAYS)]
+    for label, sites, settings, ways in [*grids, ("queries_and_keys", ["q", "k"], {}, WAYS | SOFTMAX)]:
         started = time.perf_counter()
         truth = hk.patching(lm, *both, sites, metric, **settings)
         seconds = {"patching": time.perf_counter() - started}
         results.figure(f"{label}_patched", hk.heat_map(truth, title="Patched"), caption="What patching gives.")
-        for method, way in WAYS.items():
+        for method, way in ways.items():
             started = time.perf_counter()
             estimate = hk.attribution(lm, *both, sites, metric, **settings, **way)
             seconds[method] = time.perf_counter() - started
@@ -70,20 +73,18 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
             results.figure(
                 f"{label}_{method}_scatter", scatter(estimate, truth, method), caption="Each cell, all pairs."
             )
-            found += alike(estimate, truth, method, "z" if label == "heads" else None)
+            found += alike(estimate, truth, method)
         taken = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
         results.text(f"Seconds for the {label}: {taken}.")
     return found
 
 
-def alike(estimate: pd.DataFrame, truth: pd.DataFrame, method: str, site: str | None) -> list[pd.DataFrame]:
-    """How alike two tables are, cell by cell and in their means over the pairs; `site` where the tables have one."""
-    found = []
-    for cells, tables in (("pairs", (estimate, truth)), ("means", (hk.over_prompts(estimate), hk.over_prompts(truth)))):
-        table = hk.agreement(*tables, by="site" if site is None else None)
-        named = table if site is None else table.assign(site=site)
-        found.append(named.assign(method=method, cells=cells))
-    return found
+def alike(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> list[pd.DataFrame]:
+    """How alike two tables are, cell by cell and in their means over the pairs."""
+    estimate, truth = (table if "site" in table else table.assign(site="z") for table in (estimate, truth))
+    of_pairs, of_means = (estimate, truth), (hk.over_prompts(estimate), hk.over_prompts(truth))
+    both = (("pairs", of_pairs), ("means", of_means))
+    return [hk.agreement(*tables, by="site").assign(method=method, cells=cells) for cells, tables in both]
 
 
 def edges(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
