@@ -22,9 +22,11 @@ check: $(READY)
 	$(IN) -m pyright --pythonpath $(IN)
 	$(IN) -m pytest tests/test_house.py
 
-# Every experiment again; it says what moved against what is committed, and ends with an error if anything did.
+# Every experiment again; it says what moved against what is committed, and ends with an error if anything did. How the
+# sums of bfloat16 are added is each processor's own: its experiment is made again, and held against nothing.
 results: $(READY)
-	.venv/bin/hookkit run experiments/*.py --against HEAD
+	.venv/bin/hookkit run $(filter-out experiments/bfloat16.py, $(wildcard experiments/*.py)) --against HEAD
+	.venv/bin/hookkit run experiments/bfloat16.py
 
 # The documentation as pages that need no network: build/docs/index.html
 docs: $(READY)

@@ -368,3 +368,20 @@ def test_a_model_that_may_not_be_resumed_runs_whole_forwards(why, monkeypatch):
     with hk.attach(lm, *around) if around else nullcontext():
         assert not resuming.resuming(lm, [(5, 6, 7)], [(hk.ablate("z.2.1"),)]).starts
         hk.forward(lm, [[5, 6, 7]])
+
+
+def test_the_first_sentence_says_whether_a_token_moved_and_whether_another_is_first(llama):
+    leading = hk.ranks(hk.forward(llama, PROMPTS[0]), top=50)
+    readable = leading[leading["token"].str.isascii()]
+    (first, one, top), (second, two, rank) = readable[["token_id", "token", "rank"]].head(2).itertuples(index=False)
+    assert top == 1
+    nothing, forced = hk.scale("resid_post.0", 1.0), hk.force(second)
+
+    def said(hook, token):
+        return json.loads(hk.shift_report(llama, PROMPTS[0], {"edit": hook}, watch=token).files["about.json"])["answer"]
+
+    assert f"the token {one} stays at rank 1 (probability " in said(nothing, first)
+    assert "first is" not in said(nothing, first)
+    assert said(nothing, second).endswith(f"first is still {one}.")
+    assert f"the token {two} goes from rank {rank} (" in said(forced, second)
+    assert said(forced, second).endswith(f"first is {two}, and was {one}.")

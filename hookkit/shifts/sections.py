@@ -70,11 +70,15 @@ def _headline(found: Found, edit: Edit) -> str:
     watched = found.of("watched", 0, edit.name).iloc[0]
     far = found.of("distances", 0, edit.name).iloc[0]
     text = shortened(found.lm.text(found.rows[0]))
-    return (
-        f"{edit.name}: after “{text}” the token {watched['token']} goes from rank {watched['rank_before']:,} "
-        f"(probability {watched['prob_before']:.3g}) to rank {watched['rank_after']:,} ({watched['prob_after']:.3g}); "
-        f"first is {far['top1_after']}, and was {far['top1_before']}."
-    )
+    ranks, probs = ([watched[f"{name}_{side}"] for side in ("before", "after")] for name in ("rank", "prob"))
+    if ranks[0] == ranks[1]:
+        goes = f"stays at rank {ranks[0]:,} (probability {probs[0]:.3g}, then {probs[1]:.3g})"
+    else:
+        goes = f"goes from rank {ranks[0]:,} (probability {probs[0]:.3g}) to rank {ranks[1]:,} ({probs[1]:.3g})"
+    first = f"; first is {far['top1_after']}, and was {far['top1_before']}"
+    if far["top1_after"] == far["top1_before"]:
+        first = "" if ranks[1] == 1 else f"; first is still {far['top1_after']}"
+    return f"{edit.name}: after “{text}” the token {watched['token']} {goes}{first}."
 
 
 def over_all(found: Found) -> Iterable[Content]:
