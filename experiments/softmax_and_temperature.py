@@ -108,7 +108,7 @@ def drawn(lm: hk.LM, run: hk.Run, results: hk.Record) -> None:
     counts = torch.bincount(many.tokens[:, -1], minlength=lm.n_tokens)
     found = said[["token", "token_id", "prob"]].assign(drawn=[int(counts[i]) / DRAWS for i in said["token_id"]])
     found["standard_error"] = (found["prob"] * (1 - found["prob"]) / DRAWS) ** 0.5
-    found["off_by"] = (found["drawn"] - found["prob"]) / found["standard_error"]
+    found["off_by"] = ((found["drawn"] - found["prob"]) / found["standard_error"]).round(2)
     results.text("# Do draws fall as the table says?")
     results.table(
         "draws", found.round(4), caption=f"{DRAWS:,} draws of generate at temperature 0.7. off_by: in standard errors."

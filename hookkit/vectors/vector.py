@@ -108,7 +108,7 @@ class Vector:
             raise BadHook(f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale keeps it")
         if dose is None:
             return steer(self.site, self.tensor, scale=1.0 if scale is None else scale, pos=pos, rows=rows)
-        size = number(dose, "dose") * self.norm
+        size = float(f"{number(dose, 'dose') * self.norm:.6g}")  # further digits are the processor's that measured it
         return steer(self.site, self.unit().tensor, scale=size, pos=pos, rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
