@@ -214,7 +214,7 @@ def _attention(
     telling: _Telling = module.__dict__["_hookkit"]
     query, key, value = telling.say("query", query), telling.say("key", key), telling.say("value", value)
     own = _own_attention(module)
-    fused: Any = ALL_ATTENTION_FUNCTIONS.get_interface(telling.kind, own)
+    fused: Any = ALL_ATTENTION_FUNCTIONS.get(telling.kind, own)  # get_interface is not in 5.0
     if not telling.wants("scores", "pattern"):
         return fused(module, query, key, value, attention_mask, **settings)
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))

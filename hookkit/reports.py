@@ -32,6 +32,7 @@ from .sharding import writes
 from .typesetting import as_json, as_latex, as_markdown, kind_of, written
 
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
+ROWS_OF_LONGER = 24
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 SORTED = 3  # rows that a table has at least for the reader to sort it
 SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}  # 1: more is green
@@ -196,9 +197,12 @@ def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, 
 
 
 def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
-    shown = table.head(ROWS_SHOWN)
+    shown = table if len(table) <= ROWS_SHOWN else table.head(ROWS_OF_LONGER)
+    empty = [name for name in table if len(table) and bool(table[name].isna().all())]
+    if len(empty) < table.shape[1]:  # such as the intervals of a mean over one prompt; the CSV has them
+        shown = shown.drop(columns=empty)
     same = [name for name in PLACES if name in table and len(table) > 1 and len(set(table[name])) == 1]
-    if same and len(same) < table.shape[1]:  # said once, there is room for the others
+    if same and len(same) < shown.shape[1]:  # said once, there is room for the others
         caption = f"{caption} {', '.join(f'{name} {table[name].iloc[0]}' for name in same).capitalize()}.".strip()
         shown = shown.drop(columns=same)
     names = [str(name) for name in shown.columns]

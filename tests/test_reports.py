@@ -91,7 +91,7 @@ def test_columns_before_after_and_delta_stand_under_one_name(tmp_path, llama):
 
 def test_a_long_table_shows_its_beginning_and_the_csv_has_all(tmp_path):
     page = hk.report("x", table(100)).write(tmp_path)
-    assert "The first 60 of 100 rows." in "".join(read(page).words)
+    assert "The first 24 of 100 rows." in "".join(read(page).words)
     assert len(pd.read_csv(tmp_path / "table_1.csv")) == 100
 
 
@@ -123,3 +123,10 @@ def test_the_same_report_twice_is_the_same_bytes(tmp_path):
 def test_a_part_that_cannot_be_is_refused(parts, words):
     with pytest.raises(BadHook, match=words):
         hk.report("x", *parts)
+
+
+def test_a_column_without_any_value_is_in_the_csv_only(tmp_path):
+    means = pd.DataFrame({"prob": [0.25, 0.5], "prob_se": [float("nan")] * 2})
+    page = hk.report("Means", Part(means, "means")).write(tmp_path)
+    assert "prob_se" not in page.read_text() and "0.25" in page.read_text()
+    assert list(pd.read_csv(tmp_path / "means.csv").columns) == ["prob", "prob_se"]

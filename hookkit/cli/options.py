@@ -126,7 +126,8 @@ class Edits:
         list[str] | None, typer.Option(metavar="SITE:TEXT", help="SITE:TEXT, with what that text has there.")
     ] = None
     force: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="TOKEN, or TOKEN@STEP; a phrase from that step on.")
+        list[str] | None,
+        typer.Option(metavar="TOKEN", help="TOKEN at every step, or TOKEN@STEP; a phrase from that step on."),
     ] = None
     ban: Annotated[
         list[str] | None, typer.Option(metavar="TOKEN", help="A token, or a phrase, that is never to be said.")

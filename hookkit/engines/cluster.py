@@ -106,7 +106,7 @@ def joined(engine: Ray) -> Iterator[None]:
             raise
         raise Unsupported(
             f"no Ray cluster answers at {address!r}: start one with `ray start --head`, or leave address= out to start "
-            f"Ray on this machine. {error}"
+            f"Ray on this machine; where the cluster has a token, set RAY_AUTH_MODE=token here too. {error}"
         ) from error
     finally:
         ray.shutdown()
