@@ -273,7 +273,7 @@ def _additive(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tens
     if mask is not None and not isinstance(mask, Tensor):
         raise Unsupported(f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with sdpa")
     if mask is None:
-        return None if queries == 1 else _causal(query.new_empty(queries, keys))
+        return None if queries == 1 else _causal(query.new_empty(queries, keys))[None, None]  # 5.0 cuts four axes
     if mask.ndim == 4:
         return _as_added(mask[..., :keys], query.dtype) if mask.dtype == torch.bool else mask[..., :keys]
     places = torch.arange(keys - queries, keys, device=query.device)[:, None]
