@@ -209,6 +209,8 @@ def test_a_dose_is_a_fraction_of_the_streams_length(small):
     for hook, size in ((one.steer(dose=-0.5), -4.0 / one.length), (one.steer(scale=3), 3.0), (one.steer(), 1.0)):
         wanted = by_hand.edited_logits(small.model, ids, "resid_post", LAYER, lambda x, s=size: x + s * one.tensor)
         assert torch.allclose(hk.forward(small, [ids], hook).logits, wanted, atol=1e-4)
+    third = hk.Vector(SITE, one.tensor, norm=1 / 3).steer(dose=1)
+    assert third.scale == 0.333333  # the rest of a measured length is the processor's
     with pytest.raises(BadHook, match="dose=1 and scale=1"):
         one.steer(dose=1, scale=1)
     with pytest.raises(BadHook, match="zero, and has no direction"):

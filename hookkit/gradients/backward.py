@@ -64,16 +64,17 @@ class Question:
         logits = kept.values[torch.arange(len(rows)), torch.tensor(picked)]
         after = None
         if self.reads_on:
-            after = [_wide(kept.values[n, end : len(self.reading.fed[row])]) for n, (row, end) in _each(rows, ends)]
-        return self.measure(Said(_wide(logits), rows, after=after))
+            after = [wide(kept.values[n, end : len(self.reading.fed[row])]) for n, (row, end) in _each(rows, ends)]
+        return self.measure(Said(wide(logits), rows, after=after))
 
 
 def _each(rows: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, tuple[int, int]]]:
     return enumerate(zip(rows, ends, strict=True))
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def wide(values: Tensor) -> Tensor:
+    """In float32, or in float64 where the values are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def question(lm: LM, prompts: Prompts, metric: MetricLike, pos: int = -1) -> Question:

@@ -19,7 +19,7 @@ from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM
 from ..sites import KEY_HEADED, AnySite, Site
-from .backward import OWN, Question, derived
+from .backward import OWN, Question, derived, wide
 
 SEEN = 1e-4  # of a pattern, from which its logarithm is read
 FIXED = ("q", "k", "q_rot", "k_rot")
@@ -112,7 +112,7 @@ def softmaxed(
             _side(run.captured(pattern, OWN), *(run.captured(site, looks.name) for site in made_of[layer]))
             for run in (here.run, other)
         ]
-        attention = Attention(sides[0], sides[1], _wide(here.gradient[pattern]))
+        attention = Attention(sides[0], sides[1], wide(here.gradient[pattern]))
         attention.check(pattern, LIMITS.get(getattr(lm.root, "dtype", torch.float32), 0.03))
         shown = masks[:, rows.start : rows.stop, : attention.gradient.shape[-1]].to(attention.gradient)
         for site in (site for site in sites if site.layer == layer):
@@ -124,8 +124,8 @@ def softmaxed(
 
 
 def _side(pattern: Captured, query: Captured, key: Captured) -> Side:
-    square = _wide(pattern.values)
-    heads = [_wide(each.by_place).transpose(1, 2) for each in (query, key)]
+    square = wide(pattern.values.detach())
+    heads = [wide(each.by_place.detach()).transpose(1, 2) for each in (query, key)]
     queries, keys = (each.repeat_interleave(square.shape[1] // each.shape[1], dim=1) for each in heads)
     return Side(queries, keys, square)
 
@@ -139,8 +139,3 @@ def _centred(values: Tensor, seen: Tensor) -> Float[Tensor, "row head query key"
     """Less the mean of what is seen of each query's keys, and 0 elsewhere."""
     mean = (values * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
     return (values - mean) * seen
-
-
-def _wide(values: Tensor) -> Tensor:
-    values = values.detach()
-    return values if values.dtype == torch.float64 else values.float()
