@@ -21,7 +21,7 @@ import hookkit as hk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C; a shell's background ignores it
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 TEXTS = [
     "I like oat milk in my coffee. The store is in the city of Paris, and Mary went to the store.",
