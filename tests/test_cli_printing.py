@@ -69,3 +69,12 @@ def test_a_text_reaches_a_terminal_without_what_would_move_it(monkeypatch):
 def test_a_place_that_is_the_same_everywhere_is_left_out_for_a_reader():
     shown = printing.Shown(pd.DataFrame({"row": [0, 0], "pos": [1, 2], "token": ["a", "b"]}))
     assert list(shown.for_reader().columns) == ["pos", "token"]
+
+
+def test_the_strongest_rows_are_the_largest_whatever_their_sign():
+    table = pd.DataFrame({"place": list("abcdef"), "effect": [0.5, -3.0, 1.0, -0.25, 2.0, float("nan")]})
+    assert printing.strongest(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
+    assert printing.strongest(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], "and keep their sign"
+    assert printing.strongest(table, "effect", 9)["place"].tolist() == ["b", "e", "c", "a", "d", "f"]
+    tied = pd.DataFrame({"place": list("abc"), "effect": [-1.0, 1.0, -1.0]})
+    assert printing.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], "of equals the first"

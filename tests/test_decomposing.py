@@ -1,5 +1,6 @@
 """Where a logit comes from: sums that are exact, beside the weights of plain transformers."""
 
+import by_hand_families
 import pytest
 import torch
 
@@ -29,12 +30,47 @@ def assert_sums(table, logits, limit=1e-4):
         assert part["logit"].sum() == pytest.approx(float(logits[row, pos]), abs=1e-5)
 
 
+ADDED_BESIDE = {  # what a family's blocks add beside attention and MLP, read from transformers' code
+    "gemma4_text": {"rest.0", "rest.1", "rest.2"},
+    "mamba": {"block.0", "block.1", "block.2"},
+    "mamba2": {"block.0", "block.1", "block.2"},
+}
+
+
+def assert_nothing_is_balanced(lm, table, token):
+    """No row makes the sum come true: what is left over is rounding, and each other row is what the weights say."""
+    family = lm.config.model_type
+    for _, part in table.groupby(["row", "pos"]):
+        sizes = part.set_index("component")["logit"].abs()
+        assert sizes["residual"] <= 2e-6 * sizes.sum(), "more than float32 rounds"
+    whole = table[~table["kind"].isin(["embedding", "attention", "head", "mlp", "neuron", "residual"])]
+    rows = {name: part["logit"] for name, part in whole.groupby("component")}
+    in_blocks = {name for name in rows if name.startswith(("attn_out", "mlp_out")) and name.endswith(" bias")}
+    expected = set(ADDED_BESIDE.get(family, ()))
+    names = by_hand_families.names_of(lm.config)
+    norm, head = lm.model.get_submodule(f"{names.body}.{names.final}"), lm.model.get_output_embeddings()
+    biases = {"final_norm bias": getattr(norm, "bias", None), "lm_head bias": getattr(head, "bias", None)}
+    if biases["final_norm bias"] is not None:
+        biases["final_norm bias"] = head.weight @ biases["final_norm bias"]
+    for name, bias in biases.items():
+        if bias is not None:
+            expected.add(name)
+            share = float(bias[token].detach())
+            assert rows[name].tolist() == pytest.approx([share] * len(rows[name]), abs=1e-5), name
+    if getattr(lm.config, "final_logit_softcapping", None) is not None:
+        expected.add("soft-cap")
+    assert set(rows) - in_blocks == expected
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_sum_is_the_logit_in_every_family(family):
     lm = uneven(family)
     run = hk.forward(lm, IDS)
     table = hk.direct_logits(run, 7, pos=None)
     assert_sums(table, run.logits[..., 7])
+    assert_nothing_is_balanced(lm, table, 7)
+    left = table[table["kind"] == "residual"]["logit"].abs()
+    assert table.attrs["residual"] == left.max(), "the largest of what is left over"
     assert_sums(hk.direct_logits(run, 7, against=9, pos=None), run.logits[..., 7] - run.logits[..., 9])
     assert table.attrs["residual"] < 1e-4
     assert len(table.groupby(["row", "pos"])) == 9
@@ -52,6 +88,7 @@ def test_heads_sum_to_attention_and_neurons_to_the_mlp_in_every_family(family):
             continue
         table = hk.direct_logits(run, 7, pos=None, **{split: True})
         assert_sums(table, run.logits[..., 7])
+        assert_nothing_is_balanced(lm, table, 7)
         for layer in lm.layout.layers(site):
             of_layer = table[table["component"].str.match(rf"({site}\.{layer}\.|{name}\.{layer} bias)")]
             sums = of_layer.groupby(["row", "pos"])["logit"].sum()
@@ -201,6 +238,26 @@ def test_the_terms_are_weight_times_hidden_and_sum_to_the_logit(llama):
         said = float(run.logits[row, pos if pos >= 0 else len(IDS[row]) - 1, 7])
         assert terms["product"][:-1].sum() == pytest.approx(said, abs=1e-5)
         assert terms["term"].tolist()[-1] == "logit" and terms["product"].tolist()[-1] == pytest.approx(said, abs=1e-5)
+        assert terms["running"].tolist()[:-1] == pytest.approx(terms["product"][:-1].cumsum().tolist(), abs=1e-6)
+
+
+def test_no_term_of_a_logit_only_balances_the_others():
+    lm = uneven("gemma2", final_logit_softcapping=1.0)
+    lm.model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, lm.model.lm_head.weight.shape[0]))
+    run = hk.forward(lm, IDS, hk.capture("final_norm"))
+    terms = hk.logit_terms(run, 7, row=1, pos=1, top=4).set_index("term")
+    hidden, weight = run["final_norm"][1, 1].double(), lm.model.lm_head.weight[7].detach().double()
+    products, bias = weight * hidden, float(lm.model.lm_head.bias[7].detach())
+    smaller = products.abs().sort().values[:-4].sum(), products[products.abs().argsort()[:-4]].sum()
+    assert smaller[0] > 0.05
+    assert terms.loc["others", "product"] == pytest.approx(float(smaller[1]), abs=1e-5)
+    assert terms.loc["bias", "product"] == pytest.approx(bias, abs=1e-6) and abs(bias) > 0.5
+    raw = float(products.sum()) + bias
+    capped = terms.loc["soft-cap, scale or edit", "product"]
+    assert capped == pytest.approx(float(torch.tensor(raw).tanh()) - raw, abs=1e-5) and abs(capped) > 0.01
+    assert terms.loc["logit", "product"] == pytest.approx(float(torch.tensor(raw).tanh()), abs=1e-5)
+    every = hk.logit_terms(run, 7, row=1, pos=1, top=32)
+    assert every.set_index("term").loc["others", "product"] == pytest.approx(0, abs=1e-5), "there are no others"
 
 
 def test_the_unembedding_is_the_heads_row_and_the_same_in_every_context(gpt2):

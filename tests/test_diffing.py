@@ -138,6 +138,18 @@ def test_what_is_said_after_each_token_is_what_plain_transformers_says(two):
     prompts = found.prompts
     assert prompts["kl"].tolist() == pytest.approx(found.tokens.groupby("row")["kl"].mean().tolist())
     assert prompts["tokens"].tolist() == [len(ids) for ids in tokens_of(two[0])]
+    for row, ids in enumerate(tokens_of(two[0])):
+        p, q = (by_hand.logits(lm.model, ids)[0].double().log_softmax(-1) for lm in two)
+        kl = (p.exp() * (p - q)).sum(-1)
+        assert prompts["kl_max"][row] == pytest.approx(float(kl.max()), rel=1e-4)
+        assert prompts["kl_max_pos"][row] == int(kl.argmax())
+        assert prompts["top1_changed"][row] == int((p.argmax(-1) != q.argmax(-1)).sum())
+        for name, said in (("before", p), ("after", q)):
+            losses = [-said[place, ids[place + 1]].item() for place in range(len(ids) - 1)]
+            assert prompts[f"loss_{name}"][row] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        change = prompts["loss_after"][row] - prompts["loss_before"][row]
+        assert prompts["loss_delta"][row] == pytest.approx(change, abs=1e-5)
+    assert (prompts["kl_max"] > prompts["kl"]).all()
 
 
 EDITS = {

@@ -104,6 +104,32 @@ def test_every_site_holds_what_plain_transformers_has_there(case):
         assert apart(found, value) < 2e-5, site
 
 
+def test_one_head_is_that_head_of_the_whole_site_read_and_written(case):
+    name, lm = case
+    if name in NOT_BY_HAND:
+        pytest.skip("the second route is not written for this configuration; the laws hold for it")
+    expected = by_hand_families.sites(lm.model, IDS)
+    with_heads = [lm.sites(site)[-1] for site in ("q", "k", "v", "z", "q_rot", "k_rot") if site in lm.layout.names]
+    hooks, wholes = [], {}
+    for site in with_heads:
+        count = expected[str(site)].shape[2]
+        heads = [hk.Site(site.name, site.layer, head) for head in range(count)]
+        wholes[site] = heads
+        hooks.append(hk.capture(heads))
+    run = hk.forward(lm, [IDS], *hooks)
+    for site, heads in wholes.items():
+        for head in heads:
+            assert apart(run[head], expected[str(site)][:, :, head.head]) < 2e-5, head
+    for site, heads in wholes.items():
+        head = heads[-1]
+        edit = hk.edit(head, lambda values: values + 1.0)
+        edited = hk.forward(lm, [IDS], edit, hk.capture(site))[site]
+        moved = edited - expected[str(site)]
+        assert apart(moved[:, :, head.head], torch.ones_like(moved[:, :, 0])) < 1e-4, head
+        others = [number for number in range(len(heads)) if number != head.head]
+        assert moved[:, :, others].abs().max() < 1e-4 if others else True, head
+
+
 def test_an_edit_does_what_a_hand_written_edit_does(case):
     name, lm = case
     if name in NOT_BY_HAND:

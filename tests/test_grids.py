@@ -410,6 +410,30 @@ def test_noise_is_the_same_alone_and_among_others_and_another_in_each_sample(lm)
     assert (other["logit_diff_before"] - alone["logit_diff_before"]).abs().min() > 1e-3
 
 
+def test_each_token_of_the_subject_has_its_own_noise_and_no_other_token_has_any(llama):
+    text, subject = "The coffee is in the city of Paris", "the city of"
+    ids = llama.encode(text)
+    plain = raw(llama, ids, "embed", None)[0]
+    seen = []
+    handle = llama.model.model.layers[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()),
+        with_kwargs=True,
+    )
+    settings = {"samples": 4, "noise": 2.0, "layers": [1], "pos": [-1]}
+    hk.causal_tracing(llama, text, subject, METRIC, **settings)
+    handle.remove()
+    noises = [values - plain for batch in seen if batch.shape[1:] == plain.shape for values in batch]
+    noises = torch.stack([noise for noise in noises if noise.abs().max() > 0])
+    span = [n for n in range(len(ids)) if covers(llama, ids, n, subject)]
+    assert len(span) > 2
+    outside = [n for n in range(len(ids)) if n not in span]
+    assert (noises[:, outside] == 0).all()
+    blurred = noises[:, span].flatten(0, 1).unique(dim=0)
+    assert len(blurred) == 4 * len(span), "one draw for each sample and token"
+    unit = blurred / blurred.norm(dim=-1, keepdim=True)
+    assert (unit @ unit.T - torch.eye(len(unit))).abs().max() < 0.9
+
+
 def test_causal_tracing_under_other_hooks_and_at_named_positions(llama):
     cut = [("z", 0, lambda values: values.clone().index_fill_(2, torch.arange(8, 16), 0))]
     table = traced(llama, under=[hk.ablate("z.0.1")], layers=[1], pos={"subject": [3, 2], "end": -1})
@@ -583,6 +607,22 @@ def test_a_random_control_changes_as_much_in_another_direction(llama_ids, hook):
     changed = real.norm(dim=-1) > 1e-4
     assert torch.cosine_similarity(real[changed], control[changed]).abs().max() < 0.95
     assert hk.Hook.from_json(random.to_json()) == random and str(random) == f"randomised({hook})"
+
+
+def test_a_random_control_has_a_direction_of_its_own_at_each_position_prompt_site_and_seed(llama_ids):
+    def directions(layer, seed):
+        real = hk.steer(hk.Site("resid_post", layer), torch.linspace(-1, 1, 32))
+        random = Randomised(real.sites, real.where, real, seed)
+        site = hk.Site("resid_post", layer)
+        found = hk.forward(llama_ids, CLEAN, hk.capture(site, name="was"), random, hk.capture(site, name="now"))
+        change = found[site, "now"] - found[site, "was"]
+        return torch.cat([change[0, :8], change[1, :6]])
+
+    first = torch.cat([directions(1, 0), directions(0, 0), directions(1, 1)])
+    unit = first / first.norm(dim=-1, keepdim=True)
+    alike = unit @ unit.T - torch.eye(len(unit))
+    assert alike.abs().max() < 0.8, "any two of 42 directions in 32 dimensions are apart"
+    assert torch.equal(directions(1, 0), first[:14]), "the same seed gives the same directions"
 
 
 def test_a_control_is_a_second_row_of_each_cell_the_same_alone_and_in_a_batch(llama_ids):

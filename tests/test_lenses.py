@@ -241,6 +241,81 @@ def test_the_history_is_the_mean_kl_on_held_out_text(trained):
     assert (lens.history["kl_after"] < lens.history["kl_before"]).all()
 
 
+def windows_read(lm, read):
+    """The prompts of every forward that the model ran, seen by a hook of torch: [[tokens of a row, …], …]."""
+    forwards = []
+
+    def entering(module, args, kwargs):
+        if "input_ids" in kwargs:
+            forwards.append(kwargs["input_ids"].tolist())
+
+    handle = lm.model.register_forward_pre_hook(entering, with_kwargs=True)
+    try:
+        lens = read()
+    finally:
+        handle.remove()
+    return lens, forwards
+
+
+def kl_by_hand(model, ids, layer, change=None, offset=None):
+    """The mean over a text's tokens of KL(final ‖ what the layer's state says), as the paper writes it."""
+    states = states_by_hand(model, ids)
+    state, end = states[layer + 1], states[-1]
+    if change is not None:
+        state = state + state @ change + offset
+    now, final = (end_by_hand(model, values).double().log_softmax(-1) for values in (state, end))
+    return float((final.exp() * (final - now)).sum(-1).mean())
+
+
+def test_the_history_is_the_divergence_of_the_lens_from_the_end_on_the_last_window_alone():
+    lm = hk.tiny("llama")
+    text = torch.randint(2, 320, (8 * 16,), generator=torch.Generator().manual_seed(1)).tolist()
+    lens = hk.train_lens(lm, [text], window=16, steps=10, lr=1e-3, progress=False)
+    assert lens.about["windows"] == 7, "a tenth of the windows is held out, and at least one"
+    for layer in (0, 1):
+        site = f"resid_post.{layer}"
+        row = lens.history.set_index("site").loc[site]
+        before = kl_by_hand(lm.model, text[-16:], layer)
+        after = kl_by_hand(lm.model, text[-16:], layer, lens.change[site], lens.offset[site])
+        assert row["kl_before"] == pytest.approx(before, rel=1e-4)
+        assert row["kl_after"] == pytest.approx(after, rel=1e-4)
+        assert after < before
+
+
+def test_a_tuned_lens_never_reads_its_held_out_text_while_it_learns():
+    lm = hk.tiny("llama")
+    texts = torch.randint(2, 320, (24, 16), generator=torch.Generator().manual_seed(2)).tolist()
+    _, forwards = windows_read(lm, lambda: hk.train_lens(lm, texts, window=16, steps=30, progress=False))
+    read = [[row for row in rows if len(row) == 16] for rows in forwards]
+    read = [rows for rows in read if rows]
+    assert read[0] == texts[-2:], "the two windows that are held out are read once, to judge by"
+    learned = [row for rows in read[1:] for row in rows]
+    assert not [row for row in learned if row in texts[-2:]]
+    assert all(row in learned for row in texts[:-2])
+
+
+def test_before_any_step_a_tuned_lens_is_a_ridge_regression_of_the_last_state_on_the_training_text():
+    lm = hk.tiny("llama")
+    texts = torch.randint(2, 320, (10, 30), generator=torch.Generator().manual_seed(3)).tolist()
+    lens = hk.train_lens(lm, texts, window=30, steps=0, progress=False)
+    states = torch.cat([states_by_hand(lm.model, row) for row in texts[:-1]], dim=1)[1:].double()
+    weight = states[-1].pow(2).mean(-1, keepdim=True).rsqrt()  # what the final norm will multiply by
+    for layer in (0, 1):
+        inputs = torch.cat([states[layer], torch.ones(len(weight), 1)], dim=1) * weight
+        outputs = (states[-1] - states[layer]) * weight
+        gram = inputs.T @ inputs
+        solved = {}
+        for ridge in (1e-3, 1e-2, 1e-1, 1.0):
+            penalty = torch.eye(33, dtype=torch.float64) * ridge * gram.diagonal()[:-1].mean()
+            penalty[-1, -1] = 0
+            solution = torch.linalg.solve(gram + penalty, inputs.T @ outputs).float()
+            solved[ridge] = (kl_by_hand(lm.model, texts[-1], layer, solution[:-1], solution[-1]), solution)
+        best_kl, best = min(solved.values(), key=lambda pair: pair[0])
+        assert lens.history["kl_after"][layer] == pytest.approx(best_kl, rel=1e-3)
+        assert torch.allclose(lens.change[f"resid_post.{layer}"], best[:-1], atol=1e-3)
+        assert torch.allclose(lens.offset[f"resid_post.{layer}"], best[-1], atol=1e-3)
+
+
 def test_training_twice_gives_the_same_lens_and_leaves_the_weights_alone(trained):
     lm, lens, _ = trained
     before = {name: weight.clone() for name, weight in lm.model.named_parameters()}

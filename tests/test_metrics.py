@@ -165,6 +165,27 @@ def test_kl_and_top1_without_a_reference_compare_a_cell_with_no_edit(small):
     assert table["top1_changed"].nunique() == 2, "some change it and some do not"
 
 
+def test_the_most_likely_token_is_one_of_the_tokens_and_no_row_behind_them(small_tokenizer):
+    count = len(small_tokenizer)
+    lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": count + 1})
+    first = [int(said(lm, ids)[:count].argmax()) for ids in PROMPTS]
+    with torch.no_grad():  # the row that is no token says 4 times what is first after the first prompt
+        lm.model.lm_head.weight[count] = 4 * lm.model.lm_head.weight[first[0]]
+    vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    hook = lambda by: hk.steer("resid_post.1", vector, scale=by)  # noqa: E731
+    table = hk.sweep(lm, PROMPTS, {"by": [0.0, 0.25, 0.5, 4.0]}, hook, hk.top1_changed())
+    changed, of_all_rows = [], []
+    for row, by in zip(table["row"], table["by"], strict=True):
+        plain = said(lm, PROMPTS[row])
+        handle = lm.model.model.layers[1].register_forward_hook(lambda _m, _a, output, by=by: output + by * vector)
+        moved = said(lm, PROMPTS[row])
+        handle.remove()
+        changed.append(float(plain[:count].argmax() != moved[:count].argmax()))
+        of_all_rows.append(float(plain.argmax() != moved.argmax()))
+    assert table["top1_changed"].tolist() == changed != of_all_rows
+    assert set(changed) == {0.0, 1.0}
+
+
 def without_head(lm: hk.LM, ids: list[int], head: int) -> torch.Tensor:
     """What plain transformers says with a head of block 1 cut out by a hook written by hand."""
 

@@ -1,6 +1,7 @@
 """The ranked-token-shift report: its numbers are those of plain transformers, its sums add up, its page is safe."""
 
 import json
+import math
 import shutil
 import subprocess
 from contextlib import nullcontext
@@ -15,6 +16,8 @@ from conftest import tokenizer
 import hookkit as hk
 from hookkit.errors import BadHook, OutOfRange
 from hookkit.shifts import resuming
+from hookkit.shifts.inside import most_moved
+from hookkit.shifts.measuring import with_deltas
 from hookkit.shifts.naming import literal
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
@@ -108,6 +111,37 @@ def test_the_change_is_the_sum_of_its_parts_and_a_part_is_what_the_weights_say(l
     why = made.tables["why"]
     mlp = why[(why["row"] == 0) & (why["component"] == "mlp_out.2")]["logit_before"].item()
     assert mlp == pytest.approx(float(share), abs=1e-5)
+
+
+def test_decades_are_powers_of_ten_between_the_ranks(llama):
+    ranks = pd.DataFrame({"rank_before": [100, 1, 7, 3], "rank_after": [10, 1000, 7, 1]})
+    for name in ("logit", "logprob", "prob"):
+        ranks[f"{name}_before"] = ranks[f"{name}_after"] = 0.0
+    assert with_deltas(ranks)["decades"].tolist() == pytest.approx([1, -3, 0, 0.47712125], abs=1e-8)
+    assert with_deltas(ranks)["shift"].tolist() == [90, -999, 0, 2]
+    made = hk.shift_report(llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), drawn=0)
+    watched = made.tables["watched"]
+    wanted = [math.log(row.rank_before / row.rank_after) / math.log(10) for row in watched.itertuples()]
+    assert watched["decades"].tolist() == pytest.approx(wanted, abs=1e-9)
+    assert max(map(abs, wanted)) > 0.01
+
+
+def test_the_components_that_moved_most_and_all_the_others_are_the_whole_sum():
+    deltas = [0.5, -3.0, 0.25, 2.0, 0.125, -1.0, 0.0625, 0.00001]
+    before = [float(number) for number in range(8)]
+    why = pd.DataFrame({"component": list("abcdefgh"), "logit_before": before, "logit_delta": deltas})
+    why["logit_after"] = why["logit_before"] + why["logit_delta"]
+    three = most_moved(why, 3)
+    assert three["component"].tolist() == ["d", "f", "b", "the other 5", "sum: the logit"]
+    others = [0 + 2 + 4 + 6 + 7, 0.5 + 0.25 + 0.125 + 0.0625 + 0.00001]
+    assert three["logit_before"].tolist() == pytest.approx([3, 5, 1, others[0], 28])
+    assert three["logit_delta"].tolist() == pytest.approx([2, -1, -3, others[1], sum(deltas)])
+    assert three["logit_after"].tolist() == pytest.approx((three["logit_before"] + three["logit_delta"]).tolist())
+    many = most_moved(why, 20)
+    assert many["component"].tolist()[-2:] == ["the other 1", "sum: the logit"], "a change of nothing is not shown"
+    assert many["logit_delta"].tolist()[-2] == pytest.approx(0.00001)
+    few = most_moved(why.iloc[:3], 20)
+    assert few["component"].tolist() == ["a", "c", "b", "sum: the logit"], "no others, where all are shown"
 
 
 def test_the_last_layer_of_the_lens_says_what_the_model_says_and_the_edited_block_is_marked(llama):

@@ -87,6 +87,20 @@ def test_a_last_line_that_was_cut_off_is_computed_again(small, undisturbed, tmp_
         assert cells.read_bytes() == whole, "the same lines again"
 
 
+@pytest.mark.parametrize("kept", [slice(None, 1), slice(1, None)])
+def test_a_forward_of_which_some_values_are_known_runs_for_the_others(small, undisturbed, tmp_path, kept):
+    killing_sweeps.swept(small, tmp_path)
+    (tmp_path / "table.csv").unlink()
+    cells = tmp_path / "cells.jsonl"
+    lines = [json.loads(line) for line in cells.read_text().splitlines()]
+    assert max(map(len, lines)) > 1, "a forward serves several cells"
+    cells.write_text("".join(json.dumps(line[kept]) + "\n" for line in lines))
+    table = killing_sweeps.swept(small, tmp_path)
+    assert table.attrs["complete"] and len(table) == len(undisturbed)
+    for name in ("logit_diff", "gap", "kl"):
+        assert table[name].tolist() == pytest.approx(undisturbed[name].tolist(), abs=1e-5)
+
+
 def test_what_is_kept_is_not_computed_again(small, tmp_path):
     calls = []
 
