@@ -2,7 +2,7 @@
 
     table = hk.patching(lm, clean, corrupted, "resid_pre", hk.logit_diff(" Mary", " John"))
     hk.heat_map(table, labels=tokens)                       # layer x position, the mean over prompts
-    hk.interval_lines(hk.over_prompts(table), x="layer")    # means with their intervals
+    hk.interval_lines(table, x="layer")                     # means with their intervals, or each prompt
 
 Cells are green where the value is positive and red where it is negative, the stronger the larger; zero is the paper.
 """
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from .errors import BadHook, EmptySelection, checks_keywords, did_you_mean
 from .figures import DOWN, GRID, INK, MARK, MUTED, POINT, UP, drawable, finished
+from .intervals import DRAWN
 
 LINES = (UP, MARK, POINT, "#b8862b", "#8a5bb5", MUTED)  # one after the other, for the lines of a figure
 SHADES = 256
@@ -39,8 +40,9 @@ def heat_map(
 ) -> Figure:
     """A number for every point of a grid, as colour: layer by position, or layer by head; a panel for each site.
 
-    `table` is what `sweep`, `patching` … or `over_prompts` gave; several prompts are averaged. `value` is the column
-    that is shown (the first effect, else the first delta), `x` and `y` those of the axes. `labels` are texts for x,
+    `table` is what `sweep`, `patching` … or `over_prompts` gave; several prompts are averaged, an effect as in
+    `over_prompts`: the ratio of the means. `value` is the column that is shown (the first effect, else the first
+    delta), `x` and `y` those of the axes. `labels` are texts for x,
     such as the prompt's tokens. Colours reach from -`limit` to `limit` (left out, the largest value); the `named`
     largest values of each panel are written in their cells.
     """
@@ -52,8 +54,7 @@ def heat_map(
     assert x is not None
     sites = list(dict.fromkeys(table["site"])) if "site" in table.columns else [None]
     found: list[Any] = [table if site is None else table[table["site"] == site] for site in sites]
-    grids = [each.pivot_table(index=y, columns=x, values=value, aggfunc="mean", sort=False) for each in found]
-    grids = [grid.sort_index() for grid in grids]
+    grids = [_grid(each, value, x, y).sort_index() for each in found]
     most = limit if limit is not None else max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
     width = min(14.0, 1.6 + sum(max(2.4, 0.34 * grid.shape[1]) for grid in grids))
     figure = Figure(figsize=(width, max(3.0, 0.17 * len(grids[0]) + 1.6)), layout="constrained")
@@ -78,6 +79,22 @@ def _value(table: pd.DataFrame, value: str | None) -> str:
     if value is None or value not in table.columns:
         raise BadHook(f"the table has no column {value!r}; it has {', '.join(table.columns)}: say value=")
     return value
+
+
+def _grid(table: Any, value: str, x: str, y: str) -> pd.DataFrame:
+    """The mean of a column in each cell; of an effect of several prompts the ratio of the means."""
+    axes: dict[str, Any] = {"index": y, "columns": x, "aggfunc": "mean", "sort": False}
+    metric = value.removesuffix("_effect")
+    parts = [f"{metric}_{end}" for end in ("delta", "before", "target")]
+    pairs = "row" in table.columns and value.endswith("_effect") and set(parts) <= set(table.columns)
+    if not pairs:
+        return table.pivot_table(values=value, **axes)
+    moved, before, target = (table[part].astype(float) for part in parts)
+    way = target - before
+    counts = moved.notna() & way.notna()
+    sides = table[counts].assign(_moved=moved[counts], _way=way[counts])
+    over, under = (sides.pivot_table(values=name, **axes) for name in ("_moved", "_way"))
+    return over / under.where(under != 0)
 
 
 def _prompts(table: pd.DataFrame) -> str:
@@ -151,14 +168,23 @@ def interval_lines(
 ) -> Figure:
     """Means as lines with the band of their intervals, along one dimension of a grid.
 
-    `summary` is `over_prompts(table)`. `series` is the column that has a line for each of its values (left out: site,
-    control, pos or head, where there is one with several). Where no interval is known, there is no band.
+    `summary` is `over_prompts(table)`, or the table of a sweep itself. `series` is the column that has a line for each
+    of its values (left out: site, control, pos or head, where there is one with several). An interval of fewer than 10
+    prompts is not drawn: given the sweep's table, each prompt is a point there, and else the means stand alone.
     """
     value = _value(summary, value)
     if x not in summary.columns:
         raise BadHook(f"the table has no column {x!r}{did_you_mean(x, summary.columns)}")
     others = [name for name in ("site", "control", "pos", "head") if name in summary.columns and name != x]
     series = series or next((name for name in others if len(set(summary[name])) > 1), None)
+    prompts = None
+    if "row" in summary.columns and "n" not in summary.columns:
+        from .sweeps.summaries import over_prompts
+
+        prompts = summary
+        summary = over_prompts(summary, by=[x] if series is None else [x, series])
+        if value not in summary.columns:
+            raise BadHook(f"{value!r} is no column of a metric: give over_prompts(table, by=…, values=[{value!r}])")
     figure = Figure(figsize=(8, 4.0), layout="constrained")
     axes = figure.subplots()
     groups = [(None, summary)] if series is None else list(summary.groupby(series, sort=False))
@@ -166,14 +192,29 @@ def interval_lines(
         found = found.sort_values(x)
         colour = LINES[number % len(LINES)]
         axes.plot(found[x], found[value], color=colour, lw=1.8, marker="o", ms=3.5, label=_series(series, name))
-        if f"{value}_low" in found.columns:
-            axes.fill_between(found[x], found[f"{value}_low"], found[f"{value}_high"], color=colour, alpha=0.2, lw=0)
+        band(axes, found, x, value, colour)
+        if prompts is not None and few(found, value):
+            own = prompts if series is None else prompts[prompts[series] == name]
+            axes.plot(own[x], own[value], ls="", marker=".", ms=4, alpha=0.5, color=colour)
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.set_xlabel(WORDS.get(x, x))
     axes.set_ylabel(f"{value.replace('_', ' ')}{_prompts(summary)}")
     if series is not None:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     return finished(figure, title)
+
+
+def few(summary: pd.DataFrame, value: str) -> bool:
+    """True where means are over too few prompts for an interval to be drawn."""
+    count = f"{value}_n" if f"{value}_n" in summary.columns else "n"
+    return count in summary.columns and float(summary[count].max()) < DRAWN
+
+
+def band(axes: Axes, summary: pd.DataFrame, x: str, value: str, colour: str) -> None:
+    """Draw the band of the intervals of a line, unless they are over too few prompts."""
+    if f"{value}_low" in summary.columns and not few(summary, value):
+        low, high = summary[f"{value}_low"], summary[f"{value}_high"]
+        axes.fill_between(summary[x], low, high, color=colour, alpha=0.2, lw=0)
 
 
 def _series(series: str | None, name: Any) -> str:

@@ -65,7 +65,7 @@ def test_patching_takes_two_prompts_and_names_a_wish_that_cannot_be_met(hookkit)
     words = ["Mary gave milk to", "John gave milk to", "resid_pre", "--token", " John", "--layer", "1"]
     done = hookkit("sweep", "patching", *words)
     assert done.exit_code == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "layer,pos,row,prob,prob_before,prob_delta,prob_effect"
+    assert done.stdout.splitlines()[0] == "layer,pos,row,prob,prob_before,prob_delta,prob_target,prob_effect"
     for more, said in (
         (["--actors", "2"], "hookkit: --actors is of Ray's actors: add --engine ray"),
         (["--engine", "dask"], "hookkit: --engine 'dask' is unknown: say ray, or leave it out"),

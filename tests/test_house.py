@@ -109,6 +109,7 @@ ORDER = [
     "metrics.continuing",
     "metrics.given",
     "metrics",
+    "intervals",
     "sweeps.prefix",
     "sweeps.reading",
     "sweeps.cells",

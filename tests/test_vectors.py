@@ -9,11 +9,13 @@ import by_hand
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import hooks_on
 from torch import Tensor
 
 import hookkit as hk
+from hookkit import intervals
 from hookkit.errors import (
     BadHook,
     BadPrompt,
@@ -585,8 +587,80 @@ def test_means_over_doses_take_random_vectors_together():
     means = hk.over_doses(made_up())
     cell = means[(means["vector"] == "v") & means["control"] & (means["dose"] == 0.2)].iloc[0]
     assert cell["n"] == 2 and cell["samples"] == 2 and cell["damage_kl"] == pytest.approx(0.02)
-    assert cell["m_delta"] == pytest.approx(0.9) and cell["m_delta_low"] == pytest.approx(0.6)
+    assert cell["m_delta"] == pytest.approx(0.9) and cell["interval"].startswith("t, two-way")
     assert len(means) == 3 * 4
+    deltas = np.array([[0.4, 0.8], [0.8, 1.6]])  # a row for each prompt, a column for each random vector
+    squares = {"prompts": 2 * deltas.mean(1).var(ddof=1), "vectors": 2 * deltas.mean(0).var(ddof=1)}
+    squares["rest"] = float(((deltas - deltas.mean(0) - deltas.mean(1)[:, None] + deltas.mean()) ** 2).sum())
+    variance = (squares["prompts"] + squares["vectors"] - squares["rest"]) / 4
+    degrees = variance**2 / sum((each / 4) ** 2 for each in squares.values())  # each has one degree of freedom
+    half = scipy.stats.t.ppf(0.975, degrees) * variance**0.5
+    assert cell["m_delta_low"] == pytest.approx(0.9 - half) and cell["m_delta_high"] == pytest.approx(0.9 + half)
+
+
+def null_experiment(
+    draws: np.random.Generator, prompts: int, vectors: int, between: float = 0.42, within: float = 0.12
+):
+    """A vector that is one more random one, at one dose: their effects differ, and a little from prompt to prompt."""
+    rows = []
+    for control, sample in [(False, 0), *((True, number) for number in range(vectors))]:
+        deltas = draws.normal(0, between) + draws.normal(0, within, prompts)
+        for row, delta in enumerate(deltas):
+            rows.append(["v", SITE, 0.2, control, sample, row, row, delta, 0.0, delta, 0.1])
+    names = ["vector", "site", "dose", "control", "sample", "row", "prompt", "m", "m_before", "m_delta", "damage_kl"]
+    return pd.DataFrame(rows, columns=names)
+
+
+@pytest.mark.parametrize(("prompts", "vectors"), [(5, 3), (16, 8), (16, 20), (50, 8)])
+def test_a_random_vector_is_called_an_effect_in_3_to_8_percent_of_experiments(prompts, vectors):
+    draws, wrong, count = np.random.default_rng(prompts + vectors), 0, 1500
+    for _ in range(count):
+        own = draws.normal(0, 0.42, vectors + 1)[:, None] + draws.normal(0, 0.12, (vectors + 1, prompts))
+        gains = own[0] - own[1:].mean(axis=0)
+        rest = intervals.variation(own[1:].T).rest ** 0.5
+        spread = own[1:].mean(axis=1).std(ddof=1)
+        _, half = intervals.beyond_random(gains, spread, rest, vectors, 0.95)
+        wrong += abs(gains.mean()) > half
+    assert 0.03 <= wrong / count <= 0.08
+
+
+def test_a_gain_has_an_interval_over_prompts_and_random_vectors():
+    table = hk.at_damage(null_experiment(np.random.default_rng(0), 16, 8), 0.1)
+    deltas = table[table["control"]].pivot_table(index="sample", columns="row", values="m_delta")
+    spread = deltas.mean(axis=1).std() * (1 + 1 / 8) ** 0.5
+    assert set(table["random_vectors"]) == {8}
+    for some in (table, table[~table["control"]]):  # also where the random ones were left out
+        cell = hk.over_prompts(some, by=["vector", "control"]).query("not control").iloc[0]
+        own = table.query("not control")["m_delta"].mean()
+        assert cell["m_gain"] == pytest.approx(own - deltas.to_numpy().mean())
+        assert cell["m_gain_se"] == pytest.approx(spread) and cell["interval"] == "t; t, two-way"
+        assert cell["m_gain_high"] - cell["m_gain"] == pytest.approx(scipy.stats.t.ppf(0.975, 7) * spread)
+    random = hk.over_prompts(table, by=["vector", "control"]).query("control").iloc[0]
+    assert random["m_gain"] == pytest.approx(0) and random["m_gain_low"] == pytest.approx(-random["m_gain_high"])
+    assert random["m_gain_se"] == pytest.approx(spread)  # where one more random vector would lie
+
+
+def test_a_gain_that_differs_from_prompt_to_prompt_has_that_in_its_interval():
+    table = null_experiment(np.random.default_rng(0), 16, 8)
+    own = ~table["control"]
+    table.loc[own, "m_delta"] += np.linspace(-20, 20, 16)
+    table["m"] = table["m_delta"]
+    cell = hk.over_prompts(hk.at_damage(table, 0.1), by=["vector", "control"]).query("not control").iloc[0]
+    assert cell["m_gain_se"] == pytest.approx(np.linspace(-20, 20, 16).std(ddof=1) / 4, rel=0.05)
+
+
+def test_one_random_vector_is_no_control_and_the_same_ones_beside_two_vectors_count_once():
+    draws = np.random.default_rng(1)
+    one = hk.over_prompts(hk.at_damage(null_experiment(draws, 5, 1), 0.1), by=["vector", "control"])
+    assert one["m_gain_low"].isna().all() and one["m_delta_low"].notna().all()
+    table = null_experiment(draws, 5, 4)
+    both = hk.at_damage(pd.concat([table, table.assign(vector="w")]), 0.1)
+    alone = hk.at_damage(table, 0.1)
+    for name in ("random_vectors", "m_random_sd", "m_random_rest"):
+        assert both[name].iloc[0] == pytest.approx(alone[name].iloc[0])
+    sites = pd.concat([table, table.assign(site="resid_post.2")])
+    with pytest.raises(BadHook, match="name 'site' in by="):
+        hk.over_prompts(hk.at_damage(sites, 0.1), by=["vector", "control"])
 
 
 @pytest.mark.parametrize(
@@ -616,6 +690,11 @@ def test_the_figure_has_a_line_for_each_vector_and_one_for_each_random_one(tmp_p
     drawn = [line.get_xydata().tolist() for line in axes.get_lines()]
     assert [pytest.approx(point) for point in drawn[0]] == [[0.02, -0.6]]  # sample 0, downwards
     assert any(len(line) == 3 and line[0] == pytest.approx([0.01, 1.5]) for line in drawn)
+    assert not axes.collections and [0.01, 1.0] in [pytest.approx(point) for line in drawn for point in line]
+    many = pd.concat([made_up().assign(row=row, prompt=row) for row in range(5)])
+    many = pd.concat([many, many.assign(row=many["row"] + 5, prompt=many["row"] + 5)])
+    (axes,) = hk.damage_curves(many[many["vector"] == "v"]).axes
+    assert len(axes.collections) == 2  # from 10 prompts on a band on either side of no dose
 
 
 # ---- a direction out of every layer

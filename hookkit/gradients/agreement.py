@@ -7,7 +7,7 @@ import pandas as pd
 
 from ..errors import BadHook, EmptySelection, checks_keywords, did_you_mean
 
-COUNTS = ("row", "prompt", "sample", "n", "control")
+COUNTS = ("row", "prompt", "sample", "n", "control", "interval")
 
 
 @checks_keywords
@@ -64,7 +64,8 @@ def _cells(estimate: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
         if name.endswith(end)
     ]
     own = [name for name in estimate.columns if any(name == m or name.startswith(f"{m}_") for m in metrics)]
-    cells = [name for name in estimate.columns if name in truth.columns and name not in own and name != "n"]
+    own += ["n", "interval"]
+    cells = [name for name in estimate.columns if name in truth.columns and name not in own]
     if not [name for name in cells if name not in COUNTS]:
         raise BadHook(f"the tables share no column that says which cell a row is of: {', '.join(estimate.columns)}")
     return cells

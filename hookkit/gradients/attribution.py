@@ -67,13 +67,13 @@ def attribution(
     under    hooks that act in every run
 
     Columns are those of `patching`: the cells', row, and the metric's own with `_before`, `_delta` (the estimate),
-    `_effect`; of them the value is `_before` plus `_delta`. Where the gradient vanishes and the effect does not (a
+    `_target`, `_effect`; the value is `_before` plus `_delta`. Where the gradient vanishes and the effect does not (a
     saturated pattern), or the value put in is far away (early in the stream), the estimate is off: `agreement` says how
     far. The queries' and keys' correction of AtP* is not made.
 
     >>> table = attribution(lm, clean, corrupted, "attn_out", logit_diff(" Mary", " John"), layers=[9], pos=[-1])
-    >>> list(table.columns)
-    ['layer', 'pos', 'row', 'logit_diff', 'logit_diff_before', 'logit_diff_delta', 'logit_diff_effect']
+    >>> list(table.columns)[3:]
+    ['logit_diff', 'logit_diff_before', 'logit_diff_delta', 'logit_diff_target', 'logit_diff_effect']
     """
     one_of("direction", direction, "denoise", "noise")
     one_of("method", method, "gradient", "integrated", "qk_fix")
@@ -245,7 +245,8 @@ def _table(
     by = np.concatenate(deltas)
     rows = np.tile(np.arange(count), len(by) // count)
     effect = np.divide(by, way[rows], out=np.full(len(by), np.nan), where=way[rows] != 0)
-    values = {name: before[rows] + by, f"{name}_before": before[rows], f"{name}_delta": by, f"{name}_effect": effect}
+    values = {name: before[rows] + by, f"{name}_before": before[rows], f"{name}_delta": by}
+    values |= {f"{name}_target": (before + way)[rows], f"{name}_effect": effect}
     return pd.DataFrame({**at, **({"unit": np.concatenate(units)} if neurons else {}), "row": rows, **values})
 
 

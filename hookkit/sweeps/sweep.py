@@ -107,7 +107,7 @@ def _looks_on(action: Action, reading: Reading) -> bool:
 def _check_names(cell: Cell, names: Sequence[str]) -> None:
     """Raise where two columns of the table would have one name."""
     for name in names:
-        own = [name, f"{name}_before", f"{name}_delta", f"{name}_effect"]
+        own = [name, *(f"{name}_{end}" for end in ("before", "delta", "target", "effect"))]
         twice = [each for each in (*cell.at, *TAKEN) if each in own]
         if twice:
             raise BadHook(
@@ -172,8 +172,9 @@ def sweep(
     engine      "ray", or `Ray(…)`: the forwards run on actors that hold the model each; the table is the same
 
     Columns: the grid's dimensions, row (the prompt), control where one was asked for, and for each metric its value,
-    `_before` (without the cell's hooks), `_delta` (after minus before), and with a target `_effect`. Ctrl-C gives the
-    rows that are done, with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
+    `_before` (without the cell's hooks), `_delta` (after minus before), and with a target `_target` (the metric there)
+    and `_effect` (NaN for a prompt whose metric is the same there; `over_prompts` has the ratio of the means). Ctrl-C
+    gives the rows that are done, with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
 
     A user's function, in an edit, is given the rows of one cell at a time, perhaps not all of them, and the cells come
     in an order of the plan's own: what it gives for a prompt may depend on nothing but that prompt.
@@ -235,10 +236,11 @@ def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None) -
                 found |= {name: now, f"{name}_before": was, f"{name}_delta": now - was}
                 if aimed is not None:
                     way = aimed[row][place] - was
+                    found[f"{name}_target"] = aimed[row][place]
                     found[f"{name}_effect"] = (now - was) / way if way else float("nan")
             rows.append(found)
     own = ["control"] if controls else []
-    parts = ["", "_before", "_delta"] + ([] if aimed is None else ["_effect"])
+    parts = ["", "_before", "_delta"] + ([] if aimed is None else ["_target", "_effect"])
     wanted = [*made.cells[0].at, "row", *own, *(name + part for name in names for part in parts)]
     return pd.DataFrame(rows, columns=wanted)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .. import intervals
 from ..errors import BadHook, EmptySelection, OutOfRange, checks_keywords, did_you_mean
 from ..sweeps import over_prompts
 
@@ -24,8 +25,8 @@ def over_doses(table: pd.DataFrame, *, confidence: float = 0.95, resamples: int 
     """What `dose_response` gave, over its prompts: one row for each vector, dose and control.
 
     Columns: vector, site, layer, dose, control, n (prompts), the means of the metrics with `_se`, `_low` and `_high` as
-    in `over_prompts` (of a control, each prompt's value is its mean over the random vectors), samples (random vectors),
-    and the mean damage. Damage is that of all neutral texts together and has no interval.
+    in `over_prompts` (of a control, over prompts and random vectors: both are samples), samples (random vectors), and
+    the mean damage. Damage is that of all neutral texts together and has no interval.
     """
     cells = [*_places(table), "dose", "control"]
     means = over_prompts(table, by=cells, confidence=confidence, resamples=resamples, seed=seed)
@@ -43,9 +44,15 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
     the column `by` is found by straight lines between the doses that were run, and so are each prompt's metrics there.
     `OutOfRange` where a vector's doses do not cost so much: none is extrapolated.
 
-    Columns: vector, site, layer, control, sample, row, prompt, dose_there, and each metric's value, `_before`,
-    `_delta`, and `_gain`: how far its delta is above the mean of that of all random vectors at the same site, for the
-    same prompt (NaN without any). `over_prompts(found, by=["vector", "control"])` gives the means and intervals.
+    Columns: vector, site, layer, control, sample, row, prompt, dose_there, random_vectors (how many the site has), and
+    each metric's value, `_before`, `_delta`, and `_gain`: how far its delta is above the mean of that of all random
+    vectors at the same site, for the same prompt (NaN without any). How the random vectors' deltas vary is in
+    `_random_sd` (standard deviation of their means over the prompts) and `_random_rest` (of what is left for a vector
+    and a prompt beside both means).
+
+    `over_prompts(found, by=["vector", "site", "control"])` gives the means and intervals. The random vectors are a
+    sample: a gain's interval is over prompts and vectors, and lies above 0 where the vector goes further than one more
+    random vector would in 97.5 of 100 experiments. It needs two random vectors, and 8 or more to say much.
     """
     if by not in _damage(table):
         raise BadHook(
@@ -60,9 +67,27 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
     groups: Any = table.groupby(lines, sort=False, dropna=False)
     found = [_there(line, dict(zip(lines, key, strict=True)), damage, by, toward, metrics) for key, line in groups]
     made = pd.concat(found, ignore_index=True)
+    random = made[made["control"]]
+    vectors: Any = random.groupby("site")["sample"].nunique()  # sample n is one direction beside every vector
+    made["random_vectors"] = [int(vectors.get(site, 0)) for site in made["site"]]
     for metric in metrics:
         made[f"{metric}_gain"] = _gain(made, metric)
+        spreads = {site: _spread(rows, f"{metric}_delta") for site, rows in random.groupby("site")}
+        for end, place in (("sd", 0), ("rest", 1)):
+            made[f"{metric}_random_{end}"] = [spreads.get(site, (np.nan, np.nan))[place] for site in made["site"]]
     return made
+
+
+def _spread(rows: pd.DataFrame, name: str) -> tuple[float, float]:
+    """How the random vectors of one site vary: in their means over the prompts, and besides."""
+    values = rows.pivot_table(index="row", columns=["vector", "sample"], values=name, sort=False).to_numpy(float)
+    count = rows["sample"].nunique()
+    if count < 2 or np.isnan(values).any():
+        return np.nan, np.nan
+    lines = values.shape[1]  # those of several vectors may be of the same random ones, which count once
+    part = (1 - 1 / lines) / (1 - 1 / count)
+    variance = float(values.mean(axis=0).var(ddof=1)) * part
+    return float(np.sqrt(variance)), float(np.sqrt(intervals.variation(values).rest * part))
 
 
 def _there(

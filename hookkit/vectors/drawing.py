@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ..errors import BadHook, checks_keywords, did_you_mean
 from ..figures import DASHES, INK, MUTED, drawable, finished
-from ..heatmaps import LINES
+from ..heatmaps import LINES, band, few
 from .comparing import DAMAGE, over_doses
 
 UNITS = {
@@ -32,7 +32,8 @@ def damage_curves(
 
     `table` is what `dose_response` gave with neutral texts. `value` is the column that is shown (the first delta), `by`
     the damage. Points are doses; those of one sign are joined. Each random vector is a thin line, the mean over the
-    prompts; bands are intervals over the prompts. `log` draws the damage on a log axis. A panel for each site.
+    prompts; bands are intervals over the prompts, and below 10 of them each prompt is a point instead. `log` draws
+    the damage on a log axis. A panel for each site.
     """
     if by not in DAMAGE or by not in table.columns:
         raise BadHook(f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=.")
@@ -82,5 +83,9 @@ def _vectors(axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[
                 continue
             style = {"color": colour, "ls": DASHES[number % len(DASHES)]}
             axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, label=label, **style)
-            axes.fill_between(line[by], line[f"{value}_low"], line[f"{value}_high"], color=colour, alpha=0.18, lw=0)
             label = None
+            if not few(line, value):
+                band(axes, line, by, value, colour)
+                continue
+            own = table[(table["vector"] == name) & ~table["control"] & ((table["dose"] > 0) == up)]
+            axes.plot(own[by], own[value], ls="", marker=".", ms=4, alpha=0.5, color=colour)
