@@ -67,7 +67,7 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
     groups: Any = table.groupby(lines, sort=False, dropna=False)
     found = [_there(line, dict(zip(lines, key, strict=True)), damage, by, toward, metrics) for key, line in groups]
     made = pd.concat(found, ignore_index=True)
-    random = made[made["control"]]
+    random: Any = made[made["control"]]
     vectors: Any = random.groupby("site")["sample"].nunique()  # sample n is one direction beside every vector
     made["random_vectors"] = [int(vectors.get(site, 0)) for site in made["site"]]
     for metric in metrics:
@@ -78,10 +78,10 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
     return made
 
 
-def _spread(rows: pd.DataFrame, name: str) -> tuple[float, float]:
+def _spread(rows: Any, name: str) -> tuple[float, float]:
     """How the random vectors of one site vary: in their means over the prompts, and besides."""
     values = rows.pivot_table(index="row", columns=["vector", "sample"], values=name, sort=False).to_numpy(float)
-    count = rows["sample"].nunique()
+    count = int(rows["sample"].nunique())
     if count < 2 or np.isnan(values).any():
         return np.nan, np.nan
     lines = values.shape[1]  # those of several vectors may be of the same random ones, which count once
