@@ -136,9 +136,12 @@ class Square(Form):
 def hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
     """Where a mask hides a key; `masks` is the dtype of the mask, that of the scores if left out.
 
-    It is not the smallest number alone, since some families scale after they have masked.
+    It is not the smallest number alone, since some families scale after they have masked. In float64 it is float32's,
+    since some families compute their scores in float32 whatever the model's dtype.
     """
-    return scores <= torch.finfo(masks or scores.dtype).min / 16
+    dtype = masks or scores.dtype
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    return scores <= torch.finfo(narrow).min / 16
 
 
 def unseen_value(dtype: torch.dtype, scores: bool) -> float:

@@ -135,12 +135,48 @@ def test_places_before_the_token_that_differs_carry_nothing(llama):
 
 def test_the_integral_over_the_embeddings_is_all_of_the_change(llama):
     everywhere = {"pos": [slice(None)]}
-    table = hk.attribution(llama, CLEAN, CORRUPTED, "embed", DIFF, method="integrated", steps=60, **everywhere)
+    table = hk.attribution(
+        llama, CLEAN, CORRUPTED, "embed", DIFF, method="integrated", steps=60, points="middle", **everywhere
+    )
     wanted = DIFF(hk.forward(llama, CLEAN)) - DIFF(hk.forward(llama, CORRUPTED))
     assert table["logit_diff_delta"].tolist() == pytest.approx(wanted.tolist(), abs=0.02)
     assert table["logit_diff_effect"].tolist() == pytest.approx([1, 1, 1], abs=0.02) and table.attrs["steps"] == 60
     one = hk.attribution(llama, CLEAN, CORRUPTED, "embed", DIFF, **everywhere)
     assert np.abs(one["logit_diff_delta"] - wanted.tolist()).max() > 0.1
+
+
+@pytest.mark.parametrize("points", ["start", "middle"])
+def test_the_points_of_the_integral_are_the_papers_or_the_middles(llama, points):
+    """EAP-IG: the gradient at z' + k/m (z - z') for k = 1 … m, where z is of the prompts that are run. By hand, with the
+    embeddings as inputs and torch's own gradient at the output of the last MLP."""
+    model, steps, row = llama.model, 3, 0
+    embed = model.get_input_embeddings()
+    clean, corrupted = (embed(torch.tensor([ids[row]])).detach() for ids in (CLEAN, CORRUPTED))
+    outputs = []
+    handle = model.model.layers[2].mlp.register_forward_hook(lambda m, a, output: outputs.append(output))
+
+    def logits(embeddings):
+        return model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
+
+    slopes = []
+    for k in range(1, steps + 1):
+        share = k / steps if points == "start" else (k - 0.5) / steps
+        logit = logits(corrupted + share * (clean - corrupted))  # the clean prompt is run, as in the paper
+        slopes.append(torch.autograd.grad(logit[5] - logit[7], outputs[-1])[0])
+    with torch.no_grad():
+        logits(clean), logits(corrupted)
+    handle.remove()
+    wanted = ((outputs[-1] - outputs[-2]) * torch.stack(slopes).mean(0))[0].sum(-1).detach()
+    given = {"layers": [2], "direction": "noise", "method": "integrated", "steps": steps}
+    chosen = {} if points == "start" else {"points": points}
+    table = hk.attribution(llama, CLEAN[row : row + 1], CORRUPTED[row : row + 1], "mlp_out", DIFF, **given, **chosen)
+    assert table["logit_diff_delta"].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_one_step_at_the_start_is_the_plain_gradient(llama):
+    one = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF, method="integrated", steps=1)
+    plain = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
+    assert one["logit_diff_delta"].tolist() == pytest.approx(plain["logit_diff_delta"].tolist(), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +228,62 @@ def test_the_qk_fix_in_several_batches_is_that_in_one(llama, monkeypatch):
     assert split["logit_diff_delta"].tolist() == pytest.approx(together["logit_diff_delta"].tolist(), abs=1e-4)
 
 
-def test_a_pattern_that_is_not_the_softmax_of_queries_and_keys_is_refused():
-    lm = hk.tiny("gemma2", config={"attn_logit_softcapping": 0.01})
-    with pytest.raises(Unsupported, match="a soft-cap"):
-        hk.attribution(lm, CLEAN, CORRUPTED, "q", DIFF, method="qk_fix")
+def by_pattern(lm, site, layer, head, pos):
+    """The QK fix by its definition: the metric's gradient at the pattern times the pattern that the model itself has
+    once the other prompt's query or key stands there, less its own."""
+    source = hk.forward(lm, CLEAN, hk.capture(f"{site}.{layer}"))
+    place = f"pattern.{layer}"
+    slopes = hk.gradients(lm, CORRUPTED, DIFF, place)
+    patched = hk.forward(lm, CORRUPTED, hk.patch(f"{site}.{layer}.{head}", source, pos=pos), hk.capture(place))
+    moved = patched[place].double() - slopes.values(place).double()
+    return (slopes.of(place).double() * moved).flatten(1).sum(1).tolist()
+
+
+def assert_fixed(lm, sites, layer=1):
+    for site in sites:
+        given = {"layers": [layer], "pos": [-1, 1], "method": "qk_fix"}
+        table = hk.attribution(lm, CLEAN, CORRUPTED, site, DIFF, **given)
+        largest = table["logit_diff_delta"].abs().max()
+        assert largest > 0
+        for (head, pos), cell in table.groupby(["head", "pos"]):
+            wanted = by_pattern(lm, site, layer, head, pos)
+            assert cell["logit_diff_delta"].tolist() == pytest.approx(wanted, abs=1e-4 * largest), (site, head, pos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma", "gemma2", "qwen3", "bloom", "mpt", "gpt_neo", "gemma4_text"]
+)
+def test_the_qk_fix_is_the_slope_of_the_pattern_times_the_pattern_of_the_patched_model(family, dtype):
+    assert_fixed(hk.LM(hk.tiny(family).model.to(dtype)), ["q", "k"])
+
+
+def test_the_qk_fix_of_attention_with_a_sink_whose_share_cannot_be_read_off_the_pattern():
+    assert_fixed(hk.tiny("gpt_oss"), ["q", "k"])
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0])
+def test_the_qk_fix_holds_under_a_soft_cap(cap):
+    assert_fixed(hk.tiny("gemma2", config={"attn_logit_softcapping": cap}), ["q", "k"])
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_the_qk_fix_holds_where_the_pattern_is_saturated(family):
+    lm = hk.tiny(family)
+    for layer in lm.model.model.layers:
+        layer.self_attn.scaling *= 60
+    pattern = hk.forward(lm, CORRUPTED, hk.capture("pattern.1"))["pattern.1"]
+    assert float((pattern[0].amax(-1) > 0.99).float().mean()) >= 0.4
+    assert_fixed(lm, ["q", "k"])
+
+
+def test_a_pattern_that_is_not_the_softmax_of_queries_and_keys_is_refused(llama):
+    with pytest.raises(Unsupported, match="a hook on the way"):
+        hk.attribution(
+            llama, CLEAN, CORRUPTED, "q", DIFF, method="qk_fix", layers=[1], under=[hk.edit("scores.1", torch.sin)]
+        )
     with pytest.raises(BadHook, match="'z' is neither"):
-        hk.attribution(lm, CLEAN, CORRUPTED, ["q", "z"], DIFF, method="qk_fix")
+        hk.attribution(llama, CLEAN, CORRUPTED, ["q", "z"], DIFF, method="qk_fix")
 
 
 def test_hooks_under_both_runs_act_in_both(linear_end):
@@ -261,13 +347,14 @@ def test_integrated_gradients_share_out_all_of_the_change(gpt2, baseline):
 # ---- edges
 
 
-def by_small_steps(lm, edge, row, width=2e-2):
-    """The steepness of one edge by hand: a part of what the sender writes otherwise reaches the receiver alone."""
+def by_small_steps(lm, edge, row, of, to, width=2e-2):
+    """The steepness of one edge by hand: a part of what the sender writes in the prompts `of`, in place of what it
+    writes in the prompts `to`, reaches the receiver alone."""
     (kind, layer, *head), (name, at, *receiver) = (part.split(".") if "." in part else (part, 0) for part in edge)
     layers = lm.model.model.layers if lm.family.name == "llama" else lm.model.transformer.h
     layer, at, d_head = int(layer), int(at), lm.sizes["d_head"]
     site = {"embed": "resid_pre.0", "z": f"z.{layer}", "mlp_out": f"mlp_out.{layer}"}[kind]
-    clean, here = (hk.forward(lm, [ids[row]], hk.capture(site))[site] for ids in (CLEAN, CORRUPTED))
+    clean, here = (hk.forward(lm, [ids[row]], hk.capture(site))[site] for ids in (of, to))
     change = clean - here
     if kind == "z":
         only = torch.zeros_like(change)
@@ -305,7 +392,7 @@ def by_small_steps(lm, edge, row, width=2e-2):
             )
             handles.append(reads.register_forward_hook(head_alone))
         with torch.no_grad():
-            logits = lm.model(torch.tensor([CORRUPTED[row]]), use_cache=False).logits[0, -1]
+            logits = lm.model(torch.tensor([to[row]]), use_cache=False).logits[0, -1]
         for handle in handles:
             handle.remove()
         return float(logits[5] - logits[7])
@@ -326,12 +413,16 @@ EDGES = [
 ]
 
 
+@pytest.mark.parametrize("direction", [{}, {"direction": "noise"}, {"direction": "denoise"}])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_an_edge_is_as_steep_as_small_steps_by_hand_say(family):
+def test_an_edge_is_as_steep_as_small_steps_by_hand_say(family, direction):
+    """The papers' direction is the default: the clean prompts run, and an edge carries what is corrupted."""
     lm = hk.tiny(family)
-    table = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF).set_index(["sender", "receiver"])["logit_diff_delta"]
+    table = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF, **direction)
+    table = table.set_index(["sender", "receiver"])["logit_diff_delta"]
+    of, to = (CLEAN, CORRUPTED) if direction.get("direction") == "denoise" else (CORRUPTED, CLEAN)
     for edge in EDGES:
-        wanted = np.mean([by_small_steps(lm, edge, row) for row in range(len(CLEAN))])
+        wanted = np.mean([by_small_steps(lm, edge, row, of, to) for row in range(len(CLEAN))])
         assert table[edge] == pytest.approx(wanted, abs=0.02, rel=0.02), edge
     assert ("z.1.0", "q.1.0") not in table.index and ("mlp_out.1", "mlp_in.1") not in table.index
 
@@ -341,7 +432,7 @@ def test_a_last_heads_edges_sum_to_its_attribution(family):
     """Of a head of the last block only its MLP and the logits read; norms and factors behind a head are in both."""
     lm = hk.tiny(family)
     edges = hk.edge_attribution(lm, CLEAN, CORRUPTED, DIFF)
-    heads = hk.attribution(lm, CLEAN, CORRUPTED, "z", DIFF, layers=[2])
+    heads = hk.attribution(lm, CLEAN, CORRUPTED, "z", DIFF, layers=[2], direction="noise")
     for head, found in heads.groupby("head"):
         mine = edges[edges["sender"] == f"z.2.{head}"]
         assert set(mine["receiver"]) == ({"logits"} if family == "gptj" else {"logits", "mlp_in.2"})
@@ -386,6 +477,9 @@ def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
         ({"sites": "z", "by": "neuron"}, BadHook, "z has them: leave by= out"),
         ({"corrupted": CORRUPTED[:1]}, BadPrompt, "are to be patched into"),
         ({"method": "integrated", "steps": 0}, BadHook, "steps=0: give a whole number, 1 or more"),
+        ({"method": "integrated", "points": "end"}, BadHook, "points='end' is unknown: say 'start' or 'middle'"),
+        ({"steps": 3}, BadHook, "are of method='integrated', and have no effect with 'gradient'"),
+        ({"points": "middle"}, BadHook, "have no effect with 'gradient'"),
         ({"metric": hk.rank(5)}, Unsupported, "gives no gradient"),
         ({"metric": hk.loss((8, 9))}, Unsupported, "attribution is of prompts in pairs"),
         ({"pos": [5]}, OutOfRange, "position 5 of row 1"),

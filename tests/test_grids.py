@@ -374,7 +374,7 @@ def blur(lm: hk.LM, prompt: int, ids: list[int], sample: int, noise: float):
     """The hook by hand that adds the noise of a sample to the subject's embeddings."""
     span = [n for n in range(len(ids)) if covers(lm, ids, n, SUBJECTS[prompt])]
     kept = hk.sweeps.noising._draws(4, tuple(ids), sample)
-    size = noise * raw(lm, ids, "embed", None).std()
+    size = noise * lm.model.get_input_embeddings().weight[: lm.n_tokens].std()
     drawn = size * torch.randn(len(span), 32, generator=kept)
 
     def add(values: Tensor) -> Tensor:
@@ -434,6 +434,24 @@ def test_each_token_of_the_subject_has_its_own_noise_and_no_other_token_has_any(
     assert len(blurred) == 4 * len(span), "one draw for each sample and token"
     unit = blurred / blurred.norm(dim=-1, keepdim=True)
     assert (unit @ unit.T - torch.eye(len(unit))).abs().max() < 0.9
+
+
+def test_the_noise_of_causal_tracing_is_one_number_for_a_model(llama):
+    """The standard deviation of the vocabulary's embeddings, or of the tokens of other texts: not of the prompt."""
+    vocabulary = llama.model.get_input_embeddings().weight[: llama.n_tokens].detach().double()
+    subjects = torch.cat([vocabulary[llama.tokenizer.encode(text)] for text in ("Paris", "coffee and milk")])
+    settings = {"samples": 1, "pos": [-1], "layers": [1]}
+    for text, subject in zip(TEXTS, SUBJECTS, strict=True):
+        table = hk.causal_tracing(llama, text, subject, METRIC, noise=2.0, **settings)
+        assert table.attrs["noise_std"] == pytest.approx(2.0 * float(vocabulary.std()), rel=1e-6)
+        table = hk.causal_tracing(llama, text, subject, METRIC, noise_over=["Paris", "coffee and milk"], **settings)
+        assert table.attrs["noise_std"] == pytest.approx(3.0 * float(subjects.std()), rel=1e-6)
+
+
+def test_the_noise_of_a_scaled_embedding_is_that_of_what_the_model_reads():
+    lm = hk.tiny("gemma")  # its embedding module multiplies by the root of d_model
+    read = lm.model.model.embed_tokens(torch.arange(lm.n_tokens)).detach().double()
+    assert hk.sweeps.noising.embedding_std(lm) == pytest.approx(float(read.std()), rel=1e-6)
 
 
 def test_causal_tracing_under_other_hooks_and_at_named_positions(llama):

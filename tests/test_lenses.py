@@ -380,6 +380,17 @@ def test_a_patchscope_into_its_own_place_changes_nothing_and_another_layer_does(
     assert moved["target_site"].tolist() == ["resid_post.0"]
 
 
+def test_a_patchscopes_default_target_is_the_papers_and_is_patched_at_its_question_mark(llama):
+    """The prompt of identities ends in "?", and what is read is the token after it."""
+    target = llama.tokenizer.encode("cat -> cat\n1135 -> 1135\nhello -> hello\n?")
+    assert llama.string(target[-1]) == "?"
+    by_default = hk.patchscope(llama, IDS[0], max_new_tokens=2)
+    named = hk.patchscope(llama, IDS[0], target=target, target_pos=len(target) - 1, max_new_tokens=2)
+    pd.testing.assert_frame_equal(by_default, named)
+    before = hk.patchscope(llama, IDS[0], target=target, target_pos=len(target) - 2, max_new_tokens=2)
+    assert before["prob"].tolist() != by_default["prob"].tolist()
+
+
 def test_a_patchscope_takes_one_state(llama):
     with pytest.raises(hk.errors.BadPrompt, match="2 prompts and 1 positions"):
         hk.patchscope(llama, IDS, target=[5, 6])

@@ -31,7 +31,7 @@ from ..sites import HEADED, AnySite, Site
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import Places, Positions, check_pairs, grid_of, positions_of
 from .backward import OWN, Question, derived, one_of, question
-from .between import EMBED, along, average, check_end, parts
+from .between import EMBED, Points, along, average, check_end, parts
 from .softmaxed import check_fixed, softmaxed
 
 TOGETHER = 16  # prompts of one backward: the graph of each is kept until then
@@ -51,17 +51,22 @@ def attribution(
     pos: Positions = None,
     by: Literal["neuron"] | None = None,
     method: Literal["gradient", "integrated", "qk_fix"] = "gradient",
-    steps: int = 5,
+    steps: int | None = None,
+    points: Points | None = None,
     under: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
     """What `patching` with the same arguments would give, to first order: (the other prompt's value - the value there)
     times the metric's gradient there, summed over the cell (attribution patching: Nanda 2023; Kramár et al. 2024).
 
     method   "gradient": the gradient on the prompts patched into, two forwards and a backward in all. "integrated":
-             its mean over `steps` runs with embeddings between the two prompts' (Hanna et al. 2024; here at the middles
-             of equal parts of the way), which is nearer where the metric bends. "qk_fix": of queries and keys, the
-             gradient at the pattern times what the pattern would be with the other prompt's (AtP*: Kramár et al. 2024,
-             3.1.1), which is right where a softmax is saturated; the keys of a cell are put in together
+             its mean over runs with embeddings between the two prompts' (Hanna et al. 2024), which is nearer where the
+             metric bends. "qk_fix": of queries and keys, the gradient at the pattern times what the pattern would be
+             with the other prompt's (AtP*: Kramár et al. 2024, 3.1.1), which is right where a softmax is saturated;
+             the keys of a cell are put in together
+    steps    of "integrated": how many runs, 5 if left out
+    points   of "integrated": where on the way. "start" (what None means), the paper's own points: `steps` equal parts,
+             each at its start, the first of which is the prompt patched into; "middle", their middles, which are nearer
+             to the integral
     by       "neuron": each number of a site without heads for itself (column unit), at all positions at once or at
              each of `pos`; left out, the cells of `patching`
     under    hooks that act in every run
@@ -69,7 +74,8 @@ def attribution(
     Columns are those of `patching`: the cells', row, and the metric's own with `_before`, `_delta` (the estimate),
     `_target`, `_effect`; the value is `_before` plus `_delta`. Where the gradient vanishes and the effect does not (a
     saturated pattern), or the value put in is far away (early in the stream), the estimate is off: `agreement` says how
-    far. The queries' and keys' correction of AtP* is not made.
+    far. Of AtP*'s two corrections "qk_fix" is the one of queries and keys. The other, GradDrop (effects that cancel
+    between a direct and an indirect path), is not made: it takes a backward for each layer.
 
     >>> table = attribution(lm, clean, corrupted, "attn_out", logit_diff(" Mary", " John"), layers=[9], pos=[-1])
     >>> list(table.columns)[3:]
@@ -77,7 +83,12 @@ def attribution(
     """
     one_of("direction", direction, "denoise", "noise")
     one_of("method", method, "gradient", "integrated", "qk_fix")
-    parts(steps)  # raises
+    if method != "integrated" and (steps is not None or points is not None):
+        raise BadHook(
+            f"steps and points are of method='integrated', and have no effect with {method!r}: leave them out"
+        )
+    steps, points = 5 if steps is None else steps, points or "start"
+    parts(steps, points)  # raises
     names = [sites] if isinstance(sites, str) else list(sites)
     to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, of, to)
@@ -92,12 +103,18 @@ def attribution(
     wanted = [site for site in wanted if lm.layout.find(site.name, site.layer)]
     pair = Pair(question(lm, to, metric), question(lm, of, metric), tuple(as_hooks(under)))
     masks = masks_of(pair.to, places)
-    found = pair.fixed(wanted, masks) if method == "qk_fix" else pair.found(wanted, steps * (method == "integrated"))
+    found = (
+        pair.fixed(wanted, masks)
+        if method == "qk_fix"
+        else pair.found(wanted, steps * (method == "integrated"), points)
+    )
     sums = found.products
     if method != "qk_fix":
         sums = {site: _summed(each, masks, by is not None) for site, each in sums.items()}
     table = _table(pair.to.metric.name, grid, at_point, list(places or [None]), sums, found, by is not None)
-    table.attrs |= {"method": method, "direction": direction} | ({"steps": steps} if method == "integrated" else {})
+    table.attrs |= {"method": method, "direction": direction} | (
+        {"steps": steps, "points": points} if method == "integrated" else {}
+    )
     return table
 
 
@@ -137,9 +154,9 @@ class Pair:
         size = len(self.to) if self.under else together
         return [range(start, min(start + size, len(self.to))) for start in range(0, len(self.to), size)]
 
-    def found(self, sites: Sequence[Site], steps: int) -> Found:
+    def found(self, sites: Sequence[Site], steps: int, points: Points) -> Found:
         """The estimate at these sites; with `steps`, integrated over so many."""
-        found = [self._of(rows, sites, steps) for rows in self.batches(TOGETHER)]
+        found = [self._of(rows, sites, steps, points) for rows in self.batches(TOGETHER)]
         products: dict[AnySite, Tensor] = {site: _joined([each.products[site] for each in found]) for site in sites}
         return Found(torch.cat([each.before for each in found]), torch.cat([each.target for each in found]), products)
 
@@ -150,7 +167,7 @@ class Pair:
         joined: dict[AnySite, Tensor] = {site: torch.cat([each[site] for each in sums], 1) for site in sites}
         return Found(torch.cat(before), torch.cat(target), joined)
 
-    def _of(self, rows: range, sites: Sequence[Site], steps: int) -> Found:
+    def _of(self, rows: range, sites: Sequence[Site], steps: int, points: Points) -> Found:
         read = [*sites, EMBED] if steps and EMBED not in sites else sites
         other = self.of.run(rows, *self.under, capture(read, name=OWN))
         target = self.of.asked_of(other, rows)
@@ -163,7 +180,7 @@ class Pair:
             before, values = self.to.asked_of(run, rows), {site: run.captured(site, OWN) for site in read}
             start, end = values[EMBED].values, source[EMBED].values
             check_end(self.to, rows, self.under, end, target)
-            gradient = average(along(self.to, rows, sites, self.under, start, end, steps))
+            gradient = average(along(self.to, rows, sites, self.under, start, end, steps, points))
         return Found(before, target, {site: _product(source[site], values[site], gradient[site]) for site in sites})
 
 

@@ -1,6 +1,7 @@
 """Between two runs: the model with embeddings a part of the way from one text's to another's."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.edits import edit
 from ..sites import AnySite, Site, SitesLike
-from .backward import Derived, Question, derived
+from .backward import Derived, Question, derived, one_of
 
 EMBED = Site("embed")
 
@@ -19,11 +20,21 @@ def put(values: Tensor) -> Hook:
     return edit("embed", lambda _: values)
 
 
-def parts(steps: int) -> list[float]:
-    """The middles of so many equal parts of the way, at which an integral is read with the smallest error."""
+Points: TypeAlias = Literal["start", "middle"]
+"""Where the gradient is taken in each of the equal parts of the way: at the part's start or at its middle."""
+
+
+def parts(steps: int, points: Points = "middle") -> list[float]:
+    """Where the gradient is taken on the way from 0, the prompts that are run, to 1, the other ones.
+
+    "start" is the sum of EAP-IG (Hanna et al. 2024): the prompts that are run are its first point, and the other
+    prompts are none of them. "middle" has an error of order 1 / steps² beside the integral, "start" of 1 / steps.
+    """
+    one_of("points", points, "start", "middle")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise BadHook(f"steps={steps!r}: give a whole number, 1 or more")
-    return [(number + 0.5) / steps for number in range(steps)]
+    offset = 0.5 if points == "middle" else 0.0
+    return [(number + offset) / steps for number in range(steps)]
 
 
 def along(
@@ -34,11 +45,12 @@ def along(
     start: Tensor,
     end: Tensor,
     steps: int,
+    points: Points,
     *,
     keep_graph: bool = False,
 ) -> Iterator[Derived]:
     """The metric and its gradients with the embeddings at each part of the way, one after the other."""
-    for part in parts(steps):
+    for part in parts(steps, points):
         yield derived(asked, rows, sites, [put(start + part * (end - start)), *hooks], keep_graph=keep_graph)
 
 

@@ -1,6 +1,7 @@
 """hk.edge_attribution: what each direct connection of one component to another carries, estimated for all at once.
 
-1. Two forwards: the prompts that are run, with a graph of the computation, and the other ones.
+1. Two forwards: the prompts that are run (the clean ones, unless `direction` says otherwise), with a graph of the
+   computation, and the other ones.
 2. For each sender (the embedding, each head, each MLP): by how much what it writes into the stream is another.
 3. For each receiver (each head's query, key and value, each MLP, the logits): the gradient at what it reads.
 4. An edge's score is their product, summed over the positions (Syed et al. 2023).
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..captured import Captured
-from ..errors import checks_keywords
+from ..errors import BadHook, checks_keywords
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..metrics import MetricLike
@@ -26,7 +27,7 @@ from ..sweeps.cells import as_hooks
 from ..sweeps.grids import check_pairs
 from .attribution import Pair
 from .backward import OWN, derived, one_of, question
-from .between import EMBED, along, check_end, parts
+from .between import EMBED, Points, along, check_end, parts
 from .stream import End, check_sum, needed, receivers, senders
 
 TOGETHER = 8  # prompts whose graph and vectors are held at once
@@ -39,16 +40,24 @@ def edge_attribution(
     corrupted: Prompts,
     metric: MetricLike,
     *,
-    direction: Literal["denoise", "noise"] = "denoise",
+    direction: Literal["noise", "denoise"] = "noise",
     steps: int = 1,
+    points: Points | None = None,
     under: Hook | Sequence[Hook] = (),
 ) -> pd.DataFrame:
     """By how much the metric would move, to first order, if one sender's value of the other prompt reached one receiver
     alone: edge attribution patching (EAP: Syed et al. 2023), the mean over the prompts.
 
-    "denoise" runs the corrupted prompts, and edges carry what is clean; "noise" the other way round. With `steps` above
-    1 the receivers' gradients are the mean over so many runs with embeddings between the two prompts' (EAP-IG: Hanna et
-    al. 2024; here at the middles of equal parts of the way). `under` are hooks that act in every run.
+    direction  "noise", as in the papers: the clean prompts run, and an edge carries the corrupted prompt's value, so
+               that an edge on which the metric rests has a score below 0. "denoise": the corrupted prompts run, and an
+               edge carries the clean prompt's value. The papers rank edges by the absolute value, which is left to the
+               reader of the table
+    steps      above 1 the receivers' gradients are the mean over so many runs with embeddings between the two
+               prompts' (EAP-IG: Hanna et al. 2024)
+    points     where on that way, with `steps` above 1: "start" (what None means), the paper's own points: `steps`
+               equal parts, each at its start, the first of which is the prompt that is run; "middle", their middles,
+               which are nearer to the integral
+    under      hooks that act in every run
 
     Senders are "embed", the heads "z.9.3" and the MLPs "mlp_out.9"; receivers what heads read, "q.9.3", "k.9.1",
     "v.9.1", the MLPs "mlp_in.9" and "logits". Columns: sender, receiver, the metric's name with `_delta`, and n (the
@@ -59,8 +68,13 @@ def edge_attribution(
     >>> len(table), list(table.columns)
     (70651, ['sender', 'receiver', 'logit_diff_delta', 'n'])
     """
-    one_of("direction", direction, "denoise", "noise")
-    parts(steps)  # raises
+    one_of("direction", direction, "noise", "denoise")
+    if points is not None and steps == 1:
+        raise BadHook(
+            f"points={points!r} has no effect with steps=1, the plain gradient: give more steps, or leave it out"
+        )
+    points = points or "start"
+    parts(steps, points)  # raises
     to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     check_pairs(lm, of, to)
     pair = Pair(question(lm, to, metric), question(lm, of, metric), tuple(as_hooks(under)))
@@ -68,14 +82,14 @@ def edge_attribution(
     found: list[Float[Tensor, "sender receiver"]] = []
     ends: tuple[list[End], list[End]] = ([], [])
     for rows in pair.batches(TOGETHER):
-        ends, scores = _scored(pair, rows, sites, steps)
+        ends, scores = _scored(pair, rows, sites, steps, points)
         found.append(scores)
     total = torch.stack(found).sum(0) / count
     return _table(f"{pair.to.metric.name}_delta", ends, total, count)
 
 
 def _scored(
-    pair: Pair, rows: range, sites: Sequence[Site], steps: int
+    pair: Pair, rows: range, sites: Sequence[Site], steps: int, points: Points
 ) -> tuple[tuple[list[End], list[End]], Float[Tensor, "sender receiver"]]:
     """The ends of all edges, and the score of each, summed over these prompts."""
     lm, under = pair.to.lm, pair.under
@@ -90,7 +104,7 @@ def _scored(
     if steps > 1:
         start, end = here.values[EMBED].values.detach(), source[EMBED].values
         check_end(pair.to, rows, under, end, pair.of.asked_of(other, rows))
-        runs = along(pair.to, rows, sites, under, start, end, steps, keep_graph=True)
+        runs = along(pair.to, rows, sites, under, start, end, steps, points, keep_graph=True)
     receiving: list[End] = []
     scores = torch.zeros(())
     for run in runs:

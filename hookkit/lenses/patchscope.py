@@ -7,13 +7,13 @@ from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..hooks.replacing import ablate
 from ..model import LM
-from ..positions import PosLike, at
+from ..positions import PosLike
 from ..prompts import Prompts, as_batch
 from ..runs import forward, generate
 from ..sites import Site, SitesLike
 from ..tables import ranks
 
-IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ? ->"  # the prompt of the paper's next-token reading
+IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"  # the prompt of the paper's next-token reading, patched at "?"
 
 
 @checks_keywords
@@ -34,8 +34,9 @@ def patchscope(
     likely first token after the target), text (what is generated, greedily).
 
     The state at `pos` (one position) of `prompt` is taken under `hooks`, and takes the place of what the target prompt
-    has at `target_pos`, which is the "?" of the default target, in the same layer or in `target_layer`. All sites run
-    in one batch.
+    has at `target_pos`, its last token if left out, in the same layer or in `target_layer`. The default target is the
+    paper's prompt of identities ("cat -> cat", and so on, a line each). It ends in "?", whose state is replaced, and
+    the model's next tokens are what the state says. All sites run in one batch.
 
     Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations".
 
@@ -51,7 +52,7 @@ def patchscope(
             f"{first.values.shape[0]} prompts and {first.values.shape[1]} positions were chosen: a patchscope takes "
             "the state of one position of one prompt"
         )
-    place = (at("?") if target is IDENTITY else -1) if target_pos is None else target_pos
+    place = -1 if target_pos is None else target_pos
     put = [Site(site.name, site.layer if target_layer is None else target_layer, site.head) for site in wanted]
     edits = [
         ablate(there, to=source[site][0, 0], pos=place, rows=[row])

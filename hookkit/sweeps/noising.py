@@ -1,6 +1,7 @@
 """Causal tracing: the subject is blurred by noise, and one clean state at a time is put back (Meng et al. 2022)."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor
 
 from ..errors import BadHook, BadPrompt, checks_keywords
-from ..hooks.base import Hook
+from ..hooks.base import Hook, number
 from ..hooks.edits import steer
 from ..hooks.looking import capture
 from ..hooks.replacing import patch
 from ..model import LM
 from ..positions import At, CountLike, at
-from ..prompts import Prompts, Row, as_batch, cover
+from ..prompts import Prompts, Row, as_batch, as_rows, cover
 from ..runs import forward
 from ..sites import WHOLE_MODEL, Site
 from .cells import as_hooks, listed
 from .grids import Metrics, Positions, positions_of
 from .sweep import Settings, sweep
+
+TOGETHER, WIDTH = 64, 64  # rows of one forward, and tokens of a row, while embeddings are read
 
 
 @checks_keywords
@@ -35,6 +38,7 @@ def causal_tracing(
     pos: Positions = None,
     window: int = 1,
     noise: float = 3.0,
+    noise_over: Prompts | None = None,
     samples: int = 10,
     seed: int = 0,
     **settings: Unpack[Settings],
@@ -42,13 +46,15 @@ def causal_tracing(
     """How much of what noise on the subject destroys comes back when one clean state is restored (Meng et al. 2022).
 
     Normal noise is added to the embeddings of the subject's tokens, `noise` times as large as the standard deviation of
-    all the embeddings of its prompt, drawn `samples` times for each prompt; then the clean value of `site` is put back
-    at each layer and position, in `window` layers around it (the paper takes 1 for the stream and 10 for attn_out and
-    mlp_out; at the ends there are fewer). The effect is 0 where the noise stands and 1 where the clean value came back.
-    A prompt has the same noise alone and among others.
+    embeddings, drawn `samples` times for each prompt. The standard deviation is one number for a model: that of the
+    embeddings of the whole vocabulary, or of the tokens of `noise_over` (texts or ids; the paper takes the subjects of
+    a thousand facts). Then the clean value of `site` is put back at each layer and position, in `window` layers around
+    it (the paper takes 1 for the stream and 10 for attn_out and mlp_out; at the ends there are fewer). The effect is 0
+    where the noise stands and 1 where the clean value came back. A prompt has the same noise alone and among others.
 
     `subject` is the text of the subject, or one for each prompt. Columns: layer, pos, row, those of `sweep`, prompt and
-    sample: `row` counts prompts times samples, and `prompt` and `sample` say which it is.
+    sample: `row` counts prompts times samples, and `prompt` and `sample` say which it is. `attrs["noise_std"]` is the
+    standard deviation of the noise.
     """
     batch = as_batch(lm, prompts)
     names = [subject] * len(batch.rows) if isinstance(subject, str | At) else list(subject)
@@ -78,7 +84,8 @@ def causal_tracing(
         around = [there[each] for each in range(first, first + window) if each in there]
         return [patch(around, clean, pos=where, rows=some) for where, some in places[pos]]
 
-    settings["under"] = [*under, *_noise(lm, batch.rows, spans, samples, noise, seed)]
+    size = number(noise, "noise") * embedding_std(lm, noise_over)
+    settings["under"] = [*under, *_noise(lm, batch.rows, spans, samples, size, seed)]
     table = sweep(
         lm,
         rows,
@@ -89,7 +96,35 @@ def causal_tracing(
         **settings,
     )
     table["prompt"], table["sample"] = table["row"] // samples, table["row"] % samples
+    table.attrs["noise_std"] = size
     return table
+
+
+def embedding_std(lm: LM, over: Prompts | None = None) -> float:
+    """The standard deviation of all numbers of the embeddings: of the whole vocabulary, or of the tokens of `over`."""
+    rows = _vocabulary_in_rows(lm) if over is None else as_rows(lm, over)
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(rows), TOGETHER):
+        group = rows[start : start + TOGETHER]
+        embeddings = forward(lm, [list(row) for row in group], capture("embed"), logits=False)["embed"]
+        for row, values in zip(group, embeddings, strict=True):
+            numbers = values[: len(row)].double()
+            count += numbers.numel()
+            total += float(numbers.sum())
+            squares += float((numbers * numbers).sum())
+    return math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
+
+
+def _vocabulary_in_rows(lm: LM) -> list[Row]:
+    """Every token of the vocabulary once, in rows of which the last may be shorter."""
+    if not lm.n_tokens:
+        raise BadHook(
+            "the size of this model's vocabulary is not known: give texts or ids, over whose embeddings the standard "
+            "deviation is taken, as noise_over="
+        )
+    width = min(WIDTH, lm.context or WIDTH)
+    starts = range(0, lm.n_tokens, width)
+    return [tuple(range(start, min(start + width, lm.n_tokens))) for start in starts]
 
 
 def _each(prompts: CountLike, samples: int) -> CountLike:
@@ -99,18 +134,17 @@ def _each(prompts: CountLike, samples: int) -> CountLike:
     return [prompt * samples + sample for prompt in prompts for sample in range(samples)]
 
 
-def _noise(lm: LM, prompts: Sequence[Row], spans: Sequence[Row], samples: int, noise: float, seed: int) -> list[Hook]:
+def _noise(lm: LM, prompts: Sequence[Row], spans: Sequence[Row], samples: int, size: float, seed: int) -> list[Hook]:
     """The hooks that add noise to the subject's embeddings, one for the rows whose subject stands at one place."""
-    embeddings = forward(lm, [list(prompt) for prompt in prompts], capture("embed"), logits=False)["embed"]
+    width = lm.shape(Site("embed"))[-1]
     by_place: dict[Row, dict[int, Tensor]] = {}
-    for number, (prompt, span) in enumerate(zip(prompts, spans, strict=True)):
-        size = noise * embeddings[number, : len(prompt)].float().std().cpu()
+    for index, (prompt, span) in enumerate(zip(prompts, spans, strict=True)):
         for sample in range(samples):
-            drawn = torch.randn(len(span), embeddings.shape[-1], generator=_draws(seed, prompt, sample))
-            by_place.setdefault(span, {})[number * samples + sample] = size * drawn
+            drawn = torch.randn(len(span), width, generator=_draws(seed, prompt, sample))
+            by_place.setdefault(span, {})[index * samples + sample] = size * drawn
     hooks: list[Hook] = []
     for span, drawn in by_place.items():
-        vectors = torch.zeros(len(prompts) * samples, len(span), embeddings.shape[-1])
+        vectors = torch.zeros(len(prompts) * samples, len(span), width)
         vectors[list(drawn)] = torch.stack(list(drawn.values()))
         hooks.append(steer("embed", vectors, pos=list(span), rows=list(drawn)))
     return hooks
