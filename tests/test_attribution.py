@@ -344,6 +344,22 @@ def test_integrated_gradients_share_out_all_of_the_change(gpt2, baseline):
         assert fine.attrs["baseline"] == pytest.approx(DIFF(hk.forward(gpt2, same)).tolist(), abs=1e-4)
 
 
+def test_each_token_has_its_own_part_of_the_integral(gpt2):
+    table = hk.token_attribution(gpt2, CLEAN, DIFF, method="integrated", steps=100, baseline=20)
+    for row, ids in enumerate(CLEAN):
+        embedding = gpt2.model.transformer.wte.weight.detach()
+        start, end = embedding[20].expand(1, len(ids), 32), embedding[torch.tensor([ids])]
+        way = torch.linspace(0, 1, 200)[:, None, None]  # trapezoids, cut elsewhere than the code cuts the way
+        at = (start + (end - start) * way).requires_grad_()
+        logits = gpt2.model(inputs_embeds=at).logits[:, -1]
+        (slopes,) = torch.autograd.grad((logits[:, 5] - logits[:, 7]).sum(), at)
+        total = torch.trapezoid(slopes, dx=1 / 199, dim=0)[None]
+        wanted = (total * (end - start))[0].sum(-1)
+        found = table[table["row"] == row]["attribution"].tolist()
+        assert found == pytest.approx(wanted.tolist(), abs=2e-2 * float(wanted.abs().max()))
+        assert abs(table[table["row"] == row]["gap"].iloc[0]) < 2e-2 * float(wanted.abs().sum())
+
+
 # ---- edges
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import PROMPTS
 from matplotlib.figure import Figure
@@ -137,3 +138,13 @@ def test_figures_need_neither_torch_nor_a_display_nor_pyplot():
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env={"PATH": ""})
+
+
+def test_bars_of_a_logit_are_its_largest_parts_the_others_together_and_their_sum():
+    logits = [0.5, -3.0, 0.25, 2.0, -0.125, -1.0]
+    parts = pd.DataFrame({"row": 0, "pos": 4, "component": list("abcdef"), "logit": logits})
+    axes = hk.logit_bars(parts, top=3).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["d", "f", "b", "the other 3", "all together"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([2.0, -1.0, -3.0, 0.625, sum(logits)])
+    every = hk.logit_bars(parts, top=6).axes[0]
+    assert [label.get_text() for label in every.get_yticklabels()] == [*"dacefb", "all together"]
