@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from .errors import BadHook, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook
 
 LAST = ".last"  # in a result's folder: the files of the run before
 TOLERANCE = 1e-4
@@ -24,7 +25,7 @@ COLUMNS = ["table", "same", "cells", "moved", "largest", "column", "note"]
 Tables: TypeAlias = "str | os.PathLike[str] | Mapping[str, pd.DataFrame]"
 
 
-@checks_keywords
+@checks_arguments
 def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
     """What differs between the tables of two results: one row for each table that either of them has.
 

@@ -4,7 +4,8 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .errors import MissingExtra, NotCaptured, OutOfRange, checks_keywords
+from .arguments import checks_arguments
+from .errors import MissingExtra, NotCaptured, OutOfRange
 from .runs import Run
 from .sites import Site
 
@@ -23,7 +24,7 @@ class AttentionView:
         return f"AttentionView({self.title}; show it in a notebook, or write its .html)"
 
 
-@checks_keywords
+@checks_arguments
 def attention_view(
     run: Run, layer: int, *, row: int = 0, heads: Collection[int] | None = None, cdn: bool = False
 ) -> AttentionView:

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .arguments import checks_arguments
 from .captured import Captured
 from .displaying import records, shown
 from .distributions import Distribution
-from .errors import BadHook, OutOfRange, Unsupported, checks_keywords
+from .errors import BadHook, OutOfRange, Unsupported
 from .hooks.base import EVERY_STEP, Hook
 from .hooks.choosing import Force
 from .hooks.logits import LogitEdit
@@ -177,7 +178,7 @@ def _refuse_several(arguments: Any) -> None:
         raise Unsupported("one text for each prompt is needed here: leave num_beams and num_return_sequences out")
 
 
-@checks_keywords
+@checks_arguments
 def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
     """The generation again, with another token at one step of a row, and whatever follows from it.
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .errors import BadHook, EmptySelection, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, EmptySelection
 from .figures import DASHES, DOWN, GRID, INK, MUTED, POINT, UP, finished, plain
 
 LINES = (UP, POINT, "#b07a1e", "#a565c4", DOWN)  # seen on either paper
 
 
-@checks_keywords
+@checks_arguments
 def reliability_diagram(table: pd.DataFrame, *, title: str = "") -> Figure:
     """How often answers of each confidence were right, beside how often they should have been, and how many there were.
 
@@ -45,7 +46,7 @@ def reliability_diagram(table: pd.DataFrame, *, title: str = "") -> Figure:
     return finished(figure, f"{title}\n{error}" if title else error.capitalize())
 
 
-@checks_keywords
+@checks_arguments
 def roc_curves(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
     """Of the right answers, how many are trusted, against how many of the wrong ones: one line for each score.
 

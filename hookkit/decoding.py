@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from .errors import NotCaptured, OutOfRange, checks_keywords
+from .arguments import checks_arguments
+from .errors import NotCaptured, OutOfRange
 from .hooks.base import Hook
 from .hooks.choosing import Ban, Force, Restrict
 from .positions import CountLike, as_count, chosen
@@ -21,7 +22,7 @@ from .tracing import STAGES, Decision, Recorded, Stage
 SUMS = ("entropy", "varentropy", "perplexity", "margin")
 
 
-@checks_keywords
+@checks_arguments
 def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.DataFrame:
     """Every step's candidates at each stage, a row each: the top ones, the watched, named and drawn ones.
 
@@ -74,7 +75,7 @@ def _numbers(stage: Stage, row: int, column: int) -> dict[str, float]:
     }
 
 
-@checks_keywords
+@checks_arguments
 def decisions(run: Run, *, rows: CountLike = None) -> pd.DataFrame:
     """One row for each step: the token that was chosen, what became of it from stage to stage, and why it was chosen.
 

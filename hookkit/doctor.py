@@ -8,8 +8,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .arguments import checks_arguments
 from .displaying import records, shown
-from .errors import HookkitError, checks_keywords
+from .errors import HookkitError
 from .laws import UNTRIED, prove
 from .model import LM
 from .placement import count
@@ -62,7 +63,7 @@ class Checkup:
         return "\n".join(lines)
 
 
-@checks_keywords
+@checks_arguments
 def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
     """The laws on this very model, and the facts that decide what works: dtype, device, attention, tokenizer.
 

@@ -38,6 +38,10 @@ class UnknownKeyword(HookkitError, TypeError):
     """A keyword that the function does not take."""
 
 
+class BadArgument(HookkitError, TypeError):
+    """An argument that is missing, or a value of another kind than the function takes."""
+
+
 class NotOneToken(HookkitError, ValueError):
     """A text where one token is meant that the tokenizer makes several of, or none; or an id outside the vocabulary."""
 

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .errors import BadHook, EmptySelection, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, EmptySelection
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
 POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
@@ -30,7 +31,7 @@ LETTERS = 12.5  # of a title, to an inch
 LABELLED = 6  # the most likely tokens that get their names
 
 
-@checks_keywords
+@checks_arguments
 def logit_scatter(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = "") -> Figure:
     """Every token's logit at one position, by token id, with the watched tokens marked and the top ones named.
 
@@ -45,7 +46,7 @@ def logit_scatter(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | in
     return finished(figure, title or "Every token's logit")
 
 
-@checks_keywords
+@checks_arguments
 def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = "") -> Figure:
     """The same tokens three times: raw logits, after softmax, after log-softmax.
 
@@ -66,7 +67,7 @@ def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int
     return finished(figure, title)
 
 
-@checks_keywords
+@checks_arguments
 def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = ("before", "after")) -> Figure:
     """Each token's rank before and after as a line, on a log axis with rank 1 at the top.
 
@@ -122,7 +123,7 @@ def _rank_label(axes: Axes, token: dict[Hashable, Any], side: int, rank: int, he
     )
 
 
-@checks_keywords
+@checks_arguments
 def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     """The change of each token's log-probability as bars, risen tokens first; a banned token's bar runs off the axis.
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .errors import BadHook, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook
 from .runs import Run
 from .sharding import writes
 
 
-@checks_keywords
+@checks_arguments
 def save_tensors(
     tensors: Mapping[str, Tensor] | Run, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
 ) -> Path:

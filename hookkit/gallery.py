@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from .errors import BadHook, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook
 from .reports import rendered
 from .sharding import writes
 
@@ -17,7 +18,7 @@ WIDTH, HEIGHT = 640, 360  # of a picture on the index, in pixels at most
 COLUMNS = ["result", "title", "question", "answer", "made", "page"]
 
 
-@checks_keywords
+@checks_arguments
 def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     """The results in a folder, and in folders below it: one row for each page that is there.
 
@@ -39,7 +40,7 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=COLUMNS)
 
 
-@checks_keywords
+@checks_arguments
 def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     """Write index.html into a folder of results: of each the question, the answer and a picture; the page's path.
 

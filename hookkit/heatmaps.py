@@ -17,7 +17,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 
-from .errors import BadHook, EmptySelection, checks_keywords, did_you_mean
+from .arguments import checks_arguments
+from .errors import BadHook, EmptySelection, did_you_mean
 from .figures import DOWN, GRID, INK, MARK, MUTED, POINT, UP, drawable, finished
 from .intervals import DRAWN
 
@@ -26,7 +27,7 @@ SHADES = 256
 WORDS = {"layer": "layer", "pos": "position", "head": "head", "unit": "neuron", "scale": "scale"}
 
 
-@checks_keywords
+@checks_arguments
 def heat_map(
     table: pd.DataFrame,
     *,
@@ -162,7 +163,7 @@ def _scale(figure: Figure, panels: list[Axes], most: float, words: str) -> None:
     bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
-@checks_keywords
+@checks_arguments
 def interval_lines(
     summary: pd.DataFrame, *, x: str = "layer", value: str | None = None, series: str | None = None, title: str = ""
 ) -> Figure:

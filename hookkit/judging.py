@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .errors import BadHook, EmptySelection, OutOfRange, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, EmptySelection, OutOfRange
 
 
-@checks_keywords
+@checks_arguments
 def calibration(confidence: Iterable[float], right: Iterable[Any], *, bins: int = 10) -> pd.DataFrame:
     """How often answers of each confidence were right, in bins of equal width, and how far that is from the confidence.
 
@@ -50,7 +51,7 @@ def calibration(confidence: Iterable[float], right: Iterable[Any], *, bins: int 
     return table
 
 
-@checks_keywords
+@checks_arguments
 def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
     """The receiver operating characteristic of a score that should be larger for right answers than for wrong ones.
 

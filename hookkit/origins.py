@@ -13,13 +13,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 
-from .errors import BadHook, EmptySelection, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, EmptySelection
 from .figures import DOWN, GRID, INK, MUTED, UP, drawable, finished
 
 SHADES = 256
 
 
-@checks_keywords
+@checks_arguments
 def lens_map(
     lens: pd.DataFrame,
     *,
@@ -65,7 +66,7 @@ def lens_map(
     return figure
 
 
-@checks_keywords
+@checks_arguments
 def logit_bars(parts: pd.DataFrame, *, top: int = 20, row: int | None = None, title: str = "") -> Figure:
     """The components that add most to a logit, or take most from it, as bars; the others are summed in one.
 

@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .errors import BadHook, OutOfRange, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, OutOfRange
 from .figures import GRID, INK, MARK, MUTED, finished
 from .strips import BAND, STRONGEST, colour_bar, fitted, name_of, sheet, width_of
 
@@ -19,7 +20,7 @@ ROOM = (0.42, 2.2)  # inches that a cell may have
 CAPTION = "In a cell: the token, at the left its loss, at the right its rank among all tokens that could have come."
 
 
-@checks_keywords
+@checks_arguments
 def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Figure:
     """The tokens of a text in their order, the deeper in colour the more they surprised; in a cell loss and rank.
 

@@ -4,14 +4,14 @@ A position is counted in the row's own text, without padding, from 0. A negative
 prompt, while generating too. A slice without an end goes on into the generated text.
 """
 
-import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from .errors import BadHook, EmptySelection, OutOfRange, checks_keywords
+from .arguments import as_whole, checks_keywords, described, whole_number
+from .errors import BadHook, EmptySelection, OutOfRange
 
 OPEN = sys.maxsize  # the end of a slice that has none
 
@@ -50,6 +50,12 @@ class At:
     text: str
     which: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise EmptySelection(f"at({described(self.text)}) covers no token: give the text that the tokens cover")
+        if self.which is not None:
+            object.__setattr__(self, "which", whole_number(self.which, "which", meaning="which occurrence is meant"))
+
     def __repr__(self) -> str:
         return f"at({self.text!r})" if self.which is None else f"at({self.text!r}, which={self.which})"
 
@@ -64,8 +70,6 @@ def at(text: str, *, which: int | None = None) -> At:
     >>> at("store")
     at('store')
     """
-    if not text:
-        raise EmptySelection("at('') covers no token: give the text that the tokens should cover")
     return At(text, which)
 
 
@@ -101,34 +105,55 @@ def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
     if isinstance(count, slice):
         count = Span(count.start, count.stop, count.step)
     if isinstance(count, Span):
-        if count.step is not None and count.step < 1:
-            raise BadHook(f"{word}={count!r} steps backwards: positions are taken in the order of the text")
-        numbers = [end for end in (count.start, count.stop) if end is not None]
-    elif isinstance(count, Iterable) and not isinstance(count, str):
-        count = tuple(_whole(number, word) for number in count)
-        numbers = count
-        if not count:
-            raise EmptySelection(f"{word}=[] selects nothing: leave {word} out for all, or name at least one")
-        if len(set(count)) < len(count):
-            raise BadHook(f"{word}={list(count)} names one of them twice")
+        read: Count = _span(count, word)
+        numbers = [end for end in (read.start, read.stop) if end is not None]
+    elif as_whole(count) is not None or not isinstance(count, Iterable) or isinstance(count, NO_NUMBERS):
+        read = _whole(count, word)
+        numbers = [read]
     else:
-        count = _whole(count, word)
-        numbers = [count]
+        read = _several(count, word)
+        numbers = list(read)
     if not negative and any(number < 0 for number in numbers):
-        raise OutOfRange(f"{word}={count!r}: {word}s count from 0 upwards")
-    return count
+        raise OutOfRange(f"{word}={read!r}: {word}s count from 0 upwards")
+    return read
+
+
+NO_NUMBERS = (str, bytes, bytearray, Mapping)  # what can be iterated over, and holds no positions
+
+
+def _span(span: Span, word: str) -> Span:
+    """A slice with its ends as whole numbers; `EmptySelection` where it can never hold anything."""
+    ends = [None if end is None else _whole(end, word) for end in (span.start, span.stop, span.step)]
+    start, stop, step = ends
+    if step is not None and step < 1:
+        raise BadHook(f"{word}={span!r} steps backwards: positions are taken in the order of the text")
+    first = 0 if start is None else start
+    if stop is not None and (first < 0) == (stop < 0) and stop <= first:
+        raise EmptySelection(f"{word}={span!r} selects nothing: its end is not after its start")
+    return Span(start, stop, step)
+
+
+def _several(count: Iterable[object], word: str) -> tuple[int, ...]:
+    try:
+        items = list(count)
+    except TypeError:
+        return (_whole(count, word),)
+    numbers = tuple(_whole(number, word) for number in items)
+    if not numbers:
+        raise EmptySelection(f"{word}=[] selects nothing: leave {word} out for all, or name at least one")
+    if len(set(numbers)) < len(numbers):
+        raise BadHook(f"{word}={list(numbers)} names one of them twice")
+    return numbers
 
 
 def _whole(number: object, word: str) -> int:
+    whole = as_whole(number)
     if isinstance(number, bool):
         raise BadHook(f"{word}={number!r} is not a whole number")
-    try:
-        return operator.index(number)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise BadHook(
-            f"{word}={number!r} says no place: give a whole number, a list of them or a slice"
-            + (", hk.PROMPT, hk.GENERATED or hk.at('text')" if word == "pos" else "")
-        ) from None
+    if whole is None:
+        also = ", hk.PROMPT, hk.GENERATED or hk.at('text')" if word == "pos" else ""
+        raise BadHook(f"{word}={described(number)} says no place: give a whole number, a list of them or a slice{also}")
+    return whole
 
 
 def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> Wish:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .arguments import prompt_rows
+from .arguments import shortened as shortened
 from .errors import BadPrompt, OutOfRange, Unsupported
 from .model import LM
 from .positions import At
@@ -75,9 +77,14 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
 
 def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
     """The prompts as rows of token ids, however long. `BadPrompt` for empty ones and ids outside the vocabulary."""
-    rows = _rows(lm, prompts)
-    for number, row in enumerate(rows):
-        _check_ids(lm, number, row, _is_text(prompts, number))
+    contents = prompt_rows(prompts)
+    is_mapping = isinstance(prompts, Mapping)
+    rows: list[Row] = []
+    for number, content in enumerate(contents):
+        is_text = isinstance(content, str)
+        row = _tokens_of(lm, content) if isinstance(content, str) else content
+        _check_ids(lm, number, row, is_text or is_mapping)
+        rows.append(row)
     return rows
 
 
@@ -96,48 +103,11 @@ def pad_id(lm: LM) -> int:
     return next((i for i in candidates if i is not None and (vocab is None or i < vocab)), 0)
 
 
-def _rows(lm: LM, prompts: Prompts) -> list[Row]:
-    if isinstance(prompts, Mapping):
-        mask = prompts.get("attention_mask")
-        return _rows(lm, prompts["input_ids"]) if mask is None else _unpadded(prompts["input_ids"], mask)
-    if isinstance(prompts, Tensor):
-        if prompts.is_floating_point() or prompts.ndim not in (1, 2):
-            raise BadPrompt(
-                f"the prompt is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}: "
-                "token ids are whole numbers of shape [pos] or [batch, pos]"
-            )
-        return [tuple(row) for row in torch.atleast_2d(prompts).tolist()]
-    items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not items:
-        raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
-    return [tuple(items)] if all(isinstance(item, int) for item in items) else [_read(lm, item) for item in items]
-
-
-def _unpadded(ids: Any, mask: Any) -> list[Row]:
-    ids, keep = torch.atleast_2d(torch.as_tensor(ids)), torch.atleast_2d(torch.as_tensor(mask)).bool()
-    if ids.shape != keep.shape:
-        raise BadPrompt(
-            f"input_ids has shape {tuple(ids.shape)} and attention_mask {tuple(keep.shape)}: give one shape"
-        )
-    return [tuple(row[real].tolist()) for row, real in zip(ids, keep, strict=True)]
-
-
-def _read(lm: LM, prompt: object) -> Row:
-    if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise BadPrompt(f"{shortened(prompt)!r} is text, and this model came without a tokenizer: give token ids")
-        return tuple(lm.tokenizer.encode(prompt)) if prompt else ()
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
-        raise BadPrompt(f"{shortened(str(prompt))!r} is no prompt: give texts, or rows of token ids")
-    return tuple(ids)
-
-
-def _is_text(prompts: Prompts, number: int) -> bool:
-    """True where a tokenizer made the ids of a prompt."""
-    if isinstance(prompts, str | Mapping):
-        return True
-    return not isinstance(prompts, Tensor) and isinstance(prompts[number], str)
+def _tokens_of(lm: LM, text: str) -> Row:
+    """The tokens of a text, with the tokenizer's own special tokens."""
+    if lm.tokenizer is None:
+        raise BadPrompt(f"{shortened(text)!r} is text, and this model came without a tokenizer: give token ids")
+    return tuple(lm.tokenizer.encode(text)) if text else ()
 
 
 def _check_ids(lm: LM, number: int, row: Row, is_text: bool) -> None:
@@ -187,8 +157,3 @@ def cover(lm: LM, row: Sequence[int], at: At) -> Row:
         raise OutOfRange(f"{at!r} was asked for, and it occurs {len(found)} times in {shortened(whole)!r}")
     first, last = found[which], found[which] + len(at.text)
     return tuple(n for n in range(len(row)) if starts[n] < last and len(texts[n]) > first)
-
-
-def shortened(text: str) -> str:
-    """A long text as its beginning and end, for messages."""
-    return text if len(text) <= 80 else f"{text[:50]}…{text[-25:]}"

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from .about import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from .against import LAST, in_words, moved
-from .errors import BadHook, OtherSettings, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, OtherSettings
 from .files import save_tensors
 from .model import LM
 from .reports import NAME, Part, Report, report, save_part
@@ -141,7 +142,7 @@ class Record:
             making.replace(target)
 
 
-@checks_keywords
+@checks_arguments
 def record(
     folder: str | os.PathLike[str],
     *,

@@ -7,7 +7,8 @@ lm = hk.LM(model, tokenizer, row=row)
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from .errors import BadHook, UnknownSite, checks_keywords, did_you_mean
+from .arguments import checks_arguments
+from .errors import BadHook, UnknownSite, did_you_mean
 from .families import FAMILIES, Family, Place
 from .layout import Layout
 from .model import LM
@@ -33,7 +34,7 @@ WORDS = (
 PlaceLike: TypeAlias = Place | tuple[Place, ...]
 
 
-@checks_keywords
+@checks_arguments
 def place(
     path: str,
     *,
@@ -70,7 +71,7 @@ def place(
     return Place(path, side, item, cut, part, shared, flat, times, over, layers)
 
 
-@checks_keywords
+@checks_arguments
 def family(
     name: str,
     *,

@@ -13,7 +13,8 @@ from itertools import groupby
 import pandas as pd
 import torch
 
-from .errors import BadHook, BadPrompt, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, BadPrompt
 from .hooks import Hook
 from .hooks.base import Constant
 from .hooks.looking import Capture
@@ -39,7 +40,7 @@ class Window:
     pos: int
 
 
-@checks_keywords
+@checks_arguments
 def score(
     lm: LM,
     texts: Prompts,

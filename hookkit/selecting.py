@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from .arguments import checks_arguments
 from .displaying import shown
-from .errors import BadHook, HookkitError, checks_keywords
+from .errors import BadHook, HookkitError
 from .sites import AXES, WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 
 Expand = Callable[[SitesLike], Sites]
@@ -53,7 +54,7 @@ class SiteNames:
         return shown("sites", rows=[{"site": name, "axes": AXES[name]} for name in names], most=len(names))
 
 
-@checks_keywords
+@checks_arguments
 def sites(
     of: SiteNames,
     names: str | Iterable[str] | None = None,

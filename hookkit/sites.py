@@ -9,12 +9,13 @@ In text these are "resid_post.6", "z.9.3" and "model.layers.3.mlp.gate_proj:outp
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
+from .arguments import as_whole, checks_keywords, described
 from .displaying import shown
-from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, checks_keywords, did_you_mean
+from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q. q, k and v are as
 # projected; q_rot and k_rot are what attention multiplies, after a norm and the rotation by position.
@@ -62,16 +63,24 @@ class Site:
     head: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise UnknownSite(f"a site's name is a text such as 'resid_post', and not {described(self.name)}")
         if self.name not in AXES:
             raise UnknownSite(
                 f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: {', '.join(AXES)}. "
                 "Any other place is hk.module(path, side='output')."
             )
         for index, word in ((self.layer, "layer"), (self.head, "head")):
-            if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
-                raise UnknownSite(f"the {word} of {self.name!r} is {index!r}: give a whole number, counted from 0")
-            if index is not None and index < 0:
-                raise OutOfRange(f"{word} {index} of {self.name!r} was asked for: {word}s count from 0 upwards")
+            if index is None:
+                continue
+            number = as_whole(index)
+            if number is None:
+                raise UnknownSite(
+                    f"the {word} of {self.name!r} is {described(index)}: give a whole number, counted from 0"
+                )
+            if number < 0:
+                raise OutOfRange(f"{word} {number} of {self.name!r} was asked for: {word}s count from 0 upwards")
+            object.__setattr__(self, word, number)
         if self.layer is not None and self.name in WHOLE_MODEL:
             raise UnknownSite(f"{self.name!r} is there once in the model and has no layer {self.layer}: leave it out")
         if self.head is not None and self.name not in HEADED:
@@ -106,8 +115,20 @@ class ModuleSite:
     item: int | str = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise UnknownSite(
+                f"path={described(self.path)}: give the path of a module as a text, such as 'model.layers.3.mlp'"
+            )
         if self.side not in ("input", "output"):
             raise UnknownSite(f"side={self.side!r}: a module has side='input' and side='output'")
+        if isinstance(self.item, str) and self.item:
+            return
+        item = as_whole(self.item)
+        if item is None or item < 0:
+            raise UnknownSite(
+                f"item={described(self.item)}: give the number of the tensor, counted from 0, or a keyword's name"
+            )
+        object.__setattr__(self, "item", item)
 
     @property
     def every_layer(self) -> bool:
@@ -141,6 +162,11 @@ def parse(text: str) -> AnySite:
     """
     if ":" in text:
         path, side, *item = text.split(":")
+        if len(item) > 1:
+            raise UnknownSite(
+                f"{text!r} does not name a site: a module is written path:side or path:side:item, and "
+                f"{':'.join(item[1:])!r} comes after them"
+            )
         which = item[0] if item else "0"
         return ModuleSite(path, side, int(which) if which.isdigit() else which)  # pyright: ignore[reportArgumentType]
     name, *numbers = text.split(".")
@@ -187,12 +213,16 @@ SitesLike: TypeAlias = str | AnySite | Iterable[str | AnySite]
 
 def as_sites(sites: SitesLike) -> Sites:
     """The selection that any way of writing sites means. An empty one, or one that names a site twice, raises."""
+    if not isinstance(sites, str | Site | ModuleSite | Iterable) or isinstance(sites, bytes | Mapping):
+        raise UnknownSite(
+            f"{described(sites)} is not a site: give a name such as 'resid_post.6', hk.Site('resid_post', 6), or a list"
+        )
     items = [sites] if isinstance(sites, str | Site | ModuleSite) else list(sites)
     chosen = tuple(parse(item) if isinstance(item, str) else item for item in items)
     for site in chosen:
         if not isinstance(site, Site | ModuleSite):
             raise UnknownSite(
-                f"{site!r} is not a site: give a name such as 'resid_post.6', or hk.Site('resid_post', 6)"
+                f"{described(site)} is not a site: give a name such as 'resid_post.6', or hk.Site('resid_post', 6)"
             )
     if not chosen:
         raise EmptySelection("no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')")

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .errors import BadHook, NotCaptured, checks_keywords, did_you_mean
+from .arguments import checks_arguments
+from .errors import BadHook, NotCaptured, did_you_mean
 from .figures import GRID, MARK, MUTED, finished, plain, rank_axis, readable, spread
 from .strips import STAGES, cut, has, name_of, of_row, written_prob
 
@@ -24,7 +25,7 @@ LINES = ("#e0522d", "#4f78c8", "#1f9e89", "#a565c4", "#b07a1e", "#c2557f", "#7f8
 MOST_LINES = 12  # that can be told apart
 
 
-@checks_keywords
+@checks_arguments
 def rank_lines(
     decoding_table: pd.DataFrame,
     *,
@@ -52,7 +53,7 @@ def rank_lines(
     return finished(figure, title or f"Ranks at each step, {STAGES[stage]}")
 
 
-@checks_keywords
+@checks_arguments
 def prob_against(
     edited_table: pd.DataFrame,
     baseline_table: pd.DataFrame,

@@ -21,7 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
-from .errors import BadHook, NotCaptured, OutOfRange, checks_keywords, did_you_mean
+from .arguments import checks_arguments
+from .errors import BadHook, NotCaptured, OutOfRange, did_you_mean
 from .figures import GRID, INK, MARK, MUTED, UP, finished, plain, readable
 
 STAGES = {"model": "before logit edits", "edited": "after logit edits", "processed": "after the decoding rules"}
@@ -44,7 +45,7 @@ class _Cell:
     candidates: list[dict[Any, Any]]
 
 
-@checks_keywords
+@checks_arguments
 def decision_strip(
     decoding_table: pd.DataFrame, *, row: int = 0, stage: str = "processed", colour: str = "surprisal", title: str = ""
 ) -> Figure:

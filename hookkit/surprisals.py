@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .errors import BadHook, EmptySelection, OutOfRange, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, EmptySelection, OutOfRange
 from .model import LM
 from .positions import CountLike, as_count, chosen
 from .ranking import rank_among
@@ -28,7 +29,7 @@ PLACES = ("row", "pos", "token", "token_id")
 COMPARED = ("logprob", "loss", "prob", "rank")
 
 
-@checks_keywords
+@checks_arguments
 def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame:
     """What the model expected at each token: of a forward every token but the first, of a generate those it wrote.
 
@@ -127,7 +128,7 @@ def as_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd
     return pd.concat(tables, ignore_index=True)
 
 
-@checks_keywords
+@checks_arguments
 def surprisal_shift(
     before: Run | pd.DataFrame, after: Run | pd.DataFrame, *, rows: CountLike = None, worst_first: bool = False
 ) -> pd.DataFrame:

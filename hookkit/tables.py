@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .arguments import checks_arguments
 from .distributions import Distribution, distributions, divergences
-from .errors import OutOfRange, checks_keywords
+from .errors import OutOfRange
 from .hooks.logits import LogitEdit
 from .model import LM, Token
 from .positions import CountLike, PosLike
@@ -27,7 +28,7 @@ from .scenarios import scenario
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
 
-@checks_keywords
+@checks_arguments
 def ranks(
     run: Run,
     *,
@@ -71,7 +72,7 @@ def _numbers(said: Distribution, ids: Int[Tensor, " n"], suffix: str = "") -> di
     return found | {"rank" + suffix: said.ranks(ids).tolist()}
 
 
-@checks_keywords
+@checks_arguments
 def rank_shift(
     before: Run,
     after: Run,
@@ -157,7 +158,7 @@ def _edited(*runs: Run) -> list[int]:
     return list(dict.fromkeys(token for lm, hook in hooks for token in hook.named(lm)))
 
 
-@checks_keywords
+@checks_arguments
 def shift_summary(
     before: Run, after: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None, top: int = 10
 ) -> pd.DataFrame:
@@ -187,7 +188,7 @@ def summary_of(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
     return pd.DataFrame(rows_of_table)
 
 
-@checks_keywords
+@checks_arguments
 def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None) -> pd.DataFrame:
     """How sure the model is, one row for each position (all that have logits, unless chosen).
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .errors import ModelNotFound, checks_keywords, did_you_mean
+from .arguments import checks_arguments
+from .errors import ModelNotFound, did_you_mean
 from .model import LM
 
 # 3 blocks, d_model 32, 4 heads of 8, 2 key-value heads. A configuration takes the words that it knows.
@@ -111,7 +112,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@checks_keywords
+@checks_arguments
 def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None) -> LM:
     """A random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens, in float32 and evaluation mode.
 

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .arguments import checks_arguments
 from .displaying import shown
-from .errors import BadHook, Unsupported, checks_keywords
+from .errors import BadHook, Unsupported
 from .generation import Generation
 from .hooks.base import Hook
 from .hooks.logits import LogitEdit
@@ -39,7 +40,7 @@ class Trace:
         return shown("trace", {"top": self.top, "watch": ", ".join(map(repr, self.watch))})
 
 
-@checks_keywords
+@checks_arguments
 def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
     """Record every step of `generate(..., trace=trace())`: the `top` tokens of each stage and the watched ones.
 

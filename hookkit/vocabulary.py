@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from .arguments import token as as_token
 from .errors import NotOneToken
 
 Token: TypeAlias = str | int
@@ -38,10 +39,11 @@ class Vocabulary:
         Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the nearest spellings that
         are one.
         """
+        token = as_token(token)
         if not isinstance(token, str):
-            if self.size is not None and not 0 <= token < self.size:
+            if self.size is not None and token >= self.size:
                 raise NotOneToken(f"token {token} was asked for, and the vocabulary has ids 0 to {self.size - 1}")
-            return int(token)
+            return token
         if self.tokenizer is None:
             raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
         ids = self.encode(token)

@@ -14,15 +14,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .arguments import checks_arguments
 from .distributions import Distribution, distributions
-from .errors import BadHook, OutOfRange, checks_keywords
+from .errors import BadHook, OutOfRange
 from .positions import CountLike, PosLike
 from .runs import Run
 
 Warper = Callable[[Tensor], Tensor]
 
 
-@checks_keywords
+@checks_arguments
 def warped(
     run: Run,
     *,

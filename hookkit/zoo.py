@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .errors import BadHook, DownloadFailed, ModelNotFound, checks_keywords
+from .arguments import checks_arguments
+from .errors import BadHook, DownloadFailed, ModelNotFound
 from .model import LM
 from .spreading import check_dtype, check_named, check_placement, distributed
 
@@ -33,7 +34,7 @@ FOR_MODEL = ("dtype", "device_map", "max_memory", "offload_folder", "attn_implem
 ROOM = 1_000_000_000  # bytes that fetching and converting need for a while
 
 
-@checks_keywords
+@checks_arguments
 def load(
     name: str | os.PathLike[str] | None = None,
     *,

@@ -161,7 +161,7 @@ def test_fewer_of_the_top_and_some_of_the_rows_can_be_shown(llama):
         hk.decisions(run, rows=3)
 
 
-@pytest.mark.parametrize("top", [0, -1, 5, True])
+@pytest.mark.parametrize("top", [0, -1, 5])
 def test_more_or_less_of_the_top_than_is_on_record_is_refused(llama, top):
     run = hk.generate(llama, PROMPTS[0], trace=hk.trace(top=4), **GREEDY)
     with pytest.raises(OutOfRange, match=f"top={top!r}: 4 tokens of each stage are on record, so give 1 to 4"):

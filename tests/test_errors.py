@@ -3,7 +3,8 @@
 import pytest
 
 import hookkit as hk
-from hookkit.errors import OutOfRange, UnknownKeyword, checks_keywords, did_you_mean
+from hookkit.arguments import checks_arguments
+from hookkit.errors import OutOfRange, UnknownKeyword, did_you_mean
 
 
 def test_an_error_is_also_the_one_that_python_would_raise(llama):
@@ -18,7 +19,7 @@ def test_the_nearest_words_are_offered_or_none():
 
 
 def test_an_unknown_keyword_is_answered_with_the_known_ones():
-    @checks_keywords
+    @checks_arguments
     def act(thing: str, *, pos: int = 0) -> int:
         return pos
 

@@ -14,6 +14,7 @@ PACKAGE = HERE / "hookkit"
 # Each file may import only from files above it.
 ORDER = [
     "errors",
+    "arguments",
     "displaying",
     "sites",
     "positions",

@@ -295,7 +295,7 @@ def test_a_row_of_the_vocabulary_without_a_token_has_no_rank(llama, small_tokeni
 
 
 def test_where_a_condition_does_not_hold_nothing_is_asked_of_the_edit(lm):
-    never = hk.entropy_below(-1.0)
+    never = hk.entropy_below(1e-9)
     plain = hk.forward(lm, PROMPTS, hk.restrict(7, 8)).logits
     for hook in (hk.set_rank(9, 5, when=never), hk.cap(7, 8, prob=0.1, when=never)):
         assert torch.equal(hk.forward(lm, PROMPTS, hk.restrict(7, 8), hook).logits, plain)

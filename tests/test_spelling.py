@@ -17,7 +17,7 @@ from hookkit.errors import (
     UnknownKeyword,
     UnknownSite,
 )  # fmt: skip
-from hookkit.hooks.codec import HOOKS
+from hookkit.hooks.codec import HOOK_TYPES
 from hookkit.spelling.reading import READ
 
 SHORT = {
@@ -82,7 +82,7 @@ def test_a_hook_without_a_short_form_is_spelled_as_json():
 
 
 def test_every_verb_but_that_of_a_function_can_be_written():
-    assert {*READ} == {*HOOKS} - {"edit", "randomised"}
+    assert {*READ} == {*HOOK_TYPES} - {"edit", "randomised"}
     with pytest.raises(BadHook, match="an edit needs a function, which no text holds"):
         hk.hook("edit:mlp_out.3")
 

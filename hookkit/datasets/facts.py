@@ -5,7 +5,7 @@ from functools import partial
 from random import Random
 from typing import TypeAlias
 
-from ..errors import checks_keywords
+from ..arguments import checks_arguments
 from ..model import LM
 from ..positions import at
 from .drawing import Draw, Urn, needs_tokenizer, one_token
@@ -56,7 +56,7 @@ LANDMARKS = """
 """
 
 
-@checks_keywords
+@checks_arguments
 def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Sentences about a country's capital; the answer is the capital.
 
@@ -75,7 +75,7 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     return Urn("capitals", lm, draw, seed).pairs(n, same_length=same_length)
 
 
-@checks_keywords
+@checks_arguments
 def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Sentences about a building or a place that stands in one city; the answer is the city.
 

@@ -3,7 +3,8 @@
 from functools import partial
 from random import Random
 
-from ..errors import EmptySelection, checks_keywords, did_you_mean
+from ..arguments import checks_arguments
+from ..errors import EmptySelection, did_you_mean
 from ..model import LM
 from ..positions import at
 from .drawing import Behind, Draw, Urn, needs_tokenizer, one_token
@@ -38,7 +39,7 @@ NAMES = """
 CORRUPT = ("swap", "abc")
 
 
-@checks_keywords
+@checks_arguments
 def indirect_object(lm: LM, n: int, *, seed: int = 0, corrupt: str = "swap", same_length: bool = False) -> Pairs:
     """Sentences in which one of two people gives something to the other; the answer is the other one's name.
 

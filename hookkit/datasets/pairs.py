@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..displaying import shown
-from ..errors import BadPrompt, EmptySelection, OutOfRange, checks_keywords
+from ..errors import BadPrompt, EmptySelection, OutOfRange
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch, shortened
 from ..ranking import rank_among
@@ -137,7 +138,7 @@ class Pairs:
         table = pd.DataFrame({"row": range(len(self)), **tokens, **numbers})
         return table.assign(right=table["logit_diff_clean"] > 0, top1=table["rank_clean"] == 1)
 
-    @checks_keywords
+    @checks_arguments
     def solved(self, lm: LM, *, top1: bool = False) -> "Pairs":
         """The pairs whose answer the model prefers to the wrong one after the clean prompt; `note` says how many.
 

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from functools import cache, partial
 from random import Random
 
-from ..errors import BadPrompt, OutOfRange, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadPrompt, OutOfRange
 from ..model import LM, Token
 from .drawing import Draw, Urn, is_token, read
 from .pairs import Pairs
 
 
-@checks_keywords
+@checks_arguments
 def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
     """`length` random tokens, then the same ones again up to the last but one; the answer is the last.
 

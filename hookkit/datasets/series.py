@@ -3,7 +3,7 @@
 from functools import partial
 from random import Random
 
-from ..errors import checks_keywords
+from ..arguments import checks_arguments
 from ..model import LM
 from ..positions import at
 from .drawing import Draw, Urn, needs_tokenizer, one_token
@@ -27,7 +27,7 @@ STRAIGHT = {
 SHOWN = 4  # items in a prompt
 
 
-@checks_keywords
+@checks_arguments
 def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Four days, months, letters, numbers or ordinals in order; the answer is the next one.
 

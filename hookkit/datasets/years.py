@@ -3,7 +3,7 @@
 from functools import partial
 from random import Random
 
-from ..errors import checks_keywords
+from ..arguments import checks_arguments
 from ..model import LM
 from ..positions import at
 from .drawing import Draw, Urn, needs_tokenizer, next_token
@@ -16,7 +16,7 @@ NOUNS = """
 CENTURIES = range(11, 18)
 
 
-@checks_keywords
+@checks_arguments
 def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Spans of years of which the end is missing; the answer begins a later year than the first, the wrong one an
     earlier one.

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BadHook, BadPrompt, Unsupported, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.looking import Capture, capture
 from ..lenses.tail import Read, Tail, tail_of
 from ..model import LM, Token
@@ -21,7 +22,7 @@ from .frozen import frozen
 Tokens = Token | list[Token]
 
 
-@checks_keywords
+@checks_arguments
 def direct_logits(
     run: Run,
     token: Tokens,
@@ -180,7 +181,7 @@ def _frame(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> pd.DataF
     return pd.DataFrame(columns).astype({"layer": "Int64", "head": "Int64", "neuron": "Int64"})
 
 
-@checks_keywords
+@checks_arguments
 def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int = 10) -> pd.DataFrame:
     """A token's logit as `W @ h + b`: the `top` dimensions whose products weight x hidden are largest in size.
 

@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..captured import Captured
-from ..errors import BadPrompt, checks_keywords
+from ..errors import BadPrompt
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..lenses.lens import logit_lens
@@ -18,7 +19,7 @@ from ..sites import Site
 from ..tables import ranks
 
 
-@checks_keywords
+@checks_arguments
 def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 3) -> pd.DataFrame:
     """The way from a prompt to the probabilities of its next token, one row for each stage, from top to bottom.
 

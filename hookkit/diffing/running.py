@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from ..about import about_model, git_commit, versions
-from ..errors import BadHook, OutOfRange, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, OutOfRange
 from ..hooks.logits import LogitEdit
 from ..model import LM, Token
 from ..positions import PosLike, Where, as_pos
@@ -20,7 +21,7 @@ from .pairing import STREAM, Around, Matched, Side, matched, reader_of, rows_of
 from .reading import Asked, Reading
 
 
-@checks_keywords
+@checks_arguments
 def diff(
     before: LM,
     after: LM,

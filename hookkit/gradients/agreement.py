@@ -5,12 +5,13 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors import BadHook, EmptySelection, checks_keywords, did_you_mean
+from ..arguments import checks_arguments
+from ..errors import BadHook, EmptySelection, did_you_mean
 
 COUNTS = ("row", "prompt", "sample", "n", "control", "interval")
 
 
-@checks_keywords
+@checks_arguments
 def agreement(
     estimate: pd.DataFrame,
     truth: pd.DataFrame,

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..captured import Captured, in_order
-from ..errors import BadHook, OutOfRange, Unsupported, checks_keywords
+from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..metrics import MetricLike
@@ -37,7 +38,7 @@ from .softmaxed import check_fixed, softmaxed
 TOGETHER = 16  # prompts of one backward: the graph of each is kept until then
 
 
-@checks_keywords
+@checks_arguments
 def attribution(
     lm: LM,
     clean: Prompts,

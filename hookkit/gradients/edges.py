@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..captured import Captured
-from ..errors import BadHook, checks_keywords
+from ..errors import BadHook
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..metrics import MetricLike
@@ -33,7 +34,7 @@ from .stream import End, check_sum, needed, receivers, senders
 TOGETHER = 8  # prompts whose graph and vectors are held at once
 
 
-@checks_keywords
+@checks_arguments
 def edge_attribution(
     lm: LM,
     clean: Prompts,

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..captured import Captured, Kept, Slot
 from ..displaying import shown
-from ..errors import Unsupported, checks_keywords
+from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..metrics import MetricLike
 from ..model import LM
@@ -66,7 +67,7 @@ class Gradients:
         return f"Gradients(metric {[round(value, 4) for value in self.metric.tolist()]}; at {self.sites})"
 
 
-@checks_keywords
+@checks_arguments
 def gradients(lm: LM, prompts: Prompts, metric: MetricLike, sites: SitesLike, *hooks: Hook, pos: int = -1) -> Gradients:
     """The metric of each prompt and its gradient at these sites: how fast it rises with each number there, all that
     comes behind the site taken along (Simonyan et al. 2013).

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BadHook, Unsupported, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, Unsupported
 from ..hooks.looking import capture
 from ..metrics import MetricLike
 from ..model import LM, Token
@@ -17,7 +18,7 @@ from .backward import OWN, Question, derived, one_of, question
 from .between import EMBED, along, average, parts, put
 
 
-@checks_keywords
+@checks_arguments
 def token_attribution(
     lm: LM,
     prompts: Prompts,

@@ -3,7 +3,8 @@
 import torch
 
 from ..about import about_model
-from ..errors import BadHook, EmptySelection, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, EmptySelection
 from ..model import LM
 from ..positions import PosLike, Where, as_pos
 from ..sites import Sites, SitesLike
@@ -14,7 +15,7 @@ from .values import at_sites, probed, row_numbers
 from .windows import LOOK_AHEAD, Window, batches, next_window
 
 
-@checks_keywords
+@checks_arguments
 def statistics(
     lm: LM,
     texts: TextsLike,

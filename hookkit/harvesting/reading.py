@@ -18,8 +18,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..displaying import shown
-from ..errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, checks_keywords
+from ..errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ..positions import PosLike, Where, as_pos
 from ..sites import AnySite, Site, Sites, SitesLike, as_sites, parse
 from . import disk
@@ -118,7 +119,7 @@ class Harvest:
         read = int(found["read"][inside])
         return tuple(found["ids"][int(found["starts"][read]) : int(found["starts"][read + 1])].tolist())
 
-    @checks_keywords
+    @checks_arguments
     def table(self, rows: RowsLike = slice(None), *, sites: Sequence[str | AnySite] | str = ()) -> pd.DataFrame:
         """Which token each row is of: columns row, text, piece, pos, token_id. Only these rows are read.
 
@@ -135,7 +136,7 @@ class Harvest:
         names = [str(site) for site in ([sites] if isinstance(sites, str) else sites)]
         return pd.concat([table, *(_numbers(name, self[name], numbers) for name in names)], axis=1)
 
-    @checks_keywords
+    @checks_arguments
     def batches(
         self, size: int, *, sites: Sequence[str | AnySite] | None = None, seed: int | None = None, whole: bool = False
     ) -> Iterator[dict[str, Tensor]]:
@@ -151,7 +152,7 @@ class Harvest:
         order = None if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return _batches(self.shards, columns, size, order, len(self) // size * size if whole else len(self))
 
-    @checks_keywords
+    @checks_arguments
     def statistics(
         self, sites: SitesLike | None = None, *, pos: PosLike = None, covariance: bool = False, top: int = 0
     ) -> Statistics:

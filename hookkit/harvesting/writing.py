@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..engines import EngineLike, Ray, Step, Steps, as_engine, computed
-from ..errors import BadHook, EmptySelection, HarvestChanged, checks_keywords
+from ..errors import BadHook, EmptySelection, HarvestChanged
 from ..model import LM
 from ..positions import PosLike, Where, as_pos
 from ..sharding import writes
@@ -31,7 +32,7 @@ SHARD_BYTES = 128 * 2**20  # of the values in a shard, where shard_size is left 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-@checks_keywords
+@checks_arguments
 def harvest(
     lm: LM,
     texts: TextsLike,

@@ -2,28 +2,37 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from ..arguments import described, finite_number
 from ..calls import Cells
 from ..captured import Captured
 from ..displaying import shown
 from ..errors import BadEdit, BadHook, Unsupported
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
-from ..sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites
+from ..sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites, as_sites
 from . import codec
 
 
-@codec.storable
 @dataclass(frozen=True, eq=False, repr=False)
 class Constant:
     """A tensor inside a hook: a copy of its own, equal where its numbers are equal."""
 
     tensor: Shaped[Tensor, "..."]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensor, Tensor):
+            raise BadHook(f"a constant holds a tensor, and was given {described(self.tensor)}")
+        if self.tensor.is_complex():
+            raise BadHook("a constant has complex numbers, of which the imaginary part would be lost: give real ones")
+        finite = torch.isfinite(self.tensor)
+        if not finite.all():
+            raise BadHook(f"a tensor has values that are not finite numbers: {int((~finite).sum())} of them")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -45,16 +54,27 @@ def constant(tensor: object, word: str) -> Constant:
         copy = torch.as_tensor(tensor).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadHook(f"{word} is a {type(tensor).__name__}, and a tensor of numbers is needed") from error
+    if copy.is_complex():
+        raise BadHook(f"{word} has complex numbers, of which the imaginary part would be lost: give real ones")
     if not torch.isfinite(copy).all():
         raise BadHook(f"{word} has values that are not finite numbers: {int((~torch.isfinite(copy)).sum())} of them")
     return Constant(copy if copy.is_floating_point() else copy.float())
 
 
+def check_constant(value: object, word: str) -> None:
+    """Raises `BadHook` where a hook's field is no tensor of its own."""
+    if not isinstance(value, Constant):
+        raise BadHook(f"{word} is {described(value)}, and a tensor of numbers is needed")
+
+
 def number(value: object, word: str) -> float:
     """A finite number, or `BadHook`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
-        raise BadHook(f"{word}={value!r} is not a finite number")
-    return float(value)
+    return finite_number(value, word)
+
+
+def put(value: Any, name: str, new: object) -> None:
+    """Set a field of a frozen dataclass while it is made."""
+    object.__setattr__(value, name, new)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +182,26 @@ class Hook:
 
     verb: ClassVar[str]
     bare: ClassVar[tuple[str, ...]] = ()  # the fields that the call takes by place
+    takes_step: ClassVar[bool] = False  # whether its function has step=
+
+    def __post_init__(self) -> None:
+        """Reads every field, however the hook is made: by its function, from JSON, or with `dataclasses.replace`."""
+        put(self, "sites", as_sites(self.sites))
+        self.check_sites()
+        put(self, "where", checked_where(self.where, self.sites))
+        if self.where.step is not None and not self.takes_step:
+            raise BadHook(f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead")
+        self.check()
+
+    def check_sites(self) -> None:
+        """Raises `BadHook` where the hook cannot act at one of its sites."""
+
+    def check(self) -> None:
+        """Raises `BadHook` where the hook's own fields cannot work, and puts each into the form that it is kept in."""
 
     def placed(self, lm: LM) -> Where:
         """The positions or steps at which it acts, for this model's tokens."""
         return self.where
-
-    def __init_subclass__(cls) -> None:
-        if "verb" in vars(cls):
-            codec.HOOKS[cls.verb] = cls
 
     def __str__(self) -> str:
         """The call that would make it, on one line."""
@@ -233,15 +265,25 @@ def _word(value: object) -> str:
 
 def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
     """Where a hook acts that means all positions unless told otherwise. A step is refused away from the logits."""
+    where = Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    return checked_where(where, sites)
+
+
+def checked_where(where: Where, sites: Sites) -> Where:
+    """The same positions, rows and steps, each read anew; `BadHook` for a step away from the logits."""
+    if not isinstance(where, Where):
+        raise BadHook(f"a hook's `where` is {described(where)}: it says pos, rows and step")
+    pos, rows, step = where.pos, where.rows, where.step
     if step is not None:
+        if pos is not None:
+            raise BadHook(f"pos={pos!r} and step={step!r} were both given: say one of them")
         for site in sites:
-            if isinstance(site, ModuleSite) or site.name not in LOGITS:
+            is_module = isinstance(site, ModuleSite)
+            if not is_module and site.name not in LOGITS:
                 raise BadHook(
                     f"step={step!r} at {site}: a step counts generated tokens and is there at lm_head and logits only; "
                     "say pos= instead (hk.GENERATED for every generated token)"
                 )
-        if pos is not None:
-            raise BadHook(f"pos={pos!r} and step={step!r} were both given: say one of them")
     return Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
 
 

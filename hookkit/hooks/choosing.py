@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..errors import BadEdit, BadHook, NotOneToken, checks_keywords
+from ..arguments import checks_keywords
+from ..errors import BadEdit, BadHook, NotOneToken
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where
 from ..sites import AnySite
 from ..vocabulary import Token
-from .base import EVERY_STEP, Binding, Change, Here, number
-from .conditions import When, checked_when, holds
+from .base import EVERY_STEP, Binding, Change, Here, number, put
+from .conditions import When, holds
 from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
 from .phrases import Begun, Phrase
 
@@ -30,6 +31,19 @@ class Force(LogitEdit):
     verb: ClassVar[str] = "force"
     bare: ClassVar[tuple[str, ...]] = ("token",)
     names: ClassVar[tuple[str, ...]] = ("token",)
+    phrases: ClassVar[bool] = True
+
+    def check(self) -> None:
+        super().check()
+        if self.margin != math.inf and number(self.margin, "margin") <= 0:
+            raise BadHook(f"margin={self.margin!r} does not put the token first: give a number above 0")
+        put(self, "margin", float(self.margin))
+        step = self.where.step
+        is_open = isinstance(step, Span) and step != EVERY_STEP
+        if isinstance(self.token, Phrase) and (self.where.pos is not None or is_open):
+            raise BadHook(
+                f"{self.token!r} is written from a step on: say step=3, or the steps at which it begins, step=[3, 20]"
+            )
 
     def placed(self, lm: LM) -> Where:
         """A phrase that starts at step 3 acts at step 3, 4 … until it is written."""
@@ -113,14 +127,7 @@ def force(
     >>> print(force(phrase(" a cup of tea"), when=entropy_above(3.0)))
     force(phrase(' a cup of tea'), when=entropy_above(3.0))
     """
-    if margin != math.inf and number(margin, "margin") <= 0:
-        raise BadHook(f"margin={margin!r} does not put the token first: give a number above 0")
-    sites, where = at_logits(site, pos, rows, step)
-    if isinstance(token, Phrase) and (
-        where.pos is not None or (isinstance(where.step, Span) and where.step != EVERY_STEP)
-    ):
-        raise BadHook(f"{token!r} is written from a step on: say step=3, or the steps at which it begins, step=[3, 20]")
-    return Force(sites, where, token, float(margin), when=checked_when(when))
+    return Force(*at_logits(site, pos, rows, step), token, margin, when=when)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class Ban(LogitEdit):
     verb: ClassVar[str] = "ban"
     bare: ClassVar[tuple[str, ...]] = ("tokens",)
     names: ClassVar[tuple[str, ...]] = ("tokens",)
+    phrases: ClassVar[bool] = True
 
     def edit(self, binding: Binding) -> Change:
         tokens = _ids(binding, *(token for token in self.tokens if not isinstance(token, Phrase)))
@@ -166,7 +174,7 @@ def ban(
     >>> print(ban(" coffee", " tea"))
     ban(' coffee', ' tea')
     """
-    return Ban(*at_logits(site, pos, rows, step), several(tokens, "ban"), when=checked_when(when))
+    return Ban(*at_logits(site, pos, rows, step), several(tokens, "ban"), when=when)
 
 
 def _completed(phrases: list[list[int]], here: Here) -> Iterator[tuple[int, int, int]]:
@@ -226,4 +234,4 @@ def restrict(
     >>> print(restrict(" yes", " no"))
     restrict(' yes', ' no')
     """
-    return Restrict(*at_logits(site, pos, rows, step), several(tokens, "restrict"), when=checked_when(when))
+    return Restrict(*at_logits(site, pos, rows, step), several(tokens, "restrict"), when=when)

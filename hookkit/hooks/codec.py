@@ -7,36 +7,79 @@ import base64
 import dataclasses
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..captured import Captured
+from ..arguments import choice, described
 from ..errors import BadHook, HookkitError
-from ..positions import At, Part, Span, Where
-from ..sites import ModuleSite, Site, Sites, parse
+from ..positions import Part
+from ..sites import ModuleSite, Site, Sites, as_sites, parse
 
-HOOKS: dict[str, Any] = {}  # every kind of hook by its verb; filled where the kinds are defined
-VALUES: dict[str, type] = {kind.__name__: kind for kind in (Where, Span, At, Captured)}  # and what `storable` adds
+# Every kind of hook by its verb, and every frozen dataclass that may stand inside one, each with its module. The
+# modules are above this one, so they are imported when the first hook is written or read.
+HOOK_TYPES: dict[str, str] = {
+    "capture": "hookkit.hooks.looking:Capture",
+    "edit": "hookkit.hooks.edits:Edit",
+    "steer": "hookkit.hooks.edits:Steer",
+    "scale": "hookkit.hooks.edits:Scale",
+    "project_out": "hookkit.hooks.edits:ProjectOut",
+    "skip_block": "hookkit.hooks.edits:SkipBlock",
+    "ablate": "hookkit.hooks.replacing:Ablate",
+    "patch": "hookkit.hooks.replacing:Patch",
+    "knockout": "hookkit.hooks.cutting:Knockout",
+    "force": "hookkit.hooks.choosing:Force",
+    "ban": "hookkit.hooks.choosing:Ban",
+    "restrict": "hookkit.hooks.choosing:Restrict",
+    "boost": "hookkit.hooks.moving:Boost",
+    "cap": "hookkit.hooks.moving:Cap",
+    "swap": "hookkit.hooks.moving:Swap",
+    "set_rank": "hookkit.hooks.moving:SetRank",
+    "randomised": "hookkit.sweeps.controls:Randomised",
+}
+VALUE_TYPES: dict[str, str] = {
+    "Where": "hookkit.positions:Where",
+    "Span": "hookkit.positions:Span",
+    "At": "hookkit.positions:At",
+    "Captured": "hookkit.captured:Captured",
+    "Constant": "hookkit.hooks.base:Constant",
+    "Means": "hookkit.hooks.replacing:Means",
+    "FromRun": "hookkit.hooks.replacing:FromRun",
+    "Reference": "hookkit.hooks.replacing:Reference",
+    "Condition": "hookkit.hooks.conditions:Condition",
+    "Phrase": "hookkit.hooks.phrases:Phrase",
+}
 
-Kind = TypeVar("Kind", bound=type)
+
+def hook_type(verb: object) -> Any:
+    """The class of hooks with this verb, or `BadHook`."""
+    if not isinstance(verb, str) or verb not in HOOK_TYPES:
+        raise BadHook(f"there is no hook {described(verb)}: there are {', '.join(sorted(HOOK_TYPES))}")
+    return _imported(HOOK_TYPES[verb])
 
 
-def storable(kind: Kind) -> Kind:
-    """A frozen dataclass that may stand inside a hook, and is written field by field."""
-    VALUES[kind.__name__] = kind
-    return kind
+def value_type(name: object) -> Any:
+    """The dataclass of this name that may stand inside a hook, or `BadHook`."""
+    if not isinstance(name, str) or name not in VALUE_TYPES:
+        raise BadHook(f"a hook holds no value of type {described(name)}: there are {', '.join(VALUE_TYPES)}")
+    return _imported(VALUE_TYPES[name])
+
+
+@functools.cache
+def _imported(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def to_json(hook: Any, *, tensors: str = "inline") -> str:
     """The hook as JSON; equal hooks give equal text."""
-    if tensors not in ("inline", "digest"):
-        raise BadHook(f"tensors={tensors!r} is unknown: say 'inline' or 'digest'")
+    choice(tensors, "tensors", ("inline", "digest"))
     fields = {field.name: _encode(getattr(hook, field.name), tensors) for field in dataclasses.fields(hook)}
     return json.dumps({"hook": hook.verb, **fields}, allow_nan=False)
 
@@ -47,19 +90,24 @@ def from_json(text: str) -> Any:
         written = json.loads(text)
         verb = written.pop("hook")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise BadHook(f"this is no hook in JSON: {text[:60]!r}") from error
-    if not isinstance(verb, str) or verb not in HOOKS:
-        raise BadHook(f"there is no hook {verb!r}: there are {', '.join(sorted(HOOKS))}")
-    known = {field.name: field for field in dataclasses.fields(HOOKS[verb])}
+        raise BadHook(f"this is no hook in JSON: {described(text)}") from error
+    return _built(hook_type(verb), written, verb)
+
+
+def _built(kind: Any, written: dict[str, Any], name: str) -> Any:
+    """A hook, or a value inside one, from its fields as they are written."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
     needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
     if not needed <= set(written) <= set(known):
-        raise BadHook(f"a {verb} has the fields {', '.join(sorted(known))}, and this has {', '.join(sorted(written))}")
+        raise BadHook(
+            f"a {name} has the fields {', '.join(sorted(known))}, and this has {', '.join(sorted(written)) or 'none'}"
+        )
     try:
-        return HOOKS[verb](**{name: _decode(value) for name, value in written.items()})
+        return kind(**{field: _decode(value) for field, value in written.items()})
     except HookkitError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadHook(f"this {verb} in JSON has a value that cannot be read: {error}") from error
+    except Exception as error:
+        raise BadHook(f"this {name} in JSON has a value that cannot be read: {error}") from error
 
 
 def _encode(value: Any, tensors: str) -> Any:
@@ -77,10 +125,10 @@ def _encode(value: Any, tensors: str) -> Any:
         return [_encode(item, tensors) for item in value]
     if isinstance(value, Tensor):
         return {"$tensor": tensor_as_json(value, tensors)}
-    if type(value).__name__ in VALUES:
+    if type(value).__name__ in VALUE_TYPES:
         fields = {field.name: _encode(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
         return {"$value": type(value).__name__, **fields}
-    if HOOKS.get(getattr(value, "verb", "")) is type(value):
+    if getattr(value, "verb", None) in HOOK_TYPES and type(value) is hook_type(value.verb):
         return {"$hook": json.loads(to_json(value, tensors=tensors))}
     assert callable(value), f"a hook holds a {type(value).__name__}, which has no way to be written"
     return {"$function": function_as_json(value)}
@@ -155,28 +203,42 @@ def _decode(value: Any) -> Any:
     word = next((word for word in READ if word in value), None)
     if word is not None:
         return READ[word](value[word])
-    return VALUES[value["$value"]](**{name: _decode(item) for name, item in value.items() if name != "$value"})
+    if "$value" not in value:
+        raise BadHook(f"a hook in JSON has an object with the keys {', '.join(map(repr, value))}, and none with a $")
+    name = value["$value"]
+    fields = {field: item for field, item in value.items() if field != "$value"}
+    return _built(value_type(name), fields, name)
 
 
 def _read_tensor(written: Any) -> Tensor:
-    if "safetensors" not in written:
+    if not isinstance(written, dict) or "safetensors" not in written:
         raise BadHook(
             "this hook was written with tensors='digest', which has the hash of its tensor and not the numbers"
         )
-    return load(base64.b64decode(written["safetensors"]))["t"]
+    try:
+        return load(base64.b64decode(written["safetensors"], validate=True))["t"]
+    except Exception as error:
+        raise BadHook(f"the tensor of this hook is damaged: {error}; write the hook again with to_json()") from error
+
+
+def _text(written: Any) -> str:
+    if not isinstance(written, str):
+        raise BadHook(f"a site in JSON is {described(written)}: it is a text, such as 'resid_post.6'")
+    return written
 
 
 def _no_function(written: Any) -> Any:
+    name = written.get("name") if isinstance(written, dict) else None
     raise BadHook(
-        f"this hook has a user's function, {written['name']}, of which JSON has the name and not the code: make the "
+        f"this hook has a user's function, {name}, of which JSON has the name and not the code: make the "
         "hook again with hk.edit(site, fn)"
     )
 
 
 READ: dict[str, Callable[[Any], Any]] = {
     "$float": float,
-    "$sites": lambda written: Sites(tuple(map(parse, written))),
-    "$site": parse,
+    "$sites": lambda written: as_sites([parse(_text(site)) for site in written]),
+    "$site": lambda written: parse(_text(written)),
     "$part": Part,
     "$tensor": _read_tensor,
     "$hook": lambda written: from_json(json.dumps(written)),

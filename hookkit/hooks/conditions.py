@@ -7,6 +7,7 @@ A user's own function does as well: it is given the logits [row, pos, vocab] and
 or for each row and position.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from ..errors import BadEdit, BadHook, checks_keywords
+from ..arguments import checks_keywords, choice, whole_number
+from ..arguments import token as as_token
+from ..errors import BadEdit, BadHook
 from ..model import LM
 from ..ranking import rank_among
 from ..vocabulary import Token
-from .base import Here, number
-from .codec import storable
+from .base import Here, number, put
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
 Holds: TypeAlias = Callable[[Logits, Here], Bool[Tensor, "row pos"]]
@@ -33,7 +35,10 @@ COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-@storable
+LIMITS = {"entropy": (0.0, math.inf), "margin": (0.0, math.inf), "prob": (0.0, 1.0), "rank": (1, math.inf)}
+UNITS = {"entropy": "nats", "margin": "logits"}  # the name of the argument that is the limit
+
+
 @dataclass(frozen=True)
 class Condition:
     """A quantity of the logits held against a limit. Made by `entropy_above`, `rank_of` …"""
@@ -42,6 +47,34 @@ class Condition:
     token: Token | None
     compare: str
     limit: float
+
+    def __post_init__(self) -> None:
+        choice(self.quantity, "a condition's quantity", LIMITS)
+        choice(self.compare, f"a condition of {self.quantity}", COMPARE)
+        of_token = self.quantity in ("rank", "prob")
+        if of_token:
+            put(self, "token", as_token(self.token))
+        elif self.token is not None:
+            raise BadHook(f"a condition of {self.quantity} is of no token, and names {self.token!r}")
+        limit = number(self.limit, self.compare if of_token else UNITS[self.quantity])
+        if self.quantity == "rank":
+            limit = whole_number(self.limit, self.compare, meaning="a rank", error=BadHook)
+        self._check_possible(limit)
+        put(self, "limit", limit)
+
+    def _check_possible(self, limit: float) -> None:
+        """Raises `BadHook` where the condition can never hold, whatever the logits are."""
+        least, most = LIMITS[self.quantity]
+        never = {
+            "above": limit >= most,
+            "below": limit <= least,
+            "at_least": limit > most,
+            "at_most": limit < least,
+        }
+        if never[self.compare]:
+            raise BadHook(
+                f"{self!r} never holds: {self.quantity} is from {least:g} to {most:g}, so give a limit between them"
+            )
 
     def __repr__(self) -> str:
         if self.token is None:
@@ -98,6 +131,7 @@ def checked_when(when: When | None) -> When | None:
     return when
 
 
+@checks_keywords
 def entropy_above(nats: float) -> Condition:
     """True where the model is less sure than this: the entropy of its next-token distribution is above `nats`.
 
@@ -107,16 +141,19 @@ def entropy_above(nats: float) -> Condition:
     return Condition("entropy", None, "above", number(nats, "nats"))
 
 
+@checks_keywords
 def entropy_below(nats: float) -> Condition:
     """True where the model is surer than this: the entropy of its next-token distribution is below `nats`."""
     return Condition("entropy", None, "below", number(nats, "nats"))
 
 
+@checks_keywords
 def margin_above(logits: float) -> Condition:
     """True where the largest logit is more than this above the second largest."""
     return Condition("margin", None, "above", number(logits, "logits"))
 
 
+@checks_keywords
 def margin_below(logits: float) -> Condition:
     """True where the largest logit is less than this above the second largest."""
     return Condition("margin", None, "below", number(logits, "logits"))
@@ -145,7 +182,7 @@ def prob_of(token: Token, *, at_most: float | None = None, at_least: float | Non
 def _of(quantity: str, token: Token, at_most: float | None, at_least: float | None) -> Condition:
     if (at_most is None) == (at_least is None):
         raise BadHook(f"{quantity}_of({token!r}) needs one limit: at_most= or at_least=")
-    limit = at_most if at_most is not None else at_least
-    number(limit, "at_most" if at_most is not None else "at_least")
-    assert limit is not None
-    return Condition(quantity, token, "at_most" if at_most is not None else "at_least", limit)
+    if at_most is not None:
+        return Condition(quantity, token, "at_most", at_most)
+    assert at_least is not None
+    return Condition(quantity, token, "at_least", at_least)

@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import BadEdit, EmptySelection, OutOfRange, checks_keywords
+from ..arguments import checks_keywords, whole_numbers
+from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange
 from ..forms import hidden, unseen_value
 from ..positions import CountLike, Pos, PosLike, Where, as_pos, wish
 from ..sites import Site, Sites, as_sites
-from .base import Binding, Change, EditHook, Here, inner
+from .base import Binding, Change, EditHook, Here, inner, put
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,15 @@ class Knockout(EditHook):
     key: Pos = None
 
     verb: ClassVar[str] = "knockout"
+
+    def check(self) -> None:
+        for site in self.sites:
+            if not isinstance(site, Site) or site.name != "scores" or site.layer is None:
+                raise BadHook(f"knockout cuts attention's scores in layers, and {site} is none of them")
+        if self.key is None:
+            raise EmptySelection("knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')")
+        put(self, "key", as_pos(self.key))
+        _check_seen(self.key, self.where.pos)
 
     def change(self, binding: Binding) -> Change:
         def apply(values: Tensor, here: Here) -> Tensor:
@@ -60,6 +70,26 @@ class Knockout(EditHook):
         return f"knockout({', '.join(words)})"
 
 
+def _check_seen(key: Pos, query: Pos) -> None:
+    """Raises `BadHook` where no query can see any of the keys, as far as their numbers tell without the text."""
+    keys, queries = _extremes(key), _extremes(query)
+    if keys is None or queries is None or (keys[0] < 0) != (queries[1] < 0):
+        return
+    if keys[0] > queries[1]:
+        raise BadHook(
+            f"key={key!r} comes after query={query!r}, which never sees it: a token sees itself and those before it, "
+            "so there is nothing to cut; name keys that are not after the query"
+        )
+
+
+def _extremes(places: Pos) -> tuple[int, int] | None:
+    """The first and the last of positions that are numbers of one sign; None for others."""
+    numbers = (places,) if isinstance(places, int) else places
+    if not isinstance(numbers, tuple) or (min(numbers) < 0) != (max(numbers) < 0):
+        return None
+    return min(numbers), max(numbers)
+
+
 @checks_keywords
 def knockout(
     layer: int | Iterable[int],
@@ -79,13 +109,7 @@ def knockout(
     >>> print(knockout(9, 3, query=-1, key=at("Mary")))
     knockout(9, 3, query=-1, key=at('Mary'))
     """
-    if key is None:
-        raise EmptySelection("knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')")
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    heads = [head] if head is None or isinstance(head, int) else list(head)
-    if not layers or not heads:
-        raise EmptySelection(
-            f"knockout of layers {layers} and heads {heads} selects nothing: name at least one of each"
-        )
+    layers = whole_numbers(layer, "layer", least=0, meaning="the layers, counted from 0,")
+    heads = [None] if head is None else whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")
     sites: Sites = as_sites([Site("scores", each, one) for each in layers for one in heads])
     return Knockout(sites, inner(query, rows, None, sites), as_pos(key))

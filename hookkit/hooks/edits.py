@@ -8,11 +8,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import checks_keywords, whole_numbers
 from ..captured import in_order
-from ..errors import BadHook, checks_keywords
+from ..errors import BadHook
 from ..positions import CountLike, PosLike
 from ..sites import Site, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, constant, inner, not_square, number
+from .base import (
+    Binding,
+    Change,
+    Constant,
+    EditHook,
+    Here,
+    check_constant,
+    constant,
+    inner,
+    not_square,
+    number,
+    put,
+)
 from .fitting import check_shape, checked_result, fitting, moved
 
 
@@ -24,6 +37,12 @@ class Edit(EditHook):
 
     verb: ClassVar[str] = "edit"
     bare: ClassVar[tuple[str, ...]] = ("fn",)
+    takes_step: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if not callable(self.fn):
+            raise BadHook(f"edit needs a function of the values, and was given {type(self.fn).__name__}")
+        _positional(self.fn)
 
     @property
     def together(self) -> bool:
@@ -48,7 +67,14 @@ def _positional(fn: Callable[..., Any]) -> int:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):  # functions written in C say nothing of theirs
         return 1
-    needed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in by_place if p.default is p.empty]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if len(needed) > 2 or (not by_place and not takes_any) or by_name:
+        takes = ", ".join([*(p.name for p in needed), *(f"{name}=" for name in by_name)]) or "nothing"
+        name = getattr(fn, "__name__", "the function")
+        raise BadHook(f"edit calls its function as fn(values) or fn(values, here), and {name} needs {takes}")
     return len(needed)
 
 
@@ -67,8 +93,6 @@ def edit(
     >>> print(edit("mlp_out.3", torch.relu, pos=-1))
     edit(mlp_out.3, relu, pos=-1)
     """
-    if not callable(fn):
-        raise BadHook(f"edit needs a function of the values, and was given {type(fn).__name__}")
     sites = as_sites(site)
     return Edit(sites, inner(pos, rows, step, sites), fn)
 
@@ -82,6 +106,11 @@ class Steer(EditHook):
 
     verb: ClassVar[str] = "steer"
     bare: ClassVar[tuple[str, ...]] = ("vector",)
+
+    def check(self) -> None:
+        not_square(self.sites, "steer adds a vector to")
+        check_constant(self.vector, "the vector")
+        put(self, "scale", number(self.scale, "scale"))
 
     def change(self, binding: Binding) -> Change:
         check_shape(self.vector, binding, "the vector")
@@ -112,6 +141,9 @@ class Scale(EditHook):
     verb: ClassVar[str] = "scale"
     bare: ClassVar[tuple[str, ...]] = ("factor",)
 
+    def check(self) -> None:
+        put(self, "factor", number(self.factor, "factor"))
+
     def change(self, binding: Binding) -> Change:
         return lambda values, here: values * self.factor
 
@@ -135,6 +167,18 @@ class ProjectOut(EditHook):
 
     verb: ClassVar[str] = "project_out"
     bare: ClassVar[tuple[str, ...]] = ("direction",)
+
+    def check(self) -> None:
+        not_square(self.sites, "project_out takes a direction out of")
+        check_constant(self.direction, "the direction")
+        tensor = self.direction.tensor
+        if tensor.ndim not in (1, 2) or not tensor.numel():
+            raise BadHook(f"the direction has shape {list(tensor.shape)}: give [d_model], or [k, d_model] for several")
+        if tensor.ndim == 2 and len(tensor) > tensor.shape[1]:
+            raise BadHook(
+                f"{len(tensor)} directions of {tensor.shape[1]} numbers cannot be independent: give at most "
+                f"{tensor.shape[1]}, [k, d_model]"
+            )
 
     def change(self, binding: Binding) -> Change:
         width = self.direction.tensor.shape[-1]
@@ -167,10 +211,7 @@ def project_out(site: SitesLike, direction: Any, *, pos: PosLike = None, rows: C
     project_out(resid_post.6, tensor[576])
     """
     sites = not_square(as_sites(site), "project_out takes a direction out of")
-    kept = constant(direction, "the direction")
-    if kept.tensor.ndim not in (1, 2) or not kept.tensor.numel():
-        raise BadHook(f"the direction has shape {list(kept.tensor.shape)}: give [d_model], or [k, d_model] for several")
-    return ProjectOut(sites, inner(pos, rows, None, sites), kept)
+    return ProjectOut(sites, inner(pos, rows, None, sites), constant(direction, "the direction"))
 
 
 @dataclass(frozen=True)
@@ -178,6 +219,11 @@ class SkipBlock(EditHook):
     """Let a block give out what it was given. Made by `skip_block`."""
 
     verb: ClassVar[str] = "skip_block"
+
+    def check(self) -> None:
+        for site in self.sites:
+            if not isinstance(site, Site) or site.name != "resid_post" or site.layer is None:
+                raise BadHook(f"skip_block skips whole blocks, and {site} is none: name the blocks, skip_block([7, 8])")
 
     @property
     def reads_input(self) -> bool:
@@ -200,6 +246,6 @@ def skip_block(layer: int | Iterable[int], *, pos: PosLike = None, rows: CountLi
     >>> print(skip_block(7))
     skip_block(resid_post.7)
     """
-    layers = [layer] if isinstance(layer, int) else list(layer)
+    layers = whole_numbers(layer, "layer", least=0, meaning="the blocks, counted from 0,")
     sites = as_sites([Site("resid_post", number) for number in layers])
     return SkipBlock(sites, inner(pos, rows, None, sites))

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import token, tokens
 from ..errors import BadEdit, BadHook
 from ..model import LM
 from ..positions import CountLike, PosLike, Where, as_count, as_pos
 from ..sites import LOGITS, AnySite, ModuleSite, Sites, as_sites
 from ..vocabulary import Token
-from .base import EVERY_STEP, Binding, Change, EditHook, Here
-from .conditions import Condition, When, holds
+from .base import EVERY_STEP, Binding, Change, EditHook, Here, put
+from .conditions import Condition, When, checked_when, holds
 from .phrases import Phrase
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
@@ -32,6 +33,37 @@ class LogitEdit(EditHook):
     when: When | None = field(default=None, kw_only=True)
 
     names: ClassVar[tuple[str, ...]] = ()  # the fields that name tokens
+    phrases: ClassVar[bool] = False  # whether they may be phrases
+    takes_step: ClassVar[bool] = True
+
+    def check_sites(self) -> None:
+        for site in self.sites:
+            if not isinstance(site, ModuleSite) and site.name not in LOGITS:
+                raise BadHook(
+                    f"an edit of logits cannot act at {site}, which holds no logits: it acts at 'logits', at 'lm_head' "
+                    "(before a soft-cap), or at the module that makes the logits, hk.module(path)"
+                )
+
+    def check(self) -> None:
+        if self.where.pos is None and self.where.step is None:
+            put(self, "where", Where(None, self.where.rows, EVERY_STEP))
+        checked_when(self.when)
+        for name in self.names:
+            put(self, name, self._tokens(getattr(self, name)))
+
+    def _tokens(self, value: object) -> object:
+        """The token or tokens of a field, each read; ids as whole numbers."""
+        named = tokens(value, self.verb, also=(Phrase,))
+        if not named:
+            raise BadHook(f"{self.verb}() names no token: give at least one, as text or id")
+        for one in named:
+            if isinstance(one, Phrase) and not self.phrases:
+                raise BadHook(f"{one!r} is several tokens, and one is meant: phrases are for force and ban")
+        if isinstance(value, tuple):
+            return named
+        if isinstance(value, Phrase):
+            return value
+        return token(value, self.verb)
 
     @property
     def together(self) -> bool:
@@ -39,9 +71,12 @@ class LogitEdit(EditHook):
 
     def named(self, lm: LM) -> list[int]:
         """The tokens that the hook names, in its order."""
-        given = [getattr(self, name) for name in self.names]
-        tokens = [each for value in given for each in (value if isinstance(value, tuple) else (value,))]
-        return [i for token in tokens for i in (token.ids(lm) if isinstance(token, Phrase) else [lm.token(token)])]
+        ids: list[int] = []
+        for name in self.names:
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                ids += one.ids(lm) if isinstance(one, Phrase) else [lm.token(one)]
+        return ids
 
     def change(self, binding: Binding) -> Change:
         apply = self.edit(binding)
@@ -63,14 +98,6 @@ class LogitEdit(EditHook):
 def at_logits(site: str | AnySite, pos: PosLike, rows: CountLike, step: CountLike) -> tuple[Sites, Where]:
     """The sites and the steps of a hook on logits; `BadHook` at a site without logits."""
     sites = as_sites(site)
-    for each in sites:
-        if not isinstance(each, ModuleSite) and each.name not in LOGITS:
-            raise BadHook(
-                f"an edit of logits cannot act at {each}, which holds no logits: it acts at 'logits', at 'lm_head' "
-                "(before a soft-cap), or at the module that makes the logits, hk.module(path)"
-            )
-    if pos is not None and step is not None:
-        raise BadHook(f"pos={pos!r} and step={step!r} were both given: say one of them")
     if pos is None and step is None:
         return sites, Where(None, as_count(rows, "row", negative=False), EVERY_STEP)
     return sites, Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
@@ -79,22 +106,19 @@ def at_logits(site: str | AnySite, pos: PosLike, rows: CountLike, step: CountLik
 Named = TypeVar("Named", bound=Token | Phrase)
 
 
-def several(tokens: Iterable[Named | Iterable[Named]], verb: str) -> tuple[Named, ...]:
+def several(named: Iterable[Named | Iterable[Named]], verb: str) -> tuple[Named, ...]:
     """Tokens that were named one by one or in lists, as one list."""
     flat: list[Named] = []
-    for token in tokens:
-        flat += [token] if isinstance(token, str | int | Phrase) else token  # pyright: ignore
+    for one_or_more in named:
+        flat += tokens(one_or_more, verb, also=(Phrase,))
     if not flat:
         raise BadHook(f"{verb}() names no token: give at least one, as text or id")
     return tuple(flat)
 
 
-def ids_of(binding: Binding, *tokens: Token) -> list[int]:
+def ids_of(binding: Binding, *named: Token) -> list[int]:
     """The ids of tokens in the model's vocabulary."""
-    for token in tokens:
-        if isinstance(token, Phrase):
-            raise BadHook(f"{token!r} is several tokens, and one is meant: phrases are for force and ban")
-    return [binding.lm.token(token) for token in tokens]
+    return [binding.lm.token(one) for one in named]
 
 
 def check_inside(logits: Logits, here: Here, *tokens: int) -> None:

@@ -5,10 +5,13 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import BadHook, checks_keywords
+from ..arguments import checks_keywords, described, flag, text_of
+from ..errors import BadHook
 from ..positions import CountLike, PosLike
-from ..sites import SitesLike, as_sites
-from .base import Hook, inner
+from ..sites import Site, Sites, SitesLike, as_sites
+from .base import Hook, inner, put
+
+WHOLE_NUMBERS = frozenset({"experts"})  # the sites whose values are whole numbers
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,43 @@ class Capture(Hook):
     device: str | None = None
 
     verb: ClassVar[str] = "capture"
+    takes_step: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.name is not None:
+            text_of(self.name, "name", meaning="a name that tells two captures of one site apart", error=BadHook)
+        put(self, "grad", flag(self.grad, "grad", error=BadHook))
+        if self.grad and (self.dtype is not None or self.device is not None):
+            raise BadHook("capture(grad=True) keeps the very tensor of the computation: leave dtype and device out")
+        if self.dtype is not None:
+            put(self, "dtype", dtype_name(self.dtype, self.sites))
+        if self.device is not None:
+            put(self, "device", device_name(self.device))
+
+
+def dtype_name(dtype: object, sites: Sites) -> str:
+    """The name of a dtype in which the values of these sites can be kept, or `BadHook`."""
+    name = str(dtype).removeprefix("torch.")
+    kind = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype | str) or not isinstance(kind, torch.dtype):
+        raise BadHook(f"dtype={described(dtype)} is no dtype of torch: say torch.float16, or 'float16'")
+    holds_real_numbers = all(isinstance(site, Site) and site.name not in WHOLE_NUMBERS for site in sites)
+    if kind.is_complex or (holds_real_numbers and not kind.is_floating_point):
+        raise BadHook(
+            f"dtype={name!r} cannot hold the real numbers at {sites[0]}: say a floating dtype, such as 'float16'"
+        )
+    return name
+
+
+def device_name(device: object) -> str:
+    """The name of a device that can hold captured values, or `BadHook`."""
+    try:
+        kind = torch.device(str(device))
+    except RuntimeError as error:
+        raise BadHook(f"device={described(device)} is no device of torch: say 'cpu' or 'cuda:0'") from error
+    if kind.type == "meta":
+        raise BadHook("device='meta' holds no numbers, so nothing would be kept: say 'cpu' or 'cuda:0'")
+    return str(kind)
 
 
 @checks_keywords
@@ -46,11 +86,6 @@ def capture(
     capture(resid_post.6, pos=-1)
     """
     chosen = as_sites(sites)
-    if grad and (dtype is not None or device is not None):
-        raise BadHook("capture(grad=True) keeps the very tensor of the computation: leave dtype and device out")
-    kind = str(dtype).removeprefix("torch.") if dtype is not None else None
-    if kind is not None and not isinstance(getattr(torch, kind, None), torch.dtype):
-        raise BadHook(f"dtype={dtype!r} is no dtype of torch: say torch.float16, or 'float16'")
-    return Capture(
-        chosen, inner(pos, rows, step, chosen), name, grad, kind, str(device) if device is not None else None
-    )
+    kept_as = None if dtype is None else str(dtype)
+    kept_on = None if device is None else str(device)
+    return Capture(chosen, inner(pos, rows, step, chosen), name, grad, kept_as, kept_on)

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BadEdit, BadHook, OutOfRange, checks_keywords
+from ..arguments import as_whole, checks_keywords, described
+from ..errors import BadEdit, BadHook, OutOfRange
 from ..positions import CountLike, PosLike
 from ..sites import AnySite
 from ..vocabulary import Token
-from .base import Binding, Change, Here, number
-from .conditions import When, checked_when
+from .base import Binding, Change, Here, number, put
+from .conditions import When
 from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
 
 
@@ -32,10 +33,21 @@ class Boost(LogitEdit):
     bare: ClassVar[tuple[str, ...]] = ("tokens",)
     names: ClassVar[tuple[str, ...]] = ("tokens",)
 
+    def check(self) -> None:
+        super().check()
+        if not isinstance(self.by, tuple):
+            put(self, "by", number(self.by, "by"))
+            return
+        if len(self.by) != len(self.tokens):
+            raise BadHook(f"boost has {len(self.by)} amounts for {len(self.tokens)} tokens: give one for each")
+        amounts = zip(self.tokens, self.by, strict=True)
+        put(self, "by", tuple(number(amount, f"by[{token!r}]") for token, amount in amounts))
+
     def __str__(self) -> str:
         if not isinstance(self.by, tuple):
             return super().__str__()
-        rest = str(replace(self, tokens=(), by=0.0))
+        first = repr(self.tokens[0])
+        rest = str(replace(self, tokens=self.tokens[:1], by=0.0)).replace(f"{first}, ", "", 1)
         return rest.replace("by=0.0", f"by={dict(zip(self.tokens, self.by, strict=True))}", 1)
 
     def edit(self, binding: Binding) -> Change:
@@ -72,12 +84,12 @@ def boost(
     if isinstance(by, str | PathLike):
         by = _amounts(by)
     if not isinstance(by, Mapping):
-        chosen, amounts = several(tokens, "boost"), number(by, "by")
+        chosen, amounts = several(tokens, "boost"), by
     elif tokens:
         raise BadHook(f"by= names its tokens itself: leave out {', '.join(map(repr, tokens))}")
     else:
-        chosen, amounts = several([by], "boost"), tuple(number(each, f"by[{key!r}]") for key, each in by.items())
-    return Boost(*at_logits(site, pos, rows, step), chosen, amounts, when=checked_when(when))
+        chosen, amounts = several([list(by)], "boost"), tuple(by.values())
+    return Boost(*at_logits(site, pos, rows, step), chosen, amounts, when=when)
 
 
 def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
@@ -121,6 +133,17 @@ class Cap(LogitEdit):
     verb: ClassVar[str] = "cap"
     bare: ClassVar[tuple[str, ...]] = ("tokens",)
     names: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def check(self) -> None:
+        super().check()
+        if (self.logit is None) == (self.prob is None):
+            raise BadHook("cap() needs one limit: logit= or prob=")
+        if self.logit is not None:
+            put(self, "logit", number(self.logit, "logit"))
+            return
+        if not 0 < number(self.prob, "prob") < 1:
+            raise BadHook(f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the tokens")
+        put(self, "prob", number(self.prob, "prob"))
 
     def edit(self, binding: Binding) -> Change:
         tokens = ids_of(binding, *self.tokens)
@@ -168,12 +191,7 @@ def cap(
     >>> print(cap(" coffee", prob=0.1))
     cap(' coffee', prob=0.1)
     """
-    if (logit is None) == (prob is None):
-        raise BadHook("cap() needs one limit: logit= or prob=")
-    if prob is not None and not 0 < number(prob, "prob") < 1:
-        raise BadHook(f"prob={prob!r} is no limit: give a probability between 0 and 1, or ban the tokens")
-    logit = None if logit is None else number(logit, "logit")
-    return Cap(*at_logits(site, pos, rows, step), several(tokens, "cap"), logit, prob, when=checked_when(when))
+    return Cap(*at_logits(site, pos, rows, step), several(tokens, "cap"), logit, prob, when=when)
 
 
 @dataclass(frozen=True)
@@ -186,6 +204,11 @@ class Swap(LogitEdit):
     verb: ClassVar[str] = "swap"
     bare: ClassVar[tuple[str, ...]] = ("a", "b")
     names: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def check(self) -> None:
+        super().check()
+        if self.a == self.b:
+            raise BadHook(f"{self} names one token twice: there is nothing to swap")
 
     def edit(self, binding: Binding) -> Change:
         a, b = ids_of(binding, self.a, self.b)
@@ -217,7 +240,7 @@ def swap(
     >>> print(swap(" coffee", " tea"))
     swap(' coffee', ' tea')
     """
-    return Swap(*at_logits(site, pos, rows, step), a, b, when=checked_when(when))
+    return Swap(*at_logits(site, pos, rows, step), a, b, when=when)
 
 
 @dataclass(frozen=True)
@@ -230,6 +253,13 @@ class SetRank(LogitEdit):
     verb: ClassVar[str] = "set_rank"
     bare: ClassVar[tuple[str, ...]] = ("token", "rank")
     names: ClassVar[tuple[str, ...]] = ("token",)
+
+    def check(self) -> None:
+        super().check()
+        rank = as_whole(self.rank)
+        if rank is None or rank < 1:
+            raise OutOfRange(f"rank={described(self.rank)}: ranks are whole numbers from 1, the most likely token")
+        put(self, "rank", rank)
 
     def edit(self, binding: Binding) -> Change:
         (token,) = ids_of(binding, self.token)
@@ -287,6 +317,4 @@ def set_rank(
     >>> print(set_rank(" coffee", 3))
     set_rank(' coffee', 3)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise OutOfRange(f"rank={rank!r}: ranks are whole numbers from 1, the most likely token")
-    return SetRank(*at_logits(site, pos, rows, step), token, rank, when=checked_when(when))
+    return SetRank(*at_logits(site, pos, rows, step), token, rank, when=when)

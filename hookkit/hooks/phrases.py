@@ -8,21 +8,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import tokens
 from ..calls import Text
 from ..errors import BadHook, NotOneToken, Unsupported
 from ..model import LM
 from ..vocabulary import Token
 from .base import Here
-from .codec import storable
 from .conditions import Holds
 
 
-@storable
 @dataclass(frozen=True)
 class Phrase:
     """Tokens in a row, as a text or as ids. Made by `phrase`."""
 
     words: str | tuple[Token, ...]
+
+    def __post_init__(self) -> None:
+        words = str(self.words) if isinstance(self.words, str) else tokens(self.words, "phrase")
+        if not words:
+            raise BadHook("phrase() has no token: give a text, or tokens")
+        object.__setattr__(self, "words", words)
 
     def __repr__(self) -> str:
         return f"phrase({(self.words if isinstance(self.words, str) else list(self.words))!r})"
@@ -44,9 +49,7 @@ def phrase(words: str | Sequence[Token]) -> Phrase:
     >>> phrase(" a cup of tea")
     phrase(' a cup of tea')
     """
-    if not words:
-        raise BadHook("phrase() has no token: give a text, or tokens")
-    return Phrase(words if isinstance(words, str) else tuple(words))
+    return Phrase(words)  # pyright: ignore[reportArgumentType]
 
 
 class Begun:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import torch
 from torch import Tensor
 
+from ..arguments import checks_keywords, choice, described, prompt_rows, seed_of, whole_numbers
 from ..captured import Captured
-from ..errors import BadHook, NotCaptured, OutOfRange, checks_keywords
-from ..positions import PROMPT, CountLike, PosLike, Span, Where, as_count
+from ..errors import BadHook, BadPrompt, NotCaptured, OutOfRange
+from ..positions import PROMPT, CountLike, PosLike, Where
 from ..sites import AnySite, Sites, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, constant, inner, not_square
-from .codec import storable
+from .base import Binding, Change, Constant, EditHook, Here, check_constant, constant, inner, not_square, put
 from .fitting import check_shape, fitting
 from .stand_ins import Per, from_run, mean, resample
 
@@ -35,29 +35,34 @@ class HasMeans(Protocol):
     def sites(self) -> Sites: ...
 
 
-@storable
 @dataclass(frozen=True)
 class Means:
     """A tensor for each of the hook's sites: `tensors[i]` for site i."""
 
     tensors: tuple[Constant, ...]
 
+    def __post_init__(self) -> None:
+        for tensor in _several(self.tensors, "means"):
+            check_constant(tensor, "a mean")
+
     def __repr__(self) -> str:
         return "means"
 
 
-@storable
 @dataclass(frozen=True)
 class FromRun:
     """The values that a run had, each site's own: `sources[i]` for the hook's site i."""
 
     sources: tuple[Captured, ...]
 
+    def __post_init__(self) -> None:
+        for source in _several(self.sources, "the values of a run"):
+            _check_captured(source)
+
     def __repr__(self) -> str:
         return "run"
 
 
-@storable
 @dataclass(frozen=True)
 class Reference:
     """Values of other prompts: captured already (`sources`), or to be computed from `prompts` before the forward."""
@@ -68,10 +73,54 @@ class Reference:
     sources: tuple[Captured, ...] = ()
     prompts: tuple[tuple[int, ...] | str, ...] = ()
 
+    def __post_init__(self) -> None:
+        choice(self.how, "to", ("mean", "resample"))
+        choice(self.per, "per", ("position", "all"))
+        put(self, "seed", seed_of(self.seed))
+        if self.how == "mean" and self.seed:
+            raise BadHook("seed= draws for to='resample', and to='mean' draws nothing: leave seed out")
+        if bool(self.sources) == bool(self.prompts):
+            raise BadHook(f"to={self.how!r} needs a reference: say over=run, or over=[prompts]")
+        if self.prompts:
+            put(self, "prompts", _reference_prompts(self.prompts))
+            return
+        for source in _several(self.sources, "a reference"):
+            _check_captured(source)
+
     def __repr__(self) -> str:
         count = len(self.prompts) or len(self.sources[0].rows)
         draws = f", seed={self.seed}" if self.how == "resample" else ""
         return f"{self.how!r}, over={count} prompts, per={self.per!r}{draws}"
+
+
+def _several(values: object, word: str) -> tuple[Any, ...]:
+    if not isinstance(values, tuple) or not values:
+        raise BadHook(f"{word}: {described(values)} is no tuple of at least one")
+    return values
+
+
+def _reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
+    try:
+        return tuple(prompt_rows(over))
+    except BadPrompt as error:
+        raise BadHook(f"over={described(over)} has no prompt to take a reference from: {error}") from error
+
+
+def _check_captured(source: object) -> None:
+    """Raises `BadHook` where values of a run do not have the rows and positions that they name."""
+    if not isinstance(source, Captured):
+        raise BadHook(f"a hook holds {described(source)} where values of a run are meant")
+    if not isinstance(source.values, Tensor) or source.values.ndim < 1 or not isinstance(source.prompts, tuple):
+        raise BadHook(f"the values of a run at {source.site} are {described(source.values)}, and no tensor of rows")
+    if source.positions is None:
+        return
+    shape = source.values.shape[:2]
+    fits = isinstance(source.positions, Tensor) and source.positions.shape == shape
+    if not fits or len(source.rows) != shape[0] or len(source.prompts) < shape[0]:
+        raise BadHook(
+            f"the values of a run at {source.site} have shape {list(source.values.shape)}, and positions, rows or "
+            "prompts of another number: capture them again"
+        )
 
 
 Source: TypeAlias = Literal["zero"] | Constant | Means | FromRun | Reference
@@ -85,6 +134,26 @@ class Ablate(EditHook):
     units: tuple[int, ...] | None = None
 
     verb: ClassVar[str] = "ablate"
+    takes_step: ClassVar[bool] = True  # the step at which a run captured what is put in
+
+    def check(self) -> None:
+        if self.where.step is not None and not isinstance(self.to, FromRun):
+            raise BadHook(f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead")
+        if isinstance(self.to, str):
+            choice(self.to, "to", ("zero",))
+        elif isinstance(self.to, Means | FromRun):
+            count = len(self.to.tensors if isinstance(self.to, Means) else self.to.sources)
+            if count != len(self.sites):
+                raise BadHook(f"{self.verb} has values for {count} sites, and acts at {len(self.sites)}: give as many")
+        elif not isinstance(self.to, Constant | Reference):
+            raise BadHook(
+                f"to={described(self.to)} is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run"
+            )
+        if isinstance(self.to, Constant | Reference | Means):
+            what = "to=tensor" if isinstance(self.to, Constant) else "to='mean' or 'resample'"
+            not_square(self.sites, f"{what} puts in")
+        if self.units is not None:
+            put(self, "units", _units(self.units, self.sites))
 
     def change(self, binding: Binding) -> Change:
         replaced = self._replaced(binding)
@@ -123,6 +192,11 @@ class Patch(Ablate):
     verb: ClassVar[str] = "patch"
     bare: ClassVar[tuple[str, ...]] = ("to",)
 
+    def check(self) -> None:
+        if not isinstance(self.to, FromRun):
+            raise BadHook(f"patch puts in the values of a run, and to={described(self.to)}: for others use ablate")
+        super().check()
+
 
 @checks_keywords
 def ablate(
@@ -130,8 +204,8 @@ def ablate(
     *,
     to: Any = "zero",
     over: Any = None,
-    per: Per = "position",
-    seed: int = 0,
+    per: Per | None = None,
+    seed: int | None = None,
     units: CountLike = None,
     pos: PosLike = None,
     rows: CountLike = None,
@@ -146,9 +220,9 @@ def ablate(
     to=statistics   each site's own mean over the texts that `hk.statistics` was given
     to=run          what that run had there (as `patch`)
 
-    For mean and resample, per="position" takes the reference's values at the same position, per="all" those of all its
-    positions (mind that a model's first position is often an outlier). `units` are the numbers of the last axis that
-    are replaced, such as neurons of mlp_post; all of them where it is left out.
+    For mean and resample, per="position", the default, takes the reference's values at the same position, per="all"
+    those of all its positions (mind that a model's first position is often an outlier). `units` are the numbers of the
+    last axis that are replaced, such as neurons of mlp_post; all of them where it is left out.
 
     >>> print(ablate("z.9.3"), ablate("mlp_post.12", units=[7, 1001]), sep="; ")
     ablate(z.9.3); ablate(mlp_post.12, units=(7, 1001))
@@ -157,12 +231,15 @@ def ablate(
     return made if units is None else replace(made, units=_units(units, made.sites))
 
 
-def _ablate(chosen: Sites, to: Any, over: Any, per: Per, seed: int, where: Where) -> Ablate:
+def _ablate(chosen: Sites, to: Any, over: Any, per: Per | None, seed: int | None, where: Where) -> Ablate:
+    if seed is not None and not (isinstance(to, str) and to == "resample"):
+        raise BadHook(f"seed= draws for to='resample', and to={described(to)} draws nothing: leave seed out")
     if isinstance(to, str) and to in ("mean", "resample"):
-        chosen, source = _reference(not_square(chosen, f"to={to!r} puts in"), to, over, per, seed)
+        chosen, source = _reference(not_square(chosen, f"to={to!r} puts in"), to, over, per or "position", seed or 0)
         return Ablate(chosen, where, source)
-    if over is not None:
-        raise BadHook(f"over= goes with to='mean' or to='resample', and to={to!r} was given")
+    for name, value in (("over", over), ("per", per)):
+        if value is not None:
+            raise BadHook(f"{name}= goes with to='mean' or to='resample', and to={described(to)} was given")
     if isinstance(to, HasCaptures):
         return _patched(Ablate, chosen, to, where)
     if isinstance(to, HasMeans):
@@ -177,11 +254,7 @@ def _ablate(chosen: Sites, to: Any, over: Any, per: Per, seed: int, where: Where
 
 def _units(units: CountLike, sites: Sites) -> tuple[int, ...]:
     not_square(sites, "units= chooses")
-    counted = as_count(units, "unit", negative=False)
-    if isinstance(counted, Span):
-        raise BadHook("units= takes numbers: one, or a list of them")
-    assert counted is not None
-    return (counted,) if isinstance(counted, int) else counted
+    return tuple(whole_numbers(units, "units", least=0, meaning="numbers of the last axis, counted from 0,"))
 
 
 def _check_units(units: tuple[int, ...], binding: Binding) -> None:
@@ -243,15 +316,11 @@ def _spread(site: AnySite, source: HasCaptures | HasMeans) -> list[AnySite]:
 def _reference(sites: Sites, how: Any, over: Any, per: Per, seed: int) -> tuple[Sites, Reference]:
     if over is None:
         raise BadHook(f"to={how!r} needs a reference: say over=run, or over=[prompts]")
-    if per not in ("position", "all"):
-        raise BadHook(f"per={per!r} is unknown: say 'position' or 'all'")
+    choice(per, "per", ("position", "all"))
     if isinstance(over, HasCaptures):
         found = _captures(sites, over)
         return Sites(tuple(capture.site for capture in found)), Reference(how, per, seed, found)
-    prompts = [over] if isinstance(over, str) else list(over)
-    if not prompts:
-        raise BadHook("over=[] has no prompt to take a reference from")
-    return sites, Reference(how, per, seed, (), tuple(p if isinstance(p, str) else tuple(map(int, p)) for p in prompts))
+    return sites, Reference(how, per, seed, (), _reference_prompts(over))
 
 
 def _of_site(sources: Sequence[Captured], site: AnySite) -> Captured:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..errors import HookkitError, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import HookkitError
 from ..model import LM
 from . import editing, looking, reading
 from .law import Finding, Law
@@ -14,7 +15,7 @@ LAWS = [each for part in (looking, editing, reading) for each in vars(part).valu
 UNTRIED = "this law ended in an error, and was not tried here to its end"
 
 
-@checks_keywords
+@checks_arguments
 def prove(
     lm: LM, *, prompts: "list[list[int]] | list[str] | None" = None, layers: Iterable[int] | None = None
 ) -> pd.DataFrame:

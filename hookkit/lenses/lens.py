@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..captured import Captured
-from ..errors import BadHook, OutOfRange, Unsupported, checks_keywords
+from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM, Token
@@ -30,7 +31,7 @@ class Translator(Protocol):
     def translated(self, site: Site, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d_model"]: ...
 
 
-@checks_keywords
+@checks_arguments
 def logit_lens(
     lm: LM,
     prompts: Prompts,

@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from ..errors import BadPrompt, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadPrompt
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..hooks.replacing import ablate
@@ -16,7 +17,7 @@ from ..tables import ranks
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"  # the prompt of the paper's next-token reading, patched at "?"
 
 
-@checks_keywords
+@checks_arguments
 def patchscope(
     lm: LM,
     prompt: Prompts,

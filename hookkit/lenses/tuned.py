@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..about import about_model, weights_hash
-from ..errors import BadHook, BadPrompt, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, BadPrompt
 from ..hooks.looking import capture
 from ..model import LM
 from ..prompts import Prompts, as_batch
@@ -90,7 +91,7 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
     return TunedLens(change, offset, history, about)
 
 
-@checks_keywords
+@checks_arguments
 def train_lens(
     lm: LM,
     texts: Prompts,

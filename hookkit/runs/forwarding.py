@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..captured import Captured
-from ..errors import BadPrompt, EmptySelection, checks_keywords
+from ..errors import BadPrompt, EmptySelection
 from ..hooks.base import Hook
 from ..hooks.looking import Capture
 from ..manager import HookManager, Stop
@@ -21,7 +22,7 @@ from .asking import Logits, refuse_two_texts, wanted_logits
 from .run import Run
 
 
-@checks_keywords
+@checks_arguments
 def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> Run:
     """Run the model once over the prompts with these hooks.
 

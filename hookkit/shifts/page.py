@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 
 from ..about import about_model, git_commit
-from ..errors import BadHook, OutOfRange, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, OutOfRange
 from ..hooks.base import Hook
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch
@@ -27,7 +28,7 @@ MOVED = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
 DISTANCES = ["kl", "entropy_delta", "top1_changed"]
 
 
-@checks_keywords
+@checks_arguments
 def shift_report(
     lm: LM,
     prompts: Prompts,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadFile, BadHook, NotOneToken, checks_keywords, did_you_mean
+from ..arguments import checks_arguments
+from ..errors import BadFile, BadHook, NotOneToken, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.choosing import ban, force, restrict
 from ..hooks.cutting import knockout
@@ -21,7 +22,7 @@ from ..vectors import Vector, load_vector
 from .words import Spelling, amount_of, parts_of, sites_of, split, token_of, tokens_of
 
 
-@checks_keywords
+@checks_arguments
 def hook(text: str, *, lm: LM | None = None) -> Hook:
     """The hook that a short text VERB:WHAT@WHERE means, or that `Hook.to_json` wrote; `spell` is the way back.
 
@@ -47,7 +48,7 @@ def hook(text: str, *, lm: LM | None = None) -> Hook:
     return READ[spelled.verb](spelled, lm)
 
 
-@checks_keywords
+@checks_arguments
 def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Hook]:
     """The hooks of a YAML or JSON file: a list of short texts, and of mappings as `Hook.to_json` writes them.
 

@@ -96,7 +96,7 @@ def _settings(hook: Hook) -> dict[str, Any]:
             "to": hook.to.how,
             "over": list(hook.to.prompts),
             "per": hook.to.per,
-            "seed": hook.to.seed,
+            **({"seed": hook.to.seed} if hook.to.how == "resample" else {}),
             **_where(hook),
         }
     taken = ("sites", "where", *hook.bare, *(("by",) if isinstance(hook, Boost) and _spread(hook) else ()))

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..arguments import described, seed_of
 from ..captured import Captured
 from ..errors import BadEdit, BadHook
-from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square
+from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square, put
 from ..hooks.replacing import Ablate, FromRun
 from ..model import LM
 from ..positions import Where
@@ -29,6 +30,15 @@ class Randomised(EditHook):
 
     verb: ClassVar[str] = "randomised"
     bare: ClassVar[tuple[str, ...]] = ("of",)
+    takes_step: ClassVar[bool] = True  # where the other hook does
+
+    def check(self) -> None:
+        if not isinstance(self.of, EditHook):
+            raise BadHook(f"a random control changes as much as an edit, and {described(self.of)} is none")
+        if self.sites != self.of.sites or self.where != self.of.where:
+            raise BadHook(f"{self} acts at other places than the edit that it is the control of")
+        not_square(self.sites, "control='random' needs vectors, and changes")
+        put(self, "seed", seed_of(self.seed))
 
     @property
     def together(self) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
 
-from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported
 from ..hooks.base import Hook
 from ..hooks.edits import skip_block, steer
 from ..hooks.looking import capture
@@ -33,7 +34,7 @@ Places: TypeAlias = Mapping[Any, list[tuple[Pos, CountLike]]]
 """The positions of a grid by name, each as hooks say them: where, and in which rows."""
 
 
-@checks_keywords
+@checks_arguments
 def patching(
     lm: LM,
     clean: Prompts,
@@ -90,7 +91,7 @@ def check_pairs(lm: LM, of: Prompts, to: Prompts) -> list[int]:
     return run
 
 
-@checks_keywords
+@checks_arguments
 def ablations(
     lm: LM,
     prompts: Prompts,
@@ -147,7 +148,7 @@ def _units(units: Mapping[int, Iterable[int]] | Iterable[int] | None, layers: Se
     return dict.fromkeys(layers, every)
 
 
-@checks_keywords
+@checks_arguments
 def dose(
     lm: LM,
     prompts: Prompts,

@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import BadHook, BadPrompt, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook, number
 from ..hooks.edits import steer
 from ..hooks.looking import capture
@@ -26,7 +27,7 @@ from .sweep import Settings, sweep
 TOGETHER, WIDTH = 64, 64  # rows of one forward, and tokens of a row, while embeddings are read
 
 
-@checks_keywords
+@checks_arguments
 def causal_tracing(
     lm: LM,
     prompts: Prompts,

@@ -15,8 +15,9 @@ from typing import Any, Unpack
 
 import pandas as pd
 
+from ..arguments import checks_arguments
 from ..captured import Captured, Kept, Piece, Slot
-from ..errors import BadHook, checks_keywords
+from ..errors import BadHook
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..hooks.replacing import patch
@@ -36,7 +37,7 @@ from .sweep import Settings, plan, sweep
 ORDER = ("z", "attn_out", "mlp_out")  # of what adds to the stream, within a block
 
 
-@checks_keywords
+@checks_arguments
 def path_patching(
     lm: LM,
     clean: Prompts,

@@ -9,7 +9,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from .. import intervals
-from ..errors import BadHook, EmptySelection, OutOfRange, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, EmptySelection, OutOfRange
 from ..intervals import Estimates
 
 NOT_VALUES = ("row", "prompt", "sample", "random_vectors")
@@ -18,7 +19,7 @@ Effects = Literal["ratio_of_means", "mean_of_ratios"]
 Matrix = Float[np.ndarray, "prompt sample"]
 
 
-@checks_keywords
+@checks_arguments
 def over_prompts(
     table: pd.DataFrame,
     *,

@@ -16,8 +16,9 @@ from typing import Any, TypedDict
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..arguments import checks_arguments
 from ..engines import EngineLike, Ray, as_engine
-from ..errors import BadHook, Interrupted, Unsupported, checks_keywords
+from ..errors import BadHook, Interrupted, Unsupported
 from ..hooks.base import Hook
 from ..manager import hooks_of_others
 from ..metrics import MetricLike, as_metrics, columns
@@ -54,7 +55,7 @@ class Settings(TypedDict, total=False):
     engine: EngineLike
 
 
-@checks_keywords
+@checks_arguments
 def plan(
     lm: LM,
     prompts: Prompts,
@@ -136,7 +137,7 @@ def _leave_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
                 cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
 
 
-@checks_keywords
+@checks_arguments
 def sweep(
     lm: LM,
     prompts: Prompts,

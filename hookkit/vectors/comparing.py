@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 
 from .. import intervals
-from ..errors import BadHook, EmptySelection, OutOfRange, checks_keywords, did_you_mean
+from ..arguments import checks_arguments
+from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..sweeps import over_prompts
 
 PLACES = ("vector", "site", "layer")
 DAMAGE = ("damage_kl", "damage_loss", "perplexity")
 
 
-@checks_keywords
+@checks_arguments
 def over_doses(table: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """What `dose_response` gave, over its prompts: one row for each vector, dose and control.
 
@@ -35,7 +36,7 @@ def over_doses(table: pd.DataFrame, *, confidence: float = 0.95, resamples: int 
     return means.merge(groups.agg(**others).reset_index(), on=cells)
 
 
-@checks_keywords
+@checks_arguments
 def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", toward: int = 1) -> pd.DataFrame:
     """Every vector of a `dose_response` at the dose at which it damages so much: a fair comparison, since a random
     vector of equal length often damages less.

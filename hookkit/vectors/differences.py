@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import BadHook, BadPrompt, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook, BadPrompt
 from ..model import LM
 from ..positions import PosLike
 from ..prompts import Prompts, as_batch
@@ -18,7 +19,7 @@ from .streams import BATCH, streams, typical
 from .vector import Vector, Vectors
 
 
-@checks_keywords
+@checks_arguments
 def mean_difference(
     lm: LM, positive: Prompts, negative: Prompts, sites: SitesLike, *, pos: PosLike = -1, batch: int = BATCH
 ) -> Vectors:
@@ -46,7 +47,7 @@ def mean_difference(
     )
 
 
-@checks_keywords
+@checks_arguments
 def principal_direction(
     lm: LM, positive: Prompts, negative: Prompts, sites: SitesLike, *, pos: PosLike = -1, batch: int = BATCH
 ) -> Vectors:

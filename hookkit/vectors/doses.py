@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from ..errors import BadHook, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook
 from ..hooks.base import Hook, number
 from ..metrics import MetricLike
 from ..model import LM
@@ -24,7 +25,7 @@ Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
 DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
 
 
-@checks_keywords
+@checks_arguments
 def dose_response(
     lm: LM,
     prompts: Prompts,

@@ -6,7 +6,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..errors import BadHook, checks_keywords, did_you_mean
+from ..arguments import checks_arguments
+from ..errors import BadHook, did_you_mean
 from ..figures import DASHES, INK, MUTED, drawable, finished
 from ..heatmaps import LINES, band, few
 from .comparing import DAMAGE, over_doses
@@ -18,7 +19,7 @@ UNITS = {
 }
 
 
-@checks_keywords
+@checks_arguments
 def damage_curves(
     table: pd.DataFrame,
     *,

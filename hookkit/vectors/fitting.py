@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import BadHook, checks_keywords
+from ..arguments import checks_arguments
+from ..errors import BadHook
 from ..hooks.base import number
 from ..metrics import MetricLike
 from ..model import LM
@@ -27,7 +28,7 @@ from .streams import BATCH, streams, typical
 from .vector import Vector
 
 
-@checks_keywords
+@checks_arguments
 def fit_vector(
     lm: LM,
     site: str | AnySite,

@@ -23,8 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..displaying import shown
-from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel, checks_keywords
+from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel
 from ..files import save_tensors
 from ..hooks.base import constant, number
 from ..hooks.edits import Steer, steer
@@ -96,7 +97,7 @@ class Vector:
         noise = torch.randn(self.tensor.shape, generator=generator)
         return self._made(noise / noise.norm() * self.length, f"random (seed {seed}), as long as {self.method}")
 
-    @checks_keywords
+    @checks_arguments
     def steer(
         self, *, dose: float | None = None, scale: float | None = None, pos: PosLike = None, rows: CountLike = None
     ) -> Steer:
@@ -216,7 +217,7 @@ class Vectors(Sequence[Vector]):
         return f"Vectors({self.all[0].method}; {self.sites})"
 
 
-@checks_keywords
+@checks_arguments
 def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False) -> Vector:
     """The vector that `Vector.save` wrote, checked against this model.
 
