@@ -2,6 +2,7 @@
 patching, dose; controls, means over prompts, and what a plan says."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 
@@ -175,7 +176,15 @@ def test_positions_may_have_names_and_be_each_prompts_own(llama_ids):
 
 def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):
     under = [hk.ablate("z.0.1")]
-    settings = {"under": under, "control": "random", "save": tmp_path, "progress": False, "memory": 10**8, "verify": 3}
+    settings = {
+        "under": under,
+        "control": "random",
+        "draws": 1,
+        "save": tmp_path,
+        "progress": False,
+        "memory": 10**8,
+        "verify": 3,
+    }
     table = hk.patching(llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=[-1, 3], **settings)
     assert table["control"].sum() == 4 and (tmp_path / "table.csv").exists()
     cut = [("z", 0, lambda values: values.clone().index_fill_(2, torch.arange(8, 16), 0))]
@@ -649,12 +658,14 @@ def test_a_control_is_a_second_row_of_each_cell_the_same_alone_and_in_a_batch(ll
     def cut(prompts):
         grid = {"layer": [0, 1], "pos": [-1, -2]}
         hooks = lambda layer, pos: hk.ablate(hk.Site("mlp_out", layer), pos=pos)  # noqa: E731
-        return hk.sweep(llama_ids, prompts, grid, hooks, METRIC, control="random", verify=3)
+        return hk.sweep(llama_ids, prompts, grid, hooks, METRIC, control="random", draws=3, verify=3)
 
     table = cut(CLEAN)
-    assert table["control"].tolist() == [False] * 8 + [True] * 8
-    apart = table[table["control"]]["logit_diff"].to_numpy() - table[~table["control"]]["logit_diff"].to_numpy()
-    assert (np.abs(apart) > 1e-4).all()
+    assert table["control"].tolist() == [False] * 8 + [True] * 24
+    assert table["draw"].tolist() == [0] * 8 + [0] * 8 + [1] * 8 + [2] * 8
+    values = table["logit_diff"].to_numpy().reshape(4, 8)
+    for one, other in itertools.combinations(values, 2):
+        assert (np.abs(one - other) > 1e-4).all(), "each draw is another edit"
     for row, ids in enumerate(CLEAN):
         assert cut([ids])["logit_diff"].tolist() == pytest.approx(
             table[table["row"] == row]["logit_diff"].tolist(), abs=1e-4
@@ -666,16 +677,17 @@ def test_a_random_control_of_a_block_that_is_left_out_runs_by_itself_too(llama_i
         return Randomised(hk.skip_block(layer).sites, hk.skip_block(layer).where, hk.skip_block(layer))
 
     alone = hk.sweep(llama_ids, CLEAN, {"layer": LAYERS}, kept, METRIC)
-    both = hk.ablations(llama_ids, CLEAN, "block", METRIC, control="random")
+    both = hk.ablations(llama_ids, CLEAN, "block", METRIC, control="random", draws=1)
     assert alone["logit_diff"].tolist() == pytest.approx(both[both["control"]]["logit_diff"].tolist(), abs=1e-4)
 
 
 def test_a_resampled_control_patches_from_the_next_prompt(small):
     clean, corrupted = pair(8, 8, 8)
     table = hk.patching(small, clean, corrupted, "resid_post", METRIC, layers=[1], pos=[3, -1], control="resample")
-    assert table["control"].sum() == 6
-    for pos, row, control, found in table[["pos", "row", "control", "logit_diff"]].itertuples(index=False):
-        source = clean[(row + control) % 3]
+    assert table["control"].sum() == 6 * 2 and set(table["draw"]) == {0, 1}
+    columns = ["pos", "row", "control", "draw", "logit_diff"]
+    for pos, row, control, draw, found in table[columns].itertuples(index=False):
+        source = clean[(row + control * (1 + draw)) % 3]
         edit = ("resid_post", 1, put(raw(small, source, "resid_post", 1), pos))
         assert found == pytest.approx(run(small, corrupted[row], [edit]), abs=1e-4)
 
@@ -715,6 +727,52 @@ def test_a_control_may_be_a_function_and_leave_cells_out(llama_ids):
 def test_a_control_that_means_nothing_is_refused(llama_ids, hook, control, error, words):
     with pytest.raises(error, match=words):
         hk.sweep(llama_ids, CLEAN, {"n": [0]}, lambda n: hook, METRIC, control=control)
+
+
+def test_a_control_is_drawn_ten_times_unless_told_otherwise_from_the_user_s_seed(llama_ids):
+    def cut(**settings):
+        return hk.ablations(llama_ids, CLEAN, "mlp_out", METRIC, layers=[1], control="random", **settings)
+
+    table = cut()
+    assert sorted(set(table["draw"])) == list(range(10)) and table["control"].sum() == 10 * len(CLEAN)
+    assert table[table["control"]]["logit_diff"].round(6).nunique() == 10 * len(CLEAN)
+    pd.testing.assert_frame_equal(cut(), table)
+    other = cut(control_seed=1)
+    assert other[~other["control"]].equals(table[~table["control"]])
+    assert not set(other[other["control"]]["logit_diff"].round(6)) & set(table[table["control"]]["logit_diff"].round(6))
+    means = hk.over_prompts(table)
+    assert means["n"].tolist() == [2, 2] and "draw" not in means.columns
+    each = table[table["control"]].groupby("row")["logit_diff_delta"].mean()
+    control = means[means["control"]].iloc[0]
+    assert control["logit_diff_delta"] == pytest.approx(each.mean())
+    assert control["logit_diff_delta_se"] == pytest.approx(each.std() / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"control": "random", "draws": 0}, "draws=0"),
+        ({"control": "random", "draws": True}, "draws=True"),
+        ({"draws": 3}, "draws=3.*say control='random'"),
+        ({"control_seed": 3}, "control_seed=3.*say control='random'"),
+        ({"control": lambda n: hk.ablate("z.1"), "draws": 3}, "draws=3 goes with"),
+        ({"control": lambda n: hk.ablate("z.1"), "control_seed": 3}, "control_seed=3 goes with"),
+    ],
+)
+def test_draws_without_a_control_that_is_drawn_are_refused(llama_ids, settings, words):
+    with pytest.raises(BadHook, match=words):
+        hk.sweep(llama_ids, CLEAN, {"n": [0]}, lambda n: hk.ablate("z.1"), METRIC, **settings)
+    with pytest.raises(BadHook, match="'draw'"):
+        hk.sweep(llama_ids, CLEAN, {"draw": [0]}, lambda draw: hk.ablate("z.1"), METRIC, control="random")
+
+
+def test_a_resampled_control_has_no_more_draws_than_other_prompts(small):
+    clean, corrupted = pair(8, 8, 8)
+    settings = {"layers": [1], "pos": [-1], "control": "resample"}
+    with pytest.raises(BadHook, match="a prompt has 2 others of its length"):
+        hk.patching(small, clean, corrupted, "resid_post", METRIC, **settings, draws=3)
+    with pytest.raises(BadHook, match="control_seed=1 goes with control='random'"):
+        hk.patching(small, clean, corrupted, "resid_post", METRIC, **settings, control_seed=1)
 
 
 def test_a_resampled_control_needs_several_prompts(llama_ids):
@@ -772,9 +830,9 @@ def test_means_of_a_control_and_by_columns_of_ones_choice(llama_ids):
     found = hk.over_prompts(table)
     assert list(found.columns[:3]) == ["layer", "control", "n"] and len(found) == 6
     by_row = hk.over_prompts(table, by=["row"])
-    assert by_row["n"].tolist() == [6, 6]
+    assert by_row["n"].tolist() == [3 + 30, 3 + 30]
     assert by_row["logit_diff"][0] == pytest.approx(table[table["row"] == 0]["logit_diff"].mean())
-    lists = hk.over_prompts(table.assign(layer=[[0, 1], [2]] * 6, control=[slice(0, 3), slice(3, 4)] * 6))
+    lists = hk.over_prompts(table.assign(layer=[[0, 1], [2]] * 33, control=[slice(0, 3), slice(3, 4)] * 33))
     assert lists["layer"].tolist() == [(0, 1), (2,)] and lists["n"].tolist() == [1, 1]  # rows of one prompt
     for wrong, words in ((pd.DataFrame({"a": [1]}), "give what sweep gave"), (table, "confidence=2 is no share")):
         with pytest.raises(BadHook, match=words):

@@ -348,7 +348,7 @@ def test_two_sweeps_at_once_in_one_folder_are_refused(small, tmp_path):
 def test_a_random_control_is_kept_too(small, tmp_path):
     first = ran(small, tmp_path, control="random")
     pd.testing.assert_frame_equal(ran(small, tmp_path, control="random"), first, check_exact=True)
-    assert pd.read_csv(tmp_path / "table.csv")["control"].sum() == 9
+    assert pd.read_csv(tmp_path / "table.csv")["control"].sum() == 9 * 10
 
 
 # ---- progress

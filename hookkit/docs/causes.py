@@ -27,7 +27,8 @@ A sweep does this for each place, at a fraction of the cost; the plan says which
 >>> table.nlargest(1, "logit_diff_effect")[["layer", "head"]].values.tolist()
 [[23, 3]]
 
-Means over prompts come with intervals (`hk.over_prompts`), and with a control in the same call (`control="random"`).
+Means over prompts come with intervals (`hk.over_prompts`), and with a control in the same call
+(`control="random"`), drawn ten times: one draw of a random edit says little.
 
 # An estimate for all places at once
 

@@ -33,6 +33,7 @@ class Cell:
     hooks: tuple[Hook, ...]
     taps: list[Tap]
     control: bool = False
+    draw: int = 0  # which draw of a control
     alone: str = ""  # why it has to be run by itself
 
     @property

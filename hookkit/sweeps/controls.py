@@ -1,9 +1,9 @@
 """Controls: the same cell with an edit that says nothing of the hypothesis."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..model import LM
 from ..positions import Where
 from .cells import Cell, HooksAt, References, checked, hooks_at
 from .reading import Reading
+
+DRAWS = 10  # of a control, unless the user says how many
+SEEDS = 1_000_003  # more than the draws of any control, so that two seeds share none
 
 Control: TypeAlias = Literal["random", "resample"] | HooksAt
 
@@ -80,61 +83,111 @@ class Randomised(EditHook):
         return noise.to(values.device)
 
 
-def controlled(lm: LM, cells: Sequence[Cell], control: Control, reading: Reading) -> list[Cell]:
-    """The control of each cell."""
-    made: dict[Any, Callable[[Sequence[Hook], dict[str, Any]], Sequence[Hook]]] = {
-        "random": lambda hooks, at: [_random(hook) for hook in hooks],
-        "resample": lambda hooks, at: [_resampled(hook) for hook in hooks],
-    }
-    if not callable(control) and control not in made:
+def controlled(
+    lm: LM,
+    cells: Sequence[Cell],
+    control: Control,
+    reading: Reading,
+    *,
+    draws: int | None = None,
+    seed: int | None = None,
+) -> list[Cell]:
+    """The control of each cell: once with the hooks of a function, else once for each draw."""
+    if not callable(control) and control not in ("random", "resample"):
         raise BadHook(
             f"control={control!r} is unknown: say 'random', 'resample', or give a function of the grid's values"
         )
-    references, found = References(lm), []
-    for cell in cells:
-        if callable(control):
-            hooks = hooks_at(control, cell.at)
+    if callable(control) and draws is not None:
+        raise BadHook(f"draws={draws!r} goes with control='random' or 'resample': a function gives one control")
+    if control != "random" and seed is not None:
+        raise BadHook(f"control_seed={seed!r} goes with control='random': nothing else is drawn")
+    references, made = References(lm), []
+    for draw in range(_count(cells, control, draws)):
+        for cell in cells:
+            hooks = _hooks(cell, control, draw, seed or 0)
             if hooks is None:
                 continue
-        else:
-            hooks = tuple(made[control](cell.hooks, cell.at))
-        number = len(cells) + len(found)
-        found.append(Cell(number, cell.at, hooks, checked(lm, hooks, reading, references), control=True))
-    return found
+            taps = checked(lm, hooks, reading, references)
+            made.append(Cell(len(cells) + len(made), cell.at, hooks, taps, control=True, draw=draw))
+    return made
 
 
-def _random(hook: Hook) -> Hook:
+def _hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[Hook, ...] | None:
+    """The hooks of one draw of a cell's control; None where a function leaves the cell out."""
+    if callable(control):
+        return hooks_at(control, cell.at)
+    if control == "random":
+        return tuple(_random(hook, seed * SEEDS + draw) for hook in cell.hooks)
+    return tuple(_resampled(hook, draw) for hook in cell.hooks)
+
+
+def _count(cells: Sequence[Cell], control: Control, draws: int | None) -> int:
+    """How many draws a control has."""
+    if callable(control):
+        return 1
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
+        raise BadHook(f"draws={draws!r}: give how many times a control is drawn, at least 1")
+    if control == "random":
+        return draws or DRAWS
+    most = min(_others(hook) for cell in cells for hook in cell.hooks)
+    if draws is not None and draws > most:
+        raise BadHook(
+            f"draws={draws}, and a prompt has {most} other{'s' if most > 1 else ''} of its length to patch from: "
+            "ask for no more, or give more prompts"
+        )
+    return draws or min(DRAWS, most)
+
+
+def _random(hook: Hook, seed: int) -> Hook:
     assert isinstance(hook, EditHook)
     not_square(hook.sites, "control='random' needs vectors, and changes")
-    return Randomised(hook.sites, hook.where, hook)
+    return Randomised(hook.sites, hook.where, hook, seed)
 
 
-def _resampled(hook: Hook) -> Hook:
-    """The same patch with the values of the next prompt of its source, of the same length where there is one."""
+def _sources(hook: Hook) -> tuple[Captured, ...]:
+    """What a patch puts in; raises for another hook, and where there is no other prompt."""
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
         raise BadHook(f"control='resample' patches from another prompt, and {hook} is no patch: say control='random'")
-    return replace(hook, to=FromRun(tuple(map(_rolled, hook.to.sources))))
+    for source in hook.to.sources:
+        if len(source.rows) < 2 or source.positions is None:
+            raise BadHook(
+                f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt "
+                "only: give several prompts, or say control='random'"
+            )
+    return tuple(hook.to.sources)
 
 
-def _rolled(source: Captured) -> Captured:
-    if len(source.rows) < 2 or source.positions is None:
-        raise BadHook(
-            f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt "
-            "only: give several prompts, or say control='random'"
-        )
-    others = _next_of_length([len(prompt) for prompt in source.prompts])
+def _others(hook: Hook) -> int:
+    """How many draws of other prompts a patch allows: the fewest that a prompt has of its length, or 1."""
+    counts = []
+    for source in _sources(hook):
+        lengths = [len(prompt) for prompt in source.prompts]
+        counts += [lengths.count(length) - 1 for length in lengths]
+    return max(1, min(counts))
+
+
+def _resampled(hook: Hook, draw: int) -> Hook:
+    """The same patch with the values of a later prompt of its source, of the same length where there is one."""
+    sources = _sources(hook)
+    assert isinstance(hook, Ablate)
+    return replace(hook, to=FromRun(tuple(_rolled(source, draw) for source in sources)))
+
+
+def _rolled(source: Captured, draw: int) -> Captured:
+    others = _next_of_length([len(prompt) for prompt in source.prompts], draw)
     return replace(
         source,
         values=source.values[others],
-        positions=source.positions[others],
+        positions=source.positions[others],  # pyright: ignore[reportOptionalSubscript]
         prompts=tuple(source.prompts[other] for other in others),
     )
 
 
-def _next_of_length(lengths: Sequence[int]) -> list[int]:
-    """For each prompt the next one around that has as many tokens, or the very next where none has."""
-    count, found = len(lengths), []
+def _next_of_length(lengths: Sequence[int], draw: int) -> list[int]:
+    """For each prompt the next one around that has as many tokens (the draw says which), or any where none has."""
+    count, chosen = len(lengths), []
     for row in range(count):
         around = [(row + step) % count for step in range(1, count)]
-        found.append(next((other for other in around if lengths[other] == lengths[row]), around[0]))
-    return found
+        alike = [other for other in around if lengths[other] == lengths[row]] or around
+        chosen.append(alike[draw % len(alike)])
+    return chosen

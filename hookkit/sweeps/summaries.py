@@ -13,7 +13,7 @@ from ..arguments import checks_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange
 from ..intervals import Estimates
 
-NOT_VALUES = ("row", "prompt", "sample", "random_vectors")
+NOT_VALUES = ("row", "prompt", "sample", "draw", "random_vectors")
 COMPANIONS = ("_random_sd", "_random_rest")  # of a gain: how the random vectors vary
 Effects = Literal["ratio_of_means", "mean_of_ratios"]
 Matrix = Float[np.ndarray, "prompt sample"]
@@ -50,10 +50,11 @@ def over_prompts(
     are the pairs that differ. `effects="mean_of_ratios"` gives the mean of the pairs' own effects, over those that have
     one. A table without the metric's `_target` has the mean of its numbers.
 
-    Several rows of one prompt in a cell are averaged first: draws of noise (`causal_tracing`), or layers that `by` does
-    not name. Where every prompt has the same samples, such as random vectors, the samples are a sample too: their part
-    is in the interval (two-way). A `_gain` (`at_damage`) has the interval over prompts and random vectors of what a
-    vector does beyond one more random vector; of the random ones (`control`), it is where such a vector would lie.
+    Several rows of one prompt in a cell are averaged first: draws of noise (`causal_tracing`) or of a control, or
+    layers that `by` does not name. Where every prompt has the same samples, such as random vectors, the samples are a
+    sample too: their part is in the interval (two-way). A `_gain` (`at_damage`) has the interval over prompts and
+    random vectors of what a vector does beyond one more random vector; of the random ones (`control`), it is where such
+    a vector would lie.
 
     >>> over_prompts(table).columns[:4].tolist()
     ['layer', 'n', 'prob', 'prob_se']

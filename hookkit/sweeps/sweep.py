@@ -48,6 +48,8 @@ class Settings(TypedDict, total=False):
 
     under: Hook | Sequence[Hook]
     control: Control | None
+    draws: int | None
+    control_seed: int | None
     save: str | os.PathLike[str] | None
     progress: bool | None
     memory: int | None
@@ -66,6 +68,8 @@ def plan(
     pos: int = -1,
     under: Hook | Sequence[Hook] = (),
     control: Control | None = None,
+    draws: int | None = None,
+    control_seed: int | None = None,
     memory: int | None = None,
 ) -> Plan:
     """What a sweep with the same arguments is going to do and to cost; nothing is run but a trial of a few tokens, and
@@ -82,12 +86,14 @@ def plan(
         metric.bound(lm, len(reading))  # raises before anything runs
     cells = cells_of(lm, grid, hooks, reading)
     if control is not None:
-        cells += controlled(lm, cells, control, reading)
+        cells += controlled(lm, cells, control, reading, draws=draws, seed=control_seed)
+    elif draws is not None or control_seed is not None:
+        raise BadHook(f"draws={draws!r} and control_seed={control_seed!r} are of a control: say control='random'")
     always = tuple(checked(lm, as_hooks(under), reading, References(lm)))
     actions = [action for tap in always for action in tap.actions] + [each for cell in cells for each in cell.actions]
     if any(_looks_on(action, reading) for action in actions):
         reading = reading.whole()
-    _check_names(cells[0], columns(found))
+    _check_names(cells[0], columns(found), ["draw"] if isinstance(control, str) else [])
     if reads_ahead(lm):
         raise Unsupported("this model reads ahead: what it says at a position depends on later tokens; use hk.forward")
     may = _shortcuts(lm)
@@ -105,11 +111,14 @@ def _looks_on(action: Action, reading: Reading) -> bool:
     )
 
 
-def _check_names(cell: Cell, names: Sequence[str]) -> None:
+def _check_names(cell: Cell, names: Sequence[str], more: Sequence[str]) -> None:
     """Raise where two columns of the table would have one name."""
+    for name in more:
+        if name in cell.at:
+            raise BadHook(f"the grid has a dimension {name!r}, which is a column of the control: give it another name")
     for name in names:
         own = [name, *(f"{name}_{end}" for end in ("before", "delta", "target", "effect"))]
-        twice = [each for each in (*cell.at, *TAKEN) if each in own]
+        twice = [each for each in (*cell.at, *TAKEN, *more) if each in own]
         if twice:
             raise BadHook(
                 f"the table has a column {twice[0]!r} of the grid's or its own, and the metric {name} makes one of "
@@ -149,6 +158,8 @@ def sweep(
     under: Hook | Sequence[Hook] = (),
     target: Run | Prompts | None = None,
     control: Control | None = None,
+    draws: int | None = None,
+    control_seed: int | None = None,
     save: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     memory: int | None = None,
@@ -163,8 +174,13 @@ def sweep(
     under       hooks that act in every cell, in the unedited rows that cells are compared with, and in the target's
     target      prompts, or a run as it is, by which the effect is measured: 0 where nothing changed, 1 where the metric
                 came to be what it is there
-    control     "random" or "resample": every cell a second time with an edit that should not matter; or a function of
-                the grid's values that gives the control's hooks
+    control     every cell again with edits that should not matter: "random", changes as large in random directions,
+                of its own at each position of each prompt (random vectors that are the same everywhere are in
+                `dose_response`); "resample", patches from other prompts of the same length; or a function of the
+                grid's values that gives the control's hooks
+    draws       how many times such a control is drawn, 10 unless told otherwise, or as many as there are other
+                prompts. Each is a cell that is run; one draw is no control
+    control_seed  of the random directions, 0 unless told otherwise
     save        a folder in which values are kept as they come; a sweep that was killed goes on there
     progress    True or False; left out, a bar is shown in a terminal
     memory      bytes that it may use beside the model
@@ -172,7 +188,8 @@ def sweep(
                 them has other values
     engine      "ray", or `Ray(…)`: the forwards run on actors that hold the model each; the table is the same
 
-    Columns: the grid's dimensions, row (the prompt), control where one was asked for, and for each metric its value,
+    Columns: the grid's dimensions, row (the prompt), control where one was asked for, and draw where it is drawn
+    (`over_prompts` has the control's mean over its draws, with its interval); and for each metric its value,
     `_before` (without the cell's hooks), `_delta` (after minus before), and with a target `_target` (the metric there)
     and `_effect` (NaN for a prompt whose metric is the same there; `over_prompts` has the ratio of the means). Ctrl-C
     gives the rows that are done, with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
@@ -189,7 +206,19 @@ def sweep(
     ['layer', 'row', 'prob', 'prob_before', 'prob_delta']
     """
     chosen = as_engine(engine, lm)
-    made = plan(lm, prompts, grid, hooks, metrics, pos=pos, under=under, control=control, memory=memory)
+    made = plan(
+        lm,
+        prompts,
+        grid,
+        hooks,
+        metrics,
+        pos=pos,
+        under=under,
+        control=control,
+        draws=draws,
+        control_seed=control_seed,
+        memory=memory,
+    )
     warn_of_dropout(lm)
     settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in as_hooks(under)]}
     with journal(save, made, settings) as kept:
@@ -197,7 +226,7 @@ def sweep(
         checks, complete = _run(made, kept, progress, chosen)
         if verify:
             verified(made, kept.values, verify)
-        table = _table(made, kept, aimed)
+        table = _table(made, kept, aimed, drawn=isinstance(control, str))
         table.attrs |= {"complete": complete, "plan": repr(made), "sources_not_the_models_own": checks}
         if kept.folder is not None and complete:
             _write(table, kept.folder)
@@ -223,7 +252,7 @@ def _run(made: Plan, kept: Journal, progress: bool | None, engine: Ray | None) -
     return running.checked, True
 
 
-def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None) -> pd.DataFrame:
+def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None, *, drawn: bool) -> pd.DataFrame:
     names = columns(made.metrics)
     controls = any(cell.control for cell in made.cells)
     rows: list[dict[str, Any]] = []
@@ -232,6 +261,7 @@ def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None) -
             if (cell.number, row) not in kept.values:
                 continue
             found: dict[str, Any] = {**cell.at, "row": row} | ({"control": cell.control} if controls else {})
+            found |= {"draw": cell.draw} if drawn else {}
             for place, name in enumerate(names):
                 now, was = kept.values[cell.number, row][place], kept.values[UNEDITED, row][place]
                 found |= {name: now, f"{name}_before": was, f"{name}_delta": now - was}
@@ -240,7 +270,7 @@ def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None) -
                     found[f"{name}_target"] = aimed[row][place]
                     found[f"{name}_effect"] = (now - was) / way if way else float("nan")
             rows.append(found)
-    own = ["control"] if controls else []
+    own = (["control"] if controls else []) + (["draw"] if drawn else [])
     parts = ["", "_before", "_delta"] + ([] if aimed is None else ["_target", "_effect"])
     wanted = [*made.cells[0].at, "row", *own, *(name + part for name in names for part in parts)]
     return pd.DataFrame(rows, columns=wanted)
