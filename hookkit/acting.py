@@ -10,6 +10,8 @@ from .firing import Firing
 from .forms import Form
 from .hooks.base import Here
 from .hooks.looking import Capture
+from .hooks.rounding import narrowed
+from .overflow import check_result
 from .positions import Where
 from .sites import ModuleSite
 from .taps import Action, Tap
@@ -42,6 +44,7 @@ def act(action: Action, tap: Tap, call: Call, found: Tensor, before: Tensor | No
         return (action, call.number, cells, old.shape[2:], None), found
     here = Here(action.site, action.where, cells, None if before is None else cells.gather(before))
     new = action.change(old, here)
+    check_result(action, cells, old, new)
     if new.dtype != old.dtype:
         raise BadEdit(f"{action.hook} gives {new.dtype}, and {action.site} is {old.dtype}: edit it with hk.edit")
     assert new.shape == old.shape, f"{action.hook} changed {old.shape} to {new.shape}"
@@ -93,6 +96,8 @@ def _kept(values: Tensor, capture: Capture, fresh: bool) -> Tensor:
         return values if fresh else values.clone()
     dtype = getattr(torch, capture.dtype) if capture.dtype else values.dtype
     device = torch.device(capture.device) if capture.device else values.device
+    if dtype != values.dtype and values.is_floating_point():
+        values = narrowed(values, dtype, f"what {capture} keeps")
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return values.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -127,6 +132,7 @@ def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tens
         action.pieces.append(Piece(call.number, None, _kept(found.detach(), action.hook, False)))
         return (action, call.number, None, found.shape, None), found
     new = action.change(found, Here(action.site, action.where, None))
+    check_result(action, None, found, new)
     return (action, call.number, None, found.shape, (new != found).sum()), new
 
 

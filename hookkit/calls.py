@@ -20,6 +20,14 @@ from .positions import OPEN, At, Where, Wish, chosen, wish
 Columns = range | tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Decided:
+    """A token that a hook has decided on, and the hook in words."""
+
+    token: int
+    hook: str
+
+
 @dataclass(eq=False)
 class Text:
     """Prompts on their way through the model, which may run `expand` rows of each. Lists have one entry a prompt."""
@@ -37,6 +45,7 @@ class Text:
     start: int = 0  # the first column that was seen
     seen: int = 0  # columns before this one have been seen
     head: int | None = None  # the first column for which logits were computed
+    decided: dict[tuple[int, int], Decided] = field(default_factory=dict)  # what to take at a model row and column
     _wishes: dict[Where, list[Wish | None]] = field(default_factory=dict)
 
     def wishes(self, where: Where) -> list[Wish | None]:

@@ -7,7 +7,8 @@
 `pos` is the position whose logits chose the token, as in all tables.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from .errors import NotCaptured, OutOfRange
 from .hooks.base import Hook
 from .hooks.choosing import Ban, Force, Restrict
 from .positions import CountLike, as_count, chosen
+from .ranking import shown_ranks
 from .runs import Run
 from .tracing import STAGES, Decision, Recorded, Stage
 
@@ -55,7 +57,7 @@ def candidates(record: Recorded, decision: Decision, shown: int) -> Iterator[dic
                 why.setdefault(token, []).append(reason)
         numbers = sorted(
             ({"token_id": token, **_numbers(stage, decision.model_row, ids.index(token))} for token in why),
-            key=lambda found: (found["rank"], found["token_id"]),
+            key=_order,
         )
         for found in numbers:
             token = int(found["token_id"])
@@ -65,13 +67,19 @@ def candidates(record: Recorded, decision: Decision, shown: int) -> Iterator[dic
             }  # fmt: skip
 
 
+def _order(numbers: Mapping[str, float]) -> tuple[float, float]:
+    """By rank, tokens without one last, and by id."""
+    rank = numbers["rank"]
+    return math.inf if math.isnan(rank) else rank, numbers["token_id"]
+
+
 def _numbers(stage: Stage, row: int, column: int) -> dict[str, float]:
     logit, logprob = stage.logits[row, column].item(), stage.logprobs[row, column]
     return {
         "logit": logit,
         "logprob": logprob.item(),
         "prob": logprob.exp().item(),
-        "rank": int(stage.ranks[row, column]),
+        "rank": shown_ranks(stage.ranks[row, column]).item(),
     }
 
 
@@ -102,7 +110,8 @@ def decided(record: Recorded, decision: Decision) -> dict[str, object]:
         found |= {f"{quantity}_{name}": getattr(stages[name], quantity)[row].item() for name in STAGES}
     found |= {f"perplexity_{name}": stages[name].entropy[row].exp().item() for name in STAGES}
     found["candidates"] = int(stages["processed"].candidates[row])
-    found["top1_model"] = repr(record.lm.string(int(stages["model"].top[row, 0])))
+    known = not math.isnan(stages["model"].entropy[row].item())
+    found["top1_model"] = repr(record.lm.string(int(stages["model"].top[row, 0]))) if known else None
     return found
 
 
@@ -110,10 +119,14 @@ def why(record: Recorded, decision: Decision) -> str:
     """The sentence that says why a token was chosen."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     column = ids.index(decision.token)
+    if bool(decision.record.stages["edited"].logprobs[row].isnan().any()):
+        return "no reason: the logits are NaN or infinite, so that no token has a probability"
     ranks = {name: int(decision.record.stages[name].ranks[row, column]) for name in STAGES}
     moves = list(_moves(decision, column))
     forced = _forced(record, decision, moves)
-    if forced is not None and ranks["edited"] == 1:
+    certain = isinstance(forced, Force) and (forced.decides or forced.margin == math.inf)
+    drawn = record.generation.mode != "greedy_search" and not certain
+    if forced is not None and ranks["edited"] == 1 and not drawn:
         sentence = f"forced by {forced}: rank {ranks['model']} for the model"
         return "; ".join([sentence, *_taken_out(record, decision)])
     parts = [_chosen(record, decision, column, ranks["processed"]), *_taken_out(record, decision)]

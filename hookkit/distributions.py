@@ -18,6 +18,7 @@ from .errors import EmptySelection, OutOfRange
 from .model import LM
 from .positions import CountLike, PosLike, Where, as_count, as_pos, chosen, wish
 from .prompts import cover
+from .ranking import NO_RANK
 from .runs import Run
 
 LogitVector: TypeAlias = Float[Tensor, " vocab"]
@@ -49,9 +50,15 @@ class Distribution:
         return self.real.sort().values
 
     def ranks(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """1 + the number of tokens with a strictly larger logit."""
-        larger = len(self._ascending) - torch.searchsorted(self._ascending, self.logits[ids].contiguous(), right=True)
-        return larger + 1
+        """1 + the number of tokens with a strictly larger logit; `NO_RANK` for a logit that is NaN."""
+        wanted = self.logits[ids].contiguous()
+        larger = len(self._ascending) - torch.searchsorted(self._ascending, wanted, right=True)
+        return (larger + 1).masked_fill(wanted.isnan(), NO_RANK)
+
+    @property
+    def unknown(self) -> bool:
+        """True where logits are NaN, so that no token is the most likely one."""
+        return bool(self.logits.isnan().any())
 
     def top(self, count: int | None) -> list[int]:
         """The most likely tokens; the lower id first among equals, as in greedy decoding."""
@@ -75,16 +82,20 @@ class Distribution:
 
     @cached_property
     def margin(self) -> float:
-        """The largest logit minus the second largest; infinite where every other token is banned."""
+        """The largest logit minus the second largest; infinite where every other token is banned, NaN where it is
+        not known which they are."""
         first, second = self.real.topk(2).values.tolist()
         return first - second if second != -math.inf else math.inf
 
 
 def expected(logprobs: Float[Tensor, "*place vocab"], values: Float[Tensor, "*place vocab"]) -> Float[Tensor, "*place"]:
-    """The mean of values under each distribution; a probability of 0 takes its value out, be it infinite."""
+    """The mean of values under each distribution; a probability of 0 takes its value out, be it infinite.
+
+    A probability that is NaN makes the mean NaN.
+    """
     probs = logprobs.exp()
     found = (probs * values).sum(-1)
-    return found if found.isfinite().all() else torch.where(probs > 0, probs * values, 0.0).sum(-1)
+    return found if found.isfinite().all() else torch.where(probs == 0, 0.0, probs * values).sum(-1)
 
 
 def distributions(
@@ -128,4 +139,5 @@ def divergences(was: Distribution, now: Distribution) -> dict[str, float]:
         "js": float(expected(p, p - middle) + expected(q, q - middle)) / 2,
         "tv": float((p.exp() - q.exp()).abs().sum() / 2),
     }
-    return {name: max(0.0, value) for name, value in found.items()}  # rounding can leave -1e-17
+    # rounding can leave -1e-17; max(0.0, NaN) would be 0.0
+    return {name: value if math.isnan(value) else max(0.0, value) for name, value in found.items()}

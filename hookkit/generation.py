@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .calls import Columns, Text, contiguous, masked
 from .captured import Ending
+from .deciding import Decisions, heeding
 from .errors import Unsupported
 from .lent import replaced
 
@@ -175,6 +176,7 @@ class Watch:
     """Watches a call of `generate` from inside: what each row has read, and at which column it ended."""
 
     listener: Listener | None = None
+    decisions: Decisions | None = None
     tokens: Tensor | None = None  # what every row has read, before a forward
     ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
 
@@ -195,8 +197,12 @@ class Watch:
         watch = self
 
         class Noted(StoppingCriteriaList):
+            def __init__(self, inner: Any) -> None:
+                super().__init__(inner)
+                self.inner = inner
+
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                done = super().__call__(input_ids, scores, **kwargs)
+                done = self.inner(input_ids, scores, **kwargs)  # of an inner block, which notes for itself
                 watch.note(done, input_ids.shape[1])
                 if watch.listener is not None:
                     watch.listener.drawn(input_ids[:, -1], done)
@@ -208,17 +214,13 @@ class Watch:
 
         return criteria
 
-    def processing(self, original: Any, listener: Listener) -> Any:
-        """The model's `_get_logits_processor`, telling what they make of the logits."""
-        from transformers import LogitsProcessorList
-
-        class Told(LogitsProcessorList):
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                return listener.processed(super().__call__(input_ids, scores, **kwargs))
+    def processing(self, original: Any) -> Any:
+        """The model's `_get_logits_processor`, whose rules heed decisions and tell the listener what they make of the
+        logits."""
 
         @functools.wraps(original)
         def processors(*args: Any, **kwargs: Any) -> Any:
-            return Told(original(*args, **kwargs))
+            return heeding(original(*args, **kwargs), kwargs, self.decisions, self.listener)
 
         return processors
 
@@ -230,13 +232,14 @@ class Watch:
 
 
 @contextmanager
-def watched(model: Any, listener: Listener | None = None) -> Iterator[Watch]:
-    """A block in which the model's own steps of `generate` tell a Watch, and a listener, what they do."""
-    watch = Watch(listener)
+def watched(model: Any, listener: Listener | None = None, decisions: Decisions | None = None) -> Iterator[Watch]:
+    """A block in which the model's own steps of `generate` tell a Watch, and a listener, what they do, and take the
+    tokens that were decided on."""
+    watch = Watch(listener, decisions)
     stopping, prepare = model._get_stopping_criteria, model.prepare_inputs_for_generation
     with ExitStack() as stack:
-        if listener is not None:
-            processing = watch.processing(model._get_logits_processor, listener)
+        if listener is not None or decisions is not None:
+            processing = watch.processing(model._get_logits_processor)
             stack.enter_context(replaced(model, "_get_logits_processor", processing))
         stack.enter_context(replaced(model, "_get_stopping_criteria", watch.stopping(stopping)))
         stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))

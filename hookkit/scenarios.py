@@ -9,10 +9,14 @@ They are asked in this order, and the first that fits is the name. The threshold
 for a reader, no more: a study should use the columns `top1_prob`, `entropy` and `perplexity` themselves.
 """
 
+import math
+
 VERY_CONFIDENT = 0.9  # the first token's probability
 HALF_AS_GOOD = 0.5  # the second's probability as a part of the first's
 TOGETHER = 0.6  # the two tokens' probability
 CLEAR = 0.5  # the first token's probability
+
+UNKNOWN = "unknown"  # where the model's logits are NaN
 
 SCENARIOS = ("very confident", "two good options", "one clear winner", "uncertain")
 
@@ -24,6 +28,8 @@ def scenario(first: float, second: float) -> str:
     'two good options'
     """
     confident, options, winner, uncertain = SCENARIOS
+    if math.isnan(first) or math.isnan(second):
+        return UNKNOWN
     if first >= VERY_CONFIDENT:
         return confident
     if second >= HALF_AS_GOOD * first and first + second >= TOGETHER:

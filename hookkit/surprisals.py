@@ -21,7 +21,7 @@ from .arguments import checks_arguments
 from .errors import BadHook, EmptySelection, OutOfRange
 from .model import LM
 from .positions import CountLike, as_count, chosen
-from .ranking import rank_among
+from .ranking import rank_among, shown_ranks
 from .runs import Run
 
 NUMBERS_AT_ONCE = 2**22  # logits in one piece of work: 16 MiB of float32
@@ -81,7 +81,7 @@ def _piece(lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top
     numbers: dict[str, Shaped[Tensor, " n"]] = {
         "token_id": ids,
         "logprob": logprobs.gather(1, wanted)[:, 0].double(),
-        "rank": rank_among(real, logits.gather(1, wanted)[:, 0]),
+        "rank": shown_ranks(rank_among(real, logits.gather(1, wanted)[:, 0])),
     }
     found = pd.DataFrame({name: values.tolist() for name, values in numbers.items()})
     if top:
@@ -157,6 +157,9 @@ def surprisal_shift(
         found[f"{name}_before"], found[f"{name}_after"] = was[name], now[name]
         found[f"{name}_delta"] = (now[name] - was[name]).where(now[name] != was[name], 0)  # inf minus inf is no change
     found["worse"] = found["loss_delta"] > 0
+    unknown = pd.Series(found["loss_delta"]).isna()
+    if bool(unknown.any()):
+        found["worse"] = found["worse"].astype(object).mask(unknown, None)
     if worst_first:
         found = found.sort_values(["loss_delta", "row", "pos"], ascending=[False, True, True], ignore_index=True)
     return pd.DataFrame(found)

@@ -5,6 +5,9 @@ the last one read, and the logits say what comes next). Tokens are shown as Pyth
 space is seen; `token_id` is the one to filter by. Probabilities are 0 to 1, entropies in nats, logits raw; rank 1 is
 the most likely token, and equal logits share a rank. A delta is after minus before; a shift is positive for a token
 that rose.
+
+Where a model gives NaN for a logit, all that follows from it is NaN: probabilities, entropies, divergences and that
+token's rank (a column of ranks then has floating-point numbers), and no token is named as the most likely one.
 """
 
 import math
@@ -22,6 +25,7 @@ from .errors import OutOfRange
 from .hooks.logits import LogitEdit
 from .model import LM, Token
 from .positions import CountLike, PosLike
+from .ranking import NO_RANK, shown_ranks
 from .runs import Run
 from .scenarios import scenario
 
@@ -69,7 +73,7 @@ def _place(said: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
 def _numbers(said: Distribution, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
     columns = {"logit": said.logits, "logprob": said.logprobs, "prob": said.probs}
     found: dict[str, object] = {name + suffix: values[ids].double().tolist() for name, values in columns.items()}
-    return found | {"rank" + suffix: said.ranks(ids).tolist()}
+    return found | {"rank" + suffix: shown_ranks(said.ranks(ids)).tolist()}
 
 
 @checks_arguments
@@ -145,7 +149,9 @@ def _pairs(before: Run, after: Run, **places: object) -> Iterator[Pair]:
 def _movers(was: Distribution, now: Distribution, count: int) -> list[int]:
     """The tokens whose rank changed by the largest factor, up and down: from 200 to 20 is as far as from 20 to 2."""
     ids = torch.arange(len(now.real))
-    factor = was.ranks(ids).log() - now.ranks(ids).log()
+    before, after = was.ranks(ids), now.ranks(ids)
+    ranked = (before != NO_RANK) & (after != NO_RANK)
+    factor = (before.log() - after.log()).masked_fill(~ranked, 0.0)
     up, down = factor.topk(min(count, len(ids))), (-factor).topk(min(count, len(ids)))
     moved = [*zip(*map(list, (up.indices.tolist(), up.values.tolist())), strict=True)]
     moved += [*zip(*map(list, (down.indices.tolist(), down.values.tolist())), strict=True)]
@@ -178,14 +184,21 @@ def summary_of(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
     _check_top(top)
     rows_of_table = []
     for was, now in pairs:
+        known = not (was.unknown or now.unknown)
         firsts = was.top(1)[0], now.top(1)[0]
         found: dict[str, object] = {**now.place, **divergences(was, now)}
         for name, a, b in (("entropy", was.entropy, now.entropy), ("margin", was.margin, now.margin)):
             found |= {f"{name}_before": a, f"{name}_after": b, f"{name}_delta": b - a}
-        found |= {"top1_before": repr(was.lm.string(firsts[0])), "top1_after": repr(now.lm.string(firsts[1]))}
-        found |= {"top1_changed": firsts[0] != firsts[1], "kept": len({*was.top(top)} & {*now.top(top)})}
+        found |= {"top1_before": _first(was, firsts[0]), "top1_after": _first(now, firsts[1])}
+        found |= {"top1_changed": firsts[0] != firsts[1] if known else None}
+        found |= {"kept": len({*was.top(top)} & {*now.top(top)}) if known else None}
         rows_of_table.append(found)
     return pd.DataFrame(rows_of_table)
+
+
+def _first(said: Distribution, token: int) -> str | None:
+    """A most likely token, or None where logits are NaN and no token is."""
+    return None if said.unknown else repr(said.lm.string(token))
 
 
 @checks_arguments
@@ -196,7 +209,7 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
     (e^entropy: as unsure as an even choice among so many tokens), margin (largest logit minus the second), prob_margin,
     top1, top1_prob, nucleus_90 (how many tokens make up 90 % of the probability), top2, top2_prob, and scenario: "very
     confident" (top1_prob at least 0.9), "two good options" (top2_prob at least half of it, both together at least 0.6),
-    "one clear winner" (top1_prob at least 0.5), else "uncertain", the first that fits.
+    "one clear winner" (top1_prob at least 0.5), else "uncertain", the first that fits; "unknown" where logits are NaN.
     """
     found = []
     for said in distributions(run, pos=pos, step=step, rows=rows):
@@ -212,10 +225,10 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
                 "perplexity": math.exp(said.entropy),
                 "margin": said.margin,
                 "prob_margin": float(best[0] - best[1]),
-                "top1": repr(run.lm.string(first)),
+                "top1": _first(said, first),
                 "top1_prob": probs[0],
-                "nucleus_90": int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
-                "top2": repr(run.lm.string(second)),
+                "nucleus_90": math.nan if said.unknown else int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
+                "top2": _first(said, second),
                 "top2_prob": probs[1],
                 "scenario": scenario(*probs),
             }

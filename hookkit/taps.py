@@ -36,6 +36,7 @@ class Action:
     head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
     pieces: list[Piece] = field(default_factory=list)  # of the text that is running
     fired: int = 0  # forwards in which it did something
+    doubts: list[Tensor] = field(default_factory=list)  # whether results of the forward that runs are refused
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from .arguments import checks_arguments
 from .distributions import Distribution, distributions
 from .errors import BadHook, OutOfRange
 from .positions import CountLike, PosLike
+from .ranking import shown_ranks
 from .runs import Run
 
 Warper = Callable[[Tensor], Tensor]
@@ -73,7 +74,7 @@ def _shown(setting: str, said: Distribution, ids: Tensor) -> pd.DataFrame:
             "token": [repr(said.lm.string(token)) for token in ids.tolist()],
             "token_id": ids.tolist(),
             "prob": said.probs[ids].double().tolist(),
-            "rank": said.ranks(ids).tolist(),
+            "rank": shown_ranks(said.ranks(ids)).tolist(),
             "kept": (said.logits[ids] > -math.inf).tolist(),
             "tokens_kept": int((said.real > -math.inf).sum()),
             "entropy": said.entropy,

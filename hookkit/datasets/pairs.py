@@ -21,7 +21,7 @@ from ..displaying import shown
 from ..errors import BadPrompt, EmptySelection, OutOfRange
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch, shortened
-from ..ranking import rank_among
+from ..ranking import rank_among, shown_ranks
 from ..runs import forward
 
 Prompt: TypeAlias = str | Row
@@ -192,7 +192,7 @@ def _measured(lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list
         "logit_answer": right.tolist(),
         "logit_wrong": other.tolist(),
         "logit_diff": (right - other).tolist(),
-        "rank": rank_among(real, right).tolist(),
+        "rank": shown_ranks(rank_among(real, right)).tolist(),
     }
 
 

@@ -49,16 +49,24 @@ class Constant:
 
 
 def constant(tensor: object, word: str) -> Constant:
-    """A copy of a tensor of finite numbers, or `BadHook`."""
+    """A copy of a tensor of finite numbers, or `BadHook`. Whole numbers become floating-point ones, exactly."""
     try:
         copy = torch.as_tensor(tensor).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadHook(f"{word} is a {type(tensor).__name__}, and a tensor of numbers is needed") from error
     if copy.is_complex():
         raise BadHook(f"{word} has complex numbers, of which the imaginary part would be lost: give real ones")
+    if copy.dtype == torch.bool:
+        raise BadHook(f"{word} is a tensor of True and False, and numbers are needed: say what is meant, with .float()")
+    if not copy.is_floating_point():
+        whole, copy = copy, copy.float()
+        if not torch.equal(copy.to(whole.dtype), whole):
+            copy = whole.double()  # float32 has whole numbers up to 2**24 only
+    elif copy.element_size() == 1:
+        copy = copy.float()  # float8 has no arithmetic
     if not torch.isfinite(copy).all():
         raise BadHook(f"{word} has values that are not finite numbers: {int((~torch.isfinite(copy)).sum())} of them")
-    return Constant(copy if copy.is_floating_point() else copy.float())
+    return Constant(copy)
 
 
 def check_constant(value: object, word: str) -> None:
@@ -250,6 +258,17 @@ class EditHook(Hook):
     @property
     def reads_input(self) -> bool:
         """True where it needs what the module was given, beside what it gives."""
+        return False
+
+    @property
+    def puts_in(self) -> bool:
+        """True where it gives values of another origin, among which -inf is a mask; arithmetic gives -inf by overflow
+        only."""
+        return False
+
+    @property
+    def gives_infinity(self) -> bool:
+        """True where -inf is what it is to write, or where it can give no number that was not there before."""
         return False
 
     def change(self, binding: Binding) -> Change:

@@ -6,19 +6,23 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..arguments import checks_keywords
+from ..calls import Decided
 from ..errors import BadEdit, BadHook, NotOneToken
 from ..model import LM
 from ..positions import CountLike, PosLike, Span, Where
 from ..sites import AnySite
 from ..vocabulary import Token
-from .base import EVERY_STEP, Binding, Change, Here, number, put
+from .base import EVERY_STEP, Binding, Change, EditHook, Here, number, put
 from .conditions import When, holds
 from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
 from .phrases import Begun, Phrase
+from .rounding import fitted_number, next_above
+
+MARGIN = 10.0  # how far above the largest logit a token stands that is to be chosen
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Force(LogitEdit):
     """Let a token win, or the tokens of a phrase one after the other. Made by `force`."""
 
     token: Token | Phrase
-    margin: float = 10.0
+    margin: float | None = None
 
     verb: ClassVar[str] = "force"
     bare: ClassVar[tuple[str, ...]] = ("token",)
@@ -35,15 +39,25 @@ class Force(LogitEdit):
 
     def check(self) -> None:
         super().check()
-        if self.margin != math.inf and number(self.margin, "margin") <= 0:
-            raise BadHook(f"margin={self.margin!r} does not put the token first: give a number above 0")
-        put(self, "margin", float(self.margin))
+        if self.margin is not None:
+            if self.margin != math.inf and number(self.margin, "margin") <= 0:
+                raise BadHook(f"margin={self.margin!r} does not put the token first: give a number above 0")
+            put(self, "margin", float(self.margin))
         step = self.where.step
         is_open = isinstance(step, Span) and step != EVERY_STEP
         if isinstance(self.token, Phrase) and (self.where.pos is not None or is_open):
             raise BadHook(
                 f"{self.token!r} is written from a step on: say step=3, or the steps at which it begins, step=[3, 20]"
             )
+
+    @property
+    def gives_infinity(self) -> bool:
+        return self.margin == math.inf
+
+    @property
+    def decides(self) -> bool:
+        """True where the token is chosen whatever the decoding; a margin is a push that sampling may overrule."""
+        return self.margin is None
 
     def placed(self, lm: LM) -> Where:
         """A phrase that starts at step 3 acts at step 3, 4 … until it is written."""
@@ -82,7 +96,8 @@ class Force(LogitEdit):
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, token)
-            return self._first(logits, torch.tensor(token, device=logits.device).expand(logits.shape[:-1]))
+            tokens = torch.full(logits.shape[:-1], token, device=logits.device)
+            return self._first(logits, here, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
         return apply
 
@@ -91,32 +106,67 @@ class Force(LogitEdit):
         check_inside(logits, here, *ids)
         offsets = offsets.to(logits.device)
         tokens = torch.tensor(ids, device=logits.device)[offsets.clamp(min=0)]
-        return torch.where((offsets >= 0)[..., None], self._first(logits, tokens), logits)
+        due = offsets >= 0
+        return torch.where(due[..., None], self._first(logits, here, tokens, due), logits)
 
-    def _first(self, logits: Logits, tokens: Int[Tensor, "row pos"]) -> Logits:
-        """The logits with these tokens first."""
+    def _first(
+        self, logits: Logits, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
+    ) -> Logits:
+        """The logits with these tokens first, which is checked where they are due."""
         index = tokens[..., None]
         if self.margin == math.inf:
             kept = logits.gather(-1, index).clamp(min=torch.finfo(logits.dtype).min)
-            return torch.full_like(logits, -math.inf).scatter(-1, index, kept)
-        return logits.scatter(-1, index, logits.amax(dim=-1, keepdim=True) + self.margin)
+            new = torch.full_like(logits, -math.inf).scatter(-1, index, kept)
+        else:
+            margin = fitted_number(MARGIN if self.margin is None else self.margin, logits.dtype, "margin")
+            largest = logits.amax(dim=-1, keepdim=True)
+            pushed = torch.maximum(largest + margin, next_above(largest))  # a small margin may be lost by rounding
+            new = logits.scatter(-1, index, pushed)
+        due = here.real_cells(due)
+        self._check_first(new, here, index, due)
+        if self.decides:
+            decide(self, here, tokens, due)
+        return new
+
+    def _check_first(
+        self, logits: Logits, here: Here, index: Int[Tensor, "row pos 1"], due: Bool[Tensor, "row pos"]
+    ) -> None:
+        """Raise `BadEdit` where a token is not first, since the logits are NaN or as large as the dtype can say."""
+        others = logits.scatter(-1, index, -math.inf).amax(dim=-1)
+        mine = logits.gather(-1, index)[..., 0]
+        failed = due & ~((mine > others) & (mine < math.inf))
+        if bool(failed.any()):
+            row, column = (int(number) for number in failed.nonzero()[0])
+            largest = float(others[row, column])
+            what = "NaN" if math.isnan(largest) else f"up to {largest:g}"
+            raise BadEdit(
+                f"{self} cannot put the token first at {here.site}: the other logits of row {here.rows[row]} are "
+                f"{what} there, and {str(logits.dtype).removeprefix('torch.')} has no larger number to give"
+            )
 
 
 @checks_keywords
 def force(
     token: Token | Phrase,
     *,
-    margin: float = 10.0,
+    margin: float | None = None,
     step: CountLike = None,
     when: When | None = None,
     pos: PosLike = None,
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Force:
-    """Set a token's logit to the largest one plus `margin`, so that it is chosen.
+    """Let a token be chosen: its logit is set to the largest one plus 10, and `generate` takes it.
 
-    The margin is in logits: at temperature 1, 10 leaves the others together at most e⁻¹⁰ times their number.
-    `margin=math.inf` takes every other token out, which holds at any temperature.
+    In `generate`, also under `attach`, it is chosen in every decoding mode: greedy, sampling at any temperature, beams,
+    and against transformers' own rules (`suppress_tokens`, `bad_words_ids`, `min_new_tokens` …). Where the caller's own
+    `prefix_allowed_tokens_fn` or `logits_processor` rules it out, `BadEdit` says so. A hook that comes after this one
+    and puts another token first has the last word. In a forward, or in a decoding loop of one's own, only the logit is
+    written.
+
+    With `margin` it is an exact push: the largest logit plus so much, which sampling may overrule (at temperature 1, a
+    margin of 10 leaves the others together at most e⁻¹⁰ times their number). `margin=math.inf` sets all other logits to
+    -inf. The token is always strictly first: where the dtype rounds the margin away, it is the next larger number.
 
     A phrase is written one token a step, from `step` on (0 unless said otherwise; at each of several steps it begins
     again), or with `when` from each step (of those named) where the condition holds and it is not being
@@ -140,6 +190,10 @@ class Ban(LogitEdit):
     bare: ClassVar[tuple[str, ...]] = ("tokens",)
     names: ClassVar[tuple[str, ...]] = ("tokens",)
     phrases: ClassVar[bool] = True
+
+    @property
+    def gives_infinity(self) -> bool:
+        return True
 
     def edit(self, binding: Binding) -> Change:
         tokens = _ids(binding, *(token for token in self.tokens if not isinstance(token, Phrase)))
@@ -177,6 +231,19 @@ def ban(
     return Ban(*at_logits(site, pos, rows, step), several(tokens, "ban"), when=when)
 
 
+def decide(hook: EditHook, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]) -> None:
+    """Note for `generate` which token each row is to take, wherever the hook acts at a position that chooses one."""
+    text = here.cells.text
+    if not text.generating:
+        return
+    asked, chosen = due.tolist(), tokens.tolist()
+    for index, (row, places) in enumerate(zip(here.cells.rows, here.cells.places, strict=True)):
+        for column, place in enumerate(places):
+            if asked[index][column]:
+                where = text.columns[text.of(row)][place]
+                text.decided[row, where] = Decided(chosen[index][column], str(hook))
+
+
 def _completed(phrases: list[list[int]], here: Here) -> Iterator[tuple[int, int, int]]:
     """The cells at which one token more would complete a phrase, and that token."""
     if not phrases:
@@ -205,6 +272,10 @@ class Restrict(LogitEdit):
     verb: ClassVar[str] = "restrict"
     bare: ClassVar[tuple[str, ...]] = ("tokens",)
     names: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    @property
+    def gives_infinity(self) -> bool:
+        return True
 
     def edit(self, binding: Binding) -> Change:
         tokens = ids_of(binding, *self.tokens)

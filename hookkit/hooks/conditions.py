@@ -20,7 +20,7 @@ from ..arguments import checks_keywords, choice, whole_number
 from ..arguments import token as as_token
 from ..errors import BadEdit, BadHook
 from ..model import LM
-from ..ranking import rank_among
+from ..ranking import rank_among, shown_ranks
 from ..vocabulary import Token
 from .base import Here, number, put
 
@@ -85,7 +85,16 @@ class Condition:
         """The condition for this model's tokens."""
         token = None if self.token is None else lm.token(self.token)
         real = lm.n_tokens or None
-        return lambda logits, here: COMPARE[self.compare](_measured(self.quantity, logits, token, real), self.limit)
+
+        def measured(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+            values = _measured(self.quantity, logits, token, real)
+            unknown = here.real_cells(values.isnan())
+            if bool(unknown.any()):
+                row = here.rows[int(unknown.nonzero()[0][0])]
+                raise BadEdit(f"when={self} has no answer at {here.site}: the logits of row {row} are NaN there")
+            return COMPARE[self.compare](values, self.limit)
+
+        return measured
 
 
 When: TypeAlias = Condition | Callable[[Any, Any], Any]
@@ -101,7 +110,7 @@ def _measured(quantity: str, logits: Logits, token: int | None, real: int | None
     if quantity == "prob":
         return logprobs[..., token].exp()
     assert quantity == "rank" and token is not None
-    return rank_among(logits[..., :real], logits[..., token])
+    return shown_ranks(rank_among(logits[..., :real], logits[..., token]))
 
 
 def holds(when: When, lm: LM) -> Holds:

@@ -27,6 +27,7 @@ from .base import (
     put,
 )
 from .fitting import check_shape, checked_result, fitting, moved
+from .rounding import scaled
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Edit(EditHook):
     def together(self) -> bool:
         return True
 
+    @property
+    def puts_in(self) -> bool:
+        return True
+
     def change(self, binding: Binding) -> Change:
         takes_here = _positional(self.fn) >= 2
         words = f"the function of {self}"
@@ -56,7 +61,7 @@ class Edit(EditHook):
             given = in_order(here.site, values)
             mine = given.clone()  # the function may write into what it is given
             new = self.fn(mine, here) if takes_here else self.fn(mine)
-            return in_order(here.site, checked_result(new, given, here, words))
+            return in_order(here.site, checked_result(new, given, words))
 
         return apply
 
@@ -88,7 +93,8 @@ def edit(
     of one head), which it may write into, and returns a tensor of the same shape and dtype. Rows are in their own
     positions: a shorter one is filled up with zeros, which are not written back.
     `here.positions`, `here.rows`, `here.steps`, `here.valid` and `here.site` say what the values are. Returning None,
-    another shape or dtype, or NaN where there was none raises `BadEdit`.
+    another shape or dtype, or NaN or an infinite number where there was none raises `BadEdit`; -inf is a mask at the
+    logits and at scores, and may be returned there.
 
     >>> print(edit("mlp_out.3", torch.relu, pos=-1))
     edit(mlp_out.3, relu, pos=-1)
@@ -114,8 +120,8 @@ class Steer(EditHook):
 
     def change(self, binding: Binding) -> Change:
         check_shape(self.vector, binding, "the vector")
-        vector = fitting(self.vector, "the vector")
-        return lambda values, here: values + self.scale * vector(values, here)
+        vector = fitting(Constant(scaled(self.vector.tensor, self.scale, "the vector")), "scale times the vector")
+        return lambda values, here: values + vector(values, here)
 
 
 @checks_keywords
@@ -187,11 +193,12 @@ class ProjectOut(EditHook):
                 f"the direction has {width} numbers, and the last axis of {binding.site} has {binding.shape[-1]}"
             )
         directions = torch.atleast_2d(self.direction.tensor).double()
+        directions = directions / directions.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)  # squares stay finite
         basis, weights = torch.linalg.qr(directions.T)
         if bool((weights.diagonal().abs() < 1e-9 * directions.norm(dim=1).clamp(min=1e-30)).any()):
             raise BadHook("the directions are zero, or one of them is made of the others: give independent ones")
 
-        like = moved(basis)
+        like = moved(basis, "the direction")
 
         def apply(values: Tensor, here: Here) -> Tensor:
             kept = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -227,6 +234,10 @@ class SkipBlock(EditHook):
 
     @property
     def reads_input(self) -> bool:
+        return True
+
+    @property
+    def gives_infinity(self) -> bool:
         return True
 
     def change(self, binding: Binding) -> Change:

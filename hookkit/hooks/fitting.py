@@ -7,20 +7,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..captured import in_order
 from ..errors import BadEdit, BadHook
 from .base import Binding, Constant, Here
+from .rounding import converted
 
 
-def moved(tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """What gives the tensor on the device and in the dtype of some values: moved there once, not in every forward."""
+def moved(tensor: Tensor, word: str) -> Callable[[Tensor], Tensor]:
+    """What gives the tensor on the device and in the dtype of some values: moved there once, not in every forward.
+
+    Raises `BadEdit` where the dtype of the values cannot hold its numbers.
+    """
     there = tensor
 
     def like(values: Tensor) -> Tensor:
         nonlocal there
         if there.device != values.device or there.dtype != values.dtype:
             with torch.inference_mode(False):  # a later forward may need gradients
-                there = tensor.to(device=values.device, dtype=values.dtype)
+                there = converted(tensor, values, word)
         return there
 
     return like
@@ -31,7 +34,7 @@ def fitting(value: Constant, word: str) -> Callable[[Tensor, Here], Tensor]:
 
     It may have the axes of the site, or [pos, ...] for the positions wanted, or [row, pos, ...].
     """
-    like = moved(value.tensor)
+    like = moved(value.tensor, word)
     return lambda values, here: _fitted(like(values), values, here, word)
 
 
@@ -66,7 +69,7 @@ def check_shape(value: Constant, binding: Binding, word: str) -> None:
         )
 
 
-def checked_result(new: Any, old: Tensor, here: Here, words: str) -> Tensor:
+def checked_result(new: Any, old: Tensor, words: str) -> Tensor:
     """What a user's function returned, if it can take the place of what it was given; else `BadEdit`."""
     if new is None:
         raise BadEdit(f"{words} returned None: end it with `return`, with a tensor of shape {list(old.shape)}")
@@ -80,8 +83,4 @@ def checked_result(new: Any, old: Tensor, here: Here, words: str) -> Tensor:
         raise BadEdit(f"{words} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})")
     if new.device != old.device:
         raise BadEdit(f"{words} was given a tensor on {old.device} and returned one on {new.device}: move it back")
-    broken = in_order(here.site, torch.isnan(new) & ~torch.isnan(old))  # as [row, pos, ...], at scores and pattern too
-    broken = here.real_cells(broken)
-    if bool(broken.any()):
-        raise BadEdit(f"{words} returned {int(broken.sum())} NaN where there was none: look for 0/0 or inf-inf")
     return new

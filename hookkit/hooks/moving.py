@@ -20,6 +20,7 @@ from ..vocabulary import Token
 from .base import Binding, Change, Here, number, put
 from .conditions import When
 from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
+from .rounding import fitted_number, next_above, next_below, rounded_down
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,30 @@ class Boost(LogitEdit):
         rest = str(replace(self, tokens=self.tokens[:1], by=0.0)).replace(f"{first}, ", "", 1)
         return rest.replace("by=0.0", f"by={dict(zip(self.tokens, self.by, strict=True))}", 1)
 
+    def _amounts(self) -> tuple[float, ...]:
+        return self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
+
+    def _check_moved(self, was: Logits, now: Logits, here: Here) -> None:
+        """Raise `BadEdit` where no token moves at all, since the amounts are lost by the rounding of a small dtype."""
+        if was.element_size() > 2 or not any(self._amounts()):
+            return
+        lost = (torch.isfinite(was) & (was == now)).any(dim=-1) & (was == now).all(dim=-1)
+        if bool(here.real_cells(lost).any()):
+            raise BadEdit(
+                f"{self} changes nothing at {here.site}: {str(was.dtype).removeprefix('torch.')} has no number so near "
+                "to these logits; give a larger amount, or run the model in float32"
+            )
+
     def edit(self, binding: Binding) -> Change:
         tokens = ids_of(binding, *self.tokens)
         _check_once(tokens, self)
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, *tokens)
+            amounts = [fitted_number(by, logits.dtype, "by") for by in self._amounts()]
             new = logits.clone()
-            new[..., tokens] += torch.tensor(self.by, dtype=logits.dtype, device=logits.device)
+            new[..., tokens] += torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
+            self._check_moved(logits[..., tokens], new[..., tokens], here)
             return new
 
         return apply
@@ -152,10 +169,13 @@ class Cap(LogitEdit):
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, *tokens)
             new = logits.clone()
+            found = logits[..., tokens]
+            exact = found.to(torch.promote_types(found.dtype, torch.float32))
             if self.logit is not None:
-                new[..., tokens] = logits[..., tokens].clamp(max=self.logit)
+                limit = fitted_number(self.logit, logits.dtype, "logit")
+                new[..., tokens] = rounded_down(exact.clamp(max=limit), logits.dtype)
                 return new
-            new[..., tokens] = logits[..., tokens] + self._shift(logits, tokens)
+            new[..., tokens] = rounded_down(exact + self._shift(logits, tokens), logits.dtype)
             if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
                 raise BadEdit(
                     f"{self} cannot be at {here.site}: no other token can be chosen, so these have all the odds"
@@ -165,9 +185,9 @@ class Cap(LogitEdit):
         return apply
 
     def _shift(self, logits: Logits, tokens: list[int]) -> Float[Tensor, "row pos _"]:
-        found = logits[..., tokens]
         assert self.prob is not None
-        others = logits.clone()
+        others = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        found = others[..., tokens]
         others[..., tokens] = -math.inf
         odds = found.logsumexp(dim=-1, keepdim=True) - others.logsumexp(dim=-1, keepdim=True)
         return (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
@@ -209,6 +229,10 @@ class Swap(LogitEdit):
         super().check()
         if self.a == self.b:
             raise BadHook(f"{self} names one token twice: there is nothing to swap")
+
+    @property
+    def gives_infinity(self) -> bool:
+        return True
 
     def edit(self, binding: Binding) -> Change:
         a, b = ids_of(binding, self.a, self.b)
@@ -279,8 +303,11 @@ class SetRank(LogitEdit):
             new = logits.clone()
             new[..., token] = between = _between(others, self.rank)
             larger = (others > between[..., None]).sum(dim=-1)
-            if bool(here.real_cells(larger != self.rank - 1).any()):
-                raise BadEdit(f"{self} cannot be: the tokens that would stand before and after it have the same logit")
+            if bool(here.real_cells((larger != self.rank - 1) | between.isnan()).any()):
+                raise BadEdit(
+                    f"{self} cannot be: the tokens that would stand before and after it have the same logit, or logits "
+                    "are NaN"
+                )
             return new
 
         return apply
@@ -290,10 +317,10 @@ def _between(others: Logits, rank: int) -> Float[Tensor, "row pos"]:
     """A logit that rank - 1 of the others are larger than, unless two of them are equal just there."""
     ordered = others.topk(min(rank, others.shape[-1] - 1), dim=-1).values  # the token itself is not among the others
     if rank == 1:
-        return ordered[..., 0] + 1
+        return torch.maximum(ordered[..., 0] + 1, next_above(ordered[..., 0]))
     above = ordered[..., rank - 2]
     if rank == others.shape[-1]:
-        return above - 1
+        return torch.minimum(above - 1, next_below(above))
     below = ordered[..., rank - 1]
     middle = (above + below) / 2
     return torch.where(middle < above, middle, below)

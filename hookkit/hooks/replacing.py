@@ -155,6 +155,14 @@ class Ablate(EditHook):
         if self.units is not None:
             put(self, "units", _units(self.units, self.sites))
 
+    @property
+    def puts_in(self) -> bool:
+        return True
+
+    @property
+    def gives_infinity(self) -> bool:
+        return self.to == "zero"
+
     def change(self, binding: Binding) -> Change:
         replaced = self._replaced(binding)
         units = self.units

@@ -16,6 +16,7 @@ from ..prompts import cover
 from ..sites import SQUARE, ModuleSite
 from .base import Binding, Change, Here
 from .fitting import moved
+from .rounding import converted
 
 Per: TypeAlias = Literal["position", "all"]
 
@@ -30,7 +31,8 @@ def from_run(source: Captured, where: Where, binding: Binding) -> Change:
     def apply(values: Tensor, here: Here) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]
         columns = _columns(source, where, rows, here, binding)
-        found = source.by_place[torch.tensor(rows)[:, None], columns].to(device=values.device, dtype=values.dtype)
+        found = source.by_place[torch.tensor(rows)[:, None], columns]
+        found = converted(found, values, f"what the source has at {source.site}")
         if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
             return found
         missing = values.shape[-1] - found.shape[-1]  # keys that come behind the source's last are not looked at
@@ -64,12 +66,13 @@ def mean(source: Captured, per: Per) -> Change:
     assert source.positions is not None
     there = source.positions >= 0
     if per == "all":
-        overall = moved(source.values[there].double().mean(0))
+        overall = moved(source.values[there].double().mean(0), f"the reference's mean at {source.site}")
         return lambda values, here: overall(values).expand_as(values).clone()
     means = _by_position(source, lambda cells: cells.double().mean(0))
 
     def apply(values: Tensor, here: Here) -> Tensor:
-        return torch.stack([means(here, row) for row in range(len(here.rows))]).to(values)
+        found = torch.stack([means(here, row) for row in range(len(here.rows))])
+        return converted(found, values, f"the reference's mean at {source.site}")
 
     return apply
 
@@ -126,7 +129,8 @@ def resample(source: Captured, per: Per, seed: int) -> Change:
                 _need(columns, list(places), source)
             drawn = [draw(here.cells.text.prompt(prompt), place) for place in places]
             picked = torch.tensor([d[0] for d in drawn]), torch.tensor([d[1] for d in drawn])
-            new[row, : len(places)] = source.values[picked].to(values)
+            drawn_values = source.values[picked]
+            new[row, : len(places)] = converted(drawn_values, values, f"what the reference has at {source.site}")
         return new
 
     return apply

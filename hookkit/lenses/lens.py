@@ -1,5 +1,6 @@
 """The logit lens: what the model would say if it stopped at each layer."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from ..hooks.looking import capture
 from ..model import LM, Token
 from ..positions import CountLike, PosLike
 from ..prompts import Prompts, Row, as_batch
+from ..ranking import shown_ranks
 from ..runs import Run, forward
 from ..sites import AnySite, Site, SitesLike
 from .numbers import Numbers, chunk_of, in_cache, numbers
@@ -168,7 +170,7 @@ def _frame(
             "logit": joined.logits.double().flatten().numpy(),
             "logprob": joined.logprobs.double().flatten().numpy(),
             "prob": joined.logprobs.double().exp().flatten().numpy(),
-            "rank": joined.ranks.flatten().numpy(),
+            "rank": shown_ranks(joined.ranks).flatten().numpy(),
             "entropy": joined.entropy.double().flatten().repeat_interleave(shown).numpy(),
             "kl": joined.kl.double().flatten().repeat_interleave(shown).numpy(),
         }
@@ -198,8 +200,9 @@ def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
     found = []
     groups: Any = lens.groupby(["row", "pos", "token_id"], sort=True)
     for (row, pos, token_id), part in groups:
-        ranks = dict(zip(part["site"], part["rank"], strict=True))
-        best = min(ranks.values())
+        ranked = part[part["rank"].notna()]
+        ranks = dict(zip(ranked["site"], ranked["rank"], strict=True))
+        best = min(ranks.values(), default=math.nan)
         leads = [site for site in sites if ranks.get(site) == 1]
         behind = len(sites)
         while behind and ranks.get(sites[behind - 1]) == 1:
@@ -212,7 +215,7 @@ def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
                 "token": part["token"].tolist()[0],
                 "token_id": token_id,
                 "best_rank": best,
-                "best_site": next(site for site in sites if ranks.get(site) == best),
+                "best_site": next((site for site in sites if ranks.get(site) == best), None),
                 "first": leads[0] if leads else None,
                 "since": sites[behind] if behind < len(sites) else None,
                 "last_rank": ranks.get(sites[-1]),

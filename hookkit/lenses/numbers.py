@@ -1,5 +1,6 @@
 """What is read off the logits of many states: in few passes, and never more than a chunk of them in memory."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..ranking import rank_among
+from ..ranking import NO_RANK, rank_among
 
 CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that are computed at a time
 BLOCK = 256  # tokens of which the largest is found first
@@ -64,6 +65,7 @@ def numbers(
     most = leading[..., :1] if real == logits.shape[-1] else logits.amax(-1, keepdim=True)
     leading, ids = leading[..., :top], ids[..., :top]
     ranks = 1 + (leading[..., None, :] > leading[..., None]).sum(-1)
+    ranks = ranks.masked_fill(leading.isnan(), NO_RANK)
     if anywhere and top:
         ids = _best_anywhere(ids, ranks)
         leading, ranks = _of(shown, ids)
@@ -125,11 +127,11 @@ def _sums(
     total = torch.exp(below, out=weights).sum(-1)
     end = weights[:, -1:].clone()
     if not below.amin().isfinite():  # banned tokens: their weight is 0, and 0 times -inf is no number
-        below.nan_to_num_(neginf=0.0)
+        below.nan_to_num_(nan=math.nan, neginf=0.0)
     mean = weights.mul_(below).sum(-1) / total
     crossed = below.mul_(end).sum(-1) / total[:, -1:]
     log_total = total.log()
     entropy = (log_total - mean).clamp(min=0)
     kl = (log_total - crossed - entropy[:, -1:]).clamp(min=0)
-    kl[:, -1] = 0.0
+    kl[:, -1] = kl[:, -1].mul(0.0)  # 0, or NaN where the end is not known
     return log_total + most[..., 0], entropy, kl

@@ -16,6 +16,7 @@ from ..errors import Unsupported
 from ..following import named
 from ..forms import full_sizes
 from ..model import LM
+from ..overflow import forget, settle
 from ..sites import AnySite, Site
 from ..taps import Action, Tap, input_of, logits_tap, picked, repacked
 from ..tracing import Tracer
@@ -68,10 +69,12 @@ class Forwards:
 
     def _enter_forward(self, call: Call, module: nn.Module) -> None:
         self._call, self._owner, self._thread = call, module, threading.get_ident()
+        forget(self.actions)
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
         if module is self._owner and self._thread == threading.get_ident() and not self._busy:
             self._owner = self._call = None
+            settle(self.actions)
 
     def _here(self) -> Callable[[], AbstractContextManager[None]]:
         """A way back into this very forward."""
@@ -192,4 +195,5 @@ class Forwards:
         """Stop the forward if nothing is left to be done in it."""
         self._pending.difference_update(tap.actions)
         if not self._pending:
+            settle(self.actions)
             raise Stop

@@ -9,10 +9,12 @@ from torch import Tensor
 from .. import generation
 from ..calls import Call
 from ..captured import Kept
+from ..deciding import Decisions
 from ..errors import Unsupported
 from ..firing import check_possible
 from ..following import Follower
 from ..generation import Generation
+from ..hooks.choosing import Force
 from ..keeping import Keeping
 from ..model import LM
 from ..prompts import cover
@@ -29,6 +31,7 @@ class Running:
         self.keeping = Keeping(actions)
         self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
         self._watch = generation.Watch()
+        self._decides = any(isinstance(action.hook, Force) and action.hook.decides for action in actions)
 
     @property
     def generating(self) -> bool:
@@ -86,8 +89,9 @@ class Running:
         self.follower.generation = plan
         if self.tracer is not None:
             self.tracer.begin(plan)
+        decisions = Decisions(text, plan.width if plan.embeddings else 0) if self._decides else None
         try:
-            with generation.watched(self.lm.root, self.tracer) as self._watch:
+            with generation.watched(self.lm.root, self.tracer, decisions) as self._watch:
                 output = original(*args, **generation.eager(args, kwargs))
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.rows = generation.final_rows(plan, text, sequences, self._watch)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..model import LM
-from ..ranking import rank_among
+from ..ranking import rank_among, shown_ranks
 from .answers import Answers, ids_of
 from .metric import Measure, Metric, Said
 
@@ -104,7 +104,7 @@ class Rank(Metric):
 
         def measure(said: Said) -> Tensor:
             best = ids.of(said.logits, said.rows, -math.inf).amax(-1)
-            return rank_among(said.logits[:, :real], best).float()
+            return shown_ranks(rank_among(said.logits[:, :real], best)).float()
 
         return measure
 

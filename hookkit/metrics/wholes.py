@@ -56,7 +56,7 @@ class KL(Metric):
                     "kl() without a reference compares a sweep's cells with no edit: give kl(reference_run)"
                 )
             was, now = was.double().log_softmax(-1), said.logits.double().log_softmax(-1)
-            return torch.where(was.exp() > 0, was.exp() * (was - now), 0.0).sum(-1).clamp(min=0).float()
+            return torch.where(was.exp() == 0, 0.0, was.exp() * (was - now)).sum(-1).clamp(min=0).float()
 
         return measure
 
@@ -87,7 +87,9 @@ class Top1Changed(Metric):
                 raise Unsupported(
                     "top1_changed compares a sweep's cells with no edit, and a run has none to compare with"
                 )
-            return (said.logits[:, :real].argmax(-1) != said.before[:, :real].argmax(-1)).float()
+            changed = said.logits[:, :real].argmax(-1) != said.before[:, :real].argmax(-1)
+            unknown = said.logits.isnan().any(-1) | said.before.isnan().any(-1)
+            return changed.float().masked_fill(unknown, torch.nan)
 
         return measure
 

@@ -18,7 +18,7 @@ from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM
 from ..prompts import Row
-from ..ranking import rank_among
+from ..ranking import rank_among, shown_ranks
 from ..runs import Run, forward
 from ..sites import Site
 from ..sweeps import over_prompts
@@ -59,6 +59,13 @@ class Answers:
     def first(self) -> list[int]:
         """The most likely token of each prompt."""
         return self.logits[:, : self.lm.n_tokens or None].argmax(-1).tolist()
+
+    @property
+    def named_first(self) -> list[str | None]:
+        """The most likely tokens by name; None where logits are NaN and no token is."""
+        unknown = self.logits.isnan().any(-1).tolist()
+        names = [literal(self.lm, token) for token in self.first]
+        return [None if nan else name for name, nan in zip(names, unknown, strict=True)]
 
     def ranks(self, ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
         """1 + the number of strictly larger logits, of one token for each prompt."""
@@ -123,7 +130,7 @@ def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame
             logprob = each.logprobs.gather(1, ids[:, None])[:, 0]
             numbers = {"logit": each.logits.gather(1, ids[:, None])[:, 0], "logprob": logprob, "prob": logprob.exp()}
             found |= {f"{key}_{when}": values.double().numpy() for key, values in numbers.items()}
-            found[f"rank_{when}"] = each.ranks(ids).numpy()
+            found[f"rank_{when}"] = shown_ranks(each.ranks(ids)).numpy()
         parts.append(pd.DataFrame(found))
     return with_deltas(pd.concat(parts, ignore_index=True)).sort_values("row", kind="stable", ignore_index=True)
 
@@ -149,13 +156,18 @@ def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
     assert now.edit is not None
     kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
     entropy = {"entropy_before": was.entropy, "entropy_after": now.entropy, "entropy_delta": now.entropy - was.entropy}
-    first = {"top1_before": was.first, "top1_after": now.first}
     return pd.DataFrame(
         {"row": range(len(kl)), "edit": now.edit.name, "control": now.edit.control, "kl": kl.tolist()}
         | {name: values.tolist() for name, values in entropy.items()}
-        | {name: [literal(now.lm, token) for token in tokens] for name, tokens in first.items()}
-        | {"top1_changed": [one != other for one, other in zip(was.first, now.first, strict=True)]}
+        | {name: each.named_first for name, each in (("top1_before", was), ("top1_after", now))}
+        | {"top1_changed": _changed(was, now)}
     )
+
+
+def _changed(was: Answers, now: Answers) -> list[bool | None]:
+    """Whether each prompt's most likely token is another; None where logits are NaN."""
+    pairs = zip(was.named_first, now.named_first, strict=True)
+    return [None if one is None or other is None else one != other for one, other in pairs]
 
 
 def over(table: pd.DataFrame, by: Sequence[str], values: Sequence[str], seed: int) -> pd.DataFrame:

@@ -65,6 +65,10 @@ def answer(found: Found) -> str:
     return "\n".join(_headline(found, edit) for edit in found.edits)
 
 
+def _rank(rank: float) -> str:
+    return "NaN" if rank != rank else f"{int(rank):,}"
+
+
 def _headline(found: Found, edit: Edit) -> str:
     """What an edit did to the first watched token after the first prompt, in a sentence."""
     watched = found.of("watched", 0, edit.name).iloc[0]
@@ -72,9 +76,13 @@ def _headline(found: Found, edit: Edit) -> str:
     text = shortened(found.lm.text(found.rows[0]))
     ranks, probs = ([watched[f"{name}_{side}"] for side in ("before", "after")] for name in ("rank", "prob"))
     if ranks[0] == ranks[1]:
-        goes = f"stays at rank {ranks[0]:,} (probability {probs[0]:.3g}, then {probs[1]:.3g})"
+        goes = f"stays at rank {_rank(ranks[0])} (probability {probs[0]:.3g}, then {probs[1]:.3g})"
     else:
-        goes = f"goes from rank {ranks[0]:,} (probability {probs[0]:.3g}) to rank {ranks[1]:,} ({probs[1]:.3g})"
+        goes = (
+            f"goes from rank {_rank(ranks[0])} (probability {probs[0]:.3g}) to rank {_rank(ranks[1])} ({probs[1]:.3g})"
+        )
+    if far["top1_after"] is None or far["top1_before"] is None:
+        return f"{edit.name}: after “{text}” the token {watched['token']} {goes}; the model's logits are NaN there."
     first = f"; first is {far['top1_after']}, and was {far['top1_before']}"
     if far["top1_after"] == far["top1_before"]:
         first = "" if ranks[1] == 1 else f"; first is still {far['top1_after']}"
