@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .arguments import checks_arguments
@@ -36,11 +37,28 @@ def save_tensors(
     target.parent.mkdir(parents=True, exist_ok=True)
     making = target.with_name(f".{target.name}.making")
     if writes():
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, making, dict(about or {})
-        )
+        save_file(separate(found), making, dict(about or {}))
         making.replace(target)
     return target
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors writes them: in memory, in one piece, each with memory of its own."""
+    made: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise BadHook(f"{name!r} is a {type(tensor).__name__} and no tensor: give torch.as_tensor(...) of it")
+        if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+            kind = "without values (on the device meta)" if tensor.device.type == "meta" else "sparse or quantized"
+            raise BadHook(f"{name!r} is a tensor {kind}, which safetensors cannot hold: give a dense one with values")
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() > plain.nbytes:
+            plain = plain.clone(memory_format=torch.contiguous_format)
+        taken.add(plain.untyped_storage().data_ptr())
+        made[name] = plain
+    return made
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

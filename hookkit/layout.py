@@ -231,6 +231,13 @@ def _head_only(model_type: str | None, head: str, reason: str) -> Family:
     return Family(model_type or "unknown", places, dict.fromkeys(AXES, reason))
 
 
+def text_config(config: Any) -> Any:
+    """The configuration of the stack that writes text: a part of that of a model which reads images or sound, too."""
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
+        return config
+    return config.get_text_config()
+
+
 def _first(config: Any, *names: str) -> int | None:
     """The first of several words that a configuration knows and that is a number."""
     for name in names:

@@ -19,7 +19,7 @@ from .describing import described
 from .displaying import records, shown
 from .families import Family, Place
 from .finding import row_of
-from .layout import Layout
+from .layout import Layout, text_config
 from .placement import count, device_of, places_of
 from .selecting import SiteNames
 from .sharding import Ranks, ranks_of
@@ -104,7 +104,7 @@ class LM:
     @cached_property
     def layout(self) -> Layout:
         """That row, laid over this model's modules."""
-        return Layout(self.root, self.config, self.family)
+        return Layout(self.root, text_config(self.config), self.family)
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -124,7 +124,7 @@ class LM:
     @cached_property
     def context(self) -> int | None:
         """How many tokens the model can read at once, where its configuration says."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return getattr(text_config(self.config), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -249,6 +249,15 @@ class LM:
     def encode(self, text: str) -> list[int]:
         """The ids of a text's tokens, without the special tokens that begin a prompt."""
         return self._vocabulary.encode(text)
+
+    def continuation(self, text: str) -> list[int]:
+        """The ids of a text that goes on from another one: the space that it begins with is its own, also where the
+        tokenizer puts a space before every text."""
+        return self._vocabulary.continuation(text)
+
+    def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that tokens add behind others, so that the two texts together are the text of all of them."""
+        return self._vocabulary.added(before, ids)
 
     def string(self, token_id: int) -> str:
         """The text of one token, its leading space kept. Without a tokenizer, the id in angle brackets."""

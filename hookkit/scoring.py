@@ -113,7 +113,7 @@ def _without_special_tokens(lm: LM, texts: Prompts) -> Prompts:
     given = [texts] if isinstance(texts, str) else texts
     if lm.tokenizer is None or isinstance(given, torch.Tensor | Mapping):
         return given
-    return [lm.encode(text) if isinstance(text, str) and text else text for text in given]  # pyright: ignore
+    return [lm.continuation(text) if isinstance(text, str) and text else text for text in given]  # pyright: ignore
 
 
 def _window_of(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from .arguments import token as as_token
 from .errors import NotOneToken
 
 Token: TypeAlias = str | int
+SPACE = "▁"  # sentencepiece's own way to write a space
+ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")  # texts to read another one behind: one that does not join with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +48,15 @@ class Vocabulary:
             return token
         if self.tokenizer is None:
             raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
-        ids = self.encode(token)
+        ids = self._ids(token)
         if self.size is not None and max(ids, default=0) >= self.size:
             raise NotOneToken(
                 f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to {self.size - 1}: give the "
                 "LM the model's own tokenizer"
             )
-        if len(ids) == 1 and self.string(ids[0]) == token:
-            return ids[0]
-        # sentencepiece's own way to write a space
-        marked = self.tokenizer.convert_tokens_to_ids(token.replace(" ", "▁"))
-        if isinstance(marked, int) and self.string(marked) == token:
-            return marked
+        one = self._one(token, ids)
+        if one is not None:
+            return one
         pieces = " + ".join(repr(self.string(i)) for i in ids) or "nothing"
         raise NotOneToken(
             f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. "
@@ -68,12 +67,49 @@ class Vocabulary:
         """The ids of a text's tokens, without the special tokens that begin a prompt."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def continuation(self, text: str) -> list[int]:
+        """The ids of a text that goes on from another, the space that it begins with being its own.
+
+        Sentencepiece tokenizers put a space before every text that they are given. Here the text is read behind another
+        one, whose tokens are taken off again.
+        """
+        if not text or not self._adds_space:
+            return self.encode(text)
+        for anchor in ANCHORS:
+            before, both = self.encode(anchor), self.encode(anchor + text)
+            if before and both[: len(before)] == before and self.added(before, both[len(before) :]) == text:
+                return both[len(before) :]
+        raise NotOneToken(
+            f"{text!r} is read by this tokenizer with a space before it or joined to what stands before, so that its own "
+            "tokens cannot be told: give token ids"
+        )
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """True where the tokenizer puts a space before a text, as sentencepiece's do."""
+        first = self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])
+        return bool(first) and str(first[0]).startswith(SPACE)
+
     def _one_token_spellings(self, text: str, ids: list[int]) -> list[str]:
         bare = text.strip()
         cases = dict.fromkeys([bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()])
         tried = [space + case for case in cases if case for space in (" ", "")]
-        single = [spelling for spelling in tried if len(self.encode(spelling)) == 1]
-        return single or [self.string(i) for i in ids]
+        tried += map(self.string, ids)
+        return [spelling for spelling in tried if self._one(spelling, self._ids(spelling)) is not None]
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text's tokens, as it goes on from another where that can be told."""
+        try:
+            return self.continuation(text)
+        except NotOneToken:
+            return self.encode(text)
+
+    def _one(self, text: str, ids: Sequence[int]) -> int | None:
+        """The token that a text is, by itself or in the vocabulary; None where it is none, or several."""
+        if len(ids) == 1 and self.string(ids[0]) == text:
+            return ids[0]
+        marked = self.tokenizer.convert_tokens_to_ids(text.replace(" ", SPACE))
+        return marked if isinstance(marked, int) and self.string(marked) == text else None
 
     def string(self, token_id: int) -> str:
         """The text of one token, its leading space kept. Without a tokenizer, the id in angle brackets."""
@@ -84,7 +120,15 @@ class Vocabulary:
         text = self.text([token_id])
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
         # sentencepiece tokenizers drop a leading space when they decode
-        return " " + text if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
+        return " " + text if isinstance(piece, str) and piece.startswith(SPACE) and not text.startswith(" ") else text
+
+    def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that tokens add behind others: its leading space kept, a character that they complete in it."""
+        if not before or not ids:
+            return self.text(ids) if ids else ""
+        start, whole = self.text(before), self.text([*before, *ids])
+        start = start if whole.startswith(start) else start.rstrip("�")  # half a character decodes to "�"
+        return whole[len(start) :] if whole.startswith(start) else self.text(ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of a row of tokens, special tokens included."""

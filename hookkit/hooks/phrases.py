@@ -38,7 +38,7 @@ class Phrase:
             return [lm.token(token) for token in self.words]
         if lm.tokenizer is None:
             raise NotOneToken(f"{self!r} is text, and this model came without a tokenizer: give token ids")
-        return lm.encode(self.words)
+        return lm.continuation(self.words)
 
 
 def phrase(words: str | Sequence[Token]) -> Phrase:

@@ -56,7 +56,7 @@ def _continuation(lm: LM, given: str | Sequence[int]) -> tuple[int, ...]:
         raise BadPrompt(f"loss was given {given}, one token: a continuation is a text, or ids in a tuple")
     if isinstance(given, str) and given and lm.tokenizer is None:
         raise BadPrompt(f"{shortened(given)!r} is text, and this model came without a tokenizer: give token ids")
-    return tuple(lm.token(token) for token in (lm.encode(given) if isinstance(given, str) and given else given))
+    return tuple(lm.token(token) for token in (lm.continuation(given) if isinstance(given, str) and given else given))
 
 
 def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:

@@ -70,9 +70,10 @@ class Run:
 
     @cached_property
     def generated(self) -> list[str]:
-        """What the model wrote behind each prompt, as text; empty for a forward."""
+        """What the model wrote behind each prompt, as text, so that the prompt's text and it are `text`; empty for a
+        forward."""
         rows = zip(self.tokens.tolist(), self.prompt_lengths, self.lengths, strict=True)
-        return [self.lm.text(row[start:end]) if end > start else "" for row, start, end in rows]
+        return [self.lm.added(row[:start], row[start:end]) for row, start, end in rows]
 
     def __getitem__(self, key: str | AnySite | tuple[str | AnySite, str]) -> Tensor:
         """The captured values at a site [row, pos, ...]; `run[site, name]` where several captures kept it."""

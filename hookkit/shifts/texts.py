@@ -34,7 +34,7 @@ def _parted(lm: LM, was: Run, now: Run, row: int) -> dict[str, object]:
     differ = [place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
     at = None if one == two else (differ or [min(len(one), len(two))])[0]
     both = lm.text(one[:at])
-    rests = [lm.text(tokens[at:]) if at is not None else "" for tokens in (one, two)]
+    rests = [lm.added(one[:at], tokens[at:]) if at is not None else "" for tokens in (one, two)]
     return {"before": was.generated[row], "after": now.generated[row], "parts_at": at, "both": both,
             "then_before": rests[0], "then_after": rests[1]}  # fmt: skip
 

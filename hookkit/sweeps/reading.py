@@ -28,6 +28,7 @@ class Reading:
     rows: tuple[Row, ...]
     fed: tuple[Row, ...]
     looks: tuple[int, ...]
+    continues: bool = False  # a continuation is read, be it of one token, whose prompt alone is run
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,7 +96,8 @@ def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Readi
         )
     behind = continued.pop().tokens(lm, len(rows))
     fed = tuple((*row, *more[:-1]) for row, more in zip(rows, behind, strict=True))
-    return Reading(lm, rows, as_batch(lm, [list(row) for row in fed]).rows, tuple(map(len, behind)))
+    fed = as_batch(lm, [list(row) for row in fed]).rows
+    return Reading(lm, rows, fed, tuple(map(len, behind)), continues=True)
 
 
 def _end(number: int, length: int, pos: Any) -> int:

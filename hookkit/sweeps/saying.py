@@ -50,7 +50,7 @@ class Saying:
     def said(self, rows: Sequence[int], logits: Float[Tensor, "row look vocab"]) -> Said:
         """What the model says of these prompts, where the metrics look."""
         looks = self.reading.looks
-        if max(looks) == 1:
+        if max(looks) == 1 and not self.reading.continues:
             return Said(logits[:, -1].float(), rows, self.earlier(rows))
         first = torch.stack([each[-looks[row]] for each, row in zip(logits, rows, strict=True)])
         after = [each[-looks[row] :].float() for each, row in zip(logits, rows, strict=True)]
