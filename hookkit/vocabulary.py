@@ -80,8 +80,8 @@ class Vocabulary:
             if before and both[: len(before)] == before and self.added(before, both[len(before) :]) == text:
                 return both[len(before) :]
         raise NotOneToken(
-            f"{text!r} is read by this tokenizer with a space before it or joined to what stands before, so that its own "
-            "tokens cannot be told: give token ids"
+            f"{text!r} is read by this tokenizer with a space before it or joined to what stands before, so that its "
+            "own tokens cannot be told: give token ids"
         )
 
     @cached_property
