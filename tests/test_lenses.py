@@ -391,6 +391,27 @@ def test_a_patchscopes_default_target_is_the_papers_and_is_patched_at_its_questi
     assert before["prob"].tolist() != by_default["prob"].tolist()
 
 
+def test_a_patchscope_into_another_layer_says_what_a_hook_by_hand_makes_of_it(llama):
+    target = llama.encode("cat -> cat\n1135 -> 1135\nhello -> hello\n?")
+    found = hk.patchscope(llama, IDS[0], pos=2, sites=["resid_post.1", "resid_post.2"], target_layer=0)
+    states = states_by_hand(llama.model, IDS[0])
+    for row, layer in enumerate((1, 2)):
+
+        def put(module, args, output, layer=layer):
+            output = output.clone()
+            output[:, -1] = states[layer + 1, 2]
+            return output
+
+        handle = llama.model.model.layers[0].register_forward_hook(put)
+        with torch.no_grad():
+            said = llama.model(torch.tensor([target])).logits[0, -1].softmax(-1)
+        handle.remove()
+        assert found["token_id"][row] == int(said.argmax())
+        assert found["token"][row] == repr(llama.string(int(said.argmax())))
+        assert found["prob"][row] == pytest.approx(float(said.max()), rel=1e-4)
+        assert found["layer"][row] == layer
+
+
 def test_a_patchscope_takes_one_state(llama):
     with pytest.raises(hk.errors.BadPrompt, match="2 prompts and 1 positions"):
         hk.patchscope(llama, IDS, target=[5, 6])
