@@ -269,6 +269,11 @@ def test_the_unembedding_is_the_heads_row_and_the_same_in_every_context(gpt2):
     assert torch.allclose(run["final_norm"][1, :3] @ found, run.logits[1, :3, 7], atol=1e-5)
 
 
+def test_the_unembedding_of_a_head_that_reads_fewer_numbers_is_as_long_as_they_are():
+    lm = hk.tiny("opt", config={"word_embed_proj_dim": 16})
+    assert torch.equal(hk.unembedding(lm, 7), lm.model.lm_head.weight[7]) and len(hk.unembedding(lm, 7)) == 16
+
+
 def test_the_path_goes_from_the_text_to_the_next_token(llama):
     path = hk.logit_path(llama, "I like oat milk in my")
     assert path["stage"].tolist() == [

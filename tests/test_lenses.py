@@ -156,6 +156,17 @@ def test_tokens_can_be_chosen_by_their_best_rank_at_any_layer(llama):
     assert (both["rank_x"] == both["rank_y"]).all()
 
 
+def test_each_layer_shows_its_own_first_tokens(llama):
+    lens = hk.logit_lens(llama, IDS, top=2)
+    for row, ids in enumerate(IDS):
+        said = end_by_hand(llama.model, states_by_hand(llama.model, ids)[1:, -1])
+        for layer, logits in enumerate(said):
+            part = lens[(lens["row"] == row) & (lens["layer"] == layer)]
+            assert part["token_id"].tolist() == logits.topk(2).indices.tolist()
+            assert part["rank"].tolist() == [1, 2]
+    assert lens.groupby(["row", "layer"])["token_id"].apply(tuple).nunique() > 2
+
+
 def test_watched_tokens_stand_at_every_layer_once(llama):
     every = hk.logit_lens(llama, IDS[0], top=llama.n_tokens)
     first = int(every[(every["site"] == "resid_post.2") & (every["rank"] == 1)]["token_id"].iloc[0])
@@ -280,6 +291,30 @@ def test_the_history_is_the_divergence_of_the_lens_from_the_end_on_the_last_wind
         assert row["kl_before"] == pytest.approx(before, rel=1e-4)
         assert row["kl_after"] == pytest.approx(after, rel=1e-4)
         assert after < before
+
+
+def test_a_window_of_one_token_is_no_text_to_learn_from():
+    lm = hk.tiny("llama")
+    text = list(range(2, 2 + 33))
+    assert hk.train_lens(lm, [text], window=16, steps=0, progress=False).about["windows"] == 1
+    assert hk.train_lens(lm, [[*text, 40]], window=16, steps=0, progress=False).about["windows"] == 2
+
+
+def test_a_tuned_lens_is_judged_at_every_tenth_step_and_at_the_last():
+    lm = hk.tiny("llama")
+    text = list(range(2, 2 + 64))
+    sizes = []
+    handle = lm.model.lm_head.register_forward_pre_hook(lambda _m, args: sizes.append(args[0].shape[:-1].numel()))
+    hk.train_lens(lm, [text], window=16, states=5, steps=25, progress=False)
+    handle.remove()
+    looks = sizes.count(16) / 3  # two sites and the end
+    assert looks == 1 + 4 + 3, "the logit lens, four ridges, and steps 10, 20 and 25"
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_line_of_a_training_is_shown_or_not(progress, capfd):
+    hk.train_lens(hk.tiny("llama"), [list(range(2, 34))], window=16, steps=1, progress=progress)
+    assert ("tuned lens" in capfd.readouterr().err) is progress
 
 
 def test_a_tuned_lens_never_reads_its_held_out_text_while_it_learns():

@@ -44,6 +44,19 @@ def test_a_lens_ranks_the_tokens_alone(wide):
     assert lens["token_id"].max() < count and anywhere["token_id"].max() < count
 
 
+def test_a_lens_has_finite_numbers_however_large_such_a_row_is(small_tokenizer):
+    count = len(small_tokenizer)
+    lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": count + 1})
+    bias = torch.zeros(count + 1)
+    bias[count] = 200.0
+    lm.model.lm_head.bias = torch.nn.Parameter(bias)
+    lens = hk.logit_lens(lm, IDS, top=1)
+    logprobs = by_hand.logits(lm.model, IDS[0])[0, -1].double().log_softmax(-1)
+    last = lens[(lens["row"] == 0) & (lens["layer"] == 2)].iloc[0]
+    assert last["logprob"] == pytest.approx(float(logprobs[:count].max()), rel=1e-5)
+    assert lens["entropy"].max() < 1e-6 and lens["kl"].max() < 1e-4
+
+
 def test_a_report_says_which_token_was_first(wide):
     count = len(wide.tokenizer)
     tables = hk.shift_report(wide, IDS, {"cut": EDIT}, watch=40, drawn=0).tables
