@@ -123,15 +123,30 @@ def added_by_hand(lm, ids):
     return seen, end
 
 
-def test_each_share_is_what_the_weights_say_for_llama():
-    lm = uneven("llama")
+@pytest.mark.parametrize(("epsilon", "gain"), [(1e-6, 1.0), (0.5, 1.0), (1e-6, 1e-5)])
+def test_each_share_is_what_the_weights_say_for_llama(epsilon, gain):
+    lm = uneven("llama", rms_norm_eps=epsilon)
+    with torch.no_grad():
+        lm.model.model.norm.weight *= gain
     added, end = added_by_hand(lm, IDS[0])
     table = hk.direct_logits(hk.forward(lm, IDS), 7, pos=1).set_index(["row", "component"])["logit"]
     norm, unembed = lm.model.model.norm, lm.model.lm_head.weight[7].detach()
     scale = torch.rsqrt(end[1].square().mean() + norm.variance_epsilon)
     for name, vector in added.items():
         share = float((vector[1] * scale * norm.weight.detach() * unembed).sum())
-        assert table[0, name] == pytest.approx(share, abs=1e-5)
+        assert table[0, name] == pytest.approx(share, abs=1e-5 * gain)
+
+
+def test_a_linear_map_in_the_place_of_the_norm_is_split_as_the_weights_say():
+    lm = uneven("llama")
+    added, _ = added_by_hand(lm, IDS[0])
+    lm.model.model.norm = torch.nn.Linear(32, 32)
+    with torch.no_grad():
+        lm.model.model.norm.weight += 0.3 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
+    table = hk.direct_logits(hk.forward(lm, IDS), 7, pos=1).set_index(["row", "component"])["logit"]
+    direction = lm.model.lm_head.weight[7].detach() @ lm.model.model.norm.weight.detach()
+    for name, vector in added.items():
+        assert table[0, name] == pytest.approx(float(vector[1] @ direction), abs=1e-5)
 
 
 def test_each_share_is_what_the_weights_say_for_gpt2():
@@ -290,6 +305,20 @@ def test_the_path_goes_from_the_text_to_the_next_token(llama):
     assert path["content"].tolist()[-1] == repr(llama.string(best))
     with pytest.raises(hk.errors.BadPrompt, match="2 prompts"):
         hk.logit_path(llama, ["a", "b"])
+
+
+@pytest.mark.parametrize(("asked", "count"), [({}, 3), ({"top": 5}, 5)])
+def test_the_path_names_as_many_leading_tokens_as_are_asked_for(llama, asked, count):
+    path = hk.logit_path(llama, "I like oat milk in my", pos=2, **asked).set_index("stage")["content"]
+    run = hk.forward(llama, "I like oat milk in my")
+    logits = run.logits[0, 2]
+    top = logits.topk(count)
+    names = [repr(llama.string(token)) for token in top.indices.tolist()]
+    numbers = [f"{name} {value:.2f}" for name, value in zip(names, top.values.tolist(), strict=True)]
+    assert path["logits"] == ", ".join(numbers)
+    shares = logits.softmax(-1)[top.indices].tolist()
+    assert path["probabilities"] == ", ".join(f"{name} {p:.1%}" for name, p in zip(names, shares, strict=True))
+    assert path["next token"] == names[0]
 
 
 def test_the_default_models_logit_is_its_sum(smol):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import hookkit as hk
 from hookkit.cli import app
-from hookkit.diffing.cka import RunningCKA, keeps_rows, linear_cka
+from hookkit.diffing.cka import RunningCKA, keeps_rows, linear_cka, room
 from hookkit.errors import BadHook, EmptySelection, MissingSite, OtherVocabulary, OutOfRange, Unsupported
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
@@ -80,6 +80,8 @@ def test_cka_is_that_of_its_definition_in_one_piece_and_in_batches(tokens, width
 def test_cka_keeps_rows_or_sums_and_both_ways_are_tried_above():
     assert keeps_rows(7, (5, 3)) and not keeps_rows(90, (5, 3))
     assert math.isnan(linear_cka(torch.randn(4, 3), torch.ones(4, 2)))
+    assert room(7, (5, 3)) == 7 * 8 * 4, "rows in float32"
+    assert room(90, (5, 3)) == 8 * 8 * 8, "sums of products in float64"
 
 
 def test_every_site_is_as_alike_as_hooks_written_by_hand_say(two):
@@ -243,10 +245,20 @@ def test_hooks_on_one_side_act_on_the_rows_that_they_name(llama):
     assert "∞" in banned.page().html()
 
 
+@pytest.mark.parametrize("side", ["hooks_before", "hooks_after"])
+def test_the_rows_that_a_hook_names_are_the_prompts_however_few_tokens_run_together(llama, side):
+    hook = hk.ablate("attn_out.1", rows=[2])
+    found = hk.diff(llama, llama, PROMPTS, sites="embed", batch_tokens=4, **{side: hook})
+    kl = found.prompts.set_index("row")["kl_max"]
+    assert kl[2] > 1e-4 and kl[0] == kl[1] == 0
+
+
 def test_models_of_other_depth_are_compared_by_the_names_that_both_have():
     one, other = deep(), deep(num_hidden_layers=3)
     found = hk.diff(one, other, PROMPTS)
     said = found.left_out.set_index("what")["why"]
+    back = hk.diff(other, one, PROMPTS[:1], sites=None).left_out["why"].tolist()
+    assert "only the second model has it" in back and "only the first model has it" not in back
     assert "only the first model has it" in said.tolist() and any(
         "layer" not in str(s) and ".3" in str(s) for s in said.index
     )
@@ -314,7 +326,8 @@ def test_models_that_do_not_read_the_same_tokens_are_refused(two):
     more.add_tokens(["<extra>"])
     with pytest.raises(OtherVocabulary, match="differ in 1 tokens: id 320 is 'not there' in the first and '<extra>'"):
         hk.diff(two[0], hk.LM(two[1].model, more), PROMPTS)
-    with pytest.raises(OtherVocabulary, match="read prompt 0, .*, as different tokens: at position"):
+    words = r"read prompt 0, .*, as different tokens: at position \d+ '.+' \(id \d+\) and '.+' \(id \d+\)"
+    with pytest.raises(OtherVocabulary, match=words):
         hk.diff(two[0], hk.LM(two[1].model, reordered()), [" ".join(PROMPTS)])
 
 
@@ -356,6 +369,19 @@ def test_the_page_says_it_all_again_and_runs_nothing_of_the_tokens(tmp_path):
         assert len(table) == len(getattr(found, name)) == len(json.loads((tmp_path / f"{name}.json").read_text()))
     for name in ("tokens_0", "stream_0", "through_layers"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert (tmp_path / "tokens_1.png").exists(), "two prompts are drawn"
+    one_drawn = found.page().write(tmp_path / "one").parent
+    assert (one_drawn / "tokens_0.png").exists() and not (one_drawn / "tokens_1.png").exists(), (
+        "unless one asks for more"
+    )
+
+
+def test_the_page_says_which_model_is_which(two):
+    found = hk.diff(*two, PROMPTS[:1], sites="embed", hooks_after=hk.ablate("z.1"))
+    text = found.page().html()
+    before, after = (text.split(f"{when}: ")[1].splitlines()[0] for when in ("Before", "After"))
+    assert "seed 0" in before and "hook" not in before
+    assert "seed 1" in after and "with 1 hook" in after
 
 
 def test_the_command_prints_what_the_call_gives(two, tmp_path):
