@@ -253,6 +253,13 @@ def test_the_rows_that_a_hook_names_are_the_prompts_however_few_tokens_run_toget
     assert kl[2] > 1e-4 and kl[0] == kl[1] == 0
 
 
+@pytest.mark.parametrize(("asked", "rows"), [({}, {0, 1, 2}), ({"shown": 1}, {0})])
+def test_the_stream_token_by_token_is_that_of_the_prompts_that_are_shown(two, asked, rows):
+    found = hk.diff(*two, [*PROMPTS, "Tea"], sites=["resid_post.1", "mlp_out.1"], **asked)
+    assert set(found.stream["row"]) == rows and set(found.stream["layer"]) == {1}
+    assert len(found.stream) == sum(len(tokens_of(two[0])[row]) for row in rows)
+
+
 def test_models_of_other_depth_are_compared_by_the_names_that_both_have():
     one, other = deep(), deep(num_hidden_layers=3)
     found = hk.diff(one, other, PROMPTS)

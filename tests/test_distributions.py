@@ -62,3 +62,16 @@ def test_rows_of_the_vocabulary_that_are_no_token_take_part_in_the_softmax_and_n
     one = next(distributions(run))
     assert torch.equal(one.logprobs, run.logits[0, 0].log_softmax(-1))
     assert len(one.real) == llama.n_tokens <= len(one.logits)
+
+
+def test_a_model_in_half_precision_has_probabilities_in_whole_precision():
+    lm = hk.LM(hk.tiny("llama").model.bfloat16())
+    run = hk.forward(lm, [5, 6, 7])
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([[5, 6, 7]])).logits[0, -1]
+    assert logits.dtype == torch.bfloat16
+    table = hk.ranks(run, top=5)
+    logprobs = logits.float().log_softmax(-1)
+    assert table["logprob"].tolist() == pytest.approx(logprobs[table["token_id"].tolist()].tolist(), abs=1e-6)
+    assert table["prob"].tolist() == pytest.approx(logprobs.exp()[table["token_id"].tolist()].tolist(), rel=1e-5)
+    assert table["logit"].tolist() == logits.float()[table["token_id"].tolist()].tolist()

@@ -1,0 +1,92 @@
+"""What is meant where nothing is said: a default is part of what a number means, so that none changes unseen."""
+
+import inspect
+
+import pytest
+import typer
+
+import hookkit as hk
+from hookkit.cli import app
+
+CALLS: dict[str, dict[str, object]] = {
+    "ablate": {"to": "zero"},
+    "ablations": {"to": "zero"},
+    "agreement": {"top": 10},
+    "at_damage": {"by": "damage_kl", "toward": 1},
+    "attribution": {"direction": "denoise", "method": "gradient"},
+    "calibration": {"bins": 10},
+    "capture": {"grad": False},
+    "causal_tracing": {"site": "resid_post", "window": 1, "noise": 3.0, "samples": 10, "seed": 0},
+    "compare": {"along": "baseline", "top": 5},
+    "diff": {"cka": True, "rank_pos": -1, "top": 10, "tolerance": 1e-4, "shown": 3},
+    "direct_logits": {"pos": -1, "heads": False, "neurons": False},
+    "dose_response": {"samples": 3, "seed": 0},
+    "edge_attribution": {"steps": 1},
+    "fit_vector": {"steps": 50, "lr": 0.02},
+    "fork": {"row": 0},
+    "forward": {"logits": "all"},
+    "generate": {"logits": "all"},
+    "gradients": {"pos": -1},
+    "harvest": {"long": "error", "unfit": "error"},
+    "heat_map": {"y": "layer", "named": 3},
+    "kl": {"pos": -1},
+    "load": {"trust_remote_code": False},
+    "load_vector": {"any_model": False},
+    "logit_bars": {"top": 20},
+    "logit_lens": {"sites": "resid_post", "pos": -1, "top": 5, "choose": "layer"},
+    "logit_path": {"pos": -1, "top": 3},
+    "logit_terms": {"pos": -1, "row": 0, "top": 10},
+    "mean_difference": {"pos": -1},
+    "moved": {"tolerance": 1e-4},
+    "over_doses": {"confidence": 0.95, "resamples": 2000, "seed": 0},
+    "over_prompts": {"confidence": 0.95, "resamples": 2000, "seed": 0},
+    "patching": {"direction": "denoise"},
+    "patchscope": {"sites": "resid_post", "pos": -1, "max_new_tokens": 8},
+    "path_patching": {"senders": "z"},
+    "principal_direction": {"pos": -1},
+    "rank_shift": {"top": 10, "movers": 3},
+    "ranks": {"top": 10},
+    "record": {"replace": False},
+    "score": {"top": 0},
+    "shift_report": {"top": 10, "heads": False, "generate": 0, "shown": 3, "drawn": 1, "seed": 0},
+    "shift_summary": {"top": 10},
+    "statistics": {"covariance": False, "top": 0, "long": "error", "unfit": "error"},
+    "steer": {"scale": 1.0},
+    "stream": {"logits": "last"},
+    "surprisal": {"top": 0},
+    "surprisal_shift": {"worst_first": False},
+    "sweep": {"pos": -1, "verify": 0},
+    "token_attribution": {"method": "gradient", "steps": 20, "pos": -1},
+    "trace": {"top": 5},
+    "train_lens": {"sites": "resid_post", "window": 128, "steps": 100, "states": 8, "lr": 2e-4, "seed": 0},
+}
+
+COMMANDS: dict[str, dict[str, float]] = {
+    "compare": {"max_new_tokens": 20, "top": 5},
+    "diff": {"tolerance": 1e-4},
+    "direct": {"top": 15, "pos": -1},
+    "generate": {"max_new_tokens": 20},
+    "lens": {"top": 3},
+    "patch": {"top": 10},
+    "ranks": {"top": 10},
+    "run": {"tolerance": 1e-4},
+    "scan": {"top": 5},
+    "shift": {"top": 10, "movers": 3, "generate": 0, "seed": 0},
+    "show": {"tolerance": 1e-4, "rows": 12},
+    "steer": {"max_new_tokens": 20},
+    "surprisal": {"top": 3},
+    "trace": {"max_new_tokens": 20, "top": 5},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_means_what_it_meant_where_nothing_is_said(name):
+    parameters = inspect.signature(getattr(hk, name)).parameters
+    assert {word: parameters[word].default for word in CALLS[name]} == CALLS[name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_means_what_it_meant_where_nothing_is_said(name):
+    command = typer.main.get_command(app).commands[name]  # pyright: ignore[reportAttributeAccessIssue]
+    defaults = {option.name: option.default for option in command.params}
+    assert {word: defaults[word] for word in COMMANDS[name]} == COMMANDS[name]
