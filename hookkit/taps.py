@@ -19,6 +19,7 @@ from .hooks.looking import Capture
 from .model import LM
 from .positions import Where
 from .sites import LOGITS, AnySite, Site
+from .training import refuse_no_gradient
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 
@@ -66,6 +67,8 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
         located = lm.located(hook.sites)
         referred = _once(lambda prompts, sites=tuple(located): reference(sites, prompts))
         edits = hook if isinstance(hook, EditHook) else None
+        if isinstance(hook, Capture) and hook.grad:
+            refuse_no_gradient(lm)
         looks = isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
         reads_input = edits is not None and edits.reads_input
         where = hook.placed(lm)

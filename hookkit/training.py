@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from .errors import DroppedOut
+from .errors import DroppedOut, Unsupported
 from .model import LM
+from .placement import device_of
 
 
 def warn_of_dropout(lm: LM) -> None:
@@ -36,6 +38,55 @@ def _dropping(path: str, module: nn.Module) -> Iterable[str]:
     for name, value in vars(module).items():
         if isinstance(value, float) and value > 0 and "drop" in name:
             yield f"{path}: {name} = {value:g}"
+
+
+def refuse_no_gradient(lm: LM) -> None:
+    """Raise `Unsupported` for a model with layers that give no gradient: one through it would silently miss them.
+
+    torch's dynamically quantised layers are of this kind. Each kind of layer is tried once.
+    """
+    if "without gradient" not in lm.learnt:
+        lm.learnt["without gradient"] = _without_gradient(lm.root)
+    paths = lm.learnt["without gradient"]
+    if paths:
+        kind = type(lm.root.get_submodule(paths[0])).__name__
+        raise Unsupported(
+            f"{paths[0]} ({kind}) and {len(paths) - 1} other layers give no gradient, as quantised layers do, so that "
+            "what is asked for cannot be computed through them: load the model in float32 or bfloat16"
+        )
+
+
+def _without_gradient(root: nn.Module) -> list[str]:
+    """The paths of the layers whose output does not depend on their input as far as autograd can tell."""
+    answers: dict[type, bool] = {}
+    paths = []
+    for path, module in root.named_modules():
+        kind, width = type(module), getattr(module, "in_features", None)
+        if kind is nn.Linear or not isinstance(width, int):
+            continue
+        if kind not in answers:
+            answers[kind] = _gives_gradient(module, width)
+        if not answers[kind]:
+            paths.append(path)
+    return paths
+
+
+def _gives_gradient(layer: nn.Module, width: int) -> bool:
+    """Whether a layer gives a gradient; True where that cannot be tried, such as for weights that are elsewhere."""
+    first = next(layer.parameters(), None)
+    dtype = first.dtype if first is not None and first.is_floating_point() else torch.float32
+    with torch.inference_mode(False), torch.enable_grad():
+        given = torch.zeros(1, width, dtype=dtype, device=device_of(layer), requires_grad=True)
+        try:
+            output = layer.forward(given)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+            return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns here of what is to be found out
+            try:
+                return torch.autograd.grad(output.sum(), given, allow_unused=True)[0] is not None
+            except RuntimeError:
+                return False
 
 
 def levels_to_the_user() -> int:

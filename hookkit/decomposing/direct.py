@@ -16,6 +16,7 @@ from ..placement import device_of
 from ..positions import PosLike
 from ..runs import Run, forward
 from ..sites import Site
+from ..training import refuse_no_gradient
 from .components import Part, Stream, needed, parts_of
 from .frozen import frozen
 
@@ -61,6 +62,7 @@ def direct_logits(
 def decomposed(again: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
     """`direct_logits` of a run that captured, after its edits, the `needed` sites of its first rows."""
     lm = again.lm
+    refuse_no_gradient(lm)
     end = again.captured(f"resid_post.{lm.n_layers - 1}")
     assert end.positions is not None
     places = [(n, c, p) for n, row in enumerate(end.positions.tolist()) for c, p in enumerate(row) if p >= 0]
@@ -201,6 +203,7 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise BadHook(f"top={top!r}: give how many dimensions to show, at least 1")
     lm = run.lm
+    refuse_no_gradient(lm)
     again = _again(run, False, False, pos)
     end = again.captured(f"resid_post.{lm.n_layers - 1}")
     tail = tail_of(lm, (), end.prompts)
@@ -243,6 +246,7 @@ def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
     >>> unembedding(lm, " coffee").shape
     torch.Size([576])
     """
+    refuse_no_gradient(lm)
     head = lm.submodule(lm.place(Site("lm_head")).path)
     width = lm.shape(Site("final_norm"))[0] if "final_norm" in lm.layout.names else lm.sizes["d_model"] or 0
     dtype = next(head.parameters()).dtype

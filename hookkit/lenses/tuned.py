@@ -20,6 +20,7 @@ from ..model import LM
 from ..prompts import Prompts, as_batch
 from ..runs import forward
 from ..sites import Site, SitesLike
+from ..training import refuse_no_gradient
 from .lens import stream_sites
 from .tail import Tail, tail_of
 
@@ -117,6 +118,7 @@ def train_lens(
     """
     from tqdm.auto import tqdm
 
+    refuse_no_gradient(lm)
     end = Site("resid_post", lm.n_layers - 1)
     wanted = [site for site in stream_sites(lm, sites) if site != end]
     windows = _windows(lm, texts, window)

@@ -19,6 +19,7 @@ from ..prompts import Prompts, as_batch
 from ..sites import AnySite
 from ..sweeps.reading import Reading, read
 from ..sweeps.saying import Saying
+from ..training import refuse_no_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class Aim:
 
     def gradient(self, vector: Float[Tensor, " d"], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The sum of the metric over some prompts, and its gradient with respect to the vector."""
+        refuse_no_gradient(self.lm)
         with torch.enable_grad():
             total = self.values(vector, rows).sum()
             if not total.requires_grad:
