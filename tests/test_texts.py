@@ -1,7 +1,6 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 """Texts and tokens with tokenizers of three kinds: a sentencepiece-like, a byte-level and a wordpiece-like one."""
 
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -11,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 import hookkit as hk
 from hookkit.errors import BadHook, NotOneToken, Unsupported
 
-WORDS = "I like oat milk in my coffee shop and store . The answer is A or B : tea".split()
+TEXT = "I like oat milk in my coffee shop and store . The answer is A or B : tea"
+WORDS = TEXT.split()
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
 
@@ -116,9 +116,7 @@ def test_a_continuation_has_the_tokens_that_it_has_behind_the_prompt(spaced, pro
     assert spaced.added(before, whole[len(before) :]) == after
     logits = spaced.model(torch.tensor([whole])).logits[0].log_softmax(-1)
     right = -sum(logits[place - 1, whole[place]].item() for place in range(len(before), len(whole)))
-    table = hk.sweep(
-        spaced, [prompt], {"by": [1.0]}, lambda by: hk.scale("embed", by), hk.loss(after), progress=False
-    )
+    table = hk.sweep(spaced, [prompt], {"by": [1.0]}, lambda by: hk.scale("embed", by), hk.loss(after), progress=False)
     assert table["loss"].item() == pytest.approx(right / (len(whole) - len(before)), abs=1e-4)
     scored = hk.score(spaced, [after], after=prompt)
     assert scored["loss"].sum() == pytest.approx(right, abs=1e-4)
@@ -153,7 +151,9 @@ def hk_strings(text: str) -> list[str]:
 def test_the_loss_of_a_continuation_of_any_length(after):
     lm, prompts = hk.tiny("llama"), [[5, 9, 13, 17, 21], [6, 7]]
     rows = after if isinstance(after, list) else [after, after]
-    table = hk.sweep(lm, prompts, {"k": [1]}, lambda k: hk.ablate(hk.Site("mlp_out", k)), hk.loss(after), progress=False)
+    table = hk.sweep(
+        lm, prompts, {"k": [1]}, lambda k: hk.ablate(hk.Site("mlp_out", k)), hk.loss(after), progress=False
+    )
     handle = lm.model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     for number, (prompt, more) in enumerate(zip(prompts, rows, strict=True)):
         logits = lm.model(torch.tensor([[*prompt, *more]])).logits[0].log_softmax(-1)
