@@ -128,16 +128,19 @@ def only(tokens):
 
 HALF = range(1, 320, 2)
 EDITS = {
-    "force": (hk.force(7), forced(7)),
+    "force": (hk.force(7, margin=10.0), forced(7)),
     "force, some steps": (hk.force(7, margin=INF, step=[1, 4]), forced(7, INF, (1, 4))),
-    "force a phrase": (hk.force(hk.phrase([7, 8, 9])), forced_phrase([7, 8, 9], [0])),
-    "force a phrase from step 2": (hk.force(hk.phrase([7, 8, 9]), step=2), forced_phrase([7, 8, 9], [2])),
+    "force a phrase": (hk.force(hk.phrase([7, 8, 9]), margin=10.0), forced_phrase([7, 8, 9], [0])),
+    "force a phrase from step 2": (
+        hk.force(hk.phrase([7, 8, 9]), step=2, margin=10.0),
+        forced_phrase([7, 8, 9], [2]),
+    ),
     "force a phrase at two steps": (
         hk.force(hk.phrase([7, 8, 9]), step=[0, 3], margin=INF),
         forced_phrase([7, 8, 9], [0, 3], INF),
     ),
     "force a phrase where unsure": (
-        hk.force(hk.phrase([7, 8]), when=hk.margin_below(0.6)),
+        hk.force(hk.phrase([7, 8]), when=hk.margin_below(0.6), margin=10.0),
         forced_when([7, 8], 0.6),
     ),
     "ban": (hk.ban(HALF), banned(HALF)),

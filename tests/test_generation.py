@@ -188,7 +188,9 @@ seen: list[torch.Tensor] = []
 
 def test_a_users_processor_works_after_the_edits(lm):
     seen.clear()
-    run = hk.generate(lm, PROMPTS[0], hk.force(9), logits_processor=LogitsProcessorList([Downwards()]), **GREEDY)
+    run = hk.generate(
+        lm, PROMPTS[0], hk.force(9, margin=10.0), logits_processor=LogitsProcessorList([Downwards()]), **GREEDY
+    )
     new = run.tokens[0, run.prompt_lengths[0] :]
     assert (new != 9).all()
     assert all(int(scores.argmax()) == 9 for scores in seen)
