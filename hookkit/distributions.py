@@ -47,12 +47,12 @@ class Distribution:
 
     @cached_property
     def _ascending(self) -> LogitVector:
-        return self.real.sort().values
+        return self.real[~self.real.isnan()].sort().values
 
     def ranks(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """1 + the number of tokens with a strictly larger logit; `NO_RANK` for a logit that is NaN."""
         wanted = self.logits[ids].contiguous()
-        larger = len(self._ascending) - torch.searchsorted(self._ascending, wanted, right=True)
+        larger = len(self.real) - torch.searchsorted(self._ascending, wanted, right=True)  # NaN counts as larger
         return (larger + 1).masked_fill(wanted.isnan(), NO_RANK)
 
     @property

@@ -71,14 +71,18 @@ def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int
 def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = ("before", "after")) -> Figure:
     """Each token's rank before and after as a line, on a log axis with rank 1 at the top.
 
-    `shift` is `rank_shift(before, after)`. Lines that rise are green, lines that fall red, edited tokens bold.
+    `shift` is `rank_shift(before, after)`. Lines that rise are green, lines that fall red, edited tokens bold. Tokens
+    without a rank, whose logits are NaN, are left out.
     """
     _one_position(shift, "rank_after")
+    columns = ("rank_before", "rank_after")
+    shift = shift.dropna(subset=list(columns))
+    if shift.empty:
+        raise EmptySelection("no token of this table has a rank before and after: the model's logits are NaN there")
     height = max(4.2, 0.26 * len(shift) + 1.2)  # inches
     figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     tokens = shift.to_dict("records")
-    columns = ("rank_before", "rank_after")
     low = max(float(shift[list(columns)].to_numpy().max()), 10.0) * 1.25
     gap = np.log(low / 0.85) * 0.2 / (height - 0.9)  # a label needs 0.2 inches of what the frame leaves
     heights = [np.exp(spread(np.log(shift[column].to_numpy(float)), gap)) for column in columns]

@@ -208,3 +208,119 @@ def test_in_a_small_dtype_an_edit_of_logits_does_what_it_says_or_raises(dtype):
     assert done > refused
     with pytest.raises(BadEdit, match="changes nothing at logits"):
         hk.forward(lm, ids, hk.boost(order[0], by=1e-4))
+
+
+@pytest.fixture(scope="module")
+def broken() -> hk.LM:
+    """A model that gives NaN for every logit after token 13, and numbers elsewhere."""
+    lm = hk.tiny("llama")
+    with torch.no_grad():
+        lm.model.model.embed_tokens.weight[13] = math.nan
+    return lm
+
+
+ROWS = [[5, 9, 13], [6, 7, 8]]  # only the first has the token
+
+
+def test_nan_logits_are_nan_in_every_table_and_leave_other_rows_alone(broken):
+    before, run = hk.forward(hk.tiny("llama"), ROWS), hk.forward(broken, ROWS)
+    assert run.logits[0].isnan().all() and torch.equal(run.logits[1], before.logits[1])
+    tables = {
+        "ranks": hk.ranks(run, top=3, watch=[7]),
+        "shift": hk.rank_shift(before, run, top=3),
+        "summary": hk.shift_summary(before, run),
+        "uncertainty": hk.uncertainty(run, pos=-1),
+        "surprisal": hk.surprisal(run, top=2),
+        "lens": hk.logit_lens(broken, ROWS, top=2),
+    }
+    missing = {
+        "ranks": ["logit", "logprob", "prob", "rank"],
+        "shift": ["logit_after", "prob_after", "rank_after", "rank_delta", "shift"],
+        "summary": [
+            "kl",
+            "kl_reverse",
+            "js",
+            "tv",
+            "entropy_after",
+            "margin_after",
+            "top1_after",
+            "top1_changed",
+            "kept",
+        ],
+        "uncertainty": ["entropy", "varentropy", "perplexity", "margin", "top1", "top1_prob", "nucleus_90", "top2"],
+        "surprisal": ["loss", "rank", "prob", "mean_loss", "perplexity"],
+        "lens": ["logit", "prob", "rank", "entropy", "kl"],
+    }
+    for name, table in tables.items():
+        spoilt, whole = table[table["row"] == 0][missing[name]], table[table["row"] == 1][missing[name]]
+        assert spoilt.isna().all(axis=None), name
+        assert whole.notna().all(axis=None), name
+    assert tables["uncertainty"]["scenario"].tolist()[0] == "unknown"
+    alone = hk.ranks(hk.forward(broken, [ROWS[1]]), top=3, watch=[7])
+    assert alone["rank"].tolist() == tables["ranks"][tables["ranks"]["row"] == 1]["rank"].tolist()
+    assert alone["rank"].dtype == "int64"
+
+
+def test_nan_logits_are_nan_in_every_metric(broken):
+    before, run = hk.forward(hk.tiny("llama"), ROWS), hk.forward(broken, ROWS)
+    for metric in (
+        hk.entropy(),
+        hk.kl(before),
+        hk.prob(3),
+        hk.logprob(3),
+        hk.rank(3),
+        hk.logit_diff(3, 4),
+        hk.logit(3),
+    ):
+        first, second = metric(run).tolist()
+        assert math.isnan(first) and math.isfinite(second), metric
+    spoil = hk.edit("embed", lambda x, here: x)  # the same model, without an edit
+    table = hk.sweep(broken, [ROWS[0]], {"k": [1]}, lambda k: spoil, [hk.kl(), hk.top1_changed()], progress=False)
+    assert table[["kl", "top1_changed"]].isna().all(axis=None)
+
+
+def test_one_nan_logit_has_no_rank_and_nothing_is_first_beside_it():
+    logits = torch.tensor([3.0, math.nan, 1.0, 2.0])
+    lm = hk.tiny("llama")
+    run = hk.forward(lm, IDS, hk.edit("logits", lambda x: x, pos=-1))
+    run.logits[0, -1, :4] = logits + 100
+    table = hk.ranks(run, top=None).set_index("token_id")
+    assert math.isnan(table.loc[1, "rank"]) and not (table["rank"] == 1).any()
+    assert hk.rank(1)(run).isnan().all() and hk.rank(0)(run).item() == 2
+
+
+def test_edits_decisions_figures_and_reports_say_that_logits_are_nan(broken, tmp_path):
+    for hook in (hk.force(3), hk.force(3, margin=2.0), hk.set_rank(3, 1), hk.ban(3, when=hk.entropy_above(1.0))):
+        with pytest.raises(BadEdit, match="NaN"):
+            hk.forward(broken, ROWS, hook)
+    assert hk.forward(broken, ROWS, hk.force(3, rows=1), hk.boost(4, by=1.0)).logits[1, -1].argmax() == 3
+    traced = hk.generate(broken, ROWS, trace=hk.trace(), max_new_tokens=1, do_sample=False)
+    spoilt, whole = hk.decisions(traced)["why"].tolist()
+    assert "NaN" in spoilt and whole.startswith("greedy: first of ")
+    assert hk.decoding(traced)["rank"].isna().any()
+    shift = hk.rank_shift(hk.forward(hk.tiny("llama"), ROWS), hk.forward(broken, ROWS), top=3)
+    with pytest.raises(HookkitError, match="logits are NaN"):
+        hk.rank_bump(shift[shift["row"] == 0])
+    with pytest.raises(HookkitError, match="logits of row 0 are NaN"):
+        hk.direct_logits(hk.forward(broken, ROWS), 7)
+    report = hk.shift_report(broken, ROWS, hk.ban(7), watch=[3])
+    assert "logits are NaN" in report.write(tmp_path / "report").read_text()
+
+
+def test_infinite_logits_keep_their_ranks_and_banned_ones_their_closed_forms():
+    lm = hk.tiny("llama")
+    plain = hk.forward(lm, IDS)
+    run = hk.forward(lm, IDS, hk.edit("logits", lambda x: x))
+    run.logits[0, -1, 5] = math.inf
+    table = hk.ranks(run, top=2)
+    assert table["rank"].tolist() == [1, 2] and table["token_id"][0] == 5
+    assert math.isnan(hk.uncertainty(run, pos=-1)["entropy"].item())
+    banned = hk.forward(lm, IDS, hk.ban(5, 6))
+    probs = plain.logits[0, -1].double().softmax(-1)
+    left = torch.cat([probs[:5], probs[7:]]) / (1 - probs[5] - probs[6])
+    summary = hk.shift_summary(plain, banned)
+    assert summary["kl"].item() == math.inf
+    assert summary["kl_reverse"].item() == pytest.approx(-math.log(1 - float(probs[5] + probs[6])), abs=1e-6)
+    assert summary["entropy_after"].item() == pytest.approx(float(-(left * left.log()).sum()), abs=1e-6)
+    gone = hk.ranks(banned, top=None).set_index("token_id").loc[[5, 6]]
+    assert gone["rank"].tolist() == [319, 319] and gone["prob"].tolist() == [0.0, 0.0]

@@ -73,6 +73,9 @@ def decomposed(again: Run, token: Tokens, against: Tokens | None = None) -> pd.D
     tail = tail_of(lm, (), end.prompts)
     logits = again.captured_logits()
     said = torch.stack([logits.values[row, logits.column(row, place)] for row, _, place in places])
+    unknown = said.isnan().any(-1).tolist()
+    if any(unknown):
+        raise Unsupported(f"the logits of row {rows[unknown.index(True)]} are NaN, and have no parts that add up")
     parts = _sum(again, tail, cells, chosen, others, said)
     table = _frame(parts, [(row, place) for row, (_, _, place) in zip(rows, places, strict=True)])
     residual = float(table.loc[table["kind"] == "residual", "logit"].abs().max())

@@ -127,6 +127,10 @@ def of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
         table = pd.DataFrame(found.of("shifts", row, edit.name)[SHIFT])
         caption = f"{edit.name}: the first tokens before and after, the largest movers, and why each is here."
         yield Part(table, f"shifts_{row}_{number}", caption, file="shifts")
+    watched = pd.DataFrame(found.of("watched", row)[["prob_before", "prob_after"]])
+    if bool(watched.isna().to_numpy().any()):
+        yield "The model's logits are NaN after this prompt, with an edit or without: there are no figures of it."
+        drawn = False
     if drawn:
         yield from _drawn_ranks(found, row)
     yield "## Through the layers"
