@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 """Texts and tokens with tokenizers of three kinds: a sentencepiece-like, a byte-level and a wordpiece-like one."""
 
 import pytest
@@ -121,6 +122,23 @@ def test_a_continuation_has_the_tokens_that_it_has_behind_the_prompt(spaced, pro
     scored = hk.score(spaced, [after], after=prompt)
     assert scored["loss"].sum() == pytest.approx(right, abs=1e-4)
     assert scored["token_id"].tolist() == whole[len(before) :]
+
+
+@pytest.mark.parametrize("prompt", ["I like oat milk in my coffee", "é tea é or oat ☕ milk."])
+def test_a_text_in_a_prompt_is_at_the_tokens_that_have_it(lm, prompt):
+    text = lm.text(lm.tokenizer.encode(prompt))
+    for word in dict.fromkeys(text.replace(".", " ").split()):
+        if text.count(word) > 1 or "<" in word:
+            continue
+        run = hk.forward(lm, prompt, hk.capture("resid_post.0", pos=hk.at(word)))
+        places = run.captured("resid_post.0").positions[0].tolist()
+        ids = run.tokens[0].tolist()
+        assert places == list(range(places[0], places[-1] + 1))
+        assert word in lm.added(ids[: places[0]], ids[places[0] : places[-1] + 1])
+        if not word.isascii():  # its last byte alone completes it
+            continue
+        inner = lm.added(ids[: places[0] + 1], ids[places[0] + 1 : places[-1] + 1])
+        assert word not in inner and word not in lm.added(ids[: places[0]], ids[places[0] : places[-1]])
 
 
 def test_a_phrase_is_written_with_its_own_space(lm):

@@ -69,5 +69,7 @@ itself that each means what it says.
 
 # "NaN"
 
-float16 ends at 65,504, and some models' streams are longer, or a steered one becomes so: use bfloat16 or float32.
+float16 ends at 65,504, and some models' streams are longer: use bfloat16 or float32. An edit that makes an infinite
+number or NaN of a finite one raises `BadEdit`, so NaN in a table is the model's own: no token has a rank, a probability
+or an entropy there, and none is named as the most likely one.
 """
