@@ -36,7 +36,7 @@ def act(action: Action, tap: Tap, call: Call, found: Tensor, before: Tensor | No
     cells = call.cells(action.where, action.head or full.shape[1] != call.width, action.change is None)
     if cells is None:
         return None, found
-    action.fired += 1
+    _first_run(action, call)
     raw = cells.gather(full if form.plain else form.view(full))
     old = raw if form.plain else form.read(raw, cells, call)
     if action.change is None:
@@ -116,14 +116,9 @@ def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tens
             f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of "
             f"{call.width} positions ran): leave pos, rows and step out of {action.hook}"
         )
-    action.fired += 1
+    _first_run(action, call)
     if action.change is None:
         assert isinstance(action.hook, Capture)
-        if action.pieces and action.pieces[0].call == call.number:
-            raise Unsupported(
-                f"the module at {action.site} ran twice in one forward, and which of the two is meant cannot be said: "
-                "capture what goes into it or comes out of it elsewhere"
-            )
         if action.pieces:
             raise Unsupported(
                 f"{action.site} has shape {list(found.shape)}, without axes batch and pos along which several forwards "
@@ -134,6 +129,18 @@ def _act_on_all(action: Action, call: Call, found: Tensor) -> tuple[Firing, Tens
     new = action.change(found, Here(action.site, action.where, None))
     check_result(action, None, found, new)
     return (action, call.number, None, found.shape, (new != found).sum()), new
+
+
+def _first_run(action: Action, call: Call) -> None:
+    """Count a forward in which a hook does something, or raise `Unsupported` if it has done so in it before."""
+    if action.last is call:
+        raise Unsupported(
+            f"the module at {action.site} ran twice or more in one forward, and {action.hook} cannot tell which run "
+            "is meant: put the hook at a module that runs once, before it or after it; where the whole model runs "
+            "several times in one call, attach to the model inside"
+        )
+    action.last = call
+    action.fired += 1
 
 
 def _with_batch_axis(found: Tensor, rows: int) -> Tensor:

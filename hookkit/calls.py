@@ -132,11 +132,11 @@ class Cells:
             self.index = rows, columns = rows.to(device), columns.to(device)
         return rows, columns  # pyright: ignore[reportReturnType]
 
-    def real(self, changed: Bool[Tensor, "row pos ..."]) -> Int[Tensor, " row"]:
-        """How many numbers of each row are true, not counting the filled-up cells."""
+    def real(self, changed: Bool[Tensor, "row pos ..."]) -> Int[Tensor, "row pos"]:
+        """How many numbers of each cell are true, 0 in the filled-up cells."""
         if self.valid is not None:
             changed = changed & _fit(self.valid, changed)
-        return changed.flatten(1).sum(1)
+        return changed.reshape(*changed.shape[:2], -1).sum(2, dtype=torch.int32)
 
 
 @dataclass(eq=False)

@@ -118,6 +118,7 @@ class Kept:
     """All that the captures of one text kept, by site: `kept["resid_post.6"]`, or `kept["resid_post.6", "before"]`."""
 
     slots: tuple[Slot, ...] = ()
+    ended: tuple[AnySite, ...] = ()  # asked for in rows alone that had ended before they came there
 
     @property
     def all(self) -> list[Captured]:
@@ -140,6 +141,11 @@ class Kept:
             if whole:
                 return self._only(wanted, whole).captured().head(wanted.head)
         what = str(wanted) if name is None else f"{wanted} named {name!r}"
+        if wanted in self.ended:
+            raise NotCaptured(
+                f"{what} was to be captured in rows that had ended before they came to the capture's positions: there "
+                "is nothing of it. Let the rows generate more tokens, or capture it elsewhere"
+            )
         raise NotCaptured(f"{what} was not captured. {self._there(wanted)}")
 
     def _at(self, site: AnySite, name: str | None) -> list[Slot]:
@@ -198,6 +204,24 @@ class Ending:
     prompts: Sequence[int]
     limits: Sequence[int] | None = None
     lineage: dict[int, list[int]] | None = None
+    expand: int = 1  # model rows of each prompt
+
+    def limit(self, row: int) -> int | None:
+        """How many positions of a model row count; None where no end is known.
+
+        Where beams go from row to row, that of the longest text that came of the row's prompt: what ran after it led to
+        none.
+        """
+        if self.limits is None:
+            return None
+        return self.limits[row] if self.lineage is None else self._longest.get(row // self.expand)
+
+    @cached_property
+    def _longest(self) -> dict[int, int]:
+        longest: dict[int, int] = {}
+        for prompt, limit in zip(self.prompts, self.limits or (), strict=False):
+            longest[prompt] = max(limit, longest.get(prompt, 0))
+        return longest
 
     def sources(self, call: int) -> Sequence[int]:
         """The model row that each final row was in a call, -1 for none."""

@@ -1,7 +1,7 @@
 """What hooks wished for, held against what a text can give and what happened."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import pandas as pd
@@ -17,7 +17,7 @@ from .taps import Action
 
 Firing: TypeAlias = tuple[Action, int, Cells | None, torch.Size, Tensor | None]
 """One hook at one site in one forward: the action, the forward's number, the cells, the shape of one cell (of the whole
-tensor where it has no cells), and for an edit how many numbers it changed in each row."""
+tensor where it has no cells), and for an edit how many numbers it changed in each cell."""
 
 
 def check_possible(actions: Iterable[Action], text: Text, call: Call, generation: Generation | None) -> None:
@@ -105,6 +105,11 @@ def never_fired(action: Action, forwards: int) -> str:
     if not forwards:
         return f"{asked}: no forward of the model ran inside the block"
     ran = f"{forwards} forward{'s' if forwards > 1 else ''} ran"
+    if action.fired:
+        return (
+            f"{asked} before a row's end, though {ran}: the rows that it means had ended before they came to its "
+            "positions or steps. Look at run.log, and at the lengths of the rows; leave those rows out with rows="
+        )
     return (
         f"{asked}, though {ran}: either its positions, rows or steps did not come, or the model never calls this "
         "module (some are bypassed by fused code). Look at run.log, and at lm.describe() for the sites"
@@ -124,22 +129,37 @@ def firing_log(firings: Sequence[Firing], limits: dict[Text, Ending]) -> pd.Data
             total = 0 if changed is None else int(changed)
             rows.append(common | {"row": -1, "positions": "", "numbers": cell.numel(), "changed": total})
             continue
-        counts = [0] * len(cells.rows) if changed is None else changed.tolist()
+        counts = [[0]] * len(cells.rows) if changed is None else changed.tolist()
         for row, prompt, places, count in zip(cells.rows, cells.prompts, cells.places, counts, strict=True):
             places = _before_end(places, row, limits.get(cells.text))
             if places:
                 seen = {"row": prompt, "positions": _compact(places), "numbers": len(places) * cell.numel()}
-                rows.append(common | seen | {"changed": count})
+                rows.append(common | seen | {"changed": sum(count[: len(places)])})
     columns = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _before_end(places: Wish, row: int, ending: Ending | None) -> Wish:
     """The places that count: a row that has ended is fed padding while the others go on."""
-    if ending is None or ending.limits is None or ending.lineage is not None or row >= len(ending.limits):
-        return places
-    limit = ending.limits[row]
-    return places[: bisect_left(places, limit)]
+    limit = None if ending is None else ending.limit(row)
+    return places if limit is None else places[: bisect_left(places, limit)]
+
+
+def counted(firings: Iterable[Firing], limits: Mapping[Text, Ending]) -> set[Action]:
+    """The actions that did something before the end of some row."""
+    acted: set[Action] = set()
+    for action, _, cells, _, _ in firings:
+        if action not in acted and (cells is None or counts(cells, limits.get(cells.text))):
+            acted.add(action)
+    return acted
+
+
+def counts(cells: Cells, ending: Ending | None) -> bool:
+    """True if one of the cells stands before the end of its row."""
+    if ending is None or ending.limits is None:
+        return True
+    pairs = zip(cells.rows, cells.places, strict=True)
+    return any(_before_end(places, row, ending) for row, places in pairs)
 
 
 def _compact(places: Wish) -> str:

@@ -279,7 +279,7 @@ def ending(
     lineage = None
     if generation.beams > 1:
         lineage = {call: _ancestors(seen, sequences, prompts, text.expand) for call, seen in histories.items()}
-    return Ending(prompts, [len(row) - 1 for row in rows], lineage)
+    return Ending(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
 
 
 def _ancestors(seen: Tensor | None, sequences: Tensor, prompts: Sequence[int], expand: int) -> list[int]:

@@ -8,7 +8,7 @@ import pandas as pd
 from .calls import Text
 from .captured import Captured, Ending, Kept, Piece, Slot, in_order, joined
 from .errors import NeverFired
-from .firing import Firing, firing_log, never_fired, unreached
+from .firing import Firing, counted, counts, firing_log, never_fired, unreached
 from .forms import unseen_value
 from .hooks.looking import Capture
 from .sites import AnySite, Site
@@ -26,7 +26,7 @@ class Keeping:
         self._endings: dict[Text, Ending] = {}
         self._problem: str | None = None
         for action in actions:
-            action.pieces, action.fired = [], 0
+            action.pieces, action.fired, action.last = [], 0, None
 
     def finish(self, ending: Callable[[], Ending]) -> None:
         """Hold what the captures of the running text kept, to be joined when it is asked for."""
@@ -46,17 +46,22 @@ class Keeping:
         return [*self._finished, self._kept(self.running, ending())]
 
     def _kept(self, text: Text, ending: Ending) -> Kept:
-        slots = []
+        slots, ended = [], []
         for action in self.actions:
-            if isinstance(action.hook, Capture) and action.pieces:
-                make = functools.partial(_captured, action.hook, action.site, list(action.pieces), text, ending)
-                slots.append(Slot(action.site, action.hook.name, make))
-        return Kept(tuple(slots))
+            if not isinstance(action.hook, Capture) or not action.pieces:
+                continue
+            if not any(piece.cells is None or counts(piece.cells, ending) for piece in action.pieces):
+                ended.append(action.site)  # all that it read is the padding of rows that had ended
+                continue
+            make = functools.partial(_captured, action.hook, action.site, list(action.pieces), text, ending)
+            slots.append(Slot(action.site, action.hook.name, make))
+        return Kept(tuple(slots), tuple(dict.fromkeys(ended)))
 
     def check_fired(self, forwards: int) -> None:
         """Raise `NeverFired` for the first hook that did nothing, or not all that it was to do."""
+        acted = counted(self.firings, self._endings)
         for action in self.actions:
-            if not action.fired:
+            if not action.fired or action not in acted:
                 raise NeverFired(never_fired(action, forwards))
         if self._problem is not None:
             raise NeverFired(self._problem)

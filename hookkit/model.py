@@ -142,6 +142,22 @@ class LM:
         """The names of the arguments of the model's forward."""
         return frozenset(inspect.signature(self.root.forward).parameters)
 
+    @cached_property
+    def _takes_any(self) -> bool:
+        parameters = inspect.signature(self.root.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    def accepts(self, name: str) -> bool:
+        """True if the model's forward can be given an argument of this name."""
+        return name in self.takes or self._takes_any
+
+    def accepted(self, **settings: Any) -> dict[str, Any]:
+        """Those of some settings of a forward that the model knows: the others would mean nothing to it."""
+        known = {name: value for name, value in settings.items() if name in self.takes}
+        if "return_dict" in settings and self._takes_any:  # transformers takes it wherever a forward is its own
+            known["return_dict"] = settings["return_dict"]
+        return known
+
     def __repr__(self) -> str:
         size = count(self.root) / 1e6
         name = self.name or type(self.root).__name__

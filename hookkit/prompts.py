@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,10 +12,11 @@ from .arguments import prompt_rows
 from .arguments import shortened as shortened
 from .errors import BadPrompt, OutOfRange, Unsupported
 from .model import LM
+from .padding import Side as Side
+from .padding import padded_inputs
 from .positions import At
 
 Prompts: TypeAlias = str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
-Side: TypeAlias = Literal["left", "right"]
 Row: TypeAlias = tuple[int, ...]
 
 
@@ -47,13 +48,11 @@ class Batch:
         return (self.positions >= 0).to(self.ids.device)
 
     def inputs(self, lm: LM) -> dict[str, Tensor]:
-        """The arguments of a forward: ids, and where there is padding a mask, and positions if the model takes them."""
+        """The arguments of a forward: ids, and where there is padding a mask, and what else makes a padded row the row
+        alone in this model. `Unsupported` where nothing does."""
         if not self.padded:
             return {"input_ids": self.ids}
-        inputs = {"input_ids": self.ids, "attention_mask": self.mask.long()}
-        if "position_ids" in lm.takes:  # a model's own default counts the padding in
-            inputs["position_ids"] = self.positions.clamp(min=0).to(self.ids.device)
-        return inputs
+        return padded_inputs(lm, self.ids, self.positions, self.side)
 
 
 def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -> Batch:

@@ -5,6 +5,7 @@ Everything that can be checked without a forward is checked here. Nothing is reg
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ class Action:
     pieces: list[Piece] = field(default_factory=list)  # of the text that is running
     fired: int = 0  # forwards in which it did something
     doubts: list[Tensor] = field(default_factory=list)  # whether results of the forward that runs are refused
+    last: Any = None  # the forward in which it did so last
 
 
 @dataclass(eq=False)
@@ -139,13 +141,14 @@ def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def picked(output: Any, place: Place) -> Tensor:
     """The tensor at a module's output, or one of several; `BadEdit` where there is none."""
     item = place.item
-    if isinstance(output, Tensor) and item == 0:
-        return output
-    try:
-        key: Any = 0 if item == "logits" and isinstance(output, tuple) else item
-        found = output[key]
-    except (KeyError, IndexError, TypeError):
-        found = None
+    models_own = item == "logits" and not place.path  # a model may give its logits by themselves, or first
+    found = None
+    if isinstance(output, Tensor):
+        found = output if item == 0 or models_own else None
+    else:
+        key: Any = 0 if models_own and isinstance(output, tuple) else item
+        with suppress(KeyError, IndexError, TypeError):
+            found = output[key]
     if not isinstance(found, Tensor):
         there = type(output).__name__ + (f" of {len(output)}" if isinstance(output, tuple | list) else "")
         raise BadEdit(
@@ -160,11 +163,11 @@ def repacked(output: Any, item: int | str, new: Tensor) -> Any:
     if isinstance(output, Tensor):
         return new
     if isinstance(output, tuple | list):
-        place = item if isinstance(item, int) else 0
+        place = item % len(output) if isinstance(item, int) else 0
         items = [new if number == place else each for number, each in enumerate(output)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    changed = copy.copy(output)  # a dict, or a ModelOutput, which is one
-    changed[item] = new
+    changed = copy.copy(output)  # a dict, or a ModelOutput, which is one and takes an index too
+    changed[item if item in output or not isinstance(item, int) else list(output)[item]] = new
     return changed
 
 
@@ -175,7 +178,8 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, whe
     else:
         named = next((name for name in ("hidden_states", "input", "x") if name in kwargs), None)
         key = named if item == 0 and not args and named is not None else item
-    found = args[key] if isinstance(key, int) and len(args) > key else kwargs.get(key)  # pyright: ignore
+        key = key + len(args) if isinstance(key, int) and -len(args) <= key < 0 else key
+    found = args[key] if isinstance(key, int) and 0 <= key < len(args) else kwargs.get(key)  # pyright: ignore
     if not isinstance(found, Tensor):
         raise BadEdit(
             f"{where} was given {len(args)} positional values and the keywords {', '.join(kwargs) or 'none'}, and "

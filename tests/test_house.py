@@ -53,6 +53,7 @@ ORDER = [
     "stored",
     "tiny",
     "training",
+    "padding",
     "prompts",
     "captured",
     "deciding",

@@ -22,6 +22,7 @@ from ..lent import replaced
 from ..manager import HookManager
 from ..manager.precedence import Work
 from ..model import LM
+from ..padding import logits_of
 from ..prompts import Row, cover, pad_id
 from ..sites import Site
 from ..sweeps.wave import Lane, Wave, passed_by
@@ -88,8 +89,8 @@ def _seen(lm: LM) -> Ending:
 
 
 def _inputs(lm: LM, rows: int) -> dict[str, Any]:
-    given: dict[str, Any] = {"input_ids": torch.full((rows, 1), pad_id(lm), device=lm.device), "return_dict": True}
-    return given | ({"use_cache": False} if "use_cache" in lm.takes else {})
+    ids = torch.full((rows, 1), pad_id(lm), device=lm.device)
+    return {"input_ids": ids, **lm.accepted(use_cache=False, return_dict=True)}
 
 
 class _Alone(HookManager):
@@ -218,7 +219,7 @@ class Tail:
 
     def _run(self, states: Tensor, lanes: Sequence[tuple[Lane, Sequence[Tap]]]) -> Tensor:
         with _Tail(self.lm, self.known, lanes, states):
-            return self.lm.model(**_inputs(self.lm, len(states))).logits[:, 0]
+            return logits_of(self.lm.model(**_inputs(self.lm, len(states))))[:, 0]
 
 
 def tail_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> Tail:

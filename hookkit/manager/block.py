@@ -167,10 +167,11 @@ class HookManager(Forwards):
         parts: dict[AnySite, list[Captured]] = {site: [] for site in sites}
         for start in range(0, len(prompts), REFERENCE_BATCH):
             batch = as_batch(self.lm, list(prompts[start : start + REFERENCE_BATCH]))
+            inputs = batch.inputs(self.lm)
             manager = HookManager(self.lm, [capture(sites)], stop_early=True)
             with torch.no_grad(), manager, suppress(Stop):
                 manager.expect(batch)
-                self.lm.model(**batch.inputs(self.lm))
+                self.lm.model(**inputs)
             for site in sites:
                 parts[site].append(manager.captured(site))
         return {site: merged(found) for site, found in parts.items()}

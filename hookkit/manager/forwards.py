@@ -17,6 +17,7 @@ from ..following import named
 from ..forms import full_sizes
 from ..model import LM
 from ..overflow import forget, settle
+from ..padding import unseen
 from ..sites import AnySite, Site
 from ..taps import Action, Tap, input_of, logits_tap, picked, repacked
 from ..tracing import Tracer
@@ -57,6 +58,8 @@ class Forwards:
     # ---- one forward
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if unseen():
+            return
         thread = threading.get_ident()
         if self._owner is not None and self._thread != thread:
             raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
@@ -72,7 +75,7 @@ class Forwards:
         forget(self.actions)
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
-        if module is self._owner and self._thread == threading.get_ident() and not self._busy:
+        if module is self._owner and not unseen() and self._thread == threading.get_ident() and not self._busy:
             self._owner = self._call = None
             settle(self.actions)
 
@@ -97,7 +100,7 @@ class Forwards:
     # ---- the work at one place
 
     def _on_input(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._busy:
+        if self._busy or unseen():
             return None
         found, key = input_of(args, kwargs, tap.place.item, tap.place.path)
         new = self._run(tap, found)
@@ -110,14 +113,15 @@ class Forwards:
     def _on_watched(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
         """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
         call, action = self._call, tap.actions[0]
-        cells = None if call is None or self._busy else call.whole(action.where)
+        cells = None if call is None or self._busy or unseen() else call.whole(action.where)
         if call is None or cells is None or type(output) is not Tensor or output.requires_grad or call.inference:
             return self._on_output(tap, module, args, output)
         if self._again:
             return None
         shape = output.shape
-        if shape[:2] != call.shape:
+        if shape[:2] != call.shape or action.last is call or tap.place.item != 0:
             return self._on_output(tap, module, args, output)
+        action.last = call
         action.fired += 1
         action.pieces.append(Piece(call.number, cells, output.clone()))
         self._firings.append((action, call.number, cells, shape[2:], None))
@@ -126,10 +130,10 @@ class Forwards:
         return None
 
     def _on_output(self, tap: Tap, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
-        if self._busy:
+        if self._busy or unseen():
             return None
         output = kwargs_and_output[-1]
-        found = output if isinstance(output, Tensor) else picked(output, tap.place)
+        found = picked(output, tap.place)
         before = input_of(args, kwargs_and_output[0], 0, tap.place.path)[0] if tap.reads_input else None
         new = self._run(tap, found, before)
         if new is found:
@@ -142,7 +146,7 @@ class Forwards:
         return repacked(output, tap.place.item, new)
 
     def _on_inside(self, taps: dict[int | str, Tap], name: str, found: Tensor) -> Tensor:
-        return found if self._busy or name not in taps else self._run(taps[name], found)
+        return found if self._busy or unseen() or name not in taps else self._run(taps[name], found)
 
     def _run(self, tap: Tap, found: Tensor, before: Tensor | None = None) -> Tensor:
         """Do all that is to be done at one tap, and give the tensor that goes on."""
@@ -172,7 +176,7 @@ class Forwards:
         try:
             for action in tap.actions:
                 if self._again:  # the same work, of which nothing is kept
-                    action = replace(action, pieces=[])
+                    action = replace(action, pieces=[], last=None)
                 given = found
                 try:
                     firing, found = act(action, tap, call, given, before)

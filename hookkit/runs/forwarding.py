@@ -14,6 +14,7 @@ from ..hooks.base import Hook
 from ..hooks.looking import Capture
 from ..manager import HookManager, Stop
 from ..model import LM
+from ..padding import logits_of, pads
 from ..positions import Where
 from ..prompts import Batch, Prompts, as_batch, pad_id, padded
 from ..sites import Site
@@ -39,7 +40,11 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         lm.place(Site("logits"))  # raises where the model gives none
     if wanted == "none" and not hooks:
         raise EmptySelection("the forward was asked for nothing: give it hooks, or logits='all' or 'last'")
-    batch = as_batch(lm, prompts, side="left" if wanted == "last" else "right")
+    batch = as_batch(lm, prompts)
+    if wanted == "last" and (not batch.padded or pads(lm, "left")):
+        batch = as_batch(lm, list(batch.rows), side="left")
+    if batch.padded and lm.config is not None:
+        batch.inputs(lm)  # raises where a padded row would not be the row alone
     manager = HookManager(lm, hooks, stop_early=wanted == "none")
     with_gradients = any(isinstance(hook, Capture) and hook.grad for hook in hooks)
     if with_gradients:
@@ -69,16 +74,18 @@ def _called(lm: LM, batch: Batch, wanted: str) -> Any:
         if batch.padded:
             raise BadPrompt(f"a {type(lm.root).__name__} takes no mask: give prompts of one length, or one at a time")
         return lm.model(batch.ids)
-    settings = {"use_cache": False, "return_dict": True, "logits_to_keep": 1 if wanted == "last" else 0}
-    known = {name: value for name, value in settings.items() if name in lm.takes or name == "return_dict"}
-    return lm.model(**batch.inputs(lm), **known)
+    keep = 1 if wanted == "last" and batch.side == "left" else 0
+    return lm.model(**batch.inputs(lm), **lm.accepted(use_cache=False, return_dict=True, logits_to_keep=keep))
 
 
 def _logits_of(output: Any, batch: Batch, wanted: str) -> Captured:
-    values = output if isinstance(output, Tensor) else output.logits
+    values = logits_of(output)
     positions = batch.positions
-    if wanted == "last":
+    if wanted == "last" and batch.side == "left":
         positions, values = positions[:, -1:], values[:, -1:]
+    elif wanted == "last":
+        rows, last = torch.arange(len(batch.rows)), torch.tensor(batch.lengths) - 1
+        positions, values = last[:, None], values[rows.to(values.device), last.to(values.device)][:, None]
     elif batch.padded:
         fill = ~batch.mask[..., None]
         values = values.masked_fill(fill, 0) if values.requires_grad else values.masked_fill_(fill, 0)

@@ -15,6 +15,7 @@ from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.looking import Capture
 from ..manager import HookManager
 from ..model import LM
+from ..padding import check_generation
 from ..positions import Where
 from ..prompts import Batch, Prompts, as_batch, pad_id, padded
 from ..sites import Site, Sites
@@ -64,6 +65,7 @@ def traced(
     warn_of_dropout(lm)
     wanted = wanted_logits(logits)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
+    check_generation(lm, padded=batch.padded, chunk=_chunk(lm, arguments), width=batch.ids.shape[1])
     own = Capture(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
     manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
     ids = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
@@ -104,7 +106,7 @@ def _generated(
         prompt_rows=tuple(prompt_rows),
         prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
         hooks=hooks,
-        kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name)),
+        kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name), kept.ended),
         kept_logits=_own_logits(kept, own, settings["logits"]),
         settings=settings,
         output=output,
@@ -151,6 +153,13 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
                 f"generate() has no keyword {name!r}{did_you_mean(name, known)} It takes logits, seed, trace and "
                 "whatever transformers' generate takes."
             )
+
+
+def _chunk(lm: LM, arguments: Mapping[str, Any]) -> int | None:
+    """How many tokens of the prompt are read at a time; None for all."""
+    config: Any = arguments.get("generation_config") or lm.root.generation_config
+    given = arguments.get("prefill_chunk_size")
+    return given if given is not None else getattr(config, "prefill_chunk_size", None)
 
 
 def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:

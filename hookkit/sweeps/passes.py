@@ -14,6 +14,7 @@ from torch import Tensor
 from ..calls import Call, Text
 from ..captured import Piece
 from ..model import LM
+from ..padding import logits_of
 from ..taps import Action, Tap
 from .narrowing import may_narrow, narrowed
 from .prefix import KeysAndValues, kept, prefix
@@ -117,11 +118,11 @@ def _called(
     wave: Wave, reading: Reading, rows: Sequence[int], columns: int, width: int, given: dict[str, Any]
 ) -> Float[Tensor, "row look vocab"]:
     lm, looks = reading.lm, max(reading.looks)
-    settings = {"use_cache": bool(given), "return_dict": True, "logits_to_keep": looks}
-    known = {name: value for name, value in settings.items() if name in lm.takes or name == "return_dict"}
+    known = lm.accepted(use_cache=bool(given), return_dict=True, logits_to_keep=looks)
+    inputs = reading.inputs(rows, columns, width)
     with torch.no_grad(), wave:
-        output = lm.model(**reading.inputs(rows, columns, width), **known, **given)
-    return output.logits[:, -looks:]
+        output = lm.model(**inputs, **known, **given)
+    return logits_of(output)[:, -looks:]
 
 
 def _lanes(reading: Reading, units: Sequence[Unit], columns: int, width: int) -> Iterator[tuple[int, Lane]]:

@@ -12,6 +12,7 @@ from ..calls import Text
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..metrics import Loss, Metric
 from ..model import LM
+from ..padding import padded_inputs
 from ..prompts import Prompts, Row, as_batch, cover, pad_id, padded
 
 
@@ -66,14 +67,11 @@ class Reading:
         lm, lengths = self.lm, [self.lengths[row] for row in rows]
         ids = padded([self.fed[row] for row in rows], pad_id(lm), "left")
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
-        inputs = {"input_ids": ids[:, -width:].to(lm.device)}
+        ids = ids.to(lm.device)
         if set(lengths) == {columns}:
-            return inputs
+            return {"input_ids": ids[:, -width:]}
         positions = torch.stack([torch.arange(columns) - (columns - length) for length in lengths])
-        inputs["attention_mask"] = (positions >= 0).long().to(lm.device)
-        if "position_ids" in lm.takes:
-            inputs["position_ids"] = positions.clamp(min=0)[:, -width:].to(lm.device)
-        return inputs
+        return padded_inputs(lm, ids, positions.clamp(min=-1), "left", width)
 
 
 def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Reading:

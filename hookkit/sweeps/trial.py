@@ -258,7 +258,7 @@ def _run(watch: _Watch, lm: LM, reading: Reading, rows: Sequence[int], *, cached
     columns = max(reading.lengths[row] for row in rows)
     given: dict[str, Any] = {}
     width = columns
-    settings: dict[str, Any] = {"use_cache": cached, "return_dict": True}
+    settings = lm.accepted(use_cache=cached, return_dict=True)
     if cached:
         given = {"past_key_values": DynamicCache()}
         with torch.no_grad():
@@ -266,5 +266,6 @@ def _run(watch: _Watch, lm: LM, reading: Reading, rows: Sequence[int], *, cached
         width = 2
         known = kept(given["past_key_values"])
         given = {"past_key_values": prefix(known, columns - width, lambda: torch.arange(len(rows)))}
+    inputs = reading.inputs(rows, columns, width)
     with torch.no_grad(), watch:
-        lm.model(**reading.inputs(rows, columns, width), **settings, **given)
+        lm.model(**inputs, **settings, **given)

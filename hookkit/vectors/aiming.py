@@ -14,6 +14,7 @@ from ..hooks.edits import edit
 from ..manager import HookManager
 from ..metrics import Loss, Metric, MetricLike, OfLogits, as_metrics, loss
 from ..model import LM
+from ..padding import logits_of
 from ..positions import PosLike, Where
 from ..prompts import Prompts, as_batch
 from ..sites import AnySite
@@ -74,13 +75,12 @@ class Aim:
         """What the model says at the last positions of these prompts, as many as count in any of them."""
         lm, looks = self.lm, max(self.reading.looks)
         batch = as_batch(lm, [list(self.reading.fed[row]) for row in rows], side="left")
-        settings = {"use_cache": False, "return_dict": True, "logits_to_keep": looks}
-        known = {name: value for name, value in settings.items() if name in lm.takes or name == "return_dict"}
+        inputs = batch.inputs(lm) | lm.accepted(use_cache=False, return_dict=True, logits_to_keep=looks)
         manager = HookManager(lm, hooks)
         manager.refuse_checkpoints()
         with manager:
             manager.expect(batch)
-            return lm.model(**batch.inputs(lm), **known).logits[:, -looks:]
+            return logits_of(lm.model(**inputs))[:, -looks:]
 
     def _hooks(self, vector: Float[Tensor, " d"], rows: Sequence[int]) -> list[Hook]:
         """The vector added in each of these prompts; those with the same positions share a hook."""
