@@ -9,7 +9,7 @@ from .errors import BadEdit, BadHook, Unsupported
 from .firing import Firing
 from .forms import Form
 from .hooks.base import Here
-from .hooks.looking import Capture
+from .hooks.looking import Capture, CaptureLast
 from .hooks.rounding import narrowed
 from .overflow import check_result
 from .positions import Where
@@ -76,6 +76,9 @@ def _keep(action: Action, tap: Tap, call: Call, cells: Cells, raw: Tensor, value
     if not capture.grad:
         fresh = cells.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
         kept = _kept(values.detach() if values.requires_grad else values, capture, fresh)
+        if isinstance(capture, CaptureLast) and action.pieces:
+            last = action.pieces.pop()
+            action.pieces += last.of_rows(call.text.ended_rows())
         action.pieces.append(Piece(call.number, cells, kept))
         return found
     if not torch.is_grad_enabled():

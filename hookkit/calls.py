@@ -42,6 +42,7 @@ class Text:
     numbers: Sequence[int] | None = None  # the prompt of each model row, where rows are not `expand` of each in order
     beams: int = 1
     history: Int[Tensor, "row column"] | None = None  # what each model row has read before this forward, in a generate
+    ended_rows: Callable[[], Sequence[int]] = tuple  # the model rows whose text ended with the last step
     start: int = 0  # the first column that was seen
     seen: int = 0  # columns before this one have been seen
     head: int | None = None  # the first column for which logits were computed

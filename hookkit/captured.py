@@ -196,6 +196,17 @@ class Piece:
     values: Tensor
     leaf: Tensor | None = None
 
+    def of_rows(self, rows: Sequence[int]) -> list["Piece"]:
+        """The same of some model rows alone, as one piece; none where it has none of them."""
+        cells = _cells(self)
+        chosen = [number for number, row in enumerate(cells.rows) if row in rows]
+        if not chosen:
+            return []
+        mine = [cells.rows[number] for number in chosen]
+        places = [cells.places[number] for number in chosen]
+        values = self.values[torch.tensor(chosen, device=self.values.device)]
+        return [Piece(self.call, replace(cells, rows=mine, places=places, valid=None, whole=False), values)]
+
 
 @dataclass(frozen=True)
 class Ending:

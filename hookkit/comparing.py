@@ -5,8 +5,9 @@ both.texts                     # both texts, and where they part
 both.shifts, both.summary      # how far the distributions are apart, step by step along one text
 """
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -148,7 +149,9 @@ def compare(
 ) -> Comparison:
     """Generate with the hooks and without them, in one batch and with the same random numbers.
 
-    Both halves draw with the same noise, so that the texts part only where the edits part them. `shifts` and `summary`
+    Both halves draw with the same noise, so that the texts part only where the edits part them. A logits processor, a
+    stopping criterion and `prefix_allowed_tokens_fn` see each half by itself, with its prompts numbered from 0; the
+    unedited half has a copy of them. `shifts` and `summary`
     compare what both say at each step along one text, `along` the "baseline" or the "edited" one: there the steps can
     be compared after the texts have parted too.
 
@@ -160,8 +163,9 @@ def compare(
         raise BadHook(f"along={along!r} is unknown: say 'edited' or 'baseline'")
     if not hooks:
         raise BadHook("compare() was given no hook: there is nothing to compare the unedited text with")
-    _refuse_several(arguments)
+    _refuse_several(lm, arguments)
     rows = as_batch(lm, prompts, side="left").rows
+    arguments = _for_both_halves(lm, arguments, len(rows))
     mine = tuple(_for_rows(hook, len(rows)) for hook in hooks)
     asked = Trace(top, (watch,) if isinstance(watch, str | int) else tuple(watch))
     run = traced(lm, [*rows, *rows], mine, False, seed, Paired(lm, asked, mine), arguments)
@@ -173,9 +177,63 @@ def _for_rows(hook: Hook, count: int) -> Hook:
     return replace(hook, where=replace(hook.where, rows=tuple(chosen(hook.where.rows, count))))
 
 
-def _refuse_several(arguments: Any) -> None:
-    if (arguments.get("num_beams") or 1) > 1 or (arguments.get("num_return_sequences") or 1) > 1:
-        raise Unsupported("one text for each prompt is needed here: leave num_beams and num_return_sequences out")
+def _refuse_several(lm: LM, arguments: Mapping[str, Any]) -> None:
+    config: Any = arguments.get("generation_config") or getattr(lm.root, "generation_config", None)
+    for name in ("num_beams", "num_return_sequences"):
+        count = arguments.get(name)
+        count = getattr(config, name, None) if count is None else count
+        if (count or 1) > 1:
+            raise Unsupported(
+                f"one text for each prompt is needed here, and {name} is {count}: leave it out, or set it to 1"
+            )
+
+
+def _for_both_halves(lm: LM, arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The arguments of generate for a batch that has each of `count` prompts twice."""
+    changed = dict(arguments)
+    for name, value in arguments.items():
+        for_rows = isinstance(value, Tensor) and value.ndim > 0 and name in lm.takes
+        if value is not None and (for_rows or name in ("past_key_values", "encoder_outputs", "streamer")):
+            raise Unsupported(
+                f"{name}= was given to compare, which runs each prompt twice in one batch, so that its rows would be "
+                "others than yours: leave it out, or call generate twice, with the hooks and without them"
+            )
+    allowed = arguments.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        changed["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(number % count, ids)
+    for name in ("logits_processor", "stopping_criteria"):
+        given = arguments.get(name)
+        if given:
+            changed[name] = [_Halves(given, name, count)]
+    return changed
+
+
+class _Halves:
+    """Logits processors, or stopping criteria, for the two halves of a batch. What they remember is of one half."""
+
+    def __init__(self, given: Sequence[Any], name: str, count: int) -> None:
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        kind: Any = LogitsProcessorList if name == "logits_processor" else StoppingCriteriaList
+        self.count = count
+        self.edited: Any = kind(given)
+        try:
+            self.baseline: Any = kind(copy.deepcopy(list(given)))
+        except Exception as error:
+            raise Unsupported(
+                f"{name}= has one that cannot be copied ({type(error).__name__}: {error}), and compare needs one for "
+                "each half of its batch: call generate twice, with the hooks and without them"
+            ) from error
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
+        first, second = input_ids[: self.count], input_ids[self.count :]
+        some, others = scores, scores
+        if isinstance(scores, Tensor):
+            some, others = scores[: self.count], scores[self.count :]
+        elif scores is not None:  # of a stopping criterion: those of each step so far
+            some = tuple(step[: self.count] for step in scores)
+            others = tuple(step[self.count :] for step in scores)
+        return torch.cat([self.edited(first, some), self.baseline(second, others)])
 
 
 @checks_arguments
@@ -191,7 +249,7 @@ def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
     """
     if run.settings["verb"] != "generate":
         raise Unsupported("this run is of one forward: only what was generated can take another turn")
-    _refuse_several(run.arguments)
+    _refuse_several(run.lm, run.arguments)
     chosen(row, len(run.lengths))
     start, end = run.prompt_lengths[row], run.lengths[row]
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < end - start:

@@ -179,13 +179,15 @@ class Watch:
     decisions: Decisions | None = None
     tokens: Tensor | None = None  # what every row has read, before a forward
     ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
+    before: Tensor | None = None  # what every row had read before the forward before
+    drawn: tuple[Tensor, Tensor] | None = None  # the rows, or candidates for beams, of the last step, and who is done
 
     def prepared(self, original: Any) -> Any:
         """The model's `prepare_inputs_for_generation`, noting what every row has read."""
 
         @functools.wraps(original)
         def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.tokens = input_ids
+            self.before, self.tokens = self.tokens, input_ids
             return original(input_ids, *args, **kwargs)
 
         return prepare
@@ -204,6 +206,7 @@ class Watch:
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
                 done = self.inner(input_ids, scores, **kwargs)  # of an inner block, which notes for itself
                 watch.note(done, input_ids.shape[1])
+                watch.drawn = input_ids, done
                 if watch.listener is not None:
                     watch.listener.drawn(input_ids[:, -1], done)
                 return done
@@ -229,6 +232,23 @@ class Watch:
         if self.ended is None or self.ended.shape != done.shape:
             self.ended = torch.zeros_like(done, dtype=torch.long)
         self.ended = torch.where((self.ended == 0) & done, width, self.ended)
+
+
+    def ended_rows(self) -> list[int]:
+        """The model rows of the forward before whose text ended with what they chose. Of beams, those of which some
+        candidate ended."""
+        if self.drawn is None or self.before is None:
+            return []
+        candidates, done = self.drawn
+        if not bool(done.any()):
+            return []
+        if self.ended is not None and len(candidates) == len(self.before):
+            return (self.ended == candidates.shape[1]).nonzero().flatten().tolist()
+        rows = []
+        for number in done.nonzero().flatten().tolist():
+            same = (self.before == candidates[number, :-1]).all(dim=1).nonzero().flatten().tolist()
+            rows += same
+        return sorted(set(rows))
 
 
 @contextmanager

@@ -11,9 +11,18 @@ from torch import nn
 from .errors import Unsupported
 
 
+DISTRIBUTING = ("torch.nn.parallel", "torch.distributed", "deepspeed")  # packages of such wrappers
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, ...]:
     """The model, what it wraps, what that wraps …, the last being transformers' own: a PeftModelForCausalLM, its
-    LoraModel, its LlamaForCausalLM."""
+    LoraModel, its LlamaForCausalLM. `Unsupported` for one that copies or cuts the model up."""
+    package = type(model).__module__
+    if isinstance(getattr(model, "module", None), nn.Module) and package.startswith(DISTRIBUTING):
+        raise Unsupported(
+            f"the model is inside {type(model).__name__}, which wraps it for several devices: give hookkit the model "
+            "itself, model.module. Hooks on it act in the wrapper's forwards too where those run it in this process"
+        )
     inner = model._modules.get("_orig_mod") or _adapted(model)
     return (model,) if inner is None else (model, *unwrapped(inner))
 

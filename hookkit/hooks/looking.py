@@ -63,6 +63,12 @@ def device_name(device: object) -> str:
     return str(kind)
 
 
+@dataclass(frozen=True)
+class CaptureLast(Capture):
+    """A capture that keeps what is at the last position of each row, and lets go of those before it while generating.
+    `generate` uses it for logits="last"."""
+
+
 @checks_keywords
 def capture(
     sites: SitesLike,

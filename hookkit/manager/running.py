@@ -48,6 +48,7 @@ class Running:
             self._check_possible(call)
         if self.generating:
             call.text.history = self._watch.tokens
+            call.text.ended_rows = self._watch.ended_rows
             if call.text.beams > 1:  # beams change rows from step to step
                 self.follower.remember(call, self._watch.tokens)
         return call

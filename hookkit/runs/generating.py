@@ -12,7 +12,7 @@ import torch
 from ..captured import Captured, Kept
 from ..errors import NeverFired, UnknownKeyword, Unsupported, did_you_mean
 from ..hooks.base import EVERY_STEP, Hook
-from ..hooks.looking import Capture
+from ..hooks.looking import Capture, CaptureLast
 from ..manager import HookManager
 from ..model import LM
 from ..padding import check_generation
@@ -66,7 +66,8 @@ def traced(
     wanted = wanted_logits(logits)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     check_generation(lm, padded=batch.padded, chunk=_chunk(lm, arguments), width=batch.ids.shape[1])
-    own = Capture(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
+    kind = CaptureLast if wanted == "last" else Capture
+    own = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
     manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
     ids = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
     settings = {"verb": "generate", "logits": wanted, "arguments": _plain(arguments)}
