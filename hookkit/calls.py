@@ -43,7 +43,10 @@ class Text:
     beams: int = 1
     history: Int[Tensor, "row column"] | None = None  # what each model row has read before this forward, in a generate
     ended_rows: Callable[[], Sequence[int]] = tuple  # the model rows whose text ended with the last step
-    start: int = 0  # the first column that was seen
+    begun: bool = False  # a forward of it has started
+    before: "Text | None" = None  # the text whose cache it goes on from, where that ran in the same block
+    before_rows: Sequence[int] = ()  # the row of that text, for each of its own
+    start: int = 0  # the first column that it reads itself; those before it are in a cache
     seen: int = 0  # columns before this one have been seen
     head: int | None = None  # the first column for which logits were computed
     decided: dict[tuple[int, int], Decided] = field(default_factory=dict)  # what to take at a model row and column
@@ -62,9 +65,31 @@ class Text:
         """The prompt that a model row is of."""
         return row // self.expand if self.numbers is None else self.numbers[row]
 
+    def missed(self, where: Where, row: int) -> int | None:
+        """The first wanted position of a row that stands in the cache with which the text began, and at which the hook
+        did not act when the cache was filled; None if there is none."""
+        wanted, columns = self.wishes(where)[row], self.columns[row]
+        if wanted is None:
+            return None
+        for place in _between(wanted, columns, 0, self.start):
+            if self.before is None or not self.before.did(where, self.before_rows[row], columns[place], place):
+                return place
+        return None
+
+    def did(self, where: Where, row: int, column: int, place: int) -> bool:
+        """True if a hook acted at a position of a row, which stands in this column, when this text read it."""
+        columns, wanted = self.columns[row], self.wishes(where)[row]
+        same = place < len(columns) and columns[place] == column and column < self.seen
+        if not same or wanted is None or place not in wanted:
+            return False
+        if column >= self.start:
+            return True
+        return self.before is not None and self.before.did(where, self.before_rows[row], column, place)
+
     def reached(self, row: int, *, head: bool) -> range:
-        """The positions of a prompt's row that have been seen, or those whose logits were computed."""
-        first = self.head or 0 if head else self.start
+        """The positions of a prompt's row that have been seen, or those whose logits were computed. What a cache had
+        before was held against the hooks when the text began."""
+        first = self.head or 0 if head else 0
         return range(bisect_left(self.columns[row], first), bisect_left(self.columns[row], self.seen))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .calls import Call, Cells, Text
 from .captured import Ending
-from .errors import EmptySelection, OutOfRange
+from .errors import EmptySelection, OutOfRange, Unsupported
 from .generation import Generation
 from .positions import Wish
 from .taps import Action
@@ -27,7 +27,7 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
     """
     end = call.past + call.width if generation is None else generation.max_width - 1  # the last token is never read
     for action in _one_of_each(actions):
-        first = text.start if not action.head else call.past + call.head.start if generation is None else text.head or 0
+        first = 0 if not action.head else call.past + call.head.start if generation is None else text.head or 0
         for row, wanted in enumerate(text.wishes(action.where)):
             if wanted is None:
                 continue
@@ -39,6 +39,28 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
                 raise EmptySelection(
                     f"{action.hook} selects nothing in row {row}, which has positions {_range(there)}"
                     f"{' at the logits' if action.head else ''}: choose others, or leave the row out with rows="
+                )
+
+
+def check_cached(actions: Iterable[Action], text: Text) -> None:
+    """Raise for a hook that means positions which are in a cache already, and at which it did not act.
+
+    A capture of all positions is let be: it says which ones it has.
+    """
+    if not text.start:
+        return
+    for action in actions:
+        everywhere = action.where.pos is None and action.where.step is None
+        if action.head or (everywhere and action.change is None):
+            continue
+        for row in range(len(text.lengths)):
+            place = text.missed(action.where, row)
+            if place is not None:
+                raise (Unsupported if everywhere else OutOfRange)(
+                    f"{action.hook} at {action.site} means position {place} of row {row}, and the forward goes on from "
+                    f"a cache that has columns 0 to {text.start - 1}: they are not read again, and the hook did not "
+                    f"act there when the cache was filled. Run the whole text, say pos=slice({text.start}, None), or "
+                    "fill the cache inside the same block"
                 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .caches import Caches, cache_in, cache_of, columns_in
 from .calls import Call, Text, contiguous, masked
 from .captured import Ending
 from .errors import Unsupported
@@ -29,6 +30,7 @@ class Follower:
     generation: Generation | None = None  # while `generate` runs
     histories: dict[int, Tensor | None] = field(default_factory=dict)  # for beams: each forward's tokens so far, by row
     expected: Text | None = None  # a text whose layout is known before its forward
+    caches: Caches = field(default_factory=Caches)
 
     def call(self, given: Mapping[str, Any]) -> tuple[Call, bool]:
         """The forward that these arguments start, and whether it begins a new text."""
@@ -41,28 +43,28 @@ class Follower:
         if tensor is None or tensor.ndim == 0:
             raise Unsupported("a forward was given no tensor, so its rows and positions cannot be told")
         rows, width = tensor.shape[0], tensor.shape[1] if tensor.ndim > 1 else 1
-        cache = given.get("past_key_values", given.get("cache_params"))
-        past = self._past(cache)
-        text = self._text(given, ids, past, rows, width)
-        new, self.text = text is not self.text, text
-        if new:
-            text.start = text.seen = past
+        cache = None if self.two_texts else cache_in(given)
+        known = self.caches.text_of(cache)
+        past = columns_in(cache, known)
+        text = self._text(given, cache, ids, past, rows, width)
+        begins, self.text = not text.begun, text
+        if begins:
+            text.begun, text.start, text.seen = True, past, past
+        if cache is not None:
+            self.caches.note(cache, text, past)
         head = self._head(given.get("logits_to_keep", 0), width)
         if text.head is None and head:
             text.head = past + head.start
         call = Call(text, self.forwards, past, rows, width, head, text.seen, placed=not self.two_texts)
         text.seen = max(text.seen, past + width)
         self.forwards += 1
-        return call, new
+        return call, begins
 
-    def _past(self, cache: Any) -> int:
-        """How many columns the cache has seen."""
-        if not hasattr(cache, "get_seq_length"):
-            return 0
-        try:
-            return int(cache.get_seq_length())
-        except ValueError:  # a state-space model's cache does not count: it goes on where the last forward ended
-            return self.text.seen if self.text is not None and cache.has_previous_state() else 0
+    def gave(self, call: Call, output: Any) -> None:
+        """A forward is over: from the cache that it gives, a later one may go on."""
+        cache = None if self.two_texts or not call.text.begun else cache_of(output)
+        if cache is not None:
+            self.caches.note(cache, call.text, call.past + call.width)
 
     def expect(self, batch: Batch) -> None:
         """The next forward reads these prompts and nothing goes on from it."""
@@ -88,18 +90,59 @@ class Follower:
             )
         return range(places[0], places[-1] + 1)
 
-    def _text(self, given: Mapping[str, Any], ids: Any, past: int, rows: int, width: int) -> Text:
+    def _text(self, given: Mapping[str, Any], cache: Any, ids: Any, past: int, rows: int, width: int) -> Text:
         if self.generation is not None:
             text = self.text
             assert text is not None
             text.expand = rows // len(text.lengths)
+            if past and not text.begun:
+                self._goes_on(text, self._source(cache, past), rows)
             return text
         if self.expected is not None:
             text, self.expected = self.expected, None
             return text
-        if self.text is not None and past and self.text.seen == past and rows == len(self.text.lengths):
-            return self._continued(self.text)
-        return self._plain(given.get("attention_mask"), ids, past, rows, width)
+        mask = given.get("attention_mask")
+        if not past:
+            return self._plain(mask, ids, past, rows, width)
+        source, itself = self._source(cache, past), self.caches.text_of(cache) is not None
+        if source is not None and not source.generating and rows == len(source.lengths):
+            if itself and not self.caches.unchanged(cache, source, past):
+                raise Unsupported(
+                    "the cache has other rows than the last forward left in it (reordered, or replaced), so whose "
+                    "positions these are cannot be told: run each text in a block of its own, or call generate"
+                )
+            if itself and source.seen == past:
+                return self._continued(source)
+            if all(source.columns[row][length - 1] < past for row, length in enumerate(source.lengths)):
+                return self._branch(self._continued(source))  # it goes on from the same prompt a second time
+        text = self._plain(mask, ids, past, rows, width)
+        self._goes_on(text, source, rows)
+        return text
+
+    def _source(self, cache: Any, past: int) -> Text | None:
+        """The text of the block that has filled a cache, or the original of it; None where it came from outside."""
+        known = self.caches.text_of(cache)
+        if known is not None:
+            return known[0] if past <= known[0].seen else None
+        if self.caches.could_be_copy(cache, past):
+            raise Unsupported(
+                f"this forward goes on from a {type(cache).__name__} that no forward of the block has left as it is, "
+                "and hookkit cannot tell whether it is a copy: go on from the cache that the forward gave, or run the "
+                "whole text"
+            )
+        return self.caches.copied_from(cache, past)
+
+    def _goes_on(self, text: Text, source: Text | None, rows: int) -> None:
+        """Note which text's cache a text begins with, where its rows are those of that text."""
+        if source is None or source.expand > 1 or source.beams > 1 or text.expand > 1:
+            return
+        if len(source.lengths) in (1, rows):
+            text.before, text.before_rows = source, range(rows) if len(source.lengths) == rows else [0] * rows
+
+    def _branch(self, source: Text) -> Text:
+        """The same prompts once more, from a cache that has less than was read, or a copy."""
+        rows = range(len(source.lengths))
+        return Text(source.columns, source.lengths, source.prompt, self.find, before=source, before_rows=rows)
 
     def _continued(self, text: Text) -> Text:
         """A decoding loop of the user's own goes on where the last forward ended."""
@@ -118,17 +161,18 @@ class Follower:
             raise Unsupported(f"attention_mask is {shape}: positions are counted from a mask of shape [{rows}, {end}]")
 
         def prompt(row: int) -> tuple[int, ...]:
-            if ids is None or past:
+            chosen = columns[row][: lengths[row]]
+            if ids is None:
                 return (-1,) * lengths[row]
-            chosen = columns[row]
-            return tuple(ids[row, list(chosen[: lengths[row]])].tolist())
+            read = [column - past for column in chosen if column >= past]
+            return (*(-1,) * (lengths[row] - len(read)), *ids[row, read].tolist())
 
         return Text(columns, lengths, prompt, self.find)
 
-    def plain_ending(self) -> Ending:
-        """How a text ended that no `generate` made."""
-        assert self.text is not None
-        return Ending(range(len(self.text.lengths) * self.text.expand))
+
+def plain_ending(text: Text) -> Ending:
+    """How a text ended that no `generate` made."""
+    return Ending(range(len(text.lengths) * text.expand))
 
 
 def named(module: nn.Module, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

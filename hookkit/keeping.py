@@ -20,40 +20,67 @@ class Keeping:
 
     def __init__(self, actions: Sequence[Action]) -> None:
         self.actions = actions
-        self.running: Text | None = None  # a text whose captures are not joined yet
+        self.running: Text | None = None  # the text of the last forward, which its captures belong to
         self.firings: list[Firing] = []
-        self._finished: list[Kept] = []
+        self._pieces: dict[Text, list[list[Piece]]] = {}  # of every text, in the order in which they began, by action
+        self._finished: dict[Text, Kept] = {}
         self._endings: dict[Text, Ending] = {}
         self._problem: str | None = None
         for action in actions:
             action.pieces, action.fired, action.last = [], 0, None
 
-    def finish(self, ending: Callable[[], Ending]) -> None:
-        """Hold what the captures of the running text kept, to be joined when it is asked for."""
-        if self.running is None:
+    def turn_to(self, text: Text) -> None:
+        """What the captures keep from now on is of this text."""
+        if text is self.running:
             return
-        text, self.running = self.running, None
-        self._endings[text] = ending()
-        self._finished.append(self._kept(text, self._endings[text]))
+        self.running = text
+        pieces = self._pieces.setdefault(text, [[] for _ in self.actions])
+        for action, mine in zip(self.actions, pieces, strict=True):
+            action.pieces = mine
+
+    def finish(self, text: Text, ending: Ending) -> None:
+        """Hold what the captures of a text kept, to be joined when it is asked for."""
+        if text not in self._pieces or text in self._finished:
+            return
+        self._endings[text] = ending
+        self._finished[text] = self._kept(text, ending)
+        self._problem = self._problem or unreached(self.actions, text, ending)
+        if text is self.running:
+            self._leave()
+
+    def forget(self, text: Text) -> None:
+        """A text was broken off: nothing of it counts."""
+        self._pieces.pop(text, None)
+        self._leave()
+
+    def _leave(self) -> None:
+        self.running = None
         for action in self.actions:
             action.pieces = []
-        self._problem = self._problem or unreached(self.actions, text, self._endings[text])
 
-    def texts(self, ending: Callable[[], Ending] | None) -> list[Kept]:
-        """What was kept, a text each; the running one too, if `ending` says how it would end now."""
-        if self.running is None or ending is None:
-            return list(self._finished)
-        return [*self._finished, self._kept(self.running, ending())]
+    def finish_all(self, ending: Callable[[Text], Ending]) -> None:
+        """The same for every text that has no end yet."""
+        for text in list(self._pieces):
+            if text not in self._finished:
+                self.finish(text, ending(text))
+
+    def texts(self, ending: Callable[[Text], Ending]) -> list[Kept]:
+        """What was kept, a text each; of those that may go on, what `ending` says if they ended now."""
+        return [
+            self._finished[text] if text in self._finished else self._kept(text, ending(text))
+            for text in self._pieces
+            if text in self._finished or not text.generating
+        ]
 
     def _kept(self, text: Text, ending: Ending) -> Kept:
         slots, ended = [], []
-        for action in self.actions:
-            if not isinstance(action.hook, Capture) or not action.pieces:
+        for action, pieces in zip(self.actions, self._pieces[text], strict=True):
+            if not isinstance(action.hook, Capture) or not pieces:
                 continue
-            if not any(piece.cells is None or counts(piece.cells, ending) for piece in action.pieces):
+            if not any(piece.cells is None or counts(piece.cells, ending) for piece in pieces):
                 ended.append(action.site)  # all that it read is the padding of rows that had ended
                 continue
-            make = functools.partial(_captured, action.hook, action.site, list(action.pieces), text, ending)
+            make = functools.partial(_captured, action.hook, action.site, list(pieces), text, ending)
             slots.append(Slot(action.site, action.hook.name, make))
         return Kept(tuple(slots), tuple(dict.fromkeys(ended)))
 

@@ -78,6 +78,7 @@ ORDER = [
     "firing",
     "keeping",
     "acting",
+    "caches",
     "following",
     "tracing",
     "manager.precedence",

@@ -76,6 +76,8 @@ class Forwards:
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
         if module is self._owner and not unseen() and self._thread == threading.get_ident() and not self._busy:
+            if self._call is not None:
+                self._running.gave(self._call, output)
             self._owner = self._call = None
             settle(self.actions)
 

@@ -11,8 +11,8 @@ from ..calls import Call
 from ..captured import Kept
 from ..deciding import Decisions
 from ..errors import Unsupported
-from ..firing import check_possible
-from ..following import Follower
+from ..firing import check_cached, check_possible
+from ..following import Follower, plain_ending
 from ..generation import Generation
 from ..hooks.choosing import Force
 from ..keeping import Keeping
@@ -41,10 +41,8 @@ class Running:
     def call(self, given: Mapping[str, Any]) -> Call:
         """The forward that begins with these arguments, its hooks' wishes held against what the text can give."""
         call, begins = self.follower.call(given)
+        self.keeping.turn_to(call.text)
         if begins:
-            self.finish()
-            self.keeping.running = call.text
-        if begins or not call.number:
             self._check_possible(call)
         if self.generating:
             call.text.history = self._watch.tokens
@@ -55,14 +53,19 @@ class Running:
 
     def _check_possible(self, call: Call) -> None:
         text, plan = call.text, self.follower.generation
+        check_cached(self.actions, text)
         if text.final or plan is not None:
             check_possible(self.actions, text, call, plan)
         for where in {id(action.where): action.where for action in self.actions}.values():
             text.wishes(where)  # raises for a text that is not there, or a position before the first
 
+    def gave(self, call: Call, output: Any) -> None:
+        """A forward is over."""
+        self.follower.gave(call, output)
+
     def finish(self) -> None:
-        """Hold what was kept of a text that no `generate` made."""
-        self.keeping.finish(self.follower.plain_ending)
+        """Hold what was kept of the texts that no `generate` made."""
+        self.keeping.finish_all(plain_ending)
 
     def check_fired(self) -> None:
         """Raise `NeverFired` for a hook that did nothing, or not all that it was to do."""
@@ -71,8 +74,7 @@ class Running:
     @property
     def kept(self) -> list[Kept]:
         """What the captures kept, a text each."""
-        in_between = not self.generating and self.follower.forwards
-        return self.keeping.texts(self.follower.plain_ending if in_between else None)
+        return self.keeping.texts(plain_ending)
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
         """What a call of `generate` is going to do, or `Unsupported` with the reason."""
@@ -85,9 +87,9 @@ class Running:
 
     def generate(self, plan: Generation, original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """transformers' `generate`, followed from its prompts to the end of each row."""
-        self.finish()
-        text = self.keeping.running = self.follower.text = plan.text(self.follower.find)
+        text = self.follower.text = plan.text(self.follower.find)
         self.follower.generation = plan
+        self.keeping.turn_to(text)
         if self.tracer is not None:
             self.tracer.begin(plan)
         decisions = Decisions(text, plan.width if plan.embeddings else 0) if self._decides else None
@@ -97,9 +99,12 @@ class Running:
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.rows = generation.final_rows(plan, text, sequences, self._watch)
             ending = generation.ending(plan, text, sequences, self.rows, self.follower.histories)
-            self.keeping.finish(lambda: ending)
+            self.keeping.finish(text, ending)
             if self.tracer is not None:
                 self.tracer.finish(self.rows, [text.lengths[prompt] for prompt in ending.prompts], ending.sources)
+        except BaseException:
+            self.keeping.forget(text)
+            raise
         finally:
             self.follower.generation = None
             self.follower.histories = {}
