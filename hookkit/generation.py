@@ -233,7 +233,6 @@ class Watch:
             self.ended = torch.zeros_like(done, dtype=torch.long)
         self.ended = torch.where((self.ended == 0) & done, width, self.ended)
 
-
     def ended_rows(self) -> list[int]:
         """The model rows of the forward before whose text ended with what they chose. Of beams, those of which some
         candidate ended."""

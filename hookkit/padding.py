@@ -115,8 +115,8 @@ def _tried(lm: LM, side: Side) -> Way | str:
     name = type(lm.root).__name__
     if not lm.accepts("attention_mask"):
         return (
-            f"the prompts have several lengths, and {name} takes no attention_mask to hide padding: give prompts of one "
-            "length, or one at a time"
+            f"the prompts have several lengths, and {name} takes no attention_mask to hide padding: give prompts of "
+            "one length, or one at a time"
         )
     rows = _rows(lm)
     try:

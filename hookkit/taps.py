@@ -163,7 +163,7 @@ def repacked(output: Any, item: int | str, new: Tensor) -> Any:
     if isinstance(output, Tensor):
         return new
     if isinstance(output, tuple | list):
-        place = item % len(output) if isinstance(item, int) else 0
+        place = item if isinstance(item, int) else 0
         items = [new if number == place else each for number, each in enumerate(output)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     changed = copy.copy(output)  # a dict, or a ModelOutput, which is one and takes an index too
@@ -178,8 +178,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, whe
     else:
         named = next((name for name in ("hidden_states", "input", "x") if name in kwargs), None)
         key = named if item == 0 and not args and named is not None else item
-        key = key + len(args) if isinstance(key, int) and -len(args) <= key < 0 else key
-    found = args[key] if isinstance(key, int) and 0 <= key < len(args) else kwargs.get(key)  # pyright: ignore
+    found = args[key] if isinstance(key, int) and len(args) > key else kwargs.get(key)  # pyright: ignore
     if not isinstance(found, Tensor):
         raise BadEdit(
             f"{where} was given {len(args)} positional values and the keywords {', '.join(kwargs) or 'none'}, and "

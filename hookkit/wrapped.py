@@ -10,7 +10,6 @@ from torch import nn
 
 from .errors import Unsupported
 
-
 DISTRIBUTING = ("torch.nn.parallel", "torch.distributed", "deepspeed")  # packages of such wrappers
 
 

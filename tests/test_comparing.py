@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import PROMPTS
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import hookkit as hk
-from hookkit.errors import BadHook, OutOfRange, Unsupported
+from hookkit.errors import BadHook, HookkitError, OutOfRange, Unsupported
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 NOTHING = hk.boost(3, by=0.0)
@@ -119,3 +120,56 @@ def test_what_cannot_be_compared_or_forked_is_refused(lm):
         with pytest.raises(error, match=words):
             make()
     assert math.isfinite(float(run.logits.sum()))
+
+
+def test_what_is_asked_for_prompts_or_rows_sees_those_of_the_user(llama):
+    prompts = [[5, 9, 13], [6, 7]]
+    asked, shapes = set(), set()
+    allowed = {0: [10, 11, 12], 1: [20, 21, 22]}
+
+    def only(number, _ids):
+        asked.add(int(number))
+        return allowed[int(number)]
+
+    class PerRow(LogitsProcessor):
+        def __init__(self) -> None:
+            self.step = 0
+
+        def __call__(self, input_ids, scores):
+            self.step += 1
+            shapes.add(len(scores))
+            scores = scores.clone()
+            scores[torch.arange(len(scores)), 10 * torch.arange(1, len(scores) + 1) + self.step] += 50.0
+            return scores
+
+    class Second(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([False, input_ids.shape[1] >= 5])
+
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for more in (
+        lambda: {"prefix_allowed_tokens_fn": only},
+        lambda: {"logits_processor": [PerRow()]},
+        lambda: {"stopping_criteria": [Second()]},
+    ):
+        both = hk.compare(llama, prompts, NOTHING, **more(), **settings)
+        alone = hk.generate(llama, prompts, **more(), **settings)
+        for row in (0, 1):
+            expected = alone.tokens[row, alone.prompt_lengths[row] : alone.lengths[row]].tolist()
+            assert both.tokens(row, "baseline") == both.tokens(row, "edited") == expected
+    assert asked == {0, 1}
+    assert shapes == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("past_key_values", DynamicCache()), ("streamer", object()), ("position_ids", torch.ones(2, 3))]
+)
+def test_what_has_a_row_for_each_prompt_is_refused(llama, name, value):
+    with pytest.raises(HookkitError, match=name):
+        hk.compare(llama, [[5, 9, 13], [6, 7, 8]], NOTHING, **{name: value}, **GREEDY)
+
+
+def test_several_sequences_in_a_generation_config_are_refused_too(llama):
+    config = GenerationConfig(max_new_tokens=2, num_beams=2, do_sample=False)
+    with pytest.raises(Unsupported, match="num_beams is 2"):
+        hk.compare(llama, [[5, 9, 13]], NOTHING, generation_config=config)

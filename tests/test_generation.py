@@ -303,3 +303,58 @@ def test_going_on_from_a_cache_counts_what_is_in_it(lm):
     assert manager.captured(SITE).positions.tolist() == [list(range(length - 2, length + 4))]
     expected = hk.generate(lm, ids, hk.capture(SITE), **GREEDY)
     assert torch.allclose(manager[SITE], expected[SITE][:, length - 2 :], atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [{}, {"num_return_sequences": 1}, {"use_cache": False}], ids=str)
+def test_a_hook_that_meets_the_padding_of_an_ended_row_alone_never_fired(llama, way):
+    prompts = [[5, 6, 7], [9, 10]]
+    settings = {"do_sample": False, "pad_token_id": 0, **way}
+    first = hk.generate(llama, prompts, max_new_tokens=1, eos_token_id=None, **settings)
+    end = int(first.tokens[1, 2])
+    free = hk.generate(llama, prompts, max_new_tokens=3, eos_token_id=[end], **settings)
+    assert list(free.lengths) == [6, 3]
+    settings |= {"max_new_tokens": 3, "eos_token_id": [end]}
+    for hook in (
+        hk.ablate(SITE, pos=hk.GENERATED, rows=1),
+        hk.force(7, step=slice(1, None), rows=1),
+        hk.capture(SITE, pos=hk.GENERATED, rows=1),
+    ):
+        with pytest.raises(NeverFired, match="had ended before they came") as caught:
+            hk.generate(llama, prompts, hook, **settings)
+        assert caught.value.run.log.empty
+        with pytest.raises(hk.errors.NotCaptured):
+            caught.value.run[SITE]
+    everywhere = hk.generate(llama, prompts, hk.scale(SITE, 1.5), hk.capture(SITE), **settings)
+    log = everywhere.log.query("row == 1 and hook == 0")
+    counted = everywhere.lengths[1] - 1
+    if not way:
+        assert (log["changed"].sum(), log["numbers"].sum()) == (32 * counted, 32 * counted)
+    assert everywhere.captured(SITE).positions[1].max() == counted - 1
+
+
+@pytest.mark.parametrize("way", ["greedy", "sample", "several", "beams", "no cache"])
+def test_logits_of_the_last_step_are_the_last_of_all_and_no_others_are_held(way, monkeypatch):
+    lm = hk.tiny("llama", config={"vocab_size": 12})
+    settings = {
+        "greedy": {"do_sample": False},
+        "sample": {"do_sample": True},
+        "several": {"do_sample": True, "num_return_sequences": 3},
+        "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+        "no cache": {"do_sample": True, "use_cache": False},
+    }[way]
+    for seed, ends in ((0, None), (1, [4]), (2, [3, 7])):
+        given = {"max_new_tokens": 6, "eos_token_id": ends, "pad_token_id": 0, "seed": seed, **settings}
+        every = hk.generate(lm, [[5, 6, 7], [8, 9]], **given).captured_logits()
+        last = hk.generate(lm, [[5, 6, 7], [8, 9]], logits="last", **given).captured_logits()
+        for row, positions in enumerate(every.positions.tolist()):
+            count = sum(place >= 0 for place in positions)
+            assert torch.equal(last.values[row, 0], every.values[row, count - 1])
+            assert int(last.positions[row, 0]) == positions[count - 1]
+    held = []
+    real = hk.captured.joined
+    monkeypatch.setattr(
+        "hookkit.captured.joined", lambda pieces, *more: held.append(len(pieces)) or real(pieces, *more)
+    )
+    monkeypatch.setattr("hookkit.keeping.joined", hk.captured.joined)
+    hk.generate(lm, [[5, 6, 7]], logits="last", max_new_tokens=6, eos_token_id=None, **settings)
+    assert held == [1]

@@ -736,3 +736,75 @@ def test_blocks_do_not_keep_models_alive():
     del manager
     gc.collect()
     assert gone() is None
+
+
+class Thrice(nn.Module):
+    """A model whose one layer runs three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer, self.pool, self.head = (
+            nn.Embedding(50, 8), nn.Linear(8, 8), nn.Identity(), nn.Linear(8, 50)
+        )  # fmt: skip
+
+    def forward(self, x):
+        h = self.embed(x)
+        for _ in range(3):
+            h = h + torch.tanh(self.layer(h))
+            self.pool(h.mean(dim=(0, 1)))
+        return self.head(h)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        hk.capture,
+        lambda site: hk.scale(site, 2.0),
+        lambda site: hk.capture(site, pos=1),
+        lambda site: hk.edit(site, abs),
+    ],
+)
+@pytest.mark.parametrize("place", [hk.module("layer"), hk.module("layer", side="input"), hk.module("pool")])
+def test_a_module_that_runs_several_times_in_a_forward_is_refused(make, place):
+    hook = make(place)
+    if place.path == "pool" and hook.where.pos is not None:
+        pytest.skip("it has no positions")
+    model = Thrice()
+    with pytest.raises(Unsupported, match="ran twice or more in one forward"), hk.attach(model, hook):
+        model(torch.tensor([[5, 9, 13]]))
+    with hk.attach(model, hk.capture(hk.module("head"))) as manager:
+        model(torch.tensor([[5, 9, 13]]))
+        model(torch.tensor([[5, 9, 14]]))
+    assert [len(text.all) for text in manager.texts] == [1, 1]
+
+
+def test_a_module_that_runs_several_times_is_refused_in_every_kind_of_run():
+    lm = hk.tiny("phi")
+    site = hk.module("model.layers.0.resid_dropout")
+    runs = [
+        lambda hook: hk.forward(lm, [[5, 6, 7]], hook),
+        lambda hook: hk.generate(lm, [[5, 6, 7]], hook, max_new_tokens=2, do_sample=False),
+        lambda hook: hk.sweep(lm, [[5, 6, 7]], {"x": [1]}, lambda x: hook, hk.prob(3)),
+    ]
+    for run_ in runs:
+        with pytest.raises(Unsupported, match="ran twice or more in one forward"):
+            run_(hk.scale(site, 2.0))
+
+
+@pytest.mark.parametrize("item", [9, 1, "hidden_states"])
+@pytest.mark.parametrize("make", [hk.capture, lambda site: hk.scale(site, 0.0)])
+def test_an_item_of_a_module_that_gives_one_tensor_is_refused(llama, item, make):
+    hook = make(hk.module("model.layers.0.mlp", item=item))
+    with pytest.raises(BadEdit, match=f"gives a Tensor, and item {item!r} of it is no tensor"):
+        hk.forward(llama, [[5, 6, 7]], hook)
+
+
+def test_a_model_output_is_edited_by_index_as_by_name():
+    lm = hk.tiny("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    for item in (0, "logits"):
+        with torch.no_grad(), hk.attach(lm, hk.scale(hk.module("", item=item), 0.0)):
+            output = lm.model(ids)
+        assert (output.logits == 0).all()
+        assert (output[0] == 0).all()

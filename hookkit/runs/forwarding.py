@@ -5,7 +5,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..arguments import checks_arguments
 from ..captured import Captured
