@@ -88,11 +88,11 @@ def way_of(lm: LM, side: Side) -> Way:
 def check_generation(lm: LM, *, padded: bool, chunk: int | None, width: int) -> None:
     """Raise `Unsupported` where transformers' `generate` gives a row other logits than the row alone has.
 
-    A batch that is `padded` on the left, or a prompt that is read in chunks, is tried once for each kind: chunks of one
-    token, chunks of which the last has one token, and others.
+    A batch that is `padded` on the left, a prompt that is read in chunks, and a model whose positions begin at an
+    offset are tried, once for each kind: chunks of one token, chunks of which the last has one token, and others.
     """
     rest = None if not chunk or chunk >= width else (min(chunk, 3), min(width % chunk, 2))
-    if not padded and rest is None:
+    if not padded and rest is None and _offset(lm) is None:
         return
     if padded and rest is not None:
         check_generation(lm, padded=True, chunk=None, width=width)
@@ -195,18 +195,26 @@ def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None) -> str | None
     chunk = None if rest is None else _chunk(rest, len(rows[0]))
     try:
         with quiet(lm):
+            expected = _forward(lm, {"input_ids": torch.tensor([rows[1]], device=lm.device)})[0, -1]
             alone = [_written(lm, [row], None) for row in rows]
+            changed = apart(alone[1][0], expected)
             together = _written(lm, [rows[1], rows[1][::-1]], None)
             noise = apart(together[0], alone[1][0])
             batch = rows if padded else rows[:1]
             found = _written(lm, batch, chunk)
     except Exception as error:  # noqa: BLE001  whatever a model refuses: the user's own call will say it
-        if padded or chunk:
-            return (
-                f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give prompts of one "
-                "length, or one at a time, without prefill_chunk_size"
-            )
-        return None
+        if not padded and chunk is None:
+            return None
+        return (
+            f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give prompts of one "
+            "length, or one at a time, without prefill_chunk_size"
+        )
+    if changed > _limit(lm, alone[1], noise):
+        return (
+            f"transformers' generate counts the positions of {name} in another way than its forward does (a trial was "
+            f"off by {changed:.1g} of the size of the logits): call hk.forward, or write a decoding loop of your own "
+            "inside hk.attach"
+        )
     difference = max(apart(found[number], alone[number][0]) for number in range(len(batch)))
     if difference <= _limit(lm, alone[1], noise):
         return None

@@ -114,7 +114,7 @@ def _check_captured(source: object) -> None:
         raise BadHook(f"the values of a run at {source.site} are {described(source.values)}, and no tensor of rows")
     if source.positions is None:
         return
-    shape = source.values.shape[:2]
+    shape = source.by_place.shape[:2]  # scores and patterns have their heads before the queries
     fits = isinstance(source.positions, Tensor) and source.positions.shape == shape
     if not fits or len(source.rows) != shape[0] or len(source.prompts) < shape[0]:
         raise BadHook(
