@@ -585,7 +585,7 @@ def test_a_tensor_without_batch_and_pos_is_taken_whole_or_not_at_all():
         (lambda x: None, "returned None: end it with `return`"),
         (lambda x: x[:, :1], r"was given shape \[1, \d+, 32\] and returned \[1, 1, 32\]: return the same shape"),
         (lambda x: x.double(), "was given torch.float32 and returned torch.float64"),
-        (lambda x: x / 0 * 0, r"returned \d+ NaN where there was none"),
+        (lambda x: x / 0 * 0, r"returned \d+ numbers at resid_post.1 that are infinite or NaN, where there was none"),
         (lambda x: "x", "returned a str: return a tensor"),
     ],
     ids=["None", "shape", "dtype", "NaN", "kind"],
