@@ -20,6 +20,12 @@ def test_a_trace_is_a_line_for_each_step_when_piped(hookkit, llama):
     assert len(lines) == 3 and f"banned {first!r} was first for the model" in lines[0]
     tokens = [llama.string(int(i)) for i in run.tokens[0, run.prompt_lengths[0] :]]
     assert all(repr(token) in line for token, line in zip(tokens, lines, strict=True))
+    decoded = hk.decoding(hk.generate(llama, MILK, hk.ban(first), hk.boost(" milk", by=1.0), max_new_tokens=3,
+                                      do_sample=False, trace=hk.trace(top=5)))  # fmt: skip
+    for step, line in enumerate(lines):
+        rows = decoded[(decoded["step"] == step) & (decoded["stage"] == "processed")]
+        shown = [f"{token} {prob:.3f}" for token, prob in zip(rows["token"], rows["prob"], strict=True)]
+        assert line.endswith(f"[{', '.join(shown)}]"), "the candidates stand behind each token"
 
 
 def test_a_trace_as_json_is_what_the_tables_say(hookkit, llama):

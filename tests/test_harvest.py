@@ -31,6 +31,7 @@ from hookkit.errors import (
     OutOfRange,
     Unsupported,
 )
+from hookkit.harvesting.values import as_stored
 
 WORDS = [TEXTS[n % 3][3 * n % 17 : 3 * n % 17 + 1 + 7 * n % 45] for n in range(24)]  # of 1 to 45 letters
 SMALL = {"batch_tokens": 64, "shard_size": 60, "progress": False}
@@ -132,6 +133,14 @@ def test_numbers_too_large_for_the_disk_are_refused(tmp_path, small_tokenizer):
     with pytest.raises(BadHook, match="dtype='float16' holds numbers up to 65504, and resid_post.1 has"):
         harvest(own, tmp_path, dtype="float16")
     assert harvest(own, tmp_path / "b", dtype=torch.bfloat16)["resid_post.1"][:].isfinite().all()
+
+
+def test_the_number_that_is_too_large_is_named_by_its_size():
+    site = hk.Site("resid_post", 1)
+    with pytest.raises(BadHook, match=r"numbers up to 65504, and resid_post.1 has 100000: use"):
+        as_stored(site, torch.tensor([[-1e5, 1.0]]), torch.float16)
+    kept = as_stored(site, torch.tensor([[-65504.0, float("-inf")]]), torch.float16)
+    assert kept.tolist() == [[-65504.0, float("-inf")]], "what was infinite is no loss"
 
 
 def test_which_experts_were_chosen_stays_whole_numbers(tmp_path):

@@ -203,6 +203,28 @@ def test_edits_of_every_kind_equal_the_loop(lm):
         assert found["logit_diff"].tolist() == pytest.approx(wanted, abs=1e-4), name
 
 
+@pytest.mark.parametrize("site", ["embed", "pos_embed"])
+def test_edits_of_embeddings_equal_a_hook_by_hand(site):
+    lm = hk.tiny("gpt2")
+    prompts, _ = texts(lm)
+    module = lm.model.transformer.wte if site == "embed" else lm.model.transformer.wpe
+    grid = {"by": [0.0, 3.0], "pos": [1, -1]}
+    table = hk.sweep(lm, prompts, grid, lambda by, pos: hk.scale(site, by, pos=pos), METRICS[0])
+    for by, pos, row, found in table[["by", "pos", "row", "logit_diff"]].itertuples(index=False):
+
+        def scaled(_module, _args, output, by=by, pos=pos):
+            output = output.clone()
+            output[:, pos] *= by
+            return output
+
+        handle = module.register_forward_hook(scaled)
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([prompts[row]])).logits[0, -1]
+        handle.remove()
+        assert found == pytest.approx(float(logits[5] - logits[7]), abs=1e-4)
+    assert (table["logit_diff_delta"].abs() > 1e-4).all()
+
+
 def test_the_metric_may_look_at_another_position(lm):
     clean, corrupted = texts(lm)
     _, _, hooks = patch_grid(lm, clean)
