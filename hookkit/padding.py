@@ -85,20 +85,24 @@ def way_of(lm: LM, side: Side) -> Way:
     return found
 
 
-def check_generation(lm: LM, *, padded: bool, chunk: int | None, width: int) -> None:
+def check_generation(lm: LM, *, padded: bool, chunk: int | None, width: int, cache: str | None = None) -> None:
     """Raise `Unsupported` where transformers' `generate` gives a row other logits than the row alone has.
 
-    A batch that is `padded` on the left, a prompt that is read in chunks, and a model whose positions begin at an
-    offset are tried, once for each kind: chunks of one token, chunks of which the last has one token, and others.
+    A batch that is `padded` on the left, a prompt that is read in chunks, another kind of `cache`, and a model whose
+    positions begin at an offset are tried, once for each kind: chunks of one token, chunks of which the last has one
+    token, and others.
     """
     rest = None if not chunk or chunk >= width else (min(chunk, 3), min(width % chunk, 2))
-    if not padded and rest is None and _offset(lm) is None:
+    other = cache if cache not in (None, "dynamic", "dynamic_full") else None
+    if not padded and rest is None and other is None and _offset(lm) is None:
         return
-    if padded and rest is not None:
+    if padded and (rest is not None or other is not None):
         check_generation(lm, padded=True, chunk=None, width=width)
-    key = "padding", "generate", padded, rest, *_state(lm)
+    if rest is not None and other is not None:
+        check_generation(lm, padded=False, chunk=None, width=width, cache=other)
+    key = "padding", "generate", padded, rest, other, *_state(lm)
     if key not in lm.learnt:
-        lm.learnt[key] = _generated(lm, padded, rest)
+        lm.learnt[key] = _generated(lm, padded, rest, other)
     if lm.learnt[key] is not None:
         raise Unsupported(lm.learnt[key])
 
@@ -188,7 +192,7 @@ def _refusal(lm: LM, side: Side, noise: float, difference: float) -> str:
 # ---- generate
 
 
-def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None) -> str | None:
+def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None, cache: str | None) -> str | None:
     """None if `generate` gives each row the logits that the row alone has, else what to do."""
     name = type(lm.root).__name__
     rows = [row[: LONG - 1] if rest is not None and rest[1] == 0 else row for row in _rows(lm)]
@@ -201,10 +205,10 @@ def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None) -> str | None
             together = _written(lm, [rows[1], rows[1][::-1]], None)
             noise = apart(together[0], alone[1][0])
             batch = rows if padded else rows[:1]
-            found = _written(lm, batch, chunk)
+            found = _written(lm, batch, chunk, cache)
     except Exception as error:  # noqa: BLE001  whatever a model refuses: the user's own call will say it
-        if not padded and chunk is None:
-            return None
+        if cache is not None or (not padded and chunk is None):
+            return None  # the user's own call says it
         return (
             f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give prompts of one "
             "length, or one at a time, without prefill_chunk_size"
@@ -218,6 +222,11 @@ def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None) -> str | None
     difference = max(apart(found[number], alone[number][0]) for number in range(len(batch)))
     if difference <= _limit(lm, alone[1], noise):
         return None
+    if cache is not None:
+        return (
+            f"cache_implementation={cache!r} gives other logits than the prompt read at once in {name} (a trial was off "
+            f"by {difference:.1g} of their size), which is transformers' own doing: leave it out"
+        )
     if chunk is not None:
         return (
             f"prefill_chunk_size gives other logits than the prompt read at once in {name} (a trial was off by "
@@ -236,16 +245,17 @@ def _chunk(rest: tuple[int, int], width: int) -> int:
     return fitting[0] if fitting else 2
 
 
-def _written(lm: LM, rows: list[list[int]], chunk: int | None) -> Tensor:
+def _written(lm: LM, rows: list[list[int]], chunk: int | None, cache: str | None = None) -> Tensor:
     """The logits [row, vocab] of the first token that `generate` writes behind rows, padded on the left."""
     ids, positions = _batch(rows, "left", lm.device)
     root: Any = lm.root
-    more = {} if chunk is None else {"prefill_chunk_size": chunk}
+    more: dict[str, Any] = {} if chunk is None else {"prefill_chunk_size": chunk}
+    more |= {} if cache is None else {"cache_implementation": cache, "disable_compile": True}
     output = type(root).generate(
         root,
         input_ids=ids,
         attention_mask=(positions >= 0).long().to(lm.device),
-        max_new_tokens=1,
+        max_new_tokens=1 if cache is None else 4,  # a cache may have room for what is to come
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,

@@ -80,6 +80,17 @@ def test_states_that_forget_the_mask_for_single_tokens_are_refused(name):
         hk.generate(made(name), ROWS, max_new_tokens=1, do_sample=False, prefill_chunk_size=1)
 
 
+def test_a_kind_of_cache_with_which_transformers_says_something_else_is_refused():
+    static = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    with pytest.raises(Unsupported, match="cache_implementation='static' gives other logits"):
+        hk.generate(made("gpt_neo"), [ROWS[0]], **static)
+    lm = made("llama")
+    run = hk.generate(lm, ROWS, **static)
+    for number, row in enumerate(ROWS):
+        text = run.tokens[number, : run.lengths[number] - 1].tolist()
+        assert torch.allclose(run.logits[number], alone(lm.model, text)[len(row) - 1 :], atol=1e-4)
+
+
 class Own(nn.Module):
     """A language model of one's own: learned positions, no cache, no return_dict."""
 

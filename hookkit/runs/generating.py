@@ -65,7 +65,8 @@ def traced(
     warn_of_dropout(lm)
     wanted = wanted_logits(logits)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
-    check_generation(lm, padded=batch.padded, chunk=_chunk(lm, arguments), width=batch.ids.shape[1])
+    chunk, cache = (_setting(lm, arguments, name) for name in ("prefill_chunk_size", "cache_implementation"))
+    check_generation(lm, padded=batch.padded, chunk=chunk, width=batch.ids.shape[1], cache=cache)
     kind = CaptureLast if wanted == "last" else Capture
     own = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
     manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
@@ -156,11 +157,11 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _chunk(lm: LM, arguments: Mapping[str, Any]) -> int | None:
-    """How many tokens of the prompt are read at a time; None for all."""
+def _setting(lm: LM, arguments: Mapping[str, Any], name: str) -> Any:
+    """What generate is going to use: what was given, or what a configuration says."""
     config: Any = arguments.get("generation_config") or lm.root.generation_config
-    given = arguments.get("prefill_chunk_size")
-    return given if given is not None else getattr(config, "prefill_chunk_size", None)
+    value = arguments.get(name)
+    return value if value is not None else getattr(config, name, None)
 
 
 def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
