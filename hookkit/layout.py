@@ -52,13 +52,22 @@ class Layout:
             "d_mlp": self._neurons(layer),
             "expert": _first(config, "num_local_experts", "num_experts", "n_routed_experts"),
             "choice": _first(config, "num_experts_per_tok"),
-            "vocab": _first(config, "vocab_size"),
+            "vocab": _first(config, "vocab_size") or self._vocabulary(),
             **corrected,
         }
         heads, key_heads = known["head"], known["kv_head"]
         known["share"] = heads // key_heads if heads and key_heads else None  # query heads to a key-value head
         known["quarter"] = heads // 4 if heads else None
         return known
+
+    def _vocabulary(self) -> int | None:
+        """The rows of the table of embeddings, for a configuration that has no word for them."""
+        find = getattr(self.root, "get_input_embeddings", None)
+        try:
+            count = getattr(find(), "num_embeddings", None) if callable(find) else None
+        except NotImplementedError:  # a model of transformers without words
+            return None
+        return count if isinstance(count, int) else None
 
     def _neurons(self, layer: int | None) -> int | None:
         """The width of what the MLP's output projection reads, as its weight says: configurations have many words."""

@@ -224,8 +224,8 @@ def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None, cache: str | 
         return None
     if cache is not None:
         return (
-            f"cache_implementation={cache!r} gives other logits than the prompt read at once in {name} (a trial was off "
-            f"by {difference:.1g} of their size), which is transformers' own doing: leave it out"
+            f"cache_implementation={cache!r} gives other logits than the prompt read at once in {name} (a trial was "
+            f"off by {difference:.1g} of their size), which is transformers' own doing: leave it out"
         )
     if chunk is not None:
         return (
@@ -335,12 +335,26 @@ def quiet(lm: LM) -> Iterator[None]:
             module.training = False
         stack.enter_context(replaced(_thread, "unseen", True))
         for module in modules:
-            for name in ("_forward_hooks", "_forward_pre_hooks"):
-                hooks = getattr(module, name)
-                if any(_is_a_users(hook) for hook in hooks.values()):
-                    kept = type(hooks)((number, hook) for number, hook in hooks.items() if not _is_a_users(hook))
-                    stack.enter_context(replaced(module, name, kept))
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for number, hook in list(hooks.items()):
+                    if _is_a_users(hook):
+                        hooks[number] = _silenced(hook)
+                        stack.callback(_put_back, hooks, number, hook)
         yield
+
+
+def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A user's hook that does not see a trial. In other threads it acts as ever."""
+
+    def silenced(*args: Any, **kwargs: Any) -> Any:
+        return None if unseen() else hook(*args, **kwargs)
+
+    return silenced
+
+
+def _put_back(hooks: dict[int, Any], number: int, hook: Callable[..., Any]) -> None:
+    if number in hooks:  # unless it was taken away meanwhile
+        hooks[number] = hook
 
 
 def _set_training(modules: Sequence[nn.Module]) -> None:

@@ -148,6 +148,20 @@ def test_a_model_of_ones_own_may_take_ids_and_a_mask_only(gives, logits):
             assert torch.allclose(said, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("gives", ["output", "tuple", "tensor"])
+def test_a_model_of_ones_own_is_swept_cell_by_cell(gives):
+    model = OwnForCausalLM().eval()
+    model.gives = gives
+    lm, site = hk.LM(model), hk.module("layer")
+    table = hk.sweep(lm, [ROWS[0][:4]] * 2, {"factor": [1.0, 2.0]}, lambda factor: hk.scale(site, factor), hk.prob(7))
+    for factor, rows in table.groupby("factor"):
+        with torch.no_grad():
+            handle = model.layer.register_forward_hook(lambda _m, _a, out, factor=factor: out * factor)
+            expected = model.compute(torch.tensor([ROWS[0][:4]]))[0, -1].softmax(-1)[7]
+            handle.remove()
+        assert rows["prob"].tolist() == pytest.approx([float(expected)] * 2, abs=1e-5)
+
+
 def test_a_model_without_a_mask_takes_prompts_of_one_length():
     lm = hk.LM(WithoutMaskForCausalLM().eval())
     assert hk.forward(lm, [[5, 6], [7, 8]]).logits.shape == (2, 2, 50)
