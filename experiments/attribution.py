@@ -54,7 +54,7 @@ def _range(means: Any, method: str) -> str:
 
 def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
     results.text("# Places")
-    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    metric = pairs.metric()
     named = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     both = (list(pairs.clean), list(pairs.corrupted))
     found: list[pd.DataFrame] = []
@@ -89,7 +89,7 @@ def alike(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> list[pd.D
 
 def edges(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
     results.text("# Edges from heads to the logits")
-    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    metric = pairs.metric()
     given = (list(pairs.clean), list(pairs.corrupted), metric)
     truth = hk.over_prompts(hk.path_patching(lm, *given, freeze=("z", "mlp_out")))
     found = []

@@ -46,7 +46,7 @@ def solved(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
 
 def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     results.text("# Early at the second mention, late at the end")
-    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    metric = pairs.metric()
     places = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     table = hk.patching(lm, pairs.clean, pairs.corrupted, SITES, metric, pos=places)
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
@@ -64,7 +64,7 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
 
 def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     results.text("# Few heads carry it")
-    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    metric = pairs.metric()
     table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
     results.figure("heads_map", hk.heat_map(table, named=TOP, title=BACK), caption="Each head's clean output.")
     means = hk.over_prompts(table)
@@ -87,7 +87,7 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
 
 def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
     results.text("# Who writes the answer, and what the writer reads")
-    metric = hk.logit_diff(list(pairs.answers), list(pairs.wrong))
+    metric = pairs.metric()
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
     results.figure("writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits.")
     means = results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")

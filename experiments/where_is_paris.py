@@ -50,7 +50,7 @@ def traced(lm: hk.LM, results: hk.Record) -> None:
 def swapped(lm: hk.LM, results: hk.Record) -> None:
     results.text("# Another landmark's state")
     pairs = hk.datasets.landmarks(lm, COUNT, seed=SEED).solved(lm)
-    metric = [hk.logit_diff(list(pairs.answers), list(pairs.wrong)), hk.rank(list(pairs.answers))]
+    metric = [pairs.metric(), hk.rank(list(pairs.answers))]
     places = {name: pairs.labels[name] for name in ("subject", "end")}
     table = hk.patching(lm, pairs.clean, pairs.corrupted, ["resid_post", "mlp_out", "attn_out"], metric, pos=places)
     means = results.table(

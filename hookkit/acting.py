@@ -98,6 +98,11 @@ def _kept(values: Tensor, capture: Capture, fresh: bool) -> Tensor:
     if capture.dtype is capture.device is None and not torch.is_inference_mode_enabled():
         return values if fresh else values.clone()
     dtype = getattr(torch, capture.dtype) if capture.dtype else values.dtype
+    if values.is_floating_point() and not dtype.is_floating_point:
+        raise BadHook(
+            f"{capture}: dtype={capture.dtype!r} cannot hold the real numbers there: say a floating dtype, such as "
+            "'float16'"
+        )
     device = torch.device(capture.device) if capture.device else values.device
     if dtype != values.dtype and values.is_floating_point():
         values = narrowed(values, dtype, f"what {capture} keeps")

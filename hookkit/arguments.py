@@ -5,7 +5,7 @@ raises an error that says what was passed, what is possible, and what to do. num
 tensors without axes are whole numbers everywhere; True and False never are.
 
     whole_number(value, "top", least=1)         finite_number(value, "scale")       choice(value, "per", NAMES)
-    token(value)       tokens(values, "ban")    prompt_rows(prompts)                path_of(folder, "folder")
+    read_token(value)       read_tokens(values, "ban")    prompt_rows(prompts)                path_of(folder, "folder")
 
 `checks_arguments` is the decorator of public functions: it reads each argument by its annotation before the function
 runs, so that `int` is a whole number, `bool` is True or False, `Literal` is one of its names, and `Run` is a run.
@@ -20,12 +20,15 @@ import numbers
 import operator
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin, is_typeddict
 
 from .errors import (
     BadArgument,
+    BadFile,
     BadHook,
     BadPrompt,
     EmptySelection,
@@ -38,6 +41,7 @@ from .errors import (
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Class = TypeVar("Class", bound=type[Any])
 Error: TypeAlias = type[HookkitError]
 Row: TypeAlias = tuple[int, ...]
 
@@ -126,8 +130,12 @@ def whole_number(
     too_small = number is not None and least is not None and number < least
     too_large = number is not None and most is not None and number > most
     if number is None or too_small or too_large:
-        about = f"{meaning}, " if meaning else ""
-        raise error(f"{name}={described(value)}: give {about}a whole number{_between(least, most)}")
+        what = meaning.rstrip(",")
+        if number is None:
+            about = f"{what}, " if what else ""
+            raise error(f"{name}={described(value)}: give {about}a whole number{_between(least, most)}")
+        limit = f"at least {least}" if too_small else f"at most {most}"
+        raise error(f"{name}={number}: give {what or 'a whole number'}, {limit}")
     return number
 
 
@@ -137,7 +145,7 @@ def whole_numbers(
     """One whole number or several, as a list without repeats."""
     if as_whole(values) is not None:
         return [whole_number(values, name, least=least, meaning=meaning, error=error)]
-    items = _items(values)
+    items = items_of(values)
     if items is None:
         raise error(f"{name}={described(values)}: give {meaning or name}, a whole number or a list of them")
     if not items:
@@ -162,18 +170,19 @@ def finite_number(
 ) -> float:
     """A finite real number within the limits: from `least`, to `most`, larger than `above`, smaller than `below`."""
     number = as_real(value)
-    about = f"{meaning}, " if meaning else ""
+    about = f"{meaning.rstrip(',')}, " if meaning else ""
     if number is None or not math.isfinite(number):
         raise error(f"{name}={described(value)} is not a finite number: give {about}a real number such as 2.0")
-    limits = [
-        (least is not None and number < least, f"from {least}"),
-        (most is not None and number > most, f"up to {most}"),
-        (above is not None and number <= above, f"above {above}"),
-        (below is not None and number >= below, f"below {below}"),
-    ]
-    for is_outside, words in limits:
-        if is_outside:
-            raise error(f"{name}={number:g} is out of range: give {about}a number {words}")
+    limits = {
+        "at least": (least, least is not None and number < least),
+        "at most": (most, most is not None and number > most),
+        "above": (above, above is not None and number <= above),
+        "below": (below, below is not None and number >= below),
+    }
+    if any(is_outside for _, is_outside in limits.values()):
+        words = [f"{word} {limit:g}" for word, (limit, _) in limits.items() if limit is not None]
+        what = meaning.rstrip(",") or "a number"
+        raise error(f"{name}={number:g}: give {what} {' and '.join(sorted(words))}")
     return number
 
 
@@ -230,10 +239,40 @@ def path_of(value: object, name: str = "path", *, error: Error = BadArgument) ->
     raise error(f"{name}={described(value)} is no path: give the path of a file or folder, as a text or a pathlib.Path")
 
 
+def file_of(value: object, name: str = "path") -> Path:
+    """The path of a file that is there; `BadFile` where there is none, or a folder."""
+    path = Path(path_of(value, name))
+    if path.is_dir():
+        raise BadFile(f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it")
+    if not path.exists():
+        raise BadFile(f"{name}={str(path)!r} does not exist: give the path of a file")
+    return path
+
+
+def folder_of(value: object, name: str = "folder") -> Path:
+    """The path of a folder, which may not be there yet; `BadFile` where it is a file, or within one."""
+    path = Path(path_of(value, name))
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise BadFile(f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: give another name")
+    return path
+
+
+@contextmanager
+def reading_file(path: object, what: str) -> Iterator[None]:
+    """A block that reads a file; an error in it that is none of hookkit's raises `BadFile`. `what` should be in it."""
+    try:
+        yield
+    except HookkitError:
+        raise
+    except Exception as error:  # of the system, of safetensors, of JSON, or of a name that is not there
+        raise BadFile(f"{str(path)!r} cannot be read as {what}: {error}") from error
+
+
 # ---- tokens
 
 
-def token(value: object, name: str = "token") -> str | int:
+def read_token(value: object, name: str = "token") -> str | int:
     """One token: its text, or its id as a whole number from 0."""
     if isinstance(value, str):
         if not value:
@@ -249,20 +288,20 @@ def token(value: object, name: str = "token") -> str | int:
         hint = "; bytes are no text: decode them first, value.decode()"
     elif as_real(value) is not None and not isinstance(value, bool):
         hint = "; an id is a whole number, int(value)"
-    elif _items(value) is not None:
+    elif items_of(value) is not None:
         hint = "; several are given where one token is meant"
     raise NotOneToken(f"{name}={described(value)} is no token: give its text, such as ' coffee', or its id{hint}")
 
 
-def tokens(values: object, name: str = "tokens", *, also: tuple[type, ...] = ()) -> tuple[Any, ...]:
+def read_tokens(values: object, name: str = "tokens", *, also: tuple[type, ...] = ()) -> tuple[Any, ...]:
     """One token or several, in order. Values of the types `also` are kept as they are, such as phrases."""
     if isinstance(values, (str, bytes, bool, *also)) or as_whole(values) is not None:
         values = [values]
-    items = _items(values)
+    items = items_of(values)
     if items is None:
-        token(values, name)
+        read_token(values, name)
         return ()
-    return tuple(item if isinstance(item, also) else token(item, name) for item in items)
+    return tuple(item if isinstance(item, also) else read_token(item, name) for item in items)
 
 
 # ---- prompts
@@ -279,18 +318,26 @@ def prompt_rows(prompts: object) -> list[str | Row]:
         return [str(prompts)]
     if _is_mapping(prompts):
         return _rows_of_mapping(prompts)
-    _refuse_container(prompts)
-    items = _items(prompts)
+    refuse_container(prompts)
+    items = items_of(prompts)
     if items is None:
         raise BadPrompt(f"{described(prompts)} is no prompt: {_PROMPTS_ARE}")
     if not items:
         raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
     if all(as_whole(item) is not None for item in items):
         return [_row_of_ids(items, 0)]
-    return [_one_prompt(item, number) for number, item in enumerate(items)]
+    return [one_prompt(item, number) for number, item in enumerate(items)]
 
 
 _PROMPTS_ARE = "give a text, a list of texts, or rows of token ids"
+
+
+def is_one_row(prompts: object) -> bool:
+    """True where what holds several holds whole numbers: the token ids of one row."""
+    if not isinstance(prompts, list | tuple) and not hasattr(prompts, "dtype"):
+        return False
+    items = items_of(prompts)
+    return bool(items) and all(as_whole(item) is not None for item in items or ())
 
 
 def _is_mapping(value: object) -> bool:
@@ -298,14 +345,19 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "data") and hasattr(value, "items"))
 
 
-def _refuse_container(prompts: Any) -> None:
-    """Raise `BadPrompt` for what can be iterated over, and does not hold prompts."""
+def refuse_container(prompts: Any, *, rows: bool = False) -> None:
+    """Raises `BadPrompt` for what can be iterated over, and does not hold prompts.
+
+    With `rows`, a data set of which each row is a mapping is let through.
+    """
     kind = type(prompts).__name__
     if isinstance(prompts, bytes | bytearray | memoryview):
         raise BadPrompt(f"the prompt is {kind}, which is no text: decode it first, prompt.decode('utf-8')")
     if isinstance(prompts, Set):
         raise BadPrompt(f"the prompts are in a {kind}, which has no order: give a list, sorted(prompts) for example")
-    names = getattr(prompts, "column_names", None) or getattr(prompts, "columns", None)
+    names = getattr(prompts, "columns", None)
+    if names is None and not rows:
+        names = getattr(prompts, "column_names", None)
     if names is not None and not callable(names):
         columns = [str(name) for name in names]
         name = columns[0] if columns else "text"
@@ -325,13 +377,14 @@ def _refuse_container(prompts: Any) -> None:
         raise BadPrompt(f"the prompt is a tokenizer, a {kind}: the model comes first, then the prompts")
 
 
-def _one_prompt(item: object, number: int) -> str | Row:
+def one_prompt(item: object, number: int) -> str | Row:
+    """One prompt of several: its text, or its token ids. `number` is its place among them, for the message."""
     if isinstance(item, str):
         return str(item)
     if _is_mapping(item):
         return _prompt_of_mapping(item, number)
-    _refuse_container(item)
-    ids = _items(item)
+    refuse_container(item)
+    ids = items_of(item)
     if ids is None:
         hint = f"; {described(item)} is missing" if item is None or item != item else ""
         raise BadPrompt(f"prompt {number} is {described(item)}, which is no prompt: {_PROMPTS_ARE}{hint}")
@@ -355,7 +408,7 @@ def _row_of_ids(ids: Sequence[object], number: int) -> Row:
     row = [as_whole(token_id) for token_id in ids]
     for token_id, whole in zip(ids, row, strict=True):
         if whole is None:
-            nested = ", several prompts are given where one is meant" if _items(token_id) is not None else ""
+            nested = ", several prompts are given where one is meant" if items_of(token_id) is not None else ""
             raise BadPrompt(
                 f"prompt {number} has {described(token_id)} where a token id is meant{nested}: "
                 "token ids are whole numbers; give texts, or rows of token ids"
@@ -383,10 +436,10 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
     mask = inputs.get("attention_mask")
     if mask is None:
         return rows
-    kept = _items(mask)
+    kept = items_of(mask)
     if kept is None:
         raise BadPrompt(f"attention_mask is {described(mask)}: give 1 for each real token and 0 for padding")
-    if all(_items(line) is None for line in kept):
+    if all(items_of(line) is None for line in kept):
         kept = [kept]
     if len(kept) != len(rows):
         raise BadPrompt(f"input_ids has {len(rows)} rows and attention_mask {len(kept)}: give one shape")
@@ -395,7 +448,7 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
 
 def _unpadded(row: Any, mask: object, number: int) -> Row:
     """A row of ids without padding, which may be before it or after it."""
-    values = _items(mask)
+    values = items_of(mask)
     if values is None or len(values) != len(row):
         count = described(mask) if values is None else f"{len(values)} numbers"
         raise BadPrompt(f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: give one shape")
@@ -411,7 +464,7 @@ def _unpadded(row: Any, mask: object, number: int) -> Row:
     return tuple(row[index] for index in real)
 
 
-def _items(values: Any) -> list[Any] | None:
+def items_of(values: Any) -> list[Any] | None:
     """The items of what holds several, with the numbers of arrays and tensors as Python's own; None for one value."""
     if isinstance(values, str | bytes | bytearray) or _is_mapping(values) or isinstance(values, type):
         return None
@@ -474,28 +527,38 @@ HOW_TO_GET = {
 }
 
 
+PROMPTS = {str, Sequence[int], Mapping[str, Any]}  # of the union that prompts are annotated with
+
+
 def kinds_of(annotation: Any) -> list[Kind] | None:
     """The kinds of value that an annotation allows; None where the function has to read the value itself."""
     if annotation is None or annotation is types.NoneType:
         return [Kind("None", lambda value: None if value is None else UNFIT)]
     origin = get_origin(annotation)
     if origin is Union or origin is types.UnionType:
-        found: list[Kind] = []
-        for member in get_args(annotation):
-            kinds = kinds_of(member)
-            if kinds is None:
-                return None
-            found += kinds
-        return found
+        return _kinds_of_union(get_args(annotation))
     if origin is Literal:
         return [_literal(get_args(annotation))]
     if origin is Callable:
         return [Kind("a function", lambda value: value if callable(value) else UNFIT)]
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return [Kind("a mapping, such as a dict", lambda value: value if isinstance(value, Mapping) else UNFIT)]
-    if origin is os.PathLike:
-        annotation = origin
-    return _kinds_of_class(annotation) if isinstance(annotation, type) and not is_typeddict(annotation) else None
+    kind = origin if origin is os.PathLike else annotation
+    return _kinds_of_class(kind) if isinstance(kind, type) and not is_typeddict(kind) else None
+
+
+def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
+    if set(members) >= PROMPTS:
+        return [Kind("prompts", lambda value: list(value) if isinstance(value, Iterator) else value)]
+    if {str, int} <= set(members):  # a token, or an item: its own reader says more
+        return None
+    found: list[Kind] = []
+    for member in members:
+        kinds = kinds_of(member)
+        if kinds is None:
+            return None
+        found += kinds
+    return found
 
 
 def _literal(names: tuple[Any, ...]) -> Kind:
@@ -537,6 +600,8 @@ def read_as(kinds: Sequence[Kind], value: Any, function: str, name: str) -> Any:
     names = [known for kind in kinds for known in kind.names]
     hint = did_you_mean(value, names) if isinstance(value, str) and names else "."
     words = ", or ".join(kind.words for kind in kinds)
+    if names and isinstance(value, str):
+        raise BadArgument(f"{name}={described(value)} is unknown: say {words}{hint}")
     instead = _instead(kinds, value)
     raise BadArgument(f"{function}() has {name}={described(value)}{hint} Give {words}{instead}.")
 
@@ -573,7 +638,13 @@ def checks_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments
     return _checked(function, reads_values=False)
 
 
-def _checked(function: Any, *, reads_values: bool) -> Any:
+def checks_construction(kind: Class) -> Class:
+    """The same dataclass, whose fields are checked by name when one is made: a missing or unknown one is named."""
+    kind.__init__ = _checked(kind.__init__, reads_values=False, called=kind.__name__)
+    return kind
+
+
+def _checked(function: Any, *, reads_values: bool, called: str | None = None) -> Any:
     signature = inspect.signature(function)
     parameters = signature.parameters
     names = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -583,7 +654,8 @@ def _checked(function: Any, *, reads_values: bool) -> Any:
         for kind in get_args(parameter.annotation):
             passed_on |= kind.__annotations__
     takes_any = bool(rest) and not passed_on
-    keywords = [*names, *passed_on]
+    keywords = [name for name in (*names, *passed_on) if name != "self"]
+    called = called or function.__name__
 
     @functools.cache
     def kinds() -> dict[str, list[Kind]]:
@@ -598,17 +670,17 @@ def _checked(function: Any, *, reads_values: bool) -> Any:
         for name in kwargs:
             if name not in keywords and not takes_any:
                 raise UnknownKeyword(
-                    f"{function.__name__}() has no keyword {name!r}{did_you_mean(name, keywords)} "
-                    f"It takes: {', '.join(keywords)}."
+                    f"{called}() has no keyword {name!r}{did_you_mean(name, keywords)} It takes: {', '.join(keywords)}."
                 )
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as mistake:
-            raise BadArgument(f"{function.__name__}(): {mistake}. It takes: {', '.join(keywords)}.") from None
+            takes = ", ".join(keywords) or "nothing"
+            raise BadArgument(f"{called}(): {mistake}. It takes: {takes}.") from None
         if not reads_values:
             return function(*args, **kwargs)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _read(parameters[name], value, kinds(), function.__name__)
+            bound.arguments[name] = _read(parameters[name], value, kinds(), called)
         return function(*bound.args, **bound.kwargs)
 
     return checked

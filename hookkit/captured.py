@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
+from .arguments import described
 from .calls import Cells
 from .displaying import shown
 from .errors import NotCaptured
 from .positions import Where
-from .sites import SQUARE, AnySite, Site, Sites, parse
+from .sites import SQUARE, AnySite, ModuleSite, Site, Sites, parse
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +134,11 @@ class Kept:
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
         """The values at a site with their rows and positions; `name` where several captures kept it."""
         wanted = parse(site) if isinstance(site, str) else site
+        if not isinstance(wanted, Site | ModuleSite):
+            raise NotCaptured(
+                f"{described(site)} is no site: ask for [site] or [site, name], such as ['resid_post.6']. "
+                f"It has {self.sites}."
+            )
         found = self._at(wanted, name)
         if found:
             return self._only(wanted, found).captured()
@@ -168,6 +174,8 @@ class Kept:
         return f"It has {self.sites}."
 
     def __getitem__(self, key: "str | AnySite | tuple[str | AnySite, str]") -> Tensor:
+        if isinstance(key, tuple) and len(key) != 2:
+            raise NotCaptured(f"{described(key)} is no key: ask for [site] or [site, name], such as ['resid_post.6']")
         site, name = key if isinstance(key, tuple) else (key, None)
         return self.captured(site, name).values
 

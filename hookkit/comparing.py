@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import checks_arguments
+from .arguments import checks_arguments, read_tokens
 from .captured import Captured
 from .displaying import records, shown
 from .distributions import Distribution
@@ -137,6 +137,7 @@ class Paired(Tracer):
         return torch.full_like(scores, -math.inf).scatter(-1, drawn, 0.0)
 
 
+@checks_arguments
 def compare(
     lm: LM,
     prompts: Prompts,
@@ -167,7 +168,7 @@ def compare(
     rows = as_batch(lm, prompts, side="left").rows
     arguments = _for_both_halves(lm, arguments, len(rows))
     mine = tuple(_for_rows(hook, len(rows)) for hook in hooks)
-    asked = Trace(top, (watch,) if isinstance(watch, str | int) else tuple(watch))
+    asked = Trace(top, read_tokens(watch, "watch"))
     run = traced(lm, [*rows, *rows], mine, False, seed, Paired(lm, asked, mine), arguments)
     return Comparison(run, along, asked, mine)
 
@@ -252,7 +253,7 @@ def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
     _refuse_several(run.lm, run.arguments)
     chosen(row, len(run.lengths))
     start, end = run.prompt_lengths[row], run.lengths[row]
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < end - start:
+    if not 0 <= step < end - start:
         raise OutOfRange(f"step={step!r} was asked for, and row {row} has steps 0 to {end - start - 1}")
     tokens = [*run.tokens[row, start : start + step].tolist(), run.lm.token(token)]
     prompts = [run.tokens[n, :length].tolist() for n, length in enumerate(run.prompt_lengths)]

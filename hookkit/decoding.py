@@ -37,7 +37,7 @@ def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.
     """
     record = _record(run)
     shown = record.asked.top if top is None else top
-    if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= record.asked.top:
+    if not 1 <= shown <= record.asked.top:
         most = record.asked.top
         raise OutOfRange(f"top={top!r}: {most} tokens of each stage are on record, so give 1 to {most}")
     parts = [part for decision in _of_rows(run, record, rows) for part in candidates(record, decision, shown)]

@@ -38,10 +38,6 @@ class UnknownKeyword(HookkitError, TypeError):
     """A keyword that the function does not take."""
 
 
-class BadArgument(HookkitError, TypeError):
-    """An argument that is missing, or a value of another kind than the function takes."""
-
-
 class NotOneToken(HookkitError, ValueError):
     """A text where one token is meant that the tokenizer makes several of, or none; or an id outside the vocabulary."""
 
@@ -56,6 +52,10 @@ class TooFew(HookkitError, ValueError):
 
 class BadHook(HookkitError, ValueError):
     """A hook whose values cannot work: a vector of the wrong size, a factor that is not a number."""
+
+
+class BadArgument(BadHook, TypeError):
+    """An argument that is missing, or a value of another kind than the function takes."""
 
 
 class BadEdit(HookkitError, ValueError):

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import checks_arguments
-from .errors import BadHook
+from .arguments import checks_arguments, described, file_of, folder_of, path_of, reading_file
+from .errors import BadArgument, BadFile, BadHook
 from .runs import Run
 from .sharding import writes
 
@@ -33,7 +33,13 @@ def save_tensors(
         found = dict(tensors)
     if not found:
         raise BadHook("there are no tensors to save: capture something, or name at least one")
-    target = Path(path)
+    target = Path(path_of(path))
+    if target.is_dir():
+        raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
+    folder_of(target.parent, "the folder of path")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise BadArgument(f"tensors has {described(name)}: {described(tensor)}; give tensors by name")
     target.parent.mkdir(parents=True, exist_ok=True)
     making = target.with_name(f".{target.name}.making")
     if writes():
@@ -61,6 +67,7 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
+@checks_arguments
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors that `save_tensors` wrote, by name, on the CPU.
 
@@ -70,4 +77,6 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    return load_file(path)
+    source = file_of(path)
+    with reading_file(source, "tensors that save_tensors wrote"):
+        return load_file(source)

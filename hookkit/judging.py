@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .arguments import checks_arguments
+from .arguments import as_real, checks_arguments, described, items_of, whole_number
 from .errors import BadHook, EmptySelection, OutOfRange
 
 
@@ -35,8 +35,7 @@ def calibration(confidence: Iterable[float], right: Iterable[Any], *, bins: int 
     sure, answers = _pairs(confidence, right)
     if ((sure < 0) | (sure > 1)).any():
         raise OutOfRange(f"a confidence is a probability, 0 to 1, and one is {sure[(sure < 0) | (sure > 1)][0]}")
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise OutOfRange(f"bins={bins!r}: give how many bins, at least 1")
+    whole_number(bins, "bins", least=1, meaning="how many bins,")
     edges = np.linspace(0, 1, bins + 1)
     numbers = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
     counts = np.bincount(numbers, minlength=bins)
@@ -82,14 +81,21 @@ def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
 
 def _pairs(numbers: Iterable[float], right: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Both as arrays, once it is sure that they belong together."""
-    values, answers = np.asarray(list(numbers), dtype=float), np.asarray(list(right))
+    for name, given in (("the numbers", numbers), ("right", right)):
+        if items_of(given) is None:
+            raise BadHook(f"{name}: {described(given)} is one value, and one for each answer is meant, in a list")
+    read = [as_real(number) for number in items_of(numbers) or ()]
+    if None in read:
+        wrong = (items_of(numbers) or [])[read.index(None)]
+        raise BadHook(f"{described(wrong)} is no number: give a real number for each answer")
+    values, answers = np.asarray(read, dtype=float), np.asarray(items_of(right) or [])
     if len(values) != len(answers):
         raise BadHook(f"there are {len(values)} numbers and {len(answers)} answers: give one of each for every answer")
     if not len(values):
         raise EmptySelection("there is no answer to judge: give at least one")
     if np.isnan(values).any():
         raise OutOfRange(f"number {int(np.isnan(values).argmax())} is NaN: leave out what was not measured")
-    if not set(answers.tolist()) <= {0, 1}:
+    if not all(each in (0, 1) for each in answers.tolist()):
         wrong = next(each for each in answers.tolist() if each not in (0, 1))
         raise BadHook(f"right says for each answer whether it was: True or False, and one is {wrong!r}")
     return values, answers.astype(bool)

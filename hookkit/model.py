@@ -15,8 +15,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .arguments import checks_construction
+from .arguments import described as shown_value
 from .describing import described
 from .displaying import records, shown
+from .errors import BadArgument
 from .families import Family, Place
 from .finding import row_of
 from .layout import Layout, text_config
@@ -28,6 +31,7 @@ from .vocabulary import Token, Vocabulary
 from .wrapped import adapters, unwrapped
 
 
+@checks_construction
 @dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A causal language model of transformers and its tokenizer, both left as they are.
@@ -44,10 +48,17 @@ class LM:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            raise TypeError(
+            swapped = "; the model comes first, then the tokenizer" if isinstance(self.tokenizer, nn.Module) else ""
+            raise BadArgument(
                 f"LM needs the model itself, an nn.Module, and was given {type(self.model).__name__} "
-                f"{str(self.model)[:60]!r}; to load one by name, use hk.load(name)"
+                f"{str(self.model)[:60]!r}; to load one by name, use hk.load(name){swapped}"
             )
+        if self.tokenizer is not None:
+            object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer))
+        if not isinstance(self.name, str):
+            raise BadArgument(f"LM has name={shown_value(self.name)}: give a text, by which results call the model")
+        if self.row is not None and not isinstance(self.row, Family):
+            raise BadArgument(f"LM has row={shown_value(self.row)}: give a row of the families' table, hk.family(…)")
 
     # ---- the model
 
@@ -288,6 +299,17 @@ class LM:
         return Vocabulary(self.tokenizer, lambda: self.sizes["vocab"])
 
 
+def tokenizer_of(tokenizer: Any) -> Any:
+    """The tokenizer itself, also where a processor that holds one is given; `BadArgument` for anything else."""
+    for candidate in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+        if all(callable(getattr(candidate, name, None)) for name in ("encode", "decode", "convert_ids_to_tokens")):
+            return candidate
+    raise BadArgument(
+        f"{shown_value(tokenizer)} is no tokenizer of transformers, and no processor that holds one: give "
+        "AutoTokenizer.from_pretrained(name), or leave it out and give token ids as prompts"
+    )
+
+
 def as_lm(model: LM | nn.Module) -> LM:
     """The LM itself, or one around a bare module."""
-    return model if isinstance(model, LM) else LM(model)
+    return model if isinstance(model, LM) else LM(model)  # raises where it is no model

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .about import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from .against import LAST, in_words, moved
-from .arguments import checks_arguments
+from .arguments import checks_arguments, folder_of
 from .errors import BadHook, OtherSettings
 from .files import save_tensors
 from .model import LM
@@ -169,7 +169,7 @@ def record(
     >>> with record("results/oat_milk", lm=lm, seed=0) as results:
     ...     table = results.table("ranks", ranks(run))
     """
-    path = Path(folder)
+    path = folder_of(folder)
     title = title or path.name.replace("_", " ").capitalize()
     try:
         plain = json.loads(json.dumps(dict(settings or {})))

@@ -25,6 +25,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from .arguments import checks_arguments
 from .displaying import shown
 from .errors import BadHook
 from .figures import GRID, INK, MUTED, PAPER
@@ -126,6 +127,7 @@ class Report:
         return shown(f"Report: {self.title}", {"to see it": "write(folder), which gives the page's path"}, rows)
 
 
+@checks_arguments
 def report(title: str, *parts: Content, footer: str = "") -> Report:
     """A page of these parts, in order: text, tables, figures, or `Part(content, name, caption)` to name their files.
 

@@ -6,14 +6,15 @@ method of Hugging Face's page on the perplexity of fixed-length models. A window
 tokens what nobody could know.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import Any
 
 import pandas as pd
 import torch
 
-from .arguments import checks_arguments
+from .arguments import checks_arguments, prompt_rows, whole_number
 from .errors import BadHook, BadPrompt
 from .hooks import Hook
 from .hooks.base import Constant
@@ -73,8 +74,8 @@ def score(
     """
     rows, firsts = _rows(lm, texts, after)
     length, step = _window_of(lm, window, stride)
-    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-        raise BadHook(f"batch_tokens={batch_tokens!r}: give how many tokens a forward may have, at least 1")
+    whole_number(batch_tokens, "batch_tokens", least=1, meaning="how many tokens a forward may have,", error=BadHook)
+    whole_number(top, "top", least=0, meaning="how many alternatives to show at each token (0 for none),")
     begin = getattr(lm.tokenizer, "bos_token_id", None)
     windows = [
         each for text, row in enumerate(rows) for each in _windows(text, row, firsts[text], (length, step), begin)
@@ -110,16 +111,17 @@ def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], lis
 
 def _without_special_tokens(lm: LM, texts: Prompts) -> Prompts:
     """The same with texts as token ids, without the special tokens that begin a prompt."""
-    given = [texts] if isinstance(texts, str) else texts
-    if lm.tokenizer is None or isinstance(given, torch.Tensor | Mapping):
-        return given
-    return [lm.continuation(text) if isinstance(text, str) and text else text for text in given]  # pyright: ignore
+    rows: list[Any] = []
+    for text in prompt_rows(texts):
+        has_words = isinstance(text, str) and bool(text) and lm.tokenizer is not None
+        rows.append(lm.continuation(text) if has_words else text)  # pyright: ignore[reportArgumentType]
+    return rows
 
 
 def _window_of(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:
     for word, value, least in (("window", window, 2), ("stride", stride, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise BadHook(f"{word}={value!r}: give a number of tokens, at least {least}")
+        if value is not None:
+            whole_number(value, word, least=least, meaning="a number of tokens,", error=BadHook)
     if window is not None and lm.context is not None and window > lm.context:
         raise BadHook(f"window={window} was asked for, and the model's context is {lm.context}: give that or less")
     length = window or min(lm.context or MOST, MOST)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from .arguments import checks_arguments
+from .arguments import checks_keywords, whole_numbers
 from .displaying import shown
 from .errors import BadHook, HookkitError
 from .sites import AXES, WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
@@ -54,7 +54,7 @@ class SiteNames:
         return shown("sites", rows=[{"site": name, "axes": AXES[name]} for name in names], most=len(names))
 
 
-@checks_arguments
+@checks_keywords
 def sites(
     of: SiteNames,
     names: str | Iterable[str] | None = None,
@@ -63,6 +63,10 @@ def sites(
     heads: Collection[int] | None = None,
 ) -> Sites:
     """The selection of sites with these names, in the layers and heads given (all, where left out)."""
+    if layers is not None:
+        layers = whole_numbers(layers, "layers", least=0, meaning="the layers, counted from 0,")
+    if heads is not None:
+        heads = whole_numbers(heads, "heads", least=0, meaning="the heads, counted from 0,")
     if names is None:
         names = [name for name in of._names() if layers is None or name not in WHOLE_MODEL]
     chosen: list[AnySite] = []

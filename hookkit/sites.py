@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
-from .arguments import as_whole, checks_keywords, described
+from .arguments import as_whole, checks_construction, checks_keywords, described
 from .displaying import shown
 from .errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
 
@@ -54,6 +54,7 @@ SQUARE = frozenset({"scores", "pattern"})  # their positions are queries, each w
 LOGITS = frozenset({"lm_head", "logits"})
 
 
+@checks_construction
 @dataclass(frozen=True, order=True)
 class Site:
     """A named place in a model: `Site("z", 9, 3)` is head 3 of `z` in block 9. Layers and heads count from 0."""

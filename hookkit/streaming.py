@@ -17,6 +17,7 @@ import pandas as pd
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .arguments import checks_arguments
 from .decoding import candidates, decided
 from .errors import Unsupported
 from .hooks.base import Hook
@@ -119,6 +120,7 @@ class Stream:
         self._steps.put(Now(len(self._tracer.steps) - 1, texts, record))
 
 
+@checks_arguments
 def stream(
     lm: LM,
     prompts: Prompts,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .arguments import checks_arguments
+from .arguments import checks_arguments, whole_number
 from .errors import BadHook, EmptySelection, OutOfRange
 from .model import LM
 from .positions import CountLike, as_count, chosen
@@ -194,5 +194,4 @@ def _check_same(was: pd.DataFrame, now: pd.DataFrame) -> None:
 
 
 def _check_top(top: int) -> None:
-    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
-        raise OutOfRange(f"top={top!r}: give how many alternatives to show at each token, 0 for none")
+    whole_number(top, "top", least=0, meaning="how many alternatives to show at each token (0 for none),")

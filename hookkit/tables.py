@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .arguments import checks_arguments
+from .arguments import checks_arguments, read_tokens, whole_number
 from .distributions import Distribution, distributions, divergences
 from .errors import OutOfRange
 from .hooks.logits import LogitEdit
@@ -106,6 +106,7 @@ def rank_shift(
 def shift_of(pairs: Iterable[Pair], top: int, movers: int, watched: list[int], edited: list[int]) -> pd.DataFrame:
     """`rank_shift` of distributions before and after."""
     _check_top(top)
+    whole_number(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
     parts = []
     for was, now in pairs:
         reasons = {"top before": was.top(top), "top after": now.top(top), "mover": _movers(was, now, movers)}
@@ -237,9 +238,9 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
 
 
 def _token_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
-    return [lm.token(token) for token in ([watch] if isinstance(watch, str | int) else watch)]
+    return [lm.token(token) for token in read_tokens(watch, "watch")]
 
 
 def _check_top(top: int | None, *, least: int = 1) -> None:
-    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < least):
-        raise OutOfRange(f"top={top!r}: give how many tokens to show, at least 1 (0 where tokens are watched)")
+    if top is not None:
+        whole_number(top, "top", least=least, meaning="how many tokens to show (0 where tokens are watched),")

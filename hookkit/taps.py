@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .captured import Captured, Piece
@@ -66,6 +67,8 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             raise BadHook(
                 f"{hook!r} is a {type(hook).__name__} and no hook: make one with hk.capture, hk.steer, hk.force …"
             )
+        if isinstance(hook, Capture) and hook.device is not None:
+            check_device(hook.device)
         located = lm.located(hook.sites)
         referred = _once(lambda prompts, sites=tuple(located): reference(sites, prompts))
         edits = hook if isinstance(hook, EditHook) else None
@@ -117,6 +120,14 @@ def reader(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
     if ranks is None or split is None:
         return forward
     return lambda given: forward(ranks.part(given, replace(split, axis=given.ndim - 1)))
+
+
+def check_device(name: str) -> None:
+    """Raises `BadHook` where this machine has no such device, before anything runs."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadHook(f"device={name!r} is not on this machine: {str(error).splitlines()[0]}") from error
 
 
 def _change(lm: LM, hook: EditHook, site: AnySite, referred: Callable[[Any], Any]) -> Change:

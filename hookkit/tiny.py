@@ -138,7 +138,7 @@ def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(kind(**words), dtype=torch.float32)
         _fill(model)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:
         raise ModelNotFound(
             f"no small {model_type!r} could be made of {words}: give what it needs with config={{…}}. {error}"
         ) from error

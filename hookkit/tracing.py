@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .arguments import checks_arguments
+from .arguments import checks_arguments, read_tokens, whole_number
 from .displaying import shown
 from .errors import BadHook, Unsupported
 from .generation import Generation
@@ -36,6 +36,11 @@ class Trace:
     top: int = 5
     watch: tuple[Token, ...] = ()
 
+    def __post_init__(self) -> None:
+        meaning = "how many tokens of each stage to keep,"
+        object.__setattr__(self, "top", whole_number(self.top, "top", least=1, meaning=meaning, error=BadHook))
+        object.__setattr__(self, "watch", read_tokens(self.watch, "watch"))
+
     def _repr_html_(self) -> str:
         return shown("trace", {"top": self.top, "watch": ", ".join(map(repr, self.watch))})
 
@@ -47,9 +52,7 @@ def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
     >>> trace(watch=" coffee")
     Trace(top=5, watch=(' coffee',))
     """
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise BadHook(f"top={top!r}: give how many tokens of each stage to keep, at least 1")
-    return Trace(top, (watch,) if isinstance(watch, str | int) else tuple(watch))
+    return Trace(top, read_tokens(watch, "watch"))
 
 
 @dataclass(eq=False, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from .arguments import token as as_token
+from .arguments import read_token as as_token
 from .errors import NotOneToken
 
 Token: TypeAlias = str | int
@@ -58,9 +58,9 @@ class Vocabulary:
         if one is not None:
             return one
         pieces = " + ".join(repr(self.string(i)) for i in ids) or "nothing"
+        offered = ", ".join(map(repr, self._one_token_spellings(token, ids))) or "no near spelling, so give an id"
         raise NotOneToken(
-            f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. "
-            f"One token each: {', '.join(map(repr, self._one_token_spellings(token, ids))) or 'no near spelling'}."
+            f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. One token each: {offered}."
         )
 
     def encode(self, text: str) -> list[int]:
@@ -95,7 +95,12 @@ class Vocabulary:
         cases = dict.fromkeys([bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()])
         tried = [space + case for case in cases if case for space in (" ", "")]
         tried += map(self.string, ids)
-        return [spelling for spelling in tried if self._one(spelling, self._ids(spelling)) is not None]
+        return [spelling for spelling in dict.fromkeys(tried) if self._is_offered(spelling)]
+
+    def _is_offered(self, spelling: str) -> bool:
+        """True where `token` accepts this spelling."""
+        token_id = self._one(spelling, self._ids(spelling)) if spelling else None
+        return token_id is not None and (self.size is None or token_id < self.size)
 
     def _ids(self, text: str) -> list[int]:
         """The ids of a text's tokens, as it goes on from another where that can be told."""

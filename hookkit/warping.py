@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .arguments import checks_arguments
+from .arguments import checks_arguments, finite_number, items_of, whole_number
 from .distributions import Distribution, distributions
-from .errors import BadHook, OutOfRange
+from .errors import BadHook
 from .positions import CountLike, PosLike
 from .ranking import shown_ranks
 from .runs import Run
@@ -54,8 +54,7 @@ def warped(
     rules = list(_rules(temperature, top_k, top_p))
     if not rules:
         raise BadHook("no setting was given: say temperature=(0.5, 1, 2), top_k=(5, 50) or top_p=(0.5, 0.9)")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise OutOfRange(f"top={top!r}: give how many tokens to show, at least 1")
+    whole_number(top, "top", least=1, meaning="how many tokens to show,")
     parts = []
     for said in distributions(run, pos=pos, rows=rows):
         ids = torch.tensor(said.top(top))
@@ -87,14 +86,14 @@ def _rules(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Warp
     """The name of each setting and the function that transformers has for it."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    for value in _several(temperature):
-        _check(_number(value) and 0 < value < math.inf, "temperature", value, "a number above 0 (greedy is top_k=1)")
+    for given in _several(temperature):
+        value = finite_number(given, "temperature", above=0.0, meaning="a temperature (greedy is top_k=1),")
         yield f"temperature={value:g}", _called(TemperatureLogitsWarper(float(value)))
-    for value in _several(top_k):
-        _check(isinstance(value, int) and _number(value) and value > 0, "top_k", value, "how many tokens, at least 1")
+    for given in _several(top_k):
+        value = whole_number(given, "top_k", least=1, meaning="how many tokens,", error=BadHook)
         yield f"top_k={value}", _called(TopKLogitsWarper(value))
-    for value in _several(top_p):
-        _check(_number(value) and 0 < value <= 1, "top_p", value, "a probability above 0 and at most 1")
+    for given in _several(top_p):
+        value = finite_number(given, "top_p", above=0.0, most=1.0, meaning="a probability,")
         yield f"top_p={value:g}", _called(TopPLogitsWarper(float(value)))
 
 
@@ -103,7 +102,8 @@ def _called(warper: Any) -> Warper:
 
 
 def _several(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    items = items_of(values)
+    return [values] if items is None else items
 
 
 def _number(value: object) -> bool:

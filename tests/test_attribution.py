@@ -492,7 +492,7 @@ def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
         ({"by": "head"}, BadHook, "by='head' is unknown"),
         ({"sites": "z", "by": "neuron"}, BadHook, "z has them: leave by= out"),
         ({"corrupted": CORRUPTED[:1]}, BadPrompt, "are to be patched into"),
-        ({"method": "integrated", "steps": 0}, BadHook, "steps=0: give a whole number, 1 or more"),
+        ({"method": "integrated", "steps": 0}, BadHook, "steps=0: give how many parts of the way, at least 1"),
         ({"method": "integrated", "points": "end"}, BadHook, "points='end' is unknown: say 'start' or 'middle'"),
         ({"steps": 3}, BadHook, "are of method='integrated', and have no effect with 'gradient'"),
         ({"points": "middle"}, BadHook, "have no effect with 'gradient'"),

@@ -13,7 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 import hookkit as hk
 from hookkit.datasets import facts, indirect, series, years
-from hookkit.errors import BadPrompt, EmptySelection, NotOneToken, OutOfRange, TooFew, UnknownKeyword, Unsupported
+from hookkit.errors import (
+    BadArgument,
+    BadPrompt,
+    EmptySelection,
+    NotOneToken,
+    OutOfRange,
+    TooFew,
+    UnknownKeyword,
+    Unsupported,
+)
 
 D = hk.datasets
 TEXTS = {make.__name__: make for make in (D.indirect_object, D.greater_than, D.successor, D.capitals, D.landmarks)}
@@ -95,7 +104,8 @@ def test_asking_for_more_pairs_keeps_the_first_ones(either, name):
 
 def test_the_pairs_of_a_seed_stay_the_same_from_machine_to_machine(smol):
     made = [make(smol, 40, seed=1) for make in ALL.values()]
-    said = repr([(pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong, {**pairs.labels}) for pairs in made])
+    fields = [[tuple(each) for each in (p.clean, p.corrupted, p.answers, p.wrong)] + [{**p.labels}] for p in made]
+    said = repr([tuple(each) for each in fields])
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "56a3ac2785a76729"
 
 
@@ -266,7 +276,7 @@ def test_the_solved_pairs_are_those_that_the_model_gets_right(wordy):
     right = pairs.check(wordy)["right"].tolist()
     assert 0 < sum(right) < 40  # a random model solves some by chance
     solved = pairs.solved(wordy)
-    assert solved.clean == tuple(itertools.compress(pairs.clean, right))
+    assert solved.clean == list(itertools.compress(pairs.clean, right))
     assert solved.labels["subject"] == tuple(itertools.compress(pairs.labels["subject"], right))
     assert solved.note == f"tiny llama solves {sum(right)} of 40 pairs, {40 - sum(right)} fell out"
     assert solved.note in repr(solved) and solved.check(wordy)["right"].all()
@@ -291,8 +301,8 @@ def test_a_part_of_the_pairs_keeps_everything_of_each(smol):
     for part, rows in ((pairs[2:5], [2, 3, 4]), (pairs[-1], [11]), (pairs[[7, 0]], [7, 0]), (pairs[::6], [0, 6])):
         assert len(part) == len(rows)
         for row, kept in zip(rows, part, strict=True):
-            assert (kept.clean, kept.corrupted) == ((pairs.clean[row],), (pairs.corrupted[row],))
-            assert (kept.answers, kept.wrong) == ((pairs.answers[row],), (pairs.wrong[row],))
+            assert (kept.clean, kept.corrupted) == ([pairs.clean[row]], [pairs.corrupted[row]])
+            assert (kept.answers, kept.wrong) == ([pairs.answers[row]], [pairs.wrong[row]])
             assert kept.labels == {name: (places[row],) for name, places in pairs.labels.items()}
 
 
@@ -309,7 +319,7 @@ def test_a_frame_has_a_row_for_each_pair_and_a_column_for_each_label(smol):
     pairs = D.indirect_object(smol, 5)
     table = pairs.to_frame()
     assert list(table.columns) == ["row", "clean", "corrupted", "answer", "wrong", "IO", "S1", "S1+1", "S2", "end"]
-    assert tuple(table["clean"]) == pairs.clean and tuple(table["S2"]) == pairs.labels["S2"]
+    assert list(table["clean"]) == pairs.clean and tuple(table["S2"]) == pairs.labels["S2"]
     assert table["answer"][0] == repr(pairs.answers[0])
 
 
@@ -377,9 +387,9 @@ def test_a_dataset_of_texts_needs_a_tokenizer(name):
 @pytest.mark.parametrize("name", ALL)
 def test_numbers_that_cannot_be_meant_are_refused(smol, name):
     for n in (0, -1, 2.5, True):
-        with pytest.raises(OutOfRange, match=f"n={n}: give how many pairs to make, a whole number from 1"):
+        with pytest.raises(BadArgument if n in (2.5, True) else OutOfRange, match=f"n={n}"):
             ALL[name](smol, n)
-    with pytest.raises(OutOfRange, match="seed=None: give a whole number, so that the same pairs"):
+    with pytest.raises(BadArgument, match="seed=None. Give a whole number"):
         ALL[name](smol, 5, seed=None)
     with pytest.raises(UnknownKeyword, match=f"{name}\\(\\) has no keyword 'sed'; did you mean 'seed'"):
         ALL[name](smol, 5, sed=1)
@@ -432,7 +442,7 @@ def test_pairs_that_do_not_match_are_refused():
         hk.Pairs("mine", ["a", "b"], ["c"], [" d"], [" e"])
     with pytest.raises(BadPrompt, match=r"1 wrong, 2 labels\['S1'\]"):
         hk.Pairs("mine", ["a"], ["c"], [" d"], [" e"], labels={"S1": [1, 2]})
-    with pytest.raises(BadPrompt, match="answers=' d' is one text: give one for each pair, in a tuple"):
+    with pytest.raises(BadPrompt, match="answers=' d' is one text: give one for each pair, in a list"):
         hk.Pairs("mine", ["a"], ["c"], " d", [" e"])
     with pytest.raises(EmptySelection, match="there is no pair: give at least one"):
         hk.Pairs("mine", [], [], [], [])

@@ -48,7 +48,7 @@ def test_an_unpadded_batch_has_no_mask(llama):
         ([[1, 320]], "prompt 0 has token id 320, and the vocabulary has ids 0 to 319"),
         ([[-1]], "prompt 0 has token id -1"),
         ([[1] * 129], "prompt 0 has 129 tokens, and the model's context is 128: shorten it"),
-        (torch.zeros(1, 3), r"the prompt is a torch.float32 tensor of shape \(1, 3\): token ids are whole numbers"),
+        (torch.zeros(1, 3), r"prompt 0 has 0.0 where a token id is meant: token ids are whole numbers"),
         ([3.5], "is no prompt: give texts, or rows of token ids"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
 
-from ..errors import NotOneToken, OutOfRange, TooFew, Unsupported
+from ..arguments import seed_of, whole_number
+from ..errors import NotOneToken, TooFew, Unsupported
 from ..model import LM, Token
 from ..positions import At
 from ..prompts import Row, cover
@@ -59,7 +60,7 @@ class Urn:
 
     def pairs(self, n: int, *, same_length: bool = False) -> Pairs:
         """`n` pairs that differ; the first of them are the same for any n. `TooFew` where there are not so many."""
-        _check_numbers(n, self.seed)
+        check_numbers(n, self.seed)
         length = self._commonest_length() if same_length else None
         found = list(islice(self._distinct(length), n))
         if len(found) < n:
@@ -71,10 +72,10 @@ class Urn:
         draws = [made.draw for made in found]
         return Pairs(
             name=self.name,
-            clean=tuple(draw.clean for draw in draws),
-            corrupted=tuple(draw.corrupted for draw in draws),
-            answers=tuple(draw.answer for draw in draws),
-            wrong=tuple(draw.wrong for draw in draws),
+            clean=[draw.clean for draw in draws],
+            corrupted=[draw.corrupted for draw in draws],
+            answers=[draw.answer for draw in draws],
+            wrong=[draw.wrong for draw in draws],
             labels={name: tuple(made.labels[name] for made in found) for name in found[0].labels},
             seed=self.seed,
             checksums=tuple(made.checksum for made in found),
@@ -158,8 +159,7 @@ def needs_tokenizer(lm: LM, name: str) -> None:
         )
 
 
-def _check_numbers(n: int, seed: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise OutOfRange(f"n={n!r}: give how many pairs to make, a whole number from 1 upwards")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise OutOfRange(f"seed={seed!r}: give a whole number, so that the same pairs can be made again")
+def check_numbers(n: int, seed: int) -> None:
+    """Raises `OutOfRange` where so many pairs cannot be made, or the seed is none."""
+    whole_number(n, "n", least=1, meaning="how many pairs to make,")
+    seed_of(seed)

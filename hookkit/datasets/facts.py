@@ -8,7 +8,7 @@ from typing import TypeAlias
 from ..arguments import checks_arguments
 from ..model import LM
 from ..positions import at
-from .drawing import Draw, Urn, needs_tokenizer, one_token
+from .drawing import Draw, Urn, check_numbers, needs_tokenizer, one_token
 from .pairs import Pairs
 
 Fact: TypeAlias = tuple[str, str]  # subject and city
@@ -70,6 +70,7 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     >>> datasets.capitals(lm, 50)
     Pairs(capitals, 50 pairs, seed 0: 'On a map of Peru, the capital is the city of' → ' Lima', not ' Vienna')
     """
+    check_numbers(n, seed)
     needs_tokenizer(lm, "capitals")
     draw = partial(_draw, _known(lm, CAPITALS, "capitals"), OF_CAPITALS)
     return Urn("capitals", lm, draw, seed).pairs(n, same_length=same_length)
@@ -89,6 +90,7 @@ def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.landmarks(lm, 50)
     Pairs(landmarks, 50 pairs, seed 0: 'The Acropolis is in the city of' → ' Athens', not ' Berlin')
     """
+    check_numbers(n, seed)
     needs_tokenizer(lm, "landmarks")
     draw = partial(_draw, _known(lm, LANDMARKS, "cities"), OF_LANDMARKS)
     return Urn("landmarks", lm, draw, seed).pairs(n, same_length=same_length)

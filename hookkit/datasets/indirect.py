@@ -7,7 +7,7 @@ from ..arguments import checks_arguments
 from ..errors import EmptySelection, did_you_mean
 from ..model import LM
 from ..positions import at
-from .drawing import Behind, Draw, Urn, needs_tokenizer, one_token
+from .drawing import Behind, Draw, Urn, check_numbers, needs_tokenizer, one_token
 from .pairs import Pairs
 
 # {first} and {second} are the two names in either order, {subject} the one that comes again.
@@ -64,6 +64,7 @@ def indirect_object(lm: LM, n: int, *, seed: int = 0, corrupt: str = "swap", sam
     >>> pairs.answers[0], pairs.wrong[0]
     (' Eve', ' Laura')
     """
+    check_numbers(n, seed)
     needs_tokenizer(lm, "indirect_object")
     if corrupt not in CORRUPT:
         raise EmptySelection(f"corrupt={corrupt!r} is unknown{did_you_mean(corrupt, CORRUPT)} Say 'swap' or 'abc'")

@@ -6,7 +6,7 @@ pairs.check(lm)                 # a DataFrame: what the model says after each of
 pairs.solved(lm)                # the pairs that the model solves
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 from zlib import crc32
@@ -16,9 +16,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import (
+    as_whole,
+    checks_arguments,
+    checks_construction,
+    described,
+    items_of,
+    one_prompt,
+    read_token,
+    seed_of,
+)
 from ..displaying import shown
 from ..errors import BadPrompt, EmptySelection, OutOfRange
+from ..metrics import logit_diff
+from ..metrics.tokens import LogitDiff
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch, shortened
 from ..ranking import rank_among, shown_ranks
@@ -30,6 +41,7 @@ CHUNK = 32  # prompts in one forward
 FIELDS = ("clean", "corrupted", "answers", "wrong")
 
 
+@checks_construction
 @dataclass(frozen=True, repr=False)
 class Pairs:
     """Pairs of prompts of equal length, the right token after each clean one, and the one to compare it with.
@@ -48,20 +60,31 @@ class Pairs:
     """
 
     name: str
-    clean: tuple[Prompt, ...]
-    corrupted: tuple[Prompt, ...]
-    answers: tuple[Token, ...]
-    wrong: tuple[Token, ...]
+    clean: list[Prompt] = field(hash=False)
+    corrupted: list[Prompt] = field(hash=False)
+    answers: list[Token] = field(hash=False)
+    wrong: list[Token] = field(hash=False)
     labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     seed: int = 0
     note: str = ""
     checksums: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise BadPrompt(f"name={described(self.name)}: the name comes first, Pairs('mine', clean, corrupted, …)")
         for name in FIELDS:
-            if isinstance(getattr(self, name), str):
-                raise BadPrompt(f"{name}={getattr(self, name)!r} is one text: give one for each pair, in a tuple")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            items = items_of(value)
+            if isinstance(value, str):
+                raise BadPrompt(f"{name}={described(value)} is one text: give one for each pair, in a list")
+            if items is None or isinstance(value, Set):
+                raise BadPrompt(f"{name}={described(value)}: give one for each pair, in a list")
+            if name in ("clean", "corrupted"):
+                kept: list[Any] = [one_prompt(item, number) for number, item in enumerate(items)]
+            else:
+                kept = [read_token(item, name) for item in items]
+            object.__setattr__(self, name, kept)
+        object.__setattr__(self, "seed", seed_of(self.seed))
         object.__setattr__(self, "labels", {name: tuple(places) for name, places in self.labels.items()})
         counts = {name: len(getattr(self, name)) for name in FIELDS}
         counts |= {f"labels[{name!r}]": len(places) for name, places in self.labels.items()}
@@ -79,7 +102,7 @@ class Pairs:
         rows = self._rows(which)
         if not rows:
             raise EmptySelection(f"[{which}] selects none of the {len(self)} pairs: choose at least one")
-        kept: dict[str, Any] = {name: tuple(getattr(self, name)[row] for row in rows) for name in FIELDS}
+        kept: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in FIELDS}
         labels = {name: tuple(places[row] for row in rows) for name, places in self.labels.items()}
         checksums = tuple(self.checksums[row] for row in rows) if self.checksums else ()
         return replace(self, **kept, labels=labels, checksums=checksums)
@@ -88,13 +111,25 @@ class Pairs:
         everything = range(len(self))
         if isinstance(which, slice):
             return list(everything[which])
-        numbers = [which] if isinstance(which, int) else list(which)
-        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-            raise OutOfRange(f"pairs are chosen by a whole number, a slice or a list of numbers, not by {which!r}")
-        for number in numbers:
+        chosen = [which] if as_whole(which) is not None else items_of(which)
+        numbers = [as_whole(number) for number in chosen or ()]
+        if chosen is None or None in numbers:
+            raise OutOfRange(
+                f"pairs are chosen by a whole number, a slice or a list of numbers, not by {described(which)}"
+            )
+        for number in (number for number in numbers if number is not None):
             if not -len(self) <= number < len(self):
                 raise OutOfRange(f"pair {number} was asked for, and there are {len(self)}, 0 to {len(self) - 1}")
-        return [everything[number] for number in numbers]
+        return [everything[number] for number in numbers if number is not None]
+
+    def metric(self) -> LogitDiff:
+        """The difference of the logits of each pair's answer and its wrong one, `hk.logit_diff(answers, wrong)`.
+
+        >>> pairs = datasets.indirect_object(lm, 4)
+        >>> bool((pairs.metric()(forward(lm, pairs.clean)) > 0).all())
+        True
+        """
+        return logit_diff(self.answers, self.wrong)
 
     def _repr_html_(self) -> str:
         rows = [{name: repr(getattr(self, name)[row]) for name in FIELDS} for row in range(len(self))]
@@ -118,6 +153,7 @@ class Pairs:
         tokens = {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
         return pd.DataFrame({"row": range(len(self)), **columns, **tokens, **self.labels})
 
+    @checks_arguments
     def check(self, lm: LM) -> pd.DataFrame:
         """What a model says after the prompts, one row for each pair; two forwards for every 32 pairs.
 

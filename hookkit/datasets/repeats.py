@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import cache, partial
 from random import Random
 
-from ..arguments import checks_arguments
-from ..errors import BadPrompt, OutOfRange
+from ..arguments import checks_arguments, whole_number
+from ..errors import BadPrompt
 from ..model import LM, Token
 from .drawing import Draw, Urn, is_token, read
 from .pairs import Pairs
@@ -30,8 +30,7 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
     >>> pairs.labels["B1"][0], lm.string(pairs.clean[0][7]) == pairs.answers[0]
     (7, True)
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-        raise OutOfRange(f"length={length!r}: give how many tokens are repeated, at least 2")
+    whole_number(length, "length", least=2, meaning="how many tokens are repeated,")
     lead = _lead(lm)
     if lm.context is not None and len(lead) + 2 * length - 1 > lm.context:
         raise BadPrompt(

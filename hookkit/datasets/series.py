@@ -6,7 +6,7 @@ from random import Random
 from ..arguments import checks_arguments
 from ..model import LM
 from ..positions import at
-from .drawing import Draw, Urn, needs_tokenizer, one_token
+from .drawing import Draw, Urn, check_numbers, needs_tokenizer, one_token
 from .pairs import Pairs
 
 TEMPLATES = (  # and what stands between the items
@@ -41,6 +41,7 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.successor(lm, 50)
     Pairs(successor, 50 pairs, seed 0: 'They come in this order: one, two, three, four,' → ' five', not ' seven')
     """
+    check_numbers(n, seed)
     needs_tokenizer(lm, "successor")
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}
     words = [word for series in all_series.values() for word in series]

@@ -6,7 +6,7 @@ from random import Random
 from ..arguments import checks_arguments
 from ..model import LM
 from ..positions import at
-from .drawing import Draw, Urn, needs_tokenizer, next_token
+from .drawing import Draw, Urn, check_numbers, needs_tokenizer, next_token
 from .pairs import Pairs
 
 TEMPLATE = "The {noun} lasted from the year {century}{year} to the year {century}"
@@ -40,6 +40,7 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
     >>> pairs.answers[0], pairs.wrong[0]
     ('7', '3')
     """
+    check_numbers(n, seed)
     needs_tokenizer(lm, "greater_than")
     return Urn("greater_than", lm, partial(_draw, lm), seed).pairs(n, same_length=same_length)
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, whole_number
 from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.looking import Capture, capture
 from ..lenses.tail import Read, Tail, tail_of
@@ -203,8 +203,7 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
     3     bias     0.00
     4    logit    20.37
     """
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise BadHook(f"top={top!r}: give how many dimensions to show, at least 1")
+    whole_number(top, "top", least=1, meaning="how many dimensions to show,", error=BadHook)
     lm = run.lm
     refuse_no_gradient(lm)
     again = _again(run, False, False, pos)
@@ -241,6 +240,7 @@ def _numbers(weight: Tensor, hidden: Tensor) -> dict[str, float]:
     return {"weight": float(weight), "hidden": float(hidden)}
 
 
+@checks_arguments
 def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
     """W_U[token]: the direction in what the head reads along which a token's logit grows, [d_model], a copy.
 

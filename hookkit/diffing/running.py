@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ..about import about_model, git_commit, versions
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, finite_number, read_tokens, whole_number
 from ..errors import BadHook, OutOfRange
 from ..hooks.logits import LogitEdit
 from ..model import LM, Token
@@ -68,8 +68,8 @@ def diff(
     ('resid_post.17', 0.082)
     """
     _check(batch_tokens=batch_tokens, memory=memory, top=top, shown=shown)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < float("inf"):
-        raise OutOfRange(f"tolerance={tolerance!r}: give a part of a vector's length, such as 1e-4, at least 0")
+    meaning = "a part of a vector's length, such as 1e-4,"
+    tolerance = finite_number(tolerance, "tolerance", least=0.0, meaning=meaning, error=OutOfRange)
     sides = (
         Side(before, together(hooks_before, "hooks_before"), while_before or nullcontext),
         Side(after, together(hooks_after, "hooks_after"), while_after or nullcontext),
@@ -83,7 +83,7 @@ def diff(
     rows = rows_of(before, after, prompts)
     reader = reader_of(before, after)
     together_ = matched(before, after, sites)
-    watched = tuple(reader.token(token) for token in ([watch] if isinstance(watch, str | int) else watch))
+    watched = tuple(reader.token(token) for token in read_tokens(watch, "watch"))
     edited = dict.fromkeys(
         i for side in sides for h in side.hooks if isinstance(h, LogitEdit) for i in h.named(side.lm)
     )
@@ -100,8 +100,7 @@ def diff(
 def _check(**given: int) -> None:
     for name, value in given.items():
         least = 0 if name == "shown" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OutOfRange(f"{name}={value!r}: give a whole number, at least {least}")
+        whole_number(value, name, least=least)
 
 
 def _cka_at(cka: SitesLike | bool, there: Matched, lm: LM, *, chosen: bool) -> frozenset[AnySite]:

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..arguments import whole_number
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.edits import edit
@@ -31,8 +32,7 @@ def parts(steps: int, points: Points = "middle") -> list[float]:
     prompts are none of them. "middle" has an error of order 1 / steps² beside the integral, "start" of 1 / steps.
     """
     one_of("points", points, "start", "middle")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise BadHook(f"steps={steps!r}: give a whole number, 1 or more")
+    whole_number(steps, "steps", least=1, meaning="how many parts of the way,", error=BadHook)
     offset = 0.5 if points == "middle" else 0.0
     return [(number + offset) / steps for number in range(steps)]
 

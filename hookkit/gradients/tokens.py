@@ -25,7 +25,7 @@ def token_attribution(
     metric: MetricLike,
     *,
     method: Literal["gradient", "integrated"] = "gradient",
-    steps: int = 20,
+    steps: int | None = None,
     baseline: Token | Tensor | None = None,
     pos: int = -1,
 ) -> pd.DataFrame:
@@ -36,6 +36,7 @@ def token_attribution(
                (integrated gradients: Sundararajan et al. 2017), whose sum over the tokens is metric(prompt) -
                metric(baseline), up to the steps. The paper approximates its integral at the ends of equal parts of the
                way; here at their middles, whose error falls with the square of `steps`
+    steps      of "integrated": how many runs, 20 if left out
     baseline   the embedding that says nothing: zeros where left out, that of a token (text or id), or a tensor
                [d_model]
 
@@ -49,6 +50,9 @@ def token_attribution(
     ["'The'", "' capital'", "' of'", "' France'", "' is'"]
     """
     one_of("method", method, "gradient", "integrated")
+    if method != "integrated" and steps is not None:
+        raise BadHook(f"steps is of method='integrated', and has no effect with {method!r}: leave it out")
+    steps = 20 if steps is None else steps
     asked = question(lm, prompts, metric, pos)
     if asked.reads_on:
         raise Unsupported("loss reads a continuation behind the prompt: take hk.logprob of its first token")

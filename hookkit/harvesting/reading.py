@@ -11,14 +11,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, folder_of
 from ..displaying import shown
 from ..errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ..positions import PosLike, Where, as_pos
@@ -32,6 +31,7 @@ WORDS = COLUMNS[:4]  # text, piece, pos, token
 CHUNK = 4096  # rows that statistics take in at once
 
 
+@checks_arguments
 def open_harvest(folder: str | os.PathLike[str]) -> "Harvest":
     """The harvest in a folder, as far as it is: while it is being made, the shards that are done.
 
@@ -41,7 +41,7 @@ def open_harvest(folder: str | os.PathLike[str]) -> "Harvest":
     >>> open_harvest("folder")
     Harvest(6 rows of 2 texts; 1 site: resid_post.6)
     """
-    path = Path(folder)
+    path = folder_of(folder)
     about = read_settings(path)
     shards, end = read_index(path)
     return Harvest(about, Shards(path, tuple(shards)), end)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import as_whole, checks_arguments, file_of, items_of, reading_file, whole_number
 from ..displaying import records, shown
 from ..errors import BadHook, DamagedHarvest, NotCaptured, OutOfRange, Unsupported
 from ..files import save_tensors
@@ -67,7 +68,13 @@ class SiteStatistics:
         """
         if self.strongest is None:
             raise NotCaptured(f"the strongest tokens of {self.site} were not kept: ask for them with top=10")
-        index = (unit,) if isinstance(unit, int) else tuple(unit)
+        meaning = "the number of a unit; with heads, (head, number);"
+        whole = as_whole(unit)
+        index = (
+            (whole,)
+            if whole is not None
+            else tuple([whole_number(one, "unit", least=0, meaning=meaning) for one in items_of(unit) or (unit,)])
+        )
         sizes = tuple(self.mean.shape)
         if len(index) != len(sizes) or not all(0 <= i < size for i, size in zip(index, sizes, strict=True)):
             raise OutOfRange(
@@ -166,6 +173,7 @@ def _tensors(found: SiteStatistics) -> dict[str, Tensor]:
     return made
 
 
+@checks_arguments
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """The statistics that `Statistics.save` wrote. `DamagedHarvest` for another file.
 
@@ -175,7 +183,8 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    source = file_of(path)
+    with reading_file(source, "statistics that Statistics.save wrote"), safe_open(source, "pt") as file:
         about = (file.metadata() or {}).get("statistics")
         if about is None:
             raise DamagedHarvest(f"{Path(path).name!r} has no statistics: give a file that Statistics.save wrote")
@@ -183,8 +192,10 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         for name in file.keys():  # noqa: SIM118  no mapping
             site, _, word = name.rpartition("/")
             by_site.setdefault(site, {})[word] = file.get_tensor(name)
-    said = json.loads(about)
-    return Statistics({parse(site): _site_statistics(parse(site), by_site[site]) for site in said["sites"]}, said)
+    with reading_file(source, "statistics that Statistics.save wrote"):
+        said = json.loads(about)
+        sites = [parse(site) for site in said["sites"]]
+        return Statistics({site: _site_statistics(site, by_site[str(site)]) for site in sites}, said)
 
 
 def _site_statistics(site: AnySite, t: Mapping[str, Tensor]) -> SiteStatistics:
@@ -229,8 +240,7 @@ class Summing:
 
 def summing(covariance: bool, top: int) -> Summing:
     """Statistics of nothing yet."""
-    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
-        raise BadHook(f"top={top!r}: give how many tokens are kept for each unit, or 0")
+    whole_number(top, "top", least=0, meaning="how many tokens are kept for each unit,", error=BadHook)
     return Summing(covariance, top, {})
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ..arguments import is_one_row, one_prompt, prompt_rows, refuse_container
 from ..errors import BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ..model import LM
 from ..positions import GENERATED, At, Where, Wish, wish
@@ -149,7 +150,13 @@ def items(texts: TextsLike) -> Iterator[Any]:
     """The texts one after the other: the lines of a file, or what an iterable gives."""
     if isinstance(texts, str | os.PathLike):
         return _lines(as_path(texts))
-    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, Mapping) and "input_ids" in texts:
+        return iter(prompt_rows(texts))
+    if isinstance(texts, Iterable) and not isinstance(texts, Mapping):
+        refuse_container(texts, rows=True)
+        if is_one_row(texts):
+            return iter(prompt_rows(texts))
+    else:
         raise BadPrompt(
             f"texts is a {type(texts).__name__}: give a list or another iterable of texts or of rows of token ids, or "
             "the path of a file with a text a line (.txt, .jsonl)"
@@ -176,6 +183,8 @@ def how_many(texts: TextsLike) -> int | None:
     if isinstance(texts, str | os.PathLike):
         with as_path(texts).open("rb") as file:
             return sum(1 for _ in file)
+    if is_one_row(texts) or (isinstance(texts, Mapping) and "input_ids" in texts):
+        return len(prompt_rows(texts))
     return len(texts) if hasattr(texts, "__len__") else None  # pyright: ignore[reportArgumentType]
 
 
@@ -192,28 +201,19 @@ def _lines(path: Path) -> Iterator[Any]:
 
 def content(item: Any, number: int) -> str | Row:
     """What was given as one text: the text itself, or its token ids."""
-    if isinstance(item, Mapping):
-        if "text" not in item and "input_ids" not in item:
-            raise BadPrompt(
-                f"text {number} has {', '.join(map(repr, item)) or 'nothing'}, and neither 'text' nor 'input_ids': "
-                "give the column that is meant, as (row['content'] for row in texts)"
-            )
-        if "text" not in item and "attention_mask" in item:
-            pairs = zip(_plain(item["input_ids"]), _plain(item["attention_mask"]), strict=True)
-            item = [token for token, real in pairs if real]
-        else:
-            item = item["text"] if "text" in item else item["input_ids"]
-    if isinstance(item, str):
-        return item
-    ids = _plain(item)
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise BadPrompt(f"text {number}, {shortened(repr(item))}, is no text: give texts, or rows of token ids")
-    return tuple(ids)
-
-
-def _plain(numbers: Any) -> Any:
-    """Numbers of torch or numpy as Python's own."""
-    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    if isinstance(item, Mapping) and "text" not in item and "input_ids" not in item:
+        raise BadPrompt(
+            f"text {number} has {', '.join(map(repr, item)) or 'nothing'}, and neither 'text' nor 'input_ids': "
+            "give the column that is meant, as (row['content'] for row in texts)"
+        )
+    if isinstance(item, Mapping) and "text" in item:
+        item = item["text"]
+    try:
+        return one_prompt(item, number)
+    except BadPrompt as error:
+        raise BadPrompt(
+            f"text {number}, {shortened(repr(item))}, is no text: give texts, or rows of token ids ({error})"
+        ) from error
 
 
 def _tokens(lm: LM, content: str | Row, number: int) -> Row:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, folder_of
 from ..engines import EngineLike, Ray, Step, Steps, as_engine, computed
 from ..errors import BadHook, EmptySelection, HarvestChanged
 from ..model import LM
@@ -83,7 +83,7 @@ def harvest(
     settings: dict[str, Any] = {"format": FORMAT, "model": model_of(lm), "sites": _written(kinds)}
     settings |= {"pos": repr(rules.where.pos), "context": context, "long": long, "unfit": unfit}
     settings |= {"batch_tokens": batch_tokens, "shard_size": shard_size}
-    path, cursor = Path(folder), Cursor(lm, texts, rules)
+    path, cursor = folder_of(folder), Cursor(lm, texts, rules)
     progress = progress and writes()
     lock = disk.locked(path) if writes() else nullcontext()
     with lock, Progress(how_many(texts) if progress else None, progress) as shown:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..arguments import checks_keywords, choice, whole_number
-from ..arguments import token as as_token
+from ..arguments import read_token as as_token
 from ..errors import BadEdit, BadHook
 from ..model import LM
 from ..ranking import rank_among, shown_ranks

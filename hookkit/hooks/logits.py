@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import token, tokens
+from ..arguments import read_token, read_tokens
 from ..errors import BadEdit, BadHook
 from ..model import LM
 from ..positions import CountLike, PosLike, Where, as_count, as_pos
@@ -53,7 +53,7 @@ class LogitEdit(EditHook):
 
     def _tokens(self, value: object) -> object:
         """The token or tokens of a field, each read; ids as whole numbers."""
-        named = tokens(value, self.verb, also=(Phrase,))
+        named = read_tokens(value, self.verb, also=(Phrase,))
         if not named:
             raise BadHook(f"{self.verb}() names no token: give at least one, as text or id")
         for one in named:
@@ -63,7 +63,7 @@ class LogitEdit(EditHook):
             return named
         if isinstance(value, Phrase):
             return value
-        return token(value, self.verb)
+        return read_token(value, self.verb)
 
     @property
     def together(self) -> bool:
@@ -110,7 +110,7 @@ def several(named: Iterable[Named | Iterable[Named]], verb: str) -> tuple[Named,
     """Tokens that were named one by one or in lists, as one list."""
     flat: list[Named] = []
     for one_or_more in named:
-        flat += tokens(one_or_more, verb, also=(Phrase,))
+        flat += read_tokens(one_or_more, verb, also=(Phrase,))
     if not flat:
         raise BadHook(f"{verb}() names no token: give at least one, as text or id")
     return tuple(flat)

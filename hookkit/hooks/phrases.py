@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import tokens
+from ..arguments import checks_keywords, read_tokens
 from ..calls import Text
 from ..errors import BadHook, NotOneToken, Unsupported
 from ..model import LM
@@ -24,7 +24,7 @@ class Phrase:
     words: str | tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        words = str(self.words) if isinstance(self.words, str) else tokens(self.words, "phrase")
+        words = str(self.words) if isinstance(self.words, str) else read_tokens(self.words, "phrase")
         if not words:
             raise BadHook("phrase() has no token: give a text, or tokens")
         object.__setattr__(self, "words", words)
@@ -41,6 +41,7 @@ class Phrase:
         return lm.continuation(self.words)
 
 
+@checks_keywords
 def phrase(words: str | Sequence[Token]) -> Phrase:
     """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens one by one.
 

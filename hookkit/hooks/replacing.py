@@ -14,7 +14,7 @@ from ..positions import PROMPT, CountLike, PosLike, Where
 from ..sites import AnySite, Sites, SitesLike, as_sites
 from .base import Binding, Change, Constant, EditHook, Here, check_constant, constant, inner, not_square, put
 from .fitting import check_shape, fitting
-from .stand_ins import Per, from_run, mean, resample
+from .stand_ins import Per, check_width, from_run, mean, resample
 
 
 @runtime_checkable
@@ -190,6 +190,7 @@ class Ablate(EditHook):
             return from_run(_of_site(self.to.sources, binding.site), self.where, binding)
         assert isinstance(self.to, Reference)
         source = _of_site(self.to.sources, binding.site) if self.to.sources else binding.reference(self.to.prompts)
+        check_width(source, binding)
         return mean(source, self.to.per) if self.to.how == "mean" else resample(source, self.to.per, self.to.seed)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -28,18 +28,36 @@ def from_run(source: Captured, where: Where, binding: Binding) -> Change:
             f"the tensor at {source.site} has no rows and positions of its own: it cannot be patched by place"
         )
 
+    check_width(source, binding)
+
     def apply(values: Tensor, here: Here) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]
         columns = _columns(source, where, rows, here, binding)
         found = source.by_place[torch.tensor(rows)[:, None], columns]
         found = converted(found, values, f"what the source has at {source.site}")
         if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
+            _check_sizes(source, found.shape[2:], values.shape[2:])
             return found
+        _check_sizes(source, found.shape[2:-1], values.shape[2:-1])
         missing = values.shape[-1] - found.shape[-1]  # keys that come behind the source's last are not looked at
         closed = unseen_value(found.dtype, source.site.name == "scores")
         return nn.functional.pad(found, (0, missing), value=closed) if missing > 0 else found[..., : values.shape[-1]]
 
     return apply
+
+
+def check_width(source: Captured, binding: Binding) -> None:
+    """Raises `BadHook` where another model's values can never stand at a site of this one."""
+    if binding.shape is not None:
+        _check_sizes(source, source.values.shape[2:], binding.shape)
+
+
+def _check_sizes(source: Captured, sizes: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(sizes) != tuple(wanted):
+        raise BadHook(
+            f"the source of {source.site} has values of shape {list(sizes)} behind row and pos, and this model has "
+            f"{list(wanted)} there: give a run of a model of the same size"
+        )
 
 
 def _columns(source: Captured, where: Where, rows: list[int], here: Here, binding: Binding) -> Tensor:

@@ -4,15 +4,26 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, whole_numbers
 from ..errors import HookkitError
 from ..model import LM
+from ..sites import Site
 from . import editing, looking, reading
 from .law import Finding, Law
 from .study import Study, of_each_kind, some_prompts
 
 LAWS = [each for part in (looking, editing, reading) for each in vars(part).values() if isinstance(each, Law)]
 UNTRIED = "this law ended in an error, and was not tried here to its end"
+
+
+def _blocks(lm: LM, layers: Iterable[int] | None) -> list[int] | None:
+    """The blocks to try, each of which the model has."""
+    if layers is None:
+        return None
+    blocks = whole_numbers(layers, "layers", least=0, meaning="the blocks to try,")
+    for block in blocks:
+        lm.place(Site("resid_post", block))  # raises where there is none
+    return blocks
 
 
 @checks_arguments
@@ -29,7 +40,7 @@ def prove(
     >>> prove(tiny("gpt_neox"))["holds"].all()
     np.True_
     """
-    study = Study(lm, some_prompts(lm) if prompts is None else prompts, of_each_kind(lm, layers))
+    study = Study(lm, some_prompts(lm) if prompts is None else prompts, of_each_kind(lm, _blocks(lm, layers)))
     rows = []
     for law in LAWS:
         found = _checked(law, study)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, read_tokens, whole_number
 from ..captured import Captured
-from ..errors import BadHook, OutOfRange, Unsupported
+from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.looking import capture
 from ..model import LM, Token
@@ -68,9 +68,9 @@ def logit_lens(
     """
     if choose not in ("layer", "anywhere"):
         raise BadHook(f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at any layer)")
-    watched = [lm.token(token) for token in ([watch] if isinstance(watch, str | int) else watch)]
-    if isinstance(top, bool) or not isinstance(top, int) or not (1 - bool(watched)) <= top <= lm.n_tokens:
-        raise OutOfRange(f"top={top!r}: give how many tokens to show, at least 1 (0 where tokens are watched)")
+    watched = [lm.token(token) for token in read_tokens(watch, "watch")]
+    meaning = "how many tokens to show (0 where tokens are watched),"
+    whole_number(top, "top", least=0 if watched else 1, most=lm.n_tokens, meaning=meaning)
     wanted = stream_sites(lm, sites)
     end = Site("resid_post", lm.n_layers - 1)
     read = tuple(site for site in wanted if site != end)
@@ -186,6 +186,7 @@ def _spread(values: Sequence[object], times: int) -> list[object]:
     return [value for value in values for _ in range(times)]
 
 
+@checks_arguments
 def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
     """When each token of a lens comes to the top: one row for each row, pos and token of `logit_lens`' table.
 

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..about import about_model, weights_hash
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, file_of, finite_number, prompt_rows, reading_file, seed_of, whole_number
 from ..errors import BadHook, BadPrompt
 from ..hooks.looking import capture
 from ..model import LM
-from ..prompts import Prompts, as_batch
+from ..prompts import Prompts, as_rows
 from ..runs import forward
 from ..sites import Site, SitesLike
 from ..training import refuse_no_gradient
@@ -61,6 +61,7 @@ class TunedLens:
         return save_tensors(tensors, path, about=about)
 
 
+@checks_arguments
 def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLens:
     """The tuned lens that `save` wrote. `BadHook` where `lm` is given and its weights are not those it was trained on.
 
@@ -73,7 +74,8 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
 
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    source = file_of(path)
+    with reading_file(source, "a lens that TunedLens.save wrote"), safe_open(source, framework="pt") as file:
         words: Mapping[str, str] = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     if "history" not in words:
@@ -119,6 +121,10 @@ def train_lens(
     from tqdm.auto import tqdm
 
     refuse_no_gradient(lm)
+    for name, value, least in (("window", window, 2), ("steps", steps, 1), ("states", states, 1)):
+        whole_number(value, name, least=least, error=BadHook)
+    finite_number(lr, "lr", above=0.0, meaning="the length of a step,")
+    seed_of(seed)
     end = Site("resid_post", lm.n_layers - 1)
     wanted = [site for site in stream_sites(lm, sites) if site != end]
     windows = _windows(lm, texts, window)
@@ -155,10 +161,12 @@ def _windows(lm: LM, texts: Prompts, window: int) -> list[list[int]]:
 
 def as_long_rows(lm: LM, texts: Prompts) -> Sequence[Sequence[int]]:
     """The tokens of texts of any length."""
-    many = [texts] if isinstance(texts, str) else list(texts)  # pyright: ignore
     rows: list[Sequence[int]] = []
-    for text in many:
-        rows.append(lm.encode(text) if isinstance(text, str) else as_batch(lm, [text]).rows[0])  # pyright: ignore
+    for text in prompt_rows(texts):
+        if isinstance(text, str) and lm.tokenizer is not None:
+            rows.append(lm.encode(text))
+        else:
+            rows.append(as_rows(lm, [text])[0])  # raises where it cannot be read
     return rows
 
 

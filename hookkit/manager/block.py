@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..arguments import checks_arguments
 from ..captured import Captured, Kept, merged
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
@@ -32,6 +33,7 @@ from .precedence import Work, let_outer_blocks_go_first
 REFERENCE_BATCH = 16  # prompts of a reference that run together
 
 
+@checks_arguments
 def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     """A block in which these hooks act on every forward of a model, whoever calls it.
 

@@ -1,13 +1,13 @@
 """The loss of a text that follows the prompt."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import BadPrompt, Unsupported
+from ..arguments import as_whole, checks_keywords, described, prompt_rows
+from ..errors import BadPrompt, EmptySelection, Unsupported
 from ..model import LM
 from ..prompts import shortened
 from .metric import Measure, Metric, Said
@@ -17,22 +17,28 @@ from .metric import Measure, Metric, Said
 class Loss(Metric):
     """The loss of a continuation. Made by `loss`."""
 
-    continuation: str | list[str] | tuple[int, ...]
+    continuation: str | tuple[int, ...] | list[str] | list[str | tuple[int, ...]]
 
     name: ClassVar[str] = "loss"
+
+    def __post_init__(self) -> None:
+        given = self.continuation
+        is_list = isinstance(given, list)
+        entries = given if is_list else [given]
+        if not entries:
+            raise EmptySelection("loss was given an empty list of continuations: a list has one for each prompt")
+        kept = [_read(entry) for entry in entries]
+        object.__setattr__(self, "continuation", kept if is_list else kept[0])
 
     def tokens(self, lm: LM, count: int) -> list[tuple[int, ...]]:
         """The tokens of each prompt's continuation."""
         given = self.continuation
-        each = list(given) if isinstance(given, list) else [given] * count
-        if len(each) != count:
+        entries = given if isinstance(given, list) else [given] * count
+        if len(entries) != count:
             raise BadPrompt(
-                f"loss has {len(each)} continuations, and there are {count} prompts: give one for each, or one"
+                f"loss has {len(entries)} continuations, and there are {count} prompts: give one for each, or one"
             )
-        rows = [_continuation(lm, text) for text in each]
-        if not all(rows):
-            raise BadPrompt("loss was given an empty continuation: give the text whose loss is meant")
-        return rows
+        return [_tokens_of(lm, entry) for entry in entries]
 
     def bound(self, lm: LM, count: int) -> Measure:
         wanted = self.tokens(lm, count)
@@ -51,14 +57,31 @@ class Loss(Metric):
         return measure
 
 
-def _continuation(lm: LM, given: str | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(given, int):
-        raise BadPrompt(f"loss was given {given}, one token: a continuation is a text, or ids in a tuple")
-    if isinstance(given, str) and given and lm.tokenizer is None:
-        raise BadPrompt(f"{shortened(given)!r} is text, and this model came without a tokenizer: give token ids")
-    return tuple(lm.token(token) for token in (lm.continuation(given) if isinstance(given, str) and given else given))
+def _read(continuation: object) -> str | tuple[int, ...]:
+    """One continuation: a text, or token ids as a tuple."""
+    if isinstance(continuation, str):
+        if not continuation:
+            raise BadPrompt("loss was given an empty continuation: give the text whose loss is meant")
+        return str(continuation)
+    if as_whole(continuation) is not None:
+        raise BadPrompt(f"loss was given {continuation}, one token: a continuation is a text, or ids in a tuple")
+    rows = prompt_rows(continuation)
+    if len(rows) != 1 or isinstance(rows[0], str):
+        raise BadPrompt(
+            f"loss was given {described(continuation)} as one continuation: give a text, ids in a tuple, or a list "
+            "with one for each prompt"
+        )
+    return rows[0]
 
 
+def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(continuation, str) and lm.tokenizer is None:
+        raise BadPrompt(f"{shortened(continuation)!r} is text, and this model came without a tokenizer: give token ids")
+    ids = lm.continuation(continuation) if isinstance(continuation, str) else continuation
+    return tuple(lm.token(token_id) for token_id in ids)
+
+
+@checks_keywords
 def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:
     """The mean loss of a text that follows the prompt, in nats per token; a list has one text for each prompt.
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from ..arguments import described, items_of
 from ..errors import BadEdit, BadHook
 from ..model import LM
 from .metric import Measure, Metric, Said
@@ -40,13 +41,18 @@ MetricLike: TypeAlias = Metric | Callable[[Tensor], Tensor]
 
 def as_metrics(metrics: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
     """Metrics as values, each with a column of its own."""
-    given = list(metrics) if isinstance(metrics, Sequence) else [metrics]
+    items = None if isinstance(metrics, Metric) or callable(metrics) else items_of(metrics)
+    given: list[Any] = [metrics] if items is None else items
     if not given:
         raise BadHook("no metric was given: give at least one, such as hk.logit_diff(' Mary', ' John')")
     for each in given:
+        if getattr(each, "__module__", "").startswith(f"{__package__}.") and not isinstance(each, Metric):
+            name = getattr(each, "__name__", "entropy")
+            raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
         if not isinstance(each, Metric) and not callable(each):
             raise BadHook(
-                f"{each!r} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function of logits [row, vocab]"
+                f"{described(each)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function of logits "
+                "[row, vocab]"
             )
     return tuple(each if isinstance(each, Metric) else OfLogits(each) for each in given)
 

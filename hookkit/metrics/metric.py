@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import described, whole_number
 from ..distributions import distributions
-from ..errors import BadHook
+from ..errors import BadArgument, BadHook
 from ..model import LM
 from ..runs import Run
 
@@ -47,8 +48,13 @@ class Metric:
 
     def __call__(self, run: Run, *, pos: int = -1) -> Float[Tensor, " row"]:
         """The metric of a run at a position of each prompt: [row], on the CPU."""
-        if isinstance(pos, bool) or not isinstance(pos, int):
-            raise BadHook(f"a metric looks at one position of each prompt, and pos={pos!r}: give a whole number")
+        if not isinstance(run, Run):
+            raise BadArgument(
+                f"a metric measures a run, and was given {described(run)}: metric(hk.forward(lm, prompts))"
+            )
+        pos = whole_number(
+            pos, "pos", meaning="the one position of each prompt at which a metric looks,", error=BadHook
+        )
         measure = self.bound(run.lm, len(run.lengths))
         logits = last_logits(run, pos)
         return measure(Said(logits, range(len(logits)))).cpu()

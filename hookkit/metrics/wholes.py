@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import checks_arguments
 from ..errors import BadHook, BadPrompt, Unsupported
 from ..model import LM
 from ..runs import Run
@@ -22,6 +23,7 @@ class Entropy(Metric):
         return lambda said: torch.special.entr(said.logits.softmax(-1)).sum(-1)
 
 
+@checks_arguments
 def entropy() -> Entropy:
     """How unsure the model is: the entropy of the next token, in nats."""
     return Entropy()
@@ -61,14 +63,15 @@ class KL(Metric):
         return measure
 
 
+@checks_arguments
 def kl(reference: Run | None = None, *, pos: int = -1) -> KL:
     """How far the model's next-token distribution is from a reference run's: KL(reference ‖ now), in nats.
 
     Without a reference, a sweep takes what the model says of the same prompt without the edit. `pos` is the position of
     the reference's prompts.
     """
-    if reference is not None and not isinstance(reference, Run):
-        raise BadHook(f"kl needs a run as its reference, and was given a {type(reference).__name__}")
+    if reference is None and pos != -1:
+        raise BadHook(f"pos={pos} is a position of the reference's prompts, and kl() has no reference: leave pos out")
     return KL(reference, pos)
 
 
@@ -94,6 +97,7 @@ class Top1Changed(Metric):
         return measure
 
 
+@checks_arguments
 def top1_changed() -> Top1Changed:
     """1 where the most likely token is another than without the edit, else 0; the mean is the share of prompts."""
     return Top1Changed()

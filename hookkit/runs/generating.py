@@ -1,5 +1,6 @@
 """hk.generate: transformers' generate, with hooks, a seed of its own and a record of every step."""
 
+import copy
 import inspect
 import time
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
+from ..arguments import checks_arguments, described, seed_of, whole_number
 from ..captured import Captured, Kept
-from ..errors import NeverFired, UnknownKeyword, Unsupported, did_you_mean
+from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
+from ..generation import NEUTRAL
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.looking import Capture, CaptureLast
 from ..manager import HookManager
@@ -25,6 +28,7 @@ from .asking import Logits, refuse_two_texts, wanted_logits
 from .run import Run
 
 
+@checks_arguments
 def generate(
     lm: LM,
     prompts: Prompts,
@@ -38,8 +42,8 @@ def generate(
 
     Prompts are padded on the left. `logits` is "all" to keep the logits that chose each token ([row, step, vocab], 4
     bytes a number), "last" for those of the last step, or False. `seed` seeds this call's draws and leaves torch's own
-    generator as it was; without it the draws are those of transformers in the state torch is in. `trace` records every
-    step for `decoding` and `decisions`.
+    generator as it was; without it the draws are those of transformers in the state torch is in. A generation that
+    draws nothing takes a seed too, and has it on record. `trace` records every step for `decoding` and `decisions`.
 
     Hooks on logits act first, on what the model says; then transformers' own and the user's `logits_processor`, in the
     order of transformers.
@@ -62,6 +66,7 @@ def traced(
     """`generate` with a tracer that is told of each step."""
     refuse_two_texts(lm)
     _check_arguments(lm, arguments)
+    _check_effects(lm, seed, arguments)
     warn_of_dropout(lm)
     wanted = wanted_logits(logits)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
@@ -162,6 +167,46 @@ def _setting(lm: LM, arguments: Mapping[str, Any], name: str) -> Any:
     config: Any = arguments.get("generation_config") or lm.root.generation_config
     value = arguments.get(name)
     return value if value is not None else getattr(config, name, None)
+
+
+COUNTS = ("max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_beams", "num_return_sequences", "top_k")
+BEAM_RULES = ("early_stopping", "length_penalty")
+
+
+def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> None:
+    """Raise where an argument cannot be, or would have no effect on this generation."""
+    for name in COUNTS:
+        if arguments.get(name) is not None:
+            least = 0 if name in ("top_k", "min_new_tokens", "min_length") else 1
+            whole_number(arguments[name], name, least=least, error=BadArgument)
+    config = _configured(lm, arguments)
+    if seed is not None:
+        seed_of(seed)
+    mode = config.get_generation_mode().value
+    if mode not in ("greedy_search", "beam_search"):
+        return
+    rules = [name for name, neutral in NEUTRAL.items() if arguments.get(name) not in (None, neutral)]
+    if rules:
+        raise BadArgument(
+            f"{rules[0]}={described(arguments[rules[0]])} is a rule of sampling, and this generation takes the most "
+            f"likely token: say do_sample=True, or leave {rules[0]} out"
+        )
+    if mode == "greedy_search":
+        for name in BEAM_RULES:
+            if arguments.get(name) is not None:
+                raise BadArgument(f"{name} is a rule of beam search, and num_beams is 1: leave {name} out")
+
+
+def _configured(lm: LM, arguments: Mapping[str, Any]) -> Any:
+    """What decides this generation: the configuration, with the arguments in it. `BadArgument` where it is refused."""
+    config: Any = copy.deepcopy(arguments.get("generation_config") or lm.root.generation_config)
+    own = {name: value for name, value in arguments.items() if hasattr(config, name)}
+    try:
+        config.update(**own)
+        config.validate()
+    except (ValueError, TypeError) as error:
+        raise BadArgument(f"transformers' generate refuses its arguments: {error}") from error
+    return config
 
 
 def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from ..about import about_model, git_commit
-from ..arguments import checks_arguments
-from ..errors import BadHook, OutOfRange
+from ..arguments import checks_arguments, read_tokens, whole_number
+from ..errors import BadHook
 from ..hooks.base import Hook
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch
@@ -70,15 +70,14 @@ def shift_report(
     2  what was first            1           2
     """
     for name, value, least in (("top", top, 1), ("generate", generate, 0), ("shown", shown, 1), ("drawn", drawn, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OutOfRange(f"{name}={value!r}: give a whole number, at least {least}")
+        whole_number(value, name, least=least)
     named, under = edits_of(edits), together(baseline, "the baseline")
     beside = controls_of(controls, named, seed)
     if len({edit.name for edit in named}) < len(named):
         raise BadHook("two edits have one name: names stand once")
     rows = as_batch(lm, prompts).rows
-    tokens = [lm.token(token) for token in ([watch] if isinstance(watch, str | int) else watch)]
-    tokens = list(dict.fromkeys([*tokens, *(i for edit in named for i in edit.named(lm))]))
+    watched = [lm.token(token) for token in read_tokens(watch, "watch")]
+    tokens = list(dict.fromkeys([*watched, *(i for edit in named for i in edit.named(lm))]))
     with torch.no_grad():
         found = _measured(lm, rows, under, named, beside, tokens, top, heads, min(shown, len(rows)), drawn)
         if generate:

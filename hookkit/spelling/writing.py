@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from ..arguments import checks_arguments
 from ..errors import HookkitError
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.cutting import Knockout
@@ -19,6 +20,7 @@ from .reading import hook as read
 SHORT = re.compile(r"[^\s,=@'\"():](?:[^,=@'\"():]*[^\s,=@'\"():])?")  # a token that needs no quotes
 
 
+@checks_arguments
 def spell(hook: Hook) -> str:
     """A hook as the shortest text from which `hk.hook` makes it again, equal to it: JSON where it has no short form.
 

@@ -1,10 +1,12 @@
 """The cells of a sweep: each point of the grid with the hooks that act there."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from ..arguments import described, items_of
 from ..calls import Call
 from ..captured import Captured
 from ..errors import BadHook, EmptySelection
@@ -89,13 +91,15 @@ def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]
 
 def listed(given: Any, word: str) -> list[Any]:
     """The values of a dimension; `BadHook` for one value where several are meant."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise BadHook(f"{word} is {given!r}, one value, and a grid has a list of them: [{given!r}]")
-    return list(given)
+    items = items_of(given)
+    if items is None:
+        raise BadHook(f"{word} is {described(given)}, one value, and a grid has a list of them: [{described(given)}]")
+    return items
 
 
 def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
     """What a function of the grid's values gives at a point, as hooks."""
+    check_takes(hooks, at)
     try:
         given = hooks(**at)
     except Exception as error:
@@ -104,9 +108,29 @@ def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
     return None if given is None else as_hooks(given)
 
 
+def check_takes(hooks: HooksAt, at: Mapping[str, Any]) -> None:
+    """Raises `BadHook` where a function cannot be called with the grid's dimensions by name."""
+    if not callable(hooks):
+        raise BadHook(f"hooks={described(hooks)}: give a function of the grid's values, lambda {', '.join(at)}: …")
+    try:
+        inspect.signature(hooks).bind(**at)
+    except ValueError:  # a function written in C does not say what it takes
+        return
+    except TypeError as mistake:
+        raise BadHook(
+            f"the function that gives the hooks cannot be called with the grid's dimensions {', '.join(at)}: {mistake}"
+        ) from None
+
+
 def as_hooks(given: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """One hook or several, as several."""
-    return (given,) if isinstance(given, Hook) else tuple(given)
+    if isinstance(given, Hook):
+        return (given,)
+    items = items_of(given)
+    for item in (given,) if items is None else items:
+        if not isinstance(item, Hook):
+            raise BadHook(f"{described(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …")
+    return tuple(items or ())
 
 
 def _cell(

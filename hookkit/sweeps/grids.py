@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, described, items_of, text_of
 from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported
 from ..hooks.base import Hook
 from ..hooks.edits import skip_block, steer
@@ -65,7 +65,7 @@ def patching(
     """
     if direction not in ("denoise", "noise"):
         raise BadHook(f"direction={direction!r} is unknown: say 'denoise' or 'noise'")
-    names = [sites] if isinstance(sites, str) else list(sites)
+    names = names_of(sites)
     to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, of, to)
     grid, hooks_at = grid_of(lm, names, layers, heads, positions_of(lengths, names, pos))
@@ -78,6 +78,14 @@ def patching(
         return None if chosen is None else [patch(chosen[0], source, pos=p, rows=r) for p, r in chosen[1]]
 
     return sweep(lm, to, grid, hooks, metrics, target=of, **settings)
+
+
+def names_of(sites: str | Sequence[str]) -> list[str]:
+    """The names of a grid's sites; `BadHook` for none, or for what is no name."""
+    items = [sites] if isinstance(sites, str) else items_of(sites)
+    if not items:
+        raise BadHook(f"sites={described(sites)}: name a site, such as 'z', or several in a list")
+    return [text_of(item, "sites", meaning="the name of a site, such as 'z'", error=BadHook) for item in items]
 
 
 def check_pairs(lm: LM, of: Prompts, to: Prompts) -> list[int]:

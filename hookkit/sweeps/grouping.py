@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import whole_number
 from ..model import LM
 from .passes import Unit
 
@@ -88,7 +89,7 @@ def trunk_bytes(lm: LM, columns: int) -> int:
 def memory_budget(lm: LM, asked: int | None) -> int:
     """The bytes that a sweep may use beside the model: what was asked for, or a quarter of what a GPU has free."""
     if asked is not None:
-        return asked
+        return whole_number(asked, "memory", least=1, meaning="the bytes that it may use beside the model,")
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0] // 4
         return free if lm.ranks is None else lm.ranks.least(free)

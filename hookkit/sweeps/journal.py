@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..about import about_model, config_hash, tokenizer_hash, weights_hash
+from ..arguments import folder_of
 from ..errors import BadHook, Unsupported
 from ..hooks import codec
 from ..metrics import Metric
@@ -53,7 +54,7 @@ def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping
     if folder is None:
         yield Journal()
         return
-    path, ranks = Path(folder), plan.lm.ranks
+    path, ranks = folder_of(folder, "save"), plan.lm.ranks
     if ranks is not None and ranks.rank:
         _about(plan, settings)  # weights are read by all ranks
         yield Journal(values=ranks.first(None))  # what the first one knows

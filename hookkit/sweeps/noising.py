@@ -3,13 +3,13 @@
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, described, finite_number, items_of
 from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook, number
 from ..hooks.edits import steer
@@ -58,13 +58,20 @@ def causal_tracing(
     standard deviation of the noise.
     """
     batch = as_batch(lm, prompts)
-    names = [subject] * len(batch.rows) if isinstance(subject, str | At) else list(subject)
+    items = items_of(subject)
+    names: list[Any] = [subject] * len(batch.rows) if items is None else items
+    for name in names:
+        if not isinstance(name, str | At):
+            raise BadPrompt(
+                f"subject={described(name)}: give its text, hk.at(text), or a list with one for each prompt"
+            )
     if len(names) != len(batch.rows):
         raise BadPrompt(
             f"{len(names)} subjects were given, and there are {len(batch.rows)} prompts: give as many, or one"
         )
     if samples < 1 or window < 1:
         raise BadHook(f"samples={samples} and window={window}: both count from 1")
+    finite_number(noise, "noise", above=0.0, meaning="how many standard deviations are added,")
     if site in WHOLE_MODEL:
         raise BadHook(f"{site!r} is there once, and causal tracing restores a site layer by layer")
     chosen = list(lm.sites(site) if layers is None else lm.sites(site, layers=listed(layers, "layers")))

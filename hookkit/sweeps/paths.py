@@ -73,7 +73,7 @@ def path_patching(
     held = [Site(name, layer) for name in freeze for layer in lm.layout.layers(name) or []]
     lengths = check_pairs(lm, corrupted, clean)
     under = as_hooks(settings.get("under", ()))
-    run = forward(lm, clean, *under, capture(dict.fromkeys([*held, *whole])), logits=False)
+    run = forward(lm, clean, *under, capture(list(dict.fromkeys([*held, *whole]))), logits=False)
     other = forward(lm, corrupted, *under, capture(lm.sites(senders)), logits=False)
     everywhere: Places = {None: [(None, None)]}
     places = everywhere if pos is None else positions_of(lengths, [senders], pos) or everywhere

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import as_whole
 from ..calls import Text
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..metrics import Loss, Metric
@@ -76,7 +77,7 @@ class Reading:
 
 def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Reading:
     """The prompts of a sweep whose metrics look at position `pos`."""
-    if isinstance(pos, bool) or not isinstance(pos, int):
+    if as_whole(pos) is None:
         raise BadHook(f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number")
     rows = as_batch(lm, prompts).rows
     ends = [_end(number, len(row), pos) for number, row in enumerate(rows)]

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, whole_number
 from ..engines import EngineLike, Ray, as_engine
 from ..errors import BadHook, Interrupted, Unsupported
 from ..hooks.base import Hook
@@ -205,6 +205,7 @@ def sweep(
     >>> list(table.columns)
     ['layer', 'row', 'prob', 'prob_before', 'prob_delta']
     """
+    whole_number(verify, "verify", least=0, meaning="how many cells are run once more by themselves,")
     chosen = as_engine(engine, lm)
     made = plan(
         lm,

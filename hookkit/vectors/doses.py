@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import checks_arguments, whole_number
 from ..errors import BadHook
 from ..hooks.base import Hook, number
 from ..metrics import MetricLike
@@ -60,8 +60,7 @@ def dose_response(
     [[0.5, False, 0, 0], [0.5, True, 0, 0]]
     """
     named = _named(vectors)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise BadHook(f"samples={samples!r}: give how many random vectors are to be the control, or 0")
+    whole_number(samples, "samples", least=0, meaning="how many random vectors are to be the control,", error=BadHook)
     texts = None if neutral is None else neutral_rows(lm, neutral)
     wanted = [number(dose, "a dose") for dose in listed(doses, "doses")]
     each = {(n, s): _sample(vector, s, seed) for n, (_, vector) in enumerate(named) for s in range(samples + 1)}

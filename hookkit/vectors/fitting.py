@@ -62,7 +62,7 @@ def fit_vector(
     >>> fitted.about["curve"][-1] > fitted.about["curve"][0]
     True
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or number(lr, "lr") <= 0:
+    if steps < 1 or number(lr, "lr") <= 0:
         raise BadHook(f"steps={steps!r} and lr={lr!r}: give 1 step or more, and a step longer than 0")
     if dose is not None and number(dose, "dose") <= 0:
         raise BadHook(f"dose={dose}: give the longest that the vector may become, as a fraction of the stream's length")

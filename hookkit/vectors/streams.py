@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import whole_number
 from ..captured import Captured
 from ..errors import BadHook
 from ..hooks.base import not_square
@@ -41,8 +42,7 @@ class Stream:
 
 def streams(lm: LM, rows: Sequence[Row], sites: SitesLike, pos: PosLike, batch: int) -> dict[AnySite, Stream]:
     """What is at each of these sites at some positions of each prompt."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise BadHook(f"batch={batch!r}: give how many prompts run together, 1 or more")
+    whole_number(batch, "batch", least=1, meaning="how many prompts run together,", error=BadHook)
     chosen = not_square(lm.expand(sites), "a steering vector is a mean of")
     found: dict[AnySite, list[Stream]] = {site: [] for site in chosen}
     for start in range(0, len(rows), batch):

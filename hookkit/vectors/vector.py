@@ -23,18 +23,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import as_whole, checks_arguments, checks_construction, described, file_of, items_of, reading_file
 from ..displaying import shown
-from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel
+from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files import save_tensors
 from ..hooks.base import constant, number
 from ..hooks.edits import Steer, steer
 from ..model import LM
 from ..positions import CountLike, PosLike
-from ..sites import AnySite, Sites, parse
+from ..sites import AnySite, ModuleSite, Site, Sites, parse
 from .origin import SAME, check_same_model, differences
 
 
+@checks_construction
 @dataclass(frozen=True, eq=False, repr=False)
 class Vector:
     """A direction at a site. Made by `mean_difference`, `principal_direction`, `fit_vector`, `load_vector`, or by hand.
@@ -59,6 +60,8 @@ class Vector:
     def __post_init__(self) -> None:
         if isinstance(self.site, str):
             object.__setattr__(self, "site", parse(self.site))
+        if not isinstance(self.site, Site | ModuleSite):
+            raise BadHook(f"site={described(self.site)}: give the place of the vector, such as 'resid_post.6'")
         if self.site.every_layer:
             raise BadHook(f"a vector stands at one place, and {self.site} is one in every layer: name a layer")
         copy = constant(self.tensor, "the vector").tensor.float().cpu()
@@ -170,6 +173,7 @@ class Vector:
         return f"Vector({self.site}: {self.method}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
 
 
+@checks_construction
 @dataclass(frozen=True, eq=False, repr=False)
 class Vectors(Sequence[Vector]):
     """Vectors of several sites, in order: `vectors["resid_post.12"]`, `len(vectors)`, `for vector in vectors`."""
@@ -177,8 +181,12 @@ class Vectors(Sequence[Vector]):
     all: tuple[Vector, ...]
 
     def __post_init__(self) -> None:
-        if not self.all:
+        vectors = items_of(self.all)
+        if vectors is None or not all(isinstance(vector, Vector) for vector in vectors):
+            raise BadHook(f"{described(self.all)} holds no vectors: give a list of hk.Vector")
+        if not vectors:
             raise EmptySelection("there is no vector: give at least one")
+        object.__setattr__(self, "all", tuple(vectors))
 
     @property
     def sites(self) -> Sites:
@@ -192,8 +200,11 @@ class Vectors(Sequence[Vector]):
     def __getitem__(self, index: int | str | AnySite | slice) -> "Vector | Vectors":
         if isinstance(index, slice):
             return Vectors(self.all[index])
-        if isinstance(index, int):
-            return self.all[index]
+        number_of_vector = as_whole(index)
+        if number_of_vector is not None:
+            if not -len(self) <= number_of_vector < len(self):
+                raise OutOfRange(f"vector {index} was asked for, and there are {len(self)}: 0 to {len(self) - 1}")
+            return self.all[number_of_vector]
         site = parse(index) if isinstance(index, str) else index
         found = [vector for vector in self.all if vector.site == site]
         if not found:
@@ -230,7 +241,8 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
     """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    source = file_of(path)
+    with reading_file(source, "a vector that Vector.save wrote"), safe_open(source, "pt") as file:
         written = (file.metadata() or {}).get("vector")
         if written is None:
             raise BadHook(f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote")

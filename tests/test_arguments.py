@@ -1,0 +1,192 @@
+"""One reader for each kind of argument: hooks are checked however they are made, and an error's offers are accepted."""
+
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import TEXTS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import hookkit as hk
+from hookkit.errors import NotOneToken
+from hookkit.hooks.codec import HOOK_TYPES
+
+ONES = torch.ones(32)
+WORDS = [word for text in TEXTS for word in re.findall(r"\w+", text)]
+
+WHERE = {"$value": "Where", "pos": None, "rows": None, "step": 0}
+NAN = {"$float": "nan"}
+SPOILED = [
+    # a hook, and fields that its function refuses
+    (hk.force(7), {"margin": -5.0}),
+    (hk.force(7), {"margin": NAN}),
+    (hk.force(7), {"margin": "much"}),
+    (hk.force(7), {"token": 5.5}),
+    (hk.force(7), {"token": None}),
+    (hk.force(7), {"token": True}),
+    (hk.force(7), {"sites": {"$sites": ["z.1.0"]}}),
+    (hk.force(7), {"sites": {"$sites": []}}),
+    (hk.force(7), {"sites": {"$sites": ["logits", "logits"]}}),
+    (hk.force(7), {"sites": None}),
+    (hk.force(7), {"when": 5}),
+    (hk.force(hk.phrase([7, 8])), {"where": {**WHERE, "step": None, "pos": 1}}),
+    (hk.ban(5), {"tokens": []}),
+    (hk.ban(5), {"tokens": [5.5]}),
+    (hk.ban(5), {"tokens": 5.5}),
+    (hk.restrict(5), {"tokens": [{"$value": "Phrase", "words": "tea"}]}),
+    (hk.restrict(5), {"tokens": [{"$value": "Phrase", "words": ""}]}),
+    (hk.boost(5, by=1.0), {"by": NAN}),
+    (hk.boost(5, by=1.0), {"by": [1.0, 2.0]}),
+    (hk.cap(5, prob=0.5), {"prob": 1.5}),
+    (hk.cap(5, prob=0.5), {"prob": None}),
+    (hk.cap(5, prob=0.5), {"logit": 1.0}),
+    (hk.swap(5, 6), {"b": 5}),
+    (hk.set_rank(5, 1), {"rank": 0}),
+    (hk.set_rank(5, 1), {"rank": 1.5}),
+    (hk.scale("z.1", 2.0), {"factor": NAN}),
+    (hk.scale("z.1", 2.0), {"factor": "abc"}),
+    (hk.scale("z.1", 2.0), {"factor": None}),
+    (hk.scale("z.1", 2.0), {"where": WHERE}),
+    (hk.scale("z.1", 2.0), {"where": None}),
+    (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "pos": 1.5}}),
+    (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "rows": [-1]}}),
+    (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "pos": {"$value": "At", "text": "", "which": None}}}),
+    (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "pos": {"$part": "middle"}}}),
+    (hk.scale("logits", 2.0), {"where": WHERE}),
+    (hk.scale("z.1", 2.0), {"sites": {"$sites": [5]}}),
+    (hk.scale("z.1", 2.0), {"sites": {"$sites": ["zz.1"]}}),
+    (hk.steer("resid_post.1", ONES), {"scale": NAN}),
+    (hk.steer("resid_post.1", ONES), {"vector": 5}),
+    (hk.steer("resid_post.1", ONES), {"vector": {"$value": "Constant", "tensor": 5}}),
+    (
+        hk.steer("resid_post.1", ONES),
+        {"vector": {"$value": "Constant", "tensor": {"$tensor": {"safetensors": "AAAA"}}}},
+    ),
+    (hk.steer("resid_post.1", ONES), {"vector": {"$value": "Constant", "tensor": {"$tensor": {"safetensors": "?"}}}}),
+    (hk.steer("resid_post.1", ONES), {"vector": {"$value": "Constant", "tensor": {"$tensor": 5}}}),
+    (hk.steer("resid_post.1", ONES), {"sites": {"$sites": ["pattern.1"]}}),
+    (hk.project_out("resid_post.1", ONES), {"direction": None}),
+    (hk.skip_block(1), {"sites": {"$sites": ["resid_pre.1"]}}),
+    (hk.knockout(1, key=0), {"key": None}),
+    (hk.knockout(1, key=0), {"key": 1.5}),
+    (hk.knockout(1, key=0), {"sites": {"$sites": ["z.1"]}}),
+    (hk.ablate("z.1"), {"to": "median"}),
+    (hk.ablate("z.1"), {"to": 5}),
+    (hk.ablate("z.1"), {"units": []}),
+    (hk.ablate("z.1"), {"units": [1.5]}),
+    (
+        hk.ablate("z.1", to="mean", over=["tea"]),
+        {"to": {"$value": "Reference", "how": "mean", "per": "row", "seed": 0}},
+    ),
+    (hk.capture("z.1"), {"dtype": "int8"}),
+    (hk.capture("z.1"), {"device": "meta"}),
+    (hk.capture("z.1"), {"grad": "yes"}),
+    (hk.capture("z.1"), {"name": 5}),
+    (hk.ban(5, when=hk.entropy_above(1.0)), {"when": {"$value": "Condition", "quantity": "heat"}}),
+    (hk.ban(5), {"when": {"$value": "Condition", "quantity": "rank", "token": 5, "compare": "at_most", "limit": 0}}),
+    (hk.ban(5), {"when": {"$value": "Nothing"}}),
+    (hk.ban(5), {"when": {}}),
+    (hk.ban(5), {"sites": {"$nothing": 5}}),
+]
+
+
+@pytest.mark.parametrize(("hook", "spoiled"), SPOILED, ids=lambda value: str(value)[:60])
+def test_no_file_makes_a_hook_that_its_function_refuses(hook, spoiled):
+    text = json.dumps({**json.loads(hook.to_json()), **spoiled})
+    assert hk.Hook.from_json(hook.to_json()) == hook
+    with pytest.raises(hk.HookkitError):
+        hk.Hook.from_json(text)
+
+
+def test_no_copy_and_no_construction_makes_a_hook_that_its_function_refuses():
+    for hook, changes in (
+        (hk.force(7), {"margin": -5.0}),
+        (hk.force(7), {"token": 5.5}),
+        (hk.scale("z.1", 2.0), {"factor": float("nan")}),
+        (hk.scale("z.1", 2.0), {"sites": []}),
+        (hk.ban(7), {"tokens": ()}),
+        (hk.capture("z.1"), {"dtype": "int8"}),
+    ):
+        with pytest.raises(hk.HookkitError):
+            replace(hook, **changes)
+        values = {field.name: getattr(hook, field.name) for field in fields(hook)}
+        with pytest.raises(hk.HookkitError):
+            type(hook)(**{**values, **changes})
+
+
+def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
+    run = hk.forward(llama, [[5, 6, 7]], hk.capture("z.1"))
+    hooks = [
+        hk.capture("z.1", dtype="float16"), hk.steer("resid_post.1", ONES), hk.scale("z.1", 2.0),
+        hk.project_out("resid_post.1", ONES), hk.skip_block(1), hk.ablate("z.1", to="mean", over=["tea"]),
+        hk.patch("z.1", run), hk.knockout(1, key=hk.at("tea")), hk.force(hk.phrase([7, 8])), hk.ban(" tea", 5),
+        hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
+    ]  # fmt: skip
+    grid = {"layer": [1]}
+    plan = hk.plan(llama, [[5, 6]], grid, lambda layer: hk.scale("z.1", 2.0), hk.logit(5), control="random")
+    hooks.append(plan.cells[-1].hooks[0])
+    assert {hook.verb for hook in hooks} == {*HOOK_TYPES} - {"edit"}
+    code = (
+        "import sys, json\nfrom hookkit.hooks.codec import from_json\n"
+        "for text in json.load(sys.stdin):\n    assert from_json(text).to_json() == text\nprint('read')"
+    )
+    texts = json.dumps([hook.to_json() for hook in hooks])
+    done = subprocess.run([sys.executable, "-c", code], input=texts, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "read", done.stderr
+
+
+def sentencepiece_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes spaces as ▁, before the first word or not."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256))]
+    made.train_from_iterator(
+        TEXTS * 5, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "always", "first", "never"])
+def test_every_spelling_that_an_error_offers_is_accepted(small_tokenizer, kind):
+    tokenizer = small_tokenizer if kind == "bytes" else sentencepiece_tokenizer(kind)
+    lm = hk.tiny("llama", tokenizer=tokenizer, config={"vocab_size": len(tokenizer)})
+    drawn = random.Random(0)
+    words = [*WORDS, *(word.upper() for word in WORDS), *(f" {a} {b}" for a, b in itertools.pairwise(WORDS))]
+    words += ["".join(drawn.choices("aeiou tnrs'é\n\"", k=drawn.randint(1, 6))) for _ in range(200)]
+    refused = 0
+    for word in dict.fromkeys(words):
+        try:
+            lm.token(word)
+        except NotOneToken as error:
+            refused += 1
+            offers = str(error).split("One token each: ")[-1].removesuffix(".")
+            for offer in [] if offers.startswith("no near spelling") else eval(f"[{offers}]"):
+                assert lm.string(lm.token(offer)) == offer, (word, offer)
+    assert refused > 50
+
+
+def test_a_list_has_a_token_for_each_prompt_and_a_tuple_as_long_as_the_batch_is_refused(llama):
+    pairs = hk.datasets.induction(llama, 4, length=5)
+    run = hk.forward(llama, pairs.clean)
+    last = torch.stack([run.logits[row, length - 1] for row, length in enumerate(run.lengths)])
+    answers = [llama.token(token) for token in pairs.answers]
+    wrong = [llama.token(token) for token in pairs.wrong]
+    expected = torch.stack([last[row, answers[row]] - last[row, wrong[row]] for row in range(4)])
+    for metric in (pairs.metric(), hk.logit_diff(pairs.answers, pairs.wrong)):
+        assert torch.allclose(metric(run), expected, atol=1e-5)
+    several = hk.logit_diff([tuple(answers)] * 4, [tuple(wrong)] * 4) if len({*answers, *wrong}) == 8 else None
+    if several is not None:
+        means = last[:, answers].mean(1) - last[:, wrong].mean(1)
+        assert torch.allclose(several(run), means, atol=1e-5)
+    with pytest.raises(hk.HookkitError, match=r"list\(answers\)"):
+        hk.logit_diff(tuple(pairs.answers), tuple(pairs.wrong))(run)
