@@ -329,7 +329,7 @@ def prompt_rows(prompts: object) -> list[str | Row]:
     return [one_prompt(item, number) for number, item in enumerate(items)]
 
 
-_PROMPTS_ARE = "give a text, a list of texts, or rows of token ids"
+_PROMPTS_ARE = "give texts, or rows of token ids"
 
 
 def is_one_row(prompts: object) -> bool:

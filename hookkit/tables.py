@@ -243,4 +243,4 @@ def _token_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
 
 def _check_top(top: int | None, *, least: int = 1) -> None:
     if top is not None:
-        whole_number(top, "top", least=least, meaning="how many tokens to show (0 where tokens are watched),")
+        whole_number(top, "top", least=least, meaning="how many tokens to show")

@@ -52,7 +52,7 @@ def test_an_unpadded_batch_has_no_mask(llama):
         ([3.5], "is no prompt: give texts, or rows of token ids"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
-            r"input_ids has shape \(1, 2\) and attention_mask \(1, 3\)",
+            r"row 0 has 2 input_ids, and its attention_mask has 3 numbers",
         ),
     ],
     ids=repr,

@@ -83,7 +83,7 @@ def test_a_forward_without_logits_stops_where_the_last_hook_is_done(lm, hooks, e
 def test_a_forward_that_is_asked_for_nothing_is_refused(llama):
     with pytest.raises(EmptySelection, match="asked for nothing: give it hooks, or logits='all' or 'last'"):
         hk.forward(llama, "Tea", logits=False)
-    with pytest.raises(BadArgument, match="logits='first'. Give 'all' or 'last' or 'none', or True or False"):
+    with pytest.raises(BadArgument, match="logits='first' is unknown: say 'all' or 'last' or 'none', or True or False"):
         hk.forward(llama, "Tea", logits="first")
     with pytest.raises(UnknownKeyword, match=r"forward\(\) has no keyword 'logit'; did you mean 'logits'"):
         hk.forward(llama, "Tea", logit="all")

@@ -69,7 +69,7 @@ def logit_lens(
     if choose not in ("layer", "anywhere"):
         raise BadHook(f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at any layer)")
     watched = [lm.token(token) for token in read_tokens(watch, "watch")]
-    meaning = "how many tokens to show (0 where tokens are watched),"
+    meaning = "how many tokens to show"
     whole_number(top, "top", least=0 if watched else 1, most=lm.n_tokens, meaning=meaning)
     wanted = stream_sites(lm, sites)
     end = Site("resid_post", lm.n_layers - 1)
