@@ -132,6 +132,7 @@ from .sweeps import over_prompts as over_prompts
 from .sweeps import patching as patching
 from .sweeps import path_patching as path_patching
 from .sweeps import plan as plan
+from .sweeps import strongest as strongest
 from .sweeps import sweep as sweep
 from .tables import rank_shift as rank_shift
 from .tables import ranks as ranks

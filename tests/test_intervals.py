@@ -198,6 +198,50 @@ def test_misuse_says_what_is_wrong(settings, error, words):
         hk.over_prompts(pairs().head(0))
 
 
+# ---- the strongest cells
+
+
+def null_cells(draws: np.random.Generator, cells: int, count: int) -> pd.DataFrame:
+    """Cells without any effect."""
+    values = draws.normal(size=cells * count)
+    table = pd.DataFrame({"head": np.repeat(range(cells), count), "row": np.tile(range(count), cells)})
+    return table.assign(m=values, m_before=0.0, m_delta=values)
+
+
+def test_the_strongest_of_many_cells_are_chosen_on_one_half_and_measured_on_the_other():
+    draws, hits, chosen = np.random.default_rng(0), 0, []
+    for _ in range(300):
+        best = hk.strongest(null_cells(draws, 60, 16), top=1).iloc[0]
+        hits += best["m_delta_low"] <= 0 <= best["m_delta_high"]
+        chosen.append(best["m_delta_chosen"])
+    assert 0.92 <= hits / 300 <= 0.98, "the interval has nothing of the choice in it"
+    assert np.abs(chosen).mean() > 0.7, "which on the half that chose is large"
+    table = null_cells(draws, 60, 16)
+    means = hk.over_prompts(table[table["row"] % 2 == 0]).set_index("head")["m_delta"]
+    best = hk.strongest(table, top=3)
+    assert best["head"].tolist() == means.abs().nlargest(3).index.tolist() and best["n"].tolist() == [8] * 3
+    assert best["m_delta_chosen"].tolist() == pytest.approx(means[best["head"]].tolist())
+    other = hk.over_prompts(table[table["row"] % 2 == 1]).set_index("head")
+    assert best["m_delta_low"].tolist() == pytest.approx(other.loc[best["head"], "m_delta_low"].tolist())
+    for toward, wanted in (("up", means.nlargest(3)), ("down", means.nsmallest(3))):
+        assert hk.strongest(table, top=3, toward=toward)["head"].tolist() == wanted.index.tolist()
+
+
+def test_a_control_is_not_among_the_strongest_and_few_prompts_are_refused():
+    table = null_cells(np.random.default_rng(0), 6, 8)
+    control = table.assign(control=True, m_delta=100.0)
+    both = pd.concat([table.assign(control=False), control])
+    assert set(hk.strongest(both, top=9)["control"]) == {False}
+    with pytest.raises(OutOfRange, match="3 prompts: cells are chosen on one half.*at least 4"):
+        hk.strongest(table[table["row"] < 3])
+    with pytest.raises(HookkitError, match="no column 'q_delta'"):
+        hk.strongest(table, value="q_delta")
+    with pytest.raises(HookkitError, match="top=0"):
+        hk.strongest(table, top=0)
+    with pytest.raises(HookkitError, match="toward='big'"):
+        hk.strongest(table, toward="big")
+
+
 # ---- figures
 
 

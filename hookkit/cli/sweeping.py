@@ -122,7 +122,9 @@ def patch(
 ) -> None:
     """Where a clean prompt has what a corrupted one lacks: the strongest places. CSV and JSON have all of them.
 
-    The effect is 0 where a place changed nothing, and 1 where it brought all of the clean prompt's answer.
+    The effect is 0 where a place changed nothing, and 1 where it brought all of the clean prompt's answer. Of one pair
+    there is no interval, and the largest of many places is larger than it would be on another: hk.strongest chooses on
+    half of several pairs and measures on the other half.
     """
     from ..metrics import logit_diff
     from ..sweeps import patching as swept

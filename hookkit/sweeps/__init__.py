@@ -7,5 +7,6 @@ from .noising import causal_tracing as causal_tracing
 from .paths import path_patching as path_patching
 from .planning import Plan as Plan
 from .summaries import over_prompts as over_prompts
+from .summaries import strongest as strongest
 from .sweep import plan as plan
 from .sweep import sweep as sweep

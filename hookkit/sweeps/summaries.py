@@ -315,3 +315,56 @@ def _widen_gains(groups: list[_Group], summary: pd.DataFrame, metric: str, setti
         numbers = [error, mean - half, mean + half] if known else [np.nan] * 3
         summary.loc[number, ["_se", "_low", "_high"]] = numbers
         summary.loc[number, "interval"] = intervals.TWO_WAY if known else ""
+
+
+@checks_arguments
+def strongest(
+    table: pd.DataFrame,
+    *,
+    top: int = 5,
+    value: str | None = None,
+    by: Sequence[str] | None = None,
+    toward: Literal["either", "up", "down"] = "either",
+    effects: Effects = "ratio_of_means",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The cells of a sweep with the largest effects, chosen on one half of the prompts and measured on the other.
+
+    The largest of many numbers is too large: chance chose it. So the 1st, 3rd, 5th … prompt choose, and the 2nd, 4th …
+    measure: numbers and intervals are those of `over_prompts` on prompts that had no part in the choice.
+
+    `value` is the column by which cells are chosen (the first effect, else the first delta), in size, or `toward` "up"
+    or "down". Controls are not chosen. Columns: those of `over_prompts`, and `<value>_chosen`, what the choosing half
+    had, by which the rows are in order. At least 4 prompts.
+
+    >>> strongest(pd.concat([table, table.assign(row=table["row"] + 2)]), top=1)["n"].tolist()
+    [2]
+    """
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise OutOfRange(f"top={top!r}: give how many cells are chosen, at least 1")
+    if toward not in ("either", "up", "down"):
+        raise BadHook(f"toward={toward!r} is unknown: say 'either', 'up' or 'down'")
+    cells, names = _columns(table, by, None if value is None or by is None else [value])
+    shown = value or next((name for end in ("_effect", "_delta") for name in names if name.endswith(end)), names[0])
+    if shown not in table.columns:
+        raise BadHook(f"the table has no column {shown!r}; it has {', '.join(table.columns)}")
+    key = next((name for name in ("prompt", "row") if name in table.columns), None)
+    numbers: Any = pd.Series(dtype=int) if key is None else table[key]
+    count = int(numbers.nunique())
+    if key is None or count < 4:
+        raise OutOfRange(
+            f"{count} prompts: cells are chosen on one half of the prompts and "
+            "measured on the other, so give at least 4"
+        )
+    if "control" in table.columns:
+        table = pd.DataFrame(table[~table["control"].astype(bool)])
+    first = pd.factorize(table[key])[0] % 2 == 0
+    settings: dict[str, Any] = {"by": cells, "values": names, "effects": effects, "confidence": confidence}
+    settings |= {"resamples": resamples, "seed": seed}
+    chosen, measured = (over_prompts(pd.DataFrame(table[half]), **settings) for half in (first, ~first))
+    keys = {"either": -chosen[shown].abs(), "up": -chosen[shown], "down": chosen[shown]}
+    order = keys[toward].sort_values(kind="stable").index[:top]
+    best = chosen.loc[order, [*cells, shown]].rename(columns={shown: f"{shown}_chosen"})
+    return best.merge(measured, on=cells, how="left")
