@@ -1,13 +1,14 @@
 """What does it cost to make a model say " coffee"?
 
 Over twenty prompts of several kinds the token is banned, boosted, forced, and steered to inside, in growing doses,
-each beside a control of the same size: another token, or a random direction. Success is the part of the texts that say
-it; damage is how far the texts' own likelihood under the unedited model falls, and KL on neutral text. It is answered
-if one way reaches most of the texts at less damage than the others, and its control does not.
+each beside controls of the same size: five other tokens, or five random directions. Success is the part of the texts
+that say it; damage is how far the texts' own likelihood under the unedited model falls, and KL on neutral text. It is
+answered if one way reaches most of the texts at less damage than the others, by both damages, and its controls do not.
 
 python -m experiments.coffee_everywhere        2 to 5 minutes on two cores; writes results/coffee_everywhere/
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,8 @@ from matplotlib.figure import Figure
 import hookkit as hk
 
 SEED = 0
-COFFEE, OTHER = " coffee", " window"  # the token, and a control as common
+COFFEE = " coffee"
+OTHERS = (" window", " table", " river", " letter", " garden")  # controls, as common
 NEW = 12  # generated tokens, greedy
 LAYER = 20  # whose residual stream is steered
 BOOSTS = (2.0, 4.0, 6.0, 8.0, 12.0)  # in logits
@@ -31,7 +33,13 @@ PROMPTS = [
     "The judge asked the witness about the", "After the storm, the village was", "He opened the book and read about",
     "The train was late because of", "Scientists have found that sleep helps", "In the middle of the night I heard",
 ]  # fmt: skip
-NEUTRAL = ["The museum opens at nine and closes at five.", "A triangle has three sides and three corners."]
+NEUTRAL = [
+    "The museum opens at nine and closes at five.", "A triangle has three sides and three corners.",
+    "In 1998 the company moved its offices to the coast.", "The bridge was built of stone and iron.",
+    "Copy the files and open a terminal.", "The two teams met again in the final.",
+    "Her brother studies law in another city.", "The report has twelve pages and four tables.",
+    "Snow fell on the hills during the night.", "The bus stops in front of the library.",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -40,60 +48,114 @@ def main() -> None:
     with hk.record(
         "results/coffee_everywhere", title="Coffee everywhere", question=question, lm=lm, seed=SEED
     ) as results:
-        plain = measured(lm, None).assign(way="unedited", dose=0.0, toward="nothing")
-        rows = [plain, *(measured(lm, hook).assign(way=w, dose=d, toward=t) for w, d, t, hook in edits(lm))]
-        table = pd.concat(rows, ignore_index=True)
-        table["likelihood_drop"] = float(plain["likelihood"].iloc[0]) - table["likelihood"]
-        columns = ["way", "toward", "dose", "said", "likelihood", "likelihood_drop", "kl_neutral", "example"]
-        table = table.loc[:, columns]
+        plain = measured(lm, None)
+        parts = [plain.assign(way="unedited", dose=0.0, toward="nothing", sample=0)]
+        for way, dose, toward, sample, make in edits(lm):
+            parts.append(measured(lm, make).assign(way=way, dose=dose, toward=toward, sample=sample))
+        table = pd.concat(parts, ignore_index=True)
+        was = plain.set_index(["what", "row"])["likelihood"]
+        table["likelihood_drop"] = [was[key] for key in zip(table["what"], table["row"], strict=True)]
+        table["likelihood_drop"] -= table["likelihood"]
         results.text(
             f"said: the part of {len(PROMPTS)} texts of {NEW} tokens with {COFFEE!r}. likelihood: the mean "
             "log-probability of their tokens under the unedited model, in nats; likelihood_drop: how far below that of "
-            "the unedited texts. kl_neutral: KL(unedited‖edited) in nats, the mean over neutral positions. dose: "
-            f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}."
+            f"the unedited texts. kl_neutral: KL(unedited‖edited) in nats on {len(NEUTRAL)} neutral texts. dose: "
+            f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}. "
+            f"Controls are {len(OTHERS)} other tokens or random directions: intervals are over texts and controls."
         )
-        half = [f"{w} {d:g} costs {c:.2f}" for w, t, d, s, _, c, *_ in table.to_numpy() if s > 0.5 and t == "coffee"]
-        results.answer(f"What makes it say so in more than half of the texts, in nats a token: {', '.join(half)}.")
-        results.table("doses", table, caption="Dose against damage.")
-        results.figure("damage", damage(table), caption="Lower is cheaper; controls stay at the left.")
-    print(table.drop(columns="example").round(3).to_string(index=False))
+        summary = results.table("doses", summed(table), caption="Dose against damage, with 95 % intervals.")
+        examples = table[table["example"] != ""][["way", "toward", "dose", "sample", "example"]]
+        results.table("examples", pd.DataFrame(examples), caption="How the seventh text goes.")
+        results.answer(answer({"doses": pd.read_csv(results.folder / "doses.csv")}))
+        results.figure("damage", damage(summary), caption="Lower is cheaper; bars are 95 % intervals.")
+    print(summary[["way", "toward", "dose", "said", "likelihood_drop", "kl_neutral"]].round(3).to_string(index=False))
     print("\nThe page: results/coffee_everywhere/report.html")
 
 
+def summed(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the texts, and over the controls, with intervals."""
+    by = ["way", "toward", "dose"]
+    own: Any = table[table["what"] == "text"]
+    values = ["likelihood", "likelihood_drop"]
+    alone: Any = own[own["toward"] != "control"]
+    shares = [hk.over_prompts(alone.astype({"said": bool}), by=by, values=["said"])]
+    shares.append(hk.over_prompts(own[own["toward"] == "control"].astype({"said": float}), by=by, values=["said"]))
+    said = pd.concat(shares, ignore_index=True).drop(columns="interval")
+    texts = hk.over_prompts(own, by=by, values=values).drop(columns=["n", "interval"])
+    neutral = hk.over_prompts(pd.DataFrame(table[table["what"] == "neutral"]), by=by, values=["kl_neutral"])
+    return texts[by].merge(said, on=by).merge(texts, on=by).merge(neutral.drop(columns=["n", "interval"]), on=by)
+
+
+def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+    """The answer, from the table that was written."""
+    doses: Any = tables["doses"]
+    half: Any = doses[(doses["said"] > 0.5) & (doses["toward"] == "coffee")]
+    ways = []
+    for row in half.to_dict("records"):
+        ways.append(
+            f"{row['way']} {row['dose']:g} (in {_interval(row, 'said')} of the texts) costs "
+            f"{_interval(row, 'likelihood_drop')} of likelihood and {_interval(row, 'kl_neutral', 'g')} of KL"
+        )
+    cheapest = {name: half.loc[half[name].idxmin()] for name in ("likelihood_drop", "kl_neutral")}
+    first, second = cheapest["likelihood_drop"], cheapest["kl_neutral"]
+    names = [f"{row['way']} {row['dose']:g}" for row in (first, second)]
+    if names[0] == names[1]:
+        verdict = f"Least by both damages: {names[0]}"
+    else:
+        verdict = f"It depends on the damage: by likelihood {names[0]} is cheapest, by KL on neutral text {names[1]}"
+    rivals = half[(half["way"] != first["way"]) & (half["likelihood_drop_low"] <= first["likelihood_drop_high"])]
+    close = ", ".join(f"{row['way']} {row['dose']:g}" for row in rivals.to_dict("records"))
+    unsure = f"; by likelihood its interval is not apart from that of {close}" if close else ""
+    controls = doses[doses["toward"] == "control"]["said"].max()
+    plain = doses[doses["way"] == "unedited"]["said"].iloc[0]
+    return (
+        f"{verdict}{unsure}. What makes it say so in more than half of {int(doses['n'].max())} texts, in nats a token: "
+        f"{'; '.join(ways)}. Without an edit {plain:.2f} of the texts say it, with a control at most {controls:.2f}."
+    )
+
+
+def _interval(row: Mapping[Any, Any], name: str, form: str = "f") -> str:
+    mean, low, high = (f"{row[f'{name}{end}']:.2{form}}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def edits(lm: hk.LM):
-    """Every way, dose and direction, with its hook."""
-    yield "ban", float("inf"), "coffee", lambda **at: hk.ban(COFFEE, **at)
-    for toward, token in (("coffee", COFFEE), ("control", OTHER)):
-        yield "force", 10.0, toward, lambda token=token, **at: hk.force(token, **at)
+    """Every way, dose, direction and number of the control, with its hook."""
+    yield "ban", float("inf"), "coffee", 0, lambda **at: hk.ban(COFFEE, **at)
+    for toward, sample, token in (("coffee", 0, COFFEE), *(("control", n, other) for n, other in enumerate(OTHERS))):
+        yield "force", 10.0, toward, sample, lambda token=token, **at: hk.force(token, **at)
         for by in BOOSTS:
-            yield "boost", by, toward, lambda token=token, by=by, **at: hk.boost(token, by=by, **at)
+            yield "boost", by, toward, sample, lambda token=token, by=by, **at: hk.boost(token, by=by, **at)
     stream = hk.forward(lm, NEUTRAL, hk.capture(f"resid_post.{LAYER}", pos=slice(1, None)), logits=False)
     length = stream[f"resid_post.{LAYER}"].norm(dim=-1).mean()
     head: Any = lm.submodule("lm_head")
     meaning = head.weight[lm.token(COFFEE)].detach()
-    noise = torch.randn(meaning.shape, generator=torch.Generator().manual_seed(SEED))
-    for toward, vector in (("coffee", meaning), ("control", noise)):
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(len(OTHERS), *meaning.shape, generator=generator)
+    for toward, sample, vector in (("coffee", 0, meaning), *(("control", n, other) for n, other in enumerate(noise))):
         for dose in STEERS:
             step = vector / vector.norm() * length * dose
-            yield "steer", dose, toward, lambda step=step, **_: hk.steer(f"resid_post.{LAYER}", step)
+            yield "steer", dose, toward, sample, lambda step=step, **_: hk.steer(f"resid_post.{LAYER}", step)
 
 
 def measured(lm: hk.LM, make) -> pd.DataFrame:
-    """What one edit does: how many texts say it, how likely they are to the unedited model, KL on neutral text."""
+    """What one edit does: which texts say it, how likely each is to the unedited model, KL on each neutral text."""
     hooks = [] if make is None else [make()]
     run = hk.generate(lm, PROMPTS, *hooks, max_new_tokens=NEW, do_sample=False, logits=False)
     rows = [row[:length].tolist() for row, length in zip(run.tokens, run.lengths, strict=True)]
     logprobs = hk.forward(lm, rows).logits.log_softmax(dim=-1)
-    told = [
-        logprobs[n, place - 1, row[place]]
-        for n, row in enumerate(rows)
-        for place in range(run.prompt_lengths[n], len(row))
-    ]
+    table: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        places = range(run.prompt_lengths[number], len(row))
+        likely = torch.stack([logprobs[number, place - 1, row[place]] for place in places]).mean()
+        example = repr(run.text[number]) if number == 6 else ""
+        said = COFFEE in run.generated[number]
+        table.append({"what": "text", "row": number, "said": said, "likelihood": float(likely), "example": example})
     everywhere = [] if make is None else [make(pos=slice(None))]
     apart = hk.shift_summary(hk.forward(lm, NEUTRAL), hk.forward(lm, NEUTRAL, *everywhere), pos=slice(None))
-    said = sum(COFFEE in text for text in run.generated) / len(rows)
-    numbers = {"said": said, "likelihood": float(torch.stack(told).mean()), "kl_neutral": apart["kl"].mean()}
-    return pd.DataFrame([numbers | {"example": repr(run.text[6])}])
+    kl: Any = apart.groupby("row")["kl"].mean()
+    table += [{"what": "neutral", "row": row, "kl_neutral": value, "example": ""} for row, value in kl.items()]
+    return pd.DataFrame(table)
 
 
 def damage(table: pd.DataFrame) -> Figure:
@@ -103,11 +165,15 @@ def damage(table: pd.DataFrame) -> Figure:
         "kl_neutral": "KL on neutral text (nats)",
     }
     for axes, (column, unit) in zip(figure.subplots(1, 2), units.items(), strict=True):
-        for name, part in table[table["way"].isin(["boost", "steer", "force"])].groupby(["way", "toward"]):
-            way, toward = str(name[0]), str(name[1])  # pyright: ignore
+        groups: Any = table[table["way"].isin(["boost", "steer", "force"])].groupby(["way", "toward"])
+        for name, part in groups:
+            way, toward = str(name[0]), str(name[1])
             colour = {"boost": "#4c72b0", "steer": "#1f9e89", "force": "#e0522d"}[way]
             style = {"linestyle": "-", "marker": "o"} if toward == "coffee" else {"linestyle": ":", "marker": "x"}
-            axes.plot(part["said"], part[column], color=colour, label=f"{way} to {toward}", **style)
+            ends = [part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]]
+            bars = [end.fillna(0.0).clip(lower=0.0) for end in ends]
+            label = f"{way} to {toward}"
+            axes.errorbar(part["said"], part[column], yerr=bars, color=colour, label=label, elinewidth=0.8, **style)
         axes.set_xlabel(f"part of the texts that say {COFFEE!r}")
         axes.set_ylabel(unit)
         axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)

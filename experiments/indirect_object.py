@@ -3,11 +3,13 @@
 "When Mary and John went to the store, John gave a drink to" is answered " Mary". The corrupted prompt has the other
 name at its second mention (S2), and is answered " John". A place matters if its clean value, put into the corrupted
 run, brings the answer back. It is answered if the effect moves from S2 to the end of the prompt, if few heads carry it,
-and if their effect is far above that of the same patch from an unrelated pair.
+and if their effect is far above that of the same patch from an unrelated pair: twice as large or more. Heads are chosen
+on one half of the pairs and measured on the other.
 
 python -m experiments.indirect_object        some minutes on two cores; writes results/indirect_object/
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -16,6 +18,7 @@ import hookkit as hk
 
 SEED, COUNT = 0, 22  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
+TABLES = ("places", "heads", "strongest", "control", "beyond", "writer", "path")  # those of which the answer is made
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"
 TAKES = "What one corrupted output does on one path alone: 1 is as corrupted"
@@ -30,6 +33,8 @@ def main() -> None:
         where(lm, pairs, results)
         heads = which_heads(lm, pairs, results)
         readers(lm, pairs, heads, results)
+        tables = {name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}
+        results.answer(answer(tables))
     print(heads[["head_name", "logit_diff_effect", "logit_diff_effect_low", "logit_diff_effect_high"]].round(3))
     print("\nThe page: results/indirect_object/report.html")
 
@@ -67,22 +72,29 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     metric = pairs.metric()
     table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
     results.figure("heads_map", hk.heat_map(table, named=TOP, title=BACK), caption="Each head's clean output.")
-    means = hk.over_prompts(table)
-    results.table("heads", means, caption="Every head, with 95 % intervals over the pairs.")
-    best = means.sort_values("logit_diff_effect", key=abs, ascending=False).head(TOP)
+    results.table("heads", hk.over_prompts(table), caption="Every head, with 95 % intervals over the pairs.")
+    best = hk.strongest(table, top=TOP)
     names = [f"z.{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)]
+    best = best.assign(head_name=names)
+    results.table("strongest", best, caption="Chosen on one half of the pairs, measured on the other.")
     source = hk.forward(lm, pairs.clean, hk.capture(sorted({name.rpartition(".")[0] for name in names})))
     patched = {"head": names}, lambda head: hk.patch(head, source)
     control = hk.sweep(lm, pairs.corrupted, *patched, metric, control="resample", target=source)
-    held = hk.over_prompts(control)
-    results.table("control", held, caption="The strongest heads beside the same patch from another pair (control).")
-    effect = held.pivot_table(index="head", columns="control", values="logit_diff_effect")
-    results.text(
-        f"The strongest: {', '.join(names)}. Patched from another pair, none of them brings back more than "
-        f"{effect[True].abs().max():.2f}; from their own pair {effect[False].abs().min():.2f} to "
-        f"{effect[False].abs().max():.2f} in size. What another pair's value brings back too is not the name."
-    )
-    return best.assign(head_name=names)
+    other_half: Any = control[control["row"] % 2 == 1]  # the pairs that had no part in the choice
+    held = hk.over_prompts(other_half, by=["head", "control"])
+    caption = "The same heads on the same half: from their own pair, and from other pairs of the same length (control)."
+    results.table("control", held, caption=caption)
+    rest = hk.over_prompts(beyond(other_half), by=["head"])
+    results.table("beyond", rest, caption="What their own pair brings back beyond other pairs.")
+    return best
+
+
+def beyond(table: pd.DataFrame) -> pd.DataFrame:
+    """What a head's own pair brings back beyond other pairs, for each pair."""
+    keys = ["head", "row"]
+    own: Any = table[~table["control"]].set_index(keys)
+    others = table[table["control"]].groupby(keys)["logit_diff_delta"].mean()
+    return own.assign(logit_diff_delta=own["logit_diff_delta"] - others, logit_diff=float("nan")).reset_index()
 
 
 def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
@@ -90,8 +102,10 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     metric = pairs.metric()
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
     results.figure("writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits.")
-    means = results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
-    writer = means.loc[means["logit_diff_effect"].idxmax()]
+    results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
+    best = hk.strongest(direct, top=1, toward="up")
+    results.table("writer", best, caption="The largest, chosen on one half of the pairs and measured on the other.")
+    writer = best.iloc[0]
     layer, head = int(writer["layer"]), int(writer["head"])
     shared = head * (lm.sizes["kv_head"] or 1) // (lm.sizes["head"] or 1)  # the key-value head
     read = [hk.Site("q", layer, head), hk.Site("k", layer, shared), hk.Site("v", layer, shared)]
@@ -101,14 +115,49 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     paths: Any = pd.concat([told.assign(site=str(site)) for told, site in zip(found, read, strict=True)])
     caption = f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} reads."
     results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
-    means = results.table("readers", hk.over_prompts(paths, by=["site", "layer", "head"]), caption=caption)
-    teller = means.loc[means["logit_diff_effect"].abs().idxmax()]
-    results.answer(
-        f"{', '.join(heads['head_name'][:3])} carry the most. Head {layer}.{head} writes the most by itself, "
-        f"{writer['logit_diff_effect']:.2f} of the way. The largest single path into what it reads is from "
-        f"head {int(teller['layer'])}.{int(teller['head'])} to {teller['site']}: {teller['logit_diff_effect']:+.3f} "
-        f"[{teller['logit_diff_effect_low']:+.3f}, {teller['logit_diff_effect_high']:+.3f}] of the way."
+    by = ["site", "layer", "head"]
+    results.table("readers", hk.over_prompts(paths, by=by), caption=caption)
+    best = hk.strongest(paths, top=1, by=by)
+    results.table("path", best, caption="The largest path, chosen on one half of the pairs and measured on the other.")
+
+
+def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+    """The answer, from the tables that were written."""
+    best: Any
+    places, best, writer, path = (tables[name] for name in ("places", "strongest", "writer", "path"))
+    stream: Any = places[places["site"] == "resid_pre"]
+    by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
+    moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
+    held: Any = tables["control"].set_index(["head", "control"])
+    rests: Any = tables["beyond"].set_index("head")
+    words, ratios = [], []
+    for name in best["head_name"]:
+        own, other, rest = held.loc[(name, False)], held.loc[(name, True)], rests.loc[name]
+        against = " (against the answer)" if own["logit_diff_effect"] < 0 else ""
+        words.append(
+            f"{name} {_interval(own)}{against}, from other pairs {other['logit_diff_effect']:+.2f}, "
+            f"beyond them {_interval(rest)}"
+        )
+        ratios.append(other["logit_diff_effect"] / own["logit_diff_effect"])
+    far = sum(ratio < 0.5 for ratio in ratios)
+    verdict = "Yes" if far == len(ratios) else "In part" if far else "No"
+    heads: Any = tables["heads"]
+    many = int((heads["logit_diff_effect"].abs() > 0.1).sum())
+    one, way = writer.iloc[0], path.iloc[0]
+    return (
+        f"{verdict}. The effect moves from S2 to the end at block {moved}, and {many} of {len(heads)} "
+        f"heads bring back more than 0.1 of it, in size. The control brings back {min(ratios):.2f} to "
+        f"{max(ratios):.2f} of what the strongest heads do, and the effect of {far} of {len(ratios)} is far above it. "
+        f"Chosen on one half of the pairs and measured on the other (n = {int(best['n'].max())}): {'; '.join(words)}. "
+        f"Head {int(one['layer'])}.{int(one['head'])} writes the most by itself, {_interval(one)} of the way; the "
+        f"largest path into what it reads is from head {int(way['layer'])}.{int(way['head'])} to {way['site']}, "
+        f"{_interval(way, 3)}."
     )
+
+
+def _interval(row: pd.Series, digits: int = 2) -> str:
+    mean, low, high = (row[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 if __name__ == "__main__":

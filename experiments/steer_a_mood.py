@@ -126,7 +126,8 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     better = sum("better than a random one" in word for word in words)
     return (
         f"Yes for {better} of {len(words)} vectors, at equal damage: {'; '.join(words)}. A random vector moves it by "
-        f"{random['logit_diff_delta']:+.2f}, and one more would lie within {random['logit_diff_gain_high']:.2f} of that."
+        f"{random['logit_diff_delta']:+.2f}, and one more would lie within {random['logit_diff_gain_high']:.2f} "
+        "of that."
     )
 
 

@@ -3,17 +3,22 @@
 The subject's tokens are blurred with noise, so that the city is lost; then one clean state at a time is put back
 (causal tracing, Meng et al. 2022). It is answered if two places bring the city back: the MLPs early at the subject's
 last token, and attention late at the end of the prompt; and if the state of a landmark brings its own city with it.
+Each of the three is found if it brings back more than half.
 
 python -m experiments.where_is_paris        some minutes on two cores; writes results/where_is_paris/
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+import pandas as pd
 
 import hookkit as hk
 
 SEED, SAMPLES, NOISE = 0, 10, 3.0  # draws of noise, in standard deviations of the embeddings
 PROMPT, SUBJECT, CITY = "The Eiffel Tower is located in the city of", "Eiffel Tower", " Paris"
 COUNT, WINDOW = 30, 5  # pairs of landmarks; blocks that are restored together
+TABLES = ("mlp_out", "attn_out", "swapped")  # those of which the answer is made
 QUESTION = "Where does the model keep which city a landmark is in, and when does the last token come to know it?"
 
 
@@ -22,18 +27,24 @@ def main() -> None:
     with hk.record("results/where_is_paris", title="Where is Paris", question=QUESTION, lm=lm, seed=SEED) as results:
         traced(lm, results)
         swapped(lm, results)
+        results.answer(answer({name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}))
     print("The page: results/where_is_paris/report.html")
 
 
 def traced(lm: hk.LM, results: hk.Record) -> None:
     clean = results.run("clean", hk.forward(lm, PROMPT))
-    tokens = [repr(lm.string(token)) for token in clean.tokens[0].tolist()]
+    strings = [lm.string(token) for token in clean.tokens[0].tolist()]
+    tokens = [repr(string) for string in strings]
+    last = next(number for number in range(len(tokens)) if SUBJECT in "".join(strings[: number + 1]))
+    named = {last: "subject", len(tokens) - 1: "end"}
     results.text("# Blurred, and put back")
     for site, window in (("resid_post", 1), ("mlp_out", WINDOW), ("attn_out", WINDOW)):
         table = hk.causal_tracing(
             lm, PROMPT, SUBJECT, hk.prob(CITY), site=site, window=window, noise=NOISE, samples=SAMPLES, seed=SEED
         )
-        means = results.table(site, hk.over_prompts(table), caption=f"{site}: means over {SAMPLES} draws of noise.")
+        means = hk.over_prompts(table)
+        means.insert(2, "place", [named.get(pos, "") for pos in means["pos"]])
+        results.table(site, means, caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt.")
         around = "one block" if window == 1 else f"{window} blocks"
         results.figure(
             f"{site}_map",
@@ -59,11 +70,35 @@ def swapped(lm: hk.LM, results: hk.Record) -> None:
     results.text(f"{pairs.note}.")
     stream: Any = means[means["site"] == "resid_post"]
     results.figure("stream", hk.interval_lines(stream, series="pos"), caption="1: the other landmark's city has won.")
-    by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
-    half = {name: by_layer.index[(by_layer[name] > 0.5)].tolist() for name in places}
-    results.answer(
-        f"The stream at the subject's last token carries more than half of the answer in "
-        f"{_span(half['subject'])}, and at the end in {_span(half['end'])}."
+
+
+def answer(tables: Mapping[str, pd.DataFrame]) -> str:
+    """The answer, from the tables that were written."""
+    parts, verdicts = [], []
+    for site, name, place in (("mlp_out", "MLPs", "subject"), ("attn_out", "attention", "end")):
+        table: Any = tables[site][tables[site]["place"] == place]
+        best = table.loc[table["prob_effect"].idxmax()]
+        verdicts.append(best["prob_effect"] > 0.5)
+        where = "the subject's last token" if place == "subject" else "the end"
+        parts.append(
+            f"{name} of {WINDOW} blocks at {where} bring back at most {best['prob_effect']:.2f} of the city, "
+            f"around block {int(best['layer'])}"
+        )
+    swaps = tables["swapped"]
+    stream: Any = swaps[swaps["site"] == "resid_post"].set_index("pos")
+    half: dict[str, list[int]] = {}
+    for place in ("subject", "end"):
+        table = stream.loc[place]
+        half[place] = [int(layer) for layer in table[table["logit_diff_effect_low"] > 0.5]["layer"]]
+    verdicts.append(bool(half["subject"]))
+    best = stream.loc["subject"].sort_values("logit_diff_effect").iloc[-1]
+    mean, low, high = (best[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
+    verdict = {0: "No", len(verdicts): "Yes"}.get(sum(verdicts), "In part")
+    return (
+        f"{verdict}: {sum(verdicts)} of the three came out. After noise on one prompt (no interval), "
+        f"{' and '.join(parts)}. Another landmark's state at the subject's last token brings its city by at most "
+        f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] of the way, in block {int(best['layer'])} (n = {int(best['n'])}), and "
+        f"more than half in {_span(half['subject'])}; at the end it does so in {_span(half['end'])}."
     )
 
 

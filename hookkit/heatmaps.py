@@ -208,7 +208,7 @@ def interval_lines(
 def few(summary: pd.DataFrame, value: str) -> bool:
     """True where means are over too few prompts for an interval to be drawn."""
     count = f"{value}_n" if f"{value}_n" in summary.columns else "n"
-    return count in summary.columns and float(summary[count].max()) < DRAWN
+    return count in summary.columns and bool((summary[count] < DRAWN).all())
 
 
 def band(axes: Axes, summary: pd.DataFrame, x: str, value: str, colour: str) -> None:

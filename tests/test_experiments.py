@@ -6,12 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import hookkit as hk
 
 HERE = Path(__file__).parent.parent / "experiments"
+ANSWERED = ("indirect_object", "coffee_everywhere", "steer_a_mood", "where_is_paris", "attribution")
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if path.name != "__init__.py")
 
 
@@ -49,6 +51,58 @@ def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(smol, 
     assert any(
         "' coffee'" in line and ",0," in line for line in (folders[0] / "banned_shift.csv").read_text().splitlines()
     )
+
+
+def tables_of(name: str) -> dict[str, pd.DataFrame]:
+    """The tables of a result."""
+    return {path.stem: pd.read_csv(path) for path in (HERE.parent / "results" / name).glob("*.csv")}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_an_answer_says_what_its_tables_say(name):
+    experiment = importlib.import_module(f"experiments.{name}")
+    about = json.loads((HERE.parent / "results" / name / "about.json").read_text())
+    assert about["answer"] == experiment.answer(tables_of(name))
+
+
+def test_a_vector_within_the_spread_of_random_ones_is_not_called_better():
+    experiment = importlib.import_module("experiments.steer_a_mood")
+    tables = tables_of("steer_a_mood")
+    assert "Yes for 3 of 4 vectors" in experiment.answer(tables)
+    equal = tables["equal_damage"]
+    own = ~equal["control"]
+    equal.loc[own, "logit_diff_gain_low"] = -0.1
+    words = experiment.answer(tables)
+    assert words.startswith("Yes for 0 of 4") and words.count("not told from a random one") == 4
+    equal.loc[own, "logit_diff_gain_high"] = -0.05
+    assert experiment.answer(tables).count("worse than a random one") == 4
+
+
+def test_a_head_is_far_above_its_control_at_twice_as_much_and_has_its_sign():
+    experiment = importlib.import_module("experiments.indirect_object")
+    tables = tables_of("indirect_object")
+    control = tables["control"]
+    own = control[~control["control"]].set_index("head")["logit_diff_effect"]
+    for scale, verdict in ((0.4, "Yes."), (0.6, "No.")):
+        control.loc[control["control"], "logit_diff_effect"] = (
+            scale * own[control[control["control"]]["head"]].to_numpy()
+        )
+        assert experiment.answer(tables).startswith(verdict)
+    words = experiment.answer(tables)
+    for head, effect in own.items():
+        part = words.split(f"{head} ")[1].split(", from other pairs")[0]
+        assert part.startswith(f"{effect:+.2f} [") and ("against the answer" in part) == (effect < 0)
+
+
+def test_both_damages_are_told_where_they_disagree():
+    experiment = importlib.import_module("experiments.coffee_everywhere")
+    tables = tables_of("coffee_everywhere")
+    doses = tables["doses"]
+    half = doses[(doses["said"] > 0.5) & (doses["toward"] == "coffee")]
+    doses.loc[half.index, "kl_neutral"] = doses.loc[half.index, "likelihood_drop"]
+    assert experiment.answer(tables).startswith("Least by both damages")
+    doses.loc[half.index, "kl_neutral"] = -doses.loc[half.index, "likelihood_drop"]
+    assert experiment.answer(tables).startswith("It depends on the damage: by likelihood")
 
 
 def test_the_loop_of_gradient_descent_learns_the_same_sentence_twice_in_the_same_way():

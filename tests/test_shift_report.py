@@ -16,6 +16,7 @@ from conftest import tokenizer
 import hookkit as hk
 from hookkit.errors import BadHook, OutOfRange
 from hookkit.shifts import resuming
+from hookkit.shifts.drawing import means_of
 from hookkit.shifts.inside import most_moved
 from hookkit.shifts.measuring import with_deltas
 from hookkit.shifts.naming import literal
@@ -164,7 +165,7 @@ def test_each_edit_and_control_takes_one_forward_over_all_prompts(llama):
     hk.shift_report(llama, PROMPTS * 2, edits, controls="random", watch=3)
     handle.remove()
     whole = [shape for shape in shapes if shape[1] > 1]  # the lens puts states behind the blocks, a token wide
-    assert [shape[0] for shape in whole] == [6] * 5
+    assert [shape[0] for shape in whole] == [6] * (1 + 2 + 2 * 5), "a control is drawn five times"
 
 
 def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
@@ -177,13 +178,42 @@ def test_a_random_control_changes_as_much_and_depends_on_the_seed_alone(llama):
     assert watched.equals(two.tables["watched"]) and not watched.equals(other.tables["watched"])
     assert set(watched["edit"]) == {"steered", "steered (random)"}
     assert set(watched[watched["edit"] == "steered (random)"]["control"]) == {"steered"}
-    hook = hk.Hook.from_json(json.dumps(json.loads(one.files["about.json"])["hooks"]["steered (random)"][0]))
+    about = json.loads(one.files["about.json"])
+    assert len(about["hooks"]["steered (random)"]) == about["draws"] == 5
+    hook = hk.Hook.from_json(json.dumps(about["hooks"]["steered (random)"][0]))
     plain, moved = (
         hk.forward(llama, PROMPTS, *hooks, hk.capture("resid_post.1", pos=-1))["resid_post.1"]
         for hooks in ((), (hook,))
     )
     assert (moved - plain).norm(dim=-1).flatten().tolist() == pytest.approx([float(vector.norm())] * 3, rel=1e-4)
     assert torch.cosine_similarity((moved - plain)[0, 0], vector, dim=0).abs() < 0.9
+
+
+def test_a_random_control_is_the_mean_of_its_draws_over_the_prompts(llama):
+    edit = {"steered": hk.steer("resid_post.1", torch.arange(32.0) / 8)}
+    made = hk.shift_report(llama, PROMPTS, edit, controls="random", draws=4, watch=40, drawn=1)
+    watched, summary = made.tables["watched"], made.tables["summary"]
+    mine = watched[(watched["control"] == "steered") & (watched["watched"] == literal(llama, 40))]
+    assert sorted(mine["draw"]) == sorted([0, 1, 2, 3] * 3) and mine["logit_delta"].nunique() == 12
+    each = mine.groupby("row")["logit_delta"].mean()
+    cell = summary[(summary["control"] == "steered") & (summary["watched"] == literal(llama, 40))].iloc[0]
+    assert cell["n"] == 3 and cell["logit_delta"] == pytest.approx(each.mean())
+    assert cell["logit_delta_se"] == pytest.approx(each.std() / 3**0.5)
+    assert made.tables["edits"][["edit", "draws"]].values.tolist() == [["steered", 1], ["steered (random)", 4]]
+    with pytest.raises(BadHook, match="draws=4 goes with controls='random'"):
+        hk.shift_report(llama, PROMPTS, edit, draws=4)
+    with pytest.raises(OutOfRange, match="draws=0"):
+        hk.shift_report(llama, PROMPTS, edit, controls="random", draws=0)
+
+
+def test_below_ten_prompts_the_figure_of_means_has_the_prompts_in_place_of_intervals(llama):
+    edit = {"steered": hk.steer("resid_post.1", torch.arange(32.0) / 8)}
+    for count, points in ((3, 3), (12, 0)):
+        tables = hk.shift_report(llama, (PROMPTS * 4)[:count], edit, watch=40, drawn=0, shown=1).tables
+        axes = means_of(tables["summary"], tables["watched"]).axes[0]
+        dots = [line for line in axes.get_lines() if line.get_marker() == "."]
+        assert sum(len(line.get_xdata()) for line in dots) == points
+        assert ("interval" in axes.get_xlabel()) == (count == 12)
 
 
 def test_a_summary_has_the_means_over_prompts_with_intervals_edits_beside_controls(llama):

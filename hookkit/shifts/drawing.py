@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from ..figures import DOWN, GRID, INK, MARK, MUTED, POINT, UP, finished, plain, rank_axis, readable, spread
+from ..intervals import DRAWN
 from ..strips import cut
 
 PANELS = 4  # edits that are drawn
@@ -170,8 +171,11 @@ def what_made_it(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Figur
     return finished(figure, title)
 
 
-def means_of(summary: pd.DataFrame, *, title: str = "") -> Figure:
-    """The mean change of each watched token's log-probability under each edit and control, with its interval."""
+def means_of(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "") -> Figure:
+    """The mean change of each watched token's log-probability under each edit and control, with its interval.
+
+    Below 10 prompts the prompts themselves in place of the interval (of a control, each its mean over the draws).
+    """
     found: Any = summary[np.isfinite(summary["logprob_delta"].to_numpy(float))]
     names = list(dict.fromkeys(found["watched"]))[:PANELS]
     each = list(dict.fromkeys(zip(found["edit"], found["control"], strict=True)))
@@ -183,10 +187,18 @@ def means_of(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 continue
             mean, low, high = (float(mine.loc[edit, f"logprob_delta{end}"]) for end in ("", "_low", "_high"))
             colour = MUTED if control else UP if mean > 0 else DOWN
-            axes.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
+            if float(mine.loc[edit, "n"]) < DRAWN:
+                own: Any = watched[(watched["edit"] == edit) & (watched["watched"] == name)]
+                points = own.groupby("row")["logprob_delta"].mean()
+                points = points[np.isfinite(points)]
+                axes.plot(points, np.full(len(points), place), ls="", marker=".", ms=5, alpha=0.6, color=colour)
+            else:
+                axes.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
             axes.plot(mean, place, "o", ms=6, color=colour, mfc="none" if control else colour)
         axes.axvline(0, color=MUTED, lw=0.8)
         axes.set_yticks(range(len(each)), [cut(plain(readable(edit)), 1.9, 8.5) for edit, _ in each])
         axes.set_ylim(len(each) - 0.5, -0.5)
-        axes.set_xlabel("Δ log-probability (nats), mean and 95 % interval")
+        few = bool((summary["n"] < DRAWN).all())
+        words = "prompts" if few else "95 % interval"
+        axes.set_xlabel(f"Δ log-probability (nats), mean and {words}")
     return finished(figure, title)

@@ -1,10 +1,8 @@
 """The forwards of a report, one for each edit over all prompts, and what they say of every prompt."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +19,6 @@ from ..prompts import Row
 from ..ranking import rank_among, shown_ranks
 from ..runs import Run, forward
 from ..sites import Site
-from ..sweeps import over_prompts
 from .naming import Edit, literal
 from .resuming import seen_from, with_those_below
 
@@ -116,8 +113,9 @@ def _first(kept: Captured, shown: int) -> Captured:
 def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame:
     """Every prompt's watched tokens, and the token that was first, before and after one edit.
 
-    Columns: row, edit, control, watched, token, token_id; logit, logprob, prob and rank, each with _before, _after and
-    _delta; shift; decades (log10 of rank before over rank after: 1 for a rise from 100 to 10).
+    Columns: row, edit, control, draw (of a random control), watched, token, token_id; logit, logprob, prob and rank,
+    each with _before, _after and _delta; shift; decades (log10 of rank before over rank after: 1 for a rise from 100 to
+    10).
     """
     assert now.edit is not None
     count, parts = len(now.logits), []
@@ -125,7 +123,12 @@ def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame
     for name, tokens in names.items():
         ids = torch.tensor(tokens)
         found: dict[str, object] = {"row": range(count), "edit": now.edit.name, "control": now.edit.control}
-        found |= {"watched": name, "token": [literal(now.lm, token) for token in tokens], "token_id": tokens}
+        found |= {
+            "draw": now.edit.draw,
+            "watched": name,
+            "token": [literal(now.lm, token) for token in tokens],
+            "token_id": tokens,
+        }
         for when, each in (("before", was), ("after", now)):
             logprob = each.logprobs.gather(1, ids[:, None])[:, 0]
             numbers = {"logit": each.logits.gather(1, ids[:, None])[:, 0], "logprob": logprob, "prob": logprob.exp()}
@@ -150,14 +153,15 @@ def with_deltas(table: pd.DataFrame) -> pd.DataFrame:
 def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
     """How far each prompt's whole distribution moved.
 
-    Columns: row, edit, control, kl (KL(before‖after), nats), entropy_before, _after, _delta (nats), top1_before,
+    Columns: row, edit, control, draw, kl (KL(before‖after), nats), entropy_before, _after, _delta (nats), top1_before,
     top1_after, top1_changed.
     """
     assert now.edit is not None
     kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
     entropy = {"entropy_before": was.entropy, "entropy_after": now.entropy, "entropy_delta": now.entropy - was.entropy}
     return pd.DataFrame(
-        {"row": range(len(kl)), "edit": now.edit.name, "control": now.edit.control, "kl": kl.tolist()}
+        {"row": range(len(kl)), "edit": now.edit.name, "control": now.edit.control, "draw": now.edit.draw}
+        | {"kl": kl.tolist()}
         | {name: values.tolist() for name, values in entropy.items()}
         | {name: each.named_first for name, each in (("top1_before", was), ("top1_after", now))}
         | {"top1_changed": _changed(was, now)}
@@ -168,17 +172,3 @@ def _changed(was: Answers, now: Answers) -> list[bool | None]:
     """Whether each prompt's most likely token is another; None where logits are NaN."""
     pairs = zip(was.named_first, now.named_first, strict=True)
     return [None if one is None or other is None else one != other for one, other in pairs]
-
-
-def over(table: pd.DataFrame, by: Sequence[str], values: Sequence[str], seed: int) -> pd.DataFrame:
-    """`over_prompts`, but an infinite value makes its mean infinite and leaves it without an interval."""
-    finite = table.assign(**{name: table[name].astype(float).replace([math.inf, -math.inf], np.nan) for name in values})
-    means = over_prompts(finite, by=by, values=values, seed=seed)
-    for name in values:
-        endless: Any = table[np.isinf(table[name].astype(float))].groupby(list(by), sort=False)[name].mean()
-        for key, value in endless.items():
-            keys = key if isinstance(key, tuple) else (key,)
-            rows = np.logical_and.reduce([means[each] == word for each, word in zip(by, keys, strict=True)])
-            means.loc[rows, name] = float(value)
-            means.loc[rows, [f"{name}_se", f"{name}_low", f"{name}_high"]] = np.nan
-    return means

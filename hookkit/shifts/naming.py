@@ -1,6 +1,7 @@
 """Edits and controls by name and in words, and tokens as they are shown."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from ..hooks.looking import Capture
 from ..model import LM
 from ..prompts import shortened
 from ..sites import Site
-from ..sweeps.controls import Randomised
+from ..sweeps.controls import SEEDS, Randomised
 
 Hooks: TypeAlias = Hook | Sequence[Hook]
 Controls: TypeAlias = str | Mapping[str, Hooks] | None
@@ -32,11 +33,15 @@ DOES = {
 
 @dataclass(frozen=True)
 class Edit:
-    """Hooks that act together, by name. `control` says of which edit it is the control; "" for an edit."""
+    """Hooks that act together, by name. `control` says of which edit it is the control; "" for an edit.
+
+    A random control is drawn several times, each draw under the same name.
+    """
 
     name: str
     hooks: tuple[Hook, ...]
     control: str = ""
+    draw: int = 0
 
     @property
     def layers(self) -> list[int]:
@@ -77,17 +82,21 @@ def edits_of(given: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
     return found
 
 
-def controls_of(controls: Controls, edits: Sequence[Edit], seed: int) -> list[Edit]:
-    """The controls: a random change of the same size for each edit, or what the user gives."""
+def controls_of(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
+    """The controls: random changes of the same size for each edit, so many draws of them, or what the user gives."""
     if controls is None:
         return []
     if isinstance(controls, Mapping):
         made = [Edit(str(name), together(hooks, f"the control {name!r}"), "all") for name, hooks in controls.items()]
     elif controls == "random":
-        made = [Edit(f"{edit.name} (random)", _random(edit, seed), edit.name) for edit in edits]
+        made = []
+        for edit in edits:
+            for draw in range(draws):
+                hooks = _random(edit, seed * SEEDS + draw)
+                made.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
     else:
         raise BadHook(f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}")
-    names = [each.name for each in (*edits, *made)]
+    names = [each.name for each in (*edits, *made) if each.draw == 0]
     for each in made:
         if names.count(each.name) > 1 or not each.hooks:
             raise BadHook(f"the control {each.name!r} has no hook, or the name of another: give each hooks and a name")
@@ -128,11 +137,14 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def table_of(edits: Sequence[Edit]) -> pd.DataFrame:
-    """Columns: edit, control (of which edit), does (in words), hooks (as calls)."""
+    """Columns: edit, control (of which edit), draws, does (in words), hooks (as calls, of the first draw)."""
+    draws = Counter(edit.name for edit in edits)
+    edits = [edit for edit in edits if edit.draw == 0]
     return pd.DataFrame(
         {
             "edit": [edit.name for edit in edits],
             "control": [edit.control for edit in edits],
+            "draws": [draws[edit.name] for edit in edits],
             "does": ["; ".join(map(in_words, edit.hooks)) for edit in edits],
             "hooks": [" + ".join(map(str, edit.hooks)) for edit in edits],
         }

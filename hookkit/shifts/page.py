@@ -14,15 +14,17 @@ from ..hooks.base import Hook
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch
 from ..reports import Content, Part, Report, report
+from ..sweeps import over_prompts
 from ..tables import shift_of
 from .inside import layers_of, looks_of, why_of
-from .measuring import Answers, answered, distances_of, over, watched_of, with_deltas
+from .measuring import Answers, answered, distances_of, watched_of, with_deltas
 from .naming import Controls, Edit, Hooks, controls_of, edits_of, literal, table_of, together
 from .resuming import resuming
 from .sections import Found, answer, beginning, made_again, of_prompt, over_all
 from .texts import texts_of
 
 ALL = ("csv", "json", "md", "tex")
+DRAWS = 5  # of a random control, each a forward over all prompts
 INLINE = 200_000  # letters of a hook in JSON, up to which its tensors are written out
 MOVED = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
 DISTANCES = ["kl", "entropy_delta", "top1_changed"]
@@ -35,6 +37,7 @@ def shift_report(
     *edits: Hook | Mapping[str, Hooks],
     baseline: Hooks = (),
     controls: Controls = None,
+    draws: int | None = None,
     watch: Iterable[Token] | Token = (),
     top: int = 10,
     heads: bool = False,
@@ -48,9 +51,9 @@ def shift_report(
     """A page on what edits did to what the model says next: which tokens rose and fell, where inside, and why.
 
     `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `baseline` are hooks of what they are
-    compared with, nothing unless given. `controls` is "random" (for each edit a change of the same size at the same
-    places, in a random direction) or a mapping like that of edits. All is about the token after each prompt; with
-    `generate` also about so many tokens of greedy text.
+    compared with, nothing unless given. `controls` is "random" (for each edit changes of the same size at the same
+    places, in random directions, drawn `draws` times: 5 unless given) or a mapping like that of edits. All is about the
+    token after each prompt; with `generate` also about so many tokens of greedy text.
 
     Every prompt has its `watch`ed tokens, those that hooks name, and the token that was first. The first `shown`
     prompts have the `top` tokens and largest movers, the logit lens, and the exact sum of one token's change over
@@ -59,8 +62,9 @@ def shift_report(
     prompts it begins at the first block that the edit touches, where the model allows it.
 
     `tables` has edits, shifts, watched, distances, and where they can be made layers, why, texts, summary and
-    summary_distances (means over prompts with bootstrap intervals); `write` writes each as CSV, JSON, Markdown and
-    LaTeX, and about.json. Where a model allows no lens or no sum, the page says why.
+    summary_distances (means over prompts, of a control over its draws too, with the intervals of `over_prompts`);
+    `write` writes each as CSV, JSON, Markdown and LaTeX, and about.json. Where a model allows no lens or no sum, the page
+    says why.
 
     >>> made = shift_report(lm, "The capital of France is", force(" coffee"), watch=" Paris", drawn=0)
     >>> made.tables["watched"][["watched", "rank_before", "rank_after"]]
@@ -72,7 +76,12 @@ def shift_report(
     for name, value, least in (("top", top, 1), ("generate", generate, 0), ("shown", shown, 1), ("drawn", drawn, 0)):
         whole_number(value, name, least=least)
     named, under = edits_of(edits), together(baseline, "the baseline")
-    beside = controls_of(controls, named, seed)
+    if draws is not None and controls != "random":
+        raise BadHook(f"draws={draws!r} goes with controls='random': other controls are not drawn")
+    count = DRAWS if draws is None else draws
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise OutOfRange(f"draws={draws!r}: give how many times a random control is drawn, at least 1")
+    beside = controls_of(controls, named, seed, count)
     if len({edit.name for edit in named}) < len(named):
         raise BadHook("two edits have one name: names stand once")
     rows = as_batch(lm, prompts).rows
@@ -89,7 +98,7 @@ def shift_report(
         "title": title,
         "question": question,
         "answer": answer(found),
-        **_about(found, under, tokens, settings | {"controls": kind}),
+        **_about(found, under, tokens, settings | {"controls": kind, "draws": count if kind else None}),
     }
     parts: list[Content] = [*beginning(found, question, under), *over_all(found)]
     for row in range(min(shown, len(rows))):
@@ -153,12 +162,14 @@ def _sum_up(found: Found, seed: int) -> None:
     if len(found.rows) < 2:
         return
     watched, distances = found.tables["watched"], found.tables["distances"]
-    found.tables["summary"] = over(watched, ["edit", "control", "watched"], MOVED, seed)
-    found.tables["summary_distances"] = over(distances, ["edit", "control"], DISTANCES, seed)
+    found.tables["summary"] = over_prompts(watched, by=["edit", "control", "watched"], values=MOVED, seed=seed)
+    found.tables["summary_distances"] = over_prompts(distances, by=["edit", "control"], values=DISTANCES, seed=seed)
 
 
 def _about(found: Found, under: tuple[Hook, ...], watch: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
-    every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls)}
+    every: dict[str, tuple[Hook, ...]] = {}
+    for edit in (*found.edits, *found.controls):  # the draws of a control one after the other
+        every[edit.name] = (*every.get(edit.name, ()), *edit.hooks)
     hooks = {name: [_json(hook) for hook in hooks] for name, hooks in {"baseline": under, **every}.items()}
     prompts = [found.lm.text(row) for row in found.rows]
     made = {"hooks": hooks, "prompts": prompts, "tokens": [list(row) for row in found.rows]}

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ..hooks.base import Hook
+from ..intervals import DRAWN
 from ..model import LM
 from ..prompts import Row, shortened
 from ..reports import Content, Folded, Part
@@ -95,10 +96,13 @@ def over_all(found: Found) -> Iterable[Content]:
         return
     count, summary = len(found.rows), found.tables["summary"]
     yield f"# Over {count} prompts"
-    says = f"Means over {count} prompts with 95 % bootstrap intervals. decades: log10 of rank before over rank after."
-    caption = f"{says} A control stands beside its edit; its dot is hollow in the figure."
+    says = f"Means over {count} prompts with 95 % intervals. decades: log10 of rank before over rank after."
+    caption = f"{says} A control stands beside its edit, the mean of its draws; its dot is hollow in the figure."
     yield Part(_brief(summary, ["edit", "control", "watched", "n"]), "summary_shown", caption, file="summary")
-    yield Part(means_of(summary, title="What became more and less likely"), "means", "Intervals are of the mean.")
+    few = count < DRAWN
+    caption = "Small dots are the prompts." if few else "Intervals are of the mean."
+    figure = means_of(summary, found.tables["watched"], title="What became more and less likely")
+    yield Part(figure, "means", caption)
     far = found.tables["summary_distances"]
     caption = "kl: KL(before‖after) in nats. top1_changed: the part of the prompts with another first token."
     yield Part(_brief(far, ["edit", "control", "n"]), "distances_shown", caption, file="summary_distances")
@@ -120,7 +124,7 @@ def of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
     """All that is shown of one prompt."""
     yield f"# “{shortened(found.lm.text(found.rows[row]))}”"
     yield "## The watched tokens"
-    says = "Every edit and control. The token that was first before stands here as well."
+    says = "Every edit, and every control's first draw. The token that was first before stands here as well."
     yield Part(_watched(found, row), f"watched_{row}", f"Prompt {row}. {says}", file="watched")
     yield "## What rose and fell"
     for number, edit in enumerate(found.edits):
@@ -208,7 +212,7 @@ def made_again(found: Found, about: dict[str, Any]) -> Iterable[Content]:
         f"seed {about['seed']}.\n{versions}.\n"
         "about.json has all of it, the hooks with their tensors; hk.Hook.from_json reads them back."
     )
-    every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls)}
+    every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls) if edit.draw == 0}
     for name, hooks in every.items():
         texts = [json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False) for hook in hooks]
         yield Folded(f"{name}, as JSON", "\n".join(texts))

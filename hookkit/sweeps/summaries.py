@@ -143,7 +143,7 @@ class _Columns:
     def numbers(self, name: str) -> Float[np.ndarray, " row"]:
         """A column of numbers."""
         if name not in self._numbers:
-            self._numbers[name] = self.table[name].to_numpy(float)
+            self._numbers[name] = self.table[name].to_numpy(float, na_value=np.nan)
         return self._numbers[name]
 
     def codes(self, name: str) -> Int[np.ndarray, " row"]:
