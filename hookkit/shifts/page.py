@@ -63,8 +63,8 @@ def shift_report(
 
     `tables` has edits, shifts, watched, distances, and where they can be made layers, why, texts, summary and
     summary_distances (means over prompts, of a control over its draws too, with the intervals of `over_prompts`);
-    `write` writes each as CSV, JSON, Markdown and LaTeX, and about.json. Where a model allows no lens or no sum, the page
-    says why.
+    `write` writes each as CSV, JSON, Markdown and LaTeX, and about.json. Where a model allows no lens or no sum, the
+    page says why.
 
     >>> made = shift_report(lm, "The capital of France is", force(" coffee"), watch=" Paris", drawn=0)
     >>> made.tables["watched"][["watched", "rank_before", "rank_after"]]
