@@ -181,8 +181,8 @@ def finite_number(
     }
     if any(is_outside for _, is_outside in limits.values()):
         words = [f"{word} {limit:g}" for word, (limit, _) in limits.items() if limit is not None]
-        what = meaning.rstrip(",") or "a number"
-        raise error(f"{name}={number:g}: give {what} {' and '.join(sorted(words))}")
+        what = meaning or "a number"
+        raise error(f"{name}={described(value)}: give {what} {' and '.join(sorted(words))}")
     return number
 
 
@@ -521,7 +521,6 @@ HOW_TO_GET = {
     "Figure": "a matplotlib Figure",
     "Condition": "a condition, such as hk.entropy_above(2.0)",
     "At": "hk.at('text')",
-    "Part": "hk.PROMPT or hk.GENERATED",
     "Span": "a slice",
     "Phrase": "hk.phrase('text')",
 }
@@ -603,7 +602,7 @@ def read_as(kinds: Sequence[Kind], value: Any, function: str, name: str) -> Any:
     if names and isinstance(value, str):
         raise BadArgument(f"{name}={described(value)} is unknown: say {words}{hint}")
     instead = _instead(kinds, value)
-    raise BadArgument(f"{function}() has {name}={described(value)}{hint} Give {words}{instead}.")
+    raise BadArgument(f"{function}() has {name}={described(value)}: give {words}{instead}")
 
 
 def _instead(kinds: Sequence[Kind], value: Any) -> str:

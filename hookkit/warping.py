@@ -93,7 +93,7 @@ def _rules(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Warp
         value = whole_number(given, "top_k", least=1, meaning="how many tokens,", error=BadHook)
         yield f"top_k={value}", _called(TopKLogitsWarper(value))
     for given in _several(top_p):
-        value = finite_number(given, "top_p", above=0.0, most=1.0, meaning="a probability,")
+        value = finite_number(given, "top_p", above=0.0, most=1.0, meaning="a probability")
         yield f"top_p={value:g}", _called(TopPLogitsWarper(float(value)))
 
 

@@ -117,7 +117,7 @@ def test_a_warped_distribution_is_what_generate_draws_from(llama, rules):
     ("words", "error", "said"),
     [
         ({}, BadHook, "no setting was given: say temperature="),
-        ({"temperature": 0}, BadHook, r"temperature=0: give a temperature \(greedy is top_k=1\) above 0"),
+        ({"temperature": 0}, BadHook, r"temperature=0: give a temperature \(greedy is top_k=1\), above 0"),
         ({"temperature": "hot"}, BadHook, "temperature='hot'"),
         ({"top_k": 0}, BadHook, "top_k=0: give how many tokens, at least 1"),
         ({"top_k": 2.5}, BadHook, "top_k=2.5"),

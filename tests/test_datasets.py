@@ -389,7 +389,7 @@ def test_numbers_that_cannot_be_meant_are_refused(smol, name):
     for n in (0, -1, 2.5, True):
         with pytest.raises(BadArgument if n in (2.5, True) else OutOfRange, match=f"n={n}"):
             ALL[name](smol, n)
-    with pytest.raises(BadArgument, match="seed=None. Give a whole number"):
+    with pytest.raises(BadArgument, match="seed=None: give a whole number"):
         ALL[name](smol, 5, seed=None)
     with pytest.raises(UnknownKeyword, match=f"{name}\\(\\) has no keyword 'sed'; did you mean 'seed'"):
         ALL[name](smol, 5, sed=1)

@@ -221,7 +221,7 @@ def test_an_edit_of_the_stream_reaches_it_also_where_the_mlp_reads_it_as_it_is()
         ({"metric": hk.rank(5)}, Unsupported, "the metric rank gives no gradient: it counts"),
         ({"metric": lambda logits: logits[:, 5].detach()}, Unsupported, "gives no gradient"),
         ({"metric": hk.kl()}, Unsupported, "give kl.reference_run."),
-        ({"metric": [DIFF, hk.prob(5)]}, BadHook, "2 metrics were given, and a gradient is of one"),
+        ({"metric": [DIFF, hk.prob(5)]}, BadHook, "metric=a list: give a metric"),
         ({"metric": hk.logit_diff([5], [7])}, BadPrompt, "a metric has tokens for 1 prompts, and there are 2"),
         ({"sites": "resid_pre.9"}, OutOfRange, "3 layers"),
         ({"pos": 4}, OutOfRange, "the metric looks at position 4, and prompt 1 has 3 tokens"),

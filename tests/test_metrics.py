@@ -292,7 +292,7 @@ def test_a_metric_prints_as_the_call_that_made_it():
         (lambda run: hk.prob(5)(run, pos=[0, 1]), hk.errors.BadHook, "the one position of each prompt"),
         (lambda run: hk.prob(5)(run, pos=5), hk.errors.OutOfRange, "pos=5 was asked for in row 0"),
         (lambda run: hk.kl()(run), hk.errors.Unsupported, "compares a sweep's cells with no edit"),
-        (lambda run: hk.kl("clean"), hk.errors.BadHook, "reference='clean'. Give a run"),
+        (lambda run: hk.kl("clean"), hk.errors.BadHook, "reference='clean': give a run"),
         (
             lambda run: hk.kl(hk.forward(run.lm, PROMPTS[:2]))(run),
             hk.errors.BadPrompt,

@@ -113,7 +113,7 @@ def test_the_same_report_twice_is_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ([3], "a report has texts, tables and figures, and was given a int"),
+        ([3], "parts=3: give a text, or a pandas table"),
         ([Part(table(), "a"), Part(figure(), "a")], "'a' cannot name a part: names stand once"),
         ([Part(table(), "../a")], "cannot name a part"),
         ([Part(table(), "")], "cannot name a part"),

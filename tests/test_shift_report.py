@@ -14,7 +14,7 @@ import torch
 from conftest import tokenizer
 
 import hookkit as hk
-from hookkit.errors import BadHook, OutOfRange
+from hookkit.errors import BadArgument, BadHook, OutOfRange
 from hookkit.shifts import resuming
 from hookkit.shifts.drawing import means_of
 from hookkit.shifts.inside import most_moved
@@ -354,7 +354,7 @@ def test_the_same_report_twice_is_the_same_bytes_and_says_how_it_was_made(llama,
         ((hk.knockout(1, key=0, query=-1),), {"controls": "random"}, BadHook, "needs vectors"),
         (({"a": hk.ban(3)},), {"controls": {"a": hk.ban(4)}}, BadHook, "the name of another"),
         ((hk.ban(3),), {"top": 0}, OutOfRange, "top=0: give a whole number, at least 1"),
-        ((hk.ban(3),), {"shown": True}, OutOfRange, "shown=True"),
+        ((hk.ban(3),), {"shown": True}, BadArgument, "shown=True"),
     ],
     ids=str,
 )

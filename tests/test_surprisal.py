@@ -293,7 +293,7 @@ def test_the_default_models_numbers_are_transformers_own(smol):
             OutOfRange,
             r"there are \d+ tokens before and \d+ after",
         ),
-        (lambda m, r: hk.surprisal_shift(r, "x"), BadArgument, "after='x'. Give a run: .*, or a pandas table"),
+        (lambda m, r: hk.surprisal_shift(r, "x"), BadArgument, "after='x': give a run: .*, or a pandas table"),
         (lambda m, r: hk.surprisal_shift(r, hk.ranks(r)), BadHook, "was given a table without loss"),
         (lambda m, r: hk.score(m, LONG, window=999), BadHook, "window=999 was asked for, and the model's context is 128"),
         (lambda m, r: hk.score(m, LONG, window=16, stride=16), BadHook, "give a stride that is smaller than the window"),
@@ -304,7 +304,7 @@ def test_the_default_models_numbers_are_transformers_own(smol):
         (lambda m, r: hk.score(m, [[5, 999]]), BadPrompt, "token id 999, and the vocabulary has ids 0 to 319"),
         (lambda m, r: hk.score(m, PROMPTS, after=["a", "b"]), BadPrompt, r"there are 3 texts and 2 prompts in after="),
         (lambda m, r: hk.score(m, PROMPTS, hk.capture("embed")), BadHook, "keeps no captures; see hk.harvest"),
-        (lambda m, r: hk.score(m, PROMPTS, "embed"), BadArgument, "hooks='embed'. Give hooks"),
+        (lambda m, r: hk.score(m, PROMPTS, "embed"), BadArgument, "hooks='embed': give hooks"),
         (lambda m, r: hk.score(m, PROMPTS, hk.ban(7)), BadHook, r"not scored: say pos=slice\(None\)"),
         (lambda m, r: hk.score(m, PROMPTS, hk.ablate("embed", rows=0)), BadHook, "names rows, and score makes batches"),
         (

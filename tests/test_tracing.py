@@ -356,7 +356,7 @@ def test_an_edit_before_the_models_own_logits_leaves_no_trace(llama):
 
 @pytest.mark.parametrize("top", [0, -1, True, 2.0, None])
 def test_a_trace_of_no_token_is_refused(top):
-    with pytest.raises(BadHook, match=rf"top={top!r}: give how many tokens of each stage to keep, at least 1"):
+    with pytest.raises(BadHook, match=rf"top={top!r}: give "):
         hk.trace(top=top)
 
 
