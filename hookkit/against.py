@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .arguments import checks_arguments
+from .checked_files import inside, table_of
 from .errors import BadHook
 
 LAST = ".last"  # in a result's folder: the files of the run before
@@ -37,7 +38,8 @@ def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.
 
     Columns: table · same · cells, that were compared · moved, those that differ · largest, the largest difference
     between two numbers, also where it is within the tolerance · column, in which it is · note, on tables that only one
-    side has or that have other rows or columns. Raises `BadHook` for a folder or a revision that is not there.
+    side has or that have other rows or columns. Raises `BadHook` for a folder or a revision that is not there, and
+    `BadFile` for a table that cannot be read.
 
     >>> moved({"ranks": ranks(run)}, {"ranks": ranks(run)})[["table", "same", "moved"]]
        table  same  moved
@@ -74,13 +76,18 @@ def _tables(source: Tables) -> dict[str, pd.DataFrame]:
         return _committed(Path(folder), revision)
     if not Path(source).is_dir():
         raise BadHook(f"there is no folder {os.fspath(source)!r} to compare: name a folder of results")
-    paths = sorted(Path(source).rglob("*.csv"))
-    inside = [path.relative_to(source) for path in paths]
-    return {_name(path): pd.read_csv(Path(source) / path) for path in inside if LAST not in path.parts}
+    tables: dict[str, pd.DataFrame] = {}
+    for path in sorted(Path(source).rglob("*.csv")):
+        within = path.relative_to(source)
+        if LAST not in within.parts and path.is_file():
+            tables[_name(within)] = table_of(inside(path.parent, path.name))
+    return tables
 
 
 def _committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
     """The tables of a folder as they stand in a commit; it may be gone from the disk since."""
+    if revision.startswith("-"):
+        raise BadHook(f"{revision!r} is no revision of git: give a commit, a branch or a tag")
     here = next((str(place) for place in folder.resolve().parents if place.is_dir()), ".")
     try:
         top = Path(_git(here, "rev-parse", "--show-toplevel").decode().strip())
@@ -89,8 +96,8 @@ def _committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
         said = getattr(error, "stderr", b"") or str(error).encode()
         raise BadHook(f"git has no {str(folder)!r} at {revision!r}: {said.decode().strip()}") from None
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
-        members = [member for member in files.getmembers() if member.name.endswith(".csv")]
-        return {_name(Path(member.name)): pd.read_csv(_opened(files, member)) for member in members}
+        members = [member for member in files.getmembers() if member.name.endswith(".csv") and member.isreg()]
+        return {_name(Path(member.name)): table_of(_opened(files, member), member.name) for member in members}
 
 
 def _git(where: str, *words: str) -> bytes:

@@ -38,6 +38,23 @@ def shown(
     return f'<div class="tex2jax_ignore mathjax_ignore" style="{style}">{"".join(parts)}</div>'
 
 
+def printable(text: str) -> str:
+    """The text, with the characters that cannot be printed as their escapes: nothing in it moves a terminal's cursor,
+    colours it, or turns the direction of what is read.
+
+    >>> printable("tea\\x1b[2J\\u202e")
+    'tea\\\\x1b[2J\\\\u202e'
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """The text as `printable` gives it, whose lines and tabs stay."""
+    return "".join(letter if letter in "\n\t" else printable(letter) for letter in text)
+
+
 def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     if not rows:
         return []

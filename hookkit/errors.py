@@ -10,12 +10,18 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, get_args
 
+from .displaying import printable_lines
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class HookkitError(Exception):
-    """The root of all of hookkit's errors."""
+    """The root of all of hookkit's errors. A message holds texts of files and of models: it is told so that a terminal
+    shows them and does not obey them."""
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
 
 class UnknownSite(HookkitError, ValueError):

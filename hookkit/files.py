@@ -8,10 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import checks_arguments, described, file_of, folder_of, path_of, reading_file
+from .arguments import checks_arguments, described, file_of, folder_of, path_of
+from .checked_files import opened_tensors, tensors_in
 from .errors import BadArgument, BadFile, BadHook
 from .runs import Run
 from .sharding import writes
+from .whole_files import Ready, write_tensors
+
+MADE_BY = "made_by"  # in the words of a file: who wrote it
 
 
 @checks_arguments
@@ -20,32 +24,51 @@ def save_tensors(
 ) -> Path:
     """Write named tensors, or all that a run captured, to a safetensors file, with words about them; the file's path.
 
+    A file that hookkit wrote is replaced. Raises `BadFile` for another one, and where the file cannot be written.
+
     >>> save_tensors({"direction": vector}, "direction.safetensors", about={"site": "resid_post.6"}).name
     'direction.safetensors'
     """
-    from safetensors.torch import save_file
-
-    if isinstance(tensors, Run):
-        found = {f"{each.site}" + (f"/{each.name}" if each.name else ""): each.values for each in tensors.kept.all}
-        made = {name: value for name, value in tensors.about.items() if name != "seconds"}  # same run, same bytes
-        about = {"about": json.dumps(made), **(about or {})}
-    else:
-        found = dict(tensors)
-    if not found:
-        raise BadHook("there are no tensors to save: capture something, or name at least one")
     target = Path(path_of(path))
     if target.is_dir():
         raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
     folder_of(target.parent, "the folder of path")
-    for name, tensor in found.items():
+    named, words = _named(tensors, about)
+    if writes():
+        check_own(target)
+        write_tensors(target, named, words)
+    return target
+
+
+def save_new_tensors(tensors: Mapping[str, Tensor] | Run, path: Path, ready: Ready) -> None:
+    """Write tensors as `save_tensors` does, to a file that is not there yet; `ready` as `whole_file` has it."""
+    named, words = _named(tensors, None)
+    write_tensors(path, named, words, ready=ready)
+
+
+def _named(
+    tensors: Mapping[str, Tensor] | Run, about: Mapping[str, str] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name as they are written, and the words about them."""
+    if isinstance(tensors, Run):
+        captured = tensors.kept.all
+        named = {f"{each.site}" + (f"/{each.name}" if each.name else ""): each.values for each in captured}
+        made = {name: value for name, value in tensors.about.items() if name != "seconds"}  # same run, same bytes
+        about = {"about": json.dumps(made), **(about or {})}
+    else:
+        named = dict(tensors)
+    if not named:
+        raise BadHook("there are no tensors to save: capture something, or name at least one")
+    for name, tensor in named.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise BadArgument(f"tensors has {described(name)}: {described(tensor)}; give tensors by name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    making = target.with_name(f".{target.name}.making")
-    if writes():
-        save_file(separate(found), making, dict(about or {}))
-        making.replace(target)
-    return target
+    words = {**(about or {}), MADE_BY: "hookkit"}
+    wrong = [name for name, text in words.items() if not isinstance(text, str) or not isinstance(name, str)]
+    if wrong:
+        raise BadHook(
+            f"about= has {words[wrong[0]]!r} under {wrong[0]!r}: give texts by names, which is all it can hold"
+        )
+    return separate(named), words
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,16 +90,25 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
+def check_own(path: Path) -> None:
+    """Raise `BadFile` where a file is there that hookkit did not write."""
+    if path.is_symlink() or not path.exists():  # a link is replaced, and what it points to stays
+        return
+    try:
+        with opened_tensors(path) as file:
+            words = file.metadata() or {}
+    except BadFile:
+        words = {}
+    if words.get(MADE_BY) != "hookkit":
+        raise BadFile(f"{str(path)!r} is there, and was not written by hookkit: give another name, or move it away")
+
+
 @checks_arguments
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors that `save_tensors` wrote, by name, on the CPU.
+    """The tensors that `save_tensors` wrote, by name, on the CPU. `BadFile` for what is no safetensors file.
 
     >>> path = save_tensors(run, "run.safetensors")
     >>> load_tensors(path)["resid_post.6"].shape
     torch.Size([1, 6, 576])
     """
-    from safetensors.torch import load_file
-
-    source = file_of(path)
-    with reading_file(source, "tensors that save_tensors wrote"):
-        return load_file(source)
+    return tensors_in(file_of(path))[0]

@@ -10,10 +10,9 @@ with hk.record("results/oat_milk", title="Oat milk", lm=lm, seed=0) as record:
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,15 @@ from tqdm.auto import tqdm
 from .about import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from .against import LAST, in_words, moved
 from .arguments import checks_arguments, folder_of
-from .errors import BadHook, OtherSettings
-from .files import save_tensors
+from .checked_files import is_bare_name, json_in, strings_of
+from .displaying import printable
+from .errors import BadFile, BadHook, OtherSettings
+from .files import MADE_BY, save_new_tensors
 from .model import LM
-from .reports import NAME, Part, Report, report, save_part
+from .reports import PAGE, Part, Report, check_name, part_files, report
 from .runs import Run
 from .sharding import writes
+from .whole_files import Ready, make_folder, remove_leftovers, sha256, write_bytes, write_text, writing_to
 
 ABOUT = "about.json"
 SAME = ("weights_sha256", "tokenizer_sha256", "dtype", "seed", "settings")  # in all runs of a folder
@@ -52,7 +54,9 @@ class Record:
     parts: list[str | Part] = field(default_factory=list)
     runs: dict[str, Run] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    _hashes: dict[str, str] = field(default_factory=dict)  # of the files, noted before each takes its place
     _made_with: dict[str, Any] = field(default_factory=dict)
+    _made_by: dict[str, Any] = field(default_factory=dict)
     _started: float = 0.0
 
     def __enter__(self) -> "Record":
@@ -61,22 +65,28 @@ class Record:
         if self.lm is not None:
             self._made_with |= about_model(self.lm)
             self._made_with |= {"weights_sha256": weights_hash(self.lm), "tokenizer_sha256": tokenizer_hash(self.lm)}
+        self._made_by = {"command": _command(), "git_commit": git_commit(), "versions": versions()}
         earlier = _earlier(self.folder)
         if not self.replace:
             _check_same(self.folder, earlier, self._made_with)
         if writes():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _check_own(self.folder, earlier)
+            make_folder(self.folder)
+            remove_leftovers(self.folder)
             _put_aside(self.folder, earlier)
+            self._write_about("running")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             footer = f"Made by {_command()} in {time.perf_counter() - self._started:.0f} s; about.json says how."
-            self.report(footer).write_page(self.folder)
-            self.files.append("report.html")
+            page = self.report(footer).html()
+            self._put(PAGE, lambda path, ready: write_text(path, page, ready=ready))
+            self.files.append(PAGE)
         self._write_about("finished" if kind is None else f"stopped: {kind.__name__}: {error}")
-        if kind is None and writes() and (self.folder / LAST).is_dir():
-            tqdm.write(f"{self.folder}, against the run before: {in_words(self.moved())}", file=sys.stderr)
+        if kind is None and writes() and (self.folder / LAST / ABOUT).is_file():
+            words = f"{self.folder}, against the run before: {in_words(self.moved())}"
+            tqdm.write(printable(words), file=sys.stderr)
 
     def moved(self) -> pd.DataFrame:
         """What differs from the run before, as `hk.moved` tells it; raises `BadHook` if there was none."""
@@ -104,10 +114,11 @@ class Record:
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor] | Run) -> Path:
         """Write tensors, or all that a run captured, as NAME.safetensors."""
-        _check_name(name)
-        path = save_tensors(tensors, self.folder / f"{name}.safetensors")
-        self.files.append(path.name)
-        return path
+        check_name(name)
+        file = f"{name}.safetensors"
+        self._put(file, lambda path, ready: save_new_tensors(tensors, path, ready))
+        self.files.append(file)
+        return self.folder / file
 
     def run(self, name: str, run: Run) -> Run:
         """Note in about.json how a run was made, and give it back."""
@@ -122,24 +133,42 @@ class Record:
         return report(self.title, *said, *self.parts, footer=footer)
 
     def _add(self, part: Part) -> None:
-        _check_name(part.name)
+        check_name(part.name)
         if any(isinstance(other, Part) and other.name == part.name for other in self.parts):
             raise BadHook(f"{part.name!r} is recorded already: names stand once")
+        for file, data in part_files(part).items():  # at once, so that nothing is lost if a later step fails
+            self._put(file, lambda path, ready, data=data: write_bytes(path, data, ready=ready))
+            self.files.append(file)
         self.parts.append(part)
-        self.files.append(save_part(part, self.folder).name)  # at once, so that nothing is lost if a later step fails
+
+    def _put(self, file: str, write: Callable[[Path, Ready], object]) -> None:
+        """Write a file of the record. about.json has its sha256 before it is there, so that it is known as the record's
+        own also where the program is killed."""
+        path = self.folder / file
+        if not writes():
+            return
+        if os.path.lexists(path):
+            words = (
+                "is recorded already: names stand once" if file in self.files else "is there, and no record wrote it"
+            )
+            raise BadFile(f"{str(path)!r} {words}; give another name, or move that away")
+
+        def note(making: Path) -> None:
+            self._hashes[file] = sha256(making)
+            self._write_about("running")
+
+        write(path, note)
 
     def _write_about(self, ended: str) -> None:
         about: dict[str, Any] = {"title": self.title, "question": self.question, "answer": self.answered}
-        about |= {"ended": ended, "command": _command(), "git_commit": git_commit(), "versions": versions()}
+        about |= {"ended": ended, **self._made_by, MADE_BY: "hookkit"}
         about |= self._made_with
         shared = set(about)
         about["runs"] = {n: {k: v for k, v in run.about.items() if k not in shared} for n, run in self.runs.items()}
-        about |= {"files": self.files, "seconds": round(time.perf_counter() - self._started, 1)}
-        target = self.folder / ABOUT
-        making = target.with_name(".about.json.making")
+        about |= {"files": self.files, "sha256": self._hashes}
+        about["seconds"] = round(time.perf_counter() - self._started, 1)
         if writes():
-            making.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            making.replace(target)
+            write_text(self.folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 @checks_arguments
@@ -166,6 +195,10 @@ def record(
     The files of the run before are kept in the folder `.last`; how the tables moved against it is said at the end on
     standard error, and `record.moved()` is the table of it.
 
+    Only files that a record wrote, and that are as it wrote them (about.json has their sha256), are moved or deleted.
+    Raises `BadFile`, before anything is written, for a folder whose about.json or report.html is not a record's, or
+    where a file was changed since.
+
     >>> with record("results/oat_milk", lm=lm, seed=0) as results:
     ...     table = results.table("ranks", ranks(run))
     """
@@ -179,12 +212,46 @@ def record(
 
 
 def _earlier(folder: Path) -> dict[str, Any]:
-    """What about.json says of the run that stands in a folder."""
-    try:
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What about.json says of the run that stands in a folder; nothing where there is none."""
+    path = folder / ABOUT
+    if not os.path.lexists(path):
         return {}
-    return found if isinstance(found, dict) else {}
+    foreign = f"{str(path)!r} was not written by hk.record: record into another folder, or move that file away"
+    if path.is_symlink() or not path.is_file():
+        raise BadFile(foreign)
+    about = strings_of(json_in(path, finite=False), ("ended",), repr(str(path)))
+    hashes = about.get("sha256")
+    if about.get(MADE_BY) != "hookkit" or not isinstance(hashes, dict) or not all(map(is_bare_name, hashes)):
+        raise BadFile(foreign)
+    return dict(about)
+
+
+def _check_own(folder: Path, earlier: Mapping[str, Any]) -> None:
+    """Raise `BadFile` where what is in the way is not as a record wrote it."""
+    hashes = earlier.get("sha256", {})
+    changed = [name for name, value in hashes.items() if not _is_as_written(folder / name, value)]
+    if PAGE not in hashes and os.path.lexists(folder / PAGE):
+        changed.append(PAGE)
+    last = folder / LAST
+    if os.path.lexists(last) and (last.is_symlink() or not last.is_dir()):
+        changed.append(LAST)
+    elif earlier.get("ended") == "finished":
+        before = _earlier(last).get("sha256", {})
+        kept = {name for name, value in before.items() if not _is_as_written(last / name, value)}
+        unknown = {name for name in hashes if name not in before and os.path.lexists(last / name)}
+        changed += [f"{LAST}/{name}" for name in sorted(kept | unknown) if os.path.lexists(folder / name)]
+    if changed:
+        raise BadFile(
+            f"{str(folder)!r} has {', '.join(changed)}, which no record wrote, or which was changed since: move that "
+            "away, or record into another folder"
+        )
+
+
+def _is_as_written(path: Path, value: str) -> bool:
+    """True where the file is gone, or is the one with this sha256."""
+    if not os.path.lexists(path):
+        return True
+    return path.is_file() and not path.is_symlink() and sha256(path) == value
 
 
 def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -211,24 +278,35 @@ def _change(name: str, was: Any, now: Any) -> str:
 
 
 def _put_aside(folder: Path, earlier: Mapping[str, Any]) -> None:
-    """Move a finished run's files into the folder of the last run; what a stopped run left is removed."""
-    names = [name for name in (*earlier.get("files", ()), ABOUT) if Path(name).name == name]
-    old = [folder / name for name in names if (folder / name).is_file()]
+    """Move a finished run's files into the folder of the last run; what a stopped run left is removed.
+
+    about.json goes last: while it is there, it says which files are the record's.
+    """
+    if not earlier:
+        return
     if earlier.get("ended") != "finished":
-        for path in old:
-            path.unlink()
+        _remove(folder, earlier)
         return
     last = folder / LAST
-    shutil.rmtree(last, ignore_errors=True)
-    last.mkdir()
-    (last / ".gitignore").write_text("*\n")
-    for path in old:
-        path.replace(last / path.name)
+    _remove(last, _earlier(last))
+    make_folder(last)
+    if not os.path.lexists(last / ".gitignore"):
+        write_text(last / ".gitignore", "*\n")
+    with writing_to(last):
+        for name in (*earlier["sha256"], ABOUT):
+            if (folder / name).is_file():
+                (folder / name).replace(last / name)
 
 
-def _check_name(name: str) -> None:
-    if not NAME.fullmatch(name):
-        raise BadHook(f"{name!r} cannot name a file here: use letters, digits, '-' and '_'")
+def _remove(folder: Path, about: Mapping[str, Any]) -> None:
+    """Remove a record's files that are as it wrote them, and its about.json last."""
+    if not about:
+        return
+    with writing_to(folder):
+        for name, value in about["sha256"].items():
+            if os.path.lexists(folder / name) and _is_as_written(folder / name, value):
+                (folder / name).unlink()
+        (folder / ABOUT).unlink()
 
 
 def _command() -> str:

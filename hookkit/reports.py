@@ -10,11 +10,13 @@ by its hash in the page's policy, so that the browser runs no other.
 import base64
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from html import unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,11 +28,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .arguments import checks_arguments
+from .checked_files import is_bare_name, json_of, strings_of
 from .displaying import shown
-from .errors import BadHook
+from .errors import BadFile, BadHook
 from .figures import GRID, INK, MUTED, PAPER
-from .sharding import writes
 from .typesetting import as_json, as_latex, as_markdown, kind_of, written
+from .whole_files import make_folder, remove_leftovers, sha256, write_bytes, write_text
 
 ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
 ROWS_OF_LONGER = 24
@@ -43,6 +46,10 @@ FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {"json": as_json, "md": as_m
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 PLACES = ("row", "pos", "step")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+PAGE = "report.html"
+OWN = b'<meta name="generator" content="hookkit">'  # in the head of every page
+HASHES = re.compile(rb'<meta name="hookkit-files" content="([^"]*)">')
+LONGEST_HEAD = 2**20  # bytes of a page in which its head stands
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,33 +100,64 @@ class Report:
 
     def html(self) -> str:
         """The page as text."""
+        return self._page({})
+
+    def _page(self, hashes: Mapping[str, str]) -> str:
+        """The page, and in it the sha256 of the files beside it, by which a later report knows them as its own."""
         parts = [_rendered(part, self.formats) for part in self.parts]
         sorts = any(part.get("sorts") for part in parts)
         script = _source("report.js") if sorts else ""
         return rendered(
             "report.html", script, title=self.title, footer=self.footer, parts=parts,
             data=[_listed(part, self.formats) for part in self.data], files=list(self.files),
+            hashes=json.dumps(hashes) if hashes else "",
         )  # fmt: skip
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html, and beside it NAME.csv for every table and NAME.png for every figure; the page's path."""
+        """Write report.html, and beside it NAME.csv for every table and NAME.png for every figure; the page's path.
+
+        What an earlier report wrote in the folder is replaced. Raises `BadFile`, before anything is written, where a
+        file has one of these names that no report wrote, or that was changed since.
+        """
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        page = target / PAGE
+        from .sharding import writes  # which brings torch, and a page that is only read needs none
+
         if not writes():
-            return target / "report.html"
-        for part in (*self.parts, *self.data):
-            if isinstance(part, Part) and not part.file:
-                save_part(part, target, self.formats)
-        for name, text in self.files.items():
-            (target / name).write_text(text, encoding="utf-8", newline="\n")
-        return self.write_page(folder)
+            return page
+        data = self._files()
+        _check_own(target, data)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
+        make_folder(target)
+        remove_leftovers(target)
+        for name, content in data.items():
+            write_bytes(target / name, content)
+        write_text(page, self._page(hashes))
+        return page
 
     def write_page(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html into a folder that has the files of its tables and figures already; its path."""
-        page = Path(folder) / "report.html"
+        """Write report.html alone, into a folder that has the files of its tables and figures already; its path."""
+        from .sharding import writes
+
+        page = Path(folder) / PAGE
         if writes():
-            page.write_text(self.html(), encoding="utf-8")
+            _check_own(page.parent, {})
+            make_folder(page.parent)
+            write_text(page, self.html())
         return page
+
+    def _files(self) -> dict[str, bytes]:
+        """What is written beside the page, by the names of the files."""
+        data: dict[str, bytes] = {}
+        for part in (*self.parts, *self.data):
+            if isinstance(part, Part) and not part.file:
+                check_name(part.name)
+                data |= part_files(part, self.formats)
+        for name, text in self.files.items():
+            if not is_bare_name(name) or name == PAGE or name in data:
+                raise BadHook(f"{name!r} cannot name a file of a report: names stand once, and lead to no other folder")
+            data[name] = text.encode("utf-8", errors="backslashreplace")
+        return data
 
     def _repr_html_(self) -> str:
         named = [part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file]
@@ -157,20 +195,60 @@ def _kind(part: Part) -> str:
     return f"table of {len(part.content)} rows" if isinstance(part.content, pd.DataFrame) else "figure"
 
 
-def save_part(part: Part, folder: Path, formats: tuple[str, ...] = ("csv",)) -> Path:
-    """Write one table as CSV, and in the other formats, or one figure as PNG; the same content gives the same bytes."""
-    path = folder / f"{part.name}.{'csv' if isinstance(part.content, pd.DataFrame) else 'png'}"
-    if not writes():
-        return path
-    if isinstance(part.content, pd.DataFrame):
-        for kind in written_as(part.content, formats):
-            if kind != "csv":
-                text = FORMATS[kind](part.content).rstrip("\n") + "\n"
-                (folder / f"{part.name}.{kind}").write_text(text, encoding="utf-8", newline="\n")
-        part.content.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
-    else:
-        part.content.savefig(path, dpi=150, metadata={"Software": None})
-    return path
+def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
+    """One table as CSV, and in the other formats, or one figure as PNG; the same content gives the same bytes."""
+    if isinstance(part.content, Figure):
+        drawing = io.BytesIO()
+        part.content.savefig(drawing, format="png", dpi=150, metadata={"Software": None})
+        return {f"{part.name}.png": drawing.getvalue()}
+    files = {f"{part.name}.csv": part.content.to_csv(index=False, float_format="%.6g", lineterminator="\n")}
+    for kind in written_as(part.content, formats):
+        if kind != "csv":
+            files[f"{part.name}.{kind}"] = FORMATS[kind](part.content).rstrip("\n") + "\n"
+    return {name: text.encode("utf-8", errors="backslashreplace") for name, text in files.items()}
+
+
+def check_name(name: str) -> None:
+    """Raise `BadHook` for what cannot name a file without its ending."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise BadHook(f"{name!r} cannot name a file here: use letters, digits, '-' and '_'")
+
+
+def _check_own(folder: Path, data: Mapping[str, bytes]) -> None:
+    """Raise `BadFile` where a file would be overwritten that is no report's."""
+    page = folder / PAGE
+    known = _hashes(page)
+    foreign = [PAGE] if os.path.lexists(page) and not is_own_page(page) else []
+    for name, content in data.items():
+        path = folder / name
+        own = known.get(name), hashlib.sha256(content).hexdigest()
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or sha256(path) not in own):
+            foreign.append(name)
+    if foreign:
+        raise BadFile(
+            f"{str(folder)!r} has {', '.join(foreign)}, which no report wrote, or which was changed since: give "
+            "another folder, or move that away"
+        )
+
+
+def is_own_page(path: Path) -> bool:
+    """True for a page that hookkit wrote, which says so at its beginning."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return OWN in file.read(LONGEST_HEAD)
+
+
+def _hashes(page: Path) -> Mapping[str, str]:
+    """The sha256 of the files beside a page, as an earlier report noted them."""
+    if not is_own_page(page):
+        return {}
+    with page.open("rb") as file:
+        noted = HASHES.search(file.read(LONGEST_HEAD))
+    try:
+        return strings_of(json_of(unescape(noted[1].decode()), PAGE), (), PAGE) if noted else {}
+    except BadFile:
+        return {}
 
 
 def _listed(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .arguments import checks_arguments
-from .decoding import candidates, decided
+from .choices import candidates, decided
 from .errors import Unsupported
 from .hooks.base import Hook
 from .model import LM

@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .arguments import checks_arguments
-from .errors import BadHook, DownloadFailed, ModelNotFound
+from .errors import BadHook, DownloadFailed, HookkitError, ModelNotFound
 from .model import LM
 from .spreading import check_dtype, check_named, check_placement, distributed
 
@@ -140,13 +140,15 @@ def _make_default(folder: Path) -> None:
 def _clear_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except HookkitError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             words = "is full: make room"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             words = "cannot be written to: allow it"
-        else:
-            raise
+        else:  # a file where a folder is needed, a name that is too long, a disk that fails
+            words = f"cannot be written to ({error.strerror or error}): allow it"
         raise DownloadFailed(f"{folder.parent} {words}, or set HOOKKIT_CACHE to another folder") from error
 
 
@@ -218,8 +220,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _source(name: str) -> Path | str:
     """A path where one is meant, which then has to exist; else the name of a model on the Hub."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # which knows of names that are too long for a file
         return path
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1
     if looks_like_path:

@@ -43,9 +43,13 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.started: list[psutil.Process] = []
+        self.listens: set[str] = set()
 
     def __call__(self) -> None:
         self.started = psutil.Process().children(recursive=True)
+        for process in [psutil.Process(), *self.started]:
+            places = process.net_connections(kind="inet")
+            self.listens |= {place.laddr.ip for place in places if place.status == psutil.CONN_LISTEN}
         os.kill(os.getpid(), signal.SIGINT)
 
     def ended(self) -> dict:
@@ -60,7 +64,9 @@ def interrupted_harvest(folder: Path) -> dict:
     try:
         harvest(folder, texts(interrupt), engine=hk.Ray(actors=1))
     except KeyboardInterrupt:
-        return {"interrupted": True, **interrupt.ended()}
+        open_to = sorted(place.removeprefix("::ffff:") for place in interrupt.listens)
+        token = os.environ.get("RAY_AUTH_MODE")
+        return {"interrupted": True, **interrupt.ended(), "listens": sorted({*open_to}), "token": token}
     return {"interrupted": False}
 
 

@@ -123,7 +123,7 @@ def test_prompts_of_several_lengths_and_in_several_batches_give_what_each_gives_
         alone = hk.attribution(llama, CLEAN[row : row + 1], CORRUPTED[row : row + 1], "z", DIFF)
         found = together[together["row"] == row]["logit_diff_delta"].tolist()
         assert found == pytest.approx(alone["logit_diff_delta"].tolist(), abs=1e-4)
-    monkeypatch.setattr(sys.modules["hookkit.gradients.attribution"], "TOGETHER", 2)
+    monkeypatch.setattr(sys.modules["hookkit.differentiating.attribution"], "TOGETHER", 2)
     split = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
     assert split["logit_diff_delta"].tolist() == pytest.approx(together["logit_diff_delta"].tolist(), abs=1e-4)
 
@@ -223,7 +223,7 @@ def test_the_qk_fix_is_the_gradient_where_prompts_hardly_differ(family):
 def test_the_qk_fix_in_several_batches_is_that_in_one(llama, monkeypatch):
     given = (llama, CLEAN, CORRUPTED, ["q", "k"], DIFF)
     together = hk.attribution(*given, method="qk_fix", pos=[-1, 1])
-    monkeypatch.setattr(sys.modules["hookkit.gradients.attribution"], "TOGETHER", 2)
+    monkeypatch.setattr(sys.modules["hookkit.differentiating.attribution"], "TOGETHER", 2)
     split = hk.attribution(*given, method="qk_fix", pos=[-1, 1])
     assert split["logit_diff_delta"].tolist() == pytest.approx(together["logit_diff_delta"].tolist(), abs=1e-4)
 

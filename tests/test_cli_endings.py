@@ -168,7 +168,7 @@ def test_a_token_without_its_space_is_taken_as_a_phrase_and_that_is_said(hookkit
 def test_a_folder_that_cannot_be_written_is_said(hookkit, tmp_path):
     (tmp_path / "file").write_text("")
     done = hookkit("ranks", MILK, "--out", str(tmp_path / "file" / "ranks.csv"))
-    assert done.exit_code == 2 and "cannot be written" in done.stderr
+    assert done.exit_code == 2 and "is no folder, where one is needed" in done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.split()[0] not in ("models", *MODELLESS)])

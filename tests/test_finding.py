@@ -13,7 +13,7 @@ from hookkit.errors import BadHook, MissingSite, UnknownKeyword, UnknownSite
 from hookkit.families import FAMILIES
 from hookkit.finding import found_out
 from hookkit.sites import AXES, LOGITS, SQUARE
-from hookkit.tiny import EXPERTS, LATENT, SLIDING
+from hookkit.tiny_models import EXPERTS, LATENT, SLIDING
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 200], [31, 41, 59]]
 ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 8}

@@ -355,11 +355,11 @@ def test_whatever_a_kill_leaves_behind_is_gone_on_from(tmp_path, llama, undistur
         for shard in sorted(folder.glob("*.safetensors"))[6:]:
             shard.unlink()
     if left == "half a file":
-        (folder / ".00006.safetensors.making").write_bytes(b"half")
+        (folder / ".00006.safetensors.0a1b2c3d.making").write_bytes(b"half")
     if left == "nothing":
         for path in folder.iterdir():
             path.unlink()
-        (folder / ".harvest.json.making").write_bytes(b"{")
+        (folder / ".harvest.json.0a1b2c3d.making").write_bytes(b"{")
     harvest(llama, folder, iter(texts()))
     assert files(folder) == files(undisturbed)
 
@@ -449,10 +449,10 @@ def test_a_shard_that_comes_out_otherwise_is_refused(small_tokenizer, undisturbe
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path, llama, undisturbed):
-    from hookkit.harvesting.disk import locked
+    from hookkit.whole_files import locked
 
     with (
-        locked(undisturbed),
+        locked(undisturbed, "is writing the harvest"),
         pytest.raises(Unsupported, match="another process is writing the harvest in 'undisturbed'"),
     ):
         harvest(llama, undisturbed, texts())

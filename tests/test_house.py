@@ -13,9 +13,11 @@ PACKAGE = HERE / "hookkit"
 
 # Each file may import only from files above it.
 ORDER = [
+    "displaying",
     "errors",
     "arguments",
-    "displaying",
+    "whole_files",
+    "checked_files",
     "sites",
     "positions",
     "families.places",
@@ -51,7 +53,7 @@ ORDER = [
     "spreading",
     "zoo",
     "stored",
-    "tiny",
+    "tiny_models",
     "training",
     "padding",
     "prompts",
@@ -106,7 +108,7 @@ ORDER = [
     "laws.reading",
     "laws.proving",
     "laws",
-    "doctor",
+    "checkups",
     "distributions",
     "metrics.metric",
     "metrics.answers",
@@ -140,16 +142,16 @@ ORDER = [
     "sweeps.paths",
     "sweeps.summaries",
     "sweeps",
-    "gradients.backward",
-    "gradients.found",
-    "gradients.between",
-    "gradients.softmaxed",
-    "gradients.attribution",
-    "gradients.agreement",
-    "gradients.tokens",
-    "gradients.stream",
-    "gradients.edges",
-    "gradients",
+    "differentiating.backward",
+    "differentiating.found",
+    "differentiating.between",
+    "differentiating.softmaxed",
+    "differentiating.attribution",
+    "differentiating.agreement",
+    "differentiating.tokens",
+    "differentiating.stream",
+    "differentiating.edges",
+    "differentiating",
     "scenarios",
     "tables",
     "lenses.tail",
@@ -165,7 +167,7 @@ ORDER = [
     "scoring",
     "warping",
     "judging",
-    "decoding",
+    "choices",
     "streaming",
     "comparing",
     "datasets.pairs",
@@ -196,7 +198,6 @@ ORDER = [
     "harvesting.values",
     "harvesting.computing",
     "harvesting.progress",
-    "harvesting.disk",
     "harvesting.folder",
     "harvesting.columns",
     "harvesting.moments",
@@ -319,6 +320,25 @@ def test_every_name_of_the_catalogue_is_there():
         fresh("import hookkit as hk; [getattr(hk, name) for name in hk.__all__]; print(len(hk.__all__) > 40)") == "True"
     )
     assert "force" in fresh("import hookkit as hk; print(dir(hk))")
+
+
+MODULES = {"datasets", "errors", "figures"}  # names of the catalogue that are modules
+
+
+def test_no_module_bears_the_name_of_something_in_the_catalogue():
+    code = """
+import importlib, pkgutil, types
+import hookkit as hk
+
+for found in pkgutil.iter_modules(hk.__path__):
+    if found.name != "cli":
+        importlib.import_module(f"hookkit.{found.name}")
+print(*(name for name in hk.__all__ if isinstance(getattr(hk, name), types.ModuleType)))
+"""
+    assert set(fresh(code).split()) == MODULES
+    lines = (PACKAGE / "__init__.pyi").read_text().splitlines()
+    names = {line.split()[-1] for line in lines if line.startswith("from")}
+    assert names & {name.partition(".")[0] for name in FILES} == MODULES
 
 
 def test_the_catalogue_is_sorted_and_re_exports():

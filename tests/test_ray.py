@@ -281,13 +281,27 @@ def interrupted(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_ctrl_c_ends_what_hookkit_started_and_a_harvest_goes_on(interrupted, cluster, small, undisturbed, tmp_path):
     folder, said = interrupted
-    assert said["harvest"] == {"interrupted": True, "started": True, "initialised": False, "left": []}
+    ended = {"interrupted": True, "started": True, "initialised": False, "left": []}
+    assert {name: said["harvest"][name] for name in ended} == ended
     done = hk.open_harvest(folder / "harvest")
     assert not done.finished and 0 < len(done) < len(hk.open_harvest(undisturbed))
     shutil.copytree(folder / "harvest", tmp_path / "there")
     for where, engine in ((folder / "harvest", None), (tmp_path / "there", hk.Ray(actors=1))):
         harvest(small, where, engine=engine)
         assert files(where) == files(undisturbed)
+
+
+def test_the_ray_that_hookkit_starts_listens_to_this_machine_alone_and_asks_for_a_token(interrupted):
+    _, said = interrupted
+    assert said["harvest"]["listens"] == ["127.0.0.1"]
+    assert said["harvest"]["token"] == os.environ.get("RAY_AUTH_MODE", "token")
+
+
+def test_a_ray_whose_clusters_have_no_token_is_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("hookkit.engines.cluster.version", lambda name: "2.58.1")
+    with pytest.raises(hk.errors.MissingExtra, match=r"needs ray>=2.59, and 2.58 is installed.*pip install --upgrade"):
+        harvest(small, tmp_path / "a", engine="ray")
+    assert not (tmp_path / "a").exists()
 
 
 def test_ctrl_c_ends_what_hookkit_started_and_a_sweep_goes_on(interrupted, small, table):

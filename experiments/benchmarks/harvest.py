@@ -27,7 +27,7 @@ import torch
 
 import hookkit as hk
 from hookkit.about import weights_hash
-from hookkit.harvesting.disk import write_tensors
+from hookkit.whole_files import write_tensors
 
 from .overhead import Work
 

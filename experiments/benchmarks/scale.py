@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 
 import hookkit as hk
-from hookkit.harvesting.disk import write_tensors
 from hookkit.sharding import Split
+from hookkit.whole_files import write_tensors
 
 QUESTION = "What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what fails first?"
 SHAPE: dict[str, Any] = {  # of Llama 3 70B

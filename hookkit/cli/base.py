@@ -3,8 +3,8 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -15,11 +15,23 @@ UNHEALTHY = 1  # the exit status of a model in which something does not hold, an
 WRONG = 2  # that of a wish that cannot be met
 INTERRUPTED = 130  # that of a program that Ctrl-C ended
 
+TRACEBACK = "HOOKKIT_TRACEBACK"  # set, it shows where in the program a fault is
+
 STATUS = (
     "Exit status: 0 done; 1 doctor found what does not work, or what was run failed or moved; 2 a wish that cannot be "
     "met; 130 ended by Ctrl-C."
 )
-PIPED = not sys.stdout.isatty()  # help and refusals are then plain text, without frames
+
+
+def is_terminal(stream: Any) -> bool:
+    """True for a stream that a person reads; False for one that is closed."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed later on
+        return False
+
+
+PIPED = not is_terminal(sys.stdout)  # help and refusals are then plain text, without frames
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -48,9 +60,11 @@ def main(
     ] = False,
 ) -> None:
     """See and change what a language model computes. A model is SmolLM2-135M-Instruct unless --model names another."""
+    if sys.stdout is None:
+        _refuse("standard output is closed, and there is nowhere to say anything: leave >&- out")
     if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8" and hasattr(sys.stdout, "reconfigure"):
         wide: Any = sys.stdout
-        wide.reconfigure(**({"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+        wide.reconfigure(**({"errors": "backslashreplace"} if not PIPED else {"encoding": "utf-8"}))
 
 
 def command(example: str, *, panel: str, within: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:
@@ -75,12 +89,57 @@ def endings_said(left: str = "") -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except (typer.Exit, typer.Abort):
+        _flush()
+        raise
     except HookkitError as error:
-        typer.echo(f"hookkit: {error}", err=True)
-        raise typer.Exit(WRONG) from None
+        _refuse(str(error))
     except KeyboardInterrupt:
-        typer.echo("hookkit: interrupted" + (f"; {left}" if left else ""), err=True)
+        _say("interrupted" + (f"; {left}" if left else ""))
+        _flush()
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes goes nowhere
+        _silence()
         raise typer.Exit(DONE) from None
+    except OSError as error:
+        where = f": {error.filename}" if error.filename is not None else ""
+        _refuse(f"{error.strerror or error}{where}")
+    except MemoryError:
+        _refuse("there is not enough memory: give fewer or shorter prompts, or a smaller model")
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _refuse(
+            f"{type(error).__name__}: {error}. This is a fault of hookkit, or of a library that it uses; with "
+            f"{TRACEBACK}=1 in the environment the same command shows where"
+        )
+
+
+def _refuse(text: str) -> NoReturn:
+    """End the program with the reason why a wish cannot be met."""
+    _say(text)
+    _flush()
+    raise typer.Exit(WRONG) from None
+
+
+def _say(text: str) -> None:
+    from ..displaying import printable_lines
+
+    with suppress(OSError):  # standard error may be full, too
+        typer.echo(f"hookkit: {printable_lines(text)}", err=True)
+
+
+def _flush() -> None:
+    """Bring out what was said so far; where that cannot be, so that Python does not try again at its end."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _silence()
+
+
+def _silence() -> None:
+    """What Python still flushes goes nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,14 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..displaying import printable
 from .base import DONE, UNHEALTHY, command
 from .options import Device, Which
-from .printing import Form, Shown, printable, records, tell
+from .printing import Form, Shown, records, tell, tell_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..doctor import Checkup
+    from ..checkups import Checkup
     from ..model import LM
 
 MODELS = "Models"
@@ -83,14 +84,14 @@ def doctor(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:
     """Prove the laws on a model, and say what will not work and why. Exit status 1 where something does not."""
-    from ..doctor import doctor as examined
+    from ..checkups import doctor as examined
 
     more = {"device_map": device_map, "attn_implementation": attn_implementation}
     more |= {"trust_remote_code": trust_remote_code or None}
     lm = Which(model, revision, device, dtype).load(quiet=quiet, **more)
     found = examined(lm, layers=layer or None)
     if as_json:
-        typer.echo(found.to_json())
+        tell_text(found.to_json() + "\n")
     else:
         _print_checkup(found)
     raise typer.Exit(DONE if found.healthy else UNHEALTHY)

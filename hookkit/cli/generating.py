@@ -28,6 +28,7 @@ def generate(
 ) -> None:
     """Let the model go on from each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
     prompts, settings, kind = texts.read(), generation.arguments(), form.kind
+    edits.check()
     import pandas as pd
 
     from ..runs import generate as generated
@@ -59,11 +60,12 @@ def compare(
     """
     form.check()
     prompts, settings = texts.read(), generation.arguments()
+    edits.check(needed="a comparison is of a text with hooks and one without")
     from ..comparing import compare as compared
 
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    hooks = edits.read(lm, form.note, needed="a comparison is of a text with hooks and one without")
+    hooks = edits.read(lm, form.note)
     both = compared(lm, prompts, *hooks, along=along, top=top, watch=ids, **settings)  # pyright: ignore
     names = ("row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept")
     parts: dict[str, Shown | str] = {
@@ -91,14 +93,21 @@ class Direction:
     site: Annotated[str | None, typer.Option(help="Where it is read and added; a middle layer if left out.")] = None
     save: Annotated[Path | None, typer.Option(help="Where the vector is kept, as .safetensors.")] = None
 
-    def found(self, lm: "LM") -> "Vector":
-        """The vector, read from its file or from the texts."""
-        from ..errors import BadHook
+    def check(self) -> None:
+        """Raise what can be said before a model is loaded."""
+        from ..errors import BadFile, BadHook
 
         made = bool(self.toward or self.away)
         if made == (self.vector is not None) or (made and not (self.toward and self.away)):
             raise BadHook("a direction is --vector FILE, or --toward TEXT and --away TEXT: give one of them")
-        found = self._between(lm) if made else self._of_file(lm)
+        if self.site is not None and not made:
+            raise BadHook("--site goes with --toward and --away: a file says itself where its vector stands")
+        if self.vector is not None and not self.vector.is_file():
+            raise BadFile(f"{str(self.vector)!r} is no file of a vector that can be read: there is no such file")
+
+    def found(self, lm: "LM") -> "Vector":
+        """The vector, read from its file or from the texts."""
+        found = self._of_file(lm) if self.vector is not None else self._between(lm)
         if self.save is not None:
             self._keep(found)
         return found
@@ -115,16 +124,12 @@ class Direction:
         return found[0]
 
     def _of_file(self, lm: "LM") -> "Vector":
-        from safetensors import SafetensorError
-
-        from ..errors import BadFile, BadHook
+        from ..errors import BadFile
         from ..vectors import load_vector
 
-        if self.site is not None:
-            raise BadHook("--site goes with --toward and --away: a file says itself where its vector stands")
         try:
             return load_vector(lm, str(self.vector))
-        except (OSError, SafetensorError) as error:
+        except BadFile as error:
             raise BadFile(f"{str(self.vector)!r} is no file of a vector that can be read: {error}") from error
 
     def _keep(self, vector: "Vector") -> None:
@@ -132,6 +137,8 @@ class Direction:
 
         try:
             vector.save(str(self.save))
+        except BadFile:
+            raise
         except OSError as error:
             raise BadFile(f"{str(self.save)!r} cannot be written: {error.strerror or error}") from error
 
@@ -151,6 +158,7 @@ def steer(
 ) -> None:
     """What the model writes with a direction added to its stream, at several doses; a negative one is the opposite."""
     form.check()
+    direction.check()
     prompts, settings = texts.read(), generation.arguments()
     import pandas as pd
 

@@ -1,6 +1,7 @@
 """hookkit harvest: what is at some sites, for every text of a file, into a folder."""
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -8,6 +9,7 @@ import typer
 from .base import command, endings_said
 from .engine import Engine
 from .options import Which
+from .printing import tell_text
 
 
 @command("hookkit harvest texts.txt resid_post.6 z.9 --out folder --keep-as bfloat16", panel="Grids and corpora")
@@ -29,6 +31,7 @@ def harvest(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line that says how far it is.")] = False,
 ) -> None:
     """Write what is at some sites, for every text of a file, to a folder; prints what it has, as JSON."""
+    _check_files(texts, out)
     from ..harvesting import harvest as harvested
 
     with endings_said(f"what is in {out} stays, and the same command goes on"):
@@ -49,4 +52,14 @@ def harvest(
             engine=where,
         )
     said = {"folder": out, "rows": len(found), "texts": found.texts, "left_out": found.left_out}
-    typer.echo(json.dumps(said | {"sites": [str(site) for site in found.sites]}, ensure_ascii=False))
+    tell_text(json.dumps(said | {"sites": [str(site) for site in found.sites]}, ensure_ascii=False) + "\n")
+
+
+def _check_files(texts: str, out: str) -> None:
+    """Raise for a file of texts that is not there and a folder that is a file, before anything is loaded."""
+    from ..errors import BadFile, BadPrompt
+
+    if not os.path.isfile(texts):
+        raise BadPrompt(f"{texts!r} is no file of texts: give the path of one with a text a line (.txt, .jsonl)")
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise BadFile(f"--out {out!r} is a file: give a folder, or the name of one that is to be made")

@@ -74,7 +74,9 @@ class Texts:
         """The prompts, in the order: arguments, file."""
         from ..errors import BadPrompt
 
-        found = [text for each in self.prompt or [] for text in (_lines(sys.stdin.read()) if each == "-" else [each])]
+        found: list[str] = []
+        for each in self.prompt or []:
+            found += _lines(standard_input()) if each == "-" else [readable(each)]
         if self.prompts is not None:
             found += _lines(text_of(self.prompts))
         if not found:
@@ -84,7 +86,32 @@ class Texts:
 
 def one_prompt(prompt: str) -> str:
     """The prompt, all of standard input where it is -."""
-    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    return standard_input().removesuffix("\n") if prompt == "-" else readable(prompt)
+
+
+def standard_input() -> str:
+    """The text that comes on standard input, or `BadPrompt`."""
+    from ..checked_files import decoded
+    from ..errors import BadPrompt
+
+    if sys.stdin is None or sys.stdin.closed:
+        raise BadPrompt("standard input is closed, and - reads a prompt from it: give a text, or --prompts FILE")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise BadPrompt(f"standard input cannot be read: {error.strerror or error}") from error
+    return decoded(data, "standard input", error=BadPrompt).replace("\r\n", "\n")
+
+
+def readable(text: str) -> str:
+    """A text of the command line, or `BadPrompt` where its bytes are no UTF-8."""
+    from ..errors import BadPrompt
+
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadPrompt(f"{text!r} is no text in UTF-8: {error.reason}") from error
+    return text
 
 
 def _lines(text: str) -> list[str]:
@@ -93,12 +120,14 @@ def _lines(text: str) -> list[str]:
 
 def text_of(path: Path) -> str:
     """What is in a file, or `BadFile`."""
+    from ..checked_files import reason
+    from ..checked_files import text_of as read
     from ..errors import BadFile
 
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        return read(path).replace("\r\n", "\n")
+    except BadFile as error:
+        why = reason(error.__cause__ or error)
         raise BadFile(f"{str(path)!r} is no file of prompts that can be read: {why}") from error
 
 
@@ -136,16 +165,29 @@ class Edits:
         list[str] | None, typer.Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable.")
     ] = None
 
-    def read(self, lm: "LM", note: Callable[[str], None], *, needed: str = "") -> list["Hook"]:
-        """The hooks, those of the file first. `needed` says what there is to do only with one."""
+    def check(self, *, needed: str = "") -> None:
+        """Raise what can be said of the hooks without a model. `needed` says what there is to do only with one."""
+        from ..checked_files import hooks_listed
         from ..errors import BadHook
+
+        texts = [] if self.hooks is None else hooks_listed(self.hooks)
+        texts += self.hook or []
+        texts += [f"{verb}:{words}" for verb in SHORT for words in getattr(self, verb) or []]
+        if needed and not texts:
+            raise BadHook(f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …")
+        if texts:
+            from ..spelling.reading import check_hook
+
+            for text in texts:
+                check_hook(text)
+
+    def read(self, lm: "LM", note: Callable[[str], None]) -> list["Hook"]:
+        """The hooks, those of the file first."""
         from ..spelling import hook, load_hooks
 
         found = [] if self.hooks is None else load_hooks(self.hooks, lm=lm)
         found += [hook(text, lm=lm) for text in self.hook or []]
         found += [hook(f"{verb}:{words}", lm=lm) for verb in SHORT for words in getattr(self, verb) or []]
-        if needed and not found:
-            raise BadHook(f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …")
         for each in found:
             _note_phrases(lm, each, note)
         return found

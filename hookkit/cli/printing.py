@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..displaying import printable, printable_lines
+from .base import is_terminal
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -60,7 +63,7 @@ class Form:
     def note(self, text: str) -> None:
         """A message on standard error."""
         if not self.quiet:
-            typer.echo(f"hookkit: {text}", err=True)
+            tell_aside(text)
 
     @property
     def progress(self) -> bool | None:
@@ -68,10 +71,20 @@ class Form:
         return False if self.quiet else None
 
 
+def tell_text(text: str) -> None:
+    """A text on standard output as it is; in a terminal without what would move its cursor, colour it or turn it."""
+    typer.echo(printable_lines(text) if is_terminal(sys.stdout) else text, nl=False)
+
+
+def tell_aside(text: str) -> None:
+    """A line on standard error, in which nothing moves the cursor of a terminal."""
+    typer.echo(f"hookkit: {printable_lines(text)}", err=True)
+
+
 def passing(text: str) -> None:
     """A message on a terminal that the next one takes the place of."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[2K{text}\r")
+    if is_terminal(sys.stderr):
+        sys.stderr.write(f"\r\x1b[2K{printable(text)}\r")
         sys.stderr.flush()
 
 
@@ -115,7 +128,7 @@ def tell_page(form: Form, page: "Report") -> None:
 
 def _text(form: Form, text: str) -> None:
     if form.out is None:
-        typer.echo(text, nl=False)
+        tell_text(text)
     else:
         _written(form, lambda path: _write(path, text))
 
@@ -126,15 +139,27 @@ def _written(form: Form, write: Callable[[Path], str]) -> None:
     assert form.out is not None
     try:
         path = write(form.out)
+    except BadFile:
+        raise
     except OSError as error:
         raise BadFile(f"{str(form.out)!r} cannot be written: {error.strerror or error}") from error
     form.note(f"wrote {path}")
 
 
 def _write(path: Path, text: str) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_out(path, lambda making: making.write_text(text, encoding="utf-8", newline="\n"))
     return str(path)
+
+
+def write_out(path: Path, write: Callable[[Path], object]) -> None:
+    """Write the file that an option names, whole; a pipe or a device, such as /dev/stdout, is written into."""
+    from ..whole_files import whole_file
+
+    if path.exists() and not path.is_file() and not path.is_dir():
+        write(path)
+        return
+    with whole_file(path) as making:
+        write(making)
 
 
 def _as_text(kind: str, parts: "Mapping[str, Shown | str]", main: str | None) -> str:
@@ -176,26 +201,21 @@ def _to_reader(parts: "Mapping[str, Shown | str]") -> None:
 
 def said(text: str, *, style: str = "") -> None:
     """A text on standard output; in a terminal without what would move its cursor or colour it."""
-    if sys.stdout.isatty():
-        text = "".join(each if each in "\n\t" else printable(each) for each in text)
+    if is_terminal(sys.stdout):
+        text = printable_lines(text)
         text = typer.style(text, bold=True) if style else text
     typer.echo(text)
-
-
-def printable(text: str) -> str:
-    """The text, with the characters that cannot be printed as their escapes."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def show(table: "pd.DataFrame") -> None:
     """A table on standard output: by rich in a terminal, else as lines as long as they have to be."""
     from ..typesetting import kind_of
 
-    names = [str(name) for name in table.columns]
-    right = [kind_of(name, kind) == "number" for name, kind in zip(names, table.dtypes, strict=True)]
+    names = [printable(str(name)) for name in table.columns]
+    right = [kind_of(str(name), kind) == "number" for name, kind in zip(table.columns, table.dtypes, strict=True)]
     columns = [_cells(table[name], number) for name, number in zip(table.columns, right, strict=True)]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         _by_rich(names, rows, right)
     else:
         typer.echo(aligned([names, *rows], right))

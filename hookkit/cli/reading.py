@@ -18,6 +18,7 @@ def ranks(
     """The most likely next tokens after each prompt, and where the watched ones stand."""
     form.check()
     prompts, where = texts.read(), place(pos)
+    edits.check()
     from ..runs import forward
     from ..tables import ranks as ranked
 
@@ -45,6 +46,7 @@ def lens(
     """What each layer would say (the logit lens): its state through the model's own final norm and head."""
     form.check()
     prompts, where = texts.read(), place(pos)
+    edits.check()
     from ..lenses import logit_lens
     from ..origins import lens_map
 
@@ -72,6 +74,7 @@ def direct(
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
     form.check()
     text = one_prompt(prompt)
+    edits.check()
     from ..decomposing import direct_logits
     from ..origins import logit_bars
     from ..runs import forward
@@ -103,6 +106,7 @@ def surprisal(
     """What each token of a text cost the model: its loss in nats, its rank, and what was expected instead."""
     form.check()
     prompts = texts.read()
+    edits.check()
     from ..passages import surprisal_strip
     from ..runs import forward
     from ..surprisals import surprisal as surprised

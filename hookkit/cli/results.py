@@ -131,20 +131,21 @@ def _moved(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
 
 def _result(folder: Path, kind: str, rows: int) -> dict[str, Shown | str]:
     """What a result says, and its tables; so many rows of each for a reader."""
-    import json
-
     import pandas as pd
 
+    from ..checked_files import inside, json_in, strings_of, table_of
     from ..errors import BadFile
 
+    names = ("title", "question", "answer", "command")
+    path = inside(folder, "about.json")
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{folder / 'about.json'} cannot be read: {error}; run the experiment again") from error
-    said = {name: about[name] for name in ("title", "question", "answer", "command") if about.get(name)}
+        about = strings_of(json_in(path, finite=False), names, repr(str(path)))
+    except BadFile as error:
+        raise BadFile(f"{error}; run the experiment again") from error
+    said = {name: about[name] for name in names if about.get(name)}
     parts: dict[str, Shown | str] = {"about": Shown(pd.DataFrame([said]))} if kind == "json" else {**said}
     for path in sorted(folder.glob("*.csv")):
-        table = pd.read_csv(path)
+        table = table_of(inside(folder, path.name))
         cut = not kind and len(table) > rows
         caption = path.stem + (f", the first {rows} of {len(table)} rows" if cut else "")
         parts[path.stem] = Shown(table, caption=caption, reader=table.head(rows) if cut else None)

@@ -26,6 +26,7 @@ def scan(prompt: Prompt, which: Which, edits: Edits, form: Form, top: Top = 5, w
     """
     form.check(several=True)
     text = one_prompt(prompt)
+    edits.check()
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
     found = Scan(lm, text, tuple(edits.read(lm, form.note)), top, tuple(ids))
@@ -132,8 +133,8 @@ class Scan:
 
     def attribution(self) -> Shown:
         """Which tokens speak for it."""
+        from ..differentiating import token_attribution
         from ..errors import Unsupported
-        from ..gradients import token_attribution
         from ..metrics import logit_diff
 
         if self.hooks:

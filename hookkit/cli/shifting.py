@@ -33,9 +33,10 @@ def shift(
         from ..errors import BadHook
 
         raise BadHook("--random and --generate are of the page: add --html, or --out FOLDER")
+    edits.check(needed="a shift is from a run without hooks to one with them")
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    hooks = edits.read(lm, form.note, needed="a shift is from a run without hooks to one with them")
+    hooks = edits.read(lm, form.note)
     if kind in ("html", "folder"):
         from ..shifts import shift_report
 

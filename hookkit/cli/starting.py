@@ -1,6 +1,7 @@
 """hookkit new: an experiment that runs, with its test, to be rewritten."""
 
 import keyword
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .base import command
+from .printing import tell_aside, tell_text
 
 EXPERIMENT = '''\
 """{said}
@@ -76,6 +78,7 @@ def new(
 ) -> None:
     """Write a running experiment of some thirty lines, and its test."""
     from ..errors import BadHook
+    from ..whole_files import write_new
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise BadHook(f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk")
@@ -85,16 +88,15 @@ def new(
     words = {"name": name, "question": asked, "said": _said(asked), "prompt": prompt, "token": token}
     words["model"] = "" if model is None else repr(str(Path(model).resolve()) if Path(model).exists() else model)
     files = {folder / "experiments" / f"{name}.py": EXPERIMENT, folder / "tests" / f"test_{name}.py": TEST}
-    there = [str(path) for path in files if path.exists()]
+    there = [str(path) for path in files if os.path.lexists(path)]
     if there:
         raise BadHook(f"{' and '.join(there)} stand there already: choose another name, or move them away")
     for path, template in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template.format(**words), encoding="utf-8")
+        write_new(path, template.format(**words))
     for path in files:
-        typer.echo(path)
+        tell_text(f"{path}\n")
     run, test = files
-    typer.echo(f"hookkit: run it with `hookkit run {run}`, and test it with `python -m pytest {test}`", err=True)
+    tell_aside(f"run it with `hookkit run {run}`, and test it with `python -m pytest {test}`")
 
 
 def _said(question: str) -> str:

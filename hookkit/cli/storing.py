@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .base import app, command, program
-from .printing import Form, Shown, tell
+from .base import app, command, is_terminal, program
+from .printing import Form, Shown, tell, tell_aside, tell_text
 
 models = program()
 app.add_typer(models, name="models", help="The models on this machine.", rich_help_panel="Models")
@@ -40,7 +40,7 @@ def fetch(
     """Bring a model onto this machine, without loading it; prints its folder."""
     from ..stored import fetch as fetched
 
-    typer.echo(str(fetched(model, revision)))
+    tell_text(f"{fetched(model, revision)}\n")
 
 
 @command("hookkit models remove HuggingFaceTB/SmolLM2-135M --yes", panel=PANEL, within=models)
@@ -57,8 +57,8 @@ def remove(
     if model not in set(stored()["model"]):
         removed(model, revision)  # raises
     if not yes:
-        if not sys.stdin.isatty():
+        if not is_terminal(sys.stdin):
             raise ModelNotFound(f"{model!r} is not removed without a word: add --yes")
         if not typer.confirm(f"Delete {model} from this machine?", err=True):
             return
-    typer.echo(f"hookkit: removed {model}, {removed(model, revision):g} MB", err=True)
+    tell_aside(f"removed {model}, {removed(model, revision):g} MB")

@@ -11,7 +11,7 @@ import typer
 from .base import INTERRUPTED, app, command, program
 from .engine import Engine
 from .options import Head, Layer, Position, Which, one_prompt, word
-from .printing import Form, Shown, strongest, tell
+from .printing import Form, Shown, strongest, tell, tell_aside, tell_text, write_out
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +53,10 @@ class Grid:
     save: Save = None
 
     def settings(self) -> dict[str, Any]:
+        from ..errors import BadFile
+
+        if self.save is not None and self.save.exists() and not self.save.is_dir():
+            raise BadFile(f"--save {str(self.save)!r} is a file: give a folder, or the name of one that is to be made")
         places = {"layers": self.layer or None, "heads": self.head or None, "pos": self.pos or None}
         return {**places, "save": self.save}
 
@@ -177,7 +181,10 @@ def _tell_places(form: Form, table: "pd.DataFrame", tokens: list[str] | None, to
     labels = tokens if tokens is not None and "pos" in table and "head" not in table else None
     if figure is not None:
         try:
-            heat_map(table, labels=labels).savefig(figure, dpi=150)
+            drawing, kind = heat_map(table, labels=labels), figure.suffix.removeprefix(".")
+            write_out(figure, lambda making: drawing.savefig(making, dpi=150, format=kind))
+        except BadFile:
+            raise
         except OSError as error:
             raise BadFile(f"{str(figure)!r} cannot be written: {error.strerror or error}") from error
         form.note(f"wrote {figure}")
@@ -205,8 +212,8 @@ def _say(
     elif table is not None and form.kind:
         tell(form, "Sweep", {"sweep": Shown(table)})
     elif table is not None:
-        typer.echo(table.to_csv(index=False, lineterminator="\n"), nl=False)
+        tell_text(table.to_csv(index=False, lineterminator="\n"))
     if table is None or not table.attrs["complete"]:
         on = "with --save FOLDER it could go on" if grid.save is None else "the same command goes on"
-        typer.echo(f"hookkit: interrupted; {on}", err=True)
+        tell_aside(f"interrupted; {on}")
         raise typer.Exit(INTERRUPTED)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .base import command, endings_said
+from ..displaying import printable
+from .base import command, endings_said, is_terminal
 from .options import Edits, Generation, Prompt, Top, Watch, Which, one_prompt, watched
-from .printing import Form, printable, records
+from .printing import Form, records, tell_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,6 +36,7 @@ def trace(
     with endings_said("what stands above was recorded"):
         note = Form(quiet=quiet).note
         settings, text = generation.arguments(), one_prompt(prompt)
+        edits.check()
         lm = which.load(quiet=quiet)
         _show(lm, text, edits.read(lm, note), settings, top, watched(lm, watch), as_json)
 
@@ -47,9 +49,9 @@ def _show(lm: "LM", prompt: str, hooks: list["Hook"], settings: Any, top: int, w
     from ..tracing import trace as record
 
     steps = stream(lm, prompt, *hooks, trace=record(top=top, watch=watch), **settings)
-    if as_json or not sys.stdout.isatty():
+    if as_json or not is_terminal(sys.stdout):
         for now in steps:
-            typer.echo(_as_json(now) if as_json else _as_line(now))
+            tell_text(f"{_as_json(now) if as_json else _as_line(now)}\n")
         return
     console = Console()
     with Live(console=console, auto_refresh=False) as live:

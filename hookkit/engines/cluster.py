@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +14,8 @@ from ..model import LM
 from .travelling import check_travels
 
 ANY = ("auto", "local")  # addresses that mean no cluster in particular
+LEAST = (2, 59)  # the first version whose local cluster asks everybody for a token
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Ray:
 
     A Ray that the program initialised is used as it is. Else the cluster at `address` is joined, or the one that the
     environment variable RAY_ADDRESS names; and where neither says one, Ray is started on this machine and ended again.
+    It then listens to this machine alone (127.0.0.1), and asks for a token, unless RAY_AUTH_MODE says otherwise.
 
     >>> Ray(actors=2, cpus=4)
     Ray(actors=2, cpus=4, gpus=0, memory=None, address=None)
@@ -84,6 +88,21 @@ def check_installed() -> None:
         found = False
     if not found:
         raise MissingExtra("engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'")
+    installed = _installed_version()
+    if installed is not None and installed < LEAST:
+        raise MissingExtra(
+            f"engine='ray' needs ray>={LEAST[0]}.{LEAST[1]}, and {installed[0]}.{installed[1]} is installed, whose "
+            "clusters let any process that reaches them run code: pip install --upgrade 'hookkit[ray]'"
+        )
+
+
+def _installed_version() -> tuple[int, int] | None:
+    """The first two numbers of Ray's version; None where they cannot be read, as of a build of one's own."""
+    try:
+        major, minor = version("ray").split(".")[:2]
+        return int(major), int(minor)
+    except (PackageNotFoundError, ValueError):
+        return None
 
 
 @contextmanager
@@ -96,20 +115,60 @@ def joined(engine: Ray) -> Iterator[None]:
         yield
         return
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
-    given: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         with _nothing_reported():
-            ray.init(address=address, logging_level=logging.ERROR, **given)
+            if address == "local":
+                _start()
+            else:
+                _join(address)
         yield
-    except ConnectionError as error:
-        if ray.is_initialized():
-            raise
-        raise Unsupported(
-            f"no Ray cluster answers at {address!r}: start one with `ray start --head`, or leave address= out to start "
-            f"Ray on this machine; where the cluster has a token, set RAY_AUTH_MODE=token here too. {error}"
-        ) from error
     finally:
         ray.shutdown()
+
+
+def _start() -> None:
+    """Start Ray on this machine, for this machine alone."""
+    import ray
+
+    chosen = os.environ.get(AUTH_MODE)
+    try:
+        with _this_machine_alone():
+            ray.init(address="local", logging_level=logging.ERROR, include_dashboard=False)
+    except Exception as error:  # Ray raises plain Exceptions
+        raise Unsupported(f"Ray could not be started on this machine: {error}") from error
+    # where the mode is not chosen, Ray turns the token on; setting it here would come too late for a Ray that is loaded
+    if chosen is None and os.environ.get(AUTH_MODE, "").lower() != "token":
+        raise Unsupported(
+            "this Ray starts a cluster that asks nobody for a token, so that others could run code in it: upgrade Ray, "
+            f"or set {AUTH_MODE}=token before Python is started"
+        )
+
+
+def _join(address: str) -> None:
+    """Join a cluster."""
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.ERROR)
+    except Exception as error:  # no answer, another version of Ray or Python, no token
+        raise Unsupported(
+            f"no Ray cluster answers at {address!r}: start one with `ray start --head`, or leave address= out to start "
+            f"Ray on this machine; where the cluster has a token, set {AUTH_MODE}=token here too. {error}"
+        ) from error
+
+
+@contextmanager
+def _this_machine_alone() -> Iterator[None]:
+    """A block in which a Ray that is started listens on 127.0.0.1, as it does by itself on macOS and Windows."""
+    from ray._private import ray_constants
+
+    constants: Any = ray_constants
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

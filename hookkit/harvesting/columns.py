@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from ..checked_files import tensors_in
 from ..errors import BadHook, DamagedHarvest, NotCaptured, OutOfRange
 from ..positions import At, Where
-from .folder import Shard
+from .folder import COLUMNS, Shard
 from .texts import places
 
 RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
@@ -44,17 +45,16 @@ class Shards:
     def tensors(self, shard: int) -> dict[str, Tensor]:
         """The tensors of a shard, mapped into memory: what is changed in them never reaches the disk."""
         if shard not in self._open:
-            from safetensors import SafetensorError, safe_open
-
-            path = self.folder / self.all[shard].file
+            entry = self.all[shard]
             try:
-                file: Any = safe_open(path, "pt")
-                self._open[shard] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-            except (OSError, SafetensorError) as error:
+                tensors = tensors_in(entry.path(self.folder), error=DamagedHarvest)[0]
+            except DamagedHarvest as error:
                 raise DamagedHarvest(
-                    f"{path.name}, shard {shard} of {len(self.all)}, cannot be read ({error}): call verify(), which "
+                    f"{entry.file}, shard {shard} of {len(self.all)}, cannot be read ({error}): call verify(), which "
                     "says what to do"
                 ) from error
+            _check_columns(tensors, entry)
+            self._open[shard] = tensors
         return self._open[shard]
 
     def close_before(self, row: int) -> None:
@@ -117,8 +117,36 @@ class Column:
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
     def _of(self, shard: int) -> Tensor:
-        values = self.shards.tensors(shard)[self.name]
-        return values if self.head is None else values[:, self.head]
+        values = self.shards.tensors(shard).get(self.name)
+        sizes = self.sizes if self.head is None else None  # those of a head lack an axis
+        if values is None or values.dtype != self.dtype or (sizes is not None and tuple(values.shape[1:]) != sizes):
+            raise DamagedHarvest(
+                f"shard {shard} of {len(self.shards)} has not the {self.name} that harvest.json says: call verify(), "
+                "which says what to do"
+            )
+        if self.head is None:
+            return values
+        if values.ndim < 2 or self.head >= values.shape[1] or tuple(values.shape[2:]) != self.sizes:
+            raise DamagedHarvest(f"shard {shard} has other heads at {self.name} than harvest.json says")
+        return values[:, self.head]
+
+
+def _check_columns(tensors: Mapping[str, Tensor], shard: Shard) -> None:
+    """Raise `DamagedHarvest` where a shard's columns are not those of so many rows of tokens."""
+    lacking = [name for name in (*COLUMNS, "ids", "starts") if name not in tensors]
+    short = [name for name, tensor in tensors.items() if name not in ("ids", "starts") and not _rows(tensor, shard)]
+    if lacking or short:
+        words = f"has no {', '.join(lacking)}" if lacking else f"has not {shard.rows} rows of {', '.join(short)}"
+        raise DamagedHarvest(f"{shard.file} {words}: it was changed; call verify(), which says what to do")
+    starts, read = tensors["starts"], tensors["read"]
+    ends = starts.ndim == 1 and len(starts) > 1 and int(starts[0]) == 0 and int(starts[-1]) == len(tensors["ids"])
+    inside = ends and bool((starts.diff() >= 0).all()) and bool(((read >= 0) & (read < len(starts) - 1)).all())
+    if not inside:
+        raise DamagedHarvest(f"{shard.file} has rows of tokens that are not there: it was changed; call verify()")
+
+
+def _rows(tensor: Tensor, shard: Shard) -> bool:
+    return tensor.ndim > 0 and len(tensor) == shard.rows
 
 
 def rows_at(shard: Mapping[str, Tensor], where: Where) -> Int[Tensor, " row"]:

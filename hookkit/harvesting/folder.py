@@ -11,6 +11,7 @@ in `ids`, those of read n from `starts[n]` to `starts[n + 1]`.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,14 +22,27 @@ import torch
 from torch import Tensor
 
 from ..about import about_model, config_hash, tokenizer_hash, weights_hash
-from ..errors import DamagedHarvest, HarvestChanged
+from ..checked_files import inside, json_in, json_of, mapping_of, opened_tensors, plain_whole
+from ..errors import BadFile, DamagedHarvest, HarvestChanged, HookkitError
 from ..model import LM
-from . import disk
+from ..sites import parse
+from ..whole_files import (
+    add_line,
+    added_to,
+    cut_to_whole_lines,
+    remove_leftovers,
+    whole_lines,
+    write_bytes,
+    write_tensors,
+)
 from .windows import Window
 
 SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
 COLUMNS = ("text", "piece", "pos", "token", "read")
+NUMBERED = re.compile(r"[0-9]{5,}\.safetensors")
+OWN = ("format", "model", "sites", "pos", "context", "long")  # what is read of the settings, besides being compared
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 DECIDING = ("torch", "transformers", "tokenizers")  # the packages whose versions decide what numbers come out
 
 
@@ -46,10 +60,21 @@ class Shard:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        numbers = (self.rows, self.tokens, self.left_out, self.text, self.piece, self.bytes)
+        if not all(map(plain_whole, numbers)) or not isinstance(self.stream, str) or not isinstance(self.sha256, str):
+            raise ValueError("a number or a hash is none")
+        if not isinstance(self.file, str) or not NUMBERED.fullmatch(self.file):
+            raise ValueError(f"{str(self.file)[:80]!r} is no name of a shard, such as {SHARD.format(0)}")
+
     def is_there(self, folder: Path) -> bool:
         """True where the file is there in its size."""
-        path = folder / self.file
+        path = self.path(folder)
         return path.is_file() and path.stat().st_size == self.bytes
+
+    def path(self, folder: Path) -> Path:
+        """Where the file is; `DamagedHarvest` for a link that leads out of the folder."""
+        return inside(folder, self.file, error=DamagedHarvest)
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,10 @@ class End:
     texts: int
     left_out: int
     stream: str
+
+    def __post_init__(self) -> None:
+        if not plain_whole(self.texts) or not plain_whole(self.left_out) or not isinstance(self.stream, str):
+            raise ValueError("a number or a hash is none")
 
 
 def model_of(lm: LM) -> dict[str, Any]:
@@ -72,35 +101,54 @@ def model_of(lm: LM) -> dict[str, Any]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What harvest.json says."""
-    path = folder / SETTINGS
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = inside(folder, SETTINGS, error=DamagedHarvest)
+    if not path.exists():
         raise DamagedHarvest(
             f"{folder.name!r} has no {SETTINGS}, so it is no harvest: give the folder that hk.harvest wrote"
-        ) from None
-    except ValueError as error:
+        )
+    try:
+        settings = mapping_of(json_in(path), f"{SETTINGS} of {folder.name!r}")
+    except BadFile as error:
         raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} cannot be read: {error}; harvest again") from error
-    if found.get("format") != FORMAT:
+    if settings.get("format") != FORMAT:
         raise DamagedHarvest(
-            f"{folder.name!r} has format {found.get('format')!r}, and this hookkit reads {FORMAT}: read it with the "
+            f"{folder.name!r} has format {settings.get('format')!r}, and this hookkit reads {FORMAT}: read it with the "
             "hookkit that wrote it"
         )
-    return found
+    lacking = [name for name in OWN if name not in settings]
+    if lacking or not isinstance(settings["sites"], dict) or not isinstance(settings["model"], dict):
+        words = f"has no {', '.join(lacking)}" if lacking else "has sites or a model that are none"
+        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} {words}: harvest again")
+    for name, kind in settings["sites"].items():
+        _check_kind(folder, name, kind)
+    return settings
+
+
+def _check_kind(folder: Path, name: str, kind: Any) -> None:
+    """Raise `DamagedHarvest` for what is no site, no shape or no dtype."""
+    try:
+        parse(name)
+    except HookkitError as error:
+        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} has a site that is none: {error}") from error
+    words = kind if isinstance(kind, dict) else {}
+    sizes = words.get("shape")
+    if not isinstance(sizes, list) or not all(map(plain_whole, sizes)) or words.get("dtype") not in DTYPES:
+        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} has no shape or no dtype for {name!r}: harvest again")
 
 
 def read_index(folder: Path) -> tuple[list[Shard], End | None]:
     """The shards that are done, in order, and how the harvest ended, if it has."""
     shards: list[Shard] = []
-    for line in disk.whole_lines(folder / INDEX):
+    path = inside(folder, INDEX, error=DamagedHarvest)
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
-            found = json.loads(line)
-            if "texts" in found:
-                return shards, End(**found)
-            shards.append(Shard(**found))
-        except (ValueError, TypeError) as error:
+            entry = mapping_of(json_of(line, "it"), "it")
+            if "texts" in entry:
+                return shards, End(**entry)
+            shards.append(Shard(**entry))
+        except (BadFile, ValueError, TypeError) as error:
             raise DamagedHarvest(
-                f"line {len(shards) + 1} of {INDEX} in {folder.name!r} cannot be read ({error}): delete it and those "
+                f"line {number} of {INDEX} in {folder.name!r} cannot be read ({error}): delete it and those "
                 "after it and harvest again, which makes their shards anew"
             ) from error
     return shards, None
@@ -113,24 +161,35 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     elif (folder / INDEX).exists() or any(_numbered(folder)):
         raise DamagedHarvest(f"{folder.name!r} has shards and no {SETTINGS}: give an empty folder")
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    if not (folder / SETTINGS).exists() or (folder / SETTINGS).read_text(encoding="utf-8") != text:
-        disk.write_bytes(folder / SETTINGS, text.encode())
-    disk.cut_to_whole_lines(folder / INDEX)
-    for path in folder.glob(disk.MAKING.format("*")):
-        path.unlink()
+    remove_leftovers(folder)
+    path = folder / SETTINGS
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_bytes(path, text.encode())
+    cut_to_whole_lines(folder / INDEX)
 
 
 def finish(folder: Path, end: End) -> None:
     """Say in the index that all is done, and take away shards of texts that were never said to be done."""
     done = {shard.file for shard in read_index(folder)[0]}
     for path in _numbered(folder):
-        if path.name not in done:
+        if path.name not in done and _is_shard(path):
             path.unlink()
     append(folder, end)
 
 
 def _numbered(folder: Path) -> Iterator[Path]:
-    return folder.glob("[0-9][0-9][0-9][0-9][0-9]*.safetensors")
+    return (path for path in sorted(folder.glob("*.safetensors")) if NUMBERED.fullmatch(path.name))
+
+
+def _is_shard(path: Path) -> bool:
+    """True for a file that a harvest wrote, which has the columns of one."""
+    if path.is_symlink():
+        return False
+    try:
+        with opened_tensors(path) as file:
+            return {*COLUMNS, "ids", "starts"} <= set(file.keys())
+    except BadFile:
+        return False
 
 
 def _check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -184,10 +243,11 @@ def columns(windows: list[Window]) -> dict[str, Tensor]:
 def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor], **said: Any) -> Shard:
     """Write a shard's file; its line of the index."""
     file = SHARD.format(number)
-    size, found = disk.write_tensors(folder / file, tensors)
+    size, found = write_tensors(folder / file, tensors, tidy=False)
     return Shard(file=file, bytes=size, sha256=found, **said)
 
 
 def append(folder: Path, entry: Shard | End) -> None:
     """Say in the index that a shard is done, or all of them."""
-    disk.append_line(folder / INDEX, json.dumps(dataclasses.asdict(entry)))
+    with added_to(folder / INDEX) as file:
+        add_line(file, json.dumps(dataclasses.asdict(entry)))

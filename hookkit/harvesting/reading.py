@@ -22,7 +22,7 @@ from ..displaying import shown
 from ..errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ..positions import PosLike, Where, as_pos
 from ..sites import AnySite, Site, Sites, SitesLike, as_sites, parse
-from . import disk
+from ..whole_files import sha256
 from .columns import Column, RowsLike, Shards, numbered, rows_at
 from .folder import COLUMNS, End, read_index, read_settings
 from .summary import Statistics, summing
@@ -180,10 +180,10 @@ class Harvest:
         """Read all, and raise `DamagedHarvest` with every shard that is not as it was written."""
         wrong = []
         for shard in self.shards.all:
-            path = self.shards.folder / shard.file
+            path = shard.path(self.shards.folder)
             if not path.is_file():
                 wrong.append(f"{shard.file} is missing")
-            elif disk.sha256(path) != shard.sha256:
+            elif sha256(path) != shard.sha256:
                 wrong.append(f"{shard.file} was changed")
         if wrong:
             raise DamagedHarvest(

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import as_whole, checks_arguments, file_of, items_of, reading_file, whole_number
+from ..arguments import as_whole, checks_arguments, file_of, items_of, whole_number
+from ..checked_files import json_of, mapping_of, plain_whole, tensors_in
 from ..displaying import records, shown
 from ..errors import BadHook, DamagedHarvest, NotCaptured, OutOfRange, Unsupported
 from ..files import save_tensors
@@ -181,25 +182,30 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     >>> load_statistics(path)["resid_post.6"].mean.shape
     torch.Size([576])
     """
-    from safetensors import safe_open
-
-    source = file_of(path)
-    with reading_file(source, "statistics that Statistics.save wrote"), safe_open(source, "pt") as file:
-        about = (file.metadata() or {}).get("statistics")
-        if about is None:
-            raise DamagedHarvest(f"{Path(path).name!r} has no statistics: give a file that Statistics.save wrote")
-        by_site: dict[str, dict[str, Tensor]] = {}
-        for name in file.keys():  # noqa: SIM118  no mapping
-            site, _, word = name.rpartition("/")
-            by_site.setdefault(site, {})[word] = file.get_tensor(name)
-    with reading_file(source, "statistics that Statistics.save wrote"):
-        said = json.loads(about)
-        sites = [parse(site) for site in said["sites"]]
-        return Statistics({site: _site_statistics(site, by_site[str(site)]) for site in sites}, said)
+    tensors, words = tensors_in(file_of(path), error=DamagedHarvest)
+    name = repr(Path(path).name)
+    if "statistics" not in words:
+        raise DamagedHarvest(f"{name} has no statistics: give a file that Statistics.save wrote")
+    about = mapping_of(
+        json_of(words["statistics"], name, error=DamagedHarvest, finite=False), name, error=DamagedHarvest
+    )
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        site, _, word = key.rpartition("/")
+        by_site.setdefault(site, {})[word] = tensor
+    sites = about.get("sites")
+    if not isinstance(sites, list) or set(map(str, sites)) != set(by_site) or not plain_whole(about.get("texts")):
+        raise DamagedHarvest(f"{name} has other sites than it says: it was changed; make it again")
+    try:
+        return Statistics({parse(site): _site_statistics(parse(site), by_site[site]) for site in sites}, about)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DamagedHarvest(f"{name} lacks tensors of its statistics: it was changed; make it again") from error
 
 
 def _site_statistics(site: AnySite, t: Mapping[str, Tensor]) -> SiteStatistics:
     count = int(t["count"])
+    if t["mean"].shape != t["spread"].shape or t["norm_mean"].shape != t["mean"].shape[:-1]:
+        raise ValueError("the tensors do not fit one another")
     lengths = Norms(Moments(count, t["norm_mean"], t["norm_spread"]), t["norm_min"], t["norm_max"])
     top = Strongest(t["top_values"], t["top_rows"], t["top_places"]) if "top_values" in t else None
     return SiteStatistics(site, Moments(count, t["mean"], t["spread"], t.get("products")), lengths, top)

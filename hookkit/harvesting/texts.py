@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ..arguments import is_one_row, one_prompt, prompt_rows, refuse_container
-from ..errors import BadHook, BadPrompt, HarvestChanged, OutOfRange
+from ..checked_files import json_of
+from ..errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ..model import LM
 from ..positions import GENERATED, At, Where, Wish, wish
 from ..prompts import Row, cover, shortened
@@ -192,9 +193,9 @@ def _lines(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         for number, line in enumerate(file):
             try:
-                text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-                yield json.loads(text) if path.suffix == ".jsonl" else text
-            except ValueError as error:  # no UTF-8, or no JSON
+                words = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield json_of(words, "it", finite=False) if path.suffix == ".jsonl" else words.decode("utf-8")
+            except (ValueError, BadFile) as error:  # no UTF-8, or no JSON
                 kind = "JSON" if path.suffix == ".jsonl" else "text in UTF-8"
                 raise BadPrompt(f"text {number}: line {number + 1} of {path.name} is no {kind}: {error}") from error
 

@@ -19,7 +19,7 @@ from ..model import LM
 from ..positions import PosLike, Where, as_pos
 from ..sharding import writes
 from ..sites import AnySite, SitesLike
-from . import disk
+from ..whole_files import locked
 from .computing import Batch, Computing
 from .folder import FORMAT, End, Shard, append, begin, columns, finish, model_of, read_index, write_shard
 from .progress import Progress
@@ -85,7 +85,7 @@ def harvest(
     settings |= {"batch_tokens": batch_tokens, "shard_size": shard_size}
     path, cursor = folder_of(folder), Cursor(lm, texts, rules)
     progress = progress and writes()
-    lock = disk.locked(path) if writes() else nullcontext()
+    lock = locked(path, "is writing the harvest") if writes() else nullcontext()
     with lock, Progress(how_many(texts) if progress else None, progress) as shown:
         if writes():
             begin(path, settings)

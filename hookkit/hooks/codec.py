@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..arguments import choice, described
+from ..checked_files import json_of, reason
 from ..errors import BadHook, HookkitError
 from ..positions import Part
 from ..sites import ModuleSite, Site, Sites, as_sites, parse
@@ -86,11 +87,13 @@ def to_json(hook: Any, *, tensors: str = "inline") -> str:
 
 def from_json(text: str) -> Any:
     """The hook that `to_json` wrote."""
+    name = repr(text[:60]) if isinstance(text, str) else f"a {type(text).__name__}"
     try:
-        written = json.loads(text)
+        written = json_of(text, name, error=BadHook)
         verb = written.pop("hook")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise BadHook(f"this is no hook in JSON: {described(text)}") from error
+    except (KeyError, AttributeError, TypeError, BadHook) as error:
+        why = f" ({error})" if isinstance(error, BadHook) else ""
+        raise BadHook(f"this is no hook in JSON: {described(text)}{why}") from error
     return _built(hook_type(verb), written, verb)
 
 
@@ -107,7 +110,7 @@ def _built(kind: Any, written: dict[str, Any], name: str) -> Any:
     except HookkitError:
         raise
     except Exception as error:
-        raise BadHook(f"this {name} in JSON has a value that cannot be read: {error}") from error
+        raise BadHook(f"this {name} in JSON has a value that cannot be read: {reason(error)}") from error
 
 
 def _encode(value: Any, tensors: str) -> Any:

@@ -1,6 +1,7 @@
 """Hooks that move tokens up or down: boost, cap, swap, set_rank."""
 
 import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import as_whole, checks_keywords, described
-from ..errors import BadEdit, BadHook, OutOfRange
+from ..checked_files import reason, text_of
+from ..errors import BadEdit, BadFile, BadHook, OutOfRange
 from ..positions import CountLike, PosLike
 from ..sites import AnySite
 from ..vocabulary import Token
@@ -112,12 +114,11 @@ def boost(
 def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
     """The amount for each token in a CSV file. A token stands as it is, its leading space kept, or as its id."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as lines:  # spreadsheets begin the file with a mark
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        rows = list(csv.DictReader(io.StringIO(text_of(path), newline="")))
+    except (BadFile, csv.Error) as error:
         raise BadHook(
-            f"by={str(path)!r} is no file that can be read ({why}); by= is a number, amounts, or a path"
+            f"by={str(path)!r} is no file that can be read ({reason(error.__cause__ or error)}); by= is a number, "
+            "amounts, or a path"
         ) from error
     name = next((name for name in ("token_id", "token") if rows and name in rows[0]), None)
     if name is None or "by" not in rows[0]:

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..about import about_model, weights_hash
-from ..arguments import checks_arguments, file_of, finite_number, prompt_rows, reading_file, seed_of, whole_number
-from ..errors import BadHook, BadPrompt
+from ..arguments import checks_arguments, file_of, finite_number, prompt_rows, seed_of, whole_number
+from ..checked_files import json_of, strings_of, tensors_in
+from ..errors import BadFile, BadHook, BadPrompt
 from ..hooks.looking import capture
 from ..model import LM
 from ..prompts import Prompts, as_rows
@@ -70,28 +71,44 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
     >>> load_lens(lens.save("lens.safetensors"), lm=small).history.columns.tolist()
     ['site', 'layer', 'kl_before', 'kl_after']
     """
-    from io import StringIO
-
-    from safetensors import safe_open
-
-    source = file_of(path)
-    with reading_file(source, "a lens that TunedLens.save wrote"), safe_open(source, framework="pt") as file:
-        words: Mapping[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    if "history" not in words:
-        raise BadHook(f"{path} is no tuned lens: it was not written by TunedLens.save")
-    about = json.loads(words["about"])
+    tensors, words = tensors_in(file_of(path))
+    if "history" not in words or "about" not in words:
+        raise BadHook(f"{os.fspath(path)!r} is no tuned lens: it was not written by TunedLens.save")
+    name = f"the tuned lens in {os.fspath(path)!r}"
+    about = strings_of(json_of(words["about"], name, finite=False), ("weights_sha256", "model"), name)
+    if "weights_sha256" not in about:
+        raise BadFile(f"{name} does not say which model it is for: give a file that TunedLens.save wrote")
     if lm is not None and about["weights_sha256"] != weights_hash(lm):
-        model = about["model"]
+        model = about.get("model")
         raise BadHook(f"the lens in {path} was trained on {model!r}, whose weights are not those of {lm.name!r}")
     parts = [
         {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("change/", "offset/")
     ]
-    history = pd.read_json(StringIO(words["history"]), orient="records")
+    history = _history(json_of(words["history"], name), name)
+    _check_shapes(list(history["site"]), parts[0], parts[1], name)
     order = {site: number for number, site in enumerate(history["site"])}
     change, offset = ({site: part[site] for site in sorted(part, key=order.__getitem__)} for part in parts)
     return TunedLens(change, offset, history, about)
+
+
+def _history(rows: Any, name: str) -> pd.DataFrame:
+    """The table of a lens's training, as it was."""
+    columns = ["site", "layer", "kl_before", "kl_after"]
+    if not isinstance(rows, list) or not rows or any(not isinstance(row, dict) or list(row) != columns for row in rows):
+        raise BadFile(f"{name} has a history of other columns than {', '.join(columns)}: it was changed")
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _check_shapes(sites: list[Any], change: Mapping[str, Tensor], offset: Mapping[str, Tensor], name: str) -> None:
+    """Raise `BadFile` where the tensors are not an affine translator for each of these sites."""
+    if not set(sites) == set(change) == set(offset):
+        raise BadFile(f"{name} has translators of other sites than its history names: it was changed")
+    widths = {tuple(tensor.shape) for tensor in offset.values()}
+    width = next(iter(widths))
+    square = {tuple(tensor.shape) for tensor in change.values()}
+    if len(widths) != 1 or len(width) != 1 or square != {width * 2}:
+        raise BadFile(f"{name} has tensors that are no affine translators: it was changed")
 
 
 @checks_arguments

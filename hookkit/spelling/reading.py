@@ -3,10 +3,10 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..arguments import checks_arguments
+from ..checked_files import SHORT, hooks_listed
 from ..errors import BadFile, BadHook, NotOneToken, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.choosing import ban, force, restrict
@@ -20,6 +20,8 @@ from ..model import LM
 from ..runs import forward
 from ..vectors import Vector, load_vector
 from .words import Spelling, amount_of, parts_of, sites_of, split, token_of, tokens_of
+
+DIGITS = 9  # of a layer's or a head's number
 
 
 @checks_arguments
@@ -56,20 +58,23 @@ def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Ho
     >>> [str(each) for each in load_hooks("hooks.yaml")]
     ['ablate(z.9.3)', "force(' coffee', step=0)"]
     """
-    import yaml
+    listed = hooks_listed(path)
+    return [_listed(each, lm, os.fspath(path)) for each in listed]
 
-    try:
-        words = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise BadFile(f"{os.fspath(path)!r} is no file of hooks that can be read: {why}") from error
-    try:
-        found = json.loads(words) if Path(path).suffix == ".json" else yaml.safe_load(words)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise BadHook(f"{os.fspath(path)!r} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(found, list) or not found:
-        raise BadHook(f'{os.fspath(path)!r} has no list of hooks: write a line for each, - "ablate:z.9.3"')
-    return [_listed(each, lm, os.fspath(path)) for each in found]
+
+def check_hook(text: Any) -> None:
+    """Raise what can be said of a hook's text, or of its JSON, without a model."""
+    if not isinstance(text, str) or text.lstrip().startswith("{"):
+        return  # which is read in a moment, when the model is there
+    spelled = parts_of(text)
+    if spelled.verb in ("steer", "project_out"):
+        _, path, _ = _sites_and_file(spelled)
+        if not os.path.isfile(path):
+            raise BadFile(f"{text!r}: {path!r} is no file of a vector that can be read: there is no such file")
+    elif spelled.verb == "patch":
+        sites_of(spelled)
+    else:
+        hook(text)
 
 
 def _listed(written: Any, lm: LM | None, path: str) -> Hook:
@@ -77,10 +82,11 @@ def _listed(written: Any, lm: LM | None, path: str) -> Hook:
         return hook(written, lm=lm)
     if isinstance(written, Mapping) and "hook" in written:
         return Hook.from_json(json.dumps(written))
+    shortened = f"{str(written)[:SHORT]}{'…' if len(str(written)) > SHORT else ''}"
     if isinstance(written, Mapping) and len(written) == 1:  # YAML reads `force: coffee` so, and drops the space
-        raise BadHook(f'{path!r} has {dict(written)}, a short text without quotes: write - "force: coffee@0"')
+        raise BadHook(f'{path!r} has {shortened}, a short text without quotes: write - "force: coffee@0"')
     raise BadHook(
-        f"{path!r} has {written!r}, which is no hook: write short texts in quotes, or what Hook.to_json() writes"
+        f"{path!r} has {shortened}, which is no hook: write short texts in quotes, or what Hook.to_json() writes"
     )
 
 
@@ -127,7 +133,8 @@ def _numbers(spelled: Spelling) -> list[tuple[int, int | None]]:
     found: list[tuple[int, int | None]] = []
     for each in spelled.what.split(","):
         layer, dot, head = each.strip().partition(".")
-        if not layer.isdecimal() or (dot and (not head.isdecimal() or spelled.verb != "knockout")):
+        digits = max(len(layer), len(head))
+        if digits > DIGITS or not layer.isdecimal() or (dot and (not head.isdecimal() or spelled.verb != "knockout")):
             example = "knockout:9.3@query=-1,key=0" if spelled.verb == "knockout" else "skip_block:3"
             raise BadHook(f"{spelled.text!r} has {each!r} where a block's number is meant: write {example}")
         found.append((int(layer), int(head) if dot else None))
@@ -162,7 +169,7 @@ def _sites_and_file(spelled: Spelling) -> tuple[list[str] | None, str, float | N
     head, star, number = what.rpartition("*")
     if star:
         what, scaled = amount_of(f"{head}*{number}", "*", spelled)
-    if Path(what.strip()).is_file():
+    if os.path.isfile(what.strip()):  # which knows of names that are too long for a file
         return None, what.strip(), scaled
     sites, rest = sites_of(Spelling(spelled.text, spelled.verb, what))
     if not rest.startswith(":"):
@@ -174,13 +181,11 @@ def _sites_and_file(spelled: Spelling) -> tuple[list[str] | None, str, float | N
 
 
 def _vector(path: str, lm: LM | None, spelled: Spelling) -> Vector:
-    from safetensors import SafetensorError
-
     if lm is None:
         raise BadHook(f"{spelled.text!r} reads a vector that is checked against a model: hk.hook(text, lm=lm)")
     try:
         return load_vector(lm, path)
-    except (OSError, SafetensorError) as error:
+    except BadFile as error:
         raise BadFile(f"{spelled.text!r}: {path!r} is no file of a vector that can be read: {error}") from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..arguments import shortened
 from ..errors import BadHook
 from ..hooks.conditions import entropy_above, entropy_below, margin_above, margin_below, prob_of, rank_of
 from ..hooks.phrases import Phrase, phrase
@@ -17,7 +18,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     for each in (at, phrase, entropy_above, entropy_below, margin_above, margin_below, rank_of, prob_of)
 }
 NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
-SPAN = re.compile(r"(-?\d*):(-?\d*)(?::(\d+))?")
+END = r"(-?\d{1,18})?"  # of a span; more digits are no position
+SPAN = re.compile(rf"{END}:{END}(?::(\d{{1,18}}))?")
+LONGEST = 2000  # letters of a WHERE
+SHOWN = 200  # letters of a text that a message shows
+DEEPEST = 20  # brackets in one another, and signs before a number
 NAMED = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
 SITE = r"[A-Za-z_][\w.\[\]-]*(?::(?:input|output)(?::\w+)?)?"
 SITES = re.compile(rf"\s*{SITE}(?:\s*,\s*{SITE})*\s*")
@@ -30,7 +35,8 @@ class _NoValueError(Exception):
 
 @dataclass(frozen=True)
 class Spelling:
-    """The parts of a hook's text: `place` is a WHERE without a name, the position or the step."""
+    """The parts of a hook's text, which `text` shows in messages; `place` is a WHERE without a name, the position or
+    the step."""
 
     text: str
     verb: str
@@ -42,18 +48,22 @@ class Spelling:
 def parts_of(text: str) -> Spelling:
     """VERB:WHAT@WHERE as its parts. The first @ behind which values stand ends WHAT."""
     verb, colon, rest = text.partition(":")
+    shown = shortened(text, SHOWN)
     if not colon or not re.fullmatch(r"[a-z_]+", verb.strip()):
         raise BadHook(
-            f"{text!r} spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3', 'force: coffee@0' or "
+            f"{shown!r} spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3', 'force: coffee@0' or "
             "'steer:resid_post.12:mood.safetensors*3'; or what Hook.to_json() writes"
         )
     for place in (number for number, letter in enumerate(rest) if letter == "@"):
+        behind = rest[place + 1 :]
+        if len(behind) > LONGEST or ("@" in behind and not any(quote in behind for quote in QUOTES)):
+            continue  # a value has another @ in quotes alone
         try:
-            where, settings = _where(rest[place + 1 :])
+            where, settings = _where(behind)
         except _NoValueError:
             continue
-        return Spelling(text, verb.strip(), rest[:place], where, settings)
-    return Spelling(text, verb.strip(), rest)
+        return Spelling(shown, verb.strip(), rest[:place], where, settings)
+    return Spelling(shown, verb.strip(), rest)
 
 
 def place_of(text: str, what: str = "a position") -> Any:
@@ -64,7 +74,8 @@ def place_of(text: str, what: str = "a position") -> Any:
         return _value(text)
     except _NoValueError:
         raise BadHook(
-            f"{text!r} is no place for {what}: write a number, 1:4, [0,2], at('store'), PROMPT, GENERATED or all"
+            f"{shortened(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], at('store'), PROMPT, "
+            "GENERATED or all"
         ) from None
 
 
@@ -93,10 +104,24 @@ def _value(text: str) -> Any:
     text = text.strip()
     if span := SPAN.fullmatch(text):
         return slice(*(int(end) if end else None for end in span.groups()))
+    if _is_too_much(text):
+        raise _NoValueError
     try:
         return _meaning(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two are of what is deep all the same
         raise _NoValueError from None
+
+
+def _is_too_much(text: str) -> bool:
+    """True for a text that is longer or deeper than any value is, and that Python would need long to read."""
+    if len(text) > LONGEST:
+        return True
+    depth = deepest = 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        deepest = max(deepest, depth)
+    operators = sum(text.count(letter) for letter in "+~") + text.count("not ")
+    return deepest > DEEPEST or operators > DEEPEST or re.search(rf"(?:-\s*){{{DEEPEST}}}", text) is not None
 
 
 def _meaning(node: ast.expr) -> Any:
@@ -113,7 +138,11 @@ def _meaning(node: ast.expr) -> Any:
         return NAMES[node.id]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
         named = {each.arg: _meaning(each.value) for each in node.keywords if each.arg is not None}
-        return CALLS[node.func.id](*map(_meaning, node.args), **named)
+        values = [_meaning(each) for each in node.args]
+        try:
+            return CALLS[node.func.id](*values, **named)
+        except TypeError as error:
+            raise BadHook(f"{ast.unparse(node)[:80]!r} cannot be read: {error}") from error
     raise _NoValueError
 
 
@@ -160,7 +189,7 @@ def token_of(text: str, spelled: Spelling) -> Token | Phrase:
 def word_of(text: str) -> Token | Phrase:
     """A token as it stands, its leading space kept; or in quotes, by its id(28), or a phrase('…')."""
     bare = text.strip()
-    if number := re.fullmatch(r"id\((\d+)\)", bare):
+    if number := re.fullmatch(r"id\((\d{1,18})\)", bare):
         return int(number[1])
     if bare[:1] in (*QUOTES,) or bare.startswith("phrase("):
         try:
@@ -179,4 +208,6 @@ def amount_of(text: str, sign: str, spelled: Spelling) -> tuple[str, float]:
         return what, float(number)
     except ValueError:
         example = {"=": " tea=2.5", "*": "mlp_out.4*0.5"}[sign]
-        raise BadHook(f"{spelled.text!r} is no amount for {text!r}: write {spelled.verb}:{example}") from None
+        raise BadHook(
+            f"{spelled.text!r} is no amount for {shortened(text, SHOWN)!r}: write {spelled.verb}:{example}"
+        ) from None

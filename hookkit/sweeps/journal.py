@@ -1,6 +1,7 @@
 """What a sweep has found so far, on disk: killed at any moment, it goes on where it was.
 
-A folder has `sweep.json`, which says what the sweep is, and `cells.jsonl`, a line for each forward that was finished.
+A folder has `sweep.json`, which says what the sweep is, and `cells.jsonl`, a line for each forward that was finished;
+and `table.csv` when all are, whose sha256 is a line of `cells.jsonl`, by which it is known later as the sweep's own.
 """
 
 import hashlib
@@ -8,21 +9,36 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
+
+import pandas as pd
 
 from ..about import about_model, config_hash, tokenizer_hash, weights_hash
 from ..arguments import folder_of
-from ..errors import BadHook, Unsupported
+from ..checked_files import inside, json_in, json_of, mapping_of
+from ..errors import BadFile, BadHook
 from ..hooks import codec
-from ..metrics import Metric
+from ..metrics import Metric, columns
 from ..runs import Run
+from ..whole_files import (
+    add_line,
+    added_to,
+    cut_to_whole_lines,
+    locked,
+    remove_leftovers,
+    sha256,
+    whole_lines,
+    write_bytes,
+    write_text,
+)
 from ..wrapped import adapters_in_use
 from .planning import Plan
 from .saying import UNEDITED, Values
 
+ABOUT, CELLS, TABLE = "sweep.json", "cells.jsonl", "table.csv"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in how Python shows a function: another one in every process
 
 
@@ -32,7 +48,8 @@ class Journal:
 
     folder: Path | None = None
     values: Values = field(default_factory=dict)  # what is known already
-    file: TextIO | None = None
+    file: IO[bytes] | None = None
+    tables: set[str] = field(default_factory=set)  # the sha256 of tables that were written
 
     @property
     def done(self) -> int:
@@ -41,11 +58,28 @@ class Journal:
 
     def add(self, found: Values) -> None:
         """Keep values, on disk before this returns."""
-        if self.file is not None:
-            self.file.write(json.dumps([[*key, *values] for key, values in found.items()]) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        self._add_line([[*key, *values] for key, values in found.items()])
         self.values |= found
+
+    def write(self, table: pd.DataFrame) -> None:
+        """Write the table beside the values, and note that it is this sweep's own."""
+        if self.folder is None:
+            return
+        path, data = self.folder / TABLE, table.to_csv(index=False, lineterminator="\n").encode()
+        value = hashlib.sha256(data).hexdigest()
+        if os.path.lexists(path):
+            own = {value, *self.tables}
+            if path.is_symlink() or not path.is_file() or sha256(path) not in own:
+                raise BadFile(f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep again")
+        if value not in self.tables:
+            self._add_line({"table": value})
+            self.tables.add(value)
+        if not path.exists() or sha256(path) != value:
+            write_bytes(path, data)
+
+    def _add_line(self, value: Any) -> None:
+        if self.file is not None:
+            add_line(self.file, json.dumps(value))
 
 
 @contextmanager
@@ -59,59 +93,50 @@ def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping
         _about(plan, settings)  # weights are read by all ranks
         yield Journal(values=ranks.first(None))  # what the first one knows
         return
-    with _locked(path):
-        about, target = _about(plan, settings), path / "sweep.json"
+    with locked(path, "is running the sweep"):
+        about, target = _about(plan, settings), inside(path, ABOUT)
+        for name in (CELLS, TABLE):
+            if not target.exists() and os.path.lexists(path / name):
+                raise BadFile(f"{path} has a {name} and no {ABOUT}, so it is no sweep's: give a folder of its own")
         if not target.exists():
-            making = target.with_name(".sweep.json.making")
-            making.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            making.replace(target)
-        known = json.loads(target.read_text(encoding="utf-8"))
+            write_text(target, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        known = mapping_of(json_in(target, finite=False), f"{ABOUT} of {path}")
         differ = [name for name in about if name != "name" and known.get(name) != about[name]]
         if differ:
             raise BadHook(
                 f"{path} holds another sweep: it differs in {', '.join(differ)}. Give this one a folder of its own, or "
                 "remove that one"
             )
-        values = _read(path / "cells.jsonl")
+        remove_leftovers(path)
+        cut_to_whole_lines(path / CELLS)
+        values, tables = _read(path / CELLS, len(columns(plan.metrics)))
         values = values if ranks is None else ranks.first(values)
-        with (path / "cells.jsonl").open("a", encoding="utf-8") as file:
-            yield Journal(path, values, file)
+        with added_to(path / CELLS) as file:
+            yield Journal(path, values, file, tables)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A block in which no other process keeps a sweep in the folder; the lock goes with the process."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise Unsupported(
-            f"another process is running the sweep in {folder}: wait for it, or give another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            (folder / ".lock").unlink()
-        lock.release()
+def _read(path: Path, count: int) -> tuple[Values, set[str]]:
+    """What the finished lines say: the values of each cell, `count` of them, and the hashes of tables."""
+    values: Values = {}
+    tables: set[str] = set()
+    for number, line in enumerate(whole_lines(path), start=1):
+        name = f"line {number} of {path}"
+        entries = json_of(line, name, finite=False)
+        if isinstance(entries, dict):
+            tables.add(str(entries.get("table")))
+            continue
+        if not isinstance(entries, list) or not all(_is_cell(entry, count) for entry in entries):
+            raise BadFile(f"{name} holds no cells of this sweep: delete it, and they are computed anew")
+        for entry in entries:
+            values.setdefault((entry[0], entry[1]), entry[2:])
+    return values, tables
 
 
-def _read(path: Path) -> Values:
-    """What the finished lines say. A last line that was cut off is taken away, so that others can follow."""
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
-    found: Values = {}
-    for line in whole.decode().splitlines():
-        for cell, row, *values in json.loads(line):
-            found.setdefault((cell, row), values)
-    return found
+def _is_cell(entry: Any, count: int) -> bool:
+    """True for the number of a cell, of a row, and as many values as there are."""
+    if not isinstance(entry, list) or len(entry) != count + 2 or not all(type(number) is int for number in entry[:2]):
+        return False
+    return all(type(value) in (int, float) for value in entry[2:])
 
 
 def _about(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Every cell means one forward with its hooks, and has that forward's numbers; how
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -229,8 +228,8 @@ def sweep(
             verified(made, kept.values, verify)
         table = _table(made, kept, aimed, drawn=isinstance(control, str))
         table.attrs |= {"complete": complete, "plan": repr(made), "sources_not_the_models_own": checks}
-        if kept.folder is not None and complete:
-            _write(table, kept.folder)
+        if complete:
+            kept.write(table)
     return table
 
 
@@ -275,9 +274,3 @@ def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None, *
     parts = ["", "_before", "_delta"] + ([] if aimed is None else ["_target", "_effect"])
     wanted = [*made.cells[0].at, "row", *own, *(name + part for name in names for part in parts)]
     return pd.DataFrame(rows, columns=wanted)
-
-
-def _write(table: pd.DataFrame, folder: Path) -> None:
-    making = folder / ".table.csv.making"
-    table.to_csv(making, index=False)
-    making.replace(folder / "table.csv")

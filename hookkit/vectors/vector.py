@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import as_whole, checks_arguments, checks_construction, described, file_of, items_of, reading_file
-from ..displaying import shown
-from ..errors import BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
+from ..arguments import as_whole, checks_arguments, checks_construction, described, file_of, items_of
+from ..checked_files import json_of, strings_of, tensors_in
+from ..displaying import printable, shown
+from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files import save_tensors
 from ..hooks.base import constant, number
 from ..hooks.edits import Steer, steer
@@ -170,7 +171,9 @@ class Vector:
         return shown(f"Vector at {self.site}", facts)
 
     def __repr__(self) -> str:
-        return f"Vector({self.site}: {self.method}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
+        return (
+            f"Vector({self.site}: {printable(self.method)}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
+        )
 
 
 @checks_construction
@@ -225,7 +228,7 @@ class Vectors(Sequence[Vector]):
         return shown(f"Vectors: {self.all[0].method}", rows=rows)
 
     def __repr__(self) -> str:
-        return f"Vectors({self.all[0].method}; {self.sites})"
+        return f"Vectors({printable(self.all[0].method)}; {self.sites})"
 
 
 @checks_arguments
@@ -239,16 +242,17 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
     >>> load_vector(lm, path, any_model=True)
     Vector(resid_post.6: a vector made by hand, length ..., ... of the stream's)
     """
-    from safetensors import safe_open
-
-    source = file_of(path)
-    with reading_file(source, "a vector that Vector.save wrote"), safe_open(source, "pt") as file:
-        written = (file.metadata() or {}).get("vector")
-        if written is None:
-            raise BadHook(f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote")
-        tensor, words = file.get_tensor("vector"), json.loads(written)
+    tensors, words = tensors_in(file_of(path))
+    written = words.get("vector")
+    if written is None or "vector" not in tensors:
+        raise BadHook(f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote")
+    name = f"the steering vector in {Path(path).name!r}"
+    made = strings_of(json_of(written, name, finite=False), ("site",), name)
+    if not {"site", "norm", "about"} <= set(made) or not isinstance(made["norm"], int | float):
+        raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
+    about = strings_of(made["about"], ("method",), f"what {name} says about itself")
     if not any_model:
-        check_same_model(words["about"], lm)
-    found = Vector(parse(words["site"]), tensor, words["norm"], words["about"])
-    lm.expand(found.site)
-    return found
+        check_same_model(about, lm)
+    vector = Vector(parse(made["site"]), tensors["vector"], made["norm"], about)
+    lm.expand(vector.site)
+    return vector
