@@ -9,7 +9,7 @@ import torch
 
 from ..about import about_model, git_commit
 from ..arguments import checks_arguments, read_tokens, whole_number
-from ..errors import BadHook
+from ..errors import BadHook, OutOfRange
 from ..hooks.base import Hook
 from ..model import LM, Token
 from ..prompts import Prompts, Row, as_batch
