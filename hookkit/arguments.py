@@ -19,6 +19,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -680,7 +681,8 @@ def _checked(function: Any, *, reads_values: bool, called: str | None = None) ->
             return function(*args, **kwargs)
         for name, value in bound.arguments.items():
             bound.arguments[name] = _read(parameters[name], value, kinds(), called)
-        return function(*bound.args, **bound.kwargs)
+        with _with_gradients_as_before():
+            return function(*bound.args, **bound.kwargs)
 
     return checked
 
@@ -705,3 +707,16 @@ def _read(parameter: inspect.Parameter, value: Any, kinds: dict[str, list[Kind]]
     if parameter.kind is parameter.VAR_POSITIONAL:
         return tuple(read_as(kinds[name], item, function, name) for item in value)
     return read_as(kinds[name], value, function, name)
+
+
+@contextmanager
+def _with_gradients_as_before() -> Iterator[None]:
+    """A block after which gradients are on or off as before, also where Ctrl-C came while torch.no_grad was left."""
+    torch: Any = sys.modules.get("torch")
+    before = torch is not None and torch.is_grad_enabled()
+    try:
+        yield
+    except BaseException:
+        if torch is not None:
+            torch.set_grad_enabled(before)
+        raise

@@ -106,6 +106,10 @@ class Slot:
     make: Callable[[], Captured] | None
     made: Captured | None = None
 
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """What a copy has: the values, joined."""
+        return None, {"site": self.site, "name": self.name, "make": None, "made": self.captured()}
+
     def captured(self) -> Captured:
         """What was captured."""
         if self.made is None:

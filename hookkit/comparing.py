@@ -30,7 +30,7 @@ from .hooks.phrases import Phrase
 from .model import LM
 from .positions import Where, chosen
 from .prompts import Prompts, as_batch
-from .runs import Run, generate, traced
+from .runs import Draws, Run, generate, traced
 from .sites import Site, Sites
 from .tables import Pair, shift_of, summary_of
 from .tracing import Trace, Tracer
@@ -169,7 +169,7 @@ def compare(
     arguments = _for_both_halves(lm, arguments, len(rows))
     mine = tuple(_for_rows(hook, len(rows)) for hook in hooks)
     asked = Trace(top, read_tokens(watch, "watch"))
-    run = traced(lm, [*rows, *rows], mine, False, seed, Paired(lm, asked, mine), arguments)
+    run = traced(lm, [*rows, *rows], mine, False, Draws(lm, seed), Paired(lm, asked, mine), arguments)
     return Comparison(run, along, asked, mine)
 
 

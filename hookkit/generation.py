@@ -4,9 +4,8 @@ Nothing here registers hooks. Modes of decoding in which an edit has no defined 
 """
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +16,7 @@ from .calls import Columns, Text, contiguous, masked
 from .captured import Ending
 from .deciding import Decisions, heeding
 from .errors import Unsupported
-from .lent import replaced
+from .lent import Lent
 
 OFFERED = ("greedy_search", "sample", "beam_search", "beam_sample")
 NEUTRAL = {  # the rules of sampling in the order in which transformers applies them, and the value that changes nothing
@@ -181,51 +180,43 @@ class Watch:
     ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
     before: Tensor | None = None  # what every row had read before the forward before
     drawn: tuple[Tensor, Tensor] | None = None  # the rows, or candidates for beams, of the last step, and who is done
+    due: bool | None = None  # the next forward is a step of it; None where the model does not prepare its forwards
 
-    def prepared(self, original: Any) -> Any:
+    def begins_step(self) -> bool:
+        """True for a forward that `generate` has prepared; false for others, such as those of a logits processor."""
+        due = self.due is not False
+        self.due = None if self.due is None else False
+        return due
+
+    def prepared(self, inner: Any, /, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The model's `prepare_inputs_for_generation`, noting what every row has read."""
+        self.before, self.tokens = self.tokens, input_ids
+        prepared = inner(input_ids, *args, **kwargs)
+        self.due = True
+        return prepared
 
-        @functools.wraps(original)
-        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.before, self.tokens = self.tokens, input_ids
-            return original(input_ids, *args, **kwargs)
-
-        return prepare
-
-    def stopping(self, original: Any) -> Any:
+    def stopping(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The model's `_get_stopping_criteria`, noting what they decide: pad tokens alone do not tell who ended."""
         from transformers import StoppingCriteriaList
 
         watch = self
+        stopping = inner(*args, **kwargs)  # called as it is: that of an outer block notes too
 
         class Noted(StoppingCriteriaList):
-            def __init__(self, inner: Any) -> None:
-                super().__init__(inner)
-                self.inner = inner
-
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                done = self.inner(input_ids, scores, **kwargs)  # of an inner block, which notes for itself
+                done = stopping(input_ids, scores, **kwargs)
                 watch.note(done, input_ids.shape[1])
                 watch.drawn = input_ids, done
                 if watch.listener is not None:
                     watch.listener.drawn(input_ids[:, -1], done)
                 return done
 
-        @functools.wraps(original)
-        def criteria(*args: Any, **kwargs: Any) -> Any:
-            return Noted(original(*args, **kwargs))
+        return Noted(stopping)
 
-        return criteria
-
-    def processing(self, original: Any) -> Any:
+    def processing(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The model's `_get_logits_processor`, whose rules heed decisions and tell the listener what they make of the
         logits."""
-
-        @functools.wraps(original)
-        def processors(*args: Any, **kwargs: Any) -> Any:
-            return heeding(original(*args, **kwargs), kwargs, self.decisions, self.listener)
-
-        return processors
+        return heeding(inner(*args, **kwargs), kwargs, self.decisions, self.listener)
 
     def note(self, done: Tensor, width: int) -> None:
         """Some rows are done, after so many columns."""
@@ -251,17 +242,23 @@ class Watch:
 
 
 @contextmanager
-def watched(model: Any, listener: Listener | None = None, decisions: Decisions | None = None) -> Iterator[Watch]:
+def watched(
+    model: Any,
+    listener: Listener | None = None,
+    decisions: Decisions | None = None,
+    acts: Callable[[], bool] | None = None,
+) -> Iterator[Watch]:
     """A block in which the model's own steps of `generate` tell a Watch, and a listener, what they do, and take the
-    tokens that were decided on."""
+    tokens that were decided on.
+
+    `acts` says which calls are meant; left out, those of this thread.
+    """
     watch = Watch(listener, decisions)
-    stopping, prepare = model._get_stopping_criteria, model.prepare_inputs_for_generation
-    with ExitStack() as stack:
+    with Lent() as lent:
         if listener is not None or decisions is not None:
-            processing = watch.processing(model._get_logits_processor)
-            stack.enter_context(replaced(model, "_get_logits_processor", processing))
-        stack.enter_context(replaced(model, "_get_stopping_criteria", watch.stopping(stopping)))
-        stack.enter_context(replaced(model, "prepare_inputs_for_generation", watch.prepared(prepare)))
+            lent.around(model, "_get_logits_processor", watch.processing, acts)
+        lent.around(model, "_get_stopping_criteria", watch.stopping, acts)
+        lent.around(model, "prepare_inputs_for_generation", watch.prepared, acts)
         yield watch
 
 

@@ -6,21 +6,27 @@ when it is asked for weights ("eager"). Only where one of them was changed, what
 is that of sdpa or flash attention, bit for bit, as in all other modules.
 """
 
-import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from .errors import Unsupported
 from .forms import hidden
-from .lent import replaced
+from .lent import Lent
 
 NAME = "hookkit"  # of the attention function that transformers is told of
 
@@ -38,6 +44,9 @@ class _Telling:
     verified: set[str]  # the implementations that were seen to compute what is told of
     kind: str = ""
 
+    def __post_init__(self) -> None:
+        self.first = self.told[0][1]  # who began to listen
+
     def wants(self, *names: str) -> bool:
         return any(wanted & {*names} for wanted, _ in self.told)
 
@@ -47,37 +56,70 @@ class _Telling:
         return found
 
 
-@contextmanager
-def opened(
-    module: nn.Module, style: Style, wanted: frozenset[str], say: Say, verified: set[str] | None = None
-) -> Iterator[None]:
-    """A block in which a module says what it has inside. `wanted` names the tensors that are asked for.
+class _Listening(threading.local):
+    """The modules whose forward runs in this thread and is told of."""
+
+    def __init__(self) -> None:
+        self.tellings: dict[nn.Module, _Telling] = {}
+
+
+_LISTENING = _Listening()
+
+
+def listen(
+    lent: Lent,
+    module: nn.Module,
+    style: Style,
+    wanted: frozenset[str],
+    say: Say,
+    verified: set[str] | None = None,
+    acts: Callable[[], bool] | None = None,
+) -> None:
+    """Let a module say what it has inside, until `lent` is given back. `wanted` names the tensors that are asked for.
 
     `verified` keeps, from block to block, the attention implementations of this module that were seen to compute what
-    is told of; each is compared once.
+    is told of; each is compared once. `acts` says which calls are meant; left out, those of this thread.
     """
-    forward = module.forward
     known = set() if verified is None else verified
 
-    @functools.wraps(forward)
-    def speaking(*args: Any, **kwargs: Any) -> Any:
-        outer: _Telling | None = module.__dict__.get("_hookkit")
+    def speaking(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        tellings = _LISTENING.tellings
+        outer = tellings.get(module)
         if outer is not None:  # a block inside this one has begun to listen already
             outer.told.insert(0, (wanted, say))
-            return forward(*args, **kwargs)
+            return inner(*args, **kwargs)
         telling = _Telling([(wanted, say)], known)
         dtype = _dtype_of((*args, *kwargs.values()))
-        with replaced(module, "_hookkit", telling), _listening(module, style, telling, dtype):
-            return forward(*args, **kwargs)
+        tellings[module] = telling
+        try:
+            with _listening(module, style, telling, dtype):
+                return inner(*args, **kwargs)
+        finally:
+            tellings.pop(module, None)
 
-    with replaced(module, "forward", speaking):
-        yield
+    lent.later(functools.partial(_forget, module, say))
+    if style == "interface" and not wanted & {"router"}:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(NAME, _attention)
+        lent.share(module, "config", _listened)
+    lent.around(module, "forward", speaking, acts)
+
+
+def _forget(module: nn.Module, say: Say) -> None:
+    """Forget a forward that was interrupted before it could end."""
+    telling = _LISTENING.tellings.get(module)
+    if telling is not None and telling.first is say:
+        _LISTENING.tellings.pop(module, None)
 
 
 def _listening(module: nn.Module, style: Style, telling: _Telling, dtype: torch.dtype) -> AbstractContextManager[Any]:
     if telling.wants("router"):
         return _Router(telling.say)
-    return _through_interface(module, telling) if style == "interface" else _Arithmetic(telling.say, dtype)
+    if style == "own":
+        return _Arithmetic(telling.say, dtype)
+    telling.kind = module.config.__dict__["_attn_implementation_internal"]  # pyright: ignore
+    return nullcontext()
 
 
 def _dtype_of(given: tuple[Any, ...]) -> torch.dtype:
@@ -89,7 +131,34 @@ class _Unchanged(Exception):
     """Nothing that was told of was changed: the values need not be weighed once more."""
 
 
-class _Arithmetic(TorchFunctionMode):
+class Mode(TorchFunctionMode):
+    """A mode of hookkit's. Torch lays a mode aside while it works; Ctrl-C may come in between."""
+
+    def __exit__(self, *_: object) -> None:
+        if _get_current_function_mode() is self:
+            super().__exit__(None, None, None)
+        else:
+            keep_modes([mode for mode in modes() if mode is not self])
+
+
+def modes() -> list[Any]:
+    """The modes of this thread, the innermost last."""
+    return _get_current_function_mode_stack()
+
+
+def keep_modes(kept: list[Any]) -> None:
+    """Take those modes of hookkit's off this thread that are not among these."""
+    now = modes()
+    right = [mode for mode in now if mode in kept or not isinstance(mode, Mode)]
+    if right == now:
+        return
+    for _ in now:
+        _pop_mode()
+    for mode in right:
+        _push_mode(mode)
+
+
+class _Arithmetic(Mode):
     """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written.
 
     `dtype` is that of the masks, which may be narrower than that of the scores. With `stop`, `_Unchanged` ends the
@@ -168,7 +237,7 @@ def _wider(scores: Tensor, masks: torch.dtype) -> Tensor:
     return scores.masked_fill(hidden(scores, masks), torch.finfo(scores.dtype).min)
 
 
-class _Router(TorchFunctionMode):
+class _Router(Mode):
     """Tells of the first linear map in a router, which gives its logits."""
 
     def __init__(self, say: Say) -> None:
@@ -183,22 +252,32 @@ class _Router(TorchFunctionMode):
         return self.say("router", found)
 
 
-@contextmanager
-def _through_interface(module: nn.Module, telling: _Telling) -> Iterator[None]:
-    """A block in which this module's attention, and no other's, is computed by `_attention`.
+class _Listens:
+    """A kind of configuration that names hookkit's attention while an attention module of this thread is listened to.
 
-    An attention module looks its function up by the name in its configuration at each call, so it is given a copy of
-    the configuration with another name.
+    An attention module looks its function up by the name in its configuration, at each call.
     """
-    from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attention)
-    given: Any = module.config
-    telling.kind = given._attn_implementation
-    config = copy.copy(given)
-    config._attn_implementation_internal = NAME
-    with replaced(module, "config", config):
-        yield
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Leave out what transformers does with the configurations of new models."""
+
+    @property
+    def _attn_implementation(self) -> str:
+        return NAME if _LISTENING.tellings else self.__dict__["_attn_implementation_internal"]
+
+
+def _listened(config: Any) -> Any:
+    """The same configuration, also for what is set in one of the two later, as one of that kind."""
+    kind = _listened_kind(type(config))
+    listened: Any = object.__new__(kind)
+    object.__setattr__(listened, "__dict__", config.__dict__)
+    return listened
+
+
+@functools.cache
+def _listened_kind(kind: type[Any]) -> type[Any]:
+    make: Any = type(kind)
+    return make(kind.__name__, (_Listens, kind), {})
 
 
 def _attention(
@@ -211,7 +290,11 @@ def _attention(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    telling: _Telling = module.__dict__["_hookkit"]
+    telling = _LISTENING.tellings.get(module)
+    if telling is None:  # an attention module in the midst of another one, which is listened to
+        kind = module.config.__dict__["_attn_implementation_internal"]  # pyright: ignore
+        function: Any = ALL_ATTENTION_FUNCTIONS.get(kind, _own_attention(module))
+        return function(module, query, key, value, attention_mask, **settings)
     query, key, value = telling.say("query", query), telling.say("key", key), telling.say("value", value)
     own = _own_attention(module)
     fused: Any = ALL_ATTENTION_FUNCTIONS.get(telling.kind, own)  # get_interface is not in 5.0

@@ -62,6 +62,10 @@ class LM:
 
     # ---- the model
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: the model and its tokenizer; what was found out about them is found out again."""
+        return {name: getattr(self, name) for name in ("model", "tokenizer", "name", "row")}
+
     @cached_property
     def wrapping(self) -> tuple[nn.Module, ...]:
         """The model, and what it wraps: that of `torch.compile`, or of PEFT."""

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .errors import Unsupported
-from .lent import replaced
+from .lent import Lent
 from .model import LM
 
 Side: TypeAlias = Literal["left", "right"]
@@ -323,24 +324,28 @@ def _limit(lm: LM, values: Tensor, noise: float) -> float:
 def quiet(lm: LM) -> Iterator[None]:
     """A block in which the model runs as it is, in evaluation mode, and no hook sees it."""
     modules = list(lm.root.modules())
-    training = [module for module in modules if module.training]
     kind = lm.device.type
     devices = [lm.device] if kind not in ("cpu", "meta") else []
-    with ExitStack() as stack:
+    with Lent() as lent, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind if devices else "cuda"))
-        stack.callback(_set_training, training)
-        for module in training:
-            module.training = False
-        stack.enter_context(replaced(_thread, "unseen", True))
+        lent.later(_be_seen)
+        _thread.unseen = True
+        for module in modules:
+            if module.training:
+                lent.share(module, "training", lambda _: False)
         for module in modules:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for number, hook in list(hooks.items()):
                     if _is_a_users(hook):
+                        lent.later(partial(_put_back, hooks, number, hook))
                         hooks[number] = _silenced(hook)
-                        stack.callback(_put_back, hooks, number, hook)
         yield
+
+
+def _be_seen() -> None:
+    _thread.unseen = False
 
 
 def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -355,11 +360,6 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
 def _put_back(hooks: dict[int, Any], number: int, hook: Callable[..., Any]) -> None:
     if number in hooks:  # unless it was taken away meanwhile
         hooks[number] = hook
-
-
-def _set_training(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        module.training = True
 
 
 def _is_a_users(hook: Callable[..., Any]) -> bool:

@@ -3,13 +3,13 @@
     for now in hk.stream(lm, "I like oat milk in my", hk.ban(" coffee"), max_new_tokens=20):
         print(now.text[0], now.decisions["why"][0])
 
-The model runs in a thread of its own, one step ahead. Leaving the loop early, by `break` or Ctrl-C, ends it and takes
-the hooks off.
+The generation runs in a thread of its own, but only while the next step is waited for: nothing runs beside the body of
+the loop, in which the model has no hooks of the stream's. Leaving the loop early, by `break` or Ctrl-C, ends it and
+takes the hooks off.
 """
 
-import queue
-import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,10 @@ from .errors import Unsupported
 from .hooks.base import Hook
 from .model import LM
 from .prompts import Prompts, as_batch
-from .runs import Logits, Run, traced
+from .runs import Draws, Logits, Run, traced
+from .taking_turns import Turns
 from .tracing import Recorded, Trace, Tracer
 from .tracing import trace as every_step
-
-
-class _Closed(Exception):
-    """Nobody listens any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +58,8 @@ class Stream:
         self._tracer = Tracer(lm, asked, hooks, listener=self._listen)
         self._written: list[list[int]] = [[] for _ in self._rows]
         self._ended = [False] * len(self._rows)
-        self._steps: queue.Queue[Now | BaseException | Run] = queue.Queue(maxsize=1)
-        self._closed = threading.Event()
-        self._started = False
+        self._turns: Turns[Now] | None = None
+        self._draws = Draws(lm, given.pop("seed"))
         self._run: Run | None = None
 
     @property
@@ -74,38 +70,23 @@ class Stream:
         return self._run
 
     def __iter__(self) -> Iterator[Now]:
-        if self._started:
+        if self._turns is not None:
             raise Unsupported("a stream is gone through once: make another, with the same seed for the same text")
-        self._started = True
-        thread = threading.Thread(target=self._generate, name="hookkit.stream", daemon=True)
-        thread.start()
+        self._turns = Turns(self._generate, name="hookkit.stream")
         try:
-            while isinstance(found := self._steps.get(), Now):
-                yield found
-            if isinstance(found, BaseException):
-                raise found
-            self._run = found
+            with closing(self._turns) as turns:
+                yield from turns
         finally:
-            self._closed.set()
-            while thread.is_alive():  # the thread may be waiting for room
-                try:
-                    self._steps.get(timeout=0.05)
-                except queue.Empty:
-                    continue
-            thread.join()
+            self._turns.close()  # Ctrl-C may have come before the other close
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("a stream cannot be copied: make another with the same arguments")
 
     def _generate(self) -> None:
-        logits, seed = self._given.pop("logits"), self._given.pop("seed")
-        try:
-            self._steps.put(traced(self._lm, self._rows, self._hooks, logits, seed, self._tracer, self._given))
-        except _Closed:
-            pass
-        except BaseException as error:  # noqa: BLE001 - it is raised where the steps are read
-            self._steps.put(error)
+        logits = self._given.pop("logits")
+        self._run = traced(self._lm, self._rows, self._hooks, logits, self._draws, self._tracer, self._given)
 
     def _listen(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
-        if self._closed.is_set():
-            raise _Closed
         going = self._tracer.generation
         if going.beams > 1 or going.returned > 1:
             raise Unsupported("beams and several sequences of one prompt have no single text to stream: use generate")
@@ -117,7 +98,9 @@ class Stream:
         texts = [self._lm.text([*row, *new]) for row, new in zip(self._rows, self._written, strict=True)]
         lengths = {row: len(self._rows[row]) for row in going_on}
         record = self._tracer.now({row: chosen[row] for row in going_on}, lengths)
-        self._steps.put(Now(len(self._tracer.steps) - 1, texts, record))
+        assert self._turns is not None
+        with self._draws.put_aside():
+            self._turns.give(Now(len(self._tracer.steps) - 1, texts, record))
 
 
 @checks_arguments

@@ -9,7 +9,7 @@ vocabulary: never the vocabulary times the steps.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,11 @@ class Recorded:
     watched: tuple[int, ...]
     named: tuple[int, ...]  # the tokens that logit edits name
     decisions: tuple[Decision, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: the prompts themselves, in place of the function that reads them."""
+        prompts = [self.generation.prompt(row) for row in range(len(self.generation.lengths))]
+        return {**self.__dict__, "generation": replace(self.generation, prompt=prompts.__getitem__)}
 
 
 @dataclass(eq=False)

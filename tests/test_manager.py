@@ -1,5 +1,6 @@
 """The block: what it owes its caller, whoever runs the model inside it."""
 
+import contextvars
 import copy
 import gc
 import threading
@@ -419,23 +420,32 @@ def test_two_threads_in_one_block_are_refused(lm):
             errors.append(str(error))
         go.set()
 
-    thread = threading.Thread(target=other)
     with hk.attach(lm, hk.edit(SITE, edit)):
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(other,))
         thread.start()
         run(lm)
         thread.join()
     assert errors == ["two threads run the model inside one block: give each a block, or take turns"]
 
 
-def test_a_generate_in_another_thread_is_hooked_too(lm):
+def test_a_generate_in_another_thread_is_hooked_in_the_blocks_context_and_else_refused(lm):
     """As with transformers' TextIteratorStreamer."""
     out = []
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+
+    def write():
+        try:
+            out.append(lm.model.generate(ids_of(lm), **settings)[0, -3:].tolist())
+        except Unsupported as error:
+            out.append(str(error))
+
     with hk.attach(lm, hk.force(9)):
-        thread = threading.Thread(target=lambda: out.append(lm.model.generate(ids_of(lm), **settings)))
-        thread.start()
-        thread.join()
-    assert out[0][0, -3:].tolist() == [9, 9, 9]
+        for target, args in ((contextvars.copy_context().run, (write,)), (write, ())):
+            thread = threading.Thread(target=target, args=args)
+            thread.start()
+            thread.join()
+    assert out[0] == [9, 9, 9]
+    assert "a block of hk.attach is open on this model in another thread or task" in out[1]
 
 
 # ---- a plain nn.Module

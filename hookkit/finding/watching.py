@@ -4,20 +4,18 @@ For the time of the run each watched module has a forward that writes down what 
 some families add to a tensor in place). Afterwards the model is what it was.
 """
 
-import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ..inside import opened
-from ..lent import replaced
+from ..inside import Mode, keep_modes, listen, modes
+from ..lent import Lent, without_hooks
 
 F = nn.functional
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -138,40 +136,28 @@ def _run(
     root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor, wanted: frozenset[str]
 ) -> Watched:
     watcher = _Watcher()
-    with ExitStack() as stack:
+    with Lent() as lent:
+        lent.later(partial(keep_modes, modes()))
         for module in root.modules():
-            for change in _at_rest(module):
-                stack.enter_context(change)
+            _put_at_rest(module, lent)
         for path, module in modules.items():
             if _speaks(module):
-                stack.enter_context(opened(module, "interface", wanted, watcher.say))
-            stack.enter_context(replaced(module, "forward", watcher.watched(path, module)))
+                listen(lent, module, "interface", wanted, watcher.say)
+            lent.around(module, "forward", watcher.watched(path, module))
         for module in left_out:
-            stack.enter_context(replaced(module, "forward", watcher.unwatched(module)))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watcher)
-        output = root(input_ids=ids, use_cache=False)
+            lent.around(module, "forward", watcher.unwatched)
+        with torch.no_grad(), watcher:
+            output = root(input_ids=ids, use_cache=False)
     rows, width = ids.shape
     return Watched(rows, width, watcher.visits, watcher.calls, getattr(output, "logits", None))
 
 
-def _at_rest(module: nn.Module) -> Iterator[Any]:
-    """A module without dropout and without the user's own hooks, which are not to notice the run."""
-    yield replaced(module, "training", False)
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        if module.__dict__[name]:
-            yield _emptied(module.__dict__[name])
-
-
-@contextmanager
-def _emptied(hooks: Any) -> Iterator[None]:
-    """A block in which a dictionary of hooks is empty. It stays the same object: handles keep a reference to it."""
-    kept = list(hooks.items())
-    hooks.clear()
-    try:
-        yield
-    finally:
-        hooks.update(kept)
+def _put_at_rest(module: nn.Module, lent: Lent) -> None:
+    """Let a module run without dropout and without the user's own hooks, which are not to notice the run."""
+    if module.training:
+        lent.share(module, "training", lambda training: False)
+    if module._forward_hooks or module._forward_pre_hooks:
+        without_hooks(module, lent)
 
 
 def _speaks(module: nn.Module) -> bool:
@@ -183,7 +169,7 @@ def _speaks(module: nn.Module) -> bool:
     return named and own is not None and hasattr(config, "_attn_implementation")
 
 
-class _Watcher(TorchFunctionMode):
+class _Watcher(Mode):
     """Writes down the calls of modules, and torch's functions in them."""
 
     def __init__(self) -> None:
@@ -195,20 +181,18 @@ class _Watcher(TorchFunctionMode):
         self.muted = 0
 
     def watched(self, path: str, module: nn.Module) -> Callable[..., Any]:
-        """The module's forward, which writes down what goes in and comes out."""
-        forward = module.forward
+        """In place of the module's forward, one that writes down what goes in and comes out."""
 
-        @functools.wraps(forward)
-        def running(*args: Any, **kwargs: Any) -> Any:
+        def running(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
             self.calls[module] = self.calls.get(module, 0) + 1
             if self.muted:
-                return forward(*args, **kwargs)
+                return inner(*args, **kwargs)
             visit = Visit(path, module, tuple(self.stack), self._now())
             visit.given = {key: _kept(found) for key, found in _tensors([*enumerate(args), *kwargs.items()])}
             self.visits.append(visit)
             self.stack.append(visit)
             try:
-                output = forward(*args, **kwargs)
+                output = inner(*args, **kwargs)
             finally:
                 self.stack.pop()
             visit.gave, visit.end = _items(output), self._now()
@@ -216,19 +200,13 @@ class _Watcher(TorchFunctionMode):
 
         return running
 
-    def unwatched(self, module: nn.Module) -> Callable[..., Any]:
-        """The module's forward, in which nothing but calls of watched modules is counted."""
-        forward = module.forward
-
-        @functools.wraps(forward)
-        def running(*args: Any, **kwargs: Any) -> Any:
-            self.muted += 1
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self.muted -= 1
-
-        return running
+    def unwatched(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """In place of a module's forward, one in which nothing but calls of watched modules is counted."""
+        self.muted += 1
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self.muted -= 1
 
     def say(self, name: str, found: Tensor) -> Tensor:
         """Write down what attention has inside."""

@@ -4,9 +4,7 @@ The model's own forward runs with every block passed by and the state in place o
 whatever a family does behind its blocks is done here too, by the family's own code.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor
 from ..calls import Call, Text
 from ..errors import Unsupported
 from ..hooks.base import Hook
-from ..lent import replaced
+from ..lent import Lent, without_hooks
 from ..manager import HookManager
 from ..manager.precedence import Work
 from ..model import LM
@@ -63,26 +61,26 @@ def _seen(lm: LM) -> Ending:
     begun: set[str] = set()
     ended: set[str] = set()
 
-    def block(number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
+    def block(number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
         kinds[number] = len(output) if isinstance(output, tuple) else 0
         return output
 
-    def other(path: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def other(path: str, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         if len(kinds) == len(blocks):
             begun.add(path)
-        output = forward(*args, **kwargs)
+        output = inner(*args, **kwargs)
         if len(kinds) == len(blocks):
             ended.add(path)
         return output
 
     manager = _Alone(lm, inside)
-    with ExitStack() as stack:
+    with Lent() as lent:
         for number, module in enumerate(blocks):
-            stack.enter_context(replaced(module, "forward", partial(block, number, module.forward)))
+            lent.around(module, "forward", partial(block, number))
         for path, module in lm.root.named_modules():
             if id(module) not in inside:
-                stack.enter_context(replaced(module, "forward", partial(other, path, module.forward)))
+                lent.around(module, "forward", partial(other, path))
         with torch.no_grad(), manager:
             lm.model(**_inputs(lm, 1))
     return Ending(tuple(kinds[number] for number in range(len(blocks))), frozenset(begun), frozenset(ended))
@@ -99,46 +97,44 @@ class _Alone(HookManager):
     What the user hung on the modules behind the blocks goes on acting: it is part of what the model says.
     """
 
+    alone = True
+
     def __init__(self, lm: LM, inside: set[int]) -> None:
         super().__init__(lm, ())
         self.inside = inside
 
-    def _register(self, stack: ExitStack) -> None:
-        silence(self.lm, self.inside, stack)
-        super()._register(stack)
+    def _register(self, lent: Lent) -> None:
+        silence(self.lm, self.inside, lent, self.acts_here)
+        super()._register(lent)
 
 
-def silence(lm: LM, inside: set[int], stack: ExitStack) -> None:
-    """Lend every module hooks without those that must not act on a state that is put behind the blocks."""
-    for module in (*lm.wrapping, *lm.root.modules()):
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            hooks = module.__dict__.get(name)
-            if hooks:
-                left = {} if id(module) in inside else {key: hook for key, hook in hooks.items() if not _ours(hook)}
-                stack.enter_context(replaced(module, name, OrderedDict(left)))
-
-
-def _ours(hook: Any) -> bool:
-    return isinstance(hook, Work) or isinstance(getattr(hook, "__self__", None), HookManager)
+def silence(lm: LM, inside: set[int], lent: Lent, acts: Callable[[], bool]) -> None:
+    """Call the modules inside the model's blocks without their hooks, which must not act on a state that is put behind
+    the blocks."""
+    for module in lm.root.modules():
+        if id(module) in inside and (module._forward_hooks or module._forward_pre_hooks):
+            without_hooks(module, lent, acts)
 
 
 class _Tail(Wave):
     """A forward of what comes behind the blocks, with hooks there."""
 
+    alone = True
+
     def __init__(self, lm: LM, known: Ending, lanes: Sequence[tuple[Lane, Sequence[Tap]]], states: Tensor) -> None:
         super().__init__(lm, lanes, rows=len(states), width=1)
         self.known, self.states = known, states
 
-    def _register(self, stack: ExitStack) -> None:
+    def _register(self, lent: Lent) -> None:
         blocks = [self.lm.submodule(self.lm.family.block.format(layer=number)) for number in range(self.lm.n_layers)]
-        silence(self.lm, {id(module) for block in blocks for module in block.modules()}, stack)
+        silence(self.lm, {id(module) for block in blocks for module in block.modules()}, lent, self.acts_here)
         for block, kind in zip(blocks[:-1], self.known.kinds, strict=False):
-            stack.enter_context(replaced(block, "forward", passed_by(kind)))
+            lent.around(block, "forward", passed_by(kind))
         kind = self.known.kinds[-1]
         given = self.states[:, None]
         output = given if not kind else (given, *[None] * (kind - 1))
-        stack.enter_context(replaced(blocks[-1], "forward", lambda *args, **kwargs: output))
-        super()._register(stack)
+        lent.around(blocks[-1], "forward", lambda *_, **__: output)
+        super()._register(lent)
 
 
 class _Given(Exception):
@@ -185,10 +181,11 @@ class Tail:
         """What the head reads of each state, without any hook; the head does not run."""
         path = self.lm.place(Site("lm_head")).path
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
             raise _Given(input_of(args, kwargs, 0, path)[0])
 
-        with replaced(self.lm.submodule(path), "forward", forward):
+        with Lent() as lent:
+            lent.around(self.lm.submodule(path), "forward", forward)
             try:
                 self._run(states, [])
             except _Given as given:
@@ -201,12 +198,13 @@ class Tail:
         head = self.lm.submodule(path)
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def forward(*args: Any, _forward: Any = head.forward, **kwargs: Any) -> Any:
-            output = _forward(*args, **kwargs)
+        def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             seen.append((input_of(args, kwargs, 0, path)[0], output))
             return output
 
-        with replaced(head, "forward", forward):
+        with Lent() as lent:
+            lent.around(head, "forward", forward)
             logits = self._run(states, [])
         (given, gave) = seen[-1]
         return Read(given.reshape(len(states), -1), gave.reshape(len(states), -1), logits)
@@ -240,7 +238,8 @@ def _refuse_outer(lm: LM, known: Ending) -> None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             tap = next((each for each in getattr(hook, "args", ()) if isinstance(each, Tap)), None)
             edit = next((action.hook for action in tap.actions if action.change is not None), None) if tap else None
-            if isinstance(hook, Work) and tap is not None and edit is not None and known.has(tap):
+            ours = isinstance(hook, Work) and hook.manager.acts_here()
+            if ours and tap is not None and edit is not None and known.has(tap):
                 raise Unsupported(
                     f"{edit} of a block of hk.attach acts behind the model's blocks, where a lens reads each layer: "
                     "give it to the lens itself, as one of its hooks"

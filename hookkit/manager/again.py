@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import Unsupported
+from ..lent import Work
 from ..taps import Tap
 from ..training import in_checkpointed_block
 
@@ -24,10 +25,10 @@ def refuse_checkpoints(root: nn.Module, taps: Iterable[Tap]) -> None:
             )
 
 
-def run_again_within(original: Any, here: Callable[[], Callable[[], AbstractContextManager[None]]]) -> Any:
+def run_again_within(here: Callable[[], Callable[[], AbstractContextManager[None]]]) -> Work:
     """A model's way to run a function again in the backward pass, within what `here` gave when it first ran."""
 
-    def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    def checkpoint(inner: Callable[..., Any], /, function: Any, *args: Any, **kwargs: Any) -> Any:
         back_here, ran = here(), False
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -38,6 +39,6 @@ def run_again_within(original: Any, here: Callable[[], Callable[[], AbstractCont
             with back_here():
                 return function(*args, **kwargs)
 
-        return original(run, *args, **kwargs)
+        return inner(run, *args, **kwargs)
 
     return checkpoint

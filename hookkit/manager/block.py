@@ -2,25 +2,26 @@
 
 import functools
 import sys
-import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from threading import get_ident
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..arguments import checks_arguments
 from ..captured import Captured, Kept, merged
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
 from ..hooks.looking import capture
-from ..inside import opened
-from ..lent import replaced
+from ..inside import keep_modes, listen, modes
+from ..keeping import Keeping
+from ..lent import Lent
 from ..model import LM, as_lm
 from ..prompts import Batch, as_batch
+from ..scopes import HERE, enter, leave, without
 from ..sites import AnySite, Sites
 from ..taps import Tap, planned
 from ..tracing import Tracer
@@ -28,7 +29,8 @@ from ..training import checkpointing, warn_of_dropout
 from ..wrapped import refuse_virtual_tokens
 from .again import refuse_checkpoints, run_again_within
 from .forwards import Forwards, Stop
-from .precedence import Work, let_outer_blocks_go_first
+from .precedence import Border, Work, let_outer_blocks_go_first
+from .stance import run_as_written
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together
 
@@ -38,14 +40,19 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     """A block in which these hooks act on every forward of a model, whoever calls it.
 
     `model` is an LM, or any `nn.Module`, whose places are named with `hk.module(path)`. The hooks are checked against
-    the model here, before anything is registered.
+    the model here, before anything is registered. Blocks can be left in any order.
+
+    The block is of the thread, or task of asyncio, that enters it, and of what it starts in its context: tasks,
+    `asyncio.to_thread(…)`, `threading.Thread(target=contextvars.copy_context().run, args=(model.generate,))`. While it
+    is open, a forward of other threads and tasks raises `Unsupported`, unless hookkit knows what is meant: in a block
+    of their own, in `hk.forward` and `hk.generate`, they have their own hooks and none of these.
 
     >>> with attach(lm, force(" coffee"), capture("resid_post.6")) as manager:
     ...     output = lm.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     >>> manager["resid_post.6"].shape
     torch.Size([1, 9, 576])
     """
-    manager = HookManager(as_lm(model), hooks)
+    manager = HookManager(as_lm(model), hooks, attached=True)
     warn_of_dropout(manager.lm)
     return manager
 
@@ -57,68 +64,99 @@ class HookManager(Forwards):
     be entered again after it was left, and starts anew.
     """
 
+    alone = False  # True for a run in which the hooks of no other block act
+
     def __init__(
-        self, lm: LM, hooks: Sequence[Hook], *, stop_early: bool = False, tracer: Tracer | None = None
+        self,
+        lm: LM,
+        hooks: Sequence[Hook],
+        *,
+        stop_early: bool = False,
+        tracer: Tracer | None = None,
+        attached: bool = False,
     ) -> None:
         self.lm = lm  # a reference is captured while the hooks are planned
-        super().__init__(lm, planned(lm, hooks, self.reference), stop_early=stop_early, tracer=tracer)
+        taps = planned(lm, hooks, self.reference)
+        super().__init__(lm, taps, stop_early=stop_early, tracer=tracer, attached=attached)
         self._depth = 0
-        self._stack = ExitStack()
+        self._lent = Lent()
 
     # ---- the block
 
     def __enter__(self) -> "HookManager":
-        if self._depth == 0:
-            self._start()
-            try:
-                self._register(self._stack)
-            except BaseException:
-                self._stack.close()
-                raise
-        self._depth += 1
+        try:
+            if self._depth == 0:
+                self._start()
+                enter(self._scope, alone=self.alone)
+                self._register(self._lent)
+            elif not self.acts_here():
+                raise Unsupported("another thread or task has entered this block: make a block for each")
+            self._depth += 1
+        except BaseException:
+            if self._depth == 0:
+                self.close()
+            raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._depth -= 1
-        if self._depth:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if self._depth > 1:
+            self._depth -= 1
             return
-        self._stack.close()
-        self._call = self._owner = None
-        self._left += 1
-        if kind is None:
+        try:
+            was_open = self.close()
+        except BaseException:
+            self.close()  # Ctrl-C may have come before the first hook was off
+            raise
+        if kind is None and was_open:
             self._running.finish()
             self._running.check_fired()
+        if isinstance(error, RuntimeError) and "mutated during iteration" in str(error) and error.__context__:
+            # torch goes through a module's hooks to pass an error on, and another thread took hooks off just then
+            raise error.__context__ from None
 
-    def _register(self, stack: ExitStack) -> None:
+    def close(self) -> bool:
+        """Take all hooks off the model. True if they were on; done again, it does nothing."""
+        was_open, self._depth = self._depth > 0, 0
+        try:
+            self._lent.give_back()
+        finally:
+            leave(self._scope, alone=self.alone)
+            self._no_forward()
+            self._left += was_open
+        return was_open
+
+    def _register(self, lent: Lent) -> None:
         root = self.lm.root
+        lent.later(functools.partial(_keep_modes, get_ident(), modes()))
         refuse_virtual_tokens(self.lm.wrapping)
         if "torch._dynamo" in sys.modules:
             # a compiled model ignores hooks that come after its first call; inside the block it runs as it is written
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        handles: list[RemovableHandle] = []
-        stack.callback(_remove, handles)
+            run_as_written(lent)
         inside: dict[nn.Module, dict[int | str, Tap]] = {}
         for tap in self.taps:
             if tap.place.side == "inside":
                 inside.setdefault(tap.module, {})[tap.place.item] = tap
             elif tap.module is root and self._shells:
-                handles += [self._tapped(tap, module) for module in (*self._shells, root)]
+                for module in (*self._shells, root):
+                    self._tapped(lent, tap, module)
             else:
-                handles.append(self._tapped(tap, tap.module))
+                self._tapped(lent, tap, tap.module)
         for module, taps in inside.items():
             say = functools.partial(self._on_inside, taps)
             wanted, verified = frozenset(map(str, taps)), self.lm.layout.verified.setdefault(module, set())
-            stack.enter_context(opened(module, self.lm.family.attention, wanted, say, verified))
+            listen(lent, module, self.lm.family.attention, wanted, say, verified, self._acts_in_forward)
         for module in checkpointing(root, (tap.place.path for tap in self.taps)):
-            name = "_gradient_checkpointing_func"
-            stack.enter_context(replaced(module, name, run_again_within(getattr(module, name), self._here)))
+            again = run_again_within(self._here)
+            lent.around(module, "_gradient_checkpointing_func", again, self._acts_in_forward)
         for module in self._runs:
-            handles.append(module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._end, always_call=True))
+            self._put_first(lent, module, Border(self._begin))
+            end = Border(self._end)
+            lent.hooked(module, "_forward_hooks", end)
+            module.register_forward_hook(end, always_call=True)
         if callable(getattr(root, "generate", None)):
-            stack.enter_context(replaced(root, "generate", self._generating(root.generate)))  # pyright: ignore
+            lent.around(root, "generate", self._generating, self.acts_here)
 
-    def _tapped(self, tap: Tap, module: nn.Module) -> RemovableHandle:
+    def _tapped(self, lent: Lent, tap: Tap, module: nn.Module) -> None:
         """Register what a tap does."""
         if tap.place.side == "input":
             work, hooks = self._on_input, module._forward_pre_hooks
@@ -128,22 +166,27 @@ class HookManager(Forwards):
         if module is not tap.module or (module is self.lm.root and self._shells):
             hook = Work(self._outermost, hook)
         if tap.place.side == "input":
-            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            self._put_first(lent, module, hook)
         else:
-            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=tap.reads_input)
+            lent.hooked(module, "_forward_hooks", hook)
+            module.register_forward_hook(hook, prepend=True, with_kwargs=tap.reads_input)
         let_outer_blocks_go_first(hooks)
-        return handle
 
-    def _ahead(self, module: nn.Module, work: Any) -> RemovableHandle:
+    def _put_first(self, lent: Lent, module: nn.Module, hook: Any) -> None:
         """Register what comes before all else at a module's input."""
-        return module.register_forward_pre_hook(work, prepend=True, with_kwargs=True)
+        lent.hooked(module, "_forward_pre_hooks", hook)
+        module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
     def _outermost(self, hook: Any, module: nn.Module, *given: Any) -> Any:
         """Of several modules that are the model, only the one that was called does the work."""
         return hook(module, *given) if module is self._owner else None
 
     def __reduce__(self) -> Any:
-        raise Unsupported("the model carries the hooks of a block, which no copy could shed: copy or save it outside")
+        if self._depth:
+            raise Unsupported(
+                "the model carries the hooks of a block, which no copy could shed: copy or save it outside"
+            )
+        raise Unsupported("a block cannot be copied: make another with hk.attach; what it kept are manager.texts")
 
     def refuse_checkpoints(self) -> None:
         """Raise `Unsupported` if a hook stands in a block that would run again after the hooks are gone."""
@@ -151,18 +194,20 @@ class HookManager(Forwards):
 
     # ---- one text
 
-    def _generating(self, original: Any) -> Any:
+    def _generating(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with the hooks told of its prompt, its steps and its end."""
-
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._busy == threading.get_ident() or self._running.generating:
-                return original(*args, **kwargs)
-            plan = self._running.plan(args, kwargs)
-            self._owner = self._call = None  # of a forward that was interrupted
-            return self._running.generate(plan, original, args, kwargs)
-
-        return generate
+        if self._busy == get_ident():
+            return inner(*args, **kwargs)
+        if self._running.generating:  # in a logits processor, say
+            if self._attached:
+                raise Unsupported("a generate inside a generate of the same block: give each a block of its own")
+            with without(self._scope):
+                return inner(*args, **kwargs)
+        plan = self._running.plan(args, kwargs)
+        self._no_forward()  # of a forward that was interrupted
+        writer = self._writer = get_ident()
+        acts = lambda: get_ident() == writer and self._scope in HERE.get()  # noqa: E731
+        return self._running.generate(plan, inner, args, kwargs, acts)
 
     def reference(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
         """What is at these sites on other prompts."""
@@ -183,6 +228,11 @@ class HookManager(Forwards):
         self._running.follower.expect(batch)
 
     # ---- what came of it
+
+    @property
+    def keeping(self) -> Keeping:
+        """What came of the hooks."""
+        return self._running.keeping
 
     @property
     def rows(self) -> list[list[int]]:
@@ -223,6 +273,7 @@ class HookManager(Forwards):
         return self._running.keeping.log()
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+def _keep_modes(thread: int, before: list[Any]) -> None:
+    """Take off the modes of a forward that was interrupted, in the thread that had these before."""
+    if get_ident() == thread:
+        keep_modes(before)

@@ -1,10 +1,11 @@
 """What the hooks of a block do in each forward of the model: where one begins and ends, and the work at every place."""
 
-import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..forms import full_sizes
 from ..model import LM
 from ..overflow import forget, settle
 from ..padding import unseen
+from ..scopes import HERE, PROGRESS, Scope, adopt, has_scope
 from ..sites import AnySite, Site
 from ..taps import Action, Tap, input_of, logits_tap, picked, repacked
 from ..tracing import Tracer
@@ -25,61 +27,144 @@ from ..wrapped import called
 from .running import Running
 
 
-class Stop(Exception):
-    """Raised inside a forward once everything that was asked of it is there."""
+class Stop(BaseException):
+    """Raised inside a forward once everything that was asked of it is there.
+
+    It is no error: nothing that catches errors on its way is meant to.
+    """
+
+
+ELSEWHERE = (
+    "a block of hk.attach is open on this model in another thread or task, and whether this forward is "
+    "meant to be in it cannot be told: leave the block first, give this code a block of its own, use "
+    "hk.forward or hk.generate, or run it in the block's context, as asyncio.to_thread does and "
+    "threading.Thread(target=contextvars.copy_context().run, args=(model.generate,))"
+)
 
 
 class Forwards:
     """The forwards of a model in which these taps have something to do.
 
-    While a hook's own function runs, modules that it calls are not hooked.
+    While a hook's own function runs, modules that it calls are not hooked. Hooks act in the context that entered the
+    block (see `scopes`). With `attached` a forward of other code that no block or run of hookkit's covers raises;
+    without, it is a plain forward of the model.
     """
 
-    def __init__(self, lm: LM, taps: list[Tap], *, stop_early: bool, tracer: Tracer | None) -> None:
+    def __init__(
+        self, lm: LM, taps: list[Tap], *, stop_early: bool, tracer: Tracer | None, attached: bool = False
+    ) -> None:
         self.lm, self.taps, self.tracer = lm, taps, tracer
         self._traced = None if tracer is None else logits_tap(lm, taps)
         self.actions = sorted((action for tap in taps for action in tap.actions), key=lambda a: a.number)
-        self._stop_early = stop_early
+        self._stop_early, self._attached = stop_early, attached
         self._shells = called(lm.wrapping)
         self._runs = (*self._shells, lm.root, *lm.decoder)  # whose forward is one of the model, the outer first
         self._left = 0  # how often the block was left
         self._start()
 
     def _start(self) -> None:
+        self._scope = Scope(weakref.ref(self.lm.root), self._attached)
         self._running = Running(self.lm, self.actions, self.tracer)
         self._firings = self._running.keeping.firings
         self._call: Call | None = None
         self._owner: nn.Module | None = None  # the module whose forward is running
-        self._thread = 0  # that it runs in
+        self._thread = 0  # that it runs in; 0 while no forward runs
         self._busy = 0  # the thread in which a hook's own function is running
+        self._writer = 0  # the thread in which a `generate` is running
+        self._aside: nn.Module | None = None  # what was called in the midst of a generate, and is no step of it
         self._again = False  # a checkpointed block runs again, in the backward pass
         self._pending: set[Action] = set()
 
+    # ---- whose forward it is
+
+    def acts_here(self) -> bool:
+        """True where the hooks are meant: in the context that entered the block. `Unsupported` where none can tell."""
+        if unseen():
+            return False
+        if self._scope in HERE.get():
+            return self._scope.open
+        if not self._attached or not self._scope.open:
+            return False
+        adopt()
+        if self._scope in HERE.get():
+            return True
+        if has_scope(self.lm.root):
+            return False
+        raise Unsupported(ELSEWHERE)
+
+    def _acts_in_forward(self) -> bool:
+        """`acts_here`, at a module inside the model."""
+        return self._thread == get_ident() or (self._scope.open and self._scope in HERE.get())
+
+    def _is_meant(self, module: nn.Module) -> bool:
+        """True for a forward of the model that begins here and in which the hooks are to act."""
+        if not self._scope.open or unseen():
+            return False
+        if module not in self._runs:
+            raise Unsupported(
+                f"a replica of {type(self.lm.root).__name__} runs (nn.DataParallel makes one for each device), and "
+                "hooks are for the model itself: run model.module"
+            )
+        if not self.acts_here():
+            return False
+        thread = get_ident()
+        if self._busy == thread:
+            return False
+        if self._owner is not None:
+            if self._thread != thread:
+                raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
+            if self._runs.index(self._owner) < self._runs.index(module):
+                return False
+        if self._running.generating and not (self._writer == thread and self._running.begins_step()):
+            if self._attached:
+                raise Unsupported(
+                    "the model is called while a generate of the same block runs, and the call is no step of it: call "
+                    "it after the generate, or give the generate a block of its own"
+                )
+            self._aside = module if self._aside is None else self._aside
+            return False
+        self._aside = None
+        return True
+
     # ---- one forward
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if unseen():
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if not self._is_meant(module):
             return
-        thread = threading.get_ident()
-        if self._owner is not None and self._thread != thread:
-            raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
-        inside = self._owner is not None and self._runs.index(self._owner) < self._runs.index(module)
-        if self._busy == thread or inside:
-            return
-        self._enter_forward(self._running.call(named(module, self.lm.root, args, kwargs)), module)
+        self._enter_forward(self._begun(module, args, kwargs or {}), module)
         if self._stop_early:
             self._pending = set(self.actions)
 
+    def _begun(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The forward that begins with these arguments."""
+        return self._running.call(named(module, self.lm.root, args, kwargs))
+
     def _enter_forward(self, call: Call, module: nn.Module) -> None:
-        self._call, self._owner, self._thread = call, module, threading.get_ident()
+        self._call, self._owner, self._thread = call, module, get_ident()
+        PROGRESS.forwards += 1
         forget(self.actions)
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
-        if module is self._owner and not unseen() and self._thread == threading.get_ident() and not self._busy:
+        if module is self._aside:
+            self._aside = None
+        elif module is self._owner and not unseen() and self._thread == get_ident() and not self._busy:
             if self._call is not None:
                 self._running.gave(self._call, output)
-            self._owner = self._call = None
+            self._no_forward()
             settle(self.actions)
+
+    def _no_forward(self) -> None:
+        """No forward runs, or none that counts: one that was interrupted does not come to its end."""
+        self._owner = self._call = self._aside = None
+        self._thread = 0
+
+    def _outside(self, tap: Tap) -> None:
+        """Raise if a module was called in the block, and outside a forward of the model."""
+        if self._aside is None and self._scope.open and self._scope in HERE.get() and not unseen():
+            raise Unsupported(
+                f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
+                "rows and positions cannot be told. Call the model, or attach to the module that is called"
+            )
 
     def _here(self) -> Callable[[], AbstractContextManager[None]]:
         """A way back into this very forward."""
@@ -93,17 +178,25 @@ class Forwards:
                 "backward() ran after the block was left, and gradient checkpointing runs the model again, "
                 "without the hooks: call backward() inside the block, or model.gradient_checkpointing_disable()"
             )
-        before, self._call, self._again = self._call, call, True
+        before = self._call, self._thread
+        self._call, self._thread, self._again = call, get_ident(), True
         try:
             yield
         finally:
-            self._call, self._again = before, False
+            (self._call, self._thread), self._again = before, False
 
     # ---- the work at one place
 
-    def _on_input(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # torch calls a hook without the keywords when another thread takes it off just then
+
+    def _on_input(
+        self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._thread != get_ident():
+            return self._outside(tap)
         if self._busy or unseen():
             return None
+        kwargs = kwargs or {}
         found, key = input_of(args, kwargs, tap.place.item, tap.place.path)
         new = self._run(tap, found)
         if new is found:
@@ -114,6 +207,8 @@ class Forwards:
 
     def _on_watched(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
         """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
+        if self._thread != get_ident():
+            return self._outside(tap)
         call, action = self._call, tap.actions[0]
         cells = None if call is None or self._busy or unseen() else call.whole(action.where)
         if call is None or cells is None or type(output) is not Tensor or output.requires_grad or call.inference:
@@ -132,6 +227,8 @@ class Forwards:
         return None
 
     def _on_output(self, tap: Tap, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
+        if self._thread != get_ident():
+            return self._outside(tap)
         if self._busy or unseen():
             return None
         output = kwargs_and_output[-1]
@@ -148,16 +245,17 @@ class Forwards:
         return repacked(output, tap.place.item, new)
 
     def _on_inside(self, taps: dict[int | str, Tap], name: str, found: Tensor) -> Tensor:
-        return found if self._busy or unseen() or name not in taps else self._run(taps[name], found)
+        if name not in taps:
+            return found
+        if self._thread != get_ident():
+            self._outside(taps[name])
+            return found
+        return found if self._busy or unseen() else self._run(taps[name], found)
 
     def _run(self, tap: Tap, found: Tensor, before: Tensor | None = None) -> Tensor:
         """Do all that is to be done at one tap, and give the tensor that goes on."""
         call = self._call
-        if call is None:
-            raise Unsupported(
-                f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
-                "rows and positions cannot be told. Call the model, or attach to the module that is called"
-            )
+        assert call is not None
         ranks = self.lm.ranks
         if ranks is None:
             return self._whole(tap, call, found, before)

@@ -1,7 +1,7 @@
 """The texts that run in a block: which one each forward is of, what its captures kept, and how it ended."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -85,8 +85,22 @@ class Running:
             )
         return generation.read(self.lm.root, args, kwargs)
 
-    def generate(self, plan: Generation, original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """transformers' `generate`, followed from its prompts to the end of each row."""
+    def begins_step(self) -> bool:
+        """True where the forward that begins is a step of the `generate` that runs."""
+        return self._watch.begins_step()
+
+    def generate(
+        self,
+        plan: Generation,
+        original: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        acts: Callable[[], bool] | None = None,
+    ) -> Any:
+        """transformers' `generate`, followed from its prompts to the end of each row.
+
+        `acts` says which calls of the model's own methods are of it.
+        """
         text = self.follower.text = plan.text(self.follower.find)
         self.follower.generation = plan
         self.keeping.turn_to(text)
@@ -94,7 +108,7 @@ class Running:
             self.tracer.begin(plan)
         decisions = Decisions(text, plan.width if plan.embeddings else 0) if self._decides else None
         try:
-            with generation.watched(self.lm.root, self.tracer, decisions) as self._watch:
+            with generation.watched(self.lm.root, self.tracer, decisions, acts) as self._watch:
                 output = original(*args, **generation.eager(args, kwargs))
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.rows = generation.final_rows(plan, text, sequences, self._watch)

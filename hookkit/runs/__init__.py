@@ -8,11 +8,14 @@ was, and a shorter row is filled up at its end, where `run.mask` is False.
 
 run         what came of it
 asking      what both are asked
+draws       the random numbers of a generate
 forwarding  forward
 generating  generate
 """
 
 from .asking import Logits as Logits
+from .asking import outside_inference_mode as outside_inference_mode
+from .draws import Draws as Draws
 from .forwarding import forward as forward
 from .generating import generate as generate
 from .generating import traced as traced

@@ -1,11 +1,39 @@
 """What forward and generate are asked alike: which logits to keep, of a model that they can run."""
 
-from typing import Literal, TypeAlias
+import functools
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeAlias, TypeVar
+
+import torch
 
 from ..errors import EmptySelection, Unsupported
 from ..model import LM
 
 Logits: TypeAlias = Literal["all", "last", "none"] | bool | None
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, whose tensors autograd can use later, also where it is called in torch.inference_mode.
+
+    Whether gradients are on is afterwards as it was, also where Ctrl-C came while torch.no_grad was left.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        gradients = torch.is_grad_enabled()
+        if not torch.is_inference_mode_enabled():
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                torch.set_grad_enabled(gradients)
+                raise
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
 
 
 def refuse_two_texts(lm: LM) -> None:

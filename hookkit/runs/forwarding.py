@@ -18,10 +18,11 @@ from ..positions import Where
 from ..prompts import Batch, Prompts, as_batch, pad_id, padded
 from ..sites import Site
 from ..training import warn_of_dropout
-from .asking import Logits, refuse_two_texts, wanted_logits
+from .asking import Logits, outside_inference_mode, refuse_two_texts, wanted_logits
 from .run import Run
 
 
+@outside_inference_mode
 @checks_arguments
 def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> Run:
     """Run the model once over the prompts with these hooks.
@@ -64,7 +65,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         kept_logits=None if wanted == "none" else _logits_of(output, batch, wanted),
         settings={"verb": "forward", "logits": wanted, "seconds": time.perf_counter() - started},
         output=output,
-        _manager=manager,
+        _keeping=manager.keeping,
     )
 
 

@@ -3,8 +3,7 @@
 import copy
 import inspect
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +23,12 @@ from ..prompts import Batch, Prompts, as_batch, pad_id, padded
 from ..sites import Site, Sites
 from ..tracing import Trace, Tracer
 from ..training import warn_of_dropout
-from .asking import Logits, refuse_two_texts, wanted_logits
+from .asking import Logits, outside_inference_mode, refuse_two_texts, wanted_logits
+from .draws import Draws
 from .run import Run
 
 
+@outside_inference_mode
 @checks_arguments
 def generate(
     lm: LM,
@@ -51,24 +52,28 @@ def generate(
     >>> generate(lm, "The capital of France is", force(" coffee", step=0), max_new_tokens=3).generated
     [' coffee.\\n']
     """
-    return traced(lm, prompts, hooks, logits, seed, None if trace is None else Tracer(lm, trace, hooks), arguments)
+    tracer = None if trace is None else Tracer(lm, trace, hooks)
+    return traced(lm, prompts, hooks, logits, Draws(lm, seed), tracer, arguments)
 
 
+@outside_inference_mode
 def traced(
     lm: LM,
     prompts: Prompts,
     hooks: tuple[Hook, ...],
     logits: Logits,
-    seed: int | None,
+    draws: Draws,
     tracer: Tracer | None,
     arguments: Mapping[str, Any],
 ) -> Run:
     """`generate` with a tracer that is told of each step."""
     refuse_two_texts(lm)
     _check_arguments(lm, arguments)
-    _check_effects(lm, seed, arguments)
+    _check_effects(lm, draws.seed, arguments)
     warn_of_dropout(lm)
     wanted = wanted_logits(logits)
+    config: Any = arguments.get("generation_config") or lm.root.generation_config
+    draws.sampling = bool(arguments.get("do_sample", config.do_sample))
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     chunk, cache = (_setting(lm, arguments, name) for name in ("prefill_chunk_size", "cache_implementation"))
     check_generation(lm, padded=batch.padded, chunk=chunk, width=batch.ids.shape[1], cache=cache)
@@ -77,7 +82,7 @@ def traced(
     manager = HookManager(lm, [*hooks, own] if wanted != "none" else hooks, tracer=tracer)
     ids = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
     settings = {"verb": "generate", "logits": wanted, "arguments": _plain(arguments)}
-    settings |= {} if seed is None else {"seed": seed}
+    settings |= {} if draws.seed is None else {"seed": draws.seed}
     output: Any = None
     started = time.perf_counter()
 
@@ -86,7 +91,7 @@ def traced(
         return _generated(lm, batch, hooks, own, manager, settings, arguments, output)
 
     try:
-        with _seeded(lm, seed), manager:
+        with draws, manager:
             output = lm.model.generate(**ids, **_defaults(lm, arguments), **arguments)  # pyright: ignore
     except NeverFired as error:
         error.run = run()
@@ -117,7 +122,7 @@ def _generated(
         kept_logits=_own_logits(kept, own, settings["logits"]),
         settings=settings,
         output=output,
-        _manager=manager,
+        _keeping=manager.keeping,
         arguments=arguments,
         recorded=None if manager.tracer is None else manager.tracer.recorded,
     )
@@ -218,21 +223,6 @@ def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if arguments.get("pad_token_id") is None and config.pad_token_id is None and "generation_config" not in arguments:
         found["pad_token_id"] = pad_id(lm)
     return found
-
-
-@contextmanager
-def _seeded(lm: LM, seed: int | None) -> Iterator[None]:
-    """A block whose draws start from a seed, after which torch's generators are as they were. The ranks of a model that
-    is split draw the same."""
-    if seed is None and lm.ranks is not None:
-        seed = lm.ranks.first(int(torch.randint(2**62, ())))
-    if seed is None:
-        yield
-        return
-    devices = [lm.device] if lm.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=lm.device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Run: all that came of one forward or one generate."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ..captured import Captured, Kept
 from ..displaying import shown
-from ..errors import NotCaptured
+from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
-from ..manager import HookManager
+from ..keeping import Keeping
 from ..model import LM
 from ..sites import AnySite, Sites
 from ..tracing import Recorded
@@ -42,7 +43,7 @@ class Run:
     kept_logits: Captured | None
     settings: Mapping[str, Any]
     output: Any
-    _manager: HookManager
+    _keeping: Keeping | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     recorded: Recorded | None = None
 
@@ -95,7 +96,8 @@ class Run:
     @cached_property
     def log(self) -> pd.DataFrame:
         """Where each hook fired. Columns: hook, do, site, forward, row, positions, numbers, changed."""
-        log = self._manager.log
+        assert self._keeping is not None
+        log = self._keeping.log()
         return pd.DataFrame(log[log["hook"] < len(self.hooks)]).reset_index(drop=True)
 
     @cached_property
@@ -106,6 +108,27 @@ class Run:
         prompts = [self.lm.text(row[:end]) for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)]
         hooks = [hook.to_json(tensors="digest") for hook in self.hooks]
         return {**about_model(self.lm), "prompts": prompts, "hooks": hooks, **self.settings}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all but the way to the log, which is written."""
+        return {**self.__dict__, "log": self.log, "_keeping": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
+        """A run with values of its own, of the same model and the same hooks."""
+        for shared in (self.lm, self.hooks):
+            memo[id(shared)] = shared
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        try:
+            new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        except RuntimeError as error:
+            if "deepcopy protocol" not in str(error):
+                raise
+            raise Unsupported(
+                "this run's values are on the path of a gradient, which torch cannot copy: copy what you need of it, "
+                "such as run.logits.detach().clone()"
+            ) from error
+        return new
 
     def _ipython_key_completions_(self) -> list[str]:
         """What a notebook offers behind `run["`."""

@@ -1,7 +1,7 @@
 """Forwards that begin where an edit does: what is below the edited block is what it was without the edit."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from ..captured import Kept, Slot
 from ..errors import HookkitError
 from ..hooks.base import Hook
 from ..lenses.tail import ending
-from ..lent import replaced
+from ..lent import Lent
 from ..manager import HookManager
 from ..model import LM
 from ..prompts import Row
@@ -35,26 +35,25 @@ class Resuming:
     @contextmanager
     def noting(self) -> Iterator[None]:
         """A block in which what is needed of a forward is kept."""
-        with ExitStack() as stack:
+        with Lent() as lent:
             for number in {start - 1 for start in self.starts.values()}:
-                block = self._block(number)
-                stack.enter_context(replaced(block, "forward", partial(self._noted, number, block.forward)))
+                lent.around(self._block(number), "forward", partial(self._noted, number))
             yield
 
-    def _noted(self, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        self.given[number] = forward(*args, **kwargs)
+    def _noted(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.given[number] = inner(*args, **kwargs)
         return self.given[number]
 
     @contextmanager
     def resumed(self, start: int) -> Iterator[None]:
         """A block in which forwards of the same prompts begin with this block; with 0 they are whole."""
-        with ExitStack() as stack:
+        with Lent() as lent:
             for number in range(start - 1):
                 kind = ending(self.lm).kinds[number]
-                stack.enter_context(replaced(self._block(number), "forward", passed_by(kind)))
+                lent.around(self._block(number), "forward", passed_by(kind))
             if start:
                 given = self.given[start - 1]
-                stack.enter_context(replaced(self._block(start - 1), "forward", lambda *_, **__: _copy(given)))
+                lent.around(self._block(start - 1), "forward", lambda *_, **__: _copy(given))
             yield
 
     def _block(self, number: int) -> Any:

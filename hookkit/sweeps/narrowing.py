@@ -1,14 +1,14 @@
 """Behind the last attention no position reads another: there only those where the metric looks have to run."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..lent import replaced
+from ..lent import Lent
 from ..model import LM
 from ..sites import AnySite, Site
 from ..taps import Action, Tap
@@ -35,16 +35,15 @@ def _may(lm: LM, action: Action) -> bool:
 @contextmanager
 def narrowed(lm: LM, looks: int) -> Iterator[None]:
     """A block in which those modules run over the last `looks` positions only, and give zeros for the others."""
-    with ExitStack() as stack:
+    with Lent() as lent:
         for name in ENTERED:
             place = lm.layout.find(name, lm.n_layers - 1)
             if place is not None and place.side == "input":
-                module = lm.submodule(place.path)
-                stack.enter_context(replaced(module, "forward", partial(_over_the_last, module.forward, looks)))
+                lent.around(lm.submodule(place.path), "forward", partial(_over_the_last, looks))
         yield
 
 
-def _over_the_last(forward: Any, looks: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _over_the_last(looks: int, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     shape = hidden.shape[:2]
     if hidden.ndim != 3:
         raise Unsupported(f"what the last block's modules are given is no [batch, pos, d]: {list(hidden.shape)}")
@@ -52,7 +51,7 @@ def _over_the_last(forward: Any, looks: int, hidden: Tensor, *args: Any, **kwarg
     def cut(value: Any) -> Any:
         return value[:, -looks:] if isinstance(value, Tensor) and value.shape[:2] == shape else value
 
-    output = forward(cut(hidden), *map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+    output = inner(cut(hidden), *map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
     found, *others = output if isinstance(output, tuple) else (output,)
     if not isinstance(found, Tensor) or found.shape[:2] != (shape[0], looks):
         raise Unsupported("what the last block's modules give is no [batch, pos, d]")

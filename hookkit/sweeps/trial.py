@@ -5,7 +5,6 @@ not run at all, is left out, with the reason.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.edits import steer
-from ..lent import replaced
+from ..lent import Lent
 from ..manager import HookManager
 from ..model import LM
 from ..runs import forward
@@ -190,16 +189,16 @@ class _Watch(HookManager):
         self.gives: dict[tuple[int, int | str], tuple[int, ...]] = {}
         self.kinds: dict[int, int] = {}
 
-    def _register(self, stack: ExitStack) -> None:
-        super()._register(stack)
+    def _register(self, lent: Lent) -> None:
+        super()._register(lent)
         for number, module in self.modules.items():
-            stack.enter_context(replaced(module, "forward", self._seen(number, module.forward)))
+            lent.around(module, "forward", self._seen(number))
 
-    def _seen(self, number: int, forward: Any) -> Any:
-        def seen(*args: Any, **kwargs: Any) -> Any:
+    def _seen(self, number: int) -> Any:
+        def seen(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
             self._note(number, args, ())
             self._note(number, kwargs, ())
-            output = forward(*args, **kwargs)
+            output = inner(*args, **kwargs)
             shapes = {(number, item): tuple(each.shape) for item, each in _items(output) if isinstance(each, Tensor)}
             self.gives |= shapes
             self.kinds[number] = len(output) if isinstance(output, tuple) else 0

@@ -5,8 +5,8 @@ cell's hooks see its rows alone, as they would in a forward of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, TypeAlias
 
 import torch
@@ -16,8 +16,9 @@ from ..acting import act
 from ..calls import Call, Text
 from ..errors import Unsupported
 from ..families import Place
-from ..lent import replaced
+from ..lent import Lent, Work
 from ..manager import HookManager
+from ..manager.precedence import Border
 from ..model import LM
 from ..sites import AnySite
 from ..taps import Action, Tap, input_of
@@ -118,30 +119,32 @@ class Wave(HookManager):
 
     # ---- around the blocks
 
-    def _register(self, stack: ExitStack) -> None:
-        super()._register(stack)
+    def _register(self, lent: Lent) -> None:
+        super()._register(lent)
         growth = self.growth
         for number in range(self.lm.n_layers) if growth is not None or self.recorder is not None else ():
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
-                stack.enter_context(replaced(block, "forward", passed_by(growth.kinds[number])))
+                lent.around(block, "forward", passed_by(growth.kinds[number]))
             elif growth is not None or (self.recorder is not None and number in self.recorder.blocks):
-                stack.enter_context(self._ahead(block, self._entering(number)))
+                self._put_first(lent, block, Border(self._entering, number))
 
-    def _entering(self, number: int) -> Any:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, key = input_of(args, kwargs, 0, f"block {number}")
-            if self.recorder is not None and number in self.recorder.blocks:
-                self.recorder.note(number, hidden)
-            if self.growth is None:
-                return None
-            hidden = self._grown(self.growth, number, hidden)
-            args, kwargs = self._spread(number, args, kwargs)
-            if isinstance(key, str):
-                return args, kwargs | {key: hidden}
-            return (*args[:key], hidden, *args[key + 1 :]), kwargs
-
-        return enter
+    def _entering(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._thread != get_ident():
+            return None
+        assert kwargs is not None
+        hidden, key = input_of(args, kwargs, 0, f"block {number}")
+        if self.recorder is not None and number in self.recorder.blocks:
+            self.recorder.note(number, hidden)
+        if self.growth is None:
+            return None
+        hidden = self._grown(self.growth, number, hidden)
+        spread_args, spread_kwargs = self._spread(number, args, kwargs)
+        if isinstance(key, str):
+            return spread_args, spread_kwargs | {key: hidden}
+        return (*spread_args[:key], hidden, *spread_args[key + 1 :]), spread_kwargs
 
     def _grown(self, growth: Growth, number: int, hidden: Tensor) -> Tensor:
         """The rows in a block: those that were there before it, and those that join at it."""
@@ -182,9 +185,8 @@ class Wave(HookManager):
 
     # ---- what the hooks do
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._owner is None and not self._busy:
-            super()._enter_forward(self._shown, module)
+    def _begun(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return self._shown
 
     def _site(self, tap: Tap) -> AnySite:
         return self.work[tap][0][1][0].site
@@ -236,10 +238,11 @@ class Wave(HookManager):
         return out
 
 
-def passed_by(kind: int) -> Any:
-    """A forward of a block that gives out what it was given: a tensor, or so many values of which it is the first."""
+def passed_by(kind: int) -> Work:
+    """In place of a block's forward, one that gives out what it was given: a tensor, or so many values of which it is
+    the first."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         hidden = input_of(args, kwargs, 0, "a block")[0]
         return hidden if not kind else (hidden, *[None] * (kind - 1))
 
