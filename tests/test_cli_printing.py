@@ -5,6 +5,7 @@ import io
 import pandas as pd
 
 from hookkit.cli import printing
+from hookkit.cli.scanning import leading
 
 NASTY = [
     "'[red]hot[/red]'",
@@ -78,3 +79,21 @@ def test_the_strongest_rows_are_the_largest_whatever_their_sign():
     assert printing.strongest(table, "effect", 9)["place"].tolist() == ["b", "e", "c", "a", "d", "f"]
     tied = pd.DataFrame({"place": list("abc"), "effect": [-1.0, 1.0, -1.0]})
     assert printing.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], "of equals the first"
+
+
+def test_layers_in_which_one_token_leads_stand_together():
+    rows = [
+        ("a", 0, 5, 1),
+        ("b", 1, 5, 1),
+        ("c", 2, 8, 1),
+        ("d", 3, 5, 1),
+        ("a", 0, 8, 7),
+        ("b", 1, 8, 4),
+        ("d", 3, 8, 2),
+    ]
+    lens = pd.DataFrame(rows, columns=["site", "layer", "token_id", "rank"])
+    lens = lens.assign(token=lens["token_id"].astype(str), prob=lens["layer"] / 10)
+    found = leading(lens, 8)
+    assert found["layers"].tolist() == ["0 to 1", "2", "3"]
+    assert found["token"].tolist() == ["5", "8", "5"] and found["prob"].tolist() == [0.1, 0.2, 0.3]
+    assert found["rank"].tolist() == ["7 to 4", "1", "2"], "of the token that is asked for"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import pandas as pd
 import pytest
 import torch
 from conftest import tokenizer
@@ -153,3 +154,17 @@ def test_the_status_is_1_where_something_does_not_work(tmp_path):
 def test_the_status_is_2_where_there_is_no_model(tmp_path):
     status, _, err = asked(str(tmp_path / "nothing"))
     assert status == 2 and err.startswith("hookkit: there is no")
+
+
+@pytest.mark.parametrize(("words", "layers"), [(["--layer", "2", "--layer", "0"], [2, 0]), ([], None)])
+def test_the_laws_are_tried_at_the_layers_that_are_asked_for(monkeypatch, words, layers):
+    lm, tried = hk.tiny("llama"), []
+
+    def prove(lm, *, layers):
+        tried.append(layers)
+        return pd.DataFrame(columns=["law", "site", "difference", "limit", "holds", "note"])
+
+    monkeypatch.setattr("hookkit.zoo.load", lambda *name, **words: lm)
+    monkeypatch.setattr("hookkit.doctor.prove", prove)
+    CliRunner().invoke(app, ["doctor", "--json", *words])
+    assert tried == [layers]

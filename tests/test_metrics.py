@@ -227,6 +227,22 @@ def gap(logits):
     return first - second
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float64])
+def test_a_function_may_say_yes_or_no_or_count(small, kind):
+    def first(logits):
+        return (logits.argmax(-1) == 5).to(kind)
+
+    def where(logits):
+        return logits.argmax(-1).to(kind)
+
+    function = first if kind == torch.bool else where
+    table = hk.sweep(small, PROMPTS, {"head": [0]}, lambda head: hk.ablate(hk.Site("z", 1, head)), function)
+    wanted = [int(without_head(small, ids, 0).argmax()) for ids in PROMPTS]
+    wanted = [token == 5 for token in wanted] if kind == torch.bool else wanted
+    assert table[function.__name__].tolist() == [float(number) for number in wanted]
+    assert table[function.__name__].dtype == float and table[f"{function.__name__}_delta"].dtype == float
+
+
 def test_a_function_of_the_logits_is_a_metric_under_its_own_name(small):
     table = hk.sweep(
         small,

@@ -392,6 +392,7 @@ def test_forwards_that_begin_at_the_edited_block_say_what_whole_ones_do(family, 
         "inner": hk.steer("resid_pre.2", vector, pos=-1),
         "first": hk.scale("resid_pre.0", 2),
         "block": hk.skip_block(1),
+        "embedding": hk.scale("embed", 2),
         "both": [hk.scale("resid_post.1", 0.5), hk.boost(" m", by=-2)],
     }
     made = {}
