@@ -159,8 +159,11 @@ def test_the_table_has_a_row_for_each_site_and_head(found):
     assert table["norm_max"][0] == found["resid_post.1"].norm.max.item()
 
 
-def test_statistics_say_of_what_they_are(llama):
+def test_statistics_say_of_what_they_are(llama, tmp_path):
     given = [ROWS[0], [], ROWS[1], []]
+    kept = hk.harvest(llama, given, "resid_post.1", tmp_path, unfit="skip", **SMALL).statistics(pos=-1)
+    assert (kept.about["texts"], kept.about["left_out"], kept.about["pos"]) == (4, 2, "-1")
+    assert kept["resid_post.1"].count == 2
     made = hk.statistics(llama, given, "resid_post.1", unfit="skip", **SMALL)
     assert (made.about["texts"], made.about["left_out"], made.about["pos"]) == (4, 2, "None")
     again = hk.statistics(llama, ["tea"], "resid_post.1", **SMALL)
