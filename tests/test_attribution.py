@@ -500,6 +500,7 @@ def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
         ({"metric": hk.rank(5)}, Unsupported, "gives no gradient"),
         ({"metric": hk.loss((8, 9))}, Unsupported, "attribution is of prompts in pairs"),
         ({"pos": [5]}, OutOfRange, "position 5 of row 1"),
+        ({"pos": [3]}, OutOfRange, "position 3 of row 1 was asked for .*, and it has 3 tokens, 0 to 2"),
         ({"sites": ["resid_pre", "z"]}, Unsupported, "some have heads and some do not"),
         ({"metrics": DIFF}, hk.errors.UnknownKeyword, "did you mean 'metric'"),
     ],

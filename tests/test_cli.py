@@ -57,6 +57,20 @@ def test_a_harvest_writes_the_folder_that_the_call_writes_and_says_so_as_json(ho
     assert made["z.1"][:].shape == hk.open_harvest(tmp_path / "there")["z.1"][:].shape
 
 
+def test_as_many_tokens_run_together_in_a_harvest_as_are_asked_for(hookkit, llama, tmp_path):
+    (tmp_path / "texts.txt").write_text("Tea with milk\n" * 6)
+    counts = {}
+    for tokens in ("1", "2048"):
+        seen = []
+        handle = llama.model.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        words = ["--batch-tokens", tokens, "--quiet", "--out", str(tmp_path / tokens)]
+        done = hookkit("harvest", str(tmp_path / "texts.txt"), "resid_post.2", *words)
+        handle.remove()
+        assert done.exit_code == 0, done.stderr
+        counts[tokens] = len(seen)
+    assert counts["1"] - counts["2048"] == 5, "six texts one by one, or all at once"
+
+
 def test_a_sweep_prints_its_table_as_csv(hookkit, llama):
     words = ["--token", " coffee", "--against", " milk", "--layer", "1", "--layer", "2"]
     done = hookkit("sweep", "ablations", MILK, "attn_out", *words)

@@ -20,6 +20,7 @@ from hookkit.shifts.drawing import means_of
 from hookkit.shifts.inside import most_moved
 from hookkit.shifts.measuring import with_deltas
 from hookkit.shifts.naming import literal
+from hookkit.shifts.sections import Found
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
 HEAD = (1, 2)
@@ -125,6 +126,16 @@ def test_decades_are_powers_of_ten_between_the_ranks(llama):
     wanted = [math.log(row.rank_before / row.rank_after) / math.log(10) for row in watched.itertuples()]
     assert watched["decades"].tolist() == pytest.approx(wanted, abs=1e-9)
     assert max(map(abs, wanted)) > 0.01
+
+
+def test_the_page_shows_of_each_prompt_and_edit_its_own_rows():
+    rows = [(0, "a", 1), (0, "b", 2), (1, "a", 3), (1, "b", 4)]
+    tables = {"watched": pd.DataFrame(rows, columns=["row", "edit", "number"])}
+    found = Found(None, (), [], [], tables, {}, {})  # pyright: ignore[reportArgumentType]
+    assert found.of("watched", 1, "a")["number"].tolist() == [3]
+    assert found.of("watched", 0)["number"].tolist() == [1, 2]
+    assert list(found.of("watched", 0)) == ["edit", "number"] and list(found.of("watched", 0, "b")) == ["number"]
+    assert found.of("layers", 0).empty
 
 
 def test_the_components_that_moved_most_and_all_the_others_are_the_whole_sum():

@@ -367,6 +367,10 @@ def test_a_fit_is_the_same_twice_and_a_seed_changes_its_start(llama_ids):
     start = one.random(seed=1).unit().tensor * (0.02 * one.norm)
     before = hk.forward(llama_ids, MORE, hk.steer(SITE, start))
     assert seeded[2].about["curve"][0] == pytest.approx(float(METRIC(before).mean()), abs=1e-4)
+    named = hk.fit_vector(llama_ids, SITE, MORE, METRIC, pos=-2, lr=0.1, dose=0.5, **settings).about
+    words = {name: named[name] for name in ("method", "pos", "steps", "lr", "dose", "seed", "prompts")}
+    said = {"method": "learnt", "pos": "-2", "steps": 3, "lr": 0.1, "dose": 0.5, "seed": None, "prompts": [len(MORE)]}
+    assert words == said
 
 
 def test_a_metric_that_compares_is_told_what_was_there_before(llama_ids):
