@@ -56,7 +56,7 @@ CALLS: dict[str, dict[str, object]] = {
     "surprisal": {"top": 0},
     "surprisal_shift": {"worst_first": False},
     "sweep": {"pos": -1, "verify": 0},
-    "token_attribution": {"method": "gradient", "steps": 20, "pos": -1},
+    "token_attribution": {"method": "gradient", "pos": -1},
     "trace": {"top": 5},
     "train_lens": {"sites": "resid_post", "window": 128, "steps": 100, "states": 8, "lr": 2e-4, "seed": 0},
 }
