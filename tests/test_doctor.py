@@ -166,6 +166,6 @@ def test_the_laws_are_tried_at_the_layers_that_are_asked_for(monkeypatch, words,
         return pd.DataFrame(columns=["law", "site", "difference", "limit", "holds", "note"])
 
     monkeypatch.setattr("hookkit.zoo.load", lambda *name, **words: lm)
-    monkeypatch.setattr(importlib.import_module("hookkit.doctor"), "prove", prove)
+    monkeypatch.setattr(importlib.import_module("hookkit.checkups"), "prove", prove)
     CliRunner().invoke(app, ["doctor", "--json", *words])
     assert tried == [layers]
