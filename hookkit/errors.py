@@ -5,15 +5,9 @@ exception that Python itself would raise in its place, so `except IndexError` ke
 """
 
 import difflib
-import functools
-import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar, get_args
+from collections.abc import Iterable
 
 from .displaying import printable_lines
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 class HookkitError(Exception):
@@ -136,26 +130,3 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     close = close or [each for each in known if len(each) > 2 and (word.startswith(each) or each.startswith(word))][:3]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-
-
-def checks_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, but an unknown keyword raises `UnknownKeyword`, which lists the known ones.
-
-    What a function passes on, `**settings: Unpack[Settings]`, are the names in that TypedDict.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    passed: list[Any] = [p.annotation for p in parameters if p.kind is p.VAR_KEYWORD]
-    keywords += [name for given in passed for kind in get_args(given) for name in kind.__annotations__]
-
-    @functools.wraps(function)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        for name in kwargs:
-            if name not in keywords:
-                raise UnknownKeyword(
-                    f"{function.__name__}() has no keyword {name!r}{did_you_mean(name, keywords)} "
-                    f"It takes: {', '.join(keywords)}."
-                )
-        return function(*args, **kwargs)
-
-    return checked
