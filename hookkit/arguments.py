@@ -259,17 +259,6 @@ def folder_of(value: object, name: str = "folder") -> Path:
     return path
 
 
-@contextmanager
-def reading_file(path: object, what: str) -> Iterator[None]:
-    """A block that reads a file; an error in it that is none of hookkit's raises `BadFile`. `what` should be in it."""
-    try:
-        yield
-    except HookkitError:
-        raise
-    except Exception as error:  # of the system, of safetensors, of JSON, or of a name that is not there
-        raise BadFile(f"{str(path)!r} cannot be read as {what}: {error}") from error
-
-
 # ---- tokens
 
 
