@@ -366,8 +366,8 @@ def test_ctrl_c_at_any_moment_ends_in_a_clean_model(llama):
     ]
     pressed = 0
     for number in range(45):
-        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, 0.03))
         try:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, 0.03))
             while True:
                 uses[number % 3]()
         except KeyboardInterrupt:
