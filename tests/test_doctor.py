@@ -169,3 +169,16 @@ def test_the_laws_are_tried_at_the_layers_that_are_asked_for(monkeypatch, words,
     monkeypatch.setattr(importlib.import_module("hookkit.checkups"), "prove", prove)
     CliRunner().invoke(app, ["doctor", "--json", *words])
     assert tried == [layers]
+
+
+@pytest.mark.parametrize(("words", "trusted"), [(["--trust-remote-code"], True), ([], None)])
+def test_code_that_comes_with_a_model_runs_where_that_is_said_and_nowhere_else(monkeypatch, words, trusted):
+    told = []
+
+    def load(*name, **settings):
+        told.append(settings.get("trust_remote_code"))
+        raise hk.errors.ModelNotFound("there is none")
+
+    monkeypatch.setattr("hookkit.zoo.load", load)
+    CliRunner().invoke(app, ["doctor", "some-lab/model", *words])
+    assert told == [trusted]

@@ -293,11 +293,21 @@ def test_the_history_is_the_divergence_of_the_lens_from_the_end_on_the_last_wind
         assert after < before
 
 
+def test_the_steps_of_a_training_lower_the_divergence_below_that_of_the_regression():
+    lm = hk.tiny("llama")
+    texts = torch.randint(2, 40, (24, 16), generator=torch.Generator().manual_seed(5)).tolist()
+    start, trained = (
+        hk.train_lens(lm, texts, window=16, progress=False, **settings).history["kl_after"]
+        for settings in ({"steps": 1, "lr": 1e-12}, {"steps": 40, "lr": 3e-3})
+    )
+    assert trained[0] < 0.97 * start[0] and trained[1] < start[1]
+
+
 def test_a_window_of_one_token_is_no_text_to_learn_from():
     lm = hk.tiny("llama")
     text = list(range(2, 2 + 33))
-    assert hk.train_lens(lm, [text], window=16, steps=0, progress=False).about["windows"] == 1
-    assert hk.train_lens(lm, [[*text, 40]], window=16, steps=0, progress=False).about["windows"] == 2
+    assert hk.train_lens(lm, [text], window=16, steps=1, progress=False).about["windows"] == 1
+    assert hk.train_lens(lm, [[*text, 40]], window=16, steps=1, progress=False).about["windows"] == 2
 
 
 def test_a_tuned_lens_is_judged_at_every_tenth_step_and_at_the_last():
@@ -332,7 +342,7 @@ def test_a_tuned_lens_never_reads_its_held_out_text_while_it_learns():
 def test_before_any_step_a_tuned_lens_is_a_ridge_regression_of_the_last_state_on_the_training_text():
     lm = hk.tiny("llama")
     texts = torch.randint(2, 320, (10, 30), generator=torch.Generator().manual_seed(3)).tolist()
-    lens = hk.train_lens(lm, texts, window=30, steps=0, progress=False)
+    lens = hk.train_lens(lm, texts, window=30, steps=1, lr=1e-12, progress=False)
     states = torch.cat([states_by_hand(lm.model, row) for row in texts[:-1]], dim=1)[1:].double()
     weight = states[-1].pow(2).mean(-1, keepdim=True).rsqrt()  # what the final norm will multiply by
     for layer in (0, 1):
