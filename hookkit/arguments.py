@@ -644,7 +644,7 @@ def _checked(function: Any, *, reads_values: bool, called: str | None = None) ->
             passed_on |= kind.__annotations__
     takes_any = bool(rest) and not passed_on
     keywords = [name for name in (*names, *passed_on) if name != "self"]
-    called = called or function.__name__
+    title = called or function.__name__
 
     @functools.cache
     def kinds() -> dict[str, list[Kind]]:
@@ -659,17 +659,17 @@ def _checked(function: Any, *, reads_values: bool, called: str | None = None) ->
         for name in kwargs:
             if name not in keywords and not takes_any:
                 raise UnknownKeyword(
-                    f"{called}() has no keyword {name!r}{did_you_mean(name, keywords)} It takes: {', '.join(keywords)}."
+                    f"{title}() has no keyword {name!r}{did_you_mean(name, keywords)} It takes: {', '.join(keywords)}."
                 )
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as mistake:
             takes = ", ".join(keywords) or "nothing"
-            raise BadArgument(f"{called}(): {mistake}. It takes: {takes}.") from None
+            raise BadArgument(f"{title}(): {mistake}. It takes: {takes}.") from None
         if not reads_values:
             return function(*args, **kwargs)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _read(parameters[name], value, kinds(), called)
+            bound.arguments[name] = _read(parameters[name], value, kinds(), title)
         with _with_gradients_as_before():
             return function(*bound.args, **bound.kwargs)
 
