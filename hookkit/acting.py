@@ -62,7 +62,7 @@ def _put(action: Action, tap: Tap, call: Call, cells: Cells, found: Tensor, new:
         cells.scatter(form.laid(found, call), new)
         return found
     if cells.whole and type(form) is Form:
-        return new
+        return new.contiguous() if found.is_contiguous() else new  # modules may take a view of what they are given
     wide = form.laid(found, call)
     served = _with_batch_axis(wide, call.rows)
     copy = (found if served is wide else served).clone(memory_format=torch.contiguous_format)
@@ -158,7 +158,9 @@ def _with_batch_axis(found: Tensor, rows: int) -> Tensor:
 
 def _has_positions(action: Action, full: Tensor, call: Call) -> bool:
     """True if the first axes of a tensor are batch and pos of this call. A named site that is not so raises."""
-    if full.ndim >= 2 and full.shape[0] == call.rows and full.shape[1] in (call.width, len(call.head)):
+    behind = full.ndim > 3 and full.shape[1] != call.width == full.shape[2]  # [batch, head, pos, d_head]
+    fits = full.ndim >= 2 and full.shape[0] == call.rows and full.shape[1] in (call.width, len(call.head))
+    if fits and not (behind and isinstance(action.site, ModuleSite)):
         return True
     if isinstance(action.site, ModuleSite):
         return False

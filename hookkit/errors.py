@@ -76,6 +76,10 @@ class Unsupported(HookkitError, RuntimeError):
     """A mode of the model in which the wish has no defined meaning, refused before the first token."""
 
 
+class TooLittleMemory(HookkitError, MemoryError):
+    """A forward of a sweep for which there is too little memory, though it was cut as small as can be."""
+
+
 class HarvestChanged(HookkitError, ValueError):
     """A harvest that cannot go on: its folder was begun with other settings, with another model or on other texts."""
 

@@ -169,9 +169,20 @@ class LM:
     def accepted(self, **settings: Any) -> dict[str, Any]:
         """Those of some settings of a forward that the model knows: the others would mean nothing to it."""
         known = {name: value for name, value in settings.items() if name in self.takes}
+        if "logits_to_keep" in known:
+            known["logits_to_keep"] = self.logits_to_keep(known["logits_to_keep"])
         if "return_dict" in settings and self._takes_any:  # transformers takes it wherever a forward is its own
             known["return_dict"] = settings["return_dict"]
         return known
+
+    def logits_to_keep(self, last: int) -> int | list[int]:
+        """The argument of a forward that has the logits of the last so many positions computed; 0 for all.
+
+        A model whose last blocks share the keys of earlier ones (Gemma 4) takes a number as leave to run these blocks
+        at those positions only, where hooks at the others would find nothing. Positions it takes for the logits alone.
+        """
+        shares = getattr(self.config, "num_kv_shared_layers", 0)
+        return list(range(-last, 0)) if shares and last else last
 
     def __repr__(self) -> str:
         size = count(self.root) / 1e6

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import hookkit as hk
-from hookkit.errors import BadHook, BadPrompt, EmptySelection, MissingSite, OutOfRange, UnknownKeyword, Unsupported
+from hookkit.errors import (
+    BadArgument,
+    BadHook,
+    BadPrompt,
+    EmptySelection,
+    MissingSite,
+    OutOfRange,
+    UnknownKeyword,
+    Unsupported,
+)
 from hookkit.sweeps.controls import Randomised
 
 METRIC = hk.logit_diff(5, 7)
@@ -227,7 +236,7 @@ def test_the_loss_of_a_continuation_may_be_patched_for(llama_ids):
             r"prompts of \[8, 6\] tokens are to be patched into prompts of \[8\]",
         ),
         ({"corrupted": [CORRUPTED[0], CORRUPTED[1][:-1]]}, BadPrompt, "as long as one another"),
-        ({"direction": "up"}, BadHook, "direction='up' is unknown"),
+        ({"direction": "up"}, BadArgument, "direction='up'"),
         ({"sites": ["resid_pre", "z"]}, Unsupported, "some have heads and some do not"),
         ({"sites": ["resid_pre", "embed"]}, Unsupported, "some have no layers and some do not"),
         ({"sites": "resid_mis"}, hk.errors.UnknownSite, "resid_mid"),
@@ -721,7 +730,7 @@ def test_a_control_may_be_a_function_and_leave_cells_out(llama_ids):
         (hk.scale("pattern.1", 0.5), "random", BadHook, "control='random' needs vectors"),
         (hk.ban(5), "random", hk.errors.BadEdit, r"ban\(5\) changes numbers without end"),
         (hk.ablate("z.1"), "resample", BadHook, "ablate.z.1. is no patch: say control='random'"),
-        (hk.ablate("z.1"), "radom", BadHook, "control='radom' is unknown"),
+        (hk.ablate("z.1"), "radom", BadArgument, "control='radom'"),
     ],
 )
 def test_a_control_that_means_nothing_is_refused(llama_ids, hook, control, error, words):

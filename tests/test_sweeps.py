@@ -262,11 +262,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
     real, refused = working.run_units, []
 
-    def scarce(trunk, reading, units, taps, width, may):
+    def scarce(trunk, reading, units, *others):
         if len(units) > 3:
             refused.append(len(units))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(trunk, reading, units, taps, width, may)
+        return real(trunk, reading, units, *others)
 
     monkeypatch.setattr(working, "run_units", scarce)
     found = hk.sweep(lm, corrupted, grid, hooks, METRICS)
@@ -371,7 +371,7 @@ def carried(model):
         ({"hooks": lambda layer: hk.capture(hk.Site("z", layer))}, hk.errors.BadHook, "keeps metrics only"),
         ({"hooks": lambda layer: None}, hk.errors.EmptySelection, "None for every point"),
         ({"hooks": lambda layer: hk.ablate("z.0", pos=40)}, hk.errors.OutOfRange, "position 40"),
-        ({"control": "magic"}, hk.errors.BadHook, "control='magic'"),
+        ({"control": "magic"}, hk.errors.BadArgument, "control='magic'"),
         ({"control": "resample"}, hk.errors.BadHook, "no patch"),
         ({"metrics": lambda logits: logits}, hk.errors.BadEdit, "one number for each row"),
         ({"verfy": 3}, hk.errors.UnknownKeyword, "verify"),

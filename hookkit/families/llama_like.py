@@ -128,10 +128,6 @@ QWEN3_NEXT = Family(
 
 
 PER_LAYER_INPUT = "each block also adds a token embedding of its own, and multiplies the stream by a scalar"
-LAST_ONLY = (
-    "while generating, the blocks that share the keys of earlier ones read the last position of the prompt only: their "
-    "sites are not there at the others"
-)
 
 
 def gemma4(config: Any) -> Family:
@@ -142,8 +138,6 @@ def gemma4(config: Any) -> Family:
         "v": "this block takes its values from an earlier one, or uses its keys as values",
     }
     exceptions: dict[str, str] = dict.fromkeys(("sum", "one stream mlp_out"), PER_LAYER_INPUT)
-    if config.num_kv_shared_layers:
-        exceptions |= dict.fromkeys(("writing", "without cache"), LAST_ONLY)
     return Family("gemma4_text", POST_NORMED, missing, exceptions=exceptions)
 
 

@@ -85,6 +85,13 @@ class Running:
             )
         return generation.read(self.lm.root, args, kwargs)
 
+    def _with_every_position(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of `generate`, so that every block reads every position of the prompt where hooks need it."""
+        keep = self.lm.logits_to_keep(1)
+        if keep == 1 or "logits_to_keep" in kwargs or all(action.head for action in self.actions):
+            return kwargs
+        return {**kwargs, "logits_to_keep": keep}
+
     def begins_step(self) -> bool:
         """True where the forward that begins is a step of the `generate` that runs."""
         return self._watch.begins_step()
@@ -109,7 +116,7 @@ class Running:
         decisions = Decisions(text, plan.width if plan.embeddings else 0) if self._decides else None
         try:
             with generation.watched(self.lm.root, self.tracer, decisions, acts) as self._watch:
-                output = original(*args, **generation.eager(args, kwargs))
+                output = original(*args, **generation.eager(args, self._with_every_position(kwargs)))
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.rows = generation.final_rows(plan, text, sequences, self._watch)
             ending = generation.ending(plan, text, sequences, self.rows, self.follower.histories)

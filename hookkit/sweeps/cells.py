@@ -2,9 +2,13 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, KeysView, Mapping, Sequence, Set, ValuesView
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
 
 from ..arguments import described, items_of
 from ..calls import Call
@@ -69,14 +73,7 @@ class References:
 
 def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]:
     """Every cell of the grid, the last dimension fastest, its hooks checked against the model and the prompts."""
-    axes = {name: listed(values, f"the grid's dimension {name!r}") for name, values in grid.items()}
-    for name, values in axes.items():
-        if name in TAKEN:
-            raise BadHook(f"the grid has a dimension {name!r}, which is a column of the table: give it another name")
-        if not values:
-            raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
-    if not axes:
-        raise EmptySelection("the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}")
+    axes = _axes(grid)
     references = References(lm)
     cells: list[Cell] = []
     for values in itertools.product(*axes.values()):
@@ -89,12 +86,53 @@ def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]
     return cells
 
 
+def _axes(grid: Grid) -> dict[str, list[Any]]:
+    """The values of each dimension of a grid, checked."""
+    if not isinstance(grid, Mapping):
+        raise BadHook(
+            f"the grid is a {type(grid).__name__}: give a dictionary from the name of each dimension to its values, "
+            "such as {'layer': range(lm.n_layers)}"
+        )
+    for name in grid:
+        if not isinstance(name, str):
+            raise BadHook(f"the grid has a dimension {name!r}: name it with a text, as the function's parameter")
+        if name in TAKEN:
+            raise BadHook(f"the grid has a dimension {name!r}, which is a column of the table: give it another name")
+    axes = {name: listed(values, f"the grid's dimension {name!r}") for name, values in grid.items()}
+    for name, values in axes.items():
+        if not values:
+            raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
+    if not axes:
+        raise EmptySelection("the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}")
+    return axes
+
+
 def listed(given: Any, word: str) -> list[Any]:
-    """The values of a dimension; `BadHook` for one value where several are meant."""
-    items = items_of(given)
-    if items is None:
+    """The values of a dimension, numbers of numpy, pandas and torch as Python's own.
+
+    `BadHook` for one value where several are meant, for what has no order and for a value that is there twice.
+    """
+    scalar = getattr(given, "ndim", None) == 0
+    if isinstance(given, str | bytes) or scalar or not isinstance(given, Iterable):
         raise BadHook(f"{word} is {described(given)}, one value, and a grid has a list of them: [{described(given)}]")
-    return items
+    if isinstance(given, Mapping | Set | pd.DataFrame) and not isinstance(given, KeysView | ValuesView):
+        raise BadHook(f"{word} is a {type(given).__name__}: give its values as a list, in the order that is meant")
+    values = [_plain(value) for value in given]
+    known = set()
+    for value in values:
+        if not isinstance(value, Hashable) or isinstance(value, Tensor):
+            continue
+        if value in known:
+            raise BadHook(f"{word} has {value!r} twice: name each value once")
+        known.add(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A number, truth value or text of numpy or torch as Python's own; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
+        return value.item()
+    return value
 
 
 def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:

@@ -62,9 +62,9 @@ def _cheapest(widths: list[int], layers: list[int], deepest: list[int], fixed: i
     return best[-1][1]
 
 
-def cut(lm: LM, job: Job, columns: int, looks: int, budget: int) -> list[Job]:
-    """A job in parts that fit the budget."""
-    rows = max(1, budget // row_bytes(lm, job.width, columns, looks))
+def cut(job: Job, row: int, budget: int) -> list[Job]:
+    """A job in parts that fit the budget, where a row takes so many bytes."""
+    rows = max(1, budget // row)
     return [Job(job.width, job.units[start : start + rows]) for start in range(0, len(job.units), rows)]
 
 

@@ -49,7 +49,9 @@ def _over_the_last(looks: int, inner: Any, /, hidden: Tensor, *args: Any, **kwar
         raise Unsupported(f"what the last block's modules are given is no [batch, pos, d]: {list(hidden.shape)}")
 
     def cut(value: Any) -> Any:
-        return value[:, -looks:] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+        if not isinstance(value, Tensor) or value.shape[:2] != shape:
+            return value
+        return value[:, -looks:].contiguous()  # modules may take a view of what they are given
 
     output = inner(cut(hidden), *map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
     found, *others = output if isinstance(output, tuple) else (output,)

@@ -18,7 +18,7 @@ from ..padding import logits_of
 from ..taps import Action, Tap
 from .narrowing import may_narrow, narrowed
 from .prefix import KeysAndValues, kept, prefix
-from .reach import INPUT, Start
+from .reach import INPUT, Start, inside_a_block
 from .reading import Reading
 from .wave import Factors, Growth, Lane, Recorder, Wave
 
@@ -84,60 +84,90 @@ def run_trunk(
     from transformers import DynamicCache
 
     columns = max(reading.lengths[row] for row in rows)
-    lane = _lane(reading, reading.text(columns), tuple(rows), 0, 0, columns)
+    computed = reading.logits_of(rows, columns)
+    lane = _lane(reading.text(columns), tuple(rows), 0, 0, columns, computed)
     recorder = Recorder(blocks, width)
     given: dict[str, Any] = {"past_key_values": DynamicCache()} if cache else {}
     wave = Wave(reading.lm, [(lane, taps)], recorder=recorder, rows=len(rows), width=columns)
-    logits = _called(wave, reading, rows, columns, columns, given)
+    logits = _called(wave, reading, rows, columns, columns, given, rows)
     known = kept(given["past_key_values"]) if cache else None
     return Trunk(tuple(rows), columns, known, recorder.states, logits)
 
 
 def run_units(
-    trunk: Trunk, reading: Reading, units: Sequence[Unit], taps: Sequence[Sequence[Tap]], width: int, may: Shortcuts
+    trunk: Trunk,
+    reading: Reading,
+    units: Sequence[Unit],
+    taps: Sequence[Sequence[Tap]],
+    width: int,
+    may: Shortcuts,
+    under: Sequence[Tap] = (),
 ) -> Float[Tensor, "row look vocab"]:
-    """Run units, sorted by `Unit.order`, over the last `width` columns. `taps` are those of each cell."""
-    past, places = trunk.columns - width, trunk.places(units)
+    """Run units, sorted by `Unit.order`, over the last `width` columns.
+
+    `taps` are those of each cell, and `under` those of them that act in every cell: what the blocks read beside the
+    stream (the per-layer inputs of Gemma, say) may be made of what these change before the blocks.
+    """
+    past, places, looked = trunk.columns - width, trunk.places(units), [unit.row for unit in units]
     grows = may.grow and units[0].start.block > INPUT
-    rows = trunk.rows if grows else [unit.row for unit in units]
-    lanes = [(lane, taps[cell]) for cell, lane in _lanes(reading, units, trunk.columns, width)]
+    rows = trunk.rows if grows else looked
+    computed = reading.logits_of(looked, width)
+    lanes = [(lane, taps[cell]) for cell, lane in _lanes(reading, units, trunk.columns, width, computed)]
     growth = _growth(trunk, reading.lm, units, places, width, may) if grows else None
     wave = Wave(reading.lm, lanes, growth, rows=len(rows), width=width)
+    if grows and under:
+        lane = _lane(reading.text(trunk.columns), trunk.rows, 0, past, width, computed)
+        wave.act_before_the_blocks(lane, _outside_the_blocks(reading.lm, under))
     given: dict[str, Any] = {}
     if past:
         assert trunk.known is not None
         numbers = torch.tensor(places)
         given["past_key_values"] = prefix(trunk.known, past, lambda: numbers[: wave.count])
-    looks = max(reading.looks)
-    narrow = may.last and looks < width and all(may_narrow(reading.lm, taps) for _, taps in lanes)
-    with narrowed(reading.lm, looks) if narrow else nullcontext():
-        return _called(wave, reading, rows, trunk.columns, width, given)
+    narrow = may.last and computed < width and all(may_narrow(reading.lm, taps) for _, taps in lanes)
+    with narrowed(reading.lm, computed) if narrow else nullcontext():
+        return _called(wave, reading, rows, trunk.columns, width, given, looked)
 
 
 def _called(
-    wave: Wave, reading: Reading, rows: Sequence[int], columns: int, width: int, given: dict[str, Any]
+    wave: Wave,
+    reading: Reading,
+    rows: Sequence[int],
+    columns: int,
+    width: int,
+    given: dict[str, Any],
+    looked: Sequence[int],
 ) -> Float[Tensor, "row look vocab"]:
-    lm, looks = reading.lm, max(reading.looks)
-    known = lm.accepted(use_cache=bool(given), return_dict=True, logits_to_keep=looks)
+    """The logits of a forward that is given `rows`, and gives something of the rows `looked`."""
+    lm, looks = reading.lm, max(reading.looks[row] for row in looked)
+    computed = reading.logits_of(looked, width)
+    known = lm.accepted(use_cache=bool(given), return_dict=True, logits_to_keep=computed)
     inputs = reading.inputs(rows, columns, width)
     with torch.no_grad(), wave:
         output = lm.model(**inputs, **known, **given)
-    return logits_of(output)[:, -looks:]
+    logits = logits_of(output)[:, -looks:]
+    return logits.clone() if looks < computed else logits  # the others are not kept
 
 
-def _lanes(reading: Reading, units: Sequence[Unit], columns: int, width: int) -> Iterator[tuple[int, Lane]]:
+def _lanes(
+    reading: Reading, units: Sequence[Unit], columns: int, width: int, computed: int
+) -> Iterator[tuple[int, Lane]]:
     """The rows of each cell, those that join at one block together."""
     start, text = 0, reading.text(columns)  # what hooks wish of the prompts is worked out once for all lanes
     for (_, cell), found in groupby(units, key=lambda unit: (unit.start.block, unit.cell)):
         rows = tuple(unit.row for unit in found)
-        yield cell, _lane(reading, text, rows, start, columns - width, width)
+        yield cell, _lane(text, rows, start, columns - width, width, computed)
         start += len(rows)
 
 
-def _lane(reading: Reading, text: Text, rows: tuple[int, ...], start: int, past: int, width: int) -> Lane:
-    looks = max(reading.looks)
-    call = Call(replace(text, numbers=rows), 0, past, len(rows), width, range(width - looks, width), past)
+def _lane(text: Text, rows: tuple[int, ...], start: int, past: int, width: int, computed: int) -> Lane:
+    """Some rows in a forward that computes the logits of the last `computed` positions."""
+    head = range(width - computed, width)
+    call = Call(replace(text, numbers=rows), 0, past, len(rows), width, head, past)
     return Lane(rows, start, start + len(rows), call)
+
+
+def _outside_the_blocks(lm: LM, taps: Sequence[Tap]) -> list[Tap]:
+    return [tap for tap in taps if not inside_a_block(lm, tap.place.path)]
 
 
 def _growth(trunk: Trunk, lm: LM, units: Sequence[Unit], places: list[int], width: int, may: Shortcuts) -> Growth:

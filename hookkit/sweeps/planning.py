@@ -40,8 +40,8 @@ class Plan:
 
     def chunks(self) -> Iterator[tuple[int, ...]]:
         """The prompts, a part at a time, so that what is kept of them fits half the budget, and their forward too."""
-        columns, looks = max(self.reading.lengths), max(self.reading.looks)
-        row = max(trunk_bytes(self.lm, columns), row_bytes(self.lm, columns, columns, looks))
+        columns = max(self.reading.lengths)
+        row = max(trunk_bytes(self.lm, columns), self._row_bytes(columns, columns))
         room = max(1, self.budget // 2 // max(1, row))
         for start in range(0, len(self.reading), room):
             yield tuple(range(start, min(start + room, len(self.reading))))
@@ -69,14 +69,13 @@ class Plan:
     def jobs(self, rows: Sequence[int], units: Sequence[Unit], budget: int) -> list[Job]:
         """The forwards that run these units."""
         reading, columns = self.reading, max(self.reading.lengths[row] for row in rows)
-        looks = max(reading.looks)
-        needs = [max(looks, reading.lengths[unit.row] - unit.start.pos) for unit in units]
+        needs = [max(reading.looks[unit.row], reading.lengths[unit.row] - unit.start.pos) for unit in units]
         jobs = []
         for joining in (False, True):  # rows that begin with the input are no part of a batch that grows
             chosen = [n for n, unit in enumerate(units) if (self.may.grow and unit.start.block > INPUT) is joining]
             some = _from_input([units[n] for n in chosen], keep=joining)
             jobs += grouped(self.lm, some, [needs[n] for n in chosen], columns, prefix=self.may.prefix)
-        return [part for job in jobs for part in cut(self.lm, job, columns, looks, budget // 2)]
+        return [part for job in jobs for part in cut(job, self._row_bytes(job.width, columns), budget // 2)]
 
     @property
     def alone(self) -> list[Cell]:
@@ -123,10 +122,15 @@ class Plan:
     def memory(self) -> int:
         """About how many bytes it will take at its peak, beside the model."""
         reading = self.reading
-        columns, looks = max(reading.lengths), max(reading.looks)
+        columns = max(reading.lengths)
         rows = max(map(len, self.chunks()))
-        waves = [len(job.units) * row_bytes(self.lm, job.width, columns, looks) for job in self.all_jobs]
-        return rows * trunk_bytes(self.lm, columns) + max([*waves, rows * row_bytes(self.lm, columns, columns, looks)])
+        waves = [len(job.units) * self._row_bytes(job.width, columns) for job in self.all_jobs]
+        return rows * trunk_bytes(self.lm, columns) + max([*waves, rows * self._row_bytes(columns, columns)])
+
+    def _row_bytes(self, width: int, columns: int) -> int:
+        """About how much memory a row takes in a forward over the last `width` of so many columns."""
+        computed = self.reading.logits_of(range(len(self.reading)), width)
+        return row_bytes(self.lm, width, columns, computed)
 
     def _repr_html_(self) -> str:
         return shown("Plan of a sweep", text=repr(self))

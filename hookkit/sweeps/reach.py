@@ -132,6 +132,12 @@ class Reach:
         return len(self.reading.rows[row]) if not wanted else wanted[0]
 
 
+def inside_a_block(lm: LM, path: str) -> bool:
+    """True for a block of a model, and for a module in one."""
+    blocks = (lm.family.block.format(layer=number) for number in range(lm.n_layers))
+    return any(f"{path}.".startswith(f"{block}.") for block in blocks)
+
+
 def together(action: Action) -> bool:
     """True where what is done at a position may depend on the others that are wanted: they have to be there."""
     return isinstance(action.hook, EditHook) and action.hook.together

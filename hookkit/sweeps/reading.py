@@ -1,6 +1,6 @@
 """What a sweep reads: its prompts, as far as the metric looks, and with the continuation that it looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -24,6 +24,7 @@ class Reading:
     rows    the tokens of each prompt
     fed     what is run of each: up to where the metric looks, and a continuation
     looks   how many of the last positions of each count; the metric looks at the first of them, a loss at all
+    every   whether the logits of every position are computed, for a user's function that is given them
     """
 
     lm: LM
@@ -31,6 +32,7 @@ class Reading:
     fed: tuple[Row, ...]
     looks: tuple[int, ...]
     continues: bool = False  # a continuation is read, be it of one token, whose prompt alone is run
+    every: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,6 +46,10 @@ class Reading:
         """The same with all of each prompt run."""
         ends = zip(self.rows, self.fed, strict=True)
         return replace(self, fed=self.rows, looks=tuple(len(row) - len(fed) + 1 for row, fed in ends))
+
+    def logits_of(self, rows: Iterable[int], width: int) -> int:
+        """How many of the last positions have their logits computed, where the last `width` of these rows run."""
+        return width if self.every else max(self.looks[row] for row in rows)
 
     @cached_property
     def lengths(self) -> list[int]:

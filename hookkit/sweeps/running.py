@@ -16,7 +16,7 @@ from .passes import Trunk, Unit, run_trunk
 from .planning import Plan
 from .saying import UNEDITED, Values
 from .sources import not_its_own, sources_of
-from .working import Base, Found, Working, base_of, out_of_memory, task
+from .working import Base, Found, Working, base_of, out_of_memory, task, too_little_memory
 
 
 @dataclass(eq=False)
@@ -49,8 +49,10 @@ class Running:
         try:
             computed(None, self.plan.lm, working, self._steps(rows, working))
         except RuntimeError as error:
-            if not out_of_memory(error, self.plan.lm) or len(rows) == 1:
+            if not out_of_memory(error, self.plan.lm):
                 raise
+            if len(rows) == 1:
+                raise too_little_memory(self.plan, error) from error
             working.release()
             half = len(rows) // 2
             self._here(rows[:half])
@@ -113,9 +115,9 @@ class Running:
         self.tell(sum(cell != UNEDITED for cell, _ in new))
 
     def _check_under(self, rows: Sequence[int]) -> None:
-        wanted = self.plan.reading.full.wishes
+        reach = self.plan.reach(trusted=False)
         for action in (action for tap in self.plan.under for action in tap.actions):
-            if not action.fired and any(wanted(action.where)[row] is not None for row in rows):
+            if not action.fired and any(reach.of(action, row) is not None for row in rows):
                 raise NeverFired(f"{action.hook}, which is to act under every cell, never fired at {action.site}")
 
 

@@ -10,6 +10,7 @@ Every cell means one forward with its hooks, and has that forward's numbers; how
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -33,7 +34,7 @@ from .grouping import memory_budget
 from .journal import Journal, journal
 from .passes import Shortcuts
 from .planning import Plan
-from .reach import together
+from .reach import inside_a_block, together
 from .reading import Reading, read
 from .running import Running
 from .saying import UNEDITED
@@ -92,6 +93,8 @@ def plan(
     actions = [action for tap in always for action in tap.actions] + [each for cell in cells for each in cell.actions]
     if any(_looks_on(action, reading) for action in actions):
         reading = reading.whole()
+    if any(_reads_logits(lm, action) for action in actions):
+        reading = replace(reading, every=True)
     _check_names(cells[0], columns(found), ["draw"] if isinstance(control, str) else [])
     if reads_ahead(lm):
         raise Unsupported("this model reads ahead: what it says at a position depends on later tokens; use hk.forward")
@@ -108,6 +111,13 @@ def _looks_on(action: Action, reading: Reading) -> bool:
     return any(
         wanted is not None and any(place in wanted for place in range(len(fed), len(row))) for wanted, fed, row in rows
     )
+
+
+def _reads_logits(lm: LM, action: Action) -> bool:
+    """True where something may be done with the logits of other positions than those at which the metric looks."""
+    if isinstance(action.site, ModuleSite):
+        return not inside_a_block(lm, action.site.path)
+    return action.head and together(action)
 
 
 def _check_names(cell: Cell, names: Sequence[str], more: Sequence[str]) -> None:

@@ -93,24 +93,32 @@ class Wave(HookManager):
     ) -> None:
         super().__init__(lm, ())
         self.growth, self.recorder = growth, recorder
-        self.count = 0 if growth is not None else rows  # the rows that are there by now
+        self.count = rows  # the rows that are there by now
         self.width = width
+        self.taps: list[Tap] = []
         self.work: dict[Tap, list[tuple[Lane, list[Action]]]] = {}
-        self._merge(lanes)
+        self.work_before: dict[Tap, list[tuple[Lane, list[Action]]]] = {}  # what acts before a batch begins to grow
+        self._grows = growth is not None  # and has not begun to
+        self._merge(lanes, self.work)
         self._shown = Call(Text([], [], lambda row: (), lambda ids, at: ()), 0, 0, rows, width, range(width), 0)
         self._spreads: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _merge(self, lanes: Sequence[tuple[Lane, Sequence[Tap]]]) -> None:
+    def act_before_the_blocks(self, lane: Lane, taps: Sequence[Tap]) -> None:
+        """Let these act on the rows that the model is given, until the first block that runs; none of them joins."""
+        self._merge([(lane, taps)], self.work_before)
+
+    def _merge(
+        self, lanes: Sequence[tuple[Lane, Sequence[Tap]]], into: dict[Tap, list[tuple[Lane, list[Action]]]]
+    ) -> None:
         """One tap for each place, with the work of every lane there."""
-        taps: dict[Place, Tap] = {}
+        taps: dict[Place, Tap] = {tap.place: tap for tap in self.taps}
         for lane, own in lanes:
             for each in own:
                 tap = taps.get(each.place)
                 if tap is None:
                     tap = taps[each.place] = Tap(each.module, each.place, [], only_looks=False)
-                    self.work[tap] = []
                 tap.reads_input |= each.reads_input
-                work = self.work[tap]
+                work = into.setdefault(tap, [])
                 if work and work[-1][0] is lane:
                     work[-1][1].extend(each.actions)
                 else:
@@ -149,7 +157,7 @@ class Wave(HookManager):
     def _grown(self, growth: Growth, number: int, hidden: Tensor) -> Tensor:
         """The rows in a block: those that were there before it, and those that join at it."""
         before, now = (0 if number == growth.first else growth.counts[number - 1]), growth.counts[number]
-        self.count = now
+        self.count, self._grows = now, False
         if now == before:
             return hidden
         joining = growth.states(number).to(hidden.device)
@@ -189,13 +197,13 @@ class Wave(HookManager):
         return self._shown
 
     def _site(self, tap: Tap) -> AnySite:
-        return self.work[tap][0][1][0].site
+        return (self.work.get(tap) or self.work_before[tap])[0][1][0].site
 
     def _whole(self, tap: Tap, call: Call, found: Tensor, before: Tensor | None) -> Tensor:
         out = found
         self._busy = self._thread
         try:
-            for lane, actions in self.work[tap]:
+            for lane, actions in (self.work_before if self._grows else self.work).get(tap, ()):
                 if lane.stop > self.count:
                     continue  # it joins later, with all of this in what it joins with
                 part = new = self._part(tap, out, lane)

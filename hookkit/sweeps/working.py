@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NeverFired
+from ..errors import NeverFired, TooLittleMemory
 from ..model import LM
 from .cells import Cell
 from .grouping import Job
@@ -15,6 +15,7 @@ from .planning import Plan
 from .reach import INPUT, Reach
 from .saying import Saying, Values, unedited
 
+WITHOUT_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # in errors of torch
 NAMED = 4  # so many cells are named in an error
 
 
@@ -116,11 +117,13 @@ class Working:
         _, trunk, reach, said = self._held
         plan = self.plan
         try:
-            logits = run_units(trunk, plan.reading, job.units, plan.taps, job.width, plan.may)
+            logits = run_units(trunk, plan.reading, job.units, plan.taps, job.width, plan.may, plan.under)
             found = said.values([(unit.cell, unit.row) for unit in job.units], logits)
         except RuntimeError as error:
-            if not out_of_memory(error, plan.lm) or len(job.units) == 1:
+            if not out_of_memory(error, plan.lm):
                 raise
+            if len(job.units) == 1:
+                raise too_little_memory(plan, error) from error
             del error
             half = len(job.units) // 2
             first = self._job(Job(job.width, job.units[:half]))
@@ -142,11 +145,18 @@ def _check_fired(cell: Cell, rows: Sequence[int], reach: Reach) -> None:
             )
 
 
+def too_little_memory(plan: Plan, error: BaseException) -> TooLittleMemory:
+    """What to raise where a forward of one row does not fit."""
+    return TooLittleMemory(
+        f"a forward of one prompt of up to {max(plan.reading.lengths)} tokens does not fit into the memory that is "
+        f"free: free some, give shorter prompts, or load the model in a smaller dtype. {error}".split("\n")[0]
+    )
+
+
 def out_of_memory(error: BaseException, lm: LM) -> bool:
     """True for an error that means that there was too little memory, which this process alone can make good."""
     if lm.ranks is not None:
         return False
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    words = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in words or "out of memory" in words)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WITHOUT_MEMORY)

@@ -73,7 +73,7 @@ class Aim:
 
     def _logits(self, rows: Sequence[int], hooks: Sequence[Hook]) -> Float[Tensor, "row look vocab"]:
         """What the model says at the last positions of these prompts, as many as count in any of them."""
-        lm, looks = self.lm, max(self.reading.looks)
+        lm, looks = self.lm, max(self.reading.looks[row] for row in rows)
         batch = as_batch(lm, [list(self.reading.fed[row]) for row in rows], side="left")
         inputs = batch.inputs(lm) | lm.accepted(use_cache=False, return_dict=True, logits_to_keep=looks)
         manager = HookManager(lm, hooks)
