@@ -28,7 +28,8 @@ A sweep does this for each place, at a fraction of the cost; the plan says which
 [[23, 3]]
 
 Means over prompts come with intervals (`hk.over_prompts`), and with a control in the same call
-(`control="random"`), drawn ten times: one draw of a random edit says little.
+(`control="random"`), drawn ten times: one draw of a random edit says little. Of hundreds of cells the largest is
+too large by chance: `hk.strongest` chooses cells on one half of the prompts and measures them on the other.
 
 # An estimate for all places at once
 
