@@ -233,7 +233,7 @@ class Draws:
             options |= {"do_sample": False}
         if chance.random() < 0.25:
             options |= {"use_cache": False}
-        elif chance.random() < 0.3 and not self.family.startswith("mamba"):  # whose state transformers does not cut
+        elif chance.random() < 0.3 and not self.family.startswith(("mamba", "mpt")):  # which have no cache
             options |= {"prefill_chunk_size": chance.choice([1, 2, 3])}
         options["logits"] = chance.choice(["all", "all", "last"])
         return options
