@@ -151,6 +151,12 @@ def test_a_shift_is_after_minus_before_and_puts_the_worst_first(llama):
     assert hk.surprisal_shift(was, now, rows=2)["loss_delta"].tolist() == one["loss_delta"].tolist()
 
 
+def test_a_table_that_lacks_what_is_compared_is_no_surprisal(llama):
+    table = hk.surprisal(hk.forward(llama, "I like oat milk"))
+    with pytest.raises(BadHook, match="was given a table without loss, rank: give two runs"):
+        hk.surprisal_shift(table, table.drop(columns=["loss", "rank"]))
+
+
 def test_a_token_that_is_banned_before_and_after_did_not_move(llama):
     run = hk.forward(llama, [[5, 6, 7]], hk.ban(6, pos=0))
     shift = hk.surprisal_shift(run, run)
