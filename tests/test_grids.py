@@ -168,6 +168,14 @@ def test_patching_each_head_at_all_positions_and_at_some(small, site):
             assert found == pytest.approx(run(small, CORRUPTED[row], [(site, layer, edit)]), abs=1e-4)
 
 
+def test_a_site_that_is_there_once_has_no_layer(llama_ids):
+    table = hk.patching(llama_ids, CLEAN, CORRUPTED, "embed", METRIC, pos=[3, -1])
+    assert list(table.columns[:2]) == ["pos", "row"] and "layer" not in table
+    effects = table.set_index("pos")["logit_diff_effect"]
+    assert effects[3].tolist() == pytest.approx([1, 1], abs=1e-3), "the token that differs is all that differs"
+    assert effects[-1].tolist() == pytest.approx([0, 0], abs=1e-3)
+
+
 def test_positions_may_have_names_and_be_each_prompts_own(llama_ids):
     names = {"differs": 3, "last": -1, "own": [2, 4], "span": [[2, 3], 5], "text": slice(3, 5)}
     table = hk.patching(llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=names)
