@@ -13,7 +13,7 @@ import torch
 import hookkit as hk
 
 HERE = Path(__file__).parent.parent / "experiments"
-ANSWERED = ("steer_a_mood",)
+ANSWERED = ("indirect_object", "steer_a_mood")
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if path.name != "__init__.py")
 
 
