@@ -53,7 +53,7 @@ def V(seed: int, *shape: int) -> Tensor:
 
 
 def tanh(x: Tensor) -> Tensor:
-    return torch.tanh(x)
+    return 4 * torch.tanh(x / 8)  # which numbers of this size do not fill: equal logits are drawn by rounding
 
 
 def affine(x: Tensor) -> Tensor:
@@ -501,7 +501,9 @@ def check_captures(source: Any, program: Program, hands: Sequence[Hand]) -> None
             mine = found[number]
             if act.site == "pattern":
                 mine = mine.transpose(0, 1) if act.head is None else mine
-                mine = mine[..., : wanted.shape[-1]]
+                keys = min(mine.shape[-1], wanted.shape[-1])
+                assert (mine[..., keys:] == 0).all() and (wanted[..., keys:] == 0).all(), "keys that are seen by one"
+                mine, wanted = mine[..., :keys], wanted[..., :keys]
             assert len(mine) >= count, f"{act.place}: {len(mine)} positions, by hand {count}"
             compare(mine[:count], wanted, f"capture of {act.place} in row {row}")
 

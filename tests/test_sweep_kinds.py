@@ -240,6 +240,15 @@ def test_an_edit_of_logits_that_the_metric_does_not_read_is_accepted_as_in_a_for
             assert table["logit"][0] == pytest.approx(plain, abs=1e-5), hook
 
 
+def test_a_function_under_every_cell_carries_no_logits_to_other_positions(lm):
+    """It acts before the last attention: a cell's edit of logits that the metric does not read stays where it is."""
+    under = hk.edit("mlp_out.1", lambda values: values / 2)
+    for cell in (hk.scale("logits", 1.7, pos=2), hk.ablate("lm_head", pos=[0, 3])):
+        table = hk.sweep(lm, [LONG], {"n": [0]}, lambda n, cell=cell: cell, hk.logit(7), under=under, progress=False)
+        wanted = by_hand(lm, LONG, -1, ("model.layers.1.mlp", lambda output: output / 2))
+        assert table["logit"][0] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_a_function_of_the_logits_is_given_all_of_its_positions(lm):
     """It may look from one position at another, as it may in a forward."""
     summed = lambda logits: logits.cumsum(1)  # noqa: E731

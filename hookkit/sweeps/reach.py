@@ -21,7 +21,7 @@ from ..hooks.replacing import Ablate, FromRun
 from ..model import LM
 from ..positions import At, Where, Wish, wish
 from ..prompts import cover
-from ..sites import AnySite, Site
+from ..sites import AnySite, ModuleSite, Site
 from ..taps import Action
 from .reading import Reading
 
@@ -71,7 +71,7 @@ class Reach:
         if wanted is None:
             return None
         first = 0
-        if self.last_block(action.site) and not together(action) and not self._mixing:
+        if self.last_block(action.site) and not together(action) and not self._mixed_behind(action):
             first = self.reading.lengths[row] - self.reading.looks[row]
         if self.trusted:
             first = max(first, self.same_until(action, row))
@@ -79,6 +79,12 @@ class Reach:
         if place is None or place >= self.reading.lengths[row]:
             return None
         return Start(self.block(action.site), place)
+
+    def _mixed_behind(self, action: Action) -> bool:
+        """True where something behind an action of the last block may carry it to other positions."""
+        if not action.head:
+            return bool(self._mixing)
+        return any(each.head or isinstance(each.site, ModuleSite) for each in self._mixing)
 
     def block(self, site: AnySite) -> int:
         """The block in which a site is; the last one for what comes behind all blocks, `INPUT` for the rest."""
