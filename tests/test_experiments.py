@@ -96,13 +96,20 @@ def test_a_head_is_far_above_its_control_at_twice_as_much_and_has_its_sign():
 
 def test_both_damages_are_told_where_they_disagree():
     experiment = importlib.import_module("experiments.coffee_everywhere")
-    tables = tables_of("coffee_everywhere")
-    doses = tables["doses"]
-    half = doses[(doses["said"] > 0.5) & (doses["toward"] == "coffee")]
-    doses.loc[half.index, "kl_neutral"] = doses.loc[half.index, "likelihood_drop"]
-    assert experiment.answer(tables).startswith("Least by both damages")
-    doses.loc[half.index, "kl_neutral"] = -doses.loc[half.index, "likelihood_drop"]
-    assert experiment.answer(tables).startswith("It depends on the damage: by likelihood")
+    rows = [("unedited", "nothing", 0, 0.1, 0.0, 0.0), ("boost", "control", 8, 0.2, 1.0, 0.1)]
+    rows += [("boost", "coffee", 8, 0.6, 1.2, 0.003), ("steer", "coffee", 0.4, 0.55, 0.9, 0.5)]
+    doses = pd.DataFrame(rows, columns=["way", "toward", "dose", "said", "likelihood_drop", "kl_neutral"]).assign(n=20)
+    for name in ("said", "likelihood_drop", "kl_neutral"):
+        doses[f"{name}_low"], doses[f"{name}_high"] = doses[name] - 0.01, doses[name] + 0.01
+    words = experiment.answer({"doses": doses})
+    assert words.startswith(
+        "It depends on the damage: by likelihood steer 0.4 is cheapest, by KL on neutral text boost 8."
+    )
+    assert "Without an edit 0.10 of the texts say it, with a control at most 0.20" in words
+    near = doses.assign(likelihood_drop_low=doses["likelihood_drop"] - 0.5)
+    assert "its interval is not apart from that of boost 8" in experiment.answer({"doses": near})
+    doses["kl_neutral"] = doses["likelihood_drop"]
+    assert experiment.answer({"doses": doses}).startswith("Least by both damages: steer 0.4.")
 
 
 def test_the_loop_of_gradient_descent_learns_the_same_sentence_twice_in_the_same_way():
