@@ -94,7 +94,8 @@ def check_generation(lm: LM, *, padded: bool, chunk: int | None, width: int, cac
     token, and others.
     """
     rest = None if not chunk or chunk >= width else (min(chunk, 3), min(width % chunk, 2))
-    other = cache if cache not in (None, "dynamic", "dynamic_full") else None
+    # "paged" packs prompts into one row, which hooks refuse
+    other = cache if cache not in (None, "dynamic", "dynamic_full", "paged") else None
     if not padded and rest is None and other is None and _offset(lm) is None:
         return
     if padded and (rest is not None or other is not None):

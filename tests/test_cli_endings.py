@@ -177,7 +177,10 @@ def test_ctrl_c_ends_every_command_with_a_word_and_130(hookkit, name, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hookkit.zoo.load", interrupted)
-    words = {"harvest": ["texts.txt", "z.1", "--out", "a"], "sweep ablations": [MILK, "z", "--token", " tea"],
+    (tmp_path / "texts.txt").write_text("Tea with milk.\n")
+    ban = [MILK, "--ban", " tea"]
+    words = {"harvest": [str(tmp_path / "texts.txt"), "z.1", "--out", str(tmp_path / "a")], "shift": ban, "compare": ban,
+             "steer": [MILK, "--toward", "good", "--away", "bad"], "sweep ablations": [MILK, "z", "--token", " tea"],
              "sweep patching": [MILK, MILK, "z", "--token", " tea"], "patch": [MILK, MILK], "sites": [], "doctor": [], "diff": ["default", "default", MILK]}  # fmt: skip
     done = hookkit(*name.split(), *words.get(name, [MILK]))
     assert done.exit_code == 130 and not done.stdout
