@@ -311,7 +311,7 @@ def test_every_mistake_in_a_row_says_what_is_there():
         hk.family("mine", like=llama, places={"attn_out": hk.place(".atn")})
     with pytest.raises(BadHook, match="where the number stands"):
         hk.family("mine", block="model.layers")
-    with pytest.raises(BadHook, match="'interface', or in its 'own' code"):
+    with pytest.raises(BadHook, match="attention='mine' is unknown: say 'interface' or 'own'"):
         hk.family("mine", attention="mine")
     with pytest.raises(BadHook, match="give whole numbers"):
         hk.family("mine", sizes={"heads": 3})

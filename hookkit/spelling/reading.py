@@ -54,6 +54,7 @@ def hook(text: str, *, lm: LM | None = None) -> Hook:
 def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Hook]:
     """The hooks of a YAML or JSON file: a list of short texts, and of mappings as `Hook.to_json` writes them.
 
+    >>> from pathlib import Path
     >>> _ = Path("hooks.yaml").write_text('- "ablate:z.9.3"\\n- "force: coffee@0"\\n')
     >>> [str(each) for each in load_hooks("hooks.yaml")]
     ['ablate(z.9.3)', "force(' coffee', step=0)"]
