@@ -53,7 +53,7 @@ def test_one_bad_hook_leaves_none_on_the_model(llama):
     ):
         pass
     with (
-        pytest.raises(BadHook, match="3 is a int and no hook: make one with hk.capture"),
+        pytest.raises(BadHook, match="has hooks=3: give hooks, such as hk.capture"),
         hk.attach(llama, hk.capture(SITE), 3),
     ):
         pass

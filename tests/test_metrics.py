@@ -45,15 +45,18 @@ def rank_of(logits: torch.Tensor, token: int) -> float:
 
 BY_HAND = {
     "logit_diff": (hk.logit_diff(5, 7), lambda s: s[5] - s[7]),
-    "logit_diff of several": (hk.logit_diff((5, 6), (7, 8, 9)), lambda s: (s[5] + s[6]) / 2 - (s[7] + s[8] + s[9]) / 3),
+    "logit_diff of several": (
+        hk.logit_diff((5, 6), (7, 8, 9, 10)),
+        lambda s: (s[5] + s[6]) / 2 - (s[7] + s[8] + s[9] + s[10]) / 4,
+    ),
     "logit": (hk.logit(11), lambda s: s[11]),
     "logit of several": (hk.logit((11, 12)), lambda s: (s[11] + s[12]) / 2),
     "logprob": (hk.logprob(5), lambda s: probs(s)[5].log()),
-    "logprob of several": (hk.logprob((5, 6, 7)), lambda s: (probs(s)[5] + probs(s)[6] + probs(s)[7]).log()),
+    "logprob of several": (hk.logprob((5, 6)), lambda s: (probs(s)[5] + probs(s)[6]).log()),
     "prob": (hk.prob(5), lambda s: probs(s)[5]),
-    "prob of several": (hk.prob((5, 6, 7)), lambda s: probs(s)[5] + probs(s)[6] + probs(s)[7]),
+    "prob of several": (hk.prob((5, 6)), lambda s: probs(s)[5] + probs(s)[6]),
     "rank": (hk.rank(5), lambda s: rank_of(s, 5)),
-    "rank of several": (hk.rank((5, 6, 7)), lambda s: min(rank_of(s, token) for token in (5, 6, 7))),
+    "rank of several": (hk.rank((5, 6)), lambda s: min(rank_of(s, token) for token in (5, 6))),
     "entropy": (hk.entropy(), lambda s: -(probs(s) * probs(s).log()).sum()),
 }
 

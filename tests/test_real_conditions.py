@@ -465,11 +465,18 @@ def test_edits_of_a_quantised_model_are_those_of_hand_written_hooks(quantised):
         tokens = quantised.model.generate(ONE, **GREEDY)
     assert torch.equal(hk.forward(quantised, IDS[0], hk.scale("mlp_out.1", 0.5)).logits, expected)
     assert torch.equal(hk.generate(quantised, IDS[0], hk.scale("mlp_out.1", 0.5), **GREEDY).tokens, tokens)
-    halved = hk.forward(quantised, IDS, hk.edit("pattern.1", lambda x: x * 0.5), hk.capture("z.1"))
-    z = hk.forward(quantised, IDS, hk.capture("z.1"))["z.1"]
+    halved = hk.forward(quantised, IDS[0], hk.edit("pattern.1", lambda x: x * 0.5), hk.capture("z.1"))
+    z = hk.forward(quantised, IDS[0], hk.capture("z.1"))["z.1"]
     assert torch.allclose(halved["z.1"], z * 0.5, atol=1e-5)
-    source = hk.forward(quantised, IDS, hk.capture(quantised.sites()))
-    assert torch.equal(hk.forward(quantised, IDS, hk.patch(quantised.sites(), source)).logits, source.logits)
+    source = hk.forward(quantised, IDS[0], hk.capture(quantised.sites()))
+    assert torch.equal(hk.forward(quantised, IDS[0], hk.patch(quantised.sites(), source)).logits, source.logits)
+
+
+def test_dynamic_quantisation_scales_by_the_whole_batch_so_padded_batches_are_refused():
+    model = dynamic()
+    with pytest.raises(Unsupported, match="rows of one batch change one another"):
+        hk.forward(model, IDS)
+    assert torch.equal(hk.forward(model, IDS[0]).logits, plain(model.model))
 
 
 def test_a_quantised_models_weights_have_a_hash():
@@ -800,7 +807,7 @@ def test_a_module_that_runs_twice_in_one_forward_cannot_be_captured_whole():
             return self.linear(self.linear(x))
 
     with (
-        pytest.raises(Unsupported, match="the module at linear:output ran twice in one forward"),
+        pytest.raises(Unsupported, match="the module at linear:output ran twice or more in one forward"),
         hk.attach(Twice(), hk.capture(hk.module("linear"))) as manager,
     ):
         manager.lm.model(torch.ones(4))
