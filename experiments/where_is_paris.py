@@ -97,8 +97,8 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     return (
         f"{verdict}: {sum(verdicts)} of the three came out. After noise on one prompt (no interval), "
         f"{' and '.join(parts)}. Another landmark's state at the subject's last token brings its city by at most "
-        f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] of the way, in block {int(best['layer'])} (n = {int(best['n'])}), and "
-        f"more than half in {_span(half['subject'])}; at the end it does so in {_span(half['end'])}."
+        f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] of the way, in block {int(best['layer'])} (n = {int(best['n'])}); the "
+        f"interval is above half in {_span(half['subject'])} there, and in {_span(half['end'])} at the end."
     )
 
 

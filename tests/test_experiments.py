@@ -13,7 +13,7 @@ import torch
 import hookkit as hk
 
 HERE = Path(__file__).parent.parent / "experiments"
-ANSWERED = ("indirect_object", "steer_a_mood")
+ANSWERED = ("indirect_object", "coffee_everywhere", "steer_a_mood", "where_is_paris", "attribution")
 SCRIPTS = sorted(path for path in HERE.glob("*.py") if path.name != "__init__.py")
 
 

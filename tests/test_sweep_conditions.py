@@ -611,5 +611,5 @@ def test_one_value_is_no_dimension(small, grid, words):
 
 def test_the_metric_looks_at_one_position(small):
     for pos in (hk.at("a"), [0, 1], slice(0, 2), True, None):
-        with pytest.raises((BadHook, BadArgument), match="the metric looks at one position|Give a whole number"):
+        with pytest.raises((BadHook, BadArgument), match="the metric looks at one position|[gG]ive a whole number"):
             hk.sweep(small, PROMPTS, {"layer": [0]}, lambda layer: steered(layer, -1), METRIC, pos=pos)

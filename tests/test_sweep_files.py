@@ -93,6 +93,7 @@ def test_a_forward_of_which_some_values_are_known_runs_for_the_others(small, und
     (tmp_path / "table.csv").unlink()
     cells = tmp_path / "cells.jsonl"
     lines = [json.loads(line) for line in cells.read_text().splitlines()]
+    lines = [line for line in lines if isinstance(line, list)]  # the last one is the table's hash
     assert max(map(len, lines)) > 1, "a forward serves several cells"
     cells.write_text("".join(json.dumps(line[kept]) + "\n" for line in lines))
     table = killing_sweeps.swept(small, tmp_path)
