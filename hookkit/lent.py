@@ -8,7 +8,7 @@ attribute has one record, which knows the original and everything that stands ar
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -22,6 +22,7 @@ EXTRAS = {  # what torch keeps about hooks, beside the hooks
 }
 
 
+@runtime_checkable
 class Work(Protocol):
     """What is done in place of a method. It is given the method itself, which it may call."""
 

@@ -273,7 +273,7 @@ class After(StoppingCriteria):
 @pytest.mark.parametrize("more", [{}, {"do_sample": True, "seed": 1, "temperature": 0.5}], ids=str)
 def test_a_users_processor_sees_the_edited_logits_and_the_trace_sees_what_it_makes_of_them(llama, more):
     mine = Edited(lambda scores: scores.scatter(1, scores.argmax(1, keepdim=True), -torch.inf))
-    run = hk.generate(llama, TWO, hk.force(9), logits_processor=[mine], trace=ALL, **{**GREEDY, **more})
+    run = hk.generate(llama, TWO, hk.force(9, margin=10.0), logits_processor=[mine], trace=ALL, **{**GREEDY, **more})
     _, edited, processed = stages(run)
     assert len(mine.seen) == STEPS
     for row, step in itertools.product(range(len(TWO)), range(STEPS)):

@@ -213,7 +213,7 @@ def test_a_dose_is_a_fraction_of_the_streams_length(small):
         assert torch.allclose(hk.forward(small, [ids], hook).logits, wanted, atol=1e-4)
     third = hk.Vector(SITE, one.tensor, norm=1 / 3).steer(dose=1)
     assert third.scale == 0.333333  # the rest of a measured length is the processor's
-    with pytest.raises(BadHook, match="dose=1 and scale=1"):
+    with pytest.raises(BadHook, match=r"dose=1\.0 and scale=1\.0"):
         one.steer(dose=1, scale=1)
     with pytest.raises(BadHook, match="zero, and has no direction"):
         (0 * one).steer(dose=1)
