@@ -380,7 +380,7 @@ def test_what_cannot_be_sent_is_said(cluster, small):
 @pytest.mark.parametrize(
     ("engine", "error", "words"),
     [
-        ("dask", BadHook, "engine='dask' is unknown: say 'ray', or hk.Ray"),
+        ("dask", BadHook, r"engine='dask' is unknown: say hk\.Ray\(…\), or 'ray', or None"),
         (hk.Ray(gpus=1), Unsupported, "the model is on the cpu, and its actors have gpus=1"),
         (hk.Ray(actors=5), Unsupported, "5 actors of 1 CPU each were asked for, .* has 4 CPU on 1 node, room for 4"),
         (hk.Ray(cpus=8), Unsupported, "1 actors of 8 CPU each"),
@@ -419,7 +419,9 @@ for work in (
     except hk.errors.MissingExtra as error:
         print(error)
 from hookkit.cli import app
-for words in (["harvest", "texts.txt", "z.1", "--out", "a"], ["sweep", "ablations", "Tea", "z", "--token", " milk"]):
+texts = sys.argv[1] + ".txt"
+open(texts, "w").write("I like oat milk")
+for words in (["harvest", texts, "z.1", "--out", "a"], ["sweep", "ablations", "Tea", "z", "--token", " milk"]):
     try:
         app([*words, "--engine", "ray"])
     except SystemExit as ended:
