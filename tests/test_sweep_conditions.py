@@ -434,6 +434,22 @@ def test_an_edit_at_a_module_that_never_runs_is_no_cell_without_an_effect():
         hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: steered(0, -1), METRIC, under=[unused])
 
 
+def test_an_edit_at_a_module_that_never_runs_raises_wherever_it_was_to_act():
+    lm = hk.tiny("llama")
+    lm.model.model.layers[1].unused = nn.Linear(32, 32)
+    unused = lambda pos: hk.scale(hk.module("model.layers.1.unused"), 0.5, pos=pos)  # noqa: E731
+    for pos in (-1, -2):  # the metric looks at -2: what comes after it cannot matter, and a forward raises all the same
+        with pytest.raises(NeverFired, match="never fired at model.layers.1.unused:output"):
+            hk.forward(lm, PROMPTS, unused(pos))
+        with pytest.raises(NeverFired, match=r"never fired at .*unused:output in the sweep's cell n=0"):
+            hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n, pos=pos: unused(pos), METRIC, pos=-2)
+        with pytest.raises(NeverFired, match="which is to act under every cell, never fired"):
+            hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: steered(0, -2), METRIC, pos=-2, under=[unused(pos)])
+    called = hk.scale(hk.module("model.layers.1.mlp.up_proj"), 2, pos=-1)
+    table = hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: called, METRIC, pos=-2)
+    assert not table.filter(like="_delta").any(axis=None)
+
+
 def test_a_mean_and_a_draw_of_other_prompts_are_taken_once_for_all_cells(small):
     others = drawn(9, 9, 9, seed=3)
     runs = []

@@ -16,7 +16,7 @@ from .passes import Trunk, Unit, run_trunk
 from .planning import Plan
 from .saying import UNEDITED, Values
 from .sources import not_its_own, sources_of
-from .working import Base, Found, Working, base_of, out_of_memory, task, too_little_memory
+from .working import Base, Found, Working, base_of, never_fired, out_of_memory, task, too_little_memory
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ class Running:
     def _check_under(self, rows: Sequence[int]) -> None:
         reach = self.plan.reach(trusted=False)
         for action in (action for tap in self.plan.under for action in tap.actions):
-            if not action.fired and any(reach.of(action, row) is not None for row in rows):
+            if never_fired(action, rows, reach):
                 raise NeverFired(f"{action.hook}, which is to act under every cell, never fired at {action.site}")
 
 

@@ -65,6 +65,16 @@ def by_row(lm: LM, site: ModuleSite) -> bool:
     return lm.learnt[key]
 
 
+def is_called(lm: LM, site: ModuleSite) -> bool:
+    """True if a forward calls the module; some are bypassed by fused code, or left out while the model evaluates."""
+    key = "is_called", site.path, lm.root.training
+    if key not in lm.learnt:
+        watch = _Watch(lm, {0: lm.submodule(site.path)})
+        _run(watch, lm, _reading(lm), range(len(LENGTHS)))
+        lm.learnt[key] = 0 in watch.kinds
+    return lm.learnt[key]
+
+
 def _shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
     """The shape of the tensor in a trial of so many rows; empty where it is none, or the module does not run."""
     watch = _Watch(lm, {0: lm.submodule(site.path)})

@@ -8,12 +8,15 @@ import torch
 
 from ..errors import NeverFired, TooLittleMemory
 from ..model import LM
+from ..sites import ModuleSite
+from ..taps import Action
 from .cells import Cell
 from .grouping import Job
 from .passes import Trunk, run_trunk, run_units
 from .planning import Plan
 from .reach import INPUT, Reach
 from .saying import Saying, Values, unedited
+from .trial import is_called
 
 WITHOUT_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # in errors of torch
 NAMED = 4  # so many cells are named in an error
@@ -137,12 +140,24 @@ class Working:
 def _check_fired(cell: Cell, rows: Sequence[int], reach: Reach) -> None:
     """Raise `NeverFired` for an edit that was to change what these rows say, and did nothing."""
     for action in cell.actions:
-        idle = action.change is not None and not action.fired
-        if idle and any(reach.of(action, row) is not None for row in rows):
+        if action.change is not None and never_fired(action, rows, reach):
             raise NeverFired(
                 f"{action.hook} never fired at {action.site} in the sweep's cell {cell}: the model never calls "
                 "this module (some are bypassed by fused code). See lm.describe() for the sites"
             )
+
+
+def never_fired(action: Action, rows: Sequence[int], reach: Reach) -> bool:
+    """True for an action that did nothing in these rows, and would have done nothing in forwards of whole prompts.
+
+    An edit may be idle because it acts only where the metric cannot see it. At a module that the model never calls,
+    it is idle everywhere.
+    """
+    if action.fired:
+        return False
+    if any(reach.of(action, row) is not None for row in rows):
+        return True
+    return isinstance(action.site, ModuleSite) and not is_called(reach.lm, action.site)
 
 
 def too_little_memory(plan: Plan, error: BaseException) -> TooLittleMemory:
