@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from tqdm import tqdm
 
 import hookkit as hk
-from hookkit.families import FAMILIES
+from hookkit.models.families.table import FAMILIES
 
 STATES = {  # and the colour of each
     "proved": "#3b7a57",

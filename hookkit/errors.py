@@ -7,7 +7,7 @@ exception that Python itself would raise in its place, so `except IndexError` ke
 import difflib
 from collections.abc import Iterable
 
-from .displaying import printable_lines
+from .display import printable_lines
 
 
 class HookkitError(Exception):

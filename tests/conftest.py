@@ -91,7 +91,9 @@ def smol() -> hk.LM:
 def hookkit(llama: hk.LM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command line in this process, piped, with a tiny model as its default."""
     real = hk.load
-    monkeypatch.setattr("hookkit.zoo.load", lambda *name, **words: real(*name, **words) if name or words else llama)
+    monkeypatch.setattr(
+        "hookkit.models.loading.load", lambda *name, **words: real(*name, **words) if name or words else llama
+    )
 
     def run(*words: str, given: str = "") -> Result:
         from hookkit.cli import app

@@ -1,4 +1,4 @@
-"""What every rank of a split model does in tests/test_sharded.py: `torchrun ranks.py FOLDER`.
+"""What every rank of a split model does in tests/models/test_tensor_parallel.py: `torchrun ranks.py FOLDER`.
 
 Each check is done on the model that the ranks hold together and on the whole one in this very process, and both have to
 come to the same. What came of it is written to FOLDER/results-N.json by rank N.
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hookkit as hk
-from hookkit.about import weights_hash
+from hookkit.models.provenance import weights_hash
 
 IDS = [[5, 9, 33, 7, 2, 61], [8, 4, 11, 6]]
 OTHER = [[5, 9, 33, 7, 3, 61], [8, 4, 12, 6]]

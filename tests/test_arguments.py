@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hookkit as hk
 from hookkit.errors import NotOneToken
-from hookkit.hooks.codec import HOOK_TYPES
+from hookkit.hooks.serialization import HOOK_TYPES
 
 ONES = torch.ones(32)
 WORDS = [word for text in TEXTS for word in re.findall(r"\w+", text)]
@@ -134,7 +134,7 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
     hooks.append(plan.cells[-1].hooks[0])
     assert {hook.verb for hook in hooks} == {*HOOK_TYPES} - {"edit"}
     code = (
-        "import sys, json\nfrom hookkit.hooks.codec import from_json\n"
+        "import sys, json\nfrom hookkit.hooks.serialization import from_json\n"
         "for text in json.load(sys.stdin):\n    assert from_json(text).to_json() == text\nprint('read')"
     )
     texts = json.dumps([hook.to_json() for hook in hooks])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.sites import parse
+from hookkit.models.sites import parse
 
 P = "I like oat milk in my"
 

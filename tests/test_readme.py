@@ -30,7 +30,7 @@ def test_the_readme_shows_what_its_code_prints(smol, tmp_path, monkeypatch):
 
 
 def test_the_readme_shows_what_its_commands_say(smol, hookkit, monkeypatch):
-    monkeypatch.setattr("hookkit.zoo.load", lambda: smol)
+    monkeypatch.setattr("hookkit.models.loading.load", lambda: smol)
     shown = [code for language, code in BLOCKS if language == "console"]
     assert len(shown) >= 2
     for code in shown:

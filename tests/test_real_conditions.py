@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import hookkit as hk
-from hookkit.about import weights_hash
 from hookkit.errors import BadHook, BadPrompt, DroppedOut, MissingSite, ModelNotFound, NotOneToken, Unsupported
+from hookkit.models.provenance import weights_hash
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 ONE = torch.tensor(IDS[:1])
@@ -163,7 +163,7 @@ def test_the_default_model_in_bfloat16_patched_with_itself_is_the_same(smol_in_b
 
 @pytest.fixture(scope="module")
 def smol_in_bfloat16() -> hk.LM:
-    from hookkit import zoo
+    from hookkit.models import loading as zoo
 
     if not any(zoo.cache_folder().glob(f"{zoo.DEFAULT}-*/config.json")):
         pytest.skip("the default model is not on this machine")

@@ -26,8 +26,8 @@ import pandas as pd
 import torch
 
 import hookkit as hk
-from hookkit.about import weights_hash
-from hookkit.whole_files import write_tensors
+from hookkit.files.atomic import write_tensors
+from hookkit.models.provenance import weights_hash
 
 from .overhead import Work
 

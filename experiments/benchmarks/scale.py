@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 
 import hookkit as hk
-from hookkit.sharding import Split
-from hookkit.whole_files import write_tensors
+from hookkit.files.atomic import write_tensors
+from hookkit.models.tensor_parallel import Split
 
 QUESTION = "What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what fails first?"
 SHAPE: dict[str, Any] = {  # of Llama 3 70B
@@ -100,7 +100,7 @@ def gathering() -> dict[str, float]:
 
 
 def gather(path: Path) -> None:
-    from hookkit.sharding import Ranks
+    from hookkit.models.tensor_parallel import Ranks
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")

@@ -26,25 +26,25 @@ starting    hookkit new
 results     hookkit run, show
 """
 
-from .base import app as app
-from .scanning import scan as scan
-from .reading import ranks as ranks
-from .reading import lens as lens
-from .reading import direct as direct
-from .reading import surprisal as surprisal
-from .shifting import shift as shift
-from .generating import generate as generate
-from .generating import compare as compare
-from .generating import steer as steer
-from .tracing import trace as trace
-from .sweeping import patch as patch
-from .sweeping import ablations as ablations
-from .sweeping import patching as patching
-from .harvesting import harvest as harvest
-from .differing import diff as diff
-from .examining import sites as sites
-from .examining import doctor as doctor
-from .storing import list_models as list_models
-from .starting import new as new
-from .results import run as run
-from .results import show as show
+from .app import app as app
+from .scan import scan as scan
+from .inspect_prompt import ranks as ranks
+from .inspect_prompt import lens as lens
+from .inspect_prompt import direct as direct
+from .inspect_prompt import surprisal as surprisal
+from .intervene import shift as shift
+from .generate import generate as generate
+from .generate import compare as compare
+from .generate import steer as steer
+from .generate import trace as trace
+from .intervene import patch as patch
+from .intervene import ablations as ablations
+from .intervene import patching as patching
+from .models import harvest as harvest
+from .intervene import diff as diff
+from .models import sites as sites
+from .models import doctor as doctor
+from .models import list_models as list_models
+from .experiments import new as new
+from .experiments import run as run
+from .experiments import show as show

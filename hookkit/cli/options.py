@@ -1,4 +1,7 @@
-"""The options that commands share, each written once: which model, which prompts, which hooks, how it is generated."""
+"""The options that commands share, each written once: which model, which prompts, which hooks, how it is generated.
+
+The options of a command that say where it computes.
+"""
 
 import sys
 from collections.abc import Callable
@@ -8,11 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .printing import passing
+from .output import passing
 
 if TYPE_CHECKING:
-    from ..hooks import Hook
-    from ..model import LM
+    from ..hooks.base import Hook
+    from ..models.lm import LM
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..runs.engines.ray import EngineLike
+
 
 Top: TypeAlias = Annotated[int, typer.Option(min=1, help="How many tokens to show.")]
 Watch: TypeAlias = Annotated[
@@ -50,7 +58,7 @@ class Which:
         """The model that these words mean, the default one where they say nothing."""
         if not quiet:
             passing(f"loading {self.model or 'the default model'} …")
-        from ..zoo import load
+        from ..models.loading import load
 
         given = {"revision": self.revision, "device": self.device, "dtype": self.dtype, **more}
         given = {name: value for name, value in given.items() if value is not None}
@@ -91,8 +99,8 @@ def one_prompt(prompt: str) -> str:
 
 def standard_input() -> str:
     """The text that comes on standard input, or `BadPrompt`."""
-    from ..checked_files import decoded
     from ..errors import BadPrompt
+    from ..files.untrusted import decoded
 
     if sys.stdin is None or sys.stdin.closed:
         raise BadPrompt("standard input is closed, and - reads a prompt from it: give a text, or --prompts FILE")
@@ -120,9 +128,9 @@ def _lines(text: str) -> list[str]:
 
 def text_of(path: Path) -> str:
     """What is in a file, or `BadFile`."""
-    from ..checked_files import reason
-    from ..checked_files import text_of as read
     from ..errors import BadFile
+    from ..files.untrusted import reason
+    from ..files.untrusted import text_of as read
 
     try:
         return read(path).replace("\r\n", "\n")
@@ -167,8 +175,8 @@ class Edits:
 
     def check(self, *, needed: str = "") -> None:
         """Raise what can be said of the hooks without a model. `needed` says what there is to do only with one."""
-        from ..checked_files import hooks_listed
         from ..errors import BadHook
+        from ..files.untrusted import hooks_listed
 
         texts = [] if self.hooks is None else hooks_listed(self.hooks)
         texts += self.hook or []
@@ -176,18 +184,18 @@ class Edits:
         if needed and not texts:
             raise BadHook(f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …")
         if texts:
-            from ..spelling.reading import check_hook
+            from ..hooks.text import check_hook
 
             for text in texts:
                 check_hook(text)
 
     def read(self, lm: "LM", note: Callable[[str], None]) -> list["Hook"]:
         """The hooks, those of the file first."""
-        from ..spelling import hook, load_hooks
+        from ..hooks.text import load_hooks, parse_hook
 
         found = [] if self.hooks is None else load_hooks(self.hooks, lm=lm)
-        found += [hook(text, lm=lm) for text in self.hook or []]
-        found += [hook(f"{verb}:{words}", lm=lm) for verb in SHORT for words in getattr(self, verb) or []]
+        found += [parse_hook(text, lm=lm) for text in self.hook or []]
+        found += [parse_hook(f"{verb}:{words}", lm=lm) for verb in SHORT for words in getattr(self, verb) or []]
         for each in found:
             _note_phrases(lm, each, note)
         return found
@@ -196,7 +204,7 @@ class Edits:
 def _note_phrases(lm: "LM", hook: "Hook", note: Callable[[str], None]) -> None:
     """A word on a phrase that would be one token with a space before it, which is what is mostly meant."""
     from ..errors import NotOneToken
-    from ..hooks.phrases import Phrase
+    from ..hooks.conditions import Phrase
 
     for each in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
         if not isinstance(each, Phrase) or not isinstance(each.words, str) or each.words.startswith(" "):
@@ -245,7 +253,7 @@ def _check_rules(given: dict[str, Any]) -> None:
 
 def place(text: str) -> Any:
     """The positions that --pos means; all of them for "all"."""
-    from ..spelling.words import place_of
+    from ..hooks.text_grammar import place_of
 
     found = place_of(text, "--pos")
     return slice(None) if found is None else found
@@ -253,7 +261,7 @@ def place(text: str) -> Any:
 
 def word(text: str) -> "str | int":
     """The token that an option names: as it stands, in quotes, or by its id(28)."""
-    from ..spelling.words import word_of
+    from ..hooks.text_grammar import word_of
 
     found: Any = word_of(text)
     return found if isinstance(found, str | int) else text
@@ -262,3 +270,29 @@ def word(text: str) -> "str | int":
 def watched(lm: "LM", watch: list[str] | None) -> list[int]:
     """The ids of the watched tokens; raises before anything runs."""
     return [lm.token(word(each)) for each in watch or []]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where it is computed: in this process, or by Ray's actors."""
+
+    engine: Annotated[str | None, typer.Option(help="ray; this process if left out.")] = None
+    actors: Annotated[int | None, typer.Option(min=1, help="With ray: how many; as many as fit if left out.")] = None
+    cpus: Annotated[float | None, typer.Option(min=0, help="With ray: of each actor; 1 if left out.")] = None
+    gpus: Annotated[float | None, typer.Option(min=0, help="With ray: of each actor; 0 if left out.")] = None
+    address: Annotated[str | None, typer.Option(help="With ray: of a cluster to join.")] = None
+
+    def chosen(self) -> "EngineLike":
+        """The engine that these options mean."""
+        from ..errors import BadHook
+        from ..runs.engines.ray import Ray, check_installed
+
+        words = {"actors": self.actors, "cpus": self.cpus, "gpus": self.gpus, "address": self.address}
+        given = {name: value for name, value in words.items() if value is not None}
+        if self.engine not in (None, "ray"):
+            raise BadHook(f"--engine {self.engine!r} is unknown: say ray, or leave it out")
+        if given and self.engine is None:
+            raise BadHook(f"--{next(iter(given))} is of Ray's actors: add --engine ray")
+        if self.engine is not None:
+            check_installed()
+        return None if self.engine is None else Ray(**given)  # pyright: ignore[reportArgumentType]

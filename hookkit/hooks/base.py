@@ -9,14 +9,14 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from ..arguments import described, finite_number
-from ..calls import Cells
-from ..captured import Captured
-from ..displaying import shown
+from ..display import shown
 from ..errors import BadEdit, BadHook, Unsupported
-from ..model import LM
-from ..positions import CountLike, PosLike, Span, Where, as_count, as_pos
-from ..sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites, as_sites
-from . import codec
+from ..models.batch_positions import Cells
+from ..models.lm import LM
+from ..models.positions import CountLike, PosLike, Span, Where, as_count, as_pos
+from ..models.sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites, as_sites
+from . import serialization as codec
+from .captured_values import Captured
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -9,25 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arguments import checks_keywords, whole_numbers
-from ..captured import in_order
 from ..errors import BadHook
-from ..positions import CountLike, PosLike
-from ..sites import Site, SitesLike, as_sites
-from .base import (
-    Binding,
-    Change,
-    Constant,
-    EditHook,
-    Here,
-    check_constant,
-    constant,
-    inner,
-    not_square,
-    number,
-    put,
-)
-from .fitting import check_shape, checked_result, fitting, moved
+from ..models.positions import CountLike, PosLike
+from ..models.sites import Site, SitesLike, as_sites
+from .base import Binding, Change, Constant, EditHook, Here, check_constant, constant, inner, not_square, number, put
+from .captured_values import in_order
 from .rounding import scaled
+from .values import check_shape, checked_result, fitting, moved
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ import pandas as pd
 
 from ..arguments import checks_arguments
 from ..errors import BadPrompt
+from ..hooks.ablation import ablate
 from ..hooks.base import Hook
-from ..hooks.looking import capture
-from ..hooks.replacing import ablate
-from ..model import LM
-from ..positions import PosLike
-from ..prompts import Prompts, as_batch
-from ..runs import forward, generate
-from ..sites import Site, SitesLike
-from ..tables import ranks
+from ..hooks.capture import capture
+from ..models.lm import LM
+from ..models.positions import PosLike
+from ..models.prompts import Prompts, as_batch
+from ..models.sites import Site, SitesLike
+from ..runs.forward import forward
+from ..runs.generate import generate
+from ..tables.rank_tables import ranks
 
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"  # the prompt of the paper's next-token reading, patched at "?"
 

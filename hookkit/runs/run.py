@@ -1,23 +1,32 @@
-"""Run: all that came of one forward or one generate."""
+"""Run: all that came of one forward or one generate.
+
+What forward and generate are asked alike: which logits to keep, of a model that they can run.
+"""
 
 import copy
-from collections.abc import Mapping
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..captured import Captured, Kept
-from ..displaying import shown
-from ..errors import NotCaptured, Unsupported
+from ..display import shown
+from ..errors import EmptySelection, NotCaptured, Unsupported
+from ..files.tensors import save_tensors
 from ..hooks.base import Hook
-from ..keeping import Keeping
-from ..model import LM
-from ..sites import AnySite, Sites
-from ..tracing import Recorded
+from ..hooks.captured_values import Captured, Kept
+from ..models.lm import LM
+from ..models.sites import AnySite, Sites
+from .outcomes import Keeping
+from .trace import Recorded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +102,26 @@ class Run:
         """The captured values of every layer of a site, such as "resid_post": [layer, row, pos, ...]."""
         return self.kept.stack(name)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The captured values by site, and by site and name where several captures kept a site."""
+        captured = self.kept.all
+        return {f"{each.site}/{each.name}" if each.name else str(each.site): each.values for each in captured}
+
+    def tensor_words(self) -> dict[str, str]:
+        """How the run was made, as a text that a file of tensors holds; the same run gives the same text."""
+        facts = {name: value for name, value in self.about.items() if name != "seconds"}
+        return {"about": json.dumps(facts)}
+
+    def save_tensors(self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> Path:
+        """Writes the captured values to a safetensors file, with how the run was made, and returns the file's path.
+
+        `about` adds texts of the user's own. `hk.load_tensors` reads the values back. Of the processes that hold a
+        split model together, the first one alone writes.
+        """
+        if not self.lm.is_writer:
+            return Path(path)
+        return save_tensors(self.tensors(), path, about={**self.tensor_words(), **(about or {})})
+
     @cached_property
     def log(self) -> pd.DataFrame:
         """Where each hook fired. Columns: hook, do, site, forward, row, positions, numbers, changed."""
@@ -103,7 +132,7 @@ class Run:
     @cached_property
     def about(self) -> dict[str, Any]:
         """How the run was made: model, versions, prompts, hooks, settings; plain values, ready for JSON."""
-        from ..about import about_model
+        from ..models.provenance import about_model
 
         prompts = [self.lm.text(row[:end]) for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)]
         hooks = [hook.to_json(tensors="digest") for hook in self.hooks]
@@ -150,3 +179,50 @@ class Run:
         rows = f"{len(self.lengths)} row{'s' if len(self.lengths) > 1 else ''} of up to {max(self.lengths)} tokens"
         logits = "no logits" if self.kept_logits is None else f"logits {list(self.kept_logits.values.shape)}"
         return f"Run({rows}; {logits}; captured {self.sites})"
+
+
+Logits: TypeAlias = Literal["all", "last", "none"] | bool | None
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, whose tensors autograd can use later, also where it is called in torch.inference_mode.
+
+    Whether gradients are on is afterwards as it was, also where Ctrl-C came while torch.no_grad was left.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        gradients = torch.is_grad_enabled()
+        if not torch.is_inference_mode_enabled():
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                torch.set_grad_enabled(gradients)
+                raise
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+def refuse_two_texts(lm: LM) -> None:
+    """Raise `Unsupported` for a model that reads one text and writes another."""
+    if lm.two_texts:
+        raise Unsupported(
+            f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes another: run it yourself "
+            "in a block of hk.attach, with hooks at hk.module(path)"
+        )
+
+
+def wanted_logits(logits: Logits) -> Literal["all", "last", "none"]:
+    """Which logits a run is to keep."""
+    if logits in ("all", True):
+        return "all"
+    if logits in ("none", False, None):
+        return "none"
+    if logits == "last":
+        return "last"
+    raise EmptySelection(f"logits={logits!r} is unknown: say 'all', 'last' or False")

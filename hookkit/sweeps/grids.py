@@ -13,16 +13,16 @@ import pandas as pd
 
 from ..arguments import checks_arguments, described, items_of, text_of
 from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported
+from ..hooks.ablation import ablate, patch
 from ..hooks.base import Hook
+from ..hooks.capture import capture
 from ..hooks.edits import skip_block, steer
-from ..hooks.looking import capture
-from ..hooks.replacing import ablate, patch
-from ..metrics import MetricLike
-from ..model import LM
-from ..positions import CountLike, Pos, PosLike, as_pos
-from ..prompts import Prompts, as_batch
-from ..runs import forward
-from ..sites import HEADED, KEY_HEADED, WHOLE_MODEL, AnySite, Site
+from ..models.lm import LM
+from ..models.positions import CountLike, Pos, PosLike, as_pos
+from ..models.prompts import Prompts, as_batch
+from ..models.sites import HEADED, KEY_HEADED, WHOLE_MODEL, AnySite, Site
+from ..runs.forward import forward
+from ..tables.metrics import MetricLike
 from .cells import as_hooks, listed
 from .sweep import Settings, sweep
 

@@ -16,14 +16,9 @@ from typing import IO, Any
 
 import pandas as pd
 
-from ..about import about_model, config_hash, tokenizer_hash, weights_hash
 from ..arguments import folder_of
-from ..checked_files import inside, json_in, json_of, mapping_of
 from ..errors import BadFile, BadHook
-from ..hooks import codec
-from ..metrics import Metric, columns
-from ..runs import Run
-from ..whole_files import (
+from ..files.atomic import (
     add_line,
     added_to,
     cut_to_whole_lines,
@@ -34,9 +29,14 @@ from ..whole_files import (
     write_bytes,
     write_text,
 )
-from ..wrapped import adapters_in_use
-from .planning import Plan
-from .saying import UNEDITED, Values
+from ..files.untrusted import inside, json_in, json_of, mapping_of
+from ..hooks import serialization as codec
+from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
+from ..models.wrappers import adapters_in_use
+from ..runs.run import Run
+from ..tables.metrics import Metric, columns
+from .cell_metrics import UNEDITED, Values
+from .plan import Plan
 
 ABOUT, CELLS, TABLE = "sweep.json", "cells.jsonl", "table.csv"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in how Python shows a function: another one in every process

@@ -15,15 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..captured import Captured
+from ..hooks.ablation import Ablate, FromRun
 from ..hooks.base import EditHook
-from ..hooks.replacing import Ablate, FromRun
-from ..model import LM
-from ..positions import At, Where, Wish, wish
-from ..prompts import cover
-from ..sites import AnySite, ModuleSite, Site
-from ..taps import Action
-from .reading import Reading
+from ..hooks.captured_values import Captured
+from ..models.lm import LM
+from ..models.positions import At, Where, Wish, wish
+from ..models.prompts import cover
+from ..models.sites import AnySite, ModuleSite, Site
+from ..runs.taps import Action
+from .inputs import Reading
 
 INPUT = -1  # before the first block
 

@@ -17,30 +17,27 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..arguments import checks_arguments, whole_number
-from ..engines import EngineLike, Ray, as_engine
 from ..errors import BadHook, Interrupted, Unsupported
 from ..hooks.base import Hook
-from ..manager import hooks_of_others
-from ..metrics import MetricLike, as_metrics, columns
-from ..model import LM
-from ..prompts import Prompts
-from ..runs import Run
-from ..sites import ModuleSite
-from ..taps import Action
-from ..training import levels_to_the_user, warn_of_dropout
-from .cells import TAKEN, Cell, Grid, HooksAt, References, as_hooks, cells_of, checked
-from .controls import Control, controlled
-from .grouping import memory_budget
+from ..models.lm import LM
+from ..models.prompts import Prompts
+from ..models.sites import ModuleSite
+from ..models.training import levels_to_the_user, warn_of_dropout
+from ..runs.engines.ray import EngineLike, Ray, as_engine
+from ..runs.manager import hooks_of_others
+from ..runs.run import Run
+from ..runs.taps import Action
+from ..tables.metrics import MetricLike, as_metrics, columns
+from .cell_metrics import UNEDITED, aims
+from .cell_metrics import verify as verified
+from .cells import TAKEN, Cell, Control, Grid, HooksAt, References, as_hooks, cells_of, checked, controlled
+from .execute import Running
+from .forwards import Shortcuts
+from .inputs import Reading, read
 from .journal import Journal, journal
-from .passes import Shortcuts
-from .planning import Plan
+from .plan import Plan, memory_budget
 from .reach import inside_a_block, together
-from .reading import Reading, read
-from .running import Running
-from .saying import UNEDITED
-from .targets import aims
-from .trial import by_row, no_shortcuts, reads_ahead, shortcuts
-from .verifying import verify as verified
+from .shortcuts import by_row, no_shortcuts, reads_ahead, shortcuts
 
 
 class Settings(TypedDict, total=False):

@@ -1,0 +1,233 @@
+"""Where: the named places of a model, as values. Nothing here knows torch.
+
+    hk.Site("resid_post", 6)          the residual stream leaving block 6
+    hk.Site("z", 9, 3)                head 3 of it, before the output projection
+    hk.module("model.layers.3.mlp.gate_proj")       any other module
+
+In text these are "resid_post.6", "z.9.3" and "model.layers.3.mlp.gate_proj:output". A layered name without a layer,
+"resid_post", means every layer.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, overload
+
+from ..arguments import as_whole, checks_construction, checks_keywords, described
+from ..display import shown
+from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
+
+# The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q. q, k and v are as
+# projected; q_rot and k_rot are what attention multiplies, after a norm and the rotation by position.
+# While generating, an edit of k or v is in what the cache stores; one of k_rot is made anew in what each step reads.
+AXES: dict[str, str] = {
+    "embed": "batch pos d_model",
+    "pos_embed": "batch pos d_model",
+    "resid_pre": "batch pos d_model",
+    "attn_in": "batch pos d_model",
+    "q": "batch pos head d_head",
+    "k": "batch pos kv_head d_head",
+    "v": "batch pos kv_head d_head",
+    "q_rot": "batch pos head d_head",
+    "k_rot": "batch pos kv_head d_head",
+    "scores": "batch head query key",
+    "pattern": "batch head query key",
+    "z": "batch pos head d_head",
+    "attn_out": "batch pos d_model",
+    "resid_mid": "batch pos d_model",
+    "mlp_in": "batch pos d_model",
+    "router_logits": "batch pos expert",
+    "experts": "batch pos choice",
+    "expert_weights": "batch pos choice",
+    "mlp_pre": "batch pos d_mlp",
+    "mlp_post": "batch pos d_mlp",
+    "mlp_out": "batch pos d_model",
+    "resid_post": "batch pos d_model",
+    "final_norm": "batch pos d_model",
+    "lm_head": "batch pos vocab",
+    "logits": "batch pos vocab",
+}
+WHOLE_MODEL = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
+HEADED = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
+KEY_HEADED = frozenset({"k", "v", "k_rot"})
+SQUARE = frozenset({"scores", "pattern"})  # their positions are queries, each with a number for every key
+LOGITS = frozenset({"lm_head", "logits"})
+
+
+@checks_construction
+@dataclass(frozen=True, order=True)
+class Site:
+    """A named place in a model: `Site("z", 9, 3)` is head 3 of `z` in block 9. Layers and heads count from 0."""
+
+    name: str
+    layer: int | None = None
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise UnknownSite(f"a site's name is a text such as 'resid_post', and not {described(self.name)}")
+        if self.name not in AXES:
+            raise UnknownSite(
+                f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: {', '.join(AXES)}. "
+                "Any other place is hk.module(path, side='output')."
+            )
+        for index, word in ((self.layer, "layer"), (self.head, "head")):
+            if index is None:
+                continue
+            number = as_whole(index)
+            if number is None:
+                raise UnknownSite(
+                    f"the {word} of {self.name!r} is {described(index)}: give a whole number, counted from 0"
+                )
+            if number < 0:
+                raise OutOfRange(f"{word} {number} of {self.name!r} was asked for: {word}s count from 0 upwards")
+            object.__setattr__(self, word, number)
+        if self.layer is not None and self.name in WHOLE_MODEL:
+            raise UnknownSite(f"{self.name!r} is there once in the model and has no layer {self.layer}: leave it out")
+        if self.head is not None and self.name not in HEADED:
+            raise UnknownSite(f"{self.name!r} has no heads; the sites with heads are {', '.join(sorted(HEADED))}")
+        if self.head is not None and self.layer is None:
+            raise UnknownSite(f"head {self.head} of {self.name!r} needs a layer: Site({self.name!r}, layer, head)")
+
+    @property
+    def axes(self) -> str:
+        """The axes in words, without the head axis where one head is chosen."""
+        axes = AXES[self.name]
+        return axes if self.head is None else axes.replace("kv_head ", "").replace("head ", "", 1)
+
+    @property
+    def every_layer(self) -> bool:
+        """True for a layered name without a layer, which stands for all of them."""
+        return self.layer is None and self.name not in WHOLE_MODEL
+
+    def _repr_html_(self) -> str:
+        return shown(f"site {self}", {"axes": self.axes})
+
+    def __str__(self) -> str:
+        return ".".join(str(part) for part in (self.name, self.layer, self.head) if part is not None)
+
+
+@dataclass(frozen=True, order=True)
+class ModuleSite:
+    """The input or output of any module, by its path. `item` chooses among several: an index, or a keyword's name."""
+
+    path: str
+    side: Literal["input", "output"] = "output"
+    item: int | str = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise UnknownSite(
+                f"path={described(self.path)}: give the path of a module as a text, such as 'model.layers.3.mlp'"
+            )
+        if self.side not in ("input", "output"):
+            raise UnknownSite(f"side={self.side!r}: a module has side='input' and side='output'")
+        if isinstance(self.item, str) and self.item:
+            return
+        item = as_whole(self.item)
+        if item is None or item < 0:
+            raise UnknownSite(
+                f"item={described(self.item)}: give the number of the tensor, counted from 0, or a keyword's name"
+            )
+        object.__setattr__(self, "item", item)
+
+    @property
+    def every_layer(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.side}" + ("" if self.item == 0 else f":{self.item}")
+
+
+AnySite: TypeAlias = Site | ModuleSite
+
+
+@checks_keywords
+def module(path: str, *, side: Literal["input", "output"] = "output", item: int | str = 0) -> ModuleSite:
+    """The input or output of the module at `path`, as a site; any `nn.Module` will do.
+
+    `item` says which tensor, where there are several: an index into the output (or the positional inputs), or the name
+    of a keyword. Its axes are whatever the module has; `pos=` and `rows=` take axis 0 as batch and axis 1 as pos.
+
+    >>> str(module("model.layers.3.mlp.gate_proj"))
+    'model.layers.3.mlp.gate_proj:output'
+    """
+    return ModuleSite(path, side, item)
+
+
+def parse(text: str) -> AnySite:
+    """The site that a text names.
+
+    >>> parse("z.9.3")
+    Site(name='z', layer=9, head=3)
+    """
+    if ":" in text:
+        path, side, *item = text.split(":")
+        if len(item) > 1:
+            raise UnknownSite(
+                f"{text!r} does not name a site: a module is written path:side or path:side:item, and "
+                f"{':'.join(item[1:])!r} comes after them"
+            )
+        which = item[0] if item else "0"
+        return ModuleSite(path, side, int(which) if which.isdigit() else which)  # pyright: ignore[reportArgumentType]
+    name, *numbers = text.split(".")
+    if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
+        hint = "a path of the module tree is meant? Write hk.module(path, side='output')"
+        raise UnknownSite(f"{text!r} does not name a site; sites look like 'resid_post.6' or 'z.9.3' ({hint})")
+    return Site(name, *map(int, numbers))
+
+
+@dataclass(frozen=True, repr=False)
+class Sites(Sequence[AnySite]):
+    """A selection of sites, in order, that can be counted, printed and added to before anything runs."""
+
+    chosen: tuple[AnySite, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> AnySite: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Sites": ...
+    def __getitem__(self, index: int | slice) -> "AnySite | Sites":
+        return Sites(self.chosen[index]) if isinstance(index, slice) else self.chosen[index]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __iter__(self) -> Iterator[AnySite]:
+        return iter(self.chosen)
+
+    def __add__(self, other: "SitesLike") -> "Sites":
+        return Sites(self.chosen + as_sites(other).chosen)
+
+    def _repr_html_(self) -> str:
+        rows = [{"site": str(site), "axes": site.axes if isinstance(site, Site) else ""} for site in self.chosen]
+        return shown(f"{len(rows)} site{'' if len(rows) == 1 else 's'}", rows=rows)
+
+    def __repr__(self) -> str:
+        names = [str(site) for site in self.chosen]
+        shown = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
+        return f"{len(names)} site{'' if len(names) == 1 else 's'}: {', '.join(shown)}"
+
+
+SitesLike: TypeAlias = str | AnySite | Iterable[str | AnySite]
+
+
+def as_sites(sites: SitesLike) -> Sites:
+    """The selection that any way of writing sites means. An empty one, or one that names a site twice, raises."""
+    if not isinstance(sites, str | Site | ModuleSite | Iterable) or isinstance(sites, bytes | Mapping):
+        raise UnknownSite(
+            f"{described(sites)} is not a site: give a name such as 'resid_post.6', hk.Site('resid_post', 6), or a list"
+        )
+    items = [sites] if isinstance(sites, str | Site | ModuleSite) else list(sites)
+    chosen = tuple(parse(item) if isinstance(item, str) else item for item in items)
+    for site in chosen:
+        if not isinstance(site, Site | ModuleSite):
+            raise UnknownSite(
+                f"{described(site)} is not a site: give a name such as 'resid_post.6', or hk.Site('resid_post', 6)"
+            )
+    if not chosen:
+        raise EmptySelection("no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')")
+    if len(set(chosen)) < len(chosen):
+        twice = next(site for site in chosen if chosen.count(site) > 1)
+        raise BadHook(f"{twice} is named twice in one hook: name each site once")
+    return Sites(chosen)

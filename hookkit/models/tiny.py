@@ -1,0 +1,157 @@
+"""hk.tiny: a small random model of any family, made from its configuration class, offline and in milliseconds.
+
+It is what the laws are run on, and what a test of one's own code should be run on.
+"""
+
+from typing import Any
+
+import torch
+
+from ..arguments import checks_arguments
+from ..errors import ModelNotFound, did_you_mean
+from .lm import LM
+
+# 3 blocks, d_model 32, 4 heads of 8, 2 key-value heads. A configuration takes the words that it knows.
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+LATENT: dict[str, Any] = {  # keys and values made of a latent that all heads share
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK = {**EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+SLIDING: dict[str, Any] = {
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+# What a family needs beside the sizes. None takes a word out.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 4},
+    "cohere2": {**SLIDING, "head_dim": 8},
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "exaone4": SLIDING,
+    "ernie4_5": {"head_dim": 8},
+    "falcon": {"num_key_value_heads": None, "intermediate_size": None},
+    "gemma": {"head_dim": 8},
+    "gemma2": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma4_text": {
+        **SLIDING,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],  # the last one has to be full
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 8,
+    },
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_neo": {
+        "num_layers": 3,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 6,
+        "num_hidden_layers": None,
+    },
+    "gpt_oss": {**EXPERTS, **SLIDING, "head_dim": 8},
+    "gptj": {"rotary_dim": 4},
+    "granite": {
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.4,
+    },
+    "granitemoe": {**EXPERTS, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 4},
+    "minicpm3": {**LATENT, "dim_model_base": 16},
+    "llama4_text": {**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 48},
+    "ministral": {**SLIDING, "head_dim": 8},
+    "mistral": {"sliding_window": 6},
+    "mixtral": EXPERTS,
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128},
+    "olmo3": SLIDING,
+    "olmoe": EXPERTS,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None, "intermediate_size": None},
+    "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0]},
+    "qwen3": {"head_dim": 16},  # wider than d_model / heads
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, "mlp_only_layers": [0]},
+    "qwen3_next": {
+        **EXPERTS,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "seed_oss": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+
+
+@checks_arguments
+def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None) -> LM:
+    """A random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens, in float32 and evaluation mode.
+
+    `model_type` is transformers' own word ("llama", "gpt_neox", "qwen3_moe"); `config` changes or adds words of its
+    configuration. Weights are normal with a standard deviation of 0.3, so that nothing in it is near zero. Without a
+    tokenizer, prompts are token ids. `ModelNotFound` for a type that transformers does not know or cannot make small.
+
+    >>> tiny("gpt_neox").n_layers
+    3
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if model_type not in CONFIG_MAPPING:
+        raise ModelNotFound(
+            f"transformers has no model type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
+        )
+    kind: Any = CONFIG_MAPPING[model_type]
+    known = {name: value for name, value in SIZES.items() if hasattr(kind(), name)}
+    words = {**known, **FAMILIES.get(model_type, {}), **(config or {})}
+    words = {name: value for name, value in words.items() if value is not None or name == "pad_token_id"}
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(kind(**words), dtype=torch.float32)
+        _fill(model)
+    except Exception as error:
+        raise ModelNotFound(
+            f"no small {model_type!r} could be made of {words}: give what it needs with config={{…}}. {error}"
+        ) from error
+    finally:
+        torch.random.set_rng_state(state)
+    return LM(model.eval(), tokenizer, f"tiny {model_type}")
+
+
+def _fill(model: torch.nn.Module) -> None:
+    """Numbers that hide nothing: matrices of size 0.3, scales around 1, shifts around 0."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.3)
+            elif not name.endswith(("A_log", "dt_bias", "dt_proj.bias", ".D")):  # of state-space models: left as made
+                weight.normal_(mean=float(any(word in name for word in ("norm", "ln_", "ln1", "ln2"))), std=0.1)

@@ -1,0 +1,94 @@
+"""What moved between two results, told cell by cell."""
+
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import hookkit as hk
+from hookkit.errors import BadHook
+from hookkit.reports.results_diff import in_words
+
+TABLE = pd.DataFrame({"token": [" a", " b"], "logit": [1.0, 2000.0], "rank": [1, 2]})
+
+
+def only(before: pd.DataFrame, after: pd.DataFrame, **settings) -> dict:
+    return hk.moved({"t": before}, {"t": after}, **settings).iloc[0].to_dict()
+
+
+def test_a_table_is_the_same_as_itself():
+    found = only(TABLE, TABLE.copy())
+    assert found["same"] and found["moved"] == 0 and found["largest"] == 0 and found["cells"] == 6
+
+
+def test_a_number_may_differ_by_the_tolerance_or_by_that_part_of_itself():
+    near = TABLE.assign(logit=[1.00009, 2000.19])  # 9e-5 of 1, and 0.95e-4 of 2000
+    found = only(TABLE, near)
+    assert found["same"] and found["largest"] == pytest.approx(0.19) and found["column"] == "logit"
+    far = TABLE.assign(logit=[1.00011, 2000.21])
+    assert only(TABLE, far)["moved"] == 2
+    assert only(TABLE, far, tolerance=1e-2)["same"]
+    assert only(TABLE, near, tolerance=1e-6)["moved"] == 2
+
+
+def test_a_text_that_differs_and_a_number_that_is_missing_or_infinite_moved():
+    assert only(TABLE, TABLE.assign(token=[" a", " c"]))["moved"] == 1
+    gone, endless = (TABLE.assign(logit=[1.0, value]) for value in (np.nan, -np.inf))
+    assert only(TABLE, gone)["moved"] == 1 and only(TABLE, endless)["moved"] == 1
+    assert only(gone, gone.copy())["same"] and only(endless, endless.copy())["same"]
+    assert only(endless, TABLE)["moved"] == 1
+    sure, unsure = TABLE.assign(sure=[True, True]), TABLE.assign(sure=[True, False])
+    assert only(sure, unsure)["moved"] == 1 and only(sure, unsure)["column"] == ""  # which is of numbers
+    assert in_words(hk.moved({"t": TABLE}, {"t": gone})) == "t: 1 of 6 cells moved"
+
+
+def test_other_rows_columns_and_tables_are_named():
+    before = {"a": TABLE, "b": TABLE, "c": TABLE, "e": TABLE, "f": TABLE}
+    after = {
+        "a": TABLE.head(1),
+        "b": TABLE.drop(columns="rank"),
+        "d": TABLE,
+        "e": TABLE[TABLE.columns[::-1]],
+        "f": TABLE,
+    }
+    found = hk.moved(before, after)
+    assert found["table"].tolist() == ["a", "b", "c", "e", "f", "d"]
+    assert in_words(found) == (
+        "a: has 1 rows, and had 2; b: has other columns: rank; c: is gone; e: has its columns in another order; "
+        "d: is new; 1 other tables are the same"
+    )
+
+
+def test_folders_are_compared_by_their_csv_files_in_folders_below_too(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "deep" / ".last").mkdir(parents=True)
+        TABLE.to_csv(tmp_path / name / "deep" / "t.csv", index=False)
+    TABLE.to_csv(tmp_path / "two" / "deep" / ".last" / "t.csv", index=False)  # of the run before: not compared
+    found = hk.moved(tmp_path / "one", str(tmp_path / "two"))
+    assert found["table"].tolist() == ["deep/t"] and found["same"].all()
+    with pytest.raises(BadHook, match="there is no folder .*three.*name a folder of results"):
+        hk.moved(tmp_path / "one", tmp_path / "three")
+
+
+def test_a_folder_is_compared_with_what_git_has_of_it_also_when_it_is_gone(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    result = tmp_path / "results" / "oat"
+    result.mkdir(parents=True)
+    TABLE.to_csv(result / "t.csv", index=False)
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-m", "one")
+    TABLE.assign(rank=[1, 3]).to_csv(result / "t.csv", index=False)
+    for folder, within in ((result, tmp_path), ("results/oat", tmp_path), (".", result)):
+        monkeypatch.chdir(within)
+        assert hk.moved(f"{folder}@HEAD", folder)[["table", "moved"]].values.tolist() == [["t", 1]]
+    monkeypatch.chdir(tmp_path)
+    (result / "t.csv").rename(tmp_path / "t.csv")
+    result.rmdir()
+    assert hk.moved("results/oat@HEAD", {"t": TABLE})["same"].all()
+    for wrong in ("results/oat@nothing", "results/none@HEAD"):
+        with pytest.raises(BadHook, match="git has no 'results/(oat|none)' at"):
+            hk.moved(wrong, tmp_path)

@@ -1,0 +1,203 @@
+"""What a notebook shows and completes: small, escaped, by itself; and the tour, cell by cell."""
+
+import io
+import json
+import re
+import sys
+import types
+from contextlib import redirect_stdout
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tokenizer
+
+import hookkit as hk
+from hookkit.display import LONG, MOST, records, shown, written
+from hookkit.errors import MissingExtra, NotCaptured, OutOfRange, UnknownKeyword
+
+NASTY = ["<script>alert(1)</script>", "\n\t", " שלום", '"><img src=x onerror=y>', "$x$"]
+TOUR = Path(__file__).parent.parent / "experiments" / "tour.py"
+ALLOWED = {"div", "b", "span", "table", "thead", "tbody", "tr", "th", "td", "pre"}
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.names: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read(html: str) -> Tags:
+    found = Tags()
+    found.feed(html)
+    return found
+
+
+@pytest.fixture(scope="module")
+def nasty():
+    words = tokenizer()
+    words.add_tokens(NASTY)
+    return hk.LM(hk.tiny("llama", config={"vocab_size": len(words)}).model, words, NASTY[0])
+
+
+def things(lm):
+    ids = [lm.tokenizer.convert_tokens_to_ids(word) for word in NASTY]
+    hooks = [hk.boost(*ids, by=1.0), hk.steer("resid_post.1", torch.ones(32), pos=-1), hk.capture(["z", "embed"])]
+    run = hk.forward(lm, [ids, [5, 6]], *hooks)
+    yield lm
+    yield from (lm.sites, lm.sites("z"), hk.Site("z", 1, 2), *hooks, run, run.captured("z.1"), hk.trace(watch=ids))
+    yield hk.compare(lm, [ids], hk.ban(ids[0]), max_new_tokens=2, do_sample=False)
+    metric = hk.logit_diff(ids[0], ids[1])
+    yield hk.gradients(lm, [ids], metric, "embed")
+    yield hk.plan(lm, [ids], {"layer": range(3)}, lambda layer: hk.skip_block(layer), metric)
+    yield hk.statistics(lm, [ids], "z.1", progress=False)
+    vectors = hk.mean_difference(lm, [ids], [[5, 6]], "resid_post.1")
+    sites = lm.describe().assign(blocks=3, proved=True)
+    yield from (vectors, vectors[0], hk.Checkup(sites, sites, {"model": NASTY[0]}, [], [NASTY[3]]))
+    yield hk.report(NASTY[0], hk.ranks(run))
+    yield hk.Pairs(NASTY[0], (tuple(ids),), (tuple(ids),), (ids[0],), (ids[1],))
+    yield hk.diff(lm, hk.tiny("llama", seed=1, tokenizer=lm.tokenizer, config={"vocab_size": 325}), [ids])
+
+
+def test_everything_that_a_notebook_shows_is_small_and_escaped(nasty):
+    said = {}
+    for thing in things(nasty):
+        html = thing._repr_html_()
+        found = read(html)
+        assert found.tags <= ALLOWED and found.names <= {"style", "class"}, type(thing)
+        assert len(html) < 20_000 and "http" not in html and "background:#" not in html, type(thing)
+        assert "mathjax_ignore" in html
+        said[type(thing).__name__] = found.text
+    assert len(said) >= 17
+    assert NASTY[0] in said["LM"] and repr(NASTY[1])[1:-1] in said["Run"] and "\t" not in said["Run"]
+    assert "resid_post" in said["SiteNames"] and "resid_post.1" in said["Vector"] and "cells" in said["Plan"]
+
+
+def test_a_long_table_says_how_much_more_there_is(nasty):
+    rows = [{"n": n} for n in range(40)]
+    assert f"and {40 - MOST} more" in shown("t", rows=rows)
+    table = hk.ranks(hk.forward(nasty, [[5]]), top=30)
+    assert len(records(table)) == 30 and list(records(table, "rank")[0]) == ["rank"]
+    assert len(written("x" * 999)) == LONG and written(float("nan")) == "" and written(0.123456) == "0.1235"
+
+
+def test_sites_are_completed_where_names_are_given(llama):
+    run = hk.forward(llama, "Tea", hk.capture(["resid_post", "z.1"]))
+    assert run._ipython_key_completions_() == ["resid_post.0", "resid_post.1", "resid_post.2", "z.1"]
+    assert run.kept._ipython_key_completions_() == run._ipython_key_completions_()
+    assert {"resid_post", "z", "embed", "logits"} <= set(dir(llama.sites))
+    assert {"resid_post", "resid_post.2", "z.0"} <= set(llama.sites._ipython_key_completions_())
+    assert llama.sites.resid_post == llama.sites("resid_post") == llama.sites["resid_post"]
+    assert llama.sites.z[1] == hk.Site("z", 1)
+    assert not hasattr(llama.sites, "_repr_png_") and not hasattr(llama.sites, "pos_embed")
+    with pytest.raises(AttributeError, match="did you mean 'resid_post'"):
+        _ = llama.sites.resid_pots
+    with pytest.raises(UnknownKeyword, match="has no keyword 'layer'; did you mean 'layers'"):
+        llama.sites("z", layer=3)
+
+
+def test_progress_is_shown_by_what_suits_a_notebook():
+    package = Path(hk.__file__).parent
+    found = [line for path in package.rglob("*.py") for line in path.read_text().splitlines() if "import tqdm" in line]
+    assert len(found) > 4 and {line.strip() for line in found} == {"from tqdm.auto import tqdm"}
+
+
+def cells() -> list[tuple[bool, str]]:
+    """The tour's cells: whether each is text, and what is in it."""
+    parts = re.split(r"^# %%(.*)\n", TOUR.read_text(encoding="utf-8"), flags=re.M)
+    assert parts[0] == ""
+    return [("[markdown]" in kind, body) for kind, body in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def checked(session: dict, said: str) -> None:
+    assert "62 parts, together 6.12" in said
+    assert session["shift"].iloc[0]["token"] == "' coffee'" and session["shift"].iloc[0]["rank_before"] == 8827
+    assert session["said"]["last_prob"].iloc[0] > 0.5
+    assert session["best"]["logit_diff_effect"].min() > 0.9 and session["best"]["pos"].iloc[-1] == 13
+    assert session["texts"][0.3] != session["texts"][-0.3]
+
+
+def test_the_tour_runs_cell_by_cell_and_finds_what_its_sentences_say(smol, monkeypatch):
+    monkeypatch.setattr(hk, "load", lambda **_: smol)
+    found = cells()
+    assert sum(text for text, _ in found) >= 6 and all(body.strip().startswith('"""') for text, body in found if text)
+    session: dict = {}
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        for _, body in found:
+            exec(compile(body, str(TOUR), "exec"), session)
+    checked(session, printed.getvalue())
+
+
+def test_the_tour_runs_in_ipython_too(smol, monkeypatch):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    monkeypatch.setattr(hk, "load", lambda **_: smol)
+    for text, body in cells():
+        if not text:
+            shell.run_cell(body).raise_error()
+    checked(shell.user_ns, "62 parts, together 6.12")
+
+
+def drawing(monkeypatch):
+    """circuitsvis as it is called: what it would write, with tokens in a script."""
+    calls = []
+
+    def attention_heads(**given):
+        calls.append(given)
+        props = json.dumps({"tokens": given["tokens"]})
+        return types.SimpleNamespace(
+            local_src=f"<script>local({props})</script>", cdn_src=f"<script>cdn({props})</script>"
+        )
+
+    module = types.ModuleType("circuitsvis.attention")
+    module.attention_heads = attention_heads
+    monkeypatch.setitem(sys.modules, "circuitsvis", types.ModuleType("circuitsvis"))
+    monkeypatch.setitem(sys.modules, "circuitsvis.attention", module)
+    return calls
+
+
+def test_attention_is_drawn_of_one_prompt_with_its_tokens_escaped(nasty, monkeypatch):
+    calls = drawing(monkeypatch)
+    ids = [nasty.tokenizer.convert_tokens_to_ids(word) for word in NASTY]
+    run = hk.forward(nasty, [[5, 6], ids], hk.capture("pattern.1"))
+    view = hk.attention_view(run, 1, row=1, heads=[0, 3])
+    assert calls[0]["attention_head_names"] == ["1.0", "1.3"]
+    assert torch.equal(calls[0]["attention"], run["pattern.1"][1][[0, 3]]) and calls[0]["attention"].shape == (2, 5, 5)
+    html = view._repr_html_()
+    assert html.count("<script>") == 1 and html.count("</script>") == 1 and "\\u003cscript\\u003e" in html
+    told = json.loads(re.search(r"local\((.*)\)</script>", html).group(1))
+    assert told["tokens"] == [nasty.string(i) for i in ids] and "pattern.1 of" in repr(view)
+    assert "cdn(" in hk.attention_view(run, 1, cdn=True).html
+    assert calls[-1]["attention"].shape == (4, 2, 2)
+    for wrong, error in (({"row": 7}, OutOfRange), ({"heads": [9]}, OutOfRange)):
+        with pytest.raises(error, match="was asked for"):
+            hk.attention_view(run, 1, **wrong)
+    last = hk.forward(nasty, [[5, 6]], hk.capture("pattern.1", pos=-1))
+    with pytest.raises(NotCaptured, match="at some positions only"):
+        hk.attention_view(last, 1)
+
+
+def test_without_circuitsvis_the_extra_is_named(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "circuitsvis", None)
+    monkeypatch.setitem(sys.modules, "circuitsvis.attention", None)
+    run = hk.forward(llama, "Tea", hk.capture("pattern.1"))
+    with pytest.raises(MissingExtra, match=r"pip install 'hookkit\[notebook\]'"):
+        hk.attention_view(run, 1)
+
+
+def test_with_circuitsvis_the_view_needs_no_network(llama):
+    pytest.importorskip("circuitsvis")
+    run = hk.forward(llama, "Tea", hk.capture("pattern.1"))
+    html = hk.attention_view(run, 1).html
+    assert "unpkg" not in html and '"1.0"' in html and len(html) > 10**6
+    assert "unpkg.com/circuitsvis" in hk.attention_view(run, 1, cdn=True).html
