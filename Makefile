@@ -14,12 +14,13 @@ demo: $(READY)
 # The laws run a second time with every tensor's axes checked against its annotation.
 test: check
 	$(IN) -m pytest -n 2 --deselect tests/test_house.py
-	$(IN) -m pytest -n 2 tests/test_laws.py tests/test_tables.py --jaxtyping-packages=hookkit,beartype.beartype
+	$(IN) -m pytest -n 2 tests/checks/test_laws.py tests/tables/test_rank_tables.py --jaxtyping-packages=hookkit,beartype.beartype
 
 check: $(READY)
 	$(IN) -m ruff format --check
 	$(IN) -m ruff check
 	$(IN) -m pyright --pythonpath $(IN)
+	.venv/bin/lint-imports --no-cache
 	$(IN) -m pytest tests/test_house.py
 
 # Every experiment again; it says what moved against what is committed, and ends with an error if anything did. How the

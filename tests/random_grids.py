@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from random_programs import FUNCTIONS, TOLERANCE, Draws, V, code, made
-from test_every_family import ALL
+from tiny_families import ALL
 from torch import Tensor
 
 import hookkit as hk

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from by_hand_programs import HEADED, INSIDE, Act, Hand, boundary, site_values
-from test_every_family import ALL, NOT_BY_HAND, made
+from tiny_families import ALL, NOT_BY_HAND, made
 from torch import Tensor
 
 import hookkit as hk

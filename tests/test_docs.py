@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from shown import Checker
-from test_house import ORDER
+from test_house import MODULES
 
 import hookkit as hk
 from hookkit.errors import HookkitError
@@ -20,7 +20,7 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 def examples() -> list[doctest.DocTest]:
-    found = [test for name in ORDER for test in FINDER.find(importlib.import_module(f"hookkit.{name}"))]
+    found = [test for name in MODULES for test in FINDER.find(importlib.import_module(name))]
     return [test for test in {test.name: test for test in found}.values() if test.examples]
 
 

@@ -1,1 +1,1 @@
-"""attributions"""
+"""Effects estimated from gradients: attribution patching, edges, input tokens."""

@@ -1,1 +1,1 @@
-"""checks"""
+"""What holds for a model: the laws of the sites, and hk.doctor."""

@@ -6,24 +6,15 @@
     hookkit trace "I like oat milk in my" --ban " coffee"
     hookkit diff default ./tuned "I like oat milk in my"
 
-gathering   options that stand together in a dataclass
-base        the program, and how its commands end
-printing    tables, clean text, CSV, JSON, pages
-options     which model, prompts, hooks, generation
-engine      where a command computes
-reading     hookkit ranks, lens, direct, surprisal
-asking      what to ask next
-scanning    hookkit scan
-shifting    hookkit shift
-generating  hookkit generate, compare, steer
-tracing     hookkit trace
-sweeping    hookkit patch, sweep
-harvesting  hookkit harvest
-differing   hookkit diff
-examining   hookkit sites, doctor
-storing     hookkit models
-starting    hookkit new
-results     hookkit run, show
+app             the program, and how its commands end
+options         which model, prompts, hooks and generation; where a command computes
+output          tables, clean text, CSV, JSON, pages
+scan            hookkit scan
+inspect_prompt  hookkit ranks, lens, direct, surprisal
+intervene       hookkit shift, patch, sweep, diff
+generate        hookkit generate, compare, steer, trace
+models          hookkit sites, doctor, models, harvest
+experiments     hookkit new, run, show
 """
 
 from .app import app as app

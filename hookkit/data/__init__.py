@@ -1,1 +1,1 @@
-"""data"""
+"""Prompt pairs, and activations of a corpus on disk."""

@@ -1,1 +1,1 @@
-"""files"""
+"""Files: written whole, read with care, tensors as safetensors."""

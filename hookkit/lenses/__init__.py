@@ -1,1 +1,1 @@
-"""lenses"""
+"""The residual stream read as logits: logit lens, tuned lens, patchscope, direct logits."""

@@ -22,7 +22,7 @@ from ..models.padding import logits_of
 from ..models.prompts import Row, cover, pad_id
 from ..models.sites import Site
 from ..runs.manager import HookManager
-from ..runs.manager import Priority as Work
+from ..runs.manager import RegisteredHook
 from ..runs.partial import Lane, Wave, passed_by
 from ..runs.taps import Tap, input_of, planned
 
@@ -238,7 +238,7 @@ def _refuse_outer(lm: LM, known: Ending) -> None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             tap = next((each for each in getattr(hook, "args", ()) if isinstance(each, Tap)), None)
             edit = next((action.hook for action in tap.actions if action.change is not None), None) if tap else None
-            ours = isinstance(hook, Work) and hook.manager.acts_here()
+            ours = isinstance(hook, RegisteredHook) and hook.manager.acts_here()
             if ours and tap is not None and edit is not None and known.has(tap):
                 raise Unsupported(
                     f"{edit} of a block of hk.attach acts behind the model's blocks, where a lens reads each layer: "

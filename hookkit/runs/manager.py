@@ -72,7 +72,7 @@ def run_again_within(here: Callable[[], Callable[[], AbstractContextManager[None
     return checkpoint
 
 
-class Priority(functools.partial):
+class RegisteredHook(functools.partial):
     """What a block does at one place, told apart by its kind from the hooks of users and libraries."""
 
     @property
@@ -81,7 +81,7 @@ class Priority(functools.partial):
         return self.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
 
 
-class Border(Priority):
+class Border(RegisteredHook):
     """Where a block notes that a forward begins or ends."""
 
 
@@ -89,7 +89,7 @@ def let_outer_blocks_go_first(hooks: Any) -> None:
     """Move the hooks of outer blocks in front of the one that was just put first."""
     if len(hooks) == 1:
         return
-    outer = [key for key, hook in list(hooks.items())[1:] if type(hook) is Priority]
+    outer = [key for key, hook in list(hooks.items())[1:] if type(hook) is RegisteredHook]
     for key in reversed(outer):
         hooks.move_to_end(key, last=False)
 
@@ -99,7 +99,7 @@ def hooks_of_others(root: nn.Module) -> list[str]:
     found = []
     for path, module in root.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(hook, Priority):
+            if isinstance(hook, RegisteredHook):
                 if hook.manager.acts_here():
                     raise Unsupported(
                         "a sweep inside a block of hk.attach: leave the block, and give its hooks as under=[…]"
@@ -264,9 +264,9 @@ class HookManager(Forwards):
             work, hooks = self._on_input, module._forward_pre_hooks
         else:
             work, hooks = self._on_watched if tap.only_looks else self._on_output, module._forward_hooks
-        hook = Work(work, tap)
+        hook = RegisteredHook(work, tap)
         if module is not tap.module or (module is self.lm.root and self._shells):
-            hook = Work(self._outermost, hook)
+            hook = RegisteredHook(self._outermost, hook)
         if tap.place.side == "input":
             self._put_first(lent, module, hook)
         else:

@@ -4,7 +4,7 @@ import io
 
 import pandas as pd
 
-from hookkit.cli import printing
+from hookkit.cli import output
 from hookkit.cli.scan import leading
 
 NASTY = [
@@ -37,7 +37,7 @@ def in_a_terminal(monkeypatch) -> io.StringIO:
 
 def test_a_token_stands_as_it_is_in_a_terminal(monkeypatch):
     terminal = in_a_terminal(monkeypatch)
-    printing.show(pd.DataFrame({"token": NASTY, "rank": range(len(NASTY))}))
+    output.show(pd.DataFrame({"token": NASTY, "rank": range(len(NASTY))}))
     said = terminal.getvalue()
     assert "[red]hot[/red]" in said and ":smile:" in said and r"\x1b[31mred\x07" in said and "\\u202e" in said
     assert len(said.splitlines()) == len(NASTY) + 1
@@ -46,7 +46,7 @@ def test_a_token_stands_as_it_is_in_a_terminal(monkeypatch):
 
 def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
     table = pd.DataFrame({"token": NASTY, "why": ["x" * 300] * len(NASTY), "rank": range(len(NASTY))})
-    printing.show(table)
+    output.show(table)
     from rich.cells import cell_len
 
     lines = capsys.readouterr().out.splitlines()
@@ -56,29 +56,29 @@ def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
 
 def test_numbers_of_a_column_have_as_many_digits_and_small_ones_an_exponent(capsys):
     nan, inf = float("nan"), float("inf")
-    printing.show(pd.DataFrame({"prob": [0.5, 1e-7, 0.0], "logit": [20.375, nan, -inf], "rank": [1, 2, 3]}))
+    output.show(pd.DataFrame({"prob": [0.5, 1e-7, 0.0], "logit": [20.375, nan, -inf], "rank": [1, 2, 3]}))
     assert capsys.readouterr().out.splitlines() == [
         "   prob  logit  rank", " 0.5000  20.38     1", "1.0e-07            2", " 0.0000     −∞     3"]  # fmt: skip
 
 
 def test_a_text_reaches_a_terminal_without_what_would_move_it(monkeypatch):
     terminal = in_a_terminal(monkeypatch)
-    printing.said("one\ntwo\x1b[2J\r")
+    output.said("one\ntwo\x1b[2J\r")
     assert terminal.getvalue() == "one\ntwo\\x1b[2J\\r\n"
 
 
 def test_a_place_that_is_the_same_everywhere_is_left_out_for_a_reader():
-    shown = printing.Shown(pd.DataFrame({"row": [0, 0], "pos": [1, 2], "token": ["a", "b"]}))
+    shown = output.Shown(pd.DataFrame({"row": [0, 0], "pos": [1, 2], "token": ["a", "b"]}))
     assert list(shown.for_reader().columns) == ["pos", "token"]
 
 
 def test_the_strongest_rows_are_the_largest_whatever_their_sign():
     table = pd.DataFrame({"place": list("abcdef"), "effect": [0.5, -3.0, 1.0, -0.25, 2.0, float("nan")]})
-    assert printing.strongest(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
-    assert printing.strongest(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], "and keep their sign"
-    assert printing.strongest(table, "effect", 9)["place"].tolist() == ["b", "e", "c", "a", "d", "f"]
+    assert output.strongest(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
+    assert output.strongest(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], "and keep their sign"
+    assert output.strongest(table, "effect", 9)["place"].tolist() == ["b", "e", "c", "a", "d", "f"]
     tied = pd.DataFrame({"place": list("abc"), "effect": [-1.0, 1.0, -1.0]})
-    assert printing.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], "of equals the first"
+    assert output.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], "of equals the first"
 
 
 def test_layers_in_which_one_token_leads_stand_together():

@@ -12,10 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import hookkit as hk
-from hookkit.data.datasets import tasks as facts
-from hookkit.data.datasets import tasks as indirect
-from hookkit.data.datasets import tasks as series
-from hookkit.data.datasets import tasks as years
+from hookkit.data.datasets import tasks
 from hookkit.errors import (
     BadArgument,
     BadPrompt,
@@ -59,7 +56,7 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> hk.LM:
 @pytest.fixture(scope="module")
 def wordy() -> hk.LM:
     """A small random model, with a tokenizer of its own that knows every word."""
-    lists = [indirect.NAMES, facts.CAPITALS, facts.LANDMARKS, *series.ROUND.values(), *series.STRAIGHT.values()]
+    lists = [tasks.NAMES, tasks.CAPITALS, tasks.LANDMARKS, *tasks.ROUND.values(), *tasks.STRAIGHT.values()]
     return random_model(trained(" ".join([*lists, "to The of gave"])))
 
 
@@ -168,7 +165,7 @@ def test_indirect_objects_come_first_and_second_in_every_template(smol):
     pairs = D.indirect_object(smol, 600)
     orders = [at["IO"] < at["S1"] for *_, at in rows_of(pairs, smol)]
     assert 240 < sum(orders) < 360
-    starts = {template.split("{first}")[0] for template in indirect.TEMPLATES}
+    starts = {template.split("{first}")[0] for template in tasks.SENTENCES}
     assert all(any(prompt.startswith(start) for prompt in pairs.clean) for start in starts)
     assert len({*pairs.answers}) > 80
 
@@ -180,7 +177,7 @@ def test_a_later_year_is_the_answer_and_an_earlier_one_is_wrong(either):
             re.findall(r"year (\d\d)(\d\d) to the year (\d\d)$", either.text(row)) for row in (clean, corrupted)
         ]
         ((century, start, again),), ((_, other, _),) = years_read
-        assert century == again and int(century) in years.CENTURIES
+        assert century == again and int(century) in tasks.CENTURIES
         assert len(answer) == len(wrong) == digits
         assert other[:digits] < wrong < start[:digits] < answer
         assert differing(clean, corrupted) == [at["decade"]]
@@ -188,7 +185,7 @@ def test_a_later_year_is_the_answer_and_an_earlier_one_is_wrong(either):
 
 
 def test_the_answer_of_a_successor_comes_after_the_last_item(either):
-    everything = [words.split() for words in (*series.ROUND.values(), *series.STRAIGHT.values())]
+    everything = [words.split() for words in (*tasks.ROUND.values(), *tasks.STRAIGHT.values())]
     seen = set()
     for clean, corrupted, answer, wrong, at in rows_of(D.successor(either, 120), either):
         for row, after in ((clean, answer), (corrupted, wrong)):
@@ -202,7 +199,7 @@ def test_the_answer_of_a_successor_comes_after_the_last_item(either):
 
 @pytest.mark.parametrize("name", ["capitals", "landmarks"])
 def test_the_answer_of_a_fact_is_the_city_of_its_subject(either, name):
-    listed = facts.CAPITALS if name == "capitals" else facts.LANDMARKS
+    listed = tasks.CAPITALS if name == "capitals" else tasks.LANDMARKS
     cities = dict(entry.strip().rsplit(" ", 1) for entry in listed.split(";"))
     for clean, corrupted, answer, wrong, at in rows_of(TEXTS[name](either, 80), either):
         for row, city in ((clean, answer), (corrupted, wrong)):
@@ -363,7 +360,7 @@ def test_a_tokenizer_that_knows_too_few_words_is_refused(llama):
 
 
 def test_more_pairs_than_there_are_is_refused_with_how_many_there_are():
-    lm = random_model(trained(series.ROUND["days"]))
+    lm = random_model(trained(tasks.ROUND["days"]))
     assert len(D.successor(lm, 168)) == 7 * 6 * 4
     with pytest.raises(
         TooFew,
@@ -418,7 +415,7 @@ def test_texts_that_were_made_for_another_tokenizer_are_refused(smol, wordy, nam
 
 
 def test_ids_that_were_drawn_for_another_tokenizer_are_refused():
-    days, months = (random_model(trained(words)) for words in series.ROUND.values())
+    days, months = (random_model(trained(words)) for words in tasks.ROUND.values())
     refused = 0
     for pair in D.induction(days, 40, length=3):
         try:

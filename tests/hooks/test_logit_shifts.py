@@ -6,7 +6,7 @@ import by_hand
 import pytest
 import torch
 from conftest import PROMPTS
-from test_choosing import MODES, by_transformers, rows_of, unedited_text, written
+from test_logits import MODES, by_transformers, rows_of, unedited_text, written
 
 import hookkit as hk
 from hookkit.errors import BadEdit, BadHook, OutOfRange, UnknownKeyword

@@ -6,7 +6,7 @@ import by_hand
 import pytest
 import torch
 from conftest import PROMPTS, tiny
-from test_choosing import MODES, PLAIN, STEPS, by_transformers, rows_of, unedited, written
+from test_logits import MODES, PLAIN, STEPS, by_transformers, rows_of, unedited, written
 
 import hookkit as hk
 from hookkit.errors import BadHook, NeverFired, NotOneToken, OutOfRange, Unsupported

@@ -1,1 +1,1 @@
-"""diff"""
+"""hk.diff: what two models do differently on the same texts."""

@@ -1,1 +1,1 @@
-"""engines"""
+"""Where forwards run: in this process, or on Ray actors."""
