@@ -22,15 +22,22 @@ from hookkit.figures.ranks import MUTED, UP, finished
 SEED, COUNT = 0, 12  # pairs
 STEPS = 5  # of the integrated gradients
 STREAM = ["resid_pre", "attn_out", "mlp_out"]
-WAYS: dict[str, dict[str, Any]] = {"gradient": {}, "integrated": {"method": "integrated", "steps": STEPS}}
+WAYS: dict[str, dict[str, Any]] = {
+    "gradient": {},
+    "integrated": {"method": "integrated", "steps": STEPS},
+}
 SOFTMAX: dict[str, dict[str, Any]] = {"qk_fix": {"method": "qk_fix"}}
-QUESTION = "Does attribution, one backward for all places, tell what patching tells, one forward for each?"
+QUESTION = (
+    "Does attribution, one backward for all places, tell what patching tells, one forward for each?"
+)
 
 
 def main() -> None:
     lm = hk.load(device="cpu")
     pairs = hk.datasets.indirect_object(lm, COUNT, seed=SEED).solved(lm)
-    with hk.record("results/attribution", title="Attribution", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/attribution", title="Attribution", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         found = [*places(lm, pairs, results), *edges(lm, pairs, results)]
         table: Any = pd.concat(found, ignore_index=True)
         results.text("# How alike")
@@ -55,7 +62,9 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     edges: Any = table[table["site"] == "edges to logits"]
     told = [f"{row['method']} {row['pearson']:.2f}" for row in edges.to_dict("records")]
     least: Any = means.groupby("method", sort=False)[["pearson", "same_sign", "overlap"]].min()
-    good = least[(least["pearson"] >= 0.9) & (least["same_sign"] >= 0.9) & (least["overlap"] >= 0.7)].index.tolist()
+    good = least[
+        (least["pearson"] >= 0.9) & (least["same_sign"] >= 0.9) & (least["overlap"] >= 0.7)
+    ].index.tolist()
     sure = least[least["same_sign"] >= 0.9].index.tolist()
     return (
         f"{'Yes, by ' + ', '.join(good) if good else 'In part: by no method'} at every site (Pearson and sign 0.9, "
@@ -75,20 +84,34 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
     named = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     both = (list(pairs.clean), list(pairs.corrupted))
     found: list[pd.DataFrame] = []
-    grids: list[tuple[str, Any, Any, Any]] = [("stream", STREAM, {"pos": named}, WAYS), ("heads", ["z"], {}, WAYS)]
-    for label, sites, settings, ways in [*grids, ("queries_and_keys", ["q", "k"], {}, WAYS | SOFTMAX)]:
+    grids: list[tuple[str, Any, Any, Any]] = [
+        ("stream", STREAM, {"pos": named}, WAYS),
+        ("heads", ["z"], {}, WAYS),
+    ]
+    for label, sites, settings, ways in [
+        *grids,
+        ("queries_and_keys", ["q", "k"], {}, WAYS | SOFTMAX),
+    ]:
         started = time.perf_counter()
         truth = hk.patching(lm, *both, sites, metric, **settings)
         seconds = {"patching": time.perf_counter() - started}
-        results.figure(f"{label}_patched", hk.heat_map(truth, title="Patched"), caption="What patching gives.")
+        results.figure(
+            f"{label}_patched", hk.heat_map(truth, title="Patched"), caption="What patching gives."
+        )
         for method, way in ways.items():
             started = time.perf_counter()
             estimate = hk.attribution(lm, *both, sites, metric, **settings, **way)
             seconds[method] = time.perf_counter() - started
             caption = f"What attribution makes of it ({method})."
-            results.figure(f"{label}_{method}", hk.heat_map(estimate, title=f"Estimated: {method}"), caption=caption)
             results.figure(
-                f"{label}_{method}_scatter", scatter(estimate, truth, method), caption="Each cell, all pairs."
+                f"{label}_{method}",
+                hk.heat_map(estimate, title=f"Estimated: {method}"),
+                caption=caption,
+            )
+            results.figure(
+                f"{label}_{method}_scatter",
+                scatter(estimate, truth, method),
+                caption="Each cell, all pairs.",
             )
             found += alike(estimate, truth, method)
         taken = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
@@ -98,10 +121,15 @@ def places(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]
 
 def alike(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> list[pd.DataFrame]:
     """How alike two tables are, cell by cell and in their means over the pairs."""
-    estimate, truth = (table if "site" in table else table.assign(site="z") for table in (estimate, truth))
+    estimate, truth = (
+        table if "site" in table else table.assign(site="z") for table in (estimate, truth)
+    )
     of_pairs, of_means = (estimate, truth), (hk.over_prompts(estimate), hk.over_prompts(truth))
     both = (("pairs", of_pairs), ("means", of_means))
-    return [hk.agreement(*tables, by="site").assign(method=method, cells=cells) for cells, tables in both]
+    return [
+        hk.agreement(*tables, by="site").assign(method=method, cells=cells)
+        for cells, tables in both
+    ]
 
 
 def edges(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
@@ -112,7 +140,11 @@ def edges(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> list[pd.DataFrame]:
     found = []
     for method, steps in (("gradient", 1), ("integrated", STEPS)):
         table = hk.edge_attribution(lm, *given, direction="noise", steps=steps)
-        results.table(f"edges_{method}", table.nlargest(20, "logit_diff_delta"), caption="The 20 that raise it most.")
+        results.table(
+            f"edges_{method}",
+            table.nlargest(20, "logit_diff_delta"),
+            caption="The 20 that raise it most.",
+        )
         heads: Any = table[(table["receiver"] == "logits") & table["sender"].str.startswith("z.")]
         place = heads["sender"].str.split(".", expand=True)
         estimate = heads.assign(layer=place[1].astype(int), head=place[2].astype(int))

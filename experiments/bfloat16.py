@@ -44,7 +44,9 @@ def main() -> None:
     found.page(title="float32 and bfloat16", question=QUESTION).write(FOLDER)
     skipped = hk.diff(lm, lm, TEXTS, hooks_after=hk.skip_block(SKIPPED), sites="resid_post")
     table = pd.DataFrame([said("bfloat16", found), said(f"without block {SKIPPED}", skipped)])
-    table.to_csv(FOLDER / "beside_a_skipped_block.csv", index=False, float_format="%.6g", lineterminator="\n")
+    table.to_csv(
+        FOLDER / "beside_a_skipped_block.csv", index=False, float_format="%.6g", lineterminator="\n"
+    )
     print(table.round(4).to_string(index=False))
     print(f"The page: {FOLDER}/report.html")
 

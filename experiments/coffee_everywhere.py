@@ -51,10 +51,14 @@ def main() -> None:
         plain = measured(lm, None)
         parts = [plain.assign(way="unedited", dose=0.0, toward="nothing", sample=0)]
         for way, dose, toward, sample, make in edits(lm):
-            parts.append(measured(lm, make).assign(way=way, dose=dose, toward=toward, sample=sample))
+            parts.append(
+                measured(lm, make).assign(way=way, dose=dose, toward=toward, sample=sample)
+            )
         table = pd.concat(parts, ignore_index=True)
         was = plain.set_index(["what", "row"])["likelihood"]
-        table["likelihood_drop"] = [was[key] for key in zip(table["what"], table["row"], strict=True)]
+        table["likelihood_drop"] = [
+            was[key] for key in zip(table["what"], table["row"], strict=True)
+        ]
         table["likelihood_drop"] -= table["likelihood"]
         results.text(
             f"said: the part of {len(PROMPTS)} texts of {NEW} tokens with {COFFEE!r}. likelihood: the mean "
@@ -63,12 +67,20 @@ def main() -> None:
             f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}. "
             f"Controls are {len(OTHERS)} other tokens or random directions: intervals are over texts and controls."
         )
-        summary = results.table("doses", summed(table), caption="Dose against damage, with 95 % intervals.")
+        summary = results.table(
+            "doses", summed(table), caption="Dose against damage, with 95 % intervals."
+        )
         examples = table[table["example"] != ""][["way", "toward", "dose", "sample", "example"]]
         results.table("examples", pd.DataFrame(examples), caption="How the seventh text goes.")
         results.answer(answer({"doses": pd.read_csv(results.folder / "doses.csv")}))
-        results.figure("damage", damage(summary), caption="Lower is cheaper; bars are 95 % intervals.")
-    print(summary[["way", "toward", "dose", "said", "likelihood_drop", "kl_neutral"]].round(3).to_string(index=False))
+        results.figure(
+            "damage", damage(summary), caption="Lower is cheaper; bars are 95 % intervals."
+        )
+    print(
+        summary[["way", "toward", "dose", "said", "likelihood_drop", "kl_neutral"]]
+        .round(3)
+        .to_string(index=False)
+    )
     print("\nThe page: results/coffee_everywhere/report.html")
 
 
@@ -79,11 +91,22 @@ def summed(table: pd.DataFrame) -> pd.DataFrame:
     values = ["likelihood", "likelihood_drop"]
     alone: Any = own[own["toward"] != "control"]
     shares = [hk.over_prompts(alone.astype({"said": bool}), by=by, values=["said"])]
-    shares.append(hk.over_prompts(own[own["toward"] == "control"].astype({"said": float}), by=by, values=["said"]))
+    shares.append(
+        hk.over_prompts(
+            own[own["toward"] == "control"].astype({"said": float}), by=by, values=["said"]
+        )
+    )
     said = pd.concat(shares, ignore_index=True).drop(columns="interval")
     texts = hk.over_prompts(own, by=by, values=values).drop(columns=["n", "interval"])
-    neutral = hk.over_prompts(pd.DataFrame(table[table["what"] == "neutral"]), by=by, values=["kl_neutral"])
-    return texts[by].merge(said, on=by).merge(texts, on=by).merge(neutral.drop(columns=["n", "interval"]), on=by)
+    neutral = hk.over_prompts(
+        pd.DataFrame(table[table["what"] == "neutral"]), by=by, values=["kl_neutral"]
+    )
+    return (
+        texts[by]
+        .merge(said, on=by)
+        .merge(texts, on=by)
+        .merge(neutral.drop(columns=["n", "interval"]), on=by)
+    )
 
 
 def answer(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -103,7 +126,10 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
         verdict = f"Least by both damages: {names[0]}"
     else:
         verdict = f"It depends on the damage: by likelihood {names[0]} is cheapest, by KL on neutral text {names[1]}"
-    rivals = half[(half["way"] != first["way"]) & (half["likelihood_drop_low"] <= first["likelihood_drop_high"])]
+    rivals = half[
+        (half["way"] != first["way"])
+        & (half["likelihood_drop_low"] <= first["likelihood_drop_high"])
+    ]
     close = ", ".join(f"{row['way']} {row['dose']:g}" for row in rivals.to_dict("records"))
     unsure = f"; by likelihood its interval is not apart from that of {close}" if close else ""
     controls = doses[doses["toward"] == "control"]["said"].max()
@@ -122,20 +148,40 @@ def _interval(row: Mapping[Any, Any], name: str, form: str = "f") -> str:
 def edits(lm: hk.LM):
     """Every way, dose, direction and number of the control, with its hook."""
     yield "ban", float("inf"), "coffee", 0, lambda **at: hk.ban(COFFEE, **at)
-    for toward, sample, token in (("coffee", 0, COFFEE), *(("control", n, other) for n, other in enumerate(OTHERS))):
+    for toward, sample, token in (
+        ("coffee", 0, COFFEE),
+        *(("control", n, other) for n, other in enumerate(OTHERS)),
+    ):
         yield "force", 10.0, toward, sample, lambda token=token, **at: hk.force(token, **at)
         for by in BOOSTS:
-            yield "boost", by, toward, sample, lambda token=token, by=by, **at: hk.boost(token, by=by, **at)
-    stream = hk.forward(lm, NEUTRAL, hk.capture(f"resid_post.{LAYER}", pos=slice(1, None)), logits=False)
+            yield (
+                "boost",
+                by,
+                toward,
+                sample,
+                lambda token=token, by=by, **at: hk.boost(token, by=by, **at),
+            )
+    stream = hk.forward(
+        lm, NEUTRAL, hk.capture(f"resid_post.{LAYER}", pos=slice(1, None)), logits=False
+    )
     length = stream[f"resid_post.{LAYER}"].norm(dim=-1).mean()
     head: Any = lm.submodule("lm_head")
     meaning = head.weight[lm.token(COFFEE)].detach()
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(len(OTHERS), *meaning.shape, generator=generator)
-    for toward, sample, vector in (("coffee", 0, meaning), *(("control", n, other) for n, other in enumerate(noise))):
+    for toward, sample, vector in (
+        ("coffee", 0, meaning),
+        *(("control", n, other) for n, other in enumerate(noise)),
+    ):
         for dose in STEERS:
             step = vector / vector.norm() * length * dose
-            yield "steer", dose, toward, sample, lambda step=step, **_: hk.steer(f"resid_post.{LAYER}", step)
+            yield (
+                "steer",
+                dose,
+                toward,
+                sample,
+                lambda step=step, **_: hk.steer(f"resid_post.{LAYER}", step),
+            )
 
 
 def measured(lm: hk.LM, make) -> pd.DataFrame:
@@ -150,11 +196,24 @@ def measured(lm: hk.LM, make) -> pd.DataFrame:
         likely = torch.stack([logprobs[number, place - 1, row[place]] for place in places]).mean()
         example = repr(run.text[number]) if number == 6 else ""
         said = COFFEE in run.generated[number]
-        table.append({"what": "text", "row": number, "said": said, "likelihood": float(likely), "example": example})
+        table.append(
+            {
+                "what": "text",
+                "row": number,
+                "said": said,
+                "likelihood": float(likely),
+                "example": example,
+            }
+        )
     everywhere = [] if make is None else [make(pos=slice(None))]
-    apart = hk.shift_summary(hk.forward(lm, NEUTRAL), hk.forward(lm, NEUTRAL, *everywhere), pos=slice(None))
+    apart = hk.shift_summary(
+        hk.forward(lm, NEUTRAL), hk.forward(lm, NEUTRAL, *everywhere), pos=slice(None)
+    )
     kl: Any = apart.groupby("row")["kl"].mean()
-    table += [{"what": "neutral", "row": row, "kl_neutral": value, "example": ""} for row, value in kl.items()]
+    table += [
+        {"what": "neutral", "row": row, "kl_neutral": value, "example": ""}
+        for row, value in kl.items()
+    ]
     return pd.DataFrame(table)
 
 
@@ -165,15 +224,29 @@ def damage(table: pd.DataFrame) -> Figure:
         "kl_neutral": "KL on neutral text (nats)",
     }
     for axes, (column, unit) in zip(figure.subplots(1, 2), units.items(), strict=True):
-        groups: Any = table[table["way"].isin(["boost", "steer", "force"])].groupby(["way", "toward"])
+        groups: Any = table[table["way"].isin(["boost", "steer", "force"])].groupby(
+            ["way", "toward"]
+        )
         for name, part in groups:
             way, toward = str(name[0]), str(name[1])
             colour = {"boost": "#4c72b0", "steer": "#1f9e89", "force": "#e0522d"}[way]
-            style = {"linestyle": "-", "marker": "o"} if toward == "coffee" else {"linestyle": ":", "marker": "x"}
+            style = (
+                {"linestyle": "-", "marker": "o"}
+                if toward == "coffee"
+                else {"linestyle": ":", "marker": "x"}
+            )
             ends = [part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]]
             bars = [end.fillna(0.0).clip(lower=0.0) for end in ends]
             label = f"{way} to {toward}"
-            axes.errorbar(part["said"], part[column], yerr=bars, color=colour, label=label, elinewidth=0.8, **style)
+            axes.errorbar(
+                part["said"],
+                part[column],
+                yerr=bars,
+                color=colour,
+                label=label,
+                elinewidth=0.8,
+                **style,
+            )
         axes.set_xlabel(f"part of the texts that say {COFFEE!r}")
         axes.set_ylabel(unit)
         axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)

@@ -26,8 +26,13 @@ WATCH = (" water", " fish", " trees", " money", " building", " clock")
 def main() -> None:
     lm = hk.load(device="cpu")
     question = "How can one token be likely after one text and unlikely after another, when its row of W is the same?"
-    with hk.record("results/context_shapes_predictions", question=question, lm=lm, seed=SEED) as results:
-        runs = {name: results.run(name, hk.forward(lm, TEXTS[name], hk.capture("final_norm"))) for name in TEXTS}
+    with hk.record(
+        "results/context_shapes_predictions", question=question, lm=lm, seed=SEED
+    ) as results:
+        runs = {
+            name: results.run(name, hk.forward(lm, TEXTS[name], hk.capture("final_norm")))
+            for name in TEXTS
+        }
         words(lm, runs, results)
         endings(lm, runs, results)
         table = moved(lm, runs, results)
@@ -45,23 +50,34 @@ def words(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
     table: Any = pd.concat(parts, ignore_index=True)
     ids = [lm.token(token) for token in WATCH]
     rows = lm.model.lm_head.weight.detach()[ids]  # pyright: ignore
-    off = max(float((run["final_norm"][0] @ rows.T - run.logits[0][:, ids]).abs().max()) for run in runs.values())
+    off = max(
+        float((run["final_norm"][0] @ rows.T - run.logits[0][:, ids]).abs().max())
+        for run in runs.values()
+    )
     results.text("# Word by word")
     results.text("\n".join(f"{name}: “{text}”" for name, text in TEXTS.items()))
     results.figure(
-        "figure", drawn(table), caption="The rank of six tokens as next token, after each word that is read."
+        "figure",
+        drawn(table),
+        caption="The rank of six tokens as next token, after each word that is read.",
     )
     results.table(
-        "words", table[["text", "pos", "read", "token", "logit", "prob", "rank"]], caption="The same, in numbers."
+        "words",
+        table[["text", "pos", "read", "token", "logit", "prob", "rank"]],
+        caption="The same, in numbers.",
     )
-    results.text(f"Everywhere the logit is the token's row of W times h: the largest difference is {off:.0e}.")
+    results.text(
+        f"Everywhere the logit is the token's row of W times h: the largest difference is {off:.0e}."
+    )
 
 
 def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
     hidden = {name: run["final_norm"][0, -1] for name, run in runs.items()}
     rows = lm.model.lm_head.weight.detach()[[lm.token(token) for token in WATCH]]  # pyright: ignore
     found = {"token": [*map(repr, WATCH)], "row_length": rows.norm(dim=1).tolist()}
-    found |= {f"cosine_{name}": torch.cosine_similarity(rows, h).tolist() for name, h in hidden.items()}
+    found |= {
+        f"cosine_{name}": torch.cosine_similarity(rows, h).tolist() for name, h in hidden.items()
+    }
     found |= {f"logit_{name}": (rows @ h).tolist() for name, h in hidden.items()}
     here, there = hidden.values()
     turned, lengths = torch.cosine_similarity(here, there, dim=0), (here.norm(), there.norm())
@@ -71,13 +87,19 @@ def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
     )
     caption = "A logit is the row's length × the length of h × the cosine of the two."
     results.table("endings", pd.DataFrame(found).round(4), caption=caption)
-    shift = results.table("shift", hk.rank_shift(*runs.values(), top=8, watch=WATCH), caption="From river to city.")
-    results.figure("ranks", hk.rank_bump(shift, names=("river", "city"), title="What the other context moved"))
+    shift = results.table(
+        "shift", hk.rank_shift(*runs.values(), top=8, watch=WATCH), caption="From river to city."
+    )
+    results.figure(
+        "ranks", hk.rank_bump(shift, names=("river", "city"), title="What the other context moved")
+    )
 
 
 def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
     """The causal test, and what a researcher asks next: from which layer on has h been turned?"""
-    source = hk.forward(lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm"))
+    source = hk.forward(
+        lm, TEXTS["city"], hk.capture(lm.sites("resid_post")), hk.capture("final_norm")
+    )
     patched = hk.forward(lm, TEXTS["river"], hk.patch("final_norm", source, pos=-1))
     same = hk.shift_summary(runs["city"], patched)
     results.answer(
@@ -86,10 +108,21 @@ def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFram
     )
     rows = []
     for layer in range(lm.n_layers):
-        run = hk.forward(lm, TEXTS["river"], hk.patch(hk.Site("resid_post", layer), source, pos=-1), logits="last")
+        run = hk.forward(
+            lm,
+            TEXTS["river"],
+            hk.patch(hk.Site("resid_post", layer), source, pos=-1),
+            logits="last",
+        )
         ranks = hk.ranks(run, top=0, watch=WATCH).set_index("token")["rank"].to_dict()
         left = hk.shift_summary(runs["city"], run)["kl"][0]
-        rows.append({"layer": layer, "kl_to_city": left, **{repr(token): ranks[repr(token)] for token in WATCH}})
+        rows.append(
+            {
+                "layer": layer,
+                "kl_to_city": left,
+                **{repr(token): ranks[repr(token)] for token in WATCH},
+            }
+        )
     results.text("# From which layer on is the last position's h already turned?")
     caption = "The last position's residual stream after a layer, from the city text: KL(city‖patched), and ranks."
     return results.table("layers", pd.DataFrame(rows), caption=caption)
@@ -109,7 +142,9 @@ def drawn(table: Any) -> Figure:
         axes.set_xticks(reads["pos"], reads["read"], rotation=60, ha="right")
         axes.set_title(TEXTS[name], fontsize=9, color=hk.figures.INK)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, frameon=False, fontsize=9, labelcolor=hk.figures.INK, loc="outside right center")
+    figure.legend(
+        *handles, frameon=False, fontsize=9, labelcolor=hk.figures.INK, loc="outside right center"
+    )
     figure.axes[1].set_ylabel("")
     return hk.figures.finished(figure, "")
 

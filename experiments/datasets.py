@@ -17,7 +17,9 @@ SEED = 0
 N = 100  # pairs of each dataset
 MADE = {
     "indirect_object": hk.datasets.indirect_object,
-    "indirect_object, abc": lambda lm, n, seed: hk.datasets.indirect_object(lm, n, seed=seed, corrupt="abc"),
+    "indirect_object, abc": lambda lm, n, seed: hk.datasets.indirect_object(
+        lm, n, seed=seed, corrupt="abc"
+    ),
     "greater_than": hk.datasets.greater_than,
     "successor": hk.datasets.successor,
     "induction": hk.datasets.induction,
@@ -29,7 +31,9 @@ MADE = {
 def main() -> None:
     lm = hk.load(device="cpu")
     question = "Does the default model solve the datasets that ship?"
-    with hk.record("results/datasets", title="Datasets", question=question, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/datasets", title="Datasets", question=question, lm=lm, seed=SEED
+    ) as results:
         pairs = {name: make(lm, N, seed=SEED) for name, make in MADE.items()}
         checks = {name: pairs[name].check(lm) for name in tqdm(pairs, disable=None)}
         table = pd.DataFrame([summed(name, pairs[name], checks[name]) for name in pairs])
@@ -42,11 +46,19 @@ def main() -> None:
             "numbers say that the model is fit for the datasets, not how much it knows."
         )
         results.table("table", table, caption=f"{N} pairs of each dataset.")
-        results.figure("figure", distribution(checks), caption="After clean prompts in green, corrupted in red.")
-        results.table(
-            "examples", examples(lm, pairs), caption="The first pair of each dataset, and where its labels are."
+        results.figure(
+            "figure",
+            distribution(checks),
+            caption="After clean prompts in green, corrupted in red.",
         )
-        missed = pd.concat([missed_of(name, pairs[name], checks[name]) for name in pairs], ignore_index=True)
+        results.table(
+            "examples",
+            examples(lm, pairs),
+            caption="The first pair of each dataset, and where its labels are.",
+        )
+        missed = pd.concat(
+            [missed_of(name, pairs[name], checks[name]) for name in pairs], ignore_index=True
+        )
         results.answer(f"Yes: {len(missed)} of {N * len(pairs):,} pairs are not solved.")
         results.table("missed", missed, caption="All of them.") if len(missed) else None
     print(table.to_string(index=False))
@@ -64,16 +76,26 @@ def summed(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> dict[str, object]
         "turned": (corrupted < 0).mean(),
     }
     rounded = {column: round(float(number), 3) for column, number in numbers.items()}
-    return {"dataset": name, "pairs": len(pairs), "prompts": len(dict.fromkeys(pairs.clean)), **rounded}
+    return {
+        "dataset": name,
+        "pairs": len(pairs),
+        "prompts": len(dict.fromkeys(pairs.clean)),
+        **rounded,
+    }
 
 
 def examples(lm: hk.LM, made: dict[str, hk.Pairs]) -> pd.DataFrame:
     rows = []
     for name, pairs in made.items():
-        texts = [text if isinstance(text, str) else lm.text(text) for text in (pairs.clean[0], pairs.corrupted[0])]
+        texts = [
+            text if isinstance(text, str) else lm.text(text)
+            for text in (pairs.clean[0], pairs.corrupted[0])
+        ]
         labels = ", ".join(f"{label} {places[0]}" for label, places in pairs.labels.items())
         rows.append((name, *texts, repr(pairs.answers[0]), repr(pairs.wrong[0]), labels))
-    return pd.DataFrame(rows, columns=["dataset", "clean", "corrupted", "answer", "wrong", "labels"])
+    return pd.DataFrame(
+        rows, columns=["dataset", "clean", "corrupted", "answer", "wrong", "labels"]
+    )
 
 
 def missed_of(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> pd.DataFrame:
@@ -88,19 +110,25 @@ def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(8, 0.85 * len(checks) + 1), layout="constrained")
     rows = figure.subplots(len(checks), 1, sharex=True)
     both = {"clean": hk.figures.UP, "corrupted": hk.figures.DOWN}
-    found: list[float] = [diff for check in checks.values() for side in both for diff in check[f"logit_diff_{side}"]]
+    found: list[float] = [
+        diff for check in checks.values() for side in both for diff in check[f"logit_diff_{side}"]
+    ]
     bins = [step / 2 for step in range(2 * int(min(found)) - 2, 2 * int(max(found)) + 4)]
     for axes, (name, check) in zip(rows, checks.items(), strict=True):
         for side, colour in both.items():
             diffs = check[f"logit_diff_{side}"]
-            axes.hist(diffs, bins=bins, color=colour, alpha=0.55, lw=0, label=f"after {side} prompts")
+            axes.hist(
+                diffs, bins=bins, color=colour, alpha=0.55, lw=0, label=f"after {side} prompts"
+            )
         axes.axvline(0, color=hk.figures.MUTED, lw=0.8)
         solved = f"{name.replace('_', ' ')}\n{check['right'].mean():.1%} solved"
         axes.set_ylabel(solved, rotation=0, ha="right", va="center")
         axes.set_yticks([])
         axes.tick_params(length=0)
     rows[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="upper right")
-    rows[-1].set_xlabel("logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred")
+    rows[-1].set_xlabel(
+        "logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred"
+    )
     return hk.figures.finished(figure, "How clearly the model prefers the answer")
 
 

@@ -32,7 +32,10 @@ STATES = {  # and the colour of each
 def main() -> None:
     question = "Which sites has each model family, and are their meanings proved?"
     with hk.record("results/families", title="Model families", question=question) as results:
-        checked = {model_type: hk.doctor(hk.tiny(model_type)) for model_type in tqdm(FAMILIES, disable=None)}
+        checked = {
+            model_type: hk.doctor(hk.tiny(model_type))
+            for model_type in tqdm(FAMILIES, disable=None)
+        }
         table = pd.concat([rows_of(model_type, checkup) for model_type, checkup in checked.items()])
         summary = summed(table, checked)
         results.text(
@@ -40,11 +43,19 @@ def main() -> None:
             "blocks in float32. The largest difference is a part of the largest value at the site, over all laws that "
             "compare two ways to compute it."
         )
-        results.answer(" · ".join(f"{count:,} sites {state}" for state, count in table["state"].value_counts().items()))
+        results.answer(
+            " · ".join(
+                f"{count:,} sites {state}" for state, count in table["state"].value_counts().items()
+            )
+        )
         results.figure("coverage", coverage(table), caption="Family by site.")
         results.table("families", summary, caption="One row for each model type.")
-        reasons = table.query("state != 'proved'")[["site", "state", "reason"]].groupby(["state", "reason"], sort=False)
-        why = reasons.agg(sites=("site", lambda found: ", ".join(dict.fromkeys(found)))).reset_index()
+        reasons = table.query("state != 'proved'")[["site", "state", "reason"]].groupby(
+            ["state", "reason"], sort=False
+        )
+        why = reasons.agg(
+            sites=("site", lambda found: ", ".join(dict.fromkeys(found)))
+        ).reset_index()
         results.table("reasons", why, caption="Why a site is not there, or not everywhere.")
         results.table("sites", table, caption="Every family and site.")
     print(summary.to_string(index=False))
@@ -66,9 +77,13 @@ def rows_of(model_type: str, checkup: hk.Checkup) -> pd.DataFrame:
             state, reason = "proved, with an exception", excused[site].removeprefix("exception: ")
         elif blocks != "once" and len(set(blocks.split(" of "))) > 1:
             state = "proved, in some blocks"
-            reason = next(note for note in checkup.notes if note.startswith(f"{site} is not in")).partition(": ")[2]
+            reason = next(
+                note for note in checkup.notes if note.startswith(f"{site} is not in")
+            ).partition(": ")[2]
         rows.append((model_type, site, state, blocks, row["difference"], reason))
-    return pd.DataFrame(rows, columns=["model_type", "site", "state", "blocks", "difference", "reason"])
+    return pd.DataFrame(
+        rows, columns=["model_type", "site", "state", "blocks", "difference", "reason"]
+    )
 
 
 def summed(table: pd.DataFrame, checked: dict[str, hk.Checkup]) -> pd.DataFrame:
@@ -91,14 +106,29 @@ def coverage(table: pd.DataFrame) -> Figure:
     grid = grid.pivot_table(index="model_type", columns="site", values="number", sort=False)
     figure, axes = plt.subplots(figsize=(9.5, 0.21 * len(grid) + 1.6), layout="constrained")
     axes.pcolormesh(
-        grid, cmap=ListedColormap([*STATES.values()]), vmin=0, vmax=len(states), edgecolors=hk.figures.PAPER, lw=1
+        grid,
+        cmap=ListedColormap([*STATES.values()]),
+        vmin=0,
+        vmax=len(states),
+        edgecolors=hk.figures.PAPER,
+        lw=1,
     )
     axes.set_xticks(
-        [x + 0.5 for x in range(grid.shape[1])], grid.columns, rotation=60, ha="left", rotation_mode="anchor"
+        [x + 0.5 for x in range(grid.shape[1])],
+        grid.columns,
+        rotation=60,
+        ha="left",
+        rotation_mode="anchor",
     )
     axes.set_yticks([y + 0.5 for y in range(len(grid))], grid.index)
     axes.tick_params(
-        length=0, labelsize=8, labelcolor=hk.figures.INK, top=True, labeltop=True, bottom=False, labelbottom=False
+        length=0,
+        labelsize=8,
+        labelcolor=hk.figures.INK,
+        top=True,
+        labeltop=True,
+        bottom=False,
+        labelbottom=False,
     )
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)

@@ -24,20 +24,52 @@ TEXT = (
     "The capital of France is Paris, and the capital of Italy is Rome. When I was a child, my grandmother told me that "
     "one should never put milk in green tea. She lived in New York, on the third floor of a house with a red door."
 )
-DATASETS = {"indirect_object": 60, "successor": 60, "induction": 90, "capitals": 240, "landmarks": 240}  # pairs drawn
-NUMBERS = ["entropy", "varentropy", "margin", "prob_margin", "top1_prob", "top2_prob", "log_nucleus_90"]
+DATASETS = {
+    "indirect_object": 60,
+    "successor": 60,
+    "induction": 90,
+    "capitals": 240,
+    "landmarks": 240,
+}  # pairs drawn
+NUMBERS = [
+    "entropy",
+    "varentropy",
+    "margin",
+    "prob_margin",
+    "top1_prob",
+    "top2_prob",
+    "log_nucleus_90",
+]
 FOLDS = 5
 
 
 def main() -> None:
     lm = hk.load(device="cpu")
-    with hk.record("results/how_sure", title="How sure?", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/how_sure", title="How sure?", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         scenarios(lm, results)
-        answers = pd.concat([answered(lm, name, n) for name, n in DATASETS.items()], ignore_index=True)
+        answers = pd.concat(
+            [answered(lm, name, n) for name, n in DATASETS.items()], ignore_index=True
+        )
         by: Any = answers.groupby("dataset", sort=False)
-        counts = by[["right", "top1_prob", "entropy"]].mean().round(3).assign(answers=by.size()).reset_index()
-        results.table("datasets", counts, caption="Each prompt once; right: the likeliest token is the answer.")
-        results.table("answers", answers.round(6), caption="Each answer with the numbers that the router sees.")
+        counts = (
+            by[["right", "top1_prob", "entropy"]]
+            .mean()
+            .round(3)
+            .assign(answers=by.size())
+            .reset_index()
+        )
+        results.table(
+            "datasets",
+            counts,
+            caption="Each prompt once; right: the likeliest token is the answer.",
+        )
+        results.table(
+            "answers",
+            answers.round(6),
+            caption="Each answer with the numbers that the router sees.",
+        )
         summary = judged(answers, results)
     print(summary.to_string(index=False))
     print("\nThe page: results/how_sure/report.html")
@@ -49,18 +81,37 @@ def scenarios(lm: hk.LM, results: hk.Record) -> None:
     ids = run.tokens[0].tolist()
     sure.insert(2, "before", [repr(lm.text(ids[max(0, pos - 4) : pos + 1])) for pos in sure["pos"]])
     sure["came"] = [*hk.surprisal(run)["token"], ""]
-    shown = ["pos", "before", "top1", "top1_prob", "top2", "top2_prob", "entropy", "nucleus_90", "scenario", "came"]
+    shown = [
+        "pos",
+        "before",
+        "top1",
+        "top1_prob",
+        "top2",
+        "top2_prob",
+        "entropy",
+        "nucleus_90",
+        "scenario",
+        "came",
+    ]
     kinds = sure.sort_values("top1_prob", ascending=False).groupby("scenario", sort=False)
     first: Any = pd.concat([part.head(4) for _, part in kinds])
     results.text(f"“{TEXT}” has {len(ids)} positions: {sure['scenario'].value_counts().to_dict()}.")
-    results.table("scenarios", first[shown].round(3), caption="Four positions of each kind, and the token that came.")
+    results.table(
+        "scenarios",
+        first[shown].round(3),
+        caption="Four positions of each kind, and the token that came.",
+    )
 
 
 def answered(lm: hk.LM, name: str, n: int) -> pd.DataFrame:
     pairs = getattr(hk.datasets, name)(lm, n, seed=SEED)
-    once = {prompt: lm.token(answer) for prompt, answer in zip(pairs.clean, pairs.answers, strict=True)}
+    once = {
+        prompt: lm.token(answer) for prompt, answer in zip(pairs.clean, pairs.answers, strict=True)
+    }
     run = hk.forward(lm, list(once), logits="last")
-    table: Any = hk.uncertainty(run).assign(dataset=name, answer=[repr(lm.string(token)) for token in once.values()])
+    table: Any = hk.uncertainty(run).assign(
+        dataset=name, answer=[repr(lm.string(token)) for token in once.values()]
+    )
     table["right"] = hk.ranks(run, top=1)["token_id"].to_numpy() == list(once.values())
     table["log_nucleus_90"] = np.log(table["nucleus_90"])
     return table[["dataset", "row", "answer", "top1", "right", *NUMBERS]]
@@ -69,7 +120,9 @@ def answered(lm: hk.LM, name: str, n: int) -> pd.DataFrame:
 def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
     right, numbers = answers["right"].to_numpy(), answers[NUMBERS].to_numpy()
     router: Any = make_pipeline(StandardScaler(), LogisticRegression())
-    told = answers["dataset"] + answers["answer"]  # an answer that is asked about is not among those trained on
+    told = (
+        answers["dataset"] + answers["answer"]
+    )  # an answer that is asked about is not among those trained on
     first = answers[["top1_prob"]].to_numpy()
     folds: Any = {
         "router": (numbers, GroupKFold(FOLDS), told),
@@ -77,28 +130,42 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
         "router of one number": (first, GroupKFold(FOLDS), told),
     }
     scores = {
-        name: np.asarray(cross_val_predict(router, given, right, groups=groups, cv=split, method="predict_proba"))[:, 1]
+        name: np.asarray(
+            cross_val_predict(router, given, right, groups=groups, cv=split, method="predict_proba")
+        )[:, 1]
         for name, (given, split, groups) in folds.items()
     }
     scores |= {"top-1 probability": first[:, 0], "minus entropy": -answers["entropy"].to_numpy()}
     curves = {name: hk.roc(score, right) for name, score in scores.items()}
-    tables = {name: hk.calibration(score, right) for name, score in scores.items() if score.min() >= 0}
+    tables = {
+        name: hk.calibration(score, right) for name, score in scores.items() if score.min() >= 0
+    }
     rows = [
         {"score": name, "auc": curve.attrs["auc"], "auc_within": within(answers, scores[name])}
         | {"ece": tables[name].attrs["ece"] if name in tables else None}
         for name, curve in curves.items()
     ]
-    caption = (
-        "auc: area under the ROC curve; auc_within: its mean over the datasets, each alone; ece: calibration error."
-    )
+    caption = "auc: area under the ROC curve; auc_within: its mean over the datasets, each alone; ece: calibration error."
     summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
-    results.figure("roc", hk.roc_curves(curves, title=f"{len(right)} answers, {right.mean():.0%} of them right"))
-    for file, name in {"reliability_model": "top-1 probability", "reliability_router": "router"}.items():
+    results.figure(
+        "roc",
+        hk.roc_curves(curves, title=f"{len(right)} answers, {right.mean():.0%} of them right"),
+    )
+    for file, name in {
+        "reliability_model": "top-1 probability",
+        "reliability_router": "router",
+    }.items():
         results.figure(file, hk.reliability_diagram(tables[name], title=f"Confidence: {name}"))
     router.fit(numbers, right)
     weights = pd.DataFrame({"number": NUMBERS, "weight": router[-1].coef_[0].round(3)})
-    results.table("weights", weights, caption="What the router adds up; each number in its standard deviations.")
-    area, error = (dict(zip(summary["score"], summary[column], strict=True)) for column in ("auc", "ece"))
+    results.table(
+        "weights",
+        weights,
+        caption="What the router adds up; each number in its standard deviations.",
+    )
+    area, error = (
+        dict(zip(summary["score"], summary[column], strict=True)) for column in ("auc", "ece")
+    )
     alone, one, unseen = "top-1 probability", "router of one number", "router, unseen dataset"
     results.answer(
         f"As an order, what does the router gain? Its area is {area['router']}, the first probability's {area[alone]}. "
@@ -111,7 +178,9 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
 def within(answers: pd.DataFrame, score: np.ndarray) -> float:
     """The mean area over the datasets, each alone: telling the datasets apart does not help here."""
     right = answers["right"].to_numpy()
-    parts = [part for part in answers.groupby("dataset").indices.values() if 0 < right[part].mean() < 1]
+    parts = [
+        part for part in answers.groupby("dataset").indices.values() if 0 < right[part].mean() < 1
+    ]
     return float(np.mean([hk.roc(score[part], right[part]).attrs["auc"] for part in parts]))
 
 

@@ -18,7 +18,15 @@ import hookkit as hk
 
 SEED, COUNT = 0, 22  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
-TABLES = ("places", "heads", "strongest", "control", "beyond", "writer", "path")  # those of which the answer is made
+TABLES = (
+    "places",
+    "heads",
+    "strongest",
+    "control",
+    "beyond",
+    "writer",
+    "path",
+)  # those of which the answer is made
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"
 TAKES = "What one corrupted output does on one path alone: 1 is as corrupted"
@@ -28,14 +36,20 @@ QUESTION = "Which parts of the model find out who is given the drink, and in whi
 def main() -> None:
     lm = hk.load(device="cpu")
     pairs = hk.datasets.indirect_object(lm, COUNT, seed=SEED).solved(lm)
-    with hk.record("results/indirect_object", title="Indirect object", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/indirect_object", title="Indirect object", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         solved(lm, pairs, results)
         where(lm, pairs, results)
         heads = which_heads(lm, pairs, results)
         readers(lm, pairs, heads, results)
         tables = {name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}
         results.answer(answer(tables))
-    print(heads[["head_name", "logit_diff_effect", "logit_diff_effect_low", "logit_diff_effect_high"]].round(3))
+    print(
+        heads[
+            ["head_name", "logit_diff_effect", "logit_diff_effect_low", "logit_diff_effect_high"]
+        ].round(3)
+    )
     print("\nThe page: results/indirect_object/report.html")
 
 
@@ -46,7 +60,11 @@ def solved(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
         f"{pairs.note}. In these the right name is ahead by {checked['logit_diff_clean'].mean():.2f} logits; after the "
         f"corrupted prompts the other one by {-checked['logit_diff_corrupted'].mean():.2f}."
     )
-    results.table("pairs", checked.round(3), caption="Each pair: the logits of both names, clean and corrupted.")
+    results.table(
+        "pairs",
+        checked.round(3),
+        caption="Each pair: the logits of both names, clean and corrupted.",
+    )
 
 
 def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
@@ -55,10 +73,18 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     places = {name: pairs.labels[name] for name in ("IO", "S1", "S2", "end")}
     table = hk.patching(lm, pairs.clean, pairs.corrupted, SITES, metric, pos=places)
     results.text(f"The plan of this sweep: {table.attrs['plan']}".replace("\n", "; "))
-    means = results.table("places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals.")
-    results.figure("places_map", hk.heat_map(table, title=BACK), caption="By layer and named position.")
+    means = results.table(
+        "places", hk.over_prompts(table), caption="Effect: 0 corrupted, 1 as clean; 95 % intervals."
+    )
+    results.figure(
+        "places_map", hk.heat_map(table, title=BACK), caption="By layer and named position."
+    )
     stream: Any = means[means["site"] == "resid_pre"]
-    results.figure("stream", hk.interval_lines(stream, series="pos", title=BACK), caption="The residual stream.")
+    results.figure(
+        "stream",
+        hk.interval_lines(stream, series="pos", title=BACK),
+        caption="The residual stream.",
+    )
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
     results.text(
@@ -71,13 +97,21 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     results.text("# Few heads carry it")
     metric = pairs.metric()
     table = hk.patching(lm, pairs.clean, pairs.corrupted, "z", metric)
-    results.figure("heads_map", hk.heat_map(table, named=TOP, title=BACK), caption="Each head's clean output.")
-    results.table("heads", hk.over_prompts(table), caption="Every head, with 95 % intervals over the pairs.")
+    results.figure(
+        "heads_map", hk.heat_map(table, named=TOP, title=BACK), caption="Each head's clean output."
+    )
+    results.table(
+        "heads", hk.over_prompts(table), caption="Every head, with 95 % intervals over the pairs."
+    )
     best = hk.strongest(table, top=TOP)
     names = [f"z.{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)]
     best = best.assign(head_name=names)
-    results.table("strongest", best, caption="Chosen on one half of the pairs, measured on the other.")
-    source = hk.forward(lm, pairs.clean, hk.capture(sorted({name.rpartition(".")[0] for name in names})))
+    results.table(
+        "strongest", best, caption="Chosen on one half of the pairs, measured on the other."
+    )
+    source = hk.forward(
+        lm, pairs.clean, hk.capture(sorted({name.rpartition(".")[0] for name in names}))
+    )
     patched = {"head": names}, lambda head: hk.patch(head, source)
     control = hk.sweep(lm, pairs.corrupted, *patched, metric, control="resample", target=source)
     other_half: Any = control[control["row"] % 2 == 1]  # the pairs that had no part in the choice
@@ -94,17 +128,25 @@ def beyond(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["head", "row"]
     own: Any = table[~table["control"]].set_index(keys)
     others = table[table["control"]].groupby(keys)["logit_diff_delta"].mean()
-    return own.assign(logit_diff_delta=own["logit_diff_delta"] - others, logit_diff=float("nan")).reset_index()
+    return own.assign(
+        logit_diff_delta=own["logit_diff_delta"] - others, logit_diff=float("nan")
+    ).reset_index()
 
 
 def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record) -> None:
     results.text("# Who writes the answer, and what the writer reads")
     metric = pairs.metric()
     direct = hk.path_patching(lm, pairs.clean, pairs.corrupted, metric)
-    results.figure("writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits.")
+    results.figure(
+        "writers_map", hk.heat_map(direct, named=TOP, title=TAKES), caption="From head to logits."
+    )
     results.table("writers", hk.over_prompts(direct), caption="The direct effect of every head.")
     best = hk.strongest(direct, top=1, toward="up")
-    results.table("writer", best, caption="The largest, chosen on one half of the pairs and measured on the other.")
+    results.table(
+        "writer",
+        best,
+        caption="The largest, chosen on one half of the pairs and measured on the other.",
+    )
     writer = best.iloc[0]
     layer, head = int(writer["layer"]), int(writer["head"])
     shared = head * (lm.sizes["kv_head"] or 1) // (lm.sizes["head"] or 1)  # the key-value head
@@ -112,19 +154,27 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     senders = sorted({int(each) for each in heads["layer"] if each < layer})
     both = pairs.clean, pairs.corrupted
     found = [hk.path_patching(lm, *both, metric, receivers=site, layers=senders) for site in read]
-    paths: Any = pd.concat([told.assign(site=str(site)) for told, site in zip(found, read, strict=True)])
+    paths: Any = pd.concat(
+        [told.assign(site=str(site)) for told, site in zip(found, read, strict=True)]
+    )
     caption = f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} reads."
     results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
     by = ["site", "layer", "head"]
     results.table("readers", hk.over_prompts(paths, by=by), caption=caption)
     best = hk.strongest(paths, top=1, by=by)
-    results.table("path", best, caption="The largest path, chosen on one half of the pairs and measured on the other.")
+    results.table(
+        "path",
+        best,
+        caption="The largest path, chosen on one half of the pairs and measured on the other.",
+    )
 
 
 def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     """The answer, from the tables that were written."""
     best: Any
-    places, best, writer, path = (tables[name] for name in ("places", "strongest", "writer", "path"))
+    places, best, writer, path = (
+        tables[name] for name in ("places", "strongest", "writer", "path")
+    )
     stream: Any = places[places["site"] == "resid_pre"]
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     moved = int((by_layer["end"] > by_layer["S2"]).idxmax())

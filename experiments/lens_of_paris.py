@@ -18,16 +18,25 @@ import hookkit as hk
 
 SEED, COUNT = 0, 40  # landmarks
 PROMPT, CITY = "The Eiffel Tower is located in the city of", " Paris"
-LETTERS, STEPS = 24_000, 20  # of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
-QUESTION = "When does the model come to say Paris, and can a state in its midst be read before that?"
+LETTERS, STEPS = (
+    24_000,
+    20,
+)  # of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
+QUESTION = (
+    "When does the model come to say Paris, and can a state in its midst be read before that?"
+)
 
 
 def main() -> None:
     lm = hk.load(device="cpu")
-    with hk.record("results/lens_of_paris", title="The lens of Paris", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/lens_of_paris", title="The lens of Paris", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         one_prompt(lm, results)
         tuned = hk.train_lens(lm, manual(), steps=STEPS, seed=SEED, progress=False)
-        history = results.table("training", tuned.history, caption="Mean KL(final, lens), nats, on held-out text.")
+        history = results.table(
+            "training", tuned.history, caption="Mean KL(final, lens), nats, on held-out text."
+        )
         better = (history["kl_after"] < history["kl_before"]).sum()
         results.text(
             f"# Tuned\n\nThe tuned lens is nearer to the model's prediction at {better} of {len(history)} layers."
@@ -47,37 +56,57 @@ def one_prompt(lm: hk.LM, results: hk.Record) -> None:
     run = results.run("prompt", hk.forward(lm, PROMPT))
     tokens = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
     lens: Any = hk.logit_lens(lm, PROMPT, pos=None, top=1, watch=CITY)
-    last = results.table("lens", lens[lens["pos"] == len(tokens) - 1], caption="The lens at the last token.")
+    last = results.table(
+        "lens", lens[lens["pos"] == len(tokens) - 1], caption="The lens at the last token."
+    )
     leading: Any = lens[lens["rank"] == 1]
     words = "What each block would say, after reading each token; the uppermost row is what the model says."
     results.figure("lens_map", hk.lens_map(leading, labels=tokens), caption=words)
     found = hk.lens_summary(last).set_index("token").loc[repr(CITY)]
-    results.answer(f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on.")
+    results.answer(
+        f"{CITY!r} first leads at {found['first']}, and to the end from {found['since']} on."
+    )
 
 
 def many_landmarks(lm: hk.LM, results: hk.Record, tuned: hk.TunedLens) -> None:
     pairs = hk.datasets.landmarks(lm, COUNT, seed=SEED).solved(lm)
     parts = []
     for name, through in (("logit lens", None), ("tuned lens", tuned)):
-        lens = hk.logit_lens(lm, list(pairs.clean), top=0, watch=set(pairs.answers), through=through)
+        lens = hk.logit_lens(
+            lm, list(pairs.clean), top=0, watch=set(pairs.answers), through=through
+        )
         own = [repr(lm.string(lm.token(pairs.answers[row]))) for row in lens["row"]]
         parts.append(lens[lens["token"] == own].assign(lens=name))
     table: Any = pd.concat(parts, ignore_index=True)
     table["log10 rank"] = table["rank"].map(math.log10)
     means = hk.over_prompts(table, by=["lens", "layer"], values=["log10 rank", "prob", "kl"])
     results.table("landmarks", means, caption=f"{len(pairs)} landmarks: means and 95 % intervals.")
-    for value, words in (("log10 rank", "0 is rank 1, 3 is rank 1,000"), ("kl", "0 is what the model says at its end")):
+    for value, words in (
+        ("log10 rank", "0 is rank 1, 3 is rank 1,000"),
+        ("kl", "0 is what the model says at its end"),
+    ):
         figure = hk.interval_lines(means, x="layer", series="lens", value=value)
-        results.figure(value.replace(" ", "_"), figure, caption=f"{value} of the landmark's city: {words}.")
+        results.figure(
+            value.replace(" ", "_"), figure, caption=f"{value} of the landmark's city: {words}."
+        )
     firsts = table[table["rank"] == 1].groupby(["lens", "row"])["layer"].min().groupby("lens")
     counts = {name: f"{int(of.median())} (of {len(of)} landmarks)" for name, of in firsts}
-    results.text("The median block at which the city first leads: " + "; ".join(f"{k} {v}" for k, v in counts.items()))
+    results.text(
+        "The median block at which the city first leads: "
+        + "; ".join(f"{k} {v}" for k, v in counts.items())
+    )
 
 
 def said_by_the_model(lm: hk.LM, results: hk.Record) -> None:
-    results.text("# Said by the model itself\n\nThe last token's state, put into a prompt that asks to repeat a word.")
+    results.text(
+        "# Said by the model itself\n\nThe last token's state, put into a prompt that asks to repeat a word."
+    )
     scope: Any = hk.patchscope(lm, PROMPT, sites="resid_post")
-    results.table("patchscope", scope[["layer", "token", "prob", "text"]], caption="What the model writes behind it.")
+    results.table(
+        "patchscope",
+        scope[["layer", "token", "prob", "text"]],
+        caption="What the model writes behind it.",
+    )
     says = scope[scope["text"].str.contains(CITY.strip())]["layer"].tolist()
     results.text(f"{CITY.strip()} is in what it writes with the states of blocks {says or 'none'}.")
 

@@ -21,8 +21,14 @@ QUESTION = "Where does a logit come from?"
 def main() -> None:
     lm = hk.load(device="cpu")
     title = "Logits are dot products"
-    with hk.record("results/logits_are_dot_products", title=title, question=QUESTION, lm=lm, seed=SEED) as results:
-        results.table("path", hk.logit_path(lm, PROMPT), caption="From the text to the next token, stage by stage.")
+    with hk.record(
+        "results/logits_are_dot_products", title=title, question=QUESTION, lm=lm, seed=SEED
+    ) as results:
+        results.table(
+            "path",
+            hk.logit_path(lm, PROMPT),
+            caption="From the text to the next token, stage by stage.",
+        )
         by_number(lm, results)
         by_component(lm, results)
         over_many_prompts(lm, results)
@@ -31,9 +37,13 @@ def main() -> None:
 
 def by_number(lm: hk.LM, results: hk.Record) -> None:
     results.text("# W @ h + b")
-    run = results.run("two contexts", hk.forward(lm, [PROMPT, OTHER], hk.capture("final_norm", pos=-1)))
+    run = results.run(
+        "two contexts", hk.forward(lm, [PROMPT, OTHER], hk.capture("final_norm", pos=-1))
+    )
     terms = results.table(
-        "terms", hk.logit_terms(run, TOKEN), caption="The largest products of weight and hidden state."
+        "terms",
+        hk.logit_terms(run, TOKEN),
+        caption="The largest products of weight and hidden state.",
     )
     weights = hk.unembedding(lm, TOKEN)
     logits = (run["final_norm"][:, 0] @ weights).tolist()
@@ -47,8 +57,14 @@ def by_number(lm: hk.LM, results: hk.Record) -> None:
 def by_component(lm: hk.LM, results: hk.Record) -> None:
     results.text("# Who wrote the hidden state")
     run = hk.forward(lm, PROMPT)
-    parts = results.table("components", hk.direct_logits(run, TOKEN), caption="Every component; they sum to the logit.")
-    results.figure("components_bars", hk.logit_bars(parts), caption=f"What each component adds to {TOKEN!r}.")
+    parts = results.table(
+        "components",
+        hk.direct_logits(run, TOKEN),
+        caption="Every component; they sum to the logit.",
+    )
+    results.figure(
+        "components_bars", hk.logit_bars(parts), caption=f"What each component adds to {TOKEN!r}."
+    )
     residual = parts.attrs["residual"]
     results.text(f"The sum misses the logit by {residual:.1g}, which is rounding.")
     against = hk.direct_logits(run, TOKEN, against=RIVAL, heads=True)
@@ -64,20 +80,28 @@ def over_many_prompts(lm: hk.LM, results: hk.Record) -> None:
     parts = hk.direct_logits(run, list(pairs.answers), against=list(pairs.wrong), heads=True)
     heads: Any = parts[parts["kind"] == "head"][["row", "layer", "head", "logit"]]
     means = results.table(
-        "many", hk.over_prompts(heads, by=["layer", "head"], values=["logit"]), caption=f"{len(pairs)} pairs, 95 %."
+        "many",
+        hk.over_prompts(heads, by=["layer", "head"], values=["logit"]),
+        caption=f"{len(pairs)} pairs, 95 %.",
     )
     figure = hk.heat_map(heads, value="logit", x="head")
-    results.figure("many_map", figure, caption="What each head adds to the answer's lead over the other name.")
+    results.figure(
+        "many_map", figure, caption="What each head adds to the answer's lead over the other name."
+    )
     few = pairs[:TESTED]
     metric = hk.logit_diff(list(few.answers), list(few.wrong))
     removed = hk.ablations(lm, list(few.clean), "z", metric, progress=False)
     effect: Any = hk.over_prompts(removed, by=["layer", "head"])
     both: Any = means.merge(effect, on=["layer", "head"])
     both["taken"] = -both["logit_diff_delta"]
-    results.table("tested", both[["layer", "head", "logit", "taken"]], caption="Share; what zeroing takes.")
+    results.table(
+        "tested", both[["layer", "head", "logit", "taken"]], caption="Share; what zeroing takes."
+    )
     top = both.nlargest(5, "logit")
     each = zip(top["layer"], top["head"], top["logit"], top["taken"], strict=True)
-    named = ", ".join(f"{layer}.{head} ({share:+.2f}, {taken:+.2f})" for layer, head, share, taken in each)
+    named = ", ".join(
+        f"{layer}.{head} ({share:+.2f}, {taken:+.2f})" for layer, head, share, taken in each
+    )
     results.text(
         f"The heads that add most (direct share, and what zeroing them takes away): {named}. Over all {len(both)} "
         f"heads the two go together with r = {both['logit'].corr(both['taken']):.2f}: where they part, other "

@@ -22,12 +22,16 @@ SEED = 0
 SENTENCE, OTHER = "we love deep learning", "we love oat milk"
 WORDS = ("we", "love", "deep", "learning", "oat", "milk", "tea", "coffee", "and", "sleep")
 STEPS, STEP_SIZE, SMALL = 60, 0.1, 1e-3  # along a small step the loss is a straight line
-QUESTION = f"What does gradient descent do to a model, step by step, when it learns to say “{SENTENCE}”?"
+QUESTION = (
+    f"What does gradient descent do to a model, step by step, when it learns to say “{SENTENCE}”?"
+)
 
 
 def main() -> None:
     tiny, lm = made(), hk.load(device="cpu")
-    with hk.record("results/loss_and_gradient_descent", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/loss_and_gradient_descent", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         curve = learn(tiny, results)
         forget(tiny, results)
         expect(lm, results)
@@ -37,11 +41,22 @@ def main() -> None:
 def made() -> hk.LM:
     """A model of two blocks that has learnt nothing, and a tokenizer with a token for each of ten words."""
     torch.manual_seed(SEED)
-    sizes: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=None, **sizes)
-    words: Any = Tokenizer(models.WordLevel(dict(zip(WORDS, range(10), strict=True)), unk_token="and"))
+    words: Any = Tokenizer(
+        models.WordLevel(dict(zip(WORDS, range(10), strict=True)), unk_token="and")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return hk.LM(LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words), "a tiny Llama")
+    return hk.LM(
+        LlamaForCausalLM(config).eval(),
+        PreTrainedTokenizerFast(tokenizer_object=words),
+        "a tiny Llama",
+    )
 
 
 def step(lm: Any, text: str, size: float) -> tuple[float, float]:
@@ -53,7 +68,9 @@ def step(lm: Any, text: str, size: float) -> tuple[float, float]:
     with torch.no_grad():
         for weight in model.parameters():
             weight -= size * weight.grad
-    return loss.item(), sum(float(weight.grad.double().square().sum()) for weight in model.parameters())
+    return loss.item(), sum(
+        float(weight.grad.double().square().sum()) for weight in model.parameters()
+    )
 
 
 def trained(lm: hk.LM, text: str) -> pd.DataFrame:
@@ -61,7 +78,9 @@ def trained(lm: hk.LM, text: str) -> pd.DataFrame:
     for number in range(STEPS + 1):
         said = hk.surprisal(hk.forward(lm, text))
         loss, squared = step(lm, text, STEP_SIZE if number < STEPS else 0)
-        rows.append({"step": number, "loss": loss, "perplexity": math.exp(loss), "gradient": squared**0.5})
+        rows.append(
+            {"step": number, "loss": loss, "perplexity": math.exp(loss), "gradient": squared**0.5}
+        )
         rows[-1] |= dict(zip(said["token"], said["prob"], strict=True))
     return pd.DataFrame(rows)
 
@@ -76,22 +95,43 @@ def learn(lm: hk.LM, results: hk.Record) -> pd.DataFrame:
         f"costs ln {len(WORDS)} = {guess:.3f}. A step of {SMALL:g} should lower it by {SMALL:g} × |gradient|² = "
         f"{SMALL * squared:.6f}, and lowered it by {drop:.6f}."
     )
-    results.figure("loss", drawn(curve), caption="Left: the loss. Right: what each word of the sentence was given.")
-    results.table("curve", curve, caption="Loss in nats; gradient: its length; then each word's probability.")
-    shift = hk.rank_shift(before, hk.forward(lm, SENTENCE), pos=2, top=len(WORDS)).drop(columns=["row", "pos", "why"])
-    results.table("logits", shift.round(4), caption="All logits after “we love deep”, before and after.")
-    moved = {n: float((w.data - start[n]).norm() / start[n].norm()) for n, w in lm.model.named_parameters()}
-    table = pd.DataFrame({"weight": moved.keys(), "moved": moved.values()}).sort_values("moved", ascending=False)
-    results.table("weights", table, caption="How far each weight moved, as a part of its length before.")
+    results.figure(
+        "loss",
+        drawn(curve),
+        caption="Left: the loss. Right: what each word of the sentence was given.",
+    )
+    results.table(
+        "curve", curve, caption="Loss in nats; gradient: its length; then each word's probability."
+    )
+    shift = hk.rank_shift(before, hk.forward(lm, SENTENCE), pos=2, top=len(WORDS)).drop(
+        columns=["row", "pos", "why"]
+    )
+    results.table(
+        "logits", shift.round(4), caption="All logits after “we love deep”, before and after."
+    )
+    moved = {
+        n: float((w.data - start[n]).norm() / start[n].norm())
+        for n, w in lm.model.named_parameters()
+    }
+    table = pd.DataFrame({"weight": moved.keys(), "moved": moved.values()}).sort_values(
+        "moved", ascending=False
+    )
+    results.table(
+        "weights", table, caption="How far each weight moved, as a part of its length before."
+    )
     return curve
 
 
 def forget(lm: hk.LM, results: hk.Record) -> None:
     before = hk.forward(lm, SENTENCE)
     trained(lm, OTHER)
-    worse = hk.surprisal_shift(before, hk.forward(lm, SENTENCE), worst_first=True).drop(columns=["row"])
+    worse = hk.surprisal_shift(before, hk.forward(lm, SENTENCE), worst_first=True).drop(
+        columns=["row"]
+    )
     results.text(f"# What would a next sentence undo? {STEPS} steps on “{OTHER}” alone")
-    results.table("forgotten", worse, caption=f"What “{SENTENCE}” costs before and after. Worst first.")
+    results.table(
+        "forgotten", worse, caption=f"What “{SENTENCE}” costs before and after. Worst first."
+    )
 
 
 def expect(lm: hk.LM, results: hk.Record) -> None:
@@ -99,7 +139,9 @@ def expect(lm: hk.LM, results: hk.Record) -> None:
     results.text("# The same words under the default model, as the context grows")
     results.figure("strip", hk.surprisal_strip(said, title="What each word cost the default model"))
     results.table(
-        "default", said, caption="Of the first token nothing was expected. mean_loss, perplexity: up to here."
+        "default",
+        said,
+        caption="Of the first token nothing was expected. mean_loss, perplexity: up to here.",
     )
 
 

@@ -24,15 +24,25 @@ BLOCK, HEAD = 17, (24, 8)  # one block and one head to take out
 def main() -> None:
     lm = hk.load(device="cpu")
     before = hk.forward(lm, MILK)
-    with hk.record("results/oat_milk", title="Oat milk", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/oat_milk", title="Oat milk", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         look_at_a_sentence(lm, results)
         look_at_draws(lm, before, results)
         shift = change_the_logits(lm, before, results)
         change_the_inside(lm, before, results)
-        results.answer(f"From the largest logits: {COFFEE!r} comes from rank {shift['rank_before'][0]} by force alone.")
+        results.answer(
+            f"From the largest logits: {COFFEE!r} comes from rank {shift['rank_before'][0]} by force alone."
+        )
         same = torch.equal(before.logits, hk.forward(lm, MILK).logits)
-        results.text(f"After all of this, are the model's logits the same as before, bit for bit? {same}.")
-    print(shift[["token", "rank_before", "rank_after", "prob_before", "prob_after", "why"]].to_string(index=False))
+        results.text(
+            f"After all of this, are the model's logits the same as before, bit for bit? {same}."
+        )
+    print(
+        shift[["token", "rank_before", "rank_after", "prob_before", "prob_after", "why"]].to_string(
+            index=False
+        )
+    )
     print(f"\n{results.answered}\nThe page: results/oat_milk/report.html")
 
 
@@ -41,14 +51,20 @@ def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
     ids = run.tokens[0].tolist()
     read = [repr(lm.string(i)) for i in ids]
     results.text("# A sentence is tokens, and every token gets a prediction")
-    results.text(f"“{SENTENCE}” has {len(SENTENCE)} characters and {len(ids)} tokens: {' '.join(read)}")
+    results.text(
+        f"“{SENTENCE}” has {len(SENTENCE)} characters and {len(ids)} tokens: {' '.join(read)}"
+    )
     rows = []
     for pos, came in enumerate(ids[1:]):
         ranks = hk.ranks(run, pos=pos, top=1, watch=came)
         real = ranks.set_index("token_id").loc[came, ["token", "logit", "prob", "rank"]]
         rows.append({"pos": pos, "read": read[pos], "token_predicted": ranks["token"][0], **real})
     caption = "What the model expected behind each token that it read, and the token that came, with its rank."
-    results.table("predictions", pd.DataFrame(rows).rename(columns={"token": "token_that_came"}), caption=caption)
+    results.table(
+        "predictions",
+        pd.DataFrame(rows).rename(columns={"token": "token_that_came"}),
+        caption=caption,
+    )
 
     logits = run.logits[0, -1] * 10
     written, shifted = (x.exp() / x.exp().sum() for x in (logits, logits - logits.max()))
@@ -63,18 +79,35 @@ def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
 def look_at_draws(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
     results.text(f"# After “{MILK}”")
     everything = hk.ranks(before, top=None)
-    results.figure("logits", hk.logit_scatter(everything, watch=COFFEE), caption="All logits at the last position.")
-    results.figure("panels", hk.logit_panels(everything, watch=COFFEE), caption="The same tokens, three times.")
-    results.table("top_ten", hk.ranks(before, watch=COFFEE), caption="The ten most likely next tokens.")
+    results.figure(
+        "logits",
+        hk.logit_scatter(everything, watch=COFFEE),
+        caption="All logits at the last position.",
+    )
+    results.figure(
+        "panels", hk.logit_panels(everything, watch=COFFEE), caption="The same tokens, three times."
+    )
+    results.table(
+        "top_ten", hk.ranks(before, watch=COFFEE), caption="The ten most likely next tokens."
+    )
     greedy = results.run("greedy", hk.generate(lm, MILK, max_new_tokens=STEPS, do_sample=False))
     sampling = {"max_new_tokens": STEPS, "do_sample": True, "top_k": 0}  # from all tokens
-    draws = [results.run(f"draw_{n}", hk.generate(lm, MILK, seed=SEED + n, **sampling)) for n in range(5)]
+    draws = [
+        results.run(f"draw_{n}", hk.generate(lm, MILK, seed=SEED + n, **sampling)) for n in range(5)
+    ]
     texts = [f"seed {SEED + n}: {run.generated[0]!r}" for n, run in enumerate(draws)]
-    results.text("\n".join([f"The most likely token each time: {greedy.generated[0]!r}", "Five draws:", *texts]))
+    results.text(
+        "\n".join(
+            [f"The most likely token each time: {greedy.generated[0]!r}", "Five draws:", *texts]
+        )
+    )
 
     torch.manual_seed(SEED)
     assert step_by_step(lm, torch.argmax) == greedy.tokens[0].tolist()
-    assert step_by_step(lm, lambda logits: torch.multinomial(logits.softmax(-1), 1)) == draws[0].tokens[0].tolist()
+    assert (
+        step_by_step(lm, lambda logits: torch.multinomial(logits.softmax(-1), 1))
+        == draws[0].tokens[0].tolist()
+    )
     caption = "Greedy decoding step by step. A loop of forwards wrote the same, and one that samples the first draw."
     results.table("greedy_steps", hk.ranks(greedy, step=slice(STEPS), top=1), caption=caption)
 
@@ -90,15 +123,23 @@ def change_the_logits(lm: hk.LM, before: hk.Run, results: hk.Record) -> pd.DataF
     results.text("# Forced where it does not belong, banned where it does")
     greedy = {"max_new_tokens": STEPS, "do_sample": False}
     france = results.run("france", hk.generate(lm, FRANCE, **greedy))
-    forced = results.run("forced", hk.generate(lm, FRANCE, hk.force(COFFEE, margin=MARGIN, step=0), **greedy))
+    forced = results.run(
+        "forced", hk.generate(lm, FRANCE, hk.force(COFFEE, margin=MARGIN, step=0), **greedy)
+    )
     title = f"{COFFEE!r} forced after “{FRANCE}”"
-    shift = results.table("forced_shift", hk.rank_shift(france, forced, step=0), caption=f"{title}. Δ: after − before.")
+    shift = results.table(
+        "forced_shift",
+        hk.rank_shift(france, forced, step=0),
+        caption=f"{title}. Δ: after − before.",
+    )
     results.figure("forced_ranks", hk.rank_bump(shift, title=title))
     results.text(f"The text before: {france.text[0]!r}\nThe text after: {forced.text[0]!r}")
 
     banned = results.run("banned", hk.forward(lm, MILK, hk.ban(COFFEE)))
     title = f"{COFFEE!r} banned after “{MILK}”"
-    fell = results.table("banned_shift", hk.rank_shift(before, banned), caption=f"{title}. Δ: after − before.")
+    fell = results.table(
+        "banned_shift", hk.rank_shift(before, banned), caption=f"{title}. Δ: after − before."
+    )
     results.figure("banned_deltas", hk.delta_bars(fell, title=title))
     return shift
 
@@ -107,11 +148,17 @@ def change_the_inside(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
     results.text("# Taken out: one block, one head")
     edits = {"block": hk.skip_block(BLOCK), "head": hk.ablate(hk.Site("z", *HEAD))}
     runs = {name: results.run(name, hk.forward(lm, MILK, edit)) for name, edit in edits.items()}
-    summary = [hk.shift_summary(before, run).assign(edit=str(edits[name])) for name, run in runs.items()]
+    summary = [
+        hk.shift_summary(before, run).assign(edit=str(edits[name])) for name, run in runs.items()
+    ]
     table = pd.concat(summary).set_index("edit").reset_index()
-    results.table("ablated", table, caption="How far the distribution moved. KL, JS and entropy in nats.")
+    results.table(
+        "ablated", table, caption="How far the distribution moved. KL, JS and entropy in nats."
+    )
     for name, run in runs.items():
-        shift = results.table(f"{name}_shift", hk.rank_shift(before, run, watch=COFFEE), caption=str(edits[name]))
+        shift = results.table(
+            f"{name}_shift", hk.rank_shift(before, run, watch=COFFEE), caption=str(edits[name])
+        )
         results.figure(f"{name}_ranks", hk.rank_bump(shift, title=str(edits[name])))
 
 

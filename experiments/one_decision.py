@@ -24,13 +24,17 @@ STEPS = 8  # of which the first is told in full
 def main() -> None:
     lm = hk.load(device="cpu")
     question = f"How does the token after “{PROMPT}” come to be chosen?"
-    with hk.record("results/one_decision", title="One decision", question=question, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/one_decision", title="One decision", question=question, lm=lm, seed=SEED
+    ) as results:
         read(lm, results)
         logits = computed(lm, results)
         run = drawn(lm, results, logits)
         told(results, run)
     print(
-        hk.decisions(run)[["step", "token", "rank_model", "prob_model", "prob_processed", "why"]].to_string(index=False)
+        hk.decisions(run)[
+            ["step", "token", "rank_model", "prob_model", "prob_processed", "why"]
+        ].to_string(index=False)
     )
     print("\nThe page: results/one_decision/report.html")
 
@@ -57,15 +61,23 @@ def computed(lm: hk.LM, results: hk.Record) -> torch.Tensor:
         f"{(by_hand - logits).abs().max():.0e}."
     )
     largest = (weights[lm.token(WATCH)] * hidden).abs().topk(5).indices
-    parts = {"dimension": largest, "weight": weights[lm.token(WATCH), largest], "hidden": hidden[largest]}
+    parts = {
+        "dimension": largest,
+        "weight": weights[lm.token(WATCH), largest],
+        "hidden": hidden[largest],
+    }
     terms = pd.DataFrame({name: values.tolist() for name, values in parts.items()})
     caption = f"The five of {len(hidden)} products that weigh most in the logit of {WATCH!r}."
     results.table("terms", terms.assign(product=terms["weight"] * terms["hidden"]), caption=caption)
     results.table(
-        "candidates", hk.ranks(run, watch=WATCH), caption="The first ten by logit, with what softmax makes of it."
+        "candidates",
+        hk.ranks(run, watch=WATCH),
+        caption="The first ten by logit, with what softmax makes of it.",
     )
     results.figure(
-        "panels", hk.logit_panels(hk.ranks(run, top=None), watch=WATCH), caption="Logit, softmax, log-softmax."
+        "panels",
+        hk.logit_panels(hk.ranks(run, top=None), watch=WATCH),
+        caption="Logit, softmax, log-softmax.",
     )
     return logits
 
@@ -87,22 +99,47 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
     torch.manual_seed(SEED)
     model: Any = lm.model
     plain = model.generate(run.tokens[:, : run.prompt_lengths[0]], **settings)
-    results.text(f"Is it what transformers' own generate draws with this seed? {torch.equal(plain, run.tokens)}.")
+    results.text(
+        f"Is it what transformers' own generate draws with this seed? {torch.equal(plain, run.tokens)}."
+    )
     first = hk.decoding(run).query("step == 0 and stage != 'edited'").drop(columns=["row", "step"])
     results.table(
-        "stages", first, caption="The candidates of this step: as the model has them, and what the rules leave."
+        "stages",
+        first,
+        caption="The candidates of this step: as the model has them, and what the rules leave.",
     )
     return run
 
 
 def told(results: hk.Record, run: hk.Run) -> None:
     results.text("# 4. And so on")
-    results.text(f"The token is read, and the next is chosen from what it makes of the text: {run.text[0]!r}")
+    results.text(
+        f"The token is read, and the next is chosen from what it makes of the text: {run.text[0]!r}"
+    )
     record = hk.decoding(run)
-    results.figure("strip", hk.decision_strip(record), caption="Each chosen token, by how little it was expected.")
-    results.figure("ranks", hk.rank_lines(record, watch=WATCH), caption=f"Where {WATCH!r} stood for the model.")
-    columns = ["step", "token", "why", "rank_model", "prob_model", "prob_processed", "candidates", "entropy_model"]
-    results.table("steps", hk.decisions(run).loc[:, columns], caption="Every step of the text. Entropy in nats.")
+    results.figure(
+        "strip",
+        hk.decision_strip(record),
+        caption="Each chosen token, by how little it was expected.",
+    )
+    results.figure(
+        "ranks", hk.rank_lines(record, watch=WATCH), caption=f"Where {WATCH!r} stood for the model."
+    )
+    columns = [
+        "step",
+        "token",
+        "why",
+        "rank_model",
+        "prob_model",
+        "prob_processed",
+        "candidates",
+        "entropy_model",
+    ]
+    results.table(
+        "steps",
+        hk.decisions(run).loc[:, columns],
+        caption="Every step of the text. Entropy in nats.",
+    )
 
 
 if __name__ == "__main__":

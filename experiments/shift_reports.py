@@ -20,7 +20,10 @@ TEAS = ["The English are known for their love of", "He put the kettle on and mad
         "Every afternoon at five she drinks a cup of green", "With the scones they served a pot of"]  # fmt: skip
 LAYER, DOSE = 20, 0.2  # where it is steered, and by how much of the stream's length
 DRINKS = [["I drink coffee", "A cup of coffee"], ["I drink tea", "A cup of tea"]]
-HEADS = [hk.Site("z", 23, 3), hk.Site("z", 20, 0)]  # they name the indirect object, as indirect_object.py finds
+HEADS = [
+    hk.Site("z", 23, 3),
+    hk.Site("z", 20, 0),
+]  # they name the indirect object, as indirect_object.py finds
 OTHER = hk.Site("z", 23, 5)  # a neighbour
 GIVEN = ["When Mary and John went to the store, John gave a drink to",
          "When John and Mary went to the park, John gave a book to",
@@ -33,7 +36,11 @@ CITIES = ["The Eiffel Tower is located in the city of", "The Eiffel Tower stands
 
 def main() -> None:
     lm = hk.load(device="cpu")
-    for name, page in (("coffee", coffee(lm)), ("indirect_object", indirect_object(lm)), ("eiffel", eiffel(lm))):
+    for name, page in (
+        ("coffee", coffee(lm)),
+        ("indirect_object", indirect_object(lm)),
+        ("eiffel", eiffel(lm)),
+    ):
         page.write(FOLDER / name)
         print(name, apart(page), f"The page: {FOLDER / name}/report.html", sep="\n", end="\n\n")
 
@@ -41,7 +48,9 @@ def main() -> None:
 def coffee(lm: hk.LM) -> hk.Report:
     vector = hk.mean_difference(lm, DRINKS[0], DRINKS[1], f"resid_post.{LAYER}")[0]
     edits: dict[str, Any] = {"forced": hk.force(COFFEE), "steered": vector.steer(dose=DOSE)}
-    question = "What does it take to make it say coffee: the logit by force, or the stream by a push?"
+    question = (
+        "What does it take to make it say coffee: the logit by force, or the stream by a push?"
+    )
     settings: dict[str, Any] = {"watch": (COFFEE, TEA), "generate": 8, "seed": SEED}
     return hk.shift_report(
         lm, TEAS, edits, controls="random", title="Coffee over tea", question=question, **settings, **SHOWN,
@@ -49,9 +58,15 @@ def coffee(lm: hk.LM) -> hk.Report:
 
 
 def indirect_object(lm: hk.LM) -> hk.Report:
-    question = "How much of “ Mary” is the work of two heads that name her, and what else goes with them?"
+    question = (
+        "How much of “ Mary” is the work of two heads that name her, and what else goes with them?"
+    )
     edits = {f"{head} taken out": hk.ablate(head) for head in HEADS}
-    settings: dict[str, Any] = {"controls": {f"{OTHER} taken out": hk.ablate(OTHER)}, "heads": True, "seed": SEED}
+    settings: dict[str, Any] = {
+        "controls": {f"{OTHER} taken out": hk.ablate(OTHER)},
+        "heads": True,
+        "seed": SEED,
+    }
     return hk.shift_report(
         lm, GIVEN, edits, watch=(" Mary", " John"), title="Without the heads that name Mary", question=question,
         **settings, **SHOWN,
@@ -61,7 +76,10 @@ def indirect_object(lm: hk.LM) -> hk.Report:
 def eiffel(lm: hk.LM) -> hk.Report:
     question = "Does the last token look at “Eiffel” itself, or has the rest of the sentence already heard of it?"
     every, tower = range(lm.n_layers), hk.at(" Eiffel Tower")
-    cuts = {f"blind to it from block {start}": hk.knockout(every[start:], query=-1, key=tower) for start in (0, 16)}
+    cuts = {
+        f"blind to it from block {start}": hk.knockout(every[start:], query=-1, key=tower)
+        for start in (0, 16)
+    }
     controls = {"blind to its “ the”": hk.knockout(every, query=-1, key=hk.at(" the", which=-1))}
     return hk.shift_report(
         lm, CITIES, cuts, controls=controls, watch=(" Paris", " London"), seed=SEED,

@@ -27,7 +27,9 @@ DRAWS = 500
 def main() -> None:
     lm = hk.load(device="cpu")
     question = "What do softmax, temperature, top-k and top-p each do to one list of logits?"
-    with hk.record("results/softmax_and_temperature", question=question, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/softmax_and_temperature", question=question, lm=lm, seed=SEED
+    ) as results:
         runs = {name: results.run(name, hk.forward(lm, prompt)) for name, prompt in PROMPTS.items()}
         softmax(runs["unsure"], results)
         table = settings(runs, results)
@@ -43,7 +45,11 @@ def softmax(run: hk.Run, results: hk.Record) -> None:
     found["predicted_ratio"] = found["behind_first"].map(math.exp)
     found["ratio"] = found["prob"][0] / found["prob"]
     shown = ["token", "logit", "prob", "rank", "behind_first", "predicted_ratio", "ratio"]
-    results.table("softmax", found[shown], caption="After the unsure prompt. predicted_ratio is e^behind_first.")
+    results.table(
+        "softmax",
+        found[shown],
+        caption="After the unsure prompt. predicted_ratio is e^behind_first.",
+    )
     logits = run.logits[0, -1]
     off = ((logits + 100).softmax(-1) - logits.softmax(-1)).abs().max()
     results.text(
@@ -57,14 +63,31 @@ def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
     words = {"temperature": TEMPERATURES, "top_k": TOP_K, "top_p": TOP_P}
     tables = {name: hk.warped(run, **words, top=5) for name, run in runs.items()}
     both: Any = pd.concat(tables, names=["position"]).reset_index("position").reset_index(drop=True)
-    summary = both[["position", "setting", "tokens_kept", "entropy", "perplexity"]].drop_duplicates().round(4)
+    summary = (
+        both[["position", "setting", "tokens_kept", "entropy", "perplexity"]]
+        .drop_duplicates()
+        .round(4)
+    )
     hot = both[both["setting"].str.startswith("temperature")]
-    moved = int((hot["rank"] != hot.groupby(["position", "token"])["rank"].transform("first")).sum())
-    results.text(f"# Temperature, top-k, top-p: sure after “{PROMPTS['sure']}”, unsure after “{PROMPTS['unsure']}”")
-    results.figure("figure", drawing(tables), caption="Left and middle: the first five tokens at each temperature.")
+    moved = int(
+        (hot["rank"] != hot.groupby(["position", "token"])["rank"].transform("first")).sum()
+    )
+    results.text(
+        f"# Temperature, top-k, top-p: sure after “{PROMPTS['sure']}”, unsure after “{PROMPTS['unsure']}”"
+    )
+    results.figure(
+        "figure",
+        drawing(tables),
+        caption="Left and middle: the first five tokens at each temperature.",
+    )
     results.table("settings", both.drop(columns=["row", "pos"]), caption="All settings.")
-    results.table("summary", summary, caption="What each setting leaves to draw from. Entropy in nats.")
-    kept = {name: summary[summary["position"] == name].set_index("setting")["tokens_kept"] for name in PROMPTS}
+    results.table(
+        "summary", summary, caption="What each setting leaves to draw from. Entropy in nats."
+    )
+    kept = {
+        name: summary[summary["position"] == name].set_index("setting")["tokens_kept"]
+        for name in PROMPTS
+    }
     counts = [int(kept[name][setting]) for setting in ("top_k=50", "top_p=0.9") for name in PROMPTS]
     results.answer(
         f"{moved} of {len(hot)} ranks change with the temperature. Top-k 50 keeps {counts[0]} tokens where the model "
@@ -80,7 +103,9 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
         hot = table[table["setting"].str.startswith("temperature")]
         for number, (token, part) in enumerate(hot.groupby("token", sort=False)):
             name_of = hk.figures.drawable(str(token))
-            axes.plot(TEMPERATURES, part["prob"], label=name_of, marker="os^Dv"[number], ms=4, lw=1.4)
+            axes.plot(
+                TEMPERATURES, part["prob"], label=name_of, marker="os^Dv"[number], ms=4, lw=1.4
+            )
         axes.axvline(1, color=hk.figures.MUTED, lw=0.8, ls="--")
         axes.set_xscale("log")
         axes.set_xticks(TEMPERATURES, [f"{t:g}" for t in TEMPERATURES])
@@ -89,10 +114,20 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
         axes.set_title(f"Where the model is {name}", fontsize=10, color=hk.figures.INK)
         axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)
     names = [f"top_k={k}" for k in TOP_K] + [f"top_p={p:g}" for p in TOP_P]
-    for shift, colour, (name, table) in zip((-0.2, 0.2), (hk.figures.UP, hk.figures.DOWN), tables.items(), strict=True):
+    for shift, colour, (name, table) in zip(
+        (-0.2, 0.2), (hk.figures.UP, hk.figures.DOWN), tables.items(), strict=True
+    ):
         counts = table.drop_duplicates("setting").set_index("setting")["tokens_kept"][names]
-        bars = right.barh([place + shift for place in range(len(names))], counts, height=0.38, color=colour, label=name)
-        right.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8, padding=2, color=hk.figures.INK)
+        bars = right.barh(
+            [place + shift for place in range(len(names))],
+            counts,
+            height=0.38,
+            color=colour,
+            label=name,
+        )
+        right.bar_label(
+            bars, [f"{count:,}" for count in counts], fontsize=8, padding=2, color=hk.figures.INK
+        )
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.set(xscale="log", xlim=(0.8, 3e4), xlabel="tokens left to draw from (log axis)")
@@ -104,14 +139,20 @@ def drawn(lm: hk.LM, run: hk.Run, results: hk.Record) -> None:
     rules = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 1}
     said: Any = hk.warped(run, temperature=0.7, top=5)
     said = said[said["setting"] != "as it is"]
-    many = hk.generate(lm, PROMPTS["unsure"], seed=SEED, num_return_sequences=DRAWS, logits=False, **rules)
+    many = hk.generate(
+        lm, PROMPTS["unsure"], seed=SEED, num_return_sequences=DRAWS, logits=False, **rules
+    )
     counts = torch.bincount(many.tokens[:, -1], minlength=lm.n_tokens)
-    found = said[["token", "token_id", "prob"]].assign(drawn=[int(counts[i]) / DRAWS for i in said["token_id"]])
+    found = said[["token", "token_id", "prob"]].assign(
+        drawn=[int(counts[i]) / DRAWS for i in said["token_id"]]
+    )
     found["standard_error"] = (found["prob"] * (1 - found["prob"]) / DRAWS) ** 0.5
     found["off_by"] = ((found["drawn"] - found["prob"]) / found["standard_error"]).round(2)
     results.text("# Do draws fall as the table says?")
     results.table(
-        "draws", found.round(4), caption=f"{DRAWS:,} draws of generate at temperature 0.7. off_by: in standard errors."
+        "draws",
+        found.round(4),
+        caption=f"{DRAWS:,} draws of generate at temperature 0.7. off_by: in standard errors.",
     )
 
 

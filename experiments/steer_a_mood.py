@@ -23,10 +23,30 @@ LEVEL = 0.1  # nats a token of KL on neutral text: the damage at which vectors a
 STEPS, LR = 12, 0.03  # of gradient descent; a step in the same unit
 QUESTION = "Can the mood of a text be steered, and does a vector that was read or learnt beat a random one?"
 SEEN = ((" good", " great", " wonderful", " amazing"), (" bad", " terrible", " awful", " horrible"))
-HELD_OUT = ((" lovely", " excellent", " beautiful", " perfect"), (" ugly", " poor", " boring", " miserable"))
-THINGS = ["film", "hotel", "meal", "concert", "book", "journey", "lesson", "party", "game", "garden", "song", "visit"]
-HAPPY = [f"I loved the {thing}. It was wonderful, and I was so happy to be there!" for thing in THINGS]
-UNHAPPY = [f"I hated the {thing}. It was terrible, and I was so sad to be there!" for thing in THINGS]
+HELD_OUT = (
+    (" lovely", " excellent", " beautiful", " perfect"),
+    (" ugly", " poor", " boring", " miserable"),
+)
+THINGS = [
+    "film",
+    "hotel",
+    "meal",
+    "concert",
+    "book",
+    "journey",
+    "lesson",
+    "party",
+    "game",
+    "garden",
+    "song",
+    "visit",
+]
+HAPPY = [
+    f"I loved the {thing}. It was wonderful, and I was so happy to be there!" for thing in THINGS
+]
+UNHAPPY = [
+    f"I hated the {thing}. It was terrible, and I was so sad to be there!" for thing in THINGS
+]
 OPENINGS = [f"I think the {thing} was" for thing in THINGS]
 ENDINGS = [" a joy, and I loved every minute.", " all that I had hoped for!"]
 NEW = ["The weather this morning is", "My sister's new house looks", "The view from the train window was",
@@ -41,7 +61,9 @@ NEUTRAL = ["The museum opens at nine and closes at five.", "To install it, copy 
 
 def main() -> None:
     lm = hk.load(device="cpu")
-    with hk.record("results/steer_a_mood", title="Steer a mood", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/steer_a_mood", title="Steer a mood", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         vectors = make(lm, f"resid_post.{which_layer(lm, results)}", results)
         compare(dose_and_damage(lm, vectors, results), results)
         read_aloud(lm, vectors, results)
@@ -50,13 +72,23 @@ def main() -> None:
 def which_layer(lm: hk.LM, results: hk.Record) -> int:
     results.text("# Where is the mood?")
     found = hk.mean_difference(lm, HAPPY, UNHAPPY, lm.sites("resid_post", layers=LAYERS))
-    table = hk.dose_response(lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=8, seed=SEED)
-    means = results.table("layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings.")
+    table = hk.dose_response(
+        lm, OPENINGS, found, hk.logit_diff(*SEEN), doses=[TRIED], samples=8, seed=SEED
+    )
+    means = results.table(
+        "layers", hk.over_doses(table).drop(columns="vector"), caption="Tried on the openings."
+    )
     lines = {"value": "logit_diff_delta", "series": "control"}
     figure = hk.interval_lines(means, **lines, title=f"The mean difference at dose {TRIED}")
-    results.figure("by_layer", figure, caption="Happy minus unhappy words, after minus before, beside random vectors.")
+    results.figure(
+        "by_layer",
+        figure,
+        caption="Happy minus unhappy words, after minus before, beside random vectors.",
+    )
     best: Any = means[~means["control"]].set_index("layer")["logit_diff_delta"].idxmax()
-    results.text(f"It moves the openings furthest at layer {best}, which all that follows is about.")
+    results.text(
+        f"It moves the openings furthest at layer {best}, which all that follows is about."
+    )
     return int(best)
 
 
@@ -69,11 +101,21 @@ def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
         "learnt from words": hk.fit_vector(lm, site, OPENINGS, hk.logit_diff(*SEEN), **fit),
         "learnt from texts": hk.fit_vector(lm, site, OPENINGS, ENDINGS * 6, **fit),
     }
-    for name, curve in [(name, v.about["curve"]) for name, v in vectors.items() if v.method == "learnt"]:
-        results.text(f"{name}: the target goes from {curve[0]:.2f} to {curve[-1]:.2f} in {STEPS} steps.")
+    for name, curve in [
+        (name, v.about["curve"]) for name, v in vectors.items() if v.method == "learnt"
+    ]:
+        results.text(
+            f"{name}: the target goes from {curve[0]:.2f} to {curve[-1]:.2f} in {STEPS} steps."
+        )
     cosines = [{"vector": a} | {b: vectors[a].cosine(vectors[b]) for b in vectors} for a in vectors]
-    results.table("cosines", pd.DataFrame(cosines).round(3), caption="How alike their directions are: cosines.")
-    results.tensors("vectors", {name.replace(" ", "_"): vector.tensor for name, vector in vectors.items()})
+    results.table(
+        "cosines",
+        pd.DataFrame(cosines).round(3),
+        caption="How alike their directions are: cosines.",
+    )
+    results.tensors(
+        "vectors", {name.replace(" ", "_"): vector.tensor for name, vector in vectors.items()}
+    )
     return vectors
 
 
@@ -82,12 +124,24 @@ def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record
     words = "A dose is a part of the stream's length. Damage: KL(without ‖ with) on neutral text, nats a token."
     results.text(f"{words} A line that hides another has its direction: see the cosines.")
     given: dict[str, Any] = {"doses": DOSES, "neutral": NEUTRAL, "seed": SEED, "progress": False}
-    samples = {name: RANDOM if name == "mean difference" else 0 for name in vectors}  # the same for all at one site
+    samples = {
+        name: RANDOM if name == "mean difference" else 0 for name in vectors
+    }  # the same for all at one site
     mood, each = hk.logit_diff(*HELD_OUT), vectors.items()
-    table = pd.concat([hk.dose_response(lm, NEW, {n: v}, mood, samples=samples[n], **given) for n, v in each])
-    results.table("doses", hk.over_doses(table), caption="Means over the held-out openings with 95 % intervals.")
+    table = pd.concat(
+        [hk.dose_response(lm, NEW, {n: v}, mood, samples=samples[n], **given) for n, v in each]
+    )
+    results.table(
+        "doses",
+        hk.over_doses(table),
+        caption="Means over the held-out openings with 95 % intervals.",
+    )
     figure = hk.damage_curves(table, title="How far the mood moves, for what it damages")
-    results.figure("damage", figure, caption="Happy minus unhappy words (logits): after minus before. Points: doses.")
+    results.figure(
+        "damage",
+        figure,
+        caption="Happy minus unhappy words (logits): after minus before. Points: doses.",
+    )
     return table
 
 
@@ -116,7 +170,9 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     table: Any = tables["equal_damage"].set_index("vector")
     words = []
     for name, row in table[~table["control"]].iterrows():
-        moved, gain, low, high = (row[f"logit_diff_{end}"] for end in ("delta", "gain", "gain_low", "gain_high"))
+        moved, gain, low, high = (
+            row[f"logit_diff_{end}"] for end in ("delta", "gain", "gain_low", "gain_high")
+        )
         verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told from"
         words.append(
             f"{name} {moved:+.2f} logits, {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean random vector, "
@@ -134,11 +190,22 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
 def read_aloud(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> None:
     results.text("# How it reads")
     given = vectors | {"random": vectors["mean difference"].random(seed=SEED)}
-    hooks = {f"{way:+} {name}": [v.steer(dose=way)] for name, v in given.items() for way in (DOSES[-1], -DOSES[-1])}
+    hooks = {
+        f"{way:+} {name}": [v.steer(dose=way)]
+        for name, v in given.items()
+        for way in (DOSES[-1], -DOSES[-1])
+    }
     hooks, greedy = {"nothing": [], **hooks}, {"max_new_tokens": 16, "do_sample": False}
-    runs = {name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy)) for name, hook in hooks.items()}
+    runs = {
+        name: results.run(name, hk.generate(lm, NEW[:2], *hook, **greedy))
+        for name, hook in hooks.items()
+    }
     texts = [{"added": name, "text": text} for name, run in runs.items() for text in run.text]
-    results.table("texts", pd.DataFrame(texts), caption="Greedy texts with the largest dose of each, and its opposite.")
+    results.table(
+        "texts",
+        pd.DataFrame(texts),
+        caption="Greedy texts with the largest dose of each, and its opposite.",
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ rank 8,827 of 49,152. `hk.force` raises its logit above all others; every other 
 # %%
 MILK, PARIS = "I like oat milk in my", "The capital of France is"
 before = hk.forward(lm, [MILK, PARIS])
-print(hk.ranks(before, top=3, watch=" coffee")[["row", "token", "prob", "rank"]].round(3).to_string(index=False))
+print(
+    hk.ranks(before, top=3, watch=" coffee")[["row", "token", "prob", "rank"]]
+    .round(3)
+    .to_string(index=False)
+)
 
 forced = hk.forward(lm, [MILK, PARIS], hk.force(" coffee"))
 shift = hk.rank_shift(before, forced, rows=1, top=3)
@@ -69,7 +73,9 @@ the end the last token.
 SWAPPED = "When Mary and John went to the store, Mary gave a drink to"
 metric = hk.logit_diff(" Mary", " John")
 table = hk.patching(lm, NAMES, SWAPPED, "resid_pre", metric, layers=[0, 10, 20, 29], progress=False)
-best = table.loc[table.groupby("layer")["logit_diff_effect"].idxmax(), ["layer", "pos", "logit_diff_effect"]]
+best = table.loc[
+    table.groupby("layer")["logit_diff_effect"].idxmax(), ["layer", "pos", "logit_diff_effect"]
+]
 tokens = [lm.string(token) for token in run.tokens[0].tolist()]
 print(best.assign(token=[repr(tokens[pos]) for pos in best["pos"]]).round(2).to_string(index=False))
 hk.heat_map(table, labels=tokens, title="What each place carries")

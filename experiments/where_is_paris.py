@@ -24,10 +24,14 @@ QUESTION = "Where does the model keep which city a landmark is in, and when does
 
 def main() -> None:
     lm = hk.load(device="cpu")
-    with hk.record("results/where_is_paris", title="Where is Paris", question=QUESTION, lm=lm, seed=SEED) as results:
+    with hk.record(
+        "results/where_is_paris", title="Where is Paris", question=QUESTION, lm=lm, seed=SEED
+    ) as results:
         traced(lm, results)
         swapped(lm, results)
-        results.answer(answer({name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES}))
+        results.answer(
+            answer({name: pd.read_csv(results.folder / f"{name}.csv") for name in TABLES})
+        )
     print("The page: results/where_is_paris/report.html")
 
 
@@ -35,16 +39,28 @@ def traced(lm: hk.LM, results: hk.Record) -> None:
     clean = results.run("clean", hk.forward(lm, PROMPT))
     strings = [lm.string(token) for token in clean.tokens[0].tolist()]
     tokens = [repr(string) for string in strings]
-    last = next(number for number in range(len(tokens)) if SUBJECT in "".join(strings[: number + 1]))
+    last = next(
+        number for number in range(len(tokens)) if SUBJECT in "".join(strings[: number + 1])
+    )
     named = {last: "subject", len(tokens) - 1: "end"}
     results.text("# Blurred, and put back")
     for site, window in (("resid_post", 1), ("mlp_out", WINDOW), ("attn_out", WINDOW)):
         table = hk.causal_tracing(
-            lm, PROMPT, SUBJECT, hk.prob(CITY), site=site, window=window, noise=NOISE, samples=SAMPLES, seed=SEED
+            lm,
+            PROMPT,
+            SUBJECT,
+            hk.prob(CITY),
+            site=site,
+            window=window,
+            noise=NOISE,
+            samples=SAMPLES,
+            seed=SEED,
         )
         means = hk.over_prompts(table)
         means.insert(2, "place", [named.get(pos, "") for pos in means["pos"]])
-        results.table(site, means, caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt.")
+        results.table(
+            site, means, caption=f"{site}: means over {SAMPLES} draws of noise, of one prompt."
+        )
         around = "one block" if window == 1 else f"{window} blocks"
         results.figure(
             f"{site}_map",
@@ -63,13 +79,21 @@ def swapped(lm: hk.LM, results: hk.Record) -> None:
     pairs = hk.datasets.landmarks(lm, COUNT, seed=SEED).solved(lm)
     metric = [pairs.metric(), hk.rank(list(pairs.answers))]
     places = {name: pairs.labels[name] for name in ("subject", "end")}
-    table = hk.patching(lm, pairs.clean, pairs.corrupted, ["resid_post", "mlp_out", "attn_out"], metric, pos=places)
+    table = hk.patching(
+        lm, pairs.clean, pairs.corrupted, ["resid_post", "mlp_out", "attn_out"], metric, pos=places
+    )
     means = results.table(
-        "swapped", hk.over_prompts(table), caption=f"{len(pairs)} pairs of landmarks; 95 % intervals."
+        "swapped",
+        hk.over_prompts(table),
+        caption=f"{len(pairs)} pairs of landmarks; 95 % intervals.",
     )
     results.text(f"{pairs.note}.")
     stream: Any = means[means["site"] == "resid_post"]
-    results.figure("stream", hk.interval_lines(stream, series="pos"), caption="1: the other landmark's city has won.")
+    results.figure(
+        "stream",
+        hk.interval_lines(stream, series="pos"),
+        caption="1: the other landmark's city has won.",
+    )
 
 
 def answer(tables: Mapping[str, pd.DataFrame]) -> str:

@@ -25,7 +25,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin, is_typeddict
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    is_typeddict,
+)
 
 from .errors import (
     BadArgument,
@@ -114,7 +124,11 @@ def as_flag(value: object) -> bool | None:
     """True or False, of Python or numpy; None for anything else."""
     if isinstance(value, bool):
         return value
-    return bool(value) if type(value).__name__ in ("bool_", "bool") and type(value).__module__ == "numpy" else None
+    return (
+        bool(value)
+        if type(value).__name__ in ("bool_", "bool") and type(value).__module__ == "numpy"
+        else None
+    )
 
 
 def whole_number(
@@ -134,23 +148,34 @@ def whole_number(
         what = meaning.rstrip(",")
         if number is None:
             about = f"{what}, " if what else ""
-            raise error(f"{name}={described(value)}: give {about}a whole number{_between(least, most)}")
+            raise error(
+                f"{name}={described(value)}: give {about}a whole number{_between(least, most)}"
+            )
         limit = f"at least {least}" if too_small else f"at most {most}"
         raise error(f"{name}={number}: give {what or 'a whole number'}, {limit}")
     return number
 
 
 def whole_numbers(
-    values: object, name: str, *, least: int | None = None, meaning: str = "", error: Error = OutOfRange
+    values: object,
+    name: str,
+    *,
+    least: int | None = None,
+    meaning: str = "",
+    error: Error = OutOfRange,
 ) -> list[int]:
     """One whole number or several, as a list without repeats."""
     if as_whole(values) is not None:
         return [whole_number(values, name, least=least, meaning=meaning, error=error)]
     items = items_of(values)
     if items is None:
-        raise error(f"{name}={described(values)}: give {meaning or name}, a whole number or a list of them")
+        raise error(
+            f"{name}={described(values)}: give {meaning or name}, a whole number or a list of them"
+        )
     if not items:
-        raise EmptySelection(f"{name}={described(values)} selects nothing: name at least one, or leave {name} out")
+        raise EmptySelection(
+            f"{name}={described(values)} selects nothing: name at least one, or leave {name} out"
+        )
     found = [whole_number(item, name, least=least, meaning=meaning, error=error) for item in items]
     if len(set(found)) < len(found):
         twice = next(number for number in found if found.count(number) > 1)
@@ -173,7 +198,9 @@ def finite_number(
     number = as_real(value)
     about = f"{meaning.rstrip(',')}, " if meaning else ""
     if number is None or not math.isfinite(number):
-        raise error(f"{name}={described(value)} is not a finite number: give {about}a real number such as 2.0")
+        raise error(
+            f"{name}={described(value)} is not a finite number: give {about}a real number such as 2.0"
+        )
     limits = {
         "at least": (least, least is not None and number < least),
         "at most": (most, most is not None and number > most),
@@ -189,7 +216,9 @@ def finite_number(
 
 def probability(value: object, name: str, *, error: Error = BadHook) -> float:
     """A probability from 0 to 1."""
-    return finite_number(value, name, least=0.0, most=1.0, meaning="a probability from 0 to 1", error=error)
+    return finite_number(
+        value, name, least=0.0, most=1.0, meaning="a probability from 0 to 1", error=error
+    )
 
 
 def seed_of(value: object, name: str = "seed") -> int:
@@ -223,28 +252,38 @@ def choice(value: object, name: str, names: Iterable[str], *, error: Error = Bad
     if isinstance(value, str) and value in known:
         return str(value)
     hint = did_you_mean(value, known) if isinstance(value, str) else "."
-    raise error(f"{name}={described(value)} is unknown{hint} Give one of {', '.join(map(repr, known))}.")
+    raise error(
+        f"{name}={described(value)} is unknown{hint} Give one of {', '.join(map(repr, known))}."
+    )
 
 
-def text_of(value: object, name: str, *, meaning: str = "a text", error: Error = BadArgument) -> str:
+def text_of(
+    value: object, name: str, *, meaning: str = "a text", error: Error = BadArgument
+) -> str:
     """A text that is not empty."""
     if not isinstance(value, str) or not value:
         raise error(f"{name}={described(value)}: give {meaning}")
     return str(value)
 
 
-def path_of(value: object, name: str = "path", *, error: Error = BadArgument) -> str | os.PathLike[str]:
+def path_of(
+    value: object, name: str = "path", *, error: Error = BadArgument
+) -> str | os.PathLike[str]:
     """The path of a file or folder, as a text or a `pathlib.Path`."""
     if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
         return value
-    raise error(f"{name}={described(value)} is no path: give the path of a file or folder, as a text or a pathlib.Path")
+    raise error(
+        f"{name}={described(value)} is no path: give the path of a file or folder, as a text or a pathlib.Path"
+    )
 
 
 def file_of(value: object, name: str = "path") -> Path:
     """The path of a file that is there; `BadFile` where there is none, or a folder."""
     path = Path(path_of(value, name))
     if path.is_dir():
-        raise BadFile(f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it")
+        raise BadFile(
+            f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it"
+        )
     if not path.exists():
         raise BadFile(f"{name}={str(path)!r} does not exist: give the path of a file")
     return path
@@ -255,7 +294,9 @@ def folder_of(value: object, name: str = "folder") -> Path:
     path = Path(path_of(value, name))
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
-            raise BadFile(f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: give another name")
+            raise BadFile(
+                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: give another name"
+            )
     return path
 
 
@@ -280,10 +321,14 @@ def read_token(value: object, name: str = "token") -> str | int:
         hint = "; an id is a whole number, int(value)"
     elif items_of(value) is not None:
         hint = "; several are given where one token is meant"
-    raise NotOneToken(f"{name}={described(value)} is no token: give its text, such as ' coffee', or its id{hint}")
+    raise NotOneToken(
+        f"{name}={described(value)} is no token: give its text, such as ' coffee', or its id{hint}"
+    )
 
 
-def read_tokens(values: object, name: str = "tokens", *, also: tuple[type, ...] = ()) -> tuple[Any, ...]:
+def read_tokens(
+    values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
+) -> tuple[Any, ...]:
     """One token or several, in order. Values of the types `also` are kept as they are, such as phrases."""
     if isinstance(values, (str, bytes, bool, *also)) or as_whole(values) is not None:
         values = [values]
@@ -332,7 +377,9 @@ def is_one_row(prompts: object) -> bool:
 
 def _is_mapping(value: object) -> bool:
     """True for a dict and for what a tokenizer or processor returns, which is a `UserDict`."""
-    return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "data") and hasattr(value, "items"))
+    return isinstance(value, Mapping) or (
+        hasattr(value, "keys") and hasattr(value, "data") and hasattr(value, "items")
+    )
 
 
 def refuse_container(prompts: Any, *, rows: bool = False) -> None:
@@ -342,9 +389,13 @@ def refuse_container(prompts: Any, *, rows: bool = False) -> None:
     """
     kind = type(prompts).__name__
     if isinstance(prompts, bytes | bytearray | memoryview):
-        raise BadPrompt(f"the prompt is {kind}, which is no text: decode it first, prompt.decode('utf-8')")
+        raise BadPrompt(
+            f"the prompt is {kind}, which is no text: decode it first, prompt.decode('utf-8')"
+        )
     if isinstance(prompts, Set):
-        raise BadPrompt(f"the prompts are in a {kind}, which has no order: give a list, sorted(prompts) for example")
+        raise BadPrompt(
+            f"the prompts are in a {kind}, which has no order: give a list, sorted(prompts) for example"
+        )
     names = getattr(prompts, "columns", None)
     if names is None and not rows:
         names = getattr(prompts, "column_names", None)
@@ -356,15 +407,21 @@ def refuse_container(prompts: Any, *, rows: bool = False) -> None:
             f"list(table[{name!r}])"
         )
     if hasattr(prompts, "clean") and hasattr(prompts, "corrupted"):
-        raise BadPrompt("the prompts are Pairs, which have two prompts each: give pairs.clean or pairs.corrupted")
+        raise BadPrompt(
+            "the prompts are Pairs, which have two prompts each: give pairs.clean or pairs.corrupted"
+        )
     if hasattr(prompts, "prompt_lengths") and hasattr(prompts, "tokens"):
         raise BadPrompt("the prompt is a run: give run.text, or the ids of a row, run.tokens[0]")
     if hasattr(prompts, "sites") and hasattr(prompts, "where"):
-        raise BadPrompt("the prompt is a hook: the prompts come after the model, and the hooks after the prompts")
+        raise BadPrompt(
+            "the prompt is a hook: the prompts come after the model, and the hooks after the prompts"
+        )
     if hasattr(prompts, "named_modules") or hasattr(prompts, "located"):
         raise BadPrompt(f"the prompt is a model, a {kind}: the model comes first, then the prompts")
     if hasattr(prompts, "convert_ids_to_tokens"):
-        raise BadPrompt(f"the prompt is a tokenizer, a {kind}: the model comes first, then the prompts")
+        raise BadPrompt(
+            f"the prompt is a tokenizer, a {kind}: the model comes first, then the prompts"
+        )
 
 
 def one_prompt(item: object, number: int) -> str | Row:
@@ -377,7 +434,9 @@ def one_prompt(item: object, number: int) -> str | Row:
     ids = items_of(item)
     if ids is None:
         hint = f"; {described(item)} is missing" if item is None or item != item else ""
-        raise BadPrompt(f"prompt {number} is {described(item)}, which is no prompt: {_PROMPTS_ARE}{hint}")
+        raise BadPrompt(
+            f"prompt {number} is {described(item)}, which is no prompt: {_PROMPTS_ARE}{hint}"
+        )
     return _row_of_ids(ids, number)
 
 
@@ -390,7 +449,9 @@ def _prompt_of_mapping(item: Any, number: int) -> Row:
         )
     rows = _rows_of_mapping(item)
     if len(rows) != 1:
-        raise BadPrompt(f"prompt {number} is a mapping with {len(rows)} rows: give it by itself, as the prompts")
+        raise BadPrompt(
+            f"prompt {number} is a mapping with {len(rows)} rows: give it by itself, as the prompts"
+        )
     return rows[0]
 
 
@@ -398,7 +459,11 @@ def _row_of_ids(ids: Sequence[object], number: int) -> Row:
     row = [as_whole(token_id) for token_id in ids]
     for token_id, whole in zip(ids, row, strict=True):
         if whole is None:
-            nested = ", several prompts are given where one is meant" if items_of(token_id) is not None else ""
+            nested = (
+                ", several prompts are given where one is meant"
+                if items_of(token_id) is not None
+                else ""
+            )
             raise BadPrompt(
                 f"prompt {number} has {described(token_id)} where a token id is meant{nested}: "
                 "token ids are whole numbers; give texts, or rows of token ids"
@@ -422,18 +487,27 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
             )
     rows = prompt_rows(inputs["input_ids"])
     if any(isinstance(row, str) for row in rows):
-        raise BadPrompt("input_ids are texts: give token ids there, or the texts themselves as the prompts")
+        raise BadPrompt(
+            "input_ids are texts: give token ids there, or the texts themselves as the prompts"
+        )
     mask = inputs.get("attention_mask")
     if mask is None:
         return rows
     kept = items_of(mask)
     if kept is None:
-        raise BadPrompt(f"attention_mask is {described(mask)}: give 1 for each real token and 0 for padding")
+        raise BadPrompt(
+            f"attention_mask is {described(mask)}: give 1 for each real token and 0 for padding"
+        )
     if all(items_of(line) is None for line in kept):
         kept = [kept]
     if len(kept) != len(rows):
-        raise BadPrompt(f"input_ids has {len(rows)} rows and attention_mask {len(kept)}: give one shape")
-    return [_unpadded(row, line, number) for number, (row, line) in enumerate(zip(rows, kept, strict=True))]
+        raise BadPrompt(
+            f"input_ids has {len(rows)} rows and attention_mask {len(kept)}: give one shape"
+        )
+    return [
+        _unpadded(row, line, number)
+        for number, (row, line) in enumerate(zip(rows, kept, strict=True))
+    ]
 
 
 def _unpadded(row: Any, mask: object, number: int) -> Row:
@@ -441,10 +515,16 @@ def _unpadded(row: Any, mask: object, number: int) -> Row:
     values = items_of(mask)
     if values is None or len(values) != len(row):
         count = described(mask) if values is None else f"{len(values)} numbers"
-        raise BadPrompt(f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: give one shape")
-    flags = [as_real(value) if as_flag(value) is None else float(as_flag(value) or 0) for value in values]
+        raise BadPrompt(
+            f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: give one shape"
+        )
+    flags = [
+        as_real(value) if as_flag(value) is None else float(as_flag(value) or 0) for value in values
+    ]
     if any(value not in (0.0, 1.0) for value in flags):
-        raise BadPrompt(f"attention_mask of row {number} has other values than 0 and 1: give 1 for each real token")
+        raise BadPrompt(
+            f"attention_mask of row {number} has other values than 0 and 1: give 1 for each real token"
+        )
     real = [index for index, value in enumerate(flags) if value == 1.0]
     if real and real[-1] - real[0] + 1 != len(real):
         raise BadPrompt(
@@ -456,9 +536,15 @@ def _unpadded(row: Any, mask: object, number: int) -> Row:
 
 def items_of(values: Any) -> list[Any] | None:
     """The items of what holds several, with the numbers of arrays and tensors as Python's own; None for one value."""
-    if isinstance(values, str | bytes | bytearray) or _is_mapping(values) or isinstance(values, type):
+    if (
+        isinstance(values, str | bytes | bytearray)
+        or _is_mapping(values)
+        or isinstance(values, type)
+    ):
         return None
-    if hasattr(values, "tolist") and hasattr(values, "dtype"):  # an array, a tensor, a column of a table
+    if hasattr(values, "tolist") and hasattr(
+        values, "dtype"
+    ):  # an array, a tensor, a column of a table
         if getattr(values, "shape", None) == ():
             return None
         return list(values.tolist())
@@ -531,14 +617,21 @@ def kinds_of(annotation: Any) -> list[Kind] | None:
     if origin is Callable:
         return [Kind("a function", lambda value: value if callable(value) else UNFIT)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return [Kind("a mapping, such as a dict", lambda value: value if isinstance(value, Mapping) else UNFIT)]
+        return [
+            Kind(
+                "a mapping, such as a dict",
+                lambda value: value if isinstance(value, Mapping) else UNFIT,
+            )
+        ]
     kind = origin if origin is os.PathLike else annotation
     return _kinds_of_class(kind) if isinstance(kind, type) and not is_typeddict(kind) else None
 
 
 def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
     if set(members) >= PROMPTS:
-        return [Kind("prompts", lambda value: list(value) if isinstance(value, Iterator) else value)]
+        return [
+            Kind("prompts", lambda value: list(value) if isinstance(value, Iterator) else value)
+        ]
     if {str, int} <= set(members):  # a token, or an item: its own reader says more
         return None
     found: list[Kind] = []
@@ -553,7 +646,9 @@ def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
 def _literal(names: tuple[Any, ...]) -> Kind:
     words = " or ".join(map(repr, names))
     known = tuple(name for name in names if isinstance(name, str))
-    return Kind(words, lambda value: value if isinstance(value, str) and value in known else UNFIT, known)
+    return Kind(
+        words, lambda value: value if isinstance(value, str) and value in known else UNFIT, known
+    )
 
 
 def _kinds_of_class(kind: type) -> list[Kind] | None:
@@ -565,7 +660,14 @@ def _kinds_of_class(kind: type) -> list[Kind] | None:
         return [Kind("True or False", lambda value: _or_unfit(as_flag(value)))]
     if kind is str:
         return [Kind("a text", lambda value: str(value) if isinstance(value, str) else UNFIT)]
-    simple = kind.__module__.split(".")[0] in ("hookkit", "torch", "pandas", "matplotlib", "pathlib", "os")
+    simple = kind.__module__.split(".")[0] in (
+        "hookkit",
+        "torch",
+        "pandas",
+        "matplotlib",
+        "pathlib",
+        "os",
+    )
     if not simple or getattr(kind, "_is_protocol", False):
         return None
     words = HOW_TO_GET.get(kind.__name__, f"a {kind.__name__}")
@@ -636,7 +738,9 @@ def checks_construction(kind: Class) -> Class:
 def _checked(function: Any, *, reads_values: bool, called: str | None = None) -> Any:
     signature = inspect.signature(function)
     parameters = signature.parameters
-    names = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [
+        p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     rest = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
     passed_on: dict[str, Any] = {}
     for parameter in rest:
@@ -649,9 +753,13 @@ def _checked(function: Any, *, reads_values: bool, called: str | None = None) ->
     @functools.cache
     def kinds() -> dict[str, list[Kind]]:
         """The kinds of each argument; worked out at the first call, when every module is loaded."""
-        annotations = {name: parameter.annotation for name, parameter in parameters.items()} | passed_on
+        annotations = {
+            name: parameter.annotation for name, parameter in parameters.items()
+        } | passed_on
         space = getattr(function, "__globals__", {})
-        found = {name: kinds_of(_resolved(annotation, space)) for name, annotation in annotations.items()}
+        found = {
+            name: kinds_of(_resolved(annotation, space)) for name, annotation in annotations.items()
+        }
         return {name: each for name, each in found.items() if each is not None}
 
     @functools.wraps(function)
@@ -686,11 +794,15 @@ def _resolved(annotation: Any, space: dict[str, Any]) -> Any:
         return Any
 
 
-def _read(parameter: inspect.Parameter, value: Any, kinds: dict[str, list[Kind]], function: str) -> Any:
+def _read(
+    parameter: inspect.Parameter, value: Any, kinds: dict[str, list[Kind]], function: str
+) -> Any:
     name = parameter.name
     if parameter.kind is parameter.VAR_KEYWORD:
         known = {key: item for key, item in value.items() if key in kinds}
-        return value | {key: read_as(kinds[key], item, function, key) for key, item in known.items()}
+        return value | {
+            key: read_as(kinds[key], item, function, key) for key, item in known.items()
+        }
     if name not in kinds:
         return value
     if parameter.kind is parameter.VAR_POSITIONAL:

@@ -30,10 +30,14 @@ def shown(
     """
     parts = [f"<div><b>{escape(title)}</b></div>"]
     for name, value in (facts or {}).items():
-        parts.append(f'<div><span style="{FAINT}">{escape(name)}</span> {escape(written(value))}</div>')
+        parts.append(
+            f'<div><span style="{FAINT}">{escape(name)}</span> {escape(written(value))}</div>'
+        )
     parts += _table(list(rows), most)
     if text:
-        parts.append(f'<pre style="margin:.3em 0;background:none;color:inherit">{escape(text)}</pre>')
+        parts.append(
+            f'<pre style="margin:.3em 0;background:none;color:inherit">{escape(text)}</pre>'
+        )
     style = "font-size:.9em;line-height:1.45;color:inherit"
     return f'<div class="tex2jax_ignore mathjax_ignore" style="{style}">{"".join(parts)}</div>'
 
@@ -58,9 +62,13 @@ def printable_lines(text: str) -> str:
 def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     if not rows:
         return []
-    heads = "".join(f'<th style="{LINE};text-align:left">{escape(str(name))}</th>' for name in rows[0])
+    heads = "".join(
+        f'<th style="{LINE};text-align:left">{escape(str(name))}</th>' for name in rows[0]
+    )
     lines = [
-        "<tr>" + "".join(f'<td style="{CELL}">{escape(written(value))}</td>' for value in row.values()) + "</tr>"
+        "<tr>"
+        + "".join(f'<td style="{CELL}">{escape(written(value))}</td>' for value in row.values())
+        + "</tr>"
         for row in rows[:most]
     ]
     style = "border-collapse:collapse;margin:.4em 0;background:none;color:inherit"
@@ -81,5 +89,8 @@ def written(value: Any) -> str:
 def records(table: Any, *names: str, most: int = MOST) -> list[dict[str, object]]:
     """The first rows of a DataFrame, of these columns or all; the rest are empty ones, so that they are counted."""
     chosen = table[list(names)] if names else table
-    found = [{str(name): value for name, value in row.items()} for row in chosen.head(most).to_dict("records")]
+    found = [
+        {str(name): value for name, value in row.items()}
+        for row in chosen.head(most).to_dict("records")
+    ]
     return found + [{}] * (len(chosen) - len(found))

@@ -132,5 +132,12 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of a sentence: `; did you mean 'resid_post'?` with the nearest of `words`, or a full stop."""
     known = list(words)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    close = close or [each for each in known if len(each) > 2 and (word.startswith(each) or each.startswith(word))][:3]
+    close = (
+        close
+        or [
+            each
+            for each in known
+            if len(each) > 2 and (word.startswith(each) or each.startswith(word))
+        ][:3]
+    )
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 
-def module_of(model: nn.Module, site: str, layer: int | None) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
+def module_of(
+    model: nn.Module, site: str, layer: int | None
+) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
     """The module, its side and the view for a site, as one would write it down reading the model's code."""
     same = lambda x: x  # noqa: E731
     if model.config.model_type == "llama":
@@ -65,7 +67,11 @@ def captured(model: nn.Module, ids: list[int], site: str, layer: int | None) -> 
         value = args[0] if side == "in" else output[0] if isinstance(output, tuple) else output
         found.append(view(value.clone()))
 
-    handle = module.register_forward_pre_hook(keep) if side == "in" else module.register_forward_hook(keep)
+    handle = (
+        module.register_forward_pre_hook(keep)
+        if side == "in"
+        else module.register_forward_hook(keep)
+    )
     try:
         logits(model, ids)
     finally:
@@ -110,7 +116,10 @@ def edited_logits(
 
 
 def greedy(
-    model: nn.Module, ids: list[int], steps: int, change: Callable[[Tensor, int], Tensor] = lambda said, step: said
+    model: nn.Module,
+    ids: list[int],
+    steps: int,
+    change: Callable[[Tensor, int], Tensor] = lambda said, step: said,
 ) -> list[int]:
     """A decoding loop without a cache: `change(logits, step)` edits what the model says before the largest is taken."""
     ids = list(ids)
@@ -125,7 +134,9 @@ LogitEdit = Callable[[Tensor, int, list[int]], Tensor]
 class Edited(LogitsProcessor):
     """An edit of what the model says, row by row: `edit(logits, step, tokens so far)`, a fresh one for each row."""
 
-    def __init__(self, edits: Sequence[Callable[[], LogitEdit]], pads: list[int], width: int) -> None:
+    def __init__(
+        self, edits: Sequence[Callable[[], LogitEdit]], pads: list[int], width: int
+    ) -> None:
         self.edits, self.pads, self.width = edits, pads, width
         self.rows: dict[int, LogitEdit] = {}
 
@@ -135,13 +146,21 @@ class Edited(LogitsProcessor):
             prompt = row * len(self.pads) // len(scores)
             edit = self.rows.setdefault(row, self.edits[prompt]())
             new.append(
-                edit(said.clone(), input_ids.shape[1] - self.width, input_ids[row, self.pads[prompt] :].tolist())
+                edit(
+                    said.clone(),
+                    input_ids.shape[1] - self.width,
+                    input_ids[row, self.pads[prompt] :].tolist(),
+                )
             )
         return torch.stack(new)
 
 
 def generated(
-    model: nn.Module, rows: list[list[int]], edits: Sequence[Callable[[], LogitEdit]], seed: int, settings: dict
+    model: nn.Module,
+    rows: list[list[int]],
+    edits: Sequence[Callable[[], LogitEdit]],
+    seed: int,
+    settings: dict,
 ) -> list[list[int]]:
     """What plain transformers writes behind rows that are padded on the left, with an edit of each row's logits.
 
@@ -155,7 +174,9 @@ def generated(
     given = {"input_ids": ids, "attention_mask": mask, **settings}
     torch.manual_seed(seed)
     if "num_beams" not in settings:
-        return model.generate(**given, logits_processor=LogitsProcessorList([edited]))[:, width:].tolist()
+        return model.generate(**given, logits_processor=LogitsProcessorList([edited]))[
+            :, width:
+        ].tolist()
 
     def after(_module: nn.Module, _args: tuple, kwargs: dict, output: dict) -> dict:
         output.logits[:, -1] = edited(kwargs["input_ids"], output.logits[:, -1])

@@ -65,7 +65,13 @@ NEOX = Names(
     layout="groups", out="dense", gate="dense_h_to_4h", up=None, act="act", down="dense_4h_to_h",
 )  # fmt: skip
 BLOOM = replace(
-    NEOX, body="transformer", embed="word_embeddings", blocks="h", final="ln_f", attn="self_attention", act="gelu_impl"
+    NEOX,
+    body="transformer",
+    embed="word_embeddings",
+    blocks="h",
+    final="ln_f",
+    attn="self_attention",
+    act="gelu_impl",
 )
 FUSED_GATE = replace(LLAMA, gate="gate_up_proj", up="gate_up_proj", act="activation_fn")
 POST_NORM = replace(
@@ -163,8 +169,14 @@ class Block:
         self.whole = whole = model.get_submodule(names.body).get_submodule(names.blocks)[layer]
         has = lambda module, path: bool(path) and hasattr(module, path.split(".")[0])  # noqa: E731
         inside = lambda module, path: module.get_submodule(path) if has(module, path) else None  # noqa: E731
-        self.before_attn, self.before_mlp = inside(whole, names.before_attn), inside(whole, names.before_mlp)
-        self.after_attn, self.after_mlp = inside(whole, names.after_attn), inside(whole, names.after_mlp)
+        self.before_attn, self.before_mlp = (
+            inside(whole, names.before_attn),
+            inside(whole, names.before_mlp),
+        )
+        self.after_attn, self.after_mlp = (
+            inside(whole, names.after_attn),
+            inside(whole, names.after_mlp),
+        )
         self.attn = inside(whole, names.attn)
         self.out = inside(self.attn, names.out) if self.attn else None
         self.qkv = inside(self.attn, names.qkv) if self.attn else None
@@ -192,7 +204,9 @@ def split_rows(block: Block, config: Any, rows: Tensor) -> tuple[Tensor, Tensor,
     if config.model_type == "gpt_bigcode":
         grouped = not config.multi_query
     if grouped:  # the queries of a group of heads, then their key, then their value
-        groups = config.num_kv_heads if getattr(config, "new_decoder_architecture", False) else heads
+        groups = (
+            config.num_kv_heads if getattr(config, "new_decoder_architecture", False) else heads
+        )
         grouping = by_head.unflatten(0, (groups, -1))
         return grouping[:, :-2].flatten(0, 1), grouping[:, -2], grouping[:, -1]
     others = (len(by_head) - heads) // 2
@@ -205,7 +219,9 @@ def projected(reads: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return found if bias is None else found + bias
 
 
-def queries_keys_values(block: Block, config: Any, reads: Tensor, seen: "Seen") -> dict[str, Tensor]:
+def queries_keys_values(
+    block: Block, config: Any, reads: Tensor, seen: "Seen"
+) -> dict[str, Tensor]:
     """q, k and v as the projections give them, from the weights; k is not there with latent attention."""
     heads, attn = config.num_attention_heads, block.attn
     if block.names.layout == "latent":
@@ -223,21 +239,28 @@ def queries_keys_values(block: Block, config: Any, reads: Tensor, seen: "Seen") 
             matrix, bias = weight(getattr(attn, f"{name}_proj") or attn.k_proj)
             matrix = matrix.unflatten(0, (-1, width))
             bias = None if bias is None else bias.unflatten(0, (-1, width))
-            if name == "q" and config.model_type == "qwen3_next":  # each head's query is followed by its output gate
+            if (
+                name == "q" and config.model_type == "qwen3_next"
+            ):  # each head's query is followed by its output gate
                 matrix, bias = matrix[::2], None if bias is None else bias[::2]
             found[name] = projected(reads, matrix, bias)
         return found
     matrix, bias = weight(block.qkv)
     matrices = split_rows(block, config, matrix)
     biases = (None, None, None) if bias is None else split_rows(block, config, bias)
-    return {name: projected(reads, *both) for name, both in zip("qkv", zip(matrices, biases, strict=True), strict=True)}
+    return {
+        name: projected(reads, *both)
+        for name, both in zip("qkv", zip(matrices, biases, strict=True), strict=True)
+    }
 
 
 def rotated(x: Tensor, width: int, base: float, neighbours: bool) -> Tensor:
     """The first `width` numbers of each head [1, pos, head, d] turned by the position: neighbours or halves in pairs."""
     angle = torch.arange(x.shape[1])[:, None] * base ** (-torch.arange(0, width, 2) / width)
     turned, rest = x[..., :width], x[..., width:]
-    real, imaginary = turned.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else turned.chunk(2, dim=-1)
+    real, imaginary = (
+        turned.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else turned.chunk(2, dim=-1)
+    )
     pairs = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)[:, None]
     parts = (pairs.real, pairs.imag)
     turned = torch.stack(parts, dim=-1).flatten(-2) if neighbours else torch.cat(parts, dim=-1)
@@ -257,16 +280,24 @@ def own_scores(config: Any, layer: int, q: Tensor, k: Tensor) -> Tensor:
     bias = torch.zeros(())
     if kind in ("gptj", "codegen"):
         q, k = (rotated(x, config.rotary_dim, 10000.0, neighbours=True) for x in (q, k))
-    alibi = torch.tensor([2.0 ** (-8 * (head + 1) / heads) for head in range(heads)])[:, None, None] * pos
+    alibi = (
+        torch.tensor([2.0 ** (-8 * (head + 1) / heads) for head in range(heads)])[:, None, None]
+        * pos
+    )
     if kind == "bloom":  # the bias grows with the key's own position
         bias = alibi
     elif kind == "mpt":  # and here it ends at 0 at the last key
         bias, clip = alibi - alibi[..., -1:], config.attn_config.clip_qkv or math.inf
         q, k = q.clamp(-clip, clip), k.clamp(-clip, clip)
-    elif kind == "falcon" and config.alibi:  # scaled too; sdpa's way: eager attention adds it a second time
+    elif (
+        kind == "falcon" and config.alibi
+    ):  # scaled too; sdpa's way: eager attention adds it a second time
         bias = alibi * scale
     elif kind == "falcon":
-        q, k = (rotated(x, x.shape[-1], config.rope_parameters["rope_theta"], neighbours=False) for x in (q, k))
+        q, k = (
+            rotated(x, x.shape[-1], config.rope_parameters["rope_theta"], neighbours=False)
+            for x in (q, k)
+        )
     elif kind == "gpt_neo" and config.attention_layers[layer] == "local":
         allowed = allowed & (pos[:, None] - pos < config.window_size)
     scores = products(q, k) * scale + bias
@@ -282,7 +313,9 @@ class Seen:
         self.calls: dict[nn.Module, dict] = {}
 
     def keep_before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.before[module] = [x.clone() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        self.before[module] = [
+            x.clone() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)
+        ]
 
     def keep_after(self, module: nn.Module, _args: tuple, output: object) -> None:
         every = output if isinstance(output, tuple) else (output,)
@@ -293,15 +326,31 @@ class Seen:
 def watched(model: nn.Module) -> Iterator[Seen]:
     """Hooks on every module, and eager attention of the modelling file replaced by itself with a notebook."""
     seen = Seen()
-    handles = [m.register_forward_pre_hook(seen.keep_before, with_kwargs=True) for m in model.modules()]
+    handles = [
+        m.register_forward_pre_hook(seen.keep_before, with_kwargs=True) for m in model.modules()
+    ]
     handles += [m.register_forward_hook(seen.keep_after) for m in model.modules()]
     file = sys.modules[type(model).__module__]
     eager = getattr(file, "eager_attention_forward", None)
     implementation = model.config._attn_implementation
 
-    def noted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any):
+    def noted(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **how: Any,
+    ):
         output, pattern = eager(module, query, key, value, mask, **how)
-        seen.calls[module] = {"q": query, "k": key, "v": value, "mask": mask, "pattern": pattern, **how}
+        seen.calls[module] = {
+            "q": query,
+            "k": key,
+            "v": value,
+            "mask": mask,
+            "pattern": pattern,
+            **how,
+        }
         return output, pattern
 
     try:
@@ -317,7 +366,9 @@ def watched(model: nn.Module) -> Iterator[Seen]:
             model.set_attn_implementation(implementation)
 
 
-def attention_sites(block: Block, config: Any, layer: int, reads: Tensor, seen: Seen) -> dict[str, Tensor]:
+def attention_sites(
+    block: Block, config: Any, layer: int, reads: Tensor, seen: Seen
+) -> dict[str, Tensor]:
     """The sites inside attention."""
     found = queries_keys_values(block, config, reads, seen)
     call = seen.calls.get(block.attn)
@@ -335,7 +386,9 @@ def attention_sites(block: Block, config: Any, layer: int, reads: Tensor, seen: 
         found["pattern"] = call["pattern"]
     found["z"] = seen.before[block.out][0].unflatten(-1, (config.num_attention_heads, -1))
     out = linear(found["z"].flatten(2), *weight(block.out))
-    found["attn_out"] = (out if block.after_attn is None else block.after_attn(out)) * multiplier(config)
+    found["attn_out"] = (out if block.after_attn is None else block.after_attn(out)) * multiplier(
+        config
+    )
     return found
 
 
@@ -362,7 +415,11 @@ def expert_sites(block: Block, reads: Tensor, seen: Seen) -> dict[str, Tensor]:
     _, chosen, weights = seen.before[block.experts]
     by_token = lambda x: x.reshape(1, reads.shape[1], -1)  # noqa: E731
     logits = linear(reads, *weight(router))
-    return {"router_logits": logits, "experts": by_token(chosen), "expert_weights": by_token(weights)}
+    return {
+        "router_logits": logits,
+        "experts": by_token(chosen),
+        "expert_weights": by_token(weights),
+    }
 
 
 @torch.no_grad()
@@ -392,7 +449,9 @@ def sites(model: nn.Module, ids: list[int]) -> dict[str, Tensor]:
             if not names.parallel:
                 entered = block.mlp.get_submodule(names.gate) if no_norm else block.before_mlp
                 here["resid_mid"] = stream(seen.before[entered][0])
-            here["mlp_in"] = here["resid_mid"] if no_norm else stream(seen.after[block.before_mlp][0])
+            here["mlp_in"] = (
+                here["resid_mid"] if no_norm else stream(seen.after[block.before_mlp][0])
+            )
         if block.dense:
             here |= mlp_sites(block, config, here["mlp_in"])
         elif block.experts is not None:
@@ -400,7 +459,9 @@ def sites(model: nn.Module, ids: list[int]) -> dict[str, Tensor]:
             here["mlp_out"] = here["resid_post"] - here["resid_mid"]
         found |= {f"{name}.{layer}": value for name, value in here.items()}
     normed = seen.after[final][0]
-    found["final_norm"] = normed / config.logits_scaling if config.model_type == "minicpm3" else normed
+    found["final_norm"] = (
+        normed / config.logits_scaling if config.model_type == "minicpm3" else normed
+    )
     found["lm_head"] = linear(found["final_norm"], *weight(model.lm_head))
     found["logits"] = result.logits
     return found
@@ -409,11 +470,19 @@ def sites(model: nn.Module, ids: list[int]) -> dict[str, Tensor]:
 def embedding_sites(config: Any, body: nn.Module, ids: list[int]) -> dict[str, Tensor]:
     """Rows of the embedding matrices; granite's and bloom's first block is given them multiplied or normed."""
     kind, names = config.model_type, names_of(config)
-    scale = config.hidden_size**0.5 if kind.startswith("gemma") else config.scale_emb if kind == "minicpm3" else 1.0
+    scale = (
+        config.hidden_size**0.5
+        if kind.startswith("gemma")
+        else config.scale_emb
+        if kind == "minicpm3"
+        else 1.0
+    )
     found = {"embed": body.get_submodule(names.embed).weight[ids][None] * scale}
     if names.positions is not None:
         first = 2 if kind == "opt" else 0
-        found["pos_embed"] = body.get_submodule(names.positions).weight[first : first + len(ids)][None]
+        found["pos_embed"] = body.get_submodule(names.positions).weight[first : first + len(ids)][
+            None
+        ]
     return found
 
 
@@ -433,7 +502,9 @@ def place(model: nn.Module, name: str, layer: int) -> tuple[nn.Module | None, st
 
 
 @torch.no_grad()
-def edited(model: nn.Module, ids: list[int], site: str, change: Callable[[Tensor], Tensor]) -> Tensor:
+def edited(
+    model: nn.Module, ids: list[int], site: str, change: Callable[[Tensor], Tensor]
+) -> Tensor:
     """What plain transformers says when a site is changed: resid_post, attn_out, mlp_out, z, mlp_post or final_norm."""
     name, _, layer = site.partition(".")
     module, side, factor = place(model, name, int(layer or 0))
@@ -442,7 +513,9 @@ def edited(model: nn.Module, ids: list[int], site: str, change: Callable[[Tensor
     heads = (model.config.num_attention_heads,) if name == "z" else ()
 
     def new(value: Tensor) -> Tensor:
-        return (change(value.reshape(1, len(ids), *heads, -1) * factor) / factor).reshape(value.shape)
+        return (change(value.reshape(1, len(ids), *heads, -1) * factor) / factor).reshape(
+            value.shape
+        )
 
     def before(_module: nn.Module, args: tuple) -> tuple:
         return (new(args[0]), *args[1:])
@@ -450,7 +523,11 @@ def edited(model: nn.Module, ids: list[int], site: str, change: Callable[[Tensor
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
         return (new(output[0]), *output[1:]) if isinstance(output, tuple) else new(output)
 
-    handle = module.register_forward_pre_hook(before) if side == "in" else module.register_forward_hook(after)
+    handle = (
+        module.register_forward_pre_hook(before)
+        if side == "in"
+        else module.register_forward_hook(after)
+    )
     try:
         return model(torch.tensor([ids]), use_cache=False).logits
     finally:

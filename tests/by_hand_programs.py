@@ -18,7 +18,11 @@ from by_hand_families import Block, multiplier, names_of, split_rows
 from torch import Tensor, nn
 
 HEADED = ("q", "k", "v", "z", "q_rot", "k_rot", "pattern")
-INSIDE = ("q_rot", "k_rot", "pattern")  # reached through the function that the modelling file calls for attention
+INSIDE = (
+    "q_rot",
+    "k_rot",
+    "pattern",
+)  # reached through the function that the modelling file calls for attention
 
 
 @dataclass
@@ -41,7 +45,9 @@ class Act:
 
     @property
     def place(self) -> str:
-        return ".".join(str(part) for part in (self.site, self.layer, self.head) if part is not None)
+        return ".".join(
+            str(part) for part in (self.site, self.layer, self.head) if part is not None
+        )
 
 
 @dataclass
@@ -73,7 +79,14 @@ class Boundary:
 
 def mixer(block: Block) -> nn.Module | None:
     """What stands in the place of attention in some blocks."""
-    return next((getattr(block.whole, name) for name in ("linear_attn", "conv") if hasattr(block.whole, name)), None)
+    return next(
+        (
+            getattr(block.whole, name)
+            for name in ("linear_attn", "conv")
+            if hasattr(block.whole, name)
+        ),
+        None,
+    )
 
 
 def boundary(model: nn.Module, site: str, layer: int | None) -> Boundary | None:
@@ -93,7 +106,9 @@ def boundary(model: nn.Module, site: str, layer: int | None) -> Boundary | None:
         if site == "attn_in":
             return Boundary(attention, "in")
         ends = (block.after_attn, block.out, attention)
-        return Boundary(next(end for end in ends if end is not None), "out", factor=multiplier(config))
+        return Boundary(
+            next(end for end in ends if end is not None), "out", factor=multiplier(config)
+        )
     return None if block.mlp is None else _inside_mlp(block, config, site)
 
 
@@ -102,7 +117,10 @@ def _of_the_whole(model: nn.Module, site: str) -> Boundary | None:
     body = model.get_submodule(names.body)
     whole = {
         "embed": (body.get_submodule(names.embed), "out"),
-        "pos_embed": (None if names.positions is None else body.get_submodule(names.positions), "out"),
+        "pos_embed": (
+            None if names.positions is None else body.get_submodule(names.positions),
+            "out",
+        ),
         "final_norm": (model.lm_head, "in"),
         "lm_head": (model.lm_head, "out"),
         "logits": (model, "out"),
@@ -118,7 +136,9 @@ def _inside_mlp(block: Block, config: Any, site: str) -> Boundary | None:
         return Boundary(gate if names.mlp == "" else block.mlp, "in")
     if site == "mlp_out":
         ends = (block.after_mlp, block.down, block.mlp)
-        return Boundary(next(end for end in ends if end is not None), "out", factor=multiplier(config))
+        return Boundary(
+            next(end for end in ends if end is not None), "out", factor=multiplier(config)
+        )
     if gate is None:
         return None
     if site == "mlp_post":
@@ -141,7 +161,9 @@ def _inside_attention(block: Block, config: Any, site: str) -> Boundary | None:
         if projection is None:
             return None
         count = by_hand_families.weight(projection)[0].shape[0]
-        rows = torch.arange(count).unflatten(0, (-1, by_hand_families.weight(block.out)[0].shape[1] // heads))
+        rows = torch.arange(count).unflatten(
+            0, (-1, by_hand_families.weight(block.out)[0].shape[1] // heads)
+        )
         if site == "q" and config.model_type == "qwen3_next":
             rows = rows[::2]
         return Boundary(projection, "out", rows)
@@ -163,7 +185,9 @@ def places(where: Any, length: int, count: int) -> list[int]:
         stop = max(0, stop + length) if where.stop is not None and where.stop < 0 else stop
         return list(range(start, min(stop, count), where.step or 1))
     numbers = [where] if isinstance(where, int) else where
-    return sorted(place for number in numbers if (place := number + length if number < 0 else number) < count)
+    return sorted(
+        place for number in numbers if (place := number + length if number < 0 else number) < count
+    )
 
 
 def steps(where: Any, length: int, count: int) -> list[int]:
@@ -175,7 +199,9 @@ def steps(where: Any, length: int, count: int) -> list[int]:
 class Hand:
     """The acts of one row on a model, as hooks that are given whole texts [n, T], all with one prompt."""
 
-    def __init__(self, model: nn.Module, acts: Sequence[Act], length: int, find: Callable[[str], list[int]]) -> None:
+    def __init__(
+        self, model: nn.Module, acts: Sequence[Act], length: int, find: Callable[[str], list[int]]
+    ) -> None:
         self.model, self.length, self.find = model, length, find
         self.acts = list(acts)
         self.ids = torch.zeros(0, 0, dtype=torch.long)
@@ -201,11 +227,15 @@ class Hand:
             if act.site in INSIDE or act.verb == "knockout":
                 inside.setdefault(Block(self.model, act.layer).attn, []).append(act)
                 continue
-            place = boundary(self.model, "attn_out" if act.site == "resid_mid" else act.site, act.layer)
+            place = boundary(
+                self.model, "attn_out" if act.site == "resid_mid" else act.site, act.layer
+            )
             groups.setdefault((place.module, place.side), []).append((act, place))
         for (module, side), work in groups.items():
             if side == "in":
-                handles.append(module.register_forward_pre_hook(self._before(work), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(self._before(work), with_kwargs=True)
+                )
             else:
                 handles.append(module.register_forward_hook(self._after(work), with_kwargs=True))
         handles += [self._keep_stream(act.layer) for act in self.acts if act.site == "resid_mid"]
@@ -258,7 +288,9 @@ class Hand:
 
         return hook
 
-    def _done(self, found: Tensor, work: list[tuple[Act, Boundary]], given: Tensor | None) -> Tensor:
+    def _done(
+        self, found: Tensor, work: list[tuple[Act, Boundary]], given: Tensor | None
+    ) -> Tensor:
         """The tensor at a boundary after the acts there."""
         shape, rows = found.shape, len(self.ids)
         if found.ndim == 2 and len(found) == rows * self.ids.shape[1]:
@@ -292,7 +324,9 @@ class Hand:
         if act.verb == "skip_block":
             new = given[:, wanted]
         else:
-            new = VERBS[act.verb](part, act.values, Spot(self, [place + behind for place in wanted]))
+            new = VERBS[act.verb](
+                part, act.values, Spot(self, [place + behind for place in wanted])
+            )
         changed = value.clone()
         changed[cells] = new
         return changed
@@ -303,7 +337,14 @@ class Hand:
         file = sys.modules[type(self.model).__module__]
         eager, implementation = file.eager_attention_forward, self.model.config._attn_implementation
 
-        def changed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any):
+        def changed(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            **how: Any,
+        ):
             acts = inside.get(module, [])
             query = self._turned(query, [act for act in acts if act.site == "q_rot"])
             key = self._turned(key, [act for act in acts if act.site == "k_rot"])
@@ -390,7 +431,9 @@ def _units(part: Tensor, new: Tensor, values: dict[str, Any]) -> Tensor:
 
 def _project_out(part: Tensor, values: dict[str, Any], spot: Spot) -> Tensor:
     directions = torch.atleast_2d(values["vector"]).double()
-    return (part.double() - part.double() @ torch.linalg.pinv(directions) @ directions).to(part.dtype)
+    return (part.double() - part.double() @ torch.linalg.pinv(directions) @ directions).to(
+        part.dtype
+    )
 
 
 def holds(when: tuple | None, logits: Tensor) -> Tensor:
@@ -417,7 +460,9 @@ def at_logits(change: Verb) -> Verb:
     """A verb that acts where its condition holds."""
 
     def changed(part: Tensor, values: dict[str, Any], spot: Spot) -> Tensor:
-        return torch.where(holds(values.get("when"), part)[..., None], change(part, values, spot), part)
+        return torch.where(
+            holds(values.get("when"), part)[..., None], change(part, values, spot), part
+        )
 
     return changed
 
@@ -491,7 +536,9 @@ def _set_rank(part: Tensor, values: dict[str, Any], spot: Spot) -> Tensor:
     others[..., token] = -math.inf
     ordered = others.sort(-1, descending=True).values
     new = part.clone()
-    new[..., token] = ordered[..., 0] + 1 if rank == 1 else (ordered[..., rank - 2] + ordered[..., rank - 1]) / 2
+    new[..., token] = (
+        ordered[..., 0] + 1 if rank == 1 else (ordered[..., rank - 2] + ordered[..., rank - 1]) / 2
+    )
     return new
 
 
@@ -513,7 +560,9 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def site_values(model: nn.Module, ids: list[int], site: str, layer: int | None, head: int | None) -> Tensor:
+def site_values(
+    model: nn.Module, ids: list[int], site: str, layer: int | None, head: int | None
+) -> Tensor:
     """What is at a site of a prompt without any edit, [pos, ...]."""
     look = Act("capture", site, layer, head, name="look")
     hand = Hand(model, [look], len(ids), lambda text: [])

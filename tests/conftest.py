@@ -8,7 +8,9 @@ import os
 import signal
 from collections.abc import Callable
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core; the processes that tests start have one thread too
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a worker for each core; the processes that tests start have one thread too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -20,7 +22,9 @@ from typer.testing import CliRunner, Result
 import hookkit as hk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C; a shell's background ignores it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # tests press Ctrl-C; a shell's background ignores it
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 TEXTS = [
@@ -28,7 +32,11 @@ TEXTS = [
     "When Mary and John went to the store, John gave a drink to Mary. The capital of France is Paris.",
     "We love deep learning; tea and coffee, milk and sugar: the quick brown fox jumps over the lazy dog!",
 ]
-PROMPTS = ["I like oat milk in my", "Tea", "When Mary and John went to the store, John gave a drink to"]
+PROMPTS = [
+    "I like oat milk in my",
+    "Tea",
+    "When Mary and John went to the store, John gave a drink to",
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -40,7 +48,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.train_from_iterator(
         TEXTS,
         trainers.BpeTrainer(
-            vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=320,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
@@ -92,7 +103,8 @@ def hookkit(llama: hk.LM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
     """The command line in this process, piped, with a tiny model as its default."""
     real = hk.load
     monkeypatch.setattr(
-        "hookkit.models.loading.load", lambda *name, **words: real(*name, **words) if name or words else llama
+        "hookkit.models.loading.load",
+        lambda *name, **words: real(*name, **words) if name or words else llama,
     )
 
     def run(*words: str, given: str = "") -> Result:
@@ -115,15 +127,24 @@ def hooks_on(model: torch.nn.Module) -> dict[str, list[object]]:
     found = {}
     for path, module in model.named_modules():
         mine = [list(getattr(module, kind).items()) for kind in kinds]
-        found[path] = [mine, sorted(name for name, value in module.__dict__.items() if callable(value))]
+        found[path] = [
+            mine,
+            sorted(name for name, value in module.__dict__.items() if callable(value)),
+        ]
     return found
 
 
 @pytest.fixture(autouse=True)
 def every_model_is_left_as_found(request: pytest.FixtureRequest):
     """No test may leave a hook behind on a shared model, or take one away."""
-    names = [name for name in ("lm", "llama", "gpt2", "soft_capped", "smol") if name in request.fixturenames]
+    names = [
+        name
+        for name in ("lm", "llama", "gpt2", "soft_capped", "smol")
+        if name in request.fixturenames
+    ]
     shared = [request.getfixturevalue(name).root for name in names]
     before = [copy.copy(hooks_on(model)) for model in shared]
     yield
-    assert [hooks_on(model) for model in shared] == before, "a hook was left on a model, or a method replaced"
+    assert [hooks_on(model) for model in shared] == before, (
+        "a hook was left on a model, or a method replaced"
+    )

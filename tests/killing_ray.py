@@ -35,7 +35,9 @@ def texts(act: Callable[[], object], at: int = AT) -> Iterator[list[int]]:
 
 
 def harvest(folder: Path, given, **settings) -> hk.Harvest:
-    return hk.harvest(hk.tiny("llama"), given, killing.SITES, folder, **killing.SETTINGS, **settings)
+    return hk.harvest(
+        hk.tiny("llama"), given, killing.SITES, folder, **killing.SETTINGS, **settings
+    )
 
 
 class Interrupt:
@@ -49,14 +51,24 @@ class Interrupt:
         self.started = psutil.Process().children(recursive=True)
         for process in [psutil.Process(), *self.started]:
             places = process.net_connections(kind="inet")
-            self.listens |= {place.laddr.ip for place in places if place.status == psutil.CONN_LISTEN}
+            self.listens |= {
+                place.laddr.ip for place in places if place.status == psutil.CONN_LISTEN
+            }
         os.kill(os.getpid(), signal.SIGINT)
 
     def ended(self) -> dict:
         """Whether Ray is still there, and which of its processes."""
         _, left = psutil.wait_procs(self.started, timeout=30)
-        names = {each.name() for each in self.started if each in left and each.status() != psutil.STATUS_ZOMBIE}
-        return {"started": len(self.started) > 3, "initialised": ray.is_initialized(), "left": sorted(names)}
+        names = {
+            each.name()
+            for each in self.started
+            if each in left and each.status() != psutil.STATUS_ZOMBIE
+        }
+        return {
+            "started": len(self.started) > 3,
+            "initialised": ray.is_initialized(),
+            "left": sorted(names),
+        }
 
 
 def interrupted_harvest(folder: Path) -> dict:
@@ -66,7 +78,12 @@ def interrupted_harvest(folder: Path) -> dict:
     except KeyboardInterrupt:
         open_to = sorted(place.removeprefix("::ffff:") for place in interrupt.listens)
         token = os.environ.get("RAY_AUTH_MODE")
-        return {"interrupted": True, **interrupt.ended(), "listens": sorted({*open_to}), "token": token}
+        return {
+            "interrupted": True,
+            **interrupt.ended(),
+            "listens": sorted({*open_to}),
+            "token": token,
+        }
     return {"interrupted": False}
 
 
@@ -90,7 +107,11 @@ def interrupted_sweep(folder: Path) -> dict:
 def cluster(folder: Path) -> dict:
     from ray.cluster_utils import Cluster
 
-    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
+    soon = {
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 2,
+        "health_check_initial_delay_ms": 0,
+    }
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
     nodes = Cluster(initialize_head=True, head_node_args=head)
     other = nodes.add_node(num_cpus=1)
@@ -102,20 +123,33 @@ def cluster(folder: Path) -> dict:
     before = []
     try:  # two actors need both nodes
         engine = hk.Ray(actors=2, address=nodes.address)
-        harvest(folder, texts(lambda: (before.append(len(nodes.list_all_nodes())), lose())), engine=engine)
-        return {"before": before, "after": len(nodes.list_all_nodes()), "initialised": ray.is_initialized()}
+        harvest(
+            folder,
+            texts(lambda: (before.append(len(nodes.list_all_nodes())), lose())),
+            engine=engine,
+        )
+        return {
+            "before": before,
+            "after": len(nodes.list_all_nodes()),
+            "initialised": ray.is_initialized(),
+        }
     finally:
         nodes.shutdown()
 
 
 def main(what: str, folder: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have taken away in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell may have taken away in the background
     torch.set_num_threads(1)
     where = Path(folder)
     if what == "cluster":
         found = cluster(where / "cluster")
     else:
-        found = {"harvest": interrupted_harvest(where / "harvest"), "sweep": interrupted_sweep(where / "sweep")}
+        found = {
+            "harvest": interrupted_harvest(where / "harvest"),
+            "sweep": interrupted_sweep(where / "sweep"),
+        }
     print(json.dumps(found))
 
 

@@ -46,7 +46,13 @@ def swept(lm: hk.LM, folder: Path | None = None, **settings) -> pd.DataFrame:
             hk.scale(hk.Site("resid_pre", layer), by, pos=pos),
         ],
         [hk.logit_diff(5, 7), gap, hk.kl()],
-        **{"save": folder, "progress": False, "target": [row[::-1] for row in PROMPTS], "memory": 60_000, **settings},
+        **{
+            "save": folder,
+            "progress": False,
+            "target": [row[::-1] for row in PROMPTS],
+            "memory": 60_000,
+            **settings,
+        },
     )
 
 
@@ -81,10 +87,22 @@ def interrupted(lm: hk.LM, folder: Path) -> dict:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             table = swept(lm, folder)
-        hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lm.model.modules())
-        said = [str(each.message) for each in caught if issubclass(each.category, hk.errors.Interrupted)]
-        found = {"complete": table.attrs["complete"], "rows": len(table), "hooks": hooks, "said": said}
-        report.write_text(json.dumps(found | {"files": sorted(path.name for path in folder.iterdir())}))
+        hooks = sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in lm.model.modules()
+        )
+        said = [
+            str(each.message) for each in caught if issubclass(each.category, hk.errors.Interrupted)
+        ]
+        found = {
+            "complete": table.attrs["complete"],
+            "rows": len(table),
+            "hooks": hooks,
+            "said": said,
+        }
+        report.write_text(
+            json.dumps(found | {"files": sorted(path.name for path in folder.iterdir())})
+        )
 
     in_a_child(work, lambda seconds: lines(folder) >= 4, signal.SIGINT)
     return json.loads(report.read_text())
@@ -100,9 +118,15 @@ def main(folder: str, seed: str, kills: str) -> None:
     drawn, count, seen = random.Random(int(seed)), 0, []
     while count < int(kills):
         after = drawn.uniform(0.2, 0.5) * whole
-        if not in_a_child(lambda: swept(lm, where / "killed"), lambda s, end=after: s > end, signal.SIGKILL):
+        if not in_a_child(
+            lambda: swept(lm, where / "killed"), lambda s, end=after: s > end, signal.SIGKILL
+        ):
             break
         count += 1
         seen.append(lines(where / "killed"))
     swept(lm, where / "killed")
-    print(json.dumps({"killed": count, "seen": seen, "interrupted": interrupted(lm, where / "stopped")}))
+    print(
+        json.dumps(
+            {"killed": count, "seen": seen, "interrupted": interrupted(lm, where / "stopped")}
+        )
+    )

@@ -70,12 +70,28 @@ def harvested(folder: Path) -> None:
 def swept(folder: Path) -> None:
     grid = {"layer": range(3), "head": range(4)}
     settings = {"save": folder, "progress": False, "memory": 20_000}
-    hk.sweep(LM, [[5, 6, 7]], grid, lambda layer, head: hk.ablate(hk.Site("z", layer, head)), hk.prob(3), **settings)
+    hk.sweep(
+        LM,
+        [[5, 6, 7]],
+        grid,
+        lambda layer, head: hk.ablate(hk.Site("z", layer, head)),
+        hk.prob(3),
+        **settings,
+    )
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     each.__name__: each
-    for each in (recorded, reported, indexed, vector_kept, statistics_kept, lens_kept, harvested, swept)
+    for each in (
+        recorded,
+        reported,
+        indexed,
+        vector_kept,
+        statistics_kept,
+        lens_kept,
+        harvested,
+        swept,
+    )
 }
 LM = hk.tiny("llama")
 STATISTICS = hk.statistics(LM, [[5, 6, 7]], "resid_post.1", progress=False)
@@ -87,11 +103,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): b"" if path.name == "about.json" else path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".last" not in path.parts and path.name not in ("report.html", "cells.jsonl")
+        if path.is_file()
+        and ".last" not in path.parts
+        and path.name not in ("report.html", "cells.jsonl")
     }
 
 
-def in_a_child(write: Callable[[Path], None], folder: Path, how: str, after: float, most: int) -> str:
+def in_a_child(
+    write: Callable[[Path], None], folder: Path, how: str, after: float, most: int
+) -> str:
     """How a writer ended that was disturbed: done, refused, or by a signal."""
     child = os.fork()
     if child == 0:
@@ -123,7 +143,10 @@ def in_a_child(write: Callable[[Path], None], folder: Path, how: str, after: flo
 
 
 def rounds(name: str, top: Path, drawn: random.Random, count: int) -> dict:
-    write, seen = WRITERS[name], {"done": 0, "refused": 0, "by a signal": 0, "raw": 0, "lost": 0, "left": 0}
+    write, seen = (
+        WRITERS[name],
+        {"done": 0, "refused": 0, "by a signal": 0, "raw": 0, "lost": 0, "left": 0},
+    )
     write(top / "undisturbed")
     started = time.monotonic()
     write(top / "again")
@@ -135,11 +158,17 @@ def rounds(name: str, top: Path, drawn: random.Random, count: int) -> dict:
             (folder / PRECIOUS).write_text("precious")
             if drawn.random() < 0.5:
                 write(folder)  # there is something already that must not be lost
-            seen[in_a_child(write, folder, how, drawn.uniform(0.05, 1.0) * whole, drawn.randrange(1, 60_000))] += 1
+            seen[
+                in_a_child(
+                    write, folder, how, drawn.uniform(0.05, 1.0) * whole, drawn.randrange(1, 60_000)
+                )
+            ] += 1
             write(folder)
             found = contents(folder)
             seen["lost"] += found.pop(PRECIOUS, b"") != b"precious" or found != wanted
-            seen["left"] += any(path.name.endswith((".making", ".lock")) for path in folder.rglob("*"))
+            seen["left"] += any(
+                path.name.endswith((".making", ".lock")) for path in folder.rglob("*")
+            )
     return seen
 
 
@@ -147,7 +176,14 @@ def main(folder: str, seed: str, count: str, *names: str) -> None:
     torch.set_num_threads(1)  # no threads, so that a fork is whole
     signal.signal(signal.SIGINT, signal.default_int_handler)
     drawn = random.Random(int(seed))
-    print(json.dumps({name: rounds(name, Path(folder) / name, drawn, int(count)) for name in names or WRITERS}))
+    print(
+        json.dumps(
+            {
+                name: rounds(name, Path(folder) / name, drawn, int(count))
+                for name in names or WRITERS
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

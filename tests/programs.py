@@ -15,11 +15,19 @@ KINDS = ("steer", "scale", "pattern", "force", "capture")
 
 def state_of(model: torch.nn.Module) -> dict[str, Any]:
     """Everything that a module tree carries, by module: attributes by identity, hooks by key and identity."""
-    streams = [thread for thread in threading.enumerate() if thread.name == "hookkit.stream" and thread.is_alive()]
+    streams = [
+        thread
+        for thread in threading.enumerate()
+        if thread.name == "hookkit.stream" and thread.is_alive()
+    ]
     state: dict[str, Any] = {"streams": len(streams)}
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
-            kept = [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else id(value)
+            kept = (
+                [(key, id(item)) for key, item in value.items()]
+                if isinstance(value, dict)
+                else id(value)
+            )
             state[f"{path}:{name}"] = kept
     for name, weight in model.named_parameters():
         state[f"grad:{name}"] = weight.requires_grad
@@ -46,7 +54,12 @@ class Program:
         before, unedited = state_of(self.lm.model), self._plain()
         try:
             for _ in range(self.draw.randrange(3, 9)):
-                getattr(self, self.draw.choice(["enter", "enter", "leave", "check", "check_run", "stream", "fail"]))()
+                getattr(
+                    self,
+                    self.draw.choice(
+                        ["enter", "enter", "leave", "check", "check_run", "stream", "fail"]
+                    ),
+                )()
         finally:
             self.draw.shuffle(self.open)
             while self.open:
@@ -60,7 +73,9 @@ class Program:
         """A hook, and what it does to the residual stream after block 1, written by hand."""
         kind = self.draw.choice(KINDS)
         if kind == "steer":
-            vector = torch.randn(32, generator=torch.Generator().manual_seed(self.draw.randrange(9)))
+            vector = torch.randn(
+                32, generator=torch.Generator().manual_seed(self.draw.randrange(9))
+            )
             return hk.steer("resid_post.1", vector), lambda x: x + vector
         if kind == "scale":
             factor = self.draw.choice([0.5, 2.0])
@@ -109,7 +124,14 @@ class Program:
     def stream(self) -> None:
         """A stream that stays open beside what follows."""
         steps = iter(
-            hk.stream(self.lm, [self.ids], self.hook()[0], max_new_tokens=4, do_sample=False, eos_token_id=None)
+            hk.stream(
+                self.lm,
+                [self.ids],
+                self.hook()[0],
+                max_new_tokens=4,
+                do_sample=False,
+                eos_token_id=None,
+            )
         )
         if self.open:
             return  # it would be of the open blocks too, in the midst of which no other forward is allowed

@@ -43,7 +43,9 @@ def asks(logits: Tensor, here: Any) -> Tensor:
     return logits[..., 5] > 0
 
 
-NAMES = {function.__name__: function for function in (summed, from_first, nothing, cut_off, asks)} | FUNCTIONS
+NAMES = {
+    function.__name__: function for function in (summed, from_first, nothing, cut_off, asks)
+} | FUNCTIONS
 METRICS = [hk.logit(7), hk.logprob(11)]
 
 
@@ -77,18 +79,39 @@ class Grid(Draws):
         """A hook that is not among those written by hand."""
         chance, lm = self.chance, self.lm
         pos = chance.choice(
-            ["", "", ", pos=-1", ", pos=0", ", pos=[0, -1]", ", pos=slice(1, None)", ", pos=slice(0, 2)"]
+            [
+                "",
+                "",
+                ", pos=-1",
+                ", pos=0",
+                ", pos=[0, -1]",
+                ", pos=slice(1, None)",
+                ", pos=slice(0, 2)",
+            ]
         )
-        kind = chance.choice(["together", "together", "together", "when", "module", "module", "inside", "wrong"])
+        kind = chance.choice(
+            ["together", "together", "together", "when", "module", "module", "inside", "wrong"]
+        )
         if kind == "when":
             return f"hk.{chance.choice(['force(5', 'ban(7', 'boost(7, by=2.0'])}, when=asks{pos})"
         if kind == "module":
             path = chance.choice([name for name, module in lm.root.named_modules() if name])
             side = chance.choice(["input", "output"])
-            verb = chance.choice(["scale({}, 0.5{})", "edit({}, tanh{})", "edit({}, summed{})", "ablate({}{})"])
+            verb = chance.choice(
+                ["scale({}, 0.5{})", "edit({}, tanh{})", "edit({}, summed{})", "ablate({}{})"]
+            )
             return f"hk.{verb}".format(f"hk.module({path!r}, side={side!r})", pos)
         if kind == "inside":
-            names = ["router_logits", "experts", "expert_weights", "scores", "pattern", "q_rot", "k_rot", "v"]
+            names = [
+                "router_logits",
+                "experts",
+                "expert_weights",
+                "scores",
+                "pattern",
+                "q_rot",
+                "k_rot",
+                "v",
+            ]
             names = [name for name in names if lm.layout.layers(name)]
             if names:
                 name = chance.choice(names)
@@ -101,7 +124,14 @@ class Grid(Draws):
         layers = lm.layout.layers(name)
         place = f"{name}.{chance.choice(layers)}" if layers else name
         if kind == "wrong" and chance.random() < 0.5:
-            wrong = [", pos=99", ", pos=-99", ", rows=[9]", ", pos=slice(50, None)", ", pos=1", ", rows=[0]"]
+            wrong = [
+                ", pos=99",
+                ", pos=-99",
+                ", rows=[9]",
+                ", pos=slice(50, None)",
+                ", pos=1",
+                ", rows=[0]",
+            ]
             return f"hk.edit({place!r}, {chance.choice(['nothing', 'cut_off', 'tanh', 'tanh'])}{chance.choice(wrong)})"
         return f"hk.edit({place!r}, {chance.choice(['summed', 'from_first'])}{pos})"
 
@@ -110,10 +140,15 @@ def made_of(lm: hk.LM, words: Sequence[str]) -> list[hk.Hook]:
     def ran(prompts: list[list[int]], site: str) -> hk.Run:
         return hk.forward(lm, prompts, hk.capture(site), logits=False)
 
-    return [eval(each, {"hk": hk, "V": V, "math": __import__("math"), "ran": ran, **NAMES}) for each in words]
+    return [
+        eval(each, {"hk": hk, "V": V, "math": __import__("math"), "ran": ran, **NAMES})
+        for each in words
+    ]
 
 
-def by_forward(lm: hk.LM, grid: dict[str, Any], cell: Sequence[str]) -> list[list[float]] | Exception:
+def by_forward(
+    lm: hk.LM, grid: dict[str, Any], cell: Sequence[str]
+) -> list[list[float]] | Exception:
     """The metrics of each prompt in a forward with the hooks of a cell, or what it raises."""
     try:
         run = hk.forward(lm, grid["prompts"], *made_of(lm, grid["under"]), *made_of(lm, cell))
@@ -146,10 +181,18 @@ def differs(mine: Any, wanted: Any) -> str:
     """How one cell differs from its forward."""
     if isinstance(wanted, Exception) or isinstance(mine, Exception):
         same = type(mine) is type(wanted)
-        return "" if same else f"{type(mine).__name__}: {mine}\n    forward: {type(wanted).__name__}: {wanted}"
+        return (
+            ""
+            if same
+            else f"{type(mine).__name__}: {mine}\n    forward: {type(wanted).__name__}: {wanted}"
+        )
     for row, (one, two) in enumerate(zip(mine, wanted, strict=True)):
         for now, was in zip(one, two, strict=True):
-            same = now == was or abs(now - was) <= TOLERANCE * max(1.0, abs(was)) or (now != now and was != was)
+            same = (
+                now == was
+                or abs(now - was) <= TOLERANCE * max(1.0, abs(was))
+                or (now != now and was != was)
+            )
             if not same:
                 return f"row {row}: {now:.6g}, forward {was:.6g}"
     return ""
@@ -170,7 +213,9 @@ def grid_differences(lm: hk.LM, grid: dict[str, Any]) -> list[str]:
     found = []
     for cell, one, two in zip(grid["cells"], mine, wanted, strict=True):
         if words := differs(one, two):
-            found.append(f"{words}\n    cell [{', '.join(cell)}]\n    under [{', '.join(grid['under'])}]")
+            found.append(
+                f"{words}\n    cell [{', '.join(cell)}]\n    under [{', '.join(grid['under'])}]"
+            )
     return found
 
 
@@ -188,7 +233,9 @@ def differences(family: str, seeds: Sequence[int]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--families", nargs="*", default=ALL)
@@ -200,7 +247,10 @@ def main() -> int:
         total += len(found)
         for words in found:
             print(f"---- {words}\n", flush=True)
-        print(f"{family}: {each} grids, {len(found)} cells differ ({time.time() - started:.0f} s)", flush=True)
+        print(
+            f"{family}: {each} grids, {len(found)} cells differ ({time.time() - started:.0f} s)",
+            flush=True,
+        )
     print(f"{each * len(asked.families)} grids, {total} cells differ", flush=True)
     return 1 if total else 0
 

@@ -36,9 +36,21 @@ NAMES = [name for name in ALL if name not in NOT_BY_HAND]
 WAYS = ("forward", "attach", "generate", "sweep")
 TOLERANCE = 3e-4  # of the largest value, in float32
 STEPS = 4
-REFUSED = ("leaves no token to choose", " cannot be", "has no answer at", "NaN")  # hooks against one another
+REFUSED = (
+    "leaves no token to choose",
+    " cannot be",
+    "has no answer at",
+    "NaN",
+)  # hooks against one another
 HEAD = ("lm_head", "logits")
-CONDITIONS = ("entropy_above", "entropy_below", "margin_above", "margin_below", "rank_at_most", "rank_at_least")
+CONDITIONS = (
+    "entropy_above",
+    "entropy_below",
+    "margin_above",
+    "margin_below",
+    "rank_at_most",
+    "rank_at_least",
+)
 CONDITIONS += ("prob_at_most", "prob_at_least")
 FOR_TOKENS = ("force", "ban", "boost", "restrict", "cap", "swap", "set_rank")
 
@@ -53,7 +65,9 @@ def V(seed: int, *shape: int) -> Tensor:
 
 
 def tanh(x: Tensor) -> Tensor:
-    return 4 * torch.tanh(x / 8)  # which numbers of this size do not fill: equal logits are drawn by rounding
+    return 4 * torch.tanh(
+        x / 8
+    )  # which numbers of this size do not fill: equal logits are drawn by rounding
 
 
 def affine(x: Tensor) -> Tensor:
@@ -90,7 +104,9 @@ class Program:
     prompts: list[list[int]]
     acts: list[Act]
     options: dict[str, Any] = field(default_factory=dict)
-    cells: list[list[Act]] = field(default_factory=list)  # of a sweep; `acts` are those under every cell
+    cells: list[list[Act]] = field(
+        default_factory=list
+    )  # of a sweep; `acts` are those under every cell
 
     def source(self) -> str:
         """The program as Python."""
@@ -203,7 +219,9 @@ class Draws:
         program = Program(self.family, self.seed, way, self.prompts, [])
         if way == "sweep":
             program.acts = self.acts(chance.choice([0, 0, 1, 2]))
-            program.cells = [self.acts(chance.choice([1, 1, 2, 3])) for _ in range(chance.randint(1, 4))]
+            program.cells = [
+                self.acts(chance.choice([1, 1, 2, 3])) for _ in range(chance.randint(1, 4))
+            ]
             program.options = {"pos": chance.choice([-1, -1, -1, 0, -min(lengths), -2])}
             program.options |= {"memory": 100_000} if chance.random() < 0.2 else {}
             return program
@@ -214,7 +232,11 @@ class Draws:
     def _forward(self, acts: Sequence[Act]) -> dict[str, Any]:
         if not any(act.site in HEAD for act in acts):
             return {"logits": self.chance.choice(["all", "all", "last", False])}
-        last = all(act.pos == -1 or (act.pos is None and act.verb in FOR_TOKENS) for act in acts if act.site in HEAD)
+        last = all(
+            act.pos == -1 or (act.pos is None and act.verb in FOR_TOKENS)
+            for act in acts
+            if act.site in HEAD
+        )
         return {"logits": self.chance.choice(["all", "last"] if last else ["all"])}
 
     def _attach(self, acts: Sequence[Act]) -> dict[str, Any]:
@@ -233,7 +255,9 @@ class Draws:
             options |= {"do_sample": False}
         if chance.random() < 0.25:
             options |= {"use_cache": False}
-        elif chance.random() < 0.3 and not self.family.startswith(("mamba", "mpt")):  # which have no cache
+        elif chance.random() < 0.3 and not self.family.startswith(
+            ("mamba", "mpt")
+        ):  # which have no cache
             options |= {"prefill_chunk_size": chance.choice([1, 2, 3])}
         options["logits"] = chance.choice(["all", "all", "last"])
         return options
@@ -252,7 +276,9 @@ class Draws:
 
     def act(self, captures: bool) -> Act | None:
         chance = self.chance
-        kind = chance.choices(["capture", "inner", "tokens", "attention"], [2 * captures, 6, 4, 1])[0]
+        kind = chance.choices(["capture", "inner", "tokens", "attention"], [2 * captures, 6, 4, 1])[
+            0
+        ]
         if kind == "tokens":
             return self.of_tokens()
         if kind == "attention":
@@ -267,7 +293,11 @@ class Draws:
     def site(self) -> tuple[str, int | None, int | None] | None:
         """A site that the model has and that can be changed by hand."""
         chance, lm = self.chance, self.lm
-        names = [name for name in lm.layout.names if name not in ("experts", "expert_weights", "router_logits")]
+        names = [
+            name
+            for name in lm.layout.names
+            if name not in ("experts", "expert_weights", "router_logits")
+        ]
         name = chance.choice([name for name in names if name not in (*INSIDE, "scores")])
         layers = lm.layout.layers(name)
         layer = chance.choice(layers) if layers else None
@@ -284,7 +314,9 @@ class Draws:
     def placed(self, act: Act) -> Act:
         """An act at some positions of some rows."""
         chance = self.chance
-        if self.generating and act.site in HEAD:  # the logits before the prompt's last are not computed there
+        if (
+            self.generating and act.site in HEAD
+        ):  # the logits before the prompt's last are not computed there
             if act.verb in ("capture", "edit"):
                 act.step = chance.choice([0, [1, 2], slice(0, None)])
             else:
@@ -305,13 +337,17 @@ class Draws:
             case "slice":
                 start, stop = sorted(chance.sample(range(length + 1), 2))
                 start = start - length if chance.random() < 0.3 and start < length else start
-                act.pos = slice(start, None if chance.random() < 0.4 else stop, chance.choice([None, None, 2]))
+                act.pos = slice(
+                    start, None if chance.random() < 0.4 else stop, chance.choice([None, None, 2])
+                )
                 if act.pos.stop is not None and act.pos.start < 0:
                     act.pos = slice(act.pos.start, None)
             case "PROMPT" | "GENERATED" as part:
                 act.pos = part
             case "later":
-                longest = max(len(self.prompts[row]) for row in act.rows or range(len(self.prompts)))
+                longest = max(
+                    len(self.prompts[row]) for row in act.rows or range(len(self.prompts))
+                )
                 act.pos = slice(longest, None) if longest < length + STEPS - 1 else "GENERATED"
         return act
 
@@ -324,7 +360,16 @@ class Draws:
         chance = self.chance
         if name == "resid_post" and chance.random() < 0.15:
             return self.placed(Act("skip_block", name, layer))
-        verbs = ["edit", "zero", "tensor", "reference", "reference", "steer", "scale", "project_out"]
+        verbs = [
+            "edit",
+            "zero",
+            "tensor",
+            "reference",
+            "reference",
+            "steer",
+            "scale",
+            "project_out",
+        ]
         act = self.placed(Act(chance.choice(verbs), name, layer, head))
         shape, seed = self.shape(act), chance.randrange(10**6)
         several = isinstance(act.pos, list) and chance.random() < 0.5
@@ -334,13 +379,19 @@ class Draws:
                 values["function"] = chance.choice(list(FUNCTIONS.values()))
             case "zero" | "tensor" | "steer":
                 wide = [len(act.pos), *shape] if several else shape
-                values |= {"vector": V(seed, *wide), "code": f"V({seed}, {', '.join(map(str, wide))})"}
+                values |= {
+                    "vector": V(seed, *wide),
+                    "code": f"V({seed}, {', '.join(map(str, wide))})",
+                }
                 values["scale"] = chance.choice([1.0, -2.0, 0.5])
             case "scale":
                 values["factor"] = chance.choice([0.0, 0.5, -1.0, 1.7])
             case "project_out":
                 wide = [2, shape[-1]] if chance.random() < 0.3 else [shape[-1]]
-                values |= {"vector": V(seed, *wide), "code": f"V({seed}, {', '.join(map(str, wide))})"}
+                values |= {
+                    "vector": V(seed, *wide),
+                    "code": f"V({seed}, {', '.join(map(str, wide))})",
+                }
             case "reference":
                 self.reference(act)
         if act.verb in ("zero", "tensor", "reference") and chance.random() < 0.3:
@@ -353,7 +404,9 @@ class Draws:
         lengths = [len(prompt) for prompt in self.prompts]
         how = chance.choice(["patch", "mean", "resample"])
         if how == "patch":
-            if act.pos in ("PROMPT", "GENERATED") or (isinstance(act.pos, slice) and act.pos.stop is None):
+            if act.pos in ("PROMPT", "GENERATED") or (
+                isinstance(act.pos, slice) and act.pos.stop is None
+            ):
                 act.pos = -1
             count = 1 if len(set(lengths)) == 1 and chance.random() < 0.5 else len(lengths)
             prompts = [self.tokens(length) for length in lengths[:count]]
@@ -362,19 +415,27 @@ class Draws:
                 act.pos = "PROMPT"
         else:
             per = chance.choice(["position", "all"]) if how == "mean" else "position"
-            prompts = [self.tokens(max(lengths) + STEPS + 2) for _ in range(1 if how == "resample" else 2)]
+            prompts = [
+                self.tokens(max(lengths) + STEPS + 2) for _ in range(1 if how == "resample" else 2)
+            ]
             if how == "mean" and chance.random() < 0.5:
                 prompts[1] = prompts[1][: max(lengths) // 2]
             act.values |= {"per": per}
             act.values["code"] = f"hk.ablate(PLACE, to={how!r}, over={prompts}, per={per!r}"
         act.values["patch"] = how == "patch"
-        act.values["runs"] = [site_values(self.model, prompt, act.site, act.layer, act.head) for prompt in prompts]
+        act.values["runs"] = [
+            site_values(self.model, prompt, act.site, act.layer, act.head) for prompt in prompts
+        ]
 
     def of_attention(self) -> Act | None:
         """A knockout, or something at what the modelling file's own attention is given or gives."""
         chance, lm = self.chance, self.lm
         layers = lm.layout.layers("pattern")
-        if not layers or lm.family.attention != "interface" or (self.way == "sweep" and chance.random() < 0.3):
+        if (
+            not layers
+            or lm.family.attention != "interface"
+            or (self.way == "sweep" and chance.random() < 0.3)
+        ):
             return None
         layer = chance.choice(layers)
         head = self.head("pattern", layer)
@@ -382,7 +443,9 @@ class Draws:
         verb = chance.choice(["knockout", "pattern", "q_rot", "k_rot"])
         if verb == "knockout":
             key = chance.randrange(shortest - 1)
-            act = Act("knockout", "scores", layer, head, pos=slice(key + 1, None), values={"key": key})
+            act = Act(
+                "knockout", "scores", layer, head, pos=slice(key + 1, None), values={"key": key}
+            )
             if chance.random() < 0.4:
                 act.pos = chance.randrange(key + 1, shortest)
             return act
@@ -398,7 +461,9 @@ class Draws:
     def of_tokens(self) -> Act:
         """An act on the logits of tokens."""
         chance = self.chance
-        act = Act(chance.choice(FOR_TOKENS), chance.choice(["logits", "logits", "logits", "lm_head"]))
+        act = Act(
+            chance.choice(FOR_TOKENS), chance.choice(["logits", "logits", "logits", "lm_head"])
+        )
         tokens = chance.sample(range(3, 320), chance.randint(2, 4))
         act.values = {"tokens": tokens, "at_steps": True} | self.amounts(act.verb, tokens)
         phrases = "start" in act.values or "phrase" in act.values
@@ -419,7 +484,9 @@ class Draws:
         chance = self.chance
         writes = self.generating and chance.random() < 0.3
         phrase = (
-            {"tokens": tokens, "start": chance.randint(0, STEPS - len(tokens))} if writes else {"tokens": tokens[:1]}
+            {"tokens": tokens, "start": chance.randint(0, STEPS - len(tokens))}
+            if writes
+            else {"tokens": tokens[:1]}
         )
         banned = {"phrase": True, "tokens": [chance.choice(self.prompts)[-1], tokens[0]]}
         more = list(dict.fromkeys(tokens + chance.sample(range(3, 320), 3)))
@@ -439,7 +506,12 @@ class Draws:
     def condition(self) -> tuple[str, int | None, float]:
         chance = self.chance
         kind = chance.choice(CONDITIONS)
-        limits = {"entropy": (0.5, 5.5), "margin": (0.05, 2.0), "rank": (5, 300), "prob": (0.0005, 0.02)}
+        limits = {
+            "entropy": (0.5, 5.5),
+            "margin": (0.05, 2.0),
+            "rank": (5, 300),
+            "prob": (0.0005, 0.02),
+        }
         low, high = limits[kind.split("_")[0]]
         limit = round(chance.uniform(low, high), 4)
         token = chance.randrange(3, 320) if kind.startswith(("rank", "prob")) else None
@@ -469,14 +541,21 @@ def compare(found: Tensor, wanted: Tensor, what: str) -> None:
     """Raise where two tensors differ by more than rounding."""
     assert found.shape == wanted.shape, f"{what}: {list(found.shape)}, by hand {list(wanted.shape)}"
     assert torch.equal(found.isnan(), wanted.isnan()), f"{what}: other values are no numbers"
-    found, wanted = found.nan_to_num(0, math.inf, -math.inf), wanted.nan_to_num(0, math.inf, -math.inf)
+    found, wanted = (
+        found.nan_to_num(0, math.inf, -math.inf),
+        wanted.nan_to_num(0, math.inf, -math.inf),
+    )
     endless = wanted.isinf()
     assert torch.equal(found.isinf(), endless), f"{what}: other values are without end"
     assert torch.equal(found[endless], wanted[endless]), f"{what}: other values are without end"
     finite = wanted[~endless]
     if not finite.numel():
         return
-    size = max(1.0, float(finite[finite.abs() < 1e30].abs().max())) if (finite.abs() < 1e30).any() else 1.0
+    size = (
+        max(1.0, float(finite[finite.abs() < 1e30].abs().max()))
+        if (finite.abs() < 1e30).any()
+        else 1.0
+    )
     apart = float((found[~endless] - finite).abs().max())
     assert apart <= TOLERANCE * size, f"{what}: apart by {apart:.3g}, the largest is {size:.3g}"
 
@@ -502,15 +581,21 @@ def check_captures(source: Any, program: Program, hands: Sequence[Hand]) -> None
             if act.site == "pattern":
                 mine = mine.transpose(0, 1) if act.head is None else mine
                 keys = min(mine.shape[-1], wanted.shape[-1])
-                assert (mine[..., keys:] == 0).all() and (wanted[..., keys:] == 0).all(), "keys that are seen by one"
+                assert (mine[..., keys:] == 0).all() and (wanted[..., keys:] == 0).all(), (
+                    "keys that are seen by one"
+                )
                 mine, wanted = mine[..., :keys], wanted[..., :keys]
             assert len(mine) >= count, f"{act.place}: {len(mine)} positions, by hand {count}"
             compare(mine[:count], wanted, f"capture of {act.place} in row {row}")
 
 
 def check_forward(lm: hk.LM, program: Program) -> None:
-    run = hk.forward(lm, program.prompts, *hooks_of(lm, program.acts), logits=program.options["logits"])
-    hands = [hand_of(lm.model, program.acts, program.prompts, row) for row in range(len(program.prompts))]
+    run = hk.forward(
+        lm, program.prompts, *hooks_of(lm, program.acts), logits=program.options["logits"]
+    )
+    hands = [
+        hand_of(lm.model, program.acts, program.prompts, row) for row in range(len(program.prompts))
+    ]
     for row, (hand, ids) in enumerate(zip(hands, program.prompts, strict=True)):
         wanted = hand.logits(ids)
         if program.options["logits"] == "all":
@@ -565,7 +650,9 @@ def check_generate(lm: hk.LM, program: Program) -> None:
     torch.manual_seed(options.get("seed", 0))
     try:
         for step in range(STEPS):
-            wanted = torch.stack([hand.logits(text)[-1] for hand, text in zip(hands, texts, strict=True)])
+            wanted = torch.stack(
+                [hand.logits(text)[-1] for hand, text in zip(hands, texts, strict=True)]
+            )
             if options["logits"] == "all":
                 for row in (row for row in range(len(prompts)) if alive[row]):
                     compare(run.logits[row, step], wanted[row], f"logits of step {step}, row {row}")
@@ -573,7 +660,9 @@ def check_generate(lm: hk.LM, program: Program) -> None:
             for row, token in enumerate(chosen.tolist()):
                 mine = int(run.tokens[row, len(texts[row])])
                 if alive[row] and mine != token:
-                    check_near(wanted[row], mine, token, options, f"token of step {step}, row {row}")
+                    check_near(
+                        wanted[row], mine, token, options, f"token of step {step}, row {row}"
+                    )
                     alive[row] = False
                 texts[row].append(token)
     finally:
@@ -590,24 +679,37 @@ def next_tokens(logits: Tensor, options: dict[str, Any]) -> Tensor:
         return logits.argmax(-1)
     warped = logits.float() / options["temperature"]
     if options["top_k"]:
-        warped = warped.masked_fill(warped < warped.topk(options["top_k"]).values[:, -1:], -math.inf)
+        warped = warped.masked_fill(
+            warped < warped.topk(options["top_k"]).values[:, -1:], -math.inf
+        )
     return torch.multinomial(warped.softmax(-1), 1)[:, 0]
 
 
 def check_near(logits: Tensor, mine: int, token: int, options: dict[str, Any], what: str) -> None:
     """Pass where two tokens stood so close that rounding decides; a draw may fall between any two."""
     size = max(1.0, float(logits[logits.isfinite()].abs().max()))
-    near = float(logits[mine]) > -math.inf and abs(float(logits[mine] - logits[token])) <= TOLERANCE * size
+    near = (
+        float(logits[mine]) > -math.inf
+        and abs(float(logits[mine] - logits[token])) <= TOLERANCE * size
+    )
     assert near, f"{what}: {mine}, by hand {token}{' (drawn)' if options['do_sample'] else ''}"
 
 
 def check_beams(lm: hk.LM, program: Program, run: hk.Run, hands: Sequence[Hand]) -> None:
-    options = {"max_new_tokens": STEPS, "num_beams": program.options["num_beams"], "do_sample": False}
+    options = {
+        "max_new_tokens": STEPS,
+        "num_beams": program.options["num_beams"],
+        "do_sample": False,
+    }
     options |= {"eos_token_id": None, "pad_token_id": 0, "use_cache": False}
     for row, (hand, ids) in enumerate(zip(hands, program.prompts, strict=True)):
         with hand.on():
             output = lm.model.generate(
-                torch.tensor([ids]), **options, return_dict_in_generate=True, output_scores=True, num_return_sequences=2
+                torch.tensor([ids]),
+                **options,
+                return_dict_in_generate=True,
+                output_scores=True,
+                num_return_sequences=2,
             )
         wanted = output.sequences[0, len(ids) :].tolist()
         mine = run.tokens[row, len(ids) : len(ids) + STEPS].tolist()
@@ -631,14 +733,23 @@ def check_sweep(lm: hk.LM, program: Program) -> None:
     )  # fmt: skip
     for number, cell in enumerate(program.cells):
         for row, ids in enumerate(prompts):
-            logits = hand_of(lm.model, [*program.acts, *cell], prompts, row).logits(ids)[pos].double()
+            logits = (
+                hand_of(lm.model, [*program.acts, *cell], prompts, row).logits(ids)[pos].double()
+            )
             found = table[(table["cell"] == number) & (table["row"] == row)]
             wanted = torch.stack([logits[first], logits.log_softmax(-1)[second]])
-            mine = torch.tensor([float(found["logit"].iloc[0]), float(found["logprob"].iloc[0])]).double()
+            mine = torch.tensor(
+                [float(found["logit"].iloc[0]), float(found["logprob"].iloc[0])]
+            ).double()
             compare(mine, wanted, f"cell {number}, row {row}")
 
 
-CHECKS = {"forward": check_forward, "attach": check_attach, "generate": check_generate, "sweep": check_sweep}
+CHECKS = {
+    "forward": check_forward,
+    "attach": check_attach,
+    "generate": check_generate,
+    "sweep": check_sweep,
+}
 
 
 # ---- differences
@@ -668,8 +779,14 @@ def unstable(lm: hk.LM, program: Program) -> bool:
     wide = copy.deepcopy(lm.model)
     with torch.no_grad():
         for number, weight in enumerate(wide.parameters()):
-            weight *= 1 + 3e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
-    for acts in [program.acts] if program.way != "sweep" else [[*program.acts, *cell] for cell in program.cells]:
+            weight *= 1 + 3e-7 * torch.randn(
+                weight.shape, generator=torch.Generator().manual_seed(number)
+            )
+    for acts in (
+        [program.acts]
+        if program.way != "sweep"
+        else [[*program.acts, *cell] for cell in program.cells]
+    ):
         for row, ids in enumerate(program.prompts):
             hand = hand_of(lm.model, acts, program.prompts, row)
             other = hand_of(wide, acts, program.prompts, row)
@@ -677,7 +794,9 @@ def unstable(lm: hk.LM, program: Program) -> bool:
             both = one.isfinite() & two.isfinite()
             if not torch.equal(one.isfinite(), two.isfinite()):
                 return True
-            if float((one[both] - two[both]).abs().max()) > TOLERANCE / 3 * max(1.0, float(one[both].abs().max())):
+            if float((one[both] - two[both]).abs().max()) > TOLERANCE / 3 * max(
+                1.0, float(one[both].abs().max())
+            ):
                 return True
     return False
 
@@ -685,17 +804,26 @@ def unstable(lm: hk.LM, program: Program) -> bool:
 def smaller(program: Program) -> Iterator[Program]:
     """Programs with one thing less."""
     for number in range(len(program.acts)):
-        yield dataclasses.replace(program, acts=[*program.acts[:number], *program.acts[number + 1 :]])
+        yield dataclasses.replace(
+            program, acts=[*program.acts[:number], *program.acts[number + 1 :]]
+        )
     for number, cell in enumerate(program.cells):
         if len(program.cells) > 1:
-            yield dataclasses.replace(program, cells=[*program.cells[:number], *program.cells[number + 1 :]])
+            yield dataclasses.replace(
+                program, cells=[*program.cells[:number], *program.cells[number + 1 :]]
+            )
         for place in range(len(cell)) if len(cell) > 1 else ():
             cells = list(program.cells)
             cells[number] = [*cell[:place], *cell[place + 1 :]]
             yield dataclasses.replace(program, cells=cells)
-    if all(act.rows is None and not act.values.get("patch") for act in itertools.chain(program.acts, *program.cells)):
+    if all(
+        act.rows is None and not act.values.get("patch")
+        for act in itertools.chain(program.acts, *program.cells)
+    ):
         for number in range(len(program.prompts)) if len(program.prompts) > 1 else ():
-            yield dataclasses.replace(program, prompts=[*program.prompts[:number], *program.prompts[number + 1 :]])
+            yield dataclasses.replace(
+                program, prompts=[*program.prompts[:number], *program.prompts[number + 1 :]]
+            )
 
 
 def shrunk(lm: hk.LM, program: Program) -> tuple[Program, str]:
@@ -725,7 +853,9 @@ def differences(family: str, seeds: Sequence[int], ways: Sequence[str] = WAYS) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--families", nargs="*", default=NAMES)
@@ -742,7 +872,10 @@ def main() -> int:
         for text in found:
             print(f"---- {text}\n", flush=True)
         took = time.process_time() - started
-        print(f"{family}: {each} programs, {len(found)} differ ({took:.0f} s of processor time)", flush=True)
+        print(
+            f"{family}: {each} programs, {len(found)} differ ({took:.0f} s of processor time)",
+            flush=True,
+        )
     print(f"{ran} programs, {sum(kinds.values())} differ", flush=True)
     return 1 if sum(kinds.values()) else 0
 

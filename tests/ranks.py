@@ -43,7 +43,18 @@ def sites(lm):
 
 def edited_parts(lm):
     found = {}
-    wanted = ("q.1", "k.1", "v.1", "z.1", "pattern.1", "scores.0", "k_rot.1", "mlp_post.1", "mlp_post.0", "resid_mid.1")
+    wanted = (
+        "q.1",
+        "k.1",
+        "v.1",
+        "z.1",
+        "pattern.1",
+        "scores.0",
+        "k_rot.1",
+        "mlp_post.1",
+        "mlp_post.0",
+        "resid_mid.1",
+    )
     for site in has(lm, *wanted):
         edit = hk.edit(site, lambda values: values * 0.5, pos=slice(1, 3))
         found[site] = hk.forward(lm, IDS, edit, hk.capture("z")).logits
@@ -51,7 +62,12 @@ def edited_parts(lm):
 
 
 def ablated(lm):
-    wishes = [hk.ablate("z.1.1"), hk.ablate("z.1.3"), hk.ablate("v.1.1"), hk.ablate("z.2", to="mean", over=OTHER)]
+    wishes = [
+        hk.ablate("z.1.1"),
+        hk.ablate("z.1.3"),
+        hk.ablate("v.1.1"),
+        hk.ablate("z.2", to="mean", over=OTHER),
+    ]
     wishes += [hk.ablate("z.0", to="resample", over=OTHER, seed=3), hk.scale("pattern.1.2", 0.0)]
     for site in has(lm, "mlp_post.0", "mlp_post.2"):
         wishes += [hk.ablate(site, units=[3, 40]), hk.ablate(site, to="mean", over=OTHER)]
@@ -86,7 +102,9 @@ def drawn(lm):
 
 
 def traced(lm):
-    run = hk.generate(lm, IDS[:1], hk.boost(17, by=2.0), trace=hk.trace(top=3, watch=[17]), **GREEDY)
+    run = hk.generate(
+        lm, IDS[:1], hk.boost(17, by=2.0), trace=hk.trace(top=3, watch=[17]), **GREEDY
+    )
     return hk.decoding(run).select_dtypes("number")
 
 
@@ -98,13 +116,19 @@ def attached(lm):
 
 def modules(lm):
     path = "model.layers.1.self_attn"
-    sites = [hk.module(f"{path}.q_proj"), hk.module(f"{path}.o_proj", side="input"), hk.module(f"{path}.o_proj")]
+    sites = [
+        hk.module(f"{path}.q_proj"),
+        hk.module(f"{path}.o_proj", side="input"),
+        hk.module(f"{path}.o_proj"),
+    ]
     run = hk.forward(lm, IDS, hk.capture(sites))
     return {str(site): run[site] for site in sites}
 
 
 def lenses(lm):
-    return hk.logit_lens(lm, IDS, hk.ablate("z.1.1"), pos=None, top=0, watch=[17]).select_dtypes("number")
+    return hk.logit_lens(lm, IDS, hk.ablate("z.1.1"), pos=None, top=0, watch=[17]).select_dtypes(
+        "number"
+    )
 
 
 def decomposed(lm):
@@ -123,7 +147,9 @@ def terms(lm):
 
 
 def differentiated(lm):
-    found = hk.gradients(lm, IDS, METRIC, has(lm, "z.1", "z.0", "resid_pre.1", "mlp_post.0", "q.2", "pattern.1"))
+    found = hk.gradients(
+        lm, IDS, METRIC, has(lm, "z.1", "z.0", "resid_pre.1", "mlp_post.0", "q.2", "pattern.1")
+    )
     return {str(site): found.of(site) for site in found.sites}
 
 
@@ -143,7 +169,11 @@ def surprised(lm):
 
 def counted(lm):
     found = hk.statistics(lm, IDS * 3, has(lm, "mlp_post.0", "z.1"), progress=False)
-    return {f"{site} {what}": getattr(found[site], what) for site in found.sites for what in ("mean", "variance")}
+    return {
+        f"{site} {what}": getattr(found[site], what)
+        for site in found.sites
+        for what in ("mean", "variance")
+    }
 
 
 def hashed(lm):
@@ -160,7 +190,11 @@ def harvested(lm):
         for _ in range(2):  # made, and gone on with
             hk.harvest(lm, IDS * 4, sites, folder, shard_size=7, batch_tokens=12, progress=False)
     made = hk.open_harvest(folder)
-    return {**{site: made[site][:] for site in sites}, "pos": made["pos"][:], "token": made["token"][:]}
+    return {
+        **{site: made[site][:] for site in sites},
+        "pos": made["pos"][:],
+        "token": made["token"][:],
+    }
 
 
 def journalled(lm):
@@ -200,7 +234,9 @@ def one_writes(lm):
         results.table("ranks", hk.ranks(hk.forward(lm, IDS[:1]), top=3))
         results.tensors("z", hk.forward(lm, IDS[:1], hk.capture("z.1")))
     names = {path.name for path in folder.glob("*")}
-    assert names == (set() if RANK else {"about.json", "ranks.csv", "report.html", "z.safetensors"}), names
+    assert names == (
+        set() if RANK else {"about.json", "ranks.csv", "report.html", "z.safetensors"}
+    ), names
 
 
 def shown(lm):
@@ -248,7 +284,13 @@ def default(whole, split):
     for lm in (split, whole):
         run = hk.forward(lm, prompt, hk.capture(lm.sites(layers=[0, 14, 29])))
         text = hk.generate(lm, prompt, hk.ablate("z.17.4"), hk.boost(" coffee", by=1.0), **GREEDY)
-        found.append({"logits": run.logits, "text": text.tokens, **{str(site): run[site] for site in run.sites}})
+        found.append(
+            {
+                "logits": run.logits,
+                "text": text.tokens,
+                **{str(site): run[site] for site in run.sites},
+            }
+        )
     return difference(*found)
 
 

@@ -6,14 +6,18 @@ Processors add in different orders, so a number that is rounded for a page can f
 import doctest
 import re
 
-NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\w.])")  # with a point: counts and ranks have to be the same
+NUMBER = re.compile(
+    r"(?<![\w.])-?\d+\.\d+(?![\w.])"
+)  # with a point: counts and ranks have to be the same
 
 
 def same(shown: str, printed: str) -> bool:
     """Whether these are the same words, with numbers within one unit of the last digit that either of them has."""
     if _words(shown) != _words(printed):
         return False
-    return all(_near(*pair) for pair in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True))
+    return all(
+        _near(*pair) for pair in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
+    )
 
 
 def _words(text: str) -> list[str]:
@@ -30,4 +34,6 @@ class Checker(doctest.OutputChecker):
 
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
         """Whether an example gave what stands there."""
-        return super().check_output(want, got, optionflags) or ("..." not in want and same(want, got))
+        return super().check_output(want, got, optionflags) or (
+            "..." not in want and same(want, got)
+        )

@@ -57,7 +57,10 @@ SPOILED = [
     (hk.scale("z.1", 2.0), {"where": None}),
     (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "pos": 1.5}}),
     (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "rows": [-1]}}),
-    (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "pos": {"$value": "At", "text": "", "which": None}}}),
+    (
+        hk.scale("z.1", 2.0),
+        {"where": {**WHERE, "step": None, "pos": {"$value": "At", "text": "", "which": None}}},
+    ),
     (hk.scale("z.1", 2.0), {"where": {**WHERE, "step": None, "pos": {"$part": "middle"}}}),
     (hk.scale("logits", 2.0), {"where": WHERE}),
     (hk.scale("z.1", 2.0), {"sites": {"$sites": [5]}}),
@@ -69,7 +72,10 @@ SPOILED = [
         hk.steer("resid_post.1", ONES),
         {"vector": {"$value": "Constant", "tensor": {"$tensor": {"safetensors": "AAAA"}}}},
     ),
-    (hk.steer("resid_post.1", ONES), {"vector": {"$value": "Constant", "tensor": {"$tensor": {"safetensors": "?"}}}}),
+    (
+        hk.steer("resid_post.1", ONES),
+        {"vector": {"$value": "Constant", "tensor": {"$tensor": {"safetensors": "?"}}}},
+    ),
     (hk.steer("resid_post.1", ONES), {"vector": {"$value": "Constant", "tensor": {"$tensor": 5}}}),
     (hk.steer("resid_post.1", ONES), {"sites": {"$sites": ["pattern.1"]}}),
     (hk.project_out("resid_post.1", ONES), {"direction": None}),
@@ -90,7 +96,18 @@ SPOILED = [
     (hk.capture("z.1"), {"grad": "yes"}),
     (hk.capture("z.1"), {"name": 5}),
     (hk.ban(5, when=hk.entropy_above(1.0)), {"when": {"$value": "Condition", "quantity": "heat"}}),
-    (hk.ban(5), {"when": {"$value": "Condition", "quantity": "rank", "token": 5, "compare": "at_most", "limit": 0}}),
+    (
+        hk.ban(5),
+        {
+            "when": {
+                "$value": "Condition",
+                "quantity": "rank",
+                "token": 5,
+                "compare": "at_most",
+                "limit": 0,
+            }
+        },
+    ),
     (hk.ban(5), {"when": {"$value": "Nothing"}}),
     (hk.ban(5), {"when": {}}),
     (hk.ban(5), {"sites": {"$nothing": 5}}),
@@ -130,7 +147,9 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
         hk.restrict(5), hk.boost(by={5: 1.0, 6: 2.0}), hk.cap(5, prob=0.5), hk.swap(5, 6), hk.set_rank(5, 3),
     ]  # fmt: skip
     grid = {"layer": [1]}
-    plan = hk.plan(llama, [[5, 6]], grid, lambda layer: hk.scale("z.1", 2.0), hk.logit(5), control="random")
+    plan = hk.plan(
+        llama, [[5, 6]], grid, lambda layer: hk.scale("z.1", 2.0), hk.logit(5), control="random"
+    )
     hooks.append(plan.cells[-1].hooks[0])
     assert {hook.verb for hook in hooks} == {*HOOK_TYPES} - {"edit"}
     code = (
@@ -138,7 +157,9 @@ def test_every_kind_of_hook_is_in_the_table_and_read_in_a_fresh_process(llama):
         "for text in json.load(sys.stdin):\n    assert from_json(text).to_json() == text\nprint('read')"
     )
     texts = json.dumps([hook.to_json() for hook in hooks])
-    done = subprocess.run([sys.executable, "-c", code], input=texts, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=texts, capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "read", done.stderr
 
 
@@ -147,13 +168,20 @@ def sentencepiece_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256))]
     made.train_from_iterator(
         TEXTS * 5, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "always", "first", "never"])
@@ -161,7 +189,11 @@ def test_every_spelling_that_an_error_offers_is_accepted(small_tokenizer, kind):
     tokenizer = small_tokenizer if kind == "bytes" else sentencepiece_tokenizer(kind)
     lm = hk.tiny("llama", tokenizer=tokenizer, config={"vocab_size": len(tokenizer)})
     drawn = random.Random(0)
-    words = [*WORDS, *(word.upper() for word in WORDS), *(f" {a} {b}" for a, b in itertools.pairwise(WORDS))]
+    words = [
+        *WORDS,
+        *(word.upper() for word in WORDS),
+        *(f" {a} {b}" for a, b in itertools.pairwise(WORDS)),
+    ]
     words += ["".join(drawn.choices("aeiou tnrs'é\n\"", k=drawn.randint(1, 6))) for _ in range(200)]
     refused = 0
     for word in dict.fromkeys(words):
@@ -184,7 +216,11 @@ def test_a_list_has_a_token_for_each_prompt_and_a_tuple_as_long_as_the_batch_is_
     expected = torch.stack([last[row, answers[row]] - last[row, wrong[row]] for row in range(4)])
     for metric in (pairs.metric(), hk.logit_diff(pairs.answers, pairs.wrong)):
         assert torch.allclose(metric(run), expected, atol=1e-5)
-    several = hk.logit_diff([tuple(answers)] * 4, [tuple(wrong)] * 4) if len({*answers, *wrong}) == 8 else None
+    several = (
+        hk.logit_diff([tuple(answers)] * 4, [tuple(wrong)] * 4)
+        if len({*answers, *wrong}) == 8
+        else None
+    )
     if several is not None:
         means = last[:, answers].mean(1) - last[:, wrong].mean(1)
         assert torch.allclose(several(run), means, atol=1e-5)

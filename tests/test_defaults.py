@@ -58,7 +58,14 @@ CALLS: dict[str, dict[str, object]] = {
     "sweep": {"pos": -1, "verify": 0},
     "token_attribution": {"method": "gradient", "pos": -1},
     "trace": {"top": 5},
-    "train_lens": {"sites": "resid_post", "window": 128, "steps": 100, "states": 8, "lr": 2e-4, "seed": 0},
+    "train_lens": {
+        "sites": "resid_post",
+        "window": 128,
+        "steps": 100,
+        "states": 8,
+        "lr": 2e-4,
+        "seed": 0,
+    },
 }
 
 COMMANDS: dict[str, dict[str, float]] = {

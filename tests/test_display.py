@@ -52,10 +52,22 @@ def nasty():
 
 def things(lm):
     ids = [lm.tokenizer.convert_tokens_to_ids(word) for word in NASTY]
-    hooks = [hk.boost(*ids, by=1.0), hk.steer("resid_post.1", torch.ones(32), pos=-1), hk.capture(["z", "embed"])]
+    hooks = [
+        hk.boost(*ids, by=1.0),
+        hk.steer("resid_post.1", torch.ones(32), pos=-1),
+        hk.capture(["z", "embed"]),
+    ]
     run = hk.forward(lm, [ids, [5, 6]], *hooks)
     yield lm
-    yield from (lm.sites, lm.sites("z"), hk.Site("z", 1, 2), *hooks, run, run.captured("z.1"), hk.trace(watch=ids))
+    yield from (
+        lm.sites,
+        lm.sites("z"),
+        hk.Site("z", 1, 2),
+        *hooks,
+        run,
+        run.captured("z.1"),
+        hk.trace(watch=ids),
+    )
     yield hk.compare(lm, [ids], hk.ban(ids[0]), max_new_tokens=2, do_sample=False)
     metric = hk.logit_diff(ids[0], ids[1])
     yield hk.gradients(lm, [ids], metric, "embed")
@@ -66,7 +78,9 @@ def things(lm):
     yield from (vectors, vectors[0], hk.Checkup(sites, sites, {"model": NASTY[0]}, [], [NASTY[3]]))
     yield hk.report(NASTY[0], hk.ranks(run))
     yield hk.Pairs(NASTY[0], (tuple(ids),), (tuple(ids),), (ids[0],), (ids[1],))
-    yield hk.diff(lm, hk.tiny("llama", seed=1, tokenizer=lm.tokenizer, config={"vocab_size": 325}), [ids])
+    yield hk.diff(
+        lm, hk.tiny("llama", seed=1, tokenizer=lm.tokenizer, config={"vocab_size": 325}), [ids]
+    )
 
 
 def test_everything_that_a_notebook_shows_is_small_and_escaped(nasty):
@@ -79,8 +93,14 @@ def test_everything_that_a_notebook_shows_is_small_and_escaped(nasty):
         assert "mathjax_ignore" in html
         said[type(thing).__name__] = found.text
     assert len(said) >= 17
-    assert NASTY[0] in said["LM"] and repr(NASTY[1])[1:-1] in said["Run"] and "\t" not in said["Run"]
-    assert "resid_post" in said["SiteNames"] and "resid_post.1" in said["Vector"] and "cells" in said["Plan"]
+    assert (
+        NASTY[0] in said["LM"] and repr(NASTY[1])[1:-1] in said["Run"] and "\t" not in said["Run"]
+    )
+    assert (
+        "resid_post" in said["SiteNames"]
+        and "resid_post.1" in said["Vector"]
+        and "cells" in said["Plan"]
+    )
 
 
 def test_a_long_table_says_how_much_more_there_is(nasty):
@@ -88,12 +108,21 @@ def test_a_long_table_says_how_much_more_there_is(nasty):
     assert f"and {40 - MOST} more" in shown("t", rows=rows)
     table = hk.ranks(hk.forward(nasty, [[5]]), top=30)
     assert len(records(table)) == 30 and list(records(table, "rank")[0]) == ["rank"]
-    assert len(written("x" * 999)) == LONG and written(float("nan")) == "" and written(0.123456) == "0.1235"
+    assert (
+        len(written("x" * 999)) == LONG
+        and written(float("nan")) == ""
+        and written(0.123456) == "0.1235"
+    )
 
 
 def test_sites_are_completed_where_names_are_given(llama):
     run = hk.forward(llama, "Tea", hk.capture(["resid_post", "z.1"]))
-    assert run._ipython_key_completions_() == ["resid_post.0", "resid_post.1", "resid_post.2", "z.1"]
+    assert run._ipython_key_completions_() == [
+        "resid_post.0",
+        "resid_post.1",
+        "resid_post.2",
+        "z.1",
+    ]
     assert run.kept._ipython_key_completions_() == run._ipython_key_completions_()
     assert {"resid_post", "z", "embed", "logits"} <= set(dir(llama.sites))
     assert {"resid_post", "resid_post.2", "z.0"} <= set(llama.sites._ipython_key_completions_())
@@ -108,7 +137,12 @@ def test_sites_are_completed_where_names_are_given(llama):
 
 def test_progress_is_shown_by_what_suits_a_notebook():
     package = Path(hk.__file__).parent
-    found = [line for path in package.rglob("*.py") for line in path.read_text().splitlines() if "import tqdm" in line]
+    found = [
+        line
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "import tqdm" in line
+    ]
     assert len(found) > 4 and {line.strip() for line in found} == {"from tqdm.auto import tqdm"}
 
 
@@ -116,21 +150,30 @@ def cells() -> list[tuple[bool, str]]:
     """The tour's cells: whether each is text, and what is in it."""
     parts = re.split(r"^# %%(.*)\n", TOUR.read_text(encoding="utf-8"), flags=re.M)
     assert parts[0] == ""
-    return [("[markdown]" in kind, body) for kind, body in zip(parts[1::2], parts[2::2], strict=True)]
+    return [
+        ("[markdown]" in kind, body) for kind, body in zip(parts[1::2], parts[2::2], strict=True)
+    ]
 
 
 def checked(session: dict, said: str) -> None:
     assert "62 parts, together 6.12" in said
-    assert session["shift"].iloc[0]["token"] == "' coffee'" and session["shift"].iloc[0]["rank_before"] == 8827
+    assert (
+        session["shift"].iloc[0]["token"] == "' coffee'"
+        and session["shift"].iloc[0]["rank_before"] == 8827
+    )
     assert session["said"]["last_prob"].iloc[0] > 0.5
-    assert session["best"]["logit_diff_effect"].min() > 0.9 and session["best"]["pos"].iloc[-1] == 13
+    assert (
+        session["best"]["logit_diff_effect"].min() > 0.9 and session["best"]["pos"].iloc[-1] == 13
+    )
     assert session["texts"][0.3] != session["texts"][-0.3]
 
 
 def test_the_tour_runs_cell_by_cell_and_finds_what_its_sentences_say(smol, monkeypatch):
     monkeypatch.setattr(hk, "load", lambda **_: smol)
     found = cells()
-    assert sum(text for text, _ in found) >= 6 and all(body.strip().startswith('"""') for text, body in found if text)
+    assert sum(text for text, _ in found) >= 6 and all(
+        body.strip().startswith('"""') for text, body in found if text
+    )
     session: dict = {}
     printed = io.StringIO()
     with redirect_stdout(printed):
@@ -172,9 +215,15 @@ def test_attention_is_drawn_of_one_prompt_with_its_tokens_escaped(nasty, monkeyp
     run = hk.forward(nasty, [[5, 6], ids], hk.capture("pattern.1"))
     view = hk.attention_view(run, 1, row=1, heads=[0, 3])
     assert calls[0]["attention_head_names"] == ["1.0", "1.3"]
-    assert torch.equal(calls[0]["attention"], run["pattern.1"][1][[0, 3]]) and calls[0]["attention"].shape == (2, 5, 5)
+    assert torch.equal(calls[0]["attention"], run["pattern.1"][1][[0, 3]]) and calls[0][
+        "attention"
+    ].shape == (2, 5, 5)
     html = view._repr_html_()
-    assert html.count("<script>") == 1 and html.count("</script>") == 1 and "\\u003cscript\\u003e" in html
+    assert (
+        html.count("<script>") == 1
+        and html.count("</script>") == 1
+        and "\\u003cscript\\u003e" in html
+    )
     told = json.loads(re.search(r"local\((.*)\)</script>", html).group(1))
     assert told["tokens"] == [nasty.string(i) for i in ids] and "pattern.1 of" in repr(view)
     assert "cdn(" in hk.attention_view(run, 1, cdn=True).html

@@ -31,7 +31,11 @@ CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
 def swept(lm: hk.LM):
     """What a sweep gives."""
     return hk.ablations(
-        lm, ["I like oat milk in my", "She takes tea with"], "attn_out", hk.prob(" coffee"), layers=[3, 9]
+        lm,
+        ["I like oat milk in my", "She takes tea with"],
+        "attn_out",
+        hk.prob(" coffee"),
+        layers=[3, 9],
     )
 
 
@@ -69,16 +73,36 @@ def test_every_public_name_says_what_it_is(name):
 
 
 def test_every_error_is_a_hookkit_error_and_says_when_it_is_raised():
-    errors = [thing for thing in vars(hk.errors).values() if isinstance(thing, type) and issubclass(thing, Exception)]
+    errors = [
+        thing
+        for thing in vars(hk.errors).values()
+        if isinstance(thing, type) and issubclass(thing, Exception)
+    ]
     assert len(errors) > 8
     assert all(issubclass(error, HookkitError) and error.__doc__ for error in errors)
 
 
 def test_the_documentation_is_pages_that_need_no_network(tmp_path):
-    words = [sys.executable, "-m", "pdoc", "--no-show-source", "-o", str(tmp_path), "hookkit.docs", "hookkit"]
+    words = [
+        sys.executable,
+        "-m",
+        "pdoc",
+        "--no-show-source",
+        "-o",
+        str(tmp_path),
+        "hookkit.docs",
+        "hookkit",
+    ]
     subprocess.run(words, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
-    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
-    assert {"index.html", "hookkit.html", "hookkit/docs/symptoms.html", "hookkit/docs/coming_from.html"} <= {*pages}
+    pages = {
+        path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")
+    }
+    assert {
+        "index.html",
+        "hookkit.html",
+        "hookkit/docs/symptoms.html",
+        "hookkit/docs/coming_from.html",
+    } <= {*pages}
     assert "the batch differs" in pages["hookkit/docs/symptoms.html"].lower()
     for name, page in pages.items():
         assert not re.search(r'(src=|@import |<link[^>]*href=)"?https?:', page), name

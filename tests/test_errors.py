@@ -25,6 +25,7 @@ def test_an_unknown_keyword_is_answered_with_the_known_ones():
 
     assert act("x", pos=2) == 2
     with pytest.raises(
-        UnknownKeyword, match=r"act\(\) has no keyword 'poss'; did you mean 'pos'\? It takes: thing, pos\."
+        UnknownKeyword,
+        match=r"act\(\) has no keyword 'poss'; did you mean 'pos'\? It takes: thing, pos\.",
     ):
         act("x", poss=2)

@@ -26,7 +26,9 @@ def test_an_experiment_is_short_and_stands_in_the_index(path):
     assert f"({path.name})" in (HERE / "README.md").read_text()
 
 
-def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(smol, tmp_path, monkeypatch, capsys):
+def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(
+    smol, tmp_path, monkeypatch, capsys
+):
     oat_milk = importlib.import_module("experiments.oat_milk")
     before = {name: weight.clone() for name, weight in smol.model.state_dict().items()}
     folders = []
@@ -37,10 +39,14 @@ def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(smol, 
         monkeypatch.chdir(folder)
         oat_milk.main()
         folders.append(folder / "results" / "oat_milk")
-    one, two = ({path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in folders)
+    one, two = (
+        {path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in folders
+    )
     assert len(one) >= 7 and one == two
     assert "' coffee'" in capsys.readouterr().out
-    assert all(torch.equal(weight, before[name]) for name, weight in smol.model.state_dict().items())
+    assert all(
+        torch.equal(weight, before[name]) for name, weight in smol.model.state_dict().items()
+    )
 
     about = json.loads((folders[0] / "about.json").read_text())
     assert about["ended"] == "finished" and about["runs"]["forced"]["hooks"]
@@ -49,7 +55,8 @@ def test_oat_milk_gives_the_same_tables_twice_and_finds_what_it_looks_for(smol, 
     shift = (folders[0] / "forced_shift.csv").read_text().splitlines()
     assert "' coffee'" in shift[1] and "edited" in shift[1]
     assert any(
-        "' coffee'" in line and ",0," in line for line in (folders[0] / "banned_shift.csv").read_text().splitlines()
+        "' coffee'" in line and ",0," in line
+        for line in (folders[0] / "banned_shift.csv").read_text().splitlines()
     )
 
 
@@ -91,14 +98,18 @@ def test_a_head_is_far_above_its_control_at_twice_as_much_and_has_its_sign():
     words = experiment.answer(tables)
     for head, effect in own.items():
         part = words.split(f"{head} ")[1].split(", from other pairs")[0]
-        assert part.startswith(f"{effect:+.2f} [") and ("against the answer" in part) == (effect < 0)
+        assert part.startswith(f"{effect:+.2f} [") and ("against the answer" in part) == (
+            effect < 0
+        )
 
 
 def test_both_damages_are_told_where_they_disagree():
     experiment = importlib.import_module("experiments.coffee_everywhere")
     rows = [("unedited", "nothing", 0, 0.1, 0.0, 0.0), ("boost", "control", 8, 0.2, 1.0, 0.1)]
     rows += [("boost", "coffee", 8, 0.6, 1.2, 0.003), ("steer", "coffee", 0.4, 0.55, 0.9, 0.5)]
-    doses = pd.DataFrame(rows, columns=["way", "toward", "dose", "said", "likelihood_drop", "kl_neutral"]).assign(n=20)
+    doses = pd.DataFrame(
+        rows, columns=["way", "toward", "dose", "said", "likelihood_drop", "kl_neutral"]
+    ).assign(n=20)
     for name in ("said", "likelihood_drop", "kl_neutral"):
         doses[f"{name}_low"], doses[f"{name}_high"] = doses[name] - 0.01, doses[name] + 0.01
     words = experiment.answer({"doses": doses})
@@ -117,4 +128,7 @@ def test_the_loop_of_gradient_descent_learns_the_same_sentence_twice_in_the_same
     one, two = (experiment.trained(experiment.made(), experiment.SENTENCE) for _ in range(2))
     assert one.equals(two)
     assert one["loss"].iloc[0] == pytest.approx(math.log(len(experiment.WORDS)), abs=0.1)
-    assert one["loss"].iloc[-1] < 0.05 and (one.iloc[-1][["'love'", "'deep'", "'learning'"]] > 0.9).all()
+    assert (
+        one["loss"].iloc[-1] < 0.05
+        and (one.iloc[-1][["'love'", "'deep'", "'learning'"]] > 0.9).all()
+    )

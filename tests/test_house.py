@@ -22,28 +22,47 @@ def modules(path: Path) -> set[str]:
     """The packages that a file imports when it is imported itself."""
     nodes = ast.parse(path.read_text()).body
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    found |= {
+        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+    }
     return {name.split(".")[0] for name in found}
 
 
 def fresh(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_each_room_imports_only_from_the_rooms_below_it():
     program = Path(sys.executable).with_name("lint-imports")
-    ended = subprocess.run([program, "--no-cache"], cwd=HERE, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [program, "--no-cache"], cwd=HERE, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stdout
 
 
 def test_the_import_is_light():
     loaded = set(fresh("import sys; import hookkit; print(*sys.modules)").split())
-    assert not loaded & {"torch", "transformers", "pandas", "numpy", "matplotlib", "jinja2", "rich", "typer", "ray"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "pandas",
+        "numpy",
+        "matplotlib",
+        "jinja2",
+        "rich",
+        "typer",
+        "ray",
+    }
 
 
 def test_every_name_of_the_catalogue_is_there():
     assert (
-        fresh("import hookkit as hk; [getattr(hk, name) for name in hk.__all__]; print(len(hk.__all__) > 40)") == "True"
+        fresh(
+            "import hookkit as hk; [getattr(hk, name) for name in hk.__all__]; print(len(hk.__all__) > 40)"
+        )
+        == "True"
     )
     assert "force" in fresh("import hookkit as hk; print(dir(hk))")
 
@@ -64,13 +83,19 @@ print(*(name for name in hk.__all__ if isinstance(getattr(hk, name), types.Modul
 
 
 def test_the_catalogue_is_sorted_and_re_exports():
-    lines = [line for line in (PACKAGE / "__init__.pyi").read_text().splitlines() if line.startswith("from")]
+    lines = [
+        line
+        for line in (PACKAGE / "__init__.pyi").read_text().splitlines()
+        if line.startswith("from")
+    ]
     assert lines == sorted(lines, key=lambda line: (line.split()[1] != ".", line.split()[1]))
     assert all(re.fullmatch(r"from \S+ import (\w+) as \1", line) for line in lines)
 
 
 def test_only_the_manager_registers_hooks():
-    assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == ["hookkit.runs.manager"]
+    assert [name for name, path in FILES.items() if "register_forward" in path.read_text()] == [
+        "hookkit.runs.manager"
+    ]
 
 
 def test_no_experiment_imports_another():
@@ -79,9 +104,15 @@ def test_no_experiment_imports_another():
 
 
 def test_nothing_that_is_kept_names_a_place_on_a_machine():
-    kept = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True, check=False)
+    kept = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True, check=False
+    )
     if kept.returncode:
         pytest.skip("not a git checkout")
     place = re.compile(rb"/(home|root|work|Users|tmp)/\w|https?://(localhost|127\.|10\.|192\.168)")
-    found = [name for name in kept.stdout.split("\0") if name and place.search((HERE / name).read_bytes())]
+    found = [
+        name
+        for name in kept.stdout.split("\0")
+        if name and place.search((HERE / name).read_bytes())
+    ]
     assert [name for name in found if name != "tests/test_house.py"] == []

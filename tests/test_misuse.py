@@ -775,7 +775,10 @@ CROSSED = [
     *((template, PROMPTS) for template in READS_PROMPTS),
     *((template, TOKENS) for template in READS_TOKENS),
     *((template, WRONG_ANSWERS) for template in READS_ANSWERS),
-    *((template, dict.fromkeys(WHOLE_NUMBERS, word)) for template, word in READS_WHOLE_NUMBERS.items()),
+    *(
+        (template, dict.fromkeys(WHOLE_NUMBERS, word))
+        for template, word in READS_WHOLE_NUMBERS.items()
+    ),
     *((template, dict.fromkeys(NUMBERS, ANY_NUMBER)) for template in READS_NUMBERS),
     *((template, POSITIONS) for template in READS_POSITIONS),
 ]
@@ -852,7 +855,10 @@ def test_a_mistake_that_needs_no_model_to_be_seen_runs_none(llama, monkeypatch):
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(llama.model, "forward", forward)
-    for call in ("hk.forward(lm, 'Tea', hk.capture('z.9'))", "hk.generate(lm, 'Tea', hk.force(5.5))"):
+    for call in (
+        "hk.forward(lm, 'Tea', hk.capture('z.9'))",
+        "hk.generate(lm, 'Tea', hk.force(5.5))",
+    ):
         with pytest.raises(hk.HookkitError):
             eval(call, {"hk": hk, "lm": llama})
 

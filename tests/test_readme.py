@@ -44,6 +44,12 @@ def test_every_link_leads_somewhere(path):
     assert (Path(__file__).parent.parent / path).exists()
 
 
-@pytest.mark.parametrize("printed", ["rank 6", "rank 5 0.97", "rank 5 0.954", "ranks 5 0.96", "rank 5 0.96 0.96"])
+@pytest.mark.parametrize(
+    "printed", ["rank 6", "rank 5 0.97", "rank 5 0.954", "ranks 5 0.96", "rank 5 0.96 0.96"]
+)
 def test_only_a_last_digit_may_differ(printed):
-    assert same("rank 5  0.95", "rank 5 0.96") and same("0.7", "0.71") and not same("rank 5  0.95", printed)
+    assert (
+        same("rank 5  0.95", "rank 5 0.96")
+        and same("0.7", "0.71")
+        and not same("rank 5  0.95", printed)
+    )

@@ -22,7 +22,15 @@ from transformers import (
 )
 
 import hookkit as hk
-from hookkit.errors import BadHook, BadPrompt, DroppedOut, MissingSite, ModelNotFound, NotOneToken, Unsupported
+from hookkit.errors import (
+    BadHook,
+    BadPrompt,
+    DroppedOut,
+    MissingSite,
+    ModelNotFound,
+    NotOneToken,
+    Unsupported,
+)
 from hookkit.models.provenance import weights_hash
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
@@ -76,7 +84,9 @@ def seen(module: nn.Module, side: str = "out", edit=None):
 # ---- sixteen bits
 
 
-@pytest.fixture(scope="module", params=[(kind, dtype) for kind in KINDS for dtype in HALVES], ids=str)
+@pytest.fixture(
+    scope="module", params=[(kind, dtype) for kind in KINDS for dtype in HALVES], ids=str
+)
 def half(request) -> hk.LM:
     kind, dtype = request.param
     lm = hk.tiny(kind)
@@ -89,7 +99,9 @@ def test_in_sixteen_bits_looking_changes_nothing_and_keeps_the_models_dtype(half
     assert torch.equal(run.logits, plain(half.model))
     assert torch.equal(hk.forward(half, IDS[0]).logits, plain(half.model))
     computed_wider = ("scores", "pattern", "router_logits", "experts", "expert_weights")
-    assert {run[site].dtype for site in half.sites() if site.name not in computed_wider} == {half.model.dtype}
+    assert {run[site].dtype for site in half.sites() if site.name not in computed_wider} == {
+        half.model.dtype
+    }
 
 
 def test_in_sixteen_bits_patching_a_run_with_itself_is_the_identity_bit_for_bit(half):
@@ -97,7 +109,9 @@ def test_in_sixteen_bits_patching_a_run_with_itself_is_the_identity_bit_for_bit(
     everything = hk.forward(half, IDS, hk.patch(half.sites(), source))
     assert torch.equal(everything.logits, source.logits)
     for site in [site for site in half.sites() if site.layer in (1, None)]:
-        assert torch.equal(hk.forward(half, IDS, hk.patch(site, source)).logits, source.logits), site
+        assert torch.equal(hk.forward(half, IDS, hk.patch(site, source)).logits, source.logits), (
+            site
+        )
 
 
 def test_in_sixteen_bits_an_edit_does_what_a_hand_written_one_does(half):
@@ -113,14 +127,19 @@ def test_in_sixteen_bits_an_edit_does_what_a_hand_written_one_does(half):
         expected = plain(half.model)
     assert torch.equal(hk.forward(half, IDS[0], hk.ablate("resid_post.1")).logits, expected)
     direction = VECTOR / VECTOR.norm()
-    with seen(block, edit=lambda x: (x.float() - (x.float() @ direction)[..., None] * direction).to(x.dtype)):
+    with seen(
+        block,
+        edit=lambda x: (x.float() - (x.float() @ direction)[..., None] * direction).to(x.dtype),
+    ):
         expected = plain(half.model)
     found = hk.forward(half, IDS[0], hk.project_out("resid_post.1", VECTOR)).logits
     assert torch.allclose(found, expected, rtol=0.1, atol=0.1)
 
 
 def test_in_sixteen_bits_logits_are_forced_banned_and_boosted_in_generation(half):
-    run = hk.generate(half, IDS, hk.force(7, step=1), hk.ban(8), hk.boost(9, by=4.0, step=0), **GREEDY)
+    run = hk.generate(
+        half, IDS, hk.force(7, step=1), hk.ban(8), hk.boost(9, by=4.0, step=0), **GREEDY
+    )
     untouched = hk.generate(half, IDS, **GREEDY)
     for row, ids in enumerate(IDS):
         assert run.tokens[row, len(ids) + 1] == 7
@@ -131,7 +150,9 @@ def test_in_sixteen_bits_logits_are_forced_banned_and_boosted_in_generation(half
 
 def test_in_sixteen_bits_what_a_mask_hides_stays_hidden(half):
     """Even if all scores are made equal: attention is then even over what is seen."""
-    run = hk.forward(half, IDS, hk.edit("scores.1", lambda x: torch.zeros_like(x) + 3.0), hk.capture("pattern.1"))
+    run = hk.forward(
+        half, IDS, hk.edit("scores.1", lambda x: torch.zeros_like(x) + 3.0), hk.capture("pattern.1")
+    )
     for row, ids in enumerate(IDS):
         pattern = run["pattern.1"][row, :, : len(ids), : len(ids)].float()
         later = torch.ones(len(ids), len(ids)).triu(1).bool()
@@ -156,9 +177,13 @@ def test_in_sixteen_bits_tables_are_computed_in_float32(half):
 def test_the_default_model_in_bfloat16_patched_with_itself_is_the_same(smol_in_bfloat16):
     lm = smol_in_bfloat16
     source = hk.forward(lm, PROMPTS, hk.capture(lm.sites(layers=[3, 17])))
-    assert torch.equal(hk.forward(lm, PROMPTS, hk.patch(source.sites, source)).logits, source.logits)
+    assert torch.equal(
+        hk.forward(lm, PROMPTS, hk.patch(source.sites, source)).logits, source.logits
+    )
     ids = torch.tensor([lm.tokenizer.encode(PROMPTS[0])])
-    assert torch.equal(hk.forward(lm, PROMPTS[0], hk.capture(lm.sites())).logits, plain(lm.model, ids))
+    assert torch.equal(
+        hk.forward(lm, PROMPTS[0], hk.capture(lm.sites())).logits, plain(lm.model, ids)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +213,9 @@ def adapting():
 
 def with_lora(peft, kind: str = "llama", task: str | None = "CAUSAL_LM", **more) -> nn.Module:
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type=task, init_lora_weights=False, **more)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", task_type=task, init_lora_weights=False, **more
+    )
     with adapting():
         return peft.get_peft_model(hk.tiny(kind).model, config).eval()
 
@@ -227,7 +254,10 @@ def test_captures_of_a_model_with_adapters_are_those_of_hooks_on_its_modules(lor
 def test_a_hook_acts_once_whichever_of_the_modules_is_called(lora):
     expected = plain(lora.model)
     for model in (lora.model, lora.model.base_model, lora.model.get_base_model()):
-        with torch.no_grad(), hk.attach(lora, hk.capture("logits"), hk.scale("logits", 2.0)) as manager:
+        with (
+            torch.no_grad(),
+            hk.attach(lora, hk.capture("logits"), hk.scale("logits", 2.0)) as manager,
+        ):
             out = model(ONE).logits
         assert torch.equal(manager["logits"], expected) and torch.equal(out, expected * 2)
         assert manager.log["forward"].tolist() == [0, 0]
@@ -235,7 +265,9 @@ def test_a_hook_acts_once_whichever_of_the_modules_is_called(lora):
 
 def test_a_model_with_adapters_generates_with_hooks_as_by_hand(lora):
     plainly = lora.model.generate(input_ids=ONE, **GREEDY)
-    assert torch.equal(hk.generate(lora, IDS[0], hk.capture(lora.sites()), **GREEDY).tokens, plainly)
+    assert torch.equal(
+        hk.generate(lora, IDS[0], hk.capture(lora.sites()), **GREEDY).tokens, plainly
+    )
     block = by_hand.module_of(lora.root, "resid_post", 1)[0]
     with seen(block, edit=lambda x: x + VECTOR):
         expected = lora.model.generate(input_ids=ONE, **GREEDY)
@@ -290,7 +322,10 @@ def test_an_interrupted_forward_of_adapters_does_not_confuse_the_next_generation
 
 def test_adapters_that_transformers_itself_put_in_are_found_too(peft):
     lm = hk.tiny("llama")
-    lm.model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), adapter_name="mine")
+    lm.model.add_adapter(
+        peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
+        adapter_name="mine",
+    )
     lm.model.eval()
     run = hk.forward(lm, IDS[0], hk.capture("q.1"))
     with seen(lm.model.model.layers[1].self_attn.q_proj) as found:
@@ -317,10 +352,14 @@ def test_adapters_that_add_tokens_are_refused_unless_they_are_off(peft, kind):
         lm = hk.LM(peft.get_peft_model(hk.tiny("llama").model, config).eval())
     for run in (hk.forward, hk.generate):
         with pytest.raises(
-            Unsupported, match=r"the adapter 'default' \(P.*_TUNING\) puts 3 tokens of its own in front"
+            Unsupported,
+            match=r"the adapter 'default' \(P.*_TUNING\) puts 3 tokens of its own in front",
         ):
             run(lm, IDS[0], hk.capture("resid_post.1"))
-    with pytest.raises(Unsupported, match="puts 3 tokens of its own"), hk.attach(lm, hk.capture("resid_post.1")):
+    with (
+        pytest.raises(Unsupported, match="puts 3 tokens of its own"),
+        hk.attach(lm, hk.capture("resid_post.1")),
+    ):
         pass
     with lm.model.disable_adapter():
         assert torch.equal(hk.forward(lm, IDS[0]).logits, plain(hk.tiny("llama").model))
@@ -354,7 +393,9 @@ def offloaded(request, tmp_path_factory) -> hk.LM:
         return hk.LM(accelerate.dispatch_model(model, PLACES, **options))
     model.save_pretrained(folder / "model")
     return hk.LM(
-        AutoModelForCausalLM.from_pretrained(folder / "model", device_map=PLACES, offload_folder=folder / "weights")
+        AutoModelForCausalLM.from_pretrained(
+            folder / "model", device_map=PLACES, offload_folder=folder / "weights"
+        )
     )
 
 
@@ -364,7 +405,9 @@ def test_an_offloaded_model_gives_the_numbers_of_the_model_in_memory(offloaded):
     assert any(weight.device.type == "meta" for weight in offloaded.model.parameters())
     assert offloaded.sizes == whole.sizes
     for prompts in (IDS[0], IDS):
-        found, expected = (hk.forward(lm, prompts, hk.capture(lm.sites())) for lm in (offloaded, whole))
+        found, expected = (
+            hk.forward(lm, prompts, hk.capture(lm.sites())) for lm in (offloaded, whole)
+        )
         assert torch.equal(found.logits, expected.logits)
         for site in whole.sites():
             assert torch.equal(found[site], expected[site]), site
@@ -379,10 +422,16 @@ def test_an_offloaded_model_gives_the_numbers_of_the_model_in_memory(offloaded):
     ],
     ids=["steer", "attention", "heads"],
 )
-def test_edits_and_generations_of_an_offloaded_model_equal_those_of_the_model_in_memory(offloaded, hooks):
+def test_edits_and_generations_of_an_offloaded_model_equal_those_of_the_model_in_memory(
+    offloaded, hooks
+):
     whole = hk.tiny("llama")
-    assert torch.equal(hk.forward(offloaded, IDS, *hooks).logits, hk.forward(whole, IDS, *hooks).logits)
-    found, expected = (hk.generate(lm, IDS, *hooks, hk.capture("k_rot"), **GREEDY) for lm in (offloaded, whole))
+    assert torch.equal(
+        hk.forward(offloaded, IDS, *hooks).logits, hk.forward(whole, IDS, *hooks).logits
+    )
+    found, expected = (
+        hk.generate(lm, IDS, *hooks, hk.capture("k_rot"), **GREEDY) for lm in (offloaded, whole)
+    )
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logits, expected.logits)
     assert torch.equal(found["k_rot.2"], expected["k_rot.2"])
 
@@ -430,7 +479,11 @@ def torchao_by_transformers(tmp_path) -> hk.LM:
 def dynamic() -> hk.LM:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch means to drop it
-        return hk.LM(torch.ao.quantization.quantize_dynamic(hk.tiny("llama").model, {nn.Linear}, dtype=torch.qint8))
+        return hk.LM(
+            torch.ao.quantization.quantize_dynamic(
+                hk.tiny("llama").model, {nn.Linear}, dtype=torch.qint8
+            )
+        )
 
 
 @pytest.fixture(params=["torchao", "torchao by transformers", "dynamic"])
@@ -455,7 +508,19 @@ def test_sites_of_a_quantised_model_are_what_hand_written_hooks_find(quantised):
 
 
 def by_hand_names(lm: hk.LM) -> list[str]:
-    return ["q", "k", "v", "z", "attn_in", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post"]
+    return [
+        "q",
+        "k",
+        "v",
+        "z",
+        "attn_in",
+        "attn_out",
+        "resid_mid",
+        "mlp_pre",
+        "mlp_post",
+        "mlp_out",
+        "resid_post",
+    ]
 
 
 def test_edits_of_a_quantised_model_are_those_of_hand_written_hooks(quantised):
@@ -464,12 +529,18 @@ def test_edits_of_a_quantised_model_are_those_of_hand_written_hooks(quantised):
         expected = plain(quantised.model)
         tokens = quantised.model.generate(ONE, **GREEDY)
     assert torch.equal(hk.forward(quantised, IDS[0], hk.scale("mlp_out.1", 0.5)).logits, expected)
-    assert torch.equal(hk.generate(quantised, IDS[0], hk.scale("mlp_out.1", 0.5), **GREEDY).tokens, tokens)
-    halved = hk.forward(quantised, IDS[0], hk.edit("pattern.1", lambda x: x * 0.5), hk.capture("z.1"))
+    assert torch.equal(
+        hk.generate(quantised, IDS[0], hk.scale("mlp_out.1", 0.5), **GREEDY).tokens, tokens
+    )
+    halved = hk.forward(
+        quantised, IDS[0], hk.edit("pattern.1", lambda x: x * 0.5), hk.capture("z.1")
+    )
     z = hk.forward(quantised, IDS[0], hk.capture("z.1"))["z.1"]
     assert torch.allclose(halved["z.1"], z * 0.5, atol=1e-5)
     source = hk.forward(quantised, IDS[0], hk.capture(quantised.sites()))
-    assert torch.equal(hk.forward(quantised, IDS[0], hk.patch(quantised.sites(), source)).logits, source.logits)
+    assert torch.equal(
+        hk.forward(quantised, IDS[0], hk.patch(quantised.sites(), source)).logits, source.logits
+    )
 
 
 def test_dynamic_quantisation_scales_by_the_whole_batch_so_padded_batches_are_refused():
@@ -510,10 +581,15 @@ ACTIONS = {
 @pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
-    [("gpt2", {}, "transformer.drop: p = 0.1"), ("llama", {"attention_dropout": 0.25}, "attention_dropout = 0.25")],
+    [
+        ("gpt2", {}, "transformer.drop: p = 0.1"),
+        ("llama", {"attention_dropout": 0.25}, "attention_dropout = 0.25"),
+    ],
     ids=["modules", "numbers"],
 )
-def test_a_model_in_training_mode_that_drops_out_is_warned_of_once_a_run(kind, config, words, action):
+def test_a_model_in_training_mode_that_drops_out_is_warned_of_once_a_run(
+    kind, config, words, action
+):
     lm = hk.tiny(kind, config=config)
     assert not given_warnings(lambda: action(lm))
     lm.model.train()
@@ -540,7 +616,9 @@ CAUSES = {
 
 def checkpointed(lm: hk.LM) -> None:
     with adapting():  # transformers is about to give it another name
-        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
 
 @pytest.mark.parametrize("cause", CAUSES.values(), ids=CAUSES)
@@ -554,11 +632,20 @@ def test_gradients_with_checkpointing_are_those_without_it(kind, cause):
         if checkpoints:
             checkpointed(lm)
         with hk.attach(lm, hk.capture(site, grad=True), *hooks) as manager:
-            for ids in (ONE, ONE + 3):  # two forwards, so that each block has to run again in its own
+            for ids in (
+                ONE,
+                ONE + 3,
+            ):  # two forwards, so that each block has to run again in its own
                 lm.model(ids, use_cache=False).logits[0, -1, 7].backward()
             grads = [text[site].grad for text in manager.texts]
             log = manager.log
-        found.append((grads, {name: w.grad for name, w in lm.model.named_parameters() if w.grad is not None}, log))
+        found.append(
+            (
+                grads,
+                {name: w.grad for name, w in lm.model.named_parameters() if w.grad is not None},
+                log,
+            )
+        )
     (plainly, weights, log), (again, weights_again, log_again) = found
     assert all(torch.equal(one, two) for one, two in zip(plainly, again, strict=True))
     assert min(float(grad.abs().max()) for grad in plainly) > 0
@@ -598,9 +685,7 @@ def test_a_checkpointed_block_with_a_hook_whose_backward_comes_too_late_is_refus
     lm = hk.tiny("llama")
     lm.model.train()
     checkpointed(lm)
-    words = (
-        r"capture\(mlp_out.1, grad=True\) stands in a block with gradient checkpointing, .* inside a block of hk.attach"
-    )
+    words = r"capture\(mlp_out.1, grad=True\) stands in a block with gradient checkpointing, .* inside a block of hk.attach"
     ran = []
     handle = lm.model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(Unsupported, match=words):
@@ -611,7 +696,9 @@ def test_a_checkpointed_block_with_a_hook_whose_backward_comes_too_late_is_refus
         logits = lm.model(ONE, use_cache=False).logits
     with pytest.raises(Unsupported, match=r"backward\(\) ran after the block was left"):
         logits.sum().backward()
-    assert torch.isfinite(hk.forward(lm, IDS, hk.scale("mlp_out.1", 2.0)).logits).all(), "without gradients it may be"
+    assert torch.isfinite(hk.forward(lm, IDS, hk.scale("mlp_out.1", 2.0)).logits).all(), (
+        "without gradients it may be"
+    )
 
 
 def test_hooks_on_the_blocks_themselves_may_be_gone_before_backward():
@@ -621,7 +708,9 @@ def test_hooks_on_the_blocks_themselves_may_be_gone_before_backward():
         lm.model.train()
         if checkpoints:
             checkpointed(lm)
-        run = hk.forward(lm, IDS[0], hk.capture("resid_post.1", grad=True), hk.steer("resid_post.0", VECTOR))
+        run = hk.forward(
+            lm, IDS[0], hk.capture("resid_post.1", grad=True), hk.steer("resid_post.0", VECTOR)
+        )
         run.logits[0, -1, 7].backward()
         found.append(run["resid_post.1"].grad)
     assert torch.equal(*found)
@@ -649,8 +738,12 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_a_folder_with_code_of_its_own_loads_only_where_it_is_trusted(tmp_path, small_tokenizer, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_folder_with_code_of_its_own_loads_only_where_it_is_trusted(
+    tmp_path, small_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     lm = hk.tiny("llama")
     folder = tmp_path / "mine"
     lm.model.save_pretrained(folder)
@@ -660,11 +753,15 @@ def test_a_folder_with_code_of_its_own_loads_only_where_it_is_trusted(tmp_path, 
     config |= {
         "model_type": "mine",
         "architectures": ["MineForCausalLM"],
-        "auto_map": {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "modeling_mine.MineConfig",
+            "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ModelNotFound, match=r"has code of its own, .* read it, and if you trust it, add trust_remote_code"
+        ModelNotFound,
+        match=r"has code of its own, .* read it, and if you trust it, add trust_remote_code",
     ):
         hk.load(folder, device="cpu")
     mine = hk.load(folder, device="cpu", trust_remote_code=True)
@@ -688,8 +785,18 @@ def t5() -> nn.Module:
 
 def bart() -> nn.Module:
     torch.manual_seed(0)
-    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    widths = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32}
+    layers = {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    widths = {
+        "d_model": 16,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 32,
+    }
     return BartForConditionalGeneration(BartConfig(**SMALL, **layers, **widths)).eval()
 
 
@@ -706,11 +813,14 @@ def test_an_encoder_decoder_says_what_it_is_and_what_can_be_done(kind):
         f"{kind} is an encoder-decoder, and named sites are those of decoders; name its modules with hk.module(path)"
     }
     assert kind in repr(lm)
-    with pytest.raises(MissingSite, match=f"{kind} is an encoder-decoder, and named sites are those of decoders"):
+    with pytest.raises(
+        MissingSite, match=f"{kind} is an encoder-decoder, and named sites are those of decoders"
+    ):
         hk.attach(lm, hk.capture("resid_post.1"))
     for run in (hk.forward, hk.generate):
         with pytest.raises(
-            Unsupported, match=rf"{kind} is an encoder-decoder, .* run it yourself in a block of hk.attach"
+            Unsupported,
+            match=rf"{kind} is an encoder-decoder, .* run it yourself in a block of hk.attach",
         ):
             run(lm, [[1, 2, 3]])
 
@@ -721,13 +831,24 @@ def test_modules_of_an_encoder_decoder_are_captured_and_edited_whole(kind, lengt
     make, encoder, decoder = TWO_TEXTS[kind]
     model = make()
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.arange(2 * length).view(2, length)}
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": torch.arange(2 * length).view(2, length),
+    }
     with torch.no_grad():
-        with seen(model.get_submodule(encoder)) as read, seen(model.get_submodule(decoder)) as written:
+        with (
+            seen(model.get_submodule(encoder)) as read,
+            seen(model.get_submodule(decoder)) as written,
+        ):
             untouched = model(**given).logits
         with seen(model.get_submodule(decoder), edit=lambda x: x * 0.5):
             expected = model(**given).logits
-        hooks = [hk.capture(hk.module(encoder)), hk.capture(hk.module(decoder)), hk.scale(hk.module(decoder), 0.5)]
+        hooks = [
+            hk.capture(hk.module(encoder)),
+            hk.capture(hk.module(decoder)),
+            hk.scale(hk.module(decoder), 0.5),
+        ]
         with hk.attach(model, *hooks) as manager:
             out = model(**given).logits
     assert torch.equal(manager[f"{encoder}:output"], read[0])
@@ -738,8 +859,14 @@ def test_modules_of_an_encoder_decoder_are_captured_and_edited_whole(kind, lengt
 def test_what_has_no_meaning_in_an_encoder_decoder_is_refused():
     model = t5()
     given = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 2, 3]])}
-    for hook in (hk.capture(hk.module("decoder.block.1"), pos=-1), hk.force(3, site=hk.module("lm_head"))):
-        with pytest.raises(BadHook, match="an encoder-decoder reads two texts, so a position at .* may be of either"):  # noqa: SIM117
+    for hook in (
+        hk.capture(hk.module("decoder.block.1"), pos=-1),
+        hk.force(3, site=hk.module("lm_head")),
+    ):
+        with pytest.raises(
+            BadHook,
+            match="an encoder-decoder reads two texts, so a position at .* may be of either",
+        ):  # noqa: SIM117
             with hk.attach(model, hook), torch.no_grad():
                 model(**given)
     layer = hk.capture(hk.module("decoder.block.1"))
@@ -751,11 +878,18 @@ def test_what_has_no_meaning_in_an_encoder_decoder_is_refused():
 
 
 def test_an_encoder_says_what_it_is_and_has_head_and_logits():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     bert = hk.LM(BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).eval())
     run = hk.forward(bert, [[1, 2, 3]], hk.capture("lm_head"))
     assert torch.equal(run.logits, plain(bert.model, torch.tensor([[1, 2, 3]])))
-    with pytest.raises(MissingSite, match="BertForMaskedLM is an encoder, and named sites beside head and logits"):
+    with pytest.raises(
+        MissingSite, match="BertForMaskedLM is an encoder, and named sites beside head and logits"
+    ):
         hk.forward(bert, [[1, 2, 3]], hk.capture("resid_post.0"))
     with pytest.raises(Unsupported, match="BertForMaskedLM has no generate"):
         hk.generate(bert, [[1, 2, 3]])
@@ -776,7 +910,9 @@ def test_a_model_without_its_head_says_how_to_load_it_with_one():
 # ---- the wrong tokenizer
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out_by_the_text_that_needs_them(small_tokenizer):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out_by_the_text_that_needs_them(
+    small_tokenizer,
+):
     small = hk.LM(hk.tiny("llama", config={"vocab_size": 200}).model, small_tokenizer)
     assert small.n_tokens == 200
     large = max(small_tokenizer.encode(PROMPTS[0]))
@@ -785,12 +921,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out_by_the_text_th
     for prompts in (PROMPTS[0], [PROMPTS[0]], small_tokenizer(PROMPTS[0])):
         with pytest.raises(BadPrompt, match=words):
             hk.forward(small, prompts)
-    with pytest.raises(BadPrompt, match="prompt 1 has token id 200, and the vocabulary has ids 0 to 199$"):
+    with pytest.raises(
+        BadPrompt, match="prompt 1 has token id 200, and the vocabulary has ids 0 to 199$"
+    ):
         hk.forward(small, [[1, 2], [3, 200]])
     word = next(
-        token for i in range(319, 200, -1) if len(small_tokenizer.encode(token := small_tokenizer.decode([i]))) == 1
+        token
+        for i in range(319, 200, -1)
+        if len(small_tokenizer.encode(token := small_tokenizer.decode([i]))) == 1
     )
-    with pytest.raises(NotOneToken, match=r"is token \d+ of the tokenizer, and the model has ids 0 to 199"):
+    with pytest.raises(
+        NotOneToken, match=r"is token \d+ of the tokenizer, and the model has ids 0 to 199"
+    ):
         hk.forward(small, [[1, 2]], hk.ban(word))
     low = small_tokenizer.decode([60])
     assert hk.forward(small, low).logits.shape[-1] == 200
@@ -807,7 +949,9 @@ def test_a_module_that_runs_twice_in_one_forward_cannot_be_captured_whole():
             return self.linear(self.linear(x))
 
     with (
-        pytest.raises(Unsupported, match="the module at linear:output ran twice or more in one forward"),
+        pytest.raises(
+            Unsupported, match="the module at linear:output ran twice or more in one forward"
+        ),
         hk.attach(Twice(), hk.capture(hk.module("linear"))) as manager,
     ):
         manager.lm.model(torch.ones(4))
@@ -825,7 +969,13 @@ def test_scores_and_patterns_of_prompts_of_several_lengths_are_edited_each_in_it
 def test_a_pattern_captured_with_gradients_has_them():
     """By hand: from the values that it is multiplied with."""
     lm = hk.tiny("llama")
-    run = hk.forward(lm, IDS[0], hk.capture("pattern.2", grad=True), hk.capture("z.2", grad=True), hk.capture("v.2"))
+    run = hk.forward(
+        lm,
+        IDS[0],
+        hk.capture("pattern.2", grad=True),
+        hk.capture("z.2", grad=True),
+        hk.capture("v.2"),
+    )
     run.logits[0, -1, 7].backward()
     values = run["v.2"].repeat_interleave(2, dim=2)  # of each query head
     expected = torch.einsum("bqhd,bkhd->bhqk", run["z.2"].grad, values)

@@ -50,7 +50,9 @@ def measured(lm: hk.LM, rows: int, width: int) -> pd.DataFrame:
         "capture of q_rot.0": lambda: hk.forward(lm, ids, hk.capture("q_rot.0")),
         "capture of pattern.0": lambda: hk.forward(lm, ids, hk.capture("pattern.0")),
         "capture of pattern.0.3, one head": lambda: hk.forward(lm, ids, hk.capture("pattern.0.3")),
-        "knockout(0, 3, query=-1, key=0)": lambda: hk.forward(lm, ids, hk.knockout(0, 3, query=-1, key=0)),
+        "knockout(0, 3, query=-1, key=0)": lambda: hk.forward(
+            lm, ids, hk.knockout(0, 3, query=-1, key=0)
+        ),
     }
     table = compared(f"{rows}x{width}", work, ROUNDS).rename(columns={"what": "shape"})
     by_itself = table["workload"] == ALONE  # it is no forward, to which something was added
@@ -59,8 +61,12 @@ def measured(lm: hk.LM, rows: int, width: int) -> pd.DataFrame:
 
 def alone(lm: hk.LM, ids: torch.Tensor) -> Any:
     """The block's step-by-step attention, of its own modelling file, on what this forward gives it."""
-    run = hk.forward(lm, ids, hk.capture([f"{name}.0" for name in ("q_rot", "k_rot", "v")]), logits=False)
-    query, key, value = (run[f"{name}.0"].transpose(1, 2).contiguous() for name in ("q_rot", "k_rot", "v"))
+    run = hk.forward(
+        lm, ids, hk.capture([f"{name}.0" for name in ("q_rot", "k_rot", "v")]), logits=False
+    )
+    query, key, value = (
+        run[f"{name}.0"].transpose(1, 2).contiguous() for name in ("q_rot", "k_rot", "v")
+    )
     module: Any = lm.submodule(lm.place(hk.Site("attn_out", 0)).path)
     own = sys.modules[type(module).__module__].eager_attention_forward
     width = ids.shape[1]

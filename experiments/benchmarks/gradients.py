@@ -30,9 +30,13 @@ Work = dict[str, Callable[[], Any]]
 def main() -> None:
     torch.set_num_threads(THREADS)
     lm = hk.load(device="cpu")
-    with hk.record("results/benchmarks_gradients", title="What attribution costs", lm=lm, seed=0) as results:
+    with hk.record(
+        "results/benchmarks_gradients", title="What attribution costs", lm=lm, seed=0
+    ) as results:
         work = workloads(lm)
-        same = float((work["gradients"]().stack("resid_pre") - work["gradients by hand"]()[1]).abs().max())
+        same = float(
+            (work["gradients"]().stack("resid_pre") - work["gradients by hand"]()[1]).abs().max()
+        )
         caption = f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio: to the plain forward, round by round."
         table = results.table("gradients", compared(work), caption=caption)
         ratios = table.set_index("workload")["ratio"]
@@ -104,7 +108,9 @@ def compared(work: Work) -> pd.DataFrame:
     plain = taken[next(iter(work))][1:]
     rows = []
     for label, seconds in taken.items():
-        ratio = statistics.median(mine / other for mine, other in zip(seconds[1:], plain, strict=True))
+        ratio = statistics.median(
+            mine / other for mine, other in zip(seconds[1:], plain, strict=True)
+        )
         rows.append([label, statistics.median(seconds[1:]) * 1000, ratio])
     return pd.DataFrame(rows, columns=["workload", "median_ms", "ratio"])
 

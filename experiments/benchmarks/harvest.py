@@ -44,7 +44,9 @@ def main() -> None:
     ids = torch.randint(0, 49000, (TEXTS, WIDTH), generator=torch.Generator().manual_seed(0))
     with (
         tempfile.TemporaryDirectory() as folder,
-        hk.record("results/benchmarks_harvest", title="What harvesting costs", lm=lm, seed=0) as results,
+        hk.record(
+            "results/benchmarks_harvest", title="What harvesting costs", lm=lm, seed=0
+        ) as results,
     ):
         work = workloads(lm, Path(folder))
         rounds = compared(work, ids[:SOME], ROUNDS)
@@ -54,8 +56,12 @@ def main() -> None:
             f"Medians of rounds, {THREADS} thread, batches of {BATCH}. speed: tokens a second of the processor, beside "
             "the plain forward with all logits in the same round; by_clock: the same by the clock."
         )
-        table = results.table("harvest", pd.concat([rounds, once], ignore_index=True), caption=caption)
-        parts = results.table("parts", costs(lm, Path(folder)), caption="What of it is not the model, alone.")
+        table = results.table(
+            "harvest", pd.concat([rounds, once], ignore_index=True), caption=caption
+        )
+        parts = results.table(
+            "parts", costs(lm, Path(folder)), caption="What of it is not the model, alone."
+        )
     print(table.round(3).to_string(index=False), parts.round(3).to_string(index=False), sep="\n\n")
 
 
@@ -92,7 +98,10 @@ def by_hand(model: Any, ids: torch.Tensor) -> None:
 
 
 def compared(
-    work: dict[str, Callable[[torch.Tensor], object]], ids: torch.Tensor, rounds: int, warm: bool = True
+    work: dict[str, Callable[[torch.Tensor], object]],
+    ids: torch.Tensor,
+    rounds: int,
+    warm: bool = True,
 ) -> pd.DataFrame:
     """How long each workload takes, and how its speed compares with the first one's in the same round."""
     taken: dict[str, list[tuple[float, float]]] = {label: [] for label in work}
@@ -108,7 +117,16 @@ def compared(
         speed, by_clock = (median(other[n] / mine[n] for mine, other in pairs) for n in (0, 1))
         used, seconds = (median(each[n] for each in both[warm:]) for n in (0, 1))
         found.append((len(ids), rounds, label, used, seconds, ids.numel() / used, speed, by_clock))
-    names = ["texts", "rounds", "workload", "processor_s", "clock_s", "tokens_per_s", "speed", "by_clock"]
+    names = [
+        "texts",
+        "rounds",
+        "workload",
+        "processor_s",
+        "clock_s",
+        "tokens_per_s",
+        "speed",
+        "by_clock",
+    ]
     return pd.DataFrame(found, columns=names)
 
 
@@ -117,7 +135,9 @@ def costs(lm: hk.LM, folder: Path) -> pd.DataFrame:
     values = {site: torch.randn(2**25 // 3 // 576, 576) for site in SITES}
     parts: Work = {
         "sha256 of the weights, once": lambda: weights_hash(lm),
-        "a shard of 128 MiB: written, sha256, fsync": lambda: write_tensors(folder / "shard.safetensors", values),
+        "a shard of 128 MiB: written, sha256, fsync": lambda: write_tensors(
+            folder / "shard.safetensors", values
+        ),
     }
     found = []
     for label, run in parts.items():

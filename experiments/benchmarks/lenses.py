@@ -34,7 +34,9 @@ def main() -> None:
     work: Work = {
         "plain transformers": plainly(lm.model, ids),
         "by hand: all layers, top 5": by_hand(lm.model, ids),
-        "logit_lens, all layers and positions, top 5": lambda: hk.logit_lens(lm, PROMPT, pos=None, top=5),
+        "logit_lens, all layers and positions, top 5": lambda: hk.logit_lens(
+            lm, PROMPT, pos=None, top=5
+        ),
         "the same at the last position": lambda: hk.logit_lens(lm, PROMPT, top=5),
         "direct_logits, components": lambda: hk.direct_logits(run, " Mary"),
         "direct_logits, heads": lambda: hk.direct_logits(run, " Mary", heads=True),
@@ -42,7 +44,9 @@ def main() -> None:
     with hk.record("results/benchmarks_lenses", title="What a lens costs", lm=lm) as results:
         caption = f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio and added_ms: to plain transformers, by round."
         table = results.table("lenses", compared("15 tokens", work, ROUNDS), caption=caption)
-        peaks = results.table("memory", memory(), caption="Peak of 8 x 128 tokens beside the loaded model, MB.")
+        peaks = results.table(
+            "memory", memory(), caption="Peak of 8 x 128 tokens beside the loaded model, MB."
+        )
     print(table.round(2).to_string(index=False), peaks.round(0).to_string(index=False), sep="\n\n")
 
 
@@ -51,7 +55,8 @@ def by_hand(model: Any, ids: torch.Tensor) -> Any:
     def run() -> object:
         kept: list[torch.Tensor] = []
         hooks = [
-            layer.register_forward_hook(lambda _m, _a, out: kept.append(out.clone())) for layer in model.model.layers
+            layer.register_forward_hook(lambda _m, _a, out: kept.append(out.clone()))
+            for layer in model.model.layers
         ]
         model.model(ids, use_cache=False)
         for hook in hooks:
@@ -66,7 +71,10 @@ def memory() -> pd.DataFrame:
     # glibc's own threshold moves, and with it a third of the peak, by chance; fixed, every tensor is given back at once
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     names = ("plain forward with logits", "logit_lens, all layers and positions, top 5")
-    runs = [subprocess.run([*words, each], env=settings, capture_output=True, text=True, check=True) for each in names]
+    runs = [
+        subprocess.run([*words, each], env=settings, capture_output=True, text=True, check=True)
+        for each in names
+    ]
     return pd.DataFrame({"workload": names, "peak_mb": [json.loads(run.stdout) for run in runs]})
 
 

@@ -26,24 +26,44 @@ TEXTS, SOME = 16_400, 240  # of about 123 tokens each; those of the default mode
 SHARD, SOME_SHARD = 20_000, 2_000  # rows: 2.5 MB of the small model, 4.6 MB of the default one
 ALIKE, BEGUN = 0.05, 0.1  # how much memory may differ, from which part of the way on
 SAMPLES = 200
-WHO, DOES = ("Mary", "John", "The cook", "A child", "My friend"), ("likes", "takes", "never has", "asks for", "sells")
-WHAT, WHERE = ("tea", "coffee", "oat milk", "warm bread", "cocoa"), ("in the garden", "at noon", "by the sea", "alone")
+WHO, DOES = (
+    ("Mary", "John", "The cook", "A child", "My friend"),
+    ("likes", "takes", "never has", "asks for", "sells"),
+)
+WHAT, WHERE = (
+    ("tea", "coffee", "oat milk", "warm bread", "cocoa"),
+    ("in the garden", "at noon", "by the sea", "alone"),
+)
 Item = TypeVar("Item")
 
 
 def main() -> None:
     torch.set_num_threads(2)
     default = hk.load(device="cpu")
-    small = hk.tiny("llama", tokenizer=default.tokenizer, config={"vocab_size": 49152, "max_position_embeddings": 512})
+    small = hk.tiny(
+        "llama",
+        tokenizer=default.tokenizer,
+        config={"vocab_size": 49152, "max_position_embeddings": 512},
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
-        hk.record("results/benchmarks_long_harvest", title="Memory over a long corpus", lm=default, seed=0) as results,
+        hk.record(
+            "results/benchmarks_long_harvest", title="Memory over a long corpus", lm=default, seed=0
+        ) as results,
     ):
         ways = [*measured(small, default, Path(folder))]
-        table = results.table("memory", pd.DataFrame([way.summary() for way in ways]), caption=CAPTION)
-        results.table("samples", pd.concat([way.table() for way in ways], ignore_index=True), caption="Every sample.")
+        table = results.table(
+            "memory", pd.DataFrame([way.summary() for way in ways]), caption=CAPTION
+        )
+        results.table(
+            "samples",
+            pd.concat([way.table() for way in ways], ignore_index=True),
+            caption="Every sample.",
+        )
         results.figure(
-            "memory_figure", drawn(ways), caption="apart: the largest less the smallest memory behind the first tenth."
+            "memory_figure",
+            drawn(ways),
+            caption="apart: the largest less the smallest memory behind the first tenth.",
         )
     print(table.round(3).to_string(index=False))
 
@@ -83,19 +103,29 @@ class Way:
         said: dict[str, object] = {"task": self.task, "tokens": self.tokens}
         for name in ("rss", "own"):
             values = late[f"{name}_mb"]
-            said |= {f"{name}_mb": values.median(), f"{name}_apart": (values.max() - values.min()) / values.median()}
+            said |= {
+                f"{name}_mb": values.median(),
+                f"{name}_apart": (values.max() - values.min()) / values.median(),
+            }
         return said | {"constant": said["own_apart" if self.mapped else "rss_apart"] < ALIKE}  # pyright: ignore
 
 
 def measured(small: hk.LM, default: hk.LM, folder: Path) -> Iterator[Way]:
     way = Way("harvest", TEXTS)
     made = hk.harvest(
-        small, way.watched(texts(TEXTS)), "resid_post.1", folder / "small", shard_size=SHARD, progress=False
+        small,
+        way.watched(texts(TEXTS)),
+        "resid_post.1",
+        folder / "small",
+        shard_size=SHARD,
+        progress=False,
     )
     way.tokens = tokens = len(made)
     yield way
     way = Way("statistics, no harvest", TEXTS, tokens=tokens)
-    hk.statistics(small, way.watched(texts(TEXTS)), "resid_post.1", covariance=True, top=10, progress=False)
+    hk.statistics(
+        small, way.watched(texts(TEXTS)), "resid_post.1", covariance=True, top=10, progress=False
+    )
     yield way
     for task, seed in (("read in order", None), ("read shuffled", 0)):
         harvest = hk.open_harvest(folder / "small")
@@ -105,7 +135,9 @@ def measured(small: hk.LM, default: hk.LM, folder: Path) -> Iterator[Way]:
         yield way
     way = Way("harvest, default model", SOME)
     options = {"shard_size": SOME_SHARD, "batch_tokens": 1024, "progress": False}
-    made = hk.harvest(default, way.watched(texts(SOME)), "resid_post.5", folder / "default", **options)
+    made = hk.harvest(
+        default, way.watched(texts(SOME)), "resid_post.5", folder / "default", **options
+    )
     way.tokens = len(made)
     yield way
 
@@ -129,17 +161,29 @@ def drawn(ways: list[Way]) -> Figure:
     axes = figure.subplots(2, 3, sharex=True, sharey=True).flatten()
     for panel, way in zip(axes, ways, strict=False):
         table, said = way.table(), way.summary()
-        panel.fill_between(table["part"], table["own_mb"], color="#3b6fb6", alpha=0.35, lw=0, label="its own")
-        panel.plot(table["part"], table["rss_mb"], color="#3b6fb6", lw=1.5, label="with mapped files")
+        panel.fill_between(
+            table["part"], table["own_mb"], color="#3b6fb6", alpha=0.35, lw=0, label="its own"
+        )
+        panel.plot(
+            table["part"], table["rss_mb"], color="#3b6fb6", lw=1.5, label="with mapped files"
+        )
         panel.axvspan(0, BEGUN, color="#8a909c", alpha=0.18, lw=0)
         panel.set_title(f"{way.task}: {way.tokens / 1e6:.3g} M tokens", fontsize=9)
-        panel.text(0.97, 0.05, f"apart {said['rss_apart']:.1%}", transform=panel.transAxes, ha="right", fontsize=8)
+        panel.text(
+            0.97,
+            0.05,
+            f"apart {said['rss_apart']:.1%}",
+            transform=panel.transAxes,
+            ha="right",
+            fontsize=8,
+        )
     for unused in axes[len(ways) :]:
         unused.set_visible(False)
     axes[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="lower left")
     axes[0].set_ylim(bottom=0)
     figure.supxlabel(
-        "part of the texts, or batches, that were taken (the first tenth is grey and does not count)", size=9
+        "part of the texts, or batches, that were taken (the first tenth is grey and does not count)",
+        size=9,
     )
     figure.supylabel("memory of the process (MB)", size=9)
     return hk.figures.finished(figure, "Memory does not grow with the length of a corpus")

@@ -27,7 +27,11 @@ ROUNDS = {"forward": 12, "generate": 8, "tiny forward": 200, "tiny generate": 20
 BATCH, WIDTH = 8, 128  # rows and tokens of the forward
 NEW_TOKENS, TINY_TOKENS = 64, 32
 THREADS = 2
-KEPT = {"plain": 0, "resid_post": 30 * BATCH * WIDTH * 576 * 4, "resid_post, pos=-1": 30 * BATCH * 576 * 4}  # bytes
+KEPT = {
+    "plain": 0,
+    "resid_post": 30 * BATCH * WIDTH * 576 * 4,
+    "resid_post, pos=-1": 30 * BATCH * 576 * 4,
+}  # bytes
 
 Work = dict[str, Callable[[], object]]
 
@@ -39,7 +43,9 @@ def main() -> None:
         table = pd.concat([forwards(lm), generation(lm), tiny()], ignore_index=True)
         caption = f"Medians, {THREADS} threads. ratio and added_ms: to plain transformers, round by round."
         results.table("overhead", table, caption=caption)
-        peaks = results.table("memory", memory(), caption="Peak of one forward over the loaded model.")
+        peaks = results.table(
+            "memory", memory(), caption="Peak of one forward over the loaded model."
+        )
     print(table.to_string(index=False), peaks.to_string(index=False), sep="\n\n")
 
 
@@ -98,8 +104,12 @@ def forwards(lm: hk.LM) -> pd.DataFrame:
         "30 clones by hand": by_hand(lm.model, ids),
         "nothing attached": lambda: hk.forward(lm, ids),
         "capture of 30 resid_post": lambda: hk.forward(lm, ids, hk.capture("resid_post")),
-        "capture of layer 5, no logits": lambda: hk.forward(lm, ids, hk.capture("resid_post.5"), logits=False),
-        "capture of 30, no logits": lambda: hk.forward(lm, ids, hk.capture("resid_post"), logits=False),
+        "capture of layer 5, no logits": lambda: hk.forward(
+            lm, ids, hk.capture("resid_post.5"), logits=False
+        ),
+        "capture of 30, no logits": lambda: hk.forward(
+            lm, ids, hk.capture("resid_post"), logits=False
+        ),
         "last logits only": lambda: hk.forward(lm, ids, logits="last"),
     }
     return compared("forward", work, ROUNDS["forward"])
@@ -116,18 +126,31 @@ def generation(lm: hk.LM) -> pd.DataFrame:
         "plain transformers": lambda: model.generate(**inputs, **settings),
         "nothing attached": lambda: hk.generate(lm, prompt, **settings),
         "force and steer": lambda: hk.generate(lm, prompt, *hooks, **settings),
-        "trace": lambda: hk.generate(lm, prompt, trace=hk.trace(top=5, watch=(" coffee", " tea")), **settings),
+        "trace": lambda: hk.generate(
+            lm, prompt, trace=hk.trace(top=5, watch=(" coffee", " tea")), **settings
+        ),
     }
     return compared("generate", work, ROUNDS["generate"])
 
 
 def tiny() -> pd.DataFrame:
     """A model of 30 layers with d_model 8, of which nothing is left but overhead."""
-    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=30,
+        num_attention_heads=2,
+    )
     model: Any = LlamaForCausalLM(config).eval()
     lm = hk.LM(model)
     ids = torch.arange(8)[None]
-    settings = {"max_new_tokens": TINY_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": TINY_TOKENS,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     once: Work = {
         "plain transformers": plainly(lm.model, ids),
         "30 clones by hand": by_hand(lm.model, ids),
@@ -136,7 +159,9 @@ def tiny() -> pd.DataFrame:
     }
     hooks = [hk.force(3), hk.steer("resid_post.6", torch.ones(8))]
     tokens: Work = {
-        "plain transformers": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+        "plain transformers": lambda: model.generate(
+            ids, attention_mask=torch.ones_like(ids), **settings
+        ),
         "force": lambda: hk.generate(lm, ids, hk.force(3), **settings),
         "force and steer": lambda: hk.generate(lm, ids, *hooks, **settings),
     }
@@ -149,9 +174,18 @@ def memory() -> pd.DataFrame:
     words = [sys.executable, "-m", "experiments.benchmarks.overhead", "--peak"]
     # glibc's own threshold moves, and with it a third of the peak, by chance; fixed, every tensor is given back at once
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-    runs = [subprocess.run([*words, each], env=settings, capture_output=True, text=True, check=True) for each in KEPT]
+    runs = [
+        subprocess.run([*words, each], env=settings, capture_output=True, text=True, check=True)
+        for each in KEPT
+    ]
     peaks = [json.loads(run.stdout) for run in runs]
-    table = pd.DataFrame({"workload": list(KEPT), "peak_mb": peaks, "kept_mb": [kept / 1e6 for kept in KEPT.values()]})
+    table = pd.DataFrame(
+        {
+            "workload": list(KEPT),
+            "peak_mb": peaks,
+            "kept_mb": [kept / 1e6 for kept in KEPT.values()],
+        }
+    )
     return table.assign(beyond=(table["peak_mb"] - table["kept_mb"]) / peaks[0] - 1)
 
 
@@ -170,7 +204,9 @@ def peak_of(workload: str) -> float:
 
 def resident(name: str) -> float:
     """A figure of this process's memory, in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024 / 1e6
 
 

@@ -42,14 +42,22 @@ def main() -> None:
     given = asked.parse_args()
     torch.set_num_threads(1)
     lm = hk.load(device="cpu")
-    ids = torch.randint(0, 49000, (given.texts, WIDTH), generator=torch.Generator().manual_seed(0)).tolist()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ids = torch.randint(
+        0, 49000, (given.texts, WIDTH), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     actors = [count for count in (1, 2, 4) if count <= cores]
-    ray.init(address="local", num_cpus=max(actors), include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local", num_cpus=max(actors), include_dashboard=False, logging_level=logging.ERROR
+    )
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            hk.record("results/benchmarks_ray", title="What Ray costs, and what it brings", lm=lm, seed=0) as results,
+            hk.record(
+                "results/benchmarks_ray", title="What Ray costs, and what it brings", lm=lm, seed=0
+            ) as results,
         ):
             seconds = in_turn(workloads(lm, ids, Path(folder), actors), given.rounds)
             same = all(equal(Path(folder) / "here", Path(folder) / f"{count}") for count in actors)
@@ -64,12 +72,18 @@ def main() -> None:
     print(table.round(3).to_string(index=False), caption, sep="\n\n")
 
 
-def workloads(lm: hk.LM, ids: list[list[int]], folder: Path, actors: list[int]) -> dict[str, Callable[[], object]]:
+def workloads(
+    lm: hk.LM, ids: list[list[int]], folder: Path, actors: list[int]
+) -> dict[str, Callable[[], object]]:
     def harvest(name: str, engine: hk.Ray | None) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
-        hk.harvest(lm, ids, SITES, folder / name, batch_tokens=BATCH * WIDTH, progress=False, engine=engine)
+        hk.harvest(
+            lm, ids, SITES, folder / name, batch_tokens=BATCH * WIDTH, progress=False, engine=engine
+        )
 
-    found: dict[str, Callable[[], object]] = {"this process, one thread": lambda: harvest("here", None)}
+    found: dict[str, Callable[[], object]] = {
+        "this process, one thread": lambda: harvest("here", None)
+    }
     for count in actors:
         label = f"{count} actor{'' if count == 1 else 's'} of one CPU"
         found[label] = partial(harvest, f"{count}", hk.Ray(actors=count))
@@ -92,9 +106,15 @@ def compared(seconds: dict[str, list[float]], tokens: int) -> pd.DataFrame:
     here, one = (seconds[label] for label in list(seconds)[:2])
     found = []
     for label, mine in seconds.items():
-        times, speed = (median(a / b for a, b in zip(*pair, strict=True)) for pair in ((mine, here), (one, mine)))
+        times, speed = (
+            median(a / b for a, b in zip(*pair, strict=True))
+            for pair in ((mine, here), (one, mine))
+        )
         found.append((label, len(mine), median(mine), tokens / median(mine), times, speed))
-    return pd.DataFrame(found, columns=["workload", "rounds", "seconds", "tokens_per_s", "times", "speed_of_one_actor"])
+    return pd.DataFrame(
+        found,
+        columns=["workload", "rounds", "seconds", "tokens_per_s", "times", "speed_of_one_actor"],
+    )
 
 
 def equal(one: Path, other: Path) -> bool:

@@ -32,7 +32,9 @@ def main() -> None:
     with hk.record("results/benchmarks_report", title="What a report costs", lm=lm) as results:
         work: Work = {
             "plain transformers, 6 forwards": lambda: bare(lm, prompts, 1 + len(edits)),
-            "hk.forward, 6 forwards": lambda: [hk.forward(lm, prompts, *h, logits="last") for h in each(edits)],
+            "hk.forward, 6 forwards": lambda: [
+                hk.forward(lm, prompts, *h, logits="last") for h in each(edits)
+            ],
             "shift_report": lambda: reported(lm, prompts, edits),
         }
         table = compared(f"{PROMPTS} prompts, {len(edits)} edits", work, ROUNDS)

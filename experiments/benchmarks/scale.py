@@ -58,13 +58,21 @@ KEPT = {
 def main() -> None:
     torch.set_num_threads(2)
     lm = hk.load(device="cpu")
-    with hk.record("results/scale", title="Larger than one machine", question=QUESTION, lm=lm, seed=0) as results:
+    with hk.record(
+        "results/scale", title="Larger than one machine", question=QUESTION, lm=lm, seed=0
+    ) as results:
         found = {**computing(lm), **gathering(), **writing(), **acting()}
         measured = pd.DataFrame({"what": list(found), "value": list(found.values())})
         results.table("measured", measured, caption="On this machine; its other users count in.")
         large = described()
-        results.table("sites", sites(lm, large), caption="Numbers of a token at each site, and bytes in bfloat16.")
-        table = results.table("forecast", forecast(large, found), caption="Hours for the corpus; the largest decides.")
+        results.table(
+            "sites",
+            sites(lm, large),
+            caption="Numbers of a token at each site, and bytes in bfloat16.",
+        )
+        table = results.table(
+            "forecast", forecast(large, found), caption="Hours for the corpus; the largest decides."
+        )
         page = plan(measured, table, found)
         (results.folder / "plan.md").write_text(page, encoding="utf-8")
     print(page)
@@ -82,9 +90,15 @@ def computing(lm: hk.LM) -> dict[str, float]:
         model(ids, use_cache=False, logits_to_keep=1)
 
     seconds = taken(run, 5)
-    inside = sum(weight.numel() for weight in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()  # pyright: ignore
+    inside = (
+        sum(weight.numel() for weight in lm.model.parameters())
+        - lm.model.get_input_embeddings().weight.numel()
+    )  # pyright: ignore
     speed = ids.numel() / seconds
-    return {"tokens a second, default model, two threads": speed, "FLOP/s of that": speed * 2 * inside}
+    return {
+        "tokens a second, default model, two threads": speed,
+        "FLOP/s of that": speed * 2 * inside,
+    }
 
 
 def gathering() -> dict[str, float]:
@@ -96,7 +110,10 @@ def gathering() -> dict[str, float]:
         made = [*words, "-m", "experiments.benchmarks.scale", "--gather", str(path)]
         subprocess.run(made, env=settings, check=True, capture_output=True)
         small, large = json.loads(path.read_text())
-    return {"seconds to put a small tensor together, two processes": small, "bytes a second of a large one": large}
+    return {
+        "seconds to put a small tensor together, two processes": small,
+        "bytes a second of a large one": large,
+    }
 
 
 def gather(path: Path) -> None:
@@ -136,12 +153,19 @@ def acting() -> dict[str, float]:
 
             def run(engine: dict[str, Any] = engine) -> None:
                 with tempfile.TemporaryDirectory() as folder:
-                    hk.harvest(lm, texts, "resid_post.1", Path(folder) / "harvest", **settings, **engine)
+                    hk.harvest(
+                        lm, texts, "resid_post.1", Path(folder) / "harvest", **settings, **engine
+                    )
 
             seconds.append(taken(run, 3))
     finally:
         ray.shutdown()
-    return {"seconds of a unit of Ray beside its work, and of starting an actor": (seconds[1] - seconds[0]) / 32}
+    return {
+        "seconds of a unit of Ray beside its work, and of starting an actor": (
+            seconds[1] - seconds[0]
+        )
+        / 32
+    }
 
 
 def taken(run: Any, rounds: int) -> float:
@@ -174,7 +198,15 @@ def sites(small: hk.LM, large: hk.LM) -> pd.DataFrame:
     rows = []
     for name in ("resid_post", "z", "q", "k", "mlp_post", "pattern"):
         per_token = numbers(large, name, 1)
-        rows.append((name, numbers(small, name, 1), per_token, BYTES * per_token, BYTES * per_token * TOKENS / 1e12))
+        rows.append(
+            (
+                name,
+                numbers(small, name, 1),
+                per_token,
+                BYTES * per_token,
+                BYTES * per_token * TOKENS / 1e12,
+            )
+        )
     names = ["site", "default model", "70 B", "70 B, bytes a token", "the corpus, TB a layer"]
     return pd.DataFrame(rows, columns=names)
 
@@ -182,7 +214,10 @@ def sites(small: hk.LM, large: hk.LM) -> pd.DataFrame:
 def forecast(lm: hk.LM, found: dict[str, float]) -> pd.DataFrame:
     """Hours of each part of the work, were it alone, for 8 and 64 GPUs; tensor parallelism within a node."""
     weights = sum(weight.numel() for weight in lm.model.parameters())
-    node, writer = int(ASSUMED["GPUs of a node"]), found["bytes a second of one writer, sha256 and fsync"]
+    node, writer = (
+        int(ASSUMED["GPUs of a node"]),
+        found["bytes a second of one writer, sha256 and fsync"],
+    )
     speed = ASSUMED["a GPU, bfloat16, FLOP/s"] * ASSUMED["share of it that a forward reaches"]
     rows = []
     for gpus in (node, 8 * node):
@@ -193,13 +228,18 @@ def forecast(lm: hk.LM, found: dict[str, float]) -> pd.DataFrame:
             split = site in ("z", "mlp_post", "pattern")
             parts = {
                 "forwards": 2 * weights * share * TOKENS / (speed * gpus),
-                "putting together": size * split / (ASSUMED["between GPUs of a node, bytes/s"] * nodes),
+                "putting together": size
+                * split
+                / (ASSUMED["between GPUs of a node, bytes/s"] * nodes),
                 "one writer": size / writer,
                 "to one node": size * (nodes > 1) / ASSUMED["between nodes, bytes/s for each node"],
                 "disks of every node": size / (ASSUMED["disks of a node, bytes/s"] * nodes),
             }
             hours = {name: seconds / 3600 for name, seconds in parts.items()}
-            spread = {name: hours[name] for name in ("forwards", "putting together", "disks of every node")}
+            spread = {
+                name: hours[name]
+                for name in ("forwards", "putting together", "disks of every node")
+            }
             row = {"gpus": gpus, "kept": label, "terabytes": size / 1e12, **hours}
             row |= {
                 "slowest": max(hours, key=hours.__getitem__),
@@ -222,9 +262,13 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def plan(measured: pd.DataFrame, table: pd.DataFrame, found: dict[str, float]) -> str:
-    at: dict[tuple[int, str], Any] = {(row["gpus"], row["kept"]): row for row in table.to_dict("records")}
+    at: dict[tuple[int, str], Any] = {
+        (row["gpus"], row["kept"]): row for row in table.to_dict("records")
+    }
     few, many = at[8, "resid_post.40"], at[64, "resid_post.40"]
-    assumed = pd.DataFrame({"what": list(ASSUMED), "value": [float(value) for value in ASSUMED.values()]})
+    assumed = pd.DataFrame(
+        {"what": list(ASSUMED), "value": [float(value) for value in ASSUMED.values()]}
+    )
     sweep = sweeping()
     template = Path(__file__).with_name("scale_plan.md").read_text(encoding="utf-8")
     return template.format(
@@ -256,10 +300,15 @@ def sweeping() -> dict[str, float]:
     """A sweep of every layer and position over a thousand prompts of a hundred tokens: layer-tokens, and GPU hours."""
     layers, width, prompts = SHAPE["num_hidden_layers"], 100, 1000
     naive = layers * width * prompts * layers * width
-    planned = naive / 4  # a cell starts at its layer and position: half of the layers, half of the positions
+    planned = (
+        naive / 4
+    )  # a cell starts at its layer and position: half of the layers, half of the positions
     flops = 2 * 70e9 / layers
     speed = ASSUMED["a GPU, bfloat16, FLOP/s"] * ASSUMED["share of it that a forward reaches"]
-    return {"naive_hours": naive * flops / speed / 3600, "planned_hours": planned * flops / speed / 3600}
+    return {
+        "naive_hours": naive * flops / speed / 3600,
+        "planned_hours": planned * flops / speed / 3600,
+    }
 
 
 if __name__ == "__main__":

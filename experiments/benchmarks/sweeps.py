@@ -47,11 +47,19 @@ def main() -> None:
         for peer in peers.values():
             peer.close()
         table = results.table("sweeps", table_of(rows), caption=TEXT)
-        peaks = results.table("memory", memory(), caption="Peak of a process of its own, and of it beside the model.")
-        reached = results.table("goals", goals(table, peaks), caption="What was aimed at, and what this run found.")
+        peaks = results.table(
+            "memory", memory(), caption="Peak of a process of its own, and of it beside the model."
+        )
+        reached = results.table(
+            "goals", goals(table, peaks), caption="What was aimed at, and what this run found."
+        )
         caption = "Patching every layer and position. loop_s_computed: a whole forward's seconds for each cell."
         grown = results.table("growth", growing(lm), caption=caption)
-        results.figure("growth_figure", drawn(grown), caption="Both axes are logarithmic: a line up is a tenfold.")
+        results.figure(
+            "growth_figure",
+            drawn(grown),
+            caption="Both axes are logarithmic: a line up is a tenfold.",
+        )
     for each in (table, peaks, reached, grown):
         print(each.round(3).to_string(index=False), end="\n\n")
 

@@ -27,7 +27,7 @@ from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, in_order
 from ..models.lm import LM
-from ..models.positions import Where, Wish, as_count
+from ..models.positions import PositionRange, Where, as_count
 from ..models.prompts import Prompts
 from ..models.sites import HEADED, AnySite, Site
 from ..sweeps.cells import as_hooks
@@ -114,7 +114,9 @@ def attribution(
     sums = found.products
     if method != "qk_fix":
         sums = {site: _summed(each, masks, by is not None) for site, each in sums.items()}
-    table = _table(pair.to.metric.name, grid, at_point, list(places or [None]), sums, found, by is not None)
+    table = _table(
+        pair.to.metric.name, grid, at_point, list(places or [None]), sums, found, by is not None
+    )
     table.attrs |= {"method": method, "direction": direction} | (
         {"steps": steps, "points": points} if method == "integrated" else {}
     )
@@ -125,11 +127,13 @@ def _check_neurons(by: str, names: Sequence[str]) -> None:
     one_of("by", by, "neuron")
     headed = [name for name in names if name in HEADED]
     if headed:
-        raise BadHook(f"by='neuron' takes sites without heads, and {headed[0]} has them: leave by= out")
+        raise BadHook(
+            f"by='neuron' takes sites without heads, and {headed[0]} has them: leave by= out"
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SiteScores:
     """For each prompt the metric without and with all of the other prompt, and at each site the estimate of every
     number [row, pos, ...], or of each place [place, row, head]."""
 
@@ -155,22 +159,35 @@ class Pair:
     def batches(self, together: int) -> list[range]:
         """The prompts that run together: all of them where hooks may name rows."""
         size = len(self.to) if self.under else together
-        return [range(start, min(start + size, len(self.to))) for start in range(0, len(self.to), size)]
+        return [
+            range(start, min(start + size, len(self.to))) for start in range(0, len(self.to), size)
+        ]
 
-    def found(self, sites: Sequence[Site], steps: int, points: Points) -> Found:
+    def found(self, sites: Sequence[Site], steps: int, points: Points) -> SiteScores:
         """The estimate at these sites; with `steps`, integrated over so many."""
         found = [self._of(rows, sites, steps, points) for rows in self.batches(TOGETHER)]
-        products: dict[AnySite, Tensor] = {site: _joined([each.products[site] for each in found]) for site in sites}
-        return Found(torch.cat([each.before for each in found]), torch.cat([each.target for each in found]), products)
+        products: dict[AnySite, Tensor] = {
+            site: _joined([each.products[site] for each in found]) for site in sites
+        }
+        return SiteScores(
+            torch.cat([each.before for each in found]),
+            torch.cat([each.target for each in found]),
+            products,
+        )
 
-    def fixed(self, sites: Sequence[Site], masks: Tensor) -> Found:
+    def fixed(self, sites: Sequence[Site], masks: Tensor) -> SiteScores:
         """The estimate for queries and keys, of each place [place, row, head]."""
-        found = [softmaxed(self.to, self.of, rows, sites, self.under, masks) for rows in self.batches(TOGETHER)]
+        found = [
+            softmaxed(self.to, self.of, rows, sites, self.under, masks)
+            for rows in self.batches(TOGETHER)
+        ]
         before, target, sums = zip(*found, strict=True)
-        joined: dict[AnySite, Tensor] = {site: torch.cat([each[site] for each in sums], 1) for site in sites}
-        return Found(torch.cat(before), torch.cat(target), joined)
+        joined: dict[AnySite, Tensor] = {
+            site: torch.cat([each[site] for each in sums], 1) for site in sites
+        }
+        return SiteScores(torch.cat(before), torch.cat(target), joined)
 
-    def _of(self, rows: range, sites: Sequence[Site], steps: int, points: Points) -> Found:
+    def _of(self, rows: range, sites: Sequence[Site], steps: int, points: Points) -> SiteScores:
         read = [*sites, EMBED] if steps and EMBED not in sites else sites
         other = self.of.run(rows, *self.under, capture(read, name=OWN))
         target = self.of.asked_of(other, rows)
@@ -180,11 +197,18 @@ class Pair:
             before, values, gradient = here.metric, here.values, here.gradient
         else:
             run = self.to.run(rows, *self.under, capture(read, name=OWN))
-            before, values = self.to.asked_of(run, rows), {site: run.captured(site, OWN) for site in read}
+            before, values = (
+                self.to.asked_of(run, rows),
+                {site: run.captured(site, OWN) for site in read},
+            )
             start, end = values[EMBED].values, source[EMBED].values
             check_end(self.to, rows, self.under, end, target)
             gradient = average(along(self.to, rows, sites, self.under, start, end, steps, points))
-        return Found(before, target, {site: _product(source[site], values[site], gradient[site]) for site in sites})
+        return SiteScores(
+            before,
+            target,
+            {site: _product(source[site], values[site], gradient[site]) for site in sites},
+        )
 
 
 def _product(source: Captured, here: Captured, gradient: Tensor) -> Tensor:
@@ -211,13 +235,15 @@ def masks_of(asked: Question, places: Places | None) -> Float[Tensor, "place row
     masks = torch.zeros(len(named), len(lengths), max(lengths), dtype=torch.float64)
     for number, (name, wheres) in enumerate(named.items()):
         for pos, rows in wheres:
-            for row, wish in enumerate(asked.reading.full.wishes(Where(pos, as_count(rows, "row")))):
+            for row, wish in enumerate(
+                asked.reading.full.wishes(Where(pos, as_count(rows, "row")))
+            ):
                 if wish is not None:
                     masks[number, row, _within(wish, lengths[row], row, name)] = 1
     return masks
 
 
-def _within(wish: Wish, length: int, row: int, name: Any) -> list[int]:
+def _within(wish: PositionRange, length: int, row: int, name: Any) -> list[int]:
     """The positions of a wish; those of an open slice end with the prompt."""
     if isinstance(wish, range):
         return list(range(wish.start, min(wish.stop, length), wish.step))
@@ -241,12 +267,17 @@ def _table(
     at_point: Any,
     places: list[Any],
     sums: Mapping[AnySite, Tensor],
-    found: Found,
+    found: SiteScores,
     neurons: bool,
 ) -> pd.DataFrame:
     """The table of `patching`: the cells in its order, a row for each prompt."""
-    before, way = found.before.double().numpy(force=True), (found.target - found.before).double().numpy(force=True)
-    numbers = {site: each.movedim(1, -1).numpy() for site, each in sums.items()}  # [place, head or neuron, row]
+    before, way = (
+        found.before.double().numpy(force=True),
+        (found.target - found.before).double().numpy(force=True),
+    )
+    numbers = {
+        site: each.movedim(1, -1).numpy() for site, each in sums.items()
+    }  # [place, head or neuron, row]
     index, count = {place: number for number, place in enumerate(places)}, len(before)
     cells, deltas = [], []
     for point in itertools.product(*grid.values()):
@@ -267,7 +298,9 @@ def _table(
     effect = np.divide(by, way[rows], out=np.full(len(by), np.nan), where=way[rows] != 0)
     values = {name: before[rows] + by, f"{name}_before": before[rows], f"{name}_delta": by}
     values |= {f"{name}_target": (before + way)[rows], f"{name}_effect": effect}
-    return pd.DataFrame({**at, **({"unit": np.concatenate(units)} if neurons else {}), "row": rows, **values})
+    return pd.DataFrame(
+        {**at, **({"unit": np.concatenate(units)} if neurons else {}), "row": rows, **values}
+    )
 
 
 def _spread(values: Sequence[Any], widths: Sequence[int]) -> list[Any]:
@@ -303,15 +336,23 @@ def agreement(
     cells = _cells(estimate, truth)
     pair = estimate[[*cells, value]].merge(truth[[*cells, value]], on=cells, suffixes=("", "_true"))
     if pair.empty:
-        raise EmptySelection(f"the tables have no cell in common by {', '.join(cells)}: make them of one grid")
+        raise EmptySelection(
+            f"the tables have no cell in common by {', '.join(cells)}: make them of one grid"
+        )
     if any(table.duplicated(cells).any() for table in (estimate, truth)):
-        raise BadHook(f"a cell of {', '.join(cells)} stands several times in a table: leave one of each, or average")
+        raise BadHook(
+            f"a cell of {', '.join(cells)} stands several times in a table: leave one of each, or average"
+        )
     if by is not None and by not in cells:
-        raise BadHook(f"by={by!r} is no column of both tables{did_you_mean(by, cells)} They share {', '.join(cells)}.")
+        raise BadHook(
+            f"by={by!r} is no column of both tables{did_you_mean(by, cells)} They share {', '.join(cells)}."
+        )
     groups = [(None, pair)] if by is None else list(pair.groupby(by, sort=False))
     rows = []
     for name, found in groups:
-        rows.append(({} if by is None else {by: name}) | {"value": value} | _alike(found, value, top))
+        rows.append(
+            ({} if by is None else {by: name}) | {"value": value} | _alike(found, value, top)
+        )
     return pd.DataFrame(rows)
 
 
@@ -319,7 +360,9 @@ def _value(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None) -> st
     both = [name for name in estimate.columns if name in truth.columns]
     found = value or next((name for name in both if name.endswith("_delta")), None)
     if found is None or found not in both:
-        raise BadHook(f"the tables share {', '.join(both) or 'no column'}, and not {found or 'a _delta'}: say value=")
+        raise BadHook(
+            f"the tables share {', '.join(both) or 'no column'}, and not {found or 'a _delta'}: say value="
+        )
     return found
 
 
@@ -331,11 +374,17 @@ def _cells(estimate: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
         for end in ("_before", "_delta")
         if name.endswith(end)
     ]
-    own = [name for name in estimate.columns if any(name == m or name.startswith(f"{m}_") for m in metrics)]
+    own = [
+        name
+        for name in estimate.columns
+        if any(name == m or name.startswith(f"{m}_") for m in metrics)
+    ]
     own += ["n", "interval"]
     cells = [name for name in estimate.columns if name in truth.columns and name not in own]
     if not [name for name in cells if name not in COUNTS]:
-        raise BadHook(f"the tables share no column that says which cell a row is of: {', '.join(estimate.columns)}")
+        raise BadHook(
+            f"the tables share no column that says which cell a row is of: {', '.join(estimate.columns)}"
+        )
     return cells
 
 
@@ -344,7 +393,9 @@ def _alike(pair: pd.DataFrame, value: str, top: int) -> dict[str, Any]:
     true: Any = pair[f"{value}_true"]
     neither = (mine != 0) & (true != 0)
     count = min(top, int(neither.sum()))
-    largest: Sequence[set[object]] = [set(each[neither].abs().nlargest(count).index) for each in (mine, true)]
+    largest: Sequence[set[object]] = [
+        set(each[neither].abs().nlargest(count).index) for each in (mine, true)
+    ]
     return {
         "n": len(pair),
         "pearson": mine.corr(true),

@@ -21,14 +21,14 @@ from ..display import shown
 from ..errors import BadHook, Unsupported
 from ..hooks.base import EditHook, Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Kept, Slot
+from ..hooks.captured_values import Captured, Captures, LazyCapture
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import LOGITS, AnySite, Site, Sites, SitesLike
 from ..models.training import frozen
 from ..runs.forward import forward
 from ..runs.run import Run
-from ..sweeps.inputs import Reading, read
+from ..sweeps.inputs import SweepInputs, read
 from ..tables.metrics import Loss, Measure, Metric, MetricLike, Said, as_metrics
 
 OWN = "hookkit.gradients"  # the name of the capture whose values are differentiated by
@@ -41,7 +41,7 @@ class Question:
     lm: LM
     metric: Metric
     measure: Measure
-    reading: Reading
+    reading: SweepInputs
 
     def __len__(self) -> int:
         return len(self.reading)
@@ -75,7 +75,10 @@ class Question:
         logits = kept.values[torch.arange(len(rows)), torch.tensor(picked)]
         after = None
         if self.reads_on:
-            after = [wide(kept.values[n, end : len(self.reading.fed[row])]) for n, (row, end) in _each(rows, ends)]
+            after = [
+                wide(kept.values[n, end : len(self.reading.fed[row])])
+                for n, (row, end) in _each(rows, ends)
+            ]
         return self.measure(Said(wide(logits), rows, after=after))
 
 
@@ -92,7 +95,9 @@ def question(lm: LM, prompts: Prompts, metric: MetricLike, pos: int = -1) -> Que
     """What is asked of these prompts, held against the model before anything runs."""
     found = as_metrics(metric)
     if len(found) != 1:
-        raise BadHook(f"{len(found)} metrics were given, and a gradient is of one: call it once for each")
+        raise BadHook(
+            f"{len(found)} metrics were given, and a gradient is of one: call it once for each"
+        )
     reading = read(lm, prompts, found, pos)
     return Question(lm, found[0], found[0].bound(lm, len(reading)), reading)
 
@@ -109,7 +114,12 @@ class Derived:
 
 
 def derived(
-    asked: Question, rows: Sequence[int], sites: SitesLike, hooks: Sequence[Hook], *, keep_graph: bool = False
+    asked: Question,
+    rows: Sequence[int],
+    sites: SitesLike,
+    hooks: Sequence[Hook],
+    *,
+    keep_graph: bool = False,
 ) -> Derived:
     """The metric of these prompts and its gradient at the sites, in one forward and one backward."""
     chosen = _differentiable(asked.lm.expand(sites))
@@ -122,7 +132,9 @@ def derived(
         found: Sequence[Tensor | None] = [None] * len(leaves)
         if run.logits.requires_grad:  # else nothing that was captured reaches them
             _check_metric(asked.metric, metric)
-            found = torch.autograd.grad(metric.sum(), list(leaves.values()), allow_unused=True, retain_graph=keep_graph)
+            found = torch.autograd.grad(
+                metric.sum(), list(leaves.values()), allow_unused=True, retain_graph=keep_graph
+            )
     edited = any(isinstance(hook, EditHook) for hook in hooks)
     given = zip(leaves.items(), found, strict=True)
     gradient = {site: _checked(site, leaf, grad, edited) for (site, leaf), grad in given}
@@ -136,7 +148,9 @@ def _at_head(site: AnySite) -> bool:
 def _differentiable(sites: Sites) -> Sites:
     for site in sites:
         if isinstance(site, Site) and site.name == "experts":
-            raise Unsupported(f"{site} is the numbers of experts, which have no gradient: take 'router_logits'")
+            raise Unsupported(
+                f"{site} is the numbers of experts, which have no gradient: take 'router_logits'"
+            )
     return sites
 
 
@@ -161,7 +175,9 @@ def _checked(site: AnySite, leaf: Tensor, gradient: Tensor | None, edited: bool)
     if gradient is None:
         if edited:  # an edit stands between: what it puts in does not depend on the site
             return torch.zeros_like(leaf)
-        raise Unsupported(f"the metric does not depend on {site}: nothing that it is made of reads this place")
+        raise Unsupported(
+            f"the metric does not depend on {site}: nothing that it is made of reads this place"
+        )
     if not bool(gradient.isfinite().all()):
         raise Unsupported(
             f"the gradient at {site} has values that are not finite: the metric has no slope there (a logit of minus "
@@ -191,8 +207,8 @@ class Gradients:
 
     metric: Float[Tensor, " row"]
     run: Run
-    kept: Kept
-    gradient: Kept
+    kept: Captures
+    gradient: Captures
 
     @property
     def sites(self) -> Sites:
@@ -225,7 +241,9 @@ class Gradients:
 
 
 @checks_arguments
-def gradients(lm: LM, prompts: Prompts, metric: MetricLike, sites: SitesLike, *hooks: Hook, pos: int = -1) -> Gradients:
+def gradients(
+    lm: LM, prompts: Prompts, metric: MetricLike, sites: SitesLike, *hooks: Hook, pos: int = -1
+) -> Gradients:
     """The metric of each prompt and its gradient at these sites: how fast it rises with each number there, all that
     comes behind the site taken along (Simonyan et al. 2013).
 
@@ -252,9 +270,14 @@ def _given(found: Derived, hooks: tuple[Hook, ...]) -> Gradients:
     values = {site: detached(captured) for site, captured in found.values.items()}
     slopes = {site: replace(values[site], values=found.gradient[site]) for site in values}
     kept, gradient = (
-        Kept(tuple(Slot(site, OWN, None, each) for site, each in some.items())) for some in (values, slopes)
+        Captures(tuple(LazyCapture(site, OWN, None, each) for site, each in some.items()))
+        for some in (values, slopes)
     )
-    mine = tuple(Slot(slot.site, slot.name, None, slot.captured()) for slot in found.run.kept.slots if slot.name != OWN)
+    mine = tuple(
+        LazyCapture(slot.site, slot.name, None, slot.captured())
+        for slot in found.run.kept.slots
+        if slot.name != OWN
+    )
     logits = detached(found.run.captured_logits())
-    run = replace(found.run, hooks=hooks, kept=Kept(mine), kept_logits=logits, output=None)
+    run = replace(found.run, hooks=hooks, kept=Captures(mine), kept_logits=logits, output=None)
     return Gradients(found.metric, run, kept, gradient)

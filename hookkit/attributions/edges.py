@@ -83,9 +83,9 @@ def check_sum(lm: LM, here: Derived) -> None:
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
-    return float((found.to(wanted.device) - wanted).detach().abs().max()) <= 2e-2 * _precision(wanted) * float(
-        wanted.detach().abs().max()
-    )
+    return float((found.to(wanted.device) - wanted).detach().abs().max()) <= 2e-2 * _precision(
+        wanted
+    ) * float(wanted.detach().abs().max())
 
 
 def _precision(like: Tensor) -> float:
@@ -95,7 +95,9 @@ def _precision(like: Tensor) -> float:
 
 def senders(lm: LM, here: Derived, other: Mapping[AnySite, Captured]) -> list[End]:
     """By how much each sender's part of the stream is another on the other prompts."""
-    change = {site: other[site].values - found.values.detach() for site, found in here.values.items()}
+    change = {
+        site: other[site].values - found.values.detach() for site, found in here.values.items()
+    }
     found = [End("embed", -1, change[Site("resid_pre", 0)])]
     for layer in range(lm.n_layers):
         z, out = Site("z", layer), Site("attn_out", layer)
@@ -154,7 +156,9 @@ def _heads(here: Derived, layer: int) -> Iterator[End]:
 
 def _mlp(lm: LM, here: Derived, layer: int) -> End:
     site, read = Site("mlp_in", layer), _read_by_mlp(lm, layer)
-    (back,) = torch.autograd.grad(here.leaves[site], here.leaves[read], here.gradient[site], retain_graph=True)
+    (back,) = torch.autograd.grad(
+        here.leaves[site], here.leaves[read], here.gradient[site], retain_graph=True
+    )
     return End(str(site), 2 * layer + (read.name == "resid_mid"), back)
 
 
@@ -249,7 +253,9 @@ def _flat(ends: Sequence[End], device: torch.device) -> Float[Tensor, "end numbe
     return torch.stack([end.vector.flatten().to(device) for end in ends])
 
 
-def _table(name: str, ends: tuple[list[End], list[End]], scores: Tensor, count: int) -> pd.DataFrame:
+def _table(
+    name: str, ends: tuple[list[End], list[End]], scores: Tensor, count: int
+) -> pd.DataFrame:
     sending, receiving = ends
     receiving_first = sorted(range(len(receiving)), key=lambda number: receiving[number].stage)
     rows = [

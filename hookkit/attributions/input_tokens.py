@@ -51,11 +51,15 @@ def token_attribution(
     """
     one_of("method", method, "gradient", "integrated")
     if method != "integrated" and steps is not None:
-        raise BadHook(f"steps is of method='integrated', and has no effect with {method!r}: leave it out")
+        raise BadHook(
+            f"steps is of method='integrated', and has no effect with {method!r}: leave it out"
+        )
     steps = 20 if steps is None else steps
     asked = question(lm, prompts, metric, pos)
     if asked.reads_on:
-        raise Unsupported("loss reads a continuation behind the prompt: take hk.logprob of its first token")
+        raise Unsupported(
+            "loss reads a continuation behind the prompt: take hk.logprob of its first token"
+        )
     parts(steps)  # raises
     rows = range(len(asked))
     here = derived(asked, rows, EMBED, ())
@@ -75,7 +79,9 @@ def token_attribution(
     return table
 
 
-def _baseline(lm: LM, given: Token | Tensor | None, like: Float[Tensor, "row pos d_model"]) -> Tensor:
+def _baseline(
+    lm: LM, given: Token | Tensor | None, like: Float[Tensor, "row pos d_model"]
+) -> Tensor:
     """The baseline's embeddings, with the zeros of filled-up rows left as they are."""
     if given is None:
         return torch.zeros_like(like)
@@ -100,5 +106,7 @@ def _table(asked: Question, found: Float[Tensor, "row pos"]) -> pd.DataFrame:
     for row, ids in enumerate(asked.reading.rows):
         for place, token_id in enumerate(ids):
             token = {"token": repr(asked.lm.string(token_id)), "token_id": token_id}
-            rows.append({"row": row, "pos": place, **token, "attribution": float(found[row, place])})
+            rows.append(
+                {"row": row, "pos": place, **token, "attribution": float(found[row, place])}
+            )
     return pd.DataFrame(rows)

@@ -51,7 +51,9 @@ def along(
 ) -> Iterator[Derived]:
     """The metric and its gradients with the embeddings at each part of the way, one after the other."""
     for part in parts(steps, points):
-        yield derived(asked, rows, sites, [put(start + part * (end - start)), *hooks], keep_graph=keep_graph)
+        yield derived(
+            asked, rows, sites, [put(start + part * (end - start)), *hooks], keep_graph=keep_graph
+        )
 
 
 def average(found: Iterator[Derived]) -> dict[AnySite, Tensor]:
@@ -62,7 +64,9 @@ def average(found: Iterator[Derived]) -> dict[AnySite, Tensor]:
     return {site: total / count for site, total in sums.items()}
 
 
-def check_end(asked: Question, rows: Sequence[int], hooks: Sequence[Hook], end: Tensor, wanted: Tensor) -> None:
+def check_end(
+    asked: Question, rows: Sequence[int], hooks: Sequence[Hook], end: Tensor, wanted: Tensor
+) -> None:
     """Raise `Unsupported` where the embeddings of other tokens do not make the model say what those tokens do."""
     found = asked.asked_of(asked.run(rows, put(end), *hooks), rows)
     if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):

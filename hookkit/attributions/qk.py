@@ -25,14 +25,19 @@ from ..models.views import hidden
 from .backward import OWN, Question, derived, wide
 
 FIXED = ("q", "k", "q_rot", "k_rot")
-LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}  # of scores computed from queries and keys, beside the largest
+LIMITS = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+}  # of scores computed from queries and keys, beside the largest
 READABLE = 0.05  # of a query's attention, from which the score of a sink is read
 
 
 def check_fixed(names: Sequence[str]) -> None:
     """Raise `BadHook` for a site that has no softmax of its own behind it."""
     if others := [name for name in names if name not in FIXED]:
-        raise BadHook(f"method='qk_fix' is of queries and keys ({', '.join(FIXED)}), and {others[0]!r} is neither")
+        raise BadHook(
+            f"method='qk_fix' is of queries and keys ({', '.join(FIXED)}), and {others[0]!r} is neither"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +92,11 @@ class Attention:
         changes = centred(self.other.scores - self.here.scores, seen)
         products = centred(self.other.products - self.here.products, seen)
         square = float((products * products).sum())
-        return float((products * changes).sum()) / square if square else self.here.query.shape[-1] ** -0.5
+        return (
+            float((products * changes).sum()) / square
+            if square
+            else self.here.query.shape[-1] ** -0.5
+        )
 
     def of_queries(self, masks: Float[Tensor, "place row pos"]) -> Float[Tensor, "place row head"]:
         """What the other prompt's queries would do: each moves its own row of the pattern."""
@@ -97,7 +106,9 @@ class Attention:
     def of_keys(self, masks: Float[Tensor, "place row pos"]) -> Float[Tensor, "place row head"]:
         """What the other prompt's keys would do, those of a place together: each moves every later query's row."""
         products = self.here.query @ (self.other.key - self.here.key).mT
-        return torch.stack([self._effect(products * mask[:, None, None, :]).sum((-2, -1)) for mask in masks])
+        return torch.stack(
+            [self._effect(products * mask[:, None, None, :]).sum((-2, -1)) for mask in masks]
+        )
 
     def _effect(self, products: Tensor) -> Float[Tensor, "row head query key"]:
         """What a change of the products of queries and keys does to the metric, by way of the pattern alone."""
@@ -121,11 +132,19 @@ class Attention:
         for the queries of which it takes too little to be read.
         """
         totals = self.here.scores.masked_fill(~self.here.seen, -torch.inf).logsumexp(-1)
-        offsets = torch.where(self.here.seen, self.here.scores - self.scale * self.here.products, 0.0).sum(-1)
-        offsets = offsets / self.here.seen.sum(-1).clamp(min=1)  # what the model adds to all scores of a query
-        readable = (self.lacking > READABLE) & (self.lacking < 1 - READABLE) & self.here.seen.any(-1)
+        offsets = torch.where(
+            self.here.seen, self.here.scores - self.scale * self.here.products, 0.0
+        ).sum(-1)
+        offsets = offsets / self.here.seen.sum(-1).clamp(
+            min=1
+        )  # what the model adds to all scores of a query
+        readable = (
+            (self.lacking > READABLE) & (self.lacking < 1 - READABLE) & self.here.seen.any(-1)
+        )
         scores = totals + self.lacking.logit() - offsets
-        heads = torch.where(readable, scores, torch.nan).transpose(0, 1).flatten(1).nanmedian(-1).values
+        heads = (
+            torch.where(readable, scores, torch.nan).transpose(0, 1).flatten(1).nanmedian(-1).values
+        )
         return torch.where(heads.isnan(), -torch.inf, heads)[None, :, None] + offsets
 
     def check(self, site: AnySite, limit: float) -> None:
@@ -133,7 +152,10 @@ class Attention:
         seen = self.here.seen & self.other.seen
         made = self.here.scores + self._moved(self.other.products - self.here.products)
         apart = float(centred(made - self.other.scores, seen).abs().max())
-        largest = max(float(torch.where(seen, side.scores, 0.0).abs().max()) for side in (self.here, self.other))
+        largest = max(
+            float(torch.where(seen, side.scores, 0.0).abs().max())
+            for side in (self.here, self.other)
+        )
         if not apart <= limit * max(1.0, largest):
             raise Unsupported(
                 f"{site} are not scaled products of queries and keys with a bias that is the same for both prompts "
@@ -164,14 +186,21 @@ def softmax(
 
 
 def softmaxed(
-    to: Question, of: Question, rows: range, sites: Sequence[Site], under: Sequence[Hook], masks: Tensor
+    to: Question,
+    of: Question,
+    rows: range,
+    sites: Sequence[Site],
+    under: Sequence[Hook],
+    masks: Tensor,
 ) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "place row head"]]]:
     """For each of these prompts the metric without and with all of the other one, and the estimate at each site."""
     lm = to.lm
     layers = sorted({site.layer for site in sites if site.layer is not None})
     patterns = {layer: Site("pattern", layer) for layer in layers}
     scores = {layer: Site("scores", layer) for layer in layers}
-    made_of = {layer: (_turned(lm, "q", layer), _turned(lm, "k", layer), scores[layer]) for layer in layers}
+    made_of = {
+        layer: (_turned(lm, "q", layer), _turned(lm, "k", layer), scores[layer]) for layer in layers
+    }
     looks = capture([site for group in made_of.values() for site in group], name=f"{OWN}.made_of")
     other = of.run(rows, *under, looks)
     here = derived(to, rows, list(patterns.values()), (*under, looks))
@@ -186,12 +215,18 @@ def softmaxed(
         gradient = wide(here.gradient[pattern]).to(sides[0].scores)
         attention = Attention(sides[0], sides[1], gradient, lacking.to(gradient), _cap(lm, pattern))
         attention.check(scores[layer], LIMITS.get(dtype, 0.03))
-        shown = masks[:, rows.start : rows.stop, : attention.gradient.shape[-1]].to(attention.gradient)
+        shown = masks[:, rows.start : rows.stop, : attention.gradient.shape[-1]].to(
+            attention.gradient
+        )
         for site in (site for site in sites if site.layer == layer):
             headed = "kv_head" if site.name in KEY_HEADED else "head"
-            effect = attention.of_keys(shown) if headed == "kv_head" else attention.of_queries(shown)
+            effect = (
+                attention.of_keys(shown) if headed == "kv_head" else attention.of_queries(shown)
+            )
             count = lm.layout.sizes_of(layer)[headed] or effect.shape[-1]
-            effects[site] = effect.unflatten(-1, (count, -1)).sum(-1).to(device="cpu", dtype=torch.float64)
+            effects[site] = (
+                effect.unflatten(-1, (count, -1)).sum(-1).to(device="cpu", dtype=torch.float64)
+            )
     return here.metric, of.asked_of(other, rows), effects
 
 

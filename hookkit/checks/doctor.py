@@ -45,19 +45,38 @@ class Checkup:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        tables = {name: json.loads(getattr(self, name).to_json(orient="records")) for name in ("sites", "laws")}
-        said = {"healthy": self.healthy, "facts": self.facts, "notes": self.notes, "problems": self.problems}
+        tables = {
+            name: json.loads(getattr(self, name).to_json(orient="records"))
+            for name in ("sites", "laws")
+        }
+        said = {
+            "healthy": self.healthy,
+            "facts": self.facts,
+            "notes": self.notes,
+            "problems": self.problems,
+        }
         return json.dumps({**said, **tables}, ensure_ascii=False)
 
     def _repr_html_(self) -> str:
         said = {f"problem {number}": words for number, words in enumerate(self.problems, 1)}
-        title = "Checkup: nothing was found that does not work" if self.healthy else "Checkup: something does not work"
-        return shown(title, {**self.facts, **said}, records(self.sites, "site", "blocks", "editable", "proved"))
+        title = (
+            "Checkup: nothing was found that does not work"
+            if self.healthy
+            else "Checkup: something does not work"
+        )
+        return shown(
+            title,
+            {**self.facts, **said},
+            records(self.sites, "site", "blocks", "editable", "proved"),
+        )
 
     def __repr__(self) -> str:
         width = max(map(len, self.facts))
         lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
-        lines += ["", self.sites.to_string(index=False, float_format=lambda number: f"{number:.1e}")]
+        lines += [
+            "",
+            self.sites.to_string(index=False, float_format=lambda number: f"{number:.1e}"),
+        ]
         for title, said in (("Notes", self.notes), ("Problems", self.problems)):
             lines += ["", *(f"{title}: {each}" for each in said)] if said else []
         return "\n".join(lines)
@@ -86,13 +105,17 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
     for law in _records(laws):
         if not law["holds"] and law["note"] != UNTRIED:  # the error itself is said once
             at = f" at {law['site']}" if law["site"] else ""
-            words = law["note"] or f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
+            words = (
+                law["note"] or f"differs by {law['difference']:.2g}, and may by {law['limit']:.2g}"
+            )
             (notes if _excused(law) else problems).append(f"the law {law['law']!r}{at}: {words}")
     return Checkup(_sites(lm, _records(laws)), laws, facts(lm), notes, problems)
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")]
+    return [
+        {str(name): value for name, value in row.items()} for row in table.to_dict(orient="records")
+    ]
 
 
 def _excused(law: dict[str, Any]) -> bool:
@@ -107,11 +130,17 @@ def _sites(lm: LM, laws: list[dict[str, Any]]) -> pd.DataFrame:
         mine = [law for law in laws if law["site"] == name]
         failed = [law["law"] for law in mine if not law["holds"] and not _excused(law)]
         reaches = [law["holds"] for law in mine if law["law"] == "reaches"]
-        compared = [law for law in mine if law["law"] != "reaches" and law["note"] != UNTRIED and not _excused(law)]
+        compared = [
+            law
+            for law in mine
+            if law["law"] != "reaches" and law["note"] != UNTRIED and not _excused(law)
+        ]
         rows.append(
             {
                 "site": name,
-                "blocks": ("once" if layers is None else f"{len(layers)} of {lm.n_layers}") if there else "",
+                "blocks": ("once" if layers is None else f"{len(layers)} of {lm.n_layers}")
+                if there
+                else "",
                 "editable": bool(there and reaches and all(reaches)),
                 "proved": bool(there and mine and not failed),
                 "difference": max((law["difference"] for law in compared), default=float("nan")),
@@ -138,13 +167,19 @@ def facts(lm: LM) -> dict[str, Any]:
         "parameters": count(lm.root),
         "dtype": ", ".join(kinds),
         "device": ", ".join(sorted({str(lm.device), *_places(lm)})),
-        "processes": "1" if lm.ranks is None else f"{lm.ranks.count}, of which this is number {lm.ranks.rank}",
+        "processes": "1"
+        if lm.ranks is None
+        else f"{lm.ranks.count}, of which this is number {lm.ranks.rank}",
         "device map": str(getattr(lm.root, "hf_device_map", None) or "none"),
         "quantisation": type(quantised).__name__ if quantised is not None else "none",
         "attention": getattr(lm.config, "_attn_implementation", None) or "unknown",
         "context": lm.context,
     }
-    return said | _tokenizer_facts(lm) | {"torch": torch.__version__, "transformers": transformers.__version__}
+    return (
+        said
+        | _tokenizer_facts(lm)
+        | {"torch": torch.__version__, "transformers": transformers.__version__}
+    )
 
 
 def _places(lm: LM) -> set[str]:
@@ -169,7 +204,11 @@ def _tokenizer_facts(lm: LM) -> dict[str, Any]:
 
 
 def _token(lm: LM, token_id: int | None) -> str:
-    return "none" if token_id is None else f"{lm.tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"
+    return (
+        "none"
+        if token_id is None
+        else f"{lm.tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"
+    )
 
 
 def _adds_bos(lm: LM) -> bool:
@@ -201,7 +240,9 @@ def _notes(lm: LM) -> list[str]:
     found = []
     tokenizer = lm.tokenizer
     if tokenizer is not None and tokenizer.pad_token_id is None:
-        found.append("the tokenizer has no pad token: hookkit pads with its end token, which the mask hides")
+        found.append(
+            "the tokenizer has no pad token: hookkit pads with its end token, which the mask hides"
+        )
     if tokenizer is not None and tokenizer.padding_side == "right":
         found.append("the tokenizer pads on the right: hk.generate pads on the left all the same")
     unused = (lm.sizes["vocab"] or 0) - lm.n_tokens
@@ -209,14 +250,20 @@ def _notes(lm: LM) -> list[str]:
         found.append(f"{unused} rows of the vocabulary are no token: they are never ranked")
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in lm.root.modules())
     if lm.root.training and drops:
-        found.append("the model is in training mode with dropout: numbers differ from call to call; call model.eval()")
+        found.append(
+            "the model is in training mode with dropout: numbers differ from call to call; call model.eval()"
+        )
     if any(getattr(module, "gradient_checkpointing", False) for module in lm.root.modules()):
-        found.append("gradient checkpointing is on: inner hooks have to stand until after the backward pass")
+        found.append(
+            "gradient checkpointing is on: inner hooks have to stand until after the backward pass"
+        )
     for name in lm.layout.names:
         layers = lm.layout.layers(name)
         if layers is not None and len(layers) < lm.n_layers:
             missing = [layer for layer in range(lm.n_layers) if layer not in layers]
-            found.append(f"{name} is not in {len(missing)} blocks ({_short(missing)}): {lm.family.why_missing(name)}")
+            found.append(
+                f"{name} is not in {len(missing)} blocks ({_short(missing)}): {lm.family.why_missing(name)}"
+            )
     return found
 
 

@@ -37,8 +37,14 @@ def _nothing(study: Study) -> Iterator[Finding]:
     with torch.no_grad():
         expected = study.lm.model(**batch.inputs(study.lm), use_cache=False).logits
     found = study.plain.logits
-    same = [torch.equal(found[row, :length], expected[row, :length]) for row, length in enumerate(batch.lengths)]
-    worst = max(apart(found[row, :length], expected[row, :length]) for row, length in enumerate(batch.lengths))
+    same = [
+        torch.equal(found[row, :length], expected[row, :length])
+        for row, length in enumerate(batch.lengths)
+    ]
+    worst = max(
+        apart(found[row, :length], expected[row, :length])
+        for row, length in enumerate(batch.lengths)
+    )
     yield Finding("logits", worst if not all(same) else 0.0, 0.0)
 
 
@@ -71,9 +77,13 @@ def _projection(study: Study) -> Iterator[Finding]:
             source, target = Site(name, layer), Site(added, layer)
             values = study.run[source]
             values = values.flatten(2) if name == "z" else values
-            for row, length in enumerate(study.run.lengths):  # a row is padded with zeros, which a bias moves
+            for row, length in enumerate(
+                study.run.lengths
+            ):  # a row is padded with zeros, which a bias moves
                 written = study.written(values[row : row + 1, :length], source, target)
-                yield Finding(name, apart(written, study.run[target][row : row + 1, :length]), study.limit)
+                yield Finding(
+                    name, apart(written, study.run[target][row : row + 1, :length]), study.limit
+                )
 
 
 @law("unembedding", "final_norm")
@@ -93,8 +103,12 @@ def _pattern(study: Study) -> Iterator[Finding]:
     """A query's pattern sums to 1, or to less where a sink takes a part, and no query sees a later key."""
     for layer in study.having("pattern"):
         pattern = study.run[f"pattern.{layer}"].float()
-        later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1)[: pattern.shape[-2], : pattern.shape[-1]]
-        yield Finding("pattern", float(pattern.masked_select(later.to(pattern.device)).abs().sum()), 0.0)
+        later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1)[
+            : pattern.shape[-2], : pattern.shape[-1]
+        ]
+        yield Finding(
+            "pattern", float(pattern.masked_select(later.to(pattern.device)).abs().sum()), 0.0
+        )
         sums = pattern.sum(-1).cpu()[study.run.mask.cpu()[:, None].expand(-1, pattern.shape[1], -1)]
         yield Finding("pattern", max(0.0, float(sums.max()) - 1), study.limit)
         yield Finding("pattern", float(sums.min()), 0.0, at_least=True)
@@ -125,7 +139,9 @@ def _reaches(study: Study) -> Iterator[Finding]:
         elif site.name == "experts":
             experts = study.lm.sizes["expert"] or 2
             change = edit(site, lambda chosen, experts=experts: (chosen + 1) % experts)
-        yield Finding(site.name, apart(study.logits(change), study.plain.logits), REACHES, at_least=True)
+        yield Finding(
+            site.name, apart(study.logits(change), study.plain.logits), REACHES, at_least=True
+        )
 
 
 @law("there and back", *STEERED)
@@ -171,7 +187,11 @@ def _all_heads(study: Study) -> Iterator[Finding]:
             nothing = torch.zeros_like(values.flatten(2) if name == "z" else values)[:1, :1]
             rest = study.written(nothing, source, target)[0, 0]
             heads = values.shape[2] if name == "z" else 0
-            off = [ablate([Site(name, layer, head) for head in range(heads)])] if heads else [ablate(source)]
+            off = (
+                [ablate([Site(name, layer, head) for head in range(heads)])]
+                if heads
+                else [ablate(source)]
+            )
             expected = study.logits(ablate(target, to=rest))
             yield Finding(name, apart(study.logits(*off), expected), 5 * study.limit)
 
@@ -188,8 +208,12 @@ def _one_head(study: Study) -> Iterator[Finding]:
 
 NEW = 3  # tokens that are generated
 READ = 10  # times the limit: what reading in another shape may cost, since a pattern makes much of little
-BY_ROW = tuple(name for name in AXES if name != "experts")  # a tie may fall either way; their weights are compared
-WRITTEN = tuple(name for name in BY_ROW if name not in LOGITS)  # generate asks these for a prompt's last position only
+BY_ROW = tuple(
+    name for name in AXES if name != "experts"
+)  # a tie may fall either way; their weights are compared
+WRITTEN = tuple(
+    name for name in BY_ROW if name not in LOGITS
+)  # generate asks these for a prompt's last position only
 EDITED_WRITING = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
 
 
@@ -212,13 +236,18 @@ def _batch(study: Study) -> Iterator[Finding]:
             expected = alone.captured(site).by_place[0]
             for together in (study.run[site], padded_left[site]):
                 whole_square = site.name in SQUARE
-                found = (together.transpose(1, 2) if whole_square else together)[number, : expected.shape[0]]
+                found = (together.transpose(1, 2) if whole_square else together)[
+                    number, : expected.shape[0]
+                ]
                 yield Finding(site.name, compared(site, found, expected), READ * study.limit)
 
 
 def _left(study: Study, batch: dict[str, list[list[int]]], sites: list[Site]) -> dict[Site, Tensor]:
     """What a forward by plain transformers of a batch padded on the left has at every site."""
-    ids, mask = (torch.tensor(batch[name], device=study.lm.device) for name in ("input_ids", "attention_mask"))
+    ids, mask = (
+        torch.tensor(batch[name], device=study.lm.device)
+        for name in ("input_ids", "attention_mask")
+    )
     given = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in study.lm.takes:
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
@@ -241,7 +270,9 @@ def _writing(study: Study) -> Iterator[Finding]:
             found = written.captured(site).by_place[row, : expected.shape[0]]
             yield Finding(site.name, compared(site, found, expected), READ * study.limit)
         start = written.prompt_lengths[row] - 1
-        yield Finding("logits", apart(written.logits[row], text.logits[0, start:]), READ * study.limit)
+        yield Finding(
+            "logits", apart(written.logits[row], text.logits[0, start:]), READ * study.limit
+        )
 
 
 @law("without cache", *EDITED_WRITING)
@@ -255,7 +286,9 @@ def _without_cache(study: Study) -> Iterator[Finding]:
             found = generate(study.lm, study.prompts, *edits, use_cache=True, **settings)
             expected = generate(study.lm, study.prompts, *edits, use_cache=False, **settings)
             real = torch.arange(found.logits.shape[-1]) != 0
-            yield Finding(name, apart(found.logits[..., real], expected.logits[..., real]), 5 * study.limit)
+            yield Finding(
+                name, apart(found.logits[..., real], expected.logits[..., real]), 5 * study.limit
+            )
 
 
 @law("rows", "resid_post")
@@ -334,7 +367,10 @@ def _blocks(lm: LM, layers: Iterable[int] | None) -> list[int] | None:
 
 @checks_arguments
 def prove(
-    lm: LM, *, prompts: "list[list[int]] | list[str] | None" = None, layers: Iterable[int] | None = None
+    lm: LM,
+    *,
+    prompts: "list[list[int]] | list[str] | None" = None,
+    layers: Iterable[int] | None = None,
 ) -> pd.DataFrame:
     """The laws on a model, one row for each law and site (the worst of the blocks that were tried).
 
@@ -346,13 +382,17 @@ def prove(
     >>> prove(tiny("gpt_neox"))["holds"].all()
     np.True_
     """
-    study = Study(lm, some_prompts(lm) if prompts is None else prompts, of_each_kind(lm, _blocks(lm, layers)))
+    study = Study(
+        lm, some_prompts(lm) if prompts is None else prompts, of_each_kind(lm, _blocks(lm, layers))
+    )
     rows = []
     for one in LAWS:
         found = _checked(one, study)
         for site in dict.fromkeys(each.site for each in found):
             worst = max((each for each in found if each.site == site), key=_badness)
-            excused = lm.family.exceptions.get(one.name) or lm.family.exceptions.get(f"{one.name} {site}")
+            excused = lm.family.exceptions.get(one.name) or lm.family.exceptions.get(
+                f"{one.name} {site}"
+            )
             rows.append(
                 {
                     "law": one.name,
@@ -378,7 +418,9 @@ def _checked(law: Law, study: Study) -> list[Finding]:
         found.extend(law.check(study))
     except (HookkitError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         said = str(error).split("\n")[0][:300]
-        found.append(Finding("", float("nan"), 0.0, f"could not be tried: {type(error).__name__}: {said}"))
+        found.append(
+            Finding("", float("nan"), 0.0, f"could not be tried: {type(error).__name__}: {said}")
+        )
         failed = {each.site for each in found if not each.holds}
         there = {site.name for site in study.sites} - failed
         found += [Finding(site, float("nan"), 0.0, UNTRIED) for site in law.sites if site in there]

@@ -47,7 +47,11 @@ class Study:
 
     def having(self, *names: str) -> list[int]:
         """The blocks that have all these sites."""
-        return [layer for layer in self.layers if all(self.lm.layout.find(name, layer) for name in names)]
+        return [
+            layer
+            for layer in self.layers
+            if all(self.lm.layout.find(name, layer) for name in names)
+        ]
 
     @cached_property
     def plain(self) -> Run:
@@ -104,7 +108,11 @@ def _squares(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
 
 def compared(site: Site, found: Tensor, expected: Tensor) -> float:
     """The same of what is at a site."""
-    return apart(*_squares(found, expected)) if site.name in SQUARE else apart(found.float(), expected.float())
+    return (
+        apart(*_squares(found, expected))
+        if site.name in SQUARE
+        else apart(found.float(), expected.float())
+    )
 
 
 def some_prompts(lm: LM) -> list[list[int]]:
@@ -122,7 +130,11 @@ def of_each_kind(lm: LM, layers: Iterable[int] | None) -> list[int]:
         return list(layers)
     kinds: dict[tuple[str, ...], list[int]] = {}
     for layer in range(lm.n_layers):
-        names = tuple(name for name in lm.layout.names if name not in WHOLE_MODEL and lm.layout.find(name, layer))
+        names = tuple(
+            name
+            for name in lm.layout.names
+            if name not in WHOLE_MODEL and lm.layout.find(name, layer)
+        )
         kinds.setdefault(names, []).append(layer)
     return sorted({each[place] for each in kinds.values() for place in (0, len(each) // 2, -1)})
 

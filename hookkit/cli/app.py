@@ -16,24 +16,31 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 import typer
 
 
-def gathered(function: Callable[..., None], within: Callable[[], AbstractContextManager[None]]) -> Callable[..., None]:
+def gathered(
+    function: Callable[..., None], within: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., None]:
     """The function as typer is to see it: with the fields of its dataclasses written out. It runs `within` a block."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters: list[Parameter] = []
     for name, given in inspect.signature(function).parameters.items():
-        parameters += _of(groups[name]) if name in groups else [given.replace(annotation=hints[name])]
+        parameters += (
+            _of(groups[name]) if name in groups else [given.replace(annotation=hints[name])]
+        )
 
     @functools.wraps(function)
     def called(**given: Any) -> None:
         made = {
-            name: kind(**{each.name: given.pop(each.name) for each in fields(kind)}) for name, kind in groups.items()
+            name: kind(**{each.name: given.pop(each.name) for each in fields(kind)})
+            for name, kind in groups.items()
         }
         with within():
             function(**given, **made)
 
     written_out: Any = called
-    written_out.__signature__ = Signature([each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters])
+    written_out.__signature__ = Signature(
+        [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
+    )
     written_out.__annotations__ = {each.name: each.annotation for each in parameters}
     del written_out.__wrapped__  # or the annotations are looked up there
     return called
@@ -42,14 +49,20 @@ def gathered(function: Callable[..., None], within: Callable[[], AbstractContext
 def _of(kind: Any) -> list[Parameter]:
     """The fields of a dataclass as parameters."""
     hints = get_type_hints(kind, include_extras=True)
-    given = {each.name: Parameter.empty if each.default is MISSING else each.default for each in fields(kind)}
+    given = {
+        each.name: Parameter.empty if each.default is MISSING else each.default
+        for each in fields(kind)
+    }
     return [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=hints[name]) for name, value in given.items()
+        Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=hints[name])
+        for name, value in given.items()
     ]
 
 
 DONE = 0
-UNHEALTHY = 1  # the exit status of a model in which something does not hold, and of a result that moved
+UNHEALTHY = (
+    1  # the exit status of a model in which something does not hold, and of a result that moved
+)
 WRONG = 2  # that of a wish that cannot be met
 INTERRUPTED = 130  # that of a program that Ctrl-C ended
 
@@ -77,7 +90,9 @@ Function = TypeVar("Function", bound=Callable[..., None])
 def program(**settings: Any) -> typer.Typer:
     """The program, or a group of commands in it."""
     mode = None if PIPED else "rich"
-    return typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=mode, **settings)
+    return typer.Typer(
+        no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=mode, **settings
+    )
 
 
 app = program(add_completion=True, epilog=STATUS)
@@ -94,22 +109,31 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which hookkit this is.")
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Say which hookkit this is."
+        ),
     ] = False,
 ) -> None:
     """See and change what a language model computes. A model is SmolLM2-135M-Instruct unless --model names another."""
     if sys.stdout is None:
         _refuse("standard output is closed, and there is nowhere to say anything: leave >&- out")
-    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8" and hasattr(sys.stdout, "reconfigure"):
+    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8" and hasattr(
+        sys.stdout, "reconfigure"
+    ):
         wide: Any = sys.stdout
         wide.reconfigure(**({"errors": "backslashreplace"} if not PIPED else {"encoding": "utf-8"}))
 
 
-def command(example: str, *, panel: str, within: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:
+def command(
+    example: str, *, panel: str, within: typer.Typer = app, name: str | None = None
+) -> Callable[..., Any]:
     """What makes a function a command, whose endings are all clean. `panel` is its heading in the program's help."""
 
     def made(function: Function) -> Function:
-        words = f"Example: {example}" if not PIPED else f"\b\nExample:\n  {example}"  # \b keeps its lines
+        words = (
+            f"Example: {example}" if not PIPED else f"\b\nExample:\n  {example}"
+        )  # \b keeps its lines
         within.command(name, epilog=words, rich_help_panel=panel)(gathered(function, endings_said))
         return function
 

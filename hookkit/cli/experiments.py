@@ -77,30 +77,60 @@ def test_{name}_gives_the_same_table_twice(tmp_path, monkeypatch):
 '''
 
 
-@command('hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"', panel="Experiments")
+@command(
+    'hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"', panel="Experiments"
+)
 def new(
-    name: Annotated[str, typer.Argument(help="What the experiment is called: letters, digits and _.")],
+    name: Annotated[
+        str, typer.Argument(help="What the experiment is called: letters, digits and _.")
+    ],
     question: Annotated[str, typer.Option(help="What it asks.")] = "",
-    prompt: Annotated[str, typer.Option(help="The prompt that it begins with.")] = "I like oat milk in my",
+    prompt: Annotated[
+        str, typer.Option(help="The prompt that it begins with.")
+    ] = "I like oat milk in my",
     token: Annotated[str, typer.Option(help="The token that it watches.")] = " coffee",
-    model: Annotated[str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where experiments/ and tests/ are, or shall be.")] = Path(),
+    model: Annotated[
+        str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Where experiments/ and tests/ are, or shall be.")
+    ] = Path(),
 ) -> None:
     """Write a running experiment of some thirty lines, and its test."""
     from ..errors import BadHook
     from ..files.atomic import write_new
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise BadHook(f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk")
-    asked = " ".join(question.split()) or f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
+        raise BadHook(
+            f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk"
+        )
+    asked = (
+        " ".join(question.split())
+        or f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
+    )
     if not asked.endswith("?"):
-        raise BadHook(f"{asked!r} is no question: an experiment asks one, and it ends in a question mark")
-    words = {"name": name, "question": asked, "said": _said(asked), "prompt": prompt, "token": token}
-    words["model"] = "" if model is None else repr(str(Path(model).resolve()) if Path(model).exists() else model)
-    files = {folder / "experiments" / f"{name}.py": EXPERIMENT, folder / "tests" / f"test_{name}.py": TEST}
+        raise BadHook(
+            f"{asked!r} is no question: an experiment asks one, and it ends in a question mark"
+        )
+    words = {
+        "name": name,
+        "question": asked,
+        "said": _said(asked),
+        "prompt": prompt,
+        "token": token,
+    }
+    words["model"] = (
+        "" if model is None else repr(str(Path(model).resolve()) if Path(model).exists() else model)
+    )
+    files = {
+        folder / "experiments" / f"{name}.py": EXPERIMENT,
+        folder / "tests" / f"test_{name}.py": TEST,
+    }
     there = [str(path) for path in files if os.path.lexists(path)]
     if there:
-        raise BadHook(f"{' and '.join(there)} stand there already: choose another name, or move them away")
+        raise BadHook(
+            f"{' and '.join(there)} stand there already: choose another name, or move them away"
+        )
     for path, template in files.items():
         write_new(path, template.format(**words))
     for path in files:
@@ -117,14 +147,19 @@ def _said(question: str) -> str:
 STANDARD_ERROR = 2  # its number, for what an experiment prints
 
 Against: TypeAlias = Annotated[
-    str | None, typer.Option(help="Compare with: last, the run before; a revision of git; or a folder.")
+    str | None,
+    typer.Option(help="Compare with: last, the run before; a revision of git; or a folder."),
 ]
-Tolerance: TypeAlias = Annotated[float, typer.Option(help="With --against: how far numbers may lie apart.")]
+Tolerance: TypeAlias = Annotated[
+    float, typer.Option(help="With --against: how far numbers may lie apart.")
+]
 
 
 @command("hookkit run experiments/oat_milk.py --against HEAD", panel="Experiments")
 def run(
-    scripts: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Experiments: files of Python.")],
+    scripts: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Experiments: files of Python.")
+    ],
     form: Form,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
@@ -142,18 +177,26 @@ def run(
     missing = [str(path) for path in scripts if not path.is_file()]
     if missing:
         raise BadFile(f"there is no file {', '.join(missing)}: name experiments by their files")
-    table = pd.DataFrame([_ran(form, path, folder / path.stem, against, tolerance) for path in scripts])
+    table = pd.DataFrame(
+        [_ran(form, path, folder / path.stem, against, tolerance) for path in scripts]
+    )
     _indexed(form, folder)
     tell(form, "Experiments", {"experiments": Shown(table)})
-    if set(table["ended"]) != {"finished"} or (against is not None and not all(table["same"].tolist())):
+    if set(table["ended"]) != {"finished"} or (
+        against is not None and not all(table["same"].tolist())
+    ):
         raise typer.Exit(UNHEALTHY)
 
 
-def _ran(form: Form, path: Path, folder: Path, against: str | None, tolerance: float) -> dict[str, Any]:
+def _ran(
+    form: Form, path: Path, folder: Path, against: str | None, tolerance: float
+) -> dict[str, Any]:
     """Run one experiment: its time, how it ended, and what moved."""
     form.note(str(path))
     started = time.perf_counter()
-    status = subprocess.run([sys.executable, *_words(path)], check=False, stdout=STANDARD_ERROR).returncode
+    status = subprocess.run(
+        [sys.executable, *_words(path)], check=False, stdout=STANDARD_ERROR
+    ).returncode
     row = {"experiment": path.stem, "seconds": round(time.perf_counter() - started)}
     row["ended"] = "finished" if status == 0 else f"status {status}"
     if against is None or status:
@@ -170,14 +213,26 @@ def _ran(form: Form, path: Path, folder: Path, against: str | None, tolerance: f
         form.note(str(error))
         return row | {"tables": 0, "same": False, "largest": float("nan")}
     form.note(f"{folder} against {against}: {in_words(table)}")
-    return row | {"tables": len(table), "same": bool(table["same"].all()), "largest": table["largest"].max()}
+    return row | {
+        "tables": len(table),
+        "same": bool(table["same"].all()),
+        "largest": table["largest"].max(),
+    }
 
 
 def _words(path: Path) -> list[str]:
     """How Python is asked to run a file: as a module where it lies below the folder one works in."""
-    inside = path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else None
+    inside = (
+        path.resolve().relative_to(Path.cwd())
+        if path.resolve().is_relative_to(Path.cwd())
+        else None
+    )
     parts = inside.with_suffix("").parts if inside else ()
-    return ["-m", ".".join(parts)] if parts and all(part.isidentifier() for part in parts) else [str(path)]
+    return (
+        ["-m", ".".join(parts)]
+        if parts and all(part.isidentifier() for part in parts)
+        else [str(path)]
+    )
 
 
 def _indexed(form: Form, folder: Path) -> None:
@@ -223,7 +278,9 @@ def _moved(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
 
     if against == "last":
         if not (folder / LAST).is_dir():
-            raise BadHook(f"{folder} keeps no run before this one: run the experiment again, and it will")
+            raise BadHook(
+                f"{folder} keeps no run before this one: run the experiment again, and it will"
+            )
         return moved(folder / LAST, folder, tolerance=tolerance)
     before = against if Path(against).is_dir() else f"{folder}@{against}"
     return moved(before, folder, tolerance=tolerance)
@@ -243,7 +300,9 @@ def _result(folder: Path, kind: str, rows: int) -> dict[str, Shown | str]:
     except BadFile as error:
         raise BadFile(f"{error}; run the experiment again") from error
     said = {name: about[name] for name in names if about.get(name)}
-    parts: dict[str, Shown | str] = {"about": Shown(pd.DataFrame([said]))} if kind == "json" else {**said}
+    parts: dict[str, Shown | str] = (
+        {"about": Shown(pd.DataFrame([said]))} if kind == "json" else {**said}
+    )
     for path in sorted(folder.glob("*.csv")):
         table = table_of(inside(folder, path.name))
         cut = not kind and len(table) > rows

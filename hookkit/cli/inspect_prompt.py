@@ -13,7 +13,13 @@ LOOK = "Look"
 
 @command('hookkit ranks "I like oat milk in my" --watch " tea" --ban " coffee"', panel=LOOK)
 def ranks(
-    texts: Texts, which: Which, edits: Edits, form: Form, top: Top = 10, watch: Watch = None, pos: Pos = "-1"
+    texts: Texts,
+    which: Which,
+    edits: Edits,
+    form: Form,
+    top: Top = 10,
+    watch: Watch = None,
+    pos: Pos = "-1",
 ) -> None:
     """The most likely next tokens after each prompt, and where the watched ones stand."""
     form.check()
@@ -52,23 +58,38 @@ def lens(
 
     lm = which.load(quiet=form.quiet)
     ids = watched(lm, watch)
-    table = logit_lens(lm, prompts, *edits.read(lm, form.note), sites=site, pos=where, top=top, watch=ids)
+    table = logit_lens(
+        lm, prompts, *edits.read(lm, form.note), sites=site, pos=where, top=top, watch=ids
+    )
     columns = ("row", "pos", "site", "rank", "token", "prob", "entropy", "kl")
     drawn = (lambda: lens_map(table)) if len(prompts) == 1 else None
     tell(form, "Logit lens", {"lens": Shown(table, columns, figure=drawn)})
 
 
-@command('hookkit direct "When Mary and John went out, John thanked" --token " Mary" --against " John"', panel=LOOK)
+@command(
+    'hookkit direct "When Mary and John went out, John thanked" --token " Mary" --against " John"',
+    panel=LOOK,
+)
 def direct(
     prompt: Prompt,
     which: Which,
     edits: Edits,
     form: Form,
-    token: Annotated[str | None, typer.Option(help="The token; the most likely one if left out.")] = None,
-    against: Annotated[str | None, typer.Option(help="Another token: the difference of their logits.")] = None,
-    heads: Annotated[bool, typer.Option("--heads", help="Each head, in place of attention as a whole.")] = False,
-    neurons: Annotated[bool, typer.Option("--neurons", help="Each neuron, in place of MLPs as a whole.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="How many components to show, the largest first.")] = 15,
+    token: Annotated[
+        str | None, typer.Option(help="The token; the most likely one if left out.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another token: the difference of their logits.")
+    ] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Each head, in place of attention as a whole.")
+    ] = False,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Each neuron, in place of MLPs as a whole.")
+    ] = False,
+    top: Annotated[
+        int, typer.Option(min=1, help="How many components to show, the largest first.")
+    ] = 15,
     pos: Annotated[int, typer.Option(help="The position: -1 the last token.")] = -1,
 ) -> None:
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
@@ -89,7 +110,11 @@ def direct(
     beside = "" if other is None else f" minus that of {table.attrs['against']}"
     words = f"the logit of {table.attrs['token']}{beside}: {table['logit'].sum():.4g}, the sum of {len(table)} parts"
     shown = Shown(
-        table, ("component", "logit"), words, strongest(table, "logit", top), lambda: logit_bars(table, top=top)
+        table,
+        ("component", "logit"),
+        words,
+        strongest(table, "logit", top),
+        lambda: logit_bars(table, top=top),
     )
     form.note(words)
     tell(form, "Direct logits", {"direct": shown})
@@ -101,7 +126,9 @@ def surprisal(
     which: Which,
     edits: Edits,
     form: Form,
-    top: Annotated[int, typer.Option(min=0, help="How many tokens that were expected instead to show.")] = 3,
+    top: Annotated[
+        int, typer.Option(min=0, help="How many tokens that were expected instead to show.")
+    ] = 3,
 ) -> None:
     """What each token of a text cost the model: its loss in nats, its rank, and what was expected instead."""
     form.check()

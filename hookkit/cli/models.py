@@ -35,9 +35,12 @@ def sites(
     which: Which,
     form: Form,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names or patterns such as 'mlp_*'; z.9.3 for one place alone.")
+        list[str] | None,
+        typer.Argument(help="Names or patterns such as 'mlp_*'; z.9.3 for one place alone."),
     ] = None,
-    missing: Annotated[bool, typer.Option("--missing", help="Those alone that the model lacks, and why.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Those alone that the model lacks, and why.")
+    ] = False,
 ) -> None:
     """The named places of a model: axes, sizes, modules, what can be edited there, and why one is missing."""
     form.check()
@@ -63,11 +66,15 @@ def _chosen(lm: "LM", names: list[str]) -> "pd.DataFrame":
         if found.empty:
             site = parse(name)  # raises for what is no site
             place = lm.place(site)
-            found = table[table["site"] == getattr(site, "name", "")].assign(site=str(site), module=place.path)
+            found = table[table["site"] == getattr(site, "name", "")].assign(
+                site=str(site), module=place.path
+            )
             if isinstance(site, Site):
                 found = found.assign(axes=site.axes, sizes=_sizes(lm, site), layers=1)
             if found.empty:
-                found = pd.DataFrame([{"site": str(site), "module": place.path, "side": place.side, "missing": ""}])
+                found = pd.DataFrame(
+                    [{"site": str(site), "module": place.path, "side": place.side, "missing": ""}]
+                )
         parts.append(found)
     return pd.concat(parts, ignore_index=True).drop_duplicates("site") if parts else table
 
@@ -82,12 +89,20 @@ def _sizes(lm: "LM", site: Any) -> str:
 
 @command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=MODELS)
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of the model.")
+    ] = None,
     device: Device = None,
-    device_map: Annotated[str | None, typer.Option(help="auto, to spread the model over what there is.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto, to spread the model over what there is.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …")] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2 …")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -129,9 +144,19 @@ def _readable(found: "Checkup") -> "pd.DataFrame":
     rows = []
     for row in records(found.sites):
         there = row["blocks"] != ""
-        marks = {name: ("yes" if row[name] else "no") if there else "" for name in ("editable", "proved")}
+        marks = {
+            name: ("yes" if row[name] else "no") if there else "" for name in ("editable", "proved")
+        }
         number = "" if row["difference"] is None else f"{row['difference']:.1e}"
-        rows.append({"site": row["site"], "blocks": row["blocks"], **marks, "difference": number, "why": row["why"]})
+        rows.append(
+            {
+                "site": row["site"],
+                "blocks": row["blocks"],
+                **marks,
+                "difference": number,
+                "why": row["why"],
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -161,8 +186,12 @@ def where(form: Form) -> None:
 
 @command("hookkit models fetch HuggingFaceTB/SmolLM2-135M", panel=PANEL, within=models)
 def fetch(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face id; the default model if left out.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face id; the default model if left out.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of the model.")
+    ] = None,
 ) -> None:
     """Bring a model onto this machine, without loading it; prints its folder."""
     from ..models.cache import fetch as fetched
@@ -191,23 +220,41 @@ def remove(
     tell_aside(f"removed {model}, {removed(model, revision):g} MB")
 
 
-@command("hookkit harvest texts.txt resid_post.6 z.9 --out folder --keep-as bfloat16", panel="Grids and corpora")
+@command(
+    "hookkit harvest texts.txt resid_post.6 z.9 --out folder --keep-as bfloat16",
+    panel="Grids and corpora",
+)
 def harvest(
     texts: Annotated[str, typer.Argument(help="A file with a text a line: .txt, or .jsonl.")],
-    sites: Annotated[list[str], typer.Argument(help="The sites, such as resid_post.6; resid_post means every layer.")],
+    sites: Annotated[
+        list[str],
+        typer.Argument(help="The sites, such as resid_post.6; resid_post means every layer."),
+    ],
     out: Annotated[str, typer.Option(help="The folder; one that was begun is gone on with.")],
     which: Which,
     engine: Engine,
-    keep_as: Annotated[str | None, typer.Option(help="The dtype of what is kept; the model's if left out.")] = None,
-    pos: Annotated[int | None, typer.Option(help="One position of each text, such as -1; all if left out.")] = None,
-    context: Annotated[int | None, typer.Option(help="How many tokens of a text are read at most.")] = None,
-    long: Annotated[str, typer.Option(help="What becomes of a longer text: error, truncate or split.")] = "error",
+    keep_as: Annotated[
+        str | None, typer.Option(help="The dtype of what is kept; the model's if left out.")
+    ] = None,
+    pos: Annotated[
+        int | None, typer.Option(help="One position of each text, such as -1; all if left out.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="How many tokens of a text are read at most.")
+    ] = None,
+    long: Annotated[
+        str, typer.Option(help="What becomes of a longer text: error, truncate or split.")
+    ] = "error",
     unfit: Annotated[
         str, typer.Option(help="What becomes of a text that cannot be harvested: error or skip.")
     ] = "error",
     batch_tokens: Annotated[int, typer.Option(min=1, help="How many tokens run together.")] = 2048,
-    shard_size: Annotated[int | None, typer.Option(min=1, help="Rows of a shard; 128 MiB if left out.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line that says how far it is.")] = False,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a shard; 128 MiB if left out.")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No line that says how far it is.")
+    ] = False,
 ) -> None:
     """Write what is at some sites, for every text of a file, to a folder; prints what it has, as JSON."""
     _check_files(texts, out)
@@ -231,7 +278,9 @@ def harvest(
             engine=where,
         )
     said = {"folder": out, "rows": len(found), "texts": found.texts, "left_out": found.left_out}
-    tell_text(json.dumps(said | {"sites": [str(site) for site in found.sites]}, ensure_ascii=False) + "\n")
+    tell_text(
+        json.dumps(said | {"sites": [str(site) for site in found.sites]}, ensure_ascii=False) + "\n"
+    )
 
 
 def _check_files(texts: str, out: str) -> None:
@@ -239,6 +288,10 @@ def _check_files(texts: str, out: str) -> None:
     from ..errors import BadFile, BadPrompt
 
     if not os.path.isfile(texts):
-        raise BadPrompt(f"{texts!r} is no file of texts: give the path of one with a text a line (.txt, .jsonl)")
+        raise BadPrompt(
+            f"{texts!r} is no file of texts: give the path of one with a text a line (.txt, .jsonl)"
+        )
     if os.path.exists(out) and not os.path.isdir(out):
-        raise BadFile(f"--out {out!r} is a file: give a folder, or the name of one that is to be made")
+        raise BadFile(
+            f"--out {out!r} is a file: give a folder, or the name of one that is to be made"
+        )

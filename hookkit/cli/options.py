@@ -24,18 +24,28 @@ if TYPE_CHECKING:
 
 Top: TypeAlias = Annotated[int, typer.Option(min=1, help="How many tokens to show.")]
 Watch: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="TOKEN", help="A token, or id(28), to show wherever it stands.")
+    list[str] | None,
+    typer.Option(metavar="TOKEN", help="A token, or id(28), to show wherever it stands."),
 ]
 Pos: TypeAlias = Annotated[
     str, typer.Option(metavar="POS", help="Where: -1 the last token, 3, 1:4, all, \"at('store')\".")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Of the random draws.")]
-Layer: TypeAlias = Annotated[list[int] | None, typer.Option(help="A layer; repeatable. All if left out.")]
-Head: TypeAlias = Annotated[list[int] | None, typer.Option(help="A head; repeatable. All if left out.")]
-Position: TypeAlias = Annotated[list[int] | None, typer.Option(help="A position of the prompt; repeatable.")]
-Prompt: TypeAlias = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")]
+Layer: TypeAlias = Annotated[
+    list[int] | None, typer.Option(help="A layer; repeatable. All if left out.")
+]
+Head: TypeAlias = Annotated[
+    list[int] | None, typer.Option(help="A head; repeatable. All if left out.")
+]
+Position: TypeAlias = Annotated[
+    list[int] | None, typer.Option(help="A position of the prompt; repeatable.")
+]
+Prompt: TypeAlias = Annotated[
+    str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")
+]
 Device: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, mps; the best there is if left out.")
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda, mps; the best there is if left out."),
 ]
 
 
@@ -43,15 +53,17 @@ Device: TypeAlias = Annotated[
 class Which:
     """Which model."""
 
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="A Hugging Face id, a folder or a .gguf file.")] = (
-        None
-    )
-    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model.")] = (
-        None
-    )
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A Hugging Face id, a folder or a .gguf file."),
+    ] = None
+    revision: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model.")
+    ] = None
     device: Device = None
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="In which the model computes: float32, bfloat16 …")
+        str | None,
+        typer.Option(metavar="DTYPE", help="In which the model computes: float32, bfloat16 …"),
     ] = None
 
     def load(self, *, quiet: bool = False, **more: Any) -> "LM":
@@ -74,9 +86,13 @@ class Texts:
 
     prompt: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]...", help="The prompts; - reads them from standard input, one a line."),
+        typer.Argument(
+            metavar="[PROMPT]...", help="The prompts; - reads them from standard input, one a line."
+        ),
     ] = None
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file of prompts, one a line.")] = None
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of prompts, one a line.")
+    ] = None
 
     def read(self) -> list[str]:
         """The prompts, in the order: arguments, file."""
@@ -88,7 +104,9 @@ class Texts:
         if self.prompts is not None:
             found += _lines(text_of(self.prompts))
         if not found:
-            raise BadPrompt("there is no prompt: give a text, --prompts FILE, or - for standard input")
+            raise BadPrompt(
+                "there is no prompt: give a text, --prompts FILE, or - for standard input"
+            )
         return found
 
 
@@ -103,7 +121,9 @@ def standard_input() -> str:
     from ..files.untrusted import decoded
 
     if sys.stdin is None or sys.stdin.closed:
-        raise BadPrompt("standard input is closed, and - reads a prompt from it: give a text, or --prompts FILE")
+        raise BadPrompt(
+            "standard input is closed, and - reads a prompt from it: give a text, or --prompts FILE"
+        )
     try:
         data = sys.stdin.buffer.read()
     except OSError as error:
@@ -139,7 +159,16 @@ def text_of(path: Path) -> str:
         raise BadFile(f"{str(path)!r} is no file of prompts that can be read: {why}") from error
 
 
-SHORT = ("ablate", "scale", "skip_block", "steer", "patch", "force", "ban", "boost")  # in this order they act
+SHORT = (
+    "ablate",
+    "scale",
+    "skip_block",
+    "steer",
+    "patch",
+    "force",
+    "ban",
+    "boost",
+)  # in this order they act
 
 
 @dataclass(frozen=True)
@@ -148,29 +177,45 @@ class Edits:
 
     hook: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOOK", help="VERB:WHAT@WHERE, such as ablate:z.9.3, or a hook's JSON; repeatable."),
+        typer.Option(
+            metavar="HOOK",
+            help="VERB:WHAT@WHERE, such as ablate:z.9.3, or a hook's JSON; repeatable.",
+        ),
     ] = None
     hooks: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A YAML or JSON file with a list of such hooks.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A YAML or JSON file with a list of such hooks."),
     ] = None
-    ablate: Annotated[list[str] | None, typer.Option(metavar="SITE", help="SITE, such as z.9.3; repeatable.")] = None
-    scale: Annotated[list[str] | None, typer.Option(metavar="SITE*FACTOR", help="SITE*FACTOR; repeatable.")] = None
-    skip_block: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="LAYER; repeatable.")] = None
+    ablate: Annotated[
+        list[str] | None, typer.Option(metavar="SITE", help="SITE, such as z.9.3; repeatable.")
+    ] = None
+    scale: Annotated[
+        list[str] | None, typer.Option(metavar="SITE*FACTOR", help="SITE*FACTOR; repeatable.")
+    ] = None
+    skip_block: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="LAYER; repeatable.")
+    ] = None
     steer: Annotated[
-        list[str] | None, typer.Option(metavar="FILE*SCALE", help="FILE*SCALE, or SITE:FILE*SCALE; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE*SCALE", help="FILE*SCALE, or SITE:FILE*SCALE; repeatable."),
     ] = None
     patch: Annotated[
-        list[str] | None, typer.Option(metavar="SITE:TEXT", help="SITE:TEXT, with what that text has there.")
+        list[str] | None,
+        typer.Option(metavar="SITE:TEXT", help="SITE:TEXT, with what that text has there."),
     ] = None
     force: Annotated[
         list[str] | None,
-        typer.Option(metavar="TOKEN", help="TOKEN at every step, or TOKEN@STEP; a phrase from that step on."),
+        typer.Option(
+            metavar="TOKEN", help="TOKEN at every step, or TOKEN@STEP; a phrase from that step on."
+        ),
     ] = None
     ban: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="A token, or a phrase, that is never to be said.")
+        list[str] | None,
+        typer.Option(metavar="TOKEN", help="A token, or a phrase, that is never to be said."),
     ] = None
     boost: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable."),
     ] = None
 
     def check(self, *, needed: str = "") -> None:
@@ -182,7 +227,9 @@ class Edits:
         texts += self.hook or []
         texts += [f"{verb}:{words}" for verb in SHORT for words in getattr(self, verb) or []]
         if needed and not texts:
-            raise BadHook(f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …")
+            raise BadHook(
+                f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …"
+            )
         if texts:
             from ..hooks.text import check_hook
 
@@ -195,7 +242,11 @@ class Edits:
 
         found = [] if self.hooks is None else load_hooks(self.hooks, lm=lm)
         found += [parse_hook(text, lm=lm) for text in self.hook or []]
-        found += [parse_hook(f"{verb}:{words}", lm=lm) for verb in SHORT for words in getattr(self, verb) or []]
+        found += [
+            parse_hook(f"{verb}:{words}", lm=lm)
+            for verb in SHORT
+            for words in getattr(self, verb) or []
+        ]
         for each in found:
             _note_phrases(lm, each, note)
         return found
@@ -207,22 +258,32 @@ def _note_phrases(lm: "LM", hook: "Hook", note: Callable[[str], None]) -> None:
     from ..hooks.conditions import Phrase
 
     for each in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
-        if not isinstance(each, Phrase) or not isinstance(each.words, str) or each.words.startswith(" "):
+        if (
+            not isinstance(each, Phrase)
+            or not isinstance(each.words, str)
+            or each.words.startswith(" ")
+        ):
             continue
         spaced = f" {each.words}"
         try:
             lm.token(spaced)
         except NotOneToken:
             continue
-        note(f"{each.words!r} is {len(each.ids(lm))} tokens here, and taken as a phrase; {spaced!r} is one token")
+        note(
+            f"{each.words!r} is {len(each.ids(lm))} tokens here, and taken as a phrase; {spaced!r} is one token"
+        )
 
 
 @dataclass(frozen=True)
 class Generation:
     """How it goes on from a prompt."""
 
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 20
-    sample: Annotated[bool, typer.Option("--sample", help="Draw, instead of the most likely token each time.")] = False
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="How many tokens to generate at most.")
+    ] = 20
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw, instead of the most likely token each time.")
+    ] = False
     temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None
     top_k: Annotated[int | None, typer.Option(help="With --sample.")] = None
     top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None
@@ -237,7 +298,12 @@ class Generation:
         if given and not self.sample:
             raise BadHook("--temperature, --top-k and --top-p are rules of drawing: add --sample")
         _check_rules(given)
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, "seed": self.seed, **given}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.sample,
+            "seed": self.seed,
+            **given,
+        }
 
 
 def _check_rules(given: dict[str, Any]) -> None:
@@ -248,7 +314,9 @@ def _check_rules(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if not fine[name](value):
             limit = "more than 0, at most 1" if name == "top_p" else "more than 0"
-            raise BadHook(f"--{name.replace('_', '-')} {value} is no rule of drawing: give a number {limit}")
+            raise BadHook(
+                f"--{name.replace('_', '-')} {value} is no rule of drawing: give a number {limit}"
+            )
 
 
 def place(text: str) -> Any:
@@ -277,9 +345,15 @@ class Engine:
     """Where it is computed: in this process, or by Ray's actors."""
 
     engine: Annotated[str | None, typer.Option(help="ray; this process if left out.")] = None
-    actors: Annotated[int | None, typer.Option(min=1, help="With ray: how many; as many as fit if left out.")] = None
-    cpus: Annotated[float | None, typer.Option(min=0, help="With ray: of each actor; 1 if left out.")] = None
-    gpus: Annotated[float | None, typer.Option(min=0, help="With ray: of each actor; 0 if left out.")] = None
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="With ray: how many; as many as fit if left out.")
+    ] = None
+    cpus: Annotated[
+        float | None, typer.Option(min=0, help="With ray: of each actor; 1 if left out.")
+    ] = None
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="With ray: of each actor; 0 if left out.")
+    ] = None
     address: Annotated[str | None, typer.Option(help="With ray: of a cluster to join.")] = None
 
     def chosen(self) -> "EngineLike":
@@ -287,7 +361,12 @@ class Engine:
         from ..errors import BadHook
         from ..runs.engines.ray import Ray, check_installed
 
-        words = {"actors": self.actors, "cpus": self.cpus, "gpus": self.gpus, "address": self.address}
+        words = {
+            "actors": self.actors,
+            "cpus": self.cpus,
+            "gpus": self.gpus,
+            "address": self.address,
+        }
         given = {name: value for name, value in words.items() if value is not None}
         if self.engine not in (None, "ray"):
             raise BadHook(f"--engine {self.engine!r} is unknown: say ray, or leave it out")

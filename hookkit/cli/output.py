@@ -34,9 +34,14 @@ class Form:
     json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON.")] = False
     html: Annotated[bool, typer.Option("--html", help="A page, in HTML.")] = False
     out: Annotated[
-        Path | None, typer.Option(help="Where to: a .csv, .json, .html, .md or .tex file, or a folder for all of it.")
+        Path | None,
+        typer.Option(
+            help="Where to: a .csv, .json, .html, .md or .tex file, or a folder for all of it."
+        ),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress.")] = (
+        False
+    )
 
     @property
     def kind(self) -> str:
@@ -49,7 +54,9 @@ class Form:
         if len(found) > 1:
             raise BadHook(f"{', '.join(sorted(found))} were asked for at once: say one of them")
         if suffix and not found:
-            raise BadHook(f"--out {self.out} ends in .{suffix}: say .csv, .json, .html, .md or .tex, or a folder")
+            raise BadHook(
+                f"--out {self.out} ends in .{suffix}: say .csv, .json, .html, .md or .tex, or a folder"
+            )
         return found.pop() if found else "folder" if self.out is not None else ""
 
     def check(self, *, several: bool = False) -> None:
@@ -58,7 +65,9 @@ class Form:
 
         kind = self.kind
         if several and kind in ("csv", "md", "tex"):
-            raise BadHook(f"these are several tables, and {kind} holds one: say --json, or --out FOLDER for all")
+            raise BadHook(
+                f"these are several tables, and {kind} holds one: say --json, or --out FOLDER for all"
+            )
 
     def note(self, text: str) -> None:
         """A message on standard error."""
@@ -107,7 +116,9 @@ class Shown:
         return table[[name for name in names if name not in same]]
 
 
-def tell(form: Form, title: str, parts: "Mapping[str, Shown | str]", *, main: str | None = None) -> None:
+def tell(
+    form: Form, title: str, parts: "Mapping[str, Shown | str]", *, main: str | None = None
+) -> None:
     """Say it in the form asked for. CSV, Markdown and LaTeX have one table, `main`; a text is for readers alone."""
     kind = form.kind
     if kind == "":
@@ -167,7 +178,11 @@ def _as_text(kind: str, parts: "Mapping[str, Shown | str]", main: str | None) ->
 
     tables = {name: part.table for name, part in parts.items() if isinstance(part, Shown)}
     if kind == "json" and len(tables) > 1:
-        return "{\n" + ",\n".join(f"{json.dumps(name)}: {as_json(t).strip()}" for name, t in tables.items()) + "\n}\n"
+        return (
+            "{\n"
+            + ",\n".join(f"{json.dumps(name)}: {as_json(t).strip()}" for name, t in tables.items())
+            + "\n}\n"
+        )
     table = tables[main] if main is not None else next(iter(tables.values()))
     if kind == "csv":
         return table.to_csv(index=False, lineterminator="\n")
@@ -212,8 +227,13 @@ def show(table: "pd.DataFrame") -> None:
     from ..reports.typesetting import kind_of
 
     names = [printable(str(name)) for name in table.columns]
-    right = [kind_of(str(name), kind) == "number" for name, kind in zip(table.columns, table.dtypes, strict=True)]
-    columns = [_cells(table[name], number) for name, number in zip(table.columns, right, strict=True)]
+    right = [
+        kind_of(str(name), kind) == "number"
+        for name, kind in zip(table.columns, table.dtypes, strict=True)
+    ]
+    columns = [
+        _cells(table[name], number) for name, number in zip(table.columns, right, strict=True)
+    ]
     rows = [list(row) for row in zip(*columns, strict=True)]
     if is_terminal(sys.stdout):
         _by_rich(names, rows, right)
@@ -229,7 +249,10 @@ def _cells(column: Any, number: bool) -> list[str]:
         return [printable(written(value)) for value in column]
     digits = 4 if (column.dropna().abs() <= 1).all() else 2
     least = 0.5 * 10**-digits
-    return [f"{v:.1e}" if 0 < abs(v) < least else f"{v:.{digits}f}" if abs(v) < 1e9 else written(v) for v in column]
+    return [
+        f"{v:.1e}" if 0 < abs(v) < least else f"{v:.{digits}f}" if abs(v) < 1e9 else written(v)
+        for v in column
+    ]
 
 
 def _by_rich(names: list[str], rows: list[list[str]], right: list[bool]) -> None:
@@ -239,7 +262,9 @@ def _by_rich(names: list[str], rows: list[list[str]], right: list[bool]) -> None
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name, number in zip(names, right, strict=True):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        table.add_column(
+            Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(Text, row))  # a token may be "[red]" or ":smile:"
     Console(highlight=False).print(table)
@@ -253,7 +278,10 @@ def aligned(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     found = []
     for line in lines:
         gaps = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
-        cells = [gap + cell if end else cell + gap for cell, gap, end in zip(line, gaps, right, strict=True)]
+        cells = [
+            gap + cell if end else cell + gap
+            for cell, gap, end in zip(line, gaps, right, strict=True)
+        ]
         found.append("  ".join(cells).rstrip())
     return "\n".join(found)
 

@@ -60,7 +60,10 @@ def questions(scan: Scanned, which: Which, parts: Mapping[str, Any]) -> list[str
         if words:
             lines += [question, f"    {_line(words[0], scan.prompt, [*words[1:], *_model(which)])}"]
     if "Not to be had here" in parts:
-        lines += ["Why is something not to be had?", f"    {shlex.join(['hookkit', 'doctor', *_doctor(which)])}"]
+        lines += [
+            "Why is something not to be had?",
+            f"    {shlex.join(['hookkit', 'doctor', *_doctor(which)])}",
+        ]
     return lines
 
 
@@ -77,11 +80,18 @@ def _spelled(lm: "LM", token: int) -> str:
 
 
 def _line(command: str, prompt: str, words: Sequence[str]) -> str:
-    return shlex.join(["hookkit", command, *(["--"] if prompt.startswith("-") else []), prompt, *words])
+    return shlex.join(
+        ["hookkit", command, *(["--"] if prompt.startswith("-") else []), prompt, *words]
+    )
 
 
 def _model(which: Which) -> list[str]:
-    given = {"--model": which.model, "--revision": which.revision, "--device": which.device, "--dtype": which.dtype}
+    given = {
+        "--model": which.model,
+        "--revision": which.revision,
+        "--device": which.device,
+        "--dtype": which.dtype,
+    }
     return [word for name, value in given.items() if value is not None for word in (name, value)]
 
 
@@ -109,11 +119,21 @@ def _without(parts: Mapping[str, Any], one: str) -> list[str]:
     table: Any = found.table[found.table["kind"].isin(["attention", "mlp"])]
     if table.empty:
         return []
-    return ["shift", "--ablate", str(table.loc[table["logit"].idxmax(), "component"]), "--watch", one]
+    return [
+        "shift",
+        "--ablate",
+        str(table.loc[table["logit"].idxmax(), "component"]),
+        "--watch",
+        one,
+    ]
 
 
-@command('hookkit scan "The Eiffel Tower is in the city of" --watch " London" --out eiffel', panel="Look")
-def scan(prompt: Prompt, which: Which, edits: Edits, form: Form, top: Top = 5, watch: Watch = None) -> None:
+@command(
+    'hookkit scan "The Eiffel Tower is in the city of" --watch " London" --out eiffel', panel="Look"
+)
+def scan(
+    prompt: Prompt, which: Which, edits: Edits, form: Form, top: Top = 5, watch: Watch = None
+) -> None:
     """One page on one prompt: what comes next, where that comes from, what was read for it, and what to ask next.
 
     All is about the token after the prompt. JSON has every table; --out FOLDER is a page with figures and tables.
@@ -195,7 +215,9 @@ class Scan:
 
         ids = list(dict.fromkeys((*self.first, *self.watch)))
         table = logit_lens(self.lm, self.prompt, *self.hooks, top=1, watch=ids)
-        words = f"The logit lens: what leads in which layers, and the rank of {self.tokens[0]!r} there"
+        words = (
+            f"The logit lens: what leads in which layers, and the rank of {self.tokens[0]!r} there"
+        )
         return Shown(table, (), words, leading(table, self.first[0]), lambda: lens_map(table))
 
     def direct(self) -> Shown:
@@ -223,7 +245,11 @@ class Scan:
         """What the last token looks at."""
         table = attention_of(self.lm, self.prompt, self.hooks)
         names = ("pos", "token", "mean", "strongest", "head")
-        return Shown(table, names, "What the last token looks at: over all heads, and the head that does most")
+        return Shown(
+            table,
+            names,
+            "What the last token looks at: over all heads, and the head that does most",
+        )
 
     def attribution(self) -> Shown:
         """Which tokens speak for it."""
@@ -235,7 +261,9 @@ class Scan:
             raise Unsupported("gradients are those of the model without hooks: leave the hooks out")
         one, two = self.tokens
         table = token_attribution(self.lm, self.prompt, logit_diff(*self.first))
-        words = f"Which tokens speak for {one!r} rather than {two!r} (gradient times input, in logits)"
+        words = (
+            f"Which tokens speak for {one!r} rather than {two!r} (gradient times input, in logits)"
+        )
         return Shown(table, ("pos", "token", "attribution"), words)
 
 
@@ -255,7 +283,9 @@ def leading(lens: "pd.DataFrame", token: int) -> "pd.DataFrame":
             spans.append([site])
     rows = [
         {
-            "layers": " to ".join(str(first.loc[site, "layer"]) for site in dict.fromkeys((span[0], span[-1]))),
+            "layers": " to ".join(
+                str(first.loc[site, "layer"]) for site in dict.fromkeys((span[0], span[-1]))
+            ),
             "token": first.loc[span[-1], "token"],
             "prob": first.loc[span[-1], "prob"],
             "rank": " to ".join(str(ranks[site]) for site in dict.fromkeys((span[0], span[-1]))),
@@ -280,10 +310,17 @@ def attention_of(lm: "LM", prompt: str, hooks: "tuple[Hook, ...]") -> "pd.DataFr
     run = forward(lm, prompt, *hooks, capture("pattern", pos=-1), logits=False)
     layers: list[Any] = [site.layer for site in run.sites]  # pyright: ignore[reportAttributeAccessIssue]
     given = [run[site][0, :, 0].double().cpu() for site in run.sites]  # each [head, key]
-    names = [f"{layer}.{head}" for layer, each in zip(layers, given, strict=True) for head in range(len(each))]
+    names = [
+        f"{layer}.{head}"
+        for layer, each in zip(layers, given, strict=True)
+        for head in range(len(each))
+    ]
     heads = torch.cat(given)
     most = heads.max(dim=0)
     tokens = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
     columns = {"pos": range(len(tokens)), "token": tokens, "mean": heads.mean(dim=0).tolist()}
-    columns |= {"strongest": most.values.tolist(), "head": [names[index] for index in most.indices.tolist()]}
+    columns |= {
+        "strongest": most.values.tolist(),
+        "head": [names[index] for index in most.indices.tolist()],
+    }
     return pd.DataFrame(columns)

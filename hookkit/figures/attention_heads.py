@@ -51,14 +51,21 @@ def attention_view(
     assert captured.positions is not None
     there = captured.positions[captured.rows.index(row)]
     if there[there >= 0].tolist() != list(range(length)):
-        raise NotCaptured(f"pattern.{layer} was captured at some positions only: capture it without pos=")
+        raise NotCaptured(
+            f"pattern.{layer} was captured at some positions only: capture it without pos="
+        )
     names = list(range(len(pattern))) if heads is None else list(heads)
     wrong = [head for head in names if not 0 <= head < len(pattern)]
     if wrong:
-        raise OutOfRange(f"head {wrong[0]} of pattern.{layer} was asked for, and it has heads 0 to {len(pattern) - 1}")
+        raise OutOfRange(
+            f"head {wrong[0]} of pattern.{layer} was asked for, and it has heads 0 to {len(pattern) - 1}"
+        )
     tokens = [run.lm.string(token) for token in run.tokens[row, :length].tolist()]
     title = f"pattern.{layer} of {run.lm.text(run.tokens[row, :length].tolist())!r}"
-    return AttentionView(_drawn(pattern[names, :length, :length], tokens, [f"{layer}.{n}" for n in names], cdn), title)
+    return AttentionView(
+        _drawn(pattern[names, :length, :length], tokens, [f"{layer}.{n}" for n in names], cdn),
+        title,
+    )
 
 
 def _drawn(pattern: object, tokens: list[str], heads: list[str], cdn: bool) -> str:
@@ -73,6 +80,11 @@ def _drawn(pattern: object, tokens: list[str], heads: list[str], cdn: bool) -> s
     drawn = attention_heads(attention=pattern, tokens=stands, attention_head_names=heads)
     html = drawn.cdn_src if cdn else drawn.local_src
     for stand, token in zip(stands, tokens, strict=True):
-        word = json.dumps(token).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        word = (
+            json.dumps(token)
+            .replace("<", "\\u003c")
+            .replace(">", "\\u003e")
+            .replace("&", "\\u0026")
+        )
         html = html.replace(f'"{stand}"', word)
     return html

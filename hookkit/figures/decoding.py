@@ -33,14 +33,34 @@ from ..arguments import checks_arguments
 from ..errors import BadHook, NotCaptured, OutOfRange, did_you_mean
 from .ranks import GRID, INK, MARK, MUTED, UP, finished, plain, rank_axis, readable, spread
 
-STAGES = {"model": "before logit edits", "edited": "after logit edits", "processed": "after the decoding rules"}
-COLUMNS = ("row", "step", "stage", "token", "token_id", "logit", "logprob", "prob", "rank", "drawn", "why")
+STAGES = {
+    "model": "before logit edits",
+    "edited": "after logit edits",
+    "processed": "after the decoding rules",
+}
+COLUMNS = (
+    "row",
+    "step",
+    "stage",
+    "token",
+    "token_id",
+    "logit",
+    "logprob",
+    "prob",
+    "rank",
+    "drawn",
+    "why",
+)
 COLOURS = {
     "surprisal": (MARK, "surprisal of the chosen token (nats)"),
     "margin": (UP, "margin: largest logit minus the second (logits)"),
 }
 CANDIDATES = 5  # written under a step at most
-CELL, BAND, STRONGEST = (0.84, 1.4), 10.8, 0.62  # a cell's and a line's width in inches; a cell's greatest opacity
+CELL, BAND, STRONGEST = (
+    (0.84, 1.4),
+    10.8,
+    0.62,
+)  # a cell's and a line's width in inches; a cell's greatest opacity
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,12 @@ class _Cell:
 
 @checks_arguments
 def decision_strip(
-    decoding_table: pd.DataFrame, *, row: int = 0, stage: str = "processed", colour: str = "surprisal", title: str = ""
+    decoding_table: pd.DataFrame,
+    *,
+    row: int = 0,
+    stage: str = "processed",
+    colour: str = "surprisal",
+    title: str = "",
 ) -> Figure:
     """The steps from left to right, each a cell with its chosen token, and below it what it was chosen from.
 
@@ -68,7 +93,9 @@ def decision_strip(
     `NotCaptured` for margins of a trace with top=1.
     """
     if colour not in COLOURS:
-        raise BadHook(f"colour={colour!r} is not one of {', '.join(COLOURS)}{did_you_mean(colour, COLOURS)}")
+        raise BadHook(
+            f"colour={colour!r} is not one of {', '.join(COLOURS)}{did_you_mean(colour, COLOURS)}"
+        )
     cells = _cells(of_row(decoding_table, row, stage), colour)
     width = _cell_width(cells)
     lines = ceil(len(cells) / floor(BAND / width))
@@ -83,11 +110,20 @@ def decision_strip(
     written = wrap(caption, int(span / 0.062))
     figure = Figure(figsize=(span, 0.42 + lines * pitch + 0.6 + 0.15 * len(written)))
     axes = sheet(figure)
-    top = max([cell.value for cell in cells if cell.value < inf] + [1.0])  # a text of sure tokens stays pale
+    top = max(
+        [cell.value for cell in cells if cell.value < inf] + [1.0]
+    )  # a text of sure tokens stays pale
     for place, cell in enumerate(cells):
         corner = (0.1 + place % per_line * width, 0.42 + place // per_line * pitch)
         _draw_cell(axes, cell, corner, width - 0.05, min(cell.value / top, 1.0), COLOURS[colour][0])
-    axes.text(0.1, figure.get_figheight() - 0.08, "\n".join(written), fontsize=7.5, color=MUTED, va="bottom")
+    axes.text(
+        0.1,
+        figure.get_figheight() - 0.08,
+        "\n".join(written),
+        fontsize=7.5,
+        color=MUTED,
+        va="bottom",
+    )
     finished(figure, title or f"What each token was chosen from, {STAGES[stage]}")
     colour_bar(figure, 0.42 + lines * pitch, top, *COLOURS[colour])
     return figure
@@ -99,17 +135,23 @@ def _cells(table: pd.DataFrame, colour: str) -> list[_Cell]:
         ordered = part.sort_values(["logit", "token_id"], ascending=[False, True])
         tokens = [token | {"token": name_of(token)} for token in ordered.to_dict("records")]
         (chosen,) = (token for token in tokens if token["drawn"])
-        leading = [token for token in tokens if has(token["why"], "top") and np.isfinite(token["logit"])][:CANDIDATES]
+        leading = [
+            token for token in tokens if has(token["why"], "top") and np.isfinite(token["logit"])
+        ][:CANDIDATES]
         value = -float(chosen["logprob"]) if colour == "surprisal" else _margin(ordered)
         shown = leading if chosen in leading else [*leading, chosen]
-        cells.append(_Cell(int(str(step)), chosen["token"], abs(value), shown))  # abs: -0.0 is written 0.00
+        cells.append(
+            _Cell(int(str(step)), chosen["token"], abs(value), shown)
+        )  # abs: -0.0 is written 0.00
     return cells
 
 
 def _margin(ordered: pd.DataFrame) -> float:
     """The largest logit minus the second, if the table has both."""
     if sum(has(why, "top") for why in ordered["why"]) < 2:
-        raise NotCaptured("a margin needs the two first tokens of each step: record them with trace(top=2) or more")
+        raise NotCaptured(
+            "a margin needs the two first tokens of each step: record them with trace(top=2) or more"
+        )
     first, second = ordered["logit"].to_numpy(float)[:2]
     return first - second
 
@@ -117,7 +159,10 @@ def _margin(ordered: pd.DataFrame) -> float:
 def _cell_width(cells: list[_Cell]) -> float:
     """Inches that the longest token needs, within reason."""
     chosen = max(width_of(readable(cell.token), 9.5) for cell in cells) + 0.16
-    below = max(width_of(readable(token["token"]), 7) for cell in cells for token in cell.candidates) + 0.52
+    below = (
+        max(width_of(readable(token["token"]), 7) for cell in cells for token in cell.candidates)
+        + 0.52
+    )
     return float(np.clip(max(chosen, below), *CELL))
 
 
@@ -130,14 +175,26 @@ def sheet(figure: Figure) -> Axes:
     return axes
 
 
-def _draw_cell(axes: Axes, cell: _Cell, corner: tuple[float, float], width: float, share: float, colour: str) -> None:
+def _draw_cell(
+    axes: Axes, cell: _Cell, corner: tuple[float, float], width: float, share: float, colour: str
+) -> None:
     """A coloured cell with its token, and its candidates below. Opacity says the value, so that any paper will do."""
     x, y = corner
-    axes.add_patch(Rectangle(corner, width, 0.42, facecolor=(*to_rgb(colour), STRONGEST * share), edgecolor="none"))
+    axes.add_patch(
+        Rectangle(
+            corner, width, 0.42, facecolor=(*to_rgb(colour), STRONGEST * share), edgecolor="none"
+        )
+    )
     axes.add_patch(Rectangle(corner, width, 0.42, facecolor="none", edgecolor=GRID, lw=0.8))
     small = {"fontsize": 6.5, "color": INK, "va": "center"}
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
-    axes.text(x + width - 0.04, y + 0.085, f"{cell.value:.2f}" if cell.value < inf else "∞", ha="right", **small)
+    axes.text(
+        x + width - 0.04,
+        y + 0.085,
+        f"{cell.value:.2f}" if cell.value < inf else "∞",
+        ha="right",
+        **small,
+    )
     name, size = fitted(cell.token, width - 0.1, 9.5)
     axes.text(x + width / 2, y + 0.27, name, fontsize=size, color=INK, ha="center", va="center")
     for place, token in enumerate(cell.candidates):
@@ -146,7 +203,15 @@ def _draw_cell(axes: Axes, cell: _Cell, corner: tuple[float, float], width: floa
         if token["drawn"]:
             axes.text(x, height, "▸", fontsize=7, color=colour, va="center")
         axes.text(x + 0.09, height, name, fontsize=size, color=ink, va="center")
-        axes.text(x + width - 0.04, height, written_prob(token["prob"]), fontsize=7, color=ink, ha="right", va="center")
+        axes.text(
+            x + width - 0.04,
+            height,
+            written_prob(token["prob"]),
+            fontsize=7,
+            color=ink,
+            ha="right",
+            va="center",
+        )
 
 
 def written_prob(prob: float) -> str:
@@ -181,11 +246,15 @@ def of_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
             f"it has {', '.join(map(str, table.columns))}"
         )
     if stage not in STAGES:
-        raise BadHook(f"stage={stage!r} is not one of {', '.join(STAGES)}{did_you_mean(str(stage), STAGES)}")
+        raise BadHook(
+            f"stage={stage!r} is not one of {', '.join(STAGES)}{did_you_mean(str(stage), STAGES)}"
+        )
     rows = sorted({int(each) for each in table["row"]})
     if row not in rows:
         raise OutOfRange(f"row {row} is not in the table, which has {_listed(rows, 'row')}")
-    found = pd.DataFrame(table[(table["row"] == row) & (table["stage"] == stage)]).sort_values("step", kind="stable")
+    found = pd.DataFrame(table[(table["row"] == row) & (table["stage"] == stage)]).sort_values(
+        "step", kind="stable"
+    )
     chosen = found["step"].to_numpy()[found["drawn"].to_numpy(bool)].tolist()
     if (
         not chosen
@@ -211,13 +280,21 @@ def has(why: str, reason: str) -> bool:
 
 def _listed(numbers: list[int], noun: str) -> str:
     return (
-        f"{noun}s {', '.join(map(str, numbers))}" if len(numbers) > 1 else f"{noun} {numbers[0]}" if numbers else "none"
+        f"{noun}s {', '.join(map(str, numbers))}"
+        if len(numbers) > 1
+        else f"{noun} {numbers[0]}"
+        if numbers
+        else "none"
     )
 
 
 def width_of(text: str, size: float) -> float:
     """Inches that a text takes."""
-    return text_to_path.get_text_width_height_descent(plain(text), FontProperties(size=size), False)[0] * 1.04 / 72
+    return (
+        text_to_path.get_text_width_height_descent(plain(text), FontProperties(size=size), False)[0]
+        * 1.04
+        / 72
+    )
 
 
 def fitted(token: str, room: float, size: float) -> tuple[str, float]:
@@ -236,7 +313,16 @@ def cut(word: str, room: float, size: float) -> str:
     return short
 
 
-LINES = ("#e0522d", "#4f78c8", "#1f9e89", "#a565c4", "#b07a1e", "#c2557f", "#7f8a2a", "#3a93b5")  # seen on either paper
+LINES = (
+    "#e0522d",
+    "#4f78c8",
+    "#1f9e89",
+    "#a565c4",
+    "#b07a1e",
+    "#c2557f",
+    "#7f8a2a",
+    "#3a93b5",
+)  # seen on either paper
 MOST_LINES = 12  # that can be told apart
 
 
@@ -259,7 +345,9 @@ def rank_lines(
     """
     table = of_row(decoding_table, row, stage)
     found = [_of_token(table, token) for token in _watched(table, watch)]
-    lines = [_line(part, "rank", place, f"{part['rank'].iloc[-1]:,}") for place, part in enumerate(found)]
+    lines = [
+        _line(part, "rank", place, f"{part['rank'].iloc[-1]:,}") for place, part in enumerate(found)
+    ]
     figure = Figure(figsize=(_figure_width(len(lines[0].steps)), 4.6), layout="constrained")
     axes = figure.subplots()
     rank_axis(axes, 1.25 * max(10.0, *(line.values.max() for line in lines)))
@@ -291,25 +379,40 @@ def prob_against(
     `NotCaptured` for a token that was not recorded at every step.
     """
     if scale not in ("log", "linear"):
-        raise BadHook(f"scale={scale!r} is not one of log, linear{did_you_mean(scale, ('log', 'linear'))}")
+        raise BadHook(
+            f"scale={scale!r} is not one of log, linear{did_you_mean(scale, ('log', 'linear'))}"
+        )
     edited = of_row(edited_table, row, stage)
     baseline = of_row(baseline_table, row if baseline_row is None else baseline_row, stage)
-    parts = [_of_token(baseline, token), _of_token(edited, token)]  # the edited run's line is drawn over the other
+    parts = [
+        _of_token(baseline, token),
+        _of_token(edited, token),
+    ]  # the edited run's line is drawn over the other
     lines = [
-        replace(_line(part, "prob", 0, written_prob(part["prob"].iloc[-1])), name=name, colour=colour)
+        replace(
+            _line(part, "prob", 0, written_prob(part["prob"].iloc[-1])), name=name, colour=colour
+        )
         for part, name, colour in zip(parts, ("baseline", "edited"), (MUTED, MARK), strict=True)
     ]
-    figure = Figure(figsize=(_figure_width(max(len(line.steps) for line in lines)), 4.6), layout="constrained")
+    figure = Figure(
+        figsize=(_figure_width(max(len(line.steps) for line in lines)), 4.6), layout="constrained"
+    )
     axes = figure.subplots()
     lines = _prob_axis(axes, lines, logarithmic=scale == "log")
     parted = _parting(edited, baseline)
     _draw_lines(axes, lines, *["┊ from here the texts differ"] * (parted is not None))
-    _step_axis(axes, edited, "step, and the token chosen " + ("in both" if parted is None else "in the edited run"))
+    _step_axis(
+        axes,
+        edited,
+        "step, and the token chosen " + ("in both" if parted is None else "in the edited run"),
+    )
     if parted is not None:
         axes.axvline(parted + 0.5, color=MUTED, lw=1.2, ls=":")
         _baseline_axis(axes, baseline)
     return finished(
-        figure, title or f"Probability of {readable(parts[0]['token'].iloc[0])} at each step, {STAGES[stage]}"
+        figure,
+        title
+        or f"Probability of {readable(parts[0]['token'].iloc[0])} at each step, {STAGES[stage]}",
     )
 
 
@@ -343,10 +446,26 @@ def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
     """Draw them with their names at their ends, and say above the axes what the marks mean."""
     for line in lines:
         shown = np.where(line.zero, np.nan, line.values)
-        axes.plot(line.steps, shown, color=line.colour, ls=line.dashes, lw=1.8, marker="o", ms=3, clip_on=False)
+        axes.plot(
+            line.steps,
+            shown,
+            color=line.colour,
+            ls=line.dashes,
+            lw=1.8,
+            marker="o",
+            ms=3,
+            clip_on=False,
+        )
         for which, mark, size in ((line.zero, "x", 6), (line.chosen & ~line.zero, "o", 8)):
             if which.any():
-                axes.plot(line.steps[which], line.values[which], mark, color=line.colour, ms=size, clip_on=False)
+                axes.plot(
+                    line.steps[which],
+                    line.values[which],
+                    mark,
+                    color=line.colour,
+                    ms=size,
+                    clip_on=False,
+                )
     for line, height in zip(lines, _apart(axes, [line.values[-1] for line in lines]), strict=True):
         axes.annotate(
             line.name,
@@ -356,7 +475,14 @@ def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
             va="center",
             fontsize=8.5,
             color=line.colour,
-            arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GRID,
+                "lw": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
     marks = {"● chosen here": any((line.chosen & ~line.zero).any() for line in lines)}
     marks["× probability 0"] = any(line.zero.any() for line in lines)
@@ -394,7 +520,10 @@ def _prob_axis(axes: Axes, lines: list[_Line], *, logarithmic: bool) -> list[_Li
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("probability (log axis)")
-    return [replace(line, values=np.maximum(line.values, nothing), zero=line.values == 0) for line in lines]
+    return [
+        replace(line, values=np.maximum(line.values, nothing), zero=line.values == 0)
+        for line in lines
+    ]
 
 
 def _step_axis(axes: Axes, table: pd.DataFrame, label: str) -> None:
@@ -416,10 +545,14 @@ def _baseline_axis(axes: Axes, table: pd.DataFrame) -> None:
 
 def _labels(axes: Axes, table: pd.DataFrame) -> tuple[list[int], list[str]]:
     chosen = table[table["drawn"]]
-    every = ceil(len(chosen) * 0.17 / (_figure_width(len(chosen)) - 2.5))  # inches that a label needs
+    every = ceil(
+        len(chosen) * 0.17 / (_figure_width(len(chosen)) - 2.5)
+    )  # inches that a label needs
     shown = chosen.iloc[::every]
     names = [plain(cut(readable(token), 1.2, 8.5)) for token in shown["token"]]
-    return shown["step"].tolist(), [f"{name}  {step}" for name, step in zip(names, shown["step"], strict=True)]
+    return shown["step"].tolist(), [
+        f"{name}  {step}" for name, step in zip(names, shown["step"], strict=True)
+    ]
 
 
 def _figure_width(steps: int) -> float:
@@ -440,9 +573,13 @@ def _watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> l
     mine = [has(why, "watched") or has(why, "named") for why in table["why"]]
     asked = asked or list(dict.fromkeys(int(token) for token in table["token_id"][mine]))
     if not asked:
-        raise NotCaptured("no token was watched in this run or named by a hook: generate with trace(watch=...)")
+        raise NotCaptured(
+            "no token was watched in this run or named by a hook: generate with trace(watch=...)"
+        )
     if len(asked) > MOST_LINES:
-        raise BadHook(f"{len(asked)} lines are more than can be told apart: choose up to {MOST_LINES} with watch=")
+        raise BadHook(
+            f"{len(asked)} lines are more than can be told apart: choose up to {MOST_LINES} with watch="
+        )
     return asked
 
 
@@ -450,12 +587,16 @@ def _of_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
     """One token's line of the table at every step."""
     ids = sorted({int(i) for i in table["token_id"][table["token"] == repr(token)]})
     if len(ids) > 1:
-        raise BadHook(f"{token!r} is the text of several tokens here: give the id of one, {' or '.join(map(str, ids))}")
+        raise BadHook(
+            f"{token!r} is the text of several tokens here: give the id of one, {' or '.join(map(str, ids))}"
+        )
     number = token if isinstance(token, int) else ids[0] if ids else -1
     found = pd.DataFrame(table[table["token_id"] == number])
     steps = len(set(table["step"]))
     if len(found) < steps:
-        names = ", ".join(str(name) for name, part in table.groupby("token") if len(set(part["step"])) == steps)
+        names = ", ".join(
+            str(name) for name, part in table.groupby("token") if len(set(part["step"])) == steps
+        )
         raise NotCaptured(
             f"the token {token!r} was recorded at {len(found)} of {steps} steps, and a line needs all: generate with "
             f"trace(watch=[{token!r}]). At every step there is {names or 'no token'}."

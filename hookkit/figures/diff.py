@@ -36,7 +36,9 @@ def through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "") ->
     if not panels:
         return None
     figure = Figure(figsize=(5.2 * len(panels) + 1.2, 3.6), layout="constrained")
-    for axes, (name, table) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (name, table) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         _lines(axes, table)
         axes.set_ylabel("‖after − before‖ / ‖before‖, mean" if name == "difference" else name)
         if name == "difference":
@@ -50,11 +52,19 @@ def _drawn(values: Any) -> Any:
 
 
 def _lines(axes: Axes, table: pd.DataFrame) -> None:
-    names = [name for name in LINED if name in set(table["name"])] or list(dict.fromkeys(table["name"]))
+    names = [name for name in LINED if name in set(table["name"])] or list(
+        dict.fromkeys(table["name"])
+    )
     for colour, name in zip(LINES, names, strict=False):
         mine = pd.DataFrame(table[table["name"] == name]).sort_values("layer")
         axes.plot(
-            mine["layer"].astype(int), mine["value"], color=colour, lw=1.6, marker="o", ms=3.2, label=drawable(name)
+            mine["layer"].astype(int),
+            mine["value"],
+            color=colour,
+            lw=1.6,
+            marker="o",
+            ms=3.2,
+            label=drawable(name),
         )
     axes.set_yscale("log")
     axes.set_xlabel("layer")
@@ -81,7 +91,9 @@ def token_bars(tokens: pd.DataFrame, *, title: str = "") -> Figure:
             fontsize=8,
             color=INK,
         )
-    labels = [f"{drawable(read)}  {pos}" for read, pos in zip(shown["read"], shown["pos"], strict=True)]
+    labels = [
+        f"{drawable(read)}  {pos}" for read, pos in zip(shown["read"], shown["pos"], strict=True)
+    ]
     axes.set_yticks(np.arange(len(shown)), labels, fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, reach * 1.12)
@@ -96,7 +108,10 @@ def stream_map(stream: pd.DataFrame, *, title: str = "") -> Figure | None:
     labels = dict(
         zip(
             known["pos"],
-            [f"{drawable(read)}  {pos}" for read, pos in zip(known["read"], known["pos"], strict=True)],
+            [
+                f"{drawable(read)}  {pos}"
+                for read, pos in zip(known["read"], known["pos"], strict=True)
+            ],
             strict=True,
         )
     )

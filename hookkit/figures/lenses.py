@@ -39,11 +39,19 @@ def lens_map(
     if missing:
         raise BadHook(f"the table has no column {missing[0]!r}: give what logit_lens gave")
     if found.empty or found["row"].nunique() > 1:
-        raise EmptySelection(f"the table has {found['row'].nunique()} rows to draw, and a lens map is of one: say row=")
+        raise EmptySelection(
+            f"the table has {found['row'].nunique()} rows to draw, and a lens map is of one: say row="
+        )
     sites, places = list(dict.fromkeys(found["site"])), sorted(set(found["pos"]))
-    first = found.sort_values(["rank", "token_id"]).drop_duplicates(["pos", "site"]).set_index(["site", "pos"])
+    first = (
+        found.sort_values(["rank", "token_id"])
+        .drop_duplicates(["pos", "site"])
+        .set_index(["site", "pos"])
+    )
     numbers = np.array([[float(first.loc[(site, pos), value]) for pos in places] for site in sites])
-    figure = Figure(figsize=(1.6 + 0.95 * len(places), 1.3 + 0.24 * len(sites)), layout="constrained")
+    figure = Figure(
+        figsize=(1.6 + 0.95 * len(places), 1.3 + 0.24 * len(sites)), layout="constrained"
+    )
     axes = figure.subplots()
     most = 1.0 if value == "prob" else float(np.nanmax(np.abs(numbers))) or 1.0
     shades = ListedColormap([(*to_rgb(UP), 0.75 * shade) for shade in np.linspace(0, 1, SHADES)])
@@ -52,14 +60,26 @@ def lens_map(
         for across, pos in enumerate(places):
             word = drawable(str(first.loc[(site, pos), "token"]))
             size = 7.5 if len(word) <= 11 else 7.5 * 11 / len(word)
-            axes.text(across + 0.5, up + 0.45, word, ha="center", va="center", fontsize=max(size, 4.0), color=INK)
+            axes.text(
+                across + 0.5,
+                up + 0.45,
+                word,
+                ha="center",
+                va="center",
+                fontsize=max(size, 4.0),
+                color=INK,
+            )
     names = [str(pos) if labels is None else drawable(str(labels[pos])) for pos in places]
-    axes.set_xticks(np.arange(len(places)) + 0.5, names, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        np.arange(len(places)) + 0.5, names, rotation=30, ha="right", rotation_mode="anchor"
+    )
     axes.set_yticks(np.arange(len(sites)) + 0.5, sites)
     axes.set_xlabel("after reading" if labels is not None else "position")
     finished(figure, title)
     axes.grid(visible=False)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, most), shades), ax=axes, fraction=0.03, pad=0.01)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, most), shades), ax=axes, fraction=0.03, pad=0.01
+    )
     bar.set_label(value, fontsize=9, color=INK)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
     bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -67,7 +87,9 @@ def lens_map(
 
 
 @checks_arguments
-def logit_bars(parts: pd.DataFrame, *, top: int = 20, row: int | None = None, title: str = "") -> Figure:
+def logit_bars(
+    parts: pd.DataFrame, *, top: int = 20, row: int | None = None, title: str = ""
+) -> Figure:
     """The components that add most to a logit, or take most from it, as bars; the others are summed in one.
 
     `parts` is what `direct_logits` gave for one row and position. The bars sum to the logit.

@@ -26,13 +26,21 @@ from ..errors import BadHook, EmptySelection
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
 POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # tell lines apart without colour, and where one hides another
+DASHES = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1, 1, 1)),
+)  # tell lines apart without colour, and where one hides another
 LETTERS = 12.5  # of a title, to an inch
 LABELLED = 6  # the most likely tokens that get their names
 
 
 @checks_arguments
-def logit_scatter(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = "") -> Figure:
+def logit_scatter(
+    table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = ""
+) -> Figure:
     """Every token's logit at one position, by token id, with the watched tokens marked and the top ones named.
 
     `table` is `ranks(run, top=None)`. Raises `EmptySelection` for a table of several positions, or for a watched token
@@ -47,7 +55,9 @@ def logit_scatter(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | in
 
 
 @checks_arguments
-def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = "") -> Figure:
+def logit_panels(
+    table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = ""
+) -> Figure:
     """The same tokens three times: raw logits, after softmax, after log-softmax.
 
     `table` is `ranks(run, top=None)`.
@@ -68,7 +78,9 @@ def logit_panels(table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int
 
 
 @checks_arguments
-def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = ("before", "after")) -> Figure:
+def rank_bump(
+    shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = ("before", "after")
+) -> Figure:
     """Each token's rank before and after as a line, on a log axis with rank 1 at the top.
 
     `shift` is `rank_shift(before, after)`. Lines that rise are green, lines that fall red, edited tokens bold. Tokens
@@ -78,13 +90,17 @@ def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = 
     columns = ("rank_before", "rank_after")
     shift = shift.dropna(subset=list(columns))
     if shift.empty:
-        raise EmptySelection("no token of this table has a rank before and after: the model's logits are NaN there")
+        raise EmptySelection(
+            "no token of this table has a rank before and after: the model's logits are NaN there"
+        )
     height = max(4.2, 0.26 * len(shift) + 1.2)  # inches
     figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     tokens = shift.to_dict("records")
     low = max(float(shift[list(columns)].to_numpy().max()), 10.0) * 1.25
-    gap = np.log(low / 0.85) * 0.2 / (height - 0.9)  # a label needs 0.2 inches of what the frame leaves
+    gap = (
+        np.log(low / 0.85) * 0.2 / (height - 0.9)
+    )  # a label needs 0.2 inches of what the frame leaves
     heights = [np.exp(spread(np.log(shift[column].to_numpy(float)), gap)) for column in columns]
     low = max(low, float(np.max(heights)) * 1.1)
     rank_axis(axes, low)
@@ -94,7 +110,14 @@ def rank_bump(shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = 
     for token in tokens:
         colour = UP if token["shift"] > 0 else DOWN if token["shift"] < 0 else MUTED
         width = 2.4 if "edited" in token["why"] else 1.3
-        axes.plot([0, 1], [token["rank_before"], token["rank_after"]], color=colour, lw=width, marker="o", ms=4)
+        axes.plot(
+            [0, 1],
+            [token["rank_before"], token["rank_after"]],
+            color=colour,
+            lw=width,
+            marker="o",
+            ms=4,
+        )
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)
     return finished(figure, title or "How the ranking moved")
@@ -111,7 +134,9 @@ def rank_axis(axes: Axes, low: float) -> None:
     axes.set_ylabel("rank (log axis; 1 is the most likely)")
 
 
-def _rank_label(axes: Axes, token: dict[Hashable, Any], side: int, rank: int, height: float) -> None:
+def _rank_label(
+    axes: Axes, token: dict[Hashable, Any], side: int, rank: int, height: float
+) -> None:
     """A token's name and rank beside its point, moved to where there is room, with a thin line to the point."""
     name = drawable(token["token"])
     axes.annotate(
@@ -123,7 +148,14 @@ def _rank_label(axes: Axes, token: dict[Hashable, Any], side: int, rank: int, he
         fontsize=8.5,
         color=INK,
         fontweight="bold" if "edited" in token["why"] else "normal",
-        arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 2, "shrinkB": 3, "relpos": (1 - side, 0.5)},
+        arrowprops={
+            "arrowstyle": "-",
+            "color": GRID,
+            "lw": 0.9,
+            "shrinkA": 2,
+            "shrinkB": 3,
+            "relpos": (1 - side, 0.5),
+        },
     )
 
 
@@ -141,7 +173,12 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     drawn = np.clip(deltas, -reach, reach)
     figure = Figure(figsize=(7, max(2.4, 0.27 * len(ordered) + 1)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(np.arange(len(drawn)), drawn, color=[UP if delta > 0 else DOWN for delta in deltas], height=0.7)
+    axes.barh(
+        np.arange(len(drawn)),
+        drawn,
+        color=[UP if delta > 0 else DOWN for delta in deltas],
+        height=0.7,
+    )
     for place, (delta, length) in enumerate(zip(deltas, drawn, strict=True)):
         endless = not np.isfinite(delta)
         outwards = 1 if length >= 0 else -1
@@ -155,7 +192,9 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
             fontsize=8,
             color=PAPER if endless else INK,
         )
-    axes.set_yticks(np.arange(len(drawn)), [drawable(str(token)) for token in ordered["token"]], fontsize=8.5)
+    axes.set_yticks(
+        np.arange(len(drawn)), [drawable(str(token)) for token in ordered["token"]], fontsize=8.5
+    )
     axes.invert_yaxis()
     axes.axvline(0, color=MUTED, lw=0.8)
     left, right = (deltas < 0).any(), (deltas > 0).any()
@@ -164,10 +203,20 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     return finished(figure, title or "What became more and less likely")
 
 
-def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame, *, names: int) -> None:
+def _scatter(
+    axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame, *, names: int
+) -> None:
     """Points by token id, the watched ones marked, and the names of them and of the top `names` in the right margin."""
     shown = _finite(table, column)
-    axes.scatter(shown["token_id"], shown[column], s=3, color=POINT, alpha=0.35, linewidths=0, rasterized=True)
+    axes.scatter(
+        shown["token_id"],
+        shown[column],
+        s=3,
+        color=POINT,
+        alpha=0.35,
+        linewidths=0,
+        rasterized=True,
+    )
     chosen = pd.concat([table.sort_values("rank").head(names), watched]).drop_duplicates("token_id")
     named = _finite(chosen, column).sort_values(column, ascending=False)
     marked = set(watched["token_id"])
@@ -180,7 +229,14 @@ def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame
         mine = token["token_id"] in marked
         colour = MARK if mine else INK
         axes.plot(
-            token["token_id"], token[column], "o", ms=6 if mine else 3.5, color=colour, mec=PAPER, mew=0.7, zorder=3
+            token["token_id"],
+            token[column],
+            "o",
+            ms=6 if mine else 3.5,
+            color=colour,
+            mec=PAPER,
+            mew=0.7,
+            zorder=3,
         )
         axes.annotate(
             f"{drawable(token['token'])}  {token['rank']:,}",
@@ -190,7 +246,14 @@ def _scatter(axes: Axes, table: pd.DataFrame, column: str, watched: pd.DataFrame
             fontsize=8.5,
             color=colour,
             fontweight="bold" if mine else "normal",
-            arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GRID,
+                "lw": 0.9,
+                "shrinkA": 2,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
     axes.set_xlim(-0.02 * width, width * 1.42)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= width * 1.03])
@@ -233,7 +296,10 @@ def _one_position(table: pd.DataFrame, column: str) -> None:
 def _watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> pd.DataFrame:
     asked = [watch] if isinstance(watch, str | int) else list(watch)
     ids, names = table["token_id"].to_numpy(), table["token"].to_numpy()
-    found = [pd.DataFrame(table[ids == token if isinstance(token, int) else names == repr(token)]) for token in asked]
+    found = [
+        pd.DataFrame(table[ids == token if isinstance(token, int) else names == repr(token)])
+        for token in asked
+    ]
     for token, rows in zip(asked, found, strict=True):
         if rows.empty:
             raise EmptySelection(

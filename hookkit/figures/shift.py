@@ -15,7 +15,20 @@ from matplotlib.figure import Figure
 
 from ..tables.intervals import DRAWN
 from .decoding import cut
-from .ranks import DOWN, GRID, INK, MARK, MUTED, POINT, UP, finished, plain, rank_axis, readable, spread
+from .ranks import (
+    DOWN,
+    GRID,
+    INK,
+    MARK,
+    MUTED,
+    POINT,
+    UP,
+    finished,
+    plain,
+    rank_axis,
+    readable,
+    spread,
+)
 
 PANELS = 4  # edits that are drawn
 LINES = (MARK, UP, "#8a5bb5", "#b8862b", POINT, MUTED)
@@ -47,7 +60,9 @@ def _panels(names: Sequence[str], height: float, left: float = 0.8) -> tuple[Fig
     return figure, panels[: len(names)]
 
 
-def rank_against_rank(parts: Mapping[str, tuple[pd.DataFrame, np.ndarray, np.ndarray]], *, title: str = "") -> Figure:
+def rank_against_rank(
+    parts: Mapping[str, tuple[pd.DataFrame, np.ndarray, np.ndarray]], *, title: str = ""
+) -> Figure:
     """Every token's rank before (across) and after (upwards), on log axes, with the tokens of the table named.
 
     `parts` has for each edit its rows of the shift table, and all tokens' ranks before and after.
@@ -74,7 +89,9 @@ def _map_of(axes: Axes, before: np.ndarray, after: np.ndarray, low: float) -> No
     counts = np.histogram2d(after, before, bins=[edges, edges])[0]
     shades = np.zeros((CELLS, CELLS, 4))
     shades[..., :3] = to_rgb(POINT)
-    shades[..., 3] = np.where(counts > 0, 0.12 + 0.68 * np.log1p(counts) / np.log1p(counts.max()), 0.0)
+    shades[..., 3] = np.where(
+        counts > 0, 0.12 + 0.68 * np.log1p(counts) / np.log1p(counts.max()), 0.0
+    )
     axes.pcolormesh(edges, edges, shades, rasterized=True, linewidth=0)
 
 
@@ -101,8 +118,17 @@ def _name(axes: Axes, table: pd.DataFrame, low: float) -> None:
             va="center",
             fontsize=8,
             color=INK,
-            fontweight="bold" if "watched" in token["why"] or "edited" in token["why"] else "normal",
-            arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)},
+            fontweight="bold"
+            if "watched" in token["why"] or "edited" in token["why"]
+            else "normal",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GRID,
+                "lw": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -143,7 +169,14 @@ def _ends(axes: Axes, ends: Sequence[tuple[str, float, str]], last: int, low: fl
             va="center",
             fontsize=8.5,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GRID,
+                "lw": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -185,18 +218,30 @@ def means_of(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "") -
         for place, (edit, control) in enumerate(each):
             if edit not in mine.index:
                 continue
-            mean, low, high = (float(mine.loc[edit, f"logprob_delta{end}"]) for end in ("", "_low", "_high"))
+            mean, low, high = (
+                float(mine.loc[edit, f"logprob_delta{end}"]) for end in ("", "_low", "_high")
+            )
             colour = MUTED if control else UP if mean > 0 else DOWN
             if float(mine.loc[edit, "n"]) < DRAWN:
                 own: Any = watched[(watched["edit"] == edit) & (watched["watched"] == name)]
                 points = own.groupby("row")["logprob_delta"].mean()
                 points = points[np.isfinite(points)]
-                axes.plot(points, np.full(len(points), place), ls="", marker=".", ms=5, alpha=0.6, color=colour)
+                axes.plot(
+                    points,
+                    np.full(len(points), place),
+                    ls="",
+                    marker=".",
+                    ms=5,
+                    alpha=0.6,
+                    color=colour,
+                )
             else:
                 axes.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
             axes.plot(mean, place, "o", ms=6, color=colour, mfc="none" if control else colour)
         axes.axvline(0, color=MUTED, lw=0.8)
-        axes.set_yticks(range(len(each)), [cut(plain(readable(edit)), 1.9, 8.5) for edit, _ in each])
+        axes.set_yticks(
+            range(len(each)), [cut(plain(readable(edit)), 1.9, 8.5) for edit, _ in each]
+        )
         axes.set_ylim(len(each) - 0.5, -0.5)
         few = bool((summary["n"] < DRAWN).all())
         words = "prompts" if few else "95 % interval"

@@ -31,7 +31,9 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     placed, lines = _flowed(cells)
     finite = [cell["loss"] for cell in cells if cell["loss"] < float("inf")]
     top = max([*finite, 1e-3])
-    span = max(6.5, max(x + wide for x, _, wide in placed) + 0.1)  # the least that a title and the caption need
+    span = max(
+        6.5, max(x + wide for x, _, wide in placed) + 0.1
+    )  # the least that a title and the caption need
     figure = Figure(figsize=(span, 0.42 + lines * LINE + 0.8))
     axes = sheet(figure)
     small = {"fontsize": 6.5, "va": "center"}
@@ -42,7 +44,13 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
         axes.add_patch(Rectangle((x, y), wide, HIGH, facecolor="none", edgecolor=GRID, lw=0.8))
         name, size = fitted(cell["token"], wide - 0.08, 9)
         axes.text(x + wide / 2, y + 0.14, name, fontsize=size, color=INK, ha="center", va="center")
-        axes.text(x + 0.04, y + 0.32, f"{cell['loss']:.1f}" if cell["loss"] < float("inf") else "∞", color=INK, **small)
+        axes.text(
+            x + 0.04,
+            y + 0.32,
+            f"{cell['loss']:.1f}" if cell["loss"] < float("inf") else "∞",
+            color=INK,
+            **small,
+        )
         axes.text(x + wide - 0.04, y + 0.32, f"{cell['rank']:,}", color=MUTED, ha="right", **small)
     axes.text(0.1, figure.get_figheight() - 0.08, CAPTION, fontsize=7.5, color=MUTED, va="bottom")
     finished(figure, title or "What each token cost the model")
@@ -51,7 +59,11 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
 
 
 def _of_row(table: pd.DataFrame, row: int) -> list[dict]:
-    missing = [column for column in ("row", "pos", "token", "token_id", "loss", "rank") if column not in table]
+    missing = [
+        column
+        for column in ("row", "pos", "token", "token_id", "loss", "rank")
+        if column not in table
+    ]
     if missing:
         raise BadHook(
             f"this figure is drawn from surprisal(run), and this table has no column {', '.join(map(repr, missing))}: "
@@ -59,7 +71,9 @@ def _of_row(table: pd.DataFrame, row: int) -> list[dict]:
         )
     found = pd.DataFrame(table[table["row"] == row]).sort_values("pos", kind="stable")
     if found.empty:
-        raise OutOfRange(f"row {row} is not in the table, which has rows {sorted(set(table['row'].tolist()))}")
+        raise OutOfRange(
+            f"row {row} is not in the table, which has rows {sorted(set(table['row'].tolist()))}"
+        )
     if len(found) > MOST:
         raise OutOfRange(
             f"row {row} has {len(found):,} tokens, and {MOST} can be read: draw a part, table[table.pos < 300]"

@@ -22,7 +22,14 @@ from ..errors import BadHook, EmptySelection, did_you_mean
 from ..tables.intervals import DRAWN
 from .ranks import DOWN, GRID, INK, MARK, MUTED, POINT, UP, drawable, finished
 
-LINES = (UP, MARK, POINT, "#b8862b", "#8a5bb5", MUTED)  # one after the other, for the lines of a figure
+LINES = (
+    UP,
+    MARK,
+    POINT,
+    "#b8862b",
+    "#8a5bb5",
+    MUTED,
+)  # one after the other, for the lines of a figure
 SHADES = 256
 WORDS = {"layer": "layer", "pos": "position", "head": "head", "unit": "neuron", "scale": "scale"}
 
@@ -48,15 +55,23 @@ def heat_map(
     largest values of each panel are written in their cells.
     """
     value = _value(table, value)
-    x = x or next((name for name in ("pos", "head", "unit", "scale") if name in table.columns), None)
+    x = x or next(
+        (name for name in ("pos", "head", "unit", "scale") if name in table.columns), None
+    )
     for name in (x, y):
         if name not in table.columns:
-            raise BadHook(f"the table has no column {name!r}{did_you_mean(str(name), table.columns)} Say x= and y=.")
+            raise BadHook(
+                f"the table has no column {name!r}{did_you_mean(str(name), table.columns)} Say x= and y=."
+            )
     assert x is not None
     sites = list(dict.fromkeys(table["site"])) if "site" in table.columns else [None]
     found: list[Any] = [table if site is None else table[table["site"] == site] for site in sites]
     grids = [_grid(each, value, x, y).sort_index() for each in found]
-    most = limit if limit is not None else max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
+    most = (
+        limit
+        if limit is not None
+        else max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
+    )
     width = min(14.0, 1.6 + sum(max(2.4, 0.34 * grid.shape[1]) for grid in grids))
     figure = Figure(figsize=(width, max(3.0, 0.17 * len(grids[0]) + 1.6)), layout="constrained")
     panels = list(figure.subplots(1, len(grids), squeeze=False)[0])
@@ -74,11 +89,16 @@ def heat_map(
 
 def _value(table: pd.DataFrame, value: str | None) -> str:
     if value is None:
-        value = next((name for end in ("_effect", "_delta") for name in table.columns if name.endswith(end)), None)
+        value = next(
+            (name for end in ("_effect", "_delta") for name in table.columns if name.endswith(end)),
+            None,
+        )
     if table.empty:
         raise EmptySelection("the table has no row to draw")
     if value is None or value not in table.columns:
-        raise BadHook(f"the table has no column {value!r}; it has {', '.join(table.columns)}: say value=")
+        raise BadHook(
+            f"the table has no column {value!r}; it has {', '.join(table.columns)}: say value="
+        )
     return value
 
 
@@ -87,7 +107,9 @@ def _grid(table: Any, value: str, x: str, y: str) -> pd.DataFrame:
     axes: dict[str, Any] = {"index": y, "columns": x, "aggfunc": "mean", "sort": False}
     metric = value.removesuffix("_effect")
     parts = [f"{metric}_{end}" for end in ("delta", "before", "target")]
-    pairs = "row" in table.columns and value.endswith("_effect") and set(parts) <= set(table.columns)
+    pairs = (
+        "row" in table.columns and value.endswith("_effect") and set(parts) <= set(table.columns)
+    )
     if not pairs:
         return table.pivot_table(values=value, **axes)
     moved, before, target = (table[part].astype(float) for part in parts)
@@ -113,26 +135,37 @@ def _prompts(table: pd.DataFrame) -> str:
 def _colours() -> ListedColormap:
     """From red over nothing to green: a colour with more or less of it, so that it stands on any paper."""
     shades = np.linspace(-1, 1, SHADES)
-    return ListedColormap([(*to_rgb(UP if shade > 0 else DOWN), abs(shade) ** 0.8) for shade in shades])
+    return ListedColormap(
+        [(*to_rgb(UP if shade > 0 else DOWN), abs(shade) ** 0.8) for shade in shades]
+    )
 
 
 def _cells(axes: Axes, grid: pd.DataFrame, most: float, named: int) -> None:
     numbers = grid.to_numpy(float)
     axes.pcolormesh(
-        np.ma.masked_invalid(numbers), cmap=_colours(), vmin=-most, vmax=most, edgecolors=GRID, linewidth=0.25
+        np.ma.masked_invalid(numbers),
+        cmap=_colours(),
+        vmin=-most,
+        vmax=most,
+        edgecolors=GRID,
+        linewidth=0.25,
     )
     flat = np.abs(np.nan_to_num(numbers)).ravel()
     for place in np.argsort(-flat, kind="stable")[:named]:
         row, column = divmod(int(place), numbers.shape[1])
         if flat[place] > 0:
             written = f"{numbers[row, column]:.2g}"
-            axes.text(column + 0.5, row + 0.5, written, ha="center", va="center", fontsize=6.5, color=INK)
+            axes.text(
+                column + 0.5, row + 0.5, written, ha="center", va="center", fontsize=6.5, color=INK
+            )
 
 
 def _ticks(axes: Axes, grid: pd.DataFrame, x: str, y: str, labels: Any) -> None:
     columns, rows = list(grid.columns), list(grid.index)
     names = _names(columns, labels)
-    turned: dict[str, Any] = {} if labels is None else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    turned: dict[str, Any] = (
+        {} if labels is None else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    )
     axes.set_xticks(np.arange(len(columns)) + 0.5, names, **turned)
     every = max(1, len(rows) // 10)
     axes.set_yticks(np.arange(0, len(rows), every) + 0.5, [str(row) for row in rows[::every]])
@@ -146,8 +179,13 @@ def _names(columns: Sequence[Any], labels: Any) -> list[str]:
     if isinstance(labels, Mapping):
         return [drawable(str(labels.get(column, column))) for column in columns]
     if len(labels) < len(columns):
-        raise BadHook(f"{len(labels)} labels were given, and the grid has {len(columns)} columns: give one for each")
-    return [f"{drawable(labels[place])}  {column}" for place, column in zip(_places(columns), columns, strict=True)]
+        raise BadHook(
+            f"{len(labels)} labels were given, and the grid has {len(columns)} columns: give one for each"
+        )
+    return [
+        f"{drawable(labels[place])}  {column}"
+        for place, column in zip(_places(columns), columns, strict=True)
+    ]
 
 
 def _places(columns: Sequence[Any]) -> list[int]:
@@ -157,7 +195,9 @@ def _places(columns: Sequence[Any]) -> list[int]:
 
 
 def _scale(figure: Figure, panels: list[Axes], most: float, words: str) -> None:
-    bar = figure.colorbar(ScalarMappable(Normalize(-most, most), _colours()), ax=panels, fraction=0.05, pad=0.02)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(-most, most), _colours()), ax=panels, fraction=0.05, pad=0.02
+    )
     bar.set_label(words, fontsize=9, color=INK)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
     bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -165,7 +205,12 @@ def _scale(figure: Figure, panels: list[Axes], most: float, words: str) -> None:
 
 @checks_arguments
 def interval_lines(
-    summary: pd.DataFrame, *, x: str = "layer", value: str | None = None, series: str | None = None, title: str = ""
+    summary: pd.DataFrame,
+    *,
+    x: str = "layer",
+    value: str | None = None,
+    series: str | None = None,
+    title: str = "",
 ) -> Figure:
     """Means as lines with the band of their intervals, along one dimension of a grid.
 
@@ -176,7 +221,9 @@ def interval_lines(
     value = _value(summary, value)
     if x not in summary.columns:
         raise BadHook(f"the table has no column {x!r}{did_you_mean(x, summary.columns)}")
-    others = [name for name in ("site", "control", "pos", "head") if name in summary.columns and name != x]
+    others = [
+        name for name in ("site", "control", "pos", "head") if name in summary.columns and name != x
+    ]
     series = series or next((name for name in others if len(set(summary[name])) > 1), None)
     prompts = None
     if "row" in summary.columns and "n" not in summary.columns:
@@ -185,14 +232,24 @@ def interval_lines(
         prompts = summary
         summary = over_prompts(summary, by=[x] if series is None else [x, series])
         if value not in summary.columns:
-            raise BadHook(f"{value!r} is no column of a metric: give over_prompts(table, by=…, values=[{value!r}])")
+            raise BadHook(
+                f"{value!r} is no column of a metric: give over_prompts(table, by=…, values=[{value!r}])"
+            )
     figure = Figure(figsize=(8, 4.0), layout="constrained")
     axes = figure.subplots()
     groups = [(None, summary)] if series is None else list(summary.groupby(series, sort=False))
     for number, (name, found) in enumerate(groups):
         found = found.sort_values(x)
         colour = LINES[number % len(LINES)]
-        axes.plot(found[x], found[value], color=colour, lw=1.8, marker="o", ms=3.5, label=_series(series, name))
+        axes.plot(
+            found[x],
+            found[value],
+            color=colour,
+            lw=1.8,
+            marker="o",
+            ms=3.5,
+            label=_series(series, name),
+        )
         band(axes, found, x, value, colour)
         if prompts is not None and few(found, value):
             own = prompts if series is None else prompts[prompts[series] == name]

@@ -37,10 +37,14 @@ def damage_curves(
     the damage on a log axis. A panel for each site.
     """
     if by not in DAMAGE or by not in table.columns:
-        raise BadHook(f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=.")
+        raise BadHook(
+            f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=."
+        )
     shown = value or next(str(name) for name in table.columns if str(name).endswith("_delta"))
     if shown not in table.columns:
-        raise BadHook(f"the table has no column {shown!r}{did_you_mean(shown, map(str, table.columns))} Say value=.")
+        raise BadHook(
+            f"the table has no column {shown!r}{did_you_mean(shown, map(str, table.columns))} Say value=."
+        )
     table = table.reset_index(drop=True)  # several put together may count their rows alike
     sites = list(dict.fromkeys(table["site"]))
     figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
@@ -63,11 +67,15 @@ def _random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:
     """Each random vector once, though several vectors may have it as their control."""
     label: str | None = "random, of equal length"
     for _, line in (
-        table[table["control"]].assign(sign=table["dose"] > 0).groupby(["vector", "sample", "sign"], sort=False)
+        table[table["control"]]
+        .assign(sign=table["dose"] > 0)
+        .groupby(["vector", "sample", "sign"], sort=False)
     ):
         means: Any = line.groupby("dose")[[value, by]].mean()
         means = means.loc[sorted(means.index, key=abs)]
-        axes.plot(means[by], means[value], color=MUTED, lw=0.8, alpha=0.6, marker=".", ms=3, label=label)
+        axes.plot(
+            means[by], means[value], color=MUTED, lw=0.8, alpha=0.6, marker=".", ms=3, label=label
+        )
         label = None
 
 
@@ -79,7 +87,9 @@ def _vectors(axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[
         colour = LINES[number % (len(LINES) - 1)]  # the last one is that of the random vectors
         label: str | None = drawable(labels.get(name, name))
         for up in (True, False):
-            line = means[(means["vector"] == name) & ((means["dose"] > 0) == up)].sort_values("dose", key=abs)
+            line = means[(means["vector"] == name) & ((means["dose"] > 0) == up)].sort_values(
+                "dose", key=abs
+            )
             if line.empty:
                 continue
             style = {"color": colour, "ls": DASHES[number % len(DASHES)]}

@@ -21,7 +21,13 @@ from ..errors import BadFile, HookkitError, Unsupported
 
 MAKING = ".making"  # how the name of a file ends that is not whole yet
 NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-END = os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+END = (
+    os.O_CREAT
+    | os.O_APPEND
+    | os.O_WRONLY
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_BINARY", 0)
+)
 DIGITS = re.compile(r"[0-9a-f]{8}\.making")
 LONGEST = 100  # bytes of a file's name that stand in the name of its making
 DTYPES = {
@@ -43,7 +49,9 @@ def whole_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> 
     with writing_to(path):
         make_folder(path.parent)
         if path.is_dir() and not path.is_symlink():
-            raise BadFile(f"{str(path)!r} is a folder, where a file is to be written: give another name")
+            raise BadFile(
+                f"{str(path)!r} is a folder, where a file is to be written: give another name"
+            )
         if tidy:
             remove_leftovers(path.parent, path.name)
         making = path.with_name(f"{_beginning(path.name)}{secrets.token_hex(4)}{MAKING}")
@@ -74,7 +82,9 @@ def write_bytes(path: Path, data: bytes, *, tidy: bool = True, ready: Ready | No
 
 def write_text(path: Path, text: str, *, ready: Ready | None = None) -> None:
     """Write a whole file of text, in UTF-8 and with the line ends that the text has."""
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), ready=ready)  # a lone surrogate has no UTF-8
+    write_bytes(
+        path, text.encode("utf-8", errors="backslashreplace"), ready=ready
+    )  # a lone surrogate has no UTF-8
 
 
 def write_tensors(
@@ -98,9 +108,15 @@ def write_tensors(
     place = 0
     for name, tensor in ordered:
         if tensor.dtype not in kinds:
-            raise BadFile(f"{name!r} is {tensor.dtype}, which no safetensors file holds: give it in another dtype")
+            raise BadFile(
+                f"{name!r} is {tensor.dtype}, which no safetensors file holds: give it in another dtype"
+            )
         end = place + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        header[name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, end],
+        }
         place = end
     words = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     words += b" " * (-len(words) % 8)  # the numbers begin where memory is aligned
@@ -120,7 +136,9 @@ def write_new(path: Path, text: str) -> None:
         try:
             descriptor = os.open(path, NEW, 0o666)
         except FileExistsError:
-            raise BadFile(f"{str(path)!r} is there already: choose another name, or move it away") from None
+            raise BadFile(
+                f"{str(path)!r} is there already: choose another name, or move it away"
+            ) from None
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(text.encode())
@@ -163,7 +181,9 @@ def cut_to_whole_lines(path: Path) -> None:
     if not os.path.lexists(path):
         return
     with writing_to(path):
-        descriptor = _opened(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = _opened(
+            path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        )
         with os.fdopen(descriptor, "rb+") as file:
             data = file.read()
             whole = data.rfind(b"\n") + 1
@@ -182,7 +202,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise BadFile(f"{str(folder)!r} is no folder, where one is needed: give another, or move that away") from None
+        raise BadFile(
+            f"{str(folder)!r} is no folder, where one is needed: give another, or move that away"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise _cannot_write(folder, error) from error
 
@@ -210,13 +232,17 @@ def locked(folder: Path, work: str) -> Iterator[None]:
     make_folder(folder)
     path = folder / ".lock"
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size):
-        raise BadFile(f"{str(path)!r} is not a lock of hookkit's: move it away, or give another folder")
+        raise BadFile(
+            f"{str(path)!r} is not a lock of hookkit's: move it away, or give another folder"
+        )
     lock = FileLock(path, timeout=0)
     try:
         with writing_to(path):
             lock.acquire()
     except Timeout:
-        raise Unsupported(f"another process {work} in {folder.name!r}: wait for it, or give another folder") from None
+        raise Unsupported(
+            f"another process {work} in {folder.name!r}: wait for it, or give another folder"
+        ) from None
     try:
         yield
     finally:
@@ -273,7 +299,9 @@ def _keep_mode(path: Path, descriptor: int) -> None:
 
 
 def _lock(descriptor: int) -> None:
-    with suppress(ImportError, OSError):  # not on Windows, which lets nobody remove an open file; not on all networks
+    with suppress(
+        ImportError, OSError
+    ):  # not on Windows, which lets nobody remove an open file; not on all networks
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -290,7 +318,9 @@ def _remove_if_left(path: Path) -> None:
             if os.name == "posix":
                 import fcntl
 
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is being written
+                fcntl.flock(
+                    descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # raises where it is being written
             path.unlink()
         finally:
             os.close(descriptor)

@@ -17,7 +17,10 @@ MADE_BY = "made_by"  # in the words of a file: who wrote it
 
 @checks_arguments
 def save_tensors(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes named tensors to a safetensors file, with texts about them, and returns the file's path.
 
@@ -45,16 +48,24 @@ def save_new_tensors(
     write_tensors(path, named, words, ready=ready)
 
 
-def _named(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _named(
+    tensors: Mapping[str, Tensor], about: Mapping[str, str] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors by name as they are written, and the texts about them."""
     named = dict(tensors)
     if not named:
         raise BadHook("there are no tensors to save: capture something, or name at least one")
     for name, tensor in named.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise BadArgument(f"tensors has {described(name)}: {described(tensor)}; give tensors by name")
+            raise BadArgument(
+                f"tensors has {described(name)}: {described(tensor)}; give tensors by name"
+            )
     words = {**(about or {}), MADE_BY: "hookkit"}
-    wrong = [name for name, text in words.items() if not isinstance(text, str) or not isinstance(name, str)]
+    wrong = [
+        name
+        for name, text in words.items()
+        if not isinstance(text, str) or not isinstance(name, str)
+    ]
     if wrong:
         raise BadHook(
             f"about= has {words[wrong[0]]!r} under {wrong[0]!r}: give texts by names, which is all it can hold"
@@ -68,10 +79,22 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     taken: set[int] = set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise BadHook(f"{name!r} is a {type(tensor).__name__} and no tensor: give torch.as_tensor(...) of it")
-        if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
-            kind = "without values (on the device meta)" if tensor.device.type == "meta" else "sparse or quantized"
-            raise BadHook(f"{name!r} is a tensor {kind}, which safetensors cannot hold: give a dense one with values")
+            raise BadHook(
+                f"{name!r} is a {type(tensor).__name__} and no tensor: give torch.as_tensor(...) of it"
+            )
+        if (
+            tensor.layout is not torch.strided
+            or tensor.device.type == "meta"
+            or tensor.is_quantized
+        ):
+            kind = (
+                "without values (on the device meta)"
+                if tensor.device.type == "meta"
+                else "sparse or quantized"
+            )
+            raise BadHook(
+                f"{name!r} is a tensor {kind}, which safetensors cannot hold: give a dense one with values"
+            )
         plain = tensor.detach().cpu().contiguous()
         storage = plain.untyped_storage()
         if storage.data_ptr() in taken or storage.nbytes() > plain.nbytes:
@@ -91,7 +114,9 @@ def check_own(path: Path) -> None:
     except BadFile:
         words = {}
     if words.get(MADE_BY) != "hookkit":
-        raise BadFile(f"{str(path)!r} is there, and was not written by hookkit: give another name, or move it away")
+        raise BadFile(
+            f"{str(path)!r} is there, and was not written by hookkit: give another name, or move it away"
+        )
 
 
 @checks_arguments

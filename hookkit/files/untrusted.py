@@ -37,7 +37,10 @@ def bytes_of(path: str | os.PathLike[str], *, error: Kind = BadFile, most: int =
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and os.fstat(file.fileno()).st_size > most:
+            if (
+                stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+                and os.fstat(file.fileno()).st_size > most
+            ):
                 raise error(_too_large(name, most))
             data = file.read(most + 1)  # a pipe and a device have no size
     except HookkitError:
@@ -155,7 +158,9 @@ def yaml_of(text: str, name: str, *, error: Kind = BadFile) -> Any:
     import yaml
 
     if len(text) > LARGEST_YAML:
-        raise error(f"{name} has more than {LARGEST_YAML / 2**20:,.0f} MB of YAML: write it as JSON, in a .json file")
+        raise error(
+            f"{name} has more than {LARGEST_YAML / 2**20:,.0f} MB of YAML: write it as JSON, in a .json file"
+        )
     try:
         return yaml.load(text, Loader=_plain_loader())  # a SafeLoader that knows less
     except RecursionError:
@@ -196,7 +201,9 @@ def _plain_loader() -> Any:
                 )
             self.depth += 1
             if self.depth > DEEPEST:
-                raise yaml.YAMLError(f"it has more than {DEEPEST} lists and mappings in one another")
+                raise yaml.YAMLError(
+                    f"it has more than {DEEPEST} lists and mappings in one another"
+                )
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
@@ -210,11 +217,20 @@ def _plain_loader() -> Any:
                 pairs.append((name, self.construct_object(value, deep=deep)))
             return _once(pairs)
 
-    known = {name: Loader.yaml_constructors.get(f"tag:yaml.org,2002:{name}") for name in ("null", "bool", "str", "seq")}
+    known = {
+        name: Loader.yaml_constructors.get(f"tag:yaml.org,2002:{name}")
+        for name in ("null", "bool", "str", "seq")
+    }
     Loader.yaml_constructors = {f"tag:yaml.org,2002:{name}": made for name, made in known.items()}
-    Loader.yaml_constructors["tag:yaml.org,2002:int"] = lambda loader, node: _whole_number(node.value)
-    Loader.yaml_constructors["tag:yaml.org,2002:float"] = lambda loader, node: _finite_number(node.value)
-    Loader.yaml_constructors["tag:yaml.org,2002:map"] = yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:map"]
+    Loader.yaml_constructors["tag:yaml.org,2002:int"] = lambda loader, node: _whole_number(
+        node.value
+    )
+    Loader.yaml_constructors["tag:yaml.org,2002:float"] = lambda loader, node: _finite_number(
+        node.value
+    )
+    Loader.yaml_constructors["tag:yaml.org,2002:map"] = yaml.SafeLoader.yaml_constructors[
+        "tag:yaml.org,2002:map"
+    ]
     Loader.yaml_constructors[None] = yaml.SafeLoader.yaml_constructors[None]
     Loader.yaml_implicit_resolvers = {}
     for kind, pattern, first in (
@@ -223,11 +239,15 @@ def _plain_loader() -> Any:
         ("int", r"[-+]?[0-9]+", list("-+0123456789")),
         ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), first)
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), first
+        )
     return Loader
 
 
-def tensors_in(path: str | os.PathLike[str], *, error: Kind = BadFile) -> "tuple[dict[str, Tensor], dict[str, str]]":
+def tensors_in(
+    path: str | os.PathLike[str], *, error: Kind = BadFile
+) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """The tensors of a safetensors file by name, mapped into memory, and the texts about them."""
     with opened_tensors(path, error=error) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  no mapping
@@ -251,7 +271,9 @@ def opened_tensors(path: str | os.PathLike[str], *, error: Kind = BadFile) -> It
         raise error(f"{name!r} cannot be read as safetensors: {reason(raised)}") from raised
 
 
-def table_of(source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Kind = BadFile) -> "pd.DataFrame":
+def table_of(
+    source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Kind = BadFile
+) -> "pd.DataFrame":
     """The table of a CSV file, of a path or of an open file."""
     import pandas as pd
 
@@ -274,16 +296,24 @@ def is_bare_name(name: Any) -> bool:
 def inside(folder: Path, name: Any, *, error: Kind = BadFile) -> Path:
     """The path of a file in a folder. A name that leads out of it, and a link that does, are refused."""
     if not is_bare_name(name):
-        raise error(f"{str(folder)!r} names the file {str(name)[:SHORT]!r}, which is no name of a file in that folder")
+        raise error(
+            f"{str(folder)!r} names the file {str(name)[:SHORT]!r}, which is no name of a file in that folder"
+        )
     path = folder / name
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        raise error(f"{str(path)!r} is a link that leads out of its folder, and is not read: put the file itself there")
+        raise error(
+            f"{str(path)!r} is a link that leads out of its folder, and is not read: put the file itself there"
+        )
     return path
 
 
 def reason(raised: BaseException) -> str:
     """Why something could not be read, in few words and one line."""
-    words = (raised.strerror if isinstance(raised, OSError) else None) or str(raised) or type(raised).__name__
+    words = (
+        (raised.strerror if isinstance(raised, OSError) else None)
+        or str(raised)
+        or type(raised).__name__
+    )
     line = " ".join(words.split())
     return line if len(line) <= SHORT else f"{line[:SHORT]}…"
 
@@ -293,10 +323,14 @@ def plain_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def strings_of(value: Any, names: tuple[str, ...], what: str, *, error: Kind = BadFile) -> Mapping[str, Any]:
+def strings_of(
+    value: Any, names: tuple[str, ...], what: str, *, error: Kind = BadFile
+) -> Mapping[str, Any]:
     """The mapping, in which what these names stand for are texts where they are there."""
     found = mapping_of(value, what, error=error)
     for name in names:
         if not isinstance(found.get(name, ""), str):
-            raise error(f"{what} has {str(found[name])[:SHORT]!r} as its {name}, where a text is meant")
+            raise error(
+                f"{what} has {str(found[name])[:SHORT]!r} as its {name}, where a text is meant"
+            )
     return found

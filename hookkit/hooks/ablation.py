@@ -18,7 +18,18 @@ from ..models.positions import PROMPT, CountLike, PosLike, Where, wish
 from ..models.prompts import cover
 from ..models.sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike, as_sites
 from ..models.views import unseen_value
-from .base import Binding, Change, Constant, EditHook, Here, check_constant, constant, inner, not_square, put
+from .base import (
+    Binding,
+    Change,
+    Constant,
+    EditHook,
+    Here,
+    check_constant,
+    constant,
+    inner,
+    not_square,
+    put,
+)
 from .captured_values import Captured
 from .rounding import converted
 from .values import check_shape, fitting, moved
@@ -44,9 +55,15 @@ def from_run(source: Captured, where: Where, binding: Binding) -> Change:
             _check_sizes(source, found.shape[2:], values.shape[2:])
             return found
         _check_sizes(source, found.shape[2:-1], values.shape[2:-1])
-        missing = values.shape[-1] - found.shape[-1]  # keys that come behind the source's last are not looked at
+        missing = (
+            values.shape[-1] - found.shape[-1]
+        )  # keys that come behind the source's last are not looked at
         closed = unseen_value(found.dtype, source.site.name == "scores")
-        return nn.functional.pad(found, (0, missing), value=closed) if missing > 0 else found[..., : values.shape[-1]]
+        return (
+            nn.functional.pad(found, (0, missing), value=closed)
+            if missing > 0
+            else found[..., : values.shape[-1]]
+        )
 
     return apply
 
@@ -65,13 +82,18 @@ def _check_sizes(source: Captured, sizes: Sequence[int], wanted: Sequence[int]) 
         )
 
 
-def _columns(source: Captured, where: Where, rows: list[int], here: Here, binding: Binding) -> Tensor:
+def _columns(
+    source: Captured, where: Where, rows: list[int], here: Here, binding: Binding
+) -> Tensor:
     """The column of the source's values for each cell: the place in the source's text that the same words mean."""
     wishes = here.cells.text.wishes(where)
     columns = torch.zeros_like(here.positions)
     for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
         ids = source.prompts[row]
-        mine, theirs = wishes[prompt], wish(where, len(ids), lambda at, ids=ids: cover(binding.lm, ids, at))
+        mine, theirs = (
+            wishes[prompt],
+            wish(where, len(ids), lambda at, ids=ids: cover(binding.lm, ids, at)),
+        )
         assert mine is not None
         length = here.cells.text.lengths[prompt]
         if len(mine) != len(theirs) or (where.pos is None and length != len(ids)):
@@ -80,7 +102,9 @@ def _columns(source: Captured, where: Where, rows: list[int], here: Here, bindin
                 f"so pos={where.pos!r} does not pair their positions: say which are meant, with pos="
             )
         places = [theirs[mine.index(place)] for place in here.cells.places[number]]
-        columns[number, : len(places)] = torch.tensor([source.column(row, place) for place in places])
+        columns[number, : len(places)] = torch.tensor(
+            [source.column(row, place) for place in places]
+        )
     return columns
 
 
@@ -89,7 +113,9 @@ def mean(source: Captured, per: Per) -> Change:
     assert source.positions is not None
     there = source.positions >= 0
     if per == "all":
-        overall = moved(source.values[there].double().mean(0), f"the reference's mean at {source.site}")
+        overall = moved(
+            source.values[there].double().mean(0), f"the reference's mean at {source.site}"
+        )
         return lambda values, here: overall(values).expand_as(values).clone()
     means = _by_position(source, lambda cells: cells.double().mean(0))
 
@@ -100,7 +126,9 @@ def mean(source: Captured, per: Per) -> Change:
     return apply
 
 
-def _by_position(source: Captured, reduce: Callable[[Tensor], Tensor]) -> Callable[[Here, int], Tensor]:
+def _by_position(
+    source: Captured, reduce: Callable[[Tensor], Tensor]
+) -> Callable[[Here, int], Tensor]:
     """For each position of a row of cells, the reference's values there, reduced over its rows."""
     assert source.positions is not None
     places = sorted({place for place in source.positions.flatten().tolist() if place >= 0})
@@ -153,7 +181,9 @@ def resample(source: Captured, per: Per, seed: int) -> Change:
             drawn = [draw(here.cells.text.prompt(prompt), place) for place in places]
             picked = torch.tensor([d[0] for d in drawn]), torch.tensor([d[1] for d in drawn])
             drawn_values = source.values[picked]
-            new[row, : len(places)] = converted(drawn_values, values, f"what the reference has at {source.site}")
+            new[row, : len(places)] = converted(
+                drawn_values, values, f"what the reference has at {source.site}"
+            )
         return new
 
     return apply
@@ -212,7 +242,9 @@ class FromPrompt:
     prompt: str | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        prompts = _reference_prompts([self.prompt if isinstance(self.prompt, str) else list(self.prompt)])
+        prompts = _reference_prompts(
+            [self.prompt if isinstance(self.prompt, str) else list(self.prompt)]
+        )
         put(self, "prompt", prompts[0])
 
     def __repr__(self) -> str:
@@ -234,7 +266,9 @@ class Reference:
         choice(self.per, "per", ("position", "all"))
         put(self, "seed", seed_of(self.seed))
         if self.how == "mean" and self.seed:
-            raise BadHook("seed= draws for to='resample', and to='mean' draws nothing: leave seed out")
+            raise BadHook(
+                "seed= draws for to='resample', and to='mean' draws nothing: leave seed out"
+            )
         if bool(self.sources) == bool(self.prompts):
             raise BadHook(f"to={self.how!r} needs a reference: say over=run, or over=[prompts]")
         if self.prompts:
@@ -259,15 +293,23 @@ def _reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
     try:
         return tuple(prompt_rows(over))
     except BadPrompt as error:
-        raise BadHook(f"over={described(over)} has no prompt to take a reference from: {error}") from error
+        raise BadHook(
+            f"over={described(over)} has no prompt to take a reference from: {error}"
+        ) from error
 
 
 def _check_captured(source: object) -> None:
     """Raises `BadHook` where values of a run do not have the rows and positions that they name."""
     if not isinstance(source, Captured):
         raise BadHook(f"a hook holds {described(source)} where values of a run are meant")
-    if not isinstance(source.values, Tensor) or source.values.ndim < 1 or not isinstance(source.prompts, tuple):
-        raise BadHook(f"the values of a run at {source.site} are {described(source.values)}, and no tensor of rows")
+    if (
+        not isinstance(source.values, Tensor)
+        or source.values.ndim < 1
+        or not isinstance(source.prompts, tuple)
+    ):
+        raise BadHook(
+            f"the values of a run at {source.site} are {described(source.values)}, and no tensor of rows"
+        )
     if source.positions is None:
         return
     shape = source.by_place.shape[:2]  # scores and patterns have their heads before the queries
@@ -294,13 +336,17 @@ class Ablate(EditHook):
 
     def check(self) -> None:
         if self.where.step is not None and not isinstance(self.to, FromRun):
-            raise BadHook(f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead")
+            raise BadHook(
+                f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead"
+            )
         if isinstance(self.to, str):
             choice(self.to, "to", ("zero",))
         elif isinstance(self.to, Means | FromRun):
             count = len(self.to.tensors if isinstance(self.to, Means) else self.to.sources)
             if count != len(self.sites):
-                raise BadHook(f"{self.verb} has values for {count} sites, and acts at {len(self.sites)}: give as many")
+                raise BadHook(
+                    f"{self.verb} has values for {count} sites, and acts at {len(self.sites)}: give as many"
+                )
         elif not isinstance(self.to, Constant | FromPrompt | Reference):
             raise BadHook(
                 f"to={described(self.to)} is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run"
@@ -338,7 +384,11 @@ class Ablate(EditHook):
         if self.to == "zero":
             return lambda values, here: torch.zeros_like(values)
         if isinstance(self.to, Constant | Means):
-            tensor = self.to if isinstance(self.to, Constant) else self.to.tensors[self.sites.index(binding.site)]
+            tensor = (
+                self.to
+                if isinstance(self.to, Constant)
+                else self.to.tensors[self.sites.index(binding.site)]
+            )
             check_shape(tensor, binding, "the tensor")
             put = fitting(tensor, "the tensor")
             return lambda values, here: put(values, here).expand_as(values).clone()
@@ -347,9 +397,17 @@ class Ablate(EditHook):
         if isinstance(self.to, FromPrompt):
             return from_run(binding.reference((self.to.prompt,)), self.where, binding)
         assert isinstance(self.to, Reference)
-        source = _of_site(self.to.sources, binding.site) if self.to.sources else binding.reference(self.to.prompts)
+        source = (
+            _of_site(self.to.sources, binding.site)
+            if self.to.sources
+            else binding.reference(self.to.prompts)
+        )
         check_width(source, binding)
-        return mean(source, self.to.per) if self.to.how == "mean" else resample(source, self.to.per, self.to.seed)
+        return (
+            mean(source, self.to.per)
+            if self.to.how == "mean"
+            else resample(source, self.to.per, self.to.seed)
+        )
 
 
 @dataclass(frozen=True)
@@ -361,7 +419,9 @@ class Patch(Ablate):
 
     def check(self) -> None:
         if not isinstance(self.to, FromRun | FromPrompt):
-            raise BadHook(f"patch puts in the values of a run, and to={described(self.to)}: for others use ablate")
+            raise BadHook(
+                f"patch puts in the values of a run, and to={described(self.to)}: for others use ablate"
+            )
         super().check()
 
 
@@ -398,36 +458,54 @@ def ablate(
     return made if units is None else replace(made, units=_units(units, made.sites))
 
 
-def _ablate(chosen: Sites, to: Any, over: Any, per: Per | None, seed: int | None, where: Where) -> Ablate:
+def _ablate(
+    chosen: Sites, to: Any, over: Any, per: Per | None, seed: int | None, where: Where
+) -> Ablate:
     if seed is not None and not (isinstance(to, str) and to == "resample"):
-        raise BadHook(f"seed= draws for to='resample', and to={described(to)} draws nothing: leave seed out")
+        raise BadHook(
+            f"seed= draws for to='resample', and to={described(to)} draws nothing: leave seed out"
+        )
     if isinstance(to, str) and to in ("mean", "resample"):
-        chosen, source = _reference(not_square(chosen, f"to={to!r} puts in"), to, over, per or "position", seed or 0)
+        chosen, source = _reference(
+            not_square(chosen, f"to={to!r} puts in"), to, over, per or "position", seed or 0
+        )
         return Ablate(chosen, where, source)
     for name, value in (("over", over), ("per", per)):
         if value is not None:
-            raise BadHook(f"{name}= goes with to='mean' or to='resample', and to={described(to)} was given")
+            raise BadHook(
+                f"{name}= goes with to='mean' or to='resample', and to={described(to)} was given"
+            )
     if isinstance(to, HasCaptures):
         return _patched(Ablate, chosen, to, where)
     if isinstance(to, HasMeans):
         named = tuple(each for site in chosen for each in _spread(site, to))
-        return Ablate(Sites(named), where, Means(tuple(constant(to.mean_of(site), "the mean") for site in named)))
+        return Ablate(
+            Sites(named),
+            where,
+            Means(tuple(constant(to.mean_of(site), "the mean") for site in named)),
+        )
     if isinstance(to, str):
         if to != "zero":
-            raise BadHook(f"to={to!r} is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run")
+            raise BadHook(
+                f"to={to!r} is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run"
+            )
         return Ablate(chosen, where)
     return Ablate(not_square(chosen, "to=tensor puts in"), where, constant(to, "the tensor"))
 
 
 def _units(units: CountLike, sites: Sites) -> tuple[int, ...]:
     not_square(sites, "units= chooses")
-    return tuple(whole_numbers(units, "units", least=0, meaning="numbers of the last axis, counted from 0,"))
+    return tuple(
+        whole_numbers(units, "units", least=0, meaning="numbers of the last axis, counted from 0,")
+    )
 
 
 def _check_units(units: tuple[int, ...], binding: Binding) -> None:
     size = binding.shape[-1] if binding.shape else None
     if size is not None and max(units) >= size:
-        raise OutOfRange(f"unit {max(units)} of {binding.site} was asked for, which has {size}: 0 to {size - 1}")
+        raise OutOfRange(
+            f"unit {max(units)} of {binding.site} was asked for, which has {size}: 0 to {size - 1}"
+        )
 
 
 @checks_keywords
@@ -468,15 +546,23 @@ def _patched(kind: "type[Any]", sites: Sites, source: HasCaptures, where: Where)
     if where.pos is None:
         own = {(capture.where.pos, capture.where.step) for capture in found}
         if len(own) > 1:
-            raise BadHook("the source captured these sites at different positions: say pos=, or give one hook a site")
+            raise BadHook(
+                "the source captured these sites at different positions: say pos=, or give one hook a site"
+            )
         pos, step = own.pop()
         # a source that ends with its prompt says nothing of generated tokens
-        where = Where(PROMPT if pos is None and step is None and _ends_with_prompt(found[0]) else pos, where.rows, step)
+        where = Where(
+            PROMPT if pos is None and step is None and _ends_with_prompt(found[0]) else pos,
+            where.rows,
+            step,
+        )
     return kind(Sites(tuple(capture.site for capture in found)), where, FromRun(found))
 
 
 def _ends_with_prompt(source: Captured) -> bool:
-    return source.positions is not None and int(source.positions.max()) < max(map(len, source.prompts))
+    return source.positions is not None and int(source.positions.max()) < max(
+        map(len, source.prompts)
+    )
 
 
 def _captures(sites: Sites, source: HasCaptures) -> tuple[Captured, ...]:

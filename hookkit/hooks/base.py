@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import described, finite_number
 from ..display import shown
 from ..errors import BadEdit, BadHook, Unsupported
-from ..models.batch_positions import Cells
+from ..models.batch_positions import Selection
 from ..models.lm import LM
 from ..models.positions import CountLike, PosLike, Span, Where, as_count, as_pos
 from ..models.sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites, as_sites
@@ -29,10 +29,14 @@ class Constant:
         if not isinstance(self.tensor, Tensor):
             raise BadHook(f"a constant holds a tensor, and was given {described(self.tensor)}")
         if self.tensor.is_complex():
-            raise BadHook("a constant has complex numbers, of which the imaginary part would be lost: give real ones")
+            raise BadHook(
+                "a constant has complex numbers, of which the imaginary part would be lost: give real ones"
+            )
         finite = torch.isfinite(self.tensor)
         if not finite.all():
-            raise BadHook(f"a tensor has values that are not finite numbers: {int((~finite).sum())} of them")
+            raise BadHook(
+                f"a tensor has values that are not finite numbers: {int((~finite).sum())} of them"
+            )
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -53,11 +57,17 @@ def constant(tensor: object, word: str) -> Constant:
     try:
         copy = torch.as_tensor(tensor).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadHook(f"{word} is a {type(tensor).__name__}, and a tensor of numbers is needed") from error
+        raise BadHook(
+            f"{word} is a {type(tensor).__name__}, and a tensor of numbers is needed"
+        ) from error
     if copy.is_complex():
-        raise BadHook(f"{word} has complex numbers, of which the imaginary part would be lost: give real ones")
+        raise BadHook(
+            f"{word} has complex numbers, of which the imaginary part would be lost: give real ones"
+        )
     if copy.dtype == torch.bool:
-        raise BadHook(f"{word} is a tensor of True and False, and numbers are needed: say what is meant, with .float()")
+        raise BadHook(
+            f"{word} is a tensor of True and False, and numbers are needed: say what is meant, with .float()"
+        )
     if not copy.is_floating_point():
         whole, copy = copy, copy.float()
         if not torch.equal(copy.to(whole.dtype), whole):
@@ -65,7 +75,9 @@ def constant(tensor: object, word: str) -> Constant:
     elif copy.element_size() == 1:
         copy = copy.float()  # float8 has no arithmetic
     if not torch.isfinite(copy).all():
-        raise BadHook(f"{word} has values that are not finite numbers: {int((~torch.isfinite(copy)).sum())} of them")
+        raise BadHook(
+            f"{word} has values that are not finite numbers: {int((~torch.isfinite(copy)).sum())} of them"
+        )
     return Constant(copy)
 
 
@@ -91,14 +103,18 @@ class Here:
 
     site: AnySite
     where: Where
-    found: Cells | None  # None at a module whose tensor has no axes batch and pos
+    found: Selection | None  # None at a module whose tensor has no axes batch and pos
     before: Tensor | None = None  # the same cells of what the block was given, at a block's output
-    asked: Bool[Tensor, "row pos"] | None = None  # where the edit's condition holds; None where it has none
+    asked: Bool[Tensor, "row pos"] | None = (
+        None  # where the edit's condition holds; None where it has none
+    )
 
     @property
-    def cells(self) -> Cells:
+    def cells(self) -> Selection:
         if self.found is None:
-            raise BadEdit(f"the tensor at {self.site} has no axes batch and pos, which this edit needs")
+            raise BadEdit(
+                f"the tensor at {self.site} has no axes batch and pos, which this edit needs"
+            )
         return self.found
 
     @property
@@ -143,7 +159,9 @@ class Here:
     def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
         """The same mask, false where a shorter row was filled up, or where the edit's condition does not hold."""
         if self.asked is not None:
-            mask = mask & self.asked.reshape(*self.asked.shape, *[1] * (mask.ndim - self.asked.ndim))
+            mask = mask & self.asked.reshape(
+                *self.asked.shape, *[1] * (mask.ndim - self.asked.ndim)
+            )
         if self.found is None or self.valid is None:
             return mask
         return mask & self.valid.to(mask.device).reshape(*self.valid.shape, *[1] * (mask.ndim - 2))
@@ -159,7 +177,9 @@ class Here:
         return counted
 
 
-EVERY_STEP = Span(0, None)  # the prompt's last position and every generated token: where logit edits act by default
+EVERY_STEP = Span(
+    0, None
+)  # the prompt's last position and every generated token: where logit edits act by default
 
 Change: TypeAlias = Callable[[Tensor, Here], Tensor]
 """What an edit does to the chosen cells: values [row, pos, ...] to values of the same shape and dtype."""
@@ -198,7 +218,9 @@ class Hook:
         self.check_sites()
         put(self, "where", checked_where(self.where, self.sites))
         if self.where.step is not None and not self.takes_step:
-            raise BadHook(f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead")
+            raise BadHook(
+                f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead"
+            )
         self.check()
 
     def check_sites(self) -> None:
@@ -230,7 +252,9 @@ class Hook:
 
     def _repr_html_(self) -> str:
         place = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
-        facts = {"sites": self._sites()} | {name: repr(value) for name, value in place.items() if value is not None}
+        facts = {"sites": self._sites()} | {
+            name: repr(value) for name, value in place.items() if value is not None
+        }
         return shown(str(self), facts)
 
     def _sites(self) -> str:
@@ -284,7 +308,9 @@ def _word(value: object) -> str:
 
 def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
     """Where a hook acts that means all positions unless told otherwise. A step is refused away from the logits."""
-    where = Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    where = Where(
+        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
+    )
     return checked_where(where, sites)
 
 
@@ -303,7 +329,9 @@ def checked_where(where: Where, sites: Sites) -> Where:
                     f"step={step!r} at {site}: a step counts generated tokens and is there at lm_head and logits only; "
                     "say pos= instead (hk.GENERATED for every generated token)"
                 )
-    return Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    return Where(
+        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
+    )
 
 
 def not_square(sites: Sites, does: str) -> Sites:

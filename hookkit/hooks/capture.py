@@ -28,10 +28,17 @@ class Capture(Hook):
 
     def check(self) -> None:
         if self.name is not None:
-            text_of(self.name, "name", meaning="a name that tells two captures of one site apart", error=BadHook)
+            text_of(
+                self.name,
+                "name",
+                meaning="a name that tells two captures of one site apart",
+                error=BadHook,
+            )
         put(self, "grad", flag(self.grad, "grad", error=BadHook))
         if self.grad and (self.dtype is not None or self.device is not None):
-            raise BadHook("capture(grad=True) keeps the very tensor of the computation: leave dtype and device out")
+            raise BadHook(
+                "capture(grad=True) keeps the very tensor of the computation: leave dtype and device out"
+            )
         if self.dtype is not None:
             put(self, "dtype", dtype_name(self.dtype, self.sites))
         if self.device is not None:
@@ -43,8 +50,12 @@ def dtype_name(dtype: object, sites: Sites) -> str:
     name = str(dtype).removeprefix("torch.")
     kind = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype | str) or not isinstance(kind, torch.dtype):
-        raise BadHook(f"dtype={described(dtype)} is no dtype of torch: say torch.float16, or 'float16'")
-    holds_real_numbers = all(isinstance(site, Site) and site.name not in WHOLE_NUMBERS for site in sites)
+        raise BadHook(
+            f"dtype={described(dtype)} is no dtype of torch: say torch.float16, or 'float16'"
+        )
+    holds_real_numbers = all(
+        isinstance(site, Site) and site.name not in WHOLE_NUMBERS for site in sites
+    )
     if kind.is_complex or (holds_real_numbers and not kind.is_floating_point):
         raise BadHook(
             f"dtype={name!r} cannot hold the real numbers at {sites[0]}: say a floating dtype, such as 'float16'"
@@ -57,9 +68,13 @@ def device_name(device: object) -> str:
     try:
         kind = torch.device(str(device))
     except RuntimeError as error:
-        raise BadHook(f"device={described(device)} is no device of torch: say 'cpu' or 'cuda:0'") from error
+        raise BadHook(
+            f"device={described(device)} is no device of torch: say 'cpu' or 'cuda:0'"
+        ) from error
     if kind.type == "meta":
-        raise BadHook("device='meta' holds no numbers, so nothing would be kept: say 'cpu' or 'cuda:0'")
+        raise BadHook(
+            "device='meta' holds no numbers, so nothing would be kept: say 'cpu' or 'cuda:0'"
+        )
     return str(kind)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..arguments import described
 from ..display import shown
 from ..errors import NotCaptured
-from ..models.batch_positions import Cells
+from ..models.batch_positions import Selection
 from ..models.positions import Where
 from ..models.sites import SQUARE, AnySite, ModuleSite, Site, Sites, parse
 
@@ -38,7 +38,8 @@ class Captured:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Captured)
-            and (self.site, self.where, self.rows, self.prompts) == (other.site, other.where, other.rows, other.prompts)
+            and (self.site, self.where, self.rows, self.prompts)
+            == (other.site, other.where, other.rows, other.prompts)
             and torch.equal(self.values, other.values)
         )
 
@@ -46,7 +47,11 @@ class Captured:
         return hash((self.site, self.where, self.rows, self.prompts))
 
     def _repr_html_(self) -> str:
-        facts = {"shape": list(self.values.shape), "dtype": self.values.dtype, "rows": list(self.rows)}
+        facts = {
+            "shape": list(self.values.shape),
+            "dtype": self.values.dtype,
+            "rows": list(self.rows),
+        }
         return shown(f"captured {self.site}", facts)
 
     def __repr__(self) -> str:
@@ -59,7 +64,11 @@ class Captured:
 
     def head(self, head: int) -> "Captured":
         """The values of one head of a site that was captured with all of them."""
-        if not isinstance(self.site, Site) or self.site.head is not None or head >= self.by_place.shape[2]:
+        if (
+            not isinstance(self.site, Site)
+            or self.site.head is not None
+            or head >= self.by_place.shape[2]
+        ):
             raise NotCaptured(f"{self.site} was captured, which has no head {head} to take")
         site = Site(self.site.name, self.site.layer, head)
         return replace(self, site=site, values=self.by_place[:, :, head])
@@ -78,7 +87,10 @@ class Captured:
     @cached_property
     def _columns(self) -> list[dict[int, int]]:
         assert self.positions is not None
-        return [{place: column for column, place in enumerate(row) if place >= 0} for row in self.positions.tolist()]
+        return [
+            {place: column for column, place in enumerate(row) if place >= 0}
+            for row in self.positions.tolist()
+        ]
 
     def column(self, row: int, position: int) -> int:
         """The index of a position's value in a row of `values`."""
@@ -98,7 +110,7 @@ def in_order(site: AnySite, values: Tensor) -> Tensor:
 
 
 @dataclass(eq=False, slots=True)
-class Slot:
+class LazyCapture:
     """The place of one capture at one site, whose pieces are joined when it is first asked for."""
 
     site: AnySite
@@ -119,10 +131,10 @@ class Slot:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Kept:
+class Captures:
     """All that the captures of one text kept, by site: `kept["resid_post.6"]`, or `kept["resid_post.6", "before"]`."""
 
-    slots: tuple[Slot, ...] = ()
+    slots: tuple[LazyCapture, ...] = ()
     ended: tuple[AnySite, ...] = ()  # asked for in rows alone that had ended before they came there
 
     @property
@@ -158,10 +170,12 @@ class Kept:
             )
         raise NotCaptured(f"{what} was not captured. {self._there(wanted)}")
 
-    def _at(self, site: AnySite, name: str | None) -> list[Slot]:
-        return [slot for slot in self.slots if slot.site == site and (name is None or slot.name == name)]
+    def _at(self, site: AnySite, name: str | None) -> list[LazyCapture]:
+        return [
+            slot for slot in self.slots if slot.site == site and (name is None or slot.name == name)
+        ]
 
-    def _only(self, wanted: AnySite, found: list[Slot]) -> Slot:
+    def _only(self, wanted: AnySite, found: list[LazyCapture]) -> LazyCapture:
         if len(found) > 1:
             raise NotCaptured(
                 f"{wanted} was captured {len(found)} times, with the names {', '.join(repr(s.name) for s in found)}: "
@@ -179,7 +193,9 @@ class Kept:
 
     def __getitem__(self, key: "str | AnySite | tuple[str | AnySite, str]") -> Tensor:
         if isinstance(key, tuple) and len(key) != 2:
-            raise NotCaptured(f"{described(key)} is no key: ask for [site] or [site, name], such as ['resid_post.6']")
+            raise NotCaptured(
+                f"{described(key)} is no key: ask for [site] or [site, name], such as ['resid_post.6']"
+            )
         site, name = key if isinstance(key, tuple) else (key, None)
         return self.captured(site, name).values
 
@@ -190,25 +206,27 @@ class Kept:
         if not found:
             raise NotCaptured(f"no layer of {name!r} was captured. {self._there(Site(name))}")
         first, *others = (self[site] for site in found)
-        return torch.stack([first, *(values.to(first.device) for values in others)])  # layers may be on several
+        return torch.stack(
+            [first, *(values.to(first.device) for values in others)]
+        )  # layers may be on several
 
     def _ipython_key_completions_(self) -> list[str]:
         return [str(site) for site in self.sites]
 
 
 @dataclass(eq=False, slots=True)
-class Piece:
+class CapturedChunk:
     """What one forward gave to a capture. `cells` is None where the tensor has no rows and positions of its own.
 
     `leaf` is what a capture with gradients gives out, where that is not `values` itself but in another order.
     """
 
     call: int
-    cells: Cells | None
+    cells: Selection | None
     values: Tensor
     leaf: Tensor | None = None
 
-    def of_rows(self, rows: Sequence[int]) -> list["Piece"]:
+    def of_rows(self, rows: Sequence[int]) -> list["CapturedChunk"]:
         """The same of some model rows alone, as one piece; none where it has none of them."""
         cells = _cells(self)
         chosen = [number for number, row in enumerate(cells.rows) if row in rows]
@@ -217,11 +235,15 @@ class Piece:
         mine = [cells.rows[number] for number in chosen]
         places = [cells.places[number] for number in chosen]
         values = self.values[torch.tensor(chosen, device=self.values.device)]
-        return [Piece(self.call, replace(cells, rows=mine, places=places, valid=None, whole=False), values)]
+        return [
+            CapturedChunk(
+                self.call, replace(cells, rows=mine, places=places, valid=None, whole=False), values
+            )
+        ]
 
 
 @dataclass(frozen=True)
-class Ending:
+class SequenceEnd:
     """How a text ended: each final row's prompt, how many positions count, and the model row it was in each call."""
 
     prompts: Sequence[int]
@@ -251,7 +273,9 @@ class Ending:
         return range(len(self.prompts)) if self.lineage is None else self.lineage[call]
 
 
-def joined(pieces: list[Piece], ending: Ending, unseen: float) -> tuple[Tensor, Tensor, list[int]]:
+def joined(
+    pieces: list[CapturedChunk], ending: SequenceEnd, unseen: float
+) -> tuple[Tensor, Tensor, list[int]]:
     """The values [row, pos, ...] of all pieces, their positions [row, pos], and the final rows that have any.
 
     `unseen` fills the last axis where later pieces have more in it, as scores and patterns have keys.
@@ -262,7 +286,10 @@ def joined(pieces: list[Piece], ending: Ending, unseen: float) -> tuple[Tensor, 
     blocks = [_arranged(piece, ending.sources(piece.call)) for piece in pieces]
     widest = max(values.shape[-1] for values, _ in blocks)
     wide = [
-        v if v.shape[-1] == widest else nn.functional.pad(v, (0, widest - v.shape[-1]), value=unseen) for v, _ in blocks
+        v
+        if v.shape[-1] == widest
+        else nn.functional.pad(v, (0, widest - v.shape[-1]), value=unseen)
+        for v, _ in blocks
     ]
     values = torch.cat(wide, dim=1)
     positions = torch.cat([positions for _, positions in blocks], dim=1)
@@ -271,7 +298,7 @@ def joined(pieces: list[Piece], ending: Ending, unseen: float) -> tuple[Tensor, 
     return _compacted(values, positions)
 
 
-def _arranged(piece: Piece, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _arranged(piece: CapturedChunk, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The values and positions of one piece, with a row for every final row."""
     cells = _cells(piece)
     if list(sources) == cells.rows:
@@ -282,7 +309,7 @@ def _arranged(piece: Piece, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
     return piece.values[taken.to(piece.values.device)], positions
 
 
-def _cells(piece: Piece) -> Cells:
+def _cells(piece: CapturedChunk) -> Selection:
     assert piece.cells is not None, "a tensor without rows and positions has one piece"
     return piece.cells
 
@@ -307,10 +334,16 @@ def merged(parts: Sequence[Captured]) -> Captured:
     first = parts[0]
     width = max(part.values.shape[1] for part in parts)
     values = torch.cat([_widened(part.values, width, 0) for part in parts])
-    positions = torch.cat([_widened(part.positions, width, -1) for part in parts if part.positions is not None])
+    positions = torch.cat(
+        [_widened(part.positions, width, -1) for part in parts if part.positions is not None]
+    )
     prompts = tuple(prompt for part in parts for prompt in part.prompts)
-    return replace(first, values=values, positions=positions, rows=tuple(range(len(prompts))), prompts=prompts)
+    return replace(
+        first, values=values, positions=positions, rows=tuple(range(len(prompts))), prompts=prompts
+    )
 
 
 def _widened(values: Tensor, width: int, fill: int) -> Tensor:
-    return nn.functional.pad(values, [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]], value=fill)
+    return nn.functional.pad(
+        values, [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]], value=fill
+    )

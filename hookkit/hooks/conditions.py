@@ -22,7 +22,7 @@ from torch import Tensor
 from ..arguments import checks_keywords, choice, read_tokens, whole_number
 from ..arguments import read_token as as_token
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
-from ..models.batch_positions import Text
+from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.tokens import Token, rank_among, shown_ranks
 from .base import Here, number, put
@@ -38,7 +38,12 @@ COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-LIMITS = {"entropy": (0.0, math.inf), "margin": (0.0, math.inf), "prob": (0.0, 1.0), "rank": (1, math.inf)}
+LIMITS = {
+    "entropy": (0.0, math.inf),
+    "margin": (0.0, math.inf),
+    "prob": (0.0, 1.0),
+    "rank": (1, math.inf),
+}
 UNITS = {"entropy": "nats", "margin": "logits"}  # the name of the argument that is the limit
 
 
@@ -58,7 +63,9 @@ class Condition:
         if of_token:
             put(self, "token", as_token(self.token))
         elif self.token is not None:
-            raise BadHook(f"a condition of {self.quantity} is of no token, and names {self.token!r}")
+            raise BadHook(
+                f"a condition of {self.quantity} is of no token, and names {self.token!r}"
+            )
         limit = number(self.limit, self.compare if of_token else UNITS[self.quantity])
         if self.quantity == "rank":
             limit = whole_number(self.limit, self.compare, meaning="a rank", error=BadHook)
@@ -94,7 +101,9 @@ class Condition:
             unknown = here.real_cells(values.isnan())
             if bool(unknown.any()):
                 row = here.rows[int(unknown.nonzero()[0][0])]
-                raise BadEdit(f"when={self} has no answer at {here.site}: the logits of row {row} are NaN there")
+                raise BadEdit(
+                    f"when={self} has no answer at {here.site}: the logits of row {row} are NaN there"
+                )
             return COMPARE[self.compare](values, self.limit)
 
         return measured
@@ -103,7 +112,9 @@ class Condition:
 When: TypeAlias = Condition | Callable[[Any, Any], Any]
 
 
-def _measured(quantity: str, logits: Logits, token: int | None, real: int | None) -> Shaped[Tensor, "row pos"]:
+def _measured(
+    quantity: str, logits: Logits, token: int | None, real: int | None
+) -> Shaped[Tensor, "row pos"]:
     logprobs = logits.float().log_softmax(dim=-1)
     if quantity == "entropy":
         return torch.special.entr(logprobs.exp()).sum(dim=-1)
@@ -123,9 +134,19 @@ def holds(when: When, lm: LM) -> Holds:
 
     def asked(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
         answer = when(logits.clone(), here)
-        answer = torch.as_tensor(answer, device=logits.device) if isinstance(answer, bool) else answer
-        if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape not in ((), logits.shape[:2]):
-            said = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        answer = (
+            torch.as_tensor(answer, device=logits.device) if isinstance(answer, bool) else answer
+        )
+        if (
+            not isinstance(answer, Tensor)
+            or answer.dtype != torch.bool
+            or answer.shape not in ((), logits.shape[:2])
+        ):
+            said = (
+                f"{answer.dtype} {list(answer.shape)}"
+                if isinstance(answer, Tensor)
+                else type(answer).__name__
+            )
             raise BadEdit(
                 f"when= gave {said}: return True or False, or a bool tensor {list(logits.shape[:2])} [row, pos]"
             )
@@ -182,7 +203,9 @@ def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = 
 
 
 @checks_keywords
-def prob_of(token: Token, *, at_most: float | None = None, at_least: float | None = None) -> Condition:
+def prob_of(
+    token: Token, *, at_most: float | None = None, at_least: float | None = None
+) -> Condition:
     """True where a token's probability (0 to 1) is at most, or at least, so much.
 
     >>> prob_of(" coffee", at_least=0.05)
@@ -207,7 +230,9 @@ class Phrase:
     words: str | tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        words = str(self.words) if isinstance(self.words, str) else read_tokens(self.words, "phrase")
+        words = (
+            str(self.words) if isinstance(self.words, str) else read_tokens(self.words, "phrase")
+        )
         if not words:
             raise BadHook("phrase() has no token: give a text, or tokens")
         object.__setattr__(self, "words", words)
@@ -220,7 +245,9 @@ class Phrase:
         if not isinstance(self.words, str):
             return [lm.token(token) for token in self.words]
         if lm.tokenizer is None:
-            raise NotOneToken(f"{self!r} is text, and this model came without a tokenizer: give token ids")
+            raise NotOneToken(
+                f"{self!r} is text, and this model came without a tokenizer: give token ids"
+            )
         return lm.continuation(self.words)
 
 
@@ -244,7 +271,9 @@ class Begun:
 
     def __init__(self, length: int, holds: Holds, starts: Sequence[int] | None) -> None:
         self.length, self.holds, self.starts = length, holds, starts
-        self._offsets: WeakKeyDictionary[Text, dict[tuple[int, int], int]] = WeakKeyDictionary()
+        self._offsets: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]] = (
+            WeakKeyDictionary()
+        )
 
     def offsets(self, logits: Float[Tensor, "row pos vocab"], here: Here) -> Int[Tensor, "row pos"]:
         """Which of the phrase's tokens is due at each cell; -1 for none."""

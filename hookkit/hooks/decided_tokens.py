@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import BadEdit
-from ..models.batch_positions import Decided, Text
+from ..models.batch_positions import Decided, SequenceBatch
 
 Scores = Float[Tensor, "row vocab"]
 
@@ -21,7 +21,7 @@ Scores = Float[Tensor, "row vocab"]
 class Decisions:
     """The decisions of one call of `generate`. `offset` columns stand before the tokens that generate itself counts."""
 
-    def __init__(self, text: Text, offset: int) -> None:
+    def __init__(self, text: SequenceBatch, offset: int) -> None:
         self.text, self.offset = text, offset
 
     def apply(
@@ -45,7 +45,9 @@ class Decisions:
     def _standing(self, input_ids: Int[Tensor, "row column"], scores: Scores) -> dict[int, Decided]:
         """The decision for each row of the scores, where no later hook has put another token first."""
         column = self.offset + input_ids.shape[1] - 1
-        found = {row: decision for (row, place), decision in self.text.decided.items() if place == column}
+        found = {
+            row: decision for (row, place), decision in self.text.decided.items() if place == column
+        }
         self.text.decided.clear()
         if not found:
             return {}
@@ -64,14 +66,20 @@ class Decisions:
         decided: Mapping[int, Decided],
     ) -> Scores:
         """The rules in their order, each of the caller's own asked whether it leaves the decided tokens."""
-        if type(rules).__name__ != "LogitsProcessorList":  # of a block around this one, which acts as a whole
+        if (
+            type(rules).__name__ != "LogitsProcessorList"
+        ):  # of a block around this one, which acts as a whole
             new = rules(input_ids, scores, **settings)
             self._check_left(new, decided, "prefix_allowed_tokens_fn or logits_processor")
             return new
         for rule in rules:
             before, scores = scores, type(rules)([rule])(input_ids, scores, **settings)
             if any(rule is constraint for constraint in constraints):
-                left = {row: each for row, each in decided.items() if before[row, each.token] > -math.inf}
+                left = {
+                    row: each
+                    for row, each in decided.items()
+                    if before[row, each.token] > -math.inf
+                }
                 self._check_left(scores, left, _name(rule))
         return scores
 
@@ -84,7 +92,9 @@ class Decisions:
                 )
 
 
-def heeding(rules: Any, given: Mapping[str, Any], decisions: Decisions | None, listener: Any) -> Any:
+def heeding(
+    rules: Any, given: Mapping[str, Any], decisions: Decisions | None, listener: Any
+) -> Any:
     """The rules of a call of `generate`, which heed decisions and tell a listener what they made of the logits.
 
     `given` are the keywords with which transformers asked the model for the rules.
@@ -103,7 +113,9 @@ def heeding(rules: Any, given: Mapping[str, Any], decisions: Decisions | None, l
 
     made = Rules(rules)
     own = [*(given.get("logits_processor") or ()), *getattr(rules, "constraints", ())]
-    made.constraints = [rule for rule in rules if _constrains(rule) or any(rule is each for each in own)]
+    made.constraints = [
+        rule for rule in rules if _constrains(rule) or any(rule is each for each in own)
+    ]
     return made
 
 
@@ -114,7 +126,11 @@ def _constrains(rule: Any) -> bool:
 
 
 def _name(rule: Any) -> str:
-    return "prefix_allowed_tokens_fn" if _constrains(rule) else f"the logits_processor {type(rule).__name__}"
+    return (
+        "prefix_allowed_tokens_fn"
+        if _constrains(rule)
+        else f"the logits_processor {type(rule).__name__}"
+    )
 
 
 def _alone(scores: Scores, decided: Mapping[int, Decided]) -> Scores:

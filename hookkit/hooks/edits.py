@@ -12,7 +12,19 @@ from ..arguments import checks_keywords, whole_numbers
 from ..errors import BadHook
 from ..models.positions import CountLike, PosLike
 from ..models.sites import Site, SitesLike, as_sites
-from .base import Binding, Change, Constant, EditHook, Here, check_constant, constant, inner, not_square, number, put
+from .base import (
+    Binding,
+    Change,
+    Constant,
+    EditHook,
+    Here,
+    check_constant,
+    constant,
+    inner,
+    not_square,
+    number,
+    put,
+)
 from .captured_values import in_order
 from .rounding import scaled
 from .values import check_shape, checked_result, fitting, moved
@@ -30,7 +42,9 @@ class Edit(EditHook):
 
     def check(self) -> None:
         if not callable(self.fn):
-            raise BadHook(f"edit needs a function of the values, and was given {type(self.fn).__name__}")
+            raise BadHook(
+                f"edit needs a function of the values, and was given {type(self.fn).__name__}"
+            )
         _positional(self.fn)
 
     @property
@@ -65,15 +79,24 @@ def _positional(fn: Callable[..., Any]) -> int:
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if len(needed) > 2 or (not by_place and not takes_any) or by_name:
-        takes = ", ".join([*(p.name for p in needed), *(f"{name}=" for name in by_name)]) or "nothing"
+        takes = (
+            ", ".join([*(p.name for p in needed), *(f"{name}=" for name in by_name)]) or "nothing"
+        )
         name = getattr(fn, "__name__", "the function")
-        raise BadHook(f"edit calls its function as fn(values) or fn(values, here), and {name} needs {takes}")
+        raise BadHook(
+            f"edit calls its function as fn(values) or fn(values, here), and {name} needs {takes}"
+        )
     return len(needed)
 
 
 @checks_keywords
 def edit(
-    site: SitesLike, fn: Callable[..., Any], *, pos: PosLike = None, rows: CountLike = None, step: CountLike = None
+    site: SitesLike,
+    fn: Callable[..., Any],
+    *,
+    pos: PosLike = None,
+    rows: CountLike = None,
+    step: CountLike = None,
 ) -> Edit:
     """Replace the values at a site by `fn(values)`, or by `fn(values, here)` if it takes two.
 
@@ -108,12 +131,16 @@ class Steer(EditHook):
 
     def change(self, binding: Binding) -> Change:
         check_shape(self.vector, binding, "the vector")
-        vector = fitting(Constant(scaled(self.vector.tensor, self.scale, "the vector")), "scale times the vector")
+        vector = fitting(
+            Constant(scaled(self.vector.tensor, self.scale, "the vector")), "scale times the vector"
+        )
         return lambda values, here: values + vector(values, here)
 
 
 @checks_keywords
-def steer(site: SitesLike, vector: Any, *, scale: float = 1.0, pos: PosLike = None, rows: CountLike = None) -> Steer:
+def steer(
+    site: SitesLike, vector: Any, *, scale: float = 1.0, pos: PosLike = None, rows: CountLike = None
+) -> Steer:
     """Add `scale` times a vector to what is at a site (activation addition, Turner et al. 2023).
 
     The vector has the site's axes behind batch and pos ([d_model], say); [pos, ...] gives one to each chosen position,
@@ -123,7 +150,9 @@ def steer(site: SitesLike, vector: Any, *, scale: float = 1.0, pos: PosLike = No
     steer(resid_post.6, tensor[576], scale=2.0)
     """
     sites = not_square(as_sites(site), "steer adds a vector to")
-    return Steer(sites, inner(pos, rows, None, sites), constant(vector, "the vector"), number(scale, "scale"))
+    return Steer(
+        sites, inner(pos, rows, None, sites), constant(vector, "the vector"), number(scale, "scale")
+    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +196,9 @@ class ProjectOut(EditHook):
         check_constant(self.direction, "the direction")
         tensor = self.direction.tensor
         if tensor.ndim not in (1, 2) or not tensor.numel():
-            raise BadHook(f"the direction has shape {list(tensor.shape)}: give [d_model], or [k, d_model] for several")
+            raise BadHook(
+                f"the direction has shape {list(tensor.shape)}: give [d_model], or [k, d_model] for several"
+            )
         if tensor.ndim == 2 and len(tensor) > tensor.shape[1]:
             raise BadHook(
                 f"{len(tensor)} directions of {tensor.shape[1]} numbers cannot be independent: give at most "
@@ -181,10 +212,14 @@ class ProjectOut(EditHook):
                 f"the direction has {width} numbers, and the last axis of {binding.site} has {binding.shape[-1]}"
             )
         directions = torch.atleast_2d(self.direction.tensor).double()
-        directions = directions / directions.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)  # squares stay finite
+        directions = directions / directions.abs().amax(dim=1, keepdim=True).clamp(
+            min=1e-300
+        )  # squares stay finite
         basis, weights = torch.linalg.qr(directions.T)
         if bool((weights.diagonal().abs() < 1e-9 * directions.norm(dim=1).clamp(min=1e-30)).any()):
-            raise BadHook("the directions are zero, or one of them is made of the others: give independent ones")
+            raise BadHook(
+                "the directions are zero, or one of them is made of the others: give independent ones"
+            )
 
         like = moved(basis, "the direction")
 
@@ -197,7 +232,9 @@ class ProjectOut(EditHook):
 
 
 @checks_keywords
-def project_out(site: SitesLike, direction: Any, *, pos: PosLike = None, rows: CountLike = None) -> ProjectOut:
+def project_out(
+    site: SitesLike, direction: Any, *, pos: PosLike = None, rows: CountLike = None
+) -> ProjectOut:
     """Take the part along a direction out of what is at a site: x - (x·d) d / |d|² (Ravfogel et al. 2020).
 
     `direction` is [d_model], or [k, d_model] for a subspace of k independent directions, which need not be orthogonal.
@@ -218,7 +255,9 @@ class SkipBlock(EditHook):
     def check(self) -> None:
         for site in self.sites:
             if not isinstance(site, Site) or site.name != "resid_post" or site.layer is None:
-                raise BadHook(f"skip_block skips whole blocks, and {site} is none: name the blocks, skip_block([7, 8])")
+                raise BadHook(
+                    f"skip_block skips whole blocks, and {site} is none: name the blocks, skip_block([7, 8])"
+                )
 
     @property
     def reads_input(self) -> bool:
@@ -237,7 +276,9 @@ class SkipBlock(EditHook):
 
 
 @checks_keywords
-def skip_block(layer: int | Iterable[int], *, pos: PosLike = None, rows: CountLike = None) -> SkipBlock:
+def skip_block(
+    layer: int | Iterable[int], *, pos: PosLike = None, rows: CountLike = None
+) -> SkipBlock:
     """Let one or more blocks leave the residual stream as it was: `resid_post.L` becomes `resid_pre.L`.
 
     The block still runs, so that its keys and values are in the cache; only what it adds is dropped.

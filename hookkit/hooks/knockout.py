@@ -25,9 +25,13 @@ class Knockout(EditHook):
     def check(self) -> None:
         for site in self.sites:
             if not isinstance(site, Site) or site.name != "scores" or site.layer is None:
-                raise BadHook(f"knockout cuts attention's scores in layers, and {site} is none of them")
+                raise BadHook(
+                    f"knockout cuts attention's scores in layers, and {site} is none of them"
+                )
         if self.key is None:
-            raise EmptySelection("knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')")
+            raise EmptySelection(
+                "knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')"
+            )
         put(self, "key", as_pos(self.key))
         _check_seen(self.key, self.where.pos)
 
@@ -56,14 +60,18 @@ class Knockout(EditHook):
         if isinstance(wanted, range):
             return list(range(wanted.start, min(wanted.stop, count), wanted.step))
         if text.final and wanted[-1] >= length:
-            raise OutOfRange(f"{self} means the key at position {wanted[-1]} of row {row}, which has {length} tokens")
+            raise OutOfRange(
+                f"{self} means the key at position {wanted[-1]} of row {row}, which has {length} tokens"
+            )
         return [place for place in wanted if place < count]
 
     def __str__(self) -> str:
         layers = dict.fromkeys(site.layer for site in self.sites if isinstance(site, Site))
         heads = dict.fromkeys(site.head for site in self.sites if isinstance(site, Site))
         words = [
-            str(found[0] if len(found) == 1 else found) for found in (list(layers), list(heads)) if found != [None]
+            str(found[0] if len(found) == 1 else found)
+            for found in (list(layers), list(heads))
+            if found != [None]
         ]
         given = {"query": self.where.pos, "key": self.key, "rows": self.where.rows}
         words += [f"{name}={value!r}" for name, value in given.items() if value is not None]
@@ -110,6 +118,10 @@ def knockout(
     knockout(9, 3, query=-1, key=at('Mary'))
     """
     layers = whole_numbers(layer, "layer", least=0, meaning="the layers, counted from 0,")
-    heads = [None] if head is None else whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")
+    heads = (
+        [None]
+        if head is None
+        else whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")
+    )
     sites: Sites = as_sites([Site("scores", each, one) for each in layers for one in heads])
     return Knockout(sites, inner(query, rows, None, sites), as_pos(key))

@@ -42,7 +42,9 @@ class Boost(LogitEdit):
             put(self, "by", number(self.by, "by"))
             return
         if len(self.by) != len(self.tokens):
-            raise BadHook(f"boost has {len(self.by)} amounts for {len(self.tokens)} tokens: give one for each")
+            raise BadHook(
+                f"boost has {len(self.by)} amounts for {len(self.tokens)} tokens: give one for each"
+            )
         amounts = zip(self.tokens, self.by, strict=True)
         put(self, "by", tuple(number(amount, f"by[{token!r}]") for token, amount in amounts))
 
@@ -126,7 +128,9 @@ def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
             f"{path} is no table of amounts: it needs a line for each token, under token (or token_id) and by"
         )
     try:
-        amounts = [(int(row[name]) if name == "token_id" else row[name], float(row["by"])) for row in rows]
+        amounts = [
+            (int(row[name]) if name == "token_id" else row[name], float(row["by"])) for row in rows
+        ]
     except (TypeError, ValueError) as error:
         raise BadHook(f"{path} has a value that is no number: {error}") from error
     _check_once([token for token, _ in amounts], path)
@@ -160,7 +164,9 @@ class Cap(LogitEdit):
             put(self, "logit", number(self.logit, "logit"))
             return
         if not 0 < number(self.prob, "prob") < 1:
-            raise BadHook(f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the tokens")
+            raise BadHook(
+                f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the tokens"
+            )
         put(self, "prob", number(self.prob, "prob"))
 
     def edit(self, binding: Binding) -> Change:
@@ -283,7 +289,9 @@ class SetRank(LogitEdit):
         super().check()
         rank = as_whole(self.rank)
         if rank is None or rank < 1:
-            raise OutOfRange(f"rank={described(self.rank)}: ranks are whole numbers from 1, the most likely token")
+            raise OutOfRange(
+                f"rank={described(self.rank)}: ranks are whole numbers from 1, the most likely token"
+            )
         put(self, "rank", rank)
 
     def edit(self, binding: Binding) -> Change:
@@ -299,7 +307,9 @@ class SetRank(LogitEdit):
             others = logits[..., :real].clone()
             count = others.shape[-1]
             if self.rank > count:
-                raise OutOfRange(f"rank {self.rank} was asked for, and the vocabulary has {count} tokens")
+                raise OutOfRange(
+                    f"rank {self.rank} was asked for, and the vocabulary has {count} tokens"
+                )
             others[..., token] = -math.inf
             new = logits.clone()
             new[..., token] = between = _between(others, self.rank)
@@ -316,7 +326,9 @@ class SetRank(LogitEdit):
 
 def _between(others: Logits, rank: int) -> Float[Tensor, "row pos"]:
     """A logit that rank - 1 of the others are larger than, unless two of them are equal just there."""
-    ordered = others.topk(min(rank, others.shape[-1] - 1), dim=-1).values  # the token itself is not among the others
+    ordered = others.topk(
+        min(rank, others.shape[-1] - 1), dim=-1
+    ).values  # the token itself is not among the others
     if rank == 1:
         return torch.maximum(ordered[..., 0] + 1, next_above(ordered[..., 0]))
     above = ordered[..., rank - 2]

@@ -62,7 +62,9 @@ class LogitEdit(EditHook):
             raise BadHook(f"{self.verb}() names no token: give at least one, as text or id")
         for one in named:
             if isinstance(one, Phrase) and not self.phrases:
-                raise BadHook(f"{one!r} is several tokens, and one is meant: phrases are for force and ban")
+                raise BadHook(
+                    f"{one!r} is several tokens, and one is meant: phrases are for force and ban"
+                )
         if isinstance(value, tuple):
             return named
         if isinstance(value, Phrase):
@@ -99,12 +101,16 @@ class LogitEdit(EditHook):
         raise AssertionError(f"{type(self).__name__} says no edit")
 
 
-def at_logits(site: str | AnySite, pos: PosLike, rows: CountLike, step: CountLike) -> tuple[Sites, Where]:
+def at_logits(
+    site: str | AnySite, pos: PosLike, rows: CountLike, step: CountLike
+) -> tuple[Sites, Where]:
     """The sites and the steps of a hook on logits; `BadHook` at a site without logits."""
     sites = as_sites(site)
     if pos is None and step is None:
         return sites, Where(None, as_count(rows, "row", negative=False), EVERY_STEP)
-    return sites, Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    return sites, Where(
+        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
+    )
 
 
 Named = TypeVar("Named", bound=Token | Phrase)
@@ -153,7 +159,9 @@ class Force(LogitEdit):
         super().check()
         if self.margin is not None:
             if self.margin != math.inf and number(self.margin, "margin") <= 0:
-                raise BadHook(f"margin={self.margin!r} does not put the token first: give a number above 0")
+                raise BadHook(
+                    f"margin={self.margin!r} does not put the token first: give a number above 0"
+                )
             put(self, "margin", float(self.margin))
         step = self.where.step
         is_open = isinstance(step, Span) and step != EVERY_STEP
@@ -173,12 +181,16 @@ class Force(LogitEdit):
 
     def placed(self, lm: LM) -> Where:
         """A phrase that starts at step 3 acts at step 3, 4 … until it is written."""
-        if not isinstance(self.token, Phrase) or (self.when is not None and self.where.step == EVERY_STEP):
+        if not isinstance(self.token, Phrase) or (
+            self.when is not None and self.where.step == EVERY_STEP
+        ):
             return self.where
         steps = self._starts()
         taken = sorted({step + count for step in steps for count in range(len(self.token.ids(lm)))})
         if len(taken) < len(steps) * len(self.token.ids(lm)):
-            raise BadHook(f"{self} would begin again before it is written: {len(self.token.ids(lm))} tokens are needed")
+            raise BadHook(
+                f"{self} would begin again before it is written: {len(self.token.ids(lm))} tokens are needed"
+            )
         return replace(self.where, step=tuple(taken))
 
     def _starts(self) -> list[int]:
@@ -192,7 +204,9 @@ class Force(LogitEdit):
         if self.when is not None:
             starts = None if self.where.step == EVERY_STEP else self._starts()
             begun = Begun(len(ids), holds(self.when, binding.lm), starts)
-            return lambda logits, here: self._written(logits, here, ids, begun.offsets(logits, here))
+            return lambda logits, here: self._written(
+                logits, here, ids, begun.offsets(logits, here)
+            )
         starts = torch.tensor(self._starts())
 
         def apply(logits: Logits, here: Here) -> Logits:
@@ -213,7 +227,9 @@ class Force(LogitEdit):
 
         return apply
 
-    def _written(self, logits: Logits, here: Here, ids: list[int], offsets: Int[Tensor, "row pos"]) -> Logits:
+    def _written(
+        self, logits: Logits, here: Here, ids: list[int], offsets: Int[Tensor, "row pos"]
+    ) -> Logits:
         """The logits with the phrase's next token first, where one is due."""
         check_inside(logits, here, *ids)
         offsets = offsets.to(logits.device)
@@ -222,7 +238,11 @@ class Force(LogitEdit):
         return torch.where(due[..., None], self._first(logits, here, tokens, due), logits)
 
     def _first(
-        self, logits: Logits, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
+        self,
+        logits: Logits,
+        here: Here,
+        tokens: Int[Tensor, "row pos"],
+        due: Bool[Tensor, "row pos"],
     ) -> Logits:
         """The logits with these tokens first, which is checked where they are due."""
         index = tokens[..., None]
@@ -230,9 +250,13 @@ class Force(LogitEdit):
             kept = logits.gather(-1, index).clamp(min=torch.finfo(logits.dtype).min)
             new = torch.full_like(logits, -math.inf).scatter(-1, index, kept)
         else:
-            margin = fitted_number(MARGIN if self.margin is None else self.margin, logits.dtype, "margin")
+            margin = fitted_number(
+                MARGIN if self.margin is None else self.margin, logits.dtype, "margin"
+            )
             largest = logits.amax(dim=-1, keepdim=True)
-            pushed = torch.maximum(largest + margin, next_above(largest))  # a small margin may be lost by rounding
+            pushed = torch.maximum(
+                largest + margin, next_above(largest)
+            )  # a small margin may be lost by rounding
             new = logits.scatter(-1, index, pushed)
         due = here.real_cells(due)
         self._check_first(new, here, index, due)
@@ -241,7 +265,11 @@ class Force(LogitEdit):
         return new
 
     def _check_first(
-        self, logits: Logits, here: Here, index: Int[Tensor, "row pos 1"], due: Bool[Tensor, "row pos"]
+        self,
+        logits: Logits,
+        here: Here,
+        index: Int[Tensor, "row pos 1"],
+        due: Bool[Tensor, "row pos"],
     ) -> None:
         """Raise `BadEdit` where a token is not first, since the logits are NaN or as large as the dtype can say."""
         others = logits.scatter(-1, index, -math.inf).amax(dim=-1)
@@ -343,7 +371,9 @@ def ban(
     return Ban(*at_logits(site, pos, rows, step), several(tokens, "ban"), when=when)
 
 
-def decide(hook: EditHook, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]) -> None:
+def decide(
+    hook: EditHook, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
+) -> None:
     """Note for `generate` which token each row is to take, wherever the hook acts at a position that chooses one."""
     text = here.cells.text
     if not text.generating:
@@ -397,7 +427,9 @@ class Restrict(LogitEdit):
             new = torch.full_like(logits, -math.inf)
             new[..., tokens] = logits[..., tokens]
             if bool(here.real_cells(new.amax(dim=-1) == -math.inf).any()):
-                raise BadEdit(f"{self} leaves no token to choose at {here.site}: all of these were banned before")
+                raise BadEdit(
+                    f"{self} leaves no token to choose at {here.site}: all of these were banned before"
+                )
             return new
 
         return apply

@@ -34,7 +34,11 @@ def scaled(tensor: Tensor, scale: float, words: str) -> Tensor:
     """`scale` times the tensor, or `BadHook` where a product is too large for the tensor's own dtype."""
     product = scale * tensor
     if not bool(torch.isfinite(product).all()):
-        raise BadHook(_does_not_fit(int((~torch.isfinite(product)).sum()), f"{scale:g} times {words}", tensor.dtype))
+        raise BadHook(
+            _does_not_fit(
+                int((~torch.isfinite(product)).sum()), f"{scale:g} times {words}", tensor.dtype
+            )
+        )
     return product
 
 
@@ -68,4 +72,6 @@ def _largest(dtype: torch.dtype) -> float:
 def _does_not_fit(count: int, words: str, dtype: torch.dtype) -> str:
     name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
     numbers = "a number" if count == 1 else f"{count} numbers"
-    return f"{words} has {numbers} that {name} cannot hold: its largest is {most:g}; give smaller ones"
+    return (
+        f"{words} has {numbers} that {name} cannot hold: its largest is {most:g}; give smaller ones"
+    )

@@ -62,14 +62,18 @@ VALUE_TYPES: dict[str, str] = {
 def hook_type(verb: object) -> Any:
     """The class of hooks with this verb, or `BadHook`."""
     if not isinstance(verb, str) or verb not in HOOK_TYPES:
-        raise BadHook(f"there is no hook {described(verb)}: there are {', '.join(sorted(HOOK_TYPES))}")
+        raise BadHook(
+            f"there is no hook {described(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
+        )
     return _imported(HOOK_TYPES[verb])
 
 
 def value_type(name: object) -> Any:
     """The dataclass of this name that may stand inside a hook, or `BadHook`."""
     if not isinstance(name, str) or name not in VALUE_TYPES:
-        raise BadHook(f"a hook holds no value of type {described(name)}: there are {', '.join(VALUE_TYPES)}")
+        raise BadHook(
+            f"a hook holds no value of type {described(name)}: there are {', '.join(VALUE_TYPES)}"
+        )
     return _imported(VALUE_TYPES[name])
 
 
@@ -82,7 +86,10 @@ def _imported(path: str) -> Any:
 def to_json(hook: Any, *, tensors: str = "inline") -> str:
     """The hook as JSON; equal hooks give equal text."""
     choice(tensors, "tensors", ("inline", "digest"))
-    fields = {field.name: _encode(getattr(hook, field.name), tensors) for field in dataclasses.fields(hook)}
+    fields = {
+        field.name: _encode(getattr(hook, field.name), tensors)
+        for field in dataclasses.fields(hook)
+    }
     return json.dumps({"hook": hook.verb, **fields}, allow_nan=False)
 
 
@@ -111,7 +118,9 @@ def _built(kind: Any, written: dict[str, Any], name: str) -> Any:
     except HookkitError:
         raise
     except Exception as error:
-        raise BadHook(f"this {name} in JSON has a value that cannot be read: {reason(error)}") from error
+        raise BadHook(
+            f"this {name} in JSON has a value that cannot be read: {reason(error)}"
+        ) from error
 
 
 def _encode(value: Any, tensors: str) -> Any:
@@ -130,7 +139,10 @@ def _encode(value: Any, tensors: str) -> Any:
     if isinstance(value, Tensor):
         return {"$tensor": tensor_as_json(value, tensors)}
     if type(value).__name__ in VALUE_TYPES:
-        fields = {field.name: _encode(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: _encode(getattr(value, field.name), tensors)
+            for field in dataclasses.fields(value)
+        }
         return {"$value": type(value).__name__, **fields}
     if getattr(value, "verb", None) in HOOK_TYPES and type(value) is hook_type(value.verb):
         return {"$hook": json.loads(to_json(value, tensors=tensors))}
@@ -154,7 +166,10 @@ def function_as_json(function: Any, *, alone: bool = False) -> dict[str, Any]:
     """A user's function by its name and source, with what it takes from around it unless it is wanted `alone`."""
     if isinstance(function, functools.partial):
         given = {"args": function.args, **function.keywords}
-        return {**function_as_json(function.func), "given": {name: _held(value) for name, value in given.items()}}
+        return {
+            **function_as_json(function.func),
+            "given": {name: _held(value) for name, value in given.items()},
+        }
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
     found: dict[str, Any] = {"name": name}
     try:
@@ -179,12 +194,17 @@ def _around(function: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     names = {**found.globals, **found.nonlocals}
-    names |= {f"default {place}": value for place, value in enumerate(getattr(function, "__defaults__", None) or ())}
+    names |= {
+        f"default {place}": value
+        for place, value in enumerate(getattr(function, "__defaults__", None) or ())
+    }
     names |= getattr(function, "__kwdefaults__", None) or {}
     ours = {
         name: function_as_json(value, alone=True)
         for name, value in names.items()
-        if inspect.isfunction(value) and value.__module__ == function.__module__ and value is not function
+        if inspect.isfunction(value)
+        and value.__module__ == function.__module__
+        and value is not function
     }
     told = {name: _held(value) for name, value in names.items()}
     return ours | {name: value for name, value in told.items() if value is not None}
@@ -208,7 +228,9 @@ def _decode(value: Any) -> Any:
     if word is not None:
         return READ[word](value[word])
     if "$value" not in value:
-        raise BadHook(f"a hook in JSON has an object with the keys {', '.join(map(repr, value))}, and none with a $")
+        raise BadHook(
+            f"a hook in JSON has an object with the keys {', '.join(map(repr, value))}, and none with a $"
+        )
     name = value["$value"]
     fields = {field: item for field, item in value.items() if field != "$value"}
     return _built(value_type(name), fields, name)
@@ -222,12 +244,16 @@ def _read_tensor(written: Any) -> Tensor:
     try:
         return load(base64.b64decode(written["safetensors"], validate=True))["t"]
     except Exception as error:
-        raise BadHook(f"the tensor of this hook is damaged: {error}; write the hook again with to_json()") from error
+        raise BadHook(
+            f"the tensor of this hook is damaged: {error}; write the hook again with to_json()"
+        ) from error
 
 
 def _text(written: Any) -> str:
     if not isinstance(written, str):
-        raise BadHook(f"a site in JSON is {described(written)}: it is a text, such as 'resid_post.6'")
+        raise BadHook(
+            f"a site in JSON is {described(written)}: it is a text, such as 'resid_post.6'"
+        )
     return written
 
 

@@ -46,7 +46,9 @@ def parse_hook(text: str, *, lm: LM | None = None) -> Hook:
         return Hook.from_json(text)
     spelled = parts_of(text)
     if spelled.verb == "edit":
-        raise BadHook(f"{text!r}: an edit needs a function, which no text holds: make it in Python, hk.edit(site, fn)")
+        raise BadHook(
+            f"{text!r}: an edit needs a function, which no text holds: make it in Python, hk.edit(site, fn)"
+        )
     if spelled.verb not in READ:
         raise BadHook(
             f"{text!r}: there is no hook {spelled.verb!r}{did_you_mean(spelled.verb, READ)} "
@@ -76,7 +78,9 @@ def check_hook(text: Any) -> None:
     if spelled.verb in ("steer", "project_out"):
         _, path, _ = _sites_and_file(spelled)
         if not os.path.isfile(path):
-            raise BadFile(f"{text!r}: {path!r} is no file of a vector that can be read: there is no such file")
+            raise BadFile(
+                f"{text!r}: {path!r} is no file of a vector that can be read: there is no such file"
+            )
     else:
         parse_hook(text)
 
@@ -87,8 +91,12 @@ def _listed(written: Any, lm: LM | None, path: str) -> Hook:
     if isinstance(written, Mapping) and "hook" in written:
         return Hook.from_json(json.dumps(written))
     shortened = f"{str(written)[:SHORT]}{'…' if len(str(written)) > SHORT else ''}"
-    if isinstance(written, Mapping) and len(written) == 1:  # YAML reads `force: coffee` so, and drops the space
-        raise BadHook(f'{path!r} has {shortened}, a short text without quotes: write - "force: coffee@0"')
+    if (
+        isinstance(written, Mapping) and len(written) == 1
+    ):  # YAML reads `force: coffee` so, and drops the space
+        raise BadHook(
+            f'{path!r} has {shortened}, a short text without quotes: write - "force: coffee@0"'
+        )
     raise BadHook(
         f"{path!r} has {shortened}, which is no hook: write short texts in quotes, or what Hook.to_json() writes"
     )
@@ -108,7 +116,9 @@ def _only_sites(made: Callable[..., Hook]) -> "Reader":
     def read(spelled: Spelling, lm: LM | None) -> Hook:
         sites, rest = sites_of(spelled)
         if rest:
-            raise BadHook(f"{spelled.text!r} has {rest!r} behind its sites, where @ and settings may stand: @pos=-1")
+            raise BadHook(
+                f"{spelled.text!r} has {rest!r} behind its sites, where @ and settings may stand: @pos=-1"
+            )
         return made(sites, **_inner(spelled))
 
     return read
@@ -127,7 +137,9 @@ def _knockout(spelled: Spelling, lm: LM | None) -> Hook:
     found = _numbers(spelled)
     layers, heads = (list(dict.fromkeys(each)) for each in zip(*found, strict=True))
     if [(layer, head) for layer in layers for head in heads] != found:
-        raise BadHook(f"{spelled.text!r} names heads that are no grid of layers and heads: give a hook for each layer")
+        raise BadHook(
+            f"{spelled.text!r} names heads that are no grid of layers and heads: give a hook for each layer"
+        )
     settings = {**({} if spelled.place is None else {"query": spelled.place}), **spelled.settings}
     return knockout(layers, None if heads == [None] else heads, **{"key": None, **settings})
 
@@ -138,9 +150,17 @@ def _numbers(spelled: Spelling) -> list[tuple[int, int | None]]:
     for each in spelled.what.split(","):
         layer, dot, head = each.strip().partition(".")
         digits = max(len(layer), len(head))
-        if digits > DIGITS or not layer.isdecimal() or (dot and (not head.isdecimal() or spelled.verb != "knockout")):
-            example = "knockout:9.3@query=-1,key=0" if spelled.verb == "knockout" else "skip_block:3"
-            raise BadHook(f"{spelled.text!r} has {each!r} where a block's number is meant: write {example}")
+        if (
+            digits > DIGITS
+            or not layer.isdecimal()
+            or (dot and (not head.isdecimal() or spelled.verb != "knockout"))
+        ):
+            example = (
+                "knockout:9.3@query=-1,key=0" if spelled.verb == "knockout" else "skip_block:3"
+            )
+            raise BadHook(
+                f"{spelled.text!r} has {each!r} where a block's number is meant: write {example}"
+            )
         found.append((int(layer), int(head) if dot else None))
     return found
 
@@ -155,7 +175,9 @@ def _steer(spelled: Spelling, lm: LM | None) -> Hook:
     if sites is None or sites == [str(vector.site)]:
         return vector.steer(**settings)
     if "dose" in settings:
-        raise BadHook(f"{spelled.text!r}: a dose is of the stream's length at {vector.site}: leave {sites[0]} out")
+        raise BadHook(
+            f"{spelled.text!r}: a dose is of the stream's length at {vector.site}: leave {sites[0]} out"
+        )
     return steer(sites, vector.tensor, **settings)
 
 
@@ -186,18 +208,24 @@ def _sites_and_file(spelled: Spelling) -> tuple[list[str] | None, str, float | N
 
 def _vector(path: str, lm: LM | None, spelled: Spelling) -> Vector:
     if lm is None:
-        raise BadHook(f"{spelled.text!r} reads a vector that is checked against a model: hk.parse_hook(text, lm=lm)")
+        raise BadHook(
+            f"{spelled.text!r} reads a vector that is checked against a model: hk.parse_hook(text, lm=lm)"
+        )
     try:
         return load_vector(lm, path)
     except BadFile as error:
-        raise BadFile(f"{spelled.text!r}: {path!r} is no file of a vector that can be read: {error}") from error
+        raise BadFile(
+            f"{spelled.text!r}: {path!r} is no file of a vector that can be read: {error}"
+        ) from error
 
 
 def _patch(spelled: Spelling, lm: LM | None) -> Hook:
     sites, prompt = sites_of(spelled)
     prompt = prompt.removeprefix(":")
     if not prompt.strip():
-        raise BadHook(f"{spelled.text!r} has no prompt to patch from: write patch:resid_post.6:She takes tea with@-1")
+        raise BadHook(
+            f"{spelled.text!r} has no prompt to patch from: write patch:resid_post.6:She takes tea with@-1"
+        )
     return patch(sites, prompt, **_inner(spelled))
 
 
@@ -236,7 +264,9 @@ def _boost(spelled: Spelling, lm: LM | None) -> Hook:
 def _swap(spelled: Spelling, lm: LM | None) -> Hook:
     tokens: list[Any] = list(tokens_of(spelled))
     if len(tokens) != 2:
-        raise BadHook(f"{spelled.text!r} names {len(tokens)} tokens, and two change places: write swap: coffee, tea")
+        raise BadHook(
+            f"{spelled.text!r} names {len(tokens)} tokens, and two change places: write swap: coffee, tea"
+        )
     return swap(*tokens, **_step(spelled))
 
 
@@ -254,7 +284,9 @@ READ: dict[str, Reader] = {
 }  # fmt: skip
 
 
-PLAIN_TOKEN = re.compile(r"[^\s,=@'\"():](?:[^,=@'\"():]*[^\s,=@'\"():])?")  # a token that needs no quotes
+PLAIN_TOKEN = re.compile(
+    r"[^\s,=@'\"():](?:[^,=@'\"():]*[^\s,=@'\"():])?"
+)  # a token that needs no quotes
 
 
 @checks_arguments
@@ -298,7 +330,9 @@ def _what(hook: Hook) -> str | None:
     if isinstance(hook, Patch) and isinstance(hook.to, FromPrompt):
         return f"{names}:{hook.to.prompt}" if isinstance(hook.to.prompt, str) else None
     prompts = isinstance(hook, Ablate) and isinstance(hook.to, Reference) and not hook.to.sources
-    plain = isinstance(hook, Capture) or (isinstance(hook, Ablate) and (hook.to == "zero" or prompts))
+    plain = isinstance(hook, Capture) or (
+        isinstance(hook, Ablate) and (hook.to == "zero" or prompts)
+    )
     return names if plain and not isinstance(hook, Patch) else None
 
 
@@ -340,9 +374,20 @@ def _settings(hook: Hook) -> dict[str, Any]:
             **({"seed": hook.to.seed} if hook.to.how == "resample" else {}),
             **_where(hook),
         }
-    taken = ("sites", "where", *hook.bare, *(("by",) if isinstance(hook, Boost) and _spread(hook) else ()))
-    given = {each.name: (getattr(hook, each.name), each.default) for each in fields(hook) if each.name not in taken}
-    return {name: value for name, (value, default) in given.items() if value != default} | _where(hook)
+    taken = (
+        "sites",
+        "where",
+        *hook.bare,
+        *(("by",) if isinstance(hook, Boost) and _spread(hook) else ()),
+    )
+    given = {
+        each.name: (getattr(hook, each.name), each.default)
+        for each in fields(hook)
+        if each.name not in taken
+    }
+    return {name: value for name, (value, default) in given.items() if value != default} | _where(
+        hook
+    )
 
 
 def _where(hook: Hook) -> dict[str, Any]:

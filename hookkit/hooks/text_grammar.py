@@ -10,11 +10,29 @@ from ..arguments import shortened
 from ..errors import BadHook
 from ..models.positions import GENERATED, PROMPT, at
 from ..models.tokens import Token
-from .conditions import Phrase, entropy_above, entropy_below, margin_above, margin_below, phrase, prob_of, rank_of
+from .conditions import (
+    Phrase,
+    entropy_above,
+    entropy_below,
+    margin_above,
+    margin_below,
+    phrase,
+    prob_of,
+    rank_of,
+)
 
 CALLS: dict[str, Callable[..., Any]] = {
     each.__name__: each
-    for each in (at, phrase, entropy_above, entropy_below, margin_above, margin_below, rank_of, prob_of)
+    for each in (
+        at,
+        phrase,
+        entropy_above,
+        entropy_below,
+        margin_above,
+        margin_below,
+        rank_of,
+        prob_of,
+    )
 }
 NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
 END = r"(-?\d{1,18})?"  # of a span; more digits are no position
@@ -55,7 +73,9 @@ def parts_of(text: str) -> Spelling:
         )
     for place in (number for number, letter in enumerate(rest) if letter == "@"):
         behind = rest[place + 1 :]
-        if len(behind) > LONGEST or ("@" in behind and not any(quote in behind for quote in QUOTES)):
+        if len(behind) > LONGEST or (
+            "@" in behind and not any(quote in behind for quote in QUOTES)
+        ):
             continue  # a value has another @ in quotes alone
         try:
             where, settings = _where(behind)
@@ -107,7 +127,12 @@ def _value(text: str) -> Any:
         raise _NoValueError
     try:
         return _meaning(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two are of what is deep all the same
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # the last two are of what is deep all the same
         raise _NoValueError from None
 
 
@@ -120,7 +145,11 @@ def _is_too_much(text: str) -> bool:
         depth += (letter in "([{") - (letter in ")]}")
         deepest = max(deepest, depth)
     operators = sum(text.count(letter) for letter in "+~") + text.count("not ")
-    return deepest > DEEPEST or operators > DEEPEST or re.search(rf"(?:-\s*){{{DEEPEST}}}", text) is not None
+    return (
+        deepest > DEEPEST
+        or operators > DEEPEST
+        or re.search(rf"(?:-\s*){{{DEEPEST}}}", text) is not None
+    )
 
 
 def _meaning(node: ast.expr) -> Any:
@@ -169,7 +198,9 @@ def sites_of(spelled: Spelling) -> tuple[list[str], str]:
     found = SITES.match(spelled.what)
     sites, rest = (found[0], spelled.what[found.end() :]) if found else ("", spelled.what)
     if not sites or (rest and rest[0] not in ":*"):
-        raise BadHook(f"{spelled.text!r} names no site where one is meant: write {spelled.verb}:resid_post.6 or z.9.3")
+        raise BadHook(
+            f"{spelled.text!r} names no site where one is meant: write {spelled.verb}:resid_post.6 or z.9.3"
+        )
     return [each.strip() for each in sites.split(",")], rest
 
 
@@ -181,7 +212,9 @@ def tokens_of(spelled: Spelling) -> list[Token | Phrase]:
 def token_of(text: str, spelled: Spelling) -> Token | Phrase:
     """A token of WHAT; `BadHook` for none."""
     if not text:
-        raise BadHook(f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, the space being its own")
+        raise BadHook(
+            f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, the space being its own"
+        )
     return word_of(text)
 
 

@@ -62,7 +62,11 @@ def check_shape(value: Constant, binding: Binding, word: str) -> None:
     if shape is None:
         return
     tensor = value.tensor
-    if tensor.ndim < len(shape) or tensor.shape[tensor.ndim - len(shape) :] != shape or tensor.ndim > len(shape) + 2:
+    if (
+        tensor.ndim < len(shape)
+        or tensor.shape[tensor.ndim - len(shape) :] != shape
+        or tensor.ndim > len(shape) + 2
+    ):
         raise BadHook(
             f"{word} has shape {list(tensor.shape)}, and {binding.site} is [batch, pos, "
             f"{', '.join(map(str, shape))}]: give {list(shape)}, or [pos, …] or [batch, pos, …] with it"
@@ -72,15 +76,23 @@ def check_shape(value: Constant, binding: Binding, word: str) -> None:
 def checked_result(new: Any, old: Tensor, words: str) -> Tensor:
     """What a user's function returned, if it can take the place of what it was given; else `BadEdit`."""
     if new is None:
-        raise BadEdit(f"{words} returned None: end it with `return`, with a tensor of shape {list(old.shape)}")
+        raise BadEdit(
+            f"{words} returned None: end it with `return`, with a tensor of shape {list(old.shape)}"
+        )
     if not isinstance(new, Tensor):
-        raise BadEdit(f"{words} returned a {type(new).__name__}: return a tensor of shape {list(old.shape)}")
+        raise BadEdit(
+            f"{words} returned a {type(new).__name__}: return a tensor of shape {list(old.shape)}"
+        )
     if new.shape != old.shape:
         raise BadEdit(
             f"{words} was given shape {list(old.shape)} and returned {list(new.shape)}: return the same shape"
         )
     if new.dtype != old.dtype:
-        raise BadEdit(f"{words} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})")
+        raise BadEdit(
+            f"{words} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})"
+        )
     if new.device != old.device:
-        raise BadEdit(f"{words} was given a tensor on {old.device} and returned one on {new.device}: move it back")
+        raise BadEdit(
+            f"{words} was given a tensor on {old.device} and returned one on {new.device}: move it back"
+        )
     return new

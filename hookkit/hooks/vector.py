@@ -25,7 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import as_whole, checks_arguments, checks_construction, described, file_of, items_of
+from ..arguments import (
+    as_whole,
+    checks_arguments,
+    checks_construction,
+    described,
+    file_of,
+    items_of,
+)
 from ..display import printable, shown
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.tensors import save_tensors
@@ -39,7 +46,11 @@ from ..models.wrappers import adapters_in_use
 from .base import constant, number
 from .edits import Steer, steer
 
-SAME = ("weights_sha256", "config_sha256", "adapters")  # what makes two models one; the name is for the reader
+SAME = (
+    "weights_sha256",
+    "config_sha256",
+    "adapters",
+)  # what makes two models one; the name is for the reader
 
 
 def model_words(lm: LM) -> dict[str, Any]:
@@ -50,7 +61,9 @@ def model_words(lm: LM) -> dict[str, Any]:
 
 def data_hash(*sets: Sequence[Row]) -> str:
     """The sha256 of sets of prompts, as tokens, in their order."""
-    return hashlib.sha256(json.dumps([[list(row) for row in rows] for rows in sets]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([[list(row) for row in rows] for rows in sets]).encode()
+    ).hexdigest()
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -97,15 +110,23 @@ class Vector:
         if isinstance(self.site, str):
             object.__setattr__(self, "site", parse(self.site))
         if not isinstance(self.site, Site | ModuleSite):
-            raise BadHook(f"site={described(self.site)}: give the place of the vector, such as 'resid_post.6'")
+            raise BadHook(
+                f"site={described(self.site)}: give the place of the vector, such as 'resid_post.6'"
+            )
         if self.site.every_layer:
-            raise BadHook(f"a vector stands at one place, and {self.site} is one in every layer: name a layer")
+            raise BadHook(
+                f"a vector stands at one place, and {self.site} is one in every layer: name a layer"
+            )
         copy = constant(self.tensor, "the vector").tensor.float().cpu()
         if copy.ndim != 1 or not len(copy):
-            raise BadHook(f"the vector has shape {list(copy.shape)}: give the numbers of one place, [d_model], say")
+            raise BadHook(
+                f"the vector has shape {list(copy.shape)}: give the numbers of one place, [d_model], say"
+            )
         object.__setattr__(self, "tensor", copy)
         if number(self.norm, "norm") <= 0:
-            raise BadHook(f"norm={self.norm}: give the length of the values at {self.site}, more than 0")
+            raise BadHook(
+                f"norm={self.norm}: give the length of the values at {self.site}, more than 0"
+            )
 
     @property
     def length(self) -> float:
@@ -126,7 +147,9 @@ class Vector:
     def cosine(self, other: "Vector") -> float:
         """The cosine of the angle between two vectors, -1 to 1; they may stand at different layers."""
         if self.tensor.shape != other.tensor.shape:
-            raise BadHook(f"vectors of {len(self.tensor)} and {len(other.tensor)} numbers have no angle between them")
+            raise BadHook(
+                f"vectors of {len(self.tensor)} and {len(other.tensor)} numbers have no angle between them"
+            )
         return float(self.unit().tensor.double() @ other.unit().tensor.double())
 
     def random(self, *, seed: int = 0) -> "Vector":
@@ -134,27 +157,42 @@ class Vector:
         words = hashlib.sha256(repr((seed, str(self.site))).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
         noise = torch.randn(self.tensor.shape, generator=generator)
-        return self._made(noise / noise.norm() * self.length, f"random (seed {seed}), as long as {self.method}")
+        return self._made(
+            noise / noise.norm() * self.length, f"random (seed {seed}), as long as {self.method}"
+        )
 
     @checks_arguments
     def steer(
-        self, *, dose: float | None = None, scale: float | None = None, pos: PosLike = None, rows: CountLike = None
+        self,
+        *,
+        dose: float | None = None,
+        scale: float | None = None,
+        pos: PosLike = None,
+        rows: CountLike = None,
     ) -> Steer:
         """A hook that adds the vector at its site: `dose` times as long as the stream, or `scale` times as it is.
 
         A negative number adds the opposite. With neither, the vector as it is (scale 1).
         """
         if dose is not None and scale is not None:
-            raise BadHook(f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale keeps it")
+            raise BadHook(
+                f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale keeps it"
+            )
         if dose is None:
-            return steer(self.site, self.tensor, scale=1.0 if scale is None else scale, pos=pos, rows=rows)
-        size = float(f"{number(dose, 'dose') * self.norm:.6g}")  # further digits are the processor's that measured it
+            return steer(
+                self.site, self.tensor, scale=1.0 if scale is None else scale, pos=pos, rows=rows
+            )
+        size = float(
+            f"{number(dose, 'dose') * self.norm:.6g}"
+        )  # further digits are the processor's that measured it
         return steer(self.site, self.unit().tensor, scale=size, pos=pos, rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it to a safetensors file, to be read by `load_vector`; the file's path."""
         words = {"site": str(self.site), "norm": self.norm, "about": dict(self.about)}
-        return save_tensors({"vector": self.tensor}, path, about={"vector": json.dumps(words, sort_keys=True)})
+        return save_tensors(
+            {"vector": self.tensor}, path, about={"vector": json.dumps(words, sort_keys=True)}
+        )
 
     @property
     def method(self) -> str:
@@ -190,25 +228,36 @@ class Vector:
                 "were to be added: vectors are added at one site; give each a hook of its own to steer at both"
             )
         if differ := differences(self.about, other.about):
-            raise OtherModel(f"the two vectors were made with different models: they differ in {', '.join(differ)}")
+            raise OtherModel(
+                f"the two vectors were made with different models: they differ in {', '.join(differ)}"
+            )
         both = [each.about.get("data_sha256") for each in (self, other)]
         about = {name: self.about.get(name, other.about.get(name)) for name in ("model", *SAME)}
         about |= {"method": f"({self.method} {word} {other.method})"}
-        about |= {"data_sha256": hashlib.sha256(json.dumps(both).encode()).hexdigest()} if any(both) else {}
+        about |= (
+            {"data_sha256": hashlib.sha256(json.dumps(both).encode()).hexdigest()}
+            if any(both)
+            else {}
+        )
         known = {name: value for name, value in about.items() if value is not None}
-        return Vector(self.site, self.tensor + sign * other.tensor, (self.norm + other.norm) / 2, known)
+        return Vector(
+            self.site, self.tensor + sign * other.tensor, (self.norm + other.norm) / 2, known
+        )
 
     def _made(self, tensor: Tensor, method: str) -> "Vector":
         return replace(self, tensor=tensor, about={**self.about, "method": method})
 
     def _repr_html_(self) -> str:
-        facts = {"made": self.method, "length": self.length, "of the stream's": self.dose, "numbers": len(self.tensor)}
+        facts = {
+            "made": self.method,
+            "length": self.length,
+            "of the stream's": self.dose,
+            "numbers": len(self.tensor),
+        }
         return shown(f"Vector at {self.site}", facts)
 
     def __repr__(self) -> str:
-        return (
-            f"Vector({self.site}: {printable(self.method)}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
-        )
+        return f"Vector({self.site}: {printable(self.method)}, length {self.length:.3g}, {self.dose:.2g} of the stream's)"
 
 
 @checks_construction
@@ -241,7 +290,9 @@ class Vectors(Sequence[Vector]):
         number_of_vector = as_whole(index)
         if number_of_vector is not None:
             if not -len(self) <= number_of_vector < len(self):
-                raise OutOfRange(f"vector {index} was asked for, and there are {len(self)}: 0 to {len(self) - 1}")
+                raise OutOfRange(
+                    f"vector {index} was asked for, and there are {len(self)}: 0 to {len(self) - 1}"
+                )
             return self.all[number_of_vector]
         site = parse(index) if isinstance(index, str) else index
         found = [vector for vector in self.all if vector.site == site]
@@ -259,7 +310,10 @@ class Vectors(Sequence[Vector]):
         return [str(site) for site in self.sites]
 
     def _repr_html_(self) -> str:
-        rows = [{"site": each.site, "length": each.length, "of the stream's": each.dose} for each in self.all]
+        rows = [
+            {"site": each.site, "length": each.length, "of the stream's": each.dose}
+            for each in self.all
+        ]
         return shown(f"Vectors: {self.all[0].method}", rows=rows)
 
     def __repr__(self) -> str:
@@ -280,7 +334,9 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
     tensors, words = tensors_in(file_of(path))
     written = words.get("vector")
     if written is None or "vector" not in tensors:
-        raise BadHook(f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote")
+        raise BadHook(
+            f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote"
+        )
     name = f"the steering vector in {Path(path).name!r}"
     made = strings_of(json_of(written, name, finite=False), ("site",), name)
     if not {"site", "norm", "about"} <= set(made) or not isinstance(made["norm"], int | float):

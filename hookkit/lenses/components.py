@@ -46,7 +46,9 @@ class Frozen:
         """The direction in what goes in whose product with a part is that part's share in outward · f(x)."""
         outward = outward.to(self.gives)
         centred = (self.at - self.mean).double()
-        lost = (outward.double() * (self.gives - self.offset).double()).sum(-1, keepdim=True) * self.held
+        lost = (outward.double() * (self.gives - self.offset).double()).sum(
+            -1, keepdim=True
+        ) * self.held
         return back(self.map, self.at, outward).double() + centred * lost / _square(centred)
 
 
@@ -83,7 +85,9 @@ def _check(found: Frozen, what: str) -> None:
         wanted = (found.map(other) - found.offset).double()
     probe = wanted / wanted.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     said = (found.back(probe.to(found.gives)) * other).sum(-1)
-    apart = float(((said - (probe * wanted).sum(-1)) / wanted.norm(dim=-1).clamp(min=1e-30)).abs().max())
+    apart = float(
+        ((said - (probe * wanted).sum(-1)) / wanted.norm(dim=-1).clamp(min=1e-30)).abs().max()
+    )
     if not apart <= AGREE.get(found.at.dtype, 1e-4):
         raise Unsupported(
             f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by {apart:.1g}), so what "
@@ -141,7 +145,12 @@ def needed(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     for name in inner:
         lm.expand(name)  # raises where no block has it
     names = ["resid_pre", "attn_out", "mlp_out", "resid_post", *inner]
-    found = [Site(name, layer) for name in names for layer in range(lm.n_layers) if has(lm.layout, name, layer)]
+    found = [
+        Site(name, layer)
+        for name in names
+        for layer in range(lm.n_layers)
+        if has(lm.layout, name, layer)
+    ]
     return [*(Site(name) for name in ("embed", "pos_embed") if has(lm.layout, name, None)), *found]
 
 
@@ -157,7 +166,9 @@ def parts_of(stream: Stream, *, heads: bool, neurons: bool) -> Iterator[Part]:
             if added is None:
                 continue
             rest, whole = rest - _beside(added, rest), False
-            split = {"attn_out": "z" if heads else "", "mlp_out": "mlp_post" if neurons else ""}[name]
+            split = {"attn_out": "z" if heads else "", "mlp_out": "mlp_post" if neurons else ""}[
+                name
+            ]
             if split and has(stream.lm.layout, split, layer):
                 yield from _split(stream, name, split, layer, added)
             else:
@@ -210,7 +221,10 @@ def _split(stream: Stream, name: str, inner: str, layer: int, added: Tensor) -> 
     project = reader(lm, Site(inner, layer))
     through, offset = _behind(stream, name, layer, project, flat, added)
     direction = back(project, flat, through).double()
-    shares, offset = _beside(direction * flat.double(), stream.along), offset.to(stream.along.device)
+    shares, offset = (
+        _beside(direction * flat.double(), stream.along),
+        offset.to(stream.along.device),
+    )
     if inner == "z":
         by_head = shares.unflatten(1, (given.shape[1], -1)).sum(-1)
         for head in range(by_head.shape[1]):
@@ -225,7 +239,12 @@ def _split(stream: Stream, name: str, inner: str, layer: int, added: Tensor) -> 
 
 
 def _behind(
-    stream: Stream, name: str, layer: int, project: Callable[[Tensor], Tensor], flat: Tensor, added: Tensor
+    stream: Stream,
+    name: str,
+    layer: int,
+    project: Callable[[Tensor], Tensor],
+    flat: Tensor,
+    added: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """From what a projection gives to what is added: the direction in the former [cell, d], and the share of all that
     does not depend on what the projection read."""
@@ -261,4 +280,6 @@ def _passes(norm: Callable[[Tensor], Tensor], raw: Tensor, added: Tensor, factor
 
 def _same(one: Tensor, other: Tensor) -> bool:
     limit = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
-    return one.shape == other.shape and float((one - other).abs().max()) <= limit * float(other.abs().max())
+    return one.shape == other.shape and float((one - other).abs().max()) <= limit * float(
+        other.abs().max()
+    )

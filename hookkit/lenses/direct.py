@@ -18,7 +18,7 @@ from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from ..runs.run import Run
 from .components import Part, Stream, frozen, needed, parts_of
-from .model_end import Read, Tail, tail_of
+from .model_end import ModelEnd, Read, tail_of
 
 Tokens = Token | list[Token]
 
@@ -65,7 +65,12 @@ def decomposed(again: Run, token: Tokens, against: Tokens | None = None) -> pd.D
     refuse_no_gradient(lm)
     end = again.captured(f"resid_post.{lm.n_layers - 1}")
     assert end.positions is not None
-    places = [(n, c, p) for n, row in enumerate(end.positions.tolist()) for c, p in enumerate(row) if p >= 0]
+    places = [
+        (n, c, p)
+        for n, row in enumerate(end.positions.tolist())
+        for c, p in enumerate(row)
+        if p >= 0
+    ]
     cells = [row for row, _, _ in places], [column for _, column, _ in places]
     rows = [end.rows[row] for row in cells[0]]
     chosen = _chosen(lm, token, rows, len(again.lengths))
@@ -75,7 +80,9 @@ def decomposed(again: Run, token: Tokens, against: Tokens | None = None) -> pd.D
     said = torch.stack([logits.values[row, logits.column(row, place)] for row, _, place in places])
     unknown = said.isnan().any(-1).tolist()
     if any(unknown):
-        raise Unsupported(f"the logits of row {rows[unknown.index(True)]} are NaN, and have no parts that add up")
+        raise Unsupported(
+            f"the logits of row {rows[unknown.index(True)]} are NaN, and have no parts that add up"
+        )
     parts = _sum(again, tail, cells, chosen, others, said)
     table = _frame(parts, [(row, place) for row, (_, _, place) in zip(rows, places, strict=True)])
     residual = float(table.loc[table["kind"] == "residual", "logit"].abs().max())
@@ -98,18 +105,27 @@ def _again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
         )
     rows = [row[:length] for row, length in zip(run.tokens.tolist(), run.lengths, strict=True)]
     sites = needed(run.lm, heads=heads, neurons=neurons)
-    return forward(run.lm, rows, *edits, capture(sites, pos=pos), logits="last" if pos == -1 else "all")
+    return forward(
+        run.lm, rows, *edits, capture(sites, pos=pos), logits="last" if pos == -1 else "all"
+    )
 
 
 def _chosen(lm: LM, token: Tokens, rows: Sequence[int], count: int) -> list[int]:
     """The token of each cell."""
     if isinstance(token, list) and len(token) != count:
-        raise BadPrompt(f"there are {len(token)} tokens for {count} rows: give one for each row, or one")
+        raise BadPrompt(
+            f"there are {len(token)} tokens for {count} rows: give one for each row, or one"
+        )
     return [lm.token(token[row] if isinstance(token, list) else token) for row in rows]
 
 
 def _sum(
-    run: Run, tail: Tail, cells: tuple[list[int], list[int]], chosen: list[int], others: list[int] | None, said: Tensor
+    run: Run,
+    tail: ModelEnd,
+    cells: tuple[list[int], list[int]],
+    chosen: list[int],
+    others: list[int] | None,
+    said: Tensor,
 ) -> list[Part]:
     """Every part of the logits, which sum to what the run said."""
     lm = run.lm
@@ -122,14 +138,22 @@ def _sum(
     outward = _rows_of_head(tail, read, chosen, others)
     along = still.back(outward) * factor
     parts = list(parts_of(Stream(lm, run, cells, along), **_splits(run)))
-    parts.append(Part("final_norm bias", "bias", None, factor * _dot(outward, still.offset.expand_as(outward))))
+    parts.append(
+        Part(
+            "final_norm bias", "bias", None, factor * _dot(outward, still.offset.expand_as(outward))
+        )
+    )
     parts.append(Part("lm_head bias", "bias", None, factor * (wanted - _dot(outward, read.given))))
     shown = _picked(read.logits, chosen, others)
     parts.append(Part("soft-cap", "cap", None, shown - factor * wanted))
     ended = _picked(said, chosen, others)
     parts.append(Part("edits of the logits", "edit", None, ended - shown))
-    total = torch.stack([part.shares.flatten(1).sum(1) if part.shares.ndim > 1 else part.shares for part in parts])
-    parts = [part for part in parts if part.kind not in ("bias", "cap", "edit") or _matters(part.shares)]
+    total = torch.stack(
+        [part.shares.flatten(1).sum(1) if part.shares.ndim > 1 else part.shares for part in parts]
+    )
+    parts = [
+        part for part in parts if part.kind not in ("bias", "cap", "edit") or _matters(part.shares)
+    ]
     return [*parts, Part("residual", "residual", None, ended - total.sum(0))]
 
 
@@ -150,10 +174,16 @@ def _picked(values: Tensor, chosen: list[int], others: list[int] | None) -> Floa
     """The value of each cell's token, less that of the other token."""
     numbers = torch.arange(len(chosen), device=values.device)
     found = values[numbers, torch.tensor(chosen, device=values.device)].double()
-    return found if others is None else found - values[numbers, torch.tensor(others, device=values.device)].double()
+    return (
+        found
+        if others is None
+        else found - values[numbers, torch.tensor(others, device=values.device)].double()
+    )
 
 
-def _rows_of_head(tail: Tail, read: Read, chosen: list[int], others: list[int] | None) -> Float[Tensor, "cell d"]:
+def _rows_of_head(
+    tail: ModelEnd, read: Read, chosen: list[int], others: list[int] | None
+) -> Float[Tensor, "cell d"]:
     """W_U[token], less that of the other token, for each cell: the gradient of what the head gives."""
     head = tail.lm.submodule(tail.lm.place(Site("lm_head")).path).forward
     with torch.enable_grad():
@@ -187,7 +217,9 @@ def _frame(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> pd.DataF
 
 
 @checks_arguments
-def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int = 10) -> pd.DataFrame:
+def logit_terms(
+    run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int = 10
+) -> pd.DataFrame:
     """A token's logit as `W @ h + b`: the `top` dimensions whose products weight x hidden are largest in size.
 
     Columns: term, dim, weight (W_U[token, dim]), hidden (h[dim], what the head reads), product, running (the sum so
@@ -216,7 +248,12 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
     products = weight * hidden
     order = products.abs().sort(descending=True, stable=True).indices[:top].tolist()
     found = [
-        {"term": f"dim {dim}", "dim": dim, **_numbers(weight[dim], hidden[dim]), "product": float(products[dim])}
+        {
+            "term": f"dim {dim}",
+            "dim": dim,
+            **_numbers(weight[dim], hidden[dim]),
+            "product": float(products[dim]),
+        }
         for dim in order
     ]
     assert end.positions is not None
@@ -226,14 +263,18 @@ def logit_terms(run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int
     with torch.no_grad():
         head = lm.submodule(lm.place(Site("lm_head")).path).forward
         bias = float(head(torch.zeros_like(read.given[:1]))[0, chosen[0]])
-    found.append({"term": "others", "product": raw - bias - sum(float(products[dim]) for dim in order)})
+    found.append(
+        {"term": "others", "product": raw - bias - sum(float(products[dim]) for dim in order)}
+    )
     found.append({"term": "bias", "product": bias})
     if abs(said - raw) > 1e-6 * max(1.0, abs(raw)):
         found.append({"term": "soft-cap, scale or edit", "product": said - raw})
     table = pd.DataFrame(found)
     table["running"] = table["product"].cumsum()
     table.loc[len(table)] = {"term": "logit", "product": said, "running": said}
-    return table.astype({"dim": "Int64"}).reindex(columns=["term", "dim", "weight", "hidden", "product", "running"])
+    return table.astype({"dim": "Int64"}).reindex(
+        columns=["term", "dim", "weight", "hidden", "product", "running"]
+    )
 
 
 def _numbers(weight: Tensor, hidden: Tensor) -> dict[str, float]:
@@ -251,7 +292,11 @@ def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
     """
     refuse_no_gradient(lm)
     head = lm.submodule(lm.place(Site("lm_head")).path)
-    width = lm.shape(Site("final_norm"))[0] if "final_norm" in lm.layout.names else lm.sizes["d_model"] or 0
+    width = (
+        lm.shape(Site("final_norm"))[0]
+        if "final_norm" in lm.layout.names
+        else lm.sizes["d_model"] or 0
+    )
     dtype = next(head.parameters()).dtype
     with torch.enable_grad():
         given = torch.zeros(1, width, device=device_of(head), dtype=dtype, requires_grad=True)

@@ -22,8 +22,8 @@ from ..models.sites import AnySite, Site, SitesLike
 from ..models.tokens import shown_ranks
 from ..runs.forward import forward
 from ..runs.run import Run
-from .model_end import Tail, tail_of
-from .readout import Numbers, chunk_of, in_cache, numbers
+from .model_end import ModelEnd, tail_of
+from .readout import Readout, chunk_of, in_cache, numbers
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -31,7 +31,9 @@ STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"
 class Translator(Protocol):
     """What a lens does to a state before the model's own end reads it: `TunedLens`, for one."""
 
-    def translated(self, site: Site, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d_model"]: ...
+    def translated(
+        self, site: Site, states: Float[Tensor, "state d_model"]
+    ) -> Float[Tensor, "state d_model"]: ...
 
 
 @checks_arguments
@@ -68,7 +70,9 @@ def logit_lens(
     29     29  ' Paris'     1
     """
     if choose not in ("layer", "anywhere"):
-        raise BadHook(f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at any layer)")
+        raise BadHook(
+            f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at any layer)"
+        )
     watched = [lm.token(token) for token in read_tokens(watch, "watch")]
     meaning = "how many tokens to show"
     whole_number(top, "top", least=0 if watched else 1, most=lm.n_tokens, meaning=meaning)
@@ -77,8 +81,14 @@ def logit_lens(
     read = tuple(site for site in wanted if site != end)
     run = forward(lm, prompts, *hooks, capture([*read, end], pos=pos, rows=rows), logits=False)
     states = States(run, (*read, end), through)
-    table = lens_of(states, hooks, as_batch(lm, prompts).rows, top, watched, anywhere=choose == "anywhere")
-    return table if end in wanted else pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
+    table = lens_of(
+        states, hooks, as_batch(lm, prompts).rows, top, watched, anywhere=choose == "anywhere"
+    )
+    return (
+        table
+        if end in wanted
+        else pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
+    )
 
 
 def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
@@ -87,7 +97,9 @@ def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
     width = lm.shape(Site("resid_post", lm.n_layers - 1))
     for site in lm.expand(sites):
         if not isinstance(site, Site) or site.name not in STREAM:
-            raise BadHook(f"a lens reads states of the residual stream, {', '.join(STREAM)}, and {site} is none")
+            raise BadHook(
+                f"a lens reads states of the residual stream, {', '.join(STREAM)}, and {site} is none"
+            )
         if lm.shape(site) != width:
             raise Unsupported(
                 f"{site} has {lm.shape(site)[0]} numbers, and the norm behind the stream takes {width[0]}"
@@ -113,7 +125,9 @@ class States:
         assert self.end.positions is not None
         return [
             (index, column, row, place)
-            for index, (row, places) in enumerate(zip(self.end.rows, self.end.positions.tolist(), strict=True))
+            for index, (row, places) in enumerate(
+                zip(self.end.rows, self.end.positions.tolist(), strict=True)
+            )
             for column, place in enumerate(places)
             if place >= 0
         ]
@@ -125,38 +139,60 @@ class States:
         for site in self.sites:
             states = self.run[site][index]
             translates = self.through is not None and site != self.sites[-1]
-            found.append(self.through.translated(site, states) if translates and self.through else states)
+            found.append(
+                self.through.translated(site, states) if translates and self.through else states
+            )
         return torch.stack([states.to(found[-1].device) for states in found], 1)
 
 
 def lens_of(
-    states: States, hooks: Sequence[Hook], rows: tuple[Row, ...], top: int, watched: Sequence[int], *, anywhere: bool
+    states: States,
+    hooks: Sequence[Hook],
+    rows: tuple[Row, ...],
+    top: int,
+    watched: Sequence[int],
+    *,
+    anywhere: bool,
 ) -> pd.DataFrame:
     """`logit_lens` of states that were captured, in a run of these rows with these hooks."""
     tail = tail_of(states.run.lm, hooks, rows)
     return _table(states.run.lm, states, tail, top, watched, anywhere=anywhere)
 
 
-def _table(lm: LM, states: States, tail: Tail, top: int, watched: Sequence[int], *, anywhere: bool) -> pd.DataFrame:
+def _table(
+    lm: LM, states: States, tail: ModelEnd, top: int, watched: Sequence[int], *, anywhere: bool
+) -> pd.DataFrame:
     places, count = states.places(), len(states.sites)
     step = max(1, chunk_of(lm.device, lm.sizes["vocab"] or 1) // count)
-    parts: list[Numbers] = []
+    parts: list[Readout] = []
     with torch.no_grad():
         for start in range(0, len(places), step):
             cells = places[start : start + step]
             each = [(row, pos) for _, _, row, pos in cells for _ in range(count)]
-            logits = tail.logits(states.of(cells).flatten(0, 1), each).float().unflatten(0, (len(cells), count))
+            logits = (
+                tail.logits(states.of(cells).flatten(0, 1), each)
+                .float()
+                .unflatten(0, (len(cells), count))
+            )
             some = in_cache(logits)
             room = some[0].new_empty(2, *some[0].shape)
-            parts += [numbers(part, lm.n_tokens, top, watched, room, anywhere=anywhere).cpu() for part in some]
+            parts += [
+                numbers(part, lm.n_tokens, top, watched, room, anywhere=anywhere).cpu()
+                for part in some
+            ]
     return _frame(lm, states.sites, [(row, pos) for _, _, row, pos in places], parts)
 
 
 def _frame(
-    lm: LM, sites: Sequence[AnySite], places: Sequence[tuple[int, int]], parts: Sequence[Numbers]
+    lm: LM, sites: Sequence[AnySite], places: Sequence[tuple[int, int]], parts: Sequence[Readout]
 ) -> pd.DataFrame:
     """The table of all chunks; a token that is both leading and watched stands once."""
-    joined = Numbers(*(torch.cat([getattr(part, name) for part in parts]) for name in Numbers.__dataclass_fields__))
+    joined = Readout(
+        *(
+            torch.cat([getattr(part, name) for part in parts])
+            for name in Readout.__dataclass_fields__
+        )
+    )
     cells, count, shown = joined.ids.shape
     flat = joined.ids.flatten().tolist()
     known = {token: repr(lm.string(token)) for token in set(flat)}

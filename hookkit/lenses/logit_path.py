@@ -32,7 +32,9 @@ def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 
     >>> path.loc[path["stage"] == "embedding", ["axes", "shape"]].values.tolist()
     [['batch pos d_model', '[1, 6, 576]']]
     """
-    there = [name for name in ("embed", "pos_embed", "final_norm", "lm_head") if name in lm.layout.names]
+    there = [
+        name for name in ("embed", "pos_embed", "final_norm", "lm_head") if name in lm.layout.names
+    ]
     stream = [Site("resid_post", layer) for layer in range(lm.n_layers)]
     run = forward(lm, prompt, *hooks, capture([*map(Site, there), *stream]))
     if len(run.lengths) != 1:
@@ -50,7 +52,12 @@ def _read(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _inside(run: Run, there: list[str], lens: pd.DataFrame, pos: int) -> Iterator[dict[str, Any]]:
-    words = {"embed": "embedding", "pos_embed": "position embedding", "final_norm": "final norm", "lm_head": "head"}
+    words = {
+        "embed": "embedding",
+        "pos_embed": "position embedding",
+        "final_norm": "final norm",
+        "lm_head": "head",
+    }
     for name in ("embed", "pos_embed"):
         if name in there:
             yield _vector(words[name], run.captured(name), pos)
@@ -67,7 +74,11 @@ def _vector(stage: str, found: Captured, pos: int) -> dict[str, Any]:
     site = found.site
     assert isinstance(site, Site)
     first = ", ".join(f"{number:.3g}" for number in vector[:4].tolist())
-    facts = {"axes": site.axes, "shape": str(list(found.values.shape)), "norm": float(vector.norm())}
+    facts = {
+        "axes": site.axes,
+        "shape": str(list(found.values.shape)),
+        "norm": float(vector.norm()),
+    }
     return {"stage": stage, "site": str(site), **facts, "content": f"{first}, …"}
 
 

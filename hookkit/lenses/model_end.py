@@ -15,16 +15,15 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hooks.base import Hook
-from ..models.batch_positions import Call, Text
+from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.overrides import Lent, without_hooks
 from ..models.padding import logits_of
 from ..models.prompts import Row, cover, pad_id
 from ..models.sites import Site
-from ..runs.manager import HookManager
-from ..runs.manager import RegisteredHook
-from ..runs.partial import Lane, Wave, passed_by
-from ..runs.taps import Tap, input_of, planned
+from ..runs.manager import HookManager, RegisteredHook
+from ..runs.partial import CellRows, SharedForward, passed_by
+from ..runs.taps import HookPoint, input_of, planned
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Ending:
     begun: frozenset[str]
     ended: frozenset[str]
 
-    def has(self, tap: Tap) -> bool:
+    def has(self, tap: HookPoint) -> bool:
         """True where this place is behind the blocks."""
         return tap.place.path in (self.begun if tap.place.side == "input" else self.ended)
 
@@ -48,7 +47,9 @@ class Ending:
 def ending(lm: LM) -> Ending:
     """How this model ends, seen in a forward of one token. `Unsupported` where its blocks are not known."""
     if not lm.n_layers or "resid_post" not in lm.layout.names:
-        raise Unsupported(f"the blocks of {type(lm.root).__name__} are not known, so nothing can be put behind them")
+        raise Unsupported(
+            f"the blocks of {type(lm.root).__name__} are not known, so nothing can be put behind them"
+        )
     if "ending" not in lm.learnt:
         lm.learnt["ending"] = _seen(lm)
     return lm.learnt["ending"]
@@ -83,7 +84,9 @@ def _seen(lm: LM) -> Ending:
                 lent.around(module, "forward", partial(other, path))
         with torch.no_grad(), manager:
             lm.model(**_inputs(lm, 1))
-    return Ending(tuple(kinds[number] for number in range(len(blocks))), frozenset(begun), frozenset(ended))
+    return Ending(
+        tuple(kinds[number] for number in range(len(blocks))), frozenset(begun), frozenset(ended)
+    )
 
 
 def _inputs(lm: LM, rows: int) -> dict[str, Any]:
@@ -116,18 +119,32 @@ def silence(lm: LM, inside: set[int], lent: Lent, acts: Callable[[], bool]) -> N
             without_hooks(module, lent, acts)
 
 
-class _Tail(Wave):
+class _StreamEnd(SharedForward):
     """A forward of what comes behind the blocks, with hooks there."""
 
     alone = True
 
-    def __init__(self, lm: LM, known: Ending, lanes: Sequence[tuple[Lane, Sequence[Tap]]], states: Tensor) -> None:
+    def __init__(
+        self,
+        lm: LM,
+        known: Ending,
+        lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
+        states: Tensor,
+    ) -> None:
         super().__init__(lm, lanes, rows=len(states), width=1)
         self.known, self.states = known, states
 
     def _register(self, lent: Lent) -> None:
-        blocks = [self.lm.submodule(self.lm.family.block.format(layer=number)) for number in range(self.lm.n_layers)]
-        silence(self.lm, {id(module) for block in blocks for module in block.modules()}, lent, self.acts_here)
+        blocks = [
+            self.lm.submodule(self.lm.family.block.format(layer=number))
+            for number in range(self.lm.n_layers)
+        ]
+        silence(
+            self.lm,
+            {id(module) for block in blocks for module in block.modules()},
+            lent,
+            self.acts_here,
+        )
         for block, kind in zip(blocks[:-1], self.known.kinds, strict=False):
             lent.around(block, "forward", passed_by(kind))
         kind = self.known.kinds[-1]
@@ -152,7 +169,7 @@ class Read:
 
 
 @dataclass(frozen=True, eq=False)
-class Tail:
+class ModelEnd:
     """What comes behind the blocks of a model, for states of these prompts, with hooks that act there.
 
     Made by `tail_of`. `taps` are the hooks' work behind the blocks, at each state's own row and position.
@@ -160,7 +177,7 @@ class Tail:
 
     lm: LM
     known: Ending
-    taps: Sequence[Tap]
+    taps: Sequence[HookPoint]
     rows: tuple[Row, ...]
 
     def logits(
@@ -173,7 +190,9 @@ class Tail:
         for pos in sorted({pos for _, pos in places}):  # hooks see a forward of one position
             numbers = [number for number, place in enumerate(places) if place[1] == pos]
             lane = self._lane([places[number][0] for number in numbers], pos)
-            logits = self._run(states[torch.tensor(numbers, device=states.device)], [(lane, self.taps)])
+            logits = self._run(
+                states[torch.tensor(numbers, device=states.device)], [(lane, self.taps)]
+            )
             found |= dict(zip(numbers, logits, strict=True))
         return torch.stack([found[number] for number in range(len(places))])
 
@@ -209,18 +228,30 @@ class Tail:
         (given, gave) = seen[-1]
         return Read(given.reshape(len(states), -1), gave.reshape(len(states), -1), logits)
 
-    def _lane(self, prompts: list[int], pos: int) -> Lane:
+    def _lane(self, prompts: list[int], pos: int) -> CellRows:
         columns: list[Any] = [range(len(row)) for row in self.rows]
         find = partial(cover, self.lm)
-        text = Text(columns, list(map(len, self.rows)), self.rows.__getitem__, find, final=True, numbers=prompts)
-        return Lane(tuple(prompts), 0, len(prompts), Call(text, 0, pos, len(prompts), 1, range(1), pos))
+        text = SequenceBatch(
+            columns,
+            list(map(len, self.rows)),
+            self.rows.__getitem__,
+            find,
+            final=True,
+            numbers=prompts,
+        )
+        return CellRows(
+            tuple(prompts),
+            0,
+            len(prompts),
+            ForwardPass(text, 0, pos, len(prompts), 1, range(1), pos),
+        )
 
-    def _run(self, states: Tensor, lanes: Sequence[tuple[Lane, Sequence[Tap]]]) -> Tensor:
-        with _Tail(self.lm, self.known, lanes, states):
+    def _run(self, states: Tensor, lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]]) -> Tensor:
+        with _StreamEnd(self.lm, self.known, lanes, states):
             return logits_of(self.lm.model(**_inputs(self.lm, len(states))))[:, 0]
 
 
-def tail_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> Tail:
+def tail_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelEnd:
     """What comes behind the model's blocks, with those of the hooks that act there. `Unsupported` where an edit of an
     outer block acts there, whose rows and positions would not be known."""
     known = ending(lm)
@@ -229,15 +260,21 @@ def tail_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> Tail:
     taps = [tap for tap in planned(lm, list(hooks), manager.reference) if known.has(tap)]
     for tap in taps:
         tap.actions = [action for action in tap.actions if action.change is not None]
-    return Tail(lm, known, [tap for tap in taps if tap.actions], rows)
+    return ModelEnd(lm, known, [tap for tap in taps if tap.actions], rows)
 
 
 def _refuse_outer(lm: LM, known: Ending) -> None:
     for path in known.ended:
         module = lm.submodule(path)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            tap = next((each for each in getattr(hook, "args", ()) if isinstance(each, Tap)), None)
-            edit = next((action.hook for action in tap.actions if action.change is not None), None) if tap else None
+            tap = next(
+                (each for each in getattr(hook, "args", ()) if isinstance(each, HookPoint)), None
+            )
+            edit = (
+                next((action.hook for action in tap.actions if action.change is not None), None)
+                if tap
+                else None
+            )
             ours = isinstance(hook, RegisteredHook) and hook.manager.acts_here()
             if ours and tap is not None and edit is not None and known.has(tap):
                 raise Unsupported(

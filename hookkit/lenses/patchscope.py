@@ -55,15 +55,22 @@ def patchscope(
             "the state of one position of one prompt"
         )
     place = -1 if target_pos is None else target_pos
-    put = [Site(site.name, site.layer if target_layer is None else target_layer, site.head) for site in wanted]
+    put = [
+        Site(site.name, site.layer if target_layer is None else target_layer, site.head)
+        for site in wanted
+    ]
     edits = [
         ablate(there, to=source[site][0, 0], pos=place, rows=[row])
         for row, (site, there) in enumerate(zip(wanted, put, strict=True))
     ]
     goal = as_batch(lm, target).rows
     if len(goal) != 1:
-        raise BadPrompt(f"{len(goal)} target prompts were given: a patchscope puts every state into the same one")
-    run = generate(lm, list(goal) * len(wanted), *edits, max_new_tokens=max_new_tokens, do_sample=False)
+        raise BadPrompt(
+            f"{len(goal)} target prompts were given: a patchscope puts every state into the same one"
+        )
+    run = generate(
+        lm, list(goal) * len(wanted), *edits, max_new_tokens=max_new_tokens, do_sample=False
+    )
     table = ranks(run, step=0, top=1)
     table = table.drop_duplicates("row")
     return pd.DataFrame(

@@ -12,7 +12,10 @@ from ..models.tokens import NO_RANK, rank_among
 
 CHUNK = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}  # bytes of logits that are computed at a time
 BLOCK = 256  # tokens of which the largest is found first
-CACHED = {"cpu": 6 * 2**20, "cuda": 1024 * 2**20}  # and that are read at a time: what stays in a cache between passes
+CACHED = {
+    "cpu": 6 * 2**20,
+    "cuda": 1024 * 2**20,
+}  # and that are read at a time: what stays in a cache between passes
 
 
 def chunk_of(device: torch.device, vocab: int) -> int:
@@ -20,14 +23,16 @@ def chunk_of(device: torch.device, vocab: int) -> int:
     return max(1, CHUNK.get(device.type, CHUNK["cuda"]) // (4 * vocab))
 
 
-def in_cache(logits: Float[Tensor, "cell state vocab"]) -> Sequence[Float[Tensor, "some state vocab"]]:
+def in_cache(
+    logits: Float[Tensor, "cell state vocab"],
+) -> Sequence[Float[Tensor, "some state vocab"]]:
     """The same logits, of some cells at a time."""
     bytes_of_cell = 4 * logits[0].numel()
     return logits.split(max(1, CACHED.get(logits.device.type, CACHED["cuda"]) // bytes_of_cell))
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers:
+class Readout:
     """The numbers of some cells, each with its states in order: the last one is the end that `kl` is measured to.
 
     ids       [cell, state, token]  the tokens that are shown; their logits, logprobs and ranks likewise
@@ -42,8 +47,8 @@ class Numbers:
     entropy: Float[Tensor, "cell state"]
     kl: Float[Tensor, "cell state"]
 
-    def cpu(self) -> "Numbers":
-        return Numbers(*(getattr(self, name).cpu() for name in self.__dataclass_fields__))
+    def cpu(self) -> "Readout":
+        return Readout(*(getattr(self, name).cpu() for name in self.__dataclass_fields__))
 
 
 def numbers(
@@ -54,7 +59,7 @@ def numbers(
     room: Float[Tensor, "2 most_cells state vocab"],
     *,
     anywhere: bool,
-) -> Numbers:
+) -> Readout:
     """The numbers of a chunk of logits. `room` is written over: memory that is fetched anew each time is slow.
 
     Shown are the first `top` tokens of each state or, with `anywhere`, the same tokens at every state of a cell: those
@@ -72,9 +77,11 @@ def numbers(
     if watched:
         others = torch.tensor(list(watched), device=logits.device).expand(*logits.shape[:2], -1)
         values, places = _of(shown, others)
-        ids, leading, ranks = (torch.cat(pair, -1) for pair in ((ids, others), (leading, values), (ranks, places)))
+        ids, leading, ranks = (
+            torch.cat(pair, -1) for pair in ((ids, others), (leading, values), (ranks, places))
+        )
     log_total, entropy, kl = _sums(logits, most, room[:, : len(logits)])
-    return Numbers(ids, leading, leading - log_total[..., None], ranks, entropy, kl)
+    return Readout(ids, leading, leading - log_total[..., None], ranks, entropy, kl)
 
 
 def _of(shown: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +115,9 @@ def largest(values: Float[Tensor, "cell state token"], top: int) -> tuple[Tensor
     chosen = cut.amax(-1).topk(top, dim=-1).indices
     inside = cut.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).flatten(-2)
     ids = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(-2)
-    rest = torch.arange(blocks * BLOCK, values.shape[-1], device=values.device).expand(*ids.shape[:-1], -1)
+    rest = torch.arange(blocks * BLOCK, values.shape[-1], device=values.device).expand(
+        *ids.shape[:-1], -1
+    )
     found, places = torch.cat([inside, values[..., blocks * BLOCK :]], -1).topk(top, dim=-1)
     return found, torch.cat([ids, rest], -1).gather(-1, places)
 
@@ -126,7 +135,9 @@ def _sums(
     below, weights = torch.sub(logits, most, out=room[0]), room[1]
     total = torch.exp(below, out=weights).sum(-1)
     end = weights[:, -1:].clone()
-    if not below.amin().isfinite():  # banned tokens: their weight is 0, and 0 times -inf is no number
+    if (
+        not below.amin().isfinite()
+    ):  # banned tokens: their weight is 0, and 0 times -inf is no number
         below.nan_to_num_(nan=math.nan, neginf=0.0)
     mean = weights.mul_(below).sum(-1) / total
     crossed = below.mul_(end).sum(-1) / total[:, -1:]

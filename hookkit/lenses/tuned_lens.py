@@ -23,10 +23,15 @@ from ..models.sites import Site, SitesLike
 from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from .logit_lens import stream_sites
-from .model_end import Tail, tail_of
+from .model_end import ModelEnd, tail_of
 
 BATCH = 8  # windows that run together
-RIDGE = (1e-3, 1e-2, 1e-1, 1.0)  # of the states' mean square; each layer takes the one that does best on held-out text
+RIDGE = (
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # of the states' mean square; each layer takes the one that does best on held-out text
 HELD_OUT = 0.1  # of the windows
 JUDGED = 10  # steps from one look at held-out text to the next
 
@@ -45,10 +50,14 @@ class TunedLens:
     history: pd.DataFrame
     about: Mapping[str, object] = field(default_factory=dict)
 
-    def translated(self, site: Site, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d_model"]:
+    def translated(
+        self, site: Site, states: Float[Tensor, "state d_model"]
+    ) -> Float[Tensor, "state d_model"]:
         """The states as the final norm is to read them."""
         if str(site) not in self.change:
-            raise BadHook(f"this tuned lens was not trained at {site}: it has {', '.join(self.change)}")
+            raise BadHook(
+                f"this tuned lens was not trained at {site}: it has {', '.join(self.change)}"
+            )
         change = self.change[str(site)].to(states)
         return states + states @ change + self.offset[str(site)].to(states)
 
@@ -58,7 +67,10 @@ class TunedLens:
 
         tensors = {f"change/{site}": tensor for site, tensor in self.change.items()}
         tensors |= {f"offset/{site}": tensor for site, tensor in self.offset.items()}
-        about = {"about": json.dumps(dict(self.about)), "history": self.history.to_json(orient="records")}
+        about = {
+            "about": json.dumps(dict(self.about)),
+            "history": self.history.to_json(orient="records"),
+        }
         return save_tensors(tensors, path, about=about)
 
 
@@ -75,35 +87,57 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
     if "history" not in words or "about" not in words:
         raise BadHook(f"{os.fspath(path)!r} is no tuned lens: it was not written by TunedLens.save")
     name = f"the tuned lens in {os.fspath(path)!r}"
-    about = strings_of(json_of(words["about"], name, finite=False), ("weights_sha256", "model"), name)
+    about = strings_of(
+        json_of(words["about"], name, finite=False), ("weights_sha256", "model"), name
+    )
     if "weights_sha256" not in about:
-        raise BadFile(f"{name} does not say which model it is for: give a file that TunedLens.save wrote")
+        raise BadFile(
+            f"{name} does not say which model it is for: give a file that TunedLens.save wrote"
+        )
     if lm is not None and about["weights_sha256"] != weights_hash(lm):
         model = about.get("model")
-        raise BadHook(f"the lens in {path} was trained on {model!r}, whose weights are not those of {lm.name!r}")
+        raise BadHook(
+            f"the lens in {path} was trained on {model!r}, whose weights are not those of {lm.name!r}"
+        )
     parts = [
-        {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        {
+            name.partition("/")[2]: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(kind)
+        }
         for kind in ("change/", "offset/")
     ]
     history = _history(json_of(words["history"], name), name)
     _check_shapes(list(history["site"]), parts[0], parts[1], name)
     order = {site: number for number, site in enumerate(history["site"])}
-    change, offset = ({site: part[site] for site in sorted(part, key=order.__getitem__)} for part in parts)
+    change, offset = (
+        {site: part[site] for site in sorted(part, key=order.__getitem__)} for part in parts
+    )
     return TunedLens(change, offset, history, about)
 
 
 def _history(rows: Any, name: str) -> pd.DataFrame:
     """The table of a lens's training, as it was."""
     columns = ["site", "layer", "kl_before", "kl_after"]
-    if not isinstance(rows, list) or not rows or any(not isinstance(row, dict) or list(row) != columns for row in rows):
-        raise BadFile(f"{name} has a history of other columns than {', '.join(columns)}: it was changed")
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or any(not isinstance(row, dict) or list(row) != columns for row in rows)
+    ):
+        raise BadFile(
+            f"{name} has a history of other columns than {', '.join(columns)}: it was changed"
+        )
     return pd.DataFrame(rows, columns=columns)
 
 
-def _check_shapes(sites: list[Any], change: Mapping[str, Tensor], offset: Mapping[str, Tensor], name: str) -> None:
+def _check_shapes(
+    sites: list[Any], change: Mapping[str, Tensor], offset: Mapping[str, Tensor], name: str
+) -> None:
     """Raise `BadFile` where the tensors are not an affine translator for each of these sites."""
     if not set(sites) == set(change) == set(offset):
-        raise BadFile(f"{name} has translators of other sites than its history names: it was changed")
+        raise BadFile(
+            f"{name} has translators of other sites than its history names: it was changed"
+        )
     widths = {tuple(tensor.shape) for tensor in offset.values()}
     width = next(iter(widths))
     square = {tuple(tensor.shape) for tensor in change.values()}
@@ -148,7 +182,9 @@ def train_lens(
     held = max(1, int(len(windows) * HELD_OUT))
     train, test = windows[:-held], windows[-held:]
     draws = torch.Generator().manual_seed(seed)
-    with tqdm(total=-(-len(train) // BATCH) + steps, disable=_silent(progress), desc="tuned lens") as bar:
+    with tqdm(
+        total=-(-len(train) // BATCH) + steps, disable=_silent(progress), desc="tuned lens"
+    ) as bar:
         trainer = _Trainer(lm, (*wanted, end), tail_of(lm, (), ()), bar)
         trainer.look(test, 4 * states, draws)
         before = trainer.kept.kl
@@ -157,10 +193,17 @@ def train_lens(
     names = [str(site) for site in wanted]
     history = pd.DataFrame({"site": names, "layer": [site.layer for site in wanted]})
     history = history.assign(kl_before=before.tolist(), kl_after=trainer.kept.kl.tolist())
-    about = {**about_model(lm), "weights_sha256": weights_hash(lm), "windows": len(train), "window": window}
+    about = {
+        **about_model(lm),
+        "weights_sha256": weights_hash(lm),
+        "windows": len(train),
+        "window": window,
+    }
     about |= {"steps": steps, "states": states, "lr": lr, "seed": seed}
     change, offset = trainer.kept.change, trainer.kept.offset
-    return TunedLens(dict(zip(names, change, strict=True)), dict(zip(names, offset, strict=True)), history, about)
+    return TunedLens(
+        dict(zip(names, change, strict=True)), dict(zip(names, offset, strict=True)), history, about
+    )
 
 
 def _silent(progress: bool | None) -> bool | None:
@@ -169,10 +212,14 @@ def _silent(progress: bool | None) -> bool | None:
 
 def _windows(lm: LM, texts: Prompts, window: int) -> list[list[int]]:
     rows = as_long_rows(lm, texts)
-    found = [list(row[start : start + window]) for row in rows for start in range(0, len(row), window)]
+    found = [
+        list(row[start : start + window]) for row in rows for start in range(0, len(row), window)
+    ]
     found = [row for row in found if len(row) > 1]
     if len(found) < 2:
-        raise BadPrompt(f"the texts make {len(found)} windows of {window} tokens: give more text, a tenth is held out")
+        raise BadPrompt(
+            f"the texts make {len(found)} windows of {window} tokens: give more text, a tenth is held out"
+        )
     return found
 
 
@@ -213,7 +260,7 @@ class _Trainer:
 
     lm: LM
     sites: tuple[Site, ...]
-    tail: Tail
+    tail: ModelEnd
     bar: Any
     test: Tensor = field(init=False)  # [site, state, d_model], held out
     kept: _Best = field(init=False)
@@ -239,7 +286,12 @@ class _Trainer:
         with torch.no_grad():
             wanted = self._logprobs(self.test[-1])
             each = zip(self.test[:-1], change, offset, strict=True)
-            return torch.stack([self._kl(states + states @ one + other, wanted).mean() for states, one, other in each])
+            return torch.stack(
+                [
+                    self._kl(states + states @ one + other, wanted).mean()
+                    for states, one, other in each
+                ]
+            )
 
     def _logprobs(self, states: Tensor) -> Tensor:
         dtype = getattr(self.lm.root, "dtype", torch.float32)
@@ -256,7 +308,9 @@ class _Trainer:
         cross = torch.zeros(sites, width + 1, width, dtype=torch.float64)
         for batch in _batches(windows):
             states = self.states(batch).cpu()
-            weight = states[-1].square().mean(-1).rsqrt()[:, None]  # as the final norm will scale them
+            weight = (
+                states[-1].square().mean(-1).rsqrt()[:, None]
+            )  # as the final norm will scale them
             for number in range(sites):
                 given = torch.nn.functional.pad(states[number], (0, 1), value=1.0) * weight
                 square[number] += (given.T @ given).double()
@@ -267,14 +321,25 @@ class _Trainer:
             strength = torch.diag_embed((ridge * mean)[:, None].expand(-1, width + 1))
             strength[:, -1, -1] = 0  # the offset is free
             pairs = zip(square + strength, cross, strict=True)
-            solved = [torch.cholesky_solve(right, torch.linalg.cholesky(left)) for left, right in pairs]
+            solved = [
+                torch.cholesky_solve(right, torch.linalg.cholesky(left)) for left, right in pairs
+            ]
             found = torch.stack(solved).float().to(self.test.device)
             change, offset = found[:, :-1], found[:, -1]
             self.kept.offer(change, offset, self.judged(change, offset))
 
-    def descend(self, windows: Sequence[list[int]], steps: int, count: int, lr: float, draws: torch.Generator) -> None:
+    def descend(
+        self,
+        windows: Sequence[list[int]],
+        steps: int,
+        count: int,
+        lr: float,
+        draws: torch.Generator,
+    ) -> None:
         """Lower the KL by gradient descent, from what is best so far."""
-        size = self.test[:-1].square().mean((1, 2)).sqrt()[:, None]  # of a state's numbers: an offset is counted in it
+        size = (
+            self.test[:-1].square().mean((1, 2)).sqrt()[:, None]
+        )  # of a state's numbers: an offset is counted in it
         change = self.kept.change.clone().requires_grad_()
         shift = (self.kept.offset / size).requires_grad_()
         optimizer = torch.optim.Adam([change, shift], lr=lr)

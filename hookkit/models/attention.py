@@ -113,7 +113,9 @@ def _forget(module: nn.Module, say: Say) -> None:
         _LISTENING.tellings.pop(module, None)
 
 
-def _listening(module: nn.Module, style: Style, telling: _Telling, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def _listening(
+    module: nn.Module, style: Style, telling: _Telling, dtype: torch.dtype
+) -> AbstractContextManager[Any]:
     if telling.wants("router"):
         return _Router(telling.say)
     if style == "own":
@@ -124,7 +126,10 @@ def _listening(module: nn.Module, style: Style, telling: _Telling, dtype: torch.
 
 def _dtype_of(given: tuple[Any, ...]) -> torch.dtype:
     """The dtype that a module was given numbers in, in which its masks are made too."""
-    return next((each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()), torch.float32)
+    return next(
+        (each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()),
+        torch.float32,
+    )
 
 
 class _Unchanged(Exception):
@@ -165,7 +170,9 @@ class _Arithmetic(Mode):
     computation behind a pattern that nobody changed.
     """
 
-    def __init__(self, say: Say, dtype: torch.dtype, keys: int | None = None, *, stop: bool = False) -> None:
+    def __init__(
+        self, say: Say, dtype: torch.dtype, keys: int | None = None, *, stop: bool = False
+    ) -> None:
         super().__init__()
         self.say, self.dtype, self.keys, self.stop, self.done = say, dtype, keys, stop, False
         self.changed = False
@@ -183,7 +190,9 @@ class _Arithmetic(Mode):
 
     def _softmax(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         scores, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
-        keys = scores.shape[-1] if self.keys is None else self.keys  # behind the keys may stand a sink
+        keys = (
+            scores.shape[-1] if self.keys is None else self.keys
+        )  # behind the keys may stand a sink
         pattern = func(self._told("scores", scores, keys), *rest, **kwargs)
         pattern = self._told("pattern", pattern, keys)
         if self.stop and not self.changed:
@@ -197,7 +206,9 @@ class _Arithmetic(Mode):
         if name == "scores" and new is not shown:
             new = torch.where(hidden(shown), part, new)  # what the mask hid is hidden still
         if new is shown or (torch.equal(new, part) and not new.requires_grad):
-            return found  # a capture with gradients has to be on their path, so it counts as a change
+            return (
+                found  # a capture with gradients has to be on their path, so it counts as a change
+            )
         self.changed = True
         return new if keys == found.shape[-1] else torch.cat([new, found[..., keys:]], dim=-1)
 
@@ -213,7 +224,9 @@ class _Arithmetic(Mode):
         **_: Any,
     ) -> Tensor:
         """What torch's fused attention computes, in steps."""
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = (
+            query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        )
         mask = _causal(scores) if is_causal else attn_mask
         if mask is not None:
             scores = scores + (_as_added(mask, scores.dtype) if mask.dtype == torch.bool else mask)
@@ -221,7 +234,9 @@ class _Arithmetic(Mode):
         return nn.functional.dropout(pattern, dropout_p) @ value
 
 
-def squares(query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any) -> dict[str, Tensor]:
+def squares(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
+) -> dict[str, Tensor]:
     """The scores and the pattern of a call of torch's fused attention."""
     told: dict[str, Tensor] = {}
     arithmetic = _Arithmetic(lambda name, found: told.setdefault(name, found), query.dtype)
@@ -281,7 +296,12 @@ def _listened_kind(kind: type[Any]) -> type[Any]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """A module's attention, which says what it has inside. What transformers' interface calls.
 
@@ -295,13 +315,19 @@ def _attention(
         kind = module.config.__dict__["_attn_implementation_internal"]  # pyright: ignore
         function: Any = ALL_ATTENTION_FUNCTIONS.get(kind, _own_attention(module))
         return function(module, query, key, value, attention_mask, **settings)
-    query, key, value = telling.say("query", query), telling.say("key", key), telling.say("value", value)
+    query, key, value = (
+        telling.say("query", query),
+        telling.say("key", key),
+        telling.say("value", value),
+    )
     own = _own_attention(module)
     fused: Any = ALL_ATTENTION_FUNCTIONS.get(telling.kind, own)  # get_interface is not in 5.0
     if not telling.wants("scores", "pattern"):
         return fused(module, query, key, value, attention_mask, **settings)
     mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
-    compare = telling.kind not in telling.verified and not module.training and fused is not own  # dropout draws anew
+    compare = (
+        telling.kind not in telling.verified and not module.training and fused is not own
+    )  # dropout draws anew
     if not compare and fused is not own:
         with suppress(_Unchanged), _Arithmetic(telling.say, query.dtype, key.shape[2], stop=True):
             return own(module, query, key, value, mask, **settings)
@@ -311,17 +337,29 @@ def _attention(
     if not compare:
         return written_out
     with torch.no_grad():
-        plain = own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
+        plain = (
+            own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
+        )
         used = fused(module, query, key, value, attention_mask, **settings)
         _check_same(module, telling.kind, plain[0], used[0], mask)
     telling.verified.add(telling.kind)
-    return written_out if arithmetic.changed else fused(module, query, key, value, attention_mask, **settings)
+    return (
+        written_out
+        if arithmetic.changed
+        else fused(module, query, key, value, attention_mask, **settings)
+    )
 
 
-def _check_same(module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: Tensor | None) -> None:
+def _check_same(
+    module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: Tensor | None
+) -> None:
     """Raise if the attention in use computes something else than the steps that were told of (sdpa has no soft-cap)."""
-    difference = (own.detach().float() - fused.detach().float().reshape(own.shape)).abs().amax((-2, -1))
-    if mask is not None:  # what a query of the padding gives, which sees nothing, is nobody's concern
+    difference = (
+        (own.detach().float() - fused.detach().float().reshape(own.shape)).abs().amax((-2, -1))
+    )
+    if (
+        mask is not None
+    ):  # what a query of the padding gives, which sees nothing, is nobody's concern
         blind = hidden(mask).all(-1)  # [query], or [batch, head, query]
         blind = blind.all(1) if blind.ndim == 3 else blind
         difference = difference.masked_fill(blind.expand_as(difference), 0)
@@ -354,11 +392,19 @@ def _additive(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tens
     """
     queries, keys = query.shape[2], key.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
-        raise Unsupported(f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with sdpa")
+        raise Unsupported(
+            f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with sdpa"
+        )
     if mask is None:
-        return None if queries == 1 else _causal(query.new_empty(queries, keys))[None, None]  # 5.0 cuts four axes
+        return (
+            None if queries == 1 else _causal(query.new_empty(queries, keys))[None, None]
+        )  # 5.0 cuts four axes
     if mask.ndim == 4:
-        return _as_added(mask[..., :keys], query.dtype) if mask.dtype == torch.bool else mask[..., :keys]
+        return (
+            _as_added(mask[..., :keys], query.dtype)
+            if mask.dtype == torch.bool
+            else mask[..., :keys]
+        )
     places = torch.arange(keys - queries, keys, device=query.device)[:, None]
     columns = torch.arange(keys, device=query.device)
     seen = (columns <= places) & mask[:, None, None, :keys].bool()
@@ -374,4 +420,6 @@ def _causal(scores: Tensor) -> Tensor:
 
 def _as_added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask that is true for what is seen, as one that is added."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, torch.finfo(dtype).min
+    )

@@ -34,7 +34,10 @@ def stored() -> pd.DataFrame:
 
 def places() -> pd.DataFrame:
     """The folders in which models are kept. Columns: of (what), path, set_by (the variable that says another)."""
-    rows = [[DEFAULT, str(cache_folder()), "HOOKKIT_CACHE"], ["the Hub", str(_hub_folder()), "HF_HOME, HF_HUB_CACHE"]]
+    rows = [
+        [DEFAULT, str(cache_folder()), "HOOKKIT_CACHE"],
+        ["the Hub", str(_hub_folder()), "HF_HOME, HF_HUB_CACHE"],
+    ]
     return pd.DataFrame(rows, columns=["of", "path", "set_by"])
 
 
@@ -48,7 +51,9 @@ def fetch(name: str | None = None, revision: str | None = None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        files = [each.rfilename for each in HfApi().model_info(name, revision=revision).siblings or []]
+        files = [
+            each.rfilename for each in HfApi().model_info(name, revision=revision).siblings or []
+        ]
         kind = "*.safetensors" if any(each.endswith(".safetensors") for each in files) else None
         ignored = [each for each in WEIGHTS if kind is not None and each != kind]
         ignored += ["*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin"]
@@ -68,18 +73,26 @@ def remove(name: str, revision: str | None = None) -> float:
     if not wanted:
         known = [DEFAULT, *(repo.repo_id for repo in _hub())]
         said = f" of revision {revision!r}" if found else ""
-        raise ModelNotFound(f"no model {name!r}{said} is kept on this machine{did_you_mean(name, known)}")
+        raise ModelNotFound(
+            f"no model {name!r}{said} is kept on this machine{did_you_mean(name, known)}"
+        )
     plan = _hub_info().delete_revisions(*wanted)
     plan.execute()
     left = {each.commit_hash for repo in _hub() for each in repo.revisions} & {*wanted}
     if left:  # the Hub's client logs that, and goes on
-        raise BadFile(f"{name} cannot be removed from {_hub_folder()}: allow it, or remove the folder yourself")
+        raise BadFile(
+            f"{name} cannot be removed from {_hub_folder()}: allow it, or remove the folder yourself"
+        )
     return round(plan.expected_freed_size / 1e6, 1)
 
 
 def _defaults() -> list[Path]:
     folder = cache_folder()
-    return sorted(path for path in folder.glob(f"{DEFAULT}-*") if path.is_dir()) if folder.is_dir() else []
+    return (
+        sorted(path for path in folder.glob(f"{DEFAULT}-*") if path.is_dir())
+        if folder.is_dir()
+        else []
+    )
 
 
 def _default_row(folder: Path) -> list[Any]:
@@ -93,7 +106,9 @@ def _default_row(folder: Path) -> list[Any]:
 def _remove_default() -> float:
     found = _defaults()
     if not found:
-        raise ModelNotFound(f"the default model, {DEFAULT} of the package {PACKAGE}, is not kept on this machine")
+        raise ModelNotFound(
+            f"the default model, {DEFAULT} of the package {PACKAGE}, is not kept on this machine"
+        )
     freed = sum(float(_default_row(folder)[2]) for folder in found)
     for folder in found:
         try:
@@ -119,4 +134,7 @@ def _hub() -> list[Any]:
     """The models in the Hub's cache; none where there is no such folder yet."""
     if not _hub_folder().is_dir():
         return []
-    return sorted((repo for repo in _hub_info().repos if repo.repo_type == "model"), key=lambda repo: repo.repo_id)
+    return sorted(
+        (repo for repo in _hub_info().repos if repo.repo_type == "model"),
+        key=lambda repo: repo.repo_id,
+    )

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from ..arguments import checks_arguments
 from ..errors import BadHook, UnknownSite, did_you_mean
-from .families.schema import Family, Place
+from .families.schema import Family, ModuleLocation
 from .families.table import FAMILIES
 from .layout import Layout
 from .lm import LM
@@ -32,7 +32,7 @@ WORDS = (
     "quarter",
 )
 
-PlaceLike: TypeAlias = Place | tuple[Place, ...]
+PlaceLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]
 
 
 @checks_arguments
@@ -48,17 +48,19 @@ def place(
     times: str = "",
     over: str = "",
     layers: tuple[int, ...] = (),
-) -> Place:
+) -> ModuleLocation:
     """Where a site is, for `hk.family`: a module, one of its sides, and the part of its tensor.
 
     A path that begins with a dot is counted from the block, "." being the block itself. The other words are those of
-    `Place`. `BadHook` for a side, an item or a cut that no place has.
+    `ModuleLocation`. `BadHook` for a side, an item or a cut that no place has.
 
     >>> place(".self_attn.q_proj", cut="head d_head").path
     '.self_attn.q_proj'
     """
     if side not in SIDES:
-        raise BadHook(f"side={side!r}: a place is at side='input', 'output' or 'inside' of its module")
+        raise BadHook(
+            f"side={side!r}: a place is at side='input', 'output' or 'inside' of its module"
+        )
     if side == "inside" and item not in INSIDE:
         raise BadHook(f"item={item!r} inside a module: name one of {', '.join(INSIDE)}")
     for word in cut.replace("|", " ").replace(":", " ").split():
@@ -69,7 +71,7 @@ def place(
     parts = cut.rpartition(":")[2].count("|") + 1
     if not 0 <= part < parts:
         raise BadHook(f"part={part} was asked for, and cut={cut!r} has {parts}: 0 to {parts - 1}")
-    return Place(path, side, item, cut, part, shared, flat, times, over, layers)
+    return ModuleLocation(path, side, item, cut, part, shared, flat, times, over, layers)
 
 
 @checks_arguments
@@ -103,7 +105,9 @@ def family(
             f"block={block!r} does not say where the number stands: write for example 'model.layers.{{layer}}'"
         )
     if attention not in (None, "interface", "own"):
-        raise BadHook(f"attention={attention!r}: it is reached through transformers' 'interface', or in its 'own' code")
+        raise BadHook(
+            f"attention={attention!r}: it is reached through transformers' 'interface', or in its 'own' code"
+        )
     kept = {site: at for site, at in begun.places.items() if site not in gone} | given
     row = Family(
         name,
@@ -122,7 +126,7 @@ def family(
 def _row(like: str | Family | LM | None) -> Family:
     """The row to begin with."""
     if like is None:
-        return Family("", {"logits": Place("", item="logits")})
+        return Family("", {"logits": ModuleLocation("", item="logits")})
     if isinstance(like, LM):
         return like.family
     if isinstance(like, Family):
@@ -136,18 +140,30 @@ def _row(like: str | Family | LM | None) -> Family:
     row = FAMILIES[like]
     if isinstance(row, Family):
         return row
-    raise BadHook(f"the row of {like!r} depends on the configuration: give a model of it, like=hk.LM(model)")
+    raise BadHook(
+        f"the row of {like!r} depends on the configuration: give a model of it, like=hk.LM(model)"
+    )
 
 
 def _check_sites(given: Mapping[str, Any], gone: Mapping[str, str]) -> None:
     for site in (*given, *gone):
         if site not in AXES:
-            raise UnknownSite(f"there is no site {site!r}{did_you_mean(site, AXES)} The sites are: {', '.join(AXES)}.")
+            raise UnknownSite(
+                f"there is no site {site!r}{did_you_mean(site, AXES)} The sites are: {', '.join(AXES)}."
+            )
     for site, at in given.items():
         if site in gone:
             raise BadHook(f"{site!r} is given a place and said to be missing: say one of them")
-        if not all(isinstance(each, Place) for each in (at if isinstance(at, tuple) else (at,))) or at == ():
-            raise BadHook(f"the place of {site!r} is {at!r}: make one with hk.place(path, side=…), or a tuple of them")
+        if (
+            not all(
+                isinstance(each, ModuleLocation)
+                for each in (at if isinstance(at, tuple) else (at,))
+            )
+            or at == ()
+        ):
+            raise BadHook(
+                f"the place of {site!r} is {at!r}: make one with hk.place(path, side=…), or a tuple of them"
+            )
     for site, why in gone.items():
         if not isinstance(why, str) or not why:
             raise BadHook(f"the reason why {site!r} is missing is {why!r}: give a sentence")
@@ -156,7 +172,9 @@ def _check_sites(given: Mapping[str, Any], gone: Mapping[str, str]) -> None:
 def _corrected(begun: Family, sizes: Mapping[str, int]) -> Any:
     for word, size in sizes.items():
         if word not in WORDS or isinstance(size, bool) or not isinstance(size, int):
-            raise BadHook(f"sizes={{{word!r}: {size!r}}}: give whole numbers for {', '.join(WORDS)}")
+            raise BadHook(
+                f"sizes={{{word!r}: {size!r}}}: give whole numbers for {', '.join(WORDS)}"
+            )
     return lambda config, layer: {**begun.sizes(config, layer), **sizes}
 
 
@@ -166,4 +184,6 @@ def _check_paths(lm: LM, row: Family, given: Mapping[str, PlaceLike]) -> None:
     for site in given:
         if layout.layers(site) == []:
             layout.submodule(row.at(site, 0)[0].path)  # raises, with the paths that are near
-            raise UnknownSite(f"no block of the model has the module that {site!r} is said to be at")
+            raise UnknownSite(
+                f"no block of the model has the module that {site!r} is said to be at"
+            )

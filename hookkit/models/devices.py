@@ -38,7 +38,9 @@ def device_of(module: nn.Module) -> torch.device:
     if found is None:
         found = next((weight.device for weight in module.parameters()), torch.device("cpu"))
     inside = map(execution_device, module.modules()) if found.type == "meta" else ()
-    return next((device for device in inside if device is not None), found)  # adapters keep a module in their own
+    return next(
+        (device for device in inside if device is not None), found
+    )  # adapters keep a module in their own
 
 
 def _aligning(module: nn.Module) -> Iterator[Any]:
@@ -51,12 +53,17 @@ def _kept(root: nn.Module) -> dict[str, Kept]:
     found: dict[str, Kept] = {}
     for path, module in root.named_modules():
         for hook in _aligning(module):
-            weights = getattr(hook, "weights_map", None) if getattr(hook, "offload", False) else None
+            weights = (
+                getattr(hook, "weights_map", None) if getattr(hook, "offload", False) else None
+            )
             if weights is None:
                 continue
             whole = bool(getattr(hook, "place_submodules", False))
             parameters = module.named_parameters(recurse=whole, remove_duplicate=False)
-            for name, weight in (*parameters, *module.named_buffers(recurse=whole, remove_duplicate=False)):
+            for name, weight in (
+                *parameters,
+                *module.named_buffers(recurse=whole, remove_duplicate=False),
+            ):
                 if weight.is_meta:
                     found[f"{path}.{name}" if path else name] = (weights, name)
     return found
@@ -94,7 +101,9 @@ def places_of(root: nn.Module) -> dict[str, str]:
 
 
 def _where(weights: Any, name: str) -> str:
-    while hasattr(weights, "prefix") and hasattr(weights, "dataset"):  # accelerate's view of the names of one module
+    while hasattr(weights, "prefix") and hasattr(
+        weights, "dataset"
+    ):  # accelerate's view of the names of one module
         weights, name = weights.dataset, f"{weights.prefix}{name}"
     if not hasattr(weights, "index"):
         return str(weights[name].device)
@@ -118,7 +127,9 @@ def told(each: Iterable[tuple[int, str]]) -> str:
         return pairs[0][1]
     runs = [[number for number, _ in run] for _, run in groupby(pairs, key=lambda pair: pair[1])]
     at = dict(pairs)
-    return ", ".join(f"{at[run[0]]} in {run[0]}{f'-{run[-1]}' if len(run) > 1 else ''}" for run in runs)
+    return ", ".join(
+        f"{at[run[0]]} in {run[0]}{f'-{run[-1]}' if len(run) > 1 else ''}" for run in runs
+    )
 
 
 def count(root: nn.Module) -> int:
@@ -137,10 +148,14 @@ def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folde
         _check_device(device)
         for word, value in (("max_memory", max_memory), ("offload_folder", offload_folder)):
             if value is not None:
-                raise BadHook(f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes where")
+                raise BadHook(
+                    f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes where"
+                )
         return
     if device is not None:
-        raise BadHook(f"device={device!r} and device_map={device_map!r} were both given: say one of them")
+        raise BadHook(
+            f"device={device!r} and device_map={device_map!r} were both given: say one of them"
+        )
     if importlib.util.find_spec("accelerate") is None:
         raise Unsupported(
             "a device_map needs the package accelerate, one of hookkit's own dependencies, and this Python lacks it: "
@@ -149,7 +164,9 @@ def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folde
     _check_map(device_map)
     if max_memory is not None:
         if isinstance(device_map, Mapping) or device_map not in PLANS:
-            raise BadHook(f"max_memory goes with device_map='auto', and {device_map!r} already says where all is")
+            raise BadHook(
+                f"max_memory goes with device_map='auto', and {device_map!r} already says where all is"
+            )
         _check_memory(max_memory)
     if offload_folder is not None and Path(os.fspath(offload_folder)).is_file():
         raise BadHook(f"offload_folder={str(offload_folder)!r} is a file: give a folder")
@@ -163,16 +180,22 @@ def _check_device(device: Any) -> None:
     except (RuntimeError, TypeError):
         there = False
     if not there:
-        raise BadHook(f"device={str(device)!r} is none of this machine, which has {_there().removesuffix(', disk')}")
+        raise BadHook(
+            f"device={str(device)!r} is none of this machine, which has {_there().removesuffix(', disk')}"
+        )
 
 
 def check_dtype(dtype: Any) -> None:
     """Raise `BadHook` for a dtype in which no model computes."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    named = dtype is None or dtype == "auto" or isinstance(dtype, Mapping)  # a mapping has one for each part
+    named = (
+        dtype is None or dtype == "auto" or isinstance(dtype, Mapping)
+    )  # a mapping has one for each part
     known = named or (isinstance(found, torch.dtype) and found.is_floating_point)
     if not known:
-        raise BadHook(f"dtype={str(dtype)!r} is none in which a model computes: say float32, bfloat16, float16 or auto")
+        raise BadHook(
+            f"dtype={str(dtype)!r} is none in which a model computes: say float32, bfloat16, float16 or auto"
+        )
 
 
 def _check_map(device_map: Any) -> None:
@@ -195,7 +218,9 @@ def _check_place(place: Any, words: str) -> None:
     try:
         device = torch.device(f"cuda:{place}") if isinstance(place, int) else torch.device(place)
     except RuntimeError:
-        raise BadHook(f"{words} is no device: say 'auto', or a device of this machine, which has {_there()}") from None
+        raise BadHook(
+            f"{words} is no device: say 'auto', or a device of this machine, which has {_there()}"
+        ) from None
     if isinstance(place, int) and torch.accelerator.is_available():
         device = torch.device(torch.accelerator.current_accelerator().type, place)  # pyright: ignore
     if device.type == "meta" or not _is_there(device):
@@ -216,13 +241,19 @@ def _there() -> str:
 
 def _check_memory(max_memory: Any) -> None:
     if not isinstance(max_memory, Mapping) or not max_memory:
-        raise BadHook(f"max_memory={max_memory!r}: give a mapping such as {{0: '20GB', 'cpu': '60GB'}}")
+        raise BadHook(
+            f"max_memory={max_memory!r}: give a mapping such as {{0: '20GB', 'cpu': '60GB'}}"
+        )
     from accelerate.utils import convert_file_size_to_int
 
     for place, size in max_memory.items():
         words = f"max_memory[{place!r}]={size!r}"
-        if place not in ("cpu", "disk", "mps") and (isinstance(place, bool) or not isinstance(place, int)):
-            raise BadHook(f"{words}: devices are the numbers of accelerators, 'cpu' and 'disk' here")
+        if place not in ("cpu", "disk", "mps") and (
+            isinstance(place, bool) or not isinstance(place, int)
+        ):
+            raise BadHook(
+                f"{words}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
+            )
         if place != "disk":
             _check_place(place, words)
         try:
@@ -237,7 +268,9 @@ def check_named(model: nn.Module, device_map: Any) -> None:
     """Raise `BadHook` where a device_map names a module that the model does not have: it would have no effect."""
     if not isinstance(device_map, Mapping):
         return
-    there = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    there = {name for name, _ in model.named_modules()} | {
+        name for name, _ in model.named_parameters()
+    }
     for name in device_map:
         if name not in there:
             first = ", ".join(child for child, _ in model.named_children())
@@ -250,7 +283,9 @@ def check_named(model: nn.Module, device_map: Any) -> None:
 def distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:
     """transformers' word for a model that is split among processes."""
     if device is not None or device_map is not None:
-        raise BadHook("tp_plan= says where each part of the model goes: leave device= and device_map= out")
+        raise BadHook(
+            "tp_plan= says where each part of the model goes: leave device= and device_map= out"
+        )
     if "WORLD_SIZE" not in os.environ:
         raise Unsupported(
             "tp_plan= splits a model among processes, and there is one: start the script with "
@@ -259,5 +294,7 @@ def distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> 
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
     except ImportError as error:
-        raise Unsupported(f"this version of transformers splits no models by a plan: {error}") from error
+        raise Unsupported(
+            f"this version of transformers splits no models by a plan: {error}"
+        ) from error
     return DistributedConfig(tp_plan=plan if isinstance(plan, str) else dict(plan))  # pyright: ignore

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
-from .families.schema import Cut, Family, Place, cut
+from .families.schema import AxisSplit, Family, ModuleLocation, cut
 from .families.table import FAMILIES
 from .sites import AXES, KEY_HEADED, WHOLE_MODEL, AnySite, ModuleSite, Site
 
@@ -21,7 +21,7 @@ class Layout:
     root: nn.Module
     config: Any
     family: Family
-    _found: dict[tuple[str, int | None], Place | None] = field(default_factory=dict)
+    _found: dict[tuple[str, int | None], ModuleLocation | None] = field(default_factory=dict)
     _sizes: dict[int | None, dict[str, int | None]] = field(default_factory=dict)
     verified: dict[nn.Module, set[str]] = field(default_factory=dict)  # see `inside.opened`
     forms: dict[AnySite, Any] = field(default_factory=dict)  # see `forms.form_of`
@@ -57,7 +57,9 @@ class Layout:
             **corrected,
         }
         heads, key_heads = known["head"], known["kv_head"]
-        known["share"] = heads // key_heads if heads and key_heads else None  # query heads to a key-value head
+        known["share"] = (
+            heads // key_heads if heads and key_heads else None
+        )  # query heads to a key-value head
         known["quarter"] = heads // 4 if heads else None
         return known
 
@@ -75,7 +77,9 @@ class Layout:
         if "mlp_post" not in self.family.places:
             return None
         layers = range(self.n_layers) if layer is None else (layer,)
-        place = next((found for each in layers if (found := self.find("mlp_post", each)) is not None), None)
+        place = next(
+            (found for each in layers if (found := self.find("mlp_post", each)) is not None), None
+        )
         return None if place is None else _width(self.submodule(place.path))
 
     @cached_property
@@ -94,19 +98,21 @@ class Layout:
             return None if self.find(name, None) is not None else []
         return [layer for layer in range(self.n_layers) if self.find(name, layer) is not None]
 
-    def find(self, name: str, layer: int | None) -> Place | None:
+    def find(self, name: str, layer: int | None) -> ModuleLocation | None:
         """The place of a site in a block: the first of its row's whose module is there."""
         key = name, layer
         if key not in self._found:
             places = self.family.at(name, layer) if name in self.family.places else []
-            self._found[key] = next((place for place in places if self._module(place.path) is not None), None)
+            self._found[key] = next(
+                (place for place in places if self._module(place.path) is not None), None
+            )
         return self._found[key]
 
-    def place(self, site: AnySite) -> Place:
+    def place(self, site: AnySite) -> ModuleLocation:
         """The place of a site. `MissingSite` or `OutOfRange` where the model has none."""
         if isinstance(site, ModuleSite):
             self.submodule(site.path)
-            return Place(site.path, site.side, site.item)
+            return ModuleLocation(site.path, site.side, site.item)
         if site.name not in self.names:
             raise MissingSite(
                 f"this {self.family.name} model has no {site.name!r}: {self.family.why_missing(site.name)}. "
@@ -126,12 +132,16 @@ class Layout:
         return found
 
     def _check_head(self, site: Site) -> None:
-        kind, word = ("kv_head", "key-value heads") if site.name in KEY_HEADED else ("head", "heads")
+        kind, word = (
+            ("kv_head", "key-value heads") if site.name in KEY_HEADED else ("head", "heads")
+        )
         heads = self.sizes_of(site.layer)[kind] or 0
         if site.head is not None and site.head >= heads:
-            raise OutOfRange(f"{site} was asked for, and {site.name!r} has {heads} {word}: 0 to {heads - 1}")
+            raise OutOfRange(
+                f"{site} was asked for, and {site.name!r} has {heads} {word}: 0 to {heads - 1}"
+            )
 
-    def cut(self, site: Site) -> Cut | None:
+    def cut(self, site: Site) -> AxisSplit | None:
         """What part of the last axis a site is; None where it is all of it."""
         place = self.place(site)
         return cut(place, self.sizes_of(site.layer)) if place.cut else None
@@ -141,21 +151,30 @@ class Layout:
         found = self.cut(site)
         if found is not None:
             return found.shape if site.head is None or found.inner is None else found.shape[1:]
-        if site.name in ("embed", "final_norm"):  # some models project between the embedding and the stream
+        if site.name in (
+            "embed",
+            "final_norm",
+        ):  # some models project between the embedding and the stream
             module = self.submodule(self.place(site).path)
             width = getattr(module, "embedding_dim", getattr(module, "out_features", None))
             if isinstance(width, int):
                 return (width,)
         sizes = dict(self.sizes_of(site.layer))
-        sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of the sites that stand inside attention
-        return tuple(sizes.get(axis) or 0 for axis in site.axes.split() if axis not in ("batch", "pos"))
+        sizes["d_head"] = sizes[
+            "d_v" if site.name == "v" else "d_qk"
+        ]  # of the sites that stand inside attention
+        return tuple(
+            sizes.get(axis) or 0 for axis in site.axes.split() if axis not in ("batch", "pos")
+        )
 
     def factor(self, site: AnySite) -> float:
         """What the module's tensor is multiplied by to give the site."""
         place = self.place(site)
         factor = 1.0
         if place.times and isinstance(site, Site):
-            factor = float(getattr(self.submodule(self.family.block.format(layer=site.layer)), place.times))
+            factor = float(
+                getattr(self.submodule(self.family.block.format(layer=site.layer)), place.times)
+            )
         return factor / float(getattr(self.config, place.over)) if place.over else factor
 
     def submodule(self, path: str) -> nn.Module:
@@ -237,7 +256,10 @@ def family_of(config: Any, head: str | None) -> Family:
 
 
 def _head_only(model_type: str | None, head: str, reason: str) -> Family:
-    places: Mapping[str, Place] = {"lm_head": Place(head), "logits": Place("", item="logits")}
+    places: Mapping[str, ModuleLocation] = {
+        "lm_head": ModuleLocation(head),
+        "logits": ModuleLocation("", item="logits"),
+    }
     return Family(model_type or "unknown", places, dict.fromkeys(AXES, reason))
 
 
@@ -274,4 +296,6 @@ def _width(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
     if weight is None or getattr(weight, "ndim", 0) != 2:
         return None
-    return weight.shape[0] if hasattr(module, "nf") else weight.shape[1]  # transformers' Conv1D keeps in x out
+    return (
+        weight.shape[0] if hasattr(module, "nf") else weight.shape[1]
+    )  # transformers' Conv1D keeps in x out

@@ -25,7 +25,7 @@ from ..display import records, shown
 from ..errors import BadArgument, BadHook, HookkitError
 from .devices import count, device_of, place_at, places_of, told
 from .discovery.discover import row_of
-from .families.schema import Family, Place
+from .families.schema import Family, ModuleLocation
 from .layout import Layout, text_config
 from .sites import AXES, WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
 from .tensor_parallel import Ranks, ranks_of
@@ -75,7 +75,9 @@ class SiteNames:
 
     def _repr_html_(self) -> str:
         names = self._names()
-        return shown("sites", rows=[{"site": name, "axes": AXES[name]} for name in names], most=len(names))
+        return shown(
+            "sites", rows=[{"site": name, "axes": AXES[name]} for name in names], most=len(names)
+        )
 
 
 @checks_keywords
@@ -102,7 +104,9 @@ def sites(
 
 def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:
     if not isinstance(site, Site) or site.layer is not None:
-        raise BadHook(f"{site} says its own place: leave layers= out, or give the site's name alone")
+        raise BadHook(
+            f"{site} says its own place: leave layers= out, or give the site's name alone"
+        )
     return [Site(site.name, layer) for layer in layers]
 
 
@@ -142,8 +146,12 @@ def _split(lm: Any, name: str) -> str:
     for site, place in lm.located(lm.sites(name)).items() if name in lm.layout.names else ():
         split = lm.ranks.splits.get((place.path, place.side, place.item))
         if split is not None and isinstance(site, Site):
-            axis = next(axis for axis in site.axes.split() if axis not in ("batch", "pos", "query", "key"))
-            one = max(1, sum(split.sizes) // (lm.layout.sizes_of(site.layer)[axis] or sum(split.sizes)))
+            axis = next(
+                axis for axis in site.axes.split() if axis not in ("batch", "pos", "query", "key")
+            )
+            one = max(
+                1, sum(split.sizes) // (lm.layout.sizes_of(site.layer)[axis] or sum(split.sizes))
+            )
             found.append(f"{axis} {'+'.join(str(size // one) for size in split.sizes)}")
     return "; ".join(dict.fromkeys(found))
 
@@ -171,7 +179,11 @@ class LM:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            swapped = "; the model comes first, then the tokenizer" if isinstance(self.tokenizer, nn.Module) else ""
+            swapped = (
+                "; the model comes first, then the tokenizer"
+                if isinstance(self.tokenizer, nn.Module)
+                else ""
+            )
             raise BadArgument(
                 f"LM needs the model itself, an nn.Module, and was given {type(self.model).__name__} "
                 f"{str(self.model)[:60]!r}; to load one by name, use hk.load(name){swapped}"
@@ -179,9 +191,13 @@ class LM:
         if self.tokenizer is not None:
             object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer))
         if not isinstance(self.name, str):
-            raise BadArgument(f"LM has name={shown_value(self.name)}: give a text, by which results call the model")
+            raise BadArgument(
+                f"LM has name={shown_value(self.name)}: give a text, by which results call the model"
+            )
         if self.row is not None and not isinstance(self.row, Family):
-            raise BadArgument(f"LM has row={shown_value(self.row)}: give a row of the families' table, hk.family(…)")
+            raise BadArgument(
+                f"LM has row={shown_value(self.row)}: give a row of the families' table, hk.family(…)"
+            )
 
     # ---- the model
 
@@ -232,7 +248,9 @@ class LM:
         For a causal language model whose family is not in the table, the row is found out by one dry run of a few
         tokens, at the first use; see `Family.found`.
         """
-        return self.row if self.row is not None else row_of(self.root, self.config, self.head_path())
+        return (
+            self.row if self.row is not None else row_of(self.root, self.config, self.head_path())
+        )
 
     @property
     def two_texts(self) -> bool:
@@ -242,7 +260,11 @@ class LM:
     def head_path(self) -> str | None:
         find = getattr(self.root, "get_output_embeddings", None)
         head = find() if find else None
-        return next((path for path, found in self.root.named_modules() if found is head), None) if head else None
+        return (
+            next((path for path, found in self.root.named_modules() if found is head), None)
+            if head
+            else None
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -299,7 +321,9 @@ class LM:
         known = {name: value for name, value in settings.items() if name in self.takes}
         if "logits_to_keep" in known:
             known["logits_to_keep"] = self.logits_to_keep(known["logits_to_keep"])
-        if "return_dict" in settings and self._takes_any:  # transformers takes it wherever a forward is its own
+        if (
+            "return_dict" in settings and self._takes_any
+        ):  # transformers takes it wherever a forward is its own
             known["return_dict"] = settings["return_dict"]
         return known
 
@@ -323,7 +347,10 @@ class LM:
     def _repr_html_(self) -> str:
         words = ("d_model", "head", "kv_head", "d_head", "d_mlp", "expert", "vocab")
         sizes = {name: self.sizes[name] for name in words if self.sizes.get(name) is not None}
-        facts = {"class": type(self.root).__name__, "sizes": ", ".join(f"{n} {size}" for n, size in sizes.items())}
+        facts = {
+            "class": type(self.root).__name__,
+            "sizes": ", ".join(f"{n} {size}" for n, size in sizes.items()),
+        }
         there = self.describe()
         columns = ("site", "axes", "layers", "editable")
         rows = records(there[there["missing"] == ""], *columns, most=len(there))
@@ -345,14 +372,14 @@ class LM:
         """
         return SiteNames(lambda: self.layout.names, self.expand)
 
-    def located(self, sites: Sites) -> dict[AnySite, Place]:
+    def located(self, sites: Sites) -> dict[AnySite, ModuleLocation]:
         """Where each site of a selection is, with every layer written out."""
         if sites not in self._located:
             self._located[sites] = {site: self.place(site) for site in self.expand(sites)}
         return self._located[sites]
 
     @cached_property
-    def _located(self) -> dict[Sites, dict[AnySite, Place]]:
+    def _located(self) -> dict[Sites, dict[AnySite, ModuleLocation]]:
         return {}
 
     @cached_property
@@ -382,7 +409,7 @@ class LM:
         """The sizes of a site's axes behind batch and pos."""
         return self.layout.shape(site)
 
-    def place(self, site: AnySite) -> Place:
+    def place(self, site: AnySite) -> ModuleLocation:
         """Where a site is in this model's module tree. `MissingSite` or `OutOfRange` where it has none."""
         return self.layout.place(site)
 
@@ -445,7 +472,10 @@ class LM:
 def tokenizer_of(tokenizer: Any) -> Any:
     """The tokenizer itself, also where a processor that holds one is given; `BadArgument` for anything else."""
     for candidate in (tokenizer, getattr(tokenizer, "tokenizer", None)):
-        if all(callable(getattr(candidate, name, None)) for name in ("encode", "decode", "convert_ids_to_tokens")):
+        if all(
+            callable(getattr(candidate, name, None))
+            for name in ("encode", "decode", "convert_ids_to_tokens")
+        ):
             return candidate
     raise BadArgument(
         f"{shown_value(tokenizer)} is no tokenizer of transformers, and no processor that holds one: give "

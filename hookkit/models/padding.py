@@ -26,7 +26,14 @@ Side: TypeAlias = Literal["left", "right"]
 LONG, SHORT = 9, 5  # tokens of the rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 OTHERS_NOISE = 5  # so many times what an unpadded batch changes may be changed by padding
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "hookkit")  # whose hooks a model needs
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "hookkit",
+)  # whose hooks a model needs
 _thread = threading.local()
 
 
@@ -58,7 +65,9 @@ class Way:
         return inputs
 
 
-def padded_inputs(lm: LM, ids: Tensor, positions: Tensor, side: Side, width: int | None = None) -> dict[str, Tensor]:
+def padded_inputs(
+    lm: LM, ids: Tensor, positions: Tensor, side: Side, width: int | None = None
+) -> dict[str, Tensor]:
     """The arguments of a forward over a padded batch, of which the last `width` columns are run.
 
     `positions` [row, column] counts each row's tokens from 0, and is -1 in the padding.
@@ -86,7 +95,9 @@ def way_of(lm: LM, side: Side) -> Way:
     return found
 
 
-def check_generation(lm: LM, *, padded: bool, chunk: int | None, width: int, cache: str | None = None) -> None:
+def check_generation(
+    lm: LM, *, padded: bool, chunk: int | None, width: int, cache: str | None = None
+) -> None:
     """Raise `Unsupported` where transformers' `generate` gives a row other logits than the row alone has.
 
     A batch that is `padded` on the left, a prompt that is read in chunks, another kind of `cache`, and a model whose
@@ -111,7 +122,11 @@ def check_generation(lm: LM, *, padded: bool, chunk: int | None, width: int, cac
 
 def _state(lm: LM) -> tuple[Any, ...]:
     """What may change which way is right."""
-    return getattr(lm.config, "_attn_implementation", None), getattr(lm.root, "dtype", None), lm.adapters
+    return (
+        getattr(lm.config, "_attn_implementation", None),
+        getattr(lm.root, "dtype", None),
+        lm.adapters,
+    )
 
 
 # ---- one forward
@@ -127,18 +142,25 @@ def _tried(lm: LM, side: Side) -> Way | str:
     rows = _rows(lm)
     try:
         with quiet(lm):
-            alone = [_forward(lm, {"input_ids": torch.tensor([row], device=lm.device)})[0] for row in rows]
+            alone = [
+                _forward(lm, {"input_ids": torch.tensor([row], device=lm.device)})[0]
+                for row in rows
+            ]
             wrong: dict[Way, float] = {}
             for way in _ways(lm, side):
                 wrong[way] = _padded_apart(lm, way, side, rows, alone)
                 if wrong[way] <= _limit(lm, alone[1], 0.0):
                     return way
-            together = _forward(lm, {"input_ids": torch.tensor([rows[1], rows[1][::-1]], device=lm.device)})
+            together = _forward(
+                lm, {"input_ids": torch.tensor([rows[1], rows[1][::-1]], device=lm.device)}
+            )
             noise = apart(together[0], alone[1])
     except Exception as error:  # noqa: BLE001  whatever a model refuses: nothing is known of its padding then
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         return f"a trial of {name} with a padded row failed ({reason}): give prompts of one length, or one at a time"
-    if noise <= _limit(lm, alone[1], 0.0):  # what an unpadded batch changes too is not the padding's doing
+    if noise <= _limit(
+        lm, alone[1], 0.0
+    ):  # what an unpadded batch changes too is not the padding's doing
         for way, difference in wrong.items():
             if difference <= _limit(lm, alone[1], noise):
                 return way
@@ -148,7 +170,9 @@ def _tried(lm: LM, side: Side) -> Way | str:
 def _ways(lm: LM, side: Side) -> Iterator[Way]:
     """The ways in which a model may be given padding on a side, the likeliest first."""
     offset, own = _offset(lm), getattr(lm.config, "pad_token_id", None)
-    counted = [Way(0), *([] if offset is None else [Way(offset)])] if "position_ids" in lm.takes else []
+    counted = (
+        [Way(0), *([] if offset is None else [Way(offset)])] if "position_ids" in lm.takes else []
+    )
     plain = [Way(), *([] if not isinstance(own, int) else [Way(fill=own)])]
     yield from (counted + plain if side == "left" else plain + counted)
 
@@ -157,12 +181,18 @@ def _offset(lm: LM) -> int | None:
     """The first position of a table of positions whose rows begin behind that of the padding."""
     for path, module in lm.root.named_modules():
         padding = getattr(module, "padding_idx", None)
-        if "position" in path.rpartition(".")[2] and isinstance(module, nn.Embedding) and padding is not None:
+        if (
+            "position" in path.rpartition(".")[2]
+            and isinstance(module, nn.Embedding)
+            and padding is not None
+        ):
             return padding + 1
     return None
 
 
-def _padded_apart(lm: LM, way: Way, side: Side, rows: list[list[int]], alone: list[Tensor]) -> float:
+def _padded_apart(
+    lm: LM, way: Way, side: Side, rows: list[list[int]], alone: list[Tensor]
+) -> float:
     """How far the rows of a padded batch are from the rows alone."""
     ids, positions = _batch(rows, side, lm.device)
     values = _forward(lm, way.inputs(ids, positions, ids.shape[1]))
@@ -276,13 +306,17 @@ def _rows(lm: LM) -> list[list[int]]:
     """Two rows of token ids, none of which is one that stands in padding."""
     table = getattr(lm.root, "get_input_embeddings", lambda: None)()
     count = min(getattr(table, "num_embeddings", 64), 64)
-    own = {getattr(lm.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    own = {
+        getattr(lm.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
     ids = [number for number in range(3, count) if number not in own] or [0]
     spread = [ids[(11 * number + 5) % len(ids)] for number in range(LONG + SHORT)]
     return [spread[:LONG], spread[LONG:]]
 
 
-def _batch(rows: Sequence[Sequence[int]], side: Side, device: torch.device) -> tuple[Tensor, Tensor]:
+def _batch(
+    rows: Sequence[Sequence[int]], side: Side, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Ids, 0 in the padding, and positions, -1 there."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -312,7 +346,10 @@ def logits_of(output: Any) -> Tensor:
 def apart(found: Tensor, expected: Tensor) -> float:
     """How far logits are from others, in parts of how far the tokens' logits are from their mean."""
     found, expected = found.float(), expected.float()
-    found, expected = found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True)
+    found, expected = (
+        found - found.mean(-1, keepdim=True),
+        expected - expected.mean(-1, keepdim=True),
+    )
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
@@ -330,7 +367,9 @@ def quiet(lm: LM) -> Iterator[None]:
     with Lent() as lent, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind if devices else "cuda"))
+        stack.enter_context(
+            torch.random.fork_rng(devices=devices, device_type=kind if devices else "cuda")
+        )
         lent.later(_be_seen)
         _thread.unseen = True
         for module in modules:

@@ -52,12 +52,20 @@ class At:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
-            raise EmptySelection(f"at({described(self.text)}) covers no token: give the text that the tokens cover")
+            raise EmptySelection(
+                f"at({described(self.text)}) covers no token: give the text that the tokens cover"
+            )
         if self.which is not None:
-            object.__setattr__(self, "which", whole_number(self.which, "which", meaning="which occurrence is meant"))
+            object.__setattr__(
+                self,
+                "which",
+                whole_number(self.which, "which", meaning="which occurrence is meant"),
+            )
 
     def __repr__(self) -> str:
-        return f"at({self.text!r})" if self.which is None else f"at({self.text!r}, which={self.which})"
+        return (
+            f"at({self.text!r})" if self.which is None else f"at({self.text!r}, which={self.which})"
+        )
 
 
 @checks_keywords
@@ -78,7 +86,7 @@ PosLike: TypeAlias = int | slice | Sequence[int] | Pos | None
 CountLike: TypeAlias = int | slice | Sequence[int] | tuple[int, ...] | Span | None
 Count: TypeAlias = int | tuple[int, ...] | Span | None
 
-Wish: TypeAlias = range | tuple[int, ...]
+PositionRange: TypeAlias = range | tuple[int, ...]
 """The positions of one row that a hook wants, in ascending order; a range without end has `OPEN` as its stop."""
 
 
@@ -107,7 +115,11 @@ def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
     if isinstance(count, Span):
         read: Count = _span(count, word)
         numbers = [end for end in (read.start, read.stop) if end is not None]
-    elif as_whole(count) is not None or not isinstance(count, Iterable) or isinstance(count, NO_NUMBERS):
+    elif (
+        as_whole(count) is not None
+        or not isinstance(count, Iterable)
+        or isinstance(count, NO_NUMBERS)
+    ):
         read = _whole(count, word)
         numbers = [read]
     else:
@@ -123,10 +135,14 @@ NO_NUMBERS = (str, bytes, bytearray, Mapping)  # what can be iterated over, and 
 
 def _span(span: Span, word: str) -> Span:
     """A slice with its ends as whole numbers; `EmptySelection` where it can never hold anything."""
-    ends = [None if end is None else _whole(end, word) for end in (span.start, span.stop, span.step)]
+    ends = [
+        None if end is None else _whole(end, word) for end in (span.start, span.stop, span.step)
+    ]
     start, stop, step = ends
     if step is not None and step < 1:
-        raise BadHook(f"{word}={span!r} steps backwards: positions are taken in the order of the text")
+        raise BadHook(
+            f"{word}={span!r} steps backwards: positions are taken in the order of the text"
+        )
     first = 0 if start is None else start
     if stop is not None and (first < 0) == (stop < 0) and stop <= first:
         raise EmptySelection(f"{word}={span!r} selects nothing: its end is not after its start")
@@ -140,7 +156,9 @@ def _several(count: Iterable[object], word: str) -> tuple[int, ...]:
         return (_whole(count, word),)
     numbers = tuple(_whole(number, word) for number in items)
     if not numbers:
-        raise EmptySelection(f"{word}=[] selects nothing: leave {word} out for all, or name at least one")
+        raise EmptySelection(
+            f"{word}=[] selects nothing: leave {word} out for all, or name at least one"
+        )
     if len(set(numbers)) < len(numbers):
         raise BadHook(f"{word}={list(numbers)} names one of them twice")
     return numbers
@@ -152,15 +170,19 @@ def _whole(number: object, word: str) -> int:
         raise BadHook(f"{word}={number!r} is not a whole number")
     if whole is None:
         also = ", hk.PROMPT, hk.GENERATED or hk.at('text')" if word == "pos" else ""
-        raise BadHook(f"{word}={described(number)} says no place: give a whole number, a list of them or a slice{also}")
+        raise BadHook(
+            f"{word}={described(number)} says no place: give a whole number, a list of them or a slice{also}"
+        )
     return whole
 
 
-def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> Wish:
+def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> PositionRange:
     """The positions that `where` means in a row whose prompt has `length` tokens. `cover` finds a text's tokens."""
     if where.step is not None:
         steps = _resolve(where.step, 0)
-        return _shifted(steps, length - 1)  # the logits that choose step 0 stand at the prompt's last token
+        return _shifted(
+            steps, length - 1
+        )  # the logits that choose step 0 stand at the prompt's last token
     pos = where.pos
     if isinstance(pos, At):
         return cover(pos)
@@ -188,10 +210,22 @@ def _rows(count: int) -> str:
     return "1 row, row 0" if count == 1 else f"{count} rows, 0 to {count - 1}"
 
 
-def _resolve(count: int | tuple[int, ...] | Span, length: int) -> Wish:
+def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
     if isinstance(count, Span):
-        start = 0 if count.start is None else count.start if count.start >= 0 else max(0, length + count.start)
-        stop = OPEN if count.stop is None else count.stop if count.stop >= 0 else max(0, length + count.stop)
+        start = (
+            0
+            if count.start is None
+            else count.start
+            if count.start >= 0
+            else max(0, length + count.start)
+        )
+        stop = (
+            OPEN
+            if count.stop is None
+            else count.stop
+            if count.stop >= 0
+            else max(0, length + count.stop)
+        )
         return range(start, stop, count.step or 1)
     numbers = (count,) if isinstance(count, int) else count
     places = sorted(number if number >= 0 else length + number for number in numbers)
@@ -201,11 +235,15 @@ def _resolve(count: int | tuple[int, ...] | Span, length: int) -> Wish:
             f"positions go from -{length} to {length - 1}"
         )
     if len(set(places)) < len(places):
-        raise BadHook(f"the positions {list(numbers)} name one token twice in a prompt of {length} tokens")
+        raise BadHook(
+            f"the positions {list(numbers)} name one token twice in a prompt of {length} tokens"
+        )
     return tuple(places)
 
 
-def _shifted(wanted: Wish, by: int) -> Wish:
+def _shifted(wanted: PositionRange, by: int) -> PositionRange:
     if isinstance(wanted, range):
-        return range(wanted.start + by, wanted.stop if wanted.stop == OPEN else wanted.stop + by, wanted.step)
+        return range(
+            wanted.start + by, wanted.stop if wanted.stop == OPEN else wanted.stop + by, wanted.step
+        )
     return tuple(place + by for place in wanted)

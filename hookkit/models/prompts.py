@@ -16,7 +16,9 @@ from .padding import Side as Side
 from .padding import padded_inputs
 from .positions import At
 
-Prompts: TypeAlias = str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
+Prompts: TypeAlias = (
+    str | Sequence[int] | Sequence[str | Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
+)
 Row: TypeAlias = tuple[int, ...]
 
 
@@ -87,7 +89,9 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
     return rows
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, side: Side = "right") -> Int[Tensor, "row pos"]:
+def padded(
+    rows: Sequence[Sequence[int]], fill: int, side: Side = "right"
+) -> Int[Tensor, "row pos"]:
     """Rows of numbers as one tensor, the short ones filled up on one side."""
     width = max(map(len, rows))
     missing = [[fill] * (width - len(row)) for row in rows]
@@ -98,14 +102,19 @@ def padded(rows: Sequence[Sequence[int]], fill: int, side: Side = "right") -> In
 def pad_id(lm: LM) -> int:
     """What fills the short rows: the tokenizer's pad or end token, or 0. The mask hides it from the model."""
     vocab = lm.sizes["vocab"]
-    candidates = (getattr(lm.tokenizer, "pad_token_id", None), getattr(lm.tokenizer, "eos_token_id", None))
+    candidates = (
+        getattr(lm.tokenizer, "pad_token_id", None),
+        getattr(lm.tokenizer, "eos_token_id", None),
+    )
     return next((i for i in candidates if i is not None and (vocab is None or i < vocab)), 0)
 
 
 def _tokens_of(lm: LM, text: str) -> Row:
     """The tokens of a text, with the tokenizer's own special tokens."""
     if lm.tokenizer is None:
-        raise BadPrompt(f"{shortened(text)!r} is text, and this model came without a tokenizer: give token ids")
+        raise BadPrompt(
+            f"{shortened(text)!r} is text, and this model came without a tokenizer: give token ids"
+        )
     return tuple(lm.tokenizer.encode(text)) if text else ()
 
 
@@ -130,7 +139,9 @@ def _check_length(lm: LM, number: int, row: Row, room: int) -> None:
     context = lm.context
     if context is not None and len(row) + room > context:
         new = f" and {room} new ones" if room else ""
-        raise BadPrompt(f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: shorten it")
+        raise BadPrompt(
+            f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: shorten it"
+        )
 
 
 def cover(lm: LM, row: Sequence[int], at: At) -> Row:
@@ -153,6 +164,8 @@ def cover(lm: LM, row: Sequence[int], at: At) -> Row:
         )
     which = at.which or 0
     if not -len(found) <= which < len(found):
-        raise OutOfRange(f"{at!r} was asked for, and it occurs {len(found)} times in {shortened(whole)!r}")
+        raise OutOfRange(
+            f"{at!r} was asked for, and it occurs {len(found)} times in {shortened(whole)!r}"
+        )
     first, last = found[which], found[which] + len(at.text)
     return tuple(n for n in range(len(row)) if starts[n] < last and len(texts[n]) > first)

@@ -14,7 +14,16 @@ from .devices import count, weights_of
 from .lm import LM
 from .tensor_parallel import whole_weight
 
-PACKAGES = ("hookkit", "torch", "transformers", "tokenizers", "numpy", "pandas", "matplotlib", "einops")
+PACKAGES = (
+    "hookkit",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "einops",
+)
 
 
 def about_model(lm: LM) -> dict[str, Any]:
@@ -25,7 +34,9 @@ def about_model(lm: LM) -> dict[str, Any]:
         "revision": getattr(config, "_commit_hash", None),
         "class": type(lm.root).__name__,
         "family": lm.family.name,
-        "dtype": sorted({str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()}),
+        "dtype": sorted(
+            {str(weight.dtype).removeprefix("torch.") for weight in lm.root.parameters()}
+        ),
         "device": lm.device.type,
         "attention": getattr(config, "_attn_implementation", None),
         "adapters": list(lm.adapters),
@@ -80,7 +91,9 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, tuple | list):
         yield from _numbers(name, dict(enumerate(value)))
     elif hasattr(value, "__tensor_flatten__"):
-        yield from _numbers(name, {word: getattr(value, word) for word in value.__tensor_flatten__()[0]})
+        yield from _numbers(
+            name, {word: getattr(value, word) for word in value.__tensor_flatten__()[0]}
+        )
     elif isinstance(value, torch.Tensor):
         yield name, value.dequantize() if value.is_quantized else value
 
@@ -90,7 +103,9 @@ def tokenizer_hash(lm: LM) -> str | None:
     if lm.tokenizer is None:
         return None
     backend = getattr(lm.tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else repr(sorted(lm.tokenizer.get_vocab().items()))
+    words = (
+        backend.to_str() if backend is not None else repr(sorted(lm.tokenizer.get_vocab().items()))
+    )
     return hashlib.sha256(words.encode()).hexdigest()
 
 
@@ -114,4 +129,6 @@ def git_commit() -> str | None:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *words], capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -39,7 +39,9 @@ class Scope:
 
     model: "weakref.ref[nn.Module]"
     attached: bool  # a block of hk.attach, in which code of others runs the model
-    thread: "weakref.ref[threading.Thread]" = field(default_factory=lambda: weakref.ref(threading.current_thread()))
+    thread: "weakref.ref[threading.Thread]" = field(
+        default_factory=lambda: weakref.ref(threading.current_thread())
+    )
     task: "weakref.ref[Any] | None" = field(default_factory=lambda: _reference(_current_task()))
     open: bool = True
     before: "tuple[Scope, ...]" = ()
@@ -113,7 +115,9 @@ def has_scope(root: nn.Module) -> bool:
 def _overlap(one: nn.Module, other: nn.Module) -> bool:
     if one is other:
         return True
-    return any(module is other for module in one.modules()) or any(module is one for module in other.modules())
+    return any(module is other for module in one.modules()) or any(
+        module is one for module in other.modules()
+    )
 
 
 def _reference(task: Any) -> "weakref.ref[Any] | None":

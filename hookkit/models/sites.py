@@ -50,7 +50,9 @@ AXES: dict[str, str] = {
 WHOLE_MODEL = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
 HEADED = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
 KEY_HEADED = frozenset({"k", "v", "k_rot"})
-SQUARE = frozenset({"scores", "pattern"})  # their positions are queries, each with a number for every key
+SQUARE = frozenset(
+    {"scores", "pattern"}
+)  # their positions are queries, each with a number for every key
 LOGITS = frozenset({"lm_head", "logits"})
 
 
@@ -65,7 +67,9 @@ class Site:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise UnknownSite(f"a site's name is a text such as 'resid_post', and not {described(self.name)}")
+            raise UnknownSite(
+                f"a site's name is a text such as 'resid_post', and not {described(self.name)}"
+            )
         if self.name not in AXES:
             raise UnknownSite(
                 f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: {', '.join(AXES)}. "
@@ -80,14 +84,22 @@ class Site:
                     f"the {word} of {self.name!r} is {described(index)}: give a whole number, counted from 0"
                 )
             if number < 0:
-                raise OutOfRange(f"{word} {number} of {self.name!r} was asked for: {word}s count from 0 upwards")
+                raise OutOfRange(
+                    f"{word} {number} of {self.name!r} was asked for: {word}s count from 0 upwards"
+                )
             object.__setattr__(self, word, number)
         if self.layer is not None and self.name in WHOLE_MODEL:
-            raise UnknownSite(f"{self.name!r} is there once in the model and has no layer {self.layer}: leave it out")
+            raise UnknownSite(
+                f"{self.name!r} is there once in the model and has no layer {self.layer}: leave it out"
+            )
         if self.head is not None and self.name not in HEADED:
-            raise UnknownSite(f"{self.name!r} has no heads; the sites with heads are {', '.join(sorted(HEADED))}")
+            raise UnknownSite(
+                f"{self.name!r} has no heads; the sites with heads are {', '.join(sorted(HEADED))}"
+            )
         if self.head is not None and self.layer is None:
-            raise UnknownSite(f"head {self.head} of {self.name!r} needs a layer: Site({self.name!r}, layer, head)")
+            raise UnknownSite(
+                f"head {self.head} of {self.name!r} needs a layer: Site({self.name!r}, layer, head)"
+            )
 
     @property
     def axes(self) -> str:
@@ -104,7 +116,9 @@ class Site:
         return shown(f"site {self}", {"axes": self.axes})
 
     def __str__(self) -> str:
-        return ".".join(str(part) for part in (self.name, self.layer, self.head) if part is not None)
+        return ".".join(
+            str(part) for part in (self.name, self.layer, self.head) if part is not None
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -143,7 +157,9 @@ AnySite: TypeAlias = Site | ModuleSite
 
 
 @checks_keywords
-def module(path: str, *, side: Literal["input", "output"] = "output", item: int | str = 0) -> ModuleSite:
+def module(
+    path: str, *, side: Literal["input", "output"] = "output", item: int | str = 0
+) -> ModuleSite:
     """The input or output of the module at `path`, as a site; any `nn.Module` will do.
 
     `item` says which tensor, where there are several: an index into the output (or the positional inputs), or the name
@@ -173,7 +189,9 @@ def parse(text: str) -> AnySite:
     name, *numbers = text.split(".")
     if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         hint = "a path of the module tree is meant? Write hk.module(path, side='output')"
-        raise UnknownSite(f"{text!r} does not name a site; sites look like 'resid_post.6' or 'z.9.3' ({hint})")
+        raise UnknownSite(
+            f"{text!r} does not name a site; sites look like 'resid_post.6' or 'z.9.3' ({hint})"
+        )
     return Site(name, *map(int, numbers))
 
 
@@ -200,7 +218,10 @@ class Sites(Sequence[AnySite]):
         return Sites(self.chosen + as_sites(other).chosen)
 
     def _repr_html_(self) -> str:
-        rows = [{"site": str(site), "axes": site.axes if isinstance(site, Site) else ""} for site in self.chosen]
+        rows = [
+            {"site": str(site), "axes": site.axes if isinstance(site, Site) else ""}
+            for site in self.chosen
+        ]
         return shown(f"{len(rows)} site{'' if len(rows) == 1 else 's'}", rows=rows)
 
     def __repr__(self) -> str:
@@ -214,7 +235,9 @@ SitesLike: TypeAlias = str | AnySite | Iterable[str | AnySite]
 
 def as_sites(sites: SitesLike) -> Sites:
     """The selection that any way of writing sites means. An empty one, or one that names a site twice, raises."""
-    if not isinstance(sites, str | Site | ModuleSite | Iterable) or isinstance(sites, bytes | Mapping):
+    if not isinstance(sites, str | Site | ModuleSite | Iterable) or isinstance(
+        sites, bytes | Mapping
+    ):
         raise UnknownSite(
             f"{described(sites)} is not a site: give a name such as 'resid_post.6', hk.Site('resid_post', 6), or a list"
         )
@@ -226,7 +249,9 @@ def as_sites(sites: SitesLike) -> Sites:
                 f"{described(site)} is not a site: give a name such as 'resid_post.6', or hk.Site('resid_post', 6)"
             )
     if not chosen:
-        raise EmptySelection("no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')")
+        raise EmptySelection(
+            "no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')"
+        )
     if len(set(chosen)) < len(chosen):
         twice = next(site for site in chosen if chosen.count(site) > 1)
         raise BadHook(f"{twice} is named twice in one hook: name each site once")

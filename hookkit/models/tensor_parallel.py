@@ -41,7 +41,9 @@ class Ranks:
     group: Any
     rank: int
     count: int
-    splits: dict[Key, Split | None] = field(default_factory=dict)  # None: whole, and the same on every rank
+    splits: dict[Key, Split | None] = field(
+        default_factory=dict
+    )  # None: whole, and the same on every rank
 
     def split(self, key: Key, found: Tensor, expected: Mapping[int, int] | None) -> Split | None:
         """How the tensor at a place is split; found out the first time, by all ranks together.
@@ -66,7 +68,10 @@ class Ranks:
                 )
         sums = self.told(_summed(found))
         if any(shape != shapes[0] for shape in shapes) or not torch.allclose(
-            torch.tensor(sums), torch.tensor(sums[:1]).expand(len(sums), -1), rtol=1e-4, equal_nan=True
+            torch.tensor(sums),
+            torch.tensor(sums[:1]).expand(len(sums), -1),
+            rtol=1e-4,
+            equal_nan=True,
         ):
             raise Unsupported(
                 f"{where} differs from rank to rank ({[tuple(shape) for shape in shapes]}), and how its parts stand "
@@ -175,10 +180,14 @@ def ranks_of(model: nn.Module) -> Ranks | None:
         return None
     from torch.distributed.tensor import DTensor
 
-    mesh = next((weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)), None)
+    mesh = next(
+        (weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)), None
+    )
     if mesh is None:
         if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise Unsupported("this version of transformers does not mark what it splits among processes: use 5.20 on")
+            raise Unsupported(
+                "this version of transformers does not mark what it splits among processes: use 5.20 on"
+            )
         return None
     names = tuple(mesh.mesh_dim_names or ())
     if mesh.ndim != 1 or (names and names != ("tp",)):

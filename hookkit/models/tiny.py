@@ -39,7 +39,14 @@ LATENT: dict[str, Any] = {  # keys and values made of a latent that all heads sh
     "v_head_dim": 6,
     "num_key_value_heads": 4,
 }
-DEEPSEEK = {**EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+DEEPSEEK = {
+    **EXPERTS,
+    **LATENT,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 SLIDING: dict[str, Any] = {
     "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -55,11 +62,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 8},
     "falcon": {"num_key_value_heads": None, "intermediate_size": None},
     "gemma": {"head_dim": 8},
-    "gemma2": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma2": {
+        **SLIDING,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 5.0,
+    },
     "gemma3_text": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
     "gemma4_text": {
         **SLIDING,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],  # the last one has to be full
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],  # the last one has to be full
         "head_dim": 8,
         "global_head_dim": 16,
         "vocab_size_per_layer_input": 320,
@@ -81,10 +97,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
         "attention_multiplier": 0.4,
     },
-    "granitemoe": {**EXPERTS, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0},
+    "granitemoe": {
+        **EXPERTS,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 4.0,
+    },
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
-    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2": {
+        "layer_types": ["full_attention", "conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minicpm3": {**LATENT, "dim_model_base": 16},
     "llama4_text": {**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 48},
@@ -94,7 +118,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128},
     "olmo3": SLIDING,
     "olmoe": EXPERTS,
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None, "intermediate_size": None},
+    "opt": {
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+    },
     "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0]},
     "qwen3": {"head_dim": 16},  # wider than d_model / heads
     "qwen3_moe": {**EXPERTS, "head_dim": 8, "mlp_only_layers": [0]},
@@ -113,7 +142,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @checks_arguments
-def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None) -> LM:
+def tiny(
+    model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None
+) -> LM:
     """A random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens, in float32 and evaluation mode.
 
     `model_type` is transformers' own word ("llama", "gpt_neox", "qwen3_moe"); `config` changes or adds words of its
@@ -132,7 +163,9 @@ def tiny(model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[
     kind: Any = CONFIG_MAPPING[model_type]
     known = {name: value for name, value in SIZES.items() if hasattr(kind(), name)}
     words = {**known, **FAMILIES.get(model_type, {}), **(config or {})}
-    words = {name: value for name, value in words.items() if value is not None or name == "pad_token_id"}
+    words = {
+        name: value for name, value in words.items() if value is not None or name == "pad_token_id"
+    }
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -153,5 +186,9 @@ def _fill(model: torch.nn.Module) -> None:
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 weight.normal_(std=0.3)
-            elif not name.endswith(("A_log", "dt_bias", "dt_proj.bias", ".D")):  # of state-space models: left as made
-                weight.normal_(mean=float(any(word in name for word in ("norm", "ln_", "ln1", "ln2"))), std=0.1)
+            elif not name.endswith(
+                ("A_log", "dt_bias", "dt_proj.bias", ".D")
+            ):  # of state-space models: left as made
+                weight.normal_(
+                    mean=float(any(word in name for word in ("norm", "ln_", "ln1", "ln2"))), std=0.1
+                )

@@ -21,7 +21,15 @@ from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
 SPACE = "▁"  # sentencepiece's own way to write a space
-ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")  # texts to read another one behind: one that does not join with it
+ANCHORS = (
+    "\n",
+    ":",
+    "|",
+    "=",
+    "1",
+    "é",
+    "a",
+)  # texts to read another one behind: one that does not join with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +63,14 @@ class Vocabulary:
         token = as_token(token)
         if not isinstance(token, str):
             if self.size is not None and token >= self.size:
-                raise NotOneToken(f"token {token} was asked for, and the vocabulary has ids 0 to {self.size - 1}")
+                raise NotOneToken(
+                    f"token {token} was asked for, and the vocabulary has ids 0 to {self.size - 1}"
+                )
             return token
         if self.tokenizer is None:
-            raise NotOneToken(f"{token!r} is text, and this model came without a tokenizer: give token ids")
+            raise NotOneToken(
+                f"{token!r} is text, and this model came without a tokenizer: give token ids"
+            )
         ids = self._ids(token)
         if self.size is not None and max(ids, default=0) >= self.size:
             raise NotOneToken(
@@ -69,7 +81,10 @@ class Vocabulary:
         if one is not None:
             return one
         pieces = " + ".join(repr(self.string(i)) for i in ids) or "nothing"
-        offered = ", ".join(map(repr, self._one_token_spellings(token, ids))) or "no near spelling, so give an id"
+        offered = (
+            ", ".join(map(repr, self._one_token_spellings(token, ids)))
+            or "no near spelling, so give an id"
+        )
         raise NotOneToken(
             f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. One token each: {offered}."
         )
@@ -88,7 +103,11 @@ class Vocabulary:
             return self.encode(text)
         for anchor in ANCHORS:
             before, both = self.encode(anchor), self.encode(anchor + text)
-            if before and both[: len(before)] == before and self.added(before, both[len(before) :]) == text:
+            if (
+                before
+                and both[: len(before)] == before
+                and self.added(before, both[len(before) :]) == text
+            ):
                 return both[len(before) :]
         raise NotOneToken(
             f"{text!r} is read by this tokenizer with a space before it or joined to what stands before, so that its "
@@ -136,27 +155,37 @@ class Vocabulary:
         text = self.text([token_id])
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
         # sentencepiece tokenizers drop a leading space when they decode
-        return " " + text if isinstance(piece, str) and piece.startswith(SPACE) and not text.startswith(" ") else text
+        return (
+            " " + text
+            if isinstance(piece, str) and piece.startswith(SPACE) and not text.startswith(" ")
+            else text
+        )
 
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text that tokens add behind others: its leading space kept, a character that they complete in it."""
         if not before or not ids:
             return self.text(ids) if ids else ""
         start, whole = self.text(before), self.text([*before, *ids])
-        start = start if whole.startswith(start) else start.rstrip("�")  # half a character decodes to "�"
+        start = (
+            start if whole.startswith(start) else start.rstrip("�")
+        )  # half a character decodes to "�"
         return whole[len(start) :] if whole.startswith(start) else self.text(ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of a row of tokens, special tokens included."""
         if self.tokenizer is None:
             return " ".join(f"<{token_id}>" for token_id in ids)
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
 NO_RANK = 0
 
 
-def rank_among(logits: Float[Tensor, "*place token"], value: Float[Tensor, "*place"]) -> Int[Tensor, "*place"]:
+def rank_among(
+    logits: Float[Tensor, "*place token"], value: Float[Tensor, "*place"]
+) -> Int[Tensor, "*place"]:
     """The rank that a value has among the logits along the last axis; `NO_RANK` for NaN."""
     not_larger = logits <= value[..., None]
     # counted in int64 it takes five times as long on a CPU

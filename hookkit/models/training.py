@@ -19,7 +19,10 @@ def warn_of_dropout(lm: LM) -> None:
     """Give a `DroppedOut` warning at the user's own line, if the model is in training mode and drops numbers out."""
     if not lm.root.training:
         return
-    found = next((words for path, module in lm.root.named_modules() for words in _dropping(path, module)), None)
+    found = next(
+        (words for path, module in lm.root.named_modules() for words in _dropping(path, module)),
+        None,
+    )
     if found is not None:
         warnings.warn(
             f"the model is in training mode and drops numbers out at random ({found}), so that what comes out differs "
@@ -92,7 +95,9 @@ def _gives_gradient(layer: nn.Module, width: int) -> bool:
 def levels_to_the_user() -> int:
     """How many frames above the caller of this the first one stands that is not hookkit's."""
     level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "hookkit":
+    while (
+        frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "hookkit"
+    ):
         level, frame = level + 1, frame.f_back
     return level + 1
 
@@ -114,14 +119,19 @@ def checkpointing(root: nn.Module, paths: Iterable[str]) -> list[Any]:
 
 
 def _checkpoints(attributes: dict[str, Any]) -> bool:
-    return bool(attributes.get("gradient_checkpointing")) and "_gradient_checkpointing_func" in attributes
+    return (
+        bool(attributes.get("gradient_checkpointing"))
+        and "_gradient_checkpointing_func" in attributes
+    )
 
 
 def in_checkpointed_block(root: nn.Module, path: str) -> bool:
     """True for a module in a block whose forward runs again in the backward pass. Hooks on the block itself do not."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return any(isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, [path]))
+    return any(
+        isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, [path])
+    )
 
 
 @contextmanager

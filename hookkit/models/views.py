@@ -1,6 +1,6 @@
 """From a module's tensor to the values of a site, and back: heads, fused parts, multipliers, keys.
 
-A `Form` says how a site stands in the tensor at its place. What it reads is a view or made of one, so that what it
+A `SiteView` says how a site stands in the tensor at its place. What it reads is a view or made of one, so that what it
 writes goes into the module's own tensor (or a copy of it).
 """
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .batch_positions import Call, Cells
-from .families.schema import Cut, Place
+from .batch_positions import ForwardPass, Selection
+from .families.schema import AxisSplit, ModuleLocation
 from .layout import Layout
 from .sites import SQUARE, AnySite, Site
 
 
 @dataclass(frozen=True)
-class Form:
+class SiteView:
     """A site that is its module's tensor, [batch, pos, ...]."""
 
     head: int | None = None
@@ -25,13 +25,13 @@ class Form:
     @property
     def plain(self) -> bool:
         """True where nothing at all stands between the tensor and the site."""
-        return type(self) is Form and self.factor == 1.0
+        return type(self) is SiteView and self.factor == 1.0
 
-    def laid(self, found: Tensor, call: Call) -> Tensor:
+    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
         """The module's tensor as [batch, pos, ...], a view of it."""
         return found
 
-    def call(self, call: Call, found: Tensor) -> Call:
+    def call(self, call: ForwardPass, found: Tensor) -> ForwardPass:
         """The forward whose rows and columns the tensor has."""
         return call
 
@@ -39,11 +39,13 @@ class Form:
         """The part of [batch, pos, ...] that is the site, a view; heads may still be on two axes."""
         return full
 
-    def read(self, raw: Tensor, cells: Cells, call: Call) -> Tensor:
+    def read(self, raw: Tensor, cells: Selection, call: ForwardPass) -> Tensor:
         """The values of the site [row, pos, ...] from those cells of the view."""
         return raw if self.factor == 1.0 else raw * self.factor
 
-    def write(self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Cells, call: Call) -> Tensor:
+    def write(
+        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, call: ForwardPass
+    ) -> Tensor:
         """The cells of the view that give these values; with `old`, to the bit what they were where nothing changed."""
         if self.factor == 1.0:
             return new
@@ -51,18 +53,18 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Flat(Form):
+class FlatView(SiteView):
     """Rows and positions on one axis: [(batch pos), ...]."""
 
-    def laid(self, found: Tensor, call: Call) -> Tensor:
+    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
         return found if found.ndim > 2 else found.view(call.rows, -1, found.shape[-1])
 
 
 @dataclass(frozen=True)
-class Part(Form):
+class FusedView(SiteView):
     """Some numbers of the last axis, which may be heads."""
 
-    cut: Cut = None  # pyright: ignore[reportAssignmentType]
+    cut: AxisSplit = None  # pyright: ignore[reportAssignmentType]
 
     def view(self, full: Tensor) -> Tensor:
         cut = self.cut
@@ -76,23 +78,25 @@ class Part(Form):
             return heads[..., 0, :]
         return heads[:, :, 0] if cut.outer == 1 else heads
 
-    def read(self, raw: Tensor, cells: Cells, call: Call) -> Tensor:
+    def read(self, raw: Tensor, cells: Selection, call: ForwardPass) -> Tensor:
         return raw.flatten(2, 3) if raw.ndim == 5 else raw
 
-    def write(self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Cells, call: Call) -> Tensor:
+    def write(
+        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, call: ForwardPass
+    ) -> Tensor:
         return new.reshape(raw.shape)
 
 
 @dataclass(frozen=True)
-class Turned(Form):
+class HeadFirstView(SiteView):
     """Inside attention, [batch, head, pos, d_head]."""
 
     keys: bool = False  # what attention looks at: all that the cache holds, and not this forward's positions only
 
-    def laid(self, found: Tensor, call: Call) -> Tensor:
+    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
         return found.transpose(1, 2)
 
-    def call(self, call: Call, found: Tensor) -> Call:
+    def call(self, call: ForwardPass, found: Tensor) -> ForwardPass:
         return call.over_keys(found.shape[2]) if self.keys else call
 
     def view(self, full: Tensor) -> Tensor:
@@ -100,20 +104,20 @@ class Turned(Form):
 
 
 @dataclass(frozen=True)
-class Square(Form):
+class AttentionView(SiteView):
     """Attention's numbers of each query and key: [batch, head, query, key] in the module, with the columns of the batch
     as keys. Its values are [row, query, head, key], with each row's own positions as keys, also those that it has not
     come to. Where a query does not see a key, a score is the smallest number there is, and the pattern zero."""
 
     scores: bool = False
 
-    def laid(self, found: Tensor, call: Call) -> Tensor:
+    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
         return found.transpose(1, 2)
 
     def view(self, full: Tensor) -> Tensor:
         return full if self.head is None else full[:, :, self.head]
 
-    def read(self, raw: Tensor, cells: Cells, call: Call) -> Tensor:
+    def read(self, raw: Tensor, cells: Selection, call: ForwardPass) -> Tensor:
         unseen = unseen_value(raw.dtype, self.scores)
         if self.scores:
             raw = raw.masked_fill(hidden(raw), unseen)
@@ -126,7 +130,9 @@ class Square(Form):
             values[row, ..., first:last] = raw[row, ..., column : column + last - first]
         return values
 
-    def write(self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Cells, call: Call) -> Tensor:
+    def write(
+        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, call: ForwardPass
+    ) -> Tensor:
         result = raw.clone()
         for row, (first, last, column) in enumerate(call.keys(cells, raw.shape[-1])):
             result[row, ..., column : column + last - first] = new[row, ..., first:last]
@@ -149,16 +155,18 @@ def unseen_value(dtype: torch.dtype, scores: bool) -> float:
     return torch.finfo(dtype).min if scores else 0.0
 
 
-def form_of(layout: Layout, site: AnySite, place: Place) -> Form:
+def form_of(layout: Layout, site: AnySite, place: ModuleLocation) -> SiteView:
     """How a site stands in the tensor at its place."""
-    if place.times or place.over:  # read anew each time: a multiplier is an attribute, which a user may change
+    if (
+        place.times or place.over
+    ):  # read anew each time: a multiplier is an attribute, which a user may change
         return _form(layout, site, place)
     if site not in layout.forms:
         layout.forms[site] = _form(layout, site, place)
     return layout.forms[site]
 
 
-def full_sizes(layout: Layout, site: AnySite, place: Place) -> dict[int, int] | None:
+def full_sizes(layout: Layout, site: AnySite, place: ModuleLocation) -> dict[int, int] | None:
     """How long the axes of the whole tensor at a place are that may be split among processes; None where that is not
     known."""
     if isinstance(site, Site):
@@ -174,20 +182,20 @@ def full_sizes(layout: Layout, site: AnySite, place: Place) -> dict[int, int] | 
     return {-1: size} if isinstance(size, int) else None
 
 
-def _form(layout: Layout, site: AnySite, place: Place) -> Form:
+def _form(layout: Layout, site: AnySite, place: ModuleLocation) -> SiteView:
     head = site.head if isinstance(site, Site) else None
     if place.flat:
-        return Flat(head)
+        return FlatView(head)
     if place.side == "inside":
         assert isinstance(site, Site)
         return (
-            Square(head, scores=site.name == "scores")
+            AttentionView(head, scores=site.name == "scores")
             if site.name in SQUARE
-            else Turned(head, keys=place.item != "query")
+            else HeadFirstView(head, keys=place.item != "query")
         )
     if place.cut:
         assert isinstance(site, Site)
         found = layout.cut(site)
         assert found is not None
-        return Part(head, cut=found)
-    return Form(head, layout.factor(site))
+        return FusedView(head, cut=found)
+    return SiteView(head, layout.factor(site))

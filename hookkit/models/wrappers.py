@@ -57,7 +57,9 @@ def adapters_of(module: nn.Module) -> list[str]:
     if not isinstance(module, BaseTunerLayer):
         return []
     parts: Any = [getattr(module, name, None) for name in module.adapter_layer_names]
-    return list(dict.fromkeys(name for part in parts if hasattr(part, "keys") for name in part.keys()))  # noqa: SIM118  no mapping
+    return list(
+        dict.fromkeys(name for part in parts if hasattr(part, "keys") for name in part.keys())
+    )  # noqa: SIM118  no mapping
 
 
 def adapters_in_use(model: nn.Module) -> list[str]:
@@ -67,7 +69,9 @@ def adapters_in_use(model: nn.Module) -> list[str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+    return sorted(
+        {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    )
 
 
 def _configs(module: Any) -> dict[str, Any]:
@@ -80,7 +84,11 @@ def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
     for module in wrapping:
         active: Any = getattr(module, "active_adapter", None) if _configs(module) else None
         config = _configs(module).get(active) if isinstance(active, str) else None
-        if config is None or not config.is_prompt_learning or getattr(module, "_adapters_disabled", False):
+        if (
+            config is None
+            or not config.is_prompt_learning
+            or getattr(module, "_adapters_disabled", False)
+        ):
             continue
         raise Unsupported(
             f"the adapter {active!r} ({config.peft_type.value}) puts {config.num_virtual_tokens} tokens of its own in "

@@ -36,9 +36,15 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     top = Path(folder)
     if not top.is_dir():
         raise BadHook(f"there is no folder {str(folder)!r}: name one with results in it")
-    found = [_result(page.relative_to(top), top) for page in sorted(top.rglob("report.html")) if _shown(page, top)]
+    found = [
+        _result(page.relative_to(top), top)
+        for page in sorted(top.rglob("report.html"))
+        if _shown(page, top)
+    ]
     if not found:
-        raise BadHook(f"{str(folder)!r} has no results: a result is a folder with a report.html, as hk.record makes it")
+        raise BadHook(
+            f"{str(folder)!r} has no results: a result is a folder with a report.html, as hk.record makes it"
+        )
     return pd.DataFrame(found, columns=COLUMNS)
 
 
@@ -56,14 +62,18 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     >>> index("results").name
     'index.html'
     """
-    rows: list[Any] = sorted(results(folder).to_dict("records"), key=lambda row: not row["question"])
+    rows: list[Any] = sorted(
+        results(folder).to_dict("records"), key=lambda row: not row["question"]
+    )
     from ..models.tensor_parallel import (
         is_writing_process,  # which brings torch, and results that are only listed need none
     )
 
     page = Path(folder) / "index.html"
     if os.path.lexists(page) and not is_own_page(page):
-        raise BadFile(f"{str(page)!r} was not written by hk.index: move it away, or make the index of another folder")
+        raise BadFile(
+            f"{str(page)!r} was not written by hk.index: move it away, or make the index of another folder"
+        )
     shown = []
     for row in rows:
         address = quote(row["page"])  # the name of a folder may begin as "javascript:" does
@@ -74,7 +84,9 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
 
 
 def _shown(page: Path, top: Path) -> bool:
-    return not any(part.startswith(".") for part in page.relative_to(top).parts) and page.parent != top
+    return (
+        not any(part.startswith(".") for part in page.relative_to(top).parts) and page.parent != top
+    )
 
 
 def _result(page: Path, top: Path) -> dict[str, str]:
@@ -82,7 +94,12 @@ def _result(page: Path, top: Path) -> dict[str, str]:
     ended = about.get("ended", "finished")
     made = about.get("command", "") + ("" if ended == "finished" else f" ({ended})")
     title = about.get("title") or page.parent.name.replace("_", " ").capitalize()
-    words = {"title": title, "question": about.get("question", ""), "answer": about.get("answer", ""), "made": made}
+    words = {
+        "title": title,
+        "question": about.get("question", ""),
+        "answer": about.get("answer", ""),
+        "made": made,
+    }
     return {"result": page.parent.as_posix(), **words, "page": page.as_posix()}
 
 
@@ -108,13 +125,22 @@ def _picture(folder: Path) -> str:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > LARGEST:
-                raise BadFile(f"{str(path)!r} is a picture of {image.width} x {image.height} pixels, and is not shown")
+                raise BadFile(
+                    f"{str(path)!r} is a picture of {image.width} x {image.height} pixels, and is not shown"
+                )
             small = image.convert("RGB")
             small.thumbnail((WIDTH, HEIGHT))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL has no error of its own
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # PIL has no error of its own
         if isinstance(error, BadFile):
             raise
-        raise BadFile(f"{str(path)!r} is no picture in PNG that can be read: {error}; make the result again") from error
+        raise BadFile(
+            f"{str(path)!r} is no picture in PNG that can be read: {error}; make the result again"
+        ) from error
     words = io.BytesIO()
     small.save(words, "WEBP", quality=80, method=6)
     return f"data:image/webp;base64,{base64.b64encode(words.getvalue()).decode()}"

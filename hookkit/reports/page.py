@@ -39,10 +39,20 @@ ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV h
 ROWS_OF_LONGER = 24
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 SORTED = 3  # rows that a table has at least for the reader to sort it
-SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}  # 1: more is green
+SIGNED = {
+    "logit_delta": 1,
+    "logprob_delta": 1,
+    "prob_delta": 1,
+    "shift": 1,
+    "rank_delta": -1,
+}  # 1: more is green
 PAPER_ROWS = 200  # of a longer table there is no Markdown and no LaTeX
 LONG = 40  # letters of a text that goes on in the next line
-FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {"json": as_json, "md": as_markdown, "tex": as_latex}
+FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "json": as_json,
+    "md": as_markdown,
+    "tex": as_latex,
+}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 PLACES = ("row", "pos", "step")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -95,7 +105,9 @@ class Report:
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the names of their files."""
-        named = [part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file]
+        named = [
+            part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file
+        ]
         return {part.name: part.content for part in named if isinstance(part.content, pd.DataFrame)}
 
     def html(self) -> str:
@@ -157,14 +169,22 @@ class Report:
                 data |= part_files(part, self.formats)
         for name, text in self.files.items():
             if not is_bare_name(name) or name == PAGE or name in data:
-                raise BadHook(f"{name!r} cannot name a file of a report: names stand once, and lead to no other folder")
+                raise BadHook(
+                    f"{name!r} cannot name a file of a report: names stand once, and lead to no other folder"
+                )
             data[name] = text.encode("utf-8", errors="backslashreplace")
         return data
 
     def _repr_html_(self) -> str:
-        named = [part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file]
+        named = [
+            part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file
+        ]
         rows = [{"name": part.name, "what": _kind(part), "caption": part.caption} for part in named]
-        return shown(f"Report: {self.title}", {"to see it": "write(folder), which gives the page's path"}, rows)
+        return shown(
+            f"Report: {self.title}",
+            {"to see it": "write(folder), which gives the page's path"},
+            rows,
+        )
 
 
 @checks_arguments
@@ -184,17 +204,23 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
             count = sum(isinstance(p, Part) and p.name.startswith(f"{kind}_") for p in named)
             part = Part(part, f"{kind}_{count + 1}")
         if not isinstance(part, str | Part | Folded):
-            raise BadHook(f"a report has texts, tables and figures, and was given a {type(part).__name__}")
+            raise BadHook(
+                f"a report has texts, tables and figures, and was given a {type(part).__name__}"
+            )
         named.append(part)
     names = [part.name for part in named if isinstance(part, Part)]
     for name in names:
         if names.count(name) > 1 or not NAME.fullmatch(name):
-            raise BadHook(f"{name!r} cannot name a part: names stand once, and are letters, digits, '-' and '_'")
+            raise BadHook(
+                f"{name!r} cannot name a part: names stand once, and are letters, digits, '-' and '_'"
+            )
     return Report(title, tuple(named), footer)
 
 
 def _kind(part: Part) -> str:
-    return f"table of {len(part.content)} rows" if isinstance(part.content, pd.DataFrame) else "figure"
+    return (
+        f"table of {len(part.content)} rows" if isinstance(part.content, pd.DataFrame) else "figure"
+    )
 
 
 def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
@@ -203,7 +229,11 @@ def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, byt
         drawing = io.BytesIO()
         part.content.savefig(drawing, format="png", dpi=150, metadata={"Software": None})
         return {f"{part.name}.png": drawing.getvalue()}
-    files = {f"{part.name}.csv": part.content.to_csv(index=False, float_format="%.6g", lineterminator="\n")}
+    files = {
+        f"{part.name}.csv": part.content.to_csv(
+            index=False, float_format="%.6g", lineterminator="\n"
+        )
+    }
     for kind in written_as(part.content, formats):
         if kind != "csv":
             files[f"{part.name}.{kind}"] = FORMATS[kind](part.content).rstrip("\n") + "\n"
@@ -224,7 +254,9 @@ def _check_own(folder: Path, data: Mapping[str, bytes]) -> None:
     for name, content in data.items():
         path = folder / name
         own = known.get(name), hashlib.sha256(content).hexdigest()
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or sha256(path) not in own):
+        if os.path.lexists(path) and (
+            path.is_symlink() or not path.is_file() or sha256(path) not in own
+        ):
             foreign.append(name)
     if foreign:
         raise BadFile(
@@ -271,7 +303,12 @@ def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, 
     if isinstance(part, Folded):
         return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part.content, Figure):
-        return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": Markup(_svg(part))}
+        return {
+            "kind": "figure",
+            "name": part.name,
+            "caption": part.caption,
+            "svg": Markup(_svg(part)),
+        }
     if part.file:  # all of the file's formats are named among the files
         formats = ("csv",)
     files = [f"{part.file or part.name}.{kind}" for kind in written_as(part.content, formats)]
@@ -281,9 +318,13 @@ def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, 
 def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     shown = table if len(table) <= ROWS_SHOWN else table.head(ROWS_OF_LONGER)
     empty = [name for name in table if len(table) and bool(table[name].isna().all())]
-    if len(empty) < table.shape[1]:  # such as the intervals of a mean over one prompt; the CSV has them
+    if (
+        len(empty) < table.shape[1]
+    ):  # such as the intervals of a mean over one prompt; the CSV has them
         shown = shown.drop(columns=empty)
-    same = [name for name in PLACES if name in table and len(table) > 1 and len(set(table[name])) == 1]
+    same = [
+        name for name in PLACES if name in table and len(table) > 1 and len(set(table[name])) == 1
+    ]
     if same and len(same) < shown.shape[1]:  # said once, there is room for the others
         caption = f"{caption} {', '.join(f'{name} {table[name].iloc[0]}' for name in same).capitalize()}.".strip()
         shown = shown.drop(columns=same)
@@ -321,7 +362,13 @@ def _header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
             first.append({"text": group, "style": "group", "columns": 3, "lines": 1, "place": None})
             for number, part in enumerate(parts):
                 second.append(
-                    {"text": COMPARED[part], "style": style, "columns": 1, "lines": 1, "place": place + number}
+                    {
+                        "text": COMPARED[part],
+                        "style": style,
+                        "columns": 1,
+                        "lines": 1,
+                        "place": place + number,
+                    }
                 )
             columns = columns[3:]
         else:
@@ -335,15 +382,21 @@ def _svg(part: Part) -> str:
     assert isinstance(part.content, Figure)
     words = io.StringIO()
     # the salt keeps ids apart between figures of one page, and the same from run to run
-    with rc_context({"svg.hashsalt": part.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
+    with rc_context(
+        {"svg.hashsalt": part.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    ):
         part.content.savefig(words, format="svg", metadata={"Date": None, "Creator": None})
     drawing = words.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     for colour, name in THEMED.items():
         drawing = drawing.replace(colour, f"var({name})")
-    drawing = drawing.replace("font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif")
+    drawing = drawing.replace(
+        "font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif"
+    )
     inches = part.content.get_figwidth()
-    widths = f"min-width: {max(34, 4.3 * inches):g}rem; max-width: {min(76, max(56, 6.7 * inches)):g}rem"
+    widths = (
+        f"min-width: {max(34, 4.3 * inches):g}rem; max-width: {min(76, max(56, 6.7 * inches)):g}rem"
+    )
     sized = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{widths}"', sized, count=1)
 
@@ -356,7 +409,9 @@ def rendered(template: str, script: str = "", **values: Any) -> str:
 
 @cache
 def _template(name: str) -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(_source(name))
 
 
@@ -367,5 +422,9 @@ def _source(name: str) -> str:
 
 def _policy(script: str) -> str:
     """What the browser may do with the page: show it, and run this one script."""
-    runs = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else "'none'"
+    runs = (
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        if script
+        else "'none'"
+    )
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; script-src {runs}; base-uri 'none'"

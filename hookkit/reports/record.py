@@ -25,7 +25,15 @@ from tqdm.auto import tqdm
 from ..arguments import checks_arguments, folder_of
 from ..display import printable
 from ..errors import BadFile, BadHook, OtherSettings
-from ..files.atomic import Ready, make_folder, remove_leftovers, sha256, write_bytes, write_text, writing_to
+from ..files.atomic import (
+    Ready,
+    make_folder,
+    remove_leftovers,
+    sha256,
+    write_bytes,
+    write_text,
+    writing_to,
+)
 from ..files.tensors import MADE_BY, save_new_tensors
 from ..files.untrusted import is_bare_name, json_in, strings_of
 from ..models.lm import LM
@@ -36,7 +44,13 @@ from .page import PAGE, Part, Report, check_name, part_files, report
 from .results_diff import LAST, in_words, moved
 
 ABOUT = "about.json"
-SAME = ("weights_sha256", "tokenizer_sha256", "dtype", "seed", "settings")  # in all runs of a folder
+SAME = (
+    "weights_sha256",
+    "tokenizer_sha256",
+    "dtype",
+    "seed",
+    "settings",
+)  # in all runs of a folder
 
 
 @dataclass(eq=False)
@@ -54,7 +68,9 @@ class Record:
     parts: list[str | Part] = field(default_factory=list)
     runs: dict[str, Run] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
-    _hashes: dict[str, str] = field(default_factory=dict)  # of the files, noted before each takes its place
+    _hashes: dict[str, str] = field(
+        default_factory=dict
+    )  # of the files, noted before each takes its place
     _made_with: dict[str, Any] = field(default_factory=dict)
     _made_by: dict[str, Any] = field(default_factory=dict)
     _started: float = 0.0
@@ -64,7 +80,10 @@ class Record:
         self._made_with = {"seed": self.seed, "settings": dict(self.settings)}
         if self.lm is not None:
             self._made_with |= about_model(self.lm)
-            self._made_with |= {"weights_sha256": weights_hash(self.lm), "tokenizer_sha256": tokenizer_hash(self.lm)}
+            self._made_with |= {
+                "weights_sha256": weights_hash(self.lm),
+                "tokenizer_sha256": tokenizer_hash(self.lm),
+            }
         self._made_by = {"command": _command(), "git_commit": git_commit(), "versions": versions()}
         earlier = _earlier(self.folder)
         if not self.replace:
@@ -77,7 +96,9 @@ class Record:
             self._write_about("running")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         if kind is None:
             footer = f"Made by {_command()} in {time.perf_counter() - self._started:.0f} s; about.json says how."
             page = self.report(footer).html()
@@ -95,7 +116,9 @@ class Record:
     def answer(self, words: str) -> None:
         """Say in a sentence what came out: it stands under the question, and on the index of all results."""
         if self.answered:
-            raise BadHook(f"this record has its answer already: {self.answered!r}; say all of it at once")
+            raise BadHook(
+                f"this record has its answer already: {self.answered!r}; say all of it at once"
+            )
         self.answered = words
 
     def text(self, words: str) -> None:
@@ -138,7 +161,9 @@ class Record:
         check_name(part.name)
         if any(isinstance(other, Part) and other.name == part.name for other in self.parts):
             raise BadHook(f"{part.name!r} is recorded already: names stand once")
-        for file, data in part_files(part).items():  # at once, so that nothing is lost if a later step fails
+        for file, data in part_files(
+            part
+        ).items():  # at once, so that nothing is lost if a later step fails
             self._put(file, lambda path, ready, data=data: write_bytes(path, data, ready=ready))
             self.files.append(file)
         self.parts.append(part)
@@ -151,7 +176,9 @@ class Record:
             return
         if os.path.lexists(path):
             words = (
-                "is recorded already: names stand once" if file in self.files else "is there, and no record wrote it"
+                "is recorded already: names stand once"
+                if file in self.files
+                else "is there, and no record wrote it"
             )
             raise BadFile(f"{str(path)!r} {words}; give another name, or move that away")
 
@@ -162,11 +189,18 @@ class Record:
         write(path, note)
 
     def _write_about(self, ended: str) -> None:
-        about: dict[str, Any] = {"title": self.title, "question": self.question, "answer": self.answered}
+        about: dict[str, Any] = {
+            "title": self.title,
+            "question": self.question,
+            "answer": self.answered,
+        }
         about |= {"ended": ended, **self._made_by, MADE_BY: "hookkit"}
         about |= self._made_with
         shared = set(about)
-        about["runs"] = {n: {k: v for k, v in run.about.items() if k not in shared} for n, run in self.runs.items()}
+        about["runs"] = {
+            n: {k: v for k, v in run.about.items() if k not in shared}
+            for n, run in self.runs.items()
+        }
         about |= {"files": self.files, "sha256": self._hashes}
         about["seconds"] = round(time.perf_counter() - self._started, 1)
         if is_writing_process():
@@ -209,7 +243,9 @@ def record(
     try:
         plain = json.loads(json.dumps(dict(settings or {})))
     except (TypeError, ValueError) as error:
-        raise BadHook(f"settings are kept as JSON, and these cannot be: {error}; give plain values") from None
+        raise BadHook(
+            f"settings are kept as JSON, and these cannot be: {error}; give plain values"
+        ) from None
     return Record(path, title, lm, seed, question, plain, replace)
 
 
@@ -223,7 +259,11 @@ def _earlier(folder: Path) -> dict[str, Any]:
         raise BadFile(foreign)
     about = strings_of(json_in(path, finite=False), ("ended",), repr(str(path)))
     hashes = about.get("sha256")
-    if about.get(MADE_BY) != "hookkit" or not isinstance(hashes, dict) or not all(map(is_bare_name, hashes)):
+    if (
+        about.get(MADE_BY) != "hookkit"
+        or not isinstance(hashes, dict)
+        or not all(map(is_bare_name, hashes))
+    ):
         raise BadFile(foreign)
     return dict(about)
 
@@ -241,7 +281,9 @@ def _check_own(folder: Path, earlier: Mapping[str, Any]) -> None:
         before = _earlier(last).get("sha256", {})
         kept = {name for name, value in before.items() if not _is_as_written(last / name, value)}
         unknown = {name for name in hashes if name not in before and os.path.lexists(last / name)}
-        changed += [f"{LAST}/{name}" for name in sorted(kept | unknown) if os.path.lexists(folder / name)]
+        changed += [
+            f"{LAST}/{name}" for name in sorted(kept | unknown) if os.path.lexists(folder / name)
+        ]
     if changed:
         raise BadFile(
             f"{str(folder)!r} has {', '.join(changed)}, which no record wrote, or which was changed since: move that "
@@ -314,5 +356,9 @@ def _remove(folder: Path, about: Mapping[str, Any]) -> None:
 def _command() -> str:
     """The command that is running, without the machine's own paths."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    words = ["python", "-m", main.name.removesuffix(".__main__")] if main else ["python", Path(sys.argv[0]).name]
+    words = (
+        ["python", "-m", main.name.removesuffix(".__main__")]
+        if main
+        else ["python", Path(sys.argv[0]).name]
+    )
     return shlex.join([*words, *(word for word in sys.argv[1:] if not os.path.isabs(word))])

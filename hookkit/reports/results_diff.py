@@ -46,7 +46,10 @@ def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.
     0  ranks  True      0
     """
     old, new = _tables(before), _tables(after)
-    rows = [_compared(name, old.get(name), new.get(name), tolerance) for name in dict.fromkeys([*old, *new])]
+    rows = [
+        _compared(name, old.get(name), new.get(name), tolerance)
+        for name in dict.fromkeys([*old, *new])
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -75,7 +78,9 @@ def _tables(source: Tables) -> dict[str, pd.DataFrame]:
     if at and folder and not Path(source).exists():
         return _committed(Path(folder), revision)
     if not Path(source).is_dir():
-        raise BadHook(f"there is no folder {os.fspath(source)!r} to compare: name a folder of results")
+        raise BadHook(
+            f"there is no folder {os.fspath(source)!r} to compare: name a folder of results"
+        )
     tables: dict[str, pd.DataFrame] = {}
     for path in sorted(Path(source).rglob("*.csv")):
         within = path.relative_to(source)
@@ -91,13 +96,26 @@ def _committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
     here = next((str(place) for place in folder.resolve().parents if place.is_dir()), ".")
     try:
         top = Path(_git(here, "rev-parse", "--show-toplevel").decode().strip())
-        packed = _git(str(top), "archive", f"{revision}:{folder.resolve().relative_to(top.resolve()).as_posix()}")
+        packed = _git(
+            str(top),
+            "archive",
+            f"{revision}:{folder.resolve().relative_to(top.resolve()).as_posix()}",
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"") or str(error).encode()
-        raise BadHook(f"git has no {str(folder)!r} at {revision!r}: {said.decode().strip()}") from None
+        raise BadHook(
+            f"git has no {str(folder)!r} at {revision!r}: {said.decode().strip()}"
+        ) from None
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
-        members = [member for member in files.getmembers() if member.name.endswith(".csv") and member.isreg()]
-        return {_name(Path(member.name)): table_of(_opened(files, member), member.name) for member in members}
+        members = [
+            member
+            for member in files.getmembers()
+            if member.name.endswith(".csv") and member.isreg()
+        ]
+        return {
+            _name(Path(member.name)): table_of(_opened(files, member), member.name)
+            for member in members
+        }
 
 
 def _git(where: str, *words: str) -> bytes:
@@ -113,13 +131,19 @@ def _name(path: Path) -> str:
     return path.with_suffix("").as_posix()
 
 
-def _compared(name: str, old: pd.DataFrame | None, new: pd.DataFrame | None, tolerance: float) -> dict[str, Any]:
+def _compared(
+    name: str, old: pd.DataFrame | None, new: pd.DataFrame | None, tolerance: float
+) -> dict[str, Any]:
     note = ""
     if old is None or new is None:
         note = "is new" if old is None else "is gone"
     elif list(old.columns) != list(new.columns):
         changed = sorted(set(map(str, old.columns)) ^ set(map(str, new.columns)))
-        note = f"has other columns: {', '.join(changed)}" if changed else "has its columns in another order"
+        note = (
+            f"has other columns: {', '.join(changed)}"
+            if changed
+            else "has its columns in another order"
+        )
     elif len(old) != len(new):
         note = f"has {len(new)} rows, and had {len(old)}"
     if old is None or new is None or note:
@@ -144,4 +168,6 @@ def _column(old: Any, new: Any, tolerance: float) -> tuple[int, float]:
         by = np.where(same, 0.0, np.abs(a - b))
         near = by <= tolerance * np.maximum(1.0, np.maximum(np.abs(a), np.abs(b)))
     finite = by[np.isfinite(by)]
-    return int((~(same | (near & np.isfinite(by)))).sum()), float(finite.max()) if finite.size else 0.0
+    return int((~(same | (near & np.isfinite(by)))).sum()), float(
+        finite.max()
+    ) if finite.size else 0.0

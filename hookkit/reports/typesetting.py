@@ -30,7 +30,11 @@ def kind_of(name: str, dtype: Any) -> Kind:
 
 def written(value: Any) -> str:
     """A value as a page shows it; nothing where there is none."""
-    if value is None or value is pd.NA or (isinstance(value, float | np.floating) and np.isnan(value)):
+    if (
+        value is None
+        or value is pd.NA
+        or (isinstance(value, float | np.floating) and np.isnan(value))
+    ):
         return ""
     if isinstance(value, float | np.floating):
         return "−∞" if value == -np.inf else "∞" if value == np.inf else f"{value:.4g}"
@@ -45,7 +49,9 @@ def as_json(table: pd.DataFrame) -> str:
     """
     names = [str(name) for name in table.columns]
     rows = [
-        json.dumps(dict(zip(names, map(_plain, row), strict=True)), ensure_ascii=False, allow_nan=False)
+        json.dumps(
+            dict(zip(names, map(_plain, row), strict=True)), ensure_ascii=False, allow_nan=False
+        )
         for row in table.itertuples(index=False, name=None)
     ]
     return "[\n" + ",\n".join(rows) + "\n]\n"
@@ -69,10 +75,15 @@ def as_markdown(table: pd.DataFrame) -> str:
     | `' a\\|b'` | 3 |
     """
     kinds = _kinds(table)
-    lines = [[_words(name) for name in kinds], ["---:" if kind == "number" else ":---" for kind in kinds.values()]]
+    lines = [
+        [_words(name) for name in kinds],
+        ["---:" if kind == "number" else ":---" for kind in kinds.values()],
+    ]
     for row in table.itertuples(index=False, name=None):
         cells = zip(row, kinds.values(), strict=True)
-        lines.append([_code(written(v)) if kind == "token" else _words(written(v)) for v, kind in cells])
+        lines.append(
+            [_code(written(v)) if kind == "token" else _words(written(v)) for v, kind in cells]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -108,7 +119,9 @@ def as_latex(table: pd.DataFrame) -> str:
         cells = zip(row, kinds.values(), strict=True)
         lines.append(" & ".join(_set(written(value), kind) for value, kind in cells) + r" \\")
     columns = "".join("r" if kind == "number" else "l" for kind in kinds.values())
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\hline", *lines, r"\hline", r"\end{tabular}"])
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", *lines, r"\hline", r"\end{tabular}"]
+    )
 
 
 def _set(text: str, kind: Kind) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..hooks.captured_values import Kept, Piece
+from ..hooks.captured_values import CapturedChunk, Captures
 from ..hooks.decided_tokens import Decisions
 from ..hooks.logits import Force
-from ..models.batch_positions import Call
+from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.padding import unseen
 from ..models.prompts import cover
@@ -29,30 +29,36 @@ from ..models.wrappers import called
 from . import generation
 from .acting import act
 from .generation import Generation
-from .outcomes import Keeping, check_cached, check_possible
+from .outcomes import CaptureStore, check_cached, check_possible
 from .overflow import forget, settle
-from .taps import Action, Tap, input_of, logits_tap, picked, repacked
+from .taps import BoundHook, HookPoint, input_of, logits_tap, picked, repacked
 from .trace import Tracer
-from .tracking import Follower, named, plain_ending
+from .tracking import PositionTracker, named, plain_ending
 
 
-class Running:
+class DispatchState:
     """The texts since a block was entered. The tracer, if there is one, is told of each `generate`."""
 
-    def __init__(self, lm: LM, actions: Sequence[Action], tracer: Tracer | None) -> None:
+    def __init__(self, lm: LM, actions: Sequence[BoundHook], tracer: Tracer | None) -> None:
         self.lm, self.actions, self.tracer = lm, actions, tracer
-        self.follower = Follower(functools.partial(cover, lm), "logits_to_keep" in lm.takes, lm.two_texts)
-        self.keeping = Keeping(actions)
-        self.rows: list[list[int]] = []  # the tokens of each sequence that the last `generate` returned
+        self.follower = PositionTracker(
+            functools.partial(cover, lm), "logits_to_keep" in lm.takes, lm.two_texts
+        )
+        self.keeping = CaptureStore(actions)
+        self.rows: list[
+            list[int]
+        ] = []  # the tokens of each sequence that the last `generate` returned
         self._watch = generation.Watch()
-        self._decides = any(isinstance(action.hook, Force) and action.hook.decides for action in actions)
+        self._decides = any(
+            isinstance(action.hook, Force) and action.hook.decides for action in actions
+        )
 
     @property
     def generating(self) -> bool:
         """True while a `generate` runs."""
         return self.follower.generation is not None
 
-    def call(self, given: Mapping[str, Any]) -> Call:
+    def call(self, given: Mapping[str, Any]) -> ForwardPass:
         """The forward that begins with these arguments, its hooks' wishes held against what the text can give."""
         call, begins = self.follower.call(given)
         self.keeping.turn_to(call.text)
@@ -65,15 +71,17 @@ class Running:
                 self.follower.remember(call, self._watch.tokens)
         return call
 
-    def _check_possible(self, call: Call) -> None:
+    def _check_possible(self, call: ForwardPass) -> None:
         text, plan = call.text, self.follower.generation
         check_cached(self.actions, text)
         if text.final or plan is not None:
             check_possible(self.actions, text, call, plan)
         for where in {id(action.where): action.where for action in self.actions}.values():
-            text.wishes(where)  # raises for a text that is not there, or a position before the first
+            text.wishes(
+                where
+            )  # raises for a text that is not there, or a position before the first
 
-    def gave(self, call: Call, output: Any) -> None:
+    def gave(self, call: ForwardPass, output: Any) -> None:
         """A forward is over."""
         self.follower.gave(call, output)
 
@@ -86,7 +94,7 @@ class Running:
         self.keeping.check_fired(self.follower.forwards)
 
     @property
-    def kept(self) -> list[Kept]:
+    def kept(self) -> list[Captures]:
         """What the captures kept, a text each."""
         return self.keeping.texts(plain_ending)
 
@@ -130,13 +138,17 @@ class Running:
         decisions = Decisions(text, plan.width if plan.embeddings else 0) if self._decides else None
         try:
             with generation.watched(self.lm.root, self.tracer, decisions, acts) as self._watch:
-                output = original(*args, **generation.eager(args, self._with_every_position(kwargs)))
+                output = original(
+                    *args, **generation.eager(args, self._with_every_position(kwargs))
+                )
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.rows = generation.final_rows(plan, text, sequences, self._watch)
             ending = generation.ending(plan, text, sequences, self.rows, self.follower.histories)
             self.keeping.finish(text, ending)
             if self.tracer is not None:
-                self.tracer.finish(self.rows, [text.lengths[prompt] for prompt in ending.prompts], ending.sources)
+                self.tracer.finish(
+                    self.rows, [text.lengths[prompt] for prompt in ending.prompts], ending.sources
+                )
         except BaseException:
             self.keeping.forget(text)
             raise
@@ -161,7 +173,7 @@ ELSEWHERE = (
 )
 
 
-class Forwards:
+class HookDispatcher:
     """The forwards of a model in which these taps have something to do.
 
     While a hook's own function runs, modules that it calls are not hooked. Hooks act in the context that entered the
@@ -170,29 +182,43 @@ class Forwards:
     """
 
     def __init__(
-        self, lm: LM, taps: list[Tap], *, stop_early: bool, tracer: Tracer | None, attached: bool = False
+        self,
+        lm: LM,
+        taps: list[HookPoint],
+        *,
+        stop_early: bool,
+        tracer: Tracer | None,
+        attached: bool = False,
     ) -> None:
         self.lm, self.taps, self.tracer = lm, taps, tracer
         self._traced = None if tracer is None else logits_tap(lm, taps)
-        self.actions = sorted((action for tap in taps for action in tap.actions), key=lambda a: a.number)
+        self.actions = sorted(
+            (action for tap in taps for action in tap.actions), key=lambda a: a.number
+        )
         self._stop_early, self._attached = stop_early, attached
         self._shells = called(lm.wrapping)
-        self._runs = (*self._shells, lm.root, *lm.decoder)  # whose forward is one of the model, the outer first
+        self._runs = (
+            *self._shells,
+            lm.root,
+            *lm.decoder,
+        )  # whose forward is one of the model, the outer first
         self._left = 0  # how often the block was left
         self._start()
 
     def _start(self) -> None:
         self._scope = Scope(weakref.ref(self.lm.root), self._attached)
-        self._running = Running(self.lm, self.actions, self.tracer)
+        self._running = DispatchState(self.lm, self.actions, self.tracer)
         self._firings = self._running.keeping.firings
-        self._call: Call | None = None
+        self._call: ForwardPass | None = None
         self._owner: nn.Module | None = None  # the module whose forward is running
         self._thread = 0  # that it runs in; 0 while no forward runs
         self._busy = 0  # the thread in which a hook's own function is running
         self._writer = 0  # the thread in which a `generate` is running
-        self._aside: nn.Module | None = None  # what was called in the midst of a generate, and is no step of it
+        self._aside: nn.Module | None = (
+            None  # what was called in the midst of a generate, and is no step of it
+        )
         self._again = False  # a checkpointed block runs again, in the backward pass
-        self._pending: set[Action] = set()
+        self._pending: set[BoundHook] = set()
 
     # ---- whose forward it is
 
@@ -231,10 +257,14 @@ class Forwards:
             return False
         if self._owner is not None:
             if self._thread != thread:
-                raise Unsupported("two threads run the model inside one block: give each a block, or take turns")
+                raise Unsupported(
+                    "two threads run the model inside one block: give each a block, or take turns"
+                )
             if self._runs.index(self._owner) < self._runs.index(module):
                 return False
-        if self._running.generating and not (self._writer == thread and self._running.begins_step()):
+        if self._running.generating and not (
+            self._writer == thread and self._running.begins_step()
+        ):
             if self._attached:
                 raise Unsupported(
                     "the model is called while a generate of the same block runs, and the call is no step of it: call "
@@ -247,18 +277,22 @@ class Forwards:
 
     # ---- one forward
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         if not self._is_meant(module):
             return
         self._enter_forward(self._begun(module, args, kwargs or {}), module)
         if self._stop_early:
             self._pending = set(self.actions)
 
-    def _begun(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _begun(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ForwardPass:
         """The forward that begins with these arguments."""
         return self._running.call(named(module, self.lm.root, args, kwargs))
 
-    def _enter_forward(self, call: Call, module: nn.Module) -> None:
+    def _enter_forward(self, call: ForwardPass, module: nn.Module) -> None:
         self._call, self._owner, self._thread = call, module, get_ident()
         PROGRESS.forwards += 1
         forget(self.actions)
@@ -266,7 +300,12 @@ class Forwards:
     def _end(self, module: nn.Module, args: object, output: object) -> None:
         if module is self._aside:
             self._aside = None
-        elif module is self._owner and not unseen() and self._thread == get_ident() and not self._busy:
+        elif (
+            module is self._owner
+            and not unseen()
+            and self._thread == get_ident()
+            and not self._busy
+        ):
             if self._call is not None:
                 self._running.gave(self._call, output)
             self._no_forward()
@@ -277,7 +316,7 @@ class Forwards:
         self._owner = self._call = self._aside = None
         self._thread = 0
 
-    def _outside(self, tap: Tap) -> None:
+    def _outside(self, tap: HookPoint) -> None:
         """Raise if a module was called in the block, and outside a forward of the model."""
         if self._aside is None and self._scope.open and self._scope in HERE.get() and not unseen():
             raise Unsupported(
@@ -290,7 +329,7 @@ class Forwards:
         return partial(self._back_in, self._call, self._left)
 
     @contextmanager
-    def _back_in(self, call: Call | None, left: int) -> Iterator[None]:
+    def _back_in(self, call: ForwardPass | None, left: int) -> Iterator[None]:
         """A forward in which a checkpointed block runs again."""
         if left != self._left:
             raise Unsupported(
@@ -309,7 +348,11 @@ class Forwards:
     # torch calls a hook without the keywords when another thread takes it off just then
 
     def _on_input(
-        self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        self,
+        tap: HookPoint,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._thread != get_ident():
             return self._outside(tap)
@@ -324,13 +367,19 @@ class Forwards:
             return args, kwargs | {key: new}
         return (*args[:key], new, *args[key + 1 :]), kwargs
 
-    def _on_watched(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
+    def _on_watched(self, tap: HookPoint, module: nn.Module, args: Any, output: Any) -> Any:
         """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
         if self._thread != get_ident():
             return self._outside(tap)
         call, action = self._call, tap.actions[0]
         cells = None if call is None or self._busy or unseen() else call.whole(action.where)
-        if call is None or cells is None or type(output) is not Tensor or output.requires_grad or call.inference:
+        if (
+            call is None
+            or cells is None
+            or type(output) is not Tensor
+            or output.requires_grad
+            or call.inference
+        ):
             return self._on_output(tap, module, args, output)
         if self._again:
             return None
@@ -339,20 +388,24 @@ class Forwards:
             return self._on_output(tap, module, args, output)
         action.last = call
         action.fired += 1
-        action.pieces.append(Piece(call.number, cells, output.clone()))
+        action.pieces.append(CapturedChunk(call.number, cells, output.clone()))
         self._firings.append((action, call.number, cells, shape[2:], None))
         if self._stop_early:
             self._done(tap)
         return None
 
-    def _on_output(self, tap: Tap, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
+    def _on_output(
+        self, tap: HookPoint, module: nn.Module, args: Any, *kwargs_and_output: Any
+    ) -> Any:
         if self._thread != get_ident():
             return self._outside(tap)
         if self._busy or unseen():
             return None
         output = kwargs_and_output[-1]
         found = picked(output, tap.place)
-        before = input_of(args, kwargs_and_output[0], 0, tap.place.path)[0] if tap.reads_input else None
+        before = (
+            input_of(args, kwargs_and_output[0], 0, tap.place.path)[0] if tap.reads_input else None
+        )
         new = self._run(tap, found, before)
         if new is found:
             return None
@@ -363,7 +416,7 @@ class Forwards:
             )
         return repacked(output, tap.place.item, new)
 
-    def _on_inside(self, taps: dict[int | str, Tap], name: str, found: Tensor) -> Tensor:
+    def _on_inside(self, taps: dict[int | str, HookPoint], name: str, found: Tensor) -> Tensor:
         if name not in taps:
             return found
         if self._thread != get_ident():
@@ -371,7 +424,7 @@ class Forwards:
             return found
         return found if self._busy or unseen() else self._run(taps[name], found)
 
-    def _run(self, tap: Tap, found: Tensor, before: Tensor | None = None) -> Tensor:
+    def _run(self, tap: HookPoint, found: Tensor, before: Tensor | None = None) -> Tensor:
         """Do all that is to be done at one tap, and give the tensor that goes on."""
         call = self._call
         assert call is not None
@@ -380,13 +433,17 @@ class Forwards:
             return self._whole(tap, call, found, before)
         site = self._site(tap)
         sizes = full_sizes(self.lm.layout, site, self.lm.place(site))
-        return ranks.around(tap.key, found, sizes, lambda whole: self._whole(tap, call, whole, before))
+        return ranks.around(
+            tap.key, found, sizes, lambda whole: self._whole(tap, call, whole, before)
+        )
 
-    def _site(self, tap: Tap) -> AnySite:
+    def _site(self, tap: HookPoint) -> AnySite:
         """One of the sites that a tap is of."""
         return tap.actions[0].site if tap.actions else Site("logits")
 
-    def _whole(self, tap: Tap, call: Call, found: Tensor, before: Tensor | None) -> Tensor:
+    def _whole(
+        self, tap: HookPoint, call: ForwardPass, found: Tensor, before: Tensor | None
+    ) -> Tensor:
         """`_run`, on a tensor of which no other process has a part."""
         tracer = self.tracer if tap is self._traced else None
         if tracer is not None:
@@ -414,7 +471,7 @@ class Forwards:
             self._done(tap)
         return found
 
-    def _done(self, tap: Tap) -> None:
+    def _done(self, tap: HookPoint) -> None:
         """Stop the forward if nothing is left to be done in it."""
         self._pending.difference_update(tap.actions)
         if not self._pending:

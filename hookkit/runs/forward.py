@@ -39,7 +39,9 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     if wanted != "none" and lm.config is not None:
         lm.place(Site("logits"))  # raises where the model gives none
     if wanted == "none" and not hooks:
-        raise EmptySelection("the forward was asked for nothing: give it hooks, or logits='all' or 'last'")
+        raise EmptySelection(
+            "the forward was asked for nothing: give it hooks, or logits='all' or 'last'"
+        )
     batch = as_batch(lm, prompts)
     if wanted == "last" and (not batch.padded or pads(lm, "left")):
         batch = as_batch(lm, list(batch.rows), side="left")
@@ -56,7 +58,9 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         output = _called(lm, batch, wanted)
     return Run(
         lm=lm,
-        tokens=batch.ids if batch.side == "right" else padded(batch.rows, pad_id(lm)).to(batch.ids.device),
+        tokens=batch.ids
+        if batch.side == "right"
+        else padded(batch.rows, pad_id(lm)).to(batch.ids.device),
         mask=batch.mask if batch.side == "right" else batch.mask.flip(1),
         prompt_rows=tuple(range(len(batch.rows))),
         prompt_lengths=tuple(batch.lengths),
@@ -72,10 +76,14 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
 def _called(lm: LM, batch: Batch, wanted: str) -> Any:
     if lm.config is None:
         if batch.padded:
-            raise BadPrompt(f"a {type(lm.root).__name__} takes no mask: give prompts of one length, or one at a time")
+            raise BadPrompt(
+                f"a {type(lm.root).__name__} takes no mask: give prompts of one length, or one at a time"
+            )
         return lm.model(batch.ids)
     keep = 1 if wanted == "last" and batch.side == "left" else 0
-    return lm.model(**batch.inputs(lm), **lm.accepted(use_cache=False, return_dict=True, logits_to_keep=keep))
+    return lm.model(
+        **batch.inputs(lm), **lm.accepted(use_cache=False, return_dict=True, logits_to_keep=keep)
+    )
 
 
 def _logits_of(output: Any, batch: Batch, wanted: str) -> Captured:
@@ -85,8 +93,15 @@ def _logits_of(output: Any, batch: Batch, wanted: str) -> Captured:
         positions, values = positions[:, -1:], values[:, -1:]
     elif wanted == "last":
         rows, last = torch.arange(len(batch.rows)), torch.tensor(batch.lengths) - 1
-        positions, values = last[:, None], values[rows.to(values.device), last.to(values.device)][:, None]
+        positions, values = (
+            last[:, None],
+            values[rows.to(values.device), last.to(values.device)][:, None],
+        )
     elif batch.padded:
         fill = ~batch.mask[..., None]
-        values = values.masked_fill(fill, 0) if values.requires_grad else values.masked_fill_(fill, 0)
-    return Captured(Site("logits"), Where(), values, positions, tuple(range(len(batch.rows))), batch.rows)
+        values = (
+            values.masked_fill(fill, 0) if values.requires_grad else values.masked_fill_(fill, 0)
+        )
+    return Captured(
+        Site("logits"), Where(), values, positions, tuple(range(len(batch.rows))), batch.rows
+    )

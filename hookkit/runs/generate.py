@@ -13,7 +13,7 @@ from ..arguments import checks_arguments, described, seed_of, whole_number
 from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture, CaptureLast
-from ..hooks.captured_values import Captured, Kept
+from ..hooks.captured_values import Captured, Captures
 from ..models.lm import LM
 from ..models.padding import check_generation
 from ..models.positions import Where
@@ -74,7 +74,9 @@ def traced(
     config: Any = arguments.get("generation_config") or lm.root.generation_config
     draws.sampling = bool(arguments.get("do_sample", config.do_sample))
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
-    chunk, cache = (_setting(lm, arguments, name) for name in ("prefill_chunk_size", "cache_implementation"))
+    chunk, cache = (
+        _setting(lm, arguments, name) for name in ("prefill_chunk_size", "cache_implementation")
+    )
     check_generation(lm, padded=batch.padded, chunk=chunk, width=batch.ids.shape[1], cache=cache)
     kind = CaptureLast if wanted == "last" else Capture
     own = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP), name="hookkit.generate")
@@ -117,7 +119,7 @@ def _generated(
         prompt_rows=tuple(prompt_rows),
         prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
         hooks=hooks,
-        kept=Kept(tuple(slot for slot in kept.slots if slot.name != own.name), kept.ended),
+        kept=Captures(tuple(slot for slot in kept.slots if slot.name != own.name), kept.ended),
         kept_logits=_own_logits(kept, own, settings["logits"]),
         settings=settings,
         output=output,
@@ -127,7 +129,7 @@ def _generated(
     )
 
 
-def _own_logits(kept: Kept, own: Capture, wanted: str) -> Captured | None:
+def _own_logits(kept: Captures, own: Capture, wanted: str) -> Captured | None:
     if wanted == "none":
         return None
     found = kept.captured("logits", own.name)
@@ -147,7 +149,9 @@ def _check_arguments(lm: LM, arguments: Mapping[str, Any]) -> None:
     from transformers import GenerationConfig, GenerationMixin
 
     if not isinstance(lm.root, GenerationMixin):
-        raise Unsupported(f"{type(lm.root).__name__} has no generate(): give a causal language model of transformers")
+        raise Unsupported(
+            f"{type(lm.root).__name__} has no generate(): give a causal language model of transformers"
+        )
     kind: Any = type(lm.root)
     signature = set(inspect.signature(kind.generate).parameters)
     prepared = set(inspect.signature(kind.prepare_inputs_for_generation).parameters)
@@ -173,7 +177,15 @@ def _setting(lm: LM, arguments: Mapping[str, Any], name: str) -> Any:
     return value if value is not None else getattr(config, name, None)
 
 
-COUNTS = ("max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_beams", "num_return_sequences", "top_k")
+COUNTS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "max_length",
+    "min_length",
+    "num_beams",
+    "num_return_sequences",
+    "top_k",
+)
 BEAM_RULES = ("early_stopping", "length_penalty")
 
 
@@ -189,7 +201,9 @@ def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> No
     mode = config.get_generation_mode().value
     if mode not in ("greedy_search", "beam_search"):
         return
-    rules = [name for name, neutral in NEUTRAL.items() if arguments.get(name) not in (None, neutral)]
+    rules = [
+        name for name, neutral in NEUTRAL.items() if arguments.get(name) not in (None, neutral)
+    ]
     if rules:
         raise BadArgument(
             f"{rules[0]}={described(arguments[rules[0]])} is a rule of sampling, and this generation takes the most "
@@ -198,7 +212,9 @@ def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> No
     if mode == "greedy_search":
         for name in BEAM_RULES:
             if arguments.get(name) is not None:
-                raise BadArgument(f"{name} is a rule of beam search, and num_beams is 1: leave {name} out")
+                raise BadArgument(
+                    f"{name} is a rule of beam search, and num_beams is 1: leave {name} out"
+                )
 
 
 def _configured(lm: LM, arguments: Mapping[str, Any]) -> Any:
@@ -219,7 +235,11 @@ def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if arguments.get("stop_strings") or config.stop_strings:
         found["tokenizer"] = lm.tokenizer
-    if arguments.get("pad_token_id") is None and config.pad_token_id is None and "generation_config" not in arguments:
+    if (
+        arguments.get("pad_token_id") is None
+        and config.pad_token_id is None
+        and "generation_config" not in arguments
+    ):
         found["pad_token_id"] = pad_id(lm)
     return found
 

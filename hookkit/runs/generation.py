@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..hooks.captured_values import Ending
+from ..hooks.captured_values import SequenceEnd
 from ..hooks.decided_tokens import Decisions, heeding
-from ..models.batch_positions import Columns, Text, contiguous, masked
+from ..models.batch_positions import Columns, SequenceBatch, contiguous, masked
 from ..models.overrides import Lent
 
 OFFERED = ("greedy_search", "sample", "beam_search", "beam_sample")
@@ -46,13 +46,17 @@ class Generation:
     beams: int
     returned: int  # sequences for each prompt
     other_stops: bool  # rows may end without an end token
-    embeddings: bool  # the prompt was given as embeddings alone, so the result holds generated tokens only
+    embeddings: (
+        bool  # the prompt was given as embeddings alone, so the result holds generated tokens only
+    )
     mode: str  # "greedy_search", "sample", "beam_search" or "beam_sample"
     rules: str  # the decoding rules in words, such as "top_p = 0.9"
 
-    def text(self, find: Any) -> Text:
+    def text(self, find: Any) -> SequenceBatch:
         """The text that this call makes flow through the model."""
-        return Text(self.columns, self.lengths, self.prompt, find, generating=True, beams=self.beams)
+        return SequenceBatch(
+            self.columns, self.lengths, self.prompt, find, generating=True, beams=self.beams
+        )
 
 
 def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
@@ -62,7 +66,13 @@ def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Genera
     config_given = given.pop("generation_config", args[1] if len(args) > 1 else None)
     _refuse_arguments(given)
     stops = given.pop("stopping_criteria", None)
-    for name in ("logits_processor", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer"):
+    for name in (
+        "logits_processor",
+        "prefix_allowed_tokens_fn",
+        "synced_gpus",
+        "streamer",
+        "tokenizer",
+    ):
         given.pop(name, None)
     config, rest = model._prepare_generation_config(config_given, **given)
     _refuse_mode(config)
@@ -78,7 +88,9 @@ def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Genera
     return Generation(
         columns=columns,
         lengths=lengths,
-        prompt=(lambda row: (-1,) * lengths[row]) if embeddings else _reader(prompt, columns, lengths),
+        prompt=(lambda row: (-1,) * lengths[row])
+        if embeddings
+        else _reader(prompt, columns, lengths),
         width=width,
         max_width=width + _new_tokens(model, config, config_given, given, width),
         eos=frozenset() if eos is None else frozenset(torch.as_tensor(eos).flatten().tolist()),
@@ -94,7 +106,11 @@ def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Genera
 
 def _rules(config: Any) -> str:
     given = {name: getattr(config, name, None) for name in NEUTRAL}
-    return ", ".join(f"{n} = {value:g}" for n, value in given.items() if value is not None and value != NEUTRAL[n])
+    return ", ".join(
+        f"{n} = {value:g}"
+        for n, value in given.items()
+        if value is not None and value != NEUTRAL[n]
+    )
 
 
 def _refuse_arguments(given: Mapping[str, Any]) -> None:
@@ -102,15 +118,26 @@ def _refuse_arguments(given: Mapping[str, Any]) -> None:
         if given.get(name) is not None:
             raise Unsupported(f"{name}= was given: {ONE_FORWARD_PER_TOKEN}")
     if given.get("cache_implementation") == "paged":
-        raise Unsupported("cache_implementation='paged' packs prompts into one row: choose another cache")
+        raise Unsupported(
+            "cache_implementation='paged' packs prompts into one row: choose another cache"
+        )
 
 
 def _refuse_mode(config: Any) -> None:
-    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers", "token_healing"):
+    for name in (
+        "prompt_lookup_num_tokens",
+        "assistant_early_exit",
+        "dola_layers",
+        "token_healing",
+    ):
         if getattr(config, name, None):
-            raise Unsupported(f"{name} runs the model on tokens that may be taken back: {ONE_FORWARD_PER_TOKEN}")
+            raise Unsupported(
+                f"{name} runs the model on tokens that may be taken back: {ONE_FORWARD_PER_TOKEN}"
+            )
     if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
-        raise Unsupported(f"guidance_scale runs the model twice for each token: {ONE_FORWARD_PER_TOKEN}")
+        raise Unsupported(
+            f"guidance_scale runs the model twice for each token: {ONE_FORWARD_PER_TOKEN}"
+        )
     mode = config.get_generation_mode()
     if mode.value not in OFFERED:
         raise Unsupported(
@@ -125,19 +152,27 @@ def _rows(prompt: Tensor, mask: Tensor | None, config: Any) -> tuple[list[Column
     pad, end = config.pad_token_id, config.eos_token_id
     ends = set() if end is None else set(torch.as_tensor(end).flatten().tolist())
     if prompt.ndim == 2 and pad is not None and pad not in ends and bool((prompt == pad).any()):
-        return masked(prompt != pad, generating=True)  # transformers makes this mask when none is given
+        return masked(
+            prompt != pad, generating=True
+        )  # transformers makes this mask when none is given
     return contiguous([width] * count, [0] * count, open_end=True), [width] * count
 
 
-def _reader(ids: Tensor, columns: list[Columns], lengths: list[int]) -> Callable[[int], tuple[int, ...]]:
+def _reader(
+    ids: Tensor, columns: list[Columns], lengths: list[int]
+) -> Callable[[int], tuple[int, ...]]:
     return lambda row: tuple(ids[row, columns[row][0] : columns[row][0] + lengths[row]].tolist())
 
 
-def _new_tokens(model: Any, config: Any, config_given: Any, given: Mapping[str, Any], width: int) -> int:
+def _new_tokens(
+    model: Any, config: Any, config_given: Any, given: Mapping[str, Any], width: int
+) -> int:
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     explicit = (
-        given.get("max_length") or getattr(config_given, "max_length", None) or model.generation_config.max_length
+        given.get("max_length")
+        or getattr(config_given, "max_length", None)
+        or model.generation_config.max_length
     )
     return config.max_length - width if explicit is not None else config.max_length
 
@@ -179,8 +214,12 @@ class Watch:
     tokens: Tensor | None = None  # what every row has read, before a forward
     ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
     before: Tensor | None = None  # what every row had read before the forward before
-    drawn: tuple[Tensor, Tensor] | None = None  # the rows, or candidates for beams, of the last step, and who is done
-    due: bool | None = None  # the next forward is a step of it; None where the model does not prepare its forwards
+    drawn: tuple[Tensor, Tensor] | None = (
+        None  # the rows, or candidates for beams, of the last step, and who is done
+    )
+    due: bool | None = (
+        None  # the next forward is a step of it; None where the model does not prepare its forwards
+    )
 
     def begins_step(self) -> bool:
         """True for a forward that `generate` has prepared; false for others, such as those of a logits processor."""
@@ -262,14 +301,24 @@ def watched(
         yield watch
 
 
-def final_rows(generation: Generation, text: Text, sequences: Tensor, watch: Watch) -> list[list[int]]:
+def final_rows(
+    generation: Generation, text: SequenceBatch, sequences: Tensor, watch: Watch
+) -> list[list[int]]:
     """The tokens of each returned sequence, its prompt included, without padding and what follows its end."""
     prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
-    ended = watch.ended.tolist() if watch.ended is not None and generation.beams == 1 else [0] * len(prompts)
+    ended = (
+        watch.ended.tolist()
+        if watch.ended is not None and generation.beams == 1
+        else [0] * len(prompts)
+    )
     rows = []
     for prompt, row, columns in zip(prompts, sequences.tolist(), ended, strict=True):
         new = row if generation.embeddings else row[generation.width :]
-        end = columns - (0 if generation.embeddings else generation.width) if columns else _end_of(new, generation)
+        end = (
+            columns - (0 if generation.embeddings else generation.width)
+            if columns
+            else _end_of(new, generation)
+        )
         rows.append([*text.prompt(prompt), *new[:end]])
     return rows
 
@@ -285,20 +334,25 @@ def _end_of(new: list[int], generation: Generation) -> int | None:
 
 def ending(
     generation: Generation,
-    text: Text,
+    text: SequenceBatch,
     sequences: Tensor,
     rows: Sequence[Sequence[int]],
     histories: dict[int, Tensor | None],
-) -> Ending:
+) -> SequenceEnd:
     """How the text ended. The last token of a row was chosen and never read, so its position does not count."""
     prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
     lineage = None
     if generation.beams > 1:
-        lineage = {call: _ancestors(seen, sequences, prompts, text.expand) for call, seen in histories.items()}
-    return Ending(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
+        lineage = {
+            call: _ancestors(seen, sequences, prompts, text.expand)
+            for call, seen in histories.items()
+        }
+    return SequenceEnd(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
 
 
-def _ancestors(seen: Tensor | None, sequences: Tensor, prompts: Sequence[int], expand: int) -> list[int]:
+def _ancestors(
+    seen: Tensor | None, sequences: Tensor, prompts: Sequence[int], expand: int
+) -> list[int]:
     """For each final row, the model row whose tokens so far were its own; -1 where its beam had ended."""
     if seen is None:
         return [prompt * expand for prompt in prompts]  # all beams of a prompt are the same so far
@@ -306,6 +360,10 @@ def _ancestors(seen: Tensor | None, sequences: Tensor, prompts: Sequence[int], e
     found = []
     for row, prompt in enumerate(prompts):
         beams = seen[prompt * expand : (prompt + 1) * expand]
-        same = (beams == sequences[row, :length].to(beams.device)).all(dim=1) if length <= sequences.shape[1] else []
+        same = (
+            (beams == sequences[row, :length].to(beams.device)).all(dim=1)
+            if length <= sequences.shape[1]
+            else []
+        )
         found.append(next((prompt * expand + beam for beam, equal in enumerate(same) if equal), -1))
     return found

@@ -13,20 +13,33 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..models.batch_positions import Text
+from ..models.batch_positions import SequenceBatch
 
-NAMES = ("past_key_values", "cache_params", "past_key_value", "layer_past", "past_buckets_states", "mems", "state")
-HOLDS = ("keys", "recurrent_states", "ssm_states", "conv_states")  # what a layer of a cache may have
+NAMES = (
+    "past_key_values",
+    "cache_params",
+    "past_key_value",
+    "layer_past",
+    "past_buckets_states",
+    "mems",
+    "state",
+)
+HOLDS = (
+    "keys",
+    "recurrent_states",
+    "ssm_states",
+    "conv_states",
+)  # what a layer of a cache may have
 
 
 @dataclass(eq=False)
 class Caches:
     """The caches that the forwards of a block were given or gave, each with its text and the columns that it had."""
 
-    _known: dict[int, tuple[weakref.ref[Any], Text, int]] = field(default_factory=dict)
-    _marks: dict[tuple[Text, int], Tensor] = field(default_factory=dict)
+    _known: dict[int, tuple[weakref.ref[Any], SequenceBatch, int]] = field(default_factory=dict)
+    _marks: dict[tuple[SequenceBatch, int], Tensor] = field(default_factory=dict)
 
-    def note(self, cache: Any, text: Text, columns: int) -> None:
+    def note(self, cache: Any, text: SequenceBatch, columns: int) -> None:
         """A forward of this text has left the cache with so many columns."""
         keeper = _keeper(cache)
         if keeper is None:
@@ -37,7 +50,7 @@ class Caches:
         if mark is not None:
             self._marks[text, columns] = mark
 
-    def text_of(self, cache: Any) -> tuple[Text, int] | None:
+    def text_of(self, cache: Any) -> tuple[SequenceBatch, int] | None:
         """The text of a cache that a forward of the block has left, and the columns that it had then."""
         keeper = _keeper(cache)
         entry = self._known.get(id(keeper))
@@ -45,7 +58,7 @@ class Caches:
             return None
         return entry[1], entry[2]
 
-    def copied_from(self, cache: Any, columns: int) -> Text | None:
+    def copied_from(self, cache: Any, columns: int) -> SequenceBatch | None:
         """The text of which a cache holds a copy."""
         mark = _mark(cache, columns)
         for (text, length), other in reversed(self._marks.items()):
@@ -55,9 +68,11 @@ class Caches:
 
     def could_be_copy(self, cache: Any, columns: int) -> bool:
         """True where that cannot be told."""
-        return _mark(cache, columns) is None and any(text.seen >= columns for _, text, _ in self._known.values())
+        return _mark(cache, columns) is None and any(
+            text.seen >= columns for _, text, _ in self._known.values()
+        )
 
-    def unchanged(self, cache: Any, text: Text, columns: int) -> bool:
+    def unchanged(self, cache: Any, text: SequenceBatch, columns: int) -> bool:
         """False if the rows of a cache are others than those that the last forward left."""
         mark, other = _mark(cache, columns), self._marks.get((text, columns))
         return mark is None or other is None or _equal(mark, other)
@@ -79,7 +94,7 @@ def cache_of(output: Any) -> Any:
     return None
 
 
-def columns_in(cache: Any, known: tuple[Text, int] | None) -> int:
+def columns_in(cache: Any, known: tuple[SequenceBatch, int] | None) -> int:
     """How many columns of a text a cache has, or `Unsupported`. `known` is what `Caches` knows of it."""
     if cache is None:
         return 0
@@ -108,7 +123,9 @@ def _is_cache(item: Any) -> bool:
     if hasattr(item, "get_seq_length"):
         return True
     layers = isinstance(item, tuple | list) and len(item) > 0
-    return layers and all(isinstance(layer, tuple | list) and any(_tensors(layer)) for layer in item)
+    return layers and all(
+        isinstance(layer, tuple | list) and any(_tensors(layer)) for layer in item
+    )
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:

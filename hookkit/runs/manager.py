@@ -25,7 +25,7 @@ from ..arguments import checks_arguments
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Kept, merged
+from ..hooks.captured_values import Captured, Captures, merged
 from ..models.attention import keep_modes, listen, modes
 from ..models.lm import LM, as_lm
 from ..models.overrides import Lent, Work
@@ -34,13 +34,13 @@ from ..models.scopes import HERE, enter, leave, without
 from ..models.sites import AnySite, Sites
 from ..models.training import checkpointing, in_checkpointed_block, warn_of_dropout
 from ..models.wrappers import refuse_virtual_tokens
-from .dispatch import Forwards, Stop
-from .outcomes import Keeping
-from .taps import Tap, planned
+from .dispatch import HookDispatcher, Stop
+from .outcomes import CaptureStore
+from .taps import HookPoint, planned
 from .trace import Tracer
 
 
-def refuse_checkpoints(root: nn.Module, taps: Iterable[Tap]) -> None:
+def refuse_checkpoints(root: nn.Module, taps: Iterable[HookPoint]) -> None:
     """Raise `Unsupported` if a hook stands in a block that would run again after the hooks are gone."""
     if not root.training:
         return
@@ -159,7 +159,7 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     return manager
 
 
-class HookManager(Forwards):
+class HookManager(HookDispatcher):
     """The hooks of one block: what they do, what they kept, and where they fired.
 
     The hooks of one block act in the order given. Blocks can be nested: an outer block's hooks act first. A block can
@@ -192,7 +192,9 @@ class HookManager(Forwards):
                 enter(self._scope, alone=self.alone)
                 self._register(self._lent)
             elif not self.acts_here():
-                raise Unsupported("another thread or task has entered this block: make a block for each")
+                raise Unsupported(
+                    "another thread or task has entered this block: make a block for each"
+                )
             self._depth += 1
         except BaseException:
             if self._depth == 0:
@@ -200,7 +202,9 @@ class HookManager(Forwards):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         if self._depth > 1:
             self._depth -= 1
             return
@@ -212,7 +216,11 @@ class HookManager(Forwards):
         if kind is None and was_open:
             self._running.finish()
             self._running.check_fired()
-        if isinstance(error, RuntimeError) and "mutated during iteration" in str(error) and error.__context__:
+        if (
+            isinstance(error, RuntimeError)
+            and "mutated during iteration" in str(error)
+            and error.__context__
+        ):
             # torch goes through a module's hooks to pass an error on, and another thread took hooks off just then
             raise error.__context__ from None
 
@@ -234,7 +242,7 @@ class HookManager(Forwards):
         if "torch._dynamo" in sys.modules:
             # a compiled model ignores hooks that come after its first call; inside the block it runs as it is written
             run_as_written(lent)
-        inside: dict[nn.Module, dict[int | str, Tap]] = {}
+        inside: dict[nn.Module, dict[int | str, HookPoint]] = {}
         for tap in self.taps:
             if tap.place.side == "inside":
                 inside.setdefault(tap.module, {})[tap.place.item] = tap
@@ -245,8 +253,13 @@ class HookManager(Forwards):
                 self._tapped(lent, tap, tap.module)
         for module, taps in inside.items():
             say = functools.partial(self._on_inside, taps)
-            wanted, verified = frozenset(map(str, taps)), self.lm.layout.verified.setdefault(module, set())
-            listen(lent, module, self.lm.family.attention, wanted, say, verified, self._acts_in_forward)
+            wanted, verified = (
+                frozenset(map(str, taps)),
+                self.lm.layout.verified.setdefault(module, set()),
+            )
+            listen(
+                lent, module, self.lm.family.attention, wanted, say, verified, self._acts_in_forward
+            )
         for module in checkpointing(root, (tap.place.path for tap in self.taps)):
             again = run_again_within(self._here)
             lent.around(module, "_gradient_checkpointing_func", again, self._acts_in_forward)
@@ -258,12 +271,15 @@ class HookManager(Forwards):
         if callable(getattr(root, "generate", None)):
             lent.around(root, "generate", self._generating, self.acts_here)
 
-    def _tapped(self, lent: Lent, tap: Tap, module: nn.Module) -> None:
+    def _tapped(self, lent: Lent, tap: HookPoint, module: nn.Module) -> None:
         """Register what a tap does."""
         if tap.place.side == "input":
             work, hooks = self._on_input, module._forward_pre_hooks
         else:
-            work, hooks = self._on_watched if tap.only_looks else self._on_output, module._forward_hooks
+            work, hooks = (
+                self._on_watched if tap.only_looks else self._on_output,
+                module._forward_hooks,
+            )
         hook = RegisteredHook(work, tap)
         if module is not tap.module or (module is self.lm.root and self._shells):
             hook = RegisteredHook(self._outermost, hook)
@@ -288,7 +304,9 @@ class HookManager(Forwards):
             raise Unsupported(
                 "the model carries the hooks of a block, which no copy could shed: copy or save it outside"
             )
-        raise Unsupported("a block cannot be copied: make another with hk.attach; what it kept are manager.texts")
+        raise Unsupported(
+            "a block cannot be copied: make another with hk.attach; what it kept are manager.texts"
+        )
 
     def refuse_checkpoints(self) -> None:
         """Raise `Unsupported` if a hook stands in a block that would run again after the hooks are gone."""
@@ -302,7 +320,9 @@ class HookManager(Forwards):
             return inner(*args, **kwargs)
         if self._running.generating:  # in a logits processor, say
             if self._attached:
-                raise Unsupported("a generate inside a generate of the same block: give each a block of its own")
+                raise Unsupported(
+                    "a generate inside a generate of the same block: give each a block of its own"
+                )
             with without(self._scope):
                 return inner(*args, **kwargs)
         plan = self._running.plan(args, kwargs)
@@ -311,7 +331,9 @@ class HookManager(Forwards):
         acts = lambda: get_ident() == writer and self._scope in HERE.get()  # noqa: E731
         return self._running.generate(plan, inner, args, kwargs, acts)
 
-    def reference(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
+    def reference(
+        self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
+    ) -> dict[AnySite, Captured]:
         """What is at these sites on other prompts."""
         parts: dict[AnySite, list[Captured]] = {site: [] for site in sites}
         for start in range(0, len(prompts), REFERENCE_BATCH):
@@ -332,7 +354,7 @@ class HookManager(Forwards):
     # ---- what came of it
 
     @property
-    def keeping(self) -> Keeping:
+    def keeping(self) -> CaptureStore:
         """What came of the hooks."""
         return self._running.keeping
 
@@ -342,7 +364,7 @@ class HookManager(Forwards):
         return self._running.rows
 
     @property
-    def texts(self) -> list[Kept]:
+    def texts(self) -> list[Captures]:
         """What the captures kept, a text each: one plain forward (with the decoding steps that go on from it), or one
         `generate`."""
         return self._running.kept
@@ -359,7 +381,7 @@ class HookManager(Forwards):
         """The sites that have values."""
         return self._only().sites
 
-    def _only(self) -> Kept:
+    def _only(self) -> Captures:
         texts = self.texts
         if len(texts) != 1:
             raise NotCaptured(

@@ -14,27 +14,48 @@ from torch import Tensor
 
 from ..errors import EmptySelection, NeverFired, OutOfRange, Unsupported
 from ..hooks.capture import Capture
-from ..hooks.captured_values import Captured, Ending, Kept, Piece, Slot, in_order, joined
-from ..models.batch_positions import Call, Cells, Text
-from ..models.positions import Wish
+from ..hooks.captured_values import (
+    Captured,
+    CapturedChunk,
+    Captures,
+    LazyCapture,
+    SequenceEnd,
+    in_order,
+    joined,
+)
+from ..models.batch_positions import ForwardPass, Selection, SequenceBatch
+from ..models.positions import PositionRange
 from ..models.sites import AnySite, Site
 from ..models.views import unseen_value
 from .generation import Generation
-from .taps import Action
+from .taps import BoundHook
 
-Firing: TypeAlias = tuple[Action, int, Cells | None, torch.Size, Tensor | None]
+Firing: TypeAlias = tuple[BoundHook, int, Selection | None, torch.Size, Tensor | None]
 """One hook at one site in one forward: the action, the forward's number, the cells, the shape of one cell (of the whole
 tensor where it has no cells), and for an edit how many numbers it changed in each cell."""
 
 
-def check_possible(actions: Iterable[Action], text: Text, call: Call, generation: Generation | None) -> None:
+def check_possible(
+    actions: Iterable[BoundHook],
+    text: SequenceBatch,
+    call: ForwardPass,
+    generation: Generation | None,
+) -> None:
     """Raise before the forward if a wish names a place that this text cannot have, or selects nothing in a row.
 
     Only for a text whose length is known: one forward of prompts, or a `generate`.
     """
-    end = call.past + call.width if generation is None else generation.max_width - 1  # the last token is never read
+    end = (
+        call.past + call.width if generation is None else generation.max_width - 1
+    )  # the last token is never read
     for action in _one_of_each(actions):
-        first = 0 if not action.head else call.past + call.head.start if generation is None else text.head or 0
+        first = (
+            0
+            if not action.head
+            else call.past + call.head.start
+            if generation is None
+            else text.head or 0
+        )
         for row, wanted in enumerate(text.wishes(action.where)):
             if wanted is None:
                 continue
@@ -49,7 +70,7 @@ def check_possible(actions: Iterable[Action], text: Text, call: Call, generation
                 )
 
 
-def check_cached(actions: Iterable[Action], text: Text) -> None:
+def check_cached(actions: Iterable[BoundHook], text: SequenceBatch) -> None:
     """Raise for a hook that means positions which are in a cache already, and at which it did not act.
 
     A capture of all positions is let be: it says which ones it has.
@@ -71,15 +92,17 @@ def check_cached(actions: Iterable[Action], text: Text) -> None:
                 )
 
 
-def _one_of_each(actions: Iterable[Action]) -> Iterable[Action]:
+def _one_of_each(actions: Iterable[BoundHook]) -> Iterable[BoundHook]:
     """One action for every different wish: a hook at thirty sites wishes for the same positions at each."""
     return {(id(action.where), action.head): action for action in actions}.values()
 
 
-def _positions(text: Text, row: int, first: int, end: int) -> range:
+def _positions(text: SequenceBatch, row: int, first: int, end: int) -> range:
     length = text.lengths[row]
     last = bisect_left(text.columns[row], end)
-    return range(bisect_left(text.columns[row], first), last if text.generating else min(last, length))
+    return range(
+        bisect_left(text.columns[row], first), last if text.generating else min(last, length)
+    )
 
 
 def _meets(wanted: range, there: range) -> bool:
@@ -92,7 +115,12 @@ def _meets(wanted: range, there: range) -> bool:
 
 
 def _no_such_place(
-    action: Action, text: Text, row: int, place: int, there: range, generation: Generation | None
+    action: BoundHook,
+    text: SequenceBatch,
+    row: int,
+    place: int,
+    there: range,
+    generation: Generation | None,
 ) -> str:
     length, step = text.lengths[row], action.where.step
     asked = f"{action.hook} means position {place} of row {row}"
@@ -100,26 +128,26 @@ def _no_such_place(
         asked = f"{action.hook} means step {place - length + 1} of row {row}"
         if generation is None:
             return f"{asked}, and a forward of the prompt has step 0 only: use generate for later steps"
-        return (
-            f"{asked}, and at most {generation.max_width - generation.width} tokens are generated: steps count from 0"
-        )
+        return f"{asked}, and at most {generation.max_width - generation.width} tokens are generated: steps count from 0"
     if action.head and place < there.start:
-        return (
-            f"{asked}, where no logits are computed; they are at positions {_range(there)} (forward with logits='all')"
-        )
+        return f"{asked}, where no logits are computed; they are at positions {_range(there)} (forward with logits='all')"
     if generation is None:
         return f"{asked}, which has {length} tokens: positions 0 to {length - 1}"
     new = generation.max_width - generation.width
     return f"{asked}, and with {new} new tokens the model reads positions {_range(there)}"
 
 
-def unreached(actions: Iterable[Action], text: Text, ending: Ending) -> str | None:
+def unreached(actions: Iterable[BoundHook], text: SequenceBatch, ending: SequenceEnd) -> str | None:
     """The first place that a hook named and the text did not come to, in words; None if all were reached."""
     for action in _one_of_each(actions):
         wishes = text.wishes(action.where)
         for number, prompt in enumerate(ending.prompts):
             wanted = wishes[prompt // text.expand if ending.limits is None else prompt]
-            there = text.reached(prompt, head=action.head) if ending.limits is None else range(ending.limits[number])
+            there = (
+                text.reached(prompt, head=action.head)
+                if ending.limits is None
+                else range(ending.limits[number])
+            )
             if isinstance(wanted, tuple) and wanted[-1] not in there:
                 return (
                     f"{action.hook} at {action.site} means position {wanted[-1]} of row {prompt}, and the text ended "
@@ -128,7 +156,7 @@ def unreached(actions: Iterable[Action], text: Text, ending: Ending) -> str | No
     return None
 
 
-def never_fired(action: Action, forwards: int) -> str:
+def never_fired(action: BoundHook, forwards: int) -> str:
     """Why nothing came of a hook, in words."""
     asked = f"{action.hook} never fired at {action.site}"
     if not forwards:
@@ -145,7 +173,7 @@ def never_fired(action: Action, forwards: int) -> str:
     )
 
 
-def firing_log(firings: Sequence[Firing], limits: dict[Text, Ending]) -> pd.DataFrame:
+def firing_log(firings: Sequence[Firing], limits: dict[SequenceBatch, SequenceEnd]) -> pd.DataFrame:
     """One row for each hook, site, forward and row of the batch in which it fired.
 
     Columns: hook (its number, in the order given), do, site, forward, row, positions ("0-14"), numbers (how many it
@@ -153,37 +181,52 @@ def firing_log(firings: Sequence[Firing], limits: dict[Text, Ending]) -> pd.Data
     """
     rows = []
     for action, call, cells, cell, changed in firings:
-        common = {"hook": action.number, "do": str(action.hook), "site": str(action.site), "forward": call}
+        common = {
+            "hook": action.number,
+            "do": str(action.hook),
+            "site": str(action.site),
+            "forward": call,
+        }
         if cells is None:
             total = 0 if changed is None else int(changed)
-            rows.append(common | {"row": -1, "positions": "", "numbers": cell.numel(), "changed": total})
+            rows.append(
+                common | {"row": -1, "positions": "", "numbers": cell.numel(), "changed": total}
+            )
             continue
         counts = [[0]] * len(cells.rows) if changed is None else changed.tolist()
-        for row, prompt, places, count in zip(cells.rows, cells.prompts, cells.places, counts, strict=True):
+        for row, prompt, places, count in zip(
+            cells.rows, cells.prompts, cells.places, counts, strict=True
+        ):
             places = _before_end(places, row, limits.get(cells.text))
             if places:
-                seen = {"row": prompt, "positions": _compact(places), "numbers": len(places) * cell.numel()}
+                seen = {
+                    "row": prompt,
+                    "positions": _compact(places),
+                    "numbers": len(places) * cell.numel(),
+                }
                 rows.append(common | seen | {"changed": sum(count[: len(places)])})
     columns = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _before_end(places: Wish, row: int, ending: Ending | None) -> Wish:
+def _before_end(places: PositionRange, row: int, ending: SequenceEnd | None) -> PositionRange:
     """The places that count: a row that has ended is fed padding while the others go on."""
     limit = None if ending is None else ending.limit(row)
     return places if limit is None else places[: bisect_left(places, limit)]
 
 
-def counted(firings: Iterable[Firing], limits: Mapping[Text, Ending]) -> set[Action]:
+def counted(
+    firings: Iterable[Firing], limits: Mapping[SequenceBatch, SequenceEnd]
+) -> set[BoundHook]:
     """The actions that did something before the end of some row."""
-    acted: set[Action] = set()
+    acted: set[BoundHook] = set()
     for action, _, cells, _, _ in firings:
         if action not in acted and (cells is None or counts(cells, limits.get(cells.text))):
             acted.add(action)
     return acted
 
 
-def counts(cells: Cells, ending: Ending | None) -> bool:
+def counts(cells: Selection, ending: SequenceEnd | None) -> bool:
     """True if one of the cells stands before the end of its row."""
     if ending is None or ending.limits is None:
         return True
@@ -191,7 +234,7 @@ def counts(cells: Cells, ending: Ending | None) -> bool:
     return any(_before_end(places, row, ending) for row, places in pairs)
 
 
-def _compact(places: Wish) -> str:
+def _compact(places: PositionRange) -> str:
     """Positions as words: "3", "0-14", "2,5,7"."""
     if len(places) > 1 and places[-1] - places[0] == len(places) - 1:
         return f"{places[0]}-{places[-1]}"
@@ -202,21 +245,25 @@ def _range(there: range) -> str:
     return f"{there[0]} to {there[-1]}" if there else "none"
 
 
-class Keeping:
+class CaptureStore:
     """What came of these actions since the block was entered."""
 
-    def __init__(self, actions: Sequence[Action]) -> None:
+    def __init__(self, actions: Sequence[BoundHook]) -> None:
         self.actions = actions
-        self.running: Text | None = None  # the text of the last forward, which its captures belong to
+        self.running: SequenceBatch | None = (
+            None  # the text of the last forward, which its captures belong to
+        )
         self.firings: list[Firing] = []
-        self._pieces: dict[Text, list[list[Piece]]] = {}  # of every text, in the order in which they began, by action
-        self._finished: dict[Text, Kept] = {}
-        self._endings: dict[Text, Ending] = {}
+        self._pieces: dict[
+            SequenceBatch, list[list[CapturedChunk]]
+        ] = {}  # of every text, in the order in which they began, by action
+        self._finished: dict[SequenceBatch, Captures] = {}
+        self._endings: dict[SequenceBatch, SequenceEnd] = {}
         self._problem: str | None = None
         for action in actions:
             action.pieces, action.fired, action.last = [], 0, None
 
-    def turn_to(self, text: Text) -> None:
+    def turn_to(self, text: SequenceBatch) -> None:
         """What the captures keep from now on is of this text."""
         if text is self.running:
             return
@@ -225,7 +272,7 @@ class Keeping:
         for action, mine in zip(self.actions, pieces, strict=True):
             action.pieces = mine
 
-    def finish(self, text: Text, ending: Ending) -> None:
+    def finish(self, text: SequenceBatch, ending: SequenceEnd) -> None:
         """Hold what the captures of a text kept, to be joined when it is asked for."""
         if text not in self._pieces or text in self._finished:
             return
@@ -235,7 +282,7 @@ class Keeping:
         if text is self.running:
             self._leave()
 
-    def forget(self, text: Text) -> None:
+    def forget(self, text: SequenceBatch) -> None:
         """A text was broken off: nothing of it counts."""
         self._pieces.pop(text, None)
         self._leave()
@@ -245,13 +292,13 @@ class Keeping:
         for action in self.actions:
             action.pieces = []
 
-    def finish_all(self, ending: Callable[[Text], Ending]) -> None:
+    def finish_all(self, ending: Callable[[SequenceBatch], SequenceEnd]) -> None:
         """The same for every text that has no end yet."""
         for text in list(self._pieces):
             if text not in self._finished:
                 self.finish(text, ending(text))
 
-    def texts(self, ending: Callable[[Text], Ending]) -> list[Kept]:
+    def texts(self, ending: Callable[[SequenceBatch], SequenceEnd]) -> list[Captures]:
         """What was kept, a text each; of those that may go on, what `ending` says if they ended now."""
         return [
             self._finished[text] if text in self._finished else self._kept(text, ending(text))
@@ -259,7 +306,7 @@ class Keeping:
             if text in self._finished or not text.generating
         ]
 
-    def _kept(self, text: Text, ending: Ending) -> Kept:
+    def _kept(self, text: SequenceBatch, ending: SequenceEnd) -> Captures:
         slots, ended = [], []
         for action, pieces in zip(self.actions, self._pieces[text], strict=True):
             if not isinstance(action.hook, Capture) or not pieces:
@@ -267,9 +314,11 @@ class Keeping:
             if not any(piece.cells is None or counts(piece.cells, ending) for piece in pieces):
                 ended.append(action.site)  # all that it read is the padding of rows that had ended
                 continue
-            make = functools.partial(_captured, action.hook, action.site, list(pieces), text, ending)
-            slots.append(Slot(action.site, action.hook.name, make))
-        return Kept(tuple(slots), tuple(dict.fromkeys(ended)))
+            make = functools.partial(
+                _captured, action.hook, action.site, list(pieces), text, ending
+            )
+            slots.append(LazyCapture(action.site, action.hook.name, make))
+        return Captures(tuple(slots), tuple(dict.fromkeys(ended)))
 
     def check_fired(self, forwards: int) -> None:
         """Raise `NeverFired` for the first hook that did nothing, or not all that it was to do."""
@@ -285,7 +334,13 @@ class Keeping:
         return firing_log(self.firings, self._endings)
 
 
-def _captured(hook: Capture, site: AnySite, pieces: list[Piece], text: Text, ending: Ending) -> Captured:
+def _captured(
+    hook: Capture,
+    site: AnySite,
+    pieces: list[CapturedChunk],
+    text: SequenceBatch,
+    ending: SequenceEnd,
+) -> Captured:
     """What one capture kept of a text, in one piece."""
     if pieces[0].cells is None:
         return Captured(site, hook.where, pieces[0].values, None, (), (), hook.name)
@@ -295,7 +350,11 @@ def _captured(hook: Capture, site: AnySite, pieces: list[Piece], text: Text, end
     return Captured(site, hook.where, values, positions, *_origins(rows, text, ending), hook.name)
 
 
-def _origins(rows: list[int], text: Text, ending: Ending) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+def _origins(
+    rows: list[int], text: SequenceBatch, ending: SequenceEnd
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """The prompt that each final row is of, and its tokens."""
-    prompts = tuple(ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows)
+    prompts = tuple(
+        ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows
+    )
     return prompts, tuple(map(text.prompt, prompts))

@@ -11,14 +11,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..errors import BadEdit
-from ..models.batch_positions import Cells
+from ..models.batch_positions import Selection
 from ..models.sites import LOGITS, SQUARE, ModuleSite
-from .taps import Action
+from .taps import BoundHook
 
-AT_ONCE = frozenset({"cpu", "meta"})  # devices whose results are there as soon as they are asked for
+AT_ONCE = frozenset(
+    {"cpu", "meta"}
+)  # devices whose results are there as soon as they are asked for
 
 
-def check_result(action: Action, cells: Cells | None, old: Tensor, new: Tensor) -> None:
+def check_result(action: BoundHook, cells: Selection | None, old: Tensor, new: Tensor) -> None:
     """Raise `BadEdit` where an edit made an infinite number or NaN of a finite one, now or in `settle`."""
     hook = action.hook
     if not new.is_floating_point() or getattr(hook, "gives_infinity", False):
@@ -35,7 +37,7 @@ def check_result(action: Action, cells: Cells | None, old: Tensor, new: Tensor) 
         action.doubts.append(torch.isfinite(sums[1]) & ~torch.isfinite(sums[0]))
 
 
-def settle(actions: Iterable[Action]) -> None:
+def settle(actions: Iterable[BoundHook]) -> None:
     """Raise `BadEdit` for the first edit of a forward whose result was refused."""
     for action in actions:
         if action.doubts:
@@ -44,13 +46,15 @@ def settle(actions: Iterable[Action]) -> None:
                 _refuse(action, None)
 
 
-def forget(actions: Iterable[Action]) -> None:
+def forget(actions: Iterable[BoundHook]) -> None:
     """Drop what was not settled, of a forward that was interrupted."""
     for action in actions:
         action.doubts = []
 
 
-def broken(action: Action, cells: Cells | None, old: Tensor, new: Tensor) -> Bool[Tensor, "row pos ..."]:
+def broken(
+    action: BoundHook, cells: Selection | None, old: Tensor, new: Tensor
+) -> Bool[Tensor, "row pos ..."]:
     """Where the result is no number though the value was. A logit or a score of -inf is a mask, which may be given."""
     lost = ~torch.isfinite(new) & torch.isfinite(old)
     if _may_have_infinity(action):
@@ -61,22 +65,26 @@ def broken(action: Action, cells: Cells | None, old: Tensor, new: Tensor) -> Boo
     return lost
 
 
-def _may_have_infinity(action: Action) -> bool:
+def _may_have_infinity(action: BoundHook) -> bool:
     """True at sites where the model itself may have -inf."""
     site = action.site
     return isinstance(site, ModuleSite) or site.name in LOGITS or site.name in SQUARE
 
 
-def _masks(action: Action) -> bool:
+def _masks(action: BoundHook) -> bool:
     """True for an edit that puts in other values, of which -inf is one; arithmetic gives it by overflow only."""
     return getattr(action.hook, "puts_in", False)
 
 
-def _refuse(action: Action, count: int | None) -> None:
+def _refuse(action: BoundHook, count: int | None) -> None:
     if count == 0:
         return
     numbers = "numbers" if count is None else f"{count} numbers" if count > 1 else "a number"
-    source = f"the function of {action.hook} returned" if hasattr(action.hook, "fn") else f"{action.hook} gives"
+    source = (
+        f"the function of {action.hook} returned"
+        if hasattr(action.hook, "fn")
+        else f"{action.hook} gives"
+    )
     raise BadEdit(
         f"{source} {numbers} at {action.site} that {'is' if count == 1 else 'are'} infinite or NaN, where there was "
         "none: use smaller values than the dtype can hold, and look for 0/0 and inf-inf"

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..models.batch_positions import Call, Text
-from ..models.families.schema import Place
+from ..models.batch_positions import ForwardPass, SequenceBatch
+from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
 from ..models.overrides import Lent, Work
 from ..models.sites import AnySite
 from .acting import act
 from .manager import Border, HookManager
-from .taps import Action, Tap, input_of
+from .taps import BoundHook, HookPoint, input_of
 
 Path: TypeAlias = tuple[Any, ...]
 Factors: TypeAlias = Mapping[tuple[int, Path], int]
@@ -30,23 +30,23 @@ Factors: TypeAlias = Mapping[tuple[int, Path], int]
 class NotByRow(Unsupported):
     """A tensor that cannot be told apart by rows, so that cells cannot share a forward. `sites` has its places."""
 
-    def __init__(self, message: str, tap: Tap | None = None) -> None:
+    def __init__(self, message: str, tap: HookPoint | None = None) -> None:
         super().__init__(message)
         self.tap = tap
 
 
 @dataclass(eq=False)
-class Lane:
+class CellRows:
     """The rows of one cell in a batch: from `start` to before `stop`, of the prompts `rows`."""
 
     rows: tuple[int, ...]
     start: int
     stop: int
-    call: Call
+    call: ForwardPass
 
 
 @dataclass(frozen=True, eq=False)
-class Growth:
+class JoinSchedule:
     """How the batch grows.
 
     first   the first block that runs; those before it are passed by
@@ -77,14 +77,14 @@ class Recorder:
         self.states[block] = hidden[:, -self.width :].detach().clone()
 
 
-class Wave(HookManager):
+class SharedForward(HookManager):
     """A forward in which each lane has hooks of its own. Used once."""
 
     def __init__(
         self,
         lm: LM,
-        lanes: Sequence[tuple[Lane, Sequence[Tap]]],
-        growth: Growth | None = None,
+        lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
+        growth: JoinSchedule | None = None,
         recorder: Recorder | None = None,
         *,
         rows: int,
@@ -94,28 +94,42 @@ class Wave(HookManager):
         self.growth, self.recorder = growth, recorder
         self.count = rows  # the rows that are there by now
         self.width = width
-        self.taps: list[Tap] = []
-        self.work: dict[Tap, list[tuple[Lane, list[Action]]]] = {}
-        self.work_before: dict[Tap, list[tuple[Lane, list[Action]]]] = {}  # what acts before a batch begins to grow
+        self.taps: list[HookPoint] = []
+        self.work: dict[HookPoint, list[tuple[CellRows, list[BoundHook]]]] = {}
+        self.work_before: dict[
+            HookPoint, list[tuple[CellRows, list[BoundHook]]]
+        ] = {}  # what acts before a batch begins to grow
         self._grows = growth is not None  # and has not begun to
         self._merge(lanes, self.work)
-        self._shown = Call(Text([], [], lambda row: (), lambda ids, at: ()), 0, 0, rows, width, range(width), 0)
+        self._shown = ForwardPass(
+            SequenceBatch([], [], lambda row: (), lambda ids, at: ()),
+            0,
+            0,
+            rows,
+            width,
+            range(width),
+            0,
+        )
         self._spreads: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def act_before_the_blocks(self, lane: Lane, taps: Sequence[Tap]) -> None:
+    def act_before_the_blocks(self, lane: CellRows, taps: Sequence[HookPoint]) -> None:
         """Let these act on the rows that the model is given, until the first block that runs; none of them joins."""
         self._merge([(lane, taps)], self.work_before)
 
     def _merge(
-        self, lanes: Sequence[tuple[Lane, Sequence[Tap]]], into: dict[Tap, list[tuple[Lane, list[Action]]]]
+        self,
+        lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
+        into: dict[HookPoint, list[tuple[CellRows, list[BoundHook]]]],
     ) -> None:
         """One tap for each place, with the work of every lane there."""
-        taps: dict[Place, Tap] = {tap.place: tap for tap in self.taps}
+        taps: dict[ModuleLocation, HookPoint] = {tap.place: tap for tap in self.taps}
         for lane, own in lanes:
             for each in own:
                 tap = taps.get(each.place)
                 if tap is None:
-                    tap = taps[each.place] = Tap(each.module, each.place, [], only_looks=False)
+                    tap = taps[each.place] = HookPoint(
+                        each.module, each.place, [], only_looks=False
+                    )
                 tap.reads_input |= each.reads_input
                 work = into.setdefault(tap, [])
                 if work and work[-1][0] is lane:
@@ -129,15 +143,23 @@ class Wave(HookManager):
     def _register(self, lent: Lent) -> None:
         super()._register(lent)
         growth = self.growth
-        for number in range(self.lm.n_layers) if growth is not None or self.recorder is not None else ():
+        for number in (
+            range(self.lm.n_layers) if growth is not None or self.recorder is not None else ()
+        ):
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
                 lent.around(block, "forward", passed_by(growth.kinds[number]))
-            elif growth is not None or (self.recorder is not None and number in self.recorder.blocks):
+            elif growth is not None or (
+                self.recorder is not None and number in self.recorder.blocks
+            ):
                 self._put_first(lent, block, Border(self._entering, number))
 
     def _entering(
-        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        self,
+        number: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._thread != get_ident():
             return None
@@ -153,9 +175,12 @@ class Wave(HookManager):
             return spread_args, spread_kwargs | {key: hidden}
         return (*spread_args[:key], hidden, *spread_args[key + 1 :]), spread_kwargs
 
-    def _grown(self, growth: Growth, number: int, hidden: Tensor) -> Tensor:
+    def _grown(self, growth: JoinSchedule, number: int, hidden: Tensor) -> Tensor:
         """The rows in a block: those that were there before it, and those that join at it."""
-        before, now = (0 if number == growth.first else growth.counts[number - 1]), growth.counts[number]
+        before, now = (
+            (0 if number == growth.first else growth.counts[number - 1]),
+            growth.counts[number],
+        )
         self.count, self._grows = now, False
         if now == before:
             return hidden
@@ -178,27 +203,38 @@ class Wave(HookManager):
 
         return tuple(spread(each, (place,)) for place, each in enumerate(args)), spread(kwargs, ())
 
-    def _rows_of(self, growth: Growth, number: int, path: Path, value: Tensor) -> Tensor:
+    def _rows_of(self, growth: JoinSchedule, number: int, path: Path, value: Tensor) -> Tensor:
         factor = growth.factors.get((number, path))
         if factor is None:
-            raise NotByRow(f"block {number} is given a tensor {list(value.shape)} at {path}, which no trial showed")
+            raise NotByRow(
+                f"block {number} is given a tensor {list(value.shape)} at {path}, which no trial showed"
+            )
         if factor == 0 or value.shape[0] != factor * growth.base:
             return value
-        if id(value) not in self._spreads:  # what all blocks share is spread once, over all the rows that there will be
+        if (
+            id(value) not in self._spreads
+        ):  # what all blocks share is spread once, over all the rows that there will be
             rows = torch.tensor(growth.prompts, device=value.device)
             wide = value.unflatten(0, (growth.base, factor)).index_select(0, rows).flatten(0, 1)
-            self._spreads[id(value)] = value, wide  # the tensor is kept alive, and its number with it
+            self._spreads[id(value)] = (
+                value,
+                wide,
+            )  # the tensor is kept alive, and its number with it
         return self._spreads[id(value)][1][: self.count * factor]
 
     # ---- what the hooks do
 
-    def _begun(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _begun(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ForwardPass:
         return self._shown
 
-    def _site(self, tap: Tap) -> AnySite:
+    def _site(self, tap: HookPoint) -> AnySite:
         return (self.work.get(tap) or self.work_before[tap])[0][1][0].site
 
-    def _whole(self, tap: Tap, call: Call, found: Tensor, before: Tensor | None) -> Tensor:
+    def _whole(
+        self, tap: HookPoint, call: ForwardPass, found: Tensor, before: Tensor | None
+    ) -> Tensor:
         out = found
         self._busy = self._thread
         try:
@@ -215,32 +251,49 @@ class Wave(HookManager):
             self._busy = 0
         return out
 
-    def _done_by(self, action: Action, tap: Tap, lane: Lane, given: Tensor, before: Tensor | None) -> Tensor:
+    def _done_by(
+        self,
+        action: BoundHook,
+        tap: HookPoint,
+        lane: CellRows,
+        given: Tensor,
+        before: Tensor | None,
+    ) -> Tensor:
         try:
             return act(action, tap, lane.call, given, before)[1]
         except Exception as error:
             error.add_note(f"in {action.hook} at {action.site}, in a sweep")
             raise
 
-    def _part(self, tap: Tap, full: Tensor, lane: Lane) -> Tensor:
+    def _part(self, tap: HookPoint, full: Tensor, lane: CellRows) -> Tensor:
         """A lane's rows of a tensor."""
         if lane.stop - lane.start == self.count:
             return full  # it has the forward to itself
         if full.ndim and full.shape[0] == self.count:
             return full[lane.start : lane.stop]
-        if full.ndim and full.shape[0] == self.count * self.width and (tap.place.flat or full.ndim == 2):
+        if (
+            full.ndim
+            and full.shape[0] == self.count * self.width
+            and (tap.place.flat or full.ndim == 2)
+        ):
             return full[lane.start * self.width : lane.stop * self.width]
         if full.ndim > 1 and full.shape[0] == 1:
             return full
-        raise NotByRow(f"{tap.place.path} has a tensor {list(full.shape)}, and {self.count} rows ran", tap)
+        raise NotByRow(
+            f"{tap.place.path} has a tensor {list(full.shape)}, and {self.count} rows ran", tap
+        )
 
-    def _put(self, tap: Tap, out: Tensor, found: Tensor, lane: Lane, new: Tensor) -> Tensor:
+    def _put(
+        self, tap: HookPoint, out: Tensor, found: Tensor, lane: CellRows, new: Tensor
+    ) -> Tensor:
         """The tensor with a lane's rows replaced; a copy, the first time."""
         if lane.stop - lane.start == self.count:
             return new
         if out is found:
             one_for_all = found.shape[0] == 1 and self.count > 1
-            out = found.expand(self.count, *found.shape[1:]).clone() if one_for_all else found.clone()
+            out = (
+                found.expand(self.count, *found.shape[1:]).clone() if one_for_all else found.clone()
+            )
         self._part(tap, out, lane).copy_(new)
         return out
 

@@ -22,10 +22,10 @@ from ..display import shown
 from ..errors import EmptySelection, NotCaptured, Unsupported
 from ..files.tensors import save_tensors
 from ..hooks.base import Hook
-from ..hooks.captured_values import Captured, Kept
+from ..hooks.captured_values import Captured, Captures
 from ..models.lm import LM
 from ..models.sites import AnySite, Sites
-from .outcomes import Keeping
+from .outcomes import CaptureStore
 from .trace import Recorded
 
 
@@ -48,11 +48,11 @@ class Run:
     prompt_rows: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     hooks: tuple[Hook, ...]
-    kept: Kept
+    kept: Captures
     kept_logits: Captured | None
     settings: Mapping[str, Any]
     output: Any
-    _keeping: Keeping | None
+    _keeping: CaptureStore | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     recorded: Recorded | None = None
 
@@ -65,7 +65,9 @@ class Run:
     def captured_logits(self) -> Captured:
         """The logits, with the position at which each stands. `NotCaptured` where the run did not keep them."""
         if self.kept_logits is None:
-            raise NotCaptured("this run kept no logits: it was made with logits=False; make it with logits='all'")
+            raise NotCaptured(
+                "this run kept no logits: it was made with logits=False; make it with logits='all'"
+            )
         return self.kept_logits
 
     @cached_property
@@ -76,7 +78,10 @@ class Run:
     @cached_property
     def text(self) -> list[str]:
         """Each row as text, special tokens included."""
-        return [self.lm.text(row[:length]) for row, length in zip(self.tokens.tolist(), self.lengths, strict=True)]
+        return [
+            self.lm.text(row[:length])
+            for row, length in zip(self.tokens.tolist(), self.lengths, strict=True)
+        ]
 
     @cached_property
     def generated(self) -> list[str]:
@@ -105,14 +110,19 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """The captured values by site, and by site and name where several captures kept a site."""
         captured = self.kept.all
-        return {f"{each.site}/{each.name}" if each.name else str(each.site): each.values for each in captured}
+        return {
+            f"{each.site}/{each.name}" if each.name else str(each.site): each.values
+            for each in captured
+        }
 
     def tensor_words(self) -> dict[str, str]:
         """How the run was made, as a text that a file of tensors holds; the same run gives the same text."""
         facts = {name: value for name, value in self.about.items() if name != "seconds"}
         return {"about": json.dumps(facts)}
 
-    def save_tensors(self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None) -> Path:
+    def save_tensors(
+        self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
+    ) -> Path:
         """Writes the captured values to a safetensors file, with how the run was made, and returns the file's path.
 
         `about` adds texts of the user's own. `hk.load_tensors` reads the values back. Of the processes that hold a
@@ -134,7 +144,10 @@ class Run:
         """How the run was made: model, versions, prompts, hooks, settings; plain values, ready for JSON."""
         from ..models.provenance import about_model
 
-        prompts = [self.lm.text(row[:end]) for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)]
+        prompts = [
+            self.lm.text(row[:end])
+            for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)
+        ]
         hooks = [hook.to_json(tensors="digest") for hook in self.hooks]
         return {**about_model(self.lm), "prompts": prompts, "hooks": hooks, **self.settings}
 
@@ -177,7 +190,11 @@ class Run:
 
     def __repr__(self) -> str:
         rows = f"{len(self.lengths)} row{'s' if len(self.lengths) > 1 else ''} of up to {max(self.lengths)} tokens"
-        logits = "no logits" if self.kept_logits is None else f"logits {list(self.kept_logits.values.shape)}"
+        logits = (
+            "no logits"
+            if self.kept_logits is None
+            else f"logits {list(self.kept_logits.values.shape)}"
+        )
         return f"Run({rows}; {logits}; captured {self.sites})"
 
 

@@ -15,43 +15,47 @@ from torch import Tensor, nn
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Binding, Change, EditHook, Hook
 from ..hooks.capture import Capture
-from ..hooks.captured_values import Captured, Piece
-from ..models.families.schema import Place
+from ..hooks.captured_values import Captured, CapturedChunk
+from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import LOGITS, AnySite, Site
 from ..models.training import refuse_no_gradient
-from ..models.views import Form, form_of
+from ..models.views import SiteView, form_of
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 
 
 @dataclass(eq=False, slots=True)
-class Action:
+class BoundHook:
     """One hook at one site, and what came of it."""
 
     number: int  # the hook's place in the order given
     hook: Hook
     site: AnySite
     where: Where  # the hook's, with a phrase's steps written out
-    form: Form  # how the site stands in the module's tensor
+    form: SiteView  # how the site stands in the module's tensor
     change: Change | None  # None for a capture
     head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
-    pieces: list[Piece] = field(default_factory=list)  # of the text that is running
+    pieces: list[CapturedChunk] = field(default_factory=list)  # of the text that is running
     fired: int = 0  # forwards in which it did something
-    doubts: list[Tensor] = field(default_factory=list)  # whether results of the forward that runs are refused
+    doubts: list[Tensor] = field(
+        default_factory=list
+    )  # whether results of the forward that runs are refused
     last: Any = None  # the forward in which it did so last
 
 
 @dataclass(eq=False)
-class Tap:
+class HookPoint:
     """One side of one module, with all that happens there, in the order of the hooks."""
 
     module: nn.Module
-    place: Place
-    actions: list[Action]
+    place: ModuleLocation
+    actions: list[BoundHook]
     reads_input: bool = False  # an edit needs what the module was given, beside what it gives
-    only_looks: bool = True  # all that is to be done is to copy the output of a module inside the model as it is
+    only_looks: bool = (
+        True  # all that is to be done is to copy the output of a module inside the model as it is
+    )
 
     @property
     def key(self) -> tuple[str, str, int | str]:
@@ -59,9 +63,9 @@ class Tap:
         return self.place.path, self.place.side, self.place.item
 
 
-def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
+def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[HookPoint]:
     """The taps for these hooks, each checked against the model. `reference` captures sites on a reference's prompts."""
-    taps: dict[Place, Tap] = {}
+    taps: dict[ModuleLocation, HookPoint] = {}
     for number, hook in enumerate(hooks):
         if not isinstance(hook, Hook):
             raise BadHook(
@@ -82,18 +86,20 @@ def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[Tap]:
             where_at = place.tensor  # parts of one tensor share a tap
             tap = taps.get(where_at)
             if tap is None:
-                tap = taps[where_at] = Tap(lm.submodule(place.path), where_at, [])
+                tap = taps[where_at] = HookPoint(lm.submodule(place.path), where_at, [])
             tap.reads_input |= reads_input
             at_head = isinstance(site, Site) and site.name in LOGITS
             form = form_of(lm.layout, site, place)
             simple = form.plain and place.item == 0 and not place.shared
-            tap.only_looks = looks and not at_head and simple and not tap.actions and lm.ranks is None
-            tap.actions.append(Action(number, hook, site, where, form, change, at_head))
+            tap.only_looks = (
+                looks and not at_head and simple and not tap.actions and lm.ranks is None
+            )
+            tap.actions.append(BoundHook(number, hook, site, where, form, change, at_head))
     # the first one registered acts first: what the stream is comes before what reads it
     return sorted(taps.values(), key=lambda tap: not tap.place.shared)
 
 
-def logits_tap(lm: LM, taps: list[Tap]) -> Tap:
+def logits_tap(lm: LM, taps: list[HookPoint]) -> HookPoint:
     """The tap at the logits that the model returns, added where no hook asks for it. `Unsupported` if they are edited
     before they are there."""
     for tap in taps:
@@ -106,7 +112,7 @@ def logits_tap(lm: LM, taps: list[Tap]) -> Tap:
     place = lm.place(Site("logits"))
     found = next((tap for tap in taps if tap.place == place), None)
     if found is None:
-        found = Tap(lm.submodule(place.path), place, [], only_looks=False)
+        found = HookPoint(lm.submodule(place.path), place, [], only_looks=False)
         taps.append(found)
     return found
 
@@ -127,7 +133,9 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadHook(f"device={name!r} is not on this machine: {str(error).splitlines()[0]}") from error
+        raise BadHook(
+            f"device={name!r} is not on this machine: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _change(lm: LM, hook: EditHook, site: AnySite, referred: Callable[[Any], Any]) -> Change:
@@ -149,10 +157,12 @@ def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return computed
 
 
-def picked(output: Any, place: Place) -> Tensor:
+def picked(output: Any, place: ModuleLocation) -> Tensor:
     """The tensor at a module's output, or one of several; `BadEdit` where there is none."""
     item = place.item
-    models_own = item == "logits" and not place.path  # a model may give its logits by themselves, or first
+    models_own = (
+        item == "logits" and not place.path
+    )  # a model may give its logits by themselves, or first
     found = None
     if isinstance(output, Tensor):
         found = output if item == 0 or models_own else None
@@ -161,7 +171,9 @@ def picked(output: Any, place: Place) -> Tensor:
         with suppress(KeyError, IndexError, TypeError):
             found = output[key]
     if not isinstance(found, Tensor):
-        there = type(output).__name__ + (f" of {len(output)}" if isinstance(output, tuple | list) else "")
+        there = type(output).__name__ + (
+            f" of {len(output)}" if isinstance(output, tuple | list) else ""
+        )
         raise BadEdit(
             f"{place.path or 'the model'} gives a {there}, and item {item!r} of it is no tensor: "
             "say which is meant, hk.module(path, item=…)"
@@ -182,7 +194,9 @@ def repacked(output: Any, item: int | str, new: Tensor) -> Any:
     return changed
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, where: str) -> tuple[Tensor, int | str]:
+def input_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, where: str
+) -> tuple[Tensor, int | str]:
     """The tensor that a module was given, and under which index or keyword."""
     if isinstance(item, str):
         key: int | str = item

@@ -37,7 +37,9 @@ class Trace:
 
     def __post_init__(self) -> None:
         meaning = "how many tokens of each stage to keep,"
-        object.__setattr__(self, "top", whole_number(self.top, "top", least=1, meaning=meaning, error=BadHook))
+        object.__setattr__(
+            self, "top", whole_number(self.top, "top", least=1, meaning=meaning, error=BadHook)
+        )
         object.__setattr__(self, "watch", read_tokens(self.watch, "watch"))
 
     def _repr_html_(self) -> str:
@@ -132,12 +134,18 @@ class Tracer:
     lm: LM
     asked: Trace
     hooks: Sequence[Hook]
-    listener: Callable[[Tensor, Tensor], None] | None = None  # is told, with each step, of the tokens and who is done
+    listener: Callable[[Tensor, Tensor], None] | None = (
+        None  # is told, with each step, of the tokens and who is done
+    )
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._watched = [self.lm.token(token) for token in self.asked.watch]
-        self._named = list(dict.fromkeys(i for h in self.hooks if isinstance(h, LogitEdit) for i in h.named(self.lm)))
+        self._named = list(
+            dict.fromkeys(
+                i for h in self.hooks if isinstance(h, LogitEdit) for i in h.named(self.lm)
+            )
+        )
         self._extra = list(dict.fromkeys([*self._watched, *self._named]))
         self._generation: Generation | None = None
         self.recorded: Recorded | None = None
@@ -168,7 +176,9 @@ class Tracer:
 
     def changed(self, hook: Hook, before: Tensor, after: Tensor) -> None:
         """A hook has made one of the other."""
-        self._changes.append((hook, (before[:, -1] != after[:, -1]).any(dim=-1), after[:, -1].float()))
+        self._changes.append(
+            (hook, (before[:, -1] != after[:, -1]).any(dim=-1), after[:, -1].float())
+        )
 
     def after(self, logits: Tensor) -> None:
         """All edits have acted on them."""
@@ -198,12 +208,20 @@ class Tracer:
     def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> Recorded:
         """The record of the newest step alone, in which each of these rows chose a token."""
         number = len(self.steps) - 1
-        decisions = [_decision(self.steps[-1], row, number, lengths[row], token, row) for row, token in tokens.items()]
+        decisions = [
+            _decision(self.steps[-1], row, number, lengths[row], token, row)
+            for row, token in tokens.items()
+        ]
         return self._recorded(decisions)
 
     def _recorded(self, decisions: list[Decision]) -> Recorded:
         return Recorded(
-            self.lm, self.asked, self.generation, tuple(self._watched), tuple(self._named), tuple(decisions)
+            self.lm,
+            self.asked,
+            self.generation,
+            tuple(self._watched),
+            tuple(self._named),
+            tuple(decisions),
         )
 
     def _step(self, drawn: Int[Tensor, " row"] | None) -> Step:
@@ -217,23 +235,37 @@ class Tracer:
         keep = min(self._keep, found["model"][:, :real].shape[1])
         tops = {name: values[:, :real].topk(keep, dim=-1) for name, values in seen.items()}
         ids = [top.indices for top in tops.values()]
-        ids += [torch.tensor(self._extra, device=ids[0].device).expand(len(ids[0]), -1)] if self._extra else []
+        ids += (
+            [torch.tensor(self._extra, device=ids[0].device).expand(len(ids[0]), -1)]
+            if self._extra
+            else []
+        )
         ids += [drawn[:, None].to(ids[0].device)] if drawn is not None else []
         kept = torch.cat(ids, dim=1)
-        stages = {name: _stage(values, kept, tops[name], self.asked.top, real) for name, values in seen.items()}
+        stages = {
+            name: _stage(values, kept, tops[name], self.asked.top, real)
+            for name, values in seen.items()
+        }
         changes = [
-            Changed(hook, rows, _ranks(after[:, :real], after.gather(1, kept))) for hook, rows, after in self._changes
+            Changed(hook, rows, _ranks(after[:, :real], after.gather(1, kept)))
+            for hook, rows, after in self._changes
         ]
         return Step(self._call, kept, {name: stages[of[name]] for name in STAGES}, changes)
 
     def finish(
-        self, rows: Sequence[Sequence[int]], lengths: Sequence[int], sources: Callable[[int], Sequence[int]]
+        self,
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        sources: Callable[[int], Sequence[int]],
     ) -> None:
         """Put the record in the order of the final rows, of which the tokens, and how many are prompt, are given.
 
         `sources` says for a forward which model row each final row was in.
         """
-        steps = [Step(s.call, s.ids.cpu(), _on_cpu(s.stages), [c.cpu() for c in s.changes]) for s in self.steps]
+        steps = [
+            Step(s.call, s.ids.cpu(), _on_cpu(s.stages), [c.cpu() for c in s.changes])
+            for s in self.steps
+        ]
         decisions = []
         for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
             for step, token in enumerate(tokens[length:]):
@@ -242,7 +274,9 @@ class Tracer:
         self.recorded = self._recorded(decisions)
 
 
-def _decision(record: Step, row: int, step: int, length: int, token: int, model_row: int) -> Decision:
+def _decision(
+    record: Step, row: int, step: int, length: int, token: int, model_row: int
+) -> Decision:
     hooks = tuple(changed.hook for changed in record.changes if changed.rows[model_row])
     return Decision(row, step, length - 1 + step, token, model_row, record, hooks)
 
@@ -252,17 +286,25 @@ def _on_cpu(stages: dict[str, Stage]) -> dict[str, Stage]:
     return {name: moved[id(stage)] for name, stage in stages.items()}
 
 
-def _ranks(inside: Float[Tensor, "row vocab"], mine: Float[Tensor, "row token"]) -> Int[Tensor, "row token"]:
+def _ranks(
+    inside: Float[Tensor, "row vocab"], mine: Float[Tensor, "row token"]
+) -> Int[Tensor, "row token"]:
     return torch.stack([rank_among(inside, mine[:, n]) for n in range(mine.shape[1])], dim=1)
 
 
 def _stage(
-    values: Float[Tensor, "row vocab"], ids: Int[Tensor, "row token"], top: Any, shown: int, real: int | None
+    values: Float[Tensor, "row vocab"],
+    ids: Int[Tensor, "row token"],
+    top: Any,
+    shown: int,
+    real: int | None,
 ) -> Stage:
     logprobs = values.log_softmax(dim=-1)
     probs = logprobs.exp()
     entropy = torch.special.entr(probs).sum(dim=-1)
-    surprise = logprobs.clamp(min=-1e4) + entropy[:, None]  # where the probability is 0 its logarithm does not matter
+    surprise = (
+        logprobs.clamp(min=-1e4) + entropy[:, None]
+    )  # where the probability is 0 its logarithm does not matter
     inside = values[:, :real]
     mine = values.gather(1, ids)
     second = top.values[:, 1] if top.values.shape[1] > 1 else inside.topk(2, dim=-1).values[:, 1]

@@ -114,15 +114,25 @@ class Turns(Generic[Value]):
 def state_of_torch() -> list[Callable[[], AbstractContextManager[Any]]]:
     """What makes torch in another thread work as it does in this one: autocast, modes, gradients, device and stream."""
     states: list[Callable[[], AbstractContextManager[Any]]] = []
-    states += [lambda mode=mode: _entered(TorchDispatchMode, mode) for mode in _get_current_dispatch_mode_stack()]
-    states += [lambda mode=mode: _entered(TorchFunctionMode, mode) for mode in _get_current_function_mode_stack()]
+    states += [
+        lambda mode=mode: _entered(TorchDispatchMode, mode)
+        for mode in _get_current_dispatch_mode_stack()
+    ]
+    states += [
+        lambda mode=mode: _entered(TorchFunctionMode, mode)
+        for mode in _get_current_function_mode_stack()
+    ]
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     states.append(lambda: torch.inference_mode(inference))
     states.append(lambda: torch.set_grad_enabled(grad))
     cached = torch.is_autocast_cache_enabled()
     for device in _devices():
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        states.append(lambda d=device, e=enabled, t=dtype: torch.autocast(d, dtype=t, enabled=e, cache_enabled=cached))
+        states.append(
+            lambda d=device, e=enabled, t=dtype: torch.autocast(
+                d, dtype=t, enabled=e, cache_enabled=cached
+            )
+        )
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         number, stream = torch.cuda.current_device(), torch.cuda.current_stream()
         states.append(lambda: torch.cuda.device(number))
@@ -142,5 +152,7 @@ def _entered(kind: Any, mode: Any) -> Iterator[None]:
 
 def _devices() -> list[str]:
     """The kinds of device on which there may be autocast."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

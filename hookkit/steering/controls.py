@@ -22,7 +22,9 @@ DAMAGE = ("damage_kl", "damage_loss", "perplexity")
 
 
 @checks_arguments
-def over_doses(table: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def over_doses(
+    table: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
     """What `dose_response` gave, over its prompts: one row for each vector, dose and control.
 
     Columns: vector, site, layer, dose, control, n (prompts), the means of the metrics with `_se`, `_low` and `_high` as
@@ -37,7 +39,9 @@ def over_doses(table: pd.DataFrame, *, confidence: float = 0.95, resamples: int 
 
 
 @checks_arguments
-def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", toward: int = 1) -> pd.DataFrame:
+def at_damage(
+    table: pd.DataFrame, damage: float, *, by: str = "damage_kl", toward: int = 1
+) -> pd.DataFrame:
     """Every vector of a `dose_response` at the dose at which it damages so much: a fair comparison, since a random
     vector of equal length often damages less.
 
@@ -61,43 +65,63 @@ def at_damage(table: pd.DataFrame, damage: float, *, by: str = "damage_kl", towa
             "damage is measured"
         )
     if toward not in (1, -1) or not damage > 0:
-        raise BadHook(f"damage={damage} and toward={toward}: give a damage above 0, and 1 or -1 for the doses' sign")
+        raise BadHook(
+            f"damage={damage} and toward={toward}: give a damage above 0, and 1 or -1 for the doses' sign"
+        )
     table = table.reset_index(drop=True)  # several put together may count their rows alike
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
     lines = [*_places(table), "control", "sample"]
     groups: Any = table.groupby(lines, sort=False, dropna=False)
-    found = [_there(line, dict(zip(lines, key, strict=True)), damage, by, toward, metrics) for key, line in groups]
+    found = [
+        _there(line, dict(zip(lines, key, strict=True)), damage, by, toward, metrics)
+        for key, line in groups
+    ]
     made = pd.concat(found, ignore_index=True)
     random: Any = made[made["control"]]
-    vectors: Any = random.groupby("site")["sample"].nunique()  # sample n is one direction beside every vector
+    vectors: Any = random.groupby("site")[
+        "sample"
+    ].nunique()  # sample n is one direction beside every vector
     made["random_vectors"] = [int(vectors.get(site, 0)) for site in made["site"]]
     for metric in metrics:
         made[f"{metric}_gain"] = _gain(made, metric)
         spreads = {site: _spread(rows, f"{metric}_delta") for site, rows in random.groupby("site")}
         for end, place in (("sd", 0), ("rest", 1)):
-            made[f"{metric}_random_{end}"] = [spreads.get(site, (np.nan, np.nan))[place] for site in made["site"]]
+            made[f"{metric}_random_{end}"] = [
+                spreads.get(site, (np.nan, np.nan))[place] for site in made["site"]
+            ]
     return made
 
 
 def _spread(rows: Any, name: str) -> tuple[float, float]:
     """How the random vectors of one site vary: in their means over the prompts, and besides."""
-    values = rows.pivot_table(index="row", columns=["vector", "sample"], values=name, sort=False).to_numpy(float)
+    values = rows.pivot_table(
+        index="row", columns=["vector", "sample"], values=name, sort=False
+    ).to_numpy(float)
     count = int(rows["sample"].nunique())
     if count < 2 or np.isnan(values).any():
         return np.nan, np.nan
-    lines = values.shape[1]  # those of several vectors may be of the same random ones, which count once
+    lines = values.shape[
+        1
+    ]  # those of several vectors may be of the same random ones, which count once
     part = (1 - 1 / lines) / (1 - 1 / count)
     variance = float(values.mean(axis=0).var(ddof=1)) * part
     return float(np.sqrt(variance)), float(np.sqrt(intervals.variation(values).rest * part))
 
 
 def _there(
-    line: pd.DataFrame, at: dict[str, Any], damage: float, by: str, toward: int, metrics: Sequence[str]
+    line: pd.DataFrame,
+    at: dict[str, Any],
+    damage: float,
+    by: str,
+    toward: int,
+    metrics: Sequence[str],
 ) -> pd.DataFrame:
     """The prompts of one vector at the dose that damages so much."""
     side = pd.DataFrame(line[np.sign(line["dose"]) == toward])
     if side.empty:
-        raise EmptySelection(f"the table has no {'positive' if toward > 0 else 'negative'} dose of {_said(at)}")
+        raise EmptySelection(
+            f"the table has no {'positive' if toward > 0 else 'negative'} dose of {_said(at)}"
+        )
     doses = sorted(set(side["dose"]), key=abs)
     costs = [0.0, *(float(side.loc[side["dose"] == dose, by].iloc[0]) for dose in doses)]
     step, part = _crossing(costs, damage, _said(at), by)
@@ -135,7 +159,9 @@ def _gain(made: pd.DataFrame, metric: str) -> list[float]:
 
 def _places(table: pd.DataFrame) -> list[str]:
     if not {"vector", "site", "control", "sample"} <= set(table.columns):
-        raise BadHook(f"this table has columns {', '.join(map(str, table.columns))}: give what dose_response gave")
+        raise BadHook(
+            f"this table has columns {', '.join(map(str, table.columns))}: give what dose_response gave"
+        )
     return [name for name in PLACES if name in table.columns]
 
 
@@ -144,6 +170,4 @@ def _damage(table: pd.DataFrame) -> list[str]:
 
 
 def _said(at: dict[str, Any]) -> str:
-    return (
-        f"{'random vector ' + str(at['sample']) + ' beside ' if at['control'] else ''}{at['vector']!r} at {at['site']}"
-    )
+    return f"{'random vector ' + str(at['sample']) + ' beside ' if at['control'] else ''}{at['vector']!r} at {at['site']}"

@@ -48,7 +48,9 @@ class Stream:
         return (self.means * self.counts[:, None]).sum(0) / self.counts.sum()
 
 
-def streams(lm: LM, rows: Sequence[Row], sites: SitesLike, pos: PosLike, batch: int) -> dict[AnySite, Stream]:
+def streams(
+    lm: LM, rows: Sequence[Row], sites: SitesLike, pos: PosLike, batch: int
+) -> dict[AnySite, Stream]:
     """What is at each of these sites at some positions of each prompt."""
     whole_number(batch, "batch", least=1, meaning="how many prompts run together,", error=BadHook)
     chosen = not_square(lm.expand(sites), "a steering vector is a mean of")
@@ -74,7 +76,9 @@ def _own(kept: Captured) -> Iterator[Float[Tensor, "pos d"]]:
 
 def _stream(each: Sequence[Float[Tensor, "pos d"]]) -> Stream:
     counts = torch.tensor([len(values) for values in each])
-    return Stream(torch.stack([v.mean(0) for v in each]), counts, torch.cat([v.norm(dim=-1) for v in each]))
+    return Stream(
+        torch.stack([v.mean(0) for v in each]), counts, torch.cat([v.norm(dim=-1) for v in each])
+    )
 
 
 def _joined(parts: Sequence[Stream]) -> Stream:
@@ -89,7 +93,13 @@ def typical(*lengths: Float[Tensor, " token"]) -> float:
 
 @checks_arguments
 def mean_difference(
-    lm: LM, positive: Prompts, negative: Prompts, sites: SitesLike, *, pos: PosLike = -1, batch: int = BATCH
+    lm: LM,
+    positive: Prompts,
+    negative: Prompts,
+    sites: SitesLike,
+    *,
+    pos: PosLike = -1,
+    batch: int = BATCH,
 ) -> Vectors:
     """The mean of what is at each site on the positive prompts, minus that on the negative ones (Turner et al. 2023;
     Marks and Tegmark 2023; Rimsky et al. 2024).
@@ -109,7 +119,12 @@ def mean_difference(
     about |= {"prompts": [len(toward), len(away)], "data_sha256": data_hash(toward, away)}
     return Vectors(
         tuple(
-            Vector(site, there[site].mean - here[site].mean, typical(there[site].lengths, here[site].lengths), about)
+            Vector(
+                site,
+                there[site].mean - here[site].mean,
+                typical(there[site].lengths, here[site].lengths),
+                about,
+            )
             for site in there
         )
     )
@@ -117,7 +132,13 @@ def mean_difference(
 
 @checks_arguments
 def principal_direction(
-    lm: LM, positive: Prompts, negative: Prompts, sites: SitesLike, *, pos: PosLike = -1, batch: int = BATCH
+    lm: LM,
+    positive: Prompts,
+    negative: Prompts,
+    sites: SitesLike,
+    *,
+    pos: PosLike = -1,
+    batch: int = BATCH,
 ) -> Vectors:
     """The first principal direction of the differences between paired prompts, of length 1 (Zou et al. 2023).
 
@@ -143,7 +164,9 @@ def principal_direction(
     for site in there:
         apart = there[site].means - here[site].means
         if not bool(apart.any()):
-            raise BadHook(f"the pairs are the same at {site}, pos={pos!r}: read them where they differ")
+            raise BadHook(
+                f"the pairs are the same at {site}, pos={pos!r}: read them where they differ"
+            )
         _, sizes, axes = torch.linalg.svd(apart, full_matrices=False)
         direction = axes[0] if (apart @ axes[0]).mean() >= 0 else -axes[0]
         share = float(sizes[0] ** 2 / (sizes**2).sum())

@@ -43,7 +43,9 @@ def neutral_rows(lm: LM, texts: Prompts) -> tuple[Row, ...]:
     rows = as_batch(lm, texts).rows
     short = [number for number, row in enumerate(rows) if len(row) < 2]
     if short:
-        raise BadPrompt(f"neutral text {short[0]} has one token, and nothing in it is predicted: give longer texts")
+        raise BadPrompt(
+            f"neutral text {short[0]} has one token, and nothing in it is predicted: give longer texts"
+        )
     return rows
 
 
@@ -71,17 +73,26 @@ def damages(
     return [Damage(*values) for values in (totals / tokens).tolist()]
 
 
-def _predictions(lm: LM, rows: Sequence[Row], hooks: Sequence[Hook]) -> list[Float[Tensor, "pos vocab"]]:
+def _predictions(
+    lm: LM, rows: Sequence[Row], hooks: Sequence[Hook]
+) -> list[Float[Tensor, "pos vocab"]]:
     """The log-probabilities at each token of each row but its last."""
     logits = forward(lm, [list(row) for row in rows], *hooks).logits
-    return [found[: len(row) - 1].float().log_softmax(-1) for found, row in zip(logits, rows, strict=True)]
+    return [
+        found[: len(row) - 1].float().log_softmax(-1)
+        for found, row in zip(logits, rows, strict=True)
+    ]
 
 
-def _apart(row: Row, was: Float[Tensor, "pos vocab"], now: Float[Tensor, "pos vocab"]) -> Float[Tensor, " 3"]:
+def _apart(
+    row: Row, was: Float[Tensor, "pos vocab"], now: Float[Tensor, "pos vocab"]
+) -> Float[Tensor, " 3"]:
     """The sums over a row's tokens of the loss, the loss before, and KL(before ‖ now)."""
     tokens = torch.tensor(row[1:], device=now.device)[:, None]
     prob = was.exp()
-    kl = torch.where(prob > 0, prob * (was - now), 0.0).sum(dim=-1, dtype=torch.float64).clamp(min=0)
+    kl = (
+        torch.where(prob > 0, prob * (was - now), 0.0).sum(dim=-1, dtype=torch.float64).clamp(min=0)
+    )
     losses = [-each.gather(1, tokens).sum(dtype=torch.float64) for each in (now, was)]
     return torch.stack([*losses, kl.sum()]).cpu()
 
@@ -126,10 +137,20 @@ def dose_response(
     [[0.5, False, 0, 0], [0.5, True, 0, 0]]
     """
     named = _named(vectors)
-    whole_number(samples, "samples", least=0, meaning="how many random vectors are to be the control,", error=BadHook)
+    whole_number(
+        samples,
+        "samples",
+        least=0,
+        meaning="how many random vectors are to be the control,",
+        error=BadHook,
+    )
     texts = None if neutral is None else neutral_rows(lm, neutral)
     wanted = [number(dose, "a dose") for dose in listed(doses, "doses")]
-    each = {(n, s): _sample(vector, s, seed) for n, (_, vector) in enumerate(named) for s in range(samples + 1)}
+    each = {
+        (n, s): _sample(vector, s, seed)
+        for n, (_, vector) in enumerate(named)
+        for s in range(samples + 1)
+    }
     grid = {"vector": range(len(named)), "dose": wanted, "sample": range(samples + 1)}
 
     def hooks(vector: int, dose: float, sample: int) -> Hook:
@@ -163,7 +184,9 @@ def _sample(vector: Vector, sample: int, seed: int) -> Vector:
 def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
     """Each vector with its name, by which and by its site it can be told."""
     if isinstance(vectors, Mapping):
-        given: list[tuple[str, Any]] = [(str(name), one) for name, some in vectors.items() for one in _listed(some)]
+        given: list[tuple[str, Any]] = [
+            (str(name), one) for name, some in vectors.items() for one in _listed(some)
+        ]
     else:
         given = [(getattr(one, "method", ""), one) for one in _listed(vectors)]
     if not given:
@@ -177,7 +200,9 @@ def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector
     seen = [(name, one.site) for name, one in given]
     twice = next((each for each in seen if seen.count(each) > 1), None)
     if twice is not None:
-        raise BadHook(f'two vectors are {twice[0]!r} at {twice[1]}: give them names, {{"one": …, "other": …}}')
+        raise BadHook(
+            f'two vectors are {twice[0]!r} at {twice[1]}: give them names, {{"one": …, "other": …}}'
+        )
     return given
 
 

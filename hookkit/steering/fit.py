@@ -28,8 +28,8 @@ from ..models.prompts import Prompts, as_batch
 from ..models.sites import AnySite
 from ..models.training import frozen, refuse_no_gradient, warn_of_dropout
 from ..runs.manager import HookManager
-from ..sweeps.cell_metrics import Saying
-from ..sweeps.inputs import Reading, read
+from ..sweeps.cell_metrics import CellMetrics
+from ..sweeps.inputs import SweepInputs, read
 from ..tables.metrics import Loss, Metric, MetricLike, OfLogits, as_metrics, loss
 from .directions import BATCH, streams, typical
 
@@ -41,7 +41,7 @@ class Aim:
     lm: LM
     site: AnySite
     metric: Metric
-    reading: Reading
+    reading: SweepInputs
     places: tuple[tuple[int, ...], ...] | None
 
     @property
@@ -72,7 +72,7 @@ class Aim:
             return total.detach(), torch.autograd.grad(total, vector)[0]
 
     @cached_property
-    def _saying(self) -> Saying:
+    def _saying(self) -> CellMetrics:
         """The metric, with what the model says without the vector where the metric compares."""
         measure, before = self.metric.bound(self.lm, len(self.reading)), None
         if self.metric.compares:
@@ -80,13 +80,17 @@ class Aim:
             with torch.no_grad():
                 each = {row: self._logits([row], [])[0] for row in range(len(self.reading))}
             before = {row: logits[-looks[row]] for row, logits in each.items()}
-        return Saying(self.reading, [measure], before)
+        return CellMetrics(self.reading, [measure], before)
 
-    def _logits(self, rows: Sequence[int], hooks: Sequence[Hook]) -> Float[Tensor, "row look vocab"]:
+    def _logits(
+        self, rows: Sequence[int], hooks: Sequence[Hook]
+    ) -> Float[Tensor, "row look vocab"]:
         """What the model says at the last positions of these prompts, as many as count in any of them."""
         lm, looks = self.lm, max(self.reading.looks[row] for row in rows)
         batch = as_batch(lm, [list(self.reading.fed[row]) for row in rows], side="left")
-        inputs = batch.inputs(lm) | lm.accepted(use_cache=False, return_dict=True, logits_to_keep=looks)
+        inputs = batch.inputs(lm) | lm.accepted(
+            use_cache=False, return_dict=True, logits_to_keep=looks
+        )
         manager = HookManager(lm, hooks)
         manager.refuse_checkpoints()
         with manager:
@@ -104,30 +108,44 @@ class Aim:
         alike: dict[tuple[int, ...], list[int]] = {}
         for place, row in enumerate(rows):
             alike.setdefault(self.places[row], []).append(place)
-        return [edit(self.site, added, pos=places, rows=numbers) for places, numbers in alike.items()]
+        return [
+            edit(self.site, added, pos=places, rows=numbers) for places, numbers in alike.items()
+        ]
 
 
-def aim(lm: LM, site: str | AnySite, prompts: Prompts, target: MetricLike | str | list[str], pos: PosLike) -> Aim:
+def aim(
+    lm: LM,
+    site: str | AnySite,
+    prompts: Prompts,
+    target: MetricLike | str | list[str],
+    pos: PosLike,
+) -> Aim:
     """The target of a fit, checked against the model and the prompts."""
-    texts = isinstance(target, str) or (isinstance(target, list) and all(isinstance(text, str) for text in target))
+    texts = isinstance(target, str) or (
+        isinstance(target, list) and all(isinstance(text, str) for text in target)
+    )
     found = as_metrics(loss(target) if texts else target)  # pyright: ignore[reportArgumentType]
     chosen = not_square(lm.expand(site), "a vector is added to")
     for several, word in ((found, "targets"), (chosen, "sites")):
         if len(several) != 1:
-            raise BadHook(f"{len(several)} {word} were given, and a vector is fitted to one at one place: name it")
+            raise BadHook(
+                f"{len(several)} {word} were given, and a vector is fitted to one at one place: name it"
+            )
     reading = read(lm, prompts, found, -1)
     where = inner(pos, None, None, chosen)
     places = None if where.pos is None else tuple(_places(reading, where, pos))
     return Aim(lm, chosen[0], found[0], reading, places)
 
 
-def _places(reading: Reading, where: Where, pos: PosLike) -> Iterator[tuple[int, ...]]:
+def _places(reading: SweepInputs, where: Where, pos: PosLike) -> Iterator[tuple[int, ...]]:
     """The positions of each prompt, those on its continuation too."""
     for row, wanted in enumerate(reading.full.wishes(where)):
         assert wanted is not None
         places = tuple(place for place in range(reading.lengths[row]) if place in wanted)
         if not places:
-            raise EmptySelection(f"prompt {number} has no token at pos={pos!r}: give other positions")
+            raise EmptySelection(
+                f"prompt {number} has no token at pos={pos!r}: give other positions"
+            )
         yield places
 
 
@@ -166,9 +184,13 @@ def fit_vector(
     True
     """
     if steps < 1 or number(lr, "lr") <= 0:
-        raise BadHook(f"steps={steps!r} and lr={lr!r}: give 1 step or more, and a step longer than 0")
+        raise BadHook(
+            f"steps={steps!r} and lr={lr!r}: give 1 step or more, and a step longer than 0"
+        )
     if dose is not None and number(dose, "dose") <= 0:
-        raise BadHook(f"dose={dose}: give the longest that the vector may become, as a fraction of the stream's length")
+        raise BadHook(
+            f"dose={dose}: give the longest that the vector may become, as a fraction of the stream's length"
+        )
     aimed = aim(lm, site, prompts, target, pos)
     rows = aimed.reading.rows
     stream = streams(lm, rows, [aimed.site], pos, batch)[aimed.site]
@@ -177,11 +199,27 @@ def fit_vector(
     with torch.inference_mode(False), frozen(lm.root):
         start = torch.zeros(width)
         if seed is not None:
-            start = Vector(aimed.site, torch.ones(width), norm).random(seed=seed).unit().tensor * (lr * norm)
-        descent = Descent(aimed, steps, lr * norm / width**0.5, None if dose is None else dose * norm, batch)
+            start = Vector(aimed.site, torch.ones(width), norm).random(seed=seed).unit().tensor * (
+                lr * norm
+            )
+        descent = Descent(
+            aimed, steps, lr * norm / width**0.5, None if dose is None else dose * norm, batch
+        )
         vector, curve = descent.run(start, progress)
-    about = {**model_words(lm), "method": "learnt", "pos": repr(pos), "target": aimed.words, "prompts": [len(rows)]}
-    about |= {"data_sha256": data_hash(rows, aimed.reading.fed), "steps": steps, "lr": lr, "dose": dose, "seed": seed}
+    about = {
+        **model_words(lm),
+        "method": "learnt",
+        "pos": repr(pos),
+        "target": aimed.words,
+        "prompts": [len(rows)],
+    }
+    about |= {
+        "data_sha256": data_hash(rows, aimed.reading.fed),
+        "steps": steps,
+        "lr": lr,
+        "dose": dose,
+        "seed": seed,
+    }
     return Vector(aimed.site, vector, norm, {**about, "curve": curve})
 
 
@@ -195,7 +233,9 @@ class Descent:
     longest: float | None
     batch: int
 
-    def run(self, start: Float[Tensor, " d"], progress: bool | None) -> tuple[Float[Tensor, " d"], list[float]]:
+    def run(
+        self, start: Float[Tensor, " d"], progress: bool | None
+    ) -> tuple[Float[Tensor, " d"], list[float]]:
         """The vector after the last step, and the target's mean before each step and at the end."""
         vector = start.to(self.aim.lm.device).clone().requires_grad_()
         adam = torch.optim.Adam([vector], lr=self.lr)
@@ -215,7 +255,10 @@ class Descent:
                 with torch.no_grad():
                     vector *= (self.longest / vector.norm().clamp(min=1e-30)).clamp(max=1)
         with torch.no_grad():
-            curve.append(sum(float(self.aim.values(vector, rows).sum()) for rows in self._batches()) / self._count)
+            curve.append(
+                sum(float(self.aim.values(vector, rows).sum()) for rows in self._batches())
+                / self._count
+            )
         return vector.detach(), curve
 
     def _mean(self, vector: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
@@ -231,4 +274,6 @@ class Descent:
         return len(self.aim.reading)
 
     def _batches(self) -> Sequence[range]:
-        return [range(at, min(at + self.batch, self._count)) for at in range(0, self._count, self.batch)]
+        return [
+            range(at, min(at + self.batch, self._count)) for at in range(0, self._count, self.batch)
+        ]

@@ -74,16 +74,24 @@ def causal_tracing(
     finite_number(noise, "noise", above=0.0, meaning="how many standard deviations are added,")
     if site in WHOLE_MODEL:
         raise BadHook(f"{site!r} is there once, and causal tracing restores a site layer by layer")
-    chosen = list(lm.sites(site) if layers is None else lm.sites(site, layers=listed(layers, "layers")))
+    chosen = list(
+        lm.sites(site) if layers is None else lm.sites(site, layers=listed(layers, "layers"))
+    )
     there = {each.layer: each for each in lm.sites(site) if isinstance(each, Site)}
     rows = [list(row) for row in batch.rows for _ in range(samples)]
     spans = [
-        cover(lm, row, at(name) if isinstance(name, str) else name) for row, name in zip(batch.rows, names, strict=True)
+        cover(lm, row, at(name) if isinstance(name, str) else name)
+        for row, name in zip(batch.rows, names, strict=True)
     ]
     found = positions_of(batch.lengths, [site], pos)
     if found is None:
-        raise BadHook(f"{site!r} has heads, all of which are restored together: say at which positions, with pos=")
-    places = {name: [(where, _each(some, samples)) for where, some in given] for name, given in found.items()}
+        raise BadHook(
+            f"{site!r} has heads, all of which are restored together: say at which positions, with pos="
+        )
+    places = {
+        name: [(where, _each(some, samples)) for where, some in given]
+        for name, given in found.items()
+    }
     under = as_hooks(settings.get("under", ()))
     clean = forward(lm, rows, *under, capture(lm.sites(site)))
 
@@ -114,7 +122,9 @@ def embedding_std(lm: LM, over: Prompts | None = None) -> float:
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(rows), TOGETHER):
         group = rows[start : start + TOGETHER]
-        embeddings = forward(lm, [list(row) for row in group], capture("embed"), logits=False)["embed"]
+        embeddings = forward(lm, [list(row) for row in group], capture("embed"), logits=False)[
+            "embed"
+        ]
         for row, values in zip(group, embeddings, strict=True):
             numbers = values[: len(row)].double()
             count += numbers.numel()
@@ -142,7 +152,9 @@ def _each(prompts: CountLike, samples: int) -> CountLike:
     return [prompt * samples + sample for prompt in prompts for sample in range(samples)]
 
 
-def _noise(lm: LM, prompts: Sequence[Row], spans: Sequence[Row], samples: int, size: float, seed: int) -> list[Hook]:
+def _noise(
+    lm: LM, prompts: Sequence[Row], spans: Sequence[Row], samples: int, size: float, seed: int
+) -> list[Hook]:
     """The hooks that add noise to the subject's embeddings, one for the rows whose subject stands at one place."""
     width = lm.shape(Site("embed"))[-1]
     by_place: dict[Row, dict[int, Tensor]] = {}

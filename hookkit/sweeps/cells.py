@@ -6,7 +6,16 @@ Controls: the same cell with an edit that says nothing of the hypothesis.
 import hashlib
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Iterable, KeysView, Mapping, Sequence, Set, ValuesView
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    KeysView,
+    Mapping,
+    Sequence,
+    Set,
+    ValuesView,
+)
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -21,14 +30,14 @@ from ..hooks.ablation import Ablate, FromRun
 from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square, put
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
-from ..models.batch_positions import Call
+from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
 from ..runs.manager import HookManager
 from ..runs.outcomes import check_possible
-from ..runs.taps import Action, Tap, planned
-from .inputs import Reading
+from ..runs.taps import BoundHook, HookPoint, planned
+from .inputs import SweepInputs
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]]
 HooksAt: TypeAlias = Callable[..., Hook | Sequence[Hook] | None]
@@ -44,13 +53,13 @@ class Cell:
     number: int
     at: dict[str, Any]
     hooks: tuple[Hook, ...]
-    taps: list[Tap]
+    taps: list[HookPoint]
     control: bool = False
     draw: int = 0  # which draw of a control
     alone: str = ""  # why it has to be run by itself
 
     @property
-    def actions(self) -> list[Action]:
+    def actions(self) -> list[BoundHook]:
         """All that is done."""
         return [action for tap in self.taps for action in tap.actions]
 
@@ -65,7 +74,9 @@ class References:
     lm: LM
     known: dict[tuple[Any, str], dict[AnySite, Captured]] = field(default_factory=dict)
 
-    def __call__(self, sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
+    def __call__(
+        self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
+    ) -> dict[AnySite, Captured]:
         return {site: self._at(site, prompts) for site in sites}
 
     def _at(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
@@ -78,7 +89,7 @@ class References:
         return found.head(site.head) if isinstance(site, Site) and site.head is not None else found
 
 
-def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]:
+def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: SweepInputs) -> list[Cell]:
     """Every cell of the grid, the last dimension fastest, its hooks checked against the model and the prompts."""
     axes = _axes(grid)
     references = References(lm)
@@ -89,7 +100,9 @@ def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: Reading) -> list[Cell]
         if made is not None:
             cells.append(_cell(lm, len(cells), at, made, reading, references))
     if not cells:
-        raise EmptySelection("the function gave None for every point of the grid: give hooks for at least one")
+        raise EmptySelection(
+            "the function gave None for every point of the grid: give hooks for at least one"
+        )
     return cells
 
 
@@ -102,15 +115,21 @@ def _axes(grid: Grid) -> dict[str, list[Any]]:
         )
     for name in grid:
         if not isinstance(name, str):
-            raise BadHook(f"the grid has a dimension {name!r}: name it with a text, as the function's parameter")
+            raise BadHook(
+                f"the grid has a dimension {name!r}: name it with a text, as the function's parameter"
+            )
         if name in TAKEN:
-            raise BadHook(f"the grid has a dimension {name!r}, which is a column of the table: give it another name")
+            raise BadHook(
+                f"the grid has a dimension {name!r}, which is a column of the table: give it another name"
+            )
     axes = {name: listed(values, f"the grid's dimension {name!r}") for name, values in grid.items()}
     for name, values in axes.items():
         if not values:
             raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
     if not axes:
-        raise EmptySelection("the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}")
+        raise EmptySelection(
+            "the grid has no dimension: give one, such as {'layer': range(lm.n_layers)}"
+        )
     return axes
 
 
@@ -121,9 +140,15 @@ def listed(given: Any, word: str) -> list[Any]:
     """
     scalar = getattr(given, "ndim", None) == 0
     if isinstance(given, str | bytes) or scalar or not isinstance(given, Iterable):
-        raise BadHook(f"{word} is {described(given)}, one value, and a grid has a list of them: [{described(given)}]")
-    if isinstance(given, Mapping | Set | pd.DataFrame) and not isinstance(given, KeysView | ValuesView):
-        raise BadHook(f"{word} is a {type(given).__name__}: give its values as a list, in the order that is meant")
+        raise BadHook(
+            f"{word} is {described(given)}, one value, and a grid has a list of them: [{described(given)}]"
+        )
+    if isinstance(given, Mapping | Set | pd.DataFrame) and not isinstance(
+        given, KeysView | ValuesView
+    ):
+        raise BadHook(
+            f"{word} is a {type(given).__name__}: give its values as a list, in the order that is meant"
+        )
     values = [_plain(value) for value in given]
     known = set()
     for value in values:
@@ -137,7 +162,9 @@ def listed(given: Any, word: str) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """A number, truth value or text of numpy or torch as Python's own; anything else as it is."""
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
+    if isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray | Tensor) and value.ndim == 0
+    ):
         return value.item()
     return value
 
@@ -148,7 +175,9 @@ def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
     try:
         given = hooks(**at)
     except Exception as error:
-        error.add_note(f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}")
+        error.add_note(
+            f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}"
+        )
         raise
     return None if given is None else as_hooks(given)
 
@@ -156,7 +185,9 @@ def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
 def check_takes(hooks: HooksAt, at: Mapping[str, Any]) -> None:
     """Raises `BadHook` where a function cannot be called with the grid's dimensions by name."""
     if not callable(hooks):
-        raise BadHook(f"hooks={described(hooks)}: give a function of the grid's values, lambda {', '.join(at)}: …")
+        raise BadHook(
+            f"hooks={described(hooks)}: give a function of the grid's values, lambda {', '.join(at)}: …"
+        )
     try:
         inspect.signature(hooks).bind(**at)
     except ValueError:  # a function written in C does not say what it takes
@@ -174,21 +205,32 @@ def as_hooks(given: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     items = items_of(given)
     for item in (given,) if items is None else items:
         if not isinstance(item, Hook):
-            raise BadHook(f"{described(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …")
+            raise BadHook(
+                f"{described(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …"
+            )
     return tuple(items or ())
 
 
 def _cell(
-    lm: LM, number: int, at: dict[str, Any], hooks: tuple[Hook, ...], reading: Reading, references: References
+    lm: LM,
+    number: int,
+    at: dict[str, Any],
+    hooks: tuple[Hook, ...],
+    reading: SweepInputs,
+    references: References,
 ) -> Cell:
     try:
         return Cell(number, at, hooks, checked(lm, hooks, reading, references))
     except Exception as error:
-        error.add_note(f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}")
+        error.add_note(
+            f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}"
+        )
         raise
 
 
-def checked(lm: LM, hooks: Sequence[Hook], reading: Reading, references: References) -> list[Tap]:
+def checked(
+    lm: LM, hooks: Sequence[Hook], reading: SweepInputs, references: References
+) -> list[HookPoint]:
     """The taps of hooks that can act on these prompts."""
     for hook in hooks:
         if isinstance(hook, Capture):
@@ -198,11 +240,11 @@ def checked(lm: LM, hooks: Sequence[Hook], reading: Reading, references: Referen
     return taps
 
 
-def check_reached(taps: Sequence[Tap], reading: Reading) -> None:
+def check_reached(taps: Sequence[HookPoint], reading: SweepInputs) -> None:
     """Raise where something is to be done at a place that these prompts do not have."""
     text = reading.full
     width = max(text.lengths)
-    whole = Call(text, 0, 0, len(reading), width, range(width), 0)
+    whole = ForwardPass(text, 0, 0, len(reading), width, range(width), 0)
     check_possible([action for tap in taps for action in tap.actions], text, whole, None)
 
 
@@ -225,7 +267,9 @@ class Randomised(EditHook):
 
     def check(self) -> None:
         if not isinstance(self.of, EditHook):
-            raise BadHook(f"a random control changes as much as an edit, and {described(self.of)} is none")
+            raise BadHook(
+                f"a random control changes as much as an edit, and {described(self.of)} is none"
+            )
         if self.sites != self.of.sites or self.where != self.of.where:
             raise BadHook(f"{self} acts at other places than the edit that it is the control of")
         not_square(self.sites, "control='random' needs vectors, and changes")
@@ -251,7 +295,9 @@ class Randomised(EditHook):
         def apply(values: Tensor, here: Here) -> Tensor:
             by = (inner(values, here) - values).float()
             if bool(here.real_cells(~by.isfinite()).any()):
-                raise BadEdit(f"{self.of} changes numbers without end, which no random change is as large as")
+                raise BadEdit(
+                    f"{self.of} changes numbers without end, which no random change is as large as"
+                )
             axes = tuple(range(2, values.ndim))
             noise = self._noise(values, here)
             size = by.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)
@@ -275,7 +321,7 @@ def controlled(
     lm: LM,
     cells: Sequence[Cell],
     control: Control,
-    reading: Reading,
+    reading: SweepInputs,
     *,
     draws: int | None = None,
     seed: int | None = None,
@@ -286,7 +332,9 @@ def controlled(
             f"control={control!r} is unknown: say 'random', 'resample', or give a function of the grid's values"
         )
     if callable(control) and draws is not None:
-        raise BadHook(f"draws={draws!r} goes with control='random' or 'resample': a function gives one control")
+        raise BadHook(
+            f"draws={draws!r} goes with control='random' or 'resample': a function gives one control"
+        )
     if control != "random" and seed is not None:
         raise BadHook(f"control_seed={seed!r} goes with control='random': nothing else is drawn")
     references, made = References(lm), []
@@ -335,7 +383,9 @@ def _random(hook: Hook, seed: int) -> Hook:
 def _sources(hook: Hook) -> tuple[Captured, ...]:
     """What a patch puts in; raises for another hook, and where there is no other prompt."""
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
-        raise BadHook(f"control='resample' patches from another prompt, and {hook} is no patch: say control='random'")
+        raise BadHook(
+            f"control='resample' patches from another prompt, and {hook} is no patch: say control='random'"
+        )
     for source in hook.to.sources:
         if len(source.rows) < 2 or source.positions is None:
             raise BadHook(

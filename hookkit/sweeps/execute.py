@@ -14,22 +14,26 @@ from torch import Tensor
 
 from ..errors import NeverFired, TooLittleMemory
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Piece
+from ..hooks.captured_values import Captured, CapturedChunk
 from ..models.lm import LM
 from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import computed
 from ..runs.engines.ray import Ray
 from ..runs.engines.work import Step, Steps
-from ..runs.taps import Action, planned
-from .cell_metrics import UNEDITED, Saying, Values, unedited
+from ..runs.taps import BoundHook, planned
+from .cell_metrics import UNEDITED, CellMetrics, Values, unedited
 from .cells import Cell
-from .forwards import Trunk, Unit, run_trunk, run_units
+from .forwards import BaseForward, CellPrompt, run_trunk, run_units
 from .journal import Journal
 from .plan import Job, Plan
-from .reach import INPUT, Reach, source_of
+from .reach import INPUT, FirstEffect, source_of
 from .shortcuts import LIMITS, is_called
 
-WITHOUT_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # in errors of torch
+WITHOUT_MEMORY = (
+    "not enough memory",
+    "out of memory",
+    "can't allocate memory",
+)  # in errors of torch
 NAMED = 4  # so many cells are named in an error
 
 
@@ -83,7 +87,7 @@ def task(plan: Plan, base: Base, work: Job | int) -> Task:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class TaskResult:
     """The values of a task, those of each forward together, and how often it was halved for want of memory."""
 
     values: list[Values]
@@ -91,19 +95,21 @@ class Found:
 
 
 @dataclass(eq=False)
-class Working:
+class SweepWorker:
     """What computes the tasks of a plan. It holds one base at a time."""
 
     plan: Plan
-    _held: tuple[Base, Trunk, Reach, Saying] | None = field(default=None, init=False)
+    _held: tuple[Base, BaseForward, FirstEffect, CellMetrics] | None = field(
+        default=None, init=False
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"plan": replace(self.plan), "_held": None}  # without what was worked out meanwhile
 
-    def hold(self, base: Base, trunk: Trunk) -> Saying:
+    def hold(self, base: Base, trunk: BaseForward) -> CellMetrics:
         """Take in what forwards start from; what says the metrics of these prompts."""
         plan = self.plan
-        said = Saying(plan.reading, plan.measures, unedited(plan.reading, trunk, plan.metrics))
+        said = CellMetrics(plan.reading, plan.measures, unedited(plan.reading, trunk, plan.metrics))
         self._held = base, trunk, plan.reach(trusted=base.trusted), said
         return said
 
@@ -111,27 +117,40 @@ class Working:
         """Let go of it."""
         self._held = None
 
-    def compute(self, task: Task) -> Found:
+    def compute(self, task: Task) -> TaskResult:
         """The values of a task."""
         base, plan = task.base, self.plan
         if self._held is None or self._held[0] != base:
             self.release()
-            self.hold(base, run_trunk(plan.reading, base.rows, plan.under, base.blocks, base.width, cache=base.cache))
-        return self._job(task.work) if isinstance(task.work, Job) else self._alone(plan.cells[task.work])
+            self.hold(
+                base,
+                run_trunk(
+                    plan.reading, base.rows, plan.under, base.blocks, base.width, cache=base.cache
+                ),
+            )
+        return (
+            self._job(task.work)
+            if isinstance(task.work, Job)
+            else self._alone(plan.cells[task.work])
+        )
 
-    def _alone(self, cell: Cell) -> Found:
+    def _alone(self, cell: Cell) -> TaskResult:
         assert self._held is not None
         base, _, reach, said = self._held
-        trunk = run_trunk(self.plan.reading, base.rows, self.plan.taps[cell.number], (), 1, cache=False)
+        trunk = run_trunk(
+            self.plan.reading, base.rows, self.plan.taps[cell.number], (), 1, cache=False
+        )
         _check_fired(cell, base.rows, reach)
-        return Found([said.values([(cell.number, row) for row in base.rows], trunk.logits)])
+        return TaskResult([said.values([(cell.number, row) for row in base.rows], trunk.logits)])
 
-    def _job(self, job: Job) -> Found:
+    def _job(self, job: Job) -> TaskResult:
         assert self._held is not None
         _, trunk, reach, said = self._held
         plan = self.plan
         try:
-            logits = run_units(trunk, plan.reading, job.units, plan.taps, job.width, plan.may, plan.under)
+            logits = run_units(
+                trunk, plan.reading, job.units, plan.taps, job.width, plan.may, plan.under
+            )
             found = said.values([(unit.cell, unit.row) for unit in job.units], logits)
         except RuntimeError as error:
             if not out_of_memory(error, plan.lm):
@@ -142,13 +161,13 @@ class Working:
             half = len(job.units) // 2
             first = self._job(Job(job.width, job.units[:half]))
             second = self._job(Job(job.width, job.units[half:]))
-            return Found(first.values + second.values, 1 + first.halved + second.halved)
+            return TaskResult(first.values + second.values, 1 + first.halved + second.halved)
         for unit in job.units:
             _check_fired(plan.cells[unit.cell], (unit.row,), reach)
-        return Found([found])
+        return TaskResult([found])
 
 
-def _check_fired(cell: Cell, rows: Sequence[int], reach: Reach) -> None:
+def _check_fired(cell: Cell, rows: Sequence[int], reach: FirstEffect) -> None:
     """Raise `NeverFired` for an edit that was to change what these rows say, and did nothing."""
     for action in cell.actions:
         if action.change is not None and never_fired(action, rows, reach):
@@ -158,7 +177,7 @@ def _check_fired(cell: Cell, rows: Sequence[int], reach: Reach) -> None:
             )
 
 
-def never_fired(action: Action, rows: Sequence[int], reach: Reach) -> bool:
+def never_fired(action: BoundHook, rows: Sequence[int], reach: FirstEffect) -> bool:
     """True for an action that did nothing in these rows, and would have done nothing in forwards of whole prompts.
 
     An edit may be idle because it acts only where the metric cannot see it. At a module that the model never calls,
@@ -175,7 +194,9 @@ def too_little_memory(plan: Plan, error: BaseException) -> TooLittleMemory:
     """What to raise where a forward of one row does not fit."""
     return TooLittleMemory(
         f"a forward of one prompt of up to {max(plan.reading.lengths)} tokens does not fit into the memory that is "
-        f"free: free some, give shorter prompts, or load the model in a smaller dtype. {error}".split("\n")[0]
+        f"free: free some, give shorter prompts, or load the model in a smaller dtype. {error}".split(
+            "\n"
+        )[0]
     )
 
 
@@ -188,7 +209,7 @@ def out_of_memory(error: BaseException, lm: LM) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WITHOUT_MEMORY)
 
 
-Sources: TypeAlias = dict[AnySite, list[tuple[Action, Captured]]]
+Sources: TypeAlias = dict[AnySite, list[tuple[BoundHook, Captured]]]
 """Patches with their sources, by the site without its head; each source once."""
 
 
@@ -202,7 +223,14 @@ def sources_of(plan: Plan) -> Sources:
             if source is None or cell.alone:
                 continue
             values = source.values
-            same = (action.site, values.data_ptr(), values.shape, values.stride(), source.rows, source.prompts)
+            same = (
+                action.site,
+                values.data_ptr(),
+                values.shape,
+                values.stride(),
+                source.rows,
+                source.prompts,
+            )
             if same not in known:
                 known.add(same)
                 found.setdefault(_whole(action.site), []).append((action, source))
@@ -213,7 +241,9 @@ def _whole(site: AnySite) -> AnySite:
     return Site(site.name, site.layer) if isinstance(site, Site) else site
 
 
-def not_its_own(reach: Reach, sources: Sources, pieces: dict[AnySite, Piece], rows: Sequence[int]) -> str:
+def not_its_own(
+    reach: FirstEffect, sources: Sources, pieces: dict[AnySite, CapturedChunk], rows: Sequence[int]
+) -> str:
     """The first patch whose source has, where the texts are the same, other values than this model; empty if none has.
 
     A source may come from another model, from before a change of weights, or from a run with edits.
@@ -228,27 +258,37 @@ def not_its_own(reach: Reach, sources: Sources, pieces: dict[AnySite, Piece], ro
                 if len(source.rows) > 1 and row not in source.rows:
                     continue  # the patch leaves it alone
                 until = reach.common(source, row)
-                places = {place: column for column, place in enumerate(piece.cells.places[number]) if place < until}
+                places = {
+                    place: column
+                    for column, place in enumerate(piece.cells.places[number])
+                    if place < until
+                }
                 values = piece.values[number] if head is None else piece.values[number][:, head]
                 if not _same(source, source.row(row), places, values, sizes[number]):
                     return str(action.hook)
     return ""
 
 
-def _sizes(piece: Piece) -> Tensor:
+def _sizes(piece: CapturedChunk) -> Tensor:
     """The largest value at each row and position, over all heads; what is hidden from a query does not count."""
     values = piece.values.float()
     values = values.masked_fill(values.abs() > torch.finfo(piece.values.dtype).max / 16, 0)
     return values.abs().flatten(2).amax(-1)
 
 
-def _same(source: Captured, theirs: int, places: Mapping[int, int], values: Tensor, sizes: Tensor) -> bool:
+def _same(
+    source: Captured, theirs: int, places: Mapping[int, int], values: Tensor, sizes: Tensor
+) -> bool:
     """True if a source has in its row `theirs` what `values` [column, ...] has in the columns of these places.
 
     Each position is held against its own size: the first one's is often a thousand times that of the others.
     """
     assert source.positions is not None
-    found = [(n, places[place]) for n, place in enumerate(source.positions[theirs].tolist()) if place in places]
+    found = [
+        (n, places[place])
+        for n, place in enumerate(source.positions[theirs].tolist())
+        if place in places
+    ]
     if not found:
         return True
     there, columns = map(list, zip(*found, strict=True))
@@ -275,12 +315,14 @@ class Running:
     tell: Callable[[int], Any]
     budget: int
     engine: Ray | None = None
-    checked: list[str] = field(default_factory=list)  # sources that turned out to be no values of this model
+    checked: list[str] = field(
+        default_factory=list
+    )  # sources that turned out to be no values of this model
 
     def run(self) -> None:
         """Run all that is not known yet."""
         if self.engine is not None:
-            working = Working(self.plan)
+            working = SweepWorker(self.plan)
             steps = (step for rows in self.plan.chunks() for step in self._steps(rows, working))
             computed(self.engine, self.plan.lm, working, steps)
             return
@@ -288,7 +330,7 @@ class Running:
             self._here(rows)
 
     def _here(self, rows: tuple[int, ...]) -> None:
-        working = Working(self.plan)
+        working = SweepWorker(self.plan)
         try:
             computed(None, self.plan.lm, working, self._steps(rows, working))
         except RuntimeError as error:
@@ -301,7 +343,7 @@ class Running:
             self._here(rows[:half])
             self._here(rows[half:])
 
-    def _steps(self, rows: tuple[int, ...], working: Working) -> Steps:
+    def _steps(self, rows: tuple[int, ...], working: SweepWorker) -> Steps:
         """What is known without a cell's forward, and then the forwards."""
         plan = self.plan
         base, trunk, jobs, units = self._base(rows)
@@ -318,7 +360,9 @@ class Running:
             if not all(key in self.journal.values for key in todo.keys):
                 yield Step(todo, self._take)
 
-    def _base(self, rows: tuple[int, ...]) -> tuple[Base, Trunk, Sequence[Job], Sequence[Unit]]:
+    def _base(
+        self, rows: tuple[int, ...]
+    ) -> tuple[Base, BaseForward, Sequence[Job], Sequence[CellPrompt]]:
         """What the forwards of some prompts start from, and which they are."""
         plan = self.plan
         sources = {} if self.checked else sources_of(plan)
@@ -332,7 +376,9 @@ class Running:
             return self._base(rows)
         return base, trunk, jobs, units
 
-    def _trunk(self, base: Base, sites: Sequence[AnySite]) -> tuple[Trunk, dict[AnySite, Piece]]:
+    def _trunk(
+        self, base: Base, sites: Sequence[AnySite]
+    ) -> tuple[BaseForward, dict[AnySite, CapturedChunk]]:
         plan = self.plan
         looking = planned(plan.lm, [capture(site) for site in sites], _no_reference)
         taps = [*plan.under, *looking]
@@ -340,13 +386,18 @@ class Running:
         pieces = {action.site: action.pieces[0] for tap in looking for action in tap.actions}
         return trunk, pieces
 
-    def _filled(self, rows: Sequence[int], units: Sequence[Unit], before: Values) -> Values:
+    def _filled(self, rows: Sequence[int], units: Sequence[CellPrompt], before: Values) -> Values:
         """The cells that cannot matter have the value that there is without them."""
         run = {(unit.cell, unit.row) for unit in units}
         cells = [cell.number for cell in self.plan.cells if not cell.alone]
-        return {(cell, row): before[UNEDITED, row] for cell in cells for row in rows if (cell, row) not in run}
+        return {
+            (cell, row): before[UNEDITED, row]
+            for cell in cells
+            for row in rows
+            if (cell, row) not in run
+        }
 
-    def _take(self, found: Found) -> None:
+    def _take(self, found: TaskResult) -> None:
         self.budget = max(1, self.budget // 2**found.halved)  # for what comes later
         for values in found.values:
             self._keep(values)
@@ -361,7 +412,9 @@ class Running:
         reach = self.plan.reach(trusted=False)
         for action in (action for tap in self.plan.under for action in tap.actions):
             if never_fired(action, rows, reach):
-                raise NeverFired(f"{action.hook}, which is to act under every cell, never fired at {action.site}")
+                raise NeverFired(
+                    f"{action.hook}, which is to act under every cell, never fired at {action.site}"
+                )
 
 
 def _no_reference(sites: Any, prompts: Any) -> Any:

@@ -18,15 +18,15 @@ from jaxtyping import Float
 from torch import Tensor, cat
 
 from ..errors import Unsupported
-from ..hooks.captured_values import Piece
-from ..models.batch_positions import Call, Text
+from ..hooks.captured_values import CapturedChunk
+from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.overrides import Lent
 from ..models.padding import logits_of
 from ..models.sites import AnySite, Site
-from ..runs.partial import Factors, Growth, Lane, Recorder, Wave
-from ..runs.taps import Action, Tap
-from .inputs import Reading
+from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
+from ..runs.taps import BoundHook, HookPoint
+from .inputs import SweepInputs
 from .reach import BEHIND_ATTENTION, INPUT, Start, inside_a_block, together
 
 KeysAndValues = Sequence[tuple[Tensor, Tensor] | None]
@@ -55,9 +55,13 @@ def prefix(known: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> An
             self.keys, self.values = keys[..., :columns, :], values[..., :columns, :]
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
             assert self.keys is not None and self.values is not None
-            return _behind(self.keys, rows(), key_states), _behind(self.values, rows(), value_states)
+            return _behind(self.keys, rows(), key_states), _behind(
+                self.values, rows(), value_states
+            )
 
     cache: Any = DynamicCache()
     cache.layers = [DynamicLayer() if each is None else Prefix(*each) for each in known]
@@ -67,20 +71,29 @@ def prefix(known: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> An
 def _behind(known: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     """New keys or values behind those that are known, of which some rows are meant."""
     alone = len(known) == 1  # and need not be copied twice
-    first = known.expand(len(rows), *known.shape[1:]) if alone else known.index_select(0, rows.to(known.device))
+    first = (
+        known.expand(len(rows), *known.shape[1:])
+        if alone
+        else known.index_select(0, rows.to(known.device))
+    )
     return cat([first, new], dim=-2)
 
 
-ENTERED = "z", "mlp_in"  # what the last block's modules are given that work on each position by itself
-INSIDE = frozenset({"mlp_pre", "mlp_post", "router_logits", "experts", "expert_weights"})  # such modules
+ENTERED = (
+    "z",
+    "mlp_in",
+)  # what the last block's modules are given that work on each position by itself
+INSIDE = frozenset(
+    {"mlp_pre", "mlp_post", "router_logits", "experts", "expert_weights"}
+)  # such modules
 
 
-def may_narrow(lm: LM, taps: Sequence[Tap]) -> bool:
+def may_narrow(lm: LM, taps: Sequence[HookPoint]) -> bool:
     """True where nothing that is done needs the last block's other positions behind its attention."""
     return all(_may(lm, action) for tap in taps for action in tap.actions)
 
 
-def _may(lm: LM, action: Action) -> bool:
+def _may(lm: LM, action: BoundHook) -> bool:
     site: AnySite = action.site
     if not isinstance(site, Site):
         return False
@@ -103,14 +116,18 @@ def narrowed(lm: LM, looks: int) -> Iterator[None]:
 def _over_the_last(looks: int, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     shape = hidden.shape[:2]
     if hidden.ndim != 3:
-        raise Unsupported(f"what the last block's modules are given is no [batch, pos, d]: {list(hidden.shape)}")
+        raise Unsupported(
+            f"what the last block's modules are given is no [batch, pos, d]: {list(hidden.shape)}"
+        )
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[:2] != shape:
             return value
         return value[:, -looks:].contiguous()  # modules may take a view of what they are given
 
-    output = inner(cut(hidden), *map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+    output = inner(
+        cut(hidden), *map(cut, args), **{name: cut(value) for name, value in kwargs.items()}
+    )
     found, *others = output if isinstance(output, tuple) else (output,)
     if not isinstance(found, Tensor) or found.shape[:2] != (shape[0], looks):
         raise Unsupported("what the last block's modules give is no [batch, pos, d]")
@@ -120,7 +137,7 @@ def _over_the_last(looks: int, inner: Any, /, hidden: Tensor, *args: Any, **kwar
 
 
 @dataclass(frozen=True)
-class Unit:
+class CellPrompt:
     """One prompt of one cell, and where it begins to differ from the unedited prompt."""
 
     cell: int
@@ -133,7 +150,7 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class Trunk:
+class BaseForward:
     """The unedited rows: what later forwards start from.
 
     known   keys and values of every position; None where they were not kept
@@ -147,7 +164,7 @@ class Trunk:
     states: Mapping[int, Tensor]
     logits: Float[Tensor, "row look vocab"]
 
-    def places(self, units: Sequence[Unit]) -> list[int]:
+    def places(self, units: Sequence[CellPrompt]) -> list[int]:
         """The number, among its rows, of each unit's prompt."""
         number = {row: place for place, row in enumerate(self.rows)}
         return [number[unit.row] for unit in units]
@@ -174,8 +191,14 @@ class Shortcuts:
 
 
 def run_trunk(
-    reading: Reading, rows: Sequence[int], taps: Sequence[Tap], blocks: Sequence[int], width: int, *, cache: bool
-) -> Trunk:
+    reading: SweepInputs,
+    rows: Sequence[int],
+    taps: Sequence[HookPoint],
+    blocks: Sequence[int],
+    width: int,
+    *,
+    cache: bool,
+) -> BaseForward:
     """Run some prompts without a cell's edits. `taps` act on all of them; the last `width` positions are recorded."""
     from transformers import DynamicCache
 
@@ -184,22 +207,24 @@ def run_trunk(
     lane = _lane(reading.text(columns), tuple(rows), 0, 0, columns, computed)
     recorder = Recorder(blocks, width)
     given: dict[str, Any] = {"past_key_values": DynamicCache()} if cache else {}
-    wave = Wave(reading.lm, [(lane, taps)], recorder=recorder, rows=len(rows), width=columns)
+    wave = SharedForward(
+        reading.lm, [(lane, taps)], recorder=recorder, rows=len(rows), width=columns
+    )
     logits = _called(wave, reading, rows, columns, columns, given, rows)
     known = kept(given["past_key_values"]) if cache else None
-    return Trunk(tuple(rows), columns, known, recorder.states, logits)
+    return BaseForward(tuple(rows), columns, known, recorder.states, logits)
 
 
 def run_units(
-    trunk: Trunk,
-    reading: Reading,
-    units: Sequence[Unit],
-    taps: Sequence[Sequence[Tap]],
+    trunk: BaseForward,
+    reading: SweepInputs,
+    units: Sequence[CellPrompt],
+    taps: Sequence[Sequence[HookPoint]],
     width: int,
     may: Shortcuts,
-    under: Sequence[Tap] = (),
+    under: Sequence[HookPoint] = (),
 ) -> Float[Tensor, "row look vocab"]:
-    """Run units, sorted by `Unit.order`, over the last `width` columns.
+    """Run units, sorted by `CellPrompt.order`, over the last `width` columns.
 
     `taps` are those of each cell, and `under` those of them that act in every cell: what the blocks read beside the
     stream (the per-layer inputs of Gemma, say) may be made of what these change before the blocks.
@@ -208,9 +233,11 @@ def run_units(
     grows = may.grow and units[0].start.block > INPUT
     rows = trunk.rows if grows else looked
     computed = reading.logits_of(looked, width)
-    lanes = [(lane, taps[cell]) for cell, lane in _lanes(reading, units, trunk.columns, width, computed)]
+    lanes = [
+        (lane, taps[cell]) for cell, lane in _lanes(reading, units, trunk.columns, width, computed)
+    ]
     growth = _growth(trunk, reading.lm, units, places, width, may) if grows else None
-    wave = Wave(reading.lm, lanes, growth, rows=len(rows), width=width)
+    wave = SharedForward(reading.lm, lanes, growth, rows=len(rows), width=width)
     if grows and under:
         lane = _lane(reading.text(trunk.columns), trunk.rows, 0, past, width, computed)
         wave.act_before_the_blocks(lane, _outside_the_blocks(reading.lm, under))
@@ -219,14 +246,16 @@ def run_units(
         assert trunk.known is not None
         numbers = torch.tensor(places)
         given["past_key_values"] = prefix(trunk.known, past, lambda: numbers[: wave.count])
-    narrow = may.last and computed < width and all(may_narrow(reading.lm, taps) for _, taps in lanes)
+    narrow = (
+        may.last and computed < width and all(may_narrow(reading.lm, taps) for _, taps in lanes)
+    )
     with narrowed(reading.lm, computed) if narrow else nullcontext():
         return _called(wave, reading, rows, trunk.columns, width, given, looked)
 
 
 def _called(
-    wave: Wave,
-    reading: Reading,
+    wave: SharedForward,
+    reading: SweepInputs,
     rows: Sequence[int],
     columns: int,
     width: int,
@@ -245,28 +274,40 @@ def _called(
 
 
 def _lanes(
-    reading: Reading, units: Sequence[Unit], columns: int, width: int, computed: int
-) -> Iterator[tuple[int, Lane]]:
+    reading: SweepInputs, units: Sequence[CellPrompt], columns: int, width: int, computed: int
+) -> Iterator[tuple[int, CellRows]]:
     """The rows of each cell, those that join at one block together."""
-    start, text = 0, reading.text(columns)  # what hooks wish of the prompts is worked out once for all lanes
+    start, text = (
+        0,
+        reading.text(columns),
+    )  # what hooks wish of the prompts is worked out once for all lanes
     for (_, cell), found in groupby(units, key=lambda unit: (unit.start.block, unit.cell)):
         rows = tuple(unit.row for unit in found)
         yield cell, _lane(text, rows, start, columns - width, width, computed)
         start += len(rows)
 
 
-def _lane(text: Text, rows: tuple[int, ...], start: int, past: int, width: int, computed: int) -> Lane:
+def _lane(
+    text: SequenceBatch, rows: tuple[int, ...], start: int, past: int, width: int, computed: int
+) -> CellRows:
     """Some rows in a forward that computes the logits of the last `computed` positions."""
     head = range(width - computed, width)
-    call = Call(replace(text, numbers=rows), 0, past, len(rows), width, head, past)
-    return Lane(rows, start, start + len(rows), call)
+    call = ForwardPass(replace(text, numbers=rows), 0, past, len(rows), width, head, past)
+    return CellRows(rows, start, start + len(rows), call)
 
 
-def _outside_the_blocks(lm: LM, taps: Sequence[Tap]) -> list[Tap]:
+def _outside_the_blocks(lm: LM, taps: Sequence[HookPoint]) -> list[HookPoint]:
     return [tap for tap in taps if not inside_a_block(lm, tap.place.path)]
 
 
-def _growth(trunk: Trunk, lm: LM, units: Sequence[Unit], places: list[int], width: int, may: Shortcuts) -> Growth:
+def _growth(
+    trunk: BaseForward,
+    lm: LM,
+    units: Sequence[CellPrompt],
+    places: list[int],
+    width: int,
+    may: Shortcuts,
+) -> JoinSchedule:
     blocks = [unit.start.block for unit in units]
     counts = [bisect_right(blocks, number) for number in range(lm.n_layers)]
 
@@ -275,10 +316,14 @@ def _growth(trunk: Trunk, lm: LM, units: Sequence[Unit], places: list[int], widt
         joining = places[bisect_left(blocks, number) : bisect_right(blocks, number)]
         return found[torch.tensor(joining, device=found.device), -width:]
 
-    return Growth(blocks[0], counts, states, places, len(trunk.rows), may.kinds, may.factors)
+    return JoinSchedule(blocks[0], counts, states, places, len(trunk.rows), may.kinds, may.factors)
 
 
-def run_captures(reading: Reading, rows: Sequence[int], taps: Sequence[Tap]) -> dict[Action, Piece]:
+def run_captures(
+    reading: SweepInputs, rows: Sequence[int], taps: Sequence[HookPoint]
+) -> dict[BoundHook, CapturedChunk]:
     """What the captures among these taps keep of some prompts."""
     run_trunk(reading, rows, taps, (), 1, cache=False)
-    return {action: action.pieces[0] for tap in taps for action in tap.actions if action.change is None}
+    return {
+        action: action.pieces[0] for tap in taps for action in tap.actions if action.change is None
+    }

@@ -75,7 +75,11 @@ def patching(
 
     def hooks(**at: Any) -> Sequence[Hook] | None:
         chosen = hooks_at(at)
-        return None if chosen is None else [patch(chosen[0], source, pos=p, rows=r) for p, r in chosen[1]]
+        return (
+            None
+            if chosen is None
+            else [patch(chosen[0], source, pos=p, rows=r) for p, r in chosen[1]]
+        )
 
     return sweep(lm, to, grid, hooks, metrics, target=of, **settings)
 
@@ -85,7 +89,10 @@ def names_of(sites: str | Sequence[str]) -> list[str]:
     items = [sites] if isinstance(sites, str) else items_of(sites)
     if not items:
         raise BadHook(f"sites={described(sites)}: name a site, such as 'z', or several in a list")
-    return [text_of(item, "sites", meaning="the name of a site, such as 'z'", error=BadHook) for item in items]
+    return [
+        text_of(item, "sites", meaning="the name of a site, such as 'z'", error=BadHook)
+        for item in items
+    ]
 
 
 def check_pairs(lm: LM, of: Prompts, to: Prompts) -> list[int]:
@@ -127,7 +134,9 @@ def ablations(
                 "and 'mlp_out'"
             )
         chosen = range(lm.n_layers) if layers is None else layers
-        return sweep(lm, prompts, {"layer": chosen}, lambda layer: skip_block(layer), metrics, **settings)
+        return sweep(
+            lm, prompts, {"layer": chosen}, lambda layer: skip_block(layer), metrics, **settings
+        )
     positions = None if pos is None else positions_of(as_batch(lm, prompts).lengths, [what], pos)
     grid, hooks_at = grid_of(lm, [what], layers, heads, positions)
     wanted = _units(units, list(grid.get("layer", [])))
@@ -144,13 +153,17 @@ def ablations(
     return sweep(lm, prompts, grid, hooks, metrics, **settings)
 
 
-def _units(units: Mapping[int, Iterable[int]] | Iterable[int] | None, layers: Sequence[int]) -> dict[int, list[int]]:
+def _units(
+    units: Mapping[int, Iterable[int]] | Iterable[int] | None, layers: Sequence[int]
+) -> dict[int, list[int]]:
     if units is None:
         return {}
     if isinstance(units, Mapping):
         gone = [layer for layer in units if layer not in layers]
         if gone:
-            raise BadHook(f"units= names layer {gone[0]}, and the grid has the layers {list(layers)}")
+            raise BadHook(
+                f"units= names layer {gone[0]}, and the grid has the layers {list(layers)}"
+            )
         return {layer: listed(units.get(layer, ()), f"units[{layer}]") for layer in layers}
     every = listed(units, "units")
     return dict.fromkeys(layers, every)
@@ -170,7 +183,12 @@ def dose(
 ) -> pd.DataFrame:
     """A steering vector at several strengths: the metrics at each scale. Columns: scale, and those of `sweep`."""
     return sweep(
-        lm, prompts, {"scale": scales}, lambda scale: steer(site, vector, scale=scale, pos=pos), metrics, **settings
+        lm,
+        prompts,
+        {"scale": scales},
+        lambda scale: steer(site, vector, scale=scale, pos=pos),
+        metrics,
+        **settings,
     )
 
 
@@ -180,7 +198,11 @@ def _layers(lm: LM, name: str, layers: Iterable[int] | None) -> list[int | None]
         return [None]
     lm.sites(name)  # raises where the model has none
     there = lm.layout.layers(name) or []
-    return list(there) if layers is None else [layer for layer in layers if lm.place(Site(name, layer))]
+    return (
+        list(there)
+        if layers is None
+        else [layer for layer in layers if lm.place(Site(name, layer))]
+    )
 
 
 def grid_of(
@@ -196,8 +218,13 @@ def grid_of(
     headed, whole = {name in HEADED for name in names}, {name in WHOLE_MODEL for name in names}
     for both, word in ((headed, "heads"), (whole, "no layers")):
         if len(both) > 1:
-            raise Unsupported(f"of {', '.join(names)} some have {word} and some do not: make a grid of each")
-    for given, there, word in ((heads, headed == {True}, "heads"), (layers, whole == {False}, "layers")):
+            raise Unsupported(
+                f"of {', '.join(names)} some have {word} and some do not: make a grid of each"
+            )
+    for given, there, word in (
+        (heads, headed == {True}, "heads"),
+        (layers, whole == {False}, "layers"),
+    ):
         if given is not None and not there:
             raise BadHook(f"{word}={given}: {', '.join(names)} has no {word}; leave {word}= out")
     found = {name: _layers(lm, name, layers) for name in names}
@@ -212,9 +239,13 @@ def grid_of(
 
     def at_point(at: Mapping[str, Any]) -> tuple[Site, list[tuple[Pos, CountLike]]] | None:
         name, layer, head = at.get("site", names[0]), at.get("layer"), at.get("head")
-        if layer not in found[name] or (heads is None and head is not None and head >= _heads(lm, name, layer)):
+        if layer not in found[name] or (
+            heads is None and head is not None and head >= _heads(lm, name, layer)
+        ):
             return None
-        return Site(name, layer, head), [(None, None)] if positions is None else positions[at["pos"]]
+        return Site(name, layer, head), [(None, None)] if positions is None else positions[
+            at["pos"]
+        ]
 
     return grid, at_point
 
@@ -230,7 +261,9 @@ def positions_of(lengths: Sequence[int], names: Sequence[str], pos: Positions) -
             return None
         shortest = min(lengths)
         same = len(set(lengths)) == 1
-        return {place: [(place, None)] for place in (range(shortest) if same else range(-shortest, 0))}
+        return {
+            place: [(place, None)] for place in (range(shortest) if same else range(-shortest, 0))
+        }
     if isinstance(pos, Mapping):
         found: Places = {name: _named(name, where, len(lengths)) for name, where in pos.items()}
     else:
@@ -245,7 +278,9 @@ def _named(name: Any, where: Any, count: int) -> list[tuple[Pos, CountLike]]:
     if not isinstance(where, list | tuple):
         return [(as_pos(where), None)]
     if len(where) != count:
-        raise BadPrompt(f"the position {name!r} is given for {len(where)} prompts, and there are {count}")
+        raise BadPrompt(
+            f"the position {name!r} is given for {len(where)} prompts, and there are {count}"
+        )
     rows: dict[Pos, list[int]] = {}
     for row, place in enumerate(where):
         rows.setdefault(as_pos(place), []).append(row)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import as_whole
 from ..errors import BadHook, OutOfRange, Unsupported
-from ..models.batch_positions import Text
+from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padded_inputs
 from ..models.prompts import Prompts, Row, as_batch, cover, pad_id, padded
@@ -18,7 +18,7 @@ from ..tables.metrics import Loss, Metric
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class SweepInputs:
     """The rows of a sweep.
 
     rows    the tokens of each prompt
@@ -42,10 +42,12 @@ class Reading:
         """True where prompts go on behind the position at which the metric looks, and are not run there."""
         return any(len(fed) < len(row) for fed, row in zip(self.fed, self.rows, strict=True))
 
-    def whole(self) -> "Reading":
+    def whole(self) -> "SweepInputs":
         """The same with all of each prompt run."""
         ends = zip(self.rows, self.fed, strict=True)
-        return replace(self, fed=self.rows, looks=tuple(len(row) - len(fed) + 1 for row, fed in ends))
+        return replace(
+            self, fed=self.rows, looks=tuple(len(row) - len(fed) + 1 for row, fed in ends)
+        )
 
     def logits_of(self, rows: Iterable[int], width: int) -> int:
         """How many of the last positions have their logits computed, where the last `width` of these rows run."""
@@ -57,17 +59,19 @@ class Reading:
         return [len(row) for row in self.fed]
 
     @cached_property
-    def full(self) -> Text:
+    def full(self) -> SequenceBatch:
         """The prompts by themselves, without padding, for what hooks wish of them."""
         return self._text([range(len(row)) for row in self.rows])
 
-    def text(self, columns: int) -> Text:
+    def text(self, columns: int) -> SequenceBatch:
         """The rows that are run, padded on the left to so many columns."""
         return self._text([range(columns - length, columns) for length in self.lengths])
 
-    def _text(self, columns: Sequence[range]) -> Text:
+    def _text(self, columns: Sequence[range]) -> SequenceBatch:
         lengths = [len(row) for row in self.rows]
-        return Text(list(columns), lengths, self.rows.__getitem__, partial(cover, self.lm), final=True)
+        return SequenceBatch(
+            list(columns), lengths, self.rows.__getitem__, partial(cover, self.lm), final=True
+        )
 
     def inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:
         """The arguments of a forward over the last `width` of so many columns of these rows."""
@@ -81,10 +85,12 @@ class Reading:
         return padded_inputs(lm, ids, positions.clamp(min=-1), "left", width)
 
 
-def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Reading:
+def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
     """The prompts of a sweep whose metrics look at position `pos`."""
     if as_whole(pos) is None:
-        raise BadHook(f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number")
+        raise BadHook(
+            f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number"
+        )
     rows = as_batch(lm, prompts).rows
     ends = [_end(number, len(row), pos) for number, row in enumerate(rows)]
     continued: list[Loss] = []
@@ -93,7 +99,7 @@ def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Readi
             continued.append(metric)
     if not continued:
         fed = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
-        return Reading(lm, rows, fed, (1,) * len(rows))
+        return SweepInputs(lm, rows, fed, (1,) * len(rows))
     if len(continued) > 1 or pos != -1:
         raise Unsupported(
             f"loss reads a continuation behind the prompt, and {len(continued)} were asked for with pos={pos}: "
@@ -102,7 +108,7 @@ def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Readi
     behind = continued.pop().tokens(lm, len(rows))
     fed = tuple((*row, *more[:-1]) for row, more in zip(rows, behind, strict=True))
     fed = as_batch(lm, [list(row) for row in fed]).rows
-    return Reading(lm, rows, fed, tuple(map(len, behind)), continues=True)
+    return SweepInputs(lm, rows, fed, tuple(map(len, behind)), continues=True)
 
 
 def _end(number: int, length: int, pos: Any) -> int:

@@ -39,7 +39,9 @@ from .cell_metrics import UNEDITED, Values
 from .plan import Plan
 
 ABOUT, CELLS, TABLE = "sweep.json", "cells.jsonl", "table.csv"
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in how Python shows a function: another one in every process
+ADDRESS = re.compile(
+    r" at 0x[0-9a-f]+"
+)  # in how Python shows a function: another one in every process
 
 
 @dataclass(eq=False)
@@ -70,7 +72,9 @@ class Journal:
         if os.path.lexists(path):
             own = {value, *self.tables}
             if path.is_symlink() or not path.is_file() or sha256(path) not in own:
-                raise BadFile(f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep again")
+                raise BadFile(
+                    f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep again"
+                )
         if value not in self.tables:
             self._add_line({"table": value})
             self.tables.add(value)
@@ -83,7 +87,9 @@ class Journal:
 
 
 @contextmanager
-def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping[str, Any]) -> Iterator[Journal]:
+def journal(
+    folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping[str, Any]
+) -> Iterator[Journal]:
     """A block with the journal of a sweep and what an earlier run of it has found; another sweep's folder raises."""
     if folder is None:
         yield Journal()
@@ -97,7 +103,9 @@ def journal(folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping
         about, target = _about(plan, settings), inside(path, ABOUT)
         for name in (CELLS, TABLE):
             if not target.exists() and os.path.lexists(path / name):
-                raise BadFile(f"{path} has a {name} and no {ABOUT}, so it is no sweep's: give a folder of its own")
+                raise BadFile(
+                    f"{path} has a {name} and no {ABOUT}, so it is no sweep's: give a folder of its own"
+                )
         if not target.exists():
             write_text(target, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         known = mapping_of(json_in(target, finite=False), f"{ABOUT} of {path}")
@@ -126,7 +134,9 @@ def _read(path: Path, count: int) -> tuple[Values, set[str]]:
             tables.add(str(entries.get("table")))
             continue
         if not isinstance(entries, list) or not all(_is_cell(entry, count) for entry in entries):
-            raise BadFile(f"{name} holds no cells of this sweep: delete it, and they are computed anew")
+            raise BadFile(
+                f"{name} holds no cells of this sweep: delete it, and they are computed anew"
+            )
         for entry in entries:
             values.setdefault((entry[0], entry[1]), entry[2:])
     return values, tables
@@ -134,7 +144,11 @@ def _read(path: Path, count: int) -> tuple[Values, set[str]]:
 
 def _is_cell(entry: Any, count: int) -> bool:
     """True for the number of a cell, of a row, and as many values as there are."""
-    if not isinstance(entry, list) or len(entry) != count + 2 or not all(type(number) is int for number in entry[:2]):
+    if (
+        not isinstance(entry, list)
+        or len(entry) != count + 2
+        or not all(type(number) is int for number in entry[:2])
+    ):
         return False
     return all(type(value) in (int, float) for value in entry[2:])
 
@@ -155,7 +169,10 @@ def _about(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
         hooks = [hook.to_json(tensors="digest") for hook in cell.hooks]
         cells.update(json.dumps([ADDRESS.sub("", str(cell)), cell.control, hooks]).encode())
     return {
-        "name": [model.pop("model"), model.pop("revision")],  # for the reader: the weights say what it is
+        "name": [
+            model.pop("model"),
+            model.pop("revision"),
+        ],  # for the reader: the weights say what it is
         "model": model,
         "prompts": [list(row) for row in plan.reading.rows],
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},
@@ -166,13 +183,18 @@ def _about(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metric(metric: Metric) -> dict[str, Any]:
     """A metric as values of JSON: its function's source, the numbers of its reference."""
-    return {"metric": type(metric).__name__} | {each.name: _told(getattr(metric, each.name)) for each in fields(metric)}
+    return {"metric": type(metric).__name__} | {
+        each.name: _told(getattr(metric, each.name)) for each in fields(metric)
+    }
 
 
 def _told(value: Any) -> Any:
     if isinstance(value, Run):
         kept = value.captured_logits()
-        return {"tokens": value.tokens.tolist(), "logits": codec.tensor_as_json(kept.values, "digest")}
+        return {
+            "tokens": value.tokens.tolist(),
+            "logits": codec.tensor_as_json(kept.values, "digest"),
+        }
     if isinstance(value, list | tuple):
         return [_told(each) for each in value]
     if callable(value):

@@ -20,7 +20,7 @@ from ..errors import BadHook
 from ..hooks.ablation import patch
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Kept, Piece, Slot
+from ..hooks.captured_values import Captured, CapturedChunk, Captures, LazyCapture
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import AnySite, Site, Sites, SitesLike
@@ -66,10 +66,14 @@ def path_patching(
     """
     for name in (senders, *freeze):
         if name not in ORDER:
-            raise BadHook(f"{name!r} adds nothing to the residual stream by itself: name some of {', '.join(ORDER)}")
+            raise BadHook(
+                f"{name!r} adds nothing to the residual stream by itself: name some of {', '.join(ORDER)}"
+            )
     wanted = Sites(()) if receivers is None else lm.expand(receivers)
     if not freeze and not wanted:
-        raise BadHook("freeze=() holds nothing, so that every path carries the change: that is hk.patching")
+        raise BadHook(
+            "freeze=() holds nothing, so that every path carries the change: that is hk.patching"
+        )
     whole = list(dict.fromkeys(_whole(site) for site in wanted))
     held = [Site(name, layer) for name in freeze for layer in lm.layout.layers(name) or []]
     lengths = check_pairs(lm, corrupted, clean)
@@ -95,7 +99,8 @@ def path_patching(
         if source is None:
             return []
         return [
-            patch(wanted, source, pos=slice(first, length), rows=rows) for length, rows in _by_length(lengths, first)
+            patch(wanted, source, pos=slice(first, length), rows=rows)
+            for length, rows in _by_length(lengths, first)
         ]
 
     return sweep(lm, clean, grid, received, metrics, target=corrupted, **settings)
@@ -104,12 +109,16 @@ def path_patching(
 def _by_length(lengths: Sequence[int], longer: int) -> list[tuple[int, list[int]]]:
     """The rows of each length that is larger than a number."""
     found = sorted({length for length in lengths if length > longer})
-    return [(length, [row for row, each in enumerate(lengths) if each == length]) for length in found]
+    return [
+        (length, [row for row, each in enumerate(lengths) if each == length]) for length in found
+    ]
 
 
 def _whole(site: AnySite) -> Site:
     if not isinstance(site, Site) or site.layer is None or site.name in ORDER:
-        raise BadHook(f"{site} is no receiver: name what a block reads, such as 'q.9.3' or 'mlp_in.12'")
+        raise BadHook(
+            f"{site} is no receiver: name what a block reads, such as 'q.9.3' or 'mlp_in.12'"
+        )
     return Site(site.name, site.layer)
 
 
@@ -121,33 +130,46 @@ def _behind(site: Site, senders: str, layer: int) -> bool:
     )
 
 
-def _received(made: Plan, run: Run, whole: Sequence[Site]) -> Mapping[tuple[Any, ...], tuple[Kept | None, int]]:
+def _received(
+    made: Plan, run: Run, whole: Sequence[Site]
+) -> Mapping[tuple[Any, ...], tuple[Captures | None, int]]:
     """What the receivers read in each cell, and from which position on it is something else than in the clean run."""
     for cell in made.cells:
         cell.taps = [*cell.taps, *planned(made.lm, [capture(whole)], _no_reference)]
     Running(made, Journal(), lambda count: None, made.budget).run()
-    found: dict[tuple[Any, ...], tuple[Kept | None, int]] = {}
+    found: dict[tuple[Any, ...], tuple[Captures | None, int]] = {}
     for cell in made.cells:
         looking = {action.site: action.pieces for action in cell.actions if action.change is None}
-        places = [place for pieces in looking.values() for piece in pieces for place in _places(piece)]
-        slots = [Slot(site, None, None, _with(run.captured(site), pieces)) for site, pieces in looking.items()]
-        found[tuple(cell.at.values())] = (Kept(tuple(slots)), min(places)) if places else (None, 0)
+        places = [
+            place for pieces in looking.values() for piece in pieces for place in _places(piece)
+        ]
+        slots = [
+            LazyCapture(site, None, None, _with(run.captured(site), pieces))
+            for site, pieces in looking.items()
+        ]
+        found[tuple(cell.at.values())] = (
+            (Captures(tuple(slots)), min(places)) if places else (None, 0)
+        )
     return found
 
 
-def _places(piece: Piece) -> list[int]:
+def _places(piece: CapturedChunk) -> list[int]:
     assert piece.cells is not None
     return [places[0] for places in piece.cells.places]
 
 
-def _with(clean: Captured, pieces: Sequence[Piece]) -> Captured:
+def _with(clean: Captured, pieces: Sequence[CapturedChunk]) -> Captured:
     """A capture of the clean prompts with what some rows had at some positions instead."""
     values = clean.values.clone()
     for piece in pieces:
         assert piece.cells is not None
-        for number, (prompt, places) in enumerate(zip(piece.cells.prompts, piece.cells.places, strict=True)):
+        for number, (prompt, places) in enumerate(
+            zip(piece.cells.prompts, piece.cells.places, strict=True)
+        ):
             values[clean.row(prompt), list(places)] = piece.values[number, : len(places)]
-    unknown = tuple((-1,) * len(prompt) for prompt in clean.prompts)  # it is no longer what these tokens say
+    unknown = tuple(
+        (-1,) * len(prompt) for prompt in clean.prompts
+    )  # it is no longer what these tokens say
     return replace(clean, values=values, prompts=unknown)
 
 

@@ -13,15 +13,20 @@ import torch
 from ..arguments import whole_number
 from ..display import shown
 from ..models.lm import LM
-from ..runs.taps import Tap
+from ..runs.taps import HookPoint
 from ..tables.metrics import Loss, Measure, Metric
 from .cells import Cell
-from .forwards import Shortcuts, Unit
-from .inputs import Reading
-from .reach import INPUT, Reach, Start
+from .forwards import CellPrompt, Shortcuts
+from .inputs import SweepInputs
+from .reach import INPUT, FirstEffect, Start
 
-FORWARD = {"cpu": 40, "cuda": 256}  # what a block costs beside its tokens, in tokens: reading its weights, calling it
-BUDGET = 128 * 2**20  # bytes, where the memory cannot be asked for: larger tensors are mapped anew each time
+FORWARD = {
+    "cpu": 40,
+    "cuda": 256,
+}  # what a block costs beside its tokens, in tokens: reading its weights, calling it
+BUDGET = (
+    128 * 2**20
+)  # bytes, where the memory cannot be asked for: larger tensors are mapped anew each time
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Job:
     """Units that run in one forward, over the last `width` positions."""
 
     width: int
-    units: tuple[Unit, ...]
+    units: tuple[CellPrompt, ...]
 
     def layer_tokens(self, n_layers: int, *, grow: bool) -> int:
         """How many tokens pass through a block, counted for each block."""
@@ -38,7 +43,9 @@ class Job:
         return sum(n_layers - max(0, unit.start.block) for unit in self.units) * self.width
 
 
-def grouped(lm: LM, units: Sequence[Unit], needs: Sequence[int], columns: int, *, prefix: bool) -> list[Job]:
+def grouped(
+    lm: LM, units: Sequence[CellPrompt], needs: Sequence[int], columns: int, *, prefix: bool
+) -> list[Job]:
     """Jobs for units of which each needs so many of the last positions; the cheapest way to cut them into widths.
 
     More widths mean fewer tokens and more forwards, and a forward costs something beside its tokens.
@@ -47,27 +54,37 @@ def grouped(lm: LM, units: Sequence[Unit], needs: Sequence[int], columns: int, *
         return []
     if not prefix:
         return [Job(columns, tuple(sorted(units, key=lambda unit: unit.order)))]
-    by_need: dict[int, list[Unit]] = {}
+    by_need: dict[int, list[CellPrompt]] = {}
     for unit, need in zip(units, needs, strict=True):
         by_need.setdefault(need, []).append(unit)
     widths = sorted(by_need)
-    layers = [sum(lm.n_layers - max(0, unit.start.block) for unit in by_need[width]) for width in widths]
-    deepest = [lm.n_layers - max(0, min(unit.start.block for unit in by_need[width])) for width in widths]
+    layers = [
+        sum(lm.n_layers - max(0, unit.start.block) for unit in by_need[width]) for width in widths
+    ]
+    deepest = [
+        lm.n_layers - max(0, min(unit.start.block for unit in by_need[width])) for width in widths
+    ]
     jobs = []
-    for first, last in _cheapest(widths, layers, deepest, FORWARD.get(lm.device.type, FORWARD["cuda"])):
+    for first, last in _cheapest(
+        widths, layers, deepest, FORWARD.get(lm.device.type, FORWARD["cuda"])
+    ):
         together = [unit for width in widths[first : last + 1] for unit in by_need[width]]
         jobs.append(Job(widths[last], tuple(sorted(together, key=lambda unit: unit.order))))
     return jobs
 
 
-def _cheapest(widths: list[int], layers: list[int], deepest: list[int], fixed: int) -> list[tuple[int, int]]:
+def _cheapest(
+    widths: list[int], layers: list[int], deepest: list[int], fixed: int
+) -> list[tuple[int, int]]:
     """The cut of ascending widths into runs with the least cost: a run costs its tokens at its largest width, and a
     forward through its blocks."""
     best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
     for last in range(len(widths)):
         options = []
         for first in range(last + 1):
-            cost = sum(layers[first : last + 1]) * widths[last] + fixed * max(deepest[first : last + 1])
+            cost = sum(layers[first : last + 1]) * widths[last] + fixed * max(
+                deepest[first : last + 1]
+            )
             options.append((best[first][0] + cost, [*best[first][1], (first, last)]))
         best.append(min(options, key=lambda option: option[0]))
     return best[-1][1]
@@ -76,7 +93,9 @@ def _cheapest(widths: list[int], layers: list[int], deepest: list[int], fixed: i
 def cut(job: Job, row: int, budget: int) -> list[Job]:
     """A job in parts that fit the budget, where a row takes so many bytes."""
     rows = max(1, budget // row)
-    return [Job(job.width, job.units[start : start + rows]) for start in range(0, len(job.units), rows)]
+    return [
+        Job(job.width, job.units[start : start + rows]) for start in range(0, len(job.units), rows)
+    ]
 
 
 def row_bytes(lm: LM, width: int, columns: int, looks: int) -> int:
@@ -100,7 +119,9 @@ def trunk_bytes(lm: LM, columns: int) -> int:
 def memory_budget(lm: LM, asked: int | None) -> int:
     """The bytes that a sweep may use beside the model: what was asked for, or a quarter of what a GPU has free."""
     if asked is not None:
-        return whole_number(asked, "memory", least=1, meaning="the bytes that it may use beside the model,")
+        return whole_number(
+            asked, "memory", least=1, meaning="the bytes that it may use beside the model,"
+        )
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0] // 4
         return free if lm.ranks is None else lm.ranks.least(free)
@@ -113,14 +134,14 @@ class Plan:
 
     lm: LM
     cells: tuple[Cell, ...]
-    reading: Reading
+    reading: SweepInputs
     metrics: tuple[Metric, ...]
-    under: tuple[Tap, ...]
+    under: tuple[HookPoint, ...]
     may: Shortcuts
     budget: int
 
     @cached_property
-    def taps(self) -> list[list[Tap]]:
+    def taps(self) -> list[list[HookPoint]]:
         """All that is done in each cell, what acts in every cell first."""
         return [[*self.under, *cell.taps] for cell in self.cells]
 
@@ -137,12 +158,12 @@ class Plan:
         for start in range(0, len(self.reading), room):
             yield tuple(range(start, min(start + room, len(self.reading))))
 
-    def reach(self, *, trusted: bool = True) -> Reach:
+    def reach(self, *, trusted: bool = True) -> FirstEffect:
         """The argument about what can change; `trusted` where sources were seen to be this model's own."""
         actions = tuple(action for tap in self.under for action in tap.actions)
-        return Reach(self.lm, self.reading, trusted, actions)
+        return FirstEffect(self.lm, self.reading, trusted, actions)
 
-    def units(self, rows: Sequence[int], reach: Reach) -> list[Unit]:
+    def units(self, rows: Sequence[int], reach: FirstEffect) -> list[CellPrompt]:
         """The units of some prompts that have to run with others; the rest cannot matter, or runs alone."""
         key = tuple(rows), reach.trusted
         if key not in self._units:
@@ -150,23 +171,43 @@ class Plan:
             for cell in self.cells:
                 actions = [] if cell.alone else cell.actions
                 starts = ((row, reach.start(actions, row)) for row in rows)
-                found += [Unit(cell.number, row, start) for row, start in starts if start is not None]
+                found += [
+                    CellPrompt(cell.number, row, start)
+                    for row, start in starts
+                    if start is not None
+                ]
         return self._units[key]
 
     @cached_property
-    def _units(self) -> dict[tuple[tuple[int, ...], bool], list[Unit]]:
+    def _units(self) -> dict[tuple[tuple[int, ...], bool], list[CellPrompt]]:
         return {}
 
-    def jobs(self, rows: Sequence[int], units: Sequence[Unit], budget: int) -> list[Job]:
+    def jobs(self, rows: Sequence[int], units: Sequence[CellPrompt], budget: int) -> list[Job]:
         """The forwards that run these units."""
         reading, columns = self.reading, max(self.reading.lengths[row] for row in rows)
-        needs = [max(reading.looks[unit.row], reading.lengths[unit.row] - unit.start.pos) for unit in units]
+        needs = [
+            max(reading.looks[unit.row], reading.lengths[unit.row] - unit.start.pos)
+            for unit in units
+        ]
         jobs = []
-        for joining in (False, True):  # rows that begin with the input are no part of a batch that grows
-            chosen = [n for n, unit in enumerate(units) if (self.may.grow and unit.start.block > INPUT) is joining]
+        for joining in (
+            False,
+            True,
+        ):  # rows that begin with the input are no part of a batch that grows
+            chosen = [
+                n
+                for n, unit in enumerate(units)
+                if (self.may.grow and unit.start.block > INPUT) is joining
+            ]
             some = _from_input([units[n] for n in chosen], keep=joining)
-            jobs += grouped(self.lm, some, [needs[n] for n in chosen], columns, prefix=self.may.prefix)
-        return [part for job in jobs for part in cut(job, self._row_bytes(job.width, columns), budget // 2)]
+            jobs += grouped(
+                self.lm, some, [needs[n] for n in chosen], columns, prefix=self.may.prefix
+            )
+        return [
+            part
+            for job in jobs
+            for part in cut(job, self._row_bytes(job.width, columns), budget // 2)
+        ]
 
     @property
     def alone(self) -> list[Cell]:
@@ -177,7 +218,11 @@ class Plan:
     def all_jobs(self) -> list[Job]:
         """The forwards of all prompts."""
         reach = self.reach()
-        return [job for rows in self.chunks() for job in self.jobs(rows, self.units(rows, reach), self.budget)]
+        return [
+            job
+            for rows in self.chunks()
+            for job in self.jobs(rows, self.units(rows, reach), self.budget)
+        ]
 
     @property
     def forwards(self) -> int:
@@ -190,7 +235,10 @@ class Plan:
         """How many tokens will pass through a block, counted for each block: those of the unedited rows and what fills
         up shorter rows are included."""
         lengths = self.reading.lengths
-        whole = sum(len(rows) * max(lengths[row] for row in rows) for rows in self.chunks()) * self.lm.n_layers
+        whole = (
+            sum(len(rows) * max(lengths[row] for row in rows) for rows in self.chunks())
+            * self.lm.n_layers
+        )
         run = sum(job.layer_tokens(self.lm.n_layers, grow=self.may.grow) for job in self.all_jobs)
         return whole * (1 + len(self.alone)) + run
 
@@ -216,7 +264,9 @@ class Plan:
         columns = max(reading.lengths)
         rows = max(map(len, self.chunks()))
         waves = [len(job.units) * self._row_bytes(job.width, columns) for job in self.all_jobs]
-        return rows * trunk_bytes(self.lm, columns) + max([*waves, rows * self._row_bytes(columns, columns)])
+        return rows * trunk_bytes(self.lm, columns) + max(
+            [*waves, rows * self._row_bytes(columns, columns)]
+        )
 
     def _row_bytes(self, width: int, columns: int) -> int:
         """About how much memory a row takes in a forward over the last `width` of so many columns."""
@@ -245,11 +295,21 @@ class Plan:
         why = self.may.why
         yield "stop", self._stop()
         yield "share", "cells share forwards" if self.may.batch else f"no: {why['batch']}"
-        yield "start", "at the block where a cell first differs" if self.may.grow else f"no: {why['grow']}"
-        yield "prefix", "positions before the edit come from a cache" if self.may.prefix else f"no: {why['prefix']}"
+        yield (
+            "start",
+            "at the block where a cell first differs" if self.may.grow else f"no: {why['grow']}",
+        )
+        yield (
+            "prefix",
+            "positions before the edit come from a cache"
+            if self.may.prefix
+            else f"no: {why['prefix']}",
+        )
         yield (
             "last block",
-            "behind its attention at the metric's position only" if self.may.last else f"no: {why['last']}",
+            "behind its attention at the metric's position only"
+            if self.may.last
+            else f"no: {why['last']}",
         )
         yield (
             "head",
@@ -270,9 +330,13 @@ class Plan:
         return "at the last position, where the metric looks"
 
 
-def _from_input(units: Sequence[Unit], *, keep: bool) -> Sequence[Unit]:
+def _from_input(units: Sequence[CellPrompt], *, keep: bool) -> Sequence[CellPrompt]:
     """The same units, to be run from the input on unless their own start is to be kept."""
-    return units if keep else [Unit(unit.cell, unit.row, Start(INPUT, unit.start.pos)) for unit in units]
+    return (
+        units
+        if keep
+        else [CellPrompt(unit.cell, unit.row, Start(INPUT, unit.start.pos)) for unit in units]
+    )
 
 
 def _count(number: int, word: str) -> str:

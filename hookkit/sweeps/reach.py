@@ -19,17 +19,27 @@ from ..hooks.ablation import Ablate, FromRun
 from ..hooks.base import EditHook
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
-from ..models.positions import At, Where, Wish, wish
+from ..models.positions import At, PositionRange, Where, wish
 from ..models.prompts import cover
 from ..models.sites import AnySite, ModuleSite, Site
-from ..runs.taps import Action
-from .inputs import Reading
+from ..runs.taps import BoundHook
+from .inputs import SweepInputs
 
 INPUT = -1  # before the first block
 
 # What stands behind the attention of its block: it reaches other positions through later blocks only.
 BEHIND_ATTENTION = frozenset(
-    {"scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "router_logits", "experts", "expert_weights"}
+    {
+        "scores",
+        "pattern",
+        "z",
+        "attn_out",
+        "resid_mid",
+        "mlp_in",
+        "router_logits",
+        "experts",
+        "expert_weights",
+    }
     | {"mlp_pre", "mlp_post", "mlp_out", "resid_post", "final_norm", "lm_head", "logits"}
 )
 
@@ -43,20 +53,20 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Reach:
+class FirstEffect:
     """The argument for one model and one reading. `trusted`: patches of the same text put in what is there already."""
 
     lm: LM
-    reading: Reading
+    reading: SweepInputs
     trusted: bool = True
-    under: tuple[Action, ...] = ()  # acts in every row, edited or not
+    under: tuple[BoundHook, ...] = ()  # acts in every row, edited or not
 
     @cached_property
-    def _mixing(self) -> list[Action]:
+    def _mixing(self) -> list[BoundHook]:
         """What may carry something from a position to one before it, in every row."""
         return [action for action in self.under if together(action)]
 
-    def start(self, actions: Iterable[Action], row: int) -> Start | None:
+    def start(self, actions: Iterable[BoundHook], row: int) -> Start | None:
         """Where a row begins to differ under these actions; None where it cannot matter."""
         edits = (action for action in actions if action.change is not None)
         found = [start for action in edits if (start := self.of(action, row)) is not None]
@@ -65,7 +75,7 @@ class Reach:
         also = [self._first_of(action, row) for action in self._mixing]
         return Start(min(each.block for each in found), min([*(each.pos for each in found), *also]))
 
-    def of(self, action: Action, row: int) -> Start | None:
+    def of(self, action: BoundHook, row: int) -> Start | None:
         """Where one action begins to change a row, as far as the metric can see."""
         wanted = self.reading.full.wishes(action.where)[row]
         if wanted is None:
@@ -80,7 +90,7 @@ class Reach:
             return None
         return Start(self.block(action.site), place)
 
-    def _mixed_behind(self, action: Action) -> bool:
+    def _mixed_behind(self, action: BoundHook) -> bool:
         """True where something behind an action of the last block may carry it to other positions."""
         if not action.head:
             return bool(self._mixing)
@@ -90,9 +100,17 @@ class Reach:
         """The block in which a site is; the last one for what comes behind all blocks, `INPUT` for the rest."""
         last = self.lm.n_layers - 1
         if isinstance(site, Site):
-            return INPUT if site.name in ("embed", "pos_embed") else last if site.layer is None else site.layer
+            return (
+                INPUT
+                if site.name in ("embed", "pos_embed")
+                else last
+                if site.layer is None
+                else site.layer
+            )
         path = self.lm.family.block
-        inside = (n for n in range(last + 1) if f"{site.path}.".startswith(path.format(layer=n) + "."))
+        inside = (
+            n for n in range(last + 1) if f"{site.path}.".startswith(path.format(layer=n) + ".")
+        )
         return next(inside, INPUT)
 
     def last_block(self, site: AnySite) -> bool:
@@ -101,10 +119,12 @@ class Reach:
             return False
         return site.layer is None or site.layer == self.lm.n_layers - 1
 
-    def same_until(self, action: Action, row: int) -> int:
+    def same_until(self, action: BoundHook, row: int) -> int:
         """The first position at which a patch may put in something else than is there; 0 for what is no patch."""
         source = source_of(action)
-        if source is None or not self._same_places(action.where, row, source.prompts[source.row(row)]):
+        if source is None or not self._same_places(
+            action.where, row, source.prompts[source.row(row)]
+        ):
             return 0
         return self.common(source, row)
 
@@ -124,7 +144,9 @@ class Reach:
     def _common(self, ids: tuple[int, ...], row: int) -> int:
         mine = self.reading.rows[row]
         pairs = enumerate(zip(ids, mine, strict=False))
-        differ = next((place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(mine)))
+        differ = next(
+            (place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(mine))
+        )
         return min([differ, *(self._first_of(each, row) for each in self.under)])
 
     def _same_places(self, where: Where, row: int, ids: tuple[int, ...]) -> bool:
@@ -133,7 +155,7 @@ class Reach:
         theirs = wish(where, len(ids), lambda at: cover(self.lm, ids, at))
         return theirs == self.reading.full.wishes(where)[row]
 
-    def _first_of(self, action: Action, row: int) -> int:
+    def _first_of(self, action: BoundHook, row: int) -> int:
         wanted = self.reading.full.wishes(action.where)[row]
         return len(self.reading.rows[row]) if not wanted else wanted[0]
 
@@ -144,12 +166,12 @@ def inside_a_block(lm: LM, path: str) -> bool:
     return any(f"{path}.".startswith(f"{block}.") for block in blocks)
 
 
-def together(action: Action) -> bool:
+def together(action: BoundHook) -> bool:
     """True where what is done at a position may depend on the others that are wanted: they have to be there."""
     return isinstance(action.hook, EditHook) and action.hook.together
 
 
-def source_of(action: Action) -> Captured | None:
+def source_of(action: BoundHook) -> Captured | None:
     """What a patch puts in at its site; None for any other hook."""
     hook = action.hook
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
@@ -157,7 +179,7 @@ def source_of(action: Action) -> Captured | None:
     return next(source for source in hook.to.sources if source.site == action.site)
 
 
-def _first(wanted: Wish, least: int) -> int | None:
+def _first(wanted: PositionRange, least: int) -> int | None:
     """The first wanted position that is at least so much."""
     place = bisect_left(wanted, least)
     return wanted[place] if place < len(wanted) else None

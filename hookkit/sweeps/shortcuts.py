@@ -20,8 +20,8 @@ from ..runs.forward import forward
 from ..runs.manager import HookManager
 from ..runs.partial import Path
 from ..runs.taps import planned
-from .forwards import Shortcuts, Unit, kept, prefix, run_trunk, run_units
-from .inputs import Reading
+from .forwards import CellPrompt, Shortcuts, kept, prefix, run_trunk, run_units
+from .inputs import SweepInputs
 from .reach import Start
 
 LENGTHS = (5, 3, 4)
@@ -60,7 +60,9 @@ def by_row(lm: LM, site: ModuleSite) -> bool:
     """True if the tensor at a module's side is [batch, pos, ...] whatever the batch."""
     key = "by_row", site
     if key not in lm.learnt:
-        lm.learnt[key] = all(_shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3))
+        lm.learnt[key] = all(
+            _shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3)
+        )
     return lm.learnt[key]
 
 
@@ -115,24 +117,38 @@ def _dtype(lm: LM) -> Any:
 
 def no_shortcuts(reason: str) -> Shortcuts:
     """Every cell by itself, for this reason."""
-    return Shortcuts(False, False, False, False, dict.fromkeys(("batch", "grow", "prefix", "last"), reason), {}, [])
+    return Shortcuts(
+        False,
+        False,
+        False,
+        False,
+        dict.fromkeys(("batch", "grow", "prefix", "last"), reason),
+        {},
+        [],
+    )
 
 
 def _raised(error: Exception) -> str:
     return f"a trial raised {type(error).__name__}: {error}".split("\n")[0]
 
 
-def _reading(lm: LM) -> Reading:
+def _reading(lm: LM) -> SweepInputs:
     tokens = lm.n_tokens
     numbers = iter(range(3, 3 + sum(LENGTHS)))
-    rows = tuple(tuple(next(numbers) ** 3 * 7919 % tokens for _ in range(length)) for length in LENGTHS)
-    return Reading(lm, rows, rows, (1,) * len(rows))
+    rows = tuple(
+        tuple(next(numbers) ** 3 * 7919 % tokens for _ in range(length)) for length in LENGTHS
+    )
+    return SweepInputs(lm, rows, rows, (1,) * len(rows))
 
 
 def _cells(lm: LM) -> list[tuple[int, int]]:
     """The blocks and positions at which the trial's rows are edited."""
     layers = lm.layout.layers("resid_pre") or []
-    return [(layer, pos) for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}) for pos in PLACES]
+    return [
+        (layer, pos)
+        for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+        for pos in PLACES
+    ]
 
 
 def _edit(lm: LM, layer: int, pos: int, rows: Any = None) -> Any:
@@ -141,7 +157,7 @@ def _edit(lm: LM, layer: int, pos: int, rows: Any = None) -> Any:
     return steer(site, vector, pos=pos, rows=rows)
 
 
-def _expected(lm: LM, reading: Reading) -> Tensor:
+def _expected(lm: LM, reading: SweepInputs) -> Tensor:
     """The last logits of each cell and prompt [cell row, vocab], in one plain forward."""
     count = len(reading)
     cells = _cells(lm)
@@ -153,27 +169,33 @@ def _expected(lm: LM, reading: Reading) -> Tensor:
     return forward(lm, prompts, *edits, logits="last").logits[:, -1]
 
 
-def _differs(lm: LM, reading: Reading, may: Shortcuts, expected: Tensor) -> str:
+def _differs(lm: LM, reading: SweepInputs, may: Shortcuts, expected: Tensor) -> str:
     """Why a shortcut does not do for this model; empty if it gives the same logits."""
     count, width = len(reading), -min(PLACES) if may.prefix else max(LENGTHS)
     cells = _cells(lm)
     taps = [planned(lm, [_edit(lm, layer, pos)], _no_reference) for layer, pos in cells]
     units = [
-        Unit(number, row, Start(layer, reading.lengths[row] + pos))
+        CellPrompt(number, row, Start(layer, reading.lengths[row] + pos))
         for number, (layer, pos) in enumerate(cells)
         for row in range(count)
     ]
     units.sort(key=lambda unit: unit.order)
     try:
-        trunk = run_trunk(reading, range(count), [], [layer for layer, _ in cells], width, cache=may.prefix)
+        trunk = run_trunk(
+            reading, range(count), [], [layer for layer, _ in cells], width, cache=may.prefix
+        )
         logits = run_units(trunk, reading, units, taps, width, may)[:, -1]
     except Exception as error:  # noqa: BLE001  a model that cannot be run so raises what it likes
         return _raised(error)
     wanted = expected[[unit.cell * count + unit.row for unit in units]]
-    apart = float((logits.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))
+    apart = float(
+        (logits.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9)
+    )
     limit = LIMITS.get(expected.dtype, LIMITS[torch.float32])
     return (
-        "" if apart <= limit else f"a trial gave other logits (by {apart:.1g} of the largest; {limit:.1g} is allowed)"
+        ""
+        if apart <= limit
+        else f"a trial gave other logits (by {apart:.1g} of the largest; {limit:.1g} is allowed)"
     )
 
 
@@ -208,7 +230,11 @@ class _Watch(HookManager):
             self._note(number, args, ())
             self._note(number, kwargs, ())
             output = inner(*args, **kwargs)
-            shapes = {(number, item): tuple(each.shape) for item, each in _items(output) if isinstance(each, Tensor)}
+            shapes = {
+                (number, item): tuple(each.shape)
+                for item, each in _items(output)
+                if isinstance(each, Tensor)
+            }
             self.gives |= shapes
             self.kinds[number] = len(output) if isinstance(output, tuple) else 0
             return output
@@ -226,9 +252,11 @@ class _Watch(HookManager):
                 self._note(number, each, (*path, name))
 
 
-def _watched(lm: LM, reading: Reading) -> tuple[dict[tuple[int, Path], int], list[int]]:
+def _watched(lm: LM, reading: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
     """Which of the things that blocks are given have rows, seen with two sizes of batch, with and without a cache."""
-    blocks = {number: lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)}
+    blocks = {
+        number: lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)
+    }
     seen: dict[tuple[int, Path], list[set[int]]] = {}
     kinds: list[int] = []
     for turn, count in enumerate((2, 3)):
@@ -259,7 +287,9 @@ def _factor(of_two: set[int], of_three: set[int]) -> int | None:
     return two // 2 if two % 2 == 0 and two // 2 * 3 == three else None
 
 
-def _run(watch: _Watch, lm: LM, reading: Reading, rows: Sequence[int], *, cached: bool = False) -> None:
+def _run(
+    watch: _Watch, lm: LM, reading: SweepInputs, rows: Sequence[int], *, cached: bool = False
+) -> None:
     """A forward of some rows of the trial, the last two positions of it where a cache has the others."""
     from transformers import DynamicCache
 

@@ -64,7 +64,9 @@ def over_prompts(
     if effects not in ("ratio_of_means", "mean_of_ratios"):
         raise BadHook(f"effects={effects!r} is unknown: say 'ratio_of_means' or 'mean_of_ratios'")
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise OutOfRange(f"resamples={resamples!r}: give how many draws a bootstrap has, at least 1")
+        raise OutOfRange(
+            f"resamples={resamples!r}: give how many draws a bootstrap has, at least 1"
+        )
     cells, names = _columns(table, by, values)
     for name in cells:
         table = table.assign(**{name: [_hashable(value) for value in table[name]]})
@@ -100,13 +102,21 @@ def _columns(
     """The columns that say which cell a row is of, and those that are averaged."""
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
     if values is None:
-        own = [name for name in table.columns if any(name == m or name.startswith(f"{m}_") for m in metrics)]
+        own = [
+            name
+            for name in table.columns
+            if any(name == m or name.startswith(f"{m}_") for m in metrics)
+        ]
         values = [name for name in own if not name.endswith(COMPANIONS)]
     if missing := [name for name in (*values, *(by or ())) if name not in table.columns]:
         raise BadHook(f"the table has no column {missing[0]!r}; it has {', '.join(table.columns)}")
     cells = list(by or ())
     if by is None:
-        cells = [name for name in table.columns if name not in (*values, *NOT_VALUES) and not name.endswith(COMPANIONS)]
+        cells = [
+            name
+            for name in table.columns
+            if name not in (*values, *NOT_VALUES) and not name.endswith(COMPANIONS)
+        ]
     if not values or not cells:
         raise BadHook(
             f"this table has columns {', '.join(table.columns)}: give what sweep gave, or say by= and values="
@@ -157,12 +167,20 @@ class _Group:
     """The rows of one cell, by prompt and sample."""
 
     def __init__(
-        self, table: _Columns, rows: Int[np.ndarray, " row"], names: Sequence[str], cells: Sequence[str]
+        self,
+        table: _Columns,
+        rows: Int[np.ndarray, " row"],
+        names: Sequence[str],
+        cells: Sequence[str],
     ) -> None:
         self.table, self.rows = table, rows
         key = "prompt" if "prompt" in table else "row"
-        self.prompts: np.ndarray | None = None  # the number of each row's prompt, where prompts have several rows
-        self.samples: np.ndarray | None = None  # the number of each row's sample, where every prompt has all of them
+        self.prompts: np.ndarray | None = (
+            None  # the number of each row's prompt, where prompts have several rows
+        )
+        self.samples: np.ndarray | None = (
+            None  # the number of each row's sample, where every prompt has all of them
+        )
         if key in table and key not in cells:
             known, numbers = np.unique(table.codes(key)[rows], return_inverse=True)
             self.prompts = numbers if len(known) < len(rows) else None
@@ -176,7 +194,11 @@ class _Group:
         table, rows = self.table, self.rows
         if "sample" not in table or "sample" in cells:
             return False
-        if "prompt" in table and "row" in table and len(np.unique(table.codes("row")[rows])) == len(rows):
+        if (
+            "prompt" in table
+            and "row" in table
+            and len(np.unique(table.codes("row")[rows])) == len(rows)
+        ):
             return False  # draws of noise, which each prompt has for itself
         assert self.prompts is not None
         n_prompts, n_samples = self.prompts.max() + 1, len(np.unique(table.codes("sample")[rows]))
@@ -208,15 +230,21 @@ class _Group:
         return None if np.isnan(made).any() else made
 
 
-def _summaries(groups: list[_Group], name: str, table: pd.DataFrame, settings: _Settings) -> pd.DataFrame:
+def _summaries(
+    groups: list[_Group], name: str, table: pd.DataFrame, settings: _Settings
+) -> pd.DataFrame:
     """The mean, standard error, interval, count and method of one column in every cell."""
     if name.endswith("_effect") and settings.effects == "ratio_of_means":
         parts = [name.removesuffix("_effect") + end for end in ("_delta", "_before", "_target")]
         if all(part in table.columns for part in parts):
             return _ratios(groups, parts, settings)
-    summary = _means(groups, [group.values(name) for group in groups], table[name].dtype == bool, settings)
+    summary = _means(
+        groups, [group.values(name) for group in groups], table[name].dtype == bool, settings
+    )
     metric = name.removesuffix("_gain")
-    if name.endswith("_gain") and {f"{metric}_random_sd", f"{metric}_random_rest"} <= set(table.columns):
+    if name.endswith("_gain") and {f"{metric}_random_sd", f"{metric}_random_rest"} <= set(
+        table.columns
+    ):
         _widen_gains(groups, summary, metric, settings)
         return summary
     for number, group in enumerate(groups):
@@ -231,8 +259,15 @@ def _empty(count: int) -> pd.DataFrame:
     return made.assign(_n=0, interval="")
 
 
-def _put(summary: pd.DataFrame, numbers: Sequence[int], estimates: Estimates, counts: Sequence[int]) -> None:
-    parts = {"": estimates.mean, "_se": estimates.error, "_low": estimates.low, "_high": estimates.high}
+def _put(
+    summary: pd.DataFrame, numbers: Sequence[int], estimates: Estimates, counts: Sequence[int]
+) -> None:
+    parts = {
+        "": estimates.mean,
+        "_se": estimates.error,
+        "_low": estimates.low,
+        "_high": estimates.high,
+    }
     for end, part in parts.items():
         summary.loc[list(numbers), end] = part
     summary.loc[list(numbers), "_n"] = list(counts)
@@ -240,7 +275,9 @@ def _put(summary: pd.DataFrame, numbers: Sequence[int], estimates: Estimates, co
     summary.loc[list(numbers), "interval"] = np.where(known, estimates.method, "")
 
 
-def _means(groups: list[_Group], values: list[np.ndarray], shares: bool, settings: _Settings) -> pd.DataFrame:
+def _means(
+    groups: list[_Group], values: list[np.ndarray], shares: bool, settings: _Settings
+) -> pd.DataFrame:
     summary = _empty(len(groups))
     alike: dict[int, list[int]] = {}
     for number, each in enumerate(values):
@@ -255,7 +292,9 @@ def _means(groups: list[_Group], values: list[np.ndarray], shares: bool, setting
         if shares and np.isin(matrix, (0, 1)).all():
             estimates = intervals.shares(matrix.sum(axis=1).astype(int), count, settings.confidence)
         else:
-            estimates = intervals.means(matrix, settings.confidence, settings.resamples, settings.seed)
+            estimates = intervals.means(
+                matrix, settings.confidence, settings.resamples, settings.seed
+            )
         _put(summary, numbers, estimates, [count] * len(numbers))
     return summary
 
@@ -275,7 +314,9 @@ def _ratios(groups: list[_Group], parts: Sequence[str], settings: _Settings) -> 
             alike.setdefault(int(counts.sum()), []).append(number)
     for numbers in alike.values():
         over, under = (np.stack([pairs[number][side] for number in numbers]) for side in (0, 1))
-        estimates = intervals.ratios(over, under, settings.confidence, settings.resamples, settings.seed)
+        estimates = intervals.ratios(
+            over, under, settings.confidence, settings.resamples, settings.seed
+        )
         differ = (under != 0).sum(axis=1)
         _put(summary, numbers, estimates, differ.tolist())
     for number, group in enumerate(groups):
@@ -298,19 +339,27 @@ def _widen(summary: pd.DataFrame, number: int, matrix: Matrix, settings: _Settin
     summary.loc[number, "interval"] = intervals.TWO_WAY
 
 
-def _widen_gains(groups: list[_Group], summary: pd.DataFrame, metric: str, settings: _Settings) -> None:
+def _widen_gains(
+    groups: list[_Group], summary: pd.DataFrame, metric: str, settings: _Settings
+) -> None:
     """Give gains over random vectors intervals over prompts and vectors."""
     for number, group in enumerate(groups):
         mean = float(summary.loc[number, ""])  # pyright: ignore
-        sites = len(np.unique(group.table.codes("site")[group.rows])) if "site" in group.table else 1
+        sites = (
+            len(np.unique(group.table.codes("site")[group.rows])) if "site" in group.table else 1
+        )
         if sites > 1:
-            raise BadHook("gains at several sites are in one cell, whose random vectors are others: name 'site' in by=")
+            raise BadHook(
+                "gains at several sites are in one cell, whose random vectors are others: name 'site' in by="
+            )
         between, rest = (float(group.column(f"{metric}{end}")[0]) for end in COMPANIONS)
         vectors = int(group.column("random_vectors")[0])
         gains = group.values(f"{metric}_gain")
         if "control" in group.table and group.column("control").all():
             gains = gains[:0]  # of random vectors: where one more of them would lie
-        error, half = intervals.beyond_random(gains[np.isfinite(gains)], between, rest, vectors, settings.confidence)
+        error, half = intervals.beyond_random(
+            gains[np.isfinite(gains)], between, rest, vectors, settings.confidence
+        )
         known = np.isfinite(half)
         numbers = [error, mean - half, mean + half] if known else [np.nan] * 3
         summary.loc[number, ["_se", "_low", "_high"]] = numbers
@@ -347,7 +396,9 @@ def strongest(
     if toward not in ("either", "up", "down"):
         raise BadHook(f"toward={toward!r} is unknown: say 'either', 'up' or 'down'")
     cells, names = _columns(table, by, None if value is None or by is None else [value])
-    shown = value or next((name for end in ("_effect", "_delta") for name in names if name.endswith(end)), names[0])
+    shown = value or next(
+        (name for end in ("_effect", "_delta") for name in names if name.endswith(end)), names[0]
+    )
     if shown not in table.columns:
         raise BadHook(f"the table has no column {shown!r}; it has {', '.join(table.columns)}")
     key = next((name for name in ("prompt", "row") if name in table.columns), None)
@@ -361,9 +412,16 @@ def strongest(
     if "control" in table.columns:
         table = pd.DataFrame(table[~table["control"].astype(bool)])
     first = pd.factorize(table[key])[0] % 2 == 0
-    settings: dict[str, Any] = {"by": cells, "values": names, "effects": effects, "confidence": confidence}
+    settings: dict[str, Any] = {
+        "by": cells,
+        "values": names,
+        "effects": effects,
+        "confidence": confidence,
+    }
     settings |= {"resamples": resamples, "seed": seed}
-    chosen, measured = (over_prompts(pd.DataFrame(table[half]), **settings) for half in (first, ~first))
+    chosen, measured = (
+        over_prompts(pd.DataFrame(table[half]), **settings) for half in (first, ~first)
+    )
     keys = {"either": -chosen[shown].abs(), "up": -chosen[shown], "down": chosen[shown]}
     order = keys[toward].sort_values(kind="stable").index[:top]
     best = chosen.loc[order, [*cells, shown]].rename(columns={shown: f"{shown}_chosen"})

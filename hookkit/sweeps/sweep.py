@@ -26,14 +26,25 @@ from ..models.training import levels_to_the_user, warn_of_dropout
 from ..runs.engines.ray import EngineLike, Ray, as_engine
 from ..runs.manager import hooks_of_others
 from ..runs.run import Run
-from ..runs.taps import Action
+from ..runs.taps import BoundHook
 from ..tables.metrics import MetricLike, as_metrics, columns
 from .cell_metrics import UNEDITED, aims
 from .cell_metrics import verify as verified
-from .cells import TAKEN, Cell, Control, Grid, HooksAt, References, as_hooks, cells_of, checked, controlled
+from .cells import (
+    TAKEN,
+    Cell,
+    Control,
+    Grid,
+    HooksAt,
+    References,
+    as_hooks,
+    cells_of,
+    checked,
+    controlled,
+)
 from .execute import Running
 from .forwards import Shortcuts
-from .inputs import Reading, read
+from .inputs import SweepInputs, read
 from .journal import Journal, journal
 from .plan import Plan, memory_budget
 from .reach import inside_a_block, together
@@ -76,7 +87,9 @@ def plan(
     2
     """
     if lm.two_texts or lm.config is None:
-        raise Unsupported(f"a sweep needs a causal language model, and this is a {type(lm.root).__name__}")
+        raise Unsupported(
+            f"a sweep needs a causal language model, and this is a {type(lm.root).__name__}"
+        )
     found = as_metrics(metrics)
     reading = read(lm, prompts, found, pos)
     for metric in found:
@@ -85,32 +98,39 @@ def plan(
     if control is not None:
         cells += controlled(lm, cells, control, reading, draws=draws, seed=control_seed)
     elif draws is not None or control_seed is not None:
-        raise BadHook(f"draws={draws!r} and control_seed={control_seed!r} are of a control: say control='random'")
+        raise BadHook(
+            f"draws={draws!r} and control_seed={control_seed!r} are of a control: say control='random'"
+        )
     always = tuple(checked(lm, as_hooks(under), reading, References(lm)))
-    actions = [action for tap in always for action in tap.actions] + [each for cell in cells for each in cell.actions]
+    actions = [action for tap in always for action in tap.actions] + [
+        each for cell in cells for each in cell.actions
+    ]
     if any(_looks_on(action, reading) for action in actions):
         reading = reading.whole()
     if any(_reads_logits(lm, action) for action in actions):
         reading = replace(reading, every=True)
     _check_names(cells[0], columns(found), ["draw"] if isinstance(control, str) else [])
     if reads_ahead(lm):
-        raise Unsupported("this model reads ahead: what it says at a position depends on later tokens; use hk.forward")
+        raise Unsupported(
+            "this model reads ahead: what it says at a position depends on later tokens; use hk.forward"
+        )
     may = _shortcuts(lm)
     _leave_alone(lm, cells, "" if may.batch else may.why["batch"])
     return Plan(lm, tuple(cells), reading, found, always, may, memory_budget(lm, memory))
 
 
-def _looks_on(action: Action, reading: Reading) -> bool:
+def _looks_on(action: BoundHook, reading: SweepInputs) -> bool:
     """True where a user's function is given a position behind the one at which the metric looks."""
     if not reading.cropped or not together(action):
         return False
     rows = zip(reading.full.wishes(action.where), reading.fed, reading.rows, strict=True)
     return any(
-        wanted is not None and any(place in wanted for place in range(len(fed), len(row))) for wanted, fed, row in rows
+        wanted is not None and any(place in wanted for place in range(len(fed), len(row)))
+        for wanted, fed, row in rows
     )
 
 
-def _reads_logits(lm: LM, action: Action) -> bool:
+def _reads_logits(lm: LM, action: BoundHook) -> bool:
     """True where something may be done with the logits of other positions than those at which the metric looks."""
     if isinstance(action.site, ModuleSite):
         return not inside_a_block(lm, action.site.path)
@@ -121,7 +141,9 @@ def _check_names(cell: Cell, names: Sequence[str], more: Sequence[str]) -> None:
     """Raise where two columns of the table would have one name."""
     for name in more:
         if name in cell.at:
-            raise BadHook(f"the grid has a dimension {name!r}, which is a column of the control: give it another name")
+            raise BadHook(
+                f"the grid has a dimension {name!r}, which is a column of the control: give it another name"
+            )
     for name in names:
         own = [name, *(f"{name}_{end}" for end in ("before", "delta", "target", "effect"))]
         twice = [each for each in (*cell.at, *TAKEN, *more) if each in own]
@@ -211,7 +233,9 @@ def sweep(
     >>> list(table.columns)
     ['layer', 'row', 'prob', 'prob_before', 'prob_delta']
     """
-    whole_number(verify, "verify", least=0, meaning="how many cells are run once more by themselves,")
+    whole_number(
+        verify, "verify", least=0, meaning="how many cells are run once more by themselves,"
+    )
     chosen = as_engine(engine, lm)
     made = plan(
         lm,
@@ -234,13 +258,19 @@ def sweep(
         if verify:
             verified(made, kept.values, verify)
         table = _table(made, kept, aimed, drawn=isinstance(control, str))
-        table.attrs |= {"complete": complete, "plan": repr(made), "sources_not_the_models_own": checks}
+        table.attrs |= {
+            "complete": complete,
+            "plan": repr(made),
+            "sources_not_the_models_own": checks,
+        }
         if complete:
             kept.write(table)
     return table
 
 
-def _run(made: Plan, kept: Journal, progress: bool | None, engine: Ray | None) -> tuple[list[str], bool]:
+def _run(
+    made: Plan, kept: Journal, progress: bool | None, engine: Ray | None
+) -> tuple[list[str], bool]:
     """Run what is not known yet: sources that turned out to be no values of the model, and whether all is done."""
     total = len(made.cells) * len(made.reading)
     shown = None if progress is None else not progress
@@ -249,7 +279,11 @@ def _run(made: Plan, kept: Journal, progress: bool | None, engine: Ray | None) -
         try:
             running.run()
         except KeyboardInterrupt:
-            words = "and with save= it could go on from there" if kept.folder is None else "call it again to go on"
+            words = (
+                "and with save= it could go on from there"
+                if kept.folder is None
+                else "call it again to go on"
+            )
             warnings.warn(
                 f"the sweep was interrupted: {kept.done} of {total} cells are done; {words}",
                 Interrupted,
@@ -259,7 +293,9 @@ def _run(made: Plan, kept: Journal, progress: bool | None, engine: Ray | None) -
     return running.checked, True
 
 
-def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None, *, drawn: bool) -> pd.DataFrame:
+def _table(
+    made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None, *, drawn: bool
+) -> pd.DataFrame:
     names = columns(made.metrics)
     controls = any(cell.control for cell in made.cells)
     rows: list[dict[str, Any]] = []
@@ -267,7 +303,9 @@ def _table(made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None, *
         for row in range(len(made.reading)):
             if (cell.number, row) not in kept.values:
                 continue
-            found: dict[str, Any] = {**cell.at, "row": row} | ({"control": cell.control} if controls else {})
+            found: dict[str, Any] = {**cell.at, "row": row} | (
+                {"control": cell.control} if controls else {}
+            )
             found |= {"draw": cell.draw} if drawn else {}
             for place, name in enumerate(names):
                 now, was = kept.values[cell.number, row][place], kept.values[UNEDITED, row][place]

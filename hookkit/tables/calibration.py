@@ -20,7 +20,9 @@ from ..errors import BadHook, EmptySelection, OutOfRange
 
 
 @checks_arguments
-def calibration(confidence: Iterable[float], right: Iterable[Any], *, bins: int = 10) -> pd.DataFrame:
+def calibration(
+    confidence: Iterable[float], right: Iterable[Any], *, bins: int = 10
+) -> pd.DataFrame:
     """How often answers of each confidence were right, in bins of equal width, and how far that is from the confidence.
 
     `confidence` is a probability (0 to 1) for each answer, `right` whether it was right. Columns: bin, low, high (a bin
@@ -34,15 +36,22 @@ def calibration(confidence: Iterable[float], right: Iterable[Any], *, bins: int 
     """
     sure, answers = _pairs(confidence, right)
     if ((sure < 0) | (sure > 1)).any():
-        raise OutOfRange(f"a confidence is a probability, 0 to 1, and one is {sure[(sure < 0) | (sure > 1)][0]}")
+        raise OutOfRange(
+            f"a confidence is a probability, 0 to 1, and one is {sure[(sure < 0) | (sure > 1)][0]}"
+        )
     whole_number(bins, "bins", least=1, meaning="how many bins,")
     edges = np.linspace(0, 1, bins + 1)
     numbers = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
     counts = np.bincount(numbers, minlength=bins)
     there = np.where(counts > 0, counts, np.nan)
-    means = [np.bincount(numbers, weights=values, minlength=bins) / there for values in (sure, answers.astype(float))]
+    means = [
+        np.bincount(numbers, weights=values, minlength=bins) / there
+        for values in (sure, answers.astype(float))
+    ]
     gap = means[0] - means[1]
-    table = pd.DataFrame({"bin": range(bins), "low": edges[:-1], "high": edges[1:], "count": counts})
+    table = pd.DataFrame(
+        {"bin": range(bins), "low": edges[:-1], "high": edges[1:], "count": counts}
+    )
     table = table.assign(confidence=means[0], accuracy=means[1], gap=gap)
     error = np.nan_to_num(np.abs(gap)) * counts / len(sure)
     table = table.assign(error=error)
@@ -83,19 +92,27 @@ def _pairs(numbers: Iterable[float], right: Iterable[Any]) -> tuple[np.ndarray, 
     """Both as arrays, once it is sure that they belong together."""
     for name, given in (("the numbers", numbers), ("right", right)):
         if items_of(given) is None:
-            raise BadHook(f"{name}: {described(given)} is one value, and one for each answer is meant, in a list")
+            raise BadHook(
+                f"{name}: {described(given)} is one value, and one for each answer is meant, in a list"
+            )
     read = [as_real(number) for number in items_of(numbers) or ()]
     if None in read:
         wrong = (items_of(numbers) or [])[read.index(None)]
         raise BadHook(f"{described(wrong)} is no number: give a real number for each answer")
     values, answers = np.asarray(read, dtype=float), np.asarray(items_of(right) or [])
     if len(values) != len(answers):
-        raise BadHook(f"there are {len(values)} numbers and {len(answers)} answers: give one of each for every answer")
+        raise BadHook(
+            f"there are {len(values)} numbers and {len(answers)} answers: give one of each for every answer"
+        )
     if not len(values):
         raise EmptySelection("there is no answer to judge: give at least one")
     if np.isnan(values).any():
-        raise OutOfRange(f"number {int(np.isnan(values).argmax())} is NaN: leave out what was not measured")
+        raise OutOfRange(
+            f"number {int(np.isnan(values).argmax())} is NaN: leave out what was not measured"
+        )
     if not all(each in (0, 1) for each in answers.tolist()):
         wrong = next(each for each in answers.tolist() if each not in (0, 1))
-        raise BadHook(f"right says for each answer whether it was: True or False, and one is {wrong!r}")
+        raise BadHook(
+            f"right says for each answer whether it was: True or False, and one is {wrong!r}"
+        )
     return values, answers.astype(bool)

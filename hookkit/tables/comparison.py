@@ -164,13 +164,17 @@ def compare(
     if along not in ("edited", "baseline"):
         raise BadHook(f"along={along!r} is unknown: say 'edited' or 'baseline'")
     if not hooks:
-        raise BadHook("compare() was given no hook: there is nothing to compare the unedited text with")
+        raise BadHook(
+            "compare() was given no hook: there is nothing to compare the unedited text with"
+        )
     _refuse_several(lm, arguments)
     rows = as_batch(lm, prompts, side="left").rows
     arguments = _for_both_halves(lm, arguments, len(rows))
     mine = tuple(_for_rows(hook, len(rows)) for hook in hooks)
     asked = Trace(top, read_tokens(watch, "watch"))
-    run = traced(lm, [*rows, *rows], mine, False, Draws(lm, seed), Paired(lm, asked, mine), arguments)
+    run = traced(
+        lm, [*rows, *rows], mine, False, Draws(lm, seed), Paired(lm, asked, mine), arguments
+    )
     return Comparison(run, along, asked, mine)
 
 
@@ -195,7 +199,9 @@ def _for_both_halves(lm: LM, arguments: Mapping[str, Any], count: int) -> dict[s
     changed = dict(arguments)
     for name, value in arguments.items():
         for_rows = isinstance(value, Tensor) and value.ndim > 0 and name in lm.takes
-        if value is not None and (for_rows or name in ("past_key_values", "encoder_outputs", "streamer")):
+        if value is not None and (
+            for_rows or name in ("past_key_values", "encoder_outputs", "streamer")
+        ):
             raise Unsupported(
                 f"{name}= was given to compare, which runs each prompt twice in one batch, so that its rows would be "
                 "others than yours: leave it out, or call generate twice, with the hooks and without them"
@@ -250,12 +256,16 @@ def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
     True
     """
     if run.settings["verb"] != "generate":
-        raise Unsupported("this run is of one forward: only what was generated can take another turn")
+        raise Unsupported(
+            "this run is of one forward: only what was generated can take another turn"
+        )
     _refuse_several(run.lm, run.arguments)
     chosen(row, len(run.lengths))
     start, end = run.prompt_lengths[row], run.lengths[row]
     if not 0 <= step < end - start:
-        raise OutOfRange(f"step={step!r} was asked for, and row {row} has steps 0 to {end - start - 1}")
+        raise OutOfRange(
+            f"step={step!r} was asked for, and row {row} has steps 0 to {end - start - 1}"
+        )
     tokens = [*run.tokens[row, start : start + step].tolist(), run.lm.token(token)]
     prompts = [run.tokens[n, :length].tolist() for n, length in enumerate(run.prompt_lengths)]
     asked = None if run.recorded is None else run.recorded.asked

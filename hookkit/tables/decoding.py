@@ -39,8 +39,14 @@ def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.
     shown = record.asked.top if top is None else top
     if not 1 <= shown <= record.asked.top:
         most = record.asked.top
-        raise OutOfRange(f"top={top!r}: {most} tokens of each stage are on record, so give 1 to {most}")
-    parts = [part for decision in _of_rows(run, record, rows) for part in candidates(record, decision, shown)]
+        raise OutOfRange(
+            f"top={top!r}: {most} tokens of each stage are on record, so give 1 to {most}"
+        )
+    parts = [
+        part
+        for decision in _of_rows(run, record, rows)
+        for part in candidates(record, decision, shown)
+    ]
     return pd.DataFrame(parts)
 
 
@@ -56,7 +62,10 @@ def candidates(record: Recorded, decision: Decision, shown: int) -> Iterator[dic
             for token in tokens:
                 why.setdefault(token, []).append(reason)
         numbers = sorted(
-            ({"token_id": token, **_numbers(stage, decision.model_row, ids.index(token))} for token in why),
+            (
+                {"token_id": token, **_numbers(stage, decision.model_row, ids.index(token))}
+                for token in why
+            ),
             key=_order,
         )
         for found in numbers:
@@ -101,17 +110,27 @@ def decided(record: Recorded, decision: Decision) -> dict[str, object]:
     """One row of `decisions`."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     found: dict[str, object] = {"row": decision.row, "step": decision.step, "pos": decision.pos}
-    found |= {"token": repr(record.lm.string(decision.token)), "token_id": decision.token, "why": why(record, decision)}
+    found |= {
+        "token": repr(record.lm.string(decision.token)),
+        "token_id": decision.token,
+        "why": why(record, decision),
+    }
     stages = {name: decision.record.stages[name] for name in STAGES}
-    numbers = {name: _numbers(stage, row, ids.index(decision.token)) for name, stage in stages.items()}
+    numbers = {
+        name: _numbers(stage, row, ids.index(decision.token)) for name, stage in stages.items()
+    }
     for quantity in ("logit", "prob", "rank"):
         found |= {f"{quantity}_{name}": numbers[name][quantity] for name in STAGES}
     for quantity in ("entropy", "varentropy", "margin"):
-        found |= {f"{quantity}_{name}": getattr(stages[name], quantity)[row].item() for name in STAGES}
+        found |= {
+            f"{quantity}_{name}": getattr(stages[name], quantity)[row].item() for name in STAGES
+        }
     found |= {f"perplexity_{name}": stages[name].entropy[row].exp().item() for name in STAGES}
     found["candidates"] = int(stages["processed"].candidates[row])
     known = not math.isnan(stages["model"].entropy[row].item())
-    found["top1_model"] = repr(record.lm.string(int(stages["model"].top[row, 0]))) if known else None
+    found["top1_model"] = (
+        repr(record.lm.string(int(stages["model"].top[row, 0]))) if known else None
+    )
     return found
 
 
@@ -130,13 +149,19 @@ def why(record: Recorded, decision: Decision) -> str:
         sentence = f"forced by {forced}: rank {ranks['model']} for the model"
         return "; ".join([sentence, *_taken_out(record, decision)])
     parts = [_chosen(record, decision, column, ranks["processed"]), *_taken_out(record, decision)]
-    movers = [str(hook) for hook, was, now in moves if was != now and not isinstance(hook, Ban | Restrict)]
+    movers = [
+        str(hook) for hook, was, now in moves if was != now and not isinstance(hook, Ban | Restrict)
+    ]
     if movers and ranks["model"] != ranks["edited"]:
-        parts.append(f"{' and '.join(movers)} moved it from rank {ranks['model']} to {ranks['edited']}")
+        parts.append(
+            f"{' and '.join(movers)} moved it from rank {ranks['model']} to {ranks['edited']}"
+        )
     elif ranks["model"] != 1 and record.generation.mode == "sample":
         parts.append(f"rank {ranks['model']} for the model")
     if ranks["processed"] != ranks["edited"]:
-        parts.append(f"the logits processors moved it from rank {ranks['edited']} to {ranks['processed']}")
+        parts.append(
+            f"the logits processors moved it from rank {ranks['edited']} to {ranks['processed']}"
+        )
     return "; ".join(parts)
 
 
@@ -158,7 +183,10 @@ def _chosen(record: Recorded, decision: Decision, column: int, rank: int) -> str
 
 def _moves(decision: Decision, column: int) -> Iterator[tuple[Hook, int, int]]:
     """The hooks that changed the logits, with the token's rank before and after each."""
-    row, was = decision.model_row, int(decision.record.stages["model"].ranks[decision.model_row, column])
+    row, was = (
+        decision.model_row,
+        int(decision.record.stages["model"].ranks[decision.model_row, column]),
+    )
     for changed in decision.record.changes:
         if changed.rows[row]:
             now = int(changed.ranks[row, column])
@@ -166,7 +194,9 @@ def _moves(decision: Decision, column: int) -> Iterator[tuple[Hook, int, int]]:
             was = now
 
 
-def _forced(record: Recorded, decision: Decision, moves: list[tuple[Hook, int, int]]) -> Hook | None:
+def _forced(
+    record: Recorded, decision: Decision, moves: list[tuple[Hook, int, int]]
+) -> Hook | None:
     """The last hook that put this token first."""
     for hook, _, now in reversed(moves):
         if isinstance(hook, Force) and now == 1 and decision.token in hook.named(record.lm):
@@ -178,7 +208,10 @@ def _taken_out(record: Recorded, decision: Decision) -> Iterator[str]:
     """What is to be said of the model's own first token if a hook took it out."""
     first = int(decision.record.stages["model"].top[decision.model_row, 0])
     column = decision.record.ids[decision.model_row].tolist().index(first)
-    if decision.record.stages["edited"].logits[decision.model_row, column] != -float("inf") or first == decision.token:
+    if (
+        decision.record.stages["edited"].logits[decision.model_row, column] != -float("inf")
+        or first == decision.token
+    ):
         return
     token = repr(record.lm.string(first))
     for hook in decision.hooks:
@@ -191,7 +224,9 @@ def _taken_out(record: Recorded, decision: Decision) -> Iterator[str]:
 
 def _record(run: Run) -> Recorded:
     if run.recorded is None:
-        raise NotCaptured("this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())")
+        raise NotCaptured(
+            "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
+        )
     return run.recorded
 
 

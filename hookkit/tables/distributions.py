@@ -62,7 +62,9 @@ class Distribution:
     def ranks(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """1 + the number of tokens with a strictly larger logit; `NO_RANK` for a logit that is NaN."""
         wanted = self.logits[ids].contiguous()
-        larger = len(self.real) - torch.searchsorted(self._ascending, wanted, right=True)  # NaN counts as larger
+        larger = len(self.real) - torch.searchsorted(
+            self._ascending, wanted, right=True
+        )  # NaN counts as larger
         return (larger + 1).masked_fill(wanted.isnan(), NO_RANK)
 
     @property
@@ -98,7 +100,9 @@ class Distribution:
         return first - second if second != -math.inf else math.inf
 
 
-def expected(logprobs: Float[Tensor, "*place vocab"], values: Float[Tensor, "*place vocab"]) -> Float[Tensor, "*place"]:
+def expected(
+    logprobs: Float[Tensor, "*place vocab"], values: Float[Tensor, "*place vocab"]
+) -> Float[Tensor, "*place"]:
     """The mean of values under each distribution; a probability of 0 takes its value out, be it infinite.
 
     A probability that is NaN makes the mean NaN.
@@ -118,14 +122,18 @@ def distributions(
     """
     kept = run.captured_logits()
     assert kept.positions is not None
-    where = Where(as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False))
+    where = Where(
+        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
+    )
     if where.pos is not None and where.step is not None:
         raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: say one of them")
     for row in chosen(where.rows, len(kept.rows)):
         prompt = kept.prompts[row]
         wanted = wish(where, len(prompt), lambda at, prompt=prompt: cover(run.lm, prompt, at))
         there = [place for place in kept.positions[row].tolist() if place >= 0]
-        missing = [] if isinstance(wanted, range) else [place for place in wanted if place not in there]
+        missing = (
+            [] if isinstance(wanted, range) else [place for place in wanted if place not in there]
+        )
         places = [place for place in there if place in wanted]
         if missing or not places:
             asked = f"step={step!r}" if step is not None else f"pos={pos!r}"

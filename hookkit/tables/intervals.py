@@ -73,7 +73,9 @@ def ratios(over: Values, under: Values, confidence: float, resamples: int, seed:
     bounded = np.isfinite(low)
     low, high = nothing.copy(), nothing.copy()
     if bounded.any():
-        low[bounded], high[bounded] = _bootstrapped(over[bounded], under[bounded], confidence, resamples, seed)
+        low[bounded], high[bounded] = _bootstrapped(
+            over[bounded], under[bounded], confidence, resamples, seed
+        )
     return Estimates(ratio, error, low, high, BCA)
 
 
@@ -86,7 +88,9 @@ def shares(hits: Int[np.ndarray, " cell"], count: int, confidence: float) -> Est
     z = ndtri(0.5 + confidence / 2)
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return Estimates(share, error, np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0), WILSON)
+    return Estimates(
+        share, error, np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0), WILSON
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ def variation(values: Float[np.ndarray, "prompt sample"]) -> Variation:
     )
 
 
-def two_way(values: Float[np.ndarray, "prompt sample"], confidence: float) -> tuple[float, float] | None:
+def two_way(
+    values: Float[np.ndarray, "prompt sample"], confidence: float
+) -> tuple[float, float] | None:
     """The standard error of the mean over prompts and samples, and half the width of its t interval.
 
     Both are drawn from something larger, and every prompt has every sample (random effects, degrees of freedom by
@@ -127,11 +133,17 @@ def two_way(values: Float[np.ndarray, "prompt sample"], confidence: float) -> tu
     terms = [(parts.prompts, n - 1), (parts.samples, k - 1), (parts.rest, (n - 1) * (k - 1))]
     variance = (parts.prompts + parts.samples - parts.rest) / (n * k)
     spread = sum((square / (n * k)) ** 2 / degrees for square, degrees in terms)
-    return float(np.sqrt(variance)), float(_quantile(variance**2 / spread, confidence) * np.sqrt(variance))
+    return float(np.sqrt(variance)), float(
+        _quantile(variance**2 / spread, confidence) * np.sqrt(variance)
+    )
 
 
 def beyond_random(
-    gains: Float[np.ndarray, " prompt"], between: float, rest: float, vectors: int, confidence: float
+    gains: Float[np.ndarray, " prompt"],
+    between: float,
+    rest: float,
+    vectors: int,
+    confidence: float,
 ) -> tuple[float, float]:
     """The standard error of one vector's mean gain over random ones, and half the width of its t interval.
 
@@ -148,7 +160,9 @@ def beyond_random(
     variance, degrees = between**2 * share, float(vectors - 1)
     if count > 1:
         own, expected = float(gains.var(ddof=1)), rest**2 * share
-        if expected == 0 or own / expected > _ratio_of_variances(count - 1, (count - 1) * (vectors - 1)):
+        if expected == 0 or own / expected > _ratio_of_variances(
+            count - 1, (count - 1) * (vectors - 1)
+        ):
             more = (own - expected) / count
             spread = variance**2 / degrees + more**2 / (count - 1)
             variance += more
@@ -178,8 +192,12 @@ def _tails(values: Values, confidence: float) -> tuple[Numbers, Numbers]:
     if count > 2:
         away = values - values.mean(axis=1, keepdims=True)
         squares = (away**2).mean(axis=1)
-        skewness = np.divide((away**3).mean(axis=1), squares**1.5, out=np.zeros(len(values)), where=squares > 0)
-        error = np.sqrt(6 * (count - 2) / ((count + 1) * (count + 3)))  # of the skewness of normal numbers
+        skewness = np.divide(
+            (away**3).mean(axis=1), squares**1.5, out=np.zeros(len(values)), where=squares > 0
+        )
+        error = np.sqrt(
+            6 * (count - 2) / ((count + 1) * (count + 3))
+        )  # of the skewness of normal numbers
         upper = np.clip(0.5 - 0.5 * np.tanh(TILT * skewness / error), LEAST, 1 - LEAST)
     rest = 1 - confidence
     return stdtrit(count - 1, 1 - rest * (1 - upper)), stdtrit(count - 1, 1 - rest * upper)
@@ -188,7 +206,9 @@ def _tails(values: Values, confidence: float) -> tuple[Numbers, Numbers]:
 def _linear(over: Values, under: Values, ratio: Numbers) -> Values:
     """How much each pair moves the ratio of the means, times their number."""
     bottom = under.mean(axis=1, keepdims=True)
-    return np.divide(over - ratio[:, None] * under, bottom, out=np.full(over.shape, np.nan), where=bottom != 0)
+    return np.divide(
+        over - ratio[:, None] * under, bottom, out=np.full(over.shape, np.nan), where=bottom != 0
+    )
 
 
 def _fieller(over: Values, under: Values, confidence: float) -> tuple[Numbers, Numbers]:
@@ -196,7 +216,9 @@ def _fieller(over: Values, under: Values, confidence: float) -> tuple[Numbers, N
     top, bottom = over.mean(axis=1), under.mean(axis=1)
     away, below = over - top[:, None], under - bottom[:, None]
     scale = _quantile(count - 1, confidence) ** 2 / (count * (count - 1))
-    tops, both, bottoms = (scale * (a * b).sum(axis=1) for a, b in ((away, away), (away, below), (below, below)))
+    tops, both, bottoms = (
+        scale * (a * b).sum(axis=1) for a, b in ((away, away), (away, below), (below, below))
+    )
     first, second, third = bottom**2 - bottoms, top * bottom - both, top**2 - tops
     bounded = first > 0  # else the mean below may be 0
     first = np.where(bounded, first, np.nan)
@@ -221,12 +243,17 @@ def _bootstrapped(
 @lru_cache(maxsize=8)
 def _weights(count: int, resamples: int, seed: int) -> Float[np.ndarray, "resample value"]:
     """How often each value is in each draw with replacement, divided by their number."""
-    draws = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), size=resamples)
+    draws = np.random.default_rng([seed, count]).multinomial(
+        count, np.full(count, 1 / count), size=resamples
+    )
     return draws / count
 
 
 def _accelerated(
-    over: Values, under: Values | None, weights: Float[np.ndarray, "resample value"], confidence: float
+    over: Values,
+    under: Values | None,
+    weights: Float[np.ndarray, "resample value"],
+    confidence: float,
 ) -> tuple[Numbers, Numbers]:
     from scipy.special import ndtr, ndtri, stdtrit
 
@@ -246,7 +273,9 @@ def _accelerated(
     below = ((drawn < estimate[:, None]).sum(axis=1) + same / 2) / resamples
     away = left_out.mean(axis=1, keepdims=True) - left_out
     squares = (away**2).sum(axis=1)
-    bend = np.divide((away**3).sum(axis=1), 6 * squares**1.5, out=np.zeros(len(over)), where=squares > 0)
+    bend = np.divide(
+        (away**3).sum(axis=1), 6 * squares**1.5, out=np.zeros(len(over)), where=squares > 0
+    )
     bias = ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
     reach = np.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.5 + confidence / 2)
     drawn = np.sort(drawn, axis=1)

@@ -15,7 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import as_whole, checks_arguments, checks_keywords, described, items_of, prompt_rows, whole_number
+from ..arguments import (
+    as_whole,
+    checks_arguments,
+    checks_keywords,
+    described,
+    items_of,
+    prompt_rows,
+    whole_number,
+)
 from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ..models.lm import LM
 from ..models.prompts import shortened
@@ -61,7 +69,10 @@ class Metric:
                 f"a metric measures a run, and was given {described(run)}: metric(hk.forward(lm, prompts))"
             )
         pos = whole_number(
-            pos, "pos", meaning="the one position of each prompt at which a metric looks,", error=BadHook
+            pos,
+            "pos",
+            meaning="the one position of each prompt at which a metric looks,",
+            error=BadHook,
         )
         measure = self.bound(run.lm, len(run.lengths))
         logits = last_logits(run, pos)
@@ -105,9 +116,13 @@ def as_metrics(metrics: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]
     items = None if isinstance(metrics, Metric) or callable(metrics) else items_of(metrics)
     given: list[Any] = [metrics] if items is None else items
     if not given:
-        raise BadHook("no metric was given: give at least one, such as hk.logit_diff(' Mary', ' John')")
+        raise BadHook(
+            "no metric was given: give at least one, such as hk.logit_diff(' Mary', ' John')"
+        )
     for each in given:
-        if getattr(each, "__module__", "").startswith("hookkit.tables.") and not isinstance(each, Metric):
+        if getattr(each, "__module__", "").startswith("hookkit.tables.") and not isinstance(
+            each, Metric
+        ):
             name = getattr(each, "__name__", "entropy")
             raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
         if not isinstance(each, Metric) and not callable(each):
@@ -122,7 +137,9 @@ def columns(metrics: Sequence[Metric]) -> list[str]:
     """The name of each metric's column: prob, prob_2 … where one is there several times."""
     names = [metric.name for metric in metrics]
     before = [names[:place].count(name) for place, name in enumerate(names)]
-    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
+    return [
+        f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -164,13 +181,20 @@ class KL(Metric):
         def measure(said: Said) -> Tensor:
             was = said.before
             if given is not None:
-                was = given[[row if len(given) > 1 else 0 for row in said.rows]].to(said.logits.device)
+                was = given[[row if len(given) > 1 else 0 for row in said.rows]].to(
+                    said.logits.device
+                )
             if was is None:
                 raise Unsupported(
                     "kl() without a reference compares a sweep's cells with no edit: give kl(reference_run)"
                 )
             was, now = was.double().log_softmax(-1), said.logits.double().log_softmax(-1)
-            return torch.where(was.exp() == 0, 0.0, was.exp() * (was - now)).sum(-1).clamp(min=0).float()
+            return (
+                torch.where(was.exp() == 0, 0.0, was.exp() * (was - now))
+                .sum(-1)
+                .clamp(min=0)
+                .float()
+            )
 
         return measure
 
@@ -183,7 +207,9 @@ def kl(reference: Run | None = None, *, pos: int = -1) -> KL:
     the reference's prompts.
     """
     if reference is None and pos != -1:
-        raise BadHook(f"pos={pos} is a position of the reference's prompts, and kl() has no reference: leave pos out")
+        raise BadHook(
+            f"pos={pos} is a position of the reference's prompts, and kl() has no reference: leave pos out"
+        )
     return KL(reference, pos)
 
 
@@ -228,7 +254,9 @@ class Loss(Metric):
         is_list = isinstance(given, list)
         entries = given if is_list else [given]
         if not entries:
-            raise EmptySelection("loss was given an empty list of continuations: a list has one for each prompt")
+            raise EmptySelection(
+                "loss was given an empty list of continuations: a list has one for each prompt"
+            )
         kept = [_read(entry) for entry in entries]
         object.__setattr__(self, "continuation", kept if is_list else kept[0])
 
@@ -263,10 +291,14 @@ def _read(continuation: object) -> str | tuple[int, ...]:
     """One continuation: a text, or token ids as a tuple."""
     if isinstance(continuation, str):
         if not continuation:
-            raise BadPrompt("loss was given an empty continuation: give the text whose loss is meant")
+            raise BadPrompt(
+                "loss was given an empty continuation: give the text whose loss is meant"
+            )
         return str(continuation)
     if as_whole(continuation) is not None:
-        raise BadPrompt(f"loss was given {continuation}, one token: a continuation is a text, or ids in a tuple")
+        raise BadPrompt(
+            f"loss was given {continuation}, one token: a continuation is a text, or ids in a tuple"
+        )
     rows = prompt_rows(continuation)
     if len(rows) != 1 or isinstance(rows[0], str):
         raise BadPrompt(
@@ -278,7 +310,9 @@ def _read(continuation: object) -> str | tuple[int, ...]:
 
 def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(continuation, str) and lm.tokenizer is None:
-        raise BadPrompt(f"{shortened(continuation)!r} is text, and this model came without a tokenizer: give token ids")
+        raise BadPrompt(
+            f"{shortened(continuation)!r} is text, and this model came without a tokenizer: give token ids"
+        )
     ids = lm.continuation(continuation) if isinstance(continuation, str) else continuation
     return tuple(lm.token(token_id) for token_id in ids)
 

@@ -71,7 +71,9 @@ def _place(said: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
 
 def _numbers(said: Distribution, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
     columns = {"logit": said.logits, "logprob": said.logprobs, "prob": said.probs}
-    found: dict[str, object] = {name + suffix: values[ids].double().tolist() for name, values in columns.items()}
+    found: dict[str, object] = {
+        name + suffix: values[ids].double().tolist() for name, values in columns.items()
+    }
     return found | {"rank" + suffix: shown_ranks(said.ranks(ids)).tolist()}
 
 
@@ -102,21 +104,31 @@ def rank_shift(
     return shift_of(pairs, top, movers, _token_ids(after.lm, watch), _edited(before, after))
 
 
-def shift_of(pairs: Iterable[Pair], top: int, movers: int, watched: list[int], edited: list[int]) -> pd.DataFrame:
+def shift_of(
+    pairs: Iterable[Pair], top: int, movers: int, watched: list[int], edited: list[int]
+) -> pd.DataFrame:
     """`rank_shift` of distributions before and after."""
     _check_top(top)
     whole_number(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
     parts = []
     for was, now in pairs:
-        reasons = {"top before": was.top(top), "top after": now.top(top), "mover": _movers(was, now, movers)}
+        reasons = {
+            "top before": was.top(top),
+            "top after": now.top(top),
+            "mover": _movers(was, now, movers),
+        }
         reasons |= {"edited": edited, "watched": watched}
         why: dict[int, list[str]] = {}
         for reason, tokens in reasons.items():
             for token in tokens:
                 why.setdefault(token, []).append(reason)
         ids = torch.tensor(list(why))
-        part = pd.DataFrame(_place(now, ids) | _numbers(was, ids, "_before") | _numbers(now, ids, "_after"))
-        parts.append(_with_deltas(part).assign(why=[", ".join(reasons) for reasons in why.values()]))
+        part = pd.DataFrame(
+            _place(now, ids) | _numbers(was, ids, "_before") | _numbers(now, ids, "_after")
+        )
+        parts.append(
+            _with_deltas(part).assign(why=[", ".join(reasons) for reasons in why.values()])
+        )
     table = pd.concat(parts, ignore_index=True)
     return table.sort_values(["row", "pos", "rank_after", "token_id"], ignore_index=True)
 
@@ -142,7 +154,9 @@ def _pairs(before: Run, after: Run, **places: object) -> Iterator[Pair]:
         )
     sizes = {len(was[0].logits), len(now[0].logits)}
     if len(sizes) > 1:
-        raise OutOfRange(f"the runs have vocabularies of {sorted(sizes)} tokens, whose ranks cannot be compared")
+        raise OutOfRange(
+            f"the runs have vocabularies of {sorted(sizes)} tokens, whose ranks cannot be compared"
+        )
     return zip(was, now, strict=True)
 
 
@@ -166,7 +180,13 @@ def _edited(*runs: Run) -> list[int]:
 
 @checks_arguments
 def shift_summary(
-    before: Run, after: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None, top: int = 10
+    before: Run,
+    after: Run,
+    *,
+    pos: PosLike = None,
+    step: CountLike = None,
+    rows: CountLike = None,
+    top: int = 10,
 ) -> pd.DataFrame:
     """How far the whole distribution moved from one run to another: one row for each position.
 
@@ -187,7 +207,10 @@ def summary_of(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
         known = not (was.unknown or now.unknown)
         firsts = was.top(1)[0], now.top(1)[0]
         found: dict[str, object] = {**now.place, **divergences(was, now)}
-        for name, a, b in (("entropy", was.entropy, now.entropy), ("margin", was.margin, now.margin)):
+        for name, a, b in (
+            ("entropy", was.entropy, now.entropy),
+            ("margin", was.margin, now.margin),
+        ):
             found |= {f"{name}_before": a, f"{name}_after": b, f"{name}_delta": b - a}
         found |= {"top1_before": _first(was, firsts[0]), "top1_after": _first(now, firsts[1])}
         found |= {"top1_changed": firsts[0] != firsts[1] if known else None}
@@ -202,7 +225,9 @@ def _first(said: Distribution, token: int) -> str | None:
 
 
 @checks_arguments
-def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None) -> pd.DataFrame:
+def uncertainty(
+    run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
+) -> pd.DataFrame:
     """How sure the model is, one row for each position (all that have logits, unless chosen).
 
     Columns: row, pos, read (the token there, the last one read); entropy (nats), varentropy (nats²), perplexity
@@ -227,7 +252,9 @@ def uncertainty(run: Run, *, pos: PosLike = None, step: CountLike = None, rows: 
                 "prob_margin": float(best[0] - best[1]),
                 "top1": _first(said, first),
                 "top1_prob": probs[0],
-                "nucleus_90": math.nan if said.unknown else int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
+                "nucleus_90": math.nan
+                if said.unknown
+                else int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
                 "top2": _first(said, second),
                 "top2_prob": probs[1],
                 "scenario": scenario(*probs),

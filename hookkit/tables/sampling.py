@@ -53,7 +53,9 @@ def warped(
     """
     rules = list(_rules(temperature, top_k, top_p))
     if not rules:
-        raise BadHook("no setting was given: say temperature=(0.5, 1, 2), top_k=(5, 50) or top_p=(0.5, 0.9)")
+        raise BadHook(
+            "no setting was given: say temperature=(0.5, 1, 2), top_k=(5, 50) or top_p=(0.5, 0.9)"
+        )
     whole_number(top, "top", least=1, meaning="how many tokens to show,")
     parts = []
     for said in distributions(run, pos=pos, rows=rows):
@@ -87,7 +89,9 @@ def _rules(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Warp
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     for given in _several(temperature):
-        value = finite_number(given, "temperature", above=0.0, meaning="a temperature (greedy is top_k=1),")
+        value = finite_number(
+            given, "temperature", above=0.0, meaning="a temperature (greedy is top_k=1),"
+        )
         yield f"temperature={value:g}", _called(TemperatureLogitsWarper(float(value)))
     for given in _several(top_k):
         value = whole_number(given, "top_k", least=1, meaning="how many tokens,", error=BadHook)

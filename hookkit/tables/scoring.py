@@ -73,11 +73,21 @@ def score(
     """
     rows, firsts = _rows(lm, texts, after)
     length, step = _window_of(lm, window, stride)
-    whole_number(batch_tokens, "batch_tokens", least=1, meaning="how many tokens a forward may have,", error=BadHook)
-    whole_number(top, "top", least=0, meaning="how many alternatives to show at each token (0 for none),")
+    whole_number(
+        batch_tokens,
+        "batch_tokens",
+        least=1,
+        meaning="how many tokens a forward may have,",
+        error=BadHook,
+    )
+    whole_number(
+        top, "top", least=0, meaning="how many alternatives to show at each token (0 for none),"
+    )
     begin = getattr(lm.tokenizer, "bos_token_id", None)
     windows = [
-        each for text, row in enumerate(rows) for each in _windows(text, row, firsts[text], (length, step), begin)
+        each
+        for text, row in enumerate(rows)
+        for each in _windows(text, row, firsts[text], (length, step), begin)
     ]
     for hook in hooks:
         _check(lm, hook, several=len({each.text for each in windows}) < len(windows))
@@ -86,7 +96,9 @@ def score(
     return as_table(lm, _joined(found))
 
 
-def _scored(lm: LM, batch: Sequence[Window], hooks: Sequence[Hook], top: int) -> Iterator[tuple[Window, pd.DataFrame]]:
+def _scored(
+    lm: LM, batch: Sequence[Window], hooks: Sequence[Hook], top: int
+) -> Iterator[tuple[Window, pd.DataFrame]]:
     """What one forward says of the windows' tokens; the forward's logits are gone before the next begins."""
     run = forward(lm, [each.ids for each in batch], *hooks)
     for logits, each in zip(run.logits, batch, strict=True):
@@ -105,7 +117,9 @@ def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], lis
             f"there are {len(rows)} texts and {len(prompts)} prompts in after=: give one for each, or one for all"
         )
     prompts = prompts * len(rows) if len(prompts) == 1 else prompts
-    return [(*prompt, *row) for prompt, row in zip(prompts, rows, strict=True)], [len(prompt) for prompt in prompts]
+    return [(*prompt, *row) for prompt, row in zip(prompts, rows, strict=True)], [
+        len(prompt) for prompt in prompts
+    ]
 
 
 def _without_special_tokens(lm: LM, texts: Prompts) -> Prompts:
@@ -122,7 +136,9 @@ def _window_of(lm: LM, window: int | None, stride: int | None) -> tuple[int, int
         if value is not None:
             whole_number(value, word, least=least, meaning="a number of tokens,", error=BadHook)
     if window is not None and lm.context is not None and window > lm.context:
-        raise BadHook(f"window={window} was asked for, and the model's context is {lm.context}: give that or less")
+        raise BadHook(
+            f"window={window} was asked for, and the model's context is {lm.context}: give that or less"
+        )
     length = window or min(lm.context or MOST, MOST)
     if stride is not None and stride >= length:
         raise BadHook(
@@ -132,7 +148,9 @@ def _window_of(lm: LM, window: int | None, stride: int | None) -> tuple[int, int
     return length, stride or length // 2
 
 
-def _windows(text: int, row: Row, first: int, sizes: tuple[int, int], begin: int | None) -> Iterator[Window]:
+def _windows(
+    text: int, row: Row, first: int, sizes: tuple[int, int], begin: int | None
+) -> Iterator[Window]:
     """The windows of a text, each with the tokens that no window before it had."""
     length, step = sizes
     start = end = 0
@@ -150,12 +168,18 @@ def _batches(windows: Sequence[Window], tokens: int, *, one_length: bool) -> lis
     found: list[list[Window]] = []
     for each in sorted(windows, key=lambda each: -len(each.ids)):
         width = len(found[-1][0].ids) if found else 0
-        fits = bool(found) and width * (len(found[-1]) + 1) <= tokens and (not one_length or width == len(each.ids))
+        fits = (
+            bool(found)
+            and width * (len(found[-1]) + 1) <= tokens
+            and (not one_length or width == len(each.ids))
+        )
         found[-1].append(each) if fits else found.append([each])
     return found
 
 
-def _joined(found: Sequence[tuple[Window, pd.DataFrame]]) -> Iterator[tuple[int, list[int], pd.DataFrame]]:
+def _joined(
+    found: Sequence[tuple[Window, pd.DataFrame]],
+) -> Iterator[tuple[int, list[int], pd.DataFrame]]:
     """Each text's positions, and what was said of the tokens there, in order."""
     ordered = sorted(found, key=lambda pair: (pair[0].text, pair[0].pos))
     for text, pairs in groupby(ordered, key=lambda pair: pair[0].text):
@@ -172,13 +196,17 @@ def _check(lm: LM, hook: Hook, *, several: bool) -> None:
     if isinstance(hook, Capture):
         raise BadHook(f"{hook}: score gives a table and keeps no captures; see hk.harvest")
     if where.rows is not None:
-        raise BadHook(f"{hook} names rows, and score makes batches of its own: leave rows out, or {instead}")
+        raise BadHook(
+            f"{hook} names rows, and score makes batches of its own: leave rows out, or {instead}"
+        )
     if where.step is not None:
         raise BadHook(
             f"{hook} acts on what comes behind the last token, which is not scored: say pos=slice(None) for all tokens"
         )
     if any(_by_place(lm, hook, getattr(hook, each.name), several) for each in fields(hook)):
-        raise BadHook(f"{hook} puts in values for each row or position, and score makes batches of its own: {instead}")
+        raise BadHook(
+            f"{hook} puts in values for each row or position, and score makes batches of its own: {instead}"
+        )
     named = (where.pos, getattr(hook, "key", None))
     if several and any(pos not in WHOLE for pos in named):
         raise BadHook(

@@ -32,7 +32,7 @@ from .decoding import candidates, decided
 
 
 @dataclass(frozen=True, eq=False)
-class Now:
+class StreamStep:
     """One step of a generation, just taken: `step` counts generated tokens, `text` is each row so far."""
 
     step: int
@@ -48,19 +48,23 @@ class Now:
     def candidates(self) -> pd.DataFrame:
         """The step's rows of `hk.decoding`."""
         top = self.record.asked.top
-        return pd.DataFrame([row for each in self.record.decisions for row in candidates(self.record, each, top)])
+        return pd.DataFrame(
+            [row for each in self.record.decisions for row in candidates(self.record, each, top)]
+        )
 
 
 class Stream:
     """The steps of a generation, to be gone through once. `run` is the whole of it, after the last step."""
 
-    def __init__(self, lm: LM, prompts: Prompts, hooks: tuple[Hook, ...], asked: Trace, given: dict[str, Any]) -> None:
+    def __init__(
+        self, lm: LM, prompts: Prompts, hooks: tuple[Hook, ...], asked: Trace, given: dict[str, Any]
+    ) -> None:
         self._lm, self._hooks, self._given = lm, hooks, given
         self._rows = as_batch(lm, prompts, side="left").rows
         self._tracer = Tracer(lm, asked, hooks, listener=self._listen)
         self._written: list[list[int]] = [[] for _ in self._rows]
         self._ended = [False] * len(self._rows)
-        self._turns: Turns[Now] | None = None
+        self._turns: Turns[StreamStep] | None = None
         self._draws = Draws(lm, given.pop("seed"))
         self._run: Run | None = None
 
@@ -68,12 +72,16 @@ class Stream:
     def run(self) -> Run:
         """The whole generation, once its last step was taken."""
         if self._run is None:
-            raise Unsupported("the generation has not come to its end: go through all of its steps first")
+            raise Unsupported(
+                "the generation has not come to its end: go through all of its steps first"
+            )
         return self._run
 
-    def __iter__(self) -> Iterator[Now]:
+    def __iter__(self) -> Iterator[StreamStep]:
         if self._turns is not None:
-            raise Unsupported("a stream is gone through once: make another, with the same seed for the same text")
+            raise Unsupported(
+                "a stream is gone through once: make another, with the same seed for the same text"
+            )
         self._turns = Turns(self._generate, name="hookkit.stream")
         try:
             with closing(self._turns) as turns:
@@ -86,23 +94,29 @@ class Stream:
 
     def _generate(self) -> None:
         logits = self._given.pop("logits")
-        self._run = traced(self._lm, self._rows, self._hooks, logits, self._draws, self._tracer, self._given)
+        self._run = traced(
+            self._lm, self._rows, self._hooks, logits, self._draws, self._tracer, self._given
+        )
 
     def _listen(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
         going = self._tracer.generation
         if going.beams > 1 or going.returned > 1:
-            raise Unsupported("beams and several sequences of one prompt have no single text to stream: use generate")
+            raise Unsupported(
+                "beams and several sequences of one prompt have no single text to stream: use generate"
+            )
         chosen, ends = tokens.tolist(), done.tolist()
         going_on = [row for row, ended in enumerate(self._ended) if not ended]
         for row in going_on:
             self._written[row].append(chosen[row])
             self._ended[row] = ends[row]
-        texts = [self._lm.text([*row, *new]) for row, new in zip(self._rows, self._written, strict=True)]
+        texts = [
+            self._lm.text([*row, *new]) for row, new in zip(self._rows, self._written, strict=True)
+        ]
         lengths = {row: len(self._rows[row]) for row in going_on}
         record = self._tracer.now({row: chosen[row] for row in going_on}, lengths)
         assert self._turns is not None
         with self._draws.put_aside():
-            self._turns.give(Now(len(self._tracer.steps) - 1, texts, record))
+            self._turns.give(StreamStep(len(self._tracer.steps) - 1, texts, record))
 
 
 @checks_arguments
@@ -124,4 +138,6 @@ def stream(
     >>> [now.decisions["token"][0] for now in steps]
     ["' Paris'", "'.'"]
     """
-    return Stream(lm, prompts, hooks, trace or every_step(), {"logits": logits, "seed": seed, **arguments})
+    return Stream(
+        lm, prompts, hooks, trace or every_step(), {"logits": logits, "seed": seed, **arguments}
+    )

@@ -55,12 +55,22 @@ def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame
         places = kept.positions[row]
         columns = ((places >= 0) & (places + 1 < run.lengths[row])).nonzero().flatten()
         ids = run.tokens[row].cpu()[places[columns] + 1]
-        parts.append((row, (places[columns] + 1).tolist(), said_of(run.lm, kept.values[row], columns, ids, top)))
+        parts.append(
+            (
+                row,
+                (places[columns] + 1).tolist(),
+                said_of(run.lm, kept.values[row], columns, ids, top),
+            )
+        )
     return as_table(run.lm, parts)
 
 
 def said_of(
-    lm: LM, logits: Float[Tensor, "pos vocab"], columns: Int[Tensor, " n"], ids: Int[Tensor, " n"], top: int
+    lm: LM,
+    logits: Float[Tensor, "pos vocab"],
+    columns: Int[Tensor, " n"],
+    ids: Int[Tensor, " n"],
+    top: int,
 ) -> pd.DataFrame:
     """What logits at these columns say of these tokens. Columns: token_id, logprob, rank and, with `top`, alternatives.
 
@@ -68,13 +78,20 @@ def said_of(
     """
     step = max(1, NUMBERS_AT_ONCE // logits.shape[-1])
     parts = [
-        _piece(lm, logits[columns[start : start + step].to(logits.device)], ids[start : start + step], top)
+        _piece(
+            lm,
+            logits[columns[start : start + step].to(logits.device)],
+            ids[start : start + step],
+            top,
+        )
         for start in range(0, len(columns), step)
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _piece(lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top: int) -> pd.DataFrame:
+def _piece(
+    lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top: int
+) -> pd.DataFrame:
     logits = logits.detach().float()
     real, wanted = logits[:, : lm.n_tokens or None], ids.to(logits.device)[:, None]
     logprobs = logits.log_softmax(-1)
@@ -85,7 +102,9 @@ def _piece(lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top
     }
     found = pd.DataFrame({name: values.tolist() for name, values in numbers.items()})
     if top:
-        best = torch.sort(real, descending=True, stable=True).indices[:, :top]  # the lower id first among equals
+        best = torch.sort(real, descending=True, stable=True).indices[
+            :, :top
+        ]  # the lower id first among equals
         found["alternatives"] = _named(lm, best.tolist(), logprobs.gather(1, best).exp().tolist())
     return found
 
@@ -118,7 +137,11 @@ def as_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd
             "perplexity": mean.exp().tolist(),  # infinite where that is too large for a number
         }
         tables.append(
-            pd.DataFrame(columns | {"alternatives": said["alternatives"]} if "alternatives" in said else columns)
+            pd.DataFrame(
+                columns | {"alternatives": said["alternatives"]}
+                if "alternatives" in said
+                else columns
+            )
         )
     if not tables:
         raise EmptySelection(
@@ -130,7 +153,11 @@ def as_table(lm: LM, parts: Iterable[tuple[int, list[int], pd.DataFrame]]) -> pd
 
 @checks_arguments
 def surprisal_shift(
-    before: Run | pd.DataFrame, after: Run | pd.DataFrame, *, rows: CountLike = None, worst_first: bool = False
+    before: Run | pd.DataFrame,
+    after: Run | pd.DataFrame,
+    *,
+    rows: CountLike = None,
+    worst_first: bool = False,
 ) -> pd.DataFrame:
     """Which tokens of a text became less expected: each token's loss in one run and in another that read the same.
 
@@ -155,26 +182,36 @@ def surprisal_shift(
     found = pd.DataFrame(was[list(PLACES)]).copy()
     for name in COMPARED:
         found[f"{name}_before"], found[f"{name}_after"] = was[name], now[name]
-        found[f"{name}_delta"] = (now[name] - was[name]).where(now[name] != was[name], 0)  # inf minus inf is no change
+        found[f"{name}_delta"] = (now[name] - was[name]).where(
+            now[name] != was[name], 0
+        )  # inf minus inf is no change
     found["worse"] = found["loss_delta"] > 0
     unknown = pd.Series(found["loss_delta"]).isna()
     if bool(unknown.any()):
         found["worse"] = found["worse"].astype(object).mask(unknown, None)
     if worst_first:
-        found = found.sort_values(["loss_delta", "row", "pos"], ascending=[False, True, True], ignore_index=True)
+        found = found.sort_values(
+            ["loss_delta", "row", "pos"], ascending=[False, True, True], ignore_index=True
+        )
     return pd.DataFrame(found)
 
 
 def _as_surprisal(given: Run | pd.DataFrame, rows: CountLike) -> pd.DataFrame:
     if isinstance(given, Run):
         return surprisal(given, rows=rows)
-    missing = [name for name in (*PLACES, *COMPARED) if name not in given] if isinstance(given, pd.DataFrame) else []
+    missing = (
+        [name for name in (*PLACES, *COMPARED) if name not in given]
+        if isinstance(given, pd.DataFrame)
+        else []
+    )
     if missing or not isinstance(given, pd.DataFrame):
         what = f"a table without {', '.join(missing)}" if missing else f"a {type(given).__name__}"
         raise BadHook(
             f"surprisal_shift was given {what}: give two runs, or two tables of surprisal(run) or score(lm, …)"
         )
-    wanted = chosen(as_count(rows, "row", negative=False), max(given["row"].tolist(), default=0) + 1)
+    wanted = chosen(
+        as_count(rows, "row", negative=False), max(given["row"].tolist(), default=0) + 1
+    )
     return pd.DataFrame(given[given["row"].isin(wanted)]).reset_index(drop=True)
 
 
@@ -182,7 +219,10 @@ def _check_same(was: pd.DataFrame, now: pd.DataFrame) -> None:
     places = [list(table[list(PLACES)].itertuples(index=False, name=None)) for table in (was, now)]
     for one, two in zip(*places, strict=False):
         if one != two:
-            said = [f"{token} (id {number}) at position {pos} of row {row}" for row, pos, token, number in (one, two)]
+            said = [
+                f"{token} (id {number}) at position {pos} of row {row}"
+                for row, pos, token, number in (one, two)
+            ]
             raise OutOfRange(
                 f"the two read different tokens: {said[0]} before, and {said[1]} after. Compare what both say of one "
                 "text: surprisal(hk.forward(lm, text, *hooks)) reads what is given"
@@ -194,4 +234,6 @@ def _check_same(was: pd.DataFrame, now: pd.DataFrame) -> None:
 
 
 def _check_top(top: int) -> None:
-    whole_number(top, "top", least=0, meaning="how many alternatives to show at each token (0 for none),")
+    whole_number(
+        top, "top", least=0, meaning="how many alternatives to show at each token (0 for none),"
+    )

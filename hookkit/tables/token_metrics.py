@@ -47,7 +47,9 @@ def read_answers(answers: object, name: str) -> Answers:
     if isinstance(answers, tuple):
         return _several(answers, name)
     if isinstance(answers, Set):
-        raise BadHook(f"{name}={described(answers)} has no order: give a tuple of tokens that count, or a list of them")
+        raise BadHook(
+            f"{name}={described(answers)} has no order: give a tuple of tokens that count, or a list of them"
+        )
     items = items_of(answers)
     if items is None:
         return read_token(answers, name)  # raises
@@ -81,7 +83,9 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
             "or that each of them counts in every prompt: write a list for one token each, list(answers), or "
             f"[answers] * {count} for all of them in every prompt"
         )
-    entries: Sequence[Token | tuple[Token, ...]] = answers if isinstance(answers, list) else [answers] * count
+    entries: Sequence[Token | tuple[Token, ...]] = (
+        answers if isinstance(answers, list) else [answers] * count
+    )
     if len(entries) != count:
         raise BadPrompt(
             f"a metric has tokens for {len(entries)} prompts, and there are {count}: a list has one entry for each "
@@ -93,7 +97,9 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
         rows.append([lm.token(one) for one in several])
     for row in rows:
         if len(set(row)) < len(row):
-            raise BadHook(f"a metric names token {max(row, key=row.count)} twice for one prompt: name each once")
+            raise BadHook(
+                f"a metric names token {max(row, key=row.count)} twice for one prompt: name each once"
+            )
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     return Ids(ids, torch.tensor([[n < len(row) for n in range(width)] for row in rows]))

@@ -47,7 +47,10 @@ def test_a_model_without_a_final_norm_is_linear_at_its_last_block_of_its_own():
 
 def test_each_neuron_is_its_patch_where_nothing_bends_and_they_sum_to_the_site(linear_end):
     table = hk.attribution(linear_end, CLEAN, CORRUPTED, "mlp_post", DIFF, layers=[2], by="neuron")
-    assert list(table.columns[:3]) == ["layer", "unit", "row"] and len(table) == 3 * linear_end.sizes["d_mlp"]
+    assert (
+        list(table.columns[:3]) == ["layer", "unit", "row"]
+        and len(table) == 3 * linear_end.sizes["d_mlp"]
+    )
     source = hk.forward(linear_end, CLEAN, hk.capture("mlp_post.2"))["mlp_post.2"]
     for unit in (0, 17):
 
@@ -82,7 +85,9 @@ def test_the_table_is_that_of_patching(llama, sites, settings):
     assert list(estimate.columns) == list(truth.columns)
     cells = [name for name in truth.columns if "logit_diff" not in name]
     assert estimate[cells].astype(str).equals(truth[cells].astype(str))
-    assert estimate["logit_diff_before"].tolist() == pytest.approx(truth["logit_diff_before"].tolist(), abs=1e-5)
+    assert estimate["logit_diff_before"].tolist() == pytest.approx(
+        truth["logit_diff_before"].tolist(), abs=1e-5
+    )
     assert np.allclose(
         estimate["logit_diff_effect"] * truth["logit_diff_delta"],
         truth["logit_diff_effect"] * estimate["logit_diff_delta"],
@@ -112,21 +117,31 @@ def test_a_heads_attribution_is_what_hooks_by_hand_make_of_it(llama):
     by = ((clean - kept["z"].detach()) * kept["z"].grad)[0]
     wanted = by.unflatten(-1, (4, 8)).sum(-1)  # [pos, head]
     table = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF, layers=[1])
-    assert table[table["row"] == 0]["logit_diff_delta"].tolist() == pytest.approx(wanted.sum(0).tolist(), abs=1e-4)
+    assert table[table["row"] == 0]["logit_diff_delta"].tolist() == pytest.approx(
+        wanted.sum(0).tolist(), abs=1e-4
+    )
     placed = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF, layers=[1], pos=[2])
-    assert placed[placed["row"] == 0]["logit_diff_delta"].tolist() == pytest.approx(wanted[2].tolist(), abs=1e-4)
+    assert placed[placed["row"] == 0]["logit_diff_delta"].tolist() == pytest.approx(
+        wanted[2].tolist(), abs=1e-4
+    )
 
 
-def test_prompts_of_several_lengths_and_in_several_batches_give_what_each_gives_alone(llama, monkeypatch):
+def test_prompts_of_several_lengths_and_in_several_batches_give_what_each_gives_alone(
+    llama, monkeypatch
+):
     together = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
     for row in range(3):
         alone = hk.attribution(llama, CLEAN[row : row + 1], CORRUPTED[row : row + 1], "z", DIFF)
         found = together[together["row"] == row]["logit_diff_delta"].tolist()
         assert found == pytest.approx(alone["logit_diff_delta"].tolist(), abs=1e-4)
     for size in (2, 1):
-        monkeypatch.setattr(sys.modules["hookkit.attributions.attribution_patching"], "TOGETHER", size)
+        monkeypatch.setattr(
+            sys.modules["hookkit.attributions.attribution_patching"], "TOGETHER", size
+        )
         split = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
-        assert split["logit_diff_delta"].tolist() == pytest.approx(together["logit_diff_delta"].tolist(), abs=1e-4)
+        assert split["logit_diff_delta"].tolist() == pytest.approx(
+            together["logit_diff_delta"].tolist(), abs=1e-4
+        )
 
 
 def test_places_before_the_token_that_differs_carry_nothing(llama):
@@ -137,11 +152,22 @@ def test_places_before_the_token_that_differs_carry_nothing(llama):
 def test_the_integral_over_the_embeddings_is_all_of_the_change(llama):
     everywhere = {"pos": [slice(None)]}
     table = hk.attribution(
-        llama, CLEAN, CORRUPTED, "embed", DIFF, method="integrated", steps=60, points="middle", **everywhere
+        llama,
+        CLEAN,
+        CORRUPTED,
+        "embed",
+        DIFF,
+        method="integrated",
+        steps=60,
+        points="middle",
+        **everywhere,
     )
     wanted = DIFF(hk.forward(llama, CLEAN)) - DIFF(hk.forward(llama, CORRUPTED))
     assert table["logit_diff_delta"].tolist() == pytest.approx(wanted.tolist(), abs=0.02)
-    assert table["logit_diff_effect"].tolist() == pytest.approx([1, 1, 1], abs=0.02) and table.attrs["steps"] == 60
+    assert (
+        table["logit_diff_effect"].tolist() == pytest.approx([1, 1, 1], abs=0.02)
+        and table.attrs["steps"] == 60
+    )
     one = hk.attribution(llama, CLEAN, CORRUPTED, "embed", DIFF, **everywhere)
     assert np.abs(one["logit_diff_delta"] - wanted.tolist()).max() > 0.1
 
@@ -154,7 +180,9 @@ def test_the_points_of_the_integral_are_the_papers_or_the_middles(llama, points)
     embed = model.get_input_embeddings()
     clean, corrupted = (embed(torch.tensor([ids[row]])).detach() for ids in (CLEAN, CORRUPTED))
     outputs = []
-    handle = model.model.layers[2].mlp.register_forward_hook(lambda m, a, output: outputs.append(output))
+    handle = model.model.layers[2].mlp.register_forward_hook(
+        lambda m, a, output: outputs.append(output)
+    )
 
     def logits(embeddings):
         return model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
@@ -162,7 +190,9 @@ def test_the_points_of_the_integral_are_the_papers_or_the_middles(llama, points)
     slopes = []
     for k in range(1, steps + 1):
         share = k / steps if points == "start" else (k - 0.5) / steps
-        logit = logits(corrupted + share * (clean - corrupted))  # the clean prompt is run, as in the paper
+        logit = logits(
+            corrupted + share * (clean - corrupted)
+        )  # the clean prompt is run, as in the paper
         slopes.append(torch.autograd.grad(logit[5] - logit[7], outputs[-1])[0])
     with torch.no_grad():
         logits(clean), logits(corrupted)
@@ -170,14 +200,18 @@ def test_the_points_of_the_integral_are_the_papers_or_the_middles(llama, points)
     wanted = ((outputs[-1] - outputs[-2]) * torch.stack(slopes).mean(0))[0].sum(-1).detach()
     given = {"layers": [2], "direction": "noise", "method": "integrated", "steps": steps}
     chosen = {} if points == "start" else {"points": points}
-    table = hk.attribution(llama, CLEAN[row : row + 1], CORRUPTED[row : row + 1], "mlp_out", DIFF, **given, **chosen)
+    table = hk.attribution(
+        llama, CLEAN[row : row + 1], CORRUPTED[row : row + 1], "mlp_out", DIFF, **given, **chosen
+    )
     assert table["logit_diff_delta"].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_one_step_at_the_start_is_the_plain_gradient(llama):
     one = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF, method="integrated", steps=1)
     plain = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
-    assert one["logit_diff_delta"].tolist() == pytest.approx(plain["logit_diff_delta"].tolist(), abs=1e-5)
+    assert one["logit_diff_delta"].tolist() == pytest.approx(
+        plain["logit_diff_delta"].tolist(), abs=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +230,16 @@ def test_the_qk_fix_is_patching_where_only_the_softmax_bends(linear_beside, site
     fixed = hk.attribution(linear_beside, CLEAN, CORRUPTED, site, DIFF, **given, method="qk_fix")
     plain, truth = both(linear_beside, site, **given)
     far = "logit_diff_effect"  # of a pair whose metric hardly differs
-    pd.testing.assert_frame_equal(fixed.drop(columns=far), truth.drop(columns=far), atol=1e-4, rtol=1e-4)
+    pd.testing.assert_frame_equal(
+        fixed.drop(columns=far), truth.drop(columns=far), atol=1e-4, rtol=1e-4
+    )
     apart = (plain["logit_diff_delta"] - truth["logit_diff_delta"]).abs().max()
     assert apart > 0.1 * truth["logit_diff_delta"].abs().max() > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_oss", "bloom", "gpt_neox", "mixtral", "gpt_neo"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "qwen3", "gpt_oss", "bloom", "gpt_neox", "mixtral", "gpt_neo"]
+)
 def test_the_qk_fix_is_the_gradient_where_prompts_hardly_differ(family):
     """Between two runs that hardly differ, the change of a pattern is its slope."""
     lm = hk.tiny(family)
@@ -226,7 +264,9 @@ def test_the_qk_fix_in_several_batches_is_that_in_one(llama, monkeypatch):
     together = hk.attribution(*given, method="qk_fix", pos=[-1, 1])
     monkeypatch.setattr(sys.modules["hookkit.attributions.attribution_patching"], "TOGETHER", 2)
     split = hk.attribution(*given, method="qk_fix", pos=[-1, 1])
-    assert split["logit_diff_delta"].tolist() == pytest.approx(together["logit_diff_delta"].tolist(), abs=1e-4)
+    assert split["logit_diff_delta"].tolist() == pytest.approx(
+        together["logit_diff_delta"].tolist(), abs=1e-4
+    )
 
 
 def by_pattern(lm, site, layer, head, pos):
@@ -235,7 +275,9 @@ def by_pattern(lm, site, layer, head, pos):
     source = hk.forward(lm, CLEAN, hk.capture(f"{site}.{layer}"))
     place = f"pattern.{layer}"
     slopes = hk.gradients(lm, CORRUPTED, DIFF, place)
-    patched = hk.forward(lm, CORRUPTED, hk.patch(f"{site}.{layer}.{head}", source, pos=pos), hk.capture(place))
+    patched = hk.forward(
+        lm, CORRUPTED, hk.patch(f"{site}.{layer}.{head}", source, pos=pos), hk.capture(place)
+    )
     moved = patched[place].double() - slopes.values(place).double()
     return (slopes.of(place).double() * moved).flatten(1).sum(1).tolist()
 
@@ -248,14 +290,21 @@ def assert_fixed(lm, sites, layer=1):
         assert largest > 0
         for (head, pos), cell in table.groupby(["head", "pos"]):
             wanted = by_pattern(lm, site, layer, head, pos)
-            assert cell["logit_diff_delta"].tolist() == pytest.approx(wanted, abs=1e-4 * largest), (site, head, pos)
+            assert cell["logit_diff_delta"].tolist() == pytest.approx(wanted, abs=1e-4 * largest), (
+                site,
+                head,
+                pos,
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gemma", "gemma2", "qwen3", "bloom", "mpt", "gpt_neo", "gemma4_text"]
+    "family",
+    ["llama", "gpt2", "gemma", "gemma2", "qwen3", "bloom", "mpt", "gpt_neo", "gemma4_text"],
 )
-def test_the_qk_fix_is_the_slope_of_the_pattern_times_the_pattern_of_the_patched_model(family, dtype):
+def test_the_qk_fix_is_the_slope_of_the_pattern_times_the_pattern_of_the_patched_model(
+    family, dtype
+):
     assert_fixed(hk.LM(hk.tiny(family).model.to(dtype)), ["q", "k"])
 
 
@@ -281,7 +330,14 @@ def test_the_qk_fix_holds_where_the_pattern_is_saturated(family):
 def test_a_pattern_that_is_not_the_softmax_of_queries_and_keys_is_refused(llama):
     with pytest.raises(Unsupported, match="a hook on the way"):
         hk.attribution(
-            llama, CLEAN, CORRUPTED, "q", DIFF, method="qk_fix", layers=[1], under=[hk.edit("scores.1", torch.sin)]
+            llama,
+            CLEAN,
+            CORRUPTED,
+            "q",
+            DIFF,
+            method="qk_fix",
+            layers=[1],
+            under=[hk.edit("scores.1", torch.sin)],
         )
     with pytest.raises(BadHook, match="'z' is neither"):
         hk.attribution(llama, CLEAN, CORRUPTED, ["q", "z"], DIFF, method="qk_fix")
@@ -327,7 +383,16 @@ def test_a_tokens_attribution_is_its_embedding_times_the_gradient(gpt2):
     table = hk.token_attribution(gpt2, CLEAN, DIFF)
     assert table[table["row"] == 0]["attribution"].tolist() == pytest.approx(wanted, abs=1e-4)
     assert table["token_id"].tolist() == [token for row in CLEAN for token in row]
-    assert table.groupby("row").size().tolist() == [6, 3, 3] and table["pos"].tolist()[:8] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert table.groupby("row").size().tolist() == [6, 3, 3] and table["pos"].tolist()[:8] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("baseline", [20, torch.full((32,), 0.1)])
@@ -337,12 +402,16 @@ def test_integrated_gradients_share_out_all_of_the_change(gpt2, baseline):
         for steps in (2, 80)
     )
     assert fine["gap"].abs().max() < 0.05 < coarse["gap"].abs().max()
-    change = [now - was for now, was in zip(fine.attrs["metric"], fine.attrs["baseline"], strict=True)]
+    change = [
+        now - was for now, was in zip(fine.attrs["metric"], fine.attrs["baseline"], strict=True)
+    ]
     sums = fine.groupby("row")["attribution"].sum()
     assert (sums + fine.groupby("row")["gap"].first()).tolist() == pytest.approx(change, abs=1e-4)
     if isinstance(baseline, int):
         same = [[baseline] * len(row) for row in CLEAN]
-        assert fine.attrs["baseline"] == pytest.approx(DIFF(hk.forward(gpt2, same)).tolist(), abs=1e-4)
+        assert fine.attrs["baseline"] == pytest.approx(
+            DIFF(hk.forward(gpt2, same)).tolist(), abs=1e-4
+        )
 
 
 def test_each_token_has_its_own_part_of_the_integral(gpt2):
@@ -350,7 +419,9 @@ def test_each_token_has_its_own_part_of_the_integral(gpt2):
     for row, ids in enumerate(CLEAN):
         embedding = gpt2.model.transformer.wte.weight.detach()
         start, end = embedding[20].expand(1, len(ids), 32), embedding[torch.tensor([ids])]
-        way = torch.linspace(0, 1, 200)[:, None, None]  # trapezoids, cut elsewhere than the code cuts the way
+        way = torch.linspace(0, 1, 200)[
+            :, None, None
+        ]  # trapezoids, cut elsewhere than the code cuts the way
         at = (start + (end - start) * way).requires_grad_()
         logits = gpt2.model(inputs_embeds=at).logits[:, -1]
         (slopes,) = torch.autograd.grad((logits[:, 5] - logits[:, 7]).sum(), at)
@@ -367,7 +438,9 @@ def test_each_token_has_its_own_part_of_the_integral(gpt2):
 def by_small_steps(lm, edge, row, of, to, width=2e-2):
     """The steepness of one edge by hand: a part of what the sender writes in the prompts `of`, in place of what it
     writes in the prompts `to`, reaches the receiver alone."""
-    (kind, layer, *head), (name, at, *receiver) = (part.split(".") if "." in part else (part, 0) for part in edge)
+    (kind, layer, *head), (name, at, *receiver) = (
+        part.split(".") if "." in part else (part, 0) for part in edge
+    )
     layers = lm.model.model.layers if lm.family.name == "llama" else lm.model.transformer.h
     layer, at, d_head = int(layer), int(at), lm.sizes["d_head"]
     site = {"embed": "resid_pre.0", "z": f"z.{layer}", "mlp_out": f"mlp_out.{layer}"}[kind]
@@ -380,7 +453,11 @@ def by_small_steps(lm, edge, row, of, to, width=2e-2):
         project = attention.o_proj if lm.family.name == "llama" else attention.c_proj
         change = (project(only.flatten(2)) - project(torch.zeros_like(only.flatten(2)))).detach()
     block = layers[at]
-    norms = ("input_layernorm", "post_attention_layernorm") if lm.family.name == "llama" else ("ln_1", "ln_2")
+    norms = (
+        ("input_layernorm", "post_attention_layernorm")
+        if lm.family.name == "llama"
+        else ("ln_1", "ln_2")
+    )
 
     def value(step):
         def whole(module, args):
@@ -403,9 +480,15 @@ def by_small_steps(lm, edge, row, of, to, width=2e-2):
         elif name == "mlp_in":
             handles.append(getattr(block, norms[1]).register_forward_pre_hook(whole))
         else:
-            reads = getattr(block.self_attn, f"{name}_proj") if lm.family.name == "llama" else block.attn.c_attn
+            reads = (
+                getattr(block.self_attn, f"{name}_proj")
+                if lm.family.name == "llama"
+                else block.attn.c_attn
+            )
             handles.append(
-                getattr(block, norms[0]).register_forward_pre_hook(lambda m, a: streams.append(a[0]) or None)
+                getattr(block, norms[0]).register_forward_pre_hook(
+                    lambda m, a: streams.append(a[0]) or None
+                )
             )
             handles.append(reads.register_forward_hook(head_alone))
         with torch.no_grad():
@@ -464,7 +547,9 @@ def test_edges_in_a_parallel_block_do_not_lead_from_its_heads_to_its_mlp():
 
 
 def test_integrated_edges_to_the_logits_of_a_linear_end_are_the_plain_ones(linear_end):
-    one, many = (hk.edge_attribution(linear_end, CLEAN, CORRUPTED, DIFF, steps=steps) for steps in (1, 3))
+    one, many = (
+        hk.edge_attribution(linear_end, CLEAN, CORRUPTED, DIFF, steps=steps) for steps in (1, 3)
+    )
     plain, mean = (t[t["receiver"] == "logits"]["logit_diff_delta"].tolist() for t in (one, many))
     assert plain == pytest.approx(mean, abs=1e-4)
     assert hk.agreement(one, many)["pearson"][0] < 0.9999
@@ -474,7 +559,9 @@ def test_integrated_edges_to_the_logits_of_a_linear_end_are_the_plain_ones(linea
 
 
 def test_models_without_edges_say_why():
-    with pytest.raises(Unsupported, match="not the sum of its embedding.*adds a token embedding of its own"):
+    with pytest.raises(
+        Unsupported, match="not the sum of its embedding.*adds a token embedding of its own"
+    ):
         hk.edge_attribution(hk.tiny("gemma4_text"), CLEAN, CORRUPTED, DIFF)
     with pytest.raises(MissingSite, match="has no 'k'"):
         hk.edge_attribution(hk.tiny("deepseek_v3"), CLEAN, CORRUPTED, DIFF)
@@ -482,7 +569,9 @@ def test_models_without_edges_say_why():
 
 def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
     with pytest.raises(Unsupported, match="does not end at the other prompt"):
-        hk.attribution(hk.tiny("gemma4_text"), CLEAN, CORRUPTED, "resid_pre", DIFF, method="integrated")
+        hk.attribution(
+            hk.tiny("gemma4_text"), CLEAN, CORRUPTED, "resid_pre", DIFF, method="integrated"
+        )
 
 
 @pytest.mark.parametrize(
@@ -493,14 +582,26 @@ def test_a_way_that_does_not_end_at_the_other_prompt_is_refused():
         ({"by": "head"}, BadHook, "by='head' is unknown"),
         ({"sites": "z", "by": "neuron"}, BadHook, "z has them: leave by= out"),
         ({"corrupted": CORRUPTED[:1]}, BadPrompt, "are to be patched into"),
-        ({"method": "integrated", "steps": 0}, BadHook, "steps=0: give how many parts of the way, at least 1"),
-        ({"method": "integrated", "points": "end"}, BadHook, "points='end' is unknown: say 'start' or 'middle'"),
+        (
+            {"method": "integrated", "steps": 0},
+            BadHook,
+            "steps=0: give how many parts of the way, at least 1",
+        ),
+        (
+            {"method": "integrated", "points": "end"},
+            BadHook,
+            "points='end' is unknown: say 'start' or 'middle'",
+        ),
         ({"steps": 3}, BadHook, "are of method='integrated', and have no effect with 'gradient'"),
         ({"points": "middle"}, BadHook, "have no effect with 'gradient'"),
         ({"metric": hk.rank(5)}, Unsupported, "gives no gradient"),
         ({"metric": hk.loss((8, 9))}, Unsupported, "attribution is of prompts in pairs"),
         ({"pos": [5]}, OutOfRange, "position 5 of row 1"),
-        ({"pos": [3]}, OutOfRange, "position 3 of row 1 was asked for .*, and it has 3 tokens, 0 to 2"),
+        (
+            {"pos": [3]},
+            OutOfRange,
+            "position 3 of row 1 was asked for .*, and it has 3 tokens, 0 to 2",
+        ),
         ({"sites": ["resid_pre", "z"]}, Unsupported, "some have heads and some do not"),
         ({"metrics": DIFF}, hk.errors.UnknownKeyword, "did you mean 'metric'"),
     ],

@@ -17,7 +17,11 @@ SITES = ("embed", "resid_pre", "q", "z", "pattern", "resid_mid", "mlp_in", "mlp_
 
 
 def places(lm, names=SITES, layer=1):
-    found = [hk.Site(name, None if name == "embed" else layer) for name in names if name in lm.layout.names]
+    found = [
+        hk.Site(name, None if name == "embed" else layer)
+        for name in names
+        if name in lm.layout.names
+    ]
     return [site for site in found if lm.layout.find(site.name, site.layer)]
 
 
@@ -40,19 +44,31 @@ def steepness(lm, row, site, way, width):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_gradients_in_every_family_are_as_steep_as_small_steps_say(family):
     lm = hk.LM(hk.tiny(family).model.double())
-    lm.config._experts_implementation = "eager"  # torch's grouped product of experts refuses float64
+    lm.config._experts_implementation = (
+        "eager"  # torch's grouped product of experts refuses float64
+    )
     sites = [*places(lm), hk.Site("final_norm"), hk.Site("resid_post", lm.n_layers - 1)]
-    found = hk.gradients(lm, [LONG, SHORT], DIFF, [site for site in sites if site.name in lm.layout.names])
+    found = hk.gradients(
+        lm, [LONG, SHORT], DIFF, [site for site in sites if site.name in lm.layout.names]
+    )
     assert found.metric[1] == pytest.approx(said(lm, SHORT, sites[-1], torch.zeros(())), abs=1e-5)
     for site in found.sites:
         slope = found.of(site)[1]
-        slope = slope[..., : len(SHORT), : len(SHORT)] if site.name == "pattern" else slope[: len(SHORT)]
-        noise = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0), dtype=slope.dtype)
+        slope = (
+            slope[..., : len(SHORT), : len(SHORT)]
+            if site.name == "pattern"
+            else slope[: len(SHORT)]
+        )
+        noise = torch.randn(
+            slope.shape, generator=torch.Generator().manual_seed(0), dtype=slope.dtype
+        )
         way = slope / slope.norm() + noise / noise.norm()
         by_steps = steepness(
             lm, SHORT, site, way[None], 2e-3
         )  # not smaller: many norms compute in float32 all the same
-        assert by_steps == pytest.approx(float((slope * way).sum()), abs=2e-3 * float(slope.norm())), site
+        assert by_steps == pytest.approx(
+            float((slope * way).sum()), abs=2e-3 * float(slope.norm())
+        ), site
 
 
 def test_in_float64_throughout_the_steps_agree_to_seven_digits():
@@ -61,10 +77,14 @@ def test_in_float64_throughout_the_steps_agree_to_seven_digits():
     for site in found.sites:
         slope = found.of(site)
         way = slope / slope.norm()
-        assert steepness(lm, LONG, site, way, 1e-5) == pytest.approx(float(slope.norm()), rel=1e-7), site
+        assert steepness(lm, LONG, site, way, 1e-5) == pytest.approx(
+            float(slope.norm()), rel=1e-7
+        ), site
 
 
-@pytest.mark.parametrize(("family", "block"), [("llama", "model.layers.{}"), ("gpt2", "transformer.h.{}")])
+@pytest.mark.parametrize(
+    ("family", "block"), [("llama", "model.layers.{}"), ("gpt2", "transformer.h.{}")]
+)
 def test_gradients_are_those_of_a_backward_written_by_hand(family, block):
     lm = hk.tiny(family)
     kept = {}
@@ -83,7 +103,9 @@ def test_gradients_are_those_of_a_backward_written_by_hand(family, block):
         handle.remove()
     lm.model.zero_grad()
     found = hk.gradients(lm, [SHORT, LONG], DIFF, "resid_post")
-    assert float(found.metric[1]) == pytest.approx(float((logits[5] - logits[7]).detach()), abs=1e-5)
+    assert float(found.metric[1]) == pytest.approx(
+        float((logits[5] - logits[7]).detach()), abs=1e-5
+    )
     for layer in range(lm.n_layers):
         assert close(found.of(f"resid_post.{layer}")[1], kept[layer].grad[0])
         assert close(found.values(f"resid_post.{layer}")[1], kept[layer].detach()[0])
@@ -151,7 +173,9 @@ def test_the_loss_of_a_continuation_has_its_gradient(llama):
 
 def test_edits_are_in_the_numbers_and_in_the_gradients(llama):
     double = hk.scale("mlp_out.1", 2.0)
-    found = hk.gradients(llama, [LONG], DIFF, ["resid_pre.1", "mlp_out.1"], double, hk.capture("embed"))
+    found = hk.gradients(
+        llama, [LONG], DIFF, ["resid_pre.1", "mlp_out.1"], double, hk.capture("embed")
+    )
     edit = lambda step: [double, hk.edit("resid_pre.1", lambda v: v + step)]  # noqa: E731
     slope = found.of("resid_pre.1")
     way = slope / slope.norm()
@@ -159,9 +183,12 @@ def test_edits_are_in_the_numbers_and_in_the_gradients(llama):
     steps = float((logits[0] - logits[1])[5] - (logits[0] - logits[1])[7]) / 2e-2
     assert steps == pytest.approx(float(slope.norm()), rel=1e-2)
     assert torch.allclose(
-        found.values("mlp_out.1"), hk.forward(llama, [LONG], double, hk.capture("mlp_out.1"))["mlp_out.1"]
+        found.values("mlp_out.1"),
+        hk.forward(llama, [LONG], double, hk.capture("mlp_out.1"))["mlp_out.1"],
     )
-    assert [str(site) for site in found.run.sites] == ["embed"] and not found.run.logits.requires_grad
+    assert [str(site) for site in found.run.sites] == [
+        "embed"
+    ] and not found.run.logits.requires_grad
 
 
 def test_what_an_edit_cuts_off_has_the_gradient_zero(llama):
@@ -184,7 +211,10 @@ def test_the_model_is_left_as_found_after_any_ending():
     for name, weight in weights.items():
         weight.requires_grad_("mlp" not in name)
         weight.grad = torch.ones_like(weight) if "q_proj" in name else None
-    hooks, flags = hooks_on(lm.model), {name: weight.requires_grad for name, weight in weights.items()}
+    hooks, flags = (
+        hooks_on(lm.model),
+        {name: weight.requires_grad for name, weight in weights.items()},
+    )
 
     def fails(values):
         raise ZeroDivisionError("mine")
@@ -203,12 +233,18 @@ def test_the_model_is_left_as_found_after_any_ending():
 
 
 def test_an_edit_of_the_stream_reaches_it_also_where_the_mlp_reads_it_as_it_is():
-    lm = hk.tiny("olmo2")  # whose MLP has no norm before it: resid_mid and mlp_in are one module's input
+    lm = hk.tiny(
+        "olmo2"
+    )  # whose MLP has no norm before it: resid_mid and mlp_in are one module's input
     both = [hk.scale("mlp_in.1", 0.5), hk.scale("resid_mid.1", 2.0)]
     for hooks in (both, both[::-1]):
-        run = hk.forward(lm, [LONG], *hooks, hk.capture(["resid_mid.1", "mlp_in.1", "mlp_out.1", "resid_post.1"]))
+        run = hk.forward(
+            lm, [LONG], *hooks, hk.capture(["resid_mid.1", "mlp_in.1", "mlp_out.1", "resid_post.1"])
+        )
         plain = hk.forward(lm, [LONG], hk.capture("resid_mid.1"))["resid_mid.1"]
-        assert torch.allclose(run["resid_mid.1"], 2 * plain) and torch.allclose(run["mlp_in.1"], plain)
+        assert torch.allclose(run["resid_mid.1"], 2 * plain) and torch.allclose(
+            run["mlp_in.1"], plain
+        )
         assert close(run["resid_post.1"], 2 * plain + run["mlp_out.1"])
     found = hk.gradients(lm, [LONG], DIFF, ["mlp_in.1", "resid_mid.1", "resid_post.1"])
     together = found.of("mlp_in.1") + found.of("resid_post.1")
@@ -222,7 +258,11 @@ def test_an_edit_of_the_stream_reaches_it_also_where_the_mlp_reads_it_as_it_is()
         ({"metric": lambda logits: logits[:, 5].detach()}, Unsupported, "gives no gradient"),
         ({"metric": hk.kl()}, Unsupported, "give kl.reference_run."),
         ({"metric": [DIFF, hk.prob(5)]}, BadHook, "metric=a list: give a metric"),
-        ({"metric": hk.logit_diff([5], [7])}, BadPrompt, "a metric has tokens for 1 prompts, and there are 2"),
+        (
+            {"metric": hk.logit_diff([5], [7])},
+            BadPrompt,
+            "a metric has tokens for 1 prompts, and there are 2",
+        ),
         ({"sites": "resid_pre.9"}, OutOfRange, "3 layers"),
         ({"pos": 4}, OutOfRange, "the metric looks at position 4, and prompt 1 has 3 tokens"),
         ({"pos": None}, BadHook, "give a whole number"),
@@ -251,7 +291,11 @@ def test_a_place_that_nothing_reads_is_no_place_of_gradient_zero():
     class Aside(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.aside, self.head = nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 20)
+            self.table, self.aside, self.head = (
+                nn.Embedding(20, 4),
+                nn.Linear(4, 4),
+                nn.Linear(4, 20),
+            )
 
         def forward(self, ids):
             values = self.table(ids)
@@ -261,18 +305,28 @@ def test_a_place_that_nothing_reads_is_no_place_of_gradient_zero():
     lm = hk.LM(Aside())
     with pytest.raises(Unsupported, match="does not depend on aside:output"):
         hk.gradients(lm, [[1, 2, 3]], DIFF, hk.module("aside"))
-    assert hk.gradients(lm, [[1, 2, 3]], DIFF, hk.module("table")).of(hk.module("table")).shape == (1, 3, 4)
+    assert hk.gradients(lm, [[1, 2, 3]], DIFF, hk.module("table")).of(hk.module("table")).shape == (
+        1,
+        3,
+        4,
+    )
 
 
 def test_a_tensor_without_rows_and_positions_is_refused():
     class Turned(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.turned, self.head = nn.Embedding(20, 4), nn.Identity(), nn.Linear(4, 20)
+            self.table, self.turned, self.head = (
+                nn.Embedding(20, 4),
+                nn.Identity(),
+                nn.Linear(4, 20),
+            )
 
         def forward(self, ids):
             return self.head(self.turned(self.table(ids).movedim(-1, 0)).movedim(0, -1))
 
     lm = hk.LM(Turned())
-    with pytest.raises(Unsupported, match=r"turned:output has shape \[4, 1, 3\], without axes batch and pos"):
+    with pytest.raises(
+        Unsupported, match=r"turned:output has shape \[4, 1, 3\], without axes batch and pos"
+    ):
         hk.gradients(lm, [[1, 2, 3]], DIFF, [hk.module("table"), hk.module("turned")])

@@ -36,7 +36,14 @@ def asked(*words: str) -> tuple[int, str, str]:
 def test_every_site_is_proved_editable_or_missing_with_a_reason():
     checkup = hk.doctor(hk.tiny("qwen2_moe"))
     assert checkup.healthy
-    assert list(checkup.sites.columns) == ["site", "blocks", "editable", "proved", "difference", "why"]
+    assert list(checkup.sites.columns) == [
+        "site",
+        "blocks",
+        "editable",
+        "proved",
+        "difference",
+        "why",
+    ]
     assert checkup.sites["site"].tolist() == [*AXES]
     for row in checkup.sites.itertuples():
         if row.blocks:
@@ -68,20 +75,33 @@ def test_a_wrong_row_is_a_problem_with_the_law_and_the_site():
 def test_what_a_law_had_not_come_to_when_it_raised_is_not_proved():
     lm = hk.tiny("llama")
     what_attention_reads = hk.place(".self_attn", side="input", cut="head d_head")
-    checkup = hk.doctor(hk.LM(lm.model, row=hk.family("mine", like=lm, places={"z": what_attention_reads})))
+    checkup = hk.doctor(
+        hk.LM(lm.model, row=hk.family("mine", like=lm, places={"z": what_attention_reads}))
+    )
     sites = checkup.sites.set_index("site")
-    assert any("the law 'projection': could not be tried: TypeError" in problem for problem in checkup.problems)
+    assert any(
+        "the law 'projection': could not be tried: TypeError" in problem
+        for problem in checkup.problems
+    )
     # the law is tried at z, raises, and never comes to the neurons, where the other laws hold
     others = checkup.laws.query("site == 'mlp_post' and law not in ('projection', 'all heads')")
     assert others["holds"].all() and len(others) > 3
-    assert not sites.loc["mlp_post", "proved"] and sites.loc["mlp_post", "why"] == "projection, all heads"
+    assert (
+        not sites.loc["mlp_post", "proved"]
+        and sites.loc["mlp_post", "why"] == "projection, all heads"
+    )
     assert sites.loc["resid_post", "proved"] and sites.loc["resid_post", "editable"]
-    assert len(checkup.problems) == len(set(checkup.problems)), "an error is said once, not for every site"
+    assert len(checkup.problems) == len(set(checkup.problems)), (
+        "an error is said once, not for every site"
+    )
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_a_problem(small_tokenizer):
     checkup = hk.doctor(hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": 300}))
-    assert any("the tokenizer has ids up to 319, and the model's vocabulary ends at 299" in p for p in checkup.problems)
+    assert any(
+        "the tokenizer has ids up to 319, and the model's vocabulary ends at 299" in p
+        for p in checkup.problems
+    )
 
 
 def test_a_damaged_tokenizer_is_a_problem(small_tokenizer):
@@ -135,7 +155,12 @@ def test_a_family_that_was_found_out_is_proved_like_any_other():
 def test_the_command_says_it_in_words_and_its_status_is_0(folder):
     status, out, _ = asked(folder)
     assert status == 0, out
-    assert "qwen3" in out and "resid_post" in out and "3 of 3" in out and "nothing was found that does not work" in out
+    assert (
+        "qwen3" in out
+        and "resid_post" in out
+        and "3 of 3" in out
+        and "nothing was found that does not work" in out
+    )
 
 
 def test_the_command_gives_json_for_scripts(folder):
@@ -157,7 +182,9 @@ def test_the_status_is_2_where_there_is_no_model(tmp_path):
     assert status == 2 and err.startswith("hookkit: there is no")
 
 
-@pytest.mark.parametrize(("words", "layers"), [(["--layer", "2", "--layer", "0"], [2, 0]), ([], None)])
+@pytest.mark.parametrize(
+    ("words", "layers"), [(["--layer", "2", "--layer", "0"], [2, 0]), ([], None)]
+)
 def test_the_laws_are_tried_at_the_layers_that_are_asked_for(monkeypatch, words, layers):
     lm, tried = hk.tiny("llama"), []
 
@@ -172,7 +199,9 @@ def test_the_laws_are_tried_at_the_layers_that_are_asked_for(monkeypatch, words,
 
 
 @pytest.mark.parametrize(("words", "trusted"), [(["--trust-remote-code"], True), ([], None)])
-def test_code_that_comes_with_a_model_runs_where_that_is_said_and_nowhere_else(monkeypatch, words, trusted):
+def test_code_that_comes_with_a_model_runs_where_that_is_said_and_nowhere_else(
+    monkeypatch, words, trusted
+):
     told = []
 
     def load(*name, **settings):

@@ -38,7 +38,9 @@ def test_every_law_holds_or_the_exception_stands_in_the_table(case):
     used = {*excused["law"], *(excused["law"] + " " + excused["site"])}
     assert {*lm.family.exceptions} <= used, "an exception is claimed that is none"
     for law in LAWS:
-        assert {*proof.query(f"law == {law.name!r}")["site"]} <= {"", *law.sites}, "a site that the law does not name"
+        assert {*proof.query(f"law == {law.name!r}")["site"]} <= {"", *law.sites}, (
+            "a site that the law does not name"
+        )
 
 
 def test_every_site_holds_what_plain_transformers_has_there(case):
@@ -48,7 +50,9 @@ def test_every_site_holds_what_plain_transformers_has_there(case):
     expected = by_hand_families.sites(lm.model, IDS)
     run = hk.forward(lm, [IDS], hk.capture(lm.sites()))
     mine = {str(site) for site in lm.sites()}
-    beside = {f"{site}.{layer}" for layer in MIXERS.get(name, ()) for site in ("attn_in", "attn_out")}
+    beside = {
+        f"{site}.{layer}" for layer in MIXERS.get(name, ()) for site in ("attn_in", "attn_out")
+    }
     assert mine - set(expected) == beside
     assert set(expected) - mine == set()
     for layer in MIXERS.get(name, ()):
@@ -63,9 +67,15 @@ def test_every_site_holds_what_plain_transformers_has_there(case):
             seen = ~hidden(found)
             assert torch.equal(seen, ~hidden(value)) or name == "falcon alibi"
             found, value = found.where(seen, 0), value.where(seen, 0)
-            if name in ("mpt", "bloom", "falcon alibi", "gpt_oss"):  # known up to a number for each query
+            if name in (
+                "mpt",
+                "bloom",
+                "falcon alibi",
+                "gpt_oss",
+            ):  # known up to a number for each query
                 found, value = (
-                    x - (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True) for x in (found, value)
+                    x - (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+                    for x in (found, value)
                 )
                 found, value = found * seen, value * seen
         assert apart(found, value) < 2e-5, site
@@ -76,7 +86,11 @@ def test_one_head_is_that_head_of_the_whole_site_read_and_written(case):
     if name in NOT_BY_HAND:
         pytest.skip("the second route is not written for this configuration; the laws hold for it")
     expected = by_hand_families.sites(lm.model, IDS)
-    with_heads = [lm.sites(site)[-1] for site in ("q", "k", "v", "z", "q_rot", "k_rot") if site in lm.layout.names]
+    with_heads = [
+        lm.sites(site)[-1]
+        for site in ("q", "k", "v", "z", "q_rot", "k_rot")
+        if site in lm.layout.names
+    ]
     hooks, wholes = [], {}
     for site in with_heads:
         count = expected[str(site)].shape[2]
@@ -102,7 +116,10 @@ def test_an_edit_does_what_a_hand_written_edit_does(case):
     if name in NOT_BY_HAND:
         pytest.skip("the second route is not written for this configuration; the laws hold for it")
     for site in ("resid_post.1", "attn_out.1", "mlp_out.1", "z.1", "mlp_post.1", "final_norm"):
-        if site.partition(".")[0] not in lm.layout.names or lm.layout.find(site.partition(".")[0], 1) is None:
+        if (
+            site.partition(".")[0] not in lm.layout.names
+            or lm.layout.find(site.partition(".")[0], 1) is None
+        ):
             continue
         if f"{site}" in {f"attn_out.{layer}" for layer in MIXERS.get(name, ())}:
             continue
@@ -128,12 +145,17 @@ def test_an_attn_out_before_the_post_norm_is_caught_by_the_laws():
 def test_a_resid_mid_that_reaches_the_mlp_only_is_caught_by_the_laws():
     lm = hk.tiny("llama")
     shared = dataclasses.replace(lm.family.places["resid_mid"], shared=False)
-    broken = hk.LM(lm.model, row=dataclasses.replace(lm.family, places={**lm.family.places, "resid_mid": shared}))
+    broken = hk.LM(
+        lm.model,
+        row=dataclasses.replace(lm.family, places={**lm.family.places, "resid_mid": shared}),
+    )
     failed = hk.prove(broken).query("~holds")
     assert "one stream" in set(failed["law"])
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt2", "bloom", "gpt_oss", "deepseek_v3", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "gemma2", "gpt2", "bloom", "gpt_oss", "deepseek_v3", "falcon"]
+)
 def test_patterns_while_generating_are_those_of_the_whole_text_in_every_way_of_decoding(name):
     lm = made(name)
     prompts = [IDS, IDS[:3]]
@@ -154,7 +176,9 @@ def test_patterns_while_generating_are_those_of_the_whole_text_in_every_way_of_d
             whole = by_hand_families.sites(lm.model, ids)
             seen = length - 1
             assert apart(run["pattern.0"][row, :, :seen, :seen], whole["pattern.0"][0]) < 1e-5, way
-            assert apart(run["pattern.1.2"][row, :seen, :seen], whole["pattern.1"][0, 2]) < 1e-5, way
+            assert apart(run["pattern.1.2"][row, :seen, :seen], whole["pattern.1"][0, 2]) < 1e-5, (
+                way
+            )
             assert (run["pattern.0"][row, :, :, seen:] == 0).all()
 
 

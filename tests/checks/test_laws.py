@@ -35,13 +35,17 @@ def sites_of(lm: hk.LM, layer: int = 1) -> list[hk.Site]:
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Equal to a fraction of the largest value."""
     assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= tolerance * max(1e-3, float(expected.abs().max()))
+    assert float((found - expected).abs().max()) <= tolerance * max(
+        1e-3, float(expected.abs().max())
+    )
 
 
 def same_text(site: hk.Site, found: torch.Tensor, expected: torch.Tensor) -> None:
     """Values of one row [pos, ...] in a batch and alone; scores and patterns may have more keys there, all unseen."""
     if site.name in ("scores", "pattern"):
-        found, expected = (x.transpose(0, 1) if x.ndim == 3 else x for x in (found, expected))  # [query, head, key]
+        found, expected = (
+            x.transpose(0, 1) if x.ndim == 3 else x for x in (found, expected)
+        )  # [query, head, key]
         found = found[: expected.shape[0]]
         keys = min(found.shape[-1], expected.shape[-1])
         unseen = torch.finfo(found.dtype).min if site.name == "scores" else 0.0
@@ -62,7 +66,10 @@ def plain_batch(lm: hk.LM, side: str) -> dict[str, torch.Tensor]:
     """The prompts padded by hand."""
     rows = rows_of(lm)
     width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for number, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[number, place], mask[number, place] = torch.tensor(row), 1
@@ -75,7 +82,9 @@ def test_without_hooks_logits_are_those_of_plain_transformers(lm):
     run = hk.forward(lm, PROMPTS)
     with torch.no_grad():
         batch = plain_batch(lm, "right")
-        expected = lm.model(**batch, position_ids=(batch["attention_mask"].cumsum(1) - 1).clamp(min=0)).logits
+        expected = lm.model(
+            **batch, position_ids=(batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        ).logits
     assert torch.equal(run.logits[run.mask], expected[run.mask])
     assert (run.logits[~run.mask] == 0).all()
 
@@ -96,7 +105,9 @@ def test_every_site_holds_what_a_hand_written_hook_finds(lm):
             if name in ("scores", "pattern", "q_rot", "k_rot"):
                 continue  # test_every_family.py
             expected = (
-                by_hand.logits(lm.model, ids) if name == "logits" else by_hand.captured(lm.model, ids, name, layer)
+                by_hand.logits(lm.model, ids)
+                if name == "logits"
+                else by_hand.captured(lm.model, ids, name, layer)
             )
             close(run[site][row : row + 1, : len(ids)], expected.expand(1, *expected.shape[1:]))
             assert (run[site][row, len(ids) :] == 0).all()
@@ -123,7 +134,9 @@ def test_z_through_the_output_projection_is_what_attention_gives(lm):
 def test_patching_a_run_with_itself_is_the_identity_bit_for_bit(lm, prompts):
     source = hk.forward(lm, prompts, hk.capture(lm.sites()))
     for site in sites_of(lm):
-        assert torch.equal(hk.forward(lm, prompts, hk.patch(site, source)).logits, source.logits), site
+        assert torch.equal(hk.forward(lm, prompts, hk.patch(site, source)).logits, source.logits), (
+            site
+        )
     everything = hk.forward(lm, prompts, hk.patch(lm.sites(), source))
     assert torch.equal(everything.logits, source.logits)
 
@@ -132,9 +145,13 @@ def test_steering_there_and_back_gives_the_original(lm):
     original = hk.forward(lm, PROMPTS)
     for site in sites_of(lm):
         vector = torch.randn(lm.shape(site))
-        back = hk.forward(lm, PROMPTS, hk.steer(site, vector, scale=2.0), hk.steer(site, vector, scale=-2.0))
+        back = hk.forward(
+            lm, PROMPTS, hk.steer(site, vector, scale=2.0), hk.steer(site, vector, scale=-2.0)
+        )
         close(back.logits, original.logits, 1e-4)
-        assert not torch.equal(hk.forward(lm, PROMPTS, hk.steer(site, vector, scale=2.0)).logits, original.logits)
+        assert not torch.equal(
+            hk.forward(lm, PROMPTS, hk.steer(site, vector, scale=2.0)).logits, original.logits
+        )
 
 
 def test_zeroing_any_site_changes_the_output(lm):
@@ -144,7 +161,9 @@ def test_zeroing_any_site_changes_the_output(lm):
         assert float((changed - original).abs().max()) > 1e-3, site
 
 
-@pytest.mark.parametrize("edit", [lambda x: x * 0, lambda x: x * 1.5 + 0.25], ids=["zero", "affine"])
+@pytest.mark.parametrize(
+    "edit", [lambda x: x * 0, lambda x: x * 1.5 + 0.25], ids=["zero", "affine"]
+)
 def test_an_edit_does_what_a_hand_written_edit_does(lm, edit):
     ids = rows_of(lm)[0]
     for site in sites_of(lm):
@@ -164,20 +183,26 @@ def test_an_edit_of_q_k_and_v_reaches_its_own_part_of_a_fused_projection(gpt2):
             return x
 
         expected = by_hand.edited_logits(gpt2.model, ids, name, 1, edit)
-        close(hk.forward(gpt2, PROMPTS[0], hk.edit(f"{name}.1", lambda x: x + 0.5)).logits, expected)
+        close(
+            hk.forward(gpt2, PROMPTS[0], hk.edit(f"{name}.1", lambda x: x + 0.5)).logits, expected
+        )
 
 
 def test_an_edit_of_resid_mid_reaches_the_mlp_and_the_stream(lm):
     """By hand: the block's second half is computed from the edited stream, outside the model."""
     ids, layer = rows_of(lm)[0], 1
-    block = lm.model.model.layers[layer] if lm.family.name == "llama" else lm.model.transformer.h[layer]
+    block = (
+        lm.model.model.layers[layer] if lm.family.name == "llama" else lm.model.transformer.h[layer]
+    )
     norm = block.post_attention_layernorm if lm.family.name == "llama" else block.ln_2
     ramp = torch.linspace(-2, 2, 32)
     for edit in (lambda x: x * 0, lambda x: x + ramp):
         mid = edit(by_hand.captured(lm.model, ids, "resid_mid", layer))
         with torch.no_grad():
             after = mid + block.mlp(norm(mid))
-        expected = by_hand.edited_logits(lm.model, ids, "resid_post", layer, lambda x, after=after: after)
+        expected = by_hand.edited_logits(
+            lm.model, ids, "resid_post", layer, lambda x, after=after: after
+        )
         close(hk.forward(lm, PROMPTS[0], hk.edit(f"resid_mid.{layer}", edit)).logits, expected)
         half = by_hand.edited_logits(lm.model, ids, "resid_mid", layer, edit)
         assert float((half - expected).abs().max()) > 1e-2, "the trap would not be seen"
@@ -215,7 +240,9 @@ def test_one_row_alone_is_the_row_in_a_padded_batch_at_every_site(lm, side, pos)
         for site in lm.sites():
             same_text(site, together[site][row], alone[site][0])
             width = alone.captured(site).positions.shape[1]
-            assert torch.equal(together.captured(site).positions[row, :width], alone.captured(site).positions[0])
+            assert torch.equal(
+                together.captured(site).positions[row, :width], alone.captured(site).positions[0]
+            )
 
 
 @pytest.mark.parametrize(
@@ -225,10 +252,22 @@ def test_one_row_alone_is_the_row_in_a_padded_batch_at_every_site(lm, side, pos)
 )
 def test_every_way_of_decoding_gives_what_a_loop_by_hand_gives(lm, way):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    where = [dict(pos=2), dict(pos=hk.GENERATED), dict(pos=hk.PROMPT), dict(pos=slice(4, 7)), dict()]  # noqa: C408
+    where = [
+        dict(pos=2),
+        dict(pos=hk.GENERATED),
+        dict(pos=hk.PROMPT),
+        dict(pos=slice(4, 7)),
+        dict(),
+    ]  # noqa: C408
     ids = rows_of(lm)[0]
     start = len(ids)
-    chosen = [lambda p: p == 2, lambda p: p >= start, lambda p: p < start, lambda p: 4 <= p < 7, lambda p: True]
+    chosen = [
+        lambda p: p == 2,
+        lambda p: p >= start,
+        lambda p: p < start,
+        lambda p: 4 <= p < 7,
+        lambda p: True,
+    ]
     module, side, _ = by_hand.module_of(lm.model, "resid_post", 1)
     for at, wanted in zip(where, chosen, strict=True):
 
@@ -268,7 +307,9 @@ def test_every_way_of_decoding_gives_what_a_loop_by_hand_gives(lm, way):
 
 
 @pytest.mark.parametrize(
-    "way", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=["cache", "no cache", "chunks"]
+    "way",
+    [{}, {"use_cache": False}, {"prefill_chunk_size": 3}],
+    ids=["cache", "no cache", "chunks"],
 )
 def test_a_generated_row_alone_is_the_row_in_a_left_padded_batch(lm, way):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(3))
@@ -310,7 +351,11 @@ def test_rows_with_different_hooks_in_one_batch_are_single_runs(lm):
     ]
     together = hk.forward(lm, PROMPTS, *(hook(row) for row, hook in enumerate(hooks)))
     written = hk.generate(
-        lm, PROMPTS, *(hook(row) for row, hook in enumerate(hooks)), max_new_tokens=4, do_sample=False
+        lm,
+        PROMPTS,
+        *(hook(row) for row, hook in enumerate(hooks)),
+        max_new_tokens=4,
+        do_sample=False,
     )
     for row, (prompt, hook) in enumerate(zip(PROMPTS, hooks, strict=True)):
         alone = hk.forward(lm, prompt, hook(0))
@@ -337,7 +382,9 @@ def test_what_was_captured_is_unchanged_by_what_happens_later(lm):
         seen = manager["resid_post.0"].clone()
         for handle in handles:
             handle.remove()
-    assert float(seen.abs().max()) > 0, "the capture came before the user's hook, and kept its own copy"
+    assert float(seen.abs().max()) > 0, (
+        "the capture came before the user's hook, and kept its own copy"
+    )
     assert all(torch.equal(run[site], copies[site]) for site in lm.sites())
 
 
@@ -364,7 +411,9 @@ def test_no_hook_is_left_after_any_ending(lm, ending):
             if ending == "return":
                 verb()
             else:
-                with pytest.raises(ZeroDivisionError if ending == "exception" else KeyboardInterrupt):
+                with pytest.raises(
+                    ZeroDivisionError if ending == "exception" else KeyboardInterrupt
+                ):
                     verb()
             assert hooks_on(lm.root) == before
     finally:

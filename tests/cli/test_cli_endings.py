@@ -21,7 +21,11 @@ def commands(found=None, path=()) -> dict[tuple[str, ...], typer.core.TyperComma
     found = typer.main.get_command(app) if found is None else found
     if not hasattr(found, "commands"):
         return {path: found}
-    return {words: each for name, one in found.commands.items() for words, each in commands(one, (*path, name)).items()}
+    return {
+        words: each
+        for name, one in found.commands.items()
+        for words, each in commands(one, (*path, name)).items()
+    }
 
 
 NAMES = [" ".join(words) for words in commands()]
@@ -44,7 +48,14 @@ def test_the_commands_are_there():
         "harvest",
         "steer",
     ]
-    grids = ["sweep ablations", "sweep patching", "models list", "models where", "models fetch", "models remove"]
+    grids = [
+        "sweep ablations",
+        "sweep patching",
+        "models list",
+        "models where",
+        "models fetch",
+        "models remove",
+    ]
     assert {*wanted, *grids} <= {*NAMES}
 
 
@@ -70,14 +81,24 @@ def test_an_example_is_a_line_that_the_program_can_take(name):
 
 
 def test_options_that_are_common_are_called_the_same_everywhere():
-    names = {name: {option for each in one.params for option in each.opts} for name, one in commands().items()}
+    names = {
+        name: {option for each in one.params for option in each.opts}
+        for name, one in commands().items()
+    }
     for words, options in names.items():
         if {"--csv", "--html"} & options:
             assert {"--csv", "--json", "--html", "--out", "--quiet"} <= options, words
-        if words[0] not in ("models", "doctor", "diff", *MODELLESS):  # diff names its models as arguments
+        if words[0] not in (
+            "models",
+            "doctor",
+            "diff",
+            *MODELLESS,
+        ):  # diff names its models as arguments
             assert {"--model", "--revision", "--device", "--dtype"} <= options, words
         if "--hook" in options:
-            assert {"--hooks", "--ablate", "--force", "--ban", "--boost", "--steer"} <= options, words
+            assert {"--hooks", "--ablate", "--force", "--ban", "--boost", "--steer"} <= options, (
+                words
+            )
 
 
 def test_the_help_says_the_statuses_and_is_quick():
@@ -87,48 +108,106 @@ def test_the_help_says_the_statuses_and_is_quick():
     assert time.perf_counter() - began < 3  # 0.35 s on a machine that does nothing else
     said, loaded = done.stdout.rsplit("\n", 2)[:2]
     assert "Exit status: 0 done; 1 " in said and "130" in said
-    assert not {"torch", "transformers", "pandas", "numpy", "yaml", "huggingface_hub"} & set(loaded.split())
+    assert not {"torch", "transformers", "pandas", "numpy", "yaml", "huggingface_hub"} & set(
+        loaded.split()
+    )
 
 
 BAD = [
     ("ranks", ["ranks"], "there is no prompt"),
     ("an empty prompt", ["ranks", ""], "prompt 0 is empty"),
-    ("no file", ["ranks", "--prompts", "nowhere.txt"], "'nowhere.txt' is no file of prompts that can be read: No such"),
+    (
+        "no file",
+        ["ranks", "--prompts", "nowhere.txt"],
+        "'nowhere.txt' is no file of prompts that can be read: No such",
+    ),
     ("pos", ["ranks", MILK, "--pos", "last"], "'last' is no place for --pos: write a number"),
     ("far", ["ranks", MILK, "--pos", "99"], "99"),
     ("watch", ["ranks", MILK, "--watch", "coffee"], "'coffee' is 2 tokens here"),
-    ("forms", ["ranks", MILK, "--csv", "--json"], "csv, json were asked for at once: say one of them"),
+    (
+        "forms",
+        ["ranks", MILK, "--csv", "--json"],
+        "csv, json were asked for at once: say one of them",
+    ),
     (
         "ending",
         ["ranks", MILK, "--out", "ranks.xlsx"],
         "ends in .xlsx: say .csv, .json, .html, .md or .tex, or a folder",
     ),
-    ("form and ending", ["ranks", MILK, "--csv", "--out", "a.json"], "csv, json were asked for at once"),
+    (
+        "form and ending",
+        ["ranks", MILK, "--csv", "--out", "a.json"],
+        "csv, json were asked for at once",
+    ),
     ("site", ["lens", MILK, "--site", "resid_pots"], "did you mean 'resid_post'"),
     ("no state", ["lens", MILK, "--site", "z"], "a lens reads states of the residual stream"),
     ("token", ["direct", MILK, "--token", "coffee"], "'coffee' is 2 tokens here"),
     ("one token", ["surprisal", "I"], "there is no token of which something was expected"),
     ("no hook", ["shift", MILK], "there is no hook, and a shift is from a run without hooks"),
-    ("page only", ["shift", MILK, "--ban", " tea", "--random"], "--random and --generate are of the page"),
-    ("hook", ["shift", MILK, "--hook", "ablate z.9.3"], "'ablate z.9.3' spells no hook: write VERB:WHAT@WHERE"),
-    ("verb", ["shift", MILK, "--hook", "ablat:z.9.3"], "there is no hook 'ablat'; did you mean 'ablate'?"),
+    (
+        "page only",
+        ["shift", MILK, "--ban", " tea", "--random"],
+        "--random and --generate are of the page",
+    ),
+    (
+        "hook",
+        ["shift", MILK, "--hook", "ablate z.9.3"],
+        "'ablate z.9.3' spells no hook: write VERB:WHAT@WHERE",
+    ),
+    (
+        "verb",
+        ["shift", MILK, "--hook", "ablat:z.9.3"],
+        "there is no hook 'ablat'; did you mean 'ablate'?",
+    ),
     ("json hook", ["generate", MILK, "--hook", "{}"], "this is no hook in JSON"),
     ("head", ["shift", MILK, "--ablate", "z.9.99"], "99"),
-    ("amount", ["generate", MILK, "--boost", " tea"], "'boost: tea' is no amount for ' tea': write boost: tea=2.5"),
-    ("hooks file", ["generate", MILK, "--hooks", "none.yaml"], "'none.yaml' is no file of hooks that can be read"),
-    ("vector file", ["generate", MILK, "--steer", "none.safetensors*2"], "there is no file 'none.safetensors'"),
+    (
+        "amount",
+        ["generate", MILK, "--boost", " tea"],
+        "'boost: tea' is no amount for ' tea': write boost: tea=2.5",
+    ),
+    (
+        "hooks file",
+        ["generate", MILK, "--hooks", "none.yaml"],
+        "'none.yaml' is no file of hooks that can be read",
+    ),
+    (
+        "vector file",
+        ["generate", MILK, "--steer", "none.safetensors*2"],
+        "there is no file 'none.safetensors'",
+    ),
     ("rules", ["generate", MILK, "--top-p", "0.9"], "add --sample"),
-    ("temperature", ["generate", MILK, "--sample", "--temperature", "0"], "--temperature 0.0 is no rule of drawing"),
+    (
+        "temperature",
+        ["generate", MILK, "--sample", "--temperature", "0"],
+        "--temperature 0.0 is no rule of drawing",
+    ),
     ("top-p", ["trace", MILK, "--sample", "--top-p", "7"], "give a number more than 0, at most 1"),
     ("unhooked", ["compare", MILK], "there is no hook, and a comparison is"),
     ("along", ["compare", MILK, "--ban", " tea", "--along", "x"], "along='x' is unknown"),
-    ("direction", ["steer", MILK], "a direction is --vector FILE, or --toward TEXT and --away TEXT"),
+    (
+        "direction",
+        ["steer", MILK],
+        "a direction is --vector FILE, or --toward TEXT and --away TEXT",
+    ),
     ("half", ["steer", MILK, "--toward", "good"], "a direction is --vector FILE"),
-    ("every layer", ["steer", MILK, "--toward", "a b", "--away", "c d", "--site", "resid_post"], "name a layer"),
-    ("vector", ["steer", MILK, "--vector", "none.safetensors"], "'none.safetensors' is no file of a vector"),
+    (
+        "every layer",
+        ["steer", MILK, "--toward", "a b", "--away", "c d", "--site", "resid_post"],
+        "name a layer",
+    ),
+    (
+        "vector",
+        ["steer", MILK, "--vector", "none.safetensors"],
+        "'none.safetensors' is no file of a vector",
+    ),
     ("lengths", ["patch", MILK, "Tea"], "as long as one another"),
     ("one answer", ["patch", MILK, MILK], "both prompts are answered with"),
-    ("figure", ["patch", MILK, MILK, "--figure", "a.docx"], "--figure a.docx: give a file that ends in .png"),
+    (
+        "figure",
+        ["patch", MILK, MILK, "--figure", "a.docx"],
+        "--figure a.docx: give a file that ends in .png",
+    ),
     ("no site", ["sites", "resid_pots"], "did you mean 'resid_post'"),
     ("scan", ["scan", ""], "prompt 0 is empty"),
     ("scan's form", ["scan", MILK, "--csv"], "say --json, or --out FOLDER for all"),
@@ -136,15 +215,27 @@ BAD = [
     ("texts", ["harvest", "nowhere.txt", "z.1", "--out", "harvest"], "nowhere.txt"),
     ("sweep", ["sweep", "ablations", MILK, "zz", "--token", " tea"], "there is no site 'zz'"),
     ("model", ["ranks", MILK, "--model", "no such/model at all"], "'no such/model at all'"),
-    ("device", ["ranks", MILK, "--device", "toaster"], "device='toaster' is none of this machine, which has"),
-    ("dtype", ["ranks", MILK, "--dtype", "float3"], "dtype='float3' is none in which a model computes"),
+    (
+        "device",
+        ["ranks", MILK, "--device", "toaster"],
+        "device='toaster' is none of this machine, which has",
+    ),
+    (
+        "dtype",
+        ["ranks", MILK, "--dtype", "float3"],
+        "dtype='float3' is none in which a model computes",
+    ),
     ("unknown", ["doctor", "./nowhere"], "there is no './nowhere'"),
     ("not here", ["models", "remove", "no/model"], "no model 'no/model' is kept on this machine"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
-def test_a_wish_that_cannot_be_met_is_said_and_ends_with_2(hookkit, words, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "message"), [each[1:] for each in BAD], ids=[each[0] for each in BAD]
+)
+def test_a_wish_that_cannot_be_met_is_said_and_ends_with_2(
+    hookkit, words, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     done = hookkit(*words)
     assert (done.exit_code, done.stdout) == (2, ""), done.output
@@ -152,7 +243,9 @@ def test_a_wish_that_cannot_be_met_is_said_and_ends_with_2(hookkit, words, messa
     assert not [*tmp_path.iterdir()], "nothing is written"
 
 
-@pytest.mark.parametrize("words", [["ranks", MILK, "--top", "0"], ["ranks", MILK, "--nothing"], ["nothing"]])
+@pytest.mark.parametrize(
+    "words", [["ranks", MILK, "--top", "0"], ["ranks", MILK, "--nothing"], ["nothing"]]
+)
 def test_an_option_that_is_not_there_ends_with_2(hookkit, words):
     done = hookkit(*words)
     assert done.exit_code == 2 and not done.stdout and "Usage: hookkit" in done.stderr
@@ -171,7 +264,9 @@ def test_a_folder_that_cannot_be_written_is_said(hookkit, tmp_path):
     assert done.exit_code == 2 and "is no folder, where one is needed" in done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.split()[0] not in ("models", *MODELLESS)])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.split()[0] not in ("models", *MODELLESS)]
+)
 def test_ctrl_c_ends_every_command_with_a_word_and_130(hookkit, name, monkeypatch, tmp_path):
     def interrupted(*given, **words):
         raise KeyboardInterrupt
@@ -189,14 +284,20 @@ def test_ctrl_c_ends_every_command_with_a_word_and_130(hookkit, name, monkeypatc
 
 def test_ctrl_c_ends_a_run_of_experiments(hookkit, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getppid(), signal.SIGINT)\nos._exit(0)")
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\nos.kill(os.getppid(), signal.SIGINT)\nos._exit(0)"
+    )
     done = hookkit("run", "mine.py")
-    assert (done.exit_code, done.stdout) == (130, "") and done.stderr.endswith("hookkit: interrupted\n")
+    assert (done.exit_code, done.stdout) == (130, "") and done.stderr.endswith(
+        "hookkit: interrupted\n"
+    )
 
 
 def test_a_real_ctrl_c_leaves_what_was_said(smol):
     words = ["trace", MILK, "--max-new-tokens", "2000", "--device", "cpu"]
-    with subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        [*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
         assert running.stdout is not None and running.stderr is not None
         assert "' coffee'" in running.stdout.readline()
         running.send_signal(signal.SIGINT)
@@ -206,7 +307,9 @@ def test_a_real_ctrl_c_leaves_what_was_said(smol):
 
 def test_a_pipe_that_is_closed_is_no_error(smol):
     words = ["ranks", MILK, "--top", "49000", "--csv", "--device", "cpu"]
-    with subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        [*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
         assert running.stdout is not None and running.stderr is not None
         assert running.stdout.readline().startswith("row,pos,token")
         running.stdout.close()
@@ -219,14 +322,23 @@ def test_a_terminal_has_a_table_in_colour_and_a_pipe_has_none():
 
     there, here = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    done = subprocess.run([*PROGRAM, "models", "where"], stdout=here, stderr=subprocess.PIPE, env=env, check=True)
+    done = subprocess.run(
+        [*PROGRAM, "models", "where"], stdout=here, stderr=subprocess.PIPE, env=env, check=True
+    )
     os.close(here)
     shown = os.read(there, 65536).decode()
     os.close(there)
-    piped = subprocess.run([*PROGRAM, "models", "where"], capture_output=True, text=True, check=True, env=env)
+    piped = subprocess.run(
+        [*PROGRAM, "models", "where"], capture_output=True, text=True, check=True, env=env
+    )
     assert "\x1b[" in shown and not done.stderr
     assert (
         "\x1b" not in piped.stdout
         and [line.rstrip() for line in piped.stdout.splitlines()] == piped.stdout.splitlines()
     )
-    assert hk.__version__ in subprocess.run([*PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
+    assert (
+        hk.__version__
+        in subprocess.run(
+            [*PROGRAM, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    )

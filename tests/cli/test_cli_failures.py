@@ -16,7 +16,12 @@ MILK = "I like oat milk in my"
 PROGRAM = [sys.executable, "-c", "from hookkit.cli import app; app(prog_name='hookkit')"]
 ESCAPE = "\x1b]0;PWN\x07"
 
-BAD_FILES = {"nowhere": None, "a folder": "folder", "not UTF-8": b"\xff\xfe\x00tea", "a null byte in its name": "\0"}
+BAD_FILES = {
+    "nowhere": None,
+    "a folder": "folder",
+    "not UTF-8": b"\xff\xfe\x00tea",
+    "a null byte in its name": "\0",
+}
 
 
 @pytest.fixture
@@ -38,7 +43,14 @@ def bad(tmp_path, monkeypatch):
     return tmp_path
 
 
-SEVERAL = ("ranks", "lens", "surprisal", "shift", "generate", "compare")  # commands that read --prompts
+SEVERAL = (
+    "ranks",
+    "lens",
+    "surprisal",
+    "shift",
+    "generate",
+    "compare",
+)  # commands that read --prompts
 EDITED = (*SEVERAL, "direct", "scan", "trace")  # commands that take hooks
 NEEDED = {"direct": ["--token", " tea"], "shift": ["--ban", " tea"], "compare": ["--ban", " tea"]}
 WITHOUT_MODEL = [
@@ -67,13 +79,19 @@ WITHOUT_MODEL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("words", WITHOUT_MODEL, ids=[" ".join(words[:4])[:60] for words in WITHOUT_MODEL])
+@pytest.mark.parametrize(
+    "words", WITHOUT_MODEL, ids=[" ".join(words[:4])[:60] for words in WITHOUT_MODEL]
+)
 def test_what_can_be_known_before_is_said_with_status_2_and_no_model(hookkit, no_model, bad, words):
     before = sorted(path.name for path in bad.iterdir())
     done = hookkit(*words)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.startswith("hookkit: ") and len(done.stderr) < 2000 and done.stderr.count("\n") < 6
+    assert (
+        done.stderr.startswith("hookkit: ")
+        and len(done.stderr) < 2000
+        and done.stderr.count("\n") < 6
+    )
     assert sorted(path.name for path in bad.iterdir()) == before, "nothing is written"
 
 
@@ -105,7 +123,9 @@ for words in json.loads(sys.argv[1]):
 
 
 def standing(monkeypatch, content: bytes | None) -> None:
-    monkeypatch.setattr(sys, "stdin", None if content is None else io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(
+        sys, "stdin", None if content is None else io.TextIOWrapper(io.BytesIO(content))
+    )
 
 
 @pytest.mark.parametrize("name", ["ranks", "trace"])
@@ -115,7 +135,10 @@ def test_standard_input_that_is_no_text_or_closed_is_said(name, no_model, monkey
     from hookkit.cli import options
 
     assert typer
-    for content, words in ((b"\xff\xfetea\n", "no text in UTF-8"), (None, "standard input is closed")):
+    for content, words in (
+        (b"\xff\xfetea\n", "no text in UTF-8"),
+        (None, "standard input is closed"),
+    ):
         standing(monkeypatch, content)
         with pytest.raises(hk.errors.BadPrompt, match=words):
             options.one_prompt("-") if name == "trace" else options.Texts(prompt=["-"]).read()
@@ -127,7 +150,10 @@ def test_standard_input_that_is_no_text_or_closed_is_said(name, no_model, monkey
 
 FAULTS = [
     (OSError(28, "No space left on device"), "hookkit: No space left on device\n"),
-    (OSError(30, "Read-only file system", "there/t.csv"), "hookkit: Read-only file system: there/t.csv\n"),
+    (
+        OSError(30, "Read-only file system", "there/t.csv"),
+        "hookkit: Read-only file system: there/t.csv\n",
+    ),
     (PermissionError(13, "Permission denied", "x"), "hookkit: Permission denied: x\n"),
     (MemoryError(), "hookkit: there is not enough memory"),
     (RecursionError("too deep"), "hookkit: RecursionError: too deep. This is a fault of hookkit"),
@@ -137,13 +163,21 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words"), FAULTS, ids=[type(error).__name__ for error, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("error", "words"), FAULTS, ids=[type(error).__name__ for error, _ in FAULTS]
+)
 def test_whatever_goes_wrong_is_said_in_a_line_with_status_2(hookkit, monkeypatch, error, words):
     def load(*name, **given):
         raise error
 
     monkeypatch.setattr("hookkit.models.loading.load", load)
-    for command in (["ranks", MILK], ["sites"], ["doctor"], ["generate", MILK], ["patch", MILK, MILK]):
+    for command in (
+        ["ranks", MILK],
+        ["sites"],
+        ["doctor"],
+        ["generate", MILK],
+        ["patch", MILK, MILK],
+    ):
         done = hookkit(*command, "-q")
         assert done.exit_code == 2 and done.stderr.startswith(words) and not done.stdout
     if not isinstance(error, OSError | MemoryError):
@@ -174,7 +208,9 @@ def on_a_terminal(*words, cwd) -> str:
     import pty
 
     screen, side = pty.openpty()
-    running = subprocess.Popen([*PROGRAM, *words], stdout=side, stderr=side, stdin=side, close_fds=True, cwd=cwd)
+    running = subprocess.Popen(
+        [*PROGRAM, *words], stdout=side, stderr=side, stdin=side, close_fds=True, cwd=cwd
+    )
     os.close(side)
     shown = b""
     while True:
@@ -204,7 +240,12 @@ def test_escapes_in_files_of_others_never_reach_a_terminal(tmp_path):
         ["ranks", "x", "--hooks", f"hooks{ESCAPE}.yaml"], ["run", f"{bad}.py"], ["ranks", "--prompts", bad],
     ):  # fmt: skip
         shown = on_a_terminal(*words, cwd=tmp_path)
-        assert "\x1b]" not in shown and "\x07" not in shown and "\u202e" not in shown and "\u009b" not in shown, words
+        assert (
+            "\x1b]" not in shown
+            and "\x07" not in shown
+            and "\u202e" not in shown
+            and "\u009b" not in shown
+        ), words
         if words == ["show", "res/one"]:
             assert "[red]b[/red]" in shown.replace("\r\n", "")
 
@@ -216,7 +257,15 @@ def test_nothing_is_said_but_by_the_functions_that_print_escapes():
     package = Path(hk.__file__).parent
     found = {}
     for path in (package / "cli").glob("*.py"):
-        count = len(re.findall(r"typer\.echo\(|sys\.std(?:out|err)\.write\(|[^.\w]print\(", path.read_text()))
+        count = len(
+            re.findall(
+                r"typer\.echo\(|sys\.std(?:out|err)\.write\(|[^.\w]print\(", path.read_text()
+            )
+        )
         if count:
             found[path.name] = count
-    assert found == {"base.py": 2, "printing.py": 5, "starting.py": 1}  # the last one is in the text of an experiment
+    assert found == {
+        "base.py": 2,
+        "printing.py": 5,
+        "starting.py": 1,
+    }  # the last one is in the text of an experiment

@@ -39,13 +39,20 @@ def test_a_token_stands_as_it_is_in_a_terminal(monkeypatch):
     terminal = in_a_terminal(monkeypatch)
     output.show(pd.DataFrame({"token": NASTY, "rank": range(len(NASTY))}))
     said = terminal.getvalue()
-    assert "[red]hot[/red]" in said and ":smile:" in said and r"\x1b[31mred\x07" in said and "\\u202e" in said
+    assert (
+        "[red]hot[/red]" in said
+        and ":smile:" in said
+        and r"\x1b[31mred\x07" in said
+        and "\\u202e" in said
+    )
     assert len(said.splitlines()) == len(NASTY) + 1
     assert "\x1b[31m" not in said and "\x07" not in said
 
 
 def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
-    table = pd.DataFrame({"token": NASTY, "why": ["x" * 300] * len(NASTY), "rank": range(len(NASTY))})
+    table = pd.DataFrame(
+        {"token": NASTY, "why": ["x" * 300] * len(NASTY), "rank": range(len(NASTY))}
+    )
     output.show(table)
     from rich.cells import cell_len
 
@@ -56,7 +63,9 @@ def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
 
 def test_numbers_of_a_column_have_as_many_digits_and_small_ones_an_exponent(capsys):
     nan, inf = float("nan"), float("inf")
-    output.show(pd.DataFrame({"prob": [0.5, 1e-7, 0.0], "logit": [20.375, nan, -inf], "rank": [1, 2, 3]}))
+    output.show(
+        pd.DataFrame({"prob": [0.5, 1e-7, 0.0], "logit": [20.375, nan, -inf], "rank": [1, 2, 3]})
+    )
     assert capsys.readouterr().out.splitlines() == [
         "   prob  logit  rank", " 0.5000  20.38     1", "1.0e-07            2", " 0.0000     −∞     3"]  # fmt: skip
 
@@ -73,12 +82,18 @@ def test_a_place_that_is_the_same_everywhere_is_left_out_for_a_reader():
 
 
 def test_the_strongest_rows_are_the_largest_whatever_their_sign():
-    table = pd.DataFrame({"place": list("abcdef"), "effect": [0.5, -3.0, 1.0, -0.25, 2.0, float("nan")]})
+    table = pd.DataFrame(
+        {"place": list("abcdef"), "effect": [0.5, -3.0, 1.0, -0.25, 2.0, float("nan")]}
+    )
     assert output.strongest(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
-    assert output.strongest(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], "and keep their sign"
+    assert output.strongest(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], (
+        "and keep their sign"
+    )
     assert output.strongest(table, "effect", 9)["place"].tolist() == ["b", "e", "c", "a", "d", "f"]
     tied = pd.DataFrame({"place": list("abc"), "effect": [-1.0, 1.0, -1.0]})
-    assert output.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], "of equals the first"
+    assert output.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], (
+        "of equals the first"
+    )
 
 
 def test_layers_in_which_one_token_leads_stand_together():

@@ -41,13 +41,17 @@ def place(tmp_path, monkeypatch):
 
 def test_a_new_experiment_is_short_and_it_and_its_test_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = hookkit("new", "milk_or_tea", "--question", 'What does "it" \\do?', "--prompt", 'He said "tea" and')
+    found = hookkit(
+        "new", "milk_or_tea", "--question", 'What does "it" \\do?', "--prompt", 'He said "tea" and'
+    )
     assert found.stdout.splitlines() == ["experiments/milk_or_tea.py", "tests/test_milk_or_tea.py"]
     assert "hookkit run experiments/milk_or_tea.py" in found.stderr
     words = (tmp_path / "experiments" / "milk_or_tea.py").read_text()
     assert words.startswith('"""What does "it" \\\\do?') and 25 <= len(words.splitlines()) <= 40
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
     hookkit("run", "experiments/milk_or_tea.py")
@@ -62,7 +66,9 @@ def test_a_new_experiment_takes_another_model(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     hookkit("new", "one", "--model", "model")
     hookkit("new", "two", "--model", "some/hub-id", "--folder", "deep")
-    assert f"hk.load({str(tmp_path / 'model')!r})" in (tmp_path / "experiments" / "one.py").read_text()
+    assert (
+        f"hk.load({str(tmp_path / 'model')!r})" in (tmp_path / "experiments" / "one.py").read_text()
+    )
     assert "hk.load('some/hub-id')" in (tmp_path / "deep" / "experiments" / "two.py").read_text()
 
 
@@ -91,10 +97,21 @@ def test_run_says_how_each_ended_and_writes_the_index(place):
 
 def test_run_and_show_tell_what_moved_and_end_with_1(place):
     (place / "experiments" / "silent.py").write_text("")
-    first = hookkit("run", "experiments/plain.py", "experiments/silent.py", "--against", "last", status=1)
-    assert "keeps no run before this one" in first.stderr and "writes no results/silent" in first.stderr
-    assert [line.split()[3:5] for line in first.stdout.splitlines()[1:]] == [["0", "False"], ["0", "True"]]
-    assert "keeps no run before this one" in hookkit("show", "results/plain", "--against", "last", status=2).stderr
+    first = hookkit(
+        "run", "experiments/plain.py", "experiments/silent.py", "--against", "last", status=1
+    )
+    assert (
+        "keeps no run before this one" in first.stderr
+        and "writes no results/silent" in first.stderr
+    )
+    assert [line.split()[3:5] for line in first.stdout.splitlines()[1:]] == [
+        ["0", "False"],
+        ["0", "True"],
+    ]
+    assert (
+        "keeps no run before this one"
+        in hookkit("show", "results/plain", "--against", "last", status=2).stderr
+    )
     same = hookkit("run", "experiments/plain.py", "--against", "last")
     assert same.stdout.split()[-3:] == ["1", "True", "0.0000"]
     (place / "value").write_text("1.5")
@@ -119,5 +136,7 @@ def test_show_prints_a_result_and_lists_a_folder_of_them(place):
     assert [[cell.strip() for cell in line if cell] for line in listed] == [
         ["result", "question", "answer"], ["plain", "How much?", "1 of it."],
     ]  # fmt: skip
-    assert pd.DataFrame(json.loads(hookkit("show", "results", "--json").stdout)).equals(hk.results("results"))
+    assert pd.DataFrame(json.loads(hookkit("show", "results", "--json").stdout)).equals(
+        hk.results("results")
+    )
     assert "there is no folder" in hookkit("show", "nowhere", status=2).stderr

@@ -34,17 +34,30 @@ def test_ranks_of_several_prompts_are_those_of_a_batch(hookkit, llama):
     same(json.loads(done.stdout), hk.ranks(hk.forward(llama, PROMPTS), top=3, watch=" milk"))
 
 
-def test_prompts_are_arguments_lines_of_a_file_and_lines_of_standard_input(hookkit, llama, tmp_path):
+def test_prompts_are_arguments_lines_of_a_file_and_lines_of_standard_input(
+    hookkit, llama, tmp_path
+):
     (tmp_path / "prompts.txt").write_text("\r\n".join(PROMPTS[1:]) + "\r\n")
-    by_file = hookkit("ranks", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--top", "2", "--csv")
+    by_file = hookkit(
+        "ranks", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--top", "2", "--csv"
+    )
     by_input = hookkit("ranks", "-", "--top", "2", "--csv", given="\n".join(PROMPTS) + "\n")
     assert by_file.exit_code == 0, by_file.stderr
-    assert by_file.stdout == by_input.stdout == hookkit("ranks", *PROMPTS, "--top", "2", "--csv").stdout
+    assert (
+        by_file.stdout
+        == by_input.stdout
+        == hookkit("ranks", *PROMPTS, "--top", "2", "--csv").stdout
+    )
     assert pd.read_csv(io.StringIO(by_file.stdout))["row"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_ranks_are_of_the_position_that_is_asked_for(hookkit, llama):
-    for pos, wanted in (("0", 0), ("1:3", slice(1, 3)), ("all", slice(None)), ("at('milk')", hk.at("milk"))):
+    for pos, wanted in (
+        ("0", 0),
+        ("1:3", slice(1, 3)),
+        ("all", slice(None)),
+        ("at('milk')", hk.at("milk")),
+    ):
         done = hookkit("ranks", MILK, "--pos", pos, "--top", "1", "--json")
         same(json.loads(done.stdout), hk.ranks(hk.forward(llama, MILK), pos=wanted, top=1))
 
@@ -73,7 +86,9 @@ def test_the_page_of_a_shift_is_the_report(hookkit, llama, tmp_path):
 
 def test_the_lens_is_that_of_the_library(hookkit, llama):
     done = hookkit("lens", MILK, "--site", "resid_mid", "--top", "1", "--watch", " milk", "--json")
-    same(json.loads(done.stdout), hk.logit_lens(llama, MILK, sites="resid_mid", top=1, watch=" milk"))
+    same(
+        json.loads(done.stdout), hk.logit_lens(llama, MILK, sites="resid_mid", top=1, watch=" milk")
+    )
 
 
 def test_direct_logits_are_of_the_first_token_unless_one_is_named(hookkit, llama):
@@ -81,8 +96,22 @@ def test_direct_logits_are_of_the_first_token_unless_one_is_named(hookkit, llama
     done = hookkit("direct", MILK, "--json")
     first = hk.ranks(run, top=2)["token_id"].tolist()
     same(json.loads(done.stdout), hk.direct_logits(run, first[0]))
-    done = hookkit("direct", MILK, "--token", " milk", "--against", " coffee", "--heads", "--json", "--pos", "2")
-    same(json.loads(done.stdout), hk.direct_logits(run, " milk", against=" coffee", heads=True, pos=2))
+    done = hookkit(
+        "direct",
+        MILK,
+        "--token",
+        " milk",
+        "--against",
+        " coffee",
+        "--heads",
+        "--json",
+        "--pos",
+        "2",
+    )
+    same(
+        json.loads(done.stdout),
+        hk.direct_logits(run, " milk", against=" coffee", heads=True, pos=2),
+    )
     assert "the logit of ' milk' minus that of ' coffee'" in done.stderr
 
 
@@ -92,27 +121,54 @@ def test_surprisal_is_that_of_the_library(hookkit, llama):
 
 
 def test_what_is_generated_is_what_the_library_generates(hookkit, llama):
-    words = ["--ban", " coffee", "--sample", "--seed", "3", "--top-p", "0.9", "--max-new-tokens", "4"]
+    words = [
+        "--ban",
+        " coffee",
+        "--sample",
+        "--seed",
+        "3",
+        "--top-p",
+        "0.9",
+        "--max-new-tokens",
+        "4",
+    ]
     given = {"do_sample": True, "seed": 3, "top_p": 0.9, "max_new_tokens": 4}
     run = hk.generate(llama, PROMPTS, hk.ban(" coffee"), **given)
     done = hookkit("generate", *PROMPTS, *words, "--json")
     assert [row["generated"] for row in json.loads(done.stdout)] == run.generated, done.stderr
     plain = hookkit("generate", *PROMPTS, *words)
-    assert plain.stdout == "".join(f"{prompt}{text}\n" for prompt, text in zip(PROMPTS, run.generated, strict=True))
+    assert plain.stdout == "".join(
+        f"{prompt}{text}\n" for prompt, text in zip(PROMPTS, run.generated, strict=True)
+    )
 
 
 def test_a_comparison_is_that_of_the_library(hookkit, llama):
-    done = hookkit("compare", MILK, "--skip-block", "1", "--max-new-tokens", "3", "--json", "--watch", " milk")
-    both = hk.compare(llama, MILK, hk.skip_block(1), max_new_tokens=3, do_sample=False, watch=" milk")
+    done = hookkit(
+        "compare", MILK, "--skip-block", "1", "--max-new-tokens", "3", "--json", "--watch", " milk"
+    )
+    both = hk.compare(
+        llama, MILK, hk.skip_block(1), max_new_tokens=3, do_sample=False, watch=" milk"
+    )
     found = json.loads(done.stdout)
     for name in ("texts", "summary", "shifts"):
         same(found[name], getattr(both, name))
 
 
 def test_a_vector_is_made_kept_and_used(hookkit, llama, tmp_path):
-    words = ["--toward", "I love it", "--away", "I hate it", "--site", "resid_post.1", "--max-new-tokens", "3"]
+    words = [
+        "--toward",
+        "I love it",
+        "--away",
+        "I hate it",
+        "--site",
+        "resid_post.1",
+        "--max-new-tokens",
+        "3",
+    ]
     path = str(tmp_path / "mood.safetensors")
-    made = hookkit("steer", "The film was", *words, "--dose", "0.3", "--dose", "0", "--save", path, "--json")
+    made = hookkit(
+        "steer", "The film was", *words, "--dose", "0.3", "--dose", "0", "--save", path, "--json"
+    )
     assert made.exit_code == 0, made.stderr
     vector = hk.mean_difference(llama, "I love it", "I hate it", "resid_post.1")[0]
     settings = {"max_new_tokens": 3, "do_sample": False}
@@ -121,7 +177,17 @@ def test_a_vector_is_made_kept_and_used(hookkit, llama, tmp_path):
     assert [(row["dose"], row["generated"]) for row in json.loads(made.stdout)] == list(
         zip([0, 0.3], wanted, strict=True)
     )
-    again = hookkit("steer", "The film was", "--vector", path, "--dose", "0.3", "--max-new-tokens", "3", "--json")
+    again = hookkit(
+        "steer",
+        "The film was",
+        "--vector",
+        path,
+        "--dose",
+        "0.3",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    )
     assert [row["generated"] for row in json.loads(again.stdout)] == hooked
     same(
         json.loads(hookkit("ranks", "The film was", "--steer", f"{path}*0.5", "--json").stdout),
@@ -131,16 +197,26 @@ def test_a_vector_is_made_kept_and_used(hookkit, llama, tmp_path):
 
 def test_patching_measures_the_two_answers_and_shows_the_strongest_places(hookkit, llama, tmp_path):
     words = ["--layer", "0", "--layer", "2", "--pos", "15", "--pos", "-1"]
-    answers = [hk.ranks(hk.forward(llama, text), top=1)["token_id"].item() for text in (CLEAN, CORRUPTED)]
+    answers = [
+        hk.ranks(hk.forward(llama, text), top=1)["token_id"].item() for text in (CLEAN, CORRUPTED)
+    ]
     wanted = hk.patching(llama, CLEAN, CORRUPTED, "resid_pre", hk.logit_diff(*answers), layers=[0, 2],
                          pos=[15, -1], progress=False)  # fmt: skip
     done = hookkit("patch", CLEAN, CORRUPTED, *words, "--json")
-    assert f"the logit of {llama.string(answers[0])!r} minus that of {llama.string(answers[1])!r}" in done.stderr
+    assert (
+        f"the logit of {llama.string(answers[0])!r} minus that of {llama.string(answers[1])!r}"
+        in done.stderr
+    )
     same(json.loads(done.stdout), wanted)
-    shown = hookkit("patch", CLEAN, CORRUPTED, *words, "--top", "1", "--figure", str(tmp_path / "p.png"))
+    shown = hookkit(
+        "patch", CLEAN, CORRUPTED, *words, "--top", "1", "--figure", str(tmp_path / "p.png")
+    )
     assert shown.exit_code == 0 and len(shown.stdout.splitlines()) == 2, shown.output
     strongest = wanted.loc[wanted["logit_diff_effect"].abs().idxmax()]
-    assert shown.stdout.splitlines()[1].split()[:2] == [str(int(strongest["layer"])), str(int(strongest["pos"]))]
+    assert shown.stdout.splitlines()[1].split()[:2] == [
+        str(int(strongest["layer"])),
+        str(int(strongest["pos"])),
+    ]
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
@@ -148,7 +224,10 @@ def test_sites_are_described_filtered_and_inspected(hookkit, llama):
     same(json.loads(hookkit("sites", "--json").stdout), llama.describe())
     found = json.loads(hookkit("sites", "mlp_*", "z.1.3", "--json").stdout)
     assert [row["site"] for row in found] == ["mlp_in", "mlp_pre", "mlp_post", "mlp_out", "z.1.3"]
-    assert found[-1]["module"] == "model.layers.1.self_attn.o_proj" and found[-1]["sizes"] == "batch pos 8"
+    assert (
+        found[-1]["module"] == "model.layers.1.self_attn.o_proj"
+        and found[-1]["sizes"] == "batch pos 8"
+    )
     gone = json.loads(hookkit("sites", "--missing", "--json").stdout)
     assert {row["site"] for row in gone} == set(llama.describe().query("missing != ''")["site"])
 
@@ -165,13 +244,19 @@ def test_a_scan_has_the_tables_of_the_library_and_commands_that_run(hookkit, lla
     same(found["surprisal"], hk.surprisal(run, top=2))
     same(found["direct"], hk.direct_logits(run, first, against=second))
     same(found["attribution"], hk.token_attribution(llama, MILK, hk.logit_diff(first, second)))
-    pattern = hk.forward(llama, MILK, hk.capture("pattern", pos=-1), logits=False).stack("pattern")[:, 0, :, 0]
+    pattern = hk.forward(llama, MILK, hk.capture("pattern", pos=-1), logits=False).stack("pattern")[
+        :, 0, :, 0
+    ]
     looked = found["attention"]
-    assert [row["mean"] for row in looked] == pytest.approx(pattern.mean(dim=(0, 1)).tolist(), abs=1e-5)
+    assert [row["mean"] for row in looked] == pytest.approx(
+        pattern.mean(dim=(0, 1)).tolist(), abs=1e-5
+    )
     layer, head = map(int, looked[2]["head"].split("."))
     assert looked[2]["strongest"] == pytest.approx(pattern[layer, head, 2].item(), abs=1e-5)
     said = hookkit("scan", MILK).stdout
-    commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("    hookkit ")]
+    commands = [
+        shlex.split(line)[1:] for line in said.splitlines() if line.startswith("    hookkit ")
+    ]
     assert len(commands) == 6
     for command in commands:
         short = [*command, *(["--max-new-tokens", "1"] if "--max-new-tokens" in command else [])]
@@ -179,7 +264,17 @@ def test_a_scan_has_the_tables_of_the_library_and_commands_that_run(hookkit, lla
 
 
 def test_a_sweep_is_csv_unless_another_form_is_asked_for(hookkit, llama, tmp_path):
-    words = ["sweep", "ablations", MILK, "attn_out", "--token", " coffee", "--layer", "2", "--quiet"]
+    words = [
+        "sweep",
+        "ablations",
+        MILK,
+        "attn_out",
+        "--token",
+        " coffee",
+        "--layer",
+        "2",
+        "--quiet",
+    ]
     wanted = hk.ablations(llama, [MILK], "attn_out", hk.prob(" coffee"), layers=[2], progress=False)
     assert hookkit(*words).stdout == wanted.to_csv(index=False)
     same(json.loads(hookkit(*words, "--json").stdout), wanted)

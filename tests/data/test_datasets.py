@@ -25,7 +25,10 @@ from hookkit.errors import (
 )
 
 D = hk.datasets
-TEXTS = {make.__name__: make for make in (D.indirect_object, D.greater_than, D.successor, D.capitals, D.landmarks)}
+TEXTS = {
+    make.__name__: make
+    for make in (D.indirect_object, D.greater_than, D.successor, D.capitals, D.landmarks)
+}
 ALL = {**TEXTS, "induction": D.induction}
 COLUMNS = [
     "row", "answer", "wrong", "logit_answer_clean", "logit_wrong_clean", "logit_diff_clean", "rank_clean",
@@ -37,15 +40,24 @@ def trained(words: str) -> PreTrainedTokenizerFast:
     """A tokenizer to which each of these words is one token, and two digits are; prompts begin with <s>."""
     made = Tokenizer(models.BPE())
     pairs_of_digits = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([pairs_of_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pairs_of_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     made.decoder = decoders.ByteLevel()
-    texts = [f" {word}" for word in words.replace(";", " ").split()] + [f"{number:02}" for number in range(100)]
+    texts = [f" {word}" for word in words.replace(";", " ").split()] + [
+        f"{number:02}" for number in range(100)
+    ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=5000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=5000,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     made.train_from_iterator(texts * 3, trainer)
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
@@ -56,7 +68,13 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> hk.LM:
 @pytest.fixture(scope="module")
 def wordy() -> hk.LM:
     """A small random model, with a tokenizer of its own that knows every word."""
-    lists = [tasks.NAMES, tasks.CAPITALS, tasks.LANDMARKS, *tasks.ROUND.values(), *tasks.STRAIGHT.values()]
+    lists = [
+        tasks.NAMES,
+        tasks.CAPITALS,
+        tasks.LANDMARKS,
+        *tasks.ROUND.values(),
+        *tasks.STRAIGHT.values(),
+    ]
     return random_model(trained(" ".join([*lists, "to The of gave"])))
 
 
@@ -104,7 +122,10 @@ def test_asking_for_more_pairs_keeps_the_first_ones(either, name):
 
 def test_the_pairs_of_a_seed_stay_the_same_from_machine_to_machine(smol):
     made = [make(smol, 40, seed=1) for make in ALL.values()]
-    fields = [[tuple(each) for each in (p.clean, p.corrupted, p.answers, p.wrong)] + [{**p.labels}] for p in made]
+    fields = [
+        [tuple(each) for each in (p.clean, p.corrupted, p.answers, p.wrong)] + [{**p.labels}]
+        for p in made
+    ]
     said = repr([tuple(each) for each in fields])
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "56a3ac2785a76729"
 
@@ -144,7 +165,11 @@ def test_with_same_length_all_prompts_have_the_commonest_length(either, name):
 
 def test_the_labels_of_indirect_objects_stand_at_the_names(either):
     for clean, corrupted, answer, wrong, at in rows_of(D.indirect_object(either, 80), either):
-        assert [word(either, clean, at[label]) for label in ("IO", "S1", "S2")] == [answer, wrong, wrong]
+        assert [word(either, clean, at[label]) for label in ("IO", "S1", "S2")] == [
+            answer,
+            wrong,
+            wrong,
+        ]
         assert at["S1"] < at["S2"] and at["IO"] < at["S2"] and at["S1+1"] == at["S1"] + 1
         assert word(either, clean, at["end"]) == " to"
         assert clean.count(clean[at["IO"]]) == 1 and clean.count(clean[at["S1"]]) == 2
@@ -171,10 +196,13 @@ def test_indirect_objects_come_first_and_second_in_every_template(smol):
 
 
 def test_a_later_year_is_the_answer_and_an_earlier_one_is_wrong(either):
-    digits = 1 if either.name.startswith("SmolLM2") else 2  # what the tokenizer makes of a year behind its century
+    digits = (
+        1 if either.name.startswith("SmolLM2") else 2
+    )  # what the tokenizer makes of a year behind its century
     for clean, corrupted, answer, wrong, at in rows_of(D.greater_than(either, 80), either):
         years_read = [
-            re.findall(r"year (\d\d)(\d\d) to the year (\d\d)$", either.text(row)) for row in (clean, corrupted)
+            re.findall(r"year (\d\d)(\d\d) to the year (\d\d)$", either.text(row))
+            for row in (clean, corrupted)
         ]
         ((century, start, again),), ((_, other, _),) = years_read
         assert century == again and int(century) in tasks.CENTURIES
@@ -189,7 +217,9 @@ def test_the_answer_of_a_successor_comes_after_the_last_item(either):
     seen = set()
     for clean, corrupted, answer, wrong, at in rows_of(D.successor(either, 120), either):
         for row, after in ((clean, answer), (corrupted, wrong)):
-            items = [word(either, row, at[f"item {number}"]).strip() for number in range(1, 5)] + [after.strip()]
+            items = [word(either, row, at[f"item {number}"]).strip() for number in range(1, 5)] + [
+                after.strip()
+            ]
             (home,) = [words for words in everything if items[0] in words]
             start = home.index(items[0])
             assert items == [home[(start + step) % len(home)] for step in range(5)]
@@ -213,11 +243,15 @@ def test_the_answer_of_a_fact_is_the_city_of_its_subject(either, name):
 @pytest.mark.parametrize("length", [2, 7, 20])
 def test_an_induction_prompt_says_its_tokens_twice_and_the_answer_once(either, length):
     lead = [0] if either.tokenizer.bos_token == "<s>" else []
-    for clean, corrupted, answer, wrong, at in rows_of(D.induction(either, 20, length=length), either):
+    for clean, corrupted, answer, wrong, at in rows_of(
+        D.induction(either, 20, length=length), either
+    ):
         block = clean[len(lead) : len(lead) + length]
         assert clean == [*lead, *block, *block[:-1]] and len({*block}) == length
         assert clean[at["A1"]] == clean[at["end"]] and at["B1"] == at["A1"] + 1
-        assert either.string(clean[at["B1"]]) == answer and either.string(corrupted[at["B1"]]) == wrong
+        assert (
+            either.string(clean[at["B1"]]) == answer and either.string(corrupted[at["B1"]]) == wrong
+        )
         assert differing(clean, corrupted) == [at["B1"]]
         assert not {*block} & {*either.tokenizer.all_special_ids}
 
@@ -229,16 +263,22 @@ def test_induction_needs_no_tokenizer():
     assert all(clean[4] == answer for clean, answer in zip(pairs.clean, pairs.answers, strict=True))
     table = pairs.check(lm)
     logits = by_hand.logits(lm.model, list(pairs.clean[0]))[0, -1]
-    assert table["logit_answer_clean"][0] == pytest.approx(float(logits[pairs.answers[0]]), abs=1e-4)
+    assert table["logit_answer_clean"][0] == pytest.approx(
+        float(logits[pairs.answers[0]]), abs=1e-4
+    )
     assert len(pairs.to_frame()) == 6
 
 
 # ---- what a model says
 
 
-def by_plain_transformers(lm: hk.LM, prompt: str | tuple[int, ...], answer: str, wrong: str) -> list[float]:
+def by_plain_transformers(
+    lm: hk.LM, prompt: str | tuple[int, ...], answer: str, wrong: str
+) -> list[float]:
     logits = by_hand.logits(lm.model, ids(lm, prompt))[0, -1]
-    right, other = (lm.tokenizer.encode(token, add_special_tokens=False)[0] for token in (answer, wrong))
+    right, other = (
+        lm.tokenizer.encode(token, add_special_tokens=False)[0] for token in (answer, wrong)
+    )
     rank = 1 + int((logits > logits[right]).sum())
     return [float(logits[right]), float(logits[other]), float(logits[right] - logits[other]), rank]
 
@@ -251,16 +291,29 @@ def test_a_check_says_what_plain_transformers_says_of_each_prompt_alone(wordy, n
     for number, row in [*enumerate(table.to_dict("records"))][::4]:
         for side in ("clean", "corrupted"):
             prompt = getattr(pairs, side)[number]
-            expected = by_plain_transformers(wordy, prompt, pairs.answers[number], pairs.wrong[number])
-            found = [row[f"{column}_{side}"] for column in ("logit_answer", "logit_wrong", "logit_diff", "rank")]
+            expected = by_plain_transformers(
+                wordy, prompt, pairs.answers[number], pairs.wrong[number]
+            )
+            found = [
+                row[f"{column}_{side}"]
+                for column in ("logit_answer", "logit_wrong", "logit_diff", "rank")
+            ]
             assert found == pytest.approx(expected, abs=1e-4), (name, number, side)
         assert row["row"] == number and row["answer"] == repr(pairs.answers[number])
-        assert row["right"] == (row["logit_diff_clean"] > 0) and row["top1"] == (row["rank_clean"] == 1)
+        assert row["right"] == (row["logit_diff_clean"] > 0) and row["top1"] == (
+            row["rank_clean"] == 1
+        )
 
 
 def test_the_default_model_gives_the_drink_to_the_other_one(smol):
     start = "When Mary and John went to the store, "
-    pairs = hk.Pairs("mine", [start + "John gave a drink to"], [start + "Mary gave a drink to"], [" Mary"], [" John"])
+    pairs = hk.Pairs(
+        "mine",
+        [start + "John gave a drink to"],
+        [start + "Mary gave a drink to"],
+        [" Mary"],
+        [" John"],
+    )
     (row,) = pairs.check(smol).to_dict("records")
     assert row["logit_diff_clean"] == pytest.approx(6.12, abs=0.05) and row["top1"]
     assert row["logit_diff_corrupted"] == pytest.approx(-5.49, abs=0.05) and row["right"]
@@ -286,7 +339,8 @@ def test_that_no_pair_is_solved_is_an_error(wordy):
     pairs = D.capitals(wordy, 12)
     unsolved = pairs[[row for row, right in enumerate(pairs.check(wordy)["right"]) if not right]]
     with pytest.raises(
-        EmptySelection, match=r"tiny llama solves none of the \d+ pairs of capitals: look at pairs.check"
+        EmptySelection,
+        match=r"tiny llama solves none of the \d+ pairs of capitals: look at pairs.check",
     ):
         unsolved.solved(wordy)
     with pytest.raises(EmptySelection, match="solves none of the 12 pairs"):
@@ -298,7 +352,12 @@ def test_that_no_pair_is_solved_is_an_error(wordy):
 
 def test_a_part_of_the_pairs_keeps_everything_of_each(smol):
     pairs = D.indirect_object(smol, 12)
-    for part, rows in ((pairs[2:5], [2, 3, 4]), (pairs[-1], [11]), (pairs[[7, 0]], [7, 0]), (pairs[::6], [0, 6])):
+    for part, rows in (
+        (pairs[2:5], [2, 3, 4]),
+        (pairs[-1], [11]),
+        (pairs[[7, 0]], [7, 0]),
+        (pairs[::6], [0, 6]),
+    ):
         assert len(part) == len(rows)
         for row, kept in zip(rows, part, strict=True):
             assert (kept.clean, kept.corrupted) == ([pairs.clean[row]], [pairs.corrupted[row]])
@@ -318,7 +377,18 @@ def test_pairs_cannot_be_changed_and_can_be_compared(smol):
 def test_a_frame_has_a_row_for_each_pair_and_a_column_for_each_label(smol):
     pairs = D.indirect_object(smol, 5)
     table = pairs.to_frame()
-    assert list(table.columns) == ["row", "clean", "corrupted", "answer", "wrong", "IO", "S1", "S1+1", "S2", "end"]
+    assert list(table.columns) == [
+        "row",
+        "clean",
+        "corrupted",
+        "answer",
+        "wrong",
+        "IO",
+        "S1",
+        "S1+1",
+        "S2",
+        "end",
+    ]
     assert list(table["clean"]) == pairs.clean and tuple(table["S2"]) == pairs.labels["S2"]
     assert table["answer"][0] == repr(pairs.answers[0])
 
@@ -326,7 +396,9 @@ def test_a_frame_has_a_row_for_each_pair_and_a_column_for_each_label(smol):
 def test_pairs_go_into_a_forward_and_a_patch(wordy):
     pairs = D.indirect_object(wordy, 6)
     clean = hk.forward(wordy, list(pairs.clean), hk.capture("resid_post.1"))
-    patched = hk.forward(wordy, list(pairs.corrupted), hk.patch("resid_post.1", clean), logits="last")
+    patched = hk.forward(
+        wordy, list(pairs.corrupted), hk.patch("resid_post.1", clean), logits="last"
+    )
     plain = hk.forward(wordy, list(pairs.clean), logits="last")
     assert torch.allclose(patched.logits, plain.logits, atol=1e-4)
 
@@ -348,7 +420,8 @@ def test_a_pair_that_is_not_there_is_refused(smol):
 
 def test_a_tokenizer_that_knows_too_few_words_is_refused(llama):
     with pytest.raises(
-        TooFew, match=r"at least 5 names that are one token are needed, and this tokenizer has 2 of \d+ \(John, Mary\)"
+        TooFew,
+        match=r"at least 5 names that are one token are needed, and this tokenizer has 2 of \d+ \(John, Mary\)",
     ):
         D.indirect_object(llama, 5)
     with pytest.raises(TooFew, match="at least 5 capitals that are one token are needed"):
@@ -368,19 +441,25 @@ def test_more_pairs_than_there_are_is_refused_with_how_many_there_are():
     ):
         D.successor(lm, 169)
     with pytest.raises(
-        TooFew, match=r"successor: n=169 was asked for, and \d+ pairs of \d+ tokens, the commonest length"
+        TooFew,
+        match=r"successor: n=169 was asked for, and \d+ pairs of \d+ tokens, the commonest length",
     ):
         D.successor(lm, 169, same_length=True)
 
 
 def test_a_vocabulary_that_is_too_small_for_the_block_is_refused():
-    with pytest.raises(TooFew, match="induction: n=1 was asked for, and 0 pairs were found.*give another model"):
+    with pytest.raises(
+        TooFew, match="induction: n=1 was asked for, and 0 pairs were found.*give another model"
+    ):
         D.induction(hk.tiny("llama", config={"vocab_size": 8}), 1, length=8)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_dataset_of_texts_needs_a_tokenizer(name):
-    with pytest.raises(Unsupported, match=f"{name} writes texts, and this model came without a tokenizer: give hk.LM"):
+    with pytest.raises(
+        Unsupported,
+        match=f"{name} writes texts, and this model came without a tokenizer: give hk.LM",
+    ):
         TEXTS[name](hk.tiny("llama"), 5)
 
 
@@ -391,19 +470,25 @@ def test_numbers_that_cannot_be_meant_are_refused(smol, name):
             ALL[name](smol, n)
     with pytest.raises(BadArgument, match="seed=None: give a whole number"):
         ALL[name](smol, 5, seed=None)
-    with pytest.raises(UnknownKeyword, match=f"{name}\\(\\) has no keyword 'sed'; did you mean 'seed'"):
+    with pytest.raises(
+        UnknownKeyword, match=f"{name}\\(\\) has no keyword 'sed'; did you mean 'seed'"
+    ):
         ALL[name](smol, 5, sed=1)
 
 
 def test_a_way_to_corrupt_that_is_unknown_is_refused(smol):
-    with pytest.raises(EmptySelection, match="corrupt='swop' is unknown; did you mean 'swap'. Say 'swap' or 'abc'"):
+    with pytest.raises(
+        EmptySelection, match="corrupt='swop' is unknown; did you mean 'swap'. Say 'swap' or 'abc'"
+    ):
         D.indirect_object(smol, 5, corrupt="swop")
 
 
 def test_a_block_that_the_model_cannot_read_is_refused(wordy):
     with pytest.raises(OutOfRange, match="length=1: give how many tokens are repeated, at least 2"):
         D.induction(wordy, 5, length=1)
-    with pytest.raises(BadPrompt, match="makes prompts of 130 tokens, and the model's context is 128"):
+    with pytest.raises(
+        BadPrompt, match="makes prompts of 130 tokens, and the model's context is 128"
+    ):
         D.induction(wordy, 5, length=65)
 
 
@@ -428,8 +513,16 @@ def test_ids_that_were_drawn_for_another_tokenizer_are_refused():
 
 
 def test_your_own_pairs_have_to_be_equally_long_with_answers_of_one_token(smol):
-    uneven = hk.Pairs("mine", ["The capital of France is"], ["The capital of South Korea is"], [" Paris"], [" Seoul"])
-    with pytest.raises(BadPrompt, match="pair 0 is 5 tokens clean and 6 corrupted.*give two prompts of one length"):
+    uneven = hk.Pairs(
+        "mine",
+        ["The capital of France is"],
+        ["The capital of South Korea is"],
+        [" Paris"],
+        [" Seoul"],
+    )
+    with pytest.raises(
+        BadPrompt, match="pair 0 is 5 tokens clean and 6 corrupted.*give two prompts of one length"
+    ):
         uneven.check(smol)
     with pytest.raises(NotOneToken, match="' oat milk' is 2 tokens here"):
         hk.Pairs("mine", ["I like"], ["I hate"], [" oat milk"], [" tea"]).check(smol)
@@ -437,12 +530,15 @@ def test_your_own_pairs_have_to_be_equally_long_with_answers_of_one_token(smol):
 
 def test_pairs_that_do_not_match_are_refused():
     with pytest.raises(
-        BadPrompt, match="the pairs do not match: 2 clean, 1 corrupted, 1 answers, 1 wrong. Give one of"
+        BadPrompt,
+        match="the pairs do not match: 2 clean, 1 corrupted, 1 answers, 1 wrong. Give one of",
     ):
         hk.Pairs("mine", ["a", "b"], ["c"], [" d"], [" e"])
     with pytest.raises(BadPrompt, match=r"1 wrong, 2 labels\['S1'\]"):
         hk.Pairs("mine", ["a"], ["c"], [" d"], [" e"], labels={"S1": [1, 2]})
-    with pytest.raises(BadPrompt, match="answers=' d' is one text: give one for each pair, in a list"):
+    with pytest.raises(
+        BadPrompt, match="answers=' d' is one text: give one for each pair, in a list"
+    ):
         hk.Pairs("mine", ["a"], ["c"], " d", [" e"])
     with pytest.raises(EmptySelection, match="there is no pair: give at least one"):
         hk.Pairs("mine", [], [], [], [])

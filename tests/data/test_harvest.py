@@ -33,7 +33,9 @@ from hookkit.errors import (
     Unsupported,
 )
 
-WORDS = [TEXTS[n % 3][3 * n % 17 : 3 * n % 17 + 1 + 7 * n % 45] for n in range(24)]  # of 1 to 45 letters
+WORDS = [
+    TEXTS[n % 3][3 * n % 17 : 3 * n % 17 + 1 + 7 * n % 45] for n in range(24)
+]  # of 1 to 45 letters
 SMALL = {"batch_tokens": 64, "shard_size": 60, "progress": False}
 
 
@@ -60,7 +62,9 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 # ---- what is kept
 
 
-@pytest.mark.parametrize("site", ["resid_post.1", "z.2", "mlp_post.0", "k.1", "embed", "final_norm", "lm_head"])
+@pytest.mark.parametrize(
+    "site", ["resid_post.1", "z.2", "mlp_post.0", "k.1", "embed", "final_norm", "lm_head"]
+)
 def test_every_row_is_what_plain_transformers_has_at_its_token(tmp_path, lm, site):
     found = harvest(lm, tmp_path, sites=site)
     alone = [by_hand(lm, text, site) for text in WORDS]
@@ -69,12 +73,23 @@ def test_every_row_is_what_plain_transformers_has_at_its_token(tmp_path, lm, sit
     assert found["text"][:].tolist() == [n for n, row in enumerate(ids) for _ in row]
     assert found["pos"][:].tolist() == [place for row in ids for place in range(len(row))]
     assert found["token"][:].tolist() == [token for row in ids for token in row]
-    assert (found.texts, found.left_out, found.finished, len(found.shards) > 3) == (24, 0, True, True)
+    assert (found.texts, found.left_out, found.finished, len(found.shards) > 3) == (
+        24,
+        0,
+        True,
+        True,
+    )
 
 
 def test_several_sites_and_one_head_come_from_the_same_forward(tmp_path, llama):
     found = harvest(llama, tmp_path, sites=["resid_post", "z.2", "z.0.3"])
-    assert [str(site) for site in found.sites] == ["resid_post.0", "resid_post.1", "resid_post.2", "z.2", "z.0.3"]
+    assert [str(site) for site in found.sites] == [
+        "resid_post.0",
+        "resid_post.1",
+        "resid_post.2",
+        "z.2",
+        "z.0.3",
+    ]
     assert found["z.2"].shape == (len(found), 4, 8)
     close(found["z.0.3"][:], torch.cat([by_hand(llama, text, "z.0")[:, 3] for text in WORDS]))
     assert torch.equal(found["z.2.1"][5:70], found["z.2"][5:70][:, 1])
@@ -114,7 +129,9 @@ def test_the_numbers_on_the_disk_are_the_models_rounded_once(tmp_path, llama):
     assert whole["resid_post.1"].dtype == torch.float32
     for name in ("bfloat16", "float16"):
         found = harvest(llama, tmp_path / name, dtype=name)
-        assert torch.equal(found["resid_post.1"][:], whole["resid_post.1"][:].to(getattr(torch, name)))
+        assert torch.equal(
+            found["resid_post.1"][:], whole["resid_post.1"][:].to(getattr(torch, name))
+        )
     shard = load_file(tmp_path / "float16" / "00000.safetensors")["resid_post.1"]
     assert torch.equal(shard, found["resid_post.1"][: len(shard)])
 
@@ -130,7 +147,9 @@ def test_numbers_too_large_for_the_disk_are_refused(tmp_path, small_tokenizer):
     own = hk.LM(tiny("llama"), small_tokenizer)
     with torch.no_grad():
         own.root.model.embed_tokens.weight.mul_(1e6)
-    with pytest.raises(BadHook, match="dtype='float16' holds numbers up to 65504, and resid_post.1 has"):
+    with pytest.raises(
+        BadHook, match="dtype='float16' holds numbers up to 65504, and resid_post.1 has"
+    ):
         harvest(own, tmp_path, dtype="float16")
     assert harvest(own, tmp_path / "b", dtype=torch.bfloat16)["resid_post.1"][:].isfinite().all()
 
@@ -145,7 +164,9 @@ def test_the_number_that_is_too_large_is_named_by_its_size():
 
 def test_which_experts_were_chosen_stays_whole_numbers(tmp_path):
     mixture = hk.tiny("mixtral")
-    found = harvest(mixture, tmp_path, texts(count=5), sites=["experts.1", "router_logits.1"], dtype="float16")
+    found = harvest(
+        mixture, tmp_path, texts(count=5), sites=["experts.1", "router_logits.1"], dtype="float16"
+    )
     run = hk.forward(mixture, texts(count=5), hk.capture("experts.1"))
     assert found["experts.1"].dtype == torch.int64
     assert torch.equal(found["experts.1"][:], run["experts.1"][run.mask])
@@ -157,7 +178,9 @@ def test_which_experts_were_chosen_stays_whole_numbers(tmp_path):
 
 def test_the_same_texts_give_the_same_rows_however_they_are_given(tmp_path, llama):
     (tmp_path / "t.txt").write_text("\n".join(WORDS) + "\n")
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text, "id": 7}) + "\n" for text in WORDS))
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": 7}) + "\n" for text in WORDS)
+    )
     ids = [llama.tokenizer.encode(text) for text in WORDS]
     ways = [
         WORDS, iter(WORDS), str(tmp_path / "t.txt"), tmp_path / "t.jsonl", [{"text": text} for text in WORDS], ids,
@@ -172,13 +195,19 @@ def test_the_same_texts_give_the_same_rows_however_they_are_given(tmp_path, llam
 def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path):
     bare = hk.tiny("llama")
     assert len(harvest(bare, tmp_path / "a", texts(count=3))) == sum(map(len, texts(count=3)))
-    with pytest.raises(BadPrompt, match="text 0 is text, and this model came without a tokenizer: give rows of token"):
+    with pytest.raises(
+        BadPrompt,
+        match="text 0 is text, and this model came without a tokenizer: give rows of token",
+    ):
         harvest(bare, tmp_path / "b")
 
 
 def test_what_is_no_stream_of_texts_is_refused_before_a_folder_is_made(tmp_path, llama):
     for given, words in (
-        ("I like oat milk", r"'I like oat milk' is no file of texts: .* or for one text the list \[text\]"),
+        (
+            "I like oat milk",
+            r"'I like oat milk' is no file of texts: .* or for one text the list \[text\]",
+        ),
         (7, "texts is a int: give a list"),
         ({"text": WORDS}, "texts is a dict: give a list"),
     ):
@@ -198,7 +227,9 @@ def test_a_stream_is_read_no_further_ahead_than_a_window(tmp_path, llama):
             yield row
 
     harvest(llama, tmp_path, stream())
-    assert max(ahead) < 3 * (60 + 24)  # a shard is 60 tokens and a text; one is written, one computed, one read
+    assert max(ahead) < 3 * (
+        60 + 24
+    )  # a shard is 60 tokens and a text; one is written, one computed, one read
 
 
 def test_a_window_ends_however_few_positions_are_wanted(tmp_path, llama):
@@ -214,7 +245,10 @@ def test_a_window_ends_however_few_positions_are_wanted(tmp_path, llama):
         harvest(llama, tmp_path, stream(), pos=-1, shard_size=10_000)
     finally:
         hook.remove()
-    tokens = [sum(len(row) for row, n in zip(texts(count=400), at, strict=True) if n == each) for each in set(at)]
+    tokens = [
+        sum(len(row) for row, n in zip(texts(count=400), at, strict=True) if n == each)
+        for each in set(at)
+    ]
     assert max(tokens) < 16 * 64 + 24
     assert len(tokens) > 4
 
@@ -229,7 +263,9 @@ def test_texts_of_like_length_run_together(tmp_path, llama):
         harvest(llama, tmp_path, given, batch_tokens=120, shard_size=10_000)
     finally:
         hook.remove()
-    computed = sum(rows * width for rows, width in shapes[1:])  # the first forward looks what the site holds
+    computed = sum(
+        rows * width for rows, width in shapes[1:]
+    )  # the first forward looks what the site holds
     assert computed == sum(map(len, given))
     assert max(rows * width for rows, width in shapes) <= 120
 
@@ -278,7 +314,10 @@ def test_a_long_text_is_cut_or_split_and_its_pieces_are_texts_of_their_own(tmp_p
     close(cut["resid_post.1"][1:], by_hand(llama, row[:20], "resid_post.1"))
     split = harvest(llama, tmp_path / "split", [[9], row], context=20, long="split", shard_size=15)
     pieces = [[9], row[:20], row[20:40], row[40:]]
-    close(split["resid_post.1"][:], torch.cat([by_hand(llama, piece, "resid_post.1") for piece in pieces]))
+    close(
+        split["resid_post.1"][:],
+        torch.cat([by_hand(llama, piece, "resid_post.1") for piece in pieces]),
+    )
     assert split["piece"][:].tolist() == [0] + [0] * 20 + [1] * 20 + [2] * 10
     assert split["pos"][:].tolist() == [0, *range(20), *range(20), *range(10)]
     assert split.tokens(-1) == tuple(row[40:])
@@ -292,7 +331,9 @@ def test_a_harvest_goes_on_in_the_middle_of_a_text_that_was_split(tmp_path, llam
     assert len(lines) > 5
     for done in range(len(lines)):
         copy_of(tmp_path / "undisturbed", tmp_path / str(done))
-        (tmp_path / str(done) / "index.jsonl").write_text("".join(line + "\n" for line in lines[:done]))
+        (tmp_path / str(done) / "index.jsonl").write_text(
+            "".join(line + "\n" for line in lines[:done])
+        )
         harvest(llama, tmp_path / str(done), iter(given), **settings)
         assert files(tmp_path / str(done)) == files(tmp_path / "undisturbed")
 
@@ -308,7 +349,9 @@ def test_texts_that_do_not_fit_are_left_out_and_counted(tmp_path, llama):
     found = harvest(llama, tmp_path, given, pos=10, unfit="skip", shard_size=1)
     assert found["text"][:].tolist() == [2, 4]
     assert (found.texts, found.left_out) == (6, 4)
-    with pytest.raises(OutOfRange, match="text 0: position 10 was asked for, and it has 3 tokens: 0 to 2"):
+    with pytest.raises(
+        OutOfRange, match="text 0: position 10 was asked for, and it has 3 tokens: 0 to 2"
+    ):
         harvest(llama, tmp_path / "b", given, pos=10)
     with pytest.raises(OutOfRange, match="text 1: at.'milk'. was asked for"):
         harvest(llama, tmp_path / "c", ["milk", "tea"], pos=hk.at("milk"))
@@ -333,7 +376,10 @@ def test_a_harvest_killed_ten_times_is_the_undisturbed_one_byte_for_byte(tmp_pat
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
     found = hk.open_harvest(tmp_path / "killed")
     rows = [(text, pos, token) for text, ids in enumerate(texts()) for pos, token in enumerate(ids)]
-    assert list(zip(*(found[name][:].tolist() for name in ("text", "pos", "token")), strict=True)) == rows
+    assert (
+        list(zip(*(found[name][:].tolist() for name in ("text", "pos", "token")), strict=True))
+        == rows
+    )
 
 
 @pytest.fixture
@@ -343,13 +389,16 @@ def undisturbed(tmp_path, llama) -> Path:
 
 
 @pytest.mark.parametrize(
-    "left", ["line cut off", "shard without its line", "no shard", "no end", "half a file", "nothing"]
+    "left",
+    ["line cut off", "shard without its line", "no shard", "no end", "half a file", "nothing"],
 )
 def test_whatever_a_kill_leaves_behind_is_gone_on_from(tmp_path, llama, undisturbed, left):
     folder = tmp_path / "killed"
     copy_of(undisturbed, folder)
     lines = (folder / "index.jsonl").read_text().splitlines(keepends=True)
-    keep = {"line cut off": [*lines[:6], lines[6][:40]], "no end": lines[:-1], "nothing": []}.get(left, lines[:6])
+    keep = {"line cut off": [*lines[:6], lines[6][:40]], "no end": lines[:-1], "nothing": []}.get(
+        left, lines[:6]
+    )
     (folder / "index.jsonl").write_text("".join(keep))
     if left in ("no shard", "half a file"):
         for shard in sorted(folder.glob("*.safetensors"))[6:]:
@@ -379,7 +428,9 @@ def copy_of(folder: Path, into: Path) -> None:
 
 
 @pytest.mark.parametrize("forwards", [2, 7, 20])
-def test_ctrl_c_leaves_no_hook_and_no_half_file_and_it_goes_on(tmp_path, small_tokenizer, undisturbed, forwards):
+def test_ctrl_c_leaves_no_hook_and_no_half_file_and_it_goes_on(
+    tmp_path, small_tokenizer, undisturbed, forwards
+):
     own = hk.LM(tiny("llama"), small_tokenizer)
     before, count = copy.copy(hooks_on(own.root)), [0]
 
@@ -394,7 +445,10 @@ def test_ctrl_c_leaves_no_hook_and_no_half_file_and_it_goes_on(tmp_path, small_t
     handle.remove()
     assert hooks_on(own.root) == before
     done = {json.loads(line)["file"] for line in lines_of(tmp_path / "a")}
-    assert {path.name for path in (tmp_path / "a").iterdir()} - done <= {"harvest.json", "index.jsonl"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} - done <= {
+        "harvest.json",
+        "index.jsonl",
+    }
     harvest(own, tmp_path / "a", texts())
     assert files(tmp_path / "a") == files(undisturbed)
 
@@ -412,7 +466,11 @@ def test_a_finished_harvest_is_checked_and_given_back_unread(tmp_path, llama, un
         again = harvest(llama, undisturbed, texts())
     finally:
         hook.remove()
-    assert (again.finished, len(forwards), files(undisturbed)) == (True, 1, before)  # one looks what the site holds
+    assert (again.finished, len(forwards), files(undisturbed)) == (
+        True,
+        1,
+        before,
+    )  # one looks what the site holds
 
 
 def test_a_damaged_shard_is_found_and_made_again(llama, undisturbed):
@@ -431,7 +489,9 @@ def test_a_damaged_shard_is_found_and_made_again(llama, undisturbed):
     ):
         hk.open_harvest(undisturbed).verify()
     found = hk.open_harvest(undisturbed)
-    with pytest.raises(DamagedHarvest, match="00007.safetensors, shard 7 of 28, cannot be read .*: call verify"):
+    with pytest.raises(
+        DamagedHarvest, match="00007.safetensors, shard 7 of 28, cannot be read .*: call verify"
+    ):
         found["resid_post.1"][:]
     (undisturbed / "00003.safetensors").unlink()
     harvest(llama, undisturbed, iter(texts()))
@@ -444,7 +504,9 @@ def test_a_shard_that_comes_out_otherwise_is_refused(small_tokenizer, undisturbe
     lines[2] = json.dumps(json.loads(lines[2]) | {"sha256": "0" * 64})
     index.write_text("\n".join(lines) + "\n")
     (undisturbed / "00002.safetensors").unlink()
-    with pytest.raises(HarvestChanged, match="00002.safetensors was missing and was made again, and is not what"):
+    with pytest.raises(
+        HarvestChanged, match="00002.safetensors was missing and was made again, and is not what"
+    ):
         harvest(hk.LM(tiny("llama"), small_tokenizer), undisturbed, texts())
 
 
@@ -481,12 +543,16 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(llama, undisturbed
 
 
 def test_a_folder_of_another_model_is_refused(small_tokenizer, llama, gpt2, undisturbed):
-    with pytest.raises(HarvestChanged, match="model.class 'LlamaForCausalLM' there and 'GPT2LMHeadModel' now"):
+    with pytest.raises(
+        HarvestChanged, match="model.class 'LlamaForCausalLM' there and 'GPT2LMHeadModel' now"
+    ):
         harvest(gpt2, undisturbed, texts())
     other = hk.LM(tiny("llama"), small_tokenizer)
     with torch.no_grad():
         other.root.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-    with pytest.raises(HarvestChanged, match="other settings: model.weights_sha256 '?[0-9a-f]{8}… there and"):
+    with pytest.raises(
+        HarvestChanged, match="other settings: model.weights_sha256 '?[0-9a-f]{8}… there and"
+    ):
         harvest(other, undisturbed, texts())
     same = hk.LM(tiny("llama"), small_tokenizer)
     same.root.config.rms_norm_eps = 1e-3
@@ -502,9 +568,13 @@ def test_another_stream_is_refused(llama, undisturbed, tmp_path):
             (folder / "index.jsonl").write_text("\n".join(lines_of(undisturbed)[:9]) + "\n")
         swapped = [given[1], given[0], *given[2:]]
         before = files(folder)
-        with pytest.raises(HarvestChanged, match="texts 0 to . are not those that the folder's harvest has"):
+        with pytest.raises(
+            HarvestChanged, match="texts 0 to . are not those that the folder's harvest has"
+        ):
             harvest(llama, folder, swapped)
-        with pytest.raises(HarvestChanged, match="has a harvest of .* texts or more, and only 12 were given"):
+        with pytest.raises(
+            HarvestChanged, match="has a harvest of .* texts or more, and only 12 were given"
+        ):
             harvest(llama, folder, given[:12])
         assert files(folder) == before
     for others in ([*given, [5]], [*given[:-1], [5, 6]]):
@@ -514,7 +584,9 @@ def test_another_stream_is_refused(llama, undisturbed, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path, llama):
     (tmp_path / "00000.safetensors").write_bytes(b"mine")
-    with pytest.raises(DamagedHarvest, match="has shards and no harvest.json: give an empty folder"):
+    with pytest.raises(
+        DamagedHarvest, match="has shards and no harvest.json: give an empty folder"
+    ):
         harvest(llama, tmp_path)
     assert files(tmp_path) == {"00000.safetensors": b"mine"}
     with pytest.raises(DamagedHarvest, match="'nowhere' has no harvest.json, so it is no harvest"):
@@ -524,7 +596,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path, llama):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"sites": "pattern.1"}, BadHook, "pattern.1 has one for each query and key, more with every token"),
+        (
+            {"sites": "pattern.1"},
+            BadHook,
+            "pattern.1 has one for each query and key, more with every token",
+        ),
         ({"sites": ["z.0", "scores"]}, BadHook, "scores.0 has one for each query and key"),
         ({"sites": "resid_post.9"}, OutOfRange, "the model has 3 layers"),
         ({"sites": "pos_embed"}, MissingSite, "this llama model has no 'pos_embed'"),
@@ -540,9 +616,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, llama):
         ({"pos": hk.GENERATED}, BadHook, "a harvest reads texts and generates none"),
     ],
 )
-def test_what_cannot_be_harvested_is_refused_before_the_first_text(tmp_path, llama, change, error, words):
+def test_what_cannot_be_harvested_is_refused_before_the_first_text(
+    tmp_path, llama, change, error, words
+):
     if error is None:
-        assert len(harvest(llama, tmp_path / "a", **change)) == sum(len(llama.tokenizer.encode(t)) for t in WORDS)
+        assert len(harvest(llama, tmp_path / "a", **change)) == sum(
+            len(llama.tokenizer.encode(t)) for t in WORDS
+        )
         return
     with pytest.raises(error, match=words):
         harvest(llama, tmp_path / "a", **change)
@@ -558,13 +638,24 @@ def read(tmp_path_factory, llama):
 
 
 def test_rows_are_read_by_number_by_slice_and_by_list(read):
-    whole = torch.cat([load_file(path)["resid_post.1"] for path in sorted(read.shards.folder.glob("*.safetensors"))])
+    whole = torch.cat(
+        [
+            load_file(path)["resid_post.1"]
+            for path in sorted(read.shards.folder.glob("*.safetensors"))
+        ]
+    )
     column = read["resid_post.1"]
     assert len(read) == len(column) == len(whole) == sum(map(len, texts()))
     assert torch.equal(column[:], whole)
     assert torch.equal(column[17], whole[17])
     assert torch.equal(column[-1], whole[-1])
-    for rows in (slice(50, 300), slice(-70, None), slice(5, 5), slice(None, None, 7), slice(300, 50)):
+    for rows in (
+        slice(50, 300),
+        slice(-70, None),
+        slice(5, 5),
+        slice(None, None, 7),
+        slice(300, 50),
+    ):
         assert torch.equal(column[rows], whole[rows])
     some = [1000, 3, 3, -2, 61]
     assert torch.equal(column[some], whole[some])
@@ -584,11 +675,16 @@ def test_what_is_read_is_a_copy(read):
 def test_rows_that_are_not_there_are_refused(read):
     count = len(read)
     for rows in (count, -count - 1, [0, count]):
-        with pytest.raises(OutOfRange, match=f"was asked for, and there are {count}: 0 to {count - 1}"):
+        with pytest.raises(
+            OutOfRange, match=f"was asked for, and there are {count}: 0 to {count - 1}"
+        ):
             read["pos"][rows]
     with pytest.raises(BadHook, match="give a number, a slice or a list of whole numbers"):
         read["pos"][0.5]
-    with pytest.raises(NotCaptured, match="resid_post.2 was not harvested. There are 2 sites: resid_post.1, z.2; and"):
+    with pytest.raises(
+        NotCaptured,
+        match="resid_post.2 was not harvested. There are 2 sites: resid_post.1, z.2; and",
+    ):
         read["resid_post.2"]
     with pytest.raises(OutOfRange, match="z.2.4 was asked for, and z.2 has 4 heads: 0 to 3"):
         read["z.2.4"]
@@ -606,7 +702,9 @@ def test_every_row_knows_its_token_and_the_text_around_it(read):
 
 def test_batches_have_every_row_once_and_a_seed_shuffles_them(read):
     straight = list(read.batches(100, sites=["resid_post.1"]))
-    assert torch.equal(torch.cat([batch["resid_post.1"] for batch in straight]), read["resid_post.1"][:])
+    assert torch.equal(
+        torch.cat([batch["resid_post.1"] for batch in straight]), read["resid_post.1"][:]
+    )
     assert set(straight[0]) == {"resid_post.1", "text", "piece", "pos", "token"}
     shuffled, again, other = (list(read.batches(100, seed=seed)) for seed in (0, 0, 1))
     rows = torch.cat([batch["resid_post.1"] for batch in shuffled])
@@ -615,7 +713,12 @@ def test_batches_have_every_row_once_and_a_seed_shuffles_them(read):
     assert all(torch.equal(a["z.2"], b["z.2"]) for a, b in zip(shuffled, again, strict=True))
     assert not torch.equal(shuffled[0]["z.2"], other[0]["z.2"])
     one = shuffled[3]
-    row = (read["text"][:] == one["text"][5]).logical_and(read["pos"][:] == one["pos"][5]).nonzero().item()
+    row = (
+        (read["text"][:] == one["text"][5])
+        .logical_and(read["pos"][:] == one["pos"][5])
+        .nonzero()
+        .item()
+    )
     assert torch.equal(one["resid_post.1"][5], read["resid_post.1"][row])
     assert len(list(read.batches(100, whole=True))) == len(read) // 100
     with pytest.raises(BadHook, match="a batch of 0 rows was asked for"):
@@ -626,7 +729,11 @@ def test_a_table_of_some_rows_has_the_numbers_of_the_sites_that_are_asked_for(re
     table = read.table([700, 3], sites=["z.2", "resid_post.1", "z.2.3"])
     assert table.columns[:6].tolist() == ["row", "text", "piece", "pos", "token_id", "z.2[0, 0]"]
     assert len(table.columns) == 5 + 32 + 32 + 8
-    assert table["z.2[3, 5]"].tolist() == read["z.2"][[700, 3]][:, 3, 5].tolist() == table["z.2.3[5]"].tolist()
+    assert (
+        table["z.2[3, 5]"].tolist()
+        == read["z.2"][[700, 3]][:, 3, 5].tolist()
+        == table["z.2.3[5]"].tolist()
+    )
     assert table["resid_post.1[31]"].tolist() == read["resid_post.1"][[700, 3]][:, 31].tolist()
     with pytest.raises(NotCaptured, match="resid_post.0 was not harvested"):
         read.table([0], sites="resid_post.0")

@@ -9,7 +9,14 @@ from killing import texts
 
 import hookkit as hk
 from hookkit.data.harvest.statistics import merged, moments
-from hookkit.errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
+from hookkit.errors import (
+    BadHook,
+    DamagedHarvest,
+    EmptySelection,
+    NotCaptured,
+    OutOfRange,
+    Unsupported,
+)
 
 SITES = ["resid_post.1", "z.2", "mlp_post.0"]
 SMALL = {"batch_tokens": 64, "progress": False}
@@ -19,7 +26,9 @@ ROWS = texts(count=60)
 def by_hand(lm, site: str, given=None) -> np.ndarray:
     """What plain transformers has at a site, for one text after the other, all in memory: [row, ...] in float64."""
     name, layer = site.split(".")
-    found = [captured(lm.root, row, name, int(layer))[0] for row in (ROWS if given is None else given)]
+    found = [
+        captured(lm.root, row, name, int(layer))[0] for row in (ROWS if given is None else given)
+    ]
     return torch.cat(found).double().numpy()
 
 
@@ -41,7 +50,9 @@ def check(found: "hk.Statistics", site: str, values: np.ndarray, within: float) 
     near(each.norm.min, lengths.min(0), within)
     near(each.norm.max, lengths.max(0), within)
     heads = values[:, None] if values.ndim == 2 else values
-    wanted = np.stack([np.cov(heads[:, head], rowvar=False, bias=True) for head in range(heads.shape[1])])
+    wanted = np.stack(
+        [np.cov(heads[:, head], rowvar=False, bias=True) for head in range(heads.shape[1])]
+    )
     near(each.covariance, wanted if values.ndim == 3 else wanted[0], within)
 
 
@@ -52,7 +63,9 @@ def found(llama) -> "hk.Statistics":
 
 @pytest.fixture(scope="module")
 def harvest(llama, tmp_path_factory) -> hk.Harvest:
-    return hk.harvest(llama, ROWS, SITES, tmp_path_factory.mktemp("harvest"), shard_size=200, **SMALL)
+    return hk.harvest(
+        llama, ROWS, SITES, tmp_path_factory.mktemp("harvest"), shard_size=200, **SMALL
+    )
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -66,7 +79,11 @@ def test_statistics_of_a_harvest_need_no_model(harvest, site):
     check(made, site, harvest[site][:].double().numpy(), 1e-12)
     assert made.about["texts"] == 60
     assert [str(each) for each in harvest.statistics("z.2.3").sites] == ["z.2.3"]
-    near(harvest.statistics("z.2.3")["z.2.3"].mean, harvest["z.2"][:].double().numpy()[:, 3].mean(0), 1e-12)
+    near(
+        harvest.statistics("z.2.3")["z.2.3"].mean,
+        harvest["z.2"][:].double().numpy()[:, 3].mean(0),
+        1e-12,
+    )
 
 
 def test_one_head_has_the_statistics_that_it_has_alone(llama, found):
@@ -84,9 +101,19 @@ def test_only_the_positions_asked_for_count(llama, harvest):
     made = hk.statistics(llama, given, "resid_post.1", pos=slice(1, None), covariance=True, **SMALL)
     values = np.concatenate([by_hand(llama, "resid_post.1", [row])[1:] for row in given])
     check(made, "resid_post.1", values, 1e-5)
-    check(harvest.statistics("resid_post.1", pos=slice(1, None), covariance=True), "resid_post.1", values, 1e-5)
+    check(
+        harvest.statistics("resid_post.1", pos=slice(1, None), covariance=True),
+        "resid_post.1",
+        values,
+        1e-5,
+    )
     last = harvest.statistics("resid_post.1", pos=-1, covariance=True)
-    check(last, "resid_post.1", np.concatenate([by_hand(llama, "resid_post.1", [row])[-1:] for row in ROWS]), 1e-5)
+    check(
+        last,
+        "resid_post.1",
+        np.concatenate([by_hand(llama, "resid_post.1", [row])[-1:] for row in ROWS]),
+        1e-5,
+    )
 
 
 def test_a_large_mean_costs_a_small_variance_no_digits():
@@ -95,7 +122,12 @@ def test_a_large_mean_costs_a_small_variance_no_digits():
     for part in np.split(values, [7, 8, 1000, 4999]):
         total = merged(total, moments(torch.tensor(part), covariance=True))
     assert np.allclose(total.variance.numpy(), values.var(0), rtol=1e-7)
-    assert np.allclose((total.products / 5000).numpy(), np.cov(values, rowvar=False, bias=True), rtol=1e-6, atol=1e-8)
+    assert np.allclose(
+        (total.products / 5000).numpy(),
+        np.cov(values, rowvar=False, bias=True),
+        rtol=1e-6,
+        atol=1e-8,
+    )
 
 
 # ---- the strongest tokens
@@ -113,7 +145,10 @@ def test_the_strongest_tokens_of_a_unit_are_those_of_a_full_sort_even_among_equa
     kept = hk.harvest(rectified, ROWS, "mlp_post.1", tmp_path, shard_size=10_000, **SMALL)
     values = kept["mlp_post.1"][:]
     assert (values == 0).float().mean() > 0.2
-    for made in (hk.statistics(rectified, ROWS, "mlp_post.1", top=top, **SMALL), kept.statistics(top=top)):
+    for made in (
+        hk.statistics(rectified, ROWS, "mlp_post.1", top=top, **SMALL),
+        kept.statistics(top=top),
+    ):
         for unit, rows in enumerate(largest(values, top)):
             table = made["mlp_post.1"].top(unit)
             assert list(table.columns) == ["text", "piece", "pos", "token_id", "value"]
@@ -145,7 +180,9 @@ def test_saved_statistics_come_back_as_they_were(tmp_path, llama, found):
     assert back["mlp_post.0"].top(9).equals(found["mlp_post.0"].top(9))
     assert back.table().equals(found.table())
     plain = hk.save_tensors({"a": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(DamagedHarvest, match="'other.safetensors' has no statistics: give a file that"):
+    with pytest.raises(
+        DamagedHarvest, match="'other.safetensors' has no statistics: give a file that"
+    ):
         hk.load_statistics(plain)
 
 
@@ -161,7 +198,9 @@ def test_the_table_has_a_row_for_each_site_and_head(found):
 
 def test_statistics_say_of_what_they_are(llama, tmp_path):
     given = [ROWS[0], [], ROWS[1], []]
-    kept = hk.harvest(llama, given, "resid_post.1", tmp_path, unfit="skip", **SMALL).statistics(pos=-1)
+    kept = hk.harvest(llama, given, "resid_post.1", tmp_path, unfit="skip", **SMALL).statistics(
+        pos=-1
+    )
     assert (kept.about["texts"], kept.about["left_out"], kept.about["pos"]) == (4, 2, "-1")
     assert kept["resid_post.1"].count == 2
     made = hk.statistics(llama, given, "resid_post.1", unfit="skip", **SMALL)
@@ -185,7 +224,10 @@ def test_a_stream_is_read_no_further_ahead_than_a_window(llama):
         hk.statistics(llama, stream(), "resid_post.0", **SMALL)
     finally:
         hook.remove()
-    ahead = [sum(tokens for number, tokens in at if number == each) for each in {number for number, _ in at}]
+    ahead = [
+        sum(tokens for number, tokens in at if number == each)
+        for each in {number for number, _ in at}
+    ]
     assert max(ahead) < 16 * 64 + 24
     assert len(ahead) > 3
 
@@ -195,16 +237,44 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
     for wish, error, words in (
         (lambda: bare["resid_post.1"].covariance, NotCaptured, "ask for it with covariance=True"),
         (lambda: bare["resid_post.1"].top(3), NotCaptured, "ask for them with top=10"),
-        (lambda: bare["resid_post.2"], NotCaptured, "no statistics of resid_post.2: there are those of 1 site"),
-        (lambda: bare["resid_post.1"].head(0), NotCaptured, "head 0 of resid_post.1 was asked for, which has 0 heads"),
+        (
+            lambda: bare["resid_post.2"],
+            NotCaptured,
+            "no statistics of resid_post.2: there are those of 1 site",
+        ),
+        (
+            lambda: bare["resid_post.1"].head(0),
+            NotCaptured,
+            "head 0 of resid_post.1 was asked for, which has 0 heads",
+        ),
         (lambda: found["z.2.4"], NotCaptured, "head 4 of z.2 was asked for, which has 4 heads"),
-        (lambda: found["mlp_post.0"].top(48), OutOfRange, r"unit 48 of mlp_post.0 .* counted \[48\] from 0"),
-        (lambda: found["z.2"].top(3), OutOfRange, r"unit 3 of z.2 was asked for, and its units are counted \[4, 8\]"),
-        (lambda: hk.statistics(llama, ROWS, "z.1", top=-1, **SMALL), BadHook, "top=-1: give how many tokens are kept"),
-        (lambda: hk.statistics(llama, ROWS, "pattern.1", **SMALL), BadHook, "a statistic keeps as many numbers for"),
+        (
+            lambda: found["mlp_post.0"].top(48),
+            OutOfRange,
+            r"unit 48 of mlp_post.0 .* counted \[48\] from 0",
+        ),
+        (
+            lambda: found["z.2"].top(3),
+            OutOfRange,
+            r"unit 3 of z.2 was asked for, and its units are counted \[4, 8\]",
+        ),
+        (
+            lambda: hk.statistics(llama, ROWS, "z.1", top=-1, **SMALL),
+            BadHook,
+            "top=-1: give how many tokens are kept",
+        ),
+        (
+            lambda: hk.statistics(llama, ROWS, "pattern.1", **SMALL),
+            BadHook,
+            "a statistic keeps as many numbers for",
+        ),
         (lambda: hk.statistics(llama, [], "z.1", **SMALL), EmptySelection, "none of the 0 texts"),
         (lambda: harvest.statistics("z.0"), NotCaptured, "z.0 was not harvested"),
-        (lambda: harvest.statistics(pos=hk.at("tea")), BadHook, "a harvest has no tokenizer to find a text with"),
+        (
+            lambda: harvest.statistics(pos=hk.at("tea")),
+            BadHook,
+            "a harvest has no tokenizer to find a text with",
+        ),
         (lambda: harvest.statistics(pos=20), OutOfRange, "position 20 was asked for"),
         (lambda: harvest.statistics(pos=slice(99, None)), EmptySelection, "rows is at pos="),
     ):
@@ -212,7 +282,8 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
             wish()
     last = hk.harvest(llama, ROWS, "z.1", tmp_path, pos=-1, **SMALL)
     with pytest.raises(
-        NotCaptured, match="position 0 of text 0 was asked for, and was not harvested: 1 of its positions"
+        NotCaptured,
+        match="position 0 of text 0 was asked for, and was not harvested: 1 of its positions",
     ):
         last.statistics(pos=0)
 
@@ -223,18 +294,25 @@ def test_numbers_of_which_a_mean_says_nothing_are_refused(small_tokenizer):
     own = hk.LM(tiny("llama"), small_tokenizer)
     with torch.no_grad():
         own.root.model.embed_tokens.weight[7] = float("nan")
-    with pytest.raises(Unsupported, match="embed is not a finite number at position 2 of text 1, and a mean would not"):
+    with pytest.raises(
+        Unsupported,
+        match="embed is not a finite number at position 2 of text 1, and a mean would not",
+    ):
         hk.statistics(own, [[1, 2], [3, 4, 7, 5]], "embed", **SMALL)
 
 
 # ---- ablation
 
 
-@pytest.mark.parametrize(("site", "name", "layer"), [("resid_post.1", "resid_post", 1), ("z.2", "z", 2)])
+@pytest.mark.parametrize(
+    ("site", "name", "layer"), [("resid_post.1", "resid_post", 1), ("z.2", "z", 2)]
+)
 def test_ablation_puts_in_the_mean_that_one_computes_by_hand(llama, found, site, name, layer):
     mean = torch.tensor(by_hand(llama, site).mean(0)).float()
     run = hk.forward(llama, [5, 6, 7, 8], hk.ablate(site, to=found))
-    wanted = edited_logits(llama.root, [5, 6, 7, 8], name, layer, lambda x: mean.reshape(-1).expand_as(x).clone())
+    wanted = edited_logits(
+        llama.root, [5, 6, 7, 8], name, layer, lambda x: mean.reshape(-1).expand_as(x).clone()
+    )
     assert (run.logits - wanted).abs().max() <= 1e-4
     assert (wanted - hk.forward(llama, [5, 6, 7, 8]).logits).abs().max() > 0.1
     same = hk.ablate(site, to=found[site].mean)
@@ -268,18 +346,27 @@ def test_an_ablation_with_means_is_a_value_that_goes_to_json_and_back(llama, fou
     hook = hk.ablate(["z.2.1", "resid_post.1"], to=found)
     back = hk.Hook.from_json(hook.to_json())
     assert back == hook
-    assert hook == hk.ablate(["z.2.1", "resid_post.1"], to=hk.load_statistics(found.save(tmp_path / "s.safetensors")))
+    assert hook == hk.ablate(
+        ["z.2.1", "resid_post.1"], to=hk.load_statistics(found.save(tmp_path / "s.safetensors"))
+    )
     assert hook != hk.ablate(["z.2.2", "resid_post.1"], to=found)
     assert str(hook) == "ablate(z.2.1, resid_post.1, to=means)"
-    assert torch.equal(hk.forward(llama, [5, 6], back).logits, hk.forward(llama, [5, 6], hook).logits)
+    assert torch.equal(
+        hk.forward(llama, [5, 6], back).logits, hk.forward(llama, [5, 6], hook).logits
+    )
 
 
 def test_ablation_where_there_are_no_statistics_is_refused(llama, found, harvest):
-    with pytest.raises(NotCaptured, match="there are no statistics of z.1: there are those of 3 sites"):
+    with pytest.raises(
+        NotCaptured, match="there are no statistics of z.1: there are those of 3 sites"
+    ):
         hk.ablate("z.1", to=found)
     with pytest.raises(NotCaptured, match="the source captured no attn_out: it has 3 sites"):
         hk.ablate("attn_out", to=found)
     with pytest.raises(BadHook, match="the tensor is a Harvest"):
         hk.ablate("z.2", to=harvest)
-    with pytest.raises(BadHook, match="to='middle' is unknown: give 'zero', 'mean', 'resample', a tensor, statistics"):
+    with pytest.raises(
+        BadHook,
+        match="to='middle' is unknown: give 'zero', 'mean', 'resample', a tensor, statistics",
+    ):
         hk.ablate("z.2", to="middle")

@@ -16,7 +16,10 @@ from hookkit.errors import BadHook, EmptySelection, UnknownKeyword
 @pytest.fixture(scope="module")
 def shift(smol):
     before = hk.forward(smol, "I like oat milk in my")
-    return hk.rank_shift(before, hk.forward(smol, "I like oat milk in my", hk.ban(" coffee"), hk.boost(" tea", by=2.0)))
+    return hk.rank_shift(
+        before,
+        hk.forward(smol, "I like oat milk in my", hk.ban(" coffee"), hk.boost(" tea", by=2.0)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,11 @@ def test_the_scatter_holds_every_token_and_marks_the_watched_one(everything):
 
 def test_the_panels_show_logits_softmax_and_log_softmax(everything):
     figure = hk.logit_panels(everything, watch=[" coffee", 7188])
-    assert [axes.get_ylabel() for axes in figure.axes] == ["logit (raw)", "probability", "log-probability (nats)"]
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "logit (raw)",
+        "probability",
+        "log-probability (nats)",
+    ]
     for axes, column in zip(figure.axes, ("logit", "prob", "logprob"), strict=True):
         assert np.allclose(np.asarray(axes.collections[0].get_offsets())[:, 1], everything[column])
     drawn(figure)
@@ -93,7 +100,10 @@ def test_bars_are_the_deltas_and_a_banned_tokens_bar_has_no_end(shift):
 def test_tokens_that_a_font_lacks_or_that_look_like_mathematics_are_drawn_as_text(shift):
     odd = shift.copy()
     odd["token"] = [
-        repr(t) for t in ["$x$", " 漢", "🧋", "\n", "<script>", "$", "a_b^c", "\\", "%", "é", "ﷺ", "\t"][: len(odd)]
+        repr(t)
+        for t in ["$x$", " 漢", "🧋", "\n", "<script>", "$", "a_b^c", "\\", "%", "é", "ﷺ", "\t"][
+            : len(odd)
+        ]
     ]
     for figure in (hk.rank_bump(odd), hk.delta_bars(odd)):
         drawn(figure)
@@ -126,7 +136,9 @@ def test_a_figure_that_cannot_be_drawn_is_refused(shift, everything, make, error
 
 def test_a_table_of_several_positions_is_refused(smol):
     table = hk.ranks(hk.forward(smol, PROMPTS))
-    with pytest.raises(EmptySelection, match="this figure is about one position, and the table has 3: choose one"):
+    with pytest.raises(
+        EmptySelection, match="this figure is about one position, and the table has 3: choose one"
+    ):
         hk.logit_scatter(table)
 
 
@@ -144,7 +156,15 @@ def test_bars_of_a_logit_are_its_largest_parts_the_others_together_and_their_sum
     logits = [0.5, -3.0, 0.25, 2.0, -0.125, -1.0]
     parts = pd.DataFrame({"row": 0, "pos": 4, "component": list("abcdef"), "logit": logits})
     axes = hk.logit_bars(parts, top=3).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["d", "f", "b", "the other 3", "all together"]
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([2.0, -1.0, -3.0, 0.625, sum(logits)])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "d",
+        "f",
+        "b",
+        "the other 3",
+        "all together",
+    ]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(
+        [2.0, -1.0, -3.0, 0.625, sum(logits)]
+    )
     every = hk.logit_bars(parts, top=6).axes[0]
     assert [label.get_text() for label in every.get_yticklabels()] == [*"dacefb", "all together"]

@@ -17,12 +17,16 @@ SETTINGS = {"max_new_tokens": 6, "do_sample": False}
 def edited(smol):
     hooks = [hk.ban(" coffee"), hk.boost(" tea", by=4.0)]
     watch = (" tea", "\n")
-    return hk.decoding(hk.generate(smol, [PROMPT, "Tea is"], *hooks, trace=hk.trace(watch=watch), **SETTINGS))
+    return hk.decoding(
+        hk.generate(smol, [PROMPT, "Tea is"], *hooks, trace=hk.trace(watch=watch), **SETTINGS)
+    )
 
 
 @pytest.fixture(scope="module")
 def baseline(smol):
-    return hk.decoding(hk.generate(smol, PROMPT, trace=hk.trace(watch=(" tea", " coffee")), **SETTINGS))
+    return hk.decoding(
+        hk.generate(smol, PROMPT, trace=hk.trace(watch=(" tea", " coffee")), **SETTINGS)
+    )
 
 
 def of(table, token, stage, row=0):
@@ -30,7 +34,11 @@ def of(table, token, stage, row=0):
 
 
 def lines_of(figure):
-    return [line for line in figure.axes[0].lines if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) > 2]
+    return [
+        line
+        for line in figure.axes[0].lines
+        if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) > 2
+    ]
 
 
 def names_of(figure):
@@ -69,7 +77,9 @@ def test_without_a_wish_the_watched_and_the_named_tokens_are_drawn(edited):
 def test_a_banned_token_has_crosses_and_no_line(edited):
     figure = hk.rank_lines(edited, watch=" coffee", stage="edited")
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
-    assert [line.get_ydata().tolist() for line in crosses] == [of(edited, " coffee", "edited")["rank"].tolist()]
+    assert [line.get_ydata().tolist() for line in crosses] == [
+        of(edited, " coffee", "edited")["rank"].tolist()
+    ]
     assert np.isnan(lines_of(figure)[0].get_ydata()).all()
     assert names_of(figure) == ["' coffee'  ×"]
     assert "× probability 0" in figure.axes[0].get_title(loc="left")
@@ -79,7 +89,9 @@ def test_a_banned_token_has_crosses_and_no_line(edited):
 def test_names_do_not_stand_on_each_other_or_outside(edited, stage):
     figure = hk.rank_lines(edited, stage=stage)
     FigureCanvasAgg(figure).draw()
-    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    boxes = sorted(
+        (text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0
+    )
     for lower, upper in pairwise(boxes):
         assert upper.y0 >= lower.y0 + 8.5 / 72 * figure.dpi
     assert all(box.x1 <= figure.bbox.x1 for box in boxes)
@@ -94,7 +106,9 @@ def test_two_lines_are_the_tokens_probabilities_in_the_two_runs(edited, baseline
     assert theirs == of(baseline, " tea", "edited")["prob"].tolist()
     assert names_of(figure) == ["baseline", "edited"]
     assert figure.axes[0].get_yscale() == scale
-    assert figure.axes[0].get_ylabel() == ("probability (log axis)" if scale == "log" else "probability")
+    assert figure.axes[0].get_ylabel() == (
+        "probability (log axis)" if scale == "log" else "probability"
+    )
     drawn(figure)
 
 
@@ -104,7 +118,9 @@ def test_a_probability_of_0_has_a_place_of_its_own_on_a_log_axis(edited, baselin
     (height,) = set(crosses.get_ydata())
     assert len(crosses.get_ydata()) == 6
     assert 0 < height < of(baseline, " coffee", "edited")["prob"].min()
-    labels = dict(zip(axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()], strict=True))
+    labels = dict(
+        zip(axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()], strict=True)
+    )
     assert labels[height] == "0"
     assert axes.get_ylim()[0] < height
 
@@ -121,12 +137,17 @@ def test_a_dotted_line_stands_where_the_texts_part(edited, baseline):
 
 def test_rows_of_the_two_runs_are_chosen_apart(edited, baseline):
     figure = hk.prob_against(edited, baseline, token=" tea", row=1, baseline_row=0)
-    assert lines_of(figure)[1].get_ydata().tolist() == of(edited, " tea", "edited", row=1)["prob"].tolist()
+    assert (
+        lines_of(figure)[1].get_ydata().tolist()
+        == of(edited, " tea", "edited", row=1)["prob"].tolist()
+    )
     with pytest.raises(OutOfRange, match="row 1 is not in the table, which has row 0"):
         hk.prob_against(edited, baseline, token=" tea", row=1)
 
 
-@pytest.mark.parametrize("token", ["$x$", "🧋", "\n", " antidisestablishmentarianism" * 2, " " * 30])
+@pytest.mark.parametrize(
+    "token", ["$x$", "🧋", "\n", " antidisestablishmentarianism" * 2, " " * 30]
+)
 def test_odd_tokens_are_drawn_as_text(edited, token):
     odd = edited.copy()
     odd["token"] = [repr(token) if name == "' tea'" else name for name in odd["token"]]
@@ -148,16 +169,38 @@ def test_the_same_tables_give_the_same_bytes(edited, baseline):
             NotCaptured,
             r"the token ' zebra' was recorded at 0 of 6 steps, and a line needs all: generate with trace\(watch=\[' zebra'",
         ),
-        (lambda e, b: hk.rank_lines(e, watch=3), NotCaptured, "At every step there is ' coffee', ' tea'"),
         (
-            lambda e, b: hk.rank_lines(e[~e.why.str.contains("watched|named") | e.drawn].assign(why="top")),
+            lambda e, b: hk.rank_lines(e, watch=3),
+            NotCaptured,
+            "At every step there is ' coffee', ' tea'",
+        ),
+        (
+            lambda e, b: hk.rank_lines(
+                e[~e.why.str.contains("watched|named") | e.drawn].assign(why="top")
+            ),
             NotCaptured,
             "no token was watched in this run or named by a hook",
         ),
-        (lambda e, b: hk.rank_lines(e, watch=range(20)), BadHook, "20 lines are more than can be told apart"),
-        (lambda e, b: hk.rank_lines(e, row=2), OutOfRange, "row 2 is not in the table, which has rows 0, 1"),
-        (lambda e, b: hk.rank_lines(e.assign(token="'x'"), watch="x"), BadHook, "'x' is the text of several tokens"),
-        (lambda e, b: hk.prob_against(e, b, token="\n"), NotCaptured, r"the token '\\n' was recorded at \d of 6 steps"),
+        (
+            lambda e, b: hk.rank_lines(e, watch=range(20)),
+            BadHook,
+            "20 lines are more than can be told apart",
+        ),
+        (
+            lambda e, b: hk.rank_lines(e, row=2),
+            OutOfRange,
+            "row 2 is not in the table, which has rows 0, 1",
+        ),
+        (
+            lambda e, b: hk.rank_lines(e.assign(token="'x'"), watch="x"),
+            BadHook,
+            "'x' is the text of several tokens",
+        ),
+        (
+            lambda e, b: hk.prob_against(e, b, token="\n"),
+            NotCaptured,
+            r"the token '\\n' was recorded at \d of 6 steps",
+        ),
         (
             lambda e, b: hk.prob_against(e, b, token=" tea", scale="lin"),
             BadHook,

@@ -31,12 +31,16 @@ ODD = [
 @pytest.fixture(scope="module")
 def table(smol):
     settings = {"max_new_tokens": 14, "do_sample": True, "top_k": 8, "seed": 2}
-    return hk.decoding(hk.generate(smol, [PROMPT, "Tea is"], hk.ban(" coffee"), trace=hk.trace(), **settings))
+    return hk.decoding(
+        hk.generate(smol, [PROMPT, "Tea is"], hk.ban(" coffee"), trace=hk.trace(), **settings)
+    )
 
 
 @pytest.fixture(scope="module")
 def single(smol):
-    return hk.decoding(hk.generate(smol, PROMPT, trace=hk.trace(top=1), max_new_tokens=2, do_sample=False))
+    return hk.decoding(
+        hk.generate(smol, PROMPT, trace=hk.trace(top=1), max_new_tokens=2, do_sample=False)
+    )
 
 
 def chosen_of(table, row=0, stage="processed"):
@@ -92,7 +96,11 @@ def test_under_a_cell_stand_the_first_candidates_and_the_chosen_one_marked(table
     for step, part in table[(table.row == 0) & (table.stage == "processed")].groupby("step"):
         cell = cells_of(figure)[step]
         left, right = cell.get_x(), cell.get_x() + cell.get_width()
-        below = [t for t in figure.axes[0].texts if left <= t.get_position()[0] < right and t.get_text() != "▸"]
+        below = [
+            t
+            for t in figure.axes[0].texts
+            if left <= t.get_position()[0] < right and t.get_text() != "▸"
+        ]
         below = [t for t in below if 0.45 < t.get_position()[1] - cell.get_y() < 1.4]
         top = part[part.why.str.contains("top") & np.isfinite(part.logit)].head(5)["token"].tolist()
         mine = chosen_of(table)["token"].iloc[step]
@@ -104,7 +112,17 @@ def test_steps_go_from_left_to_right_and_on_in_the_next_line(table):
     corners = [(cell.get_y(), cell.get_x()) for cell in cells_of(hk.decision_strip(table))]
     assert corners == sorted(corners)
     assert len({y for y, _ in corners}) == 2
-    assert len({y for y, _ in [(c.get_y(), 0) for c in cells_of(hk.decision_strip(table[table.step < 8]))]}) == 1
+    assert (
+        len(
+            {
+                y
+                for y, _ in [
+                    (c.get_y(), 0) for c in cells_of(hk.decision_strip(table[table.step < 8]))
+                ]
+            }
+        )
+        == 1
+    )
 
 
 def test_no_text_leaves_its_cell_whatever_the_tokens(table):
@@ -115,14 +133,20 @@ def test_no_text_leaves_its_cell_whatever_the_tokens(table):
     (axes, _), renderer = figure.axes, FigureCanvasAgg(figure).get_renderer()
     drawn(figure)
     frames = [cell.get_window_extent(renderer) for cell in cells_of(figure)]
-    small = [text for text in axes.texts if text.get_position()[1] < 0.42 + 2 * 1.4 and len(text.get_text()) > 1]
+    small = [
+        text
+        for text in axes.texts
+        if text.get_position()[1] < 0.42 + 2 * 1.4 and len(text.get_text()) > 1
+    ]
     for text in small:
         box = text.get_window_extent(renderer)
         assert any(f.x0 - 2 <= box.x0 and box.x1 <= f.x1 + 2 for f in frames), text
 
 
 def test_a_probability_is_not_rounded_to_0_or_1_and_nothing_else_left_is_a_margin_without_end(smol):
-    run = hk.generate(smol, PROMPT, hk.force(" tea", margin=float("inf")), trace=hk.trace(), max_new_tokens=2)
+    run = hk.generate(
+        smol, PROMPT, hk.force(" tea", margin=float("inf")), trace=hk.trace(), max_new_tokens=2
+    )
     figure = hk.decision_strip(hk.decoding(run), colour="margin")
     assert texts_of(figure, 6.5)[1] == "∞"
     assert {"1"} == {text for text in texts_of(figure, 7) if text[0].isdigit()}
@@ -137,9 +161,17 @@ def test_the_same_table_gives_the_same_bytes(table):
     ("keywords", "error", "words"),
     [
         ({"row": 7}, OutOfRange, "row 7 is not in the table, which has rows 0, 1"),
-        ({"stage": "edit"}, BadHook, "stage='edit' is not one of model, edited, processed; did you mean 'edited'"),
+        (
+            {"stage": "edit"},
+            BadHook,
+            "stage='edit' is not one of model, edited, processed; did you mean 'edited'",
+        ),
         ({"colour": "entropy"}, BadHook, "colour='entropy' is not one of surprisal, margin"),
-        ({"color": "margin"}, UnknownKeyword, r"decision_strip\(\) has no keyword 'color'; did you mean 'colour'"),
+        (
+            {"color": "margin"},
+            UnknownKeyword,
+            r"decision_strip\(\) has no keyword 'color'; did you mean 'colour'",
+        ),
     ],
 )
 def test_a_strip_that_cannot_be_drawn_is_refused(table, keywords, error, words):
@@ -148,13 +180,18 @@ def test_a_strip_that_cannot_be_drawn_is_refused(table, keywords, error, words):
 
 
 def test_other_tables_are_refused(table, single):
-    with pytest.raises(BadHook, match="drawn from decoding.run., and this table has no column 'stage', 'prob'"):
+    with pytest.raises(
+        BadHook, match="drawn from decoding.run., and this table has no column 'stage', 'prob'"
+    ):
         hk.decision_strip(table.drop(columns=["stage", "prob"]))
     with pytest.raises(BadHook, match="this table has none, or several: give it unfiltered"):
         hk.decision_strip(table[~table.drawn])
     with pytest.raises(BadHook, match="this table has none, or several: give it unfiltered"):
         hk.decision_strip(pd.concat([table, table]))
-    with pytest.raises(NotCaptured, match=r"a margin needs the two first tokens of each step: record them with trace"):
+    with pytest.raises(
+        NotCaptured,
+        match=r"a margin needs the two first tokens of each step: record them with trace",
+    ):
         hk.decision_strip(single, colour="margin")
 
 

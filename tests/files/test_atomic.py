@@ -39,7 +39,13 @@ def harvested(lm, folder):
 def swept(lm, folder):
     grid = {"layer": range(2)}
     hk.sweep(
-        lm, [[5, 6, 7]], grid, lambda layer: hk.ablate(hk.Site("z", layer)), hk.prob(3), save=folder, progress=False
+        lm,
+        [[5, 6, 7]],
+        grid,
+        lambda layer: hk.ablate(hk.Site("z", layer)),
+        hk.prob(3),
+        save=folder,
+        progress=False,
     )
 
 
@@ -86,7 +92,11 @@ NAMES = [f"{write.__name__}-{name}" for write, name in PAIRS]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -112,7 +122,9 @@ def test_what_a_link_points_to_stays_as_it_is(small, tmp_path, write, name):
         try:
             write(small, folder)
         except HookkitError as error:
-            assert any(word in str(error) for word in (name, "link", "has shards and no harvest.json"))
+            assert any(
+                word in str(error) for word in (name, "link", "has shards and no harvest.json")
+            )
             assert (folder / name).is_symlink(), "what is refused is left as it was"
         else:
             assert not (folder / name).is_symlink() and (folder / name).stat().st_size
@@ -142,7 +154,9 @@ def test_writing_a_second_time_replaces_what_hookkit_wrote(small, tmp_path, writ
     write(small, tmp_path)
     first = contents(tmp_path)
     write(small, tmp_path)
-    again = {name: data for name, data in contents(tmp_path).items() if not name.startswith(".last")}
+    again = {
+        name: data for name, data in contents(tmp_path).items() if not name.startswith(".last")
+    }
     assert {*again} == {*first}
 
 
@@ -152,8 +166,18 @@ def test_a_record_touches_nothing_that_it_did_not_write(tmp_path):
         {"name": "my project", "files": ["data.csv"]},
         {"ended": "stopped", "files": ["data.csv"]},
         {"ended": "finished", "made_by": "hookkit", "files": ["data.csv"]},
-        {"ended": "stopped", "made_by": "hookkit", "files": ["data.csv"], "sha256": {"../data.csv": "0"}},
-        {"ended": "stopped", "made_by": "hookkit", "files": ["data.csv"], "sha256": {"data.csv": "0" * 64}},
+        {
+            "ended": "stopped",
+            "made_by": "hookkit",
+            "files": ["data.csv"],
+            "sha256": {"../data.csv": "0"},
+        },
+        {
+            "ended": "stopped",
+            "made_by": "hookkit",
+            "files": ["data.csv"],
+            "sha256": {"data.csv": "0" * 64},
+        },
         [1],
     ):
         (tmp_path / "about.json").write_text(json.dumps(about))
@@ -203,7 +227,12 @@ def test_a_record_in_the_middle_of_which_the_program_is_killed_is_made_again(tmp
     (tmp_path / ".k.safetensors.0a1b2c3d.making").write_bytes(b"half")
     assert json.loads((tmp_path / "about.json").read_text())["ended"] == "running"
     recorded(None, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"about.json", "t.csv", "k.safetensors", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "about.json",
+        "t.csv",
+        "k.safetensors",
+        "report.html",
+    }
 
 
 def test_a_report_replaces_its_own_files_and_no_changed_one(tmp_path):
@@ -213,7 +242,9 @@ def test_a_report_replaces_its_own_files_and_no_changed_one(tmp_path):
     (tmp_path / "t.csv").write_text("mine")
     with pytest.raises(BadFile, match="has t.csv"):
         reported(None, tmp_path)
-    assert "Another" in (tmp_path / "report.html").read_text(), "nothing was written before it was refused"
+    assert "Another" in (tmp_path / "report.html").read_text(), (
+        "nothing was written before it was refused"
+    )
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b"])
@@ -245,7 +276,15 @@ def test_values_of_another_are_no_journal(small, tmp_path):
     (tmp_path / "cells.jsonl").unlink()
     swept(small, tmp_path)
     whole = (tmp_path / "cells.jsonl").read_text()
-    for line in ("[[0, 0]]", "[[0, 0, 1, 2, 3]]", '[[0, 0, "x"]]', "[5]", "5", "[" * 10_000, "[[true, 0, 1]]"):
+    for line in (
+        "[[0, 0]]",
+        "[[0, 0, 1, 2, 3]]",
+        '[[0, 0, "x"]]',
+        "[5]",
+        "5",
+        "[" * 10_000,
+        "[[true, 0, 1]]",
+    ):
         (tmp_path / "cells.jsonl").write_text(f"{whole}{line}\n")
         with pytest.raises(BadFile, match=r"line \d+ of"):
             swept(small, tmp_path)
@@ -305,8 +344,13 @@ def test_no_line_is_added_to_what_a_link_points_to_or_cut_off_there(tmp_path):
         cut_to_whole_lines(tmp_path / "link")
     for lock in ("mine", None):
         (tmp_path / ".lock").unlink(missing_ok=True)
-        (tmp_path / ".lock").write_text(lock) if lock else (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-        with pytest.raises(BadFile, match="not a lock of hookkit's"), locked(tmp_path, "is writing"):
+        (tmp_path / ".lock").write_text(lock) if lock else (tmp_path / ".lock").symlink_to(
+            tmp_path / "victim"
+        )
+        with (
+            pytest.raises(BadFile, match="not a lock of hookkit's"),
+            locked(tmp_path, "is writing"),
+        ):
             pass
     assert (tmp_path / "victim").read_text() == "precious, without an end"
 
@@ -322,7 +366,9 @@ def test_the_words_about_tensors_stand_in_one_order(tmp_path):
         assert file.metadata() == words and file.get_tensor("x").tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.uint8]
+)
 def test_tensors_of_every_kind_are_what_safetensors_reads(tmp_path, dtype):
     from safetensors.torch import load_file
 
@@ -336,19 +382,29 @@ def test_tensors_of_every_kind_are_what_safetensors_reads(tmp_path, dtype):
     }
     write_tensors(tmp_path / "t", tensors, {"a": "b"})
     back = load_file(tmp_path / "t")
-    assert all(torch.equal(back[name], tensor) and back[name].dtype == dtype for name, tensor in tensors.items())
+    assert all(
+        torch.equal(back[name], tensor) and back[name].dtype == dtype
+        for name, tensor in tensors.items()
+    )
 
 
 def test_no_other_file_of_the_package_writes():
     writing = re.compile(
         r"\.write_text\(|\.write_bytes\(|\bopen\([^)]*[\"'][wax]|save_file\(|\.to_csv\(path|\.savefig\(path"
     )
-    allowed = {"zoo.py": 1, "cli/printing.py": 1}  # into a folder of its own that is renamed, into a file that is made
+    allowed = {
+        "zoo.py": 1,
+        "cli/printing.py": 1,
+    }  # into a folder of its own that is renamed, into a file that is made
     package, found = Path(hk.__file__).parent, {}
     for path in package.rglob("*.py"):
         if path.name == "whole_files.py" or "docs" in path.parts:
             continue
-        lines = [line for line in path.read_text().splitlines() if writing.search(line) and ">>>" not in line]
+        lines = [
+            line
+            for line in path.read_text().splitlines()
+            if writing.search(line) and ">>>" not in line
+        ]
         if lines:
             found[path.relative_to(package).as_posix()] = len(lines)
     assert found == allowed

@@ -10,7 +10,9 @@ from hookkit.errors import BadHook
 
 def test_tensors_come_back_as_they_were(tmp_path):
     tensors = {"a": torch.randn(3, 4).bfloat16(), "b": torch.arange(5), "c": torch.randn(4, 4).T}
-    path = hk.save_tensors(tensors, tmp_path / "deep" / "t.safetensors", about={"site": "resid_post.6"})
+    path = hk.save_tensors(
+        tensors, tmp_path / "deep" / "t.safetensors", about={"site": "resid_post.6"}
+    )
     back = hk.load_tensors(path)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert [file.name for file in path.parent.iterdir()] == ["t.safetensors"]

@@ -89,9 +89,21 @@ def test_a_text_of_a_hook_that_is_a_bomb_is_refused_in_a_line(text):
 
 def test_plain_yaml_means_what_json_does():
     text = "- {hook: x, a: 1, b: -2.5, c: true, d: null, e: [p, 'q'], f: 1:30, g: 2024-01-01, h: yes, i: 1e3, j: ''}"
-    wanted = {"hook": "x", "a": 1, "b": -2.5, "c": True, "d": None, "e": ["p", "q"], "f": "1:30", "g": "2024-01-01"}
+    wanted = {
+        "hook": "x",
+        "a": 1,
+        "b": -2.5,
+        "c": True,
+        "d": None,
+        "e": ["p", "q"],
+        "f": "1:30",
+        "g": "2024-01-01",
+    }
     assert yaml_of(text, "it") == [{**wanted, "h": "yes", "i": 1000.0, "j": ""}]
-    assert yaml_of('- "ablate:z.9.3"\n- "force: coffee@0"\n', "it") == ["ablate:z.9.3", "force: coffee@0"]
+    assert yaml_of('- "ablate:z.9.3"\n- "force: coffee@0"\n', "it") == [
+        "ablate:z.9.3",
+        "force: coffee@0",
+    ]
 
 
 def test_what_cannot_be_read_is_said_of_every_kind_of_file(tmp_path):
@@ -123,7 +135,9 @@ def safetensors(header: object, data: bytes = b"", *, size: int | None = None) -
         safetensors(b"{", size=2**62),
         safetensors(b"[" * 1000),
         safetensors({"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}, b"\0" * 8),
-        safetensors({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, b"\0" * 8),
+        safetensors(
+            {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, b"\0" * 8
+        ),
         safetensors({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8),
         safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, b"\0" * 8),
         safetensors({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, b"\0" * 8),
@@ -217,7 +231,9 @@ def test_a_harvest_whose_files_say_something_else_is_damaged(tmp_path, harvested
 
 
 @pytest.mark.parametrize("name", ["harvest.json", "index.jsonl"])
-@pytest.mark.parametrize("content", [b"[" * DEEP + b"\n", b"[1]\n", b"\xff\n", b"{\n", b'"texts"\n', b"\0\n", b"NaN\n"])
+@pytest.mark.parametrize(
+    "content", [b"[" * DEEP + b"\n", b"[1]\n", b"\xff\n", b"{\n", b'"texts"\n', b"\0\n", b"NaN\n"]
+)
 def test_a_harvest_with_a_damaged_file_is_said_to_be_damaged(tmp_path, harvested, name, content):
     for other, whole in harvested.items():
         (tmp_path / other).write_bytes(content if other == name else whole)
@@ -240,7 +256,22 @@ def test_a_link_that_leads_out_of_a_harvest_is_not_read(tmp_path, harvested, nam
 
 
 def test_only_a_bare_name_is_one_in_a_folder(tmp_path):
-    for name in ("../x", "/x", "a/b", "..", ".", "", "a\\b", "c:x", "a\nb", "a\0b", "\x1b[2J", "\u202ex", 5, None):
+    for name in (
+        "../x",
+        "/x",
+        "a/b",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "c:x",
+        "a\nb",
+        "a\0b",
+        "\x1b[2J",
+        "\u202ex",
+        5,
+        None,
+    ):
         assert not is_bare_name(name)
         with pytest.raises(BadFile, match="no name of a file in that folder"):
             inside(tmp_path, name)
@@ -261,7 +292,8 @@ def result(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "about", ["[1]", "{", "[" * DEEP, '{"title": 5}', '{"answer": ["x"]}', "\xff", '{"a": 1, "a": 2}']
+    "about",
+    ["[1]", "{", "[" * DEEP, '{"title": 5}', '{"answer": ["x"]}', "\xff", '{"a": 1, "a": 2}'],
 )
 def test_a_result_whose_about_is_none_is_said(result, about):
     (result / "about.json").write_bytes(about.encode("latin-1"))
@@ -296,7 +328,10 @@ def test_the_address_of_a_page_runs_nothing(tmp_path):
         folder.mkdir()
         (folder / "report.html").write_text("x")
     page = hk.index(tmp_path).read_text()
-    assert 'href="javascript%3Aalert%281%29/report.html"' in page and 'href="a%3Fb%23c/report.html"' in page
+    assert (
+        'href="javascript%3Aalert%281%29/report.html"' in page
+        and 'href="a%3Fb%23c/report.html"' in page
+    )
     assert "<script>" not in page and 'href="a"b' not in page
 
 
@@ -316,6 +351,8 @@ def test_a_line_of_a_file_of_texts_that_is_a_bomb_is_named(tmp_path, llama):
 def test_messages_show_escapes_of_files_and_do_not_send_them(tmp_path):
     for letter in ("\x1b]0;x\x07", "\x9b2J", "\u202eabc", "\u2066"):
         error = BadFile(f"a{letter}b\nc\td")
-        assert str(error).isprintable() or set(str(error)) - {"\n", "\t"} == {c for c in str(error) if c.isprintable()}
+        assert str(error).isprintable() or set(str(error)) - {"\n", "\t"} == {
+            c for c in str(error) if c.isprintable()
+        }
         assert str(error).endswith("b\nc\td") and letter[0] not in str(error)
     assert os.fspath(tmp_path)

@@ -23,7 +23,9 @@ def run(llama):
 
 def test_two_captures_of_a_site_are_told_apart_by_name(run):
     assert torch.equal(run["resid_post.1", "after"], run["resid_post.1", "before"] * 2)
-    with pytest.raises(NotCaptured, match=r"resid_post.1 was captured 2 times, with the names 'before', 'after'"):
+    with pytest.raises(
+        NotCaptured, match=r"resid_post.1 was captured 2 times, with the names 'before', 'after'"
+    ):
         run["resid_post.1"]
 
 
@@ -35,7 +37,10 @@ def test_a_head_of_a_site_captured_with_all_its_heads_is_taken_from_it(run):
     ("key", "words"),
     [
         ("mlp_out.0", "mlp_out.0 was not captured. It has"),
-        ("resid_post", r"Name one layer, such as 'resid_post.0', or stack them with .stack\('resid_post'\)"),
+        (
+            "resid_post",
+            r"Name one layer, such as 'resid_post.0', or stack them with .stack\('resid_post'\)",
+        ),
         (("z.0", "other"), "z.0 named 'other' was not captured"),
         ("resid_post.0.1", "'resid_post' has no heads"),
     ],
@@ -52,7 +57,8 @@ def test_a_run_without_captures_says_how_to_capture(llama):
 
 def test_captures_of_several_batches_become_one(llama):
     sites = [
-        hk.forward(llama, prompts, hk.capture("embed")).captured("embed") for prompts in (PROMPTS[:1], PROMPTS[1:])
+        hk.forward(llama, prompts, hk.capture("embed")).captured("embed")
+        for prompts in (PROMPTS[:1], PROMPTS[1:])
     ]
     together = hk.forward(llama, PROMPTS, hk.capture("embed")).captured("embed")
     both = merged(sites)

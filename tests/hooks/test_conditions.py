@@ -63,8 +63,12 @@ def test_margin_is_the_largest_logit_less_the_second(lm):
     rows = [torch.arange(N) * step for step in (0.25, 0.5, 2.0)]
     assert holds(lm, hk.margin_above(0.375), *rows) == [False, True, True]
     assert holds(lm, hk.margin_below(0.375), *rows) == [True, False, False]
-    assert holds(lm, hk.margin_above(0.5), *rows) == [False, False, True], "just as large is not above"
-    assert holds(lm, hk.margin_below(0.5), *rows) == [True, False, False], "just as large is not below"
+    assert holds(lm, hk.margin_above(0.5), *rows) == [False, False, True], (
+        "just as large is not above"
+    )
+    assert holds(lm, hk.margin_below(0.5), *rows) == [True, False, False], (
+        "just as large is not below"
+    )
     assert holds(lm, hk.margin_below(0.01), torch.zeros(N)) == [True]
 
 
@@ -77,7 +81,9 @@ def test_rank_is_one_more_than_the_tokens_above(lm):
                 assert holds(lm, hk.rank_of(token, at_most=rank - 1), row) == [False]
             assert holds(lm, hk.rank_of(token, at_least=rank), row) == [True]
             assert holds(lm, hk.rank_of(token, at_least=rank + 1), row) == [False]
-    assert holds(lm, hk.rank_of(7, at_most=1), torch.zeros(N)) == [True], "tokens as large are not above"
+    assert holds(lm, hk.rank_of(7, at_most=1), torch.zeros(N)) == [True], (
+        "tokens as large are not above"
+    )
 
 
 def test_probability_is_that_of_the_softmax(lm):
@@ -90,7 +96,9 @@ def test_probability_is_that_of_the_softmax(lm):
     assert holds(lm, hk.prob_of(5, at_least=0.5 * ABOVE), *rows) == [False, False, True]
     assert holds(lm, hk.prob_of(5, at_most=0.5 * ABOVE), *rows) == [True, True, False]
     assert holds(lm, hk.prob_of(6, at_most=0.5 / (N - 1) * ABOVE), *rows) == [False, True, True]
-    assert holds(lm, hk.prob_of(5, at_most=0.0), even(3)) == [True], "a banned token has probability 0"
+    assert holds(lm, hk.prob_of(5, at_most=0.0), even(3)) == [True], (
+        "a banned token has probability 0"
+    )
 
 
 def test_a_token_may_be_named_by_its_text(lm):
@@ -143,7 +151,10 @@ def test_a_function_may_answer_for_all_or_for_each_cell(lm):
     [
         (None, "when= gave NoneType: return True or False, or a bool tensor"),
         (1, "when= gave int: return True or False"),
-        (torch.ones(2, 1), r"when= gave torch.float32 \[2, 1\]: return True or False, or a bool tensor \[2, 1\]"),
+        (
+            torch.ones(2, 1),
+            r"when= gave torch.float32 \[2, 1\]: return True or False, or a bool tensor \[2, 1\]",
+        ),
         (torch.ones(2, N).bool(), r"when= gave torch.bool \[2, 320\]"),
         (torch.ones(1).bool(), r"when= gave torch.bool \[1\]"),
     ],
@@ -173,7 +184,9 @@ HOOKS = [
 def test_every_edit_acts_in_the_rows_where_its_condition_holds_and_in_no_other(lm, make):
     plain = hk.forward(lm, PROMPTS)
     always = (
-        hk.forward(lm, PROMPTS, make(None)) if "phrase" not in str(make(None)) or "ban" in str(make(None)) else None
+        hk.forward(lm, PROMPTS, make(None))
+        if "phrase" not in str(make(None)) or "ban" in str(make(None))
+        else None
     )
     ends = [plain.logits[row, length - 1] for row, length in enumerate(plain.lengths)]
     entropies = [float(torch.distributions.Categorical(logits=end).entropy()) for end in ends]
@@ -191,9 +204,23 @@ def test_every_edit_acts_in_the_rows_where_its_condition_holds_and_in_no_other(l
 def test_a_condition_sees_what_the_edits_before_it_left(lm):
     rows = [torch.zeros(N)]
     boosted = hk.boost(5, by=10.0)
-    first = hk.forward(lm, PROMPTS[:1], known(*rows), boosted, hk.ban(5, when=hk.rank_of(6, at_least=2)), logits="last")
+    first = hk.forward(
+        lm,
+        PROMPTS[:1],
+        known(*rows),
+        boosted,
+        hk.ban(5, when=hk.rank_of(6, at_least=2)),
+        logits="last",
+    )
     assert first.logits[0, 0, 5] == -math.inf
-    other = hk.forward(lm, PROMPTS[:1], known(*rows), hk.ban(5, when=hk.rank_of(6, at_least=2)), boosted, logits="last")
+    other = hk.forward(
+        lm,
+        PROMPTS[:1],
+        known(*rows),
+        hk.ban(5, when=hk.rank_of(6, at_least=2)),
+        boosted,
+        logits="last",
+    )
     assert other.logits[0, 0, 5] == 10.0
 
 
@@ -237,7 +264,10 @@ def test_a_function_of_ones_own_is_named_in_print_and_does_not_come_back_from_js
 
     hook = hk.ban(3, when=unsure)
     assert str(hook) == "ban(3, when=unsure)"
-    with pytest.raises(BadHook, match="has a user's function, .*unsure, of which JSON has the name and not the code"):
+    with pytest.raises(
+        BadHook,
+        match="has a user's function, .*unsure, of which JSON has the name and not the code",
+    ):
         hk.Hook.from_json(hook.to_json())
 
 
@@ -249,11 +279,19 @@ def test_a_function_of_ones_own_is_named_in_print_and_does_not_come_back_from_js
         (lambda: hk.margin_above(math.inf), BadHook, "logits=inf is not a finite number"),
         (lambda: hk.margin_below(True), BadHook, "logits=True is not a finite number"),
         (lambda: hk.rank_of(7), BadHook, r"rank_of\(7\) needs one limit: at_most= or at_least="),
-        (lambda: hk.prob_of(" a", at_most=0.1, at_least=0.5), BadHook, r"prob_of\(' a'\) needs one limit"),
+        (
+            lambda: hk.prob_of(" a", at_most=0.1, at_least=0.5),
+            BadHook,
+            r"prob_of\(' a'\) needs one limit",
+        ),
         (lambda: hk.prob_of(7, at_most="x"), BadHook, "at_most='x' is not a finite number"),
         (lambda: hk.rank_of(7, top=3), UnknownKeyword, r"rank_of\(\) has no keyword 'top'"),
         (lambda: hk.prob_of(7, above=3), UnknownKeyword, r"prob_of\(\) has no keyword 'above'"),
-        (lambda: hk.boost(7, by=1.0, when="unsure"), BadHook, "when='unsure' is no condition: give hk.entropy_above"),
+        (
+            lambda: hk.boost(7, by=1.0, when="unsure"),
+            BadHook,
+            "when='unsure' is no condition: give hk.entropy_above",
+        ),
     ],
 )
 def test_a_condition_that_means_nothing_is_refused_when_it_is_made(make, error, words):
@@ -264,5 +302,7 @@ def test_a_condition_that_means_nothing_is_refused_when_it_is_made(make, error, 
 def test_a_condition_on_something_that_is_not_one_token_is_refused_before_the_forward(lm):
     with pytest.raises(NotOneToken, match="'coffee cup' is .* tokens here .*, and one is meant"):
         hk.forward(lm, PROMPTS, hk.ban(3, when=hk.rank_of("coffee cup", at_most=3)))
-    with pytest.raises(NotOneToken, match="token 320 was asked for, and the vocabulary has ids 0 to 319"):
+    with pytest.raises(
+        NotOneToken, match="token 320 was asked for, and the vocabulary has ids 0 to 319"
+    ):
         hk.forward(lm, PROMPTS, hk.ban(3, when=hk.prob_of(320, at_most=0.5)))

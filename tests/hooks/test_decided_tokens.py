@@ -44,8 +44,18 @@ def written(run: hk.Run) -> list[list[int]]:
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_a_forced_token_is_drawn_every_time(unsure, rules):
-    hooks = [hk.force(7, step=0), hk.force(9, step=2, rows=0), hk.force(hk.phrase([12, 13]), step=1, rows=1)]
-    settings = {"top_k": 0, "do_sample": True, "num_return_sequences": DRAWS, "max_new_tokens": 3, **rules}
+    hooks = [
+        hk.force(7, step=0),
+        hk.force(9, step=2, rows=0),
+        hk.force(hk.phrase([12, 13]), step=1, rows=1),
+    ]
+    settings = {
+        "top_k": 0,
+        "do_sample": True,
+        "num_return_sequences": DRAWS,
+        "max_new_tokens": 3,
+        **rules,
+    }
     run = hk.generate(unsure, PROMPTS, *hooks, seed=0, logits=False, **settings)
     rows = list(zip(run.prompt_rows, written(run), strict=True))
     assert len(rows) == 2 * DRAWS
@@ -55,7 +65,13 @@ def test_a_forced_token_is_drawn_every_time(unsure, rules):
 
 
 def test_a_margin_is_a_push_that_sampling_may_overrule(unsure):
-    settings = {"do_sample": True, "temperature": 5.0, "top_k": 0, "num_return_sequences": 100, "max_new_tokens": 1}
+    settings = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "top_k": 0,
+        "num_return_sequences": 100,
+        "max_new_tokens": 1,
+    }
     pushed = hk.generate(unsure, [PROMPTS[0]], hk.force(7, margin=10.0), seed=0, **settings)
     taken = sum(row == [7] for row in written(pushed))
     assert 0 < taken < 100
@@ -65,7 +81,9 @@ def test_a_margin_is_a_push_that_sampling_may_overrule(unsure):
     assert written(decided) == [[7]] * 100
     assert torch.equal(decided.logits[0], pushed.logits[0])  # the tables say the same of both
     assert {why.split(":")[0] for why in hk.decisions(decided)["why"]} == {"forced by force(7)"}
-    traced = hk.generate(unsure, [PROMPTS[0]], hk.force(7, margin=10.0), seed=0, trace=hk.trace(), **settings)
+    traced = hk.generate(
+        unsure, [PROMPTS[0]], hk.force(7, margin=10.0), seed=0, trace=hk.trace(), **settings
+    )
     why = hk.decisions(traced)
     pushes = why[why["token_id"] == 7]["why"].tolist()
     assert pushes and all(reason.startswith("drawn with p = ") for reason in pushes)
@@ -75,14 +93,26 @@ def test_a_margin_is_a_push_that_sampling_may_overrule(unsure):
     "settings", [{}, {"num_return_sequences": 3}, {"do_sample": True, "temperature": 5.0}], ids=str
 )
 def test_a_forced_token_is_in_every_beam(unsure, settings):
-    settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "bad_words_ids": [[9]], **settings}
+    settings = {
+        "num_beams": 3,
+        "do_sample": False,
+        "max_new_tokens": 4,
+        "bad_words_ids": [[9]],
+        **settings,
+    }
     run = hk.generate(unsure, PROMPTS, hk.force(9, step=2), seed=0, **settings)
     assert {row[2] for row in written(run)} == {9}
 
 
 def test_a_forced_token_is_taken_by_the_callers_own_generate(unsure):
     ids = torch.tensor([[5, 6, 7]])
-    drawn = {"do_sample": True, "temperature": 5.0, "top_k": 0, "num_return_sequences": 50, "max_new_tokens": 2}
+    drawn = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "top_k": 0,
+        "num_return_sequences": 50,
+        "max_new_tokens": 2,
+    }
     given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, **drawn}
     with hk.attach(unsure, hk.force(7, step=1)):
         assert set(unsure.model.generate(ids, **given)[:, 4].tolist()) == {7}
@@ -90,7 +120,9 @@ def test_a_forced_token_is_taken_by_the_callers_own_generate(unsure):
     assert written(inside) == [[8, 7]] * 50
     embeddings = unsure.model.get_input_embeddings()(ids)
     with hk.attach(unsure, hk.force(7)):
-        assert set(unsure.model.generate(inputs_embeds=embeddings, **given).flatten().tolist()) == {7}
+        assert set(unsure.model.generate(inputs_embeds=embeddings, **given).flatten().tolist()) == {
+            7
+        }
     assert len(set(unsure.model.generate(ids, **given)[:, 4].tolist())) > 10
 
 
@@ -112,15 +144,27 @@ def test_a_constraint_of_the_callers_own_that_leaves_the_token_out_is_a_contradi
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [8, 9]}, "prefix_allowed_tokens_fn"),
         ({"logits_processor": [OnlyThese(8, 9)]}, "the logits_processor OnlyThese"),
     ]:
-        with pytest.raises(BadEdit, match=rf"force\(7, step=1\) decides on token 7 in row 0, and {name} leaves it out"):
+        with pytest.raises(
+            BadEdit,
+            match=rf"force\(7, step=1\) decides on token 7 in row 0, and {name} leaves it out",
+        ):
             hk.generate(unsure, PROMPTS, hook, max_new_tokens=2, **given)
-    agreed = {"logits_processor": [OnlyThese(7, 8)], "suppress_tokens": [7], "do_sample": True, "top_k": 0}
-    assert [row[1] for row in written(hk.generate(unsure, PROMPTS, hook, max_new_tokens=2, **agreed))] == [7, 7]
+    agreed = {
+        "logits_processor": [OnlyThese(7, 8)],
+        "suppress_tokens": [7],
+        "do_sample": True,
+        "top_k": 0,
+    }
+    assert [
+        row[1] for row in written(hk.generate(unsure, PROMPTS, hook, max_new_tokens=2, **agreed))
+    ] == [7, 7]
 
 
 def test_the_later_hook_has_the_last_word(unsure):
     def first(*hooks: hk.Hook) -> list[int]:
-        run = hk.generate(unsure, PROMPTS, *hooks, do_sample=True, temperature=0.1, seed=0, max_new_tokens=1)
+        run = hk.generate(
+            unsure, PROMPTS, *hooks, do_sample=True, temperature=0.1, seed=0, max_new_tokens=1
+        )
         return [row[0] for row in written(run)]
 
     assert first(hk.force(7), hk.force(8)) == [8, 8]

@@ -17,7 +17,9 @@ SITE = "resid_post.1"
 
 def values(lm, *hooks, prompts=PROMPTS, site=SITE):
     """What is at a site before and after these hooks."""
-    run = hk.forward(lm, prompts, hk.capture(site, name="before"), *hooks, hk.capture(site, name="after"))
+    run = hk.forward(
+        lm, prompts, hk.capture(site, name="before"), *hooks, hk.capture(site, name="after")
+    )
     return run[site, "before"], run[site, "after"]
 
 
@@ -32,7 +34,9 @@ EXAMPLES = {
     ),
     "capture(logits, step=1:)": hk.capture("logits", step=slice(1, None)),
     "edit(resid_post.1, as_a_function, pos=PROMPT)": hk.edit(SITE, as_a_function, pos=hk.PROMPT),
-    "steer(resid_post.1, tensor[32], scale=2.0, pos=at('store'))": hk.steer(SITE, VECTOR, scale=2, pos=hk.at("store")),
+    "steer(resid_post.1, tensor[32], scale=2.0, pos=at('store'))": hk.steer(
+        SITE, VECTOR, scale=2, pos=hk.at("store")
+    ),
     "scale(z.1.3, 0.5)": hk.scale("z.1.3", 0.5),
     "project_out(resid_post.1, tensor[32])": hk.project_out(SITE, VECTOR),
     "skip_block(resid_post.1, resid_post.2)": hk.skip_block([1, 2]),
@@ -90,7 +94,9 @@ def test_a_patch_survives_json_with_its_values(llama):
     again = hk.Hook.from_json(hook.to_json())
     assert again == hook
     expected = hk.forward(llama, PROMPTS[0], hk.ablate("mlp_out.0"), hook).logits
-    assert torch.equal(hk.forward(llama, PROMPTS[0], hk.ablate("mlp_out.0"), again).logits, expected)
+    assert torch.equal(
+        hk.forward(llama, PROMPTS[0], hk.ablate("mlp_out.0"), again).logits, expected
+    )
 
 
 def test_json_holds_the_name_and_source_of_a_users_function_and_refuses_to_bring_it_back():
@@ -98,7 +104,8 @@ def test_json_holds_the_name_and_source_of_a_users_function_and_refuses_to_bring
     assert written["fn"]["$function"]["name"].endswith("as_a_function")
     assert "return x * 2" in written["fn"]["$function"]["source"]
     with pytest.raises(
-        BadHook, match="has a user's function, .*as_a_function, of which JSON has the name and not the code"
+        BadHook,
+        match="has a user's function, .*as_a_function, of which JSON has the name and not the code",
     ):
         hk.Hook.from_json(json.dumps(written))
 
@@ -114,12 +121,25 @@ def test_json_tells_two_functions_with_the_same_source_and_other_numbers_apart()
         return values * by * FACTOR
 
     assert times(1.0, VECTOR).to_json() == times(1.0, VECTOR.clone()).to_json()
-    assert len({times(1.0, VECTOR).to_json(), times(2.0, VECTOR).to_json(), times(1.0, -VECTOR).to_json()}) == 3
+    assert (
+        len(
+            {
+                times(1.0, VECTOR).to_json(),
+                times(2.0, VECTOR).to_json(),
+                times(1.0, -VECTOR).to_json(),
+            }
+        )
+        == 3
+    )
     around = json.loads(hk.edit(SITE, default).to_json())["fn"]["$function"]["with"]
     assert around == {"default 0": "2.0", "FACTOR": "3.0"}
-    partials = [hk.edit(SITE, functools.partial(as_a_function, factor)).to_json() for factor in (1, 2)]
+    partials = [
+        hk.edit(SITE, functools.partial(as_a_function, factor)).to_json() for factor in (1, 2)
+    ]
     assert partials[0] != partials[1] and "return x * 2" in partials[0]
-    made = [eval(compile(f"lambda x: x * {n}", "<nowhere>", "eval")) for n in (2, 2, 3)]  # no source to be read
+    made = [
+        eval(compile(f"lambda x: x * {n}", "<nowhere>", "eval")) for n in (2, 2, 3)
+    ]  # no source to be read
     written = [hk.edit(SITE, fn).to_json() for fn in made]
     assert written[0] == written[1] != written[2]
 
@@ -138,7 +158,10 @@ def test_json_can_hold_digests_instead_of_tensors():
     [
         ("nonsense", "this is no hook in JSON: 'nonsense'"),
         ("[1]", "this is no hook in JSON"),
-        ('{"hook": "stear"}', "there is no hook 'stear': there are ablate, ban, boost, cap, capture"),
+        (
+            '{"hook": "stear"}',
+            "there is no hook 'stear': there are ablate, ban, boost, cap, capture",
+        ),
         (
             '{"hook": "scale", "sites": {"$sites": ["z.0"]}, "where": {"$value": "There"}, "factor": 2}',
             "a hook holds no value of type 'There'",
@@ -191,7 +214,9 @@ def test_projecting_out_leaves_nothing_along_the_direction(lm):
     assert float((after @ subspace.T).abs().max()) < 1e-4 * float(before.abs().max()) * 32
 
 
-@pytest.mark.parametrize("to", ["zero", VECTOR, torch.randn(1, 32)], ids=["zero", "vector", "position"])
+@pytest.mark.parametrize(
+    "to", ["zero", VECTOR, torch.randn(1, 32)], ids=["zero", "vector", "position"]
+)
 def test_ablate_puts_in_what_it_says(lm, to):
     before, after = values(lm, hk.ablate(SITE, to=to, pos=-1), prompts=PROMPTS[0])
     expected = before.clone()
@@ -212,12 +237,15 @@ def test_mean_ablation_takes_the_mean_of_the_reference(lm, source):
     assert torch.allclose(after[mask], everything.expand_as(after[mask]), atol=1e-5)
     _, after = values(lm, hk.ablate(SITE, to="mean", over=over, pos=[0, 1]), prompts=PROMPTS[0])
     for place in (0, 1):
-        assert torch.allclose(after[0, place], torch.stack([row[place] for row in rows]).mean(0), atol=1e-5)
+        assert torch.allclose(
+            after[0, place], torch.stack([row[place] for row in rows]).mean(0), atol=1e-5
+        )
 
 
 def test_mean_ablation_by_position_refuses_a_position_that_the_reference_lacks(lm):
     with pytest.raises(
-        BadHook, match=r"position \d+ of resid_post.1 is to be replaced, and no prompt of the reference is that long"
+        BadHook,
+        match=r"position \d+ of resid_post.1 is to be replaced, and no prompt of the reference is that long",
     ):
         hk.forward(lm, PROMPTS[2], hk.ablate(SITE, to="mean", over="Tea"))
 
@@ -239,7 +267,9 @@ def test_resampling_takes_values_of_the_reference_the_same_alone_and_in_a_batch(
         assert torch.equal(together[row, : alone.shape[1]], alone[0])
         for place in range(alone.shape[1]):
             donors = torch.cat([text if per == "all" else text[place : place + 1] for text in pool])
-            assert float((donors - alone[0, place]).abs().amax(1).min()) < 1e-5 * float(donors.abs().max())
+            assert float((donors - alone[0, place]).abs().amax(1).min()) < 1e-5 * float(
+                donors.abs().max()
+            )
     other = hk.ablate(SITE, to="resample", over=PROMPTS[2:] + REFERENCE, per=per, seed=4)
     assert not torch.equal(values(lm, other)[1], together)
 
@@ -252,9 +282,17 @@ def test_patching_takes_the_same_place_of_the_other_text(smol):
     for pos, place in (
         (-1, length - 1),
         (3, 3),
-        (hk.at("store"), next(i for i in range(length) if smol.string(int(source.tokens[0, i])) == " store")),
+        (
+            hk.at("store"),
+            next(i for i in range(length) if smol.string(int(source.tokens[0, i])) == " store"),
+        ),
     ):
-        run = hk.forward(smol, clean, hk.patch("resid_post.5", source, pos=pos), hk.capture("resid_post.5", pos=pos))
+        run = hk.forward(
+            smol,
+            clean,
+            hk.patch("resid_post.5", source, pos=pos),
+            hk.capture("resid_post.5", pos=pos),
+        )
         assert torch.equal(run["resid_post.5"][0, 0], source["resid_post.5"][0, place])
 
 
@@ -269,14 +307,20 @@ def test_patching_takes_rows_by_number_or_the_only_one(lm):
 
 def test_a_head_can_be_patched_from_a_run_that_captured_them_all(lm):
     source = hk.forward(lm, PROMPTS[0], hk.capture("z.1"))
-    _before, after = values(lm, hk.ablate("attn_in.1"), hk.patch("z.1.2", source), prompts=PROMPTS[0], site="z.1")
+    _before, after = values(
+        lm, hk.ablate("attn_in.1"), hk.patch("z.1.2", source), prompts=PROMPTS[0], site="z.1"
+    )
     assert torch.equal(after[:, :, 2], source["z.1"][:, :, 2])
 
 
 def test_a_patch_from_a_prompt_does_not_reach_into_the_generated_text(lm):
     source = hk.forward(lm, PROMPTS[0], hk.capture("resid_post"))
-    run = hk.generate(lm, PROMPTS[0], hk.patch("resid_post", source), max_new_tokens=4, do_sample=False)
-    assert torch.equal(run.tokens, hk.generate(lm, PROMPTS[0], max_new_tokens=4, do_sample=False).tokens)
+    run = hk.generate(
+        lm, PROMPTS[0], hk.patch("resid_post", source), max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(
+        run.tokens, hk.generate(lm, PROMPTS[0], max_new_tokens=4, do_sample=False).tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +332,11 @@ def test_a_patch_from_a_prompt_does_not_reach_into_the_generated_text(lm):
             r"resid_post.0 was not captured. It has 1 site: resid_post.1",
         ),
         (lambda s: hk.patch("mlp_out", s), NotCaptured, "the source captured no mlp_out"),
-        (lambda s: hk.patch(SITE, torch.ones(2)), BadHook, "patch needs a run as its source, and was given Tensor"),
+        (
+            lambda s: hk.patch(SITE, torch.ones(2)),
+            BadHook,
+            "patch needs a run as its source, and was given Tensor",
+        ),
         (
             lambda s: hk.patch(SITE, s),
             BadHook,
@@ -304,16 +352,25 @@ def test_a_patch_from_a_prompt_does_not_reach_into_the_generated_text(lm):
 def test_a_patch_that_cannot_be_is_refused(llama, make, error, words):
     source = hk.forward(llama, PROMPTS[0], hk.capture(SITE))
     length = len(llama.tokenizer.encode(PROMPTS[2]))
-    with pytest.raises(error, match=words.replace("19", str(length)).replace("18", str(length - 1))):
+    with pytest.raises(
+        error, match=words.replace("19", str(length)).replace("18", str(length - 1))
+    ):
         hook = make(source)
-        hk.forward(llama, PROMPTS[2], *([hk.patch(SITE, source, pos=length - 1)] if "position 18" in words else [hook]))
+        hk.forward(
+            llama,
+            PROMPTS[2],
+            *([hk.patch(SITE, source, pos=length - 1)] if "position 18" in words else [hook]),
+        )
 
 
 # ---- at the logits
 
 
 def said(lm, *hooks, prompts=PROMPTS):
-    before, after = hk.forward(lm, prompts, logits="last"), hk.forward(lm, prompts, *hooks, logits="last")
+    before, after = (
+        hk.forward(lm, prompts, logits="last"),
+        hk.forward(lm, prompts, *hooks, logits="last"),
+    )
     return before.logits[:, 0], after.logits[:, 0]
 
 
@@ -348,8 +405,12 @@ def test_set_rank_gives_the_rank(lm, rank):
 
 
 def test_set_rank_between_equal_logits_is_refused(lm):
-    tie = hk.edit("logits", lambda x: torch.cat([torch.full_like(x[..., :5], 99.0), x[..., 5:]], dim=-1))
-    with pytest.raises(BadEdit, match=r"set_rank\(9, 3\) cannot be: the tokens .* have the same logit"):
+    tie = hk.edit(
+        "logits", lambda x: torch.cat([torch.full_like(x[..., :5], 99.0), x[..., 5:]], dim=-1)
+    )
+    with pytest.raises(
+        BadEdit, match=r"set_rank\(9, 3\) cannot be: the tokens .* have the same logit"
+    ):
         hk.forward(lm, PROMPTS, tie, hk.set_rank(9, 3))
 
 
@@ -370,7 +431,11 @@ def test_logit_edits_leave_the_rest_of_the_prompt_alone(lm):
             UnknownKeyword,
             r"steer\(\) has no keyword 'position'; did you mean 'pos'\? It takes: site, vector, scale, pos, rows",
         ),
-        (lambda: hk.capture(SITE, layers=[3]), UnknownKeyword, r"capture\(\) has no keyword 'layers'"),
+        (
+            lambda: hk.capture(SITE, layers=[3]),
+            UnknownKeyword,
+            r"capture\(\) has no keyword 'layers'",
+        ),
         (
             lambda: hk.capture(SITE, step=0),
             BadHook,
@@ -394,20 +459,48 @@ def test_logit_edits_leave_the_rest_of_the_prompt_alone(lm):
             BadHook,
             "the vector has values that are not finite numbers: 1 of them",
         ),
-        (lambda: hk.steer(SITE, "up"), BadHook, "the vector is a str, and a tensor of numbers is needed"),
-        (lambda: hk.edit(SITE, 3), BadHook, "edit needs a function of the values, and was given int"),
-        (lambda: hk.ablate(SITE, to="mean"), BadHook, "to='mean' needs a reference: say over=run, or over="),
+        (
+            lambda: hk.steer(SITE, "up"),
+            BadHook,
+            "the vector is a str, and a tensor of numbers is needed",
+        ),
+        (
+            lambda: hk.edit(SITE, 3),
+            BadHook,
+            "edit needs a function of the values, and was given int",
+        ),
+        (
+            lambda: hk.ablate(SITE, to="mean"),
+            BadHook,
+            "to='mean' needs a reference: say over=run, or over=",
+        ),
         (
             lambda: hk.ablate(SITE, to="mode"),
             BadHook,
             "to='mode' is unknown: give 'zero', 'mean', 'resample', a tensor, statistics or a run",
         ),
-        (lambda: hk.ablate(SITE, over=["a"]), BadHook, "over= goes with to='mean' or to='resample'"),
+        (
+            lambda: hk.ablate(SITE, over=["a"]),
+            BadHook,
+            "over= goes with to='mean' or to='resample'",
+        ),
         (lambda: hk.ablate(SITE, to="mean", over=[]), BadHook, r"over=\[\] has no prompt"),
         (lambda: hk.ablate(SITE, to="mean", over="a", per="row"), BadHook, "per='row' is unknown"),
-        (lambda: hk.project_out(SITE, torch.zeros(2, 2, 2)), BadHook, r"the direction has shape \[2, 2, 2\]"),
-        (lambda: hk.capture(SITE, dtype="float17"), BadHook, "dtype='float17' is no dtype of torch"),
-        (lambda: hk.capture(SITE, grad=True, dtype="float16"), BadHook, "grad=True. keeps the very tensor"),
+        (
+            lambda: hk.project_out(SITE, torch.zeros(2, 2, 2)),
+            BadHook,
+            r"the direction has shape \[2, 2, 2\]",
+        ),
+        (
+            lambda: hk.capture(SITE, dtype="float17"),
+            BadHook,
+            "dtype='float17' is no dtype of torch",
+        ),
+        (
+            lambda: hk.capture(SITE, grad=True, dtype="float16"),
+            BadHook,
+            "grad=True. keeps the very tensor",
+        ),
         (lambda: hk.skip_block([]), EmptySelection, "name at least one"),
     ],
 )
@@ -424,7 +517,11 @@ def test_a_hook_that_means_nothing_is_refused_when_it_is_made(make, error, words
             BadHook,
             r"the vector has shape \[31\], and resid_post.1 is \[batch, pos, 32\]: give \[32\]",
         ),
-        (hk.steer("z.1.0", VECTOR), BadHook, r"the vector has shape \[32\], and z.1.0 is \[batch, pos, 8\]"),
+        (
+            hk.steer("z.1.0", VECTOR),
+            BadHook,
+            r"the vector has shape \[32\], and z.1.0 is \[batch, pos, 8\]",
+        ),
         (hk.ablate(SITE, to=torch.ones(1, 1, 1, 32)), BadHook, "the tensor has shape"),
         (
             hk.project_out(SITE, torch.ones(31)),
@@ -447,7 +544,11 @@ def test_a_hook_that_means_nothing_is_refused_when_it_is_made(make, error, words
             BadEdit,
             r"the vector has shape \[2, 32\], and the values at resid_post.1 have",
         ),
-        (hk.set_rank(3, 321), OutOfRange, "rank 321 was asked for, and the vocabulary has 320 tokens"),
+        (
+            hk.set_rank(3, 321),
+            OutOfRange,
+            "rank 321 was asked for, and the vocabulary has 320 tokens",
+        ),
         (hk.ban(*range(320)), BadEdit, "leaves no token to choose at logits"),
     ],
     ids=str,
@@ -469,7 +570,9 @@ def test_some_units_of_a_site_are_replaced_and_the_others_are_not():
 
 
 def test_a_unit_that_is_not_there_is_refused():
-    with pytest.raises(hk.errors.OutOfRange, match="unit 48 of mlp_post.1 was asked for, which has 48"):
+    with pytest.raises(
+        hk.errors.OutOfRange, match="unit 48 of mlp_post.1 was asked for, which has 48"
+    ):
         hk.forward(hk.tiny("llama"), [[5]], hk.ablate("mlp_post.1", units=48))
     with pytest.raises(hk.errors.BadHook, match="a number for each query and key"):
         hk.ablate("pattern.1", units=3)

@@ -9,7 +9,9 @@ from hookkit.errors import BadEdit, EmptySelection, OutOfRange, UnknownKeyword
 IDS = [5, 9, 17, 200, 33, 41, 7]
 
 
-def masked_by_hand(model: torch.nn.Module, ids: list[int], pairs: list[tuple[int, int]]) -> torch.Tensor:
+def masked_by_hand(
+    model: torch.nn.Module, ids: list[int], pairs: list[tuple[int, int]]
+) -> torch.Tensor:
     """Plain transformers with a mask of its own: [1, 1, query, key], true for what is seen."""
     seen = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     for query, key in pairs:
@@ -29,7 +31,9 @@ def test_a_knockout_in_every_layer_is_a_mask_of_plain_transformers(family):
 
 def test_what_is_left_of_a_pattern_is_renormalised(llama):
     before = hk.forward(llama, [IDS], hk.capture("pattern.1"))["pattern.1"]
-    cut = hk.forward(llama, [IDS], hk.knockout(1, 2, query=-1, key=[0, 3]), hk.capture("pattern.1"))["pattern.1"]
+    cut = hk.forward(
+        llama, [IDS], hk.knockout(1, 2, query=-1, key=[0, 3]), hk.capture("pattern.1")
+    )["pattern.1"]
     expected = before.clone()
     expected[0, 2, 6, [0, 3]] = 0
     expected[0, 2, 6] /= expected[0, 2, 6].sum()
@@ -42,7 +46,9 @@ def test_rows_are_cut_at_their_own_positions_whatever_the_padding(llama):
     together = hk.forward(llama, prompts, hook)
     for row, prompt in enumerate(prompts):
         alone = hk.forward(llama, prompt, hook)
-        torch.testing.assert_close(together.logits[row, : alone.lengths[0]], alone.logits[0], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(
+            together.logits[row, : alone.lengths[0]], alone.logits[0], atol=2e-5, rtol=2e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,12 @@ def test_rows_are_cut_at_their_own_positions_whatever_the_padding(llama):
 )
 def test_generated_tokens_do_not_see_what_is_cut_off_with_any_cache(llama, way):
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, **way}
-    run = hk.generate(llama, [IDS, IDS[:3]], hk.knockout(range(3), query=hk.GENERATED, key=slice(0, 2)), **settings)
+    run = hk.generate(
+        llama,
+        [IDS, IDS[:3]],
+        hk.knockout(range(3), query=hk.GENERATED, key=slice(0, 2)),
+        **settings,
+    )
     for row, length in enumerate(run.lengths):
         ids, start = run.tokens[row, : length - 1].tolist(), run.prompt_lengths[row]
         pairs = [(query, key) for query in range(start, len(ids)) for key in (0, 1)]
@@ -60,7 +71,8 @@ def test_generated_tokens_do_not_see_what_is_cut_off_with_any_cache(llama, way):
 
 def test_a_query_that_would_see_nothing_is_refused(llama):
     with pytest.raises(
-        BadEdit, match=r"leaves the query at position 0 of row 0 nothing to see: .* query=slice\(1, None\)"
+        BadEdit,
+        match=r"leaves the query at position 0 of row 0 nothing to see: .* query=slice\(1, None\)",
     ):
         hk.forward(llama, [IDS], hk.knockout(1, key=0))
     hk.forward(llama, [IDS], hk.knockout(1, query=slice(1, None), key=0))
@@ -102,4 +114,7 @@ def test_a_knockout_comes_back_from_json_and_prints_as_its_call(hook):
 
 
 def test_a_knockout_prints_the_call_that_makes_it():
-    assert str(hk.knockout([1, 2], 0, query=-1, key=[0, 3])) == "knockout([1, 2], 0, query=-1, key=(0, 3))"
+    assert (
+        str(hk.knockout([1, 2], 0, query=-1, key=[0, 3]))
+        == "knockout([1, 2], 0, query=-1, key=(0, 3))"
+    )

@@ -46,7 +46,9 @@ def capped_together(tokens, prob):
         new = torch.empty_like(probs)
         new[list(tokens)] = probs[list(tokens)] * prob / mass
         new[others] = probs[others] * (1 - prob) / (1 - mass)
-        level = said[others[0]].double() - new[others[0]].log()  # so that the other tokens keep their logits
+        level = (
+            said[others[0]].double() - new[others[0]].log()
+        )  # so that the other tokens keep their logits
         return (new.log() + level).float()
 
     return lambda: edit
@@ -95,7 +97,10 @@ def test_what_is_written_is_what_transformers_writes_after_the_same_edit_by_hand
 def test_the_edit_is_seen_in_what_is_written(lm, name):
     _, edit = EDITS[name]
     ways = MODES["greedy"], MODES["three sequences"]
-    assert any(by_transformers(lm, rows_of(lm), [edit] * 3, **way) != unedited_text(lm, way) for way in ways)
+    assert any(
+        by_transformers(lm, rows_of(lm), [edit] * 3, **way) != unedited_text(lm, way)
+        for way in ways
+    )
 
 
 @pytest.mark.parametrize("mode", ["greedy", "all warpers", "beams"])
@@ -103,7 +108,9 @@ def test_the_edit_is_seen_in_what_is_written(lm, name):
 def test_a_soft_cap_comes_before_the_edit(soft_capped, name, mode):
     hook, edit = EDITS[name]
     rows, settings = rows_of(soft_capped), MODES[mode]
-    assert written(soft_capped, rows, hook, **settings) == by_transformers(soft_capped, rows, [edit] * 3, **settings)
+    assert written(soft_capped, rows, hook, **settings) == by_transformers(
+        soft_capped, rows, [edit] * 3, **settings
+    )
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -180,7 +187,9 @@ def test_amounts_come_from_a_csv_file_by_text_or_by_id(lm, tmp_path):
     by_text, by_id = tmp_path / "text.csv", tmp_path / "id.csv"
     by_text.write_text('token,by\n milk,2.5\n"a",-1\n')
     milk, a = (lm.tokenizer.encode(text)[0] for text in (" milk", "a"))
-    by_id.write_text(f"token_id,token,by\n{milk},what it looks like,2.5\n{a},,-1e0\n", encoding="utf-8-sig")
+    by_id.write_text(
+        f"token_id,token,by\n{milk},what it looks like,2.5\n{a},,-1e0\n", encoding="utf-8-sig"
+    )
     before, after = said(lm, hk.boost(by=by_text))
     expected = before.clone()
     expected[:, milk] += 2.5
@@ -216,15 +225,27 @@ def test_the_call_that_a_hook_prints_as_makes_it_again_and_json_does_too(hook):
         (lambda: hk.boost(by={}), BadHook, r"boost\(\) names no token"),
         (lambda: hk.boost(by={7: INF}), BadHook, r"by\[7\]=inf is not a finite number"),
         (lambda: hk.boost(7, by=None), BadHook, "by=None is not a finite number"),
-        (lambda: hk.boost(by="nowhere.csv"), BadHook, r"by='nowhere.csv' is no file that can be read \(No such file"),
+        (
+            lambda: hk.boost(by="nowhere.csv"),
+            BadHook,
+            r"by='nowhere.csv' is no file that can be read \(No such file",
+        ),
         (lambda: hk.cap(7), BadHook, r"cap\(\) needs one limit: logit= or prob="),
         (lambda: hk.cap(7, logit=1, prob=0.5), BadHook, r"cap\(\) needs one limit"),
-        (lambda: hk.cap(7, prob=1.0), BadHook, "prob=1.0 is no limit: give a probability between 0 and 1"),
+        (
+            lambda: hk.cap(7, prob=1.0),
+            BadHook,
+            "prob=1.0 is no limit: give a probability between 0 and 1",
+        ),
         (lambda: hk.cap(7, prob=0), BadHook, "prob=0 is no limit"),
         (lambda: hk.cap(7, logit=INF), BadHook, "logit=inf is not a finite number"),
         (lambda: hk.cap(prob=0.5), BadHook, r"cap\(\) names no token"),
         (lambda: hk.cap(7, limit=0.5), UnknownKeyword, r"cap\(\) has no keyword 'limit'"),
-        (lambda: hk.set_rank(7, 0), OutOfRange, "rank=0: ranks are whole numbers from 1, the most likely token"),
+        (
+            lambda: hk.set_rank(7, 0),
+            OutOfRange,
+            "rank=0: ranks are whole numbers from 1, the most likely token",
+        ),
         (lambda: hk.set_rank(7, True), OutOfRange, "rank=True: ranks are whole numbers"),
     ],
 )
@@ -236,11 +257,17 @@ def test_what_means_nothing_is_refused_when_it_is_made(make, error, words):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (b"token,amount\na,1\n", "is no table of amounts: it needs a line for each token, under token"),
+        (
+            b"token,amount\na,1\n",
+            "is no table of amounts: it needs a line for each token, under token",
+        ),
         (b"word,by\na,1\n", "is no table of amounts"),
         (b"token,by\n", "is no table of amounts"),
         (b"", "is no table of amounts"),
-        (b"token,by\na,much\n", "has a value that is no number: could not convert string to float: 'much'"),
+        (
+            b"token,by\na,much\n",
+            "has a value that is no number: could not convert string to float: 'much'",
+        ),
         (b"token,by\na\n", "has a value that is no number"),
         (b"token_id,by\na,1\n", "has a value that is no number: invalid literal for int"),
         (b"token,by\na,1\na,2\n", "names token 'a' twice: name each once"),
@@ -262,11 +289,31 @@ def milk(lm):
 @pytest.mark.parametrize(
     ("hooks", "error", "words"),
     [
-        (lambda lm: [hk.swap(" milk", milk(lm))], BadHook, "names one token twice: there is nothing to swap"),
-        (lambda lm: [hk.boost(by={" milk": 1.0, milk(lm): 2.0})], BadHook, "names token .* twice: name each once"),
-        (lambda lm: [hk.cap(7, 7, prob=0.1)], BadHook, r"cap\(7, 7, prob=0.1\) names token 7 twice"),
-        (lambda lm: [hk.boost(hk.phrase([7, 8]), by=1.0)], BadHook, r"phrase\(\[7, 8\]\) is several tokens"),
-        (lambda lm: [hk.set_rank(7, 321)], OutOfRange, "rank 321 was asked for, and the vocabulary has 320 tokens"),
+        (
+            lambda lm: [hk.swap(" milk", milk(lm))],
+            BadHook,
+            "names one token twice: there is nothing to swap",
+        ),
+        (
+            lambda lm: [hk.boost(by={" milk": 1.0, milk(lm): 2.0})],
+            BadHook,
+            "names token .* twice: name each once",
+        ),
+        (
+            lambda lm: [hk.cap(7, 7, prob=0.1)],
+            BadHook,
+            r"cap\(7, 7, prob=0.1\) names token 7 twice",
+        ),
+        (
+            lambda lm: [hk.boost(hk.phrase([7, 8]), by=1.0)],
+            BadHook,
+            r"phrase\(\[7, 8\]\) is several tokens",
+        ),
+        (
+            lambda lm: [hk.set_rank(7, 321)],
+            OutOfRange,
+            "rank 321 was asked for, and the vocabulary has 320 tokens",
+        ),
         (
             lambda lm: [hk.restrict(7, 8), hk.set_rank(9, 5)],
             BadEdit,
@@ -290,7 +337,9 @@ def test_a_row_of_the_vocabulary_without_a_token_has_no_rank(llama, small_tokeni
     wide = tiny("llama")
     wide.resize_token_embeddings(len(small_tokenizer) + 8)
     lm = hk.LM(wide, small_tokenizer)
-    with pytest.raises(BadHook, match=r"token 325 is a row of the vocabulary without a token \(they end at 319\)"):
+    with pytest.raises(
+        BadHook, match=r"token 325 is a row of the vocabulary without a token \(they end at 319\)"
+    ):
         hk.forward(lm, PROMPTS, hk.set_rank(325, 2))
 
 

@@ -39,7 +39,9 @@ def rows_of(lm):
 def written(lm, rows, *hooks, **settings):
     """The new tokens of each row that hookkit's generate returns."""
     run = hk.generate(lm, rows, *hooks, seed=3, **PLAIN | settings)
-    return [run.tokens[n, start : start + STEPS].tolist() for n, start in enumerate(run.prompt_lengths)]
+    return [
+        run.tokens[n, start : start + STEPS].tolist() for n, start in enumerate(run.prompt_lengths)
+    ]
 
 
 def by_transformers(lm, rows, edits, **settings):
@@ -178,7 +180,11 @@ def likely_phrases(lm, rows):
     """Phrases that the model would write: three tokens from the prompt into the text, and two within it."""
     new = unedited_text(lm, {})
     across = [[*row[-2:], tokens[0]] for row, tokens in zip(rows, new, strict=True)]
-    return across + [tokens[n : n + 2] for tokens in new for n in range(STEPS - 1)] + [[5, tokens[0]] for tokens in new]
+    return (
+        across
+        + [tokens[n : n + 2] for tokens in new for n in range(STEPS - 1)]
+        + [[5, tokens[0]] for tokens in new]
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -188,10 +194,18 @@ def test_a_banned_phrase_is_never_completed_across_the_prompts_end_or_behind_it(
     expected = by_transformers(lm, rows, [banned_phrases(phrases)] * 3, **settings)
     found = written(lm, rows, hk.ban(*map(hk.phrase, phrases)), **settings)
     assert found == expected
-    assert not [phrase for phrase in phrases for new in found for n in range(STEPS) if new[n:][: len(phrase)] == phrase]
+    assert not [
+        phrase
+        for phrase in phrases
+        for new in found
+        for n in range(STEPS)
+        if new[n:][: len(phrase)] == phrase
+    ]
     if mode in ("greedy", "no cache", "chunks", "static cache"):
         plain = unedited_text(lm, settings)
-        assert all(new[0] != old[0] for new, old in zip(found, plain, strict=True)), "the prompt's tokens were not read"
+        assert all(new[0] != old[0] for new, old in zip(found, plain, strict=True)), (
+            "the prompt's tokens were not read"
+        )
 
 
 def test_a_phrase_may_be_begun_and_left_unfinished(lm):
@@ -202,11 +216,19 @@ def test_a_phrase_may_be_begun_and_left_unfinished(lm):
     assert written(lm, rows[:1], hk.ban(hk.phrase(new[:3])))[0][:2] == new[:2]
 
 
-@pytest.mark.parametrize("make", [lambda n: hk.ban(n), lambda n: hk.ban(hk.phrase([n]))], ids=["token", "phrase"])
+@pytest.mark.parametrize(
+    "make", [lambda n: hk.ban(n), lambda n: hk.ban(hk.phrase([n]))], ids=["token", "phrase"]
+)
 @pytest.mark.parametrize("model", ["llama", "soft_capped"])
 def test_a_banned_token_never_comes_in_a_thousand_draws(request, model, make):
     lm = request.getfixturevalue(model)
-    settings = {"do_sample": True, "temperature": 5.0, "num_return_sequences": 50, "max_new_tokens": 20, "top_k": 0}
+    settings = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "num_return_sequences": 50,
+        "max_new_tokens": 20,
+        "top_k": 0,
+    }
     often = range(100, 112)
     plain = hk.generate(lm, PROMPTS[0], seed=1, **PLAIN | settings)
     count = sum(int((plain.tokens[:, plain.prompt_lengths[0] :] == token).sum()) for token in often)
@@ -223,13 +245,21 @@ def test_a_banned_token_never_comes_in_a_thousand_draws(request, model, make):
 @pytest.mark.parametrize("model", ["llama", "soft_capped"])
 def test_a_token_forced_without_limit_comes_in_every_one_of_a_thousand_draws(request, model):
     lm = request.getfixturevalue(model)
-    settings = {"do_sample": True, "temperature": 5.0, "num_return_sequences": 50, "max_new_tokens": 20, "top_k": 0}
+    settings = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "num_return_sequences": 50,
+        "max_new_tokens": 20,
+        "top_k": 0,
+    }
     run = hk.generate(lm, PROMPTS[0], hk.force(33, margin=INF), seed=1, **PLAIN | settings)
     new = run.tokens[:, run.prompt_lengths[0] :]
     assert new.shape == (50, 20)
     assert (new == 33).all()
     logits = hk.forward(lm, PROMPTS, hk.ban(33), hk.force(33, margin=INF), logits="last").logits
-    assert torch.equal(logits.softmax(-1)[..., 33], torch.ones(3, 1)), "a ban before it does not stop it"
+    assert torch.equal(logits.softmax(-1)[..., 33], torch.ones(3, 1)), (
+        "a ban before it does not stop it"
+    )
 
 
 @pytest.mark.parametrize("margin", [0.5, 10.0, INF])
@@ -265,7 +295,11 @@ def test_rows_with_an_edit_each_are_runs_of_one_row(lm, mode):
         lambda n: hk.force(hk.phrase([9, 10, 11]), step=[0, 3], rows=n),
         lambda n: hk.ban(hk.phrase(phrase), rows=n),
     ]
-    by_row = [forced_when([7, 8], 1.0), forced_phrase([9, 10, 11], [0, 3]), banned_phrases([phrase])]
+    by_row = [
+        forced_when([7, 8], 1.0),
+        forced_phrase([9, 10, 11], [0, 3]),
+        banned_phrases([phrase]),
+    ]
     together = written(lm, rows, *(make(n) for n, make in enumerate(makes)), **settings)
     assert together == by_transformers(lm, rows, by_row, **settings)
     for n, make in enumerate(makes):
@@ -300,7 +334,12 @@ def test_a_condition_decides_at_which_of_the_named_steps_a_phrase_begins(lm):
     rows = rows_of(lm)[:1]
     plain = written(lm, rows)[0]
     always, never = hk.entropy_above(-1.0), hk.entropy_below(1e-9)
-    assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), step=2, when=always))[0][:5] == [*plain[:2], 7, 8, 9]
+    assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), step=2, when=always))[0][:5] == [
+        *plain[:2],
+        7,
+        8,
+        9,
+    ]
     assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), step=2, when=never))[0] == plain
 
 
@@ -309,7 +348,8 @@ def test_where_a_condition_does_not_hold_nothing_is_asked_of_the_edit(lm):
     plain = hk.forward(lm, PROMPTS).logits
     for hook in (hk.ban(range(320), when=never), hk.restrict(3, when=never)):
         assert torch.equal(
-            hk.forward(lm, PROMPTS, hk.ban(3), hk.boost(3, by=1.0), hook).logits[..., 4:], plain[..., 4:]
+            hk.forward(lm, PROMPTS, hk.ban(3), hk.boost(3, by=1.0), hook).logits[..., 4:],
+            plain[..., 4:],
         )
 
 
@@ -341,9 +381,17 @@ def test_json_keeps_an_unlimited_margin():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: hk.force(7, margin=0), BadHook, "margin=0 does not put the token first: give a number above 0"),
+        (
+            lambda: hk.force(7, margin=0),
+            BadHook,
+            "margin=0 does not put the token first: give a number above 0",
+        ),
         (lambda: hk.force(7, margin=-INF), BadHook, "margin=-inf is not a finite number"),
-        (lambda: hk.force(7, when=3), BadHook, r"when=3 is no condition: give hk.entropy_above\(2.0\), hk.rank_of"),
+        (
+            lambda: hk.force(7, when=3),
+            BadHook,
+            r"when=3 is no condition: give hk.entropy_above\(2.0\), hk.rank_of",
+        ),
         (
             lambda: hk.force(hk.phrase([7, 8]), step=slice(2, None)),
             BadHook,
@@ -354,8 +402,16 @@ def test_json_keeps_an_unlimited_margin():
         (lambda: hk.restrict(), BadHook, r"restrict\(\) names no token"),
         (lambda: hk.restrict(hk.phrase([7, 8])), BadHook, r"phrase\(\[7, 8\]\) is several tokens"),
         (lambda: hk.swap(3, 3), BadHook, "names one token twice"),
-        (lambda: hk.restrict(7, step=1, pos=1), BadHook, "pos=1 and step=1 were both given: say one of them"),
-        (lambda: hk.ban(7, site="z.1"), BadHook, "an edit of logits cannot act at z.1, which holds no logits"),
+        (
+            lambda: hk.restrict(7, step=1, pos=1),
+            BadHook,
+            "pos=1 and step=1 were both given: say one of them",
+        ),
+        (
+            lambda: hk.ban(7, site="z.1"),
+            BadHook,
+            "an edit of logits cannot act at z.1, which holds no logits",
+        ),
     ],
 )
 def test_what_means_nothing_is_refused_when_it_is_made(make, error, words):
@@ -376,7 +432,11 @@ def test_what_means_nothing_is_refused_when_it_is_made(make, error, words):
             OutOfRange,
             f"means step {STEPS} of row 0, and at most {STEPS} tokens are generated",
         ),
-        ([hk.force("coffee cup")], NotOneToken, "and one is meant.* For several tokens in a row, say hk.phrase"),
+        (
+            [hk.force("coffee cup")],
+            NotOneToken,
+            "and one is meant.* For several tokens in a row, say hk.phrase",
+        ),
         ([hk.ban("coffee cup")], NotOneToken, "For several tokens in a row, say hk.phrase"),
         ([hk.ban(range(320))], BadEdit, "leaves no token to choose at logits"),
         (

@@ -32,15 +32,23 @@ def large_run(size: float) -> hk.Run:
     """A float32 run in which one captured number is this large."""
     spike = torch.zeros(32)
     spike[3] = size
-    return hk.forward(hk.tiny("llama"), IDS, hk.ablate("resid_post.1", to=spike), hk.capture("resid_post.1"))
+    return hk.forward(
+        hk.tiny("llama"), IDS, hk.ablate("resid_post.1", to=spike), hk.capture("resid_post.1")
+    )
 
 
 TOO_LARGE = {
     "steer by 1e300": (torch.float32, lambda: hk.steer("resid_post.1", ONES.double() * 1e300)),
     "steer, scale 1e39": (torch.float32, lambda: hk.steer("resid_post.1", ONES, scale=1e39)),
-    "steer at a module": (torch.float32, lambda: hk.steer(hk.module("model.norm"), ONES * 3e38, scale=2.0)),
+    "steer at a module": (
+        torch.float32,
+        lambda: hk.steer(hk.module("model.norm"), ONES * 3e38, scale=2.0),
+    ),
     "steer by 1e5": (torch.float16, lambda: hk.steer("resid_post.1", ONES * 1e5)),
-    "two steps that overflow together": (torch.float16, lambda: hk.steer("resid_post.1", ONES * 4e4, scale=1.9)),
+    "two steps that overflow together": (
+        torch.float16,
+        lambda: hk.steer("resid_post.1", ONES * 4e4, scale=1.9),
+    ),
     "scale by 1e39": (torch.float32, lambda: hk.scale("z.1", 1e39)),
     "scale by 1e7": (torch.float16, lambda: hk.scale("resid_post.1", 1e7)),
     "scale scores by 1e39": (torch.float32, lambda: hk.scale("scores.1", -1e39)),
@@ -51,13 +59,31 @@ TOO_LARGE = {
     "force by 7e4": (torch.float16, lambda: hk.force(5, margin=7e4)),
     "cap at -1e39": (torch.float32, lambda: hk.cap(5, logit=-1e39)),
     "ablate to 1e5": (torch.float16, lambda: hk.ablate("resid_post.1", to=ONES * 1e5)),
-    "ablate some units to 1e5": (torch.float16, lambda: hk.ablate("resid_post.1", to=ONES * 1e5, units=[3])),
+    "ablate some units to 1e5": (
+        torch.float16,
+        lambda: hk.ablate("resid_post.1", to=ONES * 1e5, units=[3]),
+    ),
     "patch from float32": (torch.float16, lambda: hk.patch("resid_post.1", large_run(1e5))),
-    "mean of a float32 run": (torch.float16, lambda: hk.ablate("resid_post.1", to="mean", over=large_run(1e5))),
-    "resample of it": (torch.float16, lambda: hk.ablate("resid_post.1", to="resample", over=large_run(1e5))),
-    "a function that divides by 0": (torch.float32, lambda: hk.edit("resid_post.1", lambda x: x / 0)),
-    "a function that gives -inf": (torch.float32, lambda: hk.edit("resid_post.1", lambda x: x * 0 - math.inf)),
-    "a function that gives inf logits": (torch.float32, lambda: hk.edit("logits", lambda x: x + math.inf)),
+    "mean of a float32 run": (
+        torch.float16,
+        lambda: hk.ablate("resid_post.1", to="mean", over=large_run(1e5)),
+    ),
+    "resample of it": (
+        torch.float16,
+        lambda: hk.ablate("resid_post.1", to="resample", over=large_run(1e5)),
+    ),
+    "a function that divides by 0": (
+        torch.float32,
+        lambda: hk.edit("resid_post.1", lambda x: x / 0),
+    ),
+    "a function that gives -inf": (
+        torch.float32,
+        lambda: hk.edit("resid_post.1", lambda x: x * 0 - math.inf),
+    ),
+    "a function that gives inf logits": (
+        torch.float32,
+        lambda: hk.edit("logits", lambda x: x + math.inf),
+    ),
     "a capture in float16": (torch.float32, lambda: hk.capture("resid_post.1", dtype="float16")),
 }
 
@@ -74,18 +100,32 @@ def test_a_number_that_the_dtype_cannot_hold_raises(models, case, verb):
             hk.forward(models[dtype], IDS, *hooks)
         else:
             hk.generate(models[dtype], IDS, *hooks, max_new_tokens=2)
-    assert any(word in str(raised.value) for word in ("cannot hold", "infinite", "no larger number"))
+    assert any(
+        word in str(raised.value) for word in ("cannot hold", "infinite", "no larger number")
+    )
 
 
 def test_numbers_that_just_fit_are_taken(models):
     half, single = models[torch.float16], models[torch.float32]
-    run = hk.forward(half, IDS, hk.ablate("resid_post.1", to=ONES * 65_504), hk.capture("resid_post.1"), logits=False)
+    run = hk.forward(
+        half,
+        IDS,
+        hk.ablate("resid_post.1", to=ONES * 65_504),
+        hk.capture("resid_post.1"),
+        logits=False,
+    )
     assert (run["resid_post.1"] == 65_504).all()
     wide = hk.forward(
-        single, IDS, hk.ablate("embed", to=ONES * 3e38), hk.capture("embed", dtype="float64"), logits=False
+        single,
+        IDS,
+        hk.ablate("embed", to=ONES * 3e38),
+        hk.capture("embed", dtype="float64"),
+        logits=False,
     )
     assert (wide["embed"] == torch.tensor(3e38).double()).all()
-    small = hk.forward(half, IDS, hk.steer("mlp_out.1", ONES * 1e5, scale=0.5), hk.capture("mlp_out.1"))
+    small = hk.forward(
+        half, IDS, hk.steer("mlp_out.1", ONES * 1e5, scale=0.5), hk.capture("mlp_out.1")
+    )
     plain = hk.forward(half, IDS, hk.capture("mlp_out.1"))
     assert torch.equal(small["mlp_out.1"], plain["mlp_out.1"] + 50_000)
 
@@ -109,7 +149,9 @@ def test_a_model_that_is_infinite_itself_is_not_blamed_on_the_edit():
     lm = lm_in(torch.float32)
     with torch.no_grad():
         lm.model.model.layers[1].mlp.down_proj.weight[0, 0] = math.inf
-    run = hk.forward(lm, IDS, hk.steer("resid_post.1", ONES), hk.scale("resid_post.2", 0.5), hk.boost(5, by=1.0))
+    run = hk.forward(
+        lm, IDS, hk.steer("resid_post.1", ONES), hk.scale("resid_post.2", 0.5), hk.boost(5, by=1.0)
+    )
     assert not run.logits.isfinite().any()
     with pytest.raises(BadEdit, match="31 numbers at resid_post.1|93 numbers at resid_post.1"):
         hk.forward(lm, IDS, hk.scale("resid_post.1", 1e39))
@@ -126,16 +168,24 @@ def test_on_other_devices_the_results_are_looked_at_once_for_a_forward(models, m
         hk.edit("embed", lambda x: x / 0),
     ):
         for logits in ("all", "last", False):
-            hooks = [hk.boost(5, by=3e38), hook] if "boost" in str(hook) else [hook, hk.capture("resid_post.2")]
+            hooks = (
+                [hk.boost(5, by=3e38), hook]
+                if "boost" in str(hook)
+                else [hook, hk.capture("resid_post.2")]
+            )
             with pytest.raises(BadEdit, match="infinite or NaN|no larger") as raised:
-                hk.forward(lm, IDS, *hooks, logits=logits) if "boost" not in str(hook) else hk.forward(lm, IDS, *hooks)
+                hk.forward(lm, IDS, *hooks, logits=logits) if "boost" not in str(
+                    hook
+                ) else hk.forward(lm, IDS, *hooks)
             assert str(hook.sites[0]) in str(raised.value)
     run = hk.forward(lm, IDS, hk.scale("z.1", 2.0), hk.ban(5), hk.steer("embed", ONES * 1e38))
     assert not run.logits.isnan().any()
 
 
 @pytest.mark.parametrize(
-    "vector", [ONES + 1j, ONES > 0, torch.full((32,), math.nan), torch.full((32,), math.inf), 1j], ids=str
+    "vector",
+    [ONES + 1j, ONES > 0, torch.full((32,), math.nan), torch.full((32,), math.inf), 1j],
+    ids=str,
 )
 def test_a_vector_of_other_than_real_numbers_raises(vector):
     for make in (
@@ -145,24 +195,40 @@ def test_a_vector_of_other_than_real_numbers_raises(vector):
     ):
         with pytest.raises(HookkitError):
             make()
-    for make in (lambda: hk.scale("z.1", 1j), lambda: hk.boost(5, by=1j), lambda: hk.force(5, margin=True)):
+    for make in (
+        lambda: hk.scale("z.1", 1j),
+        lambda: hk.boost(5, by=1j),
+        lambda: hk.force(5, margin=True),
+    ):
         with pytest.raises(HookkitError):
             make()
 
 
 def test_a_vector_of_whole_numbers_is_taken_exactly(models):
     lm = models[torch.float32]
-    for whole in (torch.arange(32), torch.arange(32, dtype=torch.uint8), torch.full((32,), 2**24 + 1)):
+    for whole in (
+        torch.arange(32),
+        torch.arange(32, dtype=torch.uint8),
+        torch.full((32,), 2**24 + 1),
+    ):
         run = hk.forward(lm, IDS, hk.ablate("resid_post.1", to=whole), hk.capture("resid_post.1"))
         assert torch.equal(run["resid_post.1"][0, 0], whole.double().float())
-    assert hk.steer("z.1", torch.full((32,), 2**24 + 1)).vector.tensor.double().tolist() == [2**24 + 1.0] * 32
+    assert (
+        hk.steer("z.1", torch.full((32,), 2**24 + 1)).vector.tensor.double().tolist()
+        == [2**24 + 1.0] * 32
+    )
 
 
 def test_a_direction_of_any_length_is_taken_out(models):
     lm = models[torch.float32]
     plain = hk.forward(lm, IDS, hk.capture("resid_post.1"))["resid_post.1"]
     for size in (1e-30, 1.0, 1e30, 1e300):
-        run = hk.forward(lm, IDS, hk.project_out("resid_post.1", ONES.double() * size), hk.capture("resid_post.1"))
+        run = hk.forward(
+            lm,
+            IDS,
+            hk.project_out("resid_post.1", ONES.double() * size),
+            hk.capture("resid_post.1"),
+        )
         right = plain - plain.mean(-1, keepdim=True)
         torch.testing.assert_close(run["resid_post.1"], right, atol=1e-5, rtol=0)
 
@@ -198,10 +264,14 @@ def test_in_a_small_dtype_an_edit_of_logits_does_what_it_says_or_raises(dtype):
             capped = hk.forward(lm, ids, hk.cap(*tokens, prob=prob)).logits[0, -1]
             assert capped.double().softmax(-1)[tokens].sum() <= max(prob, 0) + 1e-12
         limit = float(plain.max()) * 0.77
-        assert (hk.forward(lm, ids, hk.cap(*tokens, logit=limit)).logits[0, -1][tokens].double() <= limit).all()
+        assert (
+            hk.forward(lm, ids, hk.cap(*tokens, logit=limit)).logits[0, -1][tokens].double()
+            <= limit
+        ).all()
         boosted = hk.forward(lm, ids, hk.boost(*tokens, by=1.7)).logits[0, -1]
         assert torch.equal(
-            boosted[tokens], (plain[tokens].double() + torch.tensor(1.7, dtype=dtype).double()).to(dtype)
+            boosted[tokens],
+            (plain[tokens].double() + torch.tensor(1.7, dtype=dtype).double()).to(dtype),
         )
         swapped = hk.forward(lm, ids, hk.swap(tokens[0], 319)).logits[0, -1]
         assert swapped[319] == plain[tokens[0]] and swapped[tokens[0]] == plain[319]
@@ -247,12 +317,24 @@ def test_nan_logits_are_nan_in_every_table_and_leave_other_rows_alone(broken):
             "top1_changed",
             "kept",
         ],
-        "uncertainty": ["entropy", "varentropy", "perplexity", "margin", "top1", "top1_prob", "nucleus_90", "top2"],
+        "uncertainty": [
+            "entropy",
+            "varentropy",
+            "perplexity",
+            "margin",
+            "top1",
+            "top1_prob",
+            "nucleus_90",
+            "top2",
+        ],
         "surprisal": ["loss", "rank", "prob", "mean_loss", "perplexity"],
         "lens": ["logit", "prob", "rank", "entropy", "kl"],
     }
     for name, table in tables.items():
-        spoilt, whole = table[table["row"] == 0][missing[name]], table[table["row"] == 1][missing[name]]
+        spoilt, whole = (
+            table[table["row"] == 0][missing[name]],
+            table[table["row"] == 1][missing[name]],
+        )
         assert spoilt.isna().all(axis=None), name
         assert whole.notna().all(axis=None), name
     assert tables["uncertainty"]["scenario"].tolist()[0] == "unknown"
@@ -275,7 +357,9 @@ def test_nan_logits_are_nan_in_every_metric(broken):
         first, second = metric(run).tolist()
         assert math.isnan(first) and math.isfinite(second), metric
     spoil = hk.edit("embed", lambda x, here: x)  # the same model, without an edit
-    table = hk.sweep(broken, [ROWS[0]], {"k": [1]}, lambda k: spoil, [hk.kl(), hk.top1_changed()], progress=False)
+    table = hk.sweep(
+        broken, [ROWS[0]], {"k": [1]}, lambda k: spoil, [hk.kl(), hk.top1_changed()], progress=False
+    )
     assert table[["kl", "top1_changed"]].isna().all(axis=None)
 
 
@@ -290,10 +374,18 @@ def test_one_nan_logit_has_no_rank_and_nothing_is_first_beside_it():
 
 
 def test_edits_decisions_figures_and_reports_say_that_logits_are_nan(broken, tmp_path):
-    for hook in (hk.force(3), hk.force(3, margin=2.0), hk.set_rank(3, 1), hk.ban(3, when=hk.entropy_above(1.0))):
+    for hook in (
+        hk.force(3),
+        hk.force(3, margin=2.0),
+        hk.set_rank(3, 1),
+        hk.ban(3, when=hk.entropy_above(1.0)),
+    ):
         with pytest.raises(BadEdit, match="NaN"):
             hk.forward(broken, ROWS, hook)
-    assert hk.forward(broken, ROWS, hk.force(3, rows=1), hk.boost(4, by=1.0)).logits[1, -1].argmax() == 3
+    assert (
+        hk.forward(broken, ROWS, hk.force(3, rows=1), hk.boost(4, by=1.0)).logits[1, -1].argmax()
+        == 3
+    )
     traced = hk.generate(broken, ROWS, trace=hk.trace(), max_new_tokens=1, do_sample=False)
     spoilt, whole = hk.decisions(traced)["why"].tolist()
     assert "NaN" in spoilt and whole.startswith("greedy: first of ")
@@ -320,7 +412,11 @@ def test_infinite_logits_keep_their_ranks_and_banned_ones_their_closed_forms():
     left = torch.cat([probs[:5], probs[7:]]) / (1 - probs[5] - probs[6])
     summary = hk.shift_summary(plain, banned)
     assert summary["kl"].item() == math.inf
-    assert summary["kl_reverse"].item() == pytest.approx(-math.log(1 - float(probs[5] + probs[6])), abs=1e-6)
-    assert summary["entropy_after"].item() == pytest.approx(float(-(left * left.log()).sum()), abs=1e-6)
+    assert summary["kl_reverse"].item() == pytest.approx(
+        -math.log(1 - float(probs[5] + probs[6])), abs=1e-6
+    )
+    assert summary["entropy_after"].item() == pytest.approx(
+        float(-(left * left.log()).sum()), abs=1e-6
+    )
     gone = hk.ranks(banned, top=None).set_index("token_id").loc[[5, 6]]
     assert gone["rank"].tolist() == [319, 319] and gone["prob"].tolist() == [0.0, 0.0]

@@ -25,7 +25,9 @@ def test_a_phrase_is_written_from_each_step_that_is_named(lm):
 
 def test_a_phrase_that_begins_wherever_a_condition_holds_is_finished_before_it_begins_again(lm):
     rows = rows_of(lm)
-    assert written(lm, rows, hk.force(hk.phrase([7, 8, 9]), when=ALWAYS)) == [[7, 8, 9, 7, 8, 9]] * 3
+    assert (
+        written(lm, rows, hk.force(hk.phrase([7, 8, 9]), when=ALWAYS)) == [[7, 8, 9, 7, 8, 9]] * 3
+    )
     odd = hk.force(hk.phrase([7, 8]), when=lambda logits, here: here.steps % 3 == 1)
     plain = written(lm, rows[:1])[0]
     found = written(lm, rows[:1], odd)[0]
@@ -33,11 +35,16 @@ def test_a_phrase_that_begins_wherever_a_condition_holds_is_finished_before_it_b
     assert found[1:3] + found[4:6] == [7, 8, 7, 8]
 
 
-@pytest.mark.parametrize("mode", ["greedy", "no cache", "chunks", "static cache", "three sequences"])
+@pytest.mark.parametrize(
+    "mode", ["greedy", "no cache", "chunks", "static cache", "three sequences"]
+)
 def test_rows_begin_a_phrase_each_at_its_own_step(lm, mode):
     """The first row begins at step 1, the second at step 2, the third at step 3."""
     rows, settings = rows_of(lm), MODES[mode]
-    hook = hk.force(hk.phrase([7, 8, 9]), when=lambda logits, here: here.steps == torch.tensor(here.rows)[:, None] + 1)
+    hook = hk.force(
+        hk.phrase([7, 8, 9]),
+        when=lambda logits, here: here.steps == torch.tensor(here.rows)[:, None] + 1,
+    )
 
     def at(start):
         due = {start: 7, start + 1: 8, start + 2: 9}
@@ -49,7 +56,9 @@ def test_rows_begin_a_phrase_each_at_its_own_step(lm, mode):
 
         return lambda: edit
 
-    assert written(lm, rows, hook, **settings) == by_transformers(lm, rows, [at(1), at(2), at(3)], **settings)
+    assert written(lm, rows, hook, **settings) == by_transformers(
+        lm, rows, [at(1), at(2), at(3)], **settings
+    )
 
 
 def test_the_same_hook_begins_anew_in_the_next_text(lm):
@@ -67,7 +76,11 @@ def test_a_forced_phrase_is_written_in_a_decoding_loop_of_ones_own(lm):
         new, cache = [], None
         with hk.attach(lm, hook), torch.no_grad():
             for _ in range(3):
-                output = lm.model(ids if not new else torch.tensor([new[-1:]]), past_key_values=cache, use_cache=True)
+                output = lm.model(
+                    ids if not new else torch.tensor([new[-1:]]),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
                 cache = output.past_key_values
                 new.append(int(output.logits[0, -1].argmax()))
         assert new == [7, 8, 9]
@@ -118,7 +131,9 @@ def test_a_phrase_longer_than_the_text_is_not_banned_yet(lm):
     row = [5]
     run = hk.forward(lm, [row], hk.ban(hk.phrase([5, 5, 9])))
     assert not (run.logits == -math.inf).any()
-    assert int((hk.forward(lm, [[5, 5]], hk.ban(hk.phrase([5, 5, 9]))).logits == -math.inf).sum()) == 1
+    assert (
+        int((hk.forward(lm, [[5, 5]], hk.ban(hk.phrase([5, 5, 9]))).logits == -math.inf).sum()) == 1
+    )
 
 
 def repeated(lm, rows, phrases):
@@ -139,7 +154,12 @@ def test_every_beam_is_read_on_its_own(lm):
     phrases = []
     for _ in range(6):
         new = by_transformers(lm, rows, repeated(lm, rows, phrases), **beams)
-        phrases += [tokens[n : n + 2] for tokens in new for n in range(STEPS - 1) if tokens[n : n + 2] not in phrases]
+        phrases += [
+            tokens[n : n + 2]
+            for tokens in new
+            for n in range(STEPS - 1)
+            if tokens[n : n + 2] not in phrases
+        ]
     new = by_transformers(lm, rows, repeated(lm, rows, phrases), **beams)
     assert new != by_transformers(lm, rows, [unedited] * 3, **beams)
     assert len(phrases) > 6
@@ -154,7 +174,10 @@ def test_a_ban_in_a_decoding_loop_of_ones_own_is_refused_where_the_tokens_are_no
     ids = torch.tensor(rows_of(lm)[:1])
     last = int(ids[0, -1])
     with (
-        pytest.raises(Unsupported, match=f"before position {ids.shape[1]} of row 0 are not known: hookkit did not see"),
+        pytest.raises(
+            Unsupported,
+            match=f"before position {ids.shape[1]} of row 0 are not known: hookkit did not see",
+        ),
         hk.attach(lm, hk.ban(hk.phrase([last, 9]))),
         torch.no_grad(),
     ):
@@ -171,7 +194,9 @@ def test_a_ban_holds_where_a_loop_goes_on_from_what_generate_wrote(lm):
     with torch.no_grad(), hk.attach(lm, hk.ban(hk.phrase([last, 9]))):
         written = lm.model.generate(ids, **PLAIN, return_dict_in_generate=True)
         assert written.sequences.tolist() == plain.sequences.tolist()
-        after = lm.model(written.sequences[:, -1:], past_key_values=written.past_key_values).logits[0, -1]
+        after = lm.model(written.sequences[:, -1:], past_key_values=written.past_key_values).logits[
+            0, -1
+        ]
     with torch.no_grad():
         wanted = lm.model(plain.sequences).logits[0, -1]
     assert after[9] == -torch.inf
@@ -234,11 +259,18 @@ def test_a_phrase_that_comes_again_too_soon_or_ends_too_late_is_refused_before_t
     mine = lm.model.register_forward_hook(lambda *_: calls.append(1))
     three = hk.phrase([7, 8, 9])
     try:
-        with pytest.raises(BadHook, match="would begin again before it is written: 3 tokens are needed"):
+        with pytest.raises(
+            BadHook, match="would begin again before it is written: 3 tokens are needed"
+        ):
             hk.generate(lm, PROMPTS[0], hk.force(three, step=[1, 3]), **PLAIN)
-        with pytest.raises(OutOfRange, match=f"means step {STEPS} of row 0, and at most {STEPS} tokens are generated"):
+        with pytest.raises(
+            OutOfRange,
+            match=f"means step {STEPS} of row 0, and at most {STEPS} tokens are generated",
+        ):
             hk.generate(lm, PROMPTS[0], hk.force(three, step=[0, STEPS - 2]), **PLAIN)
-        with pytest.raises(OutOfRange, match="means step 1 of row 0, and a forward of the prompt has step 0 only"):
+        with pytest.raises(
+            OutOfRange, match="means step 1 of row 0, and a forward of the prompt has step 0 only"
+        ):
             hk.forward(lm, PROMPTS[0], hk.force(three))
     finally:
         mine.remove()
@@ -247,5 +279,7 @@ def test_a_phrase_that_comes_again_too_soon_or_ends_too_late_is_refused_before_t
 
 
 def test_a_phrase_that_waits_for_a_condition_is_refused_in_beams(lm):
-    with pytest.raises(Unsupported, match="begins when a condition holds has no place in beam search"):
+    with pytest.raises(
+        Unsupported, match="begins when a condition holds has no place in beam search"
+    ):
         written(lm, rows_of(lm), hk.force(hk.phrase([7, 8]), when=ALWAYS), **MODES["beams"])

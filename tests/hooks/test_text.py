@@ -30,7 +30,9 @@ SHORT = {
     ),
     "ablate:model.layers.3.mlp:output": hk.ablate(hk.module("model.layers.3.mlp")),
     "ablate:resid_mid.3@at('store')": hk.ablate("resid_mid.3", pos=hk.at("store")),
-    "ablate:resid_mid.3@pos=at('a, b@0', which=-1)": hk.ablate("resid_mid.3", pos=hk.at("a, b@0", which=-1)),
+    "ablate:resid_mid.3@pos=at('a, b@0', which=-1)": hk.ablate(
+        "resid_mid.3", pos=hk.at("a, b@0", which=-1)
+    ),
     "ablate:resid_mid.3@PROMPT": hk.ablate("resid_mid.3", pos=hk.PROMPT),
     "ablate:resid_mid.3@1:,rows=[0,2]": hk.ablate("resid_mid.3", pos=slice(1, None), rows=[0, 2]),
     "capture:resid_post.6@-1,name=before": hk.capture("resid_post.6", pos=-1, name="before"),
@@ -90,20 +92,44 @@ def test_every_verb_but_that_of_a_function_can_be_written():
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("ablate z.9.3", BadHook, "'ablate z.9.3' spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3'"),
+        (
+            "ablate z.9.3",
+            BadHook,
+            "'ablate z.9.3' spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3'",
+        ),
         ("", BadHook, "'' spells no hook"),
-        ("ablat:z.9.3", BadHook, "there is no hook 'ablat'; did you mean 'ablate'? There are: ablate, patch"),
+        (
+            "ablat:z.9.3",
+            BadHook,
+            "there is no hook 'ablat'; did you mean 'ablate'? There are: ablate, patch",
+        ),
         ("ablate:", BadHook, "names no site where one is meant: write ablate:resid_post.6"),
         ("ablate:resid_pots.6", UnknownSite, "did you mean 'resid_post'"),
-        ("ablate:z.9.3:more", BadHook, "has ':more' behind its sites, where @ and settings may stand"),
-        ("ablate:z.9.3@posn=-1", UnknownKeyword, "ablate() has no keyword 'posn'; did you mean 'pos'?"),
+        (
+            "ablate:z.9.3:more",
+            BadHook,
+            "has ':more' behind its sites, where @ and settings may stand",
+        ),
+        (
+            "ablate:z.9.3@posn=-1",
+            UnknownKeyword,
+            "ablate() has no keyword 'posn'; did you mean 'pos'?",
+        ),
         ("ablate:z.9.3@step=0", UnknownKeyword, "ablate() has no keyword 'step'"),
         ("ablate:z.9.3@pos=first", BadHook, "pos='first' says no place"),
         ("ablate:z.9@to=mean", BadHook, "needs a reference"),
         ("scale:mlp_out.4", BadHook, "is no amount for 'mlp_out.4': write scale:mlp_out.4*0.5"),
-        ("skip_block:resid_post.3", BadHook, "has 'resid_post.3' where a block's number is meant: write skip_block:3"),
+        (
+            "skip_block:resid_post.3",
+            BadHook,
+            "has 'resid_post.3' where a block's number is meant: write skip_block:3",
+        ),
         ("knockout:9.3", EmptySelection, "knockout needs the keys"),
-        ("knockout:9.3,10.4@key=0", BadHook, "no grid of layers and heads: give a hook for each layer"),
+        (
+            "knockout:9.3,10.4@key=0",
+            BadHook,
+            "no grid of layers and heads: give a hook for each layer",
+        ),
         ("force:", BadHook, "names an empty token: write force: coffee"),
         ("ban: tea,", BadHook, "names an empty token"),
         ("boost: tea", BadHook, "'boost: tea' is no amount for ' tea': write boost: tea=2.5"),
@@ -115,8 +141,16 @@ def test_every_verb_but_that_of_a_function_can_be_written():
             BadHook,
             "there is no file 'mood.safetensors': write steer:FILE, or steer:SITE:FILE",
         ),
-        ("steer:resid_post.6:mood.safetensors", BadHook, "is checked against a model: hk.hook(text, lm=lm)"),
-        ("patch:resid_post.6:Some tea", BadHook, "has a prompt that a model has to read: hk.hook(text, lm=lm)"),
+        (
+            "steer:resid_post.6:mood.safetensors",
+            BadHook,
+            "is checked against a model: hk.hook(text, lm=lm)",
+        ),
+        (
+            "patch:resid_post.6:Some tea",
+            BadHook,
+            "has a prompt that a model has to read: hk.hook(text, lm=lm)",
+        ),
         ("patch:resid_post.6", BadHook, "has no prompt to patch from"),
     ],
 )
@@ -147,9 +181,14 @@ def test_a_steering_vector_comes_from_its_file(llama, gpt2, tmp_path):
     assert hk.hook(f"steer:{path}*3", lm=llama) == vector.steer(scale=3.0)
     assert hk.hook(f"steer:{path}@dose=0.3,pos=-1", lm=llama) == vector.steer(dose=0.3, pos=-1)
     assert hk.hook(f"steer:resid_post.1:{path}", lm=llama) == vector.steer()
-    assert hk.hook(f"steer:resid_post.2:{path}*-2", lm=llama) == hk.steer("resid_post.2", vector.tensor, scale=-2.0)
+    assert hk.hook(f"steer:resid_post.2:{path}*-2", lm=llama) == hk.steer(
+        "resid_post.2", vector.tensor, scale=-2.0
+    )
     assert hk.hook(f"project_out:{path}", lm=llama) == hk.project_out("resid_post.1", vector.tensor)
-    for text, message in (("*2@dose=1", "says twice how much"), ("*2@scale=1", "says twice how much")):
+    for text, message in (
+        ("*2@dose=1", "says twice how much"),
+        ("*2@scale=1", "says twice how much"),
+    ):
         with pytest.raises(BadHook, match=message):
             hk.hook(f"steer:{path}{text}", lm=llama)
     with pytest.raises(BadHook, match="a dose is of the stream's length at resid_post.1"):
@@ -162,7 +201,11 @@ def test_a_steering_vector_comes_from_its_file(llama, gpt2, tmp_path):
 
 
 def test_a_file_has_short_texts_and_whatever_to_json_wrote(tmp_path):
-    hooks = [hk.ablate("z.9.3"), hk.force(" coffee", step=0), hk.steer("resid_post.6", torch.ones(4))]
+    hooks = [
+        hk.ablate("z.9.3"),
+        hk.force(" coffee", step=0),
+        hk.steer("resid_post.6", torch.ones(4)),
+    ]
     written = ["ablate:z.9.3", "force: coffee@0", json.loads(hooks[2].to_json())]
     (tmp_path / "hooks.json").write_text(json.dumps(written))
     (tmp_path / "hooks.yaml").write_text(yaml.safe_dump(written))

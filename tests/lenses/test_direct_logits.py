@@ -43,13 +43,23 @@ def assert_nothing_is_balanced(lm, table, token):
     for _, part in table.groupby(["row", "pos"]):
         sizes = part.set_index("component")["logit"].abs()
         assert sizes["residual"] <= 2e-6 * sizes.sum(), "more than float32 rounds"
-    whole = table[~table["kind"].isin(["embedding", "attention", "head", "mlp", "neuron", "residual"])]
+    whole = table[
+        ~table["kind"].isin(["embedding", "attention", "head", "mlp", "neuron", "residual"])
+    ]
     rows = {name: part["logit"] for name, part in whole.groupby("component")}
-    in_blocks = {name for name in rows if name.startswith(("attn_out", "mlp_out")) and name.endswith(" bias")}
+    in_blocks = {
+        name for name in rows if name.startswith(("attn_out", "mlp_out")) and name.endswith(" bias")
+    }
     expected = set(ADDED_BESIDE.get(family, ()))
     names = by_hand_families.names_of(lm.config)
-    norm, head = lm.model.get_submodule(f"{names.body}.{names.final}"), lm.model.get_output_embeddings()
-    biases = {"final_norm bias": getattr(norm, "bias", None), "lm_head bias": getattr(head, "bias", None)}
+    norm, head = (
+        lm.model.get_submodule(f"{names.body}.{names.final}"),
+        lm.model.get_output_embeddings(),
+    )
+    biases = {
+        "final_norm bias": getattr(norm, "bias", None),
+        "lm_head bias": getattr(head, "bias", None),
+    }
     if biases["final_norm bias"] is not None:
         biases["final_norm bias"] = head.weight @ biases["final_norm bias"]
     for name, bias in biases.items():
@@ -71,7 +81,9 @@ def test_the_sum_is_the_logit_in_every_family(family):
     assert_nothing_is_balanced(lm, table, 7)
     left = table[table["kind"] == "residual"]["logit"].abs()
     assert table.attrs["residual"] == left.max(), "the largest of what is left over"
-    assert_sums(hk.direct_logits(run, 7, against=9, pos=None), run.logits[..., 7] - run.logits[..., 9])
+    assert_sums(
+        hk.direct_logits(run, 7, against=9, pos=None), run.logits[..., 7] - run.logits[..., 9]
+    )
     assert table.attrs["residual"] < 1e-4
     assert len(table.groupby(["row", "pos"])) == 9
 
@@ -90,7 +102,9 @@ def test_heads_sum_to_attention_and_neurons_to_the_mlp_in_every_family(family):
         assert_sums(table, run.logits[..., 7])
         assert_nothing_is_balanced(lm, table, 7)
         for layer in lm.layout.layers(site):
-            of_layer = table[table["component"].str.match(rf"({site}\.{layer}\.|{name}\.{layer} bias)")]
+            of_layer = table[
+                table["component"].str.match(rf"({site}\.{layer}\.|{name}\.{layer} bias)")
+            ]
             sums = of_layer.groupby(["row", "pos"])["logit"].sum()
             assert len(of_layer) >= 9 * (lm.layout.shape(hk.Site(site, layer))[0])
             for (row, pos), found in sums.items():
@@ -111,7 +125,11 @@ def added_by_hand(lm, ids):
 
     handles = []
     for number, layer in enumerate(layers):
-        handles.append((layer.self_attn if llama else layer.attn).register_forward_hook(keep(f"attn_out.{number}")))
+        handles.append(
+            (layer.self_attn if llama else layer.attn).register_forward_hook(
+                keep(f"attn_out.{number}")
+            )
+        )
         handles.append(layer.mlp.register_forward_hook(keep(f"mlp_out.{number}")))
         handles.append(layer.register_forward_hook(keep("end")))
     with torch.no_grad():
@@ -142,7 +160,9 @@ def test_a_linear_map_in_the_place_of_the_norm_is_split_as_the_weights_say():
     added, _ = added_by_hand(lm, IDS[0])
     lm.model.model.norm = torch.nn.Linear(32, 32)
     with torch.no_grad():
-        lm.model.model.norm.weight += 0.3 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
+        lm.model.model.norm.weight += 0.3 * torch.randn(
+            32, 32, generator=torch.Generator().manual_seed(2)
+        )
     table = hk.direct_logits(hk.forward(lm, IDS), 7, pos=1).set_index(["row", "component"])["logit"]
     direction = lm.model.lm_head.weight[7].detach() @ lm.model.model.norm.weight.detach()
     for name, vector in added.items():
@@ -157,9 +177,14 @@ def test_each_share_is_what_the_weights_say_for_gpt2():
     deviation = torch.sqrt(end[-1].var(unbiased=False) + norm.eps)
     embedded = added.pop("embed")
     for name, vector in added.items():
-        share = ((vector[-1] - vector[-1].mean()) / deviation * norm.weight.detach() * unembed).sum()
+        share = (
+            (vector[-1] - vector[-1].mean()) / deviation * norm.weight.detach() * unembed
+        ).sum()
         assert table[name] == pytest.approx(float(share), abs=1e-5)
-    token, place = lm.model.transformer.wte.weight[IDS[0][-1]].detach(), lm.model.transformer.wpe.weight[5].detach()
+    token, place = (
+        lm.model.transformer.wte.weight[IDS[0][-1]].detach(),
+        lm.model.transformer.wpe.weight[5].detach(),
+    )
     assert torch.allclose(token + place, embedded[-1], atol=1e-5)
     for name, vector in (("embed", token), ("pos_embed", place)):
         share = ((vector - vector.mean()) / deviation * norm.weight.detach() * unembed).sum()
@@ -172,15 +197,23 @@ def test_a_head_and_a_neuron_are_what_the_weights_say():
     run = hk.forward(lm, IDS[0], hk.capture(["z.1", "mlp_post.1", "resid_post.2"], pos=-1))
     norm, unembed = lm.model.model.norm, lm.model.lm_head.weight[7].detach()
     end = run["resid_post.2"][0, 0]
-    direction = unembed * norm.weight.detach() * torch.rsqrt(end.square().mean() + norm.variance_epsilon)
+    direction = (
+        unembed * norm.weight.detach() * torch.rsqrt(end.square().mean() + norm.variance_epsilon)
+    )
     layer = lm.model.model.layers[1]
     heads = hk.direct_logits(run, 7, heads=True).set_index("component")["logit"]
     for head in range(4):
         columns = layer.self_attn.o_proj.weight.detach()[:, 8 * head : 8 * head + 8]
-        assert heads[f"z.1.{head}"] == pytest.approx(float(direction @ columns @ run["z.1"][0, 0, head]), abs=1e-5)
+        assert heads[f"z.1.{head}"] == pytest.approx(
+            float(direction @ columns @ run["z.1"][0, 0, head]), abs=1e-5
+        )
     neurons = hk.direct_logits(run, 7, neurons=True).set_index("component")["logit"]
     for neuron in (0, 17, 47):
-        share = direction @ layer.mlp.down_proj.weight.detach()[:, neuron] * run["mlp_post.1"][0, 0, neuron]
+        share = (
+            direction
+            @ layer.mlp.down_proj.weight.detach()[:, neuron]
+            * run["mlp_post.1"][0, 0, neuron]
+        )
         assert neurons[f"mlp_post.1.{neuron}"] == pytest.approx(float(share), abs=1e-5)
 
 
@@ -190,7 +223,10 @@ def test_a_soft_cap_is_a_row_and_a_scale_is_in_every_row():
     table = hk.direct_logits(run, 7)
     raw = hk.forward(capped, IDS, hk.capture("lm_head"))["lm_head"][0, 5, 7]
     found = table[(table["row"] == 0) & (table["component"] == "soft-cap")]["logit"].tolist()
-    assert found == pytest.approx([float(run.logits[0, 5, 7] - raw)], abs=1e-5) and abs(found[0]) > 0.01
+    assert (
+        found == pytest.approx([float(run.logits[0, 5, 7] - raw)], abs=1e-5)
+        and abs(found[0]) > 0.01
+    )
     scaled = uneven("cohere", logit_scale=0.25)
     parts = hk.direct_logits(hk.forward(scaled, IDS[0]), 7)
     scaled.model.logit_scale = 0.5
@@ -208,7 +244,11 @@ def test_edits_are_in_the_sum_where_they_are_made(llama):
     assert table["edits of the logits"] == pytest.approx(3.0, abs=1e-5)
     assert table["mlp_out.1"] == 0
     end = hk.forward(llama, IDS[0], *hooks, hk.capture("resid_post.2"))["resid_post.2"][0, -1]
-    direction = hk.unembedding(llama, 7) * torch.rsqrt(end.square().mean() + 1e-6) * llama.model.model.norm.weight
+    direction = (
+        hk.unembedding(llama, 7)
+        * torch.rsqrt(end.square().mean() + 1e-6)
+        * llama.model.model.norm.weight
+    )
     direction = direction.detach()
     steered = [name for name in table.index if name.startswith(("rest", "between"))]
     assert [table[name] for name in steered] == pytest.approx([float(direction @ vector)], abs=1e-4)
@@ -218,7 +258,9 @@ def test_a_list_has_a_token_for_each_row(llama):
     run = hk.forward(llama, IDS)
     table = hk.direct_logits(run, [7, 9], against=[3, 4])
     said = run.logits[0, 5, 7] - run.logits[0, 5, 3], run.logits[1, 2, 9] - run.logits[1, 2, 4]
-    assert table.groupby("row")["logit"].sum().tolist() == pytest.approx([float(each) for each in said], abs=1e-5)
+    assert table.groupby("row")["logit"].sum().tolist() == pytest.approx(
+        [float(each) for each in said], abs=1e-5
+    )
     with pytest.raises(hk.errors.BadPrompt, match="1 tokens for 2 rows"):
         hk.direct_logits(run, [7])
 
@@ -252,13 +294,19 @@ def test_the_terms_are_weight_times_hidden_and_sum_to_the_logit(llama):
         assert terms["hidden"][:4].tolist() == pytest.approx(hidden[order].tolist(), abs=1e-5)
         said = float(run.logits[row, pos if pos >= 0 else len(IDS[row]) - 1, 7])
         assert terms["product"][:-1].sum() == pytest.approx(said, abs=1e-5)
-        assert terms["term"].tolist()[-1] == "logit" and terms["product"].tolist()[-1] == pytest.approx(said, abs=1e-5)
-        assert terms["running"].tolist()[:-1] == pytest.approx(terms["product"][:-1].cumsum().tolist(), abs=1e-6)
+        assert terms["term"].tolist()[-1] == "logit" and terms["product"].tolist()[
+            -1
+        ] == pytest.approx(said, abs=1e-5)
+        assert terms["running"].tolist()[:-1] == pytest.approx(
+            terms["product"][:-1].cumsum().tolist(), abs=1e-6
+        )
 
 
 def test_no_term_of_a_logit_only_balances_the_others():
     lm = uneven("gemma2", final_logit_softcapping=1.0)
-    lm.model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, lm.model.lm_head.weight.shape[0]))
+    lm.model.lm_head.bias = torch.nn.Parameter(
+        torch.linspace(-1, 1, lm.model.lm_head.weight.shape[0])
+    )
     run = hk.forward(lm, IDS, hk.capture("final_norm"))
     terms = hk.logit_terms(run, 7, row=1, pos=1, top=4).set_index("term")
     hidden, weight = run["final_norm"][1, 1].double(), lm.model.lm_head.weight[7].detach().double()
@@ -269,10 +317,15 @@ def test_no_term_of_a_logit_only_balances_the_others():
     assert terms.loc["bias", "product"] == pytest.approx(bias, abs=1e-6) and abs(bias) > 0.5
     raw = float(products.sum()) + bias
     capped = terms.loc["soft-cap, scale or edit", "product"]
-    assert capped == pytest.approx(float(torch.tensor(raw).tanh()) - raw, abs=1e-5) and abs(capped) > 0.01
+    assert (
+        capped == pytest.approx(float(torch.tensor(raw).tanh()) - raw, abs=1e-5)
+        and abs(capped) > 0.01
+    )
     assert terms.loc["logit", "product"] == pytest.approx(float(torch.tensor(raw).tanh()), abs=1e-5)
     every = hk.logit_terms(run, 7, row=1, pos=1, top=32)
-    assert every.set_index("term").loc["others", "product"] == pytest.approx(0, abs=1e-5), "there are no others"
+    assert every.set_index("term").loc["others", "product"] == pytest.approx(0, abs=1e-5), (
+        "there are no others"
+    )
 
 
 def test_the_unembedding_is_the_heads_row_and_the_same_in_every_context(gpt2):
@@ -286,7 +339,10 @@ def test_the_unembedding_is_the_heads_row_and_the_same_in_every_context(gpt2):
 
 def test_the_unembedding_of_a_head_that_reads_fewer_numbers_is_as_long_as_they_are():
     lm = hk.tiny("opt", config={"word_embed_proj_dim": 16})
-    assert torch.equal(hk.unembedding(lm, 7), lm.model.lm_head.weight[7]) and len(hk.unembedding(lm, 7)) == 16
+    assert (
+        torch.equal(hk.unembedding(lm, 7), lm.model.lm_head.weight[7])
+        and len(hk.unembedding(lm, 7)) == 16
+    )
 
 
 def test_the_path_goes_from_the_text_to_the_next_token(llama):
@@ -309,20 +365,29 @@ def test_the_path_goes_from_the_text_to_the_next_token(llama):
 
 @pytest.mark.parametrize(("asked", "count"), [({}, 3), ({"top": 5}, 5)])
 def test_the_path_names_as_many_leading_tokens_as_are_asked_for(llama, asked, count):
-    path = hk.logit_path(llama, "I like oat milk in my", pos=2, **asked).set_index("stage")["content"]
+    path = hk.logit_path(llama, "I like oat milk in my", pos=2, **asked).set_index("stage")[
+        "content"
+    ]
     run = hk.forward(llama, "I like oat milk in my")
     logits = run.logits[0, 2]
     top = logits.topk(count)
     names = [repr(llama.string(token)) for token in top.indices.tolist()]
-    numbers = [f"{name} {value:.2f}" for name, value in zip(names, top.values.tolist(), strict=True)]
+    numbers = [
+        f"{name} {value:.2f}" for name, value in zip(names, top.values.tolist(), strict=True)
+    ]
     assert path["logits"] == ", ".join(numbers)
     shares = logits.softmax(-1)[top.indices].tolist()
-    assert path["probabilities"] == ", ".join(f"{name} {p:.1%}" for name, p in zip(names, shares, strict=True))
+    assert path["probabilities"] == ", ".join(
+        f"{name} {p:.1%}" for name, p in zip(names, shares, strict=True)
+    )
     assert path["next token"] == names[0]
 
 
 def test_the_default_models_logit_is_its_sum(smol):
-    run = hk.forward(smol, ["I like oat milk in my", "When Mary and John went to the store, John gave a drink to"])
+    run = hk.forward(
+        smol,
+        ["I like oat milk in my", "When Mary and John went to the store, John gave a drink to"],
+    )
     for token, row in ((" coffee", 0), (" Mary", 1)):
         table = hk.direct_logits(run, token, heads=True)
         said = float(run.logits[row, run.lengths[row] - 1, smol.token(token)])

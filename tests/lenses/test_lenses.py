@@ -63,7 +63,9 @@ def test_the_last_layer_of_the_lens_is_what_the_model_says_in_every_family(famil
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
 def test_every_layer_equals_the_models_end_applied_by_hand(family):
     lm = hk.tiny(family)
-    lens = hk.logit_lens(lm, IDS, sites=["resid_pre.0", *lm.sites("resid_post")], pos=None, top=lm.n_tokens)
+    lens = hk.logit_lens(
+        lm, IDS, sites=["resid_pre.0", *lm.sites("resid_post")], pos=None, top=lm.n_tokens
+    )
     for row, ids in enumerate(IDS):
         states = states_by_hand(lm.model, ids)
         logits = end_by_hand(lm.model, states)
@@ -73,11 +75,17 @@ def test_every_layer_equals_the_models_end_applied_by_hand(family):
                 logprobs = wanted.log_softmax(-1)
                 assert torch.allclose(torch.tensor(part["logit"].tolist()), wanted, atol=1e-4)
                 assert torch.allclose(torch.tensor(part["logprob"].tolist()), logprobs, atol=1e-4)
-                assert part["entropy"].iloc[0] == pytest.approx(-float((logprobs.exp() * logprobs).sum()), abs=1e-4)
+                assert part["entropy"].iloc[0] == pytest.approx(
+                    -float((logprobs.exp() * logprobs).sum()), abs=1e-4
+                )
                 end = logits[-1, pos].float().log_softmax(-1)
-                assert part["kl"].iloc[0] == pytest.approx(float((end.exp() * (end - logprobs)).sum()), abs=1e-4)
+                assert part["kl"].iloc[0] == pytest.approx(
+                    float((end.exp() * (end - logprobs)).sum()), abs=1e-4
+                )
                 ranks = 1 + (wanted[None] > wanted[:, None]).sum(-1)
-                assert abs(torch.tensor(part["rank"].tolist()) - ranks).max() <= 1  # two that differ by rounding
+                assert (
+                    abs(torch.tensor(part["rank"].tolist()) - ranks).max() <= 1
+                )  # two that differ by rounding
 
 
 def test_edits_of_the_stream_are_in_what_the_lens_reads(llama):
@@ -88,9 +96,13 @@ def test_edits_of_the_stream_are_in_what_the_lens_reads(llama):
     for row, ids in enumerate(IDS):
         for layer in range(llama.n_layers):
             wanted = end_by_hand(llama.model, run[f"resid_post.{layer}"][row, len(ids) - 1])
-            found = torch.tensor(asked(lens, row, len(ids) - 1, f"resid_post.{layer}")["logit"].tolist())
+            found = torch.tensor(
+                asked(lens, row, len(ids) - 1, f"resid_post.{layer}")["logit"].tolist()
+            )
             assert torch.allclose(found, wanted.float(), atol=1e-4)
-            before = torch.tensor(asked(plain, row, len(ids) - 1, f"resid_post.{layer}")["logit"].tolist())
+            before = torch.tensor(
+                asked(plain, row, len(ids) - 1, f"resid_post.{layer}")["logit"].tolist()
+            )
             assert torch.allclose(before, found, atol=1e-6) is (layer == 0)
 
 
@@ -100,11 +112,16 @@ def test_hooks_of_an_outer_block_act_on_the_states_and_see_no_forward_of_the_len
     with hk.attach(llama, edit, hk.capture("resid_post.2")) as manager:
         found = hk.logit_lens(llama, IDS)
     pd.testing.assert_frame_equal(found, wanted)
-    assert manager["resid_post.2"].shape == (2, 6, 32), "one text ran in the block, as far as it can tell"
+    assert manager["resid_post.2"].shape == (2, 6, 32), (
+        "one text ran in the block, as far as it can tell"
+    )
 
 
 def test_an_edit_of_an_outer_block_behind_the_blocks_is_refused(llama):
-    with pytest.raises(hk.errors.Unsupported, match="give it to the lens itself"), hk.attach(llama, hk.force(7)):
+    with (
+        pytest.raises(hk.errors.Unsupported, match="give it to the lens itself"),
+        hk.attach(llama, hk.force(7)),
+    ):
         hk.logit_lens(llama, IDS)
 
 
@@ -181,12 +198,25 @@ def test_the_summary_says_where_a_token_first_leads_and_since_when(llama):
     rows = [("a", 3, 0.1), ("b", 1, 0.5), ("c", 2, 0.2), ("d", 1, 0.6), ("e", 1, 0.7)]
     lens = pd.DataFrame(
         [
-            {"row": 0, "pos": 4, "site": site, "token": "' x'", "token_id": 5, "rank": rank, "prob": prob}
+            {
+                "row": 0,
+                "pos": 4,
+                "site": site,
+                "token": "' x'",
+                "token_id": 5,
+                "rank": rank,
+                "prob": prob,
+            }
             for site, rank, prob in rows
         ]
     )
     found = hk.lens_summary(lens).iloc[0]
-    assert (found["best_rank"], found["best_site"], found["first"], found["since"]) == (1, "b", "b", "d")
+    assert (found["best_rank"], found["best_site"], found["first"], found["since"]) == (
+        1,
+        "b",
+        "b",
+        "d",
+    )
     assert (found["last_rank"], found["last_prob"]) == (1, 0.7)
     with pytest.raises(hk.errors.BadHook, match="give what logit_lens gave"):
         hk.lens_summary(lens.drop(columns="prob"))
@@ -216,7 +246,9 @@ def test_what_a_lens_cannot_read_is_refused(llama):
 def fit(lm, **settings):
     draws = torch.Generator().manual_seed(3)
     texts = [torch.randint(2, lm.n_tokens, (40,), generator=draws).tolist() for _ in range(12)]
-    return hk.train_lens(lm, texts, window=20, progress=False, **{"steps": 20, "lr": 1e-3, **settings}), texts
+    return hk.train_lens(
+        lm, texts, window=20, progress=False, **{"steps": 20, "lr": 1e-3, **settings}
+    ), texts
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +271,9 @@ def test_a_tuned_lens_says_what_its_translator_and_the_models_end_say(trained):
     lm, lens, _ = trained
     table = hk.logit_lens(lm, IDS[0], top=lm.n_tokens, through=lens)
     states = states_by_hand(lm.model, IDS[0])
-    moved = states[1, -1] + states[1, -1] @ lens.change["resid_post.0"] + lens.offset["resid_post.0"]
+    moved = (
+        states[1, -1] + states[1, -1] @ lens.change["resid_post.0"] + lens.offset["resid_post.0"]
+    )
     wanted = end_by_hand(lm.model, moved)
     found = torch.tensor(asked(table, 0, 5, "resid_post.0")["logit"].tolist())
     assert torch.allclose(found, wanted.float(), atol=1e-4)
@@ -307,14 +341,18 @@ def test_a_window_of_one_token_is_no_text_to_learn_from():
     lm = hk.tiny("llama")
     text = list(range(2, 2 + 33))
     assert hk.train_lens(lm, [text], window=16, steps=1, progress=False).about["windows"] == 1
-    assert hk.train_lens(lm, [[*text, 40]], window=16, steps=1, progress=False).about["windows"] == 2
+    assert (
+        hk.train_lens(lm, [[*text, 40]], window=16, steps=1, progress=False).about["windows"] == 2
+    )
 
 
 def test_a_tuned_lens_is_judged_at_every_tenth_step_and_at_the_last():
     lm = hk.tiny("llama")
     text = list(range(2, 2 + 64))
     sizes = []
-    handle = lm.model.lm_head.register_forward_pre_hook(lambda _m, args: sizes.append(args[0].shape[:-1].numel()))
+    handle = lm.model.lm_head.register_forward_pre_hook(
+        lambda _m, args: sizes.append(args[0].shape[:-1].numel())
+    )
     hk.train_lens(lm, [text], window=16, states=5, steps=25, progress=False)
     handle.remove()
     looks = sizes.count(16) / 3  # two sites and the end
@@ -330,7 +368,9 @@ def test_the_line_of_a_training_is_shown_or_not(progress, capfd):
 def test_a_tuned_lens_never_reads_its_held_out_text_while_it_learns():
     lm = hk.tiny("llama")
     texts = torch.randint(2, 320, (24, 16), generator=torch.Generator().manual_seed(2)).tolist()
-    _, forwards = windows_read(lm, lambda: hk.train_lens(lm, texts, window=16, steps=30, progress=False))
+    _, forwards = windows_read(
+        lm, lambda: hk.train_lens(lm, texts, window=16, steps=30, progress=False)
+    )
     read = [[row for row in rows if len(row) == 16] for rows in forwards]
     read = [rows for rows in read if rows]
     assert read[0] == texts[-2:], "the two windows that are held out are read once, to judge by"
@@ -344,7 +384,9 @@ def test_before_any_step_a_tuned_lens_is_a_ridge_regression_of_the_last_state_on
     texts = torch.randint(2, 320, (10, 30), generator=torch.Generator().manual_seed(3)).tolist()
     lens = hk.train_lens(lm, texts, window=30, steps=1, lr=1e-12, progress=False)
     states = torch.cat([states_by_hand(lm.model, row) for row in texts[:-1]], dim=1)[1:].double()
-    weight = states[-1].pow(2).mean(-1, keepdim=True).rsqrt()  # what the final norm will multiply by
+    weight = (
+        states[-1].pow(2).mean(-1, keepdim=True).rsqrt()
+    )  # what the final norm will multiply by
     for layer in (0, 1):
         inputs = torch.cat([states[layer], torch.ones(len(weight), 1)], dim=1) * weight
         outputs = (states[-1] - states[layer]) * weight
@@ -354,7 +396,10 @@ def test_before_any_step_a_tuned_lens_is_a_ridge_regression_of_the_last_state_on
             penalty = torch.eye(33, dtype=torch.float64) * ridge * gram.diagonal()[:-1].mean()
             penalty[-1, -1] = 0
             solution = torch.linalg.solve(gram + penalty, inputs.T @ outputs).float()
-            solved[ridge] = (kl_by_hand(lm.model, texts[-1], layer, solution[:-1], solution[-1]), solution)
+            solved[ridge] = (
+                kl_by_hand(lm.model, texts[-1], layer, solution[:-1], solution[-1]),
+                solution,
+            )
         best_kl, best = min(solved.values(), key=lambda pair: pair[0])
         assert lens.history["kl_after"][layer] == pytest.approx(best_kl, rel=1e-3)
         assert torch.allclose(lens.change[f"resid_post.{layer}"], best[:-1], atol=1e-3)
@@ -396,7 +441,9 @@ def test_a_tuned_lens_is_refused_where_it_was_not_trained(trained):
 
 def test_a_patchscope_equals_a_hook_by_hand(llama):
     target, source = [20, 21, 22, 23], IDS[0]
-    found = hk.patchscope(llama, source, target=target, target_pos=1, max_new_tokens=4, sites="resid_post")
+    found = hk.patchscope(
+        llama, source, target=target, target_pos=1, max_new_tokens=4, sites="resid_post"
+    )
     states = states_by_hand(llama.model, source)
     for layer in range(llama.n_layers):
 
@@ -414,14 +461,18 @@ def test_a_patchscope_equals_a_hook_by_hand(llama):
         handle.remove()
         assert found["text"][layer] == llama.text(ids.tolist())
         assert found["token_id"][layer] == int(ids[0])
-    assert found["target_site"].tolist() == [f"resid_post.{layer}" for layer in range(llama.n_layers)]
+    assert found["target_site"].tolist() == [
+        f"resid_post.{layer}" for layer in range(llama.n_layers)
+    ]
 
 
 def test_a_patchscope_into_its_own_place_changes_nothing_and_another_layer_does(llama):
     plain = hk.generate(llama, IDS[0], max_new_tokens=4, do_sample=False).generated[0]
     own = hk.patchscope(llama, IDS[0], target=IDS[0], target_pos=-1, max_new_tokens=4)
     assert own["text"].tolist() == [plain] * llama.n_layers
-    moved = hk.patchscope(llama, IDS[0], target=IDS[0], target_layer=0, sites="resid_post.2", max_new_tokens=4)
+    moved = hk.patchscope(
+        llama, IDS[0], target=IDS[0], target_layer=0, sites="resid_post.2", max_new_tokens=4
+    )
     assert moved["target_site"].tolist() == ["resid_post.0"]
 
 
@@ -430,15 +481,21 @@ def test_a_patchscopes_default_target_is_the_papers_and_is_patched_at_its_questi
     target = llama.tokenizer.encode("cat -> cat\n1135 -> 1135\nhello -> hello\n?")
     assert llama.string(target[-1]) == "?"
     by_default = hk.patchscope(llama, IDS[0], max_new_tokens=2)
-    named = hk.patchscope(llama, IDS[0], target=target, target_pos=len(target) - 1, max_new_tokens=2)
+    named = hk.patchscope(
+        llama, IDS[0], target=target, target_pos=len(target) - 1, max_new_tokens=2
+    )
     pd.testing.assert_frame_equal(by_default, named)
-    before = hk.patchscope(llama, IDS[0], target=target, target_pos=len(target) - 2, max_new_tokens=2)
+    before = hk.patchscope(
+        llama, IDS[0], target=target, target_pos=len(target) - 2, max_new_tokens=2
+    )
     assert before["prob"].tolist() != by_default["prob"].tolist()
 
 
 def test_a_patchscope_into_another_layer_says_what_a_hook_by_hand_makes_of_it(llama):
     target = llama.encode("cat -> cat\n1135 -> 1135\nhello -> hello\n?")
-    found = hk.patchscope(llama, IDS[0], pos=2, sites=["resid_post.1", "resid_post.2"], target_layer=0)
+    found = hk.patchscope(
+        llama, IDS[0], pos=2, sites=["resid_post.1", "resid_post.2"], target_layer=0
+    )
     states = states_by_hand(llama.model, IDS[0])
     for row, layer in enumerate((1, 2)):
 
@@ -479,7 +536,9 @@ def test_entropy_and_divergence_keep_their_digits_over_49152_tokens(smol):
     lens = hk.logit_lens(smol, prompt, pos=None, top=1)
     states = torch.stack([states_by_hand(smol.model, smol.encode(prompt))[1:]]).flatten(0, 1)
     states[-1] = hk.forward(smol, prompt, hk.capture("resid_post.29"))["resid_post.29"][0]
-    logprobs = end_by_hand(smol.model, states).double().log_softmax(-1).transpose(0, 1)  # [pos, layer, vocab]
+    logprobs = (
+        end_by_hand(smol.model, states).double().log_softmax(-1).transpose(0, 1)
+    )  # [pos, layer, vocab]
     end = logprobs[:, -1:]
     entropy, kl = -(logprobs.exp() * logprobs).sum(-1), (end.exp() * (end - logprobs)).sum(-1)
     assert lens["entropy"].tolist() == pytest.approx(entropy.flatten().tolist(), abs=2e-5)

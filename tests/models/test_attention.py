@@ -27,7 +27,9 @@ class Fused(TorchFunctionMode):
 def test_only_the_layer_whose_pattern_is_edited_leaves_fused_attention(llama):
     def calls(*hooks: hk.Hook) -> int:
         with hk.attach(llama, *hooks), torch.no_grad():
-            llama.model(torch.tensor([IDS]))  # the first time, what is told is compared with what is computed
+            llama.model(
+                torch.tensor([IDS])
+            )  # the first time, what is told is compared with what is computed
             with Fused() as fused:
                 llama.model(torch.tensor([IDS]))
         return fused.calls
@@ -38,7 +40,9 @@ def test_only_the_layer_whose_pattern_is_edited_leaves_fused_attention(llama):
     assert llama.model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "bloom", "gptj", "mpt", "cohere2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma2", "gpt_oss", "bloom", "gptj", "mpt", "cohere2"]
+)
 @pytest.mark.parametrize("implementation", ["as it comes", "eager"])
 def test_a_captured_pattern_is_what_transformers_returns_as_attentions(family, implementation):
     lm = hk.tiny(family)
@@ -67,7 +71,10 @@ def test_a_pattern_that_is_not_what_the_model_computes_is_refused(hook):
     AttentionMaskInterface.register("doubled", sdpa_mask)
     lm = hk.tiny("llama")
     lm.model.config._attn_implementation_internal = "doubled"
-    with pytest.raises(Unsupported, match="under 'doubled' computes another attention .* attn_implementation='eager'"):
+    with pytest.raises(
+        Unsupported,
+        match="under 'doubled' computes another attention .* attn_implementation='eager'",
+    ):
         hk.forward(lm, [IDS], hook)
     hk.forward(lm, [IDS], hk.capture(["q_rot", "k_rot", "z"]))
 
@@ -85,7 +92,9 @@ def test_an_edited_pattern_is_what_the_values_are_weighed_with(llama):
 def test_scores_are_the_logarithm_of_the_pattern_and_hidden_keys_stay_hidden(llama):
     run = hk.forward(llama, [IDS], hk.capture(["scores.1", "pattern.1"]))
     torch.testing.assert_close(run["scores.1"].softmax(-1), run["pattern.1"], atol=1e-6, rtol=1e-5)
-    opened = hk.forward(llama, [IDS], hk.edit("scores.1", torch.zeros_like), hk.capture("pattern.1"))["pattern.1"]
+    opened = hk.forward(
+        llama, [IDS], hk.edit("scores.1", torch.zeros_like), hk.capture("pattern.1")
+    )["pattern.1"]
     even = torch.ones(7, 7).tril() / torch.arange(1, 8)[:, None]
     torch.testing.assert_close(opened[0], even.expand(4, 7, 7), atol=1e-6, rtol=1e-5)
 
@@ -114,10 +123,15 @@ def test_queries_and_keys_after_rotation_make_the_scores(llama):
 
 
 def test_an_edit_of_rotated_keys_holds_in_every_later_step(llama):
-    edits = [hk.scale("k_rot.1", 2.0, pos=slice(1, 3)), hk.edit("k_rot.2.0", lambda k: k + 1.0, pos=hk.GENERATED)]
+    edits = [
+        hk.scale("k_rot.1", 2.0, pos=slice(1, 3)),
+        hk.edit("k_rot.2.0", lambda k: k + 1.0, pos=hk.GENERATED),
+    ]
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached = hk.generate(llama, [IDS, IDS[:4]], *edits, hk.capture("k_rot.1"), **settings)
-    without = hk.generate(llama, [IDS, IDS[:4]], *edits, hk.capture("k_rot.1"), use_cache=False, **settings)
+    without = hk.generate(
+        llama, [IDS, IDS[:4]], *edits, hk.capture("k_rot.1"), use_cache=False, **settings
+    )
     torch.testing.assert_close(cached.logits, without.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(cached["k_rot.1"], without["k_rot.1"], atol=1e-5, rtol=1e-5)
 
@@ -128,14 +142,19 @@ def test_gradients_reach_a_captured_pattern(llama):
     assert gradient.shape == (1, 4, 7, 7)
     step = 1e-2
     moved = hk.forward(
-        llama, [IDS], hk.edit("pattern.1.2", lambda p: p + step * torch.eye(7)[6] * torch.eye(7)[6][:, None])
+        llama,
+        [IDS],
+        hk.edit("pattern.1.2", lambda p: p + step * torch.eye(7)[6] * torch.eye(7)[6][:, None]),
     )
     difference = float(moved.logits[0, -1, 11] - run.logits[0, -1, 11].detach())
     assert difference == pytest.approx(step * float(gradient[0, 2, 6, 6]), rel=0.1, abs=1e-4)
 
 
 def test_an_inner_block_sees_what_an_outer_block_changed(llama):
-    outer, inner = hk.attach(llama, hk.scale("pattern.1", 0.0)), hk.attach(llama, hk.capture("pattern.1"))
+    outer, inner = (
+        hk.attach(llama, hk.scale("pattern.1", 0.0)),
+        hk.attach(llama, hk.capture("pattern.1")),
+    )
     with torch.no_grad(), outer, inner:
         llama.model(torch.tensor([IDS]))
     assert (inner["pattern.1"] == 0).all()
@@ -163,8 +182,12 @@ def test_patterns_of_another_run_can_be_put_in(llama):
 
 def test_a_routers_edited_logits_choose_other_experts():
     lm = hk.tiny("mixtral")
-    force = hk.edit("router_logits.1", lambda logits: logits + 100 * torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    run = hk.forward(lm, [IDS], force, hk.capture(["experts.1", "expert_weights.1", "router_logits.1"]))
+    force = hk.edit(
+        "router_logits.1", lambda logits: logits + 100 * torch.tensor([0.0, 0.0, 1.0, 1.0])
+    )
+    run = hk.forward(
+        lm, [IDS], force, hk.capture(["experts.1", "expert_weights.1", "router_logits.1"])
+    )
     assert set(run["experts.1"].flatten().tolist()) == {2, 3}
     chosen = run["router_logits.1"].softmax(-1).gather(-1, run["experts.1"])
     torch.testing.assert_close(run["expert_weights.1"], chosen / chosen.sum(-1, keepdim=True))
@@ -177,10 +200,18 @@ def test_every_kind_of_mask_is_read_as_one_that_is_added():
     lowest = torch.finfo(torch.float32).min
     flash = _additive(torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), query, key, None)
     assert flash is not None
-    assert (flash[0, 0] == 0).tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
+    assert (flash[0, 0] == 0).tolist() == [
+        [True] * 3 + [False] * 2,
+        [True] * 4 + [False],
+        [True] * 5,
+    ]
     assert flash[1, 0, 0].tolist() == [lowest, 0, 0, lowest, lowest]
     window = _additive(torch.ones(2, 5), query, key, 2)
     assert window is not None and (window[0, 0] == 0).sum(-1).tolist() == [2, 2, 2]
     causal = _additive(None, query, key, None)
-    assert causal is not None and (causal[0, 0] == 0).sum(-1).tolist() == [1, 2, 3]  # four axes, which 5.0 cuts
+    assert causal is not None and (causal[0, 0] == 0).sum(-1).tolist() == [
+        1,
+        2,
+        3,
+    ]  # four axes, which 5.0 cuts
     assert _additive(None, query[:, :, :1], key, None) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hookkit.errors import OutOfRange, Unsupported
-from hookkit.models.batch_positions import Call, Text, masked
+from hookkit.models.batch_positions import ForwardPass, SequenceBatch, masked
 from hookkit.models.positions import GENERATED, PROMPT, Where, as_count, as_pos
 
 WISHES = [
@@ -24,9 +24,9 @@ WISHES = [
 ]
 
 
-def text_of(mask: torch.Tensor) -> Text:
+def text_of(mask: torch.Tensor) -> SequenceBatch:
     columns, lengths = masked(mask, generating=False)
-    return Text(columns, lengths, lambda row: (7,) * lengths[row], lambda row, at: ())
+    return SequenceBatch(columns, lengths, lambda row: (7,) * lengths[row], lambda row, at: ())
 
 
 def wanted(where: Where, position: int, length: int) -> bool:
@@ -70,13 +70,19 @@ def counted(where: Where, mask: torch.Tensor, past: int) -> dict[tuple[int, int]
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_the_cells_are_those_that_counting_one_by_one_finds(wish, side):
     draw = random.Random(f"{wish}{side}")
-    where = Where(as_pos(wish.get("pos")), as_count(wish.get("rows"), "row"), as_count(wish.get("step"), "step"))
+    where = Where(
+        as_pos(wish.get("pos")),
+        as_count(wish.get("rows"), "row"),
+        as_count(wish.get("step"), "step"),
+    )
     for _ in range(20):
         mask, past = random_mask(side, draw), draw.randint(0, 2)
         width = mask.shape[1] - past
         values = torch.randn(4, width, 3)
         expected = counted(where, mask, past)
-        cells = Call(text_of(mask), 0, past, 4, width, range(width), past).cells(where, False, False)
+        cells = ForwardPass(text_of(mask), 0, past, 4, width, range(width), past).cells(
+            where, False, False
+        )
         assert (cells is None) == (not expected)
         if cells is None:
             continue

@@ -24,7 +24,9 @@ def hub(tmp_path, monkeypatch):
         for number, commit in enumerate(COMMITS if kind == "models" else ["c" * 40]):
             (repo / "blobs" / str(number)).write_bytes(b"x" * 200_000 * (number + 1))
             (repo / "snapshots" / commit).mkdir(parents=True)
-            (repo / "snapshots" / commit / "model.safetensors").symlink_to(repo / "blobs" / str(number))
+            (repo / "snapshots" / commit / "model.safetensors").symlink_to(
+                repo / "blobs" / str(number)
+            )
     folder = tmp_path / "own" / f"{stored.DEFAULT}-01234567"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"x" * 1_500_000)
@@ -50,7 +52,10 @@ def test_a_revision_is_removed_or_all_of_a_model(hub):
 
 
 def test_what_is_not_there_cannot_be_removed(hub):
-    with pytest.raises(ModelNotFound, match="no model 'lab/smal' is kept on this machine; did you mean 'lab/small'?"):
+    with pytest.raises(
+        ModelNotFound,
+        match="no model 'lab/smal' is kept on this machine; did you mean 'lab/small'?",
+    ):
         stored.remove("lab/smal")
     with pytest.raises(ModelNotFound, match="no model 'lab/small' of revision 'd'"):
         stored.remove("lab/small", "d")
@@ -64,7 +69,11 @@ def test_the_commands_list_and_remove_and_ask_first(hub, hookkit):
     refused = hookkit("models", "remove", "lab/small")
     assert refused.exit_code == 2 and "add --yes" in refused.stderr and len(stored.stored()) == 3
     done = hookkit("models", "remove", "lab/small", "--yes")
-    assert done.exit_code == 0 and "removed lab/small, 0.6 MB" in done.stderr and len(stored.stored()) == 1
+    assert (
+        done.exit_code == 0
+        and "removed lab/small, 0.6 MB" in done.stderr
+        and len(stored.stored()) == 1
+    )
 
 
 def test_nothing_is_there_yet(tmp_path, monkeypatch):

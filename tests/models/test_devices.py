@@ -92,17 +92,27 @@ def gradient_of_a_capture(lm):
 
 ASKED = {
     "forward": lambda lm: kept(hk.forward(lm, PROMPTS, hk.capture(lm.sites(layers=[0, 1, 2])))),
-    "generate": lambda lm: kept(hk.generate(lm, PROMPTS, hk.capture("z"), hk.steer("resid_post.0", VECTOR), **GREEDY)),
-    "edits": lambda lm: kept(hk.forward(lm, PROMPTS, hk.skip_block(1), hk.project_out(last(lm), VECTOR))),
+    "generate": lambda lm: kept(
+        hk.generate(lm, PROMPTS, hk.capture("z"), hk.steer("resid_post.0", VECTOR), **GREEDY)
+    ),
+    "edits": lambda lm: kept(
+        hk.forward(lm, PROMPTS, hk.skip_block(1), hk.project_out(last(lm), VECTOR))
+    ),
     "attach": lambda lm: attached(lm),
     "trace": lambda lm: hk.decoding(hk.generate(lm, PROMPTS[0], trace=hk.trace(), **GREEDY)),
     "compare": lambda lm: hk.compare(lm, PROMPTS[0], hk.ban(40), **GREEDY).shifts,
     "stream": lambda lm: [str(now.text) for now in hk.stream(lm, PROMPTS[0], **GREEDY)],
     "surprisal": lambda lm: hk.surprisal(hk.forward(lm, PROMPTS)),
     "score": lambda lm: hk.score(lm, PROMPTS, window=8),
-    "logit_lens": lambda lm: hk.logit_lens(lm, PROMPTS, hk.scale("mlp_out.1", 2.0), pos=None, watch=[40]),
-    "train_lens": lambda lm: learnt(hk.train_lens(lm, [list(range(2, 90))], window=16, steps=2, **QUIET)),
-    "patchscope": lambda lm: hk.patchscope(lm, PROMPTS[0], target=PROMPTS[1], target_pos=-1, max_new_tokens=1),
+    "logit_lens": lambda lm: hk.logit_lens(
+        lm, PROMPTS, hk.scale("mlp_out.1", 2.0), pos=None, watch=[40]
+    ),
+    "train_lens": lambda lm: learnt(
+        hk.train_lens(lm, [list(range(2, 90))], window=16, steps=2, **QUIET)
+    ),
+    "patchscope": lambda lm: hk.patchscope(
+        lm, PROMPTS[0], target=PROMPTS[1], target_pos=-1, max_new_tokens=1
+    ),
     "direct_logits": lambda lm: hk.direct_logits(hk.forward(lm, PROMPTS), 40, against=50),
     "direct_logits by heads": lambda lm: hk.direct_logits(hk.forward(lm, PROMPTS), 40, heads=True),
     "logit_terms": lambda lm: hk.logit_terms(hk.forward(lm, PROMPTS[0]), 40),
@@ -110,21 +120,37 @@ ASKED = {
     "logit_path": lambda lm: hk.logit_path(lm, PROMPTS[0]),
     "gradients": lambda lm: hk.gradients(lm, PROMPTS, METRIC, ["resid_post", "z"]).of("z.0"),
     "gradient of a capture": gradient_of_a_capture,
-    "attribution": lambda lm: hk.attribution(lm, CLEAN, CORRUPTED, "z", METRIC, method="integrated", steps=2),
+    "attribution": lambda lm: hk.attribution(
+        lm, CLEAN, CORRUPTED, "z", METRIC, method="integrated", steps=2
+    ),
     "token_attribution": lambda lm: hk.token_attribution(lm, PROMPTS, METRIC),
-    "mean_difference": lambda lm: hk.mean_difference(lm, PROMPTS, ["we love"], "resid_post.1")[0].tensor,
-    "principal_direction": lambda lm: hk.principal_direction(lm, PROMPTS, PROMPTS[::-1], "resid_post.1")[0].tensor,
-    "fit_vector": lambda lm: hk.fit_vector(lm, "resid_post.0", PROMPTS, METRIC, steps=2, **QUIET).tensor,
+    "mean_difference": lambda lm: (
+        hk.mean_difference(lm, PROMPTS, ["we love"], "resid_post.1")[0].tensor
+    ),
+    "principal_direction": lambda lm: (
+        hk.principal_direction(lm, PROMPTS, PROMPTS[::-1], "resid_post.1")[0].tensor
+    ),
+    "fit_vector": lambda lm: (
+        hk.fit_vector(lm, "resid_post.0", PROMPTS, METRIC, steps=2, **QUIET).tensor
+    ),
     "sweep": lambda lm: hk.sweep(
         lm, PROMPTS, {"layer": range(3)}, lambda layer: hk.ablate(f"z.{layer}"), METRIC, **QUIET
     ),
     "patching": lambda lm: hk.patching(lm, CLEAN, CORRUPTED, "resid_post", METRIC, **QUIET),
-    "path_patching": lambda lm: hk.path_patching(lm, CLEAN, CORRUPTED, METRIC, layers=[0, 1], pos=[-1], **QUIET),
-    "causal_tracing": lambda lm: hk.causal_tracing(lm, ["I like tea"], "like", METRIC, samples=2, **QUIET),
-    "statistics": lambda lm: hk.statistics(lm, PROMPTS, "resid_post", covariance=True, **QUIET)[last(lm)].covariance,
+    "path_patching": lambda lm: hk.path_patching(
+        lm, CLEAN, CORRUPTED, METRIC, layers=[0, 1], pos=[-1], **QUIET
+    ),
+    "causal_tracing": lambda lm: hk.causal_tracing(
+        lm, ["I like tea"], "like", METRIC, samples=2, **QUIET
+    ),
+    "statistics": lambda lm: (
+        hk.statistics(lm, PROMPTS, "resid_post", covariance=True, **QUIET)[last(lm)].covariance
+    ),
     "weights_hash": weights_hash,
 }
-ONE_SUM = {"edge_attribution": lambda lm: hk.edge_attribution(lm, CLEAN, CORRUPTED, METRIC)}  # of some families only
+ONE_SUM = {
+    "edge_attribution": lambda lm: hk.edge_attribution(lm, CLEAN, CORRUPTED, METRIC)
+}  # of some families only
 
 
 def attached(lm):
@@ -152,16 +178,23 @@ def same(found, expected) -> None:
 
 def state(lm: hk.LM):
     """What may not change: the names of the weights that ask for gradients, and what every module carries."""
-    asking = {name for name, weight in lm.model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    asking = {
+        name
+        for name, weight in lm.model.named_parameters(remove_duplicate=False)
+        if weight.requires_grad
+    }
     carried = {path: sorted(vars(module)) for path, module in lm.model.named_modules()}
     hooks = {
-        path: len(module._forward_hooks) + len(module._forward_pre_hooks) for path, module in lm.model.named_modules()
+        path: len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for path, module in lm.model.named_modules()
     }
     return asking, carried, hooks, lm.places
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_what_is_asked_of_a_model_on_the_disk_is_what_it_says_in_memory_and_nothing_is_left_on_it(pair, name):
+def test_what_is_asked_of_a_model_on_the_disk_is_what_it_says_in_memory_and_nothing_is_left_on_it(
+    pair, name
+):
     offloaded, whole = pair
     assert any(weight.is_meta for weight in offloaded.model.parameters())
     before = state(offloaded)
@@ -180,17 +213,23 @@ def test_sites_and_logits_are_those_of_plain_transformers_with_hooks_by_hand(lla
     model = AutoModelForCausalLM.from_pretrained(folders["llama"])
     seen = {}
     for number, block in enumerate(model.model.layers):
-        block.register_forward_hook(lambda _, __, output, number=number: seen.update({number: output}))
+        block.register_forward_hook(
+            lambda _, __, output, number=number: seen.update({number: output})
+        )
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         logits = model(ids).logits
     run = hk.forward(llama, ids.tolist(), hk.capture("resid_post"))
     assert torch.equal(run.logits, logits)
     for number, output in seen.items():
-        assert torch.equal(run[f"resid_post.{number}"], output if isinstance(output, torch.Tensor) else output[0])
+        assert torch.equal(
+            run[f"resid_post.{number}"], output if isinstance(output, torch.Tensor) else output[0]
+        )
 
 
-def test_a_harvest_and_a_saved_sweep_of_a_model_on_the_disk_are_those_of_the_model_in_memory(llama, folders, tmp_path):
+def test_a_harvest_and_a_saved_sweep_of_a_model_on_the_disk_are_those_of_the_model_in_memory(
+    llama, folders, tmp_path
+):
     whole = hk.load(folders["llama"], device="cpu")
     made = [
         hk.harvest(lm, PROMPTS, ["resid_post", "z.1"], tmp_path / name, progress=False)
@@ -199,8 +238,13 @@ def test_a_harvest_and_a_saved_sweep_of_a_model_on_the_disk_are_those_of_the_mod
     for site in made[1].sites:
         assert torch.equal(made[0][site][:], made[1][site][:])
     grid, at = {"layer": range(3)}, lambda layer: hk.ablate(f"mlp_out.{layer}")
-    tables = [hk.sweep(lm, PROMPTS, grid, at, METRIC, save=tmp_path / "sweep", progress=False) for lm in (llama, whole)]
-    pd.testing.assert_frame_equal(*tables)  # the second goes on from the first's folder: the same model
+    tables = [
+        hk.sweep(lm, PROMPTS, grid, at, METRIC, save=tmp_path / "sweep", progress=False)
+        for lm in (llama, whole)
+    ]
+    pd.testing.assert_frame_equal(
+        *tables
+    )  # the second goes on from the first's folder: the same model
 
 
 def test_a_learning_model_learns_again_after_gradients_and_one_that_did_not_does_not(llama):
@@ -209,7 +253,9 @@ def test_a_learning_model_learns_again_after_gradients_and_one_that_did_not_does
     assert before and not any(name.startswith("model.layers.1.") for name in before)
     hk.gradients(llama, PROMPTS, METRIC, "resid_post")
     hk.fit_vector(llama, "resid_post.0", PROMPTS, METRIC, steps=1, progress=False)
-    assert {name for name, weight in llama.model.named_parameters() if weight.requires_grad} == before
+    assert {
+        name for name, weight in llama.model.named_parameters() if weight.requires_grad
+    } == before
 
 
 def test_a_model_is_as_large_behind_a_forward_as_before_it(pair):
@@ -220,7 +266,9 @@ def test_a_model_is_as_large_behind_a_forward_as_before_it(pair):
 
 
 def test_captures_come_to_the_device_that_is_asked_for(llama):
-    run = hk.forward(llama, PROMPTS, hk.capture("resid_post"), hk.capture("z.1", device="cpu", name="elsewhere"))
+    run = hk.forward(
+        llama, PROMPTS, hk.capture("resid_post"), hk.capture("z.1", device="cpu", name="elsewhere")
+    )
     assert run["resid_post.2"].device.type == "cpu"
     assert run["z.1", "elsewhere"].device.type == "cpu"
 
@@ -268,14 +316,18 @@ def test_weights_that_accelerate_keeps_in_memory_are_told_from_those_on_the_disk
 
     model = accelerate.cpu_offload(hk.tiny("llama").model, execution_device=torch.device("cpu"))
     lm = hk.LM(model)
-    assert all(weight.is_meta for weight in model.parameters()) and set(lm.places.values()) == {"cpu"}
+    assert all(weight.is_meta for weight in model.parameters()) and set(lm.places.values()) == {
+        "cpu"
+    }
 
 
 # ---- loading
 
 
 def test_memory_that_is_too_small_puts_the_rest_on_the_disk(folders, tmp_path):
-    lm = hk.load(folders["mixtral"], device_map="auto", max_memory={"cpu": "200KB"}, offload_folder=tmp_path)
+    lm = hk.load(
+        folders["mixtral"], device_map="auto", max_memory={"cpu": "200KB"}, offload_folder=tmp_path
+    )
     assert set(lm.places.values()) == {"cpu", "disk"}
     ids = [[5, 6, 7]]
     assert torch.equal(hk.forward(lm, ids).logits, hk.forward(hk.tiny("mixtral"), ids).logits)
@@ -285,21 +337,39 @@ def test_memory_that_is_too_small_puts_the_rest_on_the_disk(folders, tmp_path):
     ("options", "words"),
     [
         ({"device_map": "disk"}, r"say device_map=\{'': 'disk'\} for all of the model"),
-        ({"device_map": "autp"}, "'autp' is no device: say 'auto', or a device of this machine, which has"),
-        ({"device_map": {"": "cuda:97"}}, r"device_map\[''\]='cuda:97' is not on this machine, which has .*cpu, disk"),
+        (
+            {"device_map": "autp"},
+            "'autp' is no device: say 'auto', or a device of this machine, which has",
+        ),
+        (
+            {"device_map": {"": "cuda:97"}},
+            r"device_map\[''\]='cuda:97' is not on this machine, which has .*cpu, disk",
+        ),
         ({"device_map": {"": 97}}, r"device_map\[''\]=97 is not on this machine"),
         ({"device_map": {"": 1.5}}, "give a device"),
         ({"device_map": {}}, "places nothing"),
-        ({"device_map": {"model.layer.0": "cpu", "": "cpu"}}, "no such module; did you mean 'model.layers.0'"),
+        (
+            {"device_map": {"model.layer.0": "cpu", "": "cpu"}},
+            "no such module; did you mean 'model.layers.0'",
+        ),
         ({"device_map": "auto", "device": "cpu"}, "were both given: say one of them"),
         ({"max_memory": {"cpu": "1GB"}}, "max_memory=.* goes with a device_map"),
         ({"offload_folder": "there"}, "offload_folder='there' goes with a device_map"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GB"}}, "already says where all is"),
         ({"device_map": "auto", "max_memory": "1GB"}, "give a mapping, such as"),
-        ({"device_map": "auto", "max_memory": {"gpu": "1GB"}}, "devices are the numbers of accelerators"),
-        ({"device_map": "auto", "max_memory": {"cpu": "1XB"}}, "give bytes, or a text such as '20GB'"),
+        (
+            {"device_map": "auto", "max_memory": {"gpu": "1GB"}},
+            "devices are the numbers of accelerators",
+        ),
+        (
+            {"device_map": "auto", "max_memory": {"cpu": "1XB"}},
+            "give bytes, or a text such as '20GB'",
+        ),
         ({"device_map": "auto", "max_memory": {"cpu": -1}}, "give bytes, or a text such as '20GB'"),
-        ({"device_map": "auto", "max_memory": {97: "1GB"}}, r"max_memory\[97\]='1GB' is not on this machine"),
+        (
+            {"device_map": "auto", "max_memory": {97: "1GB"}},
+            r"max_memory\[97\]='1GB' is not on this machine",
+        ),
         ({"device_map": "auto", "offload_folder": __file__}, "is a file: give a folder"),
     ],
     ids=str,
@@ -317,7 +387,9 @@ def test_weights_that_cannot_be_read_where_they_are_ask_for_a_folder(folders):
 def test_without_accelerate_the_error_says_what_to_install(folders, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "accelerate" else find(name, *more)
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "accelerate" else find(name, *more),
     )
     with pytest.raises(Unsupported, match="needs the package accelerate.*pip install accelerate"):
         hk.load(folders["llama"], device_map="auto")
@@ -365,7 +437,12 @@ print(json.dumps([peak(folder, json.loads(place)) for place in places]))
 def large(tmp_path_factory, small_tokenizer):
     """A random model of 235 MB, and its size in bytes."""
     folder = tmp_path_factory.mktemp("large")
-    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=320, max_position_embeddings=128))
     model.save_pretrained(folder, max_shard_size="100MB")
     small_tokenizer.save_pretrained(folder)
@@ -373,12 +450,28 @@ def large(tmp_path_factory, small_tokenizer):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-def test_with_three_quarters_of_the_layers_on_the_disk_memory_stays_under_half_of_the_model(large, folders):
+def test_with_three_quarters_of_the_layers_on_the_disk_memory_stays_under_half_of_the_model(
+    large, folders
+):
     folder, size = large
-    place = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    place = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     place |= {f"model.layers.{number}": "cpu" if number < 2 else "disk" for number in range(8)}
     places = [json.dumps(each) for each in ({"device_map": place}, {"device": "cpu"})]
-    command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(folders["llama"]), str(folder), *places]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        MEASURED,
+        str(folders["llama"]),
+        str(folder),
+        *places,
+    ]
     # glibc's own threshold moves by chance; fixed, every tensor is given back at once
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)

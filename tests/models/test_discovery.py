@@ -16,7 +16,14 @@ from hookkit.models.sites import AXES, LOGITS, SQUARE
 from hookkit.models.tiny import EXPERTS, LATENT, SLIDING
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 200], [31, 41, 59]]
-ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 8}
+ROUTED = {
+    **EXPERTS,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+}
 
 # Families that the table does not have, what their configurations need, and what is not found in them.
 ROUTER = {"router_logits", "experts", "expert_weights"}
@@ -38,7 +45,10 @@ UNKNOWN = {
         {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
         {"pos_embed", "q_rot", "k_rot"},
     ),
-    "nemotron_h": ({}, {"pos_embed", "q_rot", "k_rot", "resid_mid", "mlp_in", "mlp_out", *NEURONS, *ROUTER}),
+    "nemotron_h": (
+        {},
+        {"pos_embed", "q_rot", "k_rot", "resid_mid", "mlp_in", "mlp_out", *NEURONS, *ROUTER},
+    ),
     "nanochat": ({}, {"pos_embed", "final_norm", *ROUTER}),
     "vaultgemma": ({"head_dim": 8, **SLIDING}, {"pos_embed", *ROUTER}),
     "biogpt": ({}, {"q_rot", "k_rot", *ROUTER}),
@@ -46,7 +56,10 @@ UNKNOWN = {
         {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4},
         {"q_rot", "k_rot", "scores", "pattern", *ROUTER},
     ),
-    "gpt_neox_japanese": ({"intermediate_multiple_size": 2}, {"pos_embed", "q_rot", "k_rot", *ROUTER}),
+    "gpt_neox_japanese": (
+        {"intermediate_multiple_size": 2},
+        {"pos_embed", "q_rot", "k_rot", *ROUTER},
+    ),
     "granitemoeshared": (
         {**EXPERTS, "shared_intermediate_size": 24},
         {"pos_embed", "mlp_in", "mlp_out", *NEURONS, *ROUTER},
@@ -80,7 +93,10 @@ def without_row(lm: hk.LM) -> hk.LM:
 def state_of(model: torch.nn.Module) -> dict[str, dict[str, object]]:
     """All that each module has of its own, with its hooks written out."""
     return {
-        path: {name: [*value.items()] if isinstance(value, dict) else value for name, value in vars(module).items()}
+        path: {
+            name: [*value.items()] if isinstance(value, dict) else value
+            for name, value in vars(module).items()
+        }
         for path, module in model.named_modules()
     }
 
@@ -94,7 +110,10 @@ def test_a_family_of_the_table_is_found_again_with_every_site_and_value(model_ty
     found = without_row(lm)
     assert found.family.found and not lm.family.found
     for name in AXES:
-        assert (name in found.layout.names) == (name in lm.layout.names), (name, found.family.missing.get(name))
+        assert (name in found.layout.names) == (name in lm.layout.names), (
+            name,
+            found.family.missing.get(name),
+        )
         if name in lm.layout.names:
             assert found.layout.layers(name) == lm.layout.layers(name), name
     assert found.sites() == lm.sites()
@@ -104,7 +123,9 @@ def test_a_family_of_the_table_is_found_again_with_every_site_and_value(model_ty
         assert torch.equal(values[site], expected[site]), site
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "granite", "bloom", "falcon", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "gemma2", "granite", "bloom", "falcon", "deepseek_v3"]
+)
 def test_a_model_in_half_precision_has_the_same_sites(model_type):
     lm = hk.tiny(model_type)
     lm.root.to(torch.bfloat16)
@@ -144,7 +165,11 @@ def test_what_is_offered_of_an_unknown_family(model_type):
     lm = made(model_type)
     assert set(AXES) - set(lm.layout.names) == UNKNOWN[model_type][1]
     for name in AXES:
-        everywhere = lm.layout.layers(name) in (None, list(range(lm.n_layers))) if name in lm.layout.names else False
+        everywhere = (
+            lm.layout.layers(name) in (None, list(range(lm.n_layers)))
+            if name in lm.layout.names
+            else False
+        )
         assert everywhere or len(lm.family.missing[name]) > 20, name
     run = hk.forward(lm, IDS, hk.capture(lm.sites()))
     for site in lm.sites():
@@ -155,7 +180,11 @@ def test_what_is_offered_of_an_unknown_family(model_type):
 def test_what_blocks_of_an_unknown_family_add_is_the_stream(model_type):
     lm = made(model_type)
     sites = lm.sites(
-        [n for n in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post") if n in lm.layout.names]
+        [
+            n
+            for n in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+            if n in lm.layout.names
+        ]
     )
     run = hk.forward(lm, IDS, hk.capture(sites))
     laws = (("resid_pre", "attn_out", "resid_mid"), ("resid_mid", "mlp_out", "resid_post"))
@@ -168,7 +197,9 @@ def test_what_blocks_of_an_unknown_family_add_is_the_stream(model_type):
                 assert far < 1e-5, (layer, parts, total)
 
 
-@pytest.mark.parametrize("model_type", ["llama4_text", "biogpt", "falcon_h1", "xglm"])  # others take seconds each
+@pytest.mark.parametrize(
+    "model_type", ["llama4_text", "biogpt", "falcon_h1", "xglm"]
+)  # others take seconds each
 def test_an_edit_at_any_site_of_an_unknown_family_reaches_the_logits(model_type):
     lm = made(model_type)
     plain = hk.forward(lm, IDS).logits
@@ -179,7 +210,9 @@ def test_an_edit_at_any_site_of_an_unknown_family_reaches_the_logits(model_type)
             assert not torch.equal(hk.forward(lm, IDS, hk.scale(site, 0.5)).logits, plain), site
 
 
-@pytest.mark.parametrize("model_type", [each for each in UNKNOWN if "resid_mid" not in UNKNOWN[each][1]])
+@pytest.mark.parametrize(
+    "model_type", [each for each in UNKNOWN if "resid_mid" not in UNKNOWN[each][1]]
+)
 def test_an_edit_between_attention_and_mlp_goes_on_in_the_stream(model_type):
     lm = made(model_type)
     for layer in lm.layout.layers("resid_mid"):
@@ -194,13 +227,23 @@ def test_an_edit_between_attention_and_mlp_goes_on_in_the_stream(model_type):
 
 
 def test_weights_times_values_are_what_the_output_projection_reads():
-    for model_type in ("llama4_text", "biogpt", "vaultgemma", "glm4_moe", "gpt_neox_japanese", "youtu"):
+    for model_type in (
+        "llama4_text",
+        "biogpt",
+        "vaultgemma",
+        "glm4_moe",
+        "gpt_neox_japanese",
+        "youtu",
+    ):
         lm = made(model_type)
         run = hk.forward(lm, IDS[:1], hk.capture(lm.sites(["pattern", "v", "z"])))
         for layer in range(lm.n_layers):
             pattern, v, z = (run[f"{name}.{layer}"] for name in ("pattern", "v", "z"))
             v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
-            assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z, atol=1e-5), (model_type, layer)
+            assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z, atol=1e-5), (
+                model_type,
+                layer,
+            )
 
 
 # ---- the model, and when
@@ -217,7 +260,10 @@ def test_the_model_is_left_as_found_and_its_own_hooks_notice_nothing():
     assert before.keys() == after.keys()
     for path in before:
         assert before[path].keys() == after[path].keys(), path
-        assert all(before[path][n] is after[path][n] or before[path][n] == after[path][n] for n in before[path]), path
+        assert all(
+            before[path][n] is after[path][n] or before[path][n] == after[path][n]
+            for n in before[path]
+        ), path
     assert fired == [] and set(row.places) == set(lm.family.places)
     handle.remove()
     assert not model.model.layers[1]._forward_hooks
@@ -241,7 +287,9 @@ def test_the_row_is_found_out_once_and_only_when_it_is_asked_for(monkeypatch):
     model = hk.tiny("phimoe", config=EXPERTS).root
     runs = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs)
+    )
     lm = hk.LM(model)
     assert runs == []
     assert lm.family is lm.family and "found out by a dry run" in repr(lm)
@@ -250,7 +298,12 @@ def test_the_row_is_found_out_once_and_only_when_it_is_asked_for(monkeypatch):
 
 
 def test_an_encoder_is_not_run():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     bert = BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).eval()
     bert.forward = None
     assert hk.LM(bert).layout.names == ["lm_head", "logits"]
@@ -264,12 +317,19 @@ def test_a_row_is_corrected_in_a_few_lines():
     row = hk.family(
         "mine",
         like=lm,
-        places={"resid_mid": hk.place(".self_attn.o_proj"), "k": hk.place(".self_attn.k_proj", cut="kv_head d_head")},
+        places={
+            "resid_mid": hk.place(".self_attn.o_proj"),
+            "k": hk.place(".self_attn.k_proj", cut="kv_head d_head"),
+        },
         missing={"mlp_out": "I do not trust it"},
         exceptions={"sum": "mine"},
     )
     mine = hk.LM(lm.model, row=row)
-    assert mine.family.name == "mine" and not mine.family.found and mine.family.exceptions["sum"] == "mine"
+    assert (
+        mine.family.name == "mine"
+        and not mine.family.found
+        and mine.family.exceptions["sum"] == "mine"
+    )
     run = hk.forward(mine, IDS, hk.capture(["resid_mid.1", "attn_out.1", "k.1"]))
     assert torch.equal(run["resid_mid.1"], run["attn_out.1"])
     with pytest.raises(MissingSite, match="I do not trust it"):
@@ -284,12 +344,16 @@ def test_a_row_like_one_of_the_table_or_from_nothing():
     lm = hk.LM(llama.model, row=bare)
     assert lm.layout.names == ["resid_post", "logits"]
     run = hk.forward(lm, IDS, hk.capture("resid_post.2"))
-    assert torch.equal(run["resid_post.2"], hk.forward(llama, IDS, hk.capture("resid_post.2"))["resid_post.2"])
+    assert torch.equal(
+        run["resid_post.2"], hk.forward(llama, IDS, hk.capture("resid_post.2"))["resid_post.2"]
+    )
 
 
 def test_a_place_may_hold_in_some_blocks_only():
     lm = hk.tiny("llama")
-    row = hk.family("mine", like="llama", places={"attn_out": hk.place(".self_attn", layers=(0, 2))})
+    row = hk.family(
+        "mine", like="llama", places={"attn_out": hk.place(".self_attn", layers=(0, 2))}
+    )
     assert hk.LM(lm.model, row=row).layout.layers("attn_out") == [0, 2]
 
 
@@ -299,7 +363,9 @@ def test_every_mistake_in_a_row_says_what_is_there():
         hk.family("mine", places={"atn_out": hk.place(".")})
     with pytest.raises(UnknownSite, match="no site 'nothing'"):
         hk.family("mine", missing={"nothing": "it is not there"})
-    with pytest.raises(BadHook, match="like='lama' is no model type of hookkit's table; did you mean 'llama'"):
+    with pytest.raises(
+        BadHook, match="like='lama' is no model type of hookkit's table; did you mean 'llama'"
+    ):
         hk.family("mine", like="lama")
     with pytest.raises(BadHook, match="depends on the configuration"):
         hk.family("mine", like="falcon")

@@ -16,12 +16,19 @@ def test_every_place_is_in_the_model_and_every_site_has_a_place_or_a_reason(mode
     for name in AXES:
         assert (name in lm.layout.names) or family.missing.get(name), name
         if lm.layout.layers(name) not in (None, list(range(lm.n_layers))):
-            assert family.missing.get(name), f"{name} is not in every block, and the row does not say why"
+            assert family.missing.get(name), (
+                f"{name} is not in every block, and the row does not say why"
+            )
     for site in lm.sites():
         lm.submodule(lm.place(site).path)
 
 
 def test_a_model_that_is_no_causal_language_model_has_head_and_logits():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     bert = hk.LM(BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).eval())
     assert hk.forward(bert, [[1, 2, 3]], hk.capture("lm_head")).logits.shape == (1, 3, 32)

@@ -15,7 +15,11 @@ from hookkit.errors import MissingSite, NotOneToken
 
 def test_an_lm_takes_what_the_user_holds_and_leaves_it_untouched(small_tokenizer):
     model = tiny("llama")
-    before = copy.deepcopy(model.state_dict()), small_tokenizer.padding_side, small_tokenizer.pad_token
+    before = (
+        copy.deepcopy(model.state_dict()),
+        small_tokenizer.padding_side,
+        small_tokenizer.pad_token,
+    )
     lm = hk.LM(model, small_tokenizer)
     hk.generate(lm, ["Tea", "I like oat milk in my"], hk.force(5, step=0), max_new_tokens=3)
     assert lm.model is model
@@ -25,15 +29,17 @@ def test_an_lm_takes_what_the_user_holds_and_leaves_it_untouched(small_tokenizer
 
 def test_a_name_instead_of_a_model_is_refused():
     with pytest.raises(
-        TypeError, match=r"LM needs the model itself.*given str 'gpt2'; to load one by name, use hk.load"
+        TypeError,
+        match=r"LM needs the model itself.*given str 'gpt2'; to load one by name, use hk.load",
     ):
         hk.LM("gpt2")
 
 
 def test_an_lm_prints_what_it_is(llama):
-    assert repr(
-        llama
-    ) == "LM(LlamaForCausalLM: llama, 3 layers, 0.1 M parameters, on cpu)" or "llama, 3 layers" in repr(llama)
+    assert (
+        repr(llama) == "LM(LlamaForCausalLM: llama, 3 layers, 0.1 M parameters, on cpu)"
+        or "llama, 3 layers" in repr(llama)
+    )
 
 
 def test_a_token_is_given_as_text_or_id(smol):
@@ -42,7 +48,9 @@ def test_a_token_is_given_as_text_or_id(smol):
 
 
 def test_text_that_is_not_one_token_shows_its_pieces_and_the_near_spellings(smol):
-    with pytest.raises(NotOneToken, match=r"' oat milk' is 2 tokens here \(' oat' \+ ' milk'\), and one is meant"):
+    with pytest.raises(
+        NotOneToken, match=r"' oat milk' is 2 tokens here \(' oat' \+ ' milk'\), and one is meant"
+    ):
         smol.token(" oat milk")
     with pytest.raises(NotOneToken, match=r"'Coffeee' is .* tokens here"):
         smol.token("Coffeee")
@@ -53,7 +61,9 @@ def test_text_that_is_not_one_token_shows_its_pieces_and_the_near_spellings(smol
 
 
 def test_a_token_outside_the_vocabulary_is_refused(smol, llama):
-    with pytest.raises(NotOneToken, match="token 49152 was asked for, and the vocabulary has ids 0 to 49151"):
+    with pytest.raises(
+        NotOneToken, match="token 49152 was asked for, and the vocabulary has ids 0 to 49151"
+    ):
         hk.forward(smol, "Tea", hk.force(49152))
     with pytest.raises(NotOneToken, match="'x' is text, and this model came without a tokenizer"):
         hk.forward(hk.LM(llama.model), [1, 2], hk.force("x"))
@@ -81,7 +91,10 @@ def test_a_family_that_the_table_lacks_is_found_out(small_tokenizer):
     ids = small_tokenizer.encode("Tea")
     assert torch.equal(run["model.layers.1:output"], by_hand_layer(lm.model, ids))
     assert lm.family.found
-    assert torch.equal(hk.forward(lm, "Tea", hk.capture("resid_post.1"))["resid_post.1"], by_hand_layer(lm.model, ids))
+    assert torch.equal(
+        hk.forward(lm, "Tea", hk.capture("resid_post.1"))["resid_post.1"],
+        by_hand_layer(lm.model, ids),
+    )
 
 
 def by_hand_layer(model, ids):

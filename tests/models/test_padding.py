@@ -18,7 +18,13 @@ SIZES = {
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
 }
-DECODER = {"is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0}
+DECODER = {
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+}
 OFFSET = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
 NO_POSITIONS = ("bart", "marian", "mbart", "pegasus", "blenderbot", "bloom", "mpt")
 STATES = ("lfm2", "qwen3_next", "mamba", "mamba2")
@@ -49,12 +55,16 @@ def test_generation_after_padding_is_that_of_the_row_alone_or_is_refused(name):
     lm = made(name)
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     if name in NO_POSITIONS[:5]:
-        with pytest.raises(Unsupported, match="padded on the left has other numbers than the row alone"):
+        with pytest.raises(
+            Unsupported, match="padded on the left has other numbers than the row alone"
+        ):
             hk.generate(lm, ROWS, **settings)
     else:
         together = hk.generate(lm, ROWS, **settings).logits
         for number, row in enumerate(ROWS):
-            assert torch.allclose(together[number], hk.generate(lm, [row], **settings).logits[0], atol=1e-4)
+            assert torch.allclose(
+                together[number], hk.generate(lm, [row], **settings).logits[0], atol=1e-4
+            )
     same_length = hk.generate(lm, [ROWS[1], ROWS[1][::-1]], **settings).logits
     assert torch.allclose(same_length[0, 0], alone(lm.model, ROWS[1])[-1], atol=1e-4)
 
@@ -63,7 +73,12 @@ def test_generation_after_padding_is_that_of_the_row_alone_or_is_refused(name):
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_a_prompt_that_is_read_in_chunks_has_the_logits_of_the_row_alone_or_is_refused(name, chunk):
     lm = made(name)
-    settings = {"max_new_tokens": 1, "do_sample": False, "eos_token_id": None, "prefill_chunk_size": chunk}
+    settings = {
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "eos_token_id": None,
+        "prefill_chunk_size": chunk,
+    }
     for rows in (ROWS, ROWS[:1]):
         try:
             logits = hk.generate(lm, rows, **settings).logits
@@ -76,12 +91,19 @@ def test_a_prompt_that_is_read_in_chunks_has_the_logits_of_the_row_alone_or_is_r
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
 def test_states_that_forget_the_mask_for_single_tokens_are_refused(name):
-    with pytest.raises(Unsupported, match="prefill_chunk_size gives other logits than the prompt read at once"):
+    with pytest.raises(
+        Unsupported, match="prefill_chunk_size gives other logits than the prompt read at once"
+    ):
         hk.generate(made(name), ROWS, max_new_tokens=1, do_sample=False, prefill_chunk_size=1)
 
 
 def test_a_kind_of_cache_with_which_transformers_says_something_else_is_refused():
-    static = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    static = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "cache_implementation": "static",
+    }
     with pytest.raises(Unsupported, match="cache_implementation='static' gives other logits"):
         hk.generate(made("gpt_neo"), [ROWS[0]], **static)
     lm = made("llama")
@@ -103,7 +125,10 @@ class Own(nn.Module):
         torch.manual_seed(0)
         self.config = self.Config()
         self.words, self.places = nn.Embedding(50, 16), nn.Embedding(32, 16)
-        self.layer, self.head = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), nn.Linear(16, 50)
+        self.layer, self.head = (
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0),
+            nn.Linear(16, 50),
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.words
@@ -153,10 +178,18 @@ def test_a_model_of_ones_own_is_swept_cell_by_cell(gives):
     model = OwnForCausalLM().eval()
     model.gives = gives
     lm, site = hk.LM(model), hk.module("layer")
-    table = hk.sweep(lm, [ROWS[0][:4]] * 2, {"factor": [1.0, 2.0]}, lambda factor: hk.scale(site, factor), hk.prob(7))
+    table = hk.sweep(
+        lm,
+        [ROWS[0][:4]] * 2,
+        {"factor": [1.0, 2.0]},
+        lambda factor: hk.scale(site, factor),
+        hk.prob(7),
+    )
     for factor, rows in table.groupby("factor"):
         with torch.no_grad():
-            handle = model.layer.register_forward_hook(lambda _m, _a, out, factor=factor: out * factor)
+            handle = model.layer.register_forward_hook(
+                lambda _m, _a, out, factor=factor: out * factor
+            )
             expected = model.compute(torch.tensor([ROWS[0][:4]]))[0, -1].softmax(-1)[7]
             handle.remove()
         assert rows["prob"].tolist() == pytest.approx([float(expected)] * 2, abs=1e-5)
@@ -215,7 +248,11 @@ def test_a_wrapper_for_several_devices_says_where_the_model_is(wrapper):
         with pytest.raises(Unsupported, match=r"give hookkit the model itself, model\.module"):
             call()
     compiled = hk.LM(torch.compile(wrapped.module, backend="eager"))
-    assert hk.forward(compiled, [[5, 6]], hk.capture("resid_post.0"))["resid_post.0"].shape == (1, 2, 32)
+    assert hk.forward(compiled, [[5, 6]], hk.capture("resid_post.0"))["resid_post.0"].shape == (
+        1,
+        2,
+        32,
+    )
 
 
 def test_prompts_are_still_refused_where_a_module_takes_no_mask():

@@ -10,7 +10,9 @@ LENGTH = 6
 
 
 def means(pos=None, step=None):
-    return wish(Where(as_pos(pos), None, as_count(step, "step", negative=False)), LENGTH, lambda at: (2, 3))
+    return wish(
+        Where(as_pos(pos), None, as_count(step, "step", negative=False)), LENGTH, lambda at: (2, 3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,13 @@ def test_a_position_means(pos, expected):
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, (5,)), (2, (7,)), ([0, 3], (5, 8)), (slice(1, None), range(6, OPEN)), (slice(0, 2), range(5, 7))],
+    [
+        (0, (5,)),
+        (2, (7,)),
+        ([0, 3], (5, 8)),
+        (slice(1, None), range(6, OPEN)),
+        (slice(0, 2), range(5, 7)),
+    ],
 )
 def test_step_0_is_chosen_by_the_logits_at_the_prompts_last_token(step, expected):
     assert means(step=step) == expected
@@ -48,11 +56,19 @@ def test_step_0_is_chosen_by_the_logits_at_the_prompts_last_token(step, expected
 @pytest.mark.parametrize(
     ("pos", "error", "words"),
     [
-        (-7, OutOfRange, "position -7 was asked for, and the prompt has 6 tokens: positions go from -6 to 5"),
+        (
+            -7,
+            OutOfRange,
+            "position -7 was asked for, and the prompt has 6 tokens: positions go from -6 to 5",
+        ),
         ([5, -1], BadHook, "name one token twice in a prompt of 6 tokens"),
         ([2, 2], BadHook, r"pos=\[2, 2\] names one of them twice"),
         ([], EmptySelection, r"pos=\[\] selects nothing"),
-        ("last", BadHook, "pos='last' says no place: give a whole number, a list of them or a slice"),
+        (
+            "last",
+            BadHook,
+            "pos='last' says no place: give a whole number, a list of them or a slice",
+        ),
         (True, BadHook, "pos=True is not a whole number"),
         (1.0, BadHook, "pos=1.0 says no place"),
         (slice(5, 2, -1), BadHook, "steps backwards"),
@@ -72,7 +88,13 @@ def test_a_negative_step_or_row_is_refused():
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [(None, [0, 1, 2]), (1, [1]), ([2, 0], [0, 2]), (Span(1, None), [1, 2]), (Span(0, 9), [0, 1, 2])],
+    [
+        (None, [0, 1, 2]),
+        (1, [1]),
+        ([2, 0], [0, 2]),
+        (Span(1, None), [1, 2]),
+        (Span(0, 9), [0, 1, 2]),
+    ],
 )
 def test_rows_mean_prompts_of_the_batch(rows, expected):
     assert chosen(as_count(rows, "row"), 3) == expected

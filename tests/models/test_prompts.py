@@ -31,7 +31,9 @@ def test_padding_keeps_every_token_and_counts_positions_without_it(llama, side):
         assert tuple(batch.ids[row][batch.mask[row]].tolist()) == ids
         assert batch.positions[row][batch.mask[row]].tolist() == list(range(len(ids)))
     assert batch.padded
-    own = {"position_ids"} if side == "left" else set()  # on the right the model's own positions are right
+    own = (
+        {"position_ids"} if side == "left" else set()
+    )  # on the right the model's own positions are right
     assert set(batch.inputs(llama)) == {"input_ids", "attention_mask"} | own
 
 
@@ -49,7 +51,10 @@ def test_an_unpadded_batch_has_no_mask(llama):
         ([[1, 320]], "prompt 0 has token id 320, and the vocabulary has ids 0 to 319"),
         ([[-1]], "prompt 0 has token id -1"),
         ([[1] * 129], "prompt 0 has 129 tokens, and the model's context is 128: shorten it"),
-        (torch.zeros(1, 3), r"prompt 0 has 0.0 where a token id is meant: token ids are whole numbers"),
+        (
+            torch.zeros(1, 3),
+            r"prompt 0 has 0.0 where a token id is meant: token ids are whole numbers",
+        ),
         ([3.5], "is no prompt: give texts, or rows of token ids"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
@@ -64,12 +69,16 @@ def test_a_prompt_that_cannot_be_read_is_refused(llama, prompt, words):
 
 
 def test_a_prompt_that_leaves_no_room_for_the_new_tokens_is_refused(llama):
-    with pytest.raises(BadPrompt, match="prompt 0 has 120 tokens and 20 new ones, and the model's context is 128"):
+    with pytest.raises(
+        BadPrompt, match="prompt 0 has 120 tokens and 20 new ones, and the model's context is 128"
+    ):
         hk.generate(llama, [[1] * 120], max_new_tokens=20)
 
 
 def test_text_without_a_tokenizer_is_refused(llama):
-    with pytest.raises(BadPrompt, match="'Tea' is text, and this model came without a tokenizer: give token ids"):
+    with pytest.raises(
+        BadPrompt, match="'Tea' is text, and this model came without a tokenizer: give token ids"
+    ):
         hk.forward(hk.LM(llama.model), "Tea")
 
 
@@ -96,9 +105,16 @@ def test_at_finds_all_pieces_of_a_character_that_is_several_tokens(smol):
 
 
 def test_at_names_the_text_where_it_is_not_found_or_not_unique(smol):
-    with pytest.raises(OutOfRange, match=r"at\('tea'\) was asked for, and 'I like oat milk' does not have it"):
+    with pytest.raises(
+        OutOfRange, match=r"at\('tea'\) was asked for, and 'I like oat milk' does not have it"
+    ):
         covered(smol, "I like oat milk", "tea")
-    with pytest.raises(OutOfRange, match=r"'a' occurs 2 times in 'a b a': say which, at\('a', which=0\) for the first"):
+    with pytest.raises(
+        OutOfRange,
+        match=r"'a' occurs 2 times in 'a b a': say which, at\('a', which=0\) for the first",
+    ):
         covered(smol, "a b a", "a")
-    with pytest.raises(OutOfRange, match=r"at\('a', which=2\) was asked for, and it occurs 2 times"):
+    with pytest.raises(
+        OutOfRange, match=r"at\('a', which=2\) was asked for, and it occurs 2 times"
+    ):
         covered(smol, "a b a", "a", 2)

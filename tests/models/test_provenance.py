@@ -22,7 +22,9 @@ def test_what_is_said_of_a_model_is_ready_for_json(llama):
     about = json.loads(json.dumps(about_model(llama)))
     assert about["dtype"] == ["float32"] and about["device"] == "cpu" and about["family"] == "llama"
     assert about["parameters"] == sum(weight.numel() for weight in llama.model.parameters())
-    assert about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # a build may say more
+    assert (
+        about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    )  # a build may say more
 
 
 def test_outside_git_there_is_no_commit(tmp_path, monkeypatch):

@@ -3,12 +3,27 @@
 import pytest
 
 import hookkit as hk
-from hookkit.errors import BadHook, EmptySelection, MissingSite, OutOfRange, UnknownKeyword, UnknownSite
+from hookkit.errors import (
+    BadHook,
+    EmptySelection,
+    MissingSite,
+    OutOfRange,
+    UnknownKeyword,
+    UnknownSite,
+)
 from hookkit.models.sites import AXES, ModuleSite, as_sites, parse
 
 
 @pytest.mark.parametrize(
-    "text", ["logits", "resid_post.6", "z.9.3", "model.layers.3.mlp:output", "a.b:input:mask", "x:output:1"]
+    "text",
+    [
+        "logits",
+        "resid_post.6",
+        "z.9.3",
+        "model.layers.3.mlp:output",
+        "a.b:input:mask",
+        "x:output:1",
+    ],
 )
 def test_a_site_is_its_text(text):
     assert str(parse(text)) == text
@@ -34,7 +49,9 @@ def test_a_site_says_its_axes(site, axes):
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest_one():
-    with pytest.raises(UnknownSite, match=r"no site 'resid_pots'; did you mean 'resid_post'.*The sites are: embed"):
+    with pytest.raises(
+        UnknownSite, match=r"no site 'resid_pots'; did you mean 'resid_post'.*The sites are: embed"
+    ):
         hk.capture("resid_pots.6")
     with pytest.raises(UnknownSite, match="does not name a site; sites look like"):
         hk.capture("model.layers.3.mlp")
@@ -45,9 +62,15 @@ def test_a_misspelt_name_is_refused_with_the_nearest_one():
     [
         (lambda: hk.Site("z", 1.5), "the layer of 'z' is 1.5"),
         (lambda: hk.Site("logits", 3), "'logits' is there once in the model and has no layer 3"),
-        (lambda: hk.Site("resid_post", 3, 1), "'resid_post' has no heads; the sites with heads are"),
+        (
+            lambda: hk.Site("resid_post", 3, 1),
+            "'resid_post' has no heads; the sites with heads are",
+        ),
         (lambda: hk.Site("z", None, 3), "head 3 of 'z' needs a layer"),
-        (lambda: hk.module("a", side="middle"), "side='middle': a module has side='input' and side='output'"),
+        (
+            lambda: hk.module("a", side="middle"),
+            "side='middle': a module has side='input' and side='output'",
+        ),
         (lambda: as_sites([3]), "3 is not a site"),
     ],
 )
@@ -56,9 +79,13 @@ def test_a_place_that_cannot_be_is_refused_when_it_is_named(make, words):
         make()
 
 
-@pytest.mark.parametrize("make", [lambda: hk.Site("resid_post", -1), lambda: hk.capture("resid_post.-1")])
+@pytest.mark.parametrize(
+    "make", [lambda: hk.Site("resid_post", -1), lambda: hk.capture("resid_post.-1")]
+)
 def test_layers_count_from_0_upwards(make):
-    with pytest.raises(OutOfRange, match="layer -1 of 'resid_post' was asked for: layers count from 0 upwards"):
+    with pytest.raises(
+        OutOfRange, match="layer -1 of 'resid_post' was asked for: layers count from 0 upwards"
+    ):
         make()
 
 
@@ -110,21 +137,33 @@ def test_a_site_named_twice_in_one_hook_is_refused():
             OutOfRange,
             r"resid_post\.3 was asked for, and the model has 3 layers: 0 to 2",
         ),
-        (lambda lm: lm.sites("z.1", heads=[4]), OutOfRange, r"z\.1\.4 was asked for, and 'z' has 4 heads: 0 to 3"),
+        (
+            lambda lm: lm.sites("z.1", heads=[4]),
+            OutOfRange,
+            r"z\.1\.4 was asked for, and 'z' has 4 heads: 0 to 3",
+        ),
         (lambda lm: lm.sites("k.1", heads=[2]), OutOfRange, r"'k' has 2 key-value heads: 0 to 1"),
         (
             lambda lm: lm.sites("resid_post.1", layers=[2]),
             BadHook,
             r"resid_post\.1 says its own place: leave layers= out",
         ),
-        (lambda lm: lm.sites("z.1.0", heads=[2]), BadHook, r"z\.1\.0 says its own place: leave heads= out"),
+        (
+            lambda lm: lm.sites("z.1.0", heads=[2]),
+            BadHook,
+            r"z\.1\.0 says its own place: leave heads= out",
+        ),
         (lambda lm: lm.sites("pos_embed"), MissingSite, "has no 'pos_embed': positions are rotary"),
         (
             lambda lm: lm.sites("router_logits"),
             MissingSite,
             "has no 'router_logits': the MLP is one network, without a router",
         ),
-        (lambda lm: lm.sites("z", layer=3), UnknownKeyword, r"sites\(\) has no keyword 'layer'; did you mean 'layers'"),
+        (
+            lambda lm: lm.sites("z", layer=3),
+            UnknownKeyword,
+            r"sites\(\) has no keyword 'layer'; did you mean 'layers'",
+        ),
         (
             lambda lm: lm.submodule("model.layer.1"),
             UnknownSite,
@@ -140,10 +179,22 @@ def test_a_place_that_this_model_lacks_is_refused_in_words(llama, ask, error, wo
 def test_describe_tells_every_site_with_sizes_and_why_one_is_missing(llama, gpt2):
     table = llama.describe().set_index("site")
     assert list(table.index) == list(AXES)
-    assert list(table.columns) == ["axes", "sizes", "layers", "module", "side", "editable", "missing"]
+    assert list(table.columns) == [
+        "axes",
+        "sizes",
+        "layers",
+        "module",
+        "side",
+        "editable",
+        "missing",
+    ]
     assert table.loc["k", "sizes"] == "batch pos 2 8"
     assert table.loc["mlp_post", "sizes"] == "batch pos 48"
-    assert table.loc["logits", ["sizes", "module", "layers"]].tolist() == ["batch pos 320", "(the model)", 1]
+    assert table.loc["logits", ["sizes", "module", "layers"]].tolist() == [
+        "batch pos 320",
+        "(the model)",
+        1,
+    ]
     assert "rotary" in table.loc["pos_embed", "missing"]
     assert not table.loc["pos_embed", "editable"]
     assert (table["missing"] == "").sum() == table["editable"].sum() == 21

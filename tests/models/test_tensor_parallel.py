@@ -14,20 +14,44 @@ import hookkit as hk
 
 HERE = Path(__file__).parents[1]
 EVEN = {"llama": {}, "qwen3": {}, "qwen3_moe": {}}
-LIMITS = {"attributed": 1e-4, "swept": 1e-4, "journalled": 1e-4}  # differences of logits; the rest: 1e-5
-ODD = {"llama": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50}}
+LIMITS = {
+    "attributed": 1e-4,
+    "swept": 1e-4,
+    "journalled": 1e-4,
+}  # differences of logits; the rest: 1e-5
+ODD = {
+    "llama": {
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 50,
+    }
+}
 NAMES = [each.__name__ for each in (*CHECKS, *ALONE)]
 
 
-def ran(folder: Path, count: int, families: dict[str, dict[str, int]]) -> list[dict[str, float | str]]:
+def ran(
+    folder: Path, count: int, families: dict[str, dict[str, int]]
+) -> list[dict[str, float | str]]:
     """What came of the checks, on each of so many ranks."""
     (folder / "models").mkdir()
     for family, sizes in families.items():
         hk.tiny(family, config=sizes).model.save_pretrained(folder / "models" / family)  # pyright: ignore
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(HERE.parent),
+    }
     for word in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "PYTEST_XDIST_WORKER"):
         environment.pop(word, None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
     command += [str(HERE / "ranks.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,12 +86,17 @@ def test_three_ranks_with_parts_of_different_sizes_come_to_what_one_process_does
 
 
 def test_three_ranks_come_to_what_one_process_does_on_the_default_model(three):
-    assert [rank["default"] < 1e-5 for rank in three] == [True] * 3, [rank["default"] for rank in three]
+    assert [rank["default"] < 1e-5 for rank in three] == [True] * 3, [
+        rank["default"] for rank in three
+    ]
 
 
 def test_a_plan_needs_torchrun(tmp_path):
     hk.tiny("llama").model.save_pretrained(tmp_path)  # pyright: ignore
-    with pytest.raises(hk.errors.Unsupported, match=r"start the script with `torchrun --nproc-per-node N script\.py`"):
+    with pytest.raises(
+        hk.errors.Unsupported,
+        match=r"start the script with `torchrun --nproc-per-node N script\.py`",
+    ):
         hk.load(tmp_path, tp_plan="auto")
     with pytest.raises(hk.errors.BadHook, match="leave device= and device_map= out"):
         hk.load(tmp_path, tp_plan="auto", device="cpu")

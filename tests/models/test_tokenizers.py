@@ -25,17 +25,27 @@ def sentencepiece(prefix: str) -> PreTrainedTokenizerFast:
     """A space is "▁"; one is put before a text, by Metaspace ("first") or by a normalizer, as Llama's ("prepend")."""
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     if prefix == "prepend":
-        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     else:
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prefix)
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     made.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=[*SPECIAL, *BYTES])
+        corpus(),
+        trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=[*SPECIAL, *BYTES]),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -55,9 +65,12 @@ def wordpiece() -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.decoder = decoders.WordPiece(cleanup=False)
     made.train_from_iterator(
-        corpus(), trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
+        corpus(),
+        trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 KINDS = {
@@ -71,7 +84,11 @@ KINDS = {
 
 def lm_with(tokenizer: PreTrainedTokenizerFast) -> hk.LM:
     size = max(tokenizer.get_vocab().values()) + 1
-    return hk.tiny("llama", tokenizer=tokenizer, config={"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2})
+    return hk.tiny(
+        "llama",
+        tokenizer=tokenizer,
+        config={"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2},
+    )
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=KINDS)
@@ -87,7 +104,9 @@ def spaced() -> hk.LM:
 @pytest.mark.parametrize("prompt", ["I like oat milk in my", "tea", "The answer is A or B:"])
 def test_a_prompt_and_what_was_generated_are_the_text(lm, prompt):
     for seed in range(4):
-        run = hk.generate(lm, [prompt, "The store"], do_sample=True, top_k=0, seed=seed, max_new_tokens=6)
+        run = hk.generate(
+            lm, [prompt, "The store"], do_sample=True, top_k=0, seed=seed, max_new_tokens=6
+        )
         for row in range(2):
             length, start = run.lengths[row], run.prompt_lengths[row]
             ids = run.tokens[row, :length].tolist()
@@ -102,7 +121,9 @@ def test_every_token_that_has_a_text_of_its_own_is_read_back_by_it(lm):
         if texts.count(text) == 1 and text.strip() and "�" not in text and token >= len(SPECIAL):
             try:
                 assert lm.token(text) == token
-            except NotOneToken as error:  # a wordpiece in the middle of a word, or one that merges never leave
+            except (
+                NotOneToken
+            ) as error:  # a wordpiece in the middle of a word, or one that merges never leave
                 assert repr(text) in str(error)
 
 
@@ -117,7 +138,14 @@ def test_a_continuation_has_the_tokens_that_it_has_behind_the_prompt(spaced, pro
     assert spaced.added(before, whole[len(before) :]) == after
     logits = spaced.model(torch.tensor([whole])).logits[0].log_softmax(-1)
     right = -sum(logits[place - 1, whole[place]].item() for place in range(len(before), len(whole)))
-    table = hk.sweep(spaced, [prompt], {"by": [1.0]}, lambda by: hk.scale("embed", by), hk.loss(after), progress=False)
+    table = hk.sweep(
+        spaced,
+        [prompt],
+        {"by": [1.0]},
+        lambda by: hk.scale("embed", by),
+        hk.loss(after),
+        progress=False,
+    )
     assert table["loss"].item() == pytest.approx(right / (len(whole) - len(before)), abs=1e-4)
     scored = hk.score(spaced, [after], after=prompt)
     assert scored["loss"].sum() == pytest.approx(right, abs=1e-4)
@@ -138,12 +166,16 @@ def test_a_text_in_a_prompt_is_at_the_tokens_that_have_it(lm, prompt):
         if not word.isascii():  # its last byte alone completes it
             continue
         inner = lm.added(ids[: places[0] + 1], ids[places[0] + 1 : places[-1] + 1])
-        assert word not in inner and word not in lm.added(ids[: places[0]], ids[places[0] : places[-1]])
+        assert word not in inner and word not in lm.added(
+            ids[: places[0]], ids[places[0] : places[-1]]
+        )
 
 
 def test_a_phrase_is_written_with_its_own_space(lm):
     for words in (" milk in my", " tea"):
-        run = hk.generate(lm, "I like oat", hk.force(hk.phrase(words)), max_new_tokens=8, do_sample=False)
+        run = hk.generate(
+            lm, "I like oat", hk.force(hk.phrase(words)), max_new_tokens=8, do_sample=False
+        )
         assert run.generated[0].startswith(words)
 
 
@@ -170,13 +202,24 @@ def test_the_loss_of_a_continuation_of_any_length(after):
     lm, prompts = hk.tiny("llama"), [[5, 9, 13, 17, 21], [6, 7]]
     rows = after if isinstance(after, list) else [after, after]
     table = hk.sweep(
-        lm, prompts, {"k": [1]}, lambda k: hk.ablate(hk.Site("mlp_out", k)), hk.loss(after), progress=False
+        lm,
+        prompts,
+        {"k": [1]},
+        lambda k: hk.ablate(hk.Site("mlp_out", k)),
+        hk.loss(after),
+        progress=False,
     )
-    handle = lm.model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    handle = lm.model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: torch.zeros_like(output)
+    )
     for number, (prompt, more) in enumerate(zip(prompts, rows, strict=True)):
         logits = lm.model(torch.tensor([[*prompt, *more]])).logits[0].log_softmax(-1)
-        losses = [-logits[len(prompt) - 1 + place, token].item() for place, token in enumerate(more)]
-        found = table[table["row"] == number]["loss"].item() if "row" in table else table["loss"].item()
+        losses = [
+            -logits[len(prompt) - 1 + place, token].item() for place, token in enumerate(more)
+        ]
+        found = (
+            table[table["row"] == number]["loss"].item() if "row" in table else table["loss"].item()
+        )
         assert found == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     handle.remove()
 
@@ -205,7 +248,9 @@ def test_tensors_that_share_memory_are_saved_as_they_are(tmp_path):
             hk.save_tensors({"wrong": wrong}, tmp_path / "wrong.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning"
+)
 def test_a_layer_that_gives_no_gradient_is_named():
     model = quantize_dynamic(hk.tiny("llama").model, {torch.nn.Linear}, dtype=torch.qint8)
     lm, ids = hk.LM(model), [[5, 9, 13, 17]]
@@ -216,7 +261,9 @@ def test_a_layer_that_gives_no_gradient_is_named():
         "logit_terms": lambda: hk.logit_terms(run, 7),
         "unembedding": lambda: hk.unembedding(lm, 7),
         "capture": lambda: hk.forward(lm, ids, hk.capture("resid_post.0", grad=True)),
-        "attribution": lambda: hk.attribution(lm, ids, [[5, 9, 13, 18]], "resid_post", hk.logit_diff(7, 8)),
+        "attribution": lambda: hk.attribution(
+            lm, ids, [[5, 9, 13, 18]], "resid_post", hk.logit_diff(7, 8)
+        ),
         "fit_vector": lambda: hk.fit_vector(lm, "resid_post.1", ids, hk.logprob(7), steps=1),
     }
     for name, ask in asks.items():
@@ -234,8 +281,15 @@ def test_a_checkpoint_that_reads_images_names_its_tokens(spaced):
         vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, max_position_embeddings=77,
     )  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision | {"image_size": 28, "patch_size": 14})
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision | {"image_size": 28, "patch_size": 14}
+    )
     torch.manual_seed(0)
     lm = hk.LM(Gemma3ForConditionalGeneration(config).eval(), spaced.tokenizer)
     assert (lm.sizes["vocab"], lm.n_tokens, lm.context) == (size, size, 77)

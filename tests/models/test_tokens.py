@@ -14,7 +14,9 @@ EDIT = hk.ablate("attn_out.1")
 @pytest.fixture(scope="module")
 def wide(small_tokenizer) -> hk.LM:
     """A model with 16 rows behind its tokens, which its head likes better than any token."""
-    lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": len(small_tokenizer) + 16})
+    lm = hk.tiny(
+        "llama", tokenizer=small_tokenizer, config={"vocab_size": len(small_tokenizer) + 16}
+    )
     bias = torch.zeros(len(small_tokenizer) + 16)
     bias[len(small_tokenizer) :] = 12.0
     lm.model.lm_head.bias = torch.nn.Parameter(bias)
@@ -35,7 +37,9 @@ def test_a_lens_ranks_the_tokens_alone(wide):
         last = lens[(lens["row"] == row) & (lens["site"] == "resid_post.2")].set_index("rank")
         top = logits[:count].topk(4)
         assert last.loc[1:4, "token_id"].tolist()[:4] == top.indices.tolist()
-        assert last["prob"].iloc[0] == pytest.approx(float(logits.softmax(-1)[top.indices[0]]), rel=1e-4)
+        assert last["prob"].iloc[0] == pytest.approx(
+            float(logits.softmax(-1)[top.indices[0]]), rel=1e-4
+        )
         rank = 1 + int((logits[:count] > logits[40]).sum())
         assert last[last["token_id"] == 40].index.tolist() == [rank]
         entropy = torch.special.entr(logits.double().softmax(-1)).sum()
@@ -71,7 +75,9 @@ def test_a_report_says_which_token_was_first(wide):
     for name, logits in (("top1_before", before), ("top1_after", after)):
         words = [literal(wide, int(said.argmax())) for said in logits]
         assert tables["distances"][name].tolist() == words
-    changed = [int(was.argmax()) != int(now.argmax()) for was, now in zip(before, after, strict=True)]
+    changed = [
+        int(was.argmax()) != int(now.argmax()) for was, now in zip(before, after, strict=True)
+    ]
     assert tables["distances"]["top1_changed"].tolist() == changed
     assert tables["shifts"]["token_id"].max() < count and tables["layers"]["token_id"].max() < count
 
@@ -81,14 +87,23 @@ def test_a_difference_of_models_is_one_of_their_tokens(wide):
     other = hk.LM(wide.model, wide.tokenizer, "cut")
     found = hk.diff(wide, other, IDS, hooks_after=EDIT, sites="embed")
     for row, ids in enumerate(IDS):
-        before, after = by_hand.logits(wide.model, ids)[0, :, :count], without_attention(wide, ids)[0, :, :count]
+        before, after = (
+            by_hand.logits(wide.model, ids)[0, :, :count],
+            without_attention(wide, ids)[0, :, :count],
+        )
         mine = found.tokens[found.tokens["row"] == row]
-        assert mine["top1_before"].tolist() == [literal(wide, token) for token in before.argmax(-1).tolist()]
-        assert mine["top1_after"].tolist() == [literal(wide, token) for token in after.argmax(-1).tolist()]
+        assert mine["top1_before"].tolist() == [
+            literal(wide, token) for token in before.argmax(-1).tolist()
+        ]
+        assert mine["top1_after"].tolist() == [
+            literal(wide, token) for token in after.argmax(-1).tolist()
+        ]
         assert mine["top1_changed"].tolist() == (before.argmax(-1) != after.argmax(-1)).tolist()
     rows = [by_hand.logits(wide.model, ids)[0, :, :count] for ids in IDS]
     cut = [without_attention(wide, ids)[0, :, :count] for ids in IDS]
-    apart = torch.cat([(now - was).norm(dim=-1) / was.norm(dim=-1) for was, now in zip(rows, cut, strict=True)])
+    apart = torch.cat(
+        [(now - was).norm(dim=-1) / was.norm(dim=-1) for was, now in zip(rows, cut, strict=True)]
+    )
     logits = found.sites.set_index("site").loc["logits"]
     assert logits["difference"] == pytest.approx(float(apart.mean()), rel=1e-4)
     assert found.shifts["token_id"].max() < count

@@ -28,12 +28,19 @@ def test_results_are_listed_with_question_and_answer_those_in_folders_below_too(
     found = hk.results(made)
     assert found["result"].tolist() == ["oat_milk", "tea/green"]
     assert found["title"].tolist() == ["Oat milk", "Green"]
-    assert set(found["question"]) == {"What comes next?"} and found["answer"].tolist() == ["Coffee <script>.", ""]
+    assert set(found["question"]) == {"What comes next?"} and found["answer"].tolist() == [
+        "Coffee <script>.",
+        "",
+    ]
 
 
 def test_the_index_shows_each_result_with_a_small_picture_and_links_to_its_page(made):
     page = hk.index(made, title="Mine & yours").read_text()
-    assert "<title>Mine &amp; yours</title>" in page and "Coffee &lt;script&gt;." in page and "<script" not in page
+    assert (
+        "<title>Mine &amp; yours</title>" in page
+        and "Coffee &lt;script&gt;." in page
+        and "<script" not in page
+    )
     links = set(re.findall(r'href="([^"]+)"', page))
     assert links == {"oat_milk/report.html", "tea/green/report.html"}
     (picture,) = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
@@ -61,7 +68,11 @@ def test_results_that_ask_nothing_stand_last_and_hidden_folders_not_at_all(made)
     (made / "report.html").write_text("of the folder itself")
     assert hk.results(made)["result"].tolist() == ["apart", "oat_milk", "tea/green"]
     links = re.findall(r'href="([^"]+)"', hk.index(made).read_text())
-    assert list(dict.fromkeys(links)) == ["oat_milk/report.html", "tea/green/report.html", "apart/report.html"]
+    assert list(dict.fromkeys(links)) == [
+        "oat_milk/report.html",
+        "tea/green/report.html",
+        "apart/report.html",
+    ]
 
 
 def test_the_picture_is_the_first_figure_that_was_recorded(tmp_path):

@@ -18,7 +18,14 @@ from typer.testing import CliRunner
 
 import hookkit as hk
 from hookkit.cli import app
-from hookkit.errors import BadHook, EmptySelection, MissingSite, OtherVocabulary, OutOfRange, Unsupported
+from hookkit.errors import (
+    BadHook,
+    EmptySelection,
+    MissingSite,
+    OtherVocabulary,
+    OutOfRange,
+    Unsupported,
+)
 from hookkit.reports.diff.similarity import RunningCKA, keeps_rows, linear_cka, room
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
@@ -27,11 +34,15 @@ NASTY = ["<script>alert(1)</script>", " שלום", "\n\t"]
 
 @pytest.fixture(scope="module")
 def two(small_tokenizer):
-    return tuple(hk.LM(hk.tiny("llama", seed=seed).model, small_tokenizer, f"seed {seed}") for seed in (0, 1))
+    return tuple(
+        hk.LM(hk.tiny("llama", seed=seed).model, small_tokenizer, f"seed {seed}") for seed in (0, 1)
+    )
 
 
 def deep(seed=0, **config):
-    return hk.tiny("llama", seed=seed, tokenizer=tokenizer(), config={"num_hidden_layers": 5, **config})
+    return hk.tiny(
+        "llama", seed=seed, tokenizer=tokenizer(), config={"num_hidden_layers": 5, **config}
+    )
 
 
 def copied(lm, change=None):
@@ -48,13 +59,17 @@ def tokens_of(lm):
 
 def at_site(lm, site, layer):
     """What is at a site, for every token of every prompt, each prompt by itself."""
-    return torch.cat([by_hand.captured(lm.model, ids, site, layer)[0].flatten(1) for ids in tokens_of(lm)])
+    return torch.cat(
+        [by_hand.captured(lm.model, ids, site, layer)[0].flatten(1) for ids in tokens_of(lm)]
+    )
 
 
 def definition(x, y):
     """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with explicit Gram and centring matrices."""
     x, y = x.double(), y.double()
-    h = torch.eye(len(x), dtype=torch.float64) - torch.full((len(x), len(x)), 1 / len(x), dtype=torch.float64)
+    h = torch.eye(len(x), dtype=torch.float64) - torch.full(
+        (len(x), len(x)), 1 / len(x), dtype=torch.float64
+    )
 
     def hsic(k, m):
         return torch.trace(k @ h @ m @ h) / (len(x) - 1) ** 2
@@ -86,7 +101,12 @@ def test_cka_keeps_rows_or_sums_and_both_ways_are_tried_above():
 
 def test_every_site_is_as_alike_as_hooks_written_by_hand_say(two):
     before, after = two
-    found = hk.diff(before, after, PROMPTS, sites=["embed", "q", "attn_out", "mlp_post", "resid_post", "final_norm"])
+    found = hk.diff(
+        before,
+        after,
+        PROMPTS,
+        sites=["embed", "q", "attn_out", "mlp_post", "resid_post", "final_norm"],
+    )
     table = found.sites.set_index("site")
     for site, layer in [
         ("embed", None),
@@ -110,7 +130,9 @@ def test_every_site_is_as_alike_as_hooks_written_by_hand_say(two):
     stream = found.stream[(found.stream["row"] == 1) & (found.stream["layer"] == 2)]
     ids = tokens_of(before)[1]
     x, y = (by_hand.captured(lm.model, ids, "resid_post", 2)[0] for lm in two)
-    assert stream["difference"].tolist() == pytest.approx(((y - x).norm(dim=-1) / x.norm(dim=-1)).tolist(), rel=1e-4)
+    assert stream["difference"].tolist() == pytest.approx(
+        ((y - x).norm(dim=-1) / x.norm(dim=-1)).tolist(), rel=1e-4
+    )
 
 
 def test_what_is_said_after_each_token_is_what_plain_transformers_says(two):
@@ -120,13 +142,19 @@ def test_what_is_said_after_each_token_is_what_plain_transformers_says(two):
         mine = found.tokens[found.tokens["row"] == row]
         assert mine["pos"].tolist() == list(range(len(ids)))
         assert mine["kl"].tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3)
-        assert mine["kl_reverse"].tolist() == pytest.approx((q.exp() * (q - p)).sum(-1).tolist(), rel=1e-3)
+        assert mine["kl_reverse"].tolist() == pytest.approx(
+            (q.exp() * (q - p)).sum(-1).tolist(), rel=1e-3
+        )
         middle = (p.exp() + q.exp()) / 2
         js = ((p.exp() * (p - middle.log())).sum(-1) + (q.exp() * (q - middle.log())).sum(-1)) / 2
         assert mine["js"].tolist() == pytest.approx(js.tolist(), rel=1e-3)
-        assert mine["entropy_after"].tolist() == pytest.approx((-(q.exp() * q).sum(-1)).tolist(), rel=1e-4)
+        assert mine["entropy_after"].tolist() == pytest.approx(
+            (-(q.exp() * q).sum(-1)).tolist(), rel=1e-4
+        )
         assert mine["top1_changed"].tolist() == (p.argmax(-1) != q.argmax(-1)).tolist()
-        losses = [-said[place, ids[place + 1]].item() for said in (p, q) for place in range(len(ids) - 1)]
+        losses = [
+            -said[place, ids[place + 1]].item() for said in (p, q) for place in range(len(ids) - 1)
+        ]
         told = [*mine["loss_before"].tolist()[:-1], *mine["loss_after"].tolist()[:-1]]
         assert told == pytest.approx(losses, rel=1e-4)
         assert mine["loss_delta"].isna().tolist() == [False] * (len(ids) - 1) + [True]
@@ -134,11 +162,17 @@ def test_what_is_said_after_each_token_is_what_plain_transformers_says(two):
         for token in shifts.to_dict("records"):
             for when, said in (("before", p[1]), ("after", q[1])):
                 assert token[f"rank_{when}"] == 1 + int((said > said[token["token_id"]]).sum())
-                assert token[f"prob_{when}"] == pytest.approx(float(said[token["token_id"]].exp()), abs=1e-5)
-        assert set(p[1].topk(4).indices.tolist()) <= set(shifts["token_id"]) and 40 in set(shifts["token_id"])
+                assert token[f"prob_{when}"] == pytest.approx(
+                    float(said[token["token_id"]].exp()), abs=1e-5
+                )
+        assert set(p[1].topk(4).indices.tolist()) <= set(shifts["token_id"]) and 40 in set(
+            shifts["token_id"]
+        )
     assert len(found.shifts[["row", "pos"]].drop_duplicates()) == sum(map(len, tokens_of(two[0])))
     prompts = found.prompts
-    assert prompts["kl"].tolist() == pytest.approx(found.tokens.groupby("row")["kl"].mean().tolist())
+    assert prompts["kl"].tolist() == pytest.approx(
+        found.tokens.groupby("row")["kl"].mean().tolist()
+    )
     assert prompts["tokens"].tolist() == [len(ids) for ids in tokens_of(two[0])]
     for row, ids in enumerate(tokens_of(two[0])):
         p, q = (by_hand.logits(lm.model, ids)[0].double().log_softmax(-1) for lm in two)
@@ -148,7 +182,9 @@ def test_what_is_said_after_each_token_is_what_plain_transformers_says(two):
         assert prompts["top1_changed"][row] == int((p.argmax(-1) != q.argmax(-1)).sum())
         for name, said in (("before", p), ("after", q)):
             losses = [-said[place, ids[place + 1]].item() for place in range(len(ids) - 1)]
-            assert prompts[f"loss_{name}"][row] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+            assert prompts[f"loss_{name}"][row] == pytest.approx(
+                sum(losses) / len(losses), rel=1e-4
+            )
         change = prompts["loss_after"][row] - prompts["loss_before"][row]
         assert prompts["loss_delta"][row] == pytest.approx(change, abs=1e-5)
     assert (prompts["kl_max"] > prompts["kl"]).all()
@@ -185,7 +221,10 @@ def test_an_edit_of_one_token_parts_at_that_token_and_in_no_other_prompt():
     oat = lm.tokenizer.encode(PROMPTS[0])[2]
     after = copied(lm, lambda model: model.model.embed_tokens.weight[oat].mul_(2.0))
     found = hk.diff(lm, after, [PROMPTS[0], [5, 6, 7]])
-    assert found.parting["site"].tolist() == ["embed", ""] and found.parting["pos"].tolist() == [2, pd.NA]
+    assert found.parting["site"].tolist() == ["embed", ""] and found.parting["pos"].tolist() == [
+        2,
+        pd.NA,
+    ]
     assert found.parting["read"].tolist() == [repr(lm.string(oat)), ""]
     assert (found.tokens[found.tokens["row"] == 1]["kl"] == 0).all()
 
@@ -211,7 +250,9 @@ def test_bfloat16_parts_at_the_embedding_by_what_bfloat16_rounds(two):
 
 
 def adapted():
-    config = peft.LoraConfig(target_modules=["v_proj"], layers_to_transform=[1], r=4, init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["v_proj"], layers_to_transform=[1], r=4, init_lora_weights=False
+    )
     torch.manual_seed(0)
     with warnings.catch_warnings():  # of transformers, about a word that peft still asks for
         warnings.simplefilter("ignore", FutureWarning)
@@ -229,8 +270,12 @@ def test_an_adapter_is_compared_on_and_off_in_one_model_and_with_a_copy_of_its_b
     p = by_hand.logits(base.model, ids)[0].double().log_softmax(-1)
     for found in (one, other):
         assert str(found.first) == "v.1"
-        assert found.tokens["kl"].tolist()[: len(ids)] == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3)
-    assert one.about["before"]["within"].endswith("disable_adapter") and one.about["after"]["adapters"] == ["default"]
+        assert found.tokens["kl"].tolist()[: len(ids)] == pytest.approx(
+            (p.exp() * (p - q)).sum(-1).tolist(), rel=1e-3
+        )
+    assert one.about["before"]["within"].endswith("disable_adapter") and one.about["after"][
+        "adapters"
+    ] == ["default"]
     with pytest.raises(BadHook, match="both are one model.*disable_adapter"):
         hk.diff(base, base, PROMPTS)
 
@@ -277,43 +322,66 @@ def test_models_of_other_depth_are_compared_by_the_names_that_both_have():
 
 
 def test_of_models_of_other_width_cka_alone_is_given():
-    one, other = (hk.tiny("llama", tokenizer=tokenizer(), config={"hidden_size": size}) for size in (32, 64))
+    one, other = (
+        hk.tiny("llama", tokenizer=tokenizer(), config={"hidden_size": size}) for size in (32, 64)
+    )
     found = hk.diff(one, other, PROMPTS, sites=["resid_post", "k"])
     table = found.sites.set_index("site")
     x, y = (at_site(lm, "resid_post", 1) for lm in (one, other))
     assert table.loc["resid_post.1", "cka"] == pytest.approx(definition(x, y), abs=1e-4)
     assert table.loc["resid_post.1", ["cosine", "difference", "parts"]].isna().all()
-    assert table.loc["resid_post.1", "norm_after"] == pytest.approx(float(y.norm(dim=-1).mean()), rel=1e-5)
+    assert table.loc["resid_post.1", "norm_after"] == pytest.approx(
+        float(y.norm(dim=-1).mean()), rel=1e-5
+    )
     assert table.loc["logits", "difference"] > 0
-    assert any("they have other sizes, 2 x 8 and 2 x 16 at k.0" in why for why in found.left_out["why"])
+    assert any(
+        "they have other sizes, 2 x 8 and 2 x 16 at k.0" in why for why in found.left_out["why"]
+    )
     assert "only CKA" not in found.page().html() and found.stream.empty
 
 
 def test_the_same_comes_of_small_batches_and_little_memory(two):
     asked = {"sites": ["resid_post", "z", "q.1"], "cka": ["resid_post", "z"]}
-    whole, pieces = (hk.diff(*two, PROMPTS, **asked, **small) for small in ({}, {"batch_tokens": 1, "memory": 1}))
+    whole, pieces = (
+        hk.diff(*two, PROMPTS, **asked, **small) for small in ({}, {"batch_tokens": 1, "memory": 1})
+    )
     for name in ("tokens", "shifts", "sites", "parting", "stream"):
-        pd.testing.assert_frame_equal(getattr(whole, name), getattr(pieces, name), rtol=1e-3, atol=1e-5)
+        pd.testing.assert_frame_equal(
+            getattr(whole, name), getattr(pieces, name), rtol=1e-3, atol=1e-5
+        )
     assert whole.sites.set_index("site")["cka"].notna().sum() == 6
 
 
 def test_positions_and_sites_are_those_asked_for(two):
     found = hk.diff(*two, PROMPTS, pos=slice(1, None), sites=["z.1", "z.2.3"], cka=False)
-    assert found.sites["site"].tolist() == ["z.1", "z.2.3", "logits"] and found.sites["cka"].isna().all()
+    assert (
+        found.sites["site"].tolist() == ["z.1", "z.2.3", "logits"]
+        and found.sites["cka"].isna().all()
+    )
     assert found.tokens["pos"].min() == 1
-    x, y = (torch.cat([by_hand.captured(lm.model, ids, "z", 2)[0, 1:, 3] for ids in tokens_of(lm)]) for lm in two)
+    x, y = (
+        torch.cat([by_hand.captured(lm.model, ids, "z", 2)[0, 1:, 3] for ids in tokens_of(lm)])
+        for lm in two
+    )
     cosine = float(torch.cosine_similarity(x, y).mean())
     assert found.sites.set_index("site").loc["z.2.3", "cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
     bare = [hk.LM(lm.model) for lm in two]
-    found = hk.diff(*bare, [[3, 4, 5], [6]], sites=[hk.module("model.layers.1.mlp.gate_proj"), "embed"])
+    found = hk.diff(
+        *bare, [[3, 4, 5], [6]], sites=[hk.module("model.layers.1.mlp.gate_proj"), "embed"]
+    )
     assert found.tokens["read"].tolist() == ["'<3>'", "'<4>'", "'<5>'", "'<6>'"]
     assert found.sites["site"].tolist()[:2] == ["embed", "model.layers.1.mlp.gate_proj:output"]
-    assert "is a module" in found.left_out.set_index("what").loc["the site where they part first", "why"]
+    assert (
+        "is a module"
+        in found.left_out.set_index("what").loc["the site where they part first", "why"]
+    )
     one_reads = hk.diff(hk.LM(two[0].model), two[1], PROMPTS[0])
-    assert one_reads.tokens["read"].iloc[1] == "' like'" or one_reads.tokens["read"].iloc[1].startswith("'")
+    assert one_reads.tokens["read"].iloc[1] == "' like'" or one_reads.tokens["read"].iloc[
+        1
+    ].startswith("'")
 
 
 def reordered():
@@ -331,7 +399,10 @@ def test_models_that_do_not_read_the_same_tokens_are_refused(two):
         hk.diff(two[0], larger, PROMPTS)
     more = tokenizer()
     more.add_tokens(["<extra>"])
-    with pytest.raises(OtherVocabulary, match="differ in 1 tokens: id 320 is 'not there' in the first and '<extra>'"):
+    with pytest.raises(
+        OtherVocabulary,
+        match="differ in 1 tokens: id 320 is 'not there' in the first and '<extra>'",
+    ):
         hk.diff(two[0], hk.LM(two[1].model, more), PROMPTS)
     words = r"read prompt 0, .*, as different tokens: at position \d+ '.+' \(id \d+\) and '.+' \(id \d+\)"
     with pytest.raises(OtherVocabulary, match=words):
@@ -362,7 +433,10 @@ def test_a_wish_that_cannot_be_is_refused(two, settings, error, words):
 def test_the_page_says_it_all_again_and_runs_nothing_of_the_tokens(tmp_path):
     words = tokenizer()
     words.add_tokens(NASTY)
-    one, other = (hk.tiny("llama", seed=seed, tokenizer=words, config={"vocab_size": len(words)}) for seed in (0, 1))
+    one, other = (
+        hk.tiny("llama", seed=seed, tokenizer=words, config={"vocab_size": len(words)})
+        for seed in (0, 1)
+    )
     ids = [words.convert_tokens_to_ids(word) for word in NASTY]
     found = hk.diff(one, other, [ids, [5, 6]], watch=ids, names=("<b>one", "other"))
     page = found.page(question="<i>Which?</i>", drawn=2).write(tmp_path)
@@ -373,7 +447,11 @@ def test_the_page_says_it_all_again_and_runs_nothing_of_the_tokens(tmp_path):
     assert about["tokens"] == [ids, [5, 6]] and about["versions"]["torch"]
     for name in ("prompts", "tokens", "shifts", "sites", "parting", "stream", "left_out"):
         table = pd.read_csv(tmp_path / f"{name}.csv")
-        assert len(table) == len(getattr(found, name)) == len(json.loads((tmp_path / f"{name}.json").read_text()))
+        assert (
+            len(table)
+            == len(getattr(found, name))
+            == len(json.loads((tmp_path / f"{name}.json").read_text()))
+        )
     for name in ("tokens_0", "stream_0", "through_layers"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     assert (tmp_path / "tokens_1.png").exists(), "two prompts are drawn"
@@ -395,7 +473,14 @@ def test_the_command_prints_what_the_call_gives(two, tmp_path):
     for lm, name in zip(two, ("one", "other"), strict=True):
         lm.model.save_pretrained(tmp_path / name)
         lm.tokenizer.save_pretrained(tmp_path / name)
-    words = ["diff", str(tmp_path / "one"), str(tmp_path / "other"), *PROMPTS[:2], "--device", "cpu"]
+    words = [
+        "diff",
+        str(tmp_path / "one"),
+        str(tmp_path / "other"),
+        *PROMPTS[:2],
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, "-c", "from hookkit.cli import app; app(prog_name='hookkit')"]
     done = subprocess.run([*command, *words, "--csv"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

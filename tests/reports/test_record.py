@@ -80,7 +80,11 @@ def test_names_that_stand_twice_or_leave_the_folder_are_refused(tmp_path, llama)
         ):
             with pytest.raises(BadHook, match=words):
                 again()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.csv", "about.json", "report.html"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "a.csv",
+        "about.json",
+        "report.html",
+    ]
     assert not (tmp_path.parent / "b.csv").exists()
 
 
@@ -144,7 +148,10 @@ def test_results_of_other_settings_are_not_mixed_in_one_folder(tmp_path, llama, 
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     made(tmp_path, gpt2, replace=True)
     assert json.loads((tmp_path / "about.json").read_text())["settings"] == {}
-    assert json.loads((tmp_path / ".last" / "about.json").read_text())["settings"] == {"count": 3, "of": "tea"}
+    assert json.loads((tmp_path / ".last" / "about.json").read_text())["settings"] == {
+        "count": 3,
+        "of": "tea",
+    }
     with pytest.raises(BadHook, match="settings are kept as JSON"):
         hk.record(tmp_path, settings={"lm": llama})
 
@@ -154,7 +161,9 @@ def test_a_run_that_stopped_is_replaced_and_the_finished_one_before_it_is_kept(t
     with pytest.raises(ZeroDivisionError):
         made(tmp_path, llama, value=2.0, fail=True)
     assert pd.read_csv(tmp_path / ".last" / "numbers.csv")["x"][0] == 1.0
-    made(tmp_path, llama, value=3.0, seed=7)  # of a run that did not finish, nothing has to be kept apart
+    made(
+        tmp_path, llama, value=3.0, seed=7
+    )  # of a run that did not finish, nothing has to be kept apart
     assert pd.read_csv(tmp_path / "numbers.csv")["x"][0] == 3.0
     assert pd.read_csv(tmp_path / ".last" / "numbers.csv")["x"][0] == 1.0
 
@@ -174,11 +183,15 @@ def test_the_page_shows_a_table_as_it_was_when_it_was_written(tmp_path):
         results.table("numbers", table)
         table["x"] = 7.75
     page = (tmp_path / "report.html").read_text()
-    assert "1.25" in page and "7.75" not in page and "1.25" in (tmp_path / "numbers.csv").read_text()
+    assert (
+        "1.25" in page and "7.75" not in page and "1.25" in (tmp_path / "numbers.csv").read_text()
+    )
 
 
 def test_the_command_in_about_has_no_path_of_a_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", [str(tmp_path / "mine.py"), str(tmp_path / "texts.txt"), "--seed", "3"])
+    monkeypatch.setattr(
+        "sys.argv", [str(tmp_path / "mine.py"), str(tmp_path / "texts.txt"), "--seed", "3"]
+    )
     with hk.record(tmp_path):
         pass
     command = json.loads((tmp_path / "about.json").read_text())["command"]
@@ -190,6 +203,8 @@ def test_about_names_only_files_of_the_folder_itself(tmp_path, llama):
     folder = tmp_path / "result"
     made(folder, llama)
     about = json.loads((folder / "about.json").read_text())
-    (folder / "about.json").write_text(json.dumps(about | {"files": ["../mine.txt", "numbers.csv"]}))
+    (folder / "about.json").write_text(
+        json.dumps(about | {"files": ["../mine.txt", "numbers.csv"]})
+    )
     made(folder, llama)
     assert (tmp_path / "mine.txt").exists()

@@ -22,7 +22,9 @@ def figure(words: str = "title") -> Figure:
 
 
 def table(count: int = 2) -> pd.DataFrame:
-    return pd.DataFrame({"token": [repr(NASTY)] * count, "prob": [0.123456789] * count, "logit": [-np.inf] * count})
+    return pd.DataFrame(
+        {"token": [repr(NASTY)] * count, "prob": [0.123456789] * count, "logit": [-np.inf] * count}
+    )
 
 
 class Page(HTMLParser):
@@ -45,9 +47,9 @@ def read(page) -> Page:
 
 
 def test_a_report_is_one_page_with_its_tables_and_pictures_beside_it(tmp_path):
-    page = hk.report("Oat milk", "Why?", "# A table", table(), figure(), Part(figure(), "named", "A caption.")).write(
-        tmp_path / "a" / "b"
-    )
+    page = hk.report(
+        "Oat milk", "Why?", "# A table", table(), figure(), Part(figure(), "named", "A caption.")
+    ).write(tmp_path / "a" / "b")
     assert page.name == "report.html"
     assert sorted(path.name for path in page.parent.iterdir()) == [
         "figure_1.png",
@@ -66,7 +68,9 @@ def test_a_report_is_one_page_with_its_tables_and_pictures_beside_it(tmp_path):
 
 
 def test_what_a_model_or_user_says_is_shown_and_never_run(tmp_path):
-    made = hk.report(NASTY, NASTY, "# " + NASTY, table(), figure(NASTY), Part(table(), "t", NASTY), footer=NASTY)
+    made = hk.report(
+        NASTY, NASTY, "# " + NASTY, table(), figure(NASTY), Part(table(), "t", NASTY), footer=NASTY
+    )
     parsed = read(made.write(tmp_path))
     assert "script" not in parsed.tags
     assert "".join(parsed.words).count(NASTY) >= 8

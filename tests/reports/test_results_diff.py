@@ -39,7 +39,9 @@ def test_a_text_that_differs_and_a_number_that_is_missing_or_infinite_moved():
     assert only(gone, gone.copy())["same"] and only(endless, endless.copy())["same"]
     assert only(endless, TABLE)["moved"] == 1
     sure, unsure = TABLE.assign(sure=[True, True]), TABLE.assign(sure=[True, False])
-    assert only(sure, unsure)["moved"] == 1 and only(sure, unsure)["column"] == ""  # which is of numbers
+    assert (
+        only(sure, unsure)["moved"] == 1 and only(sure, unsure)["column"] == ""
+    )  # which is of numbers
     assert in_words(hk.moved({"t": TABLE}, {"t": gone})) == "t: 1 of 6 cells moved"
 
 
@@ -64,7 +66,9 @@ def test_folders_are_compared_by_their_csv_files_in_folders_below_too(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name / "deep" / ".last").mkdir(parents=True)
         TABLE.to_csv(tmp_path / name / "deep" / "t.csv", index=False)
-    TABLE.to_csv(tmp_path / "two" / "deep" / ".last" / "t.csv", index=False)  # of the run before: not compared
+    TABLE.to_csv(
+        tmp_path / "two" / "deep" / ".last" / "t.csv", index=False
+    )  # of the run before: not compared
     found = hk.moved(tmp_path / "one", str(tmp_path / "two"))
     assert found["table"].tolist() == ["deep/t"] and found["same"].all()
     with pytest.raises(BadHook, match="there is no folder .*three.*name a folder of results"):

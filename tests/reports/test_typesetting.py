@@ -28,11 +28,15 @@ HOSTILE = [
 def table() -> pd.DataFrame:
     numbers = [-math.inf, math.inf, math.nan, 0.123456789, *range(6)]
     missing = pd.Series([None, *range(9)], dtype="Int64")
-    return pd.DataFrame({"token": [repr(t) for t in HOSTILE], "words": HOSTILE, "prob": numbers, "rank": missing})
+    return pd.DataFrame(
+        {"token": [repr(t) for t in HOSTILE], "words": HOSTILE, "prob": numbers, "rank": missing}
+    )
 
 
 def test_json_has_every_value_in_full():
-    rows = json.loads(as_json(table()), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    rows = json.loads(
+        as_json(table()), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
     assert [row["token"] for row in rows] == [repr(t) for t in HOSTILE]
     assert [row["words"] for row in rows] == HOSTILE
     assert [row["prob"] for row in rows[:4]] == ["-Infinity", "Infinity", None, 0.123456789]
@@ -48,7 +52,9 @@ def cells_of(markdown: str) -> list[list[str]]:
         if token.type == "inline":
             rows[-1].append("".join(part.content for part in token.children or []))
             assert not [
-                part for part in token.children or [] if part.type not in ("text", "code_inline", "text_special")
+                part
+                for part in token.children or []
+                if part.type not in ("text", "code_inline", "text_special")
             ]
     return rows
 
@@ -78,7 +84,9 @@ def test_latex_is_ascii_and_can_be_read_back():
             lambda m, back=back: back[m[0]],
             inner,
         )
-        assert inner == "".join(c if c.isascii() else c.encode("unicode_escape").decode() for c in repr(token))
+        assert inner == "".join(
+            c if c.isascii() else c.encode("unicode_escape").decode() for c in repr(token)
+        )
     assert [row[2] for row in rows[:3]] == [r"$-$$\infty$", r"$\infty$", ""]
 
 

@@ -4,7 +4,13 @@ import by_hand
 import pytest
 import torch
 from conftest import PROMPTS
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 
 import hookkit as hk
 from hookkit.errors import NeverFired, OutOfRange, UnknownKeyword, Unsupported
@@ -35,14 +41,22 @@ def ids_of(lm, text=PROMPTS[0]):
 )
 def test_without_edits_the_draws_are_transformers_own(lm, way):
     ids = ids_of(lm)
-    settings = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None, "pad_token_id": 0, **way}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": True,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **way,
+    }
     torch.manual_seed(3)
     expected = lm.model.generate(ids, **settings)
     torch.manual_seed(3)
     assert torch.equal(hk.generate(lm, ids, hk.capture(SITE), **settings).tokens, expected)
     state = torch.random.get_rng_state()
     assert torch.equal(hk.generate(lm, ids, seed=3, **settings).tokens, expected)
-    assert torch.equal(torch.random.get_rng_state(), state), "seed= left torch's own generator changed"
+    assert torch.equal(torch.random.get_rng_state(), state), (
+        "seed= left torch's own generator changed"
+    )
 
 
 def test_force_and_ban_hold_in_every_draw(lm):
@@ -54,7 +68,11 @@ def test_force_and_ban_hold_in_every_draw(lm):
         "num_return_sequences": 10,
     }
     forced = hk.generate(
-        lm, PROMPTS[0], hk.force(7, margin=float("inf"), step=slice(0, 10)), hk.ban(3, step=slice(10, None)), **settings
+        lm,
+        PROMPTS[0],
+        hk.force(7, margin=float("inf"), step=slice(0, 10)),
+        hk.ban(3, step=slice(10, None)),
+        **settings,
     )
     new = forced.tokens[:, forced.prompt_lengths[0] :]
     assert (new[:, :10] == 7).all()
@@ -62,8 +80,16 @@ def test_force_and_ban_hold_in_every_draw(lm):
 
 
 def test_several_sequences_of_a_prompt_are_rows_of_their_own(lm):
-    settings = {"max_new_tokens": 4, "do_sample": True, "eos_token_id": None, "num_return_sequences": 2, "seed": 1}
-    run = hk.generate(lm, PROMPTS[:2], hk.steer(SITE, VECTOR, rows=1, scale=3.0), hk.capture(SITE), **settings)
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": True,
+        "eos_token_id": None,
+        "num_return_sequences": 2,
+        "seed": 1,
+    }
+    run = hk.generate(
+        lm, PROMPTS[:2], hk.steer(SITE, VECTOR, rows=1, scale=3.0), hk.capture(SITE), **settings
+    )
     assert run.prompt_rows == (0, 0, 1, 1)
     assert run[SITE].shape[0] == run.logits.shape[0] == 4
     assert run.captured(SITE).rows == (0, 0, 1, 1)
@@ -73,11 +99,15 @@ def test_several_sequences_of_a_prompt_are_rows_of_their_own(lm):
         again = hk.forward(lm, [ids[:-1]], *hooks, hk.capture(SITE))
         length = again.lengths[0]
         assert torch.allclose(run[SITE][row, :length], again[SITE][0], atol=1e-4)
-        assert torch.allclose(run.logits[row], again.logits[0, run.prompt_lengths[row] - 1 :], atol=1e-4)
+        assert torch.allclose(
+            run.logits[row], again.logits[0, run.prompt_lengths[row] - 1 :], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
-    "way", [{}, {"use_cache": False}, {"num_return_sequences": 2}, {"prefill_chunk_size": 3}], ids=str
+    "way",
+    [{}, {"use_cache": False}, {"num_return_sequences": 2}, {"prefill_chunk_size": 3}],
+    ids=str,
 )
 def test_beams_keep_the_values_of_the_beam_that_survives(lm, way):
     settings = {
@@ -112,7 +142,10 @@ def test_beams_keep_the_values_of_the_beam_that_survives(lm, way):
 def test_beams_without_edits_are_transformers_own(lm):
     ids = ids_of(lm)
     settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(hk.generate(lm, ids, hk.capture(SITE), **settings).tokens, lm.model.generate(ids, **settings))
+    assert torch.equal(
+        hk.generate(lm, ids, hk.capture(SITE), **settings).tokens,
+        lm.model.generate(ids, **settings),
+    )
 
 
 def test_a_row_that_ends_early_counts_to_its_end_token(lm):
@@ -146,9 +179,18 @@ def test_a_wish_for_a_step_that_a_row_does_not_live_to_see_is_an_error_that_brin
 @pytest.mark.parametrize(
     ("hook", "words"),
     [
-        (hk.force(3, step=5), "means step 5 of row 0, and at most 5 tokens are generated: steps count from 0"),
-        (hk.force(3, pos=2), r"means position 2 of row 0, where no logits are computed; they are at positions \d+ to"),
-        (hk.capture(SITE, pos=99), "means position 99 of row 0, and with 5 new tokens the model reads positions 0 to"),
+        (
+            hk.force(3, step=5),
+            "means step 5 of row 0, and at most 5 tokens are generated: steps count from 0",
+        ),
+        (
+            hk.force(3, pos=2),
+            r"means position 2 of row 0, where no logits are computed; they are at positions \d+ to",
+        ),
+        (
+            hk.capture(SITE, pos=99),
+            "means position 99 of row 0, and with 5 new tokens the model reads positions 0 to",
+        ),
     ],
     ids=str,
 )
@@ -167,11 +209,20 @@ def test_generated_positions_are_never_read_when_one_token_is_generated(lm):
 
 
 def test_every_argument_of_generate_passes_through(lm):
-    run = hk.generate(lm, PROMPTS[0], return_dict_in_generate=True, output_scores=True, output_logits=True, **GREEDY)
+    run = hk.generate(
+        lm,
+        PROMPTS[0],
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        **GREEDY,
+    )
     assert torch.equal(torch.stack(run.output.logits, 1), run.logits)
     config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
     before = config.to_dict()
-    assert hk.generate(lm, PROMPTS[0], hk.force(9), generation_config=config).tokens[0, -3:].tolist() == [9, 9, 9]
+    assert hk.generate(lm, PROMPTS[0], hk.force(9), generation_config=config).tokens[
+        0, -3:
+    ].tolist() == [9, 9, 9]
     assert config.to_dict() == before, "the user's own configuration was changed"
 
 
@@ -189,7 +240,11 @@ seen: list[torch.Tensor] = []
 def test_a_users_processor_works_after_the_edits(lm):
     seen.clear()
     run = hk.generate(
-        lm, PROMPTS[0], hk.force(9, margin=10.0), logits_processor=LogitsProcessorList([Downwards()]), **GREEDY
+        lm,
+        PROMPTS[0],
+        hk.force(9, margin=10.0),
+        logits_processor=LogitsProcessorList([Downwards()]),
+        **GREEDY,
     )
     new = run.tokens[0, run.prompt_lengths[0] :]
     assert (new != 9).all()
@@ -204,7 +259,14 @@ class After(StoppingCriteria):
 
 def test_a_users_stopping_criterion_and_streamer_work(lm):
     streamer = TextIteratorStreamer(lm.tokenizer, skip_prompt=True)
-    run = hk.generate(lm, PROMPTS[0], hk.force(9, step=2), stopping_criteria=[After()], streamer=streamer, **GREEDY)
+    run = hk.generate(
+        lm,
+        PROMPTS[0],
+        hk.force(9, step=2),
+        stopping_criteria=[After()],
+        streamer=streamer,
+        **GREEDY,
+    )
     assert run.lengths[0] == run.prompt_lengths[0] + 3
     assert "".join(streamer) == run.generated[0]
 
@@ -212,7 +274,10 @@ def test_a_users_stopping_criterion_and_streamer_work(lm):
 def test_a_stop_string_ends_a_row(smol):
     settings = {"max_new_tokens": 8, "do_sample": False, "stop_strings": [" coffee"]}
     run = hk.generate(
-        smol, ["I like oat milk in my", "The capital of France is"], hk.force(" coffee", rows=1, step=3), **settings
+        smol,
+        ["I like oat milk in my", "The capital of France is"],
+        hk.force(" coffee", rows=1, step=3),
+        **settings,
     )
     assert run.generated[0] == " coffee"
     assert run.generated[1].endswith(" coffee")
@@ -226,10 +291,19 @@ def test_a_stop_string_ends_a_row(smol):
             {"assistant_model": object()},
             "assistant_model= was given: hooks need one forward of this model for each token",
         ),
-        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens runs the model on tokens that may be taken back"),
-        ({"assistant_early_exit": 1}, "assistant_early_exit runs the model on tokens that may be taken back"),
+        (
+            {"prompt_lookup_num_tokens": 2},
+            "prompt_lookup_num_tokens runs the model on tokens that may be taken back",
+        ),
+        (
+            {"assistant_early_exit": 1},
+            "assistant_early_exit runs the model on tokens that may be taken back",
+        ),
         ({"guidance_scale": 1.5}, "guidance_scale runs the model twice for each token"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "the decoding mode 'contrastive_search' is not offered with hooks"),
+        (
+            {"penalty_alpha": 0.6, "top_k": 4},
+            "the decoding mode 'contrastive_search' is not offered with hooks",
+        ),
         ({"dola_layers": "low"}, "dola_layers runs the model"),
         ({"custom_generate": lambda *_: None}, "custom_generate= was given"),
         ({"cache_implementation": "paged"}, "packs prompts into one row"),
@@ -252,14 +326,20 @@ def test_a_mode_in_which_an_edit_has_no_meaning_is_refused_before_the_first_toke
 def test_right_padding_is_refused_in_foreign_generate(lm):
     ids = torch.tensor([[5, 6, 0], [5, 6, 7]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    with pytest.raises(Unsupported, match="a row ends in padding: pad on the left"), hk.attach(lm, hk.force(3)):
+    with (
+        pytest.raises(Unsupported, match="a row ends in padding: pad on the left"),
+        hk.attach(lm, hk.force(3)),
+    ):
         lm.model.generate(ids, attention_mask=mask, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"max_new_token": 3}, r"generate\(\) has no keyword 'max_new_token'; did you mean 'max_new_tokens'"),
+        (
+            {"max_new_token": 3},
+            r"generate\(\) has no keyword 'max_new_token'; did you mean 'max_new_tokens'",
+        ),
         ({"temprature": 0.5}, "no keyword 'temprature'; did you mean 'temperature'"),
         (
             {"attention_mask": torch.ones(1, 3)},
@@ -287,7 +367,9 @@ def test_embeddings_as_the_prompt_have_positions_but_no_tokens(lm):
     assert torch.equal(tokens[0], expected.tokens[0, -4:])
     assert torch.allclose(manager[SITE], expected[SITE], atol=1e-5)
     with (
-        pytest.raises(Unsupported, match="the model was given embeddings, whose tokens nobody knows"),
+        pytest.raises(
+            Unsupported, match="the model was given embeddings, whose tokens nobody knows"
+        ),
         hk.attach(lm, hk.scale(SITE, 1.0, pos=hk.at("oat"))),
     ):
         lm.model.generate(inputs_embeds=embeds, **settings)
@@ -343,7 +425,13 @@ def test_logits_of_the_last_step_are_the_last_of_all_and_no_others_are_held(way,
         "no cache": {"do_sample": True, "use_cache": False},
     }[way]
     for seed, ends in ((0, None), (1, [4]), (2, [3, 7])):
-        given = {"max_new_tokens": 6, "eos_token_id": ends, "pad_token_id": 0, "seed": seed, **settings}
+        given = {
+            "max_new_tokens": 6,
+            "eos_token_id": ends,
+            "pad_token_id": 0,
+            "seed": seed,
+            **settings,
+        }
         every = hk.generate(lm, [[5, 6, 7], [8, 9]], **given).captured_logits()
         last = hk.generate(lm, [[5, 6, 7], [8, 9]], logits="last", **given).captured_logits()
         for row, positions in enumerate(every.positions.tolist()):
@@ -353,7 +441,8 @@ def test_logits_of_the_last_step_are_the_last_of_all_and_no_others_are_held(way,
     held = []
     real = hk.captured.joined
     monkeypatch.setattr(
-        "hookkit.hooks.captured_values.joined", lambda pieces, *more: held.append(len(pieces)) or real(pieces, *more)
+        "hookkit.hooks.captured_values.joined",
+        lambda pieces, *more: held.append(len(pieces)) or real(pieces, *more),
     )
     monkeypatch.setattr("hookkit.runs.outcomes.joined", hk.captured.joined)
     hk.generate(lm, [[5, 6, 7]], logits="last", max_new_tokens=6, eos_token_id=None, **settings)

@@ -51,7 +51,9 @@ def by_hand(model, row, positions):
 @pytest.mark.parametrize("pos", [[0, 4], hk.PROMPT, slice(2, None), None], ids=str)
 def test_an_edit_of_positions_that_a_cache_has_is_refused_in_generate(lm, pos):
     hook = hk.steer(SITE, VECTOR, pos=pos)
-    with pytest.raises((OutOfRange, Unsupported), match="goes on from a cache that has columns 0 to 2"):
+    with pytest.raises(
+        (OutOfRange, Unsupported), match="goes on from a cache that has columns 0 to 2"
+    ):
         hk.generate(lm, [ROW], hook, past_key_values=filled(lm.model, ROW[:3]), **GREEDY)
 
 
@@ -72,7 +74,10 @@ def test_a_cache_that_was_filled_under_the_same_hook_may_be_gone_on_from(lm):
 
 
 def test_a_position_counted_from_the_end_means_the_prompt_that_is_read_and_not_its_prefix(lm):
-    with pytest.raises(OutOfRange, match="means position 2"), hk.attach(lm, hk.steer(SITE, VECTOR, pos=-3)):
+    with (
+        pytest.raises(OutOfRange, match="means position 2"),
+        hk.attach(lm, hk.steer(SITE, VECTOR, pos=-3)),
+    ):
         lm.model.generate(ids_of(ROW), past_key_values=filled(lm.model, ROW[:3]), **GREEDY)
 
 
@@ -85,7 +90,9 @@ def test_two_texts_decoded_in_turns_are_told_apart_by_their_caches(lm):
         for token in (20, 22, 24):
             for number in (1, 0):
                 outputs[number] = model(
-                    ids_of([token + number]), past_key_values=outputs[number].past_key_values, use_cache=True
+                    ids_of([token + number]),
+                    past_key_values=outputs[number].past_key_values,
+                    use_cache=True,
                 )
                 texts[number].append(token + number)
                 logits[number].append(outputs[number].logits[0, -1])
@@ -101,7 +108,10 @@ def test_a_prefix_that_is_gone_on_from_twice_gives_the_same_twice(lm):
     model, hook = lm.model, hk.steer(SITE, VECTOR, pos=slice(2, 6))
     with hk.attach(lm, hook) as manager:
         prefix = model(ids_of(ROW), use_cache=True).past_key_values
-        results = [model(ids_of([21, 30, 31]), past_key_values=copy.deepcopy(prefix)).logits[0] for _ in range(2)]
+        results = [
+            model(ids_of([21, 30, 31]), past_key_values=copy.deepcopy(prefix)).logits[0]
+            for _ in range(2)
+        ]
     expected = by_hand(model, [*ROW, 21, 30, 31], [2, 3, 4, 5])[5:]
     for found in results:
         assert torch.allclose(found, expected, atol=1e-4)
@@ -117,11 +127,17 @@ def test_a_cache_that_was_cut_back_goes_on_where_it_was_cut(lm):
         cache.crop(-2)
         found = model(ids_of([30, 31]), past_key_values=cache, use_cache=True).logits[0]
     assert torch.allclose(found, by_hand(model, [*ROW, 20, 30, 31], [6])[6:], atol=1e-4)
-    assert [text.captured(SITE).positions.tolist() for text in manager.texts] == [[list(range(8))], [[6, 7]]]
+    assert [text.captured(SITE).positions.tolist() for text in manager.texts] == [
+        [list(range(8))],
+        [[6, 7]],
+    ]
 
 
 def test_rows_that_were_put_in_another_order_are_refused(lm):
-    with pytest.raises(Unsupported, match="other rows than the last forward left"), hk.attach(lm, hk.capture(SITE)):
+    with (
+        pytest.raises(Unsupported, match="other rows than the last forward left"),
+        hk.attach(lm, hk.capture(SITE)),
+    ):
         cache = DynamicCache()
         lm.model(ids_of(ROW, OTHER), past_key_values=cache, use_cache=True)
         cache.reorder_cache(torch.tensor([1, 0]))
@@ -132,18 +148,26 @@ def test_a_state_of_unknown_length_is_refused_and_two_of_them_are_kept_apart():
     lm = hk.tiny("mamba")
     model = lm.model
     outside = model(ids_of(ROW), use_cache=True).cache_params
-    with pytest.raises(Unsupported, match="does not say how many tokens"), hk.attach(lm, hk.capture(SITE)):
+    with (
+        pytest.raises(Unsupported, match="does not say how many tokens"),
+        hk.attach(lm, hk.capture(SITE)),
+    ):
         model(ids_of([20]), cache_params=outside, use_cache=True)
     with hk.attach(lm, hk.capture(SITE)) as manager:
         states = [model(ids_of(row), use_cache=True).cache_params for row in (ROW, OTHER[:3])]
         for number in (1, 0):
             model(ids_of([20 + number]), cache_params=states[number], use_cache=True)
-    assert [text.captured(SITE).positions.tolist() for text in manager.texts] == [[list(range(6))], [list(range(4))]]
+    assert [text.captured(SITE).positions.tolist() for text in manager.texts] == [
+        [list(range(6))],
+        [list(range(4))],
+    ]
     whole = hk.forward(lm, [[*ROW, 20]], hk.capture(SITE))[SITE]
     assert torch.allclose(manager.texts[0][SITE], whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "qwen3_next", "lfm2", "bloom", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "mistral", "gemma2", "qwen3_next", "lfm2", "bloom", "deepseek_v3"]
+)
 def test_random_decoding_loops_have_the_numbers_of_the_whole_text(family):
     lm = hk.tiny(family)
     for seed in range(3):
@@ -176,8 +200,13 @@ def random_loop(lm, seed):
     for number, text in enumerate(texts):
         whole = hk.forward(lm, [text], hk.capture(SITE), hook)
         tolerance = 1e-3 * float(whole.logits.abs().max())
-        assert torch.allclose(torch.cat(logits[number]), whole.logits[0], atol=tolerance), (lm, seed)
+        assert torch.allclose(torch.cat(logits[number]), whole.logits[0], atol=tolerance), (
+            lm,
+            seed,
+        )
         began = [text.captured(SITE) for text in manager.texts]
         kept = next(each for each in began if each.prompts[0] == tuple(text[: first[number]]))
         assert kept.positions.tolist() == [list(range(len(text)))]
-        assert torch.allclose(kept.values, whole[SITE], atol=1e-3 * float(whole[SITE].abs().max())), (lm, seed)
+        assert torch.allclose(
+            kept.values, whole[SITE], atol=1e-3 * float(whole[SITE].abs().max())
+        ), (lm, seed)

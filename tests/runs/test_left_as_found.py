@@ -56,17 +56,26 @@ def answer_of(lm, *hooks):
 # ---- any order
 
 
-def test_blocks_that_are_left_in_another_order_leave_nothing_and_the_one_that_stays_goes_on_acting(llama):
+def test_blocks_that_are_left_in_another_order_leave_nothing_and_the_one_that_stays_goes_on_acting(
+    llama,
+):
     before = state_of(llama.model)
-    one, two = hk.attach(llama, hk.scale("pattern.1", 0.5)), hk.attach(llama, hk.scale("pattern.1", 3.0))
+    one, two = (
+        hk.attach(llama, hk.scale("pattern.1", 0.5)),
+        hk.attach(llama, hk.scale("pattern.1", 3.0)),
+    )
     one.__enter__()
     two.__enter__()
     both = plain(llama)
     one.__exit__(None, None, None)
     alone = plain(llama)
     two.__exit__(None, None, None)
-    assert torch.allclose(both, hk.forward(llama, [IDS], hk.scale("pattern.1", 1.5)).logits, atol=1e-5)
-    assert torch.allclose(alone, hk.forward(llama, [IDS], hk.scale("pattern.1", 3.0)).logits, atol=1e-5)
+    assert torch.allclose(
+        both, hk.forward(llama, [IDS], hk.scale("pattern.1", 1.5)).logits, atol=1e-5
+    )
+    assert torch.allclose(
+        alone, hk.forward(llama, [IDS], hk.scale("pattern.1", 3.0)).logits, atol=1e-5
+    )
     assert same_state(llama.model, before) == []
 
 
@@ -95,7 +104,10 @@ def test_a_compiled_model_runs_compiled_again_after_the_last_block(llama):
     def stance():
         return eval_frame._stance.stance
 
-    one, two = hk.attach(llama, hk.scale("resid_post.1", 0.5)), hk.attach(llama, hk.scale("resid_post.1", 0.5))
+    one, two = (
+        hk.attach(llama, hk.scale("resid_post.1", 0.5)),
+        hk.attach(llama, hk.scale("resid_post.1", 0.5)),
+    )
     for first, second in ((one, two), (two, one)):
         one.__enter__()
         two.__enter__()
@@ -142,7 +154,10 @@ def test_each_thread_gets_its_own_numbers(llama):
     def work(number):
         for _ in range(15):
             run = hk.forward(
-                llama, [IDS], hk.steer("resid_post.1", VECTOR, scale=scales[number]), hk.capture("pattern")
+                llama,
+                [IDS],
+                hk.steer("resid_post.1", VECTOR, scale=scales[number]),
+                hk.capture("pattern"),
             )
             if not torch.allclose(run.logits, want[number], atol=1e-5):
                 wrong.append(number)
@@ -164,7 +179,11 @@ def test_sweeps_and_lenses_of_threads_are_those_of_one(llama):
 
     def sweep():
         return hk.sweep(
-            llama, [IDS], {"layer": [0, 1, 2]}, lambda layer: hk.ablate(f"mlp_out.{layer}"), hk.metrics.prob(9)
+            llama,
+            [IDS],
+            {"layer": [0, 1, 2]},
+            lambda layer: hk.ablate(f"mlp_out.{layer}"),
+            hk.metrics.prob(9),
         )
 
     want, results, unedited = (lens(), sweep()), [[], [], []], plain(llama)
@@ -179,7 +198,9 @@ def test_sweeps_and_lenses_of_threads_are_those_of_one(llama):
     assert all(results[2])
 
 
-def test_a_forward_of_another_thread_in_an_open_block_is_refused_and_in_its_own_block_has_its_own_hooks(llama):
+def test_a_forward_of_another_thread_in_an_open_block_is_refused_and_in_its_own_block_has_its_own_hooks(
+    llama,
+):
     said, before, want = [], state_of(llama.model), steered(llama, scale=-2.0)
 
     def other():
@@ -212,7 +233,12 @@ def test_each_task_has_its_own_block(llama):
         said["plain"] = answer_of(llama)
 
     async def main():
-        await asyncio.gather(work("one", 1.0, 0.003), work("two", -2.0, 0.002), work("three", 0.5, 0.001), bystander())
+        await asyncio.gather(
+            work("one", 1.0, 0.003),
+            work("two", -2.0, 0.002),
+            work("three", 0.5, 0.001),
+            bystander(),
+        )
 
     before = state_of(llama.model)
     asyncio.run(main())
@@ -229,7 +255,9 @@ def test_a_block_that_a_cell_of_a_notebook_enters_acts_in_the_next_cells(llama):
         return function()
 
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(cell(block.__enter__))  # each cell is a task, and has a context of its own
+    loop.run_until_complete(
+        cell(block.__enter__)
+    )  # each cell is a task, and has a context of its own
     in_block = loop.run_until_complete(cell(lambda: plain(llama)))
     run = loop.run_until_complete(cell(lambda: hk.forward(llama, [IDS]).logits))
     steps = loop.run_until_complete(cell(lambda: list(hk.stream(llama, [IDS], **SETTINGS))))
@@ -237,7 +265,9 @@ def test_a_block_that_a_cell_of_a_notebook_enters_acts_in_the_next_cells(llama):
     loop.close()
     assert torch.allclose(in_block, steered(llama), atol=1e-5)
     assert torch.allclose(run, steered(llama), atol=1e-5)
-    tokens = hk.generate(llama, [IDS], hk.steer("resid_post.1", VECTOR), **SETTINGS).tokens[0].tolist()
+    tokens = (
+        hk.generate(llama, [IDS], hk.steer("resid_post.1", VECTOR), **SETTINGS).tokens[0].tolist()
+    )
     assert steps[-1].text[0] == llama.text(tokens)
 
 
@@ -266,7 +296,9 @@ def test_a_forward_in_a_logits_processor_is_no_step_of_the_generate(llama, kind)
     assert torch.equal(run.tokens, want.tokens)
     assert torch.equal(run["resid_post.1"], want["resid_post.1"])
     assert len(calling.answers) == 4
-    assert all(torch.allclose(answer[:, -1], unedited[:, -1], atol=1e-5) for answer in calling.answers)
+    assert all(
+        torch.allclose(answer[:, -1], unedited[:, -1], atol=1e-5) for answer in calling.answers
+    )
 
 
 def test_a_forward_in_the_midst_of_a_generate_of_an_open_block_is_refused(llama):
@@ -275,7 +307,9 @@ def test_a_forward_in_the_midst_of_a_generate_of_an_open_block_is_refused(llama)
         pytest.raises(Unsupported, match="while a generate of the same block runs"),
         hk.attach(llama, hk.steer("resid_post.1", VECTOR)),
     ):
-        llama.model.generate(torch.tensor([IDS]), logits_processor=[calling], **SETTINGS, pad_token_id=0)
+        llama.model.generate(
+            torch.tensor([IDS]), logits_processor=[calling], **SETTINGS, pad_token_id=0
+        )
 
 
 def test_seeded_draws_of_threads_are_those_of_each_alone(llama):
@@ -312,7 +346,11 @@ def test_the_body_of_a_stream_has_the_plain_model_and_streams_can_take_turns(lla
 
 def test_a_stream_is_generate_under_autocast_a_default_device_and_a_seed_of_torchs(llama):
     given = {"max_new_tokens": 5, "do_sample": True, "eos_token_id": None}
-    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), torch.device("cpu")):
+    for context in (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+        torch.device("cpu"),
+    ):
         with context:
             torch.manual_seed(3)
             whole = hk.generate(llama, [IDS], **given)
@@ -409,7 +447,9 @@ def test_every_step_of_leaving_is_done_when_one_is_interrupted(llama, monkeypatc
 
 
 def test_a_run_can_be_copied_and_pickled(llama):
-    run = hk.generate(llama, [IDS, OTHER], hk.capture("resid_post.1"), hk.ban(9), trace=hk.trace(), **SETTINGS)
+    run = hk.generate(
+        llama, [IDS, OTHER], hk.capture("resid_post.1"), hk.ban(9), trace=hk.trace(), **SETTINGS
+    )
     deep, shallow, read = copy.deepcopy(run), copy.copy(run), pickle.loads(pickle.dumps(run))
     for other in (deep, shallow, read):
         assert torch.equal(other["resid_post.1"], run["resid_post.1"])
@@ -425,7 +465,9 @@ def test_a_run_can_be_copied_and_pickled(llama):
     assert pickle.loads(pickle.dumps(captured)) == copy.deepcopy(captured) == captured
     hook = hk.steer("resid_post.1", VECTOR)
     again = pickle.loads(pickle.dumps(hook))
-    assert torch.equal(hk.forward(llama, [IDS], again).logits, hk.forward(llama, [IDS], hook).logits)
+    assert torch.equal(
+        hk.forward(llama, [IDS], again).logits, hk.forward(llama, [IDS], hook).logits
+    )
 
 
 def test_a_run_on_the_path_of_a_gradient_a_block_and_a_stream_say_that_they_cannot_be_copied(llama):
@@ -442,7 +484,10 @@ def test_a_run_on_the_path_of_a_gradient_a_block_and_a_stream_say_that_they_cann
 
 def test_what_comes_out_under_inference_mode_can_be_used_by_autograd(llama):
     with torch.inference_mode():
-        runs = [hk.forward(llama, [IDS, OTHER], hk.capture("resid_post.1")), hk.generate(llama, [IDS], **SETTINGS)]
+        runs = [
+            hk.forward(llama, [IDS, OTHER], hk.capture("resid_post.1")),
+            hk.generate(llama, [IDS], **SETTINGS),
+        ]
     for run in runs:
         weight = torch.ones(run.logits.shape[-1], requires_grad=True)
         (run.logits * weight).sum().backward()

@@ -94,7 +94,9 @@ def test_a_users_own_hooks_stay_and_see_the_edit(lm):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_own_hidden_states_show_the_edit(family, small_tokenizer):
-    lm = hk.LM(tiny(family), small_tokenizer)  # its own, since asking for hidden states installs hooks for good
+    lm = hk.LM(
+        tiny(family), small_tokenizer
+    )  # its own, since asking for hidden states installs hooks for good
     plain = run(lm, output_hidden_states=True).hidden_states
     with hk.attach(lm, hk.steer("resid_post.0", VECTOR)):
         edited = run(lm, output_hidden_states=True).hidden_states
@@ -191,8 +193,13 @@ def test_foreign_code_is_read_at_its_own_positions_with_either_padding(lm):
         for n, row in enumerate(rows):
             place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
             ids[n, place], mask[n, place] = torch.tensor(row), 1
-        with torch.no_grad(), hk.attach(lm, hk.capture(SITE, name="x"), hk.steer(SITE, VECTOR, pos=-1)) as manager:
-            out = lm.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        with (
+            torch.no_grad(),
+            hk.attach(lm, hk.capture(SITE, name="x"), hk.steer(SITE, VECTOR, pos=-1)) as manager,
+        ):
+            out = lm.model(
+                ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+            ).logits
         for n, row in enumerate(rows):
             mine = out[n][mask[n].bool()]
             assert torch.allclose(mine, expected[n, : len(row)], atol=1e-4)
@@ -214,7 +221,11 @@ def test_a_mask_with_holes_is_counted_without_them(lm):
 def test_a_decoding_loop_of_the_users_own_is_one_text(lm):
     ids = ids_of(lm)
     length = ids.shape[1]
-    hooks = [hk.capture(SITE), hk.steer("resid_post.0", VECTOR, pos=hk.GENERATED), hk.force(7, step=1)]
+    hooks = [
+        hk.capture(SITE),
+        hk.steer("resid_post.0", VECTOR, pos=hk.GENERATED),
+        hk.force(7, step=1),
+    ]
     with torch.no_grad(), hk.attach(lm, *hooks) as manager:
         out = lm.model(ids, use_cache=True)
         chosen = []
@@ -245,15 +256,21 @@ def test_foreign_generate_without_a_mask_counts_the_padding_that_transformers_in
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 1, "pad_token_id": 319}
     with hk.attach(lm, hk.capture(SITE, pos=0)) as manager:
         lm.model.generate(ids, **settings)
-    assert torch.allclose(manager[SITE], hk.forward(lm, [row], hk.capture(SITE, pos=0))[SITE], atol=1e-5)
+    assert torch.allclose(
+        manager[SITE], hk.forward(lm, [row], hk.capture(SITE, pos=0))[SITE], atol=1e-5
+    )
 
 
 def test_several_texts_in_a_block_are_kept_apart(lm):
     with hk.attach(lm, hk.capture(SITE)) as manager:
         for text in PROMPTS:
             run(lm, text)
-    assert [kept[SITE].shape[1] for kept in manager.texts] == [ids_of(lm, text).shape[1] for text in PROMPTS]
-    with pytest.raises(NotCaptured, match=r"3 texts ran in this block, and one is meant: ask manager.texts\[0\]"):
+    assert [kept[SITE].shape[1] for kept in manager.texts] == [
+        ids_of(lm, text).shape[1] for text in PROMPTS
+    ]
+    with pytest.raises(
+        NotCaptured, match=r"3 texts ran in this block, and one is meant: ask manager.texts\[0\]"
+    ):
         manager[SITE]
 
 
@@ -282,7 +299,10 @@ def test_a_block_called_by_itself_is_refused(llama):
 
 def test_position_embeddings_that_serve_every_row_can_be_edited_in_one(gpt2):
     ids = ids_of(gpt2).repeat(2, 1)
-    with torch.no_grad(), hk.attach(gpt2, hk.ablate("pos_embed", rows=1), hk.capture("pos_embed")) as manager:
+    with (
+        torch.no_grad(),
+        hk.attach(gpt2, hk.ablate("pos_embed", rows=1), hk.capture("pos_embed")) as manager,
+    ):
         out = gpt2.model(ids).logits
     assert manager["pos_embed"].shape[0] == 2
     assert (manager["pos_embed"][1] == 0).all()
@@ -292,11 +312,26 @@ def test_position_embeddings_that_serve_every_row_can_be_edited_in_one(gpt2):
 
 
 def test_the_log_says_which_hook_fired_where_and_what_it_changed(lm):
-    hooks = [hk.capture("embed", pos=0), hk.steer(SITE, torch.eye(32)[3], pos=[1, 2], rows=2), hk.ban(3, 4)]
+    hooks = [
+        hk.capture("embed", pos=0),
+        hk.steer(SITE, torch.eye(32)[3], pos=[1, 2], rows=2),
+        hk.ban(3, 4),
+    ]
     log = hk.forward(lm, PROMPTS, *hooks).log
-    assert list(log.columns) == ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
+    assert list(log.columns) == [
+        "hook",
+        "do",
+        "site",
+        "forward",
+        "row",
+        "positions",
+        "numbers",
+        "changed",
+    ]
     steered = log[log["hook"] == 1]
-    assert steered[["site", "row", "positions", "numbers", "changed"]].values.tolist() == [[SITE, 2, "1-2", 64, 2]]
+    assert steered[["site", "row", "positions", "numbers", "changed"]].values.tolist() == [
+        [SITE, 2, "1-2", 64, 2]
+    ]
     assert log[log["hook"] == 0][["row", "positions", "changed"]].values.tolist() == [
         [0, "0", 0],
         [1, "0", 0],
@@ -304,7 +339,9 @@ def test_the_log_says_which_hook_fired_where_and_what_it_changed(lm):
     ]
     banned = log[log["hook"] == 2]
     lengths = [len(lm.tokenizer.encode(text)) for text in PROMPTS]
-    assert banned[["positions", "changed"]].values.tolist() == [[str(length - 1), 2] for length in lengths]
+    assert banned[["positions", "changed"]].values.tolist() == [
+        [str(length - 1), 2] for length in lengths
+    ]
 
 
 def test_the_log_of_a_generate_leaves_out_what_a_finished_row_was_fed(lm):
@@ -318,7 +355,10 @@ def test_the_log_of_a_generate_leaves_out_what_a_finished_row_was_fed(lm):
         eos_token_id=1,
     )
     log = run_.log[run_.log["site"] == SITE]
-    last = {row: max(int(p.split("-")[-1]) for p in rows["positions"]) for row, rows in log.groupby("row")}
+    last = {
+        row: max(int(p.split("-")[-1]) for p in rows["positions"])
+        for row, rows in log.groupby("row")
+    }
     assert last == {row: length - 2 for row, length in enumerate(run_.lengths)}
     assert run_.lengths[0] == run_.prompt_lengths[0] + 2
 
@@ -331,7 +371,9 @@ def test_captures_and_edits_work_in_every_gradient_mode(lm, mode):
     ids = ids_of(lm)
     with (
         mode(),
-        hk.attach(lm, hk.capture(lm.sites()), hk.steer(SITE, VECTOR), hk.steer("resid_mid.1", VECTOR)) as manager,
+        hk.attach(
+            lm, hk.capture(lm.sites()), hk.steer(SITE, VECTOR), hk.steer("resid_mid.1", VECTOR)
+        ) as manager,
     ):
         out = lm.model(ids).logits
     expected = hk.forward(lm, ids, hk.steer(SITE, VECTOR), hk.steer("resid_mid.1", VECTOR)).logits
@@ -351,8 +393,13 @@ def test_gradients_at_a_captured_site_are_those_of_autograd_by_hand(lm, pos):
         (found,) = torch.autograd.grad(run_.logits[0, -1, 7], run_[site])
         assert torch.equal(run_.logits.detach(), hk.forward(lm, ids).logits)
         step = torch.randn_like(found) * 1e-3
-        up, down = (hk.forward(lm, ids, hk.steer(site, sign * step, pos=pos)).logits[0, -1, 7] for sign in (1, -1))
-        assert float((up - down) / 2) == pytest.approx(float((found * step).sum()), rel=0.02, abs=2e-6)
+        up, down = (
+            hk.forward(lm, ids, hk.steer(site, sign * step, pos=pos)).logits[0, -1, 7]
+            for sign in (1, -1)
+        )
+        assert float((up - down) / 2) == pytest.approx(
+            float((found * step).sum()), rel=0.02, abs=2e-6
+        )
 
 
 def test_gradients_work_where_all_weights_are_frozen(small_tokenizer):
@@ -370,11 +417,15 @@ def test_a_capture_with_gradients_is_refused_where_there_are_none(llama):
 def test_captures_are_kept_in_the_dtype_and_device_that_was_asked(llama):
     run_ = hk.forward(llama, PROMPTS, hk.capture([SITE, "z.1"], dtype=torch.float16, device="cpu"))
     assert run_[SITE].dtype == torch.float16
-    assert torch.allclose(run_[SITE].float(), hk.forward(llama, PROMPTS, hk.capture(SITE))[SITE], rtol=1e-3, atol=1e-2)
+    assert torch.allclose(
+        run_[SITE].float(), hk.forward(llama, PROMPTS, hk.capture(SITE))[SITE], rtol=1e-3, atol=1e-2
+    )
 
 
 def test_a_capture_keeps_only_the_storage_of_what_was_asked(lm):
-    run_ = hk.forward(lm, PROMPTS, hk.capture([SITE, "z.1.2", "q.0"], pos=-1), hk.capture("resid_post.0", rows=1))
+    run_ = hk.forward(
+        lm, PROMPTS, hk.capture([SITE, "z.1.2", "q.0"], pos=-1), hk.capture("resid_post.0", rows=1)
+    )
     for site in run_.sites:
         assert run_[site].untyped_storage().nbytes() == run_[site].numel() * 4
 
@@ -399,7 +450,9 @@ def test_a_compiled_model_runs_as_it_is_written_so_that_no_edit_is_lost(small_to
     model.model.layers[1].compile(backend="eager")
     with torch.no_grad():
         model(ids)
-    assert torch.equal(hk.forward(hk.LM(model, small_tokenizer), ids, hk.ablate("mlp_out.1")).logits, expected)
+    assert torch.equal(
+        hk.forward(hk.LM(model, small_tokenizer), ids, hk.ablate("mlp_out.1")).logits, expected
+    )
 
 
 def test_two_threads_in_one_block_are_refused(lm):
@@ -425,7 +478,9 @@ def test_two_threads_in_one_block_are_refused(lm):
         thread.start()
         run(lm)
         thread.join()
-    assert errors == ["two threads run the model inside one block: give each a block, or take turns"]
+    assert errors == [
+        "two threads run the model inside one block: give each a block, or take turns"
+    ]
 
 
 def test_a_generate_in_another_thread_is_hooked_in_the_blocks_context_and_else_refused(lm):
@@ -575,7 +630,12 @@ def test_a_tensor_without_batch_and_pos_is_taken_whole_or_not_at_all():
             return self.head(self.pool(x.transpose(1, 2))[..., 0])
 
     model, x = Pooled(), torch.ones(2, 3, 4)
-    with torch.no_grad(), hk.attach(model, hk.capture(hk.module("head")), hk.scale(hk.module("head"), 2.0)) as manager:
+    with (
+        torch.no_grad(),
+        hk.attach(
+            model, hk.capture(hk.module("head")), hk.scale(hk.module("head"), 2.0)
+        ) as manager,
+    ):
         out = model(x)
     assert torch.equal(out, manager["head:output"] * 2)
     for hook, words in (
@@ -593,9 +653,15 @@ def test_a_tensor_without_batch_and_pos_is_taken_whole_or_not_at_all():
     ("edit", "words"),
     [
         (lambda x: None, "returned None: end it with `return`"),
-        (lambda x: x[:, :1], r"was given shape \[1, \d+, 32\] and returned \[1, 1, 32\]: return the same shape"),
+        (
+            lambda x: x[:, :1],
+            r"was given shape \[1, \d+, 32\] and returned \[1, 1, 32\]: return the same shape",
+        ),
         (lambda x: x.double(), "was given torch.float32 and returned torch.float64"),
-        (lambda x: x / 0 * 0, r"returned \d+ numbers at resid_post.1 that are infinite or NaN, where there was none"),
+        (
+            lambda x: x / 0 * 0,
+            r"returned \d+ numbers at resid_post.1 that are infinite or NaN, where there was none",
+        ),
         (lambda x: "x", "returned a str: return a tensor"),
     ],
     ids=["None", "shape", "dtype", "NaN", "kind"],
@@ -603,7 +669,9 @@ def test_a_tensor_without_batch_and_pos_is_taken_whole_or_not_at_all():
 def test_an_edit_that_gives_back_what_cannot_be_used_is_refused(lm, edit, words):
     with pytest.raises(BadEdit, match=words):
         hk.forward(lm, PROMPTS[0], hk.edit(SITE, edit))
-    assert torch.equal(hk.forward(lm, PROMPTS[0]).logits, by_hand.logits(lm.model, ids_of(lm)[0].tolist()))
+    assert torch.equal(
+        hk.forward(lm, PROMPTS[0]).logits, by_hand.logits(lm.model, ids_of(lm)[0].tolist())
+    )
 
 
 def test_padding_does_not_count_as_nan(lm):
@@ -616,7 +684,9 @@ def test_an_edit_in_place_reaches_the_model_and_nobody_elses_tensor(lm):
         x[:, -1] = 0
         return x
 
-    run_ = hk.forward(lm, PROMPTS[0], hk.capture(SITE, name="a"), hk.edit(SITE, edit), hk.capture(SITE, name="b"))
+    run_ = hk.forward(
+        lm, PROMPTS[0], hk.capture(SITE, name="a"), hk.edit(SITE, edit), hk.capture(SITE, name="b")
+    )
     assert float(run_[SITE, "a"][0, -1].abs().max()) > 0
     assert float(run_[SITE, "b"][0, -1].abs().max()) == 0
 
@@ -652,13 +722,21 @@ def test_an_edit_is_told_where_it_is(lm):
             r"capture\(resid_post.1, pos=99\) means position 99 of row 0, which has \d+ tokens",
         ),
         (hk.capture(SITE, pos=-99), OutOfRange, "position -99 was asked for, and the prompt has"),
-        (hk.capture(SITE, rows=3), OutOfRange, "row 3 was asked for, and the batch has 3 rows, 0 to 2"),
+        (
+            hk.capture(SITE, rows=3),
+            OutOfRange,
+            "row 3 was asked for, and the batch has 3 rows, 0 to 2",
+        ),
         (
             hk.force(3, step=1),
             OutOfRange,
             r"means step 1 of row 0, and a forward of the prompt has step 0 only: use generate",
         ),
-        (hk.capture(SITE, pos=hk.GENERATED), EmptySelection, "selects nothing in row 0, which has positions 0 to"),
+        (
+            hk.capture(SITE, pos=hk.GENERATED),
+            EmptySelection,
+            "selects nothing in row 0, which has positions 0 to",
+        ),
         (hk.capture(SITE, pos=slice(8, None)), EmptySelection, "selects nothing in row 1"),
         (
             hk.capture(SITE, pos=hk.at("nowhere")),
@@ -680,7 +758,8 @@ def test_a_wish_that_the_prompts_cannot_meet_is_refused_before_the_forward(lm, h
 def test_a_hook_that_never_fires_raises_on_leaving(lm):
     with (
         pytest.raises(
-            NeverFired, match=r"capture\(resid_post.1\) never fired at resid_post.1: no forward of the model ran"
+            NeverFired,
+            match=r"capture\(resid_post.1\) never fired at resid_post.1: no forward of the model ran",
         ),
         hk.attach(lm, hk.capture(SITE)),
     ):
@@ -691,7 +770,9 @@ def test_a_hook_that_never_fires_raises_on_leaving(lm):
     ):
         run(lm)
     with (
-        pytest.raises(NeverFired, match="means position 99 of row 0, and the text ended before it came there"),
+        pytest.raises(
+            NeverFired, match="means position 99 of row 0, and the text ended before it came there"
+        ),
         hk.attach(lm, hk.capture(SITE, pos=[0, 99])),
     ):
         run(lm)
@@ -716,21 +797,26 @@ def test_a_module_that_is_never_called_is_a_hook_that_never_fires():
 def test_a_loss_that_was_computed_before_the_edit_is_not_passed_on(lm):
     ids = ids_of(lm)
     with (
-        pytest.raises(Unsupported, match="the model has computed its loss from the unedited logits"),
+        pytest.raises(
+            Unsupported, match="the model has computed its loss from the unedited logits"
+        ),
         hk.attach(lm, hk.force(3)),
     ):
         run(lm, labels=ids)
     with hk.attach(lm, hk.steer(SITE, VECTOR)):
         loss = run(lm, labels=ids).loss
     logits = hk.forward(lm, ids, hk.steer(SITE, VECTOR)).logits
-    assert float(loss) == pytest.approx(float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])), abs=1e-5)
+    assert float(loss) == pytest.approx(
+        float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])), abs=1e-5
+    )
 
 
 def test_a_mask_whose_positions_cannot_be_told_is_refused(llama):
     mask = torch.zeros(1, 1, 7, 7)
     with (
         pytest.raises(
-            Unsupported, match=r"attention_mask is \[1, 1, 7, 7\]: positions are counted from a mask of shape"
+            Unsupported,
+            match=r"attention_mask is \[1, 1, 7, 7\]: positions are counted from a mask of shape",
         ),
         hk.attach(llama, hk.capture(SITE)),
     ):
@@ -775,13 +861,18 @@ class Thrice(nn.Module):
         lambda site: hk.edit(site, abs),
     ],
 )
-@pytest.mark.parametrize("place", [hk.module("layer"), hk.module("layer", side="input"), hk.module("pool")])
+@pytest.mark.parametrize(
+    "place", [hk.module("layer"), hk.module("layer", side="input"), hk.module("pool")]
+)
 def test_a_module_that_runs_several_times_in_a_forward_is_refused(make, place):
     hook = make(place)
     if place.path == "pool" and hook.where.pos is not None:
         pytest.skip("it has no positions")
     model = Thrice()
-    with pytest.raises(Unsupported, match="ran twice or more in one forward"), hk.attach(model, hook):
+    with (
+        pytest.raises(Unsupported, match="ran twice or more in one forward"),
+        hk.attach(model, hook),
+    ):
         model(torch.tensor([[5, 9, 13]]))
     with hk.attach(model, hk.capture(hk.module("head"))) as manager:
         model(torch.tensor([[5, 9, 13]]))

@@ -22,7 +22,9 @@ def test_a_difference_is_found_and_made_small(monkeypatch):
     scaled = by_hand_programs.Act("scale", "resid_post", 1, values={"factor": 0.5})
     other = by_hand_programs.Act("edit", "mlp_out", 0, values={"function": torch.tanh})
     other.values["function"] = random_programs.tanh
-    program = random_programs.Program("llama", 0, "forward", [[5, 6, 7]], [other, scaled], {"logits": "all"})
+    program = random_programs.Program(
+        "llama", 0, "forward", [[5, 6, 7]], [other, scaled], {"logits": "all"}
+    )
     assert random_programs.difference(lm, program) == ""
     monkeypatch.setitem(by_hand_programs.VERBS, "scale", lambda part, values, spot: part + 1)
     small, words = random_programs.shrunk(lm, program)

@@ -26,7 +26,9 @@ from hookkit.runs.engines import transport as travelling
 ray = pytest.importorskip("ray")
 
 HERE = Path(__file__).parents[1]
-SEEN = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])  # by Ray's processes
+SEEN = os.pathsep.join(
+    [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+)  # by Ray's processes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +46,13 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", SEEN)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
         yield
         ray.shutdown()
 
@@ -79,15 +87,28 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def rows_once(found: hk.Harvest) -> bool:
     """True where every token of every text is there once, in order."""
-    wanted = [(text, pos, token) for text, ids in enumerate(killing.texts()) for pos, token in enumerate(ids)]
-    return list(zip(*(found[name][:].tolist() for name in ("text", "pos", "token")), strict=True)) == wanted
+    wanted = [
+        (text, pos, token)
+        for text, ids in enumerate(killing.texts())
+        for pos, token in enumerate(ids)
+    ]
+    return (
+        list(zip(*(found[name][:].tolist() for name in ("text", "pos", "token")), strict=True))
+        == wanted
+    )
 
 
 def child(*words: str, code: str = "", **given) -> subprocess.CompletedProcess[str]:
     start = ["-c", code] if code else [killing_ray.__file__]
     env = os.environ | {"PYTHONPATH": SEEN}
     return subprocess.run(
-        [sys.executable, *start, *words], capture_output=True, text=True, check=False, env=env, timeout=300, **given
+        [sys.executable, *start, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+        timeout=300,
+        **given,
     )
 
 
@@ -95,27 +116,44 @@ def child(*words: str, code: str = "", **given) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize("actors", [1, 2, 4])
-def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(cluster, small, undisturbed, tmp_path, actors):
-    found = harvest(small, tmp_path / "a", engine="ray" if actors == 4 else hk.Ray(actors=actors))  # which is four
+def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(
+    cluster, small, undisturbed, tmp_path, actors
+):
+    found = harvest(
+        small, tmp_path / "a", engine="ray" if actors == 4 else hk.Ray(actors=actors)
+    )  # which is four
     assert files(tmp_path / "a") == files(undisturbed) and rows_once(found)
     assert ray.is_initialized()  # what the program initialised is its own to end
 
 
 @pytest.mark.parametrize("actors", [1, 2, 4])
-def test_a_sweep_on_actors_is_that_of_one_process_to_the_bit(cluster, small, table, tmp_path, actors):
+def test_a_sweep_on_actors_is_that_of_one_process_to_the_bit(
+    cluster, small, table, tmp_path, actors
+):
     found = killing_sweeps.swept(small, tmp_path / "ray", engine=hk.Ray(actors=actors))
     pd.testing.assert_frame_equal(found, table, check_exact=True)
     assert found.attrs == table.attrs
     if actors == 2:
         killing_sweeps.swept(small, tmp_path / "here")
-        assert files(tmp_path / "ray") == files(tmp_path / "here")  # the journal has its lines in the same order
+        assert files(tmp_path / "ray") == files(
+            tmp_path / "here"
+        )  # the journal has its lines in the same order
 
 
-def test_a_standard_grid_passes_its_engine_on_with_its_sources_and_cells_that_run_alone(cluster, gpt2):
+def test_a_standard_grid_passes_its_engine_on_with_its_sources_and_cells_that_run_alone(
+    cluster, gpt2
+):
     clean, corrupted = "Mary gave tea to John", "John gave tea to Mary"
-    given = {"pos": [-1, -2], "control": "random", "under": hk.scale("mlp_out.0", 0.5), "progress": False}
+    given = {
+        "pos": [-1, -2],
+        "control": "random",
+        "under": hk.scale("mlp_out.0", 0.5),
+        "progress": False,
+    }
     words = [gpt2, clean, corrupted, "resid_pre", [hk.logit_diff(5, 7), hk.kl()]]
-    here, there = (hk.patching(*words, **given, engine=engine) for engine in (None, hk.Ray(actors=1)))
+    here, there = (
+        hk.patching(*words, **given, engine=engine) for engine in (None, hk.Ray(actors=1))
+    )
     pd.testing.assert_frame_equal(there, here, check_exact=True)
 
 
@@ -139,15 +177,21 @@ def actors() -> list[psutil.Process]:
     return found
 
 
-def test_actors_killed_while_they_harvest_lose_no_row_and_double_none(cluster, small, undisturbed, tmp_path):
+def test_actors_killed_while_they_harvest_lose_no_row_and_double_none(
+    cluster, small, undisturbed, tmp_path
+):
     drawn, killed = random.Random(0), set()
     due = {30: 1, 60: 2}  # how many are to be killed, from which text on
 
     def given():
         left = 0
         for number, ids in enumerate(killing.texts()):
-            left += due.get(number, 0)  # one that is not there yet is killed before a later text: it cannot come if
-            while left and (there := [each for each in actors() if each.pid not in killed]):  # this one waits for it
+            left += due.get(
+                number, 0
+            )  # one that is not there yet is killed before a later text: it cannot come if
+            while left and (
+                there := [each for each in actors() if each.pid not in killed]
+            ):  # this one waits for it
                 chosen = drawn.choice(there)
                 chosen.kill()
                 killed.add(chosen.pid)
@@ -170,13 +214,19 @@ def deadly(mark: Path, values: torch.Tensor) -> torch.Tensor:
 def test_actors_killed_while_they_sweep_lose_no_cell_double_none_and_blame_no_other(
     cluster, small, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("hookkit.runs.engines.actors.LOSSES", 1)  # units that wait behind one that kills do not count
+    monkeypatch.setattr(
+        "hookkit.runs.engines.actors.LOSSES", 1
+    )  # units that wait behind one that kills do not count
     marks = tmp_path / "marks"
 
     def swept(**settings):
         grid = {"layer": range(3), "pos": [-3, -2, -1], "by": [1, 2]}
         edits = lambda layer, pos, by: [  # noqa: E731
-            hk.edit(hk.Site("z", layer), lambda values: deadly(marks / f"{layer} {pos} {by}", values), pos=pos),
+            hk.edit(
+                hk.Site("z", layer),
+                lambda values: deadly(marks / f"{layer} {pos} {by}", values),
+                pos=pos,
+            ),
             hk.scale(hk.Site("resid_pre", layer), by, pos=pos),
         ]
         settings |= {"memory": 1, "progress": False}  # so little that each cell is a unit
@@ -201,7 +251,9 @@ def test_work_that_kills_every_actor_is_named_and_given_up(cluster, small, monke
         os.kill(os.getpid(), signal.SIGKILL)
         return values
 
-    with pytest.raises(ActorLost, match="actors that computed the sweep's cell layer=1 died 2 times: is the memory"):
+    with pytest.raises(
+        ActorLost, match="actors that computed the sweep's cell layer=1 died 2 times: is the memory"
+    ):
         hk.sweep(
             small,
             [[1, 2, 3]],
@@ -223,7 +275,9 @@ class Sour(ValueError):
         self.number = number
 
 
-def test_a_users_error_keeps_its_type_names_its_cells_and_leaves_what_was_done(cluster, small, tmp_path):
+def test_a_users_error_keeps_its_type_names_its_cells_and_leaves_what_was_done(
+    cluster, small, tmp_path
+):
     def turn(layer: int, values):
         if layer == 2:
             raise Sour("milk", 7)
@@ -254,12 +308,16 @@ def test_an_error_of_one_batch_names_its_texts_and_the_shards_before_it_stay(clu
     for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
         with pytest.raises(BadHook, match="dtype='float16' holds numbers up to 65504") as raised:
             harvest(lm, tmp_path / folder, given, dtype="float16", engine=engine)
-    assert "in the batch of text" in raised.value.__notes__[0] and "100" in raised.value.__notes__[0]
+    assert (
+        "in the batch of text" in raised.value.__notes__[0] and "100" in raised.value.__notes__[0]
+    )
     assert files(tmp_path / "there") == files(tmp_path / "here")
     assert len(hk.open_harvest(tmp_path / "there")) > 100
 
 
-def test_a_text_that_cannot_be_read_ends_a_harvest_behind_what_came_before_it(cluster, small, tmp_path):
+def test_a_text_that_cannot_be_read_ends_a_harvest_behind_what_came_before_it(
+    cluster, small, tmp_path
+):
     given = killing.texts()
     given[100] = []
     for folder, engine in (("here", None), ("there", hk.Ray(actors=1))):
@@ -279,7 +337,9 @@ def interrupted(tmp_path_factory) -> tuple[Path, dict]:
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_ctrl_c_ends_what_hookkit_started_and_a_harvest_goes_on(interrupted, cluster, small, undisturbed, tmp_path):
+def test_ctrl_c_ends_what_hookkit_started_and_a_harvest_goes_on(
+    interrupted, cluster, small, undisturbed, tmp_path
+):
     folder, said = interrupted
     ended = {"interrupted": True, "started": True, "initialised": False, "left": []}
     assert {name: said["harvest"][name] for name in ended} == ended
@@ -291,7 +351,9 @@ def test_ctrl_c_ends_what_hookkit_started_and_a_harvest_goes_on(interrupted, clu
         assert files(where) == files(undisturbed)
 
 
-def test_the_ray_that_hookkit_starts_listens_to_this_machine_alone_and_asks_for_a_token(interrupted):
+def test_the_ray_that_hookkit_starts_listens_to_this_machine_alone_and_asks_for_a_token(
+    interrupted,
+):
     _, said = interrupted
     assert said["harvest"]["listens"] == ["127.0.0.1"]
     assert said["harvest"]["token"] == os.environ.get("RAY_AUTH_MODE", "token")
@@ -299,7 +361,10 @@ def test_the_ray_that_hookkit_starts_listens_to_this_machine_alone_and_asks_for_
 
 def test_a_ray_whose_clusters_have_no_token_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr("hookkit.runs.engines.ray.version", lambda name: "2.58.1")
-    with pytest.raises(hk.errors.MissingExtra, match=r"needs ray>=2.59, and 2.58 is installed.*pip install --upgrade"):
+    with pytest.raises(
+        hk.errors.MissingExtra,
+        match=r"needs ray>=2.59, and 2.58 is installed.*pip install --upgrade",
+    ):
         harvest(small, tmp_path / "a", engine="ray")
     assert not (tmp_path / "a").exists()
 
@@ -315,7 +380,11 @@ def test_ctrl_c_ends_what_hookkit_started_and_a_sweep_goes_on(interrupted, small
 def test_a_node_that_is_lost_in_the_middle_changes_nothing(undisturbed, tmp_path):
     done = child("cluster", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"before": [2], "after": 1, "initialised": False}
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "before": [2],
+        "after": 1,
+        "initialised": False,
+    }
     assert files(tmp_path / "cluster") == files(undisturbed)
 
 
@@ -329,35 +398,53 @@ def test_a_model_arrives_with_its_own_weights_tied_as_they_were_and_uncopied(fam
         lm.root.get_input_embeddings().weight.mul_(2)
     packed = travelling.packed_model(lm)
     arrived = travelling.unpacked_model(packed)
-    assert torch.equal(arrived.model(torch.tensor([[1, 2, 3]])).logits, lm.model(torch.tensor([[1, 2, 3]])).logits)
+    assert torch.equal(
+        arrived.model(torch.tensor([[1, 2, 3]])).logits, lm.model(torch.tensor([[1, 2, 3]])).logits
+    )
     assert arrived.root.lm_head.weight is arrived.root.get_input_embeddings().weight
     addresses = {array.ctypes.data for array in packed.storages}
-    assert all(weight.untyped_storage().data_ptr() in addresses for weight in arrived.root.parameters())
+    assert all(
+        weight.untyped_storage().data_ptr() in addresses for weight in arrived.root.parameters()
+    )
 
 
 def test_a_model_that_arrives_with_other_weights_is_refused(small):
     packed = travelling.packed_model(small)
     packed.storages[0] = packed.storages[0].copy()
     packed.storages[0][5] ^= 1
-    with pytest.raises(OtherModel, match="the weights in the actor have the sha256 .*, and .* was sent"):
+    with pytest.raises(
+        OtherModel, match="the weights in the actor have the sha256 .*, and .* was sent"
+    ):
         travelling.unpacked_model(packed)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda lm: lm.root.register_forward_hook(lambda *_: None), "carries hooks that are not hookkit's"),
+        (
+            lambda lm: lm.root.register_forward_hook(lambda *_: None),
+            "carries hooks that are not hookkit's",
+        ),
         (lambda lm: setattr(lm.root, "_hf_hook", object()), "is offloaded or spread by accelerate"),
         (lambda lm: lm.root.lm_head.to("meta"), "is offloaded or spread by accelerate"),
     ],
 )
-def test_a_model_that_cannot_be_had_twice_is_refused_before_anything_is_written(tmp_path, change, words):
+def test_a_model_that_cannot_be_had_twice_is_refused_before_anything_is_written(
+    tmp_path, change, words
+):
     lm = hk.LM(tiny("llama"))
     change(lm)
     with pytest.raises(Unsupported, match=words):
         harvest(lm, tmp_path / "a", engine="ray")
     with pytest.raises(Unsupported, match=words):
-        hk.sweep(lm, [[1, 2]], {"layer": [0]}, lambda layer: hk.ablate(hk.Site("z", layer)), hk.prob(3), engine="ray")
+        hk.sweep(
+            lm,
+            [[1, 2]],
+            {"layer": [0]},
+            lambda layer: hk.ablate(hk.Site("z", layer)),
+            hk.prob(3),
+            engine="ray",
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -382,9 +469,17 @@ def test_what_cannot_be_sent_is_said(cluster, small):
     [
         ("dask", BadHook, r"engine='dask' is unknown: say hk\.Ray\(…\), or 'ray', or None"),
         (hk.Ray(gpus=1), Unsupported, "the model is on the cpu, and its actors have gpus=1"),
-        (hk.Ray(actors=5), Unsupported, "5 actors of 1 CPU each were asked for, .* has 4 CPU on 1 node, room for 4"),
+        (
+            hk.Ray(actors=5),
+            Unsupported,
+            "5 actors of 1 CPU each were asked for, .* has 4 CPU on 1 node, room for 4",
+        ),
         (hk.Ray(cpus=8), Unsupported, "1 actors of 8 CPU each"),
-        (hk.Ray(address="elsewhere:6379"), Unsupported, "address='elsewhere:6379' was asked for, and this program"),
+        (
+            hk.Ray(address="elsewhere:6379"),
+            Unsupported,
+            "address='elsewhere:6379' was asked for, and this program",
+        ),
     ],
 )
 def test_an_engine_that_cannot_be_had_is_refused(cluster, small, tmp_path, engine, error, words):
@@ -392,7 +487,9 @@ def test_an_engine_that_cannot_be_had_is_refused(cluster, small, tmp_path, engin
         harvest(small, tmp_path, engine=engine)
 
 
-@pytest.mark.parametrize("given", [{"actors": 0}, {"actors": 1.5}, {"cpus": -1}, {"gpus": "all"}, {"memory": 0}])
+@pytest.mark.parametrize(
+    "given", [{"actors": 0}, {"actors": 1.5}, {"cpus": -1}, {"gpus": "all"}, {"memory": 0}]
+)
 def test_an_actor_of_nothing_is_refused(given):
     with pytest.raises(BadHook, match=f"Ray.{next(iter(given))}="):
         hk.Ray(**given)

@@ -15,7 +15,10 @@ def calls_of(lm, run):
     """Which layers ran, and whether the head did."""
     ran = []
     layers = lm.model.model.layers if lm.family.name == "llama" else lm.model.transformer.h
-    handles = [layer.register_forward_pre_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(layers)]
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, n=n: ran.append(n))
+        for n, layer in enumerate(layers)
+    ]
     handles.append(lm.model.lm_head.register_forward_pre_hook(lambda *_: ran.append("head")))
     try:
         run()
@@ -43,7 +46,10 @@ def test_a_run_holds_tokens_text_and_logits_in_each_rows_own_positions(lm):
 
 
 def test_the_last_logits_alone_are_those_of_the_whole_matrix(lm):
-    everything, last = hk.forward(lm, PROMPTS), hk.forward(lm, PROMPTS, hk.capture(SITE), logits="last")
+    everything, last = (
+        hk.forward(lm, PROMPTS),
+        hk.forward(lm, PROMPTS, hk.capture(SITE), logits="last"),
+    )
     assert last.logits.shape == (3, 1, 320)
     for n, length in enumerate(everything.lengths):
         assert torch.allclose(last.logits[n, 0], everything.logits[n, length - 1], atol=1e-5)
@@ -52,7 +58,9 @@ def test_the_last_logits_alone_are_those_of_the_whole_matrix(lm):
     whole = hk.forward(lm, PROMPTS, hk.capture(SITE))
     assert torch.allclose(last[SITE], whole[SITE], atol=1e-4)
     shapes = []
-    handle = lm.model.lm_head.register_forward_hook(lambda _m, _a, output: shapes.append(output.shape[1]))
+    handle = lm.model.lm_head.register_forward_hook(
+        lambda _m, _a, output: shapes.append(output.shape[1])
+    )
     hk.forward(lm, PROMPTS, logits="last")
     handle.remove()
     assert shapes == [1], "the full matrix was made"
@@ -69,7 +77,9 @@ def test_the_last_logits_alone_are_those_of_the_whole_matrix(lm):
         ([hk.capture("lm_head")], [0, 1, 2, "head"]),
         ([hk.capture("embed")], []),
     ],
-    ids=lambda value: str([str(hook) for hook in value]) if value and isinstance(value[0], hk.Hook) else "",
+    ids=lambda value: (
+        str([str(hook) for hook in value]) if value and isinstance(value[0], hk.Hook) else ""
+    ),
 )
 def test_a_forward_without_logits_stops_where_the_last_hook_is_done(lm, hooks, expected):
     assert calls_of(lm, lambda: hk.forward(lm, PROMPTS, *hooks, logits=False)) == expected
@@ -81,11 +91,18 @@ def test_a_forward_without_logits_stops_where_the_last_hook_is_done(lm, hooks, e
 
 
 def test_a_forward_that_is_asked_for_nothing_is_refused(llama):
-    with pytest.raises(EmptySelection, match="asked for nothing: give it hooks, or logits='all' or 'last'"):
+    with pytest.raises(
+        EmptySelection, match="asked for nothing: give it hooks, or logits='all' or 'last'"
+    ):
         hk.forward(llama, "Tea", logits=False)
-    with pytest.raises(BadArgument, match="logits='first' is unknown: say 'all' or 'last' or 'none', or True or False"):
+    with pytest.raises(
+        BadArgument,
+        match="logits='first' is unknown: say 'all' or 'last' or 'none', or True or False",
+    ):
         hk.forward(llama, "Tea", logits="first")
-    with pytest.raises(UnknownKeyword, match=r"forward\(\) has no keyword 'logit'; did you mean 'logits'"):
+    with pytest.raises(
+        UnknownKeyword, match=r"forward\(\) has no keyword 'logit'; did you mean 'logits'"
+    ):
         hk.forward(llama, "Tea", logit="all")
 
 
@@ -94,7 +111,9 @@ def test_a_generate_without_logits_keeps_none(lm):
     with pytest.raises(NotCaptured, match="kept no logits"):
         _ = run.logits
     everything = hk.generate(lm, PROMPTS[:2], max_new_tokens=3, do_sample=False, eos_token_id=None)
-    last = hk.generate(lm, PROMPTS[:2], max_new_tokens=3, do_sample=False, eos_token_id=None, logits="last")
+    last = hk.generate(
+        lm, PROMPTS[:2], max_new_tokens=3, do_sample=False, eos_token_id=None, logits="last"
+    )
     assert torch.equal(last.logits, everything.logits[:, -1:])
 
 
@@ -109,7 +128,9 @@ def test_a_site_can_be_read_by_text_value_head_or_stack(lm):
     run = hk.forward(lm, PROMPTS, hk.capture("z"), hk.capture("resid_post"))
     assert torch.equal(run["z.1"], run[hk.Site("z", 1)])
     assert torch.equal(run["z.1.3"], run["z.1"][:, :, 3])
-    assert torch.equal(run.stack("resid_post"), torch.stack([run[f"resid_post.{n}"] for n in range(3)]))
+    assert torch.equal(
+        run.stack("resid_post"), torch.stack([run[f"resid_post.{n}"] for n in range(3)])
+    )
     assert run.captured("z.1").rows == (0, 1, 2)
 
 
@@ -134,7 +155,13 @@ def test_a_site_can_be_read_by_text_value_head_or_stack(lm):
     ],
 )
 def test_a_value_that_was_not_kept_is_asked_for_in_vain(llama, ask, words):
-    run = hk.forward(llama, "Tea", hk.capture("resid_post"), hk.capture("z.1", name="a"), hk.capture("z.1", name="b"))
+    run = hk.forward(
+        llama,
+        "Tea",
+        hk.capture("resid_post"),
+        hk.capture("z.1", name="a"),
+        hk.capture("z.1", name="b"),
+    )
     with pytest.raises((NotCaptured, hk.HookkitError), match=words):
         ask(run)
 
@@ -143,9 +170,13 @@ def test_a_run_says_how_it_was_made(lm):
     about = hk.forward(lm, PROMPTS, hk.force(3)).about
     assert about["prompts"] == PROMPTS
     assert '"hook": "force"' in about["hooks"][0]
-    assert about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # a build may say more
+    assert (
+        about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    )  # a build may say more
     assert {"model", "dtype", "device", "attention", "seconds", "logits"} <= set(about)
-    assert hk.generate(lm, "Tea", seed=3, max_new_tokens=2).about["arguments"] == {"max_new_tokens": 2}
+    assert hk.generate(lm, "Tea", seed=3, max_new_tokens=2).about["arguments"] == {
+        "max_new_tokens": 2
+    }
 
 
 def test_bfloat16_logits_stay_bfloat16_and_tables_are_float32(small_tokenizer):
@@ -171,13 +202,19 @@ def test_coffee_is_first_after_oat_milk(smol):
     assert (first["token"], first["token_id"], first["rank"]) == ("' coffee'", 6728, 1)
     assert round(first["logit"], 2) == 20.37
     assert (
-        hk.ranks(hk.forward(smol, "The Eiffel Tower is located in the city of"), top=1)["token"].iloc[0] == "' Paris'"
+        hk.ranks(hk.forward(smol, "The Eiffel Tower is located in the city of"), top=1)[
+            "token"
+        ].iloc[0]
+        == "' Paris'"
     )
 
 
 def test_forced_coffee_wins_where_it_does_not_belong_and_the_table_knows_its_true_rank(smol):
     prompt = "The capital of France is"
-    before, after = hk.forward(smol, prompt), hk.forward(smol, prompt, hk.force(" coffee", margin=10))
+    before, after = (
+        hk.forward(smol, prompt),
+        hk.forward(smol, prompt, hk.force(" coffee", margin=10)),
+    )
     row = hk.rank_shift(before, after).set_index("token_id").loc[6728]
     logits = by_hand.logits(smol.model, smol.tokenizer.encode(prompt))[0, -1]
     assert row["rank_before"] == int((logits > logits[6728]).sum()) + 1
@@ -195,14 +232,19 @@ def test_on_the_default_model_a_padded_batch_is_its_single_runs(smol, side):
     prompts = [*PROMPTS, "The capital of France is"]
     encoded = smol.tokenizer(prompts, padding=True, padding_side=side, return_tensors="pt")
     vector = torch.randn(576, generator=torch.Generator().manual_seed(0)) * 20
-    sites = smol.sites(["resid_pre", "resid_mid", "z", "mlp_post", "attn_out"], layers=[0, 11, 29]) + "final_norm"
+    sites = (
+        smol.sites(["resid_pre", "resid_mid", "z", "mlp_post", "attn_out"], layers=[0, 11, 29])
+        + "final_norm"
+    )
     hooks = [hk.steer("resid_post.5", vector, pos=-1), hk.ablate("z.9.3", pos=0), hk.capture(sites)]
     together = hk.forward(smol, encoded, *hooks)
     for row, prompt in enumerate(prompts):
         alone = hk.forward(smol, prompt, *hooks)
         length = alone.lengths[0]
         apart = float((together.logits[row, :length] - alone.logits[0]).abs().max())
-        assert apart <= 1e-5 * float(alone.logits.abs().max())  # 1e-4 is what plain transformers has on some processors
+        assert apart <= 1e-5 * float(
+            alone.logits.abs().max()
+        )  # 1e-4 is what plain transformers has on some processors
         for site in sites:
             difference = float((together[site][row, :length] - alone[site][0]).abs().max())
             assert difference <= 1e-5 * float(alone[site].abs().max()), site
@@ -214,8 +256,12 @@ def test_on_the_default_model_a_padded_batch_is_its_single_runs(smol, side):
 
 
 def test_on_the_default_model_patching_itself_is_the_identity(smol):
-    source = hk.forward(smol, PROMPTS, hk.capture(smol.sites(["resid_mid", "z", "q", "mlp_post"], layers=[3, 20])))
-    assert torch.equal(hk.forward(smol, PROMPTS, hk.patch(list(source.sites), source)).logits, source.logits)
+    source = hk.forward(
+        smol, PROMPTS, hk.capture(smol.sites(["resid_mid", "z", "q", "mlp_post"], layers=[3, 20]))
+    )
+    assert torch.equal(
+        hk.forward(smol, PROMPTS, hk.patch(list(source.sites), source)).logits, source.logits
+    )
 
 
 def test_the_default_model_tells_mary_from_john(smol):
@@ -223,5 +269,9 @@ def test_the_default_model_tells_mary_from_john(smol):
         logits = hk.forward(smol, prompt, logits="last").logits[0, 0]
         return float(logits[smol.token(" Mary")] - logits[smol.token(" John")])
 
-    assert difference("When Mary and John went to the store, John gave a drink to") == pytest.approx(6.1, abs=0.2)
-    assert difference("When Mary and John went to the store, Mary gave a drink to") == pytest.approx(-5.5, abs=0.3)
+    assert difference(
+        "When Mary and John went to the store, John gave a drink to"
+    ) == pytest.approx(6.1, abs=0.2)
+    assert difference(
+        "When Mary and John went to the store, Mary gave a drink to"
+    ) == pytest.approx(-5.5, abs=0.3)

@@ -72,7 +72,11 @@ WAYS = {
     "static cache": {"cache_implementation": "static"},
     "beams without cache": {"num_beams": 3, "use_cache": False},
     "beams that end": {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [1, 30, 60, 90]},
-    "rows that end": {"do_sample": True, "num_return_sequences": 3, "eos_token_id": list(range(1, 60))},
+    "rows that end": {
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "eos_token_id": list(range(1, 60)),
+    },
 }
 
 
@@ -80,7 +84,9 @@ WAYS = {
 def test_the_stage_model_is_a_forward_over_the_final_text(lm, way):
     run = hk.generate(lm, TWO, seed=1, trace=ALL, logits=False, **{**GREEDY, **way})
     said, _, _ = stages(run)
-    for row, (tokens, start, end) in enumerate(zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)):
+    for row, (tokens, start, end) in enumerate(
+        zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)
+    ):
         expected = by_hand.logits(lm.model, tokens[: end - 1])[0, start - 1 :]
         mine = torch.stack([said.pop((row, step)) for step in range(end - start)])
         assert (mine - expected).abs().max() < 1e-4
@@ -88,17 +94,23 @@ def test_the_stage_model_is_a_forward_over_the_final_text(lm, way):
     table = hk.decisions(run)
     assert [list(part["token_id"]) for _, part in table.groupby("row")] == new_tokens(run)
     starts = [run.prompt_lengths[row] for row in table["row"]]
-    assert [pos - start + 1 for pos, start in zip(table["pos"], starts, strict=True)] == list(table["step"])
+    assert [pos - start + 1 for pos, start in zip(table["pos"], starts, strict=True)] == list(
+        table["step"]
+    )
 
 
 @pytest.mark.parametrize(
-    "way", [{}, {"do_sample": True, "seed": 4}, {"num_beams": 3, "num_return_sequences": 2}], ids=str
+    "way",
+    [{}, {"do_sample": True, "seed": 4}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=str,
 )
 def test_edits_inside_the_model_are_in_the_stage_model(llama, way):
     hook = hk.steer("resid_post.1", VECTOR, pos=hk.GENERATED, scale=2.0)
     run = hk.generate(llama, TWO, hook, trace=ALL, **{**GREEDY, **way})
     said, _, _ = stages(run)
-    for row, (tokens, start, end) in enumerate(zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)):
+    for row, (tokens, start, end) in enumerate(
+        zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)
+    ):
         expected = by_hand.edited_logits(
             llama.model,
             tokens[: end - 1],
@@ -106,12 +118,16 @@ def test_edits_inside_the_model_are_in_the_stage_model(llama, way):
             1,
             lambda x, start=start: x + 2.0 * VECTOR * (torch.arange(x.shape[1]) >= start)[:, None],
         )[0, start - 1 :]
-        assert (torch.stack([said[row, step] for step in range(end - start)]) - expected).abs().max() < 1e-4
+        assert (
+            torch.stack([said[row, step] for step in range(end - start)]) - expected
+        ).abs().max() < 1e-4
 
 
 def test_a_row_that_ends_has_its_own_steps_and_no_more(llama):
     hooks = [hk.force(1, step=2, rows=0), hk.force(1, step=0, rows=2), hk.ban(1, rows=1)]
-    run = hk.generate(llama, PROMPTS, *hooks, trace=ALL, **{**GREEDY, "eos_token_id": 1, "max_new_tokens": 4})
+    run = hk.generate(
+        llama, PROMPTS, *hooks, trace=ALL, **{**GREEDY, "eos_token_id": 1, "max_new_tokens": 4}
+    )
     table = hk.decisions(run)
     assert table.groupby("row")["step"].apply(list).tolist() == [[0, 1, 2], [0, 1, 2, 3], [0]]
     assert [int(table[table["row"] == row]["token_id"].iloc[-1]) for row in (0, 2)] == [1, 1]
@@ -129,12 +145,20 @@ def by_hand_edit(logits, step, row):
     return logits
 
 
-@pytest.mark.parametrize("way", [{}, {"do_sample": True, "temperature": 0.5, "seed": 2}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize(
+    "way", [{}, {"do_sample": True, "temperature": 0.5, "seed": 2}, {"num_beams": 3}], ids=str
+)
 def test_the_stage_edited_is_the_logits_as_they_were_edited(llama, way):
-    hooks = [hk.ban(7, rows=0), hk.boost(9, by=3.0, step=slice(1, None)), hk.force(11, step=2, rows=1)]
+    hooks = [
+        hk.ban(7, rows=0),
+        hk.boost(9, by=3.0, step=slice(1, None)),
+        hk.force(11, step=2, rows=1),
+    ]
     run = hk.generate(llama, TWO, *hooks, trace=ALL, **{**GREEDY, **way})
     _, said, _ = stages(run)
-    for row, (tokens, start, end) in enumerate(zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)):
+    for row, (tokens, start, end) in enumerate(
+        zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)
+    ):
         model = by_hand.logits(llama.model, tokens[: end - 1])[0, start - 1 :]
         for step, logits in enumerate(model):
             expected = by_hand_edit(logits, step, row)
@@ -181,9 +205,13 @@ def test_every_stage_is_what_transformers_tells_of_itself(llama, way):
 def test_the_scores_of_edited_logits_are_what_transformers_makes_of_them(llama):
     settings = {**SAMPLED, "temperature": 0.5, "top_k": 10}
     run = hk.generate(llama, TWO, hk.boost(9, by=5.0), hk.ban(7), seed=2, trace=ALL, **settings)
-    edit = Edited(lambda scores: scores.index_add(1, torch.tensor([9]), torch.full((len(scores), 1), 5.0)))
+    edit = Edited(
+        lambda scores: scores.index_add(1, torch.tensor([9]), torch.full((len(scores), 1), 5.0))
+    )
     ban = Edited(lambda scores: scores.index_fill(1, torch.tensor([7]), -torch.inf))
-    expected = plain(llama, TWO, settings, seed=2, logits_processor=LogitsProcessorList([edit, ban]))
+    expected = plain(
+        llama, TWO, settings, seed=2, logits_processor=LogitsProcessorList([edit, ban])
+    )
     # transformers runs a user's processors before temperature and top_k, so these two do what the hooks do
     assert new_tokens(run) == expected.sequences[:, -STEPS:].tolist()
     for (row, step), scores in list(stages(run))[2].items():
@@ -201,7 +229,11 @@ class Edited(LogitsProcessor):
         return self.edit(scores)
 
 
-MODES = {**RULES, "beams": {"num_beams": 3, "num_return_sequences": 2}, "ending beams": WAYS["beams that end"]}
+MODES = {
+    **RULES,
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "ending beams": WAYS["beams that end"],
+}
 
 
 @pytest.mark.parametrize("way", MODES.values(), ids=MODES)
@@ -212,7 +244,9 @@ def test_a_trace_changes_no_draw(llama, way):
     expected = llama.model.generate(ids, attention_mask=mask, **settings)
     after = torch.rand(3)
     torch.manual_seed(8)
-    run = hk.generate(llama, TWO, trace=hk.trace(top=3, watch=(5, 6)), return_dict_in_generate=True, **settings)
+    run = hk.generate(
+        llama, TWO, trace=hk.trace(top=3, watch=(5, 6)), return_dict_in_generate=True, **settings
+    )
     assert torch.equal(run.output.sequences, expected)
     assert torch.equal(torch.rand(3), after), "the trace drew from torch's generator"
 
@@ -224,7 +258,9 @@ def test_probabilities_of_the_whole_vocabulary_sum_to_one(llama):
     assert len(sums) == len(TWO) * STEPS * 3
     assert (sums - 1).abs().max() < 1e-5
     assert torch.allclose(
-        torch.tensor(table["logprob"].to_numpy()).exp(), torch.tensor(table["prob"].to_numpy()), atol=1e-7
+        torch.tensor(table["logprob"].to_numpy()).exp(),
+        torch.tensor(table["prob"].to_numpy()),
+        atol=1e-7,
     )
 
 
@@ -238,14 +274,18 @@ def test_beams_are_scored_by_log_probabilities(llama):
         beams = expected.beam_indices[row].tolist()
         for step in range(STEPS):
             assert torch.allclose(edited[row, step], expected.logits[step][beams[step]], atol=1e-4)
-            assert torch.allclose(processed[row, step], expected.scores[step][beams[step]], atol=1e-4)
+            assert torch.allclose(
+                processed[row, step], expected.scores[step][beams[step]], atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("family_of_ties", [(100, 300), (300, 100, 200)], ids=str)
 def test_ranks_of_tokens_that_share_a_logit_are_equal(llama, family_of_ties):
     def share(logits, here):
         return logits.index_copy(
-            -1, torch.tensor(family_of_ties), logits[..., [100]].expand(*logits.shape[:-1], len(family_of_ties))
+            -1,
+            torch.tensor(family_of_ties),
+            logits[..., [100]].expand(*logits.shape[:-1], len(family_of_ties)),
         )
 
     run = hk.generate(llama, PROMPTS[0], hk.edit("logits", share), trace=ALL, **GREEDY)
@@ -254,7 +294,9 @@ def test_ranks_of_tokens_that_share_a_logit_are_equal(llama, family_of_ties):
             ordered = sorted(values.tolist(), reverse=True)
             assert ranks[where].tolist() == [ordered.index(value) + 1 for value in values.tolist()]
         if number:
-            assert all(len({int(ranks[where][token]) for token in family_of_ties}) == 1 for where in ranks)
+            assert all(
+                len({int(ranks[where][token]) for token in family_of_ties}) == 1 for where in ranks
+            )
 
 
 # ---- what the user brings along
@@ -271,14 +313,25 @@ class After(StoppingCriteria):
 
 
 @pytest.mark.parametrize("more", [{}, {"do_sample": True, "seed": 1, "temperature": 0.5}], ids=str)
-def test_a_users_processor_sees_the_edited_logits_and_the_trace_sees_what_it_makes_of_them(llama, more):
+def test_a_users_processor_sees_the_edited_logits_and_the_trace_sees_what_it_makes_of_them(
+    llama, more
+):
     mine = Edited(lambda scores: scores.scatter(1, scores.argmax(1, keepdim=True), -torch.inf))
-    run = hk.generate(llama, TWO, hk.force(9, margin=10.0), logits_processor=[mine], trace=ALL, **{**GREEDY, **more})
+    run = hk.generate(
+        llama,
+        TWO,
+        hk.force(9, margin=10.0),
+        logits_processor=[mine],
+        trace=ALL,
+        **{**GREEDY, **more},
+    )
     _, edited, processed = stages(run)
     assert len(mine.seen) == STEPS
     for row, step in itertools.product(range(len(TWO)), range(STEPS)):
         assert int(edited[row, step].argmax()) == 9
-        assert torch.equal(mine.seen[step][row], edited[row, step]), "the edits act before the user's processors"
+        assert torch.equal(mine.seen[step][row], edited[row, step]), (
+            "the edits act before the user's processors"
+        )
         assert processed[row, step][9] == -torch.inf
     assert not any(9 in row for row in new_tokens(run))
 
@@ -301,7 +354,13 @@ def test_a_users_stopping_criterion_and_streamer_work_with_a_trace(llama):
     criterion = After(len(llama.tokenizer.encode(PROMPTS[0])))
     settings = {**GREEDY, "max_new_tokens": 8}
     run = hk.generate(
-        llama, PROMPTS[0], hk.force(9, step=1), stopping_criteria=[criterion], streamer=streamer, trace=ALL, **settings
+        llama,
+        PROMPTS[0],
+        hk.force(9, step=1),
+        stopping_criteria=[criterion],
+        streamer=streamer,
+        trace=ALL,
+        **settings,
     )
     assert list(hk.decisions(run)["step"]) == [0, 1, 2]
     assert hk.decisions(run)["token_id"][1] == 9
@@ -326,10 +385,21 @@ def numbers(found, seen):
 
 
 def test_the_record_of_twenty_steps_is_smaller_than_two_vocabularies():
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     wide = hk.LM(LlamaForCausalLM(LlamaConfig(vocab_size=5_000, **sizes)).eval())
     hooks = [hk.ban(70), hk.boost(90, by=2.0)]
-    settings = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "eos_token_id": None, "seed": 0}
+    settings = {
+        "max_new_tokens": 20,
+        "do_sample": True,
+        "temperature": 0.8,
+        "eos_token_id": None,
+        "seed": 0,
+    }
     run = hk.generate(wide, [[5, 6, 7]], *hooks, logits=False, trace=hk.trace(top=3), **settings)
     steps = {id(decision.record): decision.record for decision in run.recorded.decisions}
     assert len(steps) == 20
@@ -348,10 +418,14 @@ def test_beam_sampling_leaves_no_trace(llama):
 
 def test_an_edit_before_the_models_own_logits_leaves_no_trace(llama):
     with pytest.raises(
-        Unsupported, match=r"acts at lm_head, before the logits that a trace reads as the model's own: let it act at"
+        Unsupported,
+        match=r"acts at lm_head, before the logits that a trace reads as the model's own: let it act at",
     ):
         hk.generate(llama, PROMPTS[0], hk.boost(5, by=1.0, site="lm_head"), trace=ALL, **GREEDY)
-    assert hk.generate(llama, PROMPTS[0], hk.boost(5, by=1.0, site="lm_head"), **GREEDY).recorded is None
+    assert (
+        hk.generate(llama, PROMPTS[0], hk.boost(5, by=1.0, site="lm_head"), **GREEDY).recorded
+        is None
+    )
 
 
 @pytest.mark.parametrize("top", [0, -1, True, 2.0, None])

@@ -145,7 +145,9 @@ def test_patching_each_position_of_several_sites(small, direction):
     assert len(table) == 3 * 2 * 6 * 2 and sorted(set(table["pos"])) == [-6, -5, -4, -3, -2, -1]
     for site, layer, pos, row, found in table.iloc[:, :5].itertuples(index=False):
         values = raw(small, of[row], site, layer)
-        assert found == pytest.approx(run(small, to[row], [(site, layer, put(values, pos))]), abs=1e-4)
+        assert found == pytest.approx(
+            run(small, to[row], [(site, layer, put(values, pos))]), abs=1e-4
+        )
     for row, group in table.groupby("row"):
         start, goal = plain(small, to[row]), plain(small, of[row])
         assert group["logit_diff_before"].tolist() == pytest.approx([start] * len(group), abs=1e-4)
@@ -160,35 +162,54 @@ def test_patching_each_head_at_all_positions_and_at_some(small, site):
     heads = 2 if site == "v" and small.config.model_type == "llama" else 4
     assert len(table) == 3 * heads * 2 and "pos" not in table.columns
     places = hk.patching(small, CLEAN, CORRUPTED, site, METRIC, layers=[1], heads=[1], pos=[-1, -3])
-    assert places[["layer", "head", "pos"]].drop_duplicates().values.tolist() == [[1, 1, -1], [1, 1, -3]]
+    assert places[["layer", "head", "pos"]].drop_duplicates().values.tolist() == [
+        [1, 1, -1],
+        [1, 1, -3],
+    ]
     for each in (table.assign(pos=None), places):
-        for layer, head, pos, row, found in each[["layer", "head", "pos", "row", "logit_diff"]].itertuples(index=False):
+        for layer, head, pos, row, found in each[
+            ["layer", "head", "pos", "row", "logit_diff"]
+        ].itertuples(index=False):
             values = raw(small, CLEAN[row], site, layer)
             edit = put(values, slice(None) if pos is None else pos, part(small, site, head))
-            assert found == pytest.approx(run(small, CORRUPTED[row], [(site, layer, edit)]), abs=1e-4)
+            assert found == pytest.approx(
+                run(small, CORRUPTED[row], [(site, layer, edit)]), abs=1e-4
+            )
 
 
 def test_a_site_that_is_there_once_has_no_layer(llama_ids):
     table = hk.patching(llama_ids, CLEAN, CORRUPTED, "embed", METRIC, pos=[3, -1])
     assert list(table.columns[:2]) == ["pos", "row"] and "layer" not in table
     effects = table.set_index("pos")["logit_diff_effect"]
-    assert effects[3].tolist() == pytest.approx([1, 1], abs=1e-3), "the token that differs is all that differs"
+    assert effects[3].tolist() == pytest.approx([1, 1], abs=1e-3), (
+        "the token that differs is all that differs"
+    )
     assert effects[-1].tolist() == pytest.approx([0, 0], abs=1e-3)
 
 
 def test_positions_may_have_names_and_be_each_prompts_own(llama_ids):
     names = {"differs": 3, "last": -1, "own": [2, 4], "span": [[2, 3], 5], "text": slice(3, 5)}
     table = hk.patching(llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=names)
-    own = {"differs": [3, 3], "last": [7, 5], "own": [2, 4], "span": [[2, 3], [5]], "text": [[3, 4], [3, 4]]}
+    own = {
+        "differs": [3, 3],
+        "last": [7, 5],
+        "own": [2, 4],
+        "span": [[2, 3], [5]],
+        "text": [[3, 4], [3, 4]],
+    }
     assert list(dict.fromkeys(table["pos"])) == list(names)
     for name, row, found in table[["pos", "row", "logit_diff"]].itertuples(index=False):
         values = raw(llama_ids, CLEAN[row], "resid_post", 1)
         wanted = run(llama_ids, CORRUPTED[row], [("resid_post", 1, put(values, own[name][row]))])
         assert found == pytest.approx(wanted, abs=1e-4), (name, row)
-    listed = hk.patching(llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=[slice(3, 5), (2, 3)])
+    listed = hk.patching(
+        llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=[slice(3, 5), (2, 3)]
+    )
     assert [str(each) for each in dict.fromkeys(listed["pos"])] == ["3:5", "(2, 3)"]
     text = table[table["pos"] == "text"]["logit_diff"].tolist()
-    assert listed["logit_diff"].tolist()[:2] == pytest.approx(text, abs=1e-5)  # in a batch of another size
+    assert listed["logit_diff"].tolist()[:2] == pytest.approx(
+        text, abs=1e-5
+    )  # in a batch of another size
 
 
 def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):
@@ -202,7 +223,9 @@ def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):
         "memory": 10**8,
         "verify": 3,
     }
-    table = hk.patching(llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=[-1, 3], **settings)
+    table = hk.patching(
+        llama_ids, CLEAN, CORRUPTED, "resid_post", METRIC, layers=[1], pos=[-1, 3], **settings
+    )
     assert table["control"].sum() == 4 and (tmp_path / "table.csv").exists()
     cut = [("z", 0, lambda values: values.clone().index_fill_(2, torch.arange(8, 16), 0))]
     for pos, row, found, before, effect in table[~table["control"]][
@@ -219,14 +242,18 @@ def test_the_settings_of_a_sweep_are_those_of_a_grid(llama_ids, tmp_path):
 
 def test_the_loss_of_a_continuation_may_be_patched_for(llama_ids):
     behind = (8, 9)
-    table = hk.patching(llama_ids, CLEAN[:1], CORRUPTED[:1], "resid_post", hk.loss(behind), layers=[1], pos=[3, -1])
+    table = hk.patching(
+        llama_ids, CLEAN[:1], CORRUPTED[:1], "resid_post", hk.loss(behind), layers=[1], pos=[3, -1]
+    )
 
     def loss(ids: list[int]) -> float:
         said = by_hand.logits(llama_ids.model, [*ids, behind[0]])[0, -2:].log_softmax(-1)
         return -float(said[0, behind[0]] + said[1, behind[1]]) / 2
 
     start, goal = loss(CORRUPTED[0]), loss(CLEAN[0])
-    for pos, found, before, effect in table[["pos", "loss", "loss_before", "loss_effect"]].itertuples(index=False):
+    for pos, found, before, effect in table[
+        ["pos", "loss", "loss_before", "loss_effect"]
+    ].itertuples(index=False):
         place = pos % 8
         values = raw(llama_ids, [*CLEAN[0], behind[0]], "resid_post", 1)
         with edited(llama_ids, [("resid_post", 1, put(values, place))]):
@@ -257,14 +284,23 @@ def test_the_loss_of_a_continuation_may_be_patched_for(llama_ids):
         ({"pos": hk.at("a")}, BadHook, "one value, and a grid has a list"),
         ({"pos": []}, EmptySelection, "dimension 'pos' is empty"),
         ({"pos": ["a"]}, BadHook, "pos='a' says no place"),
-        ({"pos": {"end": [1, 2, 3]}}, BadPrompt, "the position 'end' is given for 3 prompts, and there are 2"),
+        (
+            {"pos": {"end": [1, 2, 3]}},
+            BadPrompt,
+            "the position 'end' is given for 3 prompts, and there are 2",
+        ),
         ({"pos": [7]}, OutOfRange, "position 7 of row 1"),
         ({"verfy": 1}, UnknownKeyword, "patching.. has no keyword 'verfy'; did you mean 'verify'"),
         ({"target": CLEAN}, UnknownKeyword, "has no keyword 'target'"),
     ],
 )
 def test_a_mistake_in_a_grid_says_what_to_do(llama_ids, change, error, words):
-    given = {"clean": CLEAN, "corrupted": CORRUPTED, "sites": "resid_pre", "metrics": METRIC} | change
+    given = {
+        "clean": CLEAN,
+        "corrupted": CORRUPTED,
+        "sites": "resid_pre",
+        "metrics": METRIC,
+    } | change
     with pytest.raises(error, match=words):
         hk.patching(llama_ids, **given)
 
@@ -277,7 +313,9 @@ def test_ablating_to_zero_and_to_the_mean_of_other_prompts(small):
     for to, over in (("zero", None), ("mean", others)):
         table = hk.ablations(small, CLEAN, "z", METRIC, to=to, over=over)
         assert len(table) == 3 * 4 * 2
-        for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(index=False):
+        for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(
+            index=False
+        ):
             ids = CLEAN[row]
             values = torch.zeros(1, len(ids), 32)
             for pos in range(len(ids)) if to == "mean" else ():
@@ -296,7 +334,9 @@ def test_ablating_to_the_value_of_another_prompt(small):
         choices = [run(small, CLEAN[row], [("mlp_out", layer, put(each))]) for each in values]
         assert min(abs(found - choice) for choice in choices) < 1e-4
     alone = hk.ablations(small, CLEAN[1:], "mlp_out", METRIC, to="resample", over=others)
-    assert alone["logit_diff"].tolist() == pytest.approx(table[table["row"] == 1]["logit_diff"].tolist(), abs=1e-4)
+    assert alone["logit_diff"].tolist() == pytest.approx(
+        table[table["row"] == 1]["logit_diff"].tolist(), abs=1e-4
+    )
 
 
 def test_ablating_to_a_run_and_at_some_positions(small):
@@ -304,22 +344,35 @@ def test_ablating_to_a_run_and_at_some_positions(small):
     table = hk.ablations(small, CLEAN, "attn_out", METRIC, to=source, pos={"own": [3, 4]})
     for layer, row, found in table[["layer", "row", "logit_diff"]].itertuples(index=False):
         values = raw(small, CORRUPTED[row], "attn_out", layer)
-        assert found == pytest.approx(run(small, CLEAN[row], [("attn_out", layer, put(values, [3, 4][row]))]), abs=1e-4)
+        assert found == pytest.approx(
+            run(small, CLEAN[row], [("attn_out", layer, put(values, [3, 4][row]))]), abs=1e-4
+        )
 
 
 def test_leaving_out_each_block(small):
     table = hk.ablations(small, CLEAN, "block", METRIC, layers=[0, 2])
     for layer, row, found in table[["layer", "row", "logit_diff"]].itertuples(index=False):
         before = raw(small, CLEAN[row], "resid_pre", layer)
-        assert found == pytest.approx(run(small, CLEAN[row], [("resid_post", layer, lambda _, b=before: b)]), abs=1e-4)
+        assert found == pytest.approx(
+            run(small, CLEAN[row], [("resid_post", layer, lambda _, b=before: b)]), abs=1e-4
+        )
 
 
 def test_ablating_single_neurons(small):
-    for units, wanted in (([1, 40], [(0, 1), (0, 40), (2, 1), (2, 40)]), ({0: [7], 2: [1]}, [(0, 7), (2, 1)])):
+    for units, wanted in (
+        ([1, 40], [(0, 1), (0, 40), (2, 1), (2, 40)]),
+        ({0: [7], 2: [1]}, [(0, 7), (2, 1)]),
+    ):
         table = hk.ablations(small, CLEAN[:1], "mlp_post", METRIC, layers=[0, 2], units=units)
         assert list(table[["layer", "unit"]].itertuples(index=False, name=None)) == wanted
         for layer, unit, found in table[["layer", "unit", "logit_diff"]].itertuples(index=False):
-            cut = [("mlp_post", layer, lambda values, u=unit: values.clone().index_fill_(2, torch.tensor([u]), 0))]
+            cut = [
+                (
+                    "mlp_post",
+                    layer,
+                    lambda values, u=unit: values.clone().index_fill_(2, torch.tensor([u]), 0),
+                )
+            ]
             assert found == pytest.approx(run(small, CLEAN[0], cut), abs=1e-4)
 
 
@@ -369,25 +422,36 @@ def test_a_dose_adds_so_many_times_the_vector(small):
 # ---- causal tracing
 
 
-TEXTS, SUBJECTS = ["Mary and John went to the store", "The coffee is in the city of Paris"], ["John", "coffee"]
+TEXTS, SUBJECTS = (
+    ["Mary and John went to the store", "The coffee is in the city of Paris"],
+    ["John", "coffee"],
+)
 
 
 def traced(lm: hk.LM, **settings) -> pd.DataFrame:
     return hk.causal_tracing(lm, TEXTS, SUBJECTS, METRIC, samples=3, seed=4, **settings)
 
 
-@pytest.mark.parametrize(("site", "window"), [("resid_post", 1), ("mlp_out", 2), ("attn_out", 3), ("mlp_out", 10)])
+@pytest.mark.parametrize(
+    ("site", "window"), [("resid_post", 1), ("mlp_out", 2), ("attn_out", 3), ("mlp_out", 10)]
+)
 def test_causal_tracing_restores_clean_states_under_noise_on_the_subject(lm, site, window):
     table = traced(lm, site=site, window=window, noise=2.0, pos=[-1, -4], layers=[0, 1, 2])
-    assert list(table.columns[:3]) == ["layer", "pos", "row"] and list(table.columns[-2:]) == ["prompt", "sample"]
-    assert len(table) == 3 * 2 * 2 * 3 and table["row"].tolist() == (table["prompt"] * 3 + table["sample"]).tolist()
+    assert list(table.columns[:3]) == ["layer", "pos", "row"] and list(table.columns[-2:]) == [
+        "prompt",
+        "sample",
+    ]
+    assert (
+        len(table) == 3 * 2 * 2 * 3
+        and table["row"].tolist() == (table["prompt"] * 3 + table["sample"]).tolist()
+    )
     for (prompt, sample), group in table.groupby(["prompt", "sample"]):
         ids = lm.encode(TEXTS[prompt])
         noise = blur(lm, prompt, ids, sample, 2.0)
         start, goal = run(lm, ids, [noise]), run(lm, ids)
-        for layer, pos, found, effect in group[["layer", "pos", "logit_diff", "logit_diff_effect"]].itertuples(
-            index=False
-        ):
+        for layer, pos, found, effect in group[
+            ["layer", "pos", "logit_diff", "logit_diff_effect"]
+        ].itertuples(index=False):
             first = layer - window // 2  # as in the authors' code, cut off at the ends
             around = range(max(0, first), min(3, first + window))
             back = [(site, each, put(raw(lm, ids, site, each), pos)) for each in around]
@@ -431,10 +495,16 @@ def test_a_map_says_over_what_it_is_a_mean(lm):
 
 def test_noise_is_the_same_alone_and_among_others_and_another_in_each_sample(lm):
     both = traced(lm, pos=[-2], layers=[1])
-    alone = hk.causal_tracing(lm, TEXTS[1], SUBJECTS[1], METRIC, samples=3, seed=4, pos=[-2], layers=[1])
-    assert alone["logit_diff"].tolist() == pytest.approx(both[both["prompt"] == 1]["logit_diff"].tolist(), abs=1e-4)
+    alone = hk.causal_tracing(
+        lm, TEXTS[1], SUBJECTS[1], METRIC, samples=3, seed=4, pos=[-2], layers=[1]
+    )
+    assert alone["logit_diff"].tolist() == pytest.approx(
+        both[both["prompt"] == 1]["logit_diff"].tolist(), abs=1e-4
+    )
     assert both["logit_diff_before"].round(6).nunique() == 6
-    other = hk.causal_tracing(lm, TEXTS[1], SUBJECTS[1], METRIC, samples=3, seed=5, pos=[-2], layers=[1])
+    other = hk.causal_tracing(
+        lm, TEXTS[1], SUBJECTS[1], METRIC, samples=3, seed=5, pos=[-2], layers=[1]
+    )
     assert (other["logit_diff_before"] - alone["logit_diff_before"]).abs().min() > 1e-3
 
 
@@ -444,13 +514,17 @@ def test_each_token_of_the_subject_has_its_own_noise_and_no_other_token_has_any(
     plain = raw(llama, ids, "embed", None)[0]
     seen = []
     handle = llama.model.model.layers[0].register_forward_pre_hook(
-        lambda _m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()),
+        lambda _m, args, kwargs: seen.append(
+            (args[0] if args else kwargs["hidden_states"]).detach().clone()
+        ),
         with_kwargs=True,
     )
     settings = {"samples": 4, "noise": 2.0, "layers": [1], "pos": [-1]}
     hk.causal_tracing(llama, text, subject, METRIC, **settings)
     handle.remove()
-    noises = [values - plain for batch in seen if batch.shape[1:] == plain.shape for values in batch]
+    noises = [
+        values - plain for batch in seen if batch.shape[1:] == plain.shape for values in batch
+    ]
     noises = torch.stack([noise for noise in noises if noise.abs().max() > 0])
     span = [n for n in range(len(ids)) if covers(llama, ids, n, subject)]
     assert len(span) > 2
@@ -465,12 +539,16 @@ def test_each_token_of_the_subject_has_its_own_noise_and_no_other_token_has_any(
 def test_the_noise_of_causal_tracing_is_one_number_for_a_model(llama):
     """The standard deviation of the vocabulary's embeddings, or of the tokens of other texts: not of the prompt."""
     vocabulary = llama.model.get_input_embeddings().weight[: llama.n_tokens].detach().double()
-    subjects = torch.cat([vocabulary[llama.tokenizer.encode(text)] for text in ("Paris", "coffee and milk")])
+    subjects = torch.cat(
+        [vocabulary[llama.tokenizer.encode(text)] for text in ("Paris", "coffee and milk")]
+    )
     settings = {"samples": 1, "pos": [-1], "layers": [1]}
     for text, subject in zip(TEXTS, SUBJECTS, strict=True):
         table = hk.causal_tracing(llama, text, subject, METRIC, noise=2.0, **settings)
         assert table.attrs["noise_std"] == pytest.approx(2.0 * float(vocabulary.std()), rel=1e-6)
-        table = hk.causal_tracing(llama, text, subject, METRIC, noise_over=["Paris", "coffee and milk"], **settings)
+        table = hk.causal_tracing(
+            llama, text, subject, METRIC, noise_over=["Paris", "coffee and milk"], **settings
+        )
         assert table.attrs["noise_std"] == pytest.approx(3.0 * float(subjects.std()), rel=1e-6)
 
 
@@ -482,8 +560,12 @@ def test_the_noise_of_a_scaled_embedding_is_that_of_what_the_model_reads():
 
 def test_causal_tracing_under_other_hooks_and_at_named_positions(llama):
     cut = [("z", 0, lambda values: values.clone().index_fill_(2, torch.arange(8, 16), 0))]
-    table = traced(llama, under=[hk.ablate("z.0.1")], layers=[1], pos={"subject": [3, 2], "end": -1})
-    for prompt, sample, pos, found in table[["prompt", "sample", "pos", "logit_diff"]].itertuples(index=False):
+    table = traced(
+        llama, under=[hk.ablate("z.0.1")], layers=[1], pos={"subject": [3, 2], "end": -1}
+    )
+    for prompt, sample, pos, found in table[["prompt", "sample", "pos", "logit_diff"]].itertuples(
+        index=False
+    ):
         ids = llama.encode(TEXTS[prompt])
         place = -1 if pos == "end" else [3, 2][prompt]
         back = ("resid_post", 1, put(raw(llama, ids, "resid_post", 1, cut), place))
@@ -513,7 +595,9 @@ def test_a_mistake_in_causal_tracing_says_what_to_do(llama, change, error, words
 # ---- path patching
 
 
-def path(lm, clean, corrupted, sender, receivers, freeze, pos=slice(None), before: Edits = ()) -> float:
+def path(
+    lm, clean, corrupted, sender, receivers, freeze, pos=slice(None), before: Edits = ()
+) -> float:
     """Path patching by hand: the sender's value of the corrupted prompt in the clean one, all that is frozen behind it
     held; then what the receivers read is put into a second run. Hooks `before` act in every run."""
     site, layer, head = sender
@@ -522,14 +606,20 @@ def path(lm, clean, corrupted, sender, receivers, freeze, pos=slice(None), befor
     held = []
     for name in freeze:
         order = ("z", "attn_out", "mlp_out")
-        later = [n for n in LAYERS if n > layer or (n == layer and name == "mlp_out" and order.index(site) < 2)]
+        later = [
+            n
+            for n in LAYERS
+            if n > layer or (n == layer and name == "mlp_out" and order.index(site) < 2)
+        ]
         held += [(name, n, put(raw(lm, clean, name, n, before))) for n in later]
     first = [*before, (site, layer, put(sent, pos, part(lm, site, head))), *held]
     if not receivers:
         return run(lm, clean, first)
     second = []
     for name, number, which in receivers:
-        second.append((name, number, put(raw(lm, clean, name, number, first), where=part(lm, name, which))))
+        second.append(
+            (name, number, put(raw(lm, clean, name, number, first), where=part(lm, name, which)))
+        )
     return run(lm, clean, [*before, *second])
 
 
@@ -547,10 +637,14 @@ def path(lm, clean, corrupted, sender, receivers, freeze, pos=slice(None), befor
 def test_path_patching_of_each_head(small, receivers, freeze):
     named = [hk.Site(*each) for each in receivers] or None
     heads = [0, 3] if named else None
-    table = hk.path_patching(small, CLEAN, CORRUPTED, METRIC, receivers=named, freeze=freeze, heads=heads)
+    table = hk.path_patching(
+        small, CLEAN, CORRUPTED, METRIC, receivers=named, freeze=freeze, heads=heads
+    )
     assert list(table.columns[:4]) == ["layer", "head", "row", "logit_diff"]
     assert len(table) == 3 * len(heads or HEADS) * 2
-    for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(index=False):
+    for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(
+        index=False
+    ):
         wanted = path(small, CLEAN[row], CORRUPTED[row], ("z", layer, head), receivers, freeze)
         assert found == pytest.approx(wanted, abs=1e-4), (layer, head, row)
     assert table["logit_diff_delta"].abs().max() > 1e-3
@@ -562,7 +656,8 @@ def test_path_patching_of_each_head(small, receivers, freeze):
 
 
 @pytest.mark.parametrize(
-    ("senders", "freeze"), [("mlp_out", ("z",)), ("attn_out", ("z", "mlp_out")), ("mlp_out", ("z", "mlp_out"))]
+    ("senders", "freeze"),
+    [("mlp_out", ("z",)), ("attn_out", ("z", "mlp_out")), ("mlp_out", ("z", "mlp_out"))],
 )
 def test_path_patching_of_whole_layers_at_some_positions(small, senders, freeze):
     receivers = (("q", 2, 1), ("mlp_in", 1, None))
@@ -571,9 +666,13 @@ def test_path_patching_of_whole_layers_at_some_positions(small, senders, freeze)
         pos={"differs": 3, "last": [7, 5]},
     )  # fmt: skip
     assert list(table.columns[:3]) == ["layer", "pos", "row"]
-    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(index=False):
+    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(
+        index=False
+    ):
         place = {"differs": 3, "last": -1}[pos]
-        wanted = path(small, CLEAN[row], CORRUPTED[row], (senders, layer, None), receivers, freeze, place)
+        wanted = path(
+            small, CLEAN[row], CORRUPTED[row], (senders, layer, None), receivers, freeze, place
+        )
         assert found == pytest.approx(wanted, abs=1e-4), (layer, pos, row)
 
 
@@ -584,8 +683,12 @@ def test_path_patching_under_other_hooks(small):
             small, CLEAN, CORRUPTED, METRIC, receivers=[hk.Site(*each) for each in receivers] or None, heads=[0, 2],
             under=[hk.ablate("z.0.1")],
         )  # fmt: skip
-        for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(index=False):
-            wanted = path(small, CLEAN[row], CORRUPTED[row], ("z", layer, head), receivers, ("z",), before=cut)
+        for layer, head, row, found in table[["layer", "head", "row", "logit_diff"]].itertuples(
+            index=False
+        ):
+            wanted = path(
+                small, CLEAN[row], CORRUPTED[row], ("z", layer, head), receivers, ("z",), before=cut
+            )
             assert found == pytest.approx(wanted, abs=1e-4), (layer, head, row)
 
 
@@ -594,16 +697,22 @@ def test_path_patching_of_a_little_memory_and_without_shortcuts_is_the_same(llam
     wanted = hk.path_patching(llama_ids, CLEAN, CORRUPTED, METRIC, **given)
     little = hk.path_patching(llama_ids, CLEAN, CORRUPTED, METRIC, memory=60_000, **given)
     alone = hk.LM(llama_ids.model)
-    handle = alone.model.register_forward_hook(lambda module, args, output: None)  # one of the user's own
+    handle = alone.model.register_forward_hook(
+        lambda module, args, output: None
+    )  # one of the user's own
     by_cell = hk.path_patching(alone, CLEAN, CORRUPTED, METRIC, **given)
     handle.remove()
     for found in (little, by_cell):
-        assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-4)
+        assert found["logit_diff"].tolist() == pytest.approx(
+            wanted["logit_diff"].tolist(), abs=1e-4
+        )
 
 
 def test_the_loss_may_be_patched_along_a_path(llama_ids):
     for receivers in (None, [hk.Site("q", 2, 1)]):
-        table = hk.path_patching(llama_ids, CLEAN, CORRUPTED, [hk.loss((8, 9)), METRIC], receivers=receivers)
+        table = hk.path_patching(
+            llama_ids, CLEAN, CORRUPTED, [hk.loss((8, 9)), METRIC], receivers=receivers
+        )
         lone = hk.path_patching(llama_ids, CLEAN, CORRUPTED, METRIC, receivers=receivers)
         assert table["logit_diff"].tolist() == pytest.approx(lone["logit_diff"].tolist(), abs=1e-4)
         assert table["loss_delta"].abs().max() > 1e-3
@@ -612,7 +721,11 @@ def test_the_loss_may_be_patched_along_a_path(llama_ids):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"senders": "q"}, BadHook, "'q' adds nothing to the residual stream by itself: name some of z, attn_out"),
+        (
+            {"senders": "q"},
+            BadHook,
+            "'q' adds nothing to the residual stream by itself: name some of z, attn_out",
+        ),
         ({"freeze": ("resid_post",)}, BadHook, "'resid_post' adds nothing"),
         ({"freeze": ()}, BadHook, "that is hk.patching"),
         ({"receivers": ["embed"]}, BadHook, "embed is no receiver: name what a block reads"),
@@ -644,23 +757,31 @@ def test_a_random_control_changes_as_much_in_another_direction(llama_ids, hook):
     site = hook.sites[0]
 
     def change(hook):
-        found = hk.forward(llama_ids, CLEAN, hk.capture(site, name="was"), hook, hk.capture(site, name="now"))
+        found = hk.forward(
+            llama_ids, CLEAN, hk.capture(site, name="was"), hook, hk.capture(site, name="now")
+        )
         return (found[site, "now"] - found[site, "was"]).flatten(0, 1)
 
     random = Randomised(hook.sites, hook.where, hook)
     real, control = change(hook), change(random)
-    assert control.norm(dim=-1).tolist() == pytest.approx(real.norm(dim=-1).tolist(), rel=1e-3, abs=1e-5)
+    assert control.norm(dim=-1).tolist() == pytest.approx(
+        real.norm(dim=-1).tolist(), rel=1e-3, abs=1e-5
+    )
     changed = real.norm(dim=-1) > 1e-4
     assert torch.cosine_similarity(real[changed], control[changed]).abs().max() < 0.95
     assert hk.Hook.from_json(random.to_json()) == random and str(random) == f"randomised({hook})"
 
 
-def test_a_random_control_has_a_direction_of_its_own_at_each_position_prompt_site_and_seed(llama_ids):
+def test_a_random_control_has_a_direction_of_its_own_at_each_position_prompt_site_and_seed(
+    llama_ids,
+):
     def directions(layer, seed):
         real = hk.steer(hk.Site("resid_post", layer), torch.linspace(-1, 1, 32))
         random = Randomised(real.sites, real.where, real, seed)
         site = hk.Site("resid_post", layer)
-        found = hk.forward(llama_ids, CLEAN, hk.capture(site, name="was"), random, hk.capture(site, name="now"))
+        found = hk.forward(
+            llama_ids, CLEAN, hk.capture(site, name="was"), random, hk.capture(site, name="now")
+        )
         change = found[site, "now"] - found[site, "was"]
         return torch.cat([change[0, :8], change[1, :6]])
 
@@ -675,7 +796,9 @@ def test_a_control_is_a_second_row_of_each_cell_the_same_alone_and_in_a_batch(ll
     def cut(prompts):
         grid = {"layer": [0, 1], "pos": [-1, -2]}
         hooks = lambda layer, pos: hk.ablate(hk.Site("mlp_out", layer), pos=pos)  # noqa: E731
-        return hk.sweep(llama_ids, prompts, grid, hooks, METRIC, control="random", draws=3, verify=3)
+        return hk.sweep(
+            llama_ids, prompts, grid, hooks, METRIC, control="random", draws=3, verify=3
+        )
 
     table = cut(CLEAN)
     assert table["control"].tolist() == [False] * 8 + [True] * 24
@@ -691,16 +814,22 @@ def test_a_control_is_a_second_row_of_each_cell_the_same_alone_and_in_a_batch(ll
 
 def test_a_random_control_of_a_block_that_is_left_out_runs_by_itself_too(llama_ids):
     def kept(layer):
-        return Randomised(hk.skip_block(layer).sites, hk.skip_block(layer).where, hk.skip_block(layer))
+        return Randomised(
+            hk.skip_block(layer).sites, hk.skip_block(layer).where, hk.skip_block(layer)
+        )
 
     alone = hk.sweep(llama_ids, CLEAN, {"layer": LAYERS}, kept, METRIC)
     both = hk.ablations(llama_ids, CLEAN, "block", METRIC, control="random", draws=1)
-    assert alone["logit_diff"].tolist() == pytest.approx(both[both["control"]]["logit_diff"].tolist(), abs=1e-4)
+    assert alone["logit_diff"].tolist() == pytest.approx(
+        both[both["control"]]["logit_diff"].tolist(), abs=1e-4
+    )
 
 
 def test_a_resampled_control_patches_from_the_next_prompt(small):
     clean, corrupted = pair(8, 8, 8)
-    table = hk.patching(small, clean, corrupted, "resid_post", METRIC, layers=[1], pos=[3, -1], control="resample")
+    table = hk.patching(
+        small, clean, corrupted, "resid_post", METRIC, layers=[1], pos=[3, -1], control="resample"
+    )
     assert table["control"].sum() == 6 * 2 and set(table["draw"]) == {0, 1}
     columns = ["pos", "row", "control", "draw", "logit_diff"]
     for pos, row, control, draw, found in table[columns].itertuples(index=False):
@@ -724,12 +853,21 @@ def test_a_control_may_be_a_function_and_leave_cells_out(llama_ids):
         return None if layer == 0 else hk.ablate(hk.Site("attn_out", layer))
 
     table = hk.sweep(
-        llama_ids, CLEAN, {"layer": LAYERS}, lambda layer: hk.ablate(hk.Site("mlp_out", layer)), METRIC, control=control
+        llama_ids,
+        CLEAN,
+        {"layer": LAYERS},
+        lambda layer: hk.ablate(hk.Site("mlp_out", layer)),
+        METRIC,
+        control=control,
     )
     assert table[table["control"]]["layer"].tolist() == [1, 1, 2, 2]
-    for layer, row, control, found in table[["layer", "row", "control", "logit_diff"]].itertuples(index=False):
+    for layer, row, control, found in table[["layer", "row", "control", "logit_diff"]].itertuples(
+        index=False
+    ):
         site = "attn_out" if control else "mlp_out"
-        assert found == pytest.approx(run(llama_ids, CLEAN[row], [(site, layer, torch.zeros_like)]), abs=1e-4)
+        assert found == pytest.approx(
+            run(llama_ids, CLEAN[row], [(site, layer, torch.zeros_like)]), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -748,15 +886,21 @@ def test_a_control_that_means_nothing_is_refused(llama_ids, hook, control, error
 
 def test_a_control_is_drawn_ten_times_unless_told_otherwise_from_the_user_s_seed(llama_ids):
     def cut(**settings):
-        return hk.ablations(llama_ids, CLEAN, "mlp_out", METRIC, layers=[1], control="random", **settings)
+        return hk.ablations(
+            llama_ids, CLEAN, "mlp_out", METRIC, layers=[1], control="random", **settings
+        )
 
     table = cut()
-    assert sorted(set(table["draw"])) == list(range(10)) and table["control"].sum() == 10 * len(CLEAN)
+    assert sorted(set(table["draw"])) == list(range(10)) and table["control"].sum() == 10 * len(
+        CLEAN
+    )
     assert table[table["control"]]["logit_diff"].round(6).nunique() == 10 * len(CLEAN)
     pd.testing.assert_frame_equal(cut(), table)
     other = cut(control_seed=1)
     assert other[~other["control"]].equals(table[~table["control"]])
-    assert not set(other[other["control"]]["logit_diff"].round(6)) & set(table[table["control"]]["logit_diff"].round(6))
+    assert not set(other[other["control"]]["logit_diff"].round(6)) & set(
+        table[table["control"]]["logit_diff"].round(6)
+    )
     means = hk.over_prompts(table)
     assert means["n"].tolist() == [2, 2] and "draw" not in means.columns
     each = table[table["control"]].groupby("row")["logit_diff_delta"].mean()
@@ -779,7 +923,9 @@ def test_draws_without_a_control_that_is_drawn_are_refused(llama_ids, settings, 
     with pytest.raises(BadHook, match=words):
         hk.sweep(llama_ids, CLEAN, {"n": [0]}, lambda n: hk.ablate("z.1"), METRIC, **settings)
     with pytest.raises(BadHook, match="'draw'"):
-        hk.sweep(llama_ids, CLEAN, {"draw": [0]}, lambda draw: hk.ablate("z.1"), METRIC, control="random")
+        hk.sweep(
+            llama_ids, CLEAN, {"draw": [0]}, lambda draw: hk.ablate("z.1"), METRIC, control="random"
+        )
 
 
 def test_a_resampled_control_has_no_more_draws_than_other_prompts(small):
@@ -812,7 +958,10 @@ def many(count: int = 5) -> pd.DataFrame:
 def test_means_have_their_standard_errors_and_intervals():
     table = many()
     found = hk.over_prompts(table, confidence=0.9)
-    assert list(found.columns[:6]) == ["layer", "pos", "n", "prob", "prob_se", "prob_low"] and len(found) == 2
+    assert (
+        list(found.columns[:6]) == ["layer", "pos", "n", "prob", "prob_se", "prob_low"]
+        and len(found) == 2
+    )
     for _, row in found.iterrows():
         for name in ("prob", "prob_before", "prob_delta", "prob_effect"):
             numbers = table[table["layer"] == row["layer"]][name].to_numpy()
@@ -848,9 +997,17 @@ def test_means_of_a_control_and_by_columns_of_ones_choice(llama_ids):
     by_row = hk.over_prompts(table, by=["row"])
     assert by_row["n"].tolist() == [3 + 30, 3 + 30]
     assert by_row["logit_diff"][0] == pytest.approx(table[table["row"] == 0]["logit_diff"].mean())
-    lists = hk.over_prompts(table.assign(layer=[[0, 1], [2]] * 33, control=[slice(0, 3), slice(3, 4)] * 33))
-    assert lists["layer"].tolist() == [(0, 1), (2,)] and lists["n"].tolist() == [1, 1]  # rows of one prompt
-    for wrong, words in ((pd.DataFrame({"a": [1]}), "give what sweep gave"), (table, "confidence=2(.0)? is no share")):
+    lists = hk.over_prompts(
+        table.assign(layer=[[0, 1], [2]] * 33, control=[slice(0, 3), slice(3, 4)] * 33)
+    )
+    assert lists["layer"].tolist() == [(0, 1), (2,)] and lists["n"].tolist() == [
+        1,
+        1,
+    ]  # rows of one prompt
+    for wrong, words in (
+        (pd.DataFrame({"a": [1]}), "give what sweep gave"),
+        (table, "confidence=2(.0)? is no share"),
+    ):
         with pytest.raises(BadHook, match=words):
             hk.over_prompts(wrong, confidence=2 if wrong is table else 0.9)
 
@@ -872,7 +1029,9 @@ def counting(lm: hk.LM):
     def model(module: nn.Module, args: tuple, kwargs: dict) -> None:
         forwards.append(0)
 
-    block.__module__ = model.__module__ = "transformers"  # else they count as the user's own, and no cells share
+    block.__module__ = model.__module__ = (
+        "transformers"  # else they count as the user's own, and no cells share
+    )
     layers = lm.model.model.layers if lm.config.model_type != "gpt2" else lm.model.transformer.h
     handles = [each.register_forward_hook(block) for each in layers]
     handles.append(lm.model.register_forward_pre_hook(model, with_kwargs=True))
@@ -901,28 +1060,39 @@ def test_the_numbers_of_a_plan_are_those_of_the_sweep(small, site, memory):
     assert plan.running + plan.filled == 9 * 4 == len(table)
     assert (table["logit_diff_delta"] == 0).sum() >= plan.filled > 0
     said = repr(plan)
-    assert f"{plan.filled:,}: filled with the unedited value" in said and said == table.attrs["plan"]
+    assert (
+        f"{plan.filled:,}: filled with the unedited value" in said and said == table.attrs["plan"]
+    )
     assert f"{plan.layer_tokens:,} instead of {plan.naive_layer_tokens:,}" in said
     assert f"{plan.running:,} in {plan.forwards:,} forwards" in said
 
 
 def test_a_plan_of_cells_that_run_alone_counts_them_whole():
     lm = hk.tiny("mixtral")
-    experts = hk.edit(hk.module("model.layers.1.mlp.experts"), lambda values: values * 0.5)  # [batch * pos, d_model]
+    experts = hk.edit(
+        hk.module("model.layers.1.mlp.experts"), lambda values: values * 0.5
+    )  # [batch * pos, d_model]
     hooks = lambda n: experts if n else hk.scale("mlp_out.1", 0.5)  # noqa: E731
     plan = hk.plan(lm, CLEAN, {"n": [0, 1]}, hooks, METRIC)
-    assert "alone           1 cell: model.layers.1.mlp.experts:output has no axes batch and pos" in repr(plan)
+    assert (
+        "alone           1 cell: model.layers.1.mlp.experts:output has no axes batch and pos"
+        in repr(plan)
+    )
     with counting(lm) as (tokens, forwards):
         table = hk.sweep(lm, CLEAN, {"n": [0, 1]}, hooks, METRIC)
     assert plan.layer_tokens == sum(tokens) and plan.forwards == len(forwards) == 3
-    assert table["logit_diff"].tolist()[:2] == pytest.approx(table["logit_diff"].tolist()[2:], abs=1e-4)
+    assert table["logit_diff"].tolist()[:2] == pytest.approx(
+        table["logit_diff"].tolist()[2:], abs=1e-4
+    )
 
 
 def test_what_serves_all_rows_at_once_is_edited_in_the_rows_of_a_cell(llama_ids):
     rotary = {n: hk.scale(hk.module("model.rotary_emb"), n) for n in (1.0, 0.5)}  # [1, pos, d_head]
     table = hk.sweep(llama_ids, pair(7, 7)[0], {"by": [1.0, 0.5]}, lambda by: rotary[by], METRIC)
     for by, row, found in table[["by", "row", "logit_diff"]].itertuples(index=False):
-        turn = llama_ids.model.model.rotary_emb.register_forward_hook(lambda m, a, out, by=by: (out[0] * by, out[1]))
+        turn = llama_ids.model.model.rotary_emb.register_forward_hook(
+            lambda m, a, out, by=by: (out[0] * by, out[1])
+        )
         wanted = plain(llama_ids, pair(7, 7)[0][row])
         turn.remove()
         assert found == pytest.approx(wanted, abs=1e-4)
@@ -942,7 +1112,15 @@ def test_a_wave_keeps_to_the_memory(llama_ids):
 
 
 def test_a_plan_runs_nothing_but_a_trial(llama_ids):
-    hk.plan(llama_ids, CLEAN, {"layer": LAYERS}, lambda layer: hk.ablate(hk.Site("z", layer)), METRIC)
+    hk.plan(
+        llama_ids, CLEAN, {"layer": LAYERS}, lambda layer: hk.ablate(hk.Site("z", layer)), METRIC
+    )
     with counting(llama_ids) as (_, forwards):
-        hk.plan(llama_ids, CLEAN, {"layer": LAYERS}, lambda layer: hk.ablate(hk.Site("z", layer)), METRIC)
+        hk.plan(
+            llama_ids,
+            CLEAN,
+            {"layer": LAYERS},
+            lambda layer: hk.ablate(hk.Site("z", layer)),
+            METRIC,
+        )
     assert forwards == []

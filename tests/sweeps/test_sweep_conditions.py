@@ -42,7 +42,9 @@ PROMPTS = drawn(9, 6, 9)
 
 
 def block(model: nn.Module, layer: int) -> nn.Module:
-    found = next(each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == 3)
+    found = next(
+        each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == 3
+    )
     return found[layer]
 
 
@@ -75,12 +77,20 @@ def steered(layer: int, pos) -> hk.Hook:
     return hk.steer(hk.Site("resid_pre", layer), VECTOR, pos=pos)
 
 
-def assert_as_by_hand(lm, model, prompts, places, *, limit: float = 1e-4, layers=LAYERS, **settings):
+def assert_as_by_hand(
+    lm, model, prompts, places, *, limit: float = 1e-4, layers=LAYERS, **settings
+):
     """A sweep of a steered stream against the plain model, prompt by prompt."""
     table = hk.sweep(lm, prompts, {"layer": layers, "pos": places}, steered, METRIC, **settings)
     rows = [prompts] if prompts and isinstance(prompts[0], int) else prompts
-    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(index=False):
-        assert found == pytest.approx(by_hand(model, rows[row], layer, pos), abs=limit), (layer, pos, row)
+    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(
+        index=False
+    ):
+        assert found == pytest.approx(by_hand(model, rows[row], layer, pos), abs=limit), (
+            layer,
+            pos,
+            row,
+        )
     assert len(table) == len(layers) * len(places) * len(rows)
     assert table["logit_diff_delta"].abs().max() > 0.05
     return table
@@ -115,10 +125,14 @@ def test_prompts_of_one_token_and_of_sixty_share_a_batch(kind):
     assert_as_by_hand(lm, lm.model, drawn(1, 1), [0])
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt_neo", "cohere2", "lfm2"])
+@pytest.mark.parametrize(
+    "kind", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt_neo", "cohere2", "lfm2"]
+)
 def test_a_sliding_window_is_no_hindrance(kind):
     lm = hk.tiny(kind)  # with windows of 6
-    table = assert_as_by_hand(lm, lm.model, drawn(20, 13), [0, 1, 5, 6, 7, 12, -1, -6, -7, -8], limit=2e-4)
+    table = assert_as_by_hand(
+        lm, lm.model, drawn(20, 13), [0, 1, 5, 6, 7, 12, -1, -6, -7, -8], limit=2e-4
+    )
     assert "shar" in table.attrs["plan"]
     if kind != "lfm2":  # which has convolutions
         assert shortcuts(lm).prefix
@@ -132,32 +146,61 @@ def test_a_position_may_be_the_tokens_that_cover_a_text(llama):
     ids = llama.encode(prompts[0])
     (the,) = (n for n, token in enumerate(ids) if llama.string(token) == " the")
     found = table[table["pos"] == places[1]]["logit_diff"].tolist()
-    assert found == pytest.approx([by_hand(llama.model, ids, layer, the) for layer in LAYERS], abs=1e-4)
+    assert found == pytest.approx(
+        [by_hand(llama.model, ids, layer, the) for layer in LAYERS], abs=1e-4
+    )
     both = hk.sweep(llama, prompts, {"pos": [hk.at("Mary")]}, lambda pos: steered(1, pos), METRIC)
     alone = [hk.forward(llama, prompt, steered(1, hk.at("Mary"))) for prompt in prompts]
-    assert both["logit_diff"].tolist() == pytest.approx([METRIC(run).item() for run in alone], abs=1e-4)
+    assert both["logit_diff"].tolist() == pytest.approx(
+        [METRIC(run).item() for run in alone], abs=1e-4
+    )
     with pytest.raises(hk.errors.OutOfRange, match=r"at\('Mary'\) was asked for.*") as caught:
-        hk.sweep(llama, ["no name", *prompts], {"pos": [hk.at("Mary")]}, lambda pos: steered(1, pos), METRIC)
+        hk.sweep(
+            llama,
+            ["no name", *prompts],
+            {"pos": [hk.at("Mary")]},
+            lambda pos: steered(1, pos),
+            METRIC,
+        )
     assert "in the sweep's cell pos=at('Mary')" in caught.value.__notes__
 
 
 def test_one_hook_under_every_cell_needs_no_list(small):
-    one = hk.sweep(small, PROMPTS, {"pos": [-1]}, lambda pos: steered(1, pos), METRIC, under=hk.ablate("z.0.1"))
-    listed = hk.sweep(small, PROMPTS, {"pos": [-1]}, lambda pos: steered(1, pos), METRIC, under=[hk.ablate("z.0.1")])
+    one = hk.sweep(
+        small, PROMPTS, {"pos": [-1]}, lambda pos: steered(1, pos), METRIC, under=hk.ablate("z.0.1")
+    )
+    listed = hk.sweep(
+        small,
+        PROMPTS,
+        {"pos": [-1]},
+        lambda pos: steered(1, pos),
+        METRIC,
+        under=[hk.ablate("z.0.1")],
+    )
     assert one["logit_diff"].tolist() == listed["logit_diff"].tolist()
-    grid = hk.ablations(small, PROMPTS, "z", METRIC, under=hk.ablate("z.0.1"), layers=[0], heads=[1])
+    grid = hk.ablations(
+        small, PROMPTS, "z", METRIC, under=hk.ablate("z.0.1"), layers=[0], heads=[1]
+    )
     assert (grid["logit_diff_delta"].abs() < 1e-5).all()
 
 
 def test_hooks_of_some_rows_leave_the_others_alone(small):
     table = hk.sweep(
-        small, PROMPTS, {"which": [0, 1, 2]}, lambda which: hk.steer("resid_pre.1", VECTOR, pos=-2, rows=which), METRIC
+        small,
+        PROMPTS,
+        {"which": [0, 1, 2]},
+        lambda which: hk.steer("resid_pre.1", VECTOR, pos=-2, rows=which),
+        METRIC,
     )
-    for which, row, found, delta in table[["which", "row", "logit_diff", "logit_diff_delta"]].itertuples(index=False):
+    for which, row, found, delta in table[
+        ["which", "row", "logit_diff", "logit_diff_delta"]
+    ].itertuples(index=False):
         if which != row:
             assert delta == 0
         else:
-            assert found == pytest.approx(by_hand(small.model, PROMPTS[row], 1, len(PROMPTS[row]) - 2), abs=1e-4)
+            assert found == pytest.approx(
+                by_hand(small.model, PROMPTS[row], 1, len(PROMPTS[row]) - 2), abs=1e-4
+            )
 
 
 def test_a_small_memory_takes_the_prompts_a_part_at_a_time(small):
@@ -169,26 +212,52 @@ def test_a_small_memory_takes_the_prompts_a_part_at_a_time(small):
     for target in (others, others[0], hk.forward(small, others)):
         whole = hk.sweep(small, prompts, grid, hooks, metrics, under=under, target=target)
         assert hk.plan(small, prompts, grid, hooks, metrics, memory=60_000).forwards > 12
-        parts = hk.sweep(small, prompts, grid, hooks, metrics, under=under, target=target, memory=60_000, verify=6)
+        parts = hk.sweep(
+            small,
+            prompts,
+            grid,
+            hooks,
+            metrics,
+            under=under,
+            target=target,
+            memory=60_000,
+            verify=6,
+        )
         for name in whole.columns:
-            limit = {"rel": 1e-3, "abs": 1e-4, "nan_ok": True} if name.endswith("effect") else {"abs": 1e-4}
+            limit = (
+                {"rel": 1e-3, "abs": 1e-4, "nan_ok": True}
+                if name.endswith("effect")
+                else {"abs": 1e-4}
+            )
             assert parts[name].tolist() == pytest.approx(whole[name].tolist(), **limit), name
     there = METRIC(hk.forward(small, others)).tolist()
-    way = [there[row] - was for row, was in zip(whole["row"], whole["logit_diff_before"], strict=True)]
-    assert whole["logit_diff_effect"].tolist() == pytest.approx((whole["logit_diff_delta"] / way).tolist(), rel=1e-3)
+    way = [
+        there[row] - was for row, was in zip(whole["row"], whole["logit_diff_before"], strict=True)
+    ]
+    assert whole["logit_diff_effect"].tolist() == pytest.approx(
+        (whole["logit_diff_delta"] / way).tolist(), rel=1e-3
+    )
 
 
 def test_the_targets_prompts_are_run_under_the_hooks_of_every_cell(small):
     prompts, others = drawn(6, 6, seed=1), drawn(6, 6, seed=2)
     under = [hk.ablate("z.1.2")]
     table = hk.sweep(
-        small, prompts, {"layer": LAYERS}, lambda layer: steered(layer, -2), METRIC, under=under, target=others
+        small,
+        prompts,
+        {"layer": LAYERS},
+        lambda layer: steered(layer, -2),
+        METRIC,
+        under=under,
+        target=others,
     )
     run = hk.sweep(
         small, prompts, {"layer": LAYERS}, lambda layer: steered(layer, -2), METRIC, under=under,
         target=hk.forward(small, others, *under),
     )  # fmt: skip
-    assert table["logit_diff_effect"].tolist() == pytest.approx(run["logit_diff_effect"].tolist(), rel=1e-3)
+    assert table["logit_diff_effect"].tolist() == pytest.approx(
+        run["logit_diff_effect"].tolist(), rel=1e-3
+    )
 
 
 # ---- models
@@ -243,7 +312,9 @@ def test_hooks_that_output_hidden_states_left_behind_do_no_harm(kind):
 def test_a_hook_on_the_wrapper_counts_as_the_users_own():
     model = torch.compile(hk.tiny("llama").model, backend="eager")
     seen = []
-    handle = model.register_forward_hook(lambda module, args, output: seen.append(output.logits.shape[0]))
+    handle = model.register_forward_hook(
+        lambda module, args, output: seen.append(output.logits.shape[0])
+    )
     hk.sweep(hk.LM(model), PROMPTS, {"layer": LAYERS, "pos": [-1]}, steered, METRIC)
     handle.remove()
     assert set(seen) == {3}, "it sees whole batches, and nothing but them"
@@ -275,7 +346,11 @@ def test_the_logits_may_be_edited_in_every_cell(small):
         "when": hk.boost(5, by=2.0, when=lambda logits, here: logits[..., 5] < logits[..., 7]),
     }
     table = hk.sweep(
-        small, PROMPTS, {"edit": list(edits)}, lambda edit: edits[edit], [hk.logit(5), hk.logit(7), hk.rank(5)]
+        small,
+        PROMPTS,
+        {"edit": list(edits)},
+        lambda edit: edits[edit],
+        [hk.logit(5), hk.logit(7), hk.rank(5)],
     )
     with torch.no_grad():
         alone = [small.model(torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]
@@ -298,13 +373,17 @@ def test_the_logits_may_be_edited_in_every_cell(small):
     assert (force > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitemoe"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitemoe"]
+)
 def test_what_a_router_says_may_be_edited_in_every_cell(kind):
     lm = hk.tiny(kind)
     layer = lm.layout.layers("router_logits")[0]
     edits = {
         "turned": hk.edit(hk.Site("router_logits", layer), lambda values: -values, pos=-2),
-        "half": hk.edit(hk.Site("expert_weights", layer), lambda values: values * 0.5, pos=[-2, -1]),
+        "half": hk.edit(
+            hk.Site("expert_weights", layer), lambda values: values * 0.5, pos=[-2, -1]
+        ),
     }
     table = hk.sweep(lm, PROMPTS, {"name": list(edits)}, lambda name: edits[name], METRIC)
     for name, hook in edits.items():
@@ -318,7 +397,9 @@ def test_a_block_left_out_at_some_positions_gives_out_what_it_was_given(kind):
     lm = hk.tiny(kind)
     hooks = lambda layer, pos: hk.skip_block(layer, pos=pos)  # noqa: E731
     table = hk.sweep(lm, PROMPTS, {"layer": LAYERS, "pos": [-3, -1]}, hooks, METRIC)
-    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(index=False):
+    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(
+        index=False
+    ):
 
         def after(module, args, kwargs, output, pos=pos):
             given = args[0] if args else kwargs["hidden_states"]
@@ -340,7 +421,9 @@ def mixing(values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("look", [-1, -3])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_function_that_looks_from_one_position_at_another_is_given_all_that_it_wants(small, layer, look):
+def test_a_function_that_looks_from_one_position_at_another_is_given_all_that_it_wants(
+    small, layer, look
+):
     ids = PROMPTS[0]
 
     def after(module, args, output):
@@ -352,7 +435,14 @@ def test_a_function_that_looks_from_one_position_at_another_is_given_all_that_it
     handle.remove()
     hook = hk.edit(hk.Site("resid_post", layer), mixing)
     beside = hk.steer("resid_pre.2", VECTOR, pos=-1)
-    table = hk.sweep(small, [ids], {"mixed": [True, False]}, lambda mixed: hook if mixed else beside, METRIC, pos=look)
+    table = hk.sweep(
+        small,
+        [ids],
+        {"mixed": [True, False]},
+        lambda mixed: hook if mixed else beside,
+        METRIC,
+        pos=look,
+    )
     assert table["logit_diff"][0] == pytest.approx(float(logits[5] - logits[7]), abs=1e-4)
     words = "a function is given positions behind" if look == -3 else "where the metric looks"
     assert words in table.attrs["plan"]
@@ -360,10 +450,18 @@ def test_a_function_that_looks_from_one_position_at_another_is_given_all_that_it
 
 def test_a_function_under_every_cell_is_given_all_that_it_wants(small):
     under = [hk.edit("resid_post.1", mixing)]
-    prompts = drawn(9, 9)  # of one length, since the function takes the filled-up cells for real ones
-    table = hk.sweep(small, prompts, {"layer": [1, 2], "pos": [-2, -1]}, steered, METRIC, under=under)
-    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(index=False):
-        handle = block(small.model, 1).register_forward_hook(lambda module, args, output: mixing(output))
+    prompts = drawn(
+        9, 9
+    )  # of one length, since the function takes the filled-up cells for real ones
+    table = hk.sweep(
+        small, prompts, {"layer": [1, 2], "pos": [-2, -1]}, steered, METRIC, under=under
+    )
+    for layer, pos, row, found in table[["layer", "pos", "row", "logit_diff"]].itertuples(
+        index=False
+    ):
+        handle = block(small.model, 1).register_forward_hook(
+            lambda module, args, output: mixing(output)
+        )
         wanted = by_hand(small.model, prompts[row], layer, pos)
         handle.remove()
         assert found == pytest.approx(wanted, abs=1e-4)
@@ -373,7 +471,12 @@ def test_behind_a_function_that_mixes_positions_every_position_of_the_last_block
     under = [hk.edit("resid_post.2", mixing)]
     (ids,) = drawn(9)
     table = hk.sweep(
-        small, [ids], {"pos": [2, 5]}, lambda pos: hk.scale("mlp_out.2", 3.0, pos=pos), METRIC, under=under
+        small,
+        [ids],
+        {"pos": [2, 5]},
+        lambda pos: hk.scale("mlp_out.2", 3.0, pos=pos),
+        METRIC,
+        under=under,
     )
     for pos, found in table[["pos", "logit_diff"]].itertuples(index=False):
 
@@ -384,7 +487,9 @@ def test_behind_a_function_that_mixes_positions_every_position_of_the_last_block
 
         handles = [
             block(small.model, 2).mlp.register_forward_hook(more),
-            block(small.model, 2).register_forward_hook(lambda module, args, output: mixing(output)),
+            block(small.model, 2).register_forward_hook(
+                lambda module, args, output: mixing(output)
+            ),
         ]
         with torch.no_grad():
             logits = small.model(torch.tensor([ids])).logits[0, -1]
@@ -401,8 +506,16 @@ def test_a_function_that_counts_its_calls_is_called_for_one_cell_at_a_time(small
         seen.append((list(here.rows), values.shape[0]))
         return values * 0.5
 
-    hk.sweep(small, PROMPTS, {"layer": LAYERS}, lambda layer: hk.edit(hk.Site("z", layer), keeps, pos=-1), METRIC)
-    assert sorted(row for rows, _ in seen for row in rows) == sorted([0, 1, 2] * 3), "each prompt once in each cell"
+    hk.sweep(
+        small,
+        PROMPTS,
+        {"layer": LAYERS},
+        lambda layer: hk.edit(hk.Site("z", layer), keeps, pos=-1),
+        METRIC,
+    )
+    assert sorted(row for rows, _ in seen for row in rows) == sorted([0, 1, 2] * 3), (
+        "each prompt once in each cell"
+    )
     assert all(len(rows) == count for rows, count in seen)
 
 
@@ -414,11 +527,23 @@ def test_a_function_that_raises_says_where_and_leaves_the_model_alone(small):
 
     before = hooks_on(small.model)
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
-        hk.sweep(small, PROMPTS, {"layer": LAYERS}, lambda layer: hk.edit(hk.Site("z", layer), fails), METRIC)
+        hk.sweep(
+            small,
+            PROMPTS,
+            {"layer": LAYERS},
+            lambda layer: hk.edit(hk.Site("z", layer), fails),
+            METRIC,
+        )
     assert any("edit(z.1, fails) at z.1, in a sweep" in note for note in caught.value.__notes__)
     assert hooks_on(small.model) == before
     with pytest.raises(hk.errors.BadEdit, match="returned None"):
-        hk.sweep(small, PROMPTS, {"layer": LAYERS}, lambda layer: hk.edit(hk.Site("z", layer), print), METRIC)
+        hk.sweep(
+            small,
+            PROMPTS,
+            {"layer": LAYERS},
+            lambda layer: hk.edit(hk.Site("z", layer), print),
+            METRIC,
+        )
     with pytest.raises(KeyError, match="nothing") as caught:
         hk.sweep(small, PROMPTS, {"layer": LAYERS}, lambda layer: {}["nothing"], METRIC)
     assert "in the sweep's cell layer=0" in caught.value.__notes__
@@ -428,7 +553,9 @@ def test_an_edit_at_a_module_that_never_runs_is_no_cell_without_an_effect():
     lm = hk.tiny("llama")
     lm.model.model.layers[1].unused = nn.Linear(32, 32)
     unused = hk.scale(hk.module("model.layers.1.unused"), 0.5)
-    with pytest.raises(NeverFired, match=r"never fired at model.layers.1.unused:output in the sweep's cell n=0"):
+    with pytest.raises(
+        NeverFired, match=r"never fired at model.layers.1.unused:output in the sweep's cell n=0"
+    ):
         hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: unused, METRIC)
     with pytest.raises(NeverFired, match="which is to act under every cell, never fired"):
         hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: steered(0, -1), METRIC, under=[unused])
@@ -438,13 +565,26 @@ def test_an_edit_at_a_module_that_never_runs_raises_wherever_it_was_to_act():
     lm = hk.tiny("llama")
     lm.model.model.layers[1].unused = nn.Linear(32, 32)
     unused = lambda pos: hk.scale(hk.module("model.layers.1.unused"), 0.5, pos=pos)  # noqa: E731
-    for pos in (-1, -2):  # the metric looks at -2: what comes after it cannot matter, and a forward raises all the same
+    for pos in (
+        -1,
+        -2,
+    ):  # the metric looks at -2: what comes after it cannot matter, and a forward raises all the same
         with pytest.raises(NeverFired, match="never fired at model.layers.1.unused:output"):
             hk.forward(lm, PROMPTS, unused(pos))
-        with pytest.raises(NeverFired, match=r"never fired at .*unused:output in the sweep's cell n=0"):
+        with pytest.raises(
+            NeverFired, match=r"never fired at .*unused:output in the sweep's cell n=0"
+        ):
             hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n, pos=pos: unused(pos), METRIC, pos=-2)
         with pytest.raises(NeverFired, match="which is to act under every cell, never fired"):
-            hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: steered(0, -2), METRIC, pos=-2, under=[unused(pos)])
+            hk.sweep(
+                lm,
+                PROMPTS,
+                {"n": [0]},
+                lambda n: steered(0, -2),
+                METRIC,
+                pos=-2,
+                under=[unused(pos)],
+            )
     called = hk.scale(hk.module("model.layers.1.mlp.up_proj"), 2, pos=-1)
     table = hk.sweep(lm, PROMPTS, {"n": [0]}, lambda n: called, METRIC, pos=-2)
     assert not table.filter(like="_delta").any(axis=None)
@@ -453,7 +593,9 @@ def test_an_edit_at_a_module_that_never_runs_raises_wherever_it_was_to_act():
 def test_a_mean_and_a_draw_of_other_prompts_are_taken_once_for_all_cells(small):
     others = drawn(9, 9, 9, seed=3)
     runs = []
-    handle = small.model.model.embed_tokens.register_forward_hook(lambda module, args, output: runs.append(len(output)))
+    handle = small.model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: runs.append(len(output))
+    )
     try:
         table = hk.ablations(small, PROMPTS, "z", METRIC, to="mean", over=others, verify=2)
     finally:
@@ -487,20 +629,29 @@ def assert_as_the_loop(lm, prompts, table, source, site):
     """A sweep of patches at resid_pre against whole forwards of each cell."""
     for (layer, pos), found in table.groupby(["layer", "pos"]):
         run = hk.forward(lm, prompts, hk.patch(hk.Site(site, layer), source, pos=pos))
-        assert found["logit_diff"].tolist() == pytest.approx(METRIC(run).tolist(), abs=1e-4), (layer, pos)
+        assert found["logit_diff"].tolist() == pytest.approx(METRIC(run).tolist(), abs=1e-4), (
+            layer,
+            pos,
+        )
 
 
 def test_a_source_with_a_small_edit_beside_a_huge_first_position_is_not_the_models_own():
     lm = hk.tiny("llama")
     with torch.no_grad():
-        lm.model.model.embed_tokens.weight[3] *= 1e5  # as in real models: a first position thousands of times larger
+        lm.model.model.embed_tokens.weight[3] *= (
+            1e5  # as in real models: a first position thousands of times larger
+        )
     prompt = [3, *drawn(8)[0]]
     other = [*prompt[:7], 299, *prompt[8:]]
-    source = hk.forward(lm, [other], hk.steer("embed", 0.1 * VECTOR, pos=2), hk.capture("resid_pre"))
+    source = hk.forward(
+        lm, [other], hk.steer("embed", 0.1 * VECTOR, pos=2), hk.capture("resid_pre")
+    )
     grid = {"layer": LAYERS, "pos": [2, 3]}  # before the first token that differs
     hooks = lambda layer, pos: hk.patch(hk.Site("resid_pre", layer), source, pos=pos)  # noqa: E731
     table = hk.sweep(lm, [prompt], grid, hooks, METRIC)
-    assert table.attrs["sources_not_the_models_own"] and table["logit_diff_delta"].abs().max() > 0.05
+    assert (
+        table.attrs["sources_not_the_models_own"] and table["logit_diff_delta"].abs().max() > 0.05
+    )
     assert_as_the_loop(lm, [prompt], table, source, "resid_pre")
     clean = hk.forward(lm, [other], hk.capture("resid_pre"))
     hooks = lambda layer, pos: hk.patch(hk.Site("resid_pre", layer), clean, pos=pos)  # noqa: E731
@@ -521,13 +672,17 @@ def test_a_source_is_looked_at_wherever_its_positions_pair(small):
     prompt, longer = drawn(9)[0], drawn(9)[0] + [50, 60]
     source = hk.forward(small, [longer], hk.steer("embed", VECTOR, pos=2), hk.capture("resid_pre"))
     hooks = lambda layer, pos: hk.patch(hk.Site("resid_pre", layer), source, pos=pos)  # noqa: E731
-    table = hk.sweep(small, [prompt], {"layer": [0, 1], "pos": [-1, 2, 3]}, hooks, METRIC)  # -1 pairs 8 with 10
+    table = hk.sweep(
+        small, [prompt], {"layer": [0, 1], "pos": [-1, 2, 3]}, hooks, METRIC
+    )  # -1 pairs 8 with 10
     assert table.attrs["sources_not_the_models_own"]
     assert_as_the_loop(small, [prompt], table, source, "resid_pre")
 
 
 @pytest.mark.parametrize("look", [-1, -3])
-@pytest.mark.parametrize("name", ["logits", "lm_head", "final_norm", "embed", "resid_pre.1", "scores.1", "k_rot.1.0"])
+@pytest.mark.parametrize(
+    "name", ["logits", "lm_head", "final_norm", "embed", "resid_pre.1", "scores.1", "k_rot.1.0"]
+)
 def test_a_source_that_differs_behind_the_metrics_position_or_is_of_logits(small, name, look):
     others = [[*ids[:-2], 299, ids[-1]] for ids in PROMPTS]
     source = hk.forward(small, others, hk.capture(name.replace(".1.0", ".1")))
@@ -560,9 +715,15 @@ def test_what_the_model_itself_has_is_taken_for_its_own_alone_and_in_a_batch(kin
     source = hk.forward(lm, others, hk.capture(sites))
     grid = {"site": sites, "layer": LAYERS}
     table = hk.sweep(
-        lm, prompts, grid, lambda site, layer: hk.patch(hk.Site(site, layer), source, pos=range(4, 9)), METRIC
+        lm,
+        prompts,
+        grid,
+        lambda site, layer: hk.patch(hk.Site(site, layer), source, pos=range(4, 9)),
+        METRIC,
     )
-    assert table.attrs["sources_not_the_models_own"] == [] and (table["logit_diff_delta"] == 0).all()
+    assert (
+        table.attrs["sources_not_the_models_own"] == [] and (table["logit_diff_delta"] == 0).all()
+    )
 
 
 # ---- modules
@@ -576,7 +737,11 @@ def test_what_the_model_itself_has_is_taken_for_its_own_alone_and_in_a_batch(kin
         ("llama", hk.module("model.layers.1", side="input"), False),
         ("bloom", hk.module("transformer.h.1"), False),
         ("opt", hk.module("model.decoder.layers.1.fc1"), True),  # [batch * pos, d_mlp]
-        ("deepseek_v3", hk.module("model.layers.1.mlp.gate", item=1), True),  # [batch * pos, choice]
+        (
+            "deepseek_v3",
+            hk.module("model.layers.1.mlp.gate", item=1),
+            True,
+        ),  # [batch * pos, choice]
     ],
 )
 def test_an_edit_at_any_module_acts_in_the_rows_of_its_cell(kind, site, alone):
@@ -599,8 +764,14 @@ def test_models_that_are_no_causal_language_models_are_refused():
     from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    bert = hk.LM(BertForMaskedLM(BertConfig(**sizes, intermediate_size=48, max_position_embeddings=64)).eval())
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+    bert = hk.LM(
+        BertForMaskedLM(
+            BertConfig(**sizes, intermediate_size=48, max_position_embeddings=64)
+        ).eval()
+    )
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )
     for lm, words in (
         (bert, "reads ahead"),
         (hk.LM(t5), "needs a causal language"),
@@ -616,7 +787,10 @@ def test_models_that_are_no_causal_language_models_are_refused():
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        ({"layer": 3}, "the grid's dimension 'layer' is 3, one value, and a grid has a list of them"),
+        (
+            {"layer": 3},
+            "the grid's dimension 'layer' is 3, one value, and a grid has a list of them",
+        ),
         ({"site": "resid_pre"}, "'site' is 'resid_pre', one value"),
     ],
 )
@@ -627,5 +801,9 @@ def test_one_value_is_no_dimension(small, grid, words):
 
 def test_the_metric_looks_at_one_position(small):
     for pos in (hk.at("a"), [0, 1], slice(0, 2), True, None):
-        with pytest.raises((BadHook, BadArgument), match="the metric looks at one position|[gG]ive a whole number"):
-            hk.sweep(small, PROMPTS, {"layer": [0]}, lambda layer: steered(layer, -1), METRIC, pos=pos)
+        with pytest.raises(
+            (BadHook, BadArgument), match="the metric looks at one position|[gG]ive a whole number"
+        ):
+            hk.sweep(
+                small, PROMPTS, {"layer": [0]}, lambda layer: steered(layer, -1), METRIC, pos=pos
+            )

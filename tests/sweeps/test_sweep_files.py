@@ -54,7 +54,9 @@ def assert_to_the_bit(found: pd.DataFrame, wanted: pd.DataFrame):
 # ---- killed
 
 
-def test_a_sweep_that_is_killed_at_any_moment_ends_with_the_same_table_to_the_bit(small, undisturbed, tmp_path):
+def test_a_sweep_that_is_killed_at_any_moment_ends_with_the_same_table_to_the_bit(
+    small, undisturbed, tmp_path
+):
     code = "import sys, killing_sweeps; killing_sweeps.main(*sys.argv[1:])"
     said = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), "0", "5"],
@@ -64,17 +66,28 @@ def test_a_sweep_that_is_killed_at_any_moment_ends_with_the_same_table_to_the_bi
     )
     assert said.returncode == 0, said.stderr
     report = json.loads(said.stdout)
-    assert report["killed"] >= 1 and report["seen"] == sorted(report["seen"]), "nothing that was kept is lost"
+    assert report["killed"] >= 1 and report["seen"] == sorted(report["seen"]), (
+        "nothing that was kept is lost"
+    )
     assert max(report["seen"]) > 0, "it was killed in the middle"
     expected = (tmp_path / "undisturbed" / "table.csv").read_bytes()
     assert (tmp_path / "killed" / "table.csv").read_bytes() == expected
-    assert_to_the_bit(killing_sweeps.swept(small, tmp_path / "killed"), undisturbed)  # in another process still
+    assert_to_the_bit(
+        killing_sweeps.swept(small, tmp_path / "killed"), undisturbed
+    )  # in another process still
 
     stopped = report["interrupted"]
-    assert not stopped["complete"] and 0 < stopped["rows"] < len(undisturbed) and stopped["hooks"] == 0
-    assert stopped["files"] == ["cells.jsonl", "sweep.json"], "no half-written file, no table, no lock"
+    assert (
+        not stopped["complete"] and 0 < stopped["rows"] < len(undisturbed) and stopped["hooks"] == 0
+    )
+    assert stopped["files"] == ["cells.jsonl", "sweep.json"], (
+        "no half-written file, no table, no lock"
+    )
     (words,) = stopped["said"]
-    assert f"interrupted: {stopped['rows']} of {len(undisturbed)} cells are done; call it again to go on" in words
+    assert (
+        f"interrupted: {stopped['rows']} of {len(undisturbed)} cells are done; call it again to go on"
+        in words
+    )
     assert_to_the_bit(killing_sweeps.swept(small, tmp_path / "stopped"), undisturbed)
     assert (tmp_path / "stopped" / "table.csv").read_bytes() == expected
 
@@ -91,7 +104,9 @@ def test_a_last_line_that_was_cut_off_is_computed_again(small, undisturbed, tmp_
 
 
 @pytest.mark.parametrize("kept", [slice(None, 1), slice(1, None)])
-def test_a_forward_of_which_some_values_are_known_runs_for_the_others(small, undisturbed, tmp_path, kept):
+def test_a_forward_of_which_some_values_are_known_runs_for_the_others(
+    small, undisturbed, tmp_path, kept
+):
     killing_sweeps.swept(small, tmp_path)
     (tmp_path / "table.csv").unlink()
     cells = tmp_path / "cells.jsonl"
@@ -159,13 +174,19 @@ def stopping(lm, folder, *, after: int, **settings) -> pd.DataFrame:
         killing_sweeps.time.sleep = real
 
 
-def test_ctrl_c_gives_what_is_done_with_a_warning_and_the_sweep_goes_on_later(small, undisturbed, tmp_path):
+def test_ctrl_c_gives_what_is_done_with_a_warning_and_the_sweep_goes_on_later(
+    small, undisturbed, tmp_path
+):
     before = hooks_on(small.model)
     done = [0]
     for after in (12, 0, 6, 0):
-        with pytest.warns(Interrupted, match="the sweep was interrupted: .* call it again to go on") as caught:
+        with pytest.warns(
+            Interrupted, match="the sweep was interrupted: .* call it again to go on"
+        ) as caught:
             part = stopping(small, tmp_path, after=after)
-        assert caught[0].filename == killing_sweeps.__file__, "the warning is at the user's own line"
+        assert caught[0].filename == killing_sweeps.__file__, (
+            "the warning is at the user's own line"
+        )
         assert part.attrs["complete"] is False and len(part) >= done[-1]
         assert hooks_on(small.model) == before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.jsonl", "sweep.json"]
@@ -185,7 +206,8 @@ def test_ctrl_c_without_a_folder_gives_what_is_done_too(small, undisturbed):
         none = stopping(small, None, after=0)
     assert list(none.columns) == list(undisturbed.columns) and len(none) == 0
     torch.testing.assert_close(
-        small.model(torch.tensor(PROMPTS[:1])).logits, hk.tiny("llama").model(torch.tensor(PROMPTS[:1])).logits
+        small.model(torch.tensor(PROMPTS[:1])).logits,
+        hk.tiny("llama").model(torch.tensor(PROMPTS[:1])).logits,
     )
 
 
@@ -233,10 +255,23 @@ def ran(lm, folder, **changes):
         ({"prompts": [PROMPTS[0], PROMPTS[1], PROMPTS[2][::-1]]}, "prompts"),
         ({"prompts": [*PROMPTS, [3, 4, 5]]}, "prompts"),
         ({"grid": {"layer": range(2)}}, "cells"),
-        ({"grid": {"block": range(3)}, "hooks": lambda block: hk.edit(hk.Site("z", block), halved, pos=-2)}, "cells"),
+        (
+            {
+                "grid": {"block": range(3)},
+                "hooks": lambda block: hk.edit(hk.Site("z", block), halved, pos=-2),
+            },
+            "cells",
+        ),
         ({"hooks": lambda layer: hk.edit(hk.Site("z", layer), halved, pos=-3)}, "cells"),
         ({"hooks": lambda layer: hk.edit(hk.Site("z", layer), thirded, pos=-2)}, "cells"),
-        ({"hooks": lambda layer: hk.edit(hk.Site("z", layer), lambda values: values * 0.5, pos=-2)}, "cells"),
+        (
+            {
+                "hooks": lambda layer: hk.edit(
+                    hk.Site("z", layer), lambda values: values * 0.5, pos=-2
+                )
+            },
+            "cells",
+        ),
         ({"metrics": METRIC}, "metrics"),
         ({"metrics": [hk.logit_diff(5, 8), loud]}, "metrics"),
         ({"metrics": [METRIC, louder]}, "metrics"),
@@ -248,7 +283,10 @@ def ran(lm, folder, **changes):
 def test_the_folder_of_another_sweep_is_refused(small, tmp_path, change, words):
     first = ran(small, tmp_path)
     kept = (tmp_path / "cells.jsonl").read_bytes()
-    with pytest.raises(BadHook, match=f"holds another sweep: it differs in {words}. Give this one a folder of its own"):
+    with pytest.raises(
+        BadHook,
+        match=f"holds another sweep: it differs in {words}. Give this one a folder of its own",
+    ):
         ran(small, tmp_path, **change)
     assert (tmp_path / "cells.jsonl").read_bytes() == kept
     pd.testing.assert_frame_equal(ran(small, tmp_path), first, check_exact=True)
@@ -262,9 +300,21 @@ def test_a_function_with_the_same_source_and_another_number_is_another_sweep(sma
 
 
 def test_a_prompt_that_goes_on_behind_the_metrics_position_is_another_prompt(small, tmp_path):
-    ran(small, tmp_path, prompts=[[5, 6, 7, 8]], pos=1, hooks=lambda layer: hk.ablate(hk.Site("z", layer), pos=-3))
+    ran(
+        small,
+        tmp_path,
+        prompts=[[5, 6, 7, 8]],
+        pos=1,
+        hooks=lambda layer: hk.ablate(hk.Site("z", layer), pos=-3),
+    )
     with pytest.raises(BadHook, match="it differs in prompts"):
-        ran(small, tmp_path, prompts=[[5, 6, 7]], pos=1, hooks=lambda layer: hk.ablate(hk.Site("z", layer), pos=-3))
+        ran(
+            small,
+            tmp_path,
+            prompts=[[5, 6, 7]],
+            pos=1,
+            hooks=lambda layer: hk.ablate(hk.Site("z", layer), pos=-3),
+        )
 
 
 def test_the_numbers_of_a_reference_run_are_part_of_the_sweep(small, tmp_path):
@@ -311,7 +361,9 @@ def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
 
 def test_adapters_that_are_switched_off_make_another_model(tmp_path):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(hk.tiny("llama").model, config).eval()
@@ -346,7 +398,11 @@ def test_two_sweeps_at_once_in_one_folder_are_refused(small, tmp_path):
     ):
         ran(small, tmp_path)
     ran(small, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.jsonl", "sweep.json", "table.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cells.jsonl",
+        "sweep.json",
+        "table.csv",
+    ]
 
 
 def test_a_random_control_is_kept_too(small, tmp_path):

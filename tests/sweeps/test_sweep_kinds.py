@@ -25,7 +25,9 @@ def lm():
 def by_hand(lm, ids, pos, *edits, token=7):
     """A token's logit, by plain transformers with edits (module path, function) of what modules give."""
     handles = [
-        lm.model.get_submodule(path).register_forward_hook(lambda m, a, output, edit=edit: edit(output))
+        lm.model.get_submodule(path).register_forward_hook(
+            lambda m, a, output, edit=edit: edit(output)
+        )
         for path, edit in edits
     ]
     try:
@@ -50,7 +52,9 @@ GRIDS = {
 def test_numbers_of_every_library_are_numbers_in_a_grid(lm, kind):
     layers, positions = GRIDS[kind]
     hooks = lambda layer, pos: hk.ablate(hk.Site("mlp_out", layer), pos=pos)  # noqa: E731
-    table = hk.sweep(lm, [LONG], {"layer": layers, "pos": positions}, hooks, hk.logit(7), progress=False)
+    table = hk.sweep(
+        lm, [LONG], {"layer": layers, "pos": positions}, hooks, hk.logit(7), progress=False
+    )
     assert table["layer"].tolist() == [0, 0, 1, 1] and table["pos"].tolist() == [-2, -1] * 2
     for layer, pos, logit in table[["layer", "pos", "logit"]].itertuples(index=False):
 
@@ -59,7 +63,9 @@ def test_numbers_of_every_library_are_numbers_in_a_grid(lm, kind):
             output[:, pos] = 0
             return output
 
-        assert logit == pytest.approx(by_hand(lm, LONG, -1, (f"model.layers.{layer}.mlp", cut)), abs=1e-5)
+        assert logit == pytest.approx(
+            by_hand(lm, LONG, -1, (f"model.layers.{layer}.mlp", cut)), abs=1e-5
+        )
 
 
 def test_a_grid_of_doses_from_linspace_has_pythons_numbers(lm):
@@ -70,10 +76,13 @@ def test_a_grid_of_doses_from_linspace_has_pythons_numbers(lm):
         given.append(type(scale))
         return hk.steer("resid_post.1", vector, scale=scale)
 
-    table = hk.sweep(lm, [LONG], {"scale": np.linspace(0, 2, 3)}, hooks, hk.logit(7), progress=False)
+    table = hk.sweep(
+        lm, [LONG], {"scale": np.linspace(0, 2, 3)}, hooks, hk.logit(7), progress=False
+    )
     assert given == [float] * 3 and table["scale"].tolist() == [0.0, 1.0, 2.0]
     wanted = [
-        by_hand(lm, LONG, -1, ("model.layers.1", lambda output, scale=scale: output + scale)) for scale in (0, 1, 2)
+        by_hand(lm, LONG, -1, ("model.layers.1", lambda output, scale=scale: output + scale))
+        for scale in (0, 1, 2)
     ]
     assert table["logit"].tolist() == pytest.approx(wanted, abs=1e-5)
 
@@ -88,7 +97,10 @@ def test_texts_vectors_and_slices_are_values_as_they_are(lm):
             return hk.steer("resid_post.1", torch.ones(32), pos=-1)
 
         hk.sweep(lm, [LONG], {"one": values}, hooks, hk.logit(7), progress=False)
-        assert all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in zip(seen, values, strict=True))
+        assert all(
+            mine is theirs or torch.equal(mine, theirs)
+            for mine, theirs in zip(seen, values, strict=True)
+        )
 
 
 WRONG = [
@@ -120,7 +132,9 @@ def test_a_grid_that_is_none_is_refused_in_words(lm, grid, error, words):
         hk.sweep(lm, [LONG], grid, lambda n: hk.ablate("mlp_out.0"), hk.logit(7), progress=False)
 
 
-@pytest.mark.parametrize("hooks", [lambda n: "mlp_out.0", lambda n: ["mlp_out.0"], lambda n: 3, hk.ablate("mlp_out.0")])
+@pytest.mark.parametrize(
+    "hooks", [lambda n: "mlp_out.0", lambda n: ["mlp_out.0"], lambda n: 3, hk.ablate("mlp_out.0")]
+)
 def test_what_is_no_hook_is_refused_in_words(lm, hooks):
     with pytest.raises(HookkitError, match="is no hook|a function|[Gg]ive"):
         hk.sweep(lm, [LONG], {"n": [0]}, hooks, hk.logit(7), progress=False)
@@ -129,7 +143,9 @@ def test_what_is_no_hook_is_refused_in_words(lm, hooks):
 @pytest.mark.parametrize("memory", [0, -1, 1.5, True, "1GB"])
 def test_memory_is_a_number_of_bytes(lm, memory):
     with pytest.raises(HookkitError, match="memory="):
-        hk.sweep(lm, [LONG], {"n": [0]}, lambda n: hk.ablate("mlp_out.0"), hk.logit(7), memory=memory)
+        hk.sweep(
+            lm, [LONG], {"n": [0]}, lambda n: hk.ablate("mlp_out.0"), hk.logit(7), memory=memory
+        )
 
 
 @pytest.mark.parametrize("memory", [1, 20_000, 100_000, None])
@@ -169,17 +185,32 @@ def test_a_machine_without_memory_is_told_in_words():
         except TooLittleMemory as error:
             print("told:", error)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
-    assert "told: a forward of one prompt of up to 20000 tokens does not fit" in done.stdout, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "told: a forward of one prompt of up to 20000 tokens does not fit" in done.stdout, (
+        done.stderr[-2000:]
+    )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gpt_bigcode", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3"]
+)
 def test_modules_that_take_a_view_of_what_they_are_given_work_in_a_sweep(family):
     lm = hk.tiny(family)
     prompts = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
     block = lm.family.block.format(layer=0)
     table = hk.sweep(
-        lm, prompts, {"n": [0]}, lambda n: hk.edit("resid_post.0", torch.tanh), hk.logit(7), pos=-2, progress=False
+        lm,
+        prompts,
+        {"n": [0]},
+        lambda n: hk.edit("resid_post.0", torch.tanh),
+        hk.logit(7),
+        pos=-2,
+        progress=False,
     )
     for row, ids in enumerate(prompts):
         wanted = by_hand(lm, ids, -2, (block, torch.tanh))
@@ -215,7 +246,10 @@ def test_an_embedding_that_is_changed_under_every_cell_reaches_rows_that_join_la
         progress=False,
     )
     for layer, row, logit in table[["layer", "row", "logit"]].itertuples(index=False):
-        edits = [(embed, lambda output: output + vector), (lm.family.block.format(layer=layer), half)]
+        edits = [
+            (embed, lambda output: output + vector),
+            (lm.family.block.format(layer=layer), half),
+        ]
         wanted = by_hand(lm, prompts[row], -1, *edits)
         assert logit == pytest.approx(wanted, abs=2e-4 * max(1, abs(wanted)))
 
@@ -235,7 +269,14 @@ def test_an_edit_of_logits_that_the_metric_does_not_read_is_accepted_as_in_a_for
         for settings in ({}, {"under": hook}):
             cell = hk.ablate("mlp_out.0", pos=7) if settings else hook
             table = hk.sweep(
-                lm, [LONG], {"n": [0]}, lambda n, cell=cell: cell, hk.logit(7), pos=5, progress=False, **settings
+                lm,
+                [LONG],
+                {"n": [0]},
+                lambda n, cell=cell: cell,
+                hk.logit(7),
+                pos=5,
+                progress=False,
+                **settings,
             )
             assert table["logit"][0] == pytest.approx(plain, abs=1e-5), hook
 
@@ -244,7 +285,15 @@ def test_a_function_under_every_cell_carries_no_logits_to_other_positions(lm):
     """It acts before the last attention: a cell's edit of logits that the metric does not read stays where it is."""
     under = hk.edit("mlp_out.1", lambda values: values / 2)
     for cell in (hk.scale("logits", 1.7, pos=2), hk.ablate("lm_head", pos=[0, 3])):
-        table = hk.sweep(lm, [LONG], {"n": [0]}, lambda n, cell=cell: cell, hk.logit(7), under=under, progress=False)
+        table = hk.sweep(
+            lm,
+            [LONG],
+            {"n": [0]},
+            lambda n, cell=cell: cell,
+            hk.logit(7),
+            under=under,
+            progress=False,
+        )
         wanted = by_hand(lm, LONG, -1, ("model.layers.1.mlp", lambda output: output / 2))
         assert table["logit"][0] == pytest.approx(wanted, abs=1e-5)
 
@@ -252,7 +301,14 @@ def test_a_function_under_every_cell_carries_no_logits_to_other_positions(lm):
 def test_a_function_of_the_logits_is_given_all_of_its_positions(lm):
     """It may look from one position at another, as it may in a forward."""
     summed = lambda logits: logits.cumsum(1)  # noqa: E731
-    table = hk.sweep(lm, [LONG, SHORT], {"n": [0]}, lambda n: hk.edit("logits", summed), hk.logit(7), progress=False)
+    table = hk.sweep(
+        lm,
+        [LONG, SHORT],
+        {"n": [0]},
+        lambda n: hk.edit("logits", summed),
+        hk.logit(7),
+        progress=False,
+    )
     for row, ids in enumerate([LONG, SHORT]):
         with torch.no_grad():
             logits = lm.model(torch.tensor([ids])).logits[0]
@@ -294,7 +350,9 @@ def test_blocks_that_share_keys_run_at_every_position_whatever_logits_are_kept(l
     run = hk.forward(lm, [LONG, SHORT], hk.capture("resid_post.3"), logits=logits)
     for row, ids in enumerate([LONG, SHORT]):
         with torch.no_grad():
-            states = lm.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+            states = lm.model(
+                torch.tensor([ids]), output_hidden_states=True, use_cache=False
+            ).hidden_states
         normed = lm.model.model.norm(run["resid_post.3"][row, : len(ids)])
         assert torch.allclose(normed, states[-1][0], atol=1e-5)
 
@@ -303,10 +361,14 @@ def test_an_edit_at_an_early_position_of_a_block_that_shares_keys_is_accepted_in
     lm = gemma_with_shared_keys()
     inner = hk.module("model.layers.2.mlp.down_proj", side="input")
     for hook in (hk.ablate(inner, pos=slice(0, 2)), hk.edit("resid_post.2", lambda x: x.cumsum(1))):
-        table = hk.sweep(lm, [LONG, SHORT], {"n": [0]}, lambda n, hook=hook: hook, hk.logit(7), progress=False)
+        table = hk.sweep(
+            lm, [LONG, SHORT], {"n": [0]}, lambda n, hook=hook: hook, hk.logit(7), progress=False
+        )
         run = hk.forward(lm, [LONG, SHORT], hook)
         for row, ids in enumerate([LONG, SHORT]):
-            assert table["logit"][row] == pytest.approx(float(run.logits[row, len(ids) - 1, 7]), abs=1e-4)
+            assert table["logit"][row] == pytest.approx(
+                float(run.logits[row, len(ids) - 1, 7]), abs=1e-4
+            )
 
 
 def test_a_modules_heads_are_not_taken_for_the_positions_whose_logits_are_kept():
@@ -315,7 +377,9 @@ def test_a_modules_heads_are_not_taken_for_the_positions_whose_logits_are_kept()
     site = hk.module("model.layers.0.self_attn.query_layernorm", side="input")
     prompts = [[218, 107, 53, 247, 212], [128, 235]]
     cells = [hk.edit(site, torch.tanh), hk.edit("lm_head", lambda x: x.cumsum(1))]
-    table = hk.sweep(lm, prompts, {"n": [0, 1]}, lambda n: cells[n], hk.logit(7), pos=1, progress=False)
+    table = hk.sweep(
+        lm, prompts, {"n": [0, 1]}, lambda n: cells[n], hk.logit(7), pos=1, progress=False
+    )
 
     def squashed(module, args):
         return (torch.tanh(args[0]),)
@@ -331,8 +395,14 @@ def test_a_modules_heads_are_not_taken_for_the_positions_whose_logits_are_kept()
 
 def test_a_hook_at_the_heads_module_sees_every_position(lm):
     given, summed = hk.module("lm_head", side="input"), lambda x: x.cumsum(1)
-    cells = [hk.edit(given, summed), hk.scale(hk.module("lm_head"), 0.5, pos=0), hk.scale(given, 0.5, pos=-1)]
-    table = hk.sweep(lm, [LONG, SHORT], {"n": range(3)}, lambda n: cells[n], hk.logit(7), progress=False)
+    cells = [
+        hk.edit(given, summed),
+        hk.scale(hk.module("lm_head"), 0.5, pos=0),
+        hk.scale(given, 0.5, pos=-1),
+    ]
+    table = hk.sweep(
+        lm, [LONG, SHORT], {"n": range(3)}, lambda n: cells[n], hk.logit(7), progress=False
+    )
     for number, cell in enumerate(cells):
         run = hk.forward(lm, [LONG, SHORT], cell)
         wanted = [float(run.logits[row, len(ids) - 1, 7]) for row, ids in enumerate([LONG, SHORT])]

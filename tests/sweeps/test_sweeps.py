@@ -5,7 +5,7 @@ import torch
 
 import hookkit as hk
 from hookkit.models.families.table import FAMILIES
-from hookkit.sweeps.reach import Reach
+from hookkit.sweeps.reach import FirstEffect
 from hookkit.sweeps.shortcuts import shortcuts
 
 METRICS = [hk.logit_diff(5, 7), hk.kl()]
@@ -30,7 +30,9 @@ def by_loop(lm, prompts, hooks, metric, *, under=()):
 def assert_equal_to_the_loop(lm, prompts, table, hooks, axes, *, under=(), limit=1e-4):
     for at, found in table.groupby(axes):
         made = hooks(**dict(zip(axes, at, strict=True)))
-        wanted = by_loop(lm, prompts, made if isinstance(made, list) else [made], METRICS[0], under=under)
+        wanted = by_loop(
+            lm, prompts, made if isinstance(made, list) else [made], METRICS[0], under=under
+        )
         assert found["logit_diff"].tolist() == pytest.approx(wanted, abs=limit), at
 
 
@@ -39,12 +41,16 @@ def test_patching_in_every_family_equals_a_loop_of_whole_forwards(family):
     lm = hk.tiny(family)
     clean, corrupted = texts(lm)
     sites = [
-        name for name in ("resid_pre", "resid_mid", "attn_out", "mlp_out") if len(lm.layout.layers(name) or []) > 1
+        name
+        for name in ("resid_pre", "resid_mid", "attn_out", "mlp_out")
+        if len(lm.layout.layers(name) or []) > 1
     ]
     source = hk.forward(lm, clean, hk.capture([*sites, "resid_post"]))
 
     def hooks(site, layer, pos):
-        return hk.patch(hk.Site(site, layer), source, pos=pos) if lm.layout.find(site, layer) else None
+        return (
+            hk.patch(hk.Site(site, layer), source, pos=pos) if lm.layout.find(site, layer) else None
+        )
 
     grid = {"site": [*sites, "resid_post"], "layer": [0, lm.n_layers - 1], "pos": [-5, -2, -1]}
     table = hk.sweep(lm, corrupted, grid, hooks, METRICS, target=source)
@@ -58,8 +64,14 @@ def test_heads_in_every_family_equal_a_loop_of_whole_forwards(family):
     lm = hk.tiny(family)
     clean, corrupted = texts(lm)
     layers = (lm.layout.layers("pattern") or lm.layout.layers("z"))[-2:]
-    sites = [name for name in ("q", "k", "v", "z", "pattern") if all(lm.layout.find(name, layer) for layer in layers)]
-    source = hk.forward(lm, clean, hk.capture([hk.Site(name, layer) for name in sites for layer in layers]))
+    sites = [
+        name
+        for name in ("q", "k", "v", "z", "pattern")
+        if all(lm.layout.find(name, layer) for layer in layers)
+    ]
+    source = hk.forward(
+        lm, clean, hk.capture([hk.Site(name, layer) for name in sites for layer in layers])
+    )
 
     def hooks(site, layer):
         return [hk.patch(hk.Site(site, layer, 0 if site in ("k", "v") else 1), source)]
@@ -78,13 +90,20 @@ def by_hand(model, ids, module, edit):
         handle.remove()
 
 
-@pytest.mark.parametrize(("family", "block"), [("llama", "model.layers.{}"), ("gpt2", "transformer.h.{}")])
+@pytest.mark.parametrize(
+    ("family", "block"), [("llama", "model.layers.{}"), ("gpt2", "transformer.h.{}")]
+)
 def test_a_patch_of_the_stream_equals_a_hand_written_hook(family, block):
     lm = hk.tiny(family)
     (clean, _), (corrupted, _) = texts(lm)
     kept = {}
     for layer in range(lm.n_layers):
-        by_hand(lm.model, clean, block.format(layer), lambda m, a, o, n=layer: kept.__setitem__(n, o.clone()))
+        by_hand(
+            lm.model,
+            clean,
+            block.format(layer),
+            lambda m, a, o, n=layer: kept.__setitem__(n, o.clone()),
+        )
     table = hk.patching(lm, [clean], [corrupted], "resid_post", hk.logit_diff(5, 7))
     for layer, pos, found in table[["layer", "pos", "logit_diff"]].itertuples(index=False):
 
@@ -134,7 +153,7 @@ def test_a_wrong_cannot_matter_is_caught(lm, monkeypatch):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=18)
-    monkeypatch.setattr(Reach, "last_block", lambda self, site: True)
+    monkeypatch.setattr(FirstEffect, "last_block", lambda self, site: True)
     with pytest.raises(hk.errors.Unsupported, match="a shortcut does not hold"):
         hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=18)
 
@@ -143,7 +162,9 @@ def test_cells_before_the_first_token_that_differs_are_not_run(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     plan = hk.plan(lm, corrupted, grid, hooks, METRICS[0])
-    assert plan.filled == 3 * 3 + 1 * 3  # the short pair differs from its fourth token of six, the long from 5 of 9
+    assert (
+        plan.filled == 3 * 3 + 1 * 3
+    )  # the short pair differs from its fourth token of six, the long from 5 of 9
     table = hk.sweep(lm, corrupted, grid, hooks, METRICS[0])
     same = table[(table["row"] == 1) & (table["pos"] < -3)]
     assert (same["logit_diff_delta"] == 0).all() and len(same) == 9
@@ -151,7 +172,9 @@ def test_cells_before_the_first_token_that_differs_are_not_run(lm):
 
 def test_a_source_with_edits_is_not_taken_for_the_models_own(lm):
     clean, corrupted = texts(lm)
-    source = hk.forward(lm, clean, hk.steer("embed", torch.ones(lm.sizes["d_model"])), hk.capture("resid_pre"))
+    source = hk.forward(
+        lm, clean, hk.steer("embed", torch.ones(lm.sizes["d_model"])), hk.capture("resid_pre")
+    )
     hooks = lambda layer, pos: hk.patch(hk.Site("resid_pre", layer), source, pos=pos)  # noqa: E731
     table = hk.sweep(lm, corrupted, {"layer": [0, 2], "pos": [-6, -1]}, hooks, METRICS)
     assert table.attrs["sources_not_the_models_own"]
@@ -228,10 +251,14 @@ def test_edits_of_embeddings_equal_a_hook_by_hand(site):
 def test_the_metric_may_look_at_another_position(lm):
     clean, corrupted = texts(lm)
     _, _, hooks = patch_grid(lm, clean)
-    table = hk.sweep(lm, corrupted, {"layer": [0, 2], "pos": [-3, -2, -1]}, hooks, METRICS[0], pos=-2)
+    table = hk.sweep(
+        lm, corrupted, {"layer": [0, 2], "pos": [-3, -2, -1]}, hooks, METRICS[0], pos=-2
+    )
     for (layer, pos), found in table.groupby(["layer", "pos"]):
         run = hk.forward(lm, corrupted, hooks(layer, pos))
-        assert found["logit_diff"].tolist() == pytest.approx(METRICS[0](run, pos=-2).tolist(), abs=1e-4)
+        assert found["logit_diff"].tolist() == pytest.approx(
+            METRICS[0](run, pos=-2).tolist(), abs=1e-4
+        )
     assert (table[table["pos"] == -1]["logit_diff_delta"] == 0).all()
 
 
@@ -239,7 +266,9 @@ def test_the_loss_of_a_continuation_equals_a_forward_over_the_whole_text(lm):
     clean, corrupted = texts(lm)
     behind = [(8, 9, 10), (11, 12)]
     _, _, hooks = patch_grid(lm, clean)
-    table = hk.sweep(lm, corrupted, {"layer": [0, 1], "pos": [-2, -1]}, hooks, [hk.loss(behind), METRICS[0]])
+    table = hk.sweep(
+        lm, corrupted, {"layer": [0, 1], "pos": [-2, -1]}, hooks, [hk.loss(behind), METRICS[0]]
+    )
     for row, more in enumerate(behind):
         for (layer, pos), found in table[table["row"] == row].groupby(["layer", "pos"]):
             place = len(corrupted[row]) + pos
@@ -270,13 +299,17 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
 
     monkeypatch.setattr(working, "run_units", scarce)
     found = hk.sweep(lm, corrupted, grid, hooks, METRICS)
-    assert refused and found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-5)
+    assert refused and found["logit_diff"].tolist() == pytest.approx(
+        wanted["logit_diff"].tolist(), abs=1e-5
+    )
 
 
 def test_a_small_budget_means_more_forwards_and_the_same_numbers(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
-    small, large = (hk.plan(lm, corrupted, grid, hooks, METRICS, memory=memory) for memory in (60_000, 10**9))
+    small, large = (
+        hk.plan(lm, corrupted, grid, hooks, METRICS, memory=memory) for memory in (60_000, 10**9)
+    )
     assert small.forwards > large.forwards and small.memory < large.memory
     found = hk.sweep(lm, corrupted, grid, hooks, METRICS, memory=60_000)
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
@@ -290,28 +323,48 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
     key = next(name for name, value in bare.learnt.items() if value is known)
     _, grid, hooks = patch_grid(lm, clean)
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
-    for name, words in (*((each, "no: because") for each in ("last", "prefix", "grow")), ("batch", "because")):
+    for name, words in (
+        *((each, "no: because") for each in ("last", "prefix", "grow")),
+        ("batch", "because"),
+    ):
         from dataclasses import replace
 
-        bare.learnt[key] = replace(bare.learnt[key], **{name: False}, why={**bare.learnt[key].why, name: "because"})
+        bare.learnt[key] = replace(
+            bare.learnt[key], **{name: False}, why={**bare.learnt[key].why, name: "because"}
+        )
         assert words in repr(hk.plan(bare, corrupted, grid, hooks, METRICS))
         found = hk.sweep(bare, corrupted, grid, hooks, METRICS)
-        assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-5)
+        assert found["logit_diff"].tolist() == pytest.approx(
+            wanted["logit_diff"].tolist(), abs=1e-5
+        )
     assert known.batch and known.grow and known.prefix and known.last
 
 
 def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
     ids = texts(lm)[0][0]
-    hooks = {name: hk.hook(name) for name in ("ablate:z.1.0", "ablate:z.2.0", "scale:mlp_in.2*3", "ablate:mlp_post.2")}
-    hooks["mixed"] = hk.edit("resid_mid.2", lambda values: values.flip(1))  # the end gets what was at the beginning
+    hooks = {
+        name: hk.hook(name)
+        for name in ("ablate:z.1.0", "ablate:z.2.0", "scale:mlp_in.2*3", "ablate:mlp_post.2")
+    }
+    hooks["mixed"] = hk.edit(
+        "resid_mid.2", lambda values: values.flip(1)
+    )  # the end gets what was at the beginning
     assert shortcuts(lm).last
     mlp, widths = lm.model.model.layers[-1].mlp, []
     forward = mlp.act_fn.forward
     mlp.act_fn.forward = lambda x: (widths.append(x.shape[1]), forward(x))[1]
     try:
-        for with_it, width in (("ablate:z.2.0", 1), ("scale:mlp_in.2*3", 1), ("ablate:mlp_post.2", 9), ("mixed", 9)):
+        for with_it, width in (
+            ("ablate:z.2.0", 1),
+            ("scale:mlp_in.2*3", 1),
+            ("ablate:mlp_post.2", 9),
+            ("mixed", 9),
+        ):
             widths.clear()
-            names = ["ablate:z.1.0", with_it]  # the first of them needs all nine positions in the blocks before
+            names = [
+                "ablate:z.1.0",
+                with_it,
+            ]  # the first of them needs all nine positions in the blocks before
             table = hk.sweep(lm, [ids], {"hook": names}, lambda hook: hooks[hook], METRICS[0])
             assert widths == [9, width], with_it
             wanted = [by_loop(lm, [ids], [hooks[name]], METRICS[0])[0] for name in names]
@@ -323,9 +376,13 @@ def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
 def test_hooks_of_the_users_own_see_whole_batches_of_one_cell(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
-    hk.plan(lm, corrupted, grid, hooks, METRICS)  # whether the model reads ahead is found out once, by three rows
+    hk.plan(
+        lm, corrupted, grid, hooks, METRICS
+    )  # whether the model reads ahead is found out once, by three rows
     seen = []
-    handle = lm.model.model.layers[1].register_forward_hook(lambda m, a, output: seen.append(output.shape[0]))
+    handle = lm.model.model.layers[1].register_forward_hook(
+        lambda m, a, output: seen.append(output.shape[0])
+    )
     try:
         table = hk.sweep(lm, corrupted, grid, hooks, METRICS)
         plan = hk.plan(lm, corrupted, grid, hooks, METRICS)
@@ -346,14 +403,24 @@ def test_no_hook_is_left_after_any_ending(lm):
         raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
-        hk.sweep(lm, corrupted, {"layer": [1]}, lambda layer: hk.edit(hk.Site("z", layer), fails), METRICS)
+        hk.sweep(
+            lm,
+            corrupted,
+            {"layer": [1]},
+            lambda layer: hk.edit(hk.Site("z", layer), fails),
+            METRICS,
+        )
     assert any("in a sweep" in note for note in caught.value.__notes__)
     assert carried(lm.model) == before
 
 
 def carried(model):
     return [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(k for k in m.__dict__ if k in ("forward", "config")))
+        (
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            sorted(k for k in m.__dict__ if k in ("forward", "config")),
+        )
         for m in model.modules()
     ]
 
@@ -368,7 +435,11 @@ def carried(model):
         ({"pos": 30}, hk.errors.OutOfRange, "the metric looks at position 30"),
         ({"metrics": []}, hk.errors.BadHook, "no metric"),
         ({"metrics": hk.logit_diff([5], [7])}, hk.errors.BadPrompt, "one entry for each"),
-        ({"hooks": lambda layer: hk.capture(hk.Site("z", layer))}, hk.errors.BadHook, "keeps metrics only"),
+        (
+            {"hooks": lambda layer: hk.capture(hk.Site("z", layer))},
+            hk.errors.BadHook,
+            "keeps metrics only",
+        ),
         ({"hooks": lambda layer: None}, hk.errors.EmptySelection, "None for every point"),
         ({"hooks": lambda layer: hk.ablate("z.0", pos=40)}, hk.errors.OutOfRange, "position 40"),
         ({"control": "magic"}, hk.errors.BadArgument, "control='magic'"),
@@ -379,9 +450,15 @@ def carried(model):
 )
 def test_a_mistake_says_what_to_do(lm, change, error, words):
     _, corrupted = texts(lm)
-    given = {"grid": {"layer": [0]}, "hooks": lambda layer: hk.ablate(hk.Site("z", layer)), "metrics": METRICS} | change
+    given = {
+        "grid": {"layer": [0]},
+        "hooks": lambda layer: hk.ablate(hk.Site("z", layer)),
+        "metrics": METRICS,
+    } | change
     with pytest.raises(error, match=words):
-        hk.sweep(lm, corrupted, given.pop("grid"), given.pop("hooks"), given.pop("metrics"), **given)
+        hk.sweep(
+            lm, corrupted, given.pop("grid"), given.pop("hooks"), given.pop("metrics"), **given
+        )
 
 
 def test_a_sweep_inside_a_block_is_refused(lm):
@@ -389,10 +466,18 @@ def test_a_sweep_inside_a_block_is_refused(lm):
     with hk.attach(lm, hk.scale("z.0", 0.5)):
         hk.forward(lm, corrupted)
         with pytest.raises(hk.errors.Unsupported, match="under="):
-            hk.sweep(lm, corrupted, {"layer": [0]}, lambda layer: hk.ablate(hk.Site("z", layer)), METRICS)
+            hk.sweep(
+                lm, corrupted, {"layer": [0]}, lambda layer: hk.ablate(hk.Site("z", layer)), METRICS
+            )
 
 
 def test_a_model_that_reads_ahead_is_refused():
     lm = hk.tiny("gemma3_text", config={"use_bidirectional_attention": True})
     with pytest.raises(hk.errors.Unsupported, match="reads ahead"):
-        hk.sweep(lm, [[5, 6, 7]], {"layer": [0]}, lambda layer: hk.ablate(hk.Site("attn_out", layer)), METRICS)
+        hk.sweep(
+            lm,
+            [[5, 6, 7]],
+            {"layer": [0]},
+            lambda layer: hk.ablate(hk.Site("attn_out", layer)),
+            METRICS,
+        )

@@ -30,7 +30,14 @@ def test_both_texts_are_those_of_two_generates(lm):
 def test_an_edit_that_changes_nothing_draws_the_same_in_both(lm):
     for seed in range(5):
         both = hk.compare(
-            lm, PROMPTS, NOTHING, max_new_tokens=12, do_sample=True, top_p=0.95, temperature=1.5, seed=seed
+            lm,
+            PROMPTS,
+            NOTHING,
+            max_new_tokens=12,
+            do_sample=True,
+            top_p=0.95,
+            temperature=1.5,
+            seed=seed,
         )
         assert both.texts["parts_at"].isna().all()
 
@@ -42,7 +49,14 @@ def test_the_shared_draws_are_distributed_as_softmax_says(llama):
     drawn = torch.cat(
         [
             hk.compare(
-                llama, prompts, NOTHING, max_new_tokens=1, do_sample=True, top_k=0, temperature=temperature, seed=seed
+                llama,
+                prompts,
+                NOTHING,
+                max_new_tokens=1,
+                do_sample=True,
+                top_k=0,
+                temperature=temperature,
+                seed=seed,
             ).run.tokens[:200, -1]
             for seed in range(count)
         ]
@@ -61,9 +75,11 @@ def test_steps_are_compared_where_both_read_the_same_text(lm, along):
         text = [*ids, *both.tokens(row, along)]
         with torch.no_grad():
             plain = lm.model(torch.tensor([text])).logits[0]
-            handle = (lm.model.model.layers if hasattr(lm.model, "model") else lm.model.transformer.h)[
-                1
-            ].register_forward_hook(lambda _m, _a, out: (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1)
+            handle = (
+                lm.model.model.layers if hasattr(lm.model, "model") else lm.model.transformer.h
+            )[1].register_forward_hook(
+                lambda _m, _a, out: (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1
+            )
             steered = lm.model(torch.tensor([text])).logits[0]
             handle.remove()
         for step in range(5):
@@ -85,7 +101,14 @@ def test_hooks_of_single_rows_stay_with_their_rows(lm):
 
 def test_a_fork_says_the_same_until_its_step_and_then_goes_its_own_way(lm):
     run = hk.generate(
-        lm, PROMPTS[:2], hk.ban(4), max_new_tokens=6, do_sample=True, seed=3, trace=hk.trace(), eos_token_id=None
+        lm,
+        PROMPTS[:2],
+        hk.ban(4),
+        max_new_tokens=6,
+        do_sample=True,
+        seed=3,
+        trace=hk.trace(),
+        eos_token_id=None,
     )
     other = hk.fork(run, step=3, token=9, row=1)
     start = run.prompt_lengths[1]
@@ -111,11 +134,27 @@ def test_what_cannot_be_compared_or_forked_is_refused(lm):
     run = hk.generate(lm, PROMPTS[0], max_new_tokens=3, do_sample=False, eos_token_id=None)
     for make, error, words in (
         (lambda: hk.compare(lm, "Tea", max_new_tokens=2), BadHook, "was given no hook"),
-        (lambda: hk.compare(lm, "Tea", NOTHING, along="both", max_new_tokens=2), BadHook, "along='both' is unknown"),
-        (lambda: hk.compare(lm, "Tea", NOTHING, num_beams=2), Unsupported, "one text for each prompt is needed"),
-        (lambda: hk.fork(run, step=3, token=4), OutOfRange, "step=3 was asked for, and row 0 has steps 0 to 2"),
+        (
+            lambda: hk.compare(lm, "Tea", NOTHING, along="both", max_new_tokens=2),
+            BadHook,
+            "along='both' is unknown",
+        ),
+        (
+            lambda: hk.compare(lm, "Tea", NOTHING, num_beams=2),
+            Unsupported,
+            "one text for each prompt is needed",
+        ),
+        (
+            lambda: hk.fork(run, step=3, token=4),
+            OutOfRange,
+            "step=3 was asked for, and row 0 has steps 0 to 2",
+        ),
         (lambda: hk.fork(run, step=0, token=4, row=1), OutOfRange, "row 1 was asked for"),
-        (lambda: hk.fork(hk.forward(lm, "Tea"), step=0, token=4), Unsupported, "only what was generated"),
+        (
+            lambda: hk.fork(hk.forward(lm, "Tea"), step=0, token=4),
+            Unsupported,
+            "only what was generated",
+        ),
     ):
         with pytest.raises(error, match=words):
             make()
@@ -139,7 +178,9 @@ def test_what_is_asked_for_prompts_or_rows_sees_those_of_the_user(llama):
             self.step += 1
             shapes.add(len(scores))
             scores = scores.clone()
-            scores[torch.arange(len(scores)), 10 * torch.arange(1, len(scores) + 1) + self.step] += 50.0
+            scores[
+                torch.arange(len(scores)), 10 * torch.arange(1, len(scores) + 1) + self.step
+            ] += 50.0
             return scores
 
     class Second(StoppingCriteria):
@@ -162,7 +203,12 @@ def test_what_is_asked_for_prompts_or_rows_sees_those_of_the_user(llama):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("past_key_values", DynamicCache()), ("streamer", object()), ("position_ids", torch.ones(2, 3))]
+    ("name", "value"),
+    [
+        ("past_key_values", DynamicCache()),
+        ("streamer", object()),
+        ("position_ids", torch.ones(2, 3)),
+    ],
 )
 def test_what_has_a_row_for_each_prompt_is_refused(llama, name, value):
     with pytest.raises(HookkitError, match=name):

@@ -15,7 +15,20 @@ from hookkit.errors import NotCaptured, OutOfRange
 FRANCE = "The capital of France is"
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 STAGES = ["model", "edited", "processed"]
-CANDIDATES = ["row", "step", "pos", "stage", "token", "token_id", "logit", "logprob", "prob", "rank", "drawn", "why"]
+CANDIDATES = [
+    "row",
+    "step",
+    "pos",
+    "stage",
+    "token",
+    "token_id",
+    "logit",
+    "logprob",
+    "prob",
+    "rank",
+    "drawn",
+    "why",
+]
 
 
 @functools.cache
@@ -60,10 +73,21 @@ def whole(llama):
     """A run of which every token is on record at every stage, and by hand the logits of each of its stages."""
     hooks = [hk.ban(7), hk.boost(9, 11, by=2.0)]
     rules = {"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 0.9}
-    run = hk.generate(llama, PROMPTS[:2], *hooks, trace=hk.trace(top=320, watch=[5, 6]), seed=3, **{**GREEDY, **rules})
+    run = hk.generate(
+        llama,
+        PROMPTS[:2],
+        *hooks,
+        trace=hk.trace(top=320, watch=[5, 6]),
+        seed=3,
+        **{**GREEDY, **rules},
+    )
     expected = {}
-    for row, (tokens, start, end) in enumerate(zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)):
-        for step, logits in enumerate(by_hand.logits(llama.model, tokens[: end - 1])[0, start - 1 :]):
+    for row, (tokens, start, end) in enumerate(
+        zip(run.tokens.tolist(), run.prompt_lengths, run.lengths, strict=True)
+    ):
+        for step, logits in enumerate(
+            by_hand.logits(llama.model, tokens[: end - 1])[0, start - 1 :]
+        ):
             edited = logits.clone()
             edited[7], edited[[9, 11]] = -torch.inf, edited[[9, 11]] + 2.0
             sharp = (edited / 0.5).sort(descending=True)
@@ -90,7 +114,9 @@ def test_decoding_has_every_number_of_every_candidate(whole, llama):
         assert list(part["token"]) == [repr(llama.tokenizer.decode([i])) for i in range(320)]
         assert torch.allclose(torch.tensor(part["logit"].to_numpy()).float(), logits, atol=1e-4)
         assert torch.allclose(torch.tensor(part["prob"].to_numpy()).float(), probs, atol=1e-5)
-        assert torch.allclose(torch.tensor(part["logprob"].to_numpy()).float(), probs.log(), atol=1e-4)
+        assert torch.allclose(
+            torch.tensor(part["logprob"].to_numpy()).float(), probs.log(), atol=1e-4
+        )
         # neighbours may lie closer than the cache and a whole forward agree, so the sort is of the numbers on record
         assert list(part["rank"]) == ranked(torch.tensor(part["logit"].to_numpy())).tolist()
         assert part["prob"].sum() == pytest.approx(1, abs=1e-5)
@@ -116,7 +142,9 @@ def test_decisions_have_the_closed_forms(whole, llama):
                 float((probs * (surprise - entropy) ** 2).sum()), abs=1e-3
             )
             assert line[f"margin_{name}"] == pytest.approx(first - second, abs=1e-4)
-        model, processed = (expected[line["row"], line["step"], name] for name in ("model", "processed"))
+        model, processed = (
+            expected[line["row"], line["step"], name] for name in ("model", "processed")
+        )
         assert line["candidates"] == int(processed.isfinite().sum())
         assert line["top1_model"] == repr(llama.tokenizer.decode([int(model.argmax())]))
         assert line["token"] == repr(llama.tokenizer.decode([line["token_id"]]))
@@ -164,13 +192,17 @@ def test_fewer_of_the_top_and_some_of_the_rows_can_be_shown(llama):
 @pytest.mark.parametrize("top", [0, -1, 5])
 def test_more_or_less_of_the_top_than_is_on_record_is_refused(llama, top):
     run = hk.generate(llama, PROMPTS[0], trace=hk.trace(top=4), **GREEDY)
-    with pytest.raises(OutOfRange, match=f"top={top!r}: 4 tokens of each stage are on record, so give 1 to 4"):
+    with pytest.raises(
+        OutOfRange, match=f"top={top!r}: 4 tokens of each stage are on record, so give 1 to 4"
+    ):
         hk.decoding(run, top=top)
 
 
 @pytest.mark.parametrize("table", [hk.decoding, hk.decisions])
 def test_a_run_without_a_trace_has_no_steps_to_show(llama, table):
-    words = r"this run kept no record of its steps: make it with hk.generate\(..., trace=hk.trace\(\)\)"
+    words = (
+        r"this run kept no record of its steps: make it with hk.generate\(..., trace=hk.trace\(\)\)"
+    )
     for run in (hk.generate(llama, PROMPTS[0], **GREEDY), hk.forward(llama, PROMPTS[0])):
         with pytest.raises(NotCaptured, match=words):
             table(run)
@@ -192,7 +224,10 @@ def test_the_model_itself_would_have_said_the_token_that_greedy_decoding_takes_o
     table = hk.decisions(run)
     assert list(table["token_id"]) == [low] * 3
     assert list(table["top1_model"]) == list(table["token"])
-    assert list(table["why"]) == ["greedy: first of 320, with the lowest id of those that share the largest logit"] * 3
+    assert (
+        list(table["why"])
+        == ["greedy: first of 320, with the lowest id of those that share the largest logit"] * 3
+    )
 
 
 # ---- why
@@ -348,7 +383,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("hooks", "arguments", "step", "token", "sentence"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("hooks", "arguments", "step", "token", "sentence"), CASES.values(), ids=CASES
+)
 def test_why_says_what_made_the_token_the_one(smol, hooks, arguments, step, token, sentence):
     arguments = {"max_new_tokens": step + 1, "do_sample": False, "seed": 0, **arguments}
     prompt = arguments.pop("prompt", FRANCE)
@@ -359,7 +396,8 @@ def test_why_says_what_made_the_token_the_one(smol, hooks, arguments, step, toke
         assert smol.tokenizer.decode([line["token_id"]]) == token
     rank = ranked(plain)
     places = {
-        word: int(rank[smol.tokenizer.encode(word)[0]]) for word in (" Paris", " the", " coffee", " tea", " London")
+        word: int(rank[smol.tokenizer.encode(word)[0]])
+        for word in (" Paris", " the", " coffee", " tea", " London")
     }
     places |= {word: int(rank[smol.tokenizer.encode(word)[0]]) for word in (" a", " cup", " of")}
     assert line["why"] == sentence.format(m={**places, "drawn": int(rank[line["token_id"]])})
@@ -373,7 +411,10 @@ RULES = [
     ({"top_k": 0, "top_p": 0.9}, "top_p = 0.9"),
     ({"top_k": 0, "min_p": 0.01}, "min_p = 0.01"),
     ({"top_k": 0, "typical_p": 0.9}, "typical_p = 0.9"),
-    ({"temperature": 1.5, "top_k": 20, "top_p": 0.95}, "temperature = 1.5, top_k = 20, top_p = 0.95"),
+    (
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.95},
+        "temperature = 1.5, top_k = 20, top_p = 0.95",
+    ),
 ]
 
 
@@ -384,14 +425,22 @@ def test_why_says_how_likely_a_drawn_token_was_under_the_rules(llama, rules, wor
     prompt = PROMPTS[0]
     torch.manual_seed(seed)
     told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    expected = llama.model.generate(**llama.tokenizer(prompt, return_tensors="pt"), **settings, **told)
-    token, scores, logits = int(expected.sequences[0, -1]), expected.scores[0][0], expected.logits[0][0]
+    expected = llama.model.generate(
+        **llama.tokenizer(prompt, return_tensors="pt"), **settings, **told
+    )
+    token, scores, logits = (
+        int(expected.sequences[0, -1]),
+        expected.scores[0][0],
+        expected.logits[0][0],
+    )
     run = hk.generate(llama, prompt, seed=seed, trace=hk.trace(top=2), **settings)
     (line,) = hk.decisions(run).to_dict("records")
     assert line["token_id"] == token
     prob, count = float(scores.softmax(0)[token]), int(scores.isfinite().sum())
     was, now = int(ranked(logits)[token]), int(ranked(scores)[token])
-    sentence = f"drawn with p = {prob:.2g} among {count} candidates" + (f" ({words})" if words else "")
+    sentence = f"drawn with p = {prob:.2g} among {count} candidates" + (
+        f" ({words})" if words else ""
+    )
     sentence += f"; rank {was} for the model" if was > 1 else ""
     sentence += f"; the logits processors moved it from rank {was} to {now}" if was != now else ""
     assert count > 1, "the case shows nothing"
@@ -399,7 +448,11 @@ def test_why_says_how_likely_a_drawn_token_was_under_the_rules(llama, rules, wor
 
 
 def test_each_row_has_its_own_reason(smol):
-    hooks = [hk.force(" coffee", rows=0), hk.ban(" Paris", rows=1), hk.boost(" London", by=9.0, rows=2)]
+    hooks = [
+        hk.force(" coffee", rows=0),
+        hk.ban(" Paris", rows=1),
+        hk.boost(" London", by=9.0, rows=2),
+    ]
     prompts = [FRANCE, FRANCE, "So the capital of France is", FRANCE]
     run = hk.generate(smol, prompts, *hooks, trace=hk.trace(), max_new_tokens=1, do_sample=False)
     ranks = [ranked(said_by(smol.model, tuple(smol.tokenizer.encode(text)))) for text in prompts]

@@ -10,7 +10,9 @@ from hookkit.tables.distributions import Distribution, distributions, divergence
 
 
 def said(lm: hk.LM, probs: list[float]) -> Distribution:
-    return Distribution(lm, {"row": 0, "pos": 0}, torch.tensor(probs, dtype=torch.float64).log().float())
+    return Distribution(
+        lm, {"row": 0, "pos": 0}, torch.tensor(probs, dtype=torch.float64).log().float()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,9 @@ def test_entropy_and_varentropy_are_their_definitions(four):
     one = said(four, probs)
     entropy = -sum(p * math.log(p) for p in probs)
     assert one.entropy == pytest.approx(entropy, rel=1e-6)
-    assert one.varentropy == pytest.approx(sum(p * (-math.log(p) - entropy) ** 2 for p in probs), rel=1e-6)
+    assert one.varentropy == pytest.approx(
+        sum(p * (-math.log(p) - entropy) ** 2 for p in probs), rel=1e-6
+    )
     assert one.margin == pytest.approx(math.log(0.5 / 0.3), rel=1e-6)
 
 
@@ -48,16 +52,24 @@ def test_a_banned_token_has_no_part_in_any_sum(four):
 def test_divergences_are_their_definitions_and_infinite_where_a_token_was_banned(four):
     p, q = [0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]
     found = divergences(said(four, p), said(four, q))
-    assert found["kl"] == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), rel=1e-5)
-    assert found["kl_reverse"] == pytest.approx(sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)), rel=1e-5)
-    assert found["tv"] == pytest.approx(sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2, rel=1e-5)
+    assert found["kl"] == pytest.approx(
+        sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), rel=1e-5
+    )
+    assert found["kl_reverse"] == pytest.approx(
+        sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)), rel=1e-5
+    )
+    assert found["tv"] == pytest.approx(
+        sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2, rel=1e-5
+    )
     banned = divergences(said(four, p), said(four, [0.6, 0.4, 0.0, 0.0]))
     assert banned["kl"] == math.inf and math.isfinite(banned["kl_reverse"])
     apart = divergences(said(four, [1.0, 0, 0, 0]), said(four, [0, 1.0, 0, 0]))
     assert apart["js"] == pytest.approx(math.log(2)) and apart["tv"] == pytest.approx(1)
 
 
-def test_rows_of_the_vocabulary_that_are_no_token_take_part_in_the_softmax_and_not_in_the_ranks(llama):
+def test_rows_of_the_vocabulary_that_are_no_token_take_part_in_the_softmax_and_not_in_the_ranks(
+    llama,
+):
     run = hk.forward(llama, "Tea")
     one = next(distributions(run))
     assert torch.equal(one.logprobs, run.logits[0, 0].log_softmax(-1))
@@ -72,6 +84,10 @@ def test_a_model_in_half_precision_has_probabilities_in_whole_precision():
     assert logits.dtype == torch.bfloat16
     table = hk.ranks(run, top=5)
     logprobs = logits.float().log_softmax(-1)
-    assert table["logprob"].tolist() == pytest.approx(logprobs[table["token_id"].tolist()].tolist(), abs=1e-6)
-    assert table["prob"].tolist() == pytest.approx(logprobs.exp()[table["token_id"].tolist()].tolist(), rel=1e-5)
+    assert table["logprob"].tolist() == pytest.approx(
+        logprobs[table["token_id"].tolist()].tolist(), abs=1e-6
+    )
+    assert table["prob"].tolist() == pytest.approx(
+        logprobs.exp()[table["token_id"].tolist()].tolist(), rel=1e-5
+    )
     assert table["logit"].tolist() == logits.float()[table["token_id"].tolist()].tolist()

@@ -15,7 +15,9 @@ COUNTS = (3, 5, 8, 20, 50)
 def coverage(values: np.ndarray, true: float, **settings) -> float:
     """In how many of the rows' intervals the true mean is, by way of `over_prompts`."""
     cells, count = values.shape
-    table = pd.DataFrame({"cell": np.repeat(np.arange(cells), count), "row": np.tile(np.arange(count), cells)})
+    table = pd.DataFrame(
+        {"cell": np.repeat(np.arange(cells), count), "row": np.tile(np.arange(count), cells)}
+    )
     means = hk.over_prompts(table.assign(m=values.ravel()), by=["cell"], values=["m"], **settings)
     assert (means["n"] == count).all() and len(means) == cells
     return float(((means["m_low"] <= true) & (true <= means["m_high"])).mean())
@@ -24,11 +26,17 @@ def coverage(values: np.ndarray, true: float, **settings) -> float:
 @pytest.mark.parametrize("count", COUNTS)
 def test_an_interval_of_95_percent_has_the_true_mean_of_normal_numbers_in_93_to_97_percent(count):
     draws = np.random.default_rng(count)
-    assert 0.93 <= coverage(draws.normal(size=(4000 if count < 50 else 2000, count)), 0.0, resamples=1000) <= 0.97
+    assert (
+        0.93
+        <= coverage(draws.normal(size=(4000 if count < 50 else 2000, count)), 0.0, resamples=1000)
+        <= 0.97
+    )
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_an_interval_of_95_percent_has_the_true_mean_of_lognormal_numbers_in_88_percent_or_more(count):
+def test_an_interval_of_95_percent_has_the_true_mean_of_lognormal_numbers_in_88_percent_or_more(
+    count,
+):
     draws = np.random.default_rng(100 + count)
     values = np.exp(draws.normal(size=(6000 if count < 20 else 2000, count)))
     sign = -1 if count == 5 else 1  # a long lower tail is as good
@@ -39,7 +47,9 @@ def test_an_interval_of_95_percent_has_the_true_mean_of_lognormal_numbers_in_88_
 def test_other_confidences_have_their_coverage(confidence):
     draws = np.random.default_rng(0)
     for count in (6, 40):
-        share = coverage(draws.normal(size=(1500, count)), 0.0, confidence=confidence, resamples=1000)
+        share = coverage(
+            draws.normal(size=(1500, count)), 0.0, confidence=confidence, resamples=1000
+        )
         assert share == pytest.approx(confidence, abs=0.03)
 
 
@@ -58,7 +68,9 @@ def test_the_tails_of_a_t_interval_share_5_percent():
     below, above = ((found.mean - found.low) / found.error, (found.high - found.mean) / found.error)
     assert scipy.stats.t.sf(below, 6) + scipy.stats.t.sf(above, 6) == pytest.approx(0.05)
     long = scipy.stats.skew(values, axis=1) > 0
-    assert ((above > below) == long).all() and above.max() == pytest.approx(scipy.stats.t.isf(0.05 * 0.02, 6))
+    assert ((above > below) == long).all() and above.max() == pytest.approx(
+        scipy.stats.t.isf(0.05 * 0.02, 6)
+    )
 
 
 def test_from_30_values_on_it_is_the_bca_bootstrap_of_scipy_expanded():
@@ -67,9 +79,16 @@ def test_from_30_values_on_it_is_the_bca_bootstrap_of_scipy_expanded():
     reach = np.sqrt(30 / 29) * scipy.stats.t.ppf(0.975, 29)  # in place of the normal's 1.96
     wider = 2 * scipy.stats.norm.cdf(reach) - 1
     true = scipy.stats.bootstrap(
-        (values[0],), np.mean, confidence_level=wider, n_resamples=40_000, method="BCa", rng=np.random.default_rng(1)
+        (values[0],),
+        np.mean,
+        confidence_level=wider,
+        n_resamples=40_000,
+        method="BCa",
+        rng=np.random.default_rng(1),
     ).confidence_interval
-    assert (found.low[0], found.high[0]) == pytest.approx((true.low, true.high), rel=0.02) and found.method == "BCa"
+    assert (found.low[0], found.high[0]) == pytest.approx(
+        (true.low, true.high), rel=0.02
+    ) and found.method == "BCa"
     assert intervals.means(values[:, :29], 0.95, 100, 0).method == "t"
 
 
@@ -89,13 +108,17 @@ def test_fieller_s_interval_has_the_ratios_that_a_t_test_allows():
     found = intervals.ratios(over[None], under[None], 0.95, 100, 0)
     for end in (found.low[0], found.high[0]):
         assert scipy.stats.ttest_1samp(over - end * under, 0).pvalue == pytest.approx(0.05)
-    assert found.method == "Fieller" and found.low[0] < found.mean[0] == pytest.approx(over.sum() / under.sum())
+    assert found.method == "Fieller" and found.low[0] < found.mean[0] == pytest.approx(
+        over.sum() / under.sum()
+    )
 
 
 def test_a_ratio_over_something_that_may_be_0_has_no_interval():
     draws = np.random.default_rng(5)
     for count in (6, 40):
-        found = intervals.ratios(draws.normal(size=(1, count)), draws.normal(size=(1, count)), 0.95, 100, 0)
+        found = intervals.ratios(
+            draws.normal(size=(1, count)), draws.normal(size=(1, count)), 0.95, 100, 0
+        )
         assert np.isfinite(found.mean[0]) and np.isnan([found.low[0], found.high[0]]).all()
 
 
@@ -105,14 +128,18 @@ def test_a_share_has_wilson_s_interval(hits, count):
     table = pd.DataFrame({"cell": 0, "row": range(count), "right": right})
     found = hk.over_prompts(table, by=["cell"], values=["right"]).iloc[0]
     true = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-    assert (found["right_low"], found["right_high"]) == pytest.approx((true.low, true.high), abs=1e-12)
+    assert (found["right_low"], found["right_high"]) == pytest.approx(
+        (true.low, true.high), abs=1e-12
+    )
     assert found["right"] == hits / count and found["interval"] == "Wilson"
 
 
 def test_prompts_and_samples_are_both_a_sample():
     draws, hits = np.random.default_rng(6), 0
     for _ in range(800):
-        values = draws.normal(size=(10, 1)) + 2 * draws.normal(size=(1, 6)) + draws.normal(size=(10, 6))
+        values = (
+            draws.normal(size=(10, 1)) + 2 * draws.normal(size=(1, 6)) + draws.normal(size=(10, 6))
+        )
         both = intervals.two_way(values, 0.95)
         hits += both is not None and abs(values.mean()) <= both[1]
     assert 0.92 <= hits / 800 <= 0.98
@@ -127,7 +154,9 @@ def pairs(count: int = 6) -> pd.DataFrame:
     before, way = draws.normal(size=count), 4 + draws.normal(size=count)
     way[-1] = 1e-6
     delta = 0.5 * way + 0.1 * draws.normal(size=count)
-    table = pd.DataFrame({"layer": 0, "row": range(count), "m": before + delta, "m_before": before, "m_delta": delta})
+    table = pd.DataFrame(
+        {"layer": 0, "row": range(count), "m": before + delta, "m_before": before, "m_delta": delta}
+    )
     return table.assign(m_target=before + way, m_effect=delta / way)
 
 
@@ -135,10 +164,18 @@ def test_a_pair_that_hardly_differs_does_not_decide_the_effect():
     table = pairs()
     found = hk.over_prompts(table).iloc[0]
     way = table["m_target"] - table["m_before"]
-    assert found["m_effect"] == pytest.approx(table["m_delta"].sum() / way.sum()) and abs(found["m_effect"] - 0.5) < 0.1
-    assert found["m_effect_low"] < found["m_effect"] < found["m_effect_high"] and found["m_effect_n"] == 6
+    assert (
+        found["m_effect"] == pytest.approx(table["m_delta"].sum() / way.sum())
+        and abs(found["m_effect"] - 0.5) < 0.1
+    )
+    assert (
+        found["m_effect_low"] < found["m_effect"] < found["m_effect_high"]
+        and found["m_effect_n"] == 6
+    )
     own = hk.over_prompts(table, effects="mean_of_ratios").iloc[0]
-    assert own["m_effect"] == pytest.approx(table["m_effect"].mean()) and abs(own["m_effect"]) > 1000
+    assert (
+        own["m_effect"] == pytest.approx(table["m_effect"].mean()) and abs(own["m_effect"]) > 1000
+    )
 
 
 def test_a_pair_that_does_not_differ_is_counted_for_what_it_is():
@@ -159,15 +196,27 @@ def test_what_is_no_number_does_not_count_and_what_is_infinite_does():
     table = pd.DataFrame({"cell": [0] * 4 + [1] * 4, "row": [*range(4)] * 2})
     table["m"] = [1.0, np.nan, 3.0, 5.0, 1.0, -np.inf, 2.0, 3.0]
     first, second = (row for _, row in hk.over_prompts(table, by=["cell"], values=["m"]).iterrows())
-    assert first["n"] == first["m_n"] == 3 and first["m"] == 3 and first["m_low"] < 3 < first["m_high"]
-    assert second["m"] == -np.inf and second["m_n"] == 4 and np.isnan([second["m_low"], second["m_se"]]).all()
+    assert (
+        first["n"] == first["m_n"] == 3 and first["m"] == 3 and first["m_low"] < 3 < first["m_high"]
+    )
+    assert (
+        second["m"] == -np.inf
+        and second["m_n"] == 4
+        and np.isnan([second["m_low"], second["m_se"]]).all()
+    )
     nothing = hk.over_prompts(table.assign(m=np.nan), by=["cell"], values=["m"])
-    assert nothing["n"].tolist() == [0, 0] and nothing["m"].isna().all() and set(nothing["interval"]) == {""}
+    assert (
+        nothing["n"].tolist() == [0, 0]
+        and nothing["m"].isna().all()
+        and set(nothing["interval"]) == {""}
+    )
 
 
 def test_several_rows_of_one_prompt_are_one_prompt():
     values = np.random.default_rng(0).normal(size=(4, 5))
-    table = pd.DataFrame({"layer": np.repeat(range(4), 5), "row": np.tile(range(5), 4), "m": values.ravel()})
+    table = pd.DataFrame(
+        {"layer": np.repeat(range(4), 5), "row": np.tile(range(5), 4), "m": values.ravel()}
+    )
     found = hk.over_prompts(table.assign(all=1), by=["all"], values=["m"]).iloc[0]
     true = intervals.means(values.mean(axis=0)[None], 0.95, 100, 0)
     assert found["n"] == 5 and found["m_low"] == pytest.approx(true.low[0])
@@ -176,7 +225,9 @@ def test_several_rows_of_one_prompt_are_one_prompt():
 
 def test_a_cell_s_interval_does_not_depend_on_the_other_cells():
     values = np.random.default_rng(0).normal(size=(3, 40))
-    table = pd.DataFrame({"layer": np.repeat(range(3), 40), "row": np.tile(range(40), 3), "m": values.ravel()})
+    table = pd.DataFrame(
+        {"layer": np.repeat(range(3), 40), "row": np.tile(range(40), 3), "m": values.ravel()}
+    )
     every = hk.over_prompts(table, by=["layer"], values=["m"])
     alone = hk.over_prompts(table[table["layer"] == 2], by=["layer"], values=["m"])
     pd.testing.assert_frame_equal(every.iloc[2:].reset_index(drop=True), alone)
@@ -204,7 +255,9 @@ def test_misuse_says_what_is_wrong(settings, error, words):
 def null_cells(draws: np.random.Generator, cells: int, count: int) -> pd.DataFrame:
     """Cells without any effect."""
     values = draws.normal(size=cells * count)
-    table = pd.DataFrame({"head": np.repeat(range(cells), count), "row": np.tile(range(count), cells)})
+    table = pd.DataFrame(
+        {"head": np.repeat(range(cells), count), "row": np.tile(range(count), cells)}
+    )
     return table.assign(m=values, m_before=0.0, m_delta=values)
 
 
@@ -219,10 +272,15 @@ def test_the_strongest_of_many_cells_are_chosen_on_one_half_and_measured_on_the_
     table = null_cells(draws, 60, 16)
     means = hk.over_prompts(table[table["row"] % 2 == 0]).set_index("head")["m_delta"]
     best = hk.strongest(table, top=3)
-    assert best["head"].tolist() == means.abs().nlargest(3).index.tolist() and best["n"].tolist() == [8] * 3
+    assert (
+        best["head"].tolist() == means.abs().nlargest(3).index.tolist()
+        and best["n"].tolist() == [8] * 3
+    )
     assert best["m_delta_chosen"].tolist() == pytest.approx(means[best["head"]].tolist())
     other = hk.over_prompts(table[table["row"] % 2 == 1]).set_index("head")
-    assert best["m_delta_low"].tolist() == pytest.approx(other.loc[best["head"], "m_delta_low"].tolist())
+    assert best["m_delta_low"].tolist() == pytest.approx(
+        other.loc[best["head"], "m_delta_low"].tolist()
+    )
     for toward, wanted in (("up", means.nlargest(3)), ("down", means.nsmallest(3))):
         assert hk.strongest(table, top=3, toward=toward)["head"].tolist() == wanted.index.tolist()
 

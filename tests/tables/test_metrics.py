@@ -21,7 +21,9 @@ def small() -> hk.LM:
 @pytest.fixture(scope="module")
 def padded(small_tokenizer) -> hk.LM:
     """A model whose vocabulary has 20 rows that are no token, and whose head likes them best."""
-    lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": len(small_tokenizer) + 20})
+    lm = hk.tiny(
+        "llama", tokenizer=small_tokenizer, config={"vocab_size": len(small_tokenizer) + 20}
+    )
     with torch.no_grad():
         lm.model.lm_head.weight[len(small_tokenizer) :] = 4 * lm.model.lm_head.weight[3]
     return lm
@@ -98,7 +100,11 @@ def test_a_list_has_an_answer_for_each_prompt(small):
     wanted = [probs(alone[0])[5], probs(alone[1])[6:9].sum(), probs(alone[2])[9]]
     assert several.tolist() == pytest.approx([float(each) for each in wanted], abs=1e-5)
     ranks = hk.rank([5, (6, 7), 9])(run).tolist()
-    assert ranks == [rank_of(alone[0], 5), min(rank_of(alone[1], 6), rank_of(alone[1], 7)), rank_of(alone[2], 9)]
+    assert ranks == [
+        rank_of(alone[0], 5),
+        min(rank_of(alone[1], 6), rank_of(alone[1], 7)),
+        rank_of(alone[2], 9),
+    ]
 
 
 def test_text_means_its_token(llama):
@@ -115,9 +121,19 @@ def test_rows_of_the_vocabulary_that_are_no_token_have_no_rank(padded):
     best = int(logits[:real].argmax())
     assert rank_of(logits, best) > 1, "padding rows are to stand above the best token here"
     assert hk.rank(best)(run).item() == 1
-    assert hk.prob(best)(run).item() == pytest.approx(float(probs(logits)[best]), abs=1e-5)  # they have their share
-    assert hk.entropy()(run).item() == pytest.approx(float(-(probs(logits) * probs(logits).log()).sum()), abs=1e-4)
-    table = hk.sweep(padded, [ids], {"token": [3, 4]}, lambda token: hk.force(token, margin=50.0), hk.top1_changed())
+    assert hk.prob(best)(run).item() == pytest.approx(
+        float(probs(logits)[best]), abs=1e-5
+    )  # they have their share
+    assert hk.entropy()(run).item() == pytest.approx(
+        float(-(probs(logits) * probs(logits).log()).sum()), abs=1e-4
+    )
+    table = hk.sweep(
+        padded,
+        [ids],
+        {"token": [3, 4]},
+        lambda token: hk.force(token, margin=50.0),
+        hk.top1_changed(),
+    )
     assert table["top1_changed"].tolist() == [float(best != token) for token in (3, 4)]
 
 
@@ -157,7 +173,11 @@ def test_kl_stays_finite_where_the_reference_bans_a_token_and_is_infinite_where_
 
 def test_kl_and_top1_without_a_reference_compare_a_cell_with_no_edit(small):
     table = hk.sweep(
-        small, PROMPTS, {"head": range(4)}, lambda head: hk.ablate(hk.Site("z", 1, head)), [hk.kl(), hk.top1_changed()]
+        small,
+        PROMPTS,
+        {"head": range(4)},
+        lambda head: hk.ablate(hk.Site("z", 1, head)),
+        [hk.kl(), hk.top1_changed()],
     )
     for _, row in table.iterrows():
         ids = PROMPTS[int(row["row"])]
@@ -172,7 +192,9 @@ def test_the_most_likely_token_is_one_of_the_tokens_and_no_row_behind_them(small
     count = len(small_tokenizer)
     lm = hk.tiny("llama", tokenizer=small_tokenizer, config={"vocab_size": count + 1})
     first = [int(said(lm, ids)[:count].argmax()) for ids in PROMPTS]
-    with torch.no_grad():  # the row that is no token says 4 times what is first after the first prompt
+    with (
+        torch.no_grad()
+    ):  # the row that is no token says 4 times what is first after the first prompt
         lm.model.lm_head.weight[count] = 4 * lm.model.lm_head.weight[first[0]]
     vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     hook = lambda by: hk.steer("resid_post.1", vector, scale=by)  # noqa: E731
@@ -180,7 +202,9 @@ def test_the_most_likely_token_is_one_of_the_tokens_and_no_row_behind_them(small
     changed, of_all_rows = [], []
     for row, by in zip(table["row"], table["by"], strict=True):
         plain = said(lm, PROMPTS[row])
-        handle = lm.model.model.layers[1].register_forward_hook(lambda _m, _a, output, by=by: output + by * vector)
+        handle = lm.model.model.layers[1].register_forward_hook(
+            lambda _m, _a, output, by=by: output + by * vector
+        )
         moved = said(lm, PROMPTS[row])
         handle.remove()
         changed.append(float(plain[:count].argmax() != moved[:count].argmax()))
@@ -207,21 +231,36 @@ def without_head(lm: hk.LM, ids: list[int], head: int) -> torch.Tensor:
 def test_the_loss_of_a_continuation_is_the_mean_over_its_tokens(small):
     behind = [(8, 9, 10), (11,), (12, 13)]
     table = hk.sweep(
-        small, PROMPTS, {"head": [0, 3]}, lambda head: hk.ablate(hk.Site("z", 1, head)), [hk.loss(behind), hk.logit(5)]
+        small,
+        PROMPTS,
+        {"head": [0, 3]},
+        lambda head: hk.ablate(hk.Site("z", 1, head)),
+        [hk.loss(behind), hk.logit(5)],
     )
     for _, row in table.iterrows():
         ids, more = PROMPTS[int(row["row"])], behind[int(row["row"])]
-        steps = [probs(without_head(small, [*ids, *more[:n]], int(row["head"])))[more[n]] for n in range(len(more))]
-        assert row["loss"] == pytest.approx(-sum(math.log(step) for step in steps) / len(steps), abs=1e-4)
-        assert row["logit"] == pytest.approx(float(without_head(small, ids, int(row["head"]))[5]), abs=1e-4)
+        steps = [
+            probs(without_head(small, [*ids, *more[:n]], int(row["head"])))[more[n]]
+            for n in range(len(more))
+        ]
+        assert row["loss"] == pytest.approx(
+            -sum(math.log(step) for step in steps) / len(steps), abs=1e-4
+        )
+        assert row["logit"] == pytest.approx(
+            float(without_head(small, ids, int(row["head"]))[5]), abs=1e-4
+        )
 
 
 def test_the_loss_of_a_text_is_that_of_its_tokens(llama):
     prompt, text = "I like oat milk in my", " coffee. The store"
     ids, more = llama.encode(prompt), llama.encode(text)
-    table = hk.sweep(llama, prompt, {"by": [0.5]}, lambda by: hk.scale("embed", by, pos=0), hk.loss(text))
+    table = hk.sweep(
+        llama, prompt, {"by": [0.5]}, lambda by: hk.scale("embed", by, pos=0), hk.loss(text)
+    )
     steps = [probs(said(llama, [*ids, *more[:n]]))[more[n]] for n in range(len(more))]
-    assert table["loss_before"].item() == pytest.approx(-sum(math.log(step) for step in steps) / len(steps), abs=1e-4)
+    assert table["loss_before"].item() == pytest.approx(
+        -sum(math.log(step) for step in steps) / len(steps), abs=1e-4
+    )
 
 
 def gap(logits):
@@ -239,11 +278,16 @@ def test_a_function_may_say_yes_or_no_or_count(small, kind):
         return logits.argmax(-1).to(kind)
 
     function = first if kind == torch.bool else where
-    table = hk.sweep(small, PROMPTS, {"head": [0]}, lambda head: hk.ablate(hk.Site("z", 1, head)), function)
+    table = hk.sweep(
+        small, PROMPTS, {"head": [0]}, lambda head: hk.ablate(hk.Site("z", 1, head)), function
+    )
     wanted = [int(without_head(small, ids, 0).argmax()) for ids in PROMPTS]
     wanted = [token == 5 for token in wanted] if kind == torch.bool else wanted
     assert table[function.__name__].tolist() == [float(number) for number in wanted]
-    assert table[function.__name__].dtype == float and table[f"{function.__name__}_delta"].dtype == float
+    assert (
+        table[function.__name__].dtype == float
+        and table[f"{function.__name__}_delta"].dtype == float
+    )
 
 
 def test_a_function_of_the_logits_is_a_metric_under_its_own_name(small):
@@ -265,7 +309,9 @@ def test_a_function_of_the_logits_is_a_metric_under_its_own_name(small):
     wanted = [float(each.topk(2).values[0] - each.topk(2).values[1]) for each in cut]
     assert table["gap"].tolist() == table["metric_2"].tolist() == pytest.approx(wanted, abs=1e-4)
     assert table["metric"].tolist() == pytest.approx([float(each[3]) for each in cut], abs=1e-4)
-    assert table["prob_2"].tolist() == pytest.approx([float(probs(each)[6]) for each in cut], abs=1e-5)
+    assert table["prob_2"].tolist() == pytest.approx(
+        [float(probs(each)[6]) for each in cut], abs=1e-5
+    )
 
 
 def test_a_function_that_writes_into_its_logits_changes_no_other_metric(small):
@@ -290,25 +336,48 @@ def test_the_metric_of_what_was_generated_is_that_of_the_prompts_last_token(smal
 
 
 def test_columns_are_counted_where_a_metric_is_there_twice():
-    assert columns([hk.prob(1), hk.rank(1), hk.prob(2), hk.prob(3)]) == ["prob", "rank", "prob_2", "prob_3"]
+    assert columns([hk.prob(1), hk.rank(1), hk.prob(2), hk.prob(3)]) == [
+        "prob",
+        "rank",
+        "prob_2",
+        "prob_3",
+    ]
 
 
 def test_a_metric_prints_as_the_call_that_made_it():
-    assert repr(hk.logit_diff(" Mary", (" John", 7))) == "LogitDiff(right=' Mary', wrong=(' John', 7))"
+    assert (
+        repr(hk.logit_diff(" Mary", (" John", 7))) == "LogitDiff(right=' Mary', wrong=(' John', 7))"
+    )
     assert repr(hk.kl()) == "KL()"
 
 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda run: hk.prob(320)(run), hk.errors.NotOneToken, "token 320 was asked for, and the vocabulary has ids 0"),
+        (
+            lambda run: hk.prob(320)(run),
+            hk.errors.NotOneToken,
+            "token 320 was asked for, and the vocabulary has ids 0",
+        ),
         (lambda run: hk.prob(" coffee")(run), hk.errors.NotOneToken, "came without a tokenizer"),
-        (lambda run: hk.prob([5, 6])(run), hk.errors.BadPrompt, "tokens for 2 prompts, and there are 3"),
+        (
+            lambda run: hk.prob([5, 6])(run),
+            hk.errors.BadPrompt,
+            "tokens for 2 prompts, and there are 3",
+        ),
         (lambda run: hk.prob(())(run), hk.errors.BadHook, "an empty tuple of tokens"),
         (lambda run: hk.prob((5, 6, 6, 5))(run), hk.errors.BadHook, "names token 5 twice"),
-        (lambda run: hk.prob([[5, 6], 7, 8])(run), hk.errors.BadHook, r"\[5, 6\] for prompt 0, which is no token"),
+        (
+            lambda run: hk.prob([[5, 6], 7, 8])(run),
+            hk.errors.BadHook,
+            r"\[5, 6\] for prompt 0, which is no token",
+        ),
         (lambda run: hk.prob(None)(run), hk.errors.NotOneToken, "None is no token"),
-        (lambda run: hk.prob(5)(run, pos=[0, 1]), hk.errors.BadHook, "the one position of each prompt"),
+        (
+            lambda run: hk.prob(5)(run, pos=[0, 1]),
+            hk.errors.BadHook,
+            "the one position of each prompt",
+        ),
         (lambda run: hk.prob(5)(run, pos=5), hk.errors.OutOfRange, "pos=5 was asked for in row 0"),
         (lambda run: hk.kl()(run), hk.errors.Unsupported, "compares a sweep's cells with no edit"),
         (lambda run: hk.kl("clean"), hk.errors.BadHook, "reference='clean': give a run"),
@@ -317,7 +386,11 @@ def test_a_metric_prints_as_the_call_that_made_it():
             hk.errors.BadPrompt,
             "a reference of 2 rows, and there are 3 prompts",
         ),
-        (lambda run: hk.top1_changed()(run), hk.errors.Unsupported, "a run has none to compare with"),
+        (
+            lambda run: hk.top1_changed()(run),
+            hk.errors.Unsupported,
+            "a run has none to compare with",
+        ),
         (lambda run: hk.loss((8, 9))(run), hk.errors.Unsupported, "a run has none: see surprisal"),
         (lambda run: hk.loss("")(run), hk.errors.BadPrompt, "an empty continuation"),
         (
@@ -327,11 +400,19 @@ def test_a_metric_prints_as_the_call_that_made_it():
         ),
         (lambda run: hk.loss((8, 320))(run), hk.errors.NotOneToken, "token 320 was asked for"),
         (lambda run: hk.loss([8, 9, 10])(run), hk.errors.BadPrompt, "loss was given 8, one token"),
-        (lambda run: hk.loss([(8,), (9,)])(run), hk.errors.BadPrompt, "2 continuations, and there are 3 prompts"),
+        (
+            lambda run: hk.loss([(8,), (9,)])(run),
+            hk.errors.BadPrompt,
+            "2 continuations, and there are 3 prompts",
+        ),
         (lambda run: as_metrics([]), hk.errors.BadHook, "no metric was given"),
         (lambda run: as_metrics([3]), hk.errors.BadHook, "3 is no metric"),
         (lambda run: as_metrics("prob"), hk.errors.BadHook, "'prob' is no metric"),
-        (lambda run: as_metrics(lambda logits: logits)[0](run), hk.errors.BadEdit, r"a tensor \[3\]"),
+        (
+            lambda run: as_metrics(lambda logits: logits)[0](run),
+            hk.errors.BadEdit,
+            r"a tensor \[3\]",
+        ),
         (lambda run: as_metrics(lambda logits: 1.0)[0](run), hk.errors.BadEdit, "returned float"),
     ],
 )

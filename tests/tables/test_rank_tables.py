@@ -61,10 +61,14 @@ def test_ranks_are_a_full_sort_and_probabilities_a_softmax(runs):
     before, _ = runs
     table = hk.ranks(before, rows=0, top=None)
     logits = before.logits[0, before.lengths[0] - 1]
-    assert table["token_id"].tolist() == torch.argsort(logits, descending=True, stable=True).tolist()
+    assert (
+        table["token_id"].tolist() == torch.argsort(logits, descending=True, stable=True).tolist()
+    )
     assert table["rank"].tolist() == list(range(1, 321))
     assert table["prob"].sum() == pytest.approx(1, abs=1e-6)
-    assert np.allclose(table["logprob"], F.log_softmax(logits, -1)[torch.tensor(table["token_id"].tolist())])
+    assert np.allclose(
+        table["logprob"], F.log_softmax(logits, -1)[torch.tensor(table["token_id"].tolist())]
+    )
     assert table["pos"].unique().tolist() == [before.lengths[0] - 1]
 
 
@@ -89,7 +93,9 @@ def test_watched_tokens_are_in_the_table_wherever_they_stand(smol):
 
 def test_equal_logits_share_a_rank(llama):
     run = hk.forward(
-        llama, "Tea", hk.edit("logits", lambda x: torch.cat([torch.full_like(x[..., :3], 50.0), x[..., 3:]], -1))
+        llama,
+        "Tea",
+        hk.edit("logits", lambda x: torch.cat([torch.full_like(x[..., :3], 50.0), x[..., 3:]], -1)),
     )
     table = hk.ranks(run, top=4)
     assert table["rank"].tolist() == [1, 1, 1, 4]
@@ -104,12 +110,18 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_ranked(small_tokenizer
     lm = hk.LM(wide.eval(), small_tokenizer)
     assert (lm.sizes["vocab"], lm.n_tokens) == (330, 320)
     run = hk.forward(
-        lm, "Tea", hk.edit("logits", lambda x: torch.cat([x[..., :325], torch.full_like(x[..., 325:], 99.0)], -1))
+        lm,
+        "Tea",
+        hk.edit(
+            "logits", lambda x: torch.cat([x[..., :325], torch.full_like(x[..., 325:], 99.0)], -1)
+        ),
     )
     table = hk.ranks(run, top=None)
     assert table["token_id"].max() == 319
     assert table["rank"].min() == 1
-    assert table["prob"].sum() < 1e-6, "the padding rows hold the probability, as they would in decoding"
+    assert table["prob"].sum() < 1e-6, (
+        "the padding rows hold the probability, as they would in decoding"
+    )
     assert lm.string(325) == "<unused 325>"
     with pytest.raises(Exception, match="token 325 is a row of the vocabulary without a token"):
         hk.forward(lm, "Tea", hk.set_rank(325, 2))
@@ -172,7 +184,11 @@ def test_divergences_are_their_closed_forms(runs):
         expected = {
             "kl": F.kl_div(q.log(), p, reduction="sum"),
             "kl_reverse": F.kl_div(p.log(), q, reduction="sum"),
-            "js": (F.kl_div(middle.log(), p, reduction="sum") + F.kl_div(middle.log(), q, reduction="sum")) / 2,
+            "js": (
+                F.kl_div(middle.log(), p, reduction="sum")
+                + F.kl_div(middle.log(), q, reduction="sum")
+            )
+            / 2,
             "tv": (p - q).abs().sum() / 2,
             "entropy_before": torch.distributions.Categorical(p).entropy(),
             "entropy_after": torch.distributions.Categorical(q).entropy(),
@@ -180,7 +196,9 @@ def test_divergences_are_their_closed_forms(runs):
         for name, value in expected.items():
             assert table[name][row] == pytest.approx(float(value), abs=1e-5), name
         assert table["top1_changed"][row] == bool(p.argmax() != q.argmax())
-        assert table["kept"][row] == len({*p.topk(10).indices.tolist()} & {*q.topk(10).indices.tolist()})
+        assert table["kept"][row] == len(
+            {*p.topk(10).indices.tolist()} & {*q.topk(10).indices.tolist()}
+        )
 
 
 def test_a_summary_of_a_ban_is_infinite_one_way_and_finite_the_other(llama):
@@ -195,9 +213,9 @@ def test_a_summary_of_a_ban_is_infinite_one_way_and_finite_the_other(llama):
 
 def test_a_run_beside_itself_has_moved_nowhere(runs):
     row = hk.shift_summary(runs[0], runs[0]).iloc[0]
-    assert row[["kl", "kl_reverse", "js", "tv", "entropy_delta", "margin_delta"]].tolist() == pytest.approx(
-        [0] * 6, abs=1e-15
-    )
+    assert row[
+        ["kl", "kl_reverse", "js", "tv", "entropy_delta", "margin_delta"]
+    ].tolist() == pytest.approx([0] * 6, abs=1e-15)
     assert not row["top1_changed"]
 
 
@@ -214,14 +232,23 @@ def test_uncertainty_is_its_closed_form(llama):
     ids = [[5, 6, 7]]
     run = hk.forward(llama, ids, hk.edit("logits", shaped, pos=slice(0, None), step=None))
     even, certain, odds = (row for _, row in hk.uncertainty(run).iterrows())
-    assert (even["entropy"], even["varentropy"], even["perplexity"]) == pytest.approx((math.log(320), 0, 320), abs=1e-4)
+    assert (even["entropy"], even["varentropy"], even["perplexity"]) == pytest.approx(
+        (math.log(320), 0, 320), abs=1e-4
+    )
     assert even["nucleus_90"] == 288
-    assert (certain["entropy"], certain["varentropy"], certain["perplexity"], certain["nucleus_90"]) == (0, 0, 1, 1)
+    assert (
+        certain["entropy"],
+        certain["varentropy"],
+        certain["perplexity"],
+        certain["nucleus_90"],
+    ) == (0, 0, 1, 1)
     assert certain["margin"] == math.inf
     h = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     v = 0.75 * (-math.log(0.75) - h) ** 2 + 0.25 * (-math.log(0.25) - h) ** 2
     assert (odds["entropy"], odds["varentropy"]) == pytest.approx((h, v), abs=1e-6)
-    assert (odds["margin"], odds["prob_margin"], odds["top1_prob"]) == pytest.approx((math.log(3), 0.5, 0.75), abs=1e-6)
+    assert (odds["margin"], odds["prob_margin"], odds["top1_prob"]) == pytest.approx(
+        (math.log(3), 0.5, 0.75), abs=1e-6
+    )
     assert odds["read"] == repr(llama.string(7))
 
 
@@ -242,7 +269,9 @@ def test_positions_are_taken_in_each_runs_own_text(llama):
     short, long = hk.forward(llama, PROMPTS[1]), hk.forward(llama, PROMPTS[2])
     table = hk.rank_shift(short, long)
     assert table["pos"].unique().tolist() == [long.lengths[0] - 1]
-    assert np.allclose(table["logit_before"], short.logits[0, -1][torch.tensor(table["token_id"].tolist())])
+    assert np.allclose(
+        table["logit_before"], short.logits[0, -1][torch.tensor(table["token_id"].tolist())]
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,14 +284,26 @@ def test_positions_are_taken_in_each_runs_own_text(llama):
         ),
         (lambda a, b: hk.ranks(a, step=1), OutOfRange, "step=1 was asked for in row 0"),
         (lambda a, b: hk.ranks(a, pos=1, step=1), EmptySelection, "were both given"),
-        (lambda a, b: hk.ranks(a, top=0), OutOfRange, "top=0: give how many tokens to show, at least 1"),
+        (
+            lambda a, b: hk.ranks(a, top=0),
+            OutOfRange,
+            "top=0: give how many tokens to show, at least 1",
+        ),
         (
             lambda a, b: hk.ranks(a, position=1),
             UnknownKeyword,
             r"ranks\(\) has no keyword 'position'; did you mean 'pos'",
         ),
-        (lambda a, b: hk.ranks(a, rows=5), OutOfRange, "row 5 was asked for, and the batch has 3 rows"),
-        (lambda a, b: hk.rank_shift(a, b), OutOfRange, "the runs have 3 and 1 positions to compare"),
+        (
+            lambda a, b: hk.ranks(a, rows=5),
+            OutOfRange,
+            "row 5 was asked for, and the batch has 3 rows",
+        ),
+        (
+            lambda a, b: hk.rank_shift(a, b),
+            OutOfRange,
+            "the runs have 3 and 1 positions to compare",
+        ),
         (
             lambda a, b: hk.uncertainty(hk.forward(a.lm, "Tea", hk.capture("embed"), logits=False)),
             NotCaptured,

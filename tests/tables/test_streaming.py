@@ -29,13 +29,17 @@ def test_the_steps_are_those_of_generate_with_a_trace(lm):
 
 def test_a_row_that_has_ended_says_nothing_more(lm):
     ends = hk.force(1, step=1, rows=0)  # 1 is the end token
-    steps = list(hk.stream(lm, PROMPTS[:2], ends, max_new_tokens=4, do_sample=False, eos_token_id=1))
+    steps = list(
+        hk.stream(lm, PROMPTS[:2], ends, max_new_tokens=4, do_sample=False, eos_token_id=1)
+    )
     assert [now.decisions["row"].tolist() for now in steps] == [[0, 1], [0, 1], [1], [1]]
     assert steps[-1].text[0] == steps[1].text[0]
 
 
 def test_who_stops_listening_ends_the_generation_and_leaves_the_model_as_it_was(lm):
-    for now in hk.stream(lm, PROMPTS[0], hk.force(7), max_new_tokens=60, do_sample=False, eos_token_id=None):
+    for now in hk.stream(
+        lm, PROMPTS[0], hk.force(7), max_new_tokens=60, do_sample=False, eos_token_id=None
+    ):
         if now.step == 2:
             break
     assert not [thread for thread in threading.enumerate() if thread.name == "hookkit.stream"]

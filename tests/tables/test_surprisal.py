@@ -9,12 +9,39 @@ from conftest import PROMPTS, TEXTS
 from torch.nn import functional as F
 
 import hookkit as hk
-from hookkit.errors import BadArgument, BadHook, BadPrompt, EmptySelection, NotCaptured, OutOfRange, UnknownKeyword
+from hookkit.errors import (
+    BadArgument,
+    BadHook,
+    BadPrompt,
+    EmptySelection,
+    NotCaptured,
+    OutOfRange,
+    UnknownKeyword,
+)
 from hookkit.tables import surprisal as surprisals
 
-COLUMNS = ["row", "pos", "token", "token_id", "logprob", "loss", "bits", "rank", "prob", "mean_loss", "perplexity"]
+COLUMNS = [
+    "row",
+    "pos",
+    "token",
+    "token_id",
+    "logprob",
+    "loss",
+    "bits",
+    "rank",
+    "prob",
+    "mean_loss",
+    "perplexity",
+]
 NAMES = ("logprob", "loss", "prob", "rank")
-SHIFT = ["row", "pos", "token", "token_id", *(f"{n}_{w}" for n in NAMES for w in ("before", "after", "delta")), "worse"]
+SHIFT = [
+    "row",
+    "pos",
+    "token",
+    "token_id",
+    *(f"{n}_{w}" for n in NAMES for w in ("before", "after", "delta")),
+    "worse",
+]
 LONG = " ".join(TEXTS) + " We love deep learning."
 
 
@@ -30,7 +57,11 @@ def strided_losses(lm: hk.LM, ids: list[int], window: int, stride: int) -> list[
     losses, before = [], 0
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))
-        losses += plain_losses(lm, ids[begin:end])[-(end - before - (begin == 0)) :] if end > before else []
+        losses += (
+            plain_losses(lm, ids[begin:end])[-(end - before - (begin == 0)) :]
+            if end > before
+            else []
+        )
         before = end
         if end == len(ids):
             break
@@ -46,7 +77,9 @@ def test_the_mean_loss_is_what_the_model_itself_returns_with_labels(lm):
     assert list(table.columns) == COLUMNS
     assert table["mean_loss"].iloc[-1] == pytest.approx(own, abs=1e-5)
     assert table["perplexity"].iloc[-1] == pytest.approx(math.exp(own), rel=1e-5)
-    assert table["token_id"].tolist() == ids[0, 1:].tolist() and table["pos"].tolist() == list(range(1, ids.shape[1]))
+    assert table["token_id"].tolist() == ids[0, 1:].tolist() and table["pos"].tolist() == list(
+        range(1, ids.shape[1])
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
@@ -88,7 +121,9 @@ def test_the_numbers_of_a_row_follow_from_its_logits(llama):
         assert row["mean_loss"] == pytest.approx(table["loss"][: number + 1].mean())
         assert row["perplexity"] == pytest.approx(math.exp(row["mean_loss"]))
         best = hk.ranks(run, pos=place, top=3)
-        said = [f"{token} {prob:.2g}" for token, prob in zip(best["token"], best["prob"], strict=True)]
+        said = [
+            f"{token} {prob:.2g}" for token, prob in zip(best["token"], best["prob"], strict=True)
+        ]
         assert row["alternatives"] == ", ".join(said)
 
 
@@ -105,15 +140,21 @@ def test_a_generates_own_tokens_are_scored_where_they_were_chosen(lm):
 
 
 def test_a_row_that_ended_early_has_only_the_tokens_that_it_wrote(llama):
-    stop = hk.generate(llama, PROMPTS, max_new_tokens=1, do_sample=False, eos_token_id=None).tokens[0]
+    stop = hk.generate(llama, PROMPTS, max_new_tokens=1, do_sample=False, eos_token_id=None).tokens[
+        0
+    ]
     first = int(stop[len(llama.tokenizer.encode(PROMPTS[0]))])
-    run = hk.generate(llama, PROMPTS, max_new_tokens=4, do_sample=False, eos_token_id=first, pad_token_id=0)
+    run = hk.generate(
+        llama, PROMPTS, max_new_tokens=4, do_sample=False, eos_token_id=first, pad_token_id=0
+    )
     counts = [length - start for length, start in zip(run.lengths, run.prompt_lengths, strict=True)]
     assert counts[0] == 1 and hk.surprisal(run).groupby("row").size().tolist() == counts
 
 
 def test_beam_search_scores_the_tokens_that_it_returned(llama):
-    run = hk.generate(llama, PROMPTS[:2], max_new_tokens=3, do_sample=False, num_beams=3, eos_token_id=None)
+    run = hk.generate(
+        llama, PROMPTS[:2], max_new_tokens=3, do_sample=False, num_beams=3, eos_token_id=None
+    )
     for row, part in hk.surprisal(run).groupby("row"):
         ids = run.tokens[row, : run.lengths[row]].tolist()
         assert part["loss"].tolist() == pytest.approx(plain_losses(llama, ids)[-3:], abs=2e-4)
@@ -128,7 +169,10 @@ def test_going_through_the_logits_in_pieces_changes_nothing(llama, monkeypatch):
 def test_a_banned_token_costs_without_end_and_a_forced_one_next_to_nothing(llama):
     ids = [[5, 6, 7, 8]]
     banned = hk.surprisal(hk.forward(llama, ids, hk.ban(7, pos=1)))
-    assert banned["loss"].tolist()[1] == math.inf and banned["perplexity"].tolist()[1:] == [math.inf, math.inf]
+    assert banned["loss"].tolist()[1] == math.inf and banned["perplexity"].tolist()[1:] == [
+        math.inf,
+        math.inf,
+    ]
     assert banned["prob"].tolist()[1] == 0 and banned["rank"].tolist()[1] == 320
     forced = hk.surprisal(hk.forward(llama, ids, hk.force(7, margin=100, pos=1)))
     assert forced["loss"].tolist()[1] == 0 and math.copysign(1, forced["loss"].tolist()[1]) == 1
@@ -142,7 +186,9 @@ def test_a_shift_is_after_minus_before_and_puts_the_worst_first(llama):
     assert list(table.columns) == SHIFT
     assert table["loss_delta"].tolist() == (now["loss"] - was["loss"]).tolist()
     assert table["rank_delta"].tolist() == (now["rank"] - was["rank"]).tolist()
-    assert table["worse"].tolist() == (now["loss"] > was["loss"]).tolist() and set(table["worse"]) == {True, False}
+    assert table["worse"].tolist() == (now["loss"] > was["loss"]).tolist() and set(
+        table["worse"]
+    ) == {True, False}
     worst = hk.surprisal_shift(was, now, worst_first=True)
     assert worst["loss_delta"].tolist() == sorted(table["loss_delta"], reverse=True)
     assert sorted(worst["token_id"]) == sorted(table["token_id"])
@@ -171,14 +217,22 @@ def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_rank(small_tokenizer)
     logits, ids = run.logits[0, :-1], run.tokens[0, 1:]
     own = logits.gather(1, ids[:, None])
     wanted = 1 + (logits[:, :320] > own).sum(1)
-    assert hk.surprisal(run)["rank"].tolist() == wanted.tolist() != (1 + (logits > own).sum(1)).tolist()
+    assert (
+        hk.surprisal(run)["rank"].tolist()
+        == wanted.tolist()
+        != (1 + (logits > own).sum(1)).tolist()
+    )
 
 
 def test_two_models_with_the_same_tokens_can_be_compared(llama, gpt2):
     table = hk.surprisal_shift(hk.score(llama, LONG), hk.score(gpt2, LONG))
     ids = llama.tokenizer.encode(LONG)
-    assert table["loss_before"][:100].tolist() == pytest.approx(plain_losses(llama, ids[:101]), abs=2e-4)
-    assert table["loss_after"][:100].tolist() == pytest.approx(plain_losses(gpt2, ids[:101]), abs=2e-4)
+    assert table["loss_before"][:100].tolist() == pytest.approx(
+        plain_losses(llama, ids[:101]), abs=2e-4
+    )
+    assert table["loss_after"][:100].tolist() == pytest.approx(
+        plain_losses(gpt2, ids[:101]), abs=2e-4
+    )
 
 
 @pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 31), (40, 13), (128, 64), (128, 1)])
@@ -186,8 +240,12 @@ def test_a_long_text_is_scored_as_the_loop_by_hand_scores_it(lm, window, stride)
     ids = lm.tokenizer.encode(LONG)
     assert len(ids) > 100
     table = hk.score(lm, LONG, window=window, stride=stride)
-    assert table["token_id"].tolist() == ids[1:] and table["pos"].tolist() == list(range(1, len(ids)))
-    assert table["loss"].tolist() == pytest.approx(strided_losses(lm, ids, window, stride), abs=2e-4)
+    assert table["token_id"].tolist() == ids[1:] and table["pos"].tolist() == list(
+        range(1, len(ids))
+    )
+    assert table["loss"].tolist() == pytest.approx(
+        strided_losses(lm, ids, window, stride), abs=2e-4
+    )
     assert list(table.columns) == COLUMNS
 
 
@@ -198,7 +256,9 @@ def test_every_token_of_a_long_text_has_the_context_that_was_promised(llama):
     for place in (19, 20, 27, 28, 60):
         start = 0 if place < 20 else 8 * ((place - 20) // 8 + 1)
         assert place - start >= 12
-        assert table["loss"][place - 1] == pytest.approx(plain_losses(llama, ids[start : place + 1])[-1], abs=2e-4)
+        assert table["loss"][place - 1] == pytest.approx(
+            plain_losses(llama, ids[start : place + 1])[-1], abs=2e-4
+        )
 
 
 def test_texts_of_all_lengths_are_scored_together_as_one_by_one(lm):
@@ -206,7 +266,9 @@ def test_texts_of_all_lengths_are_scored_together_as_one_by_one(lm):
     together = hk.score(lm, texts, window=24, stride=10, batch_tokens=100, top=2)
     for row, text in enumerate(texts):
         if len(lm.tokenizer.encode(text)) > 1:
-            alone = hk.score(lm, text, window=24, stride=10, batch_tokens=1, top=2).drop(columns="row")
+            alone = hk.score(lm, text, window=24, stride=10, batch_tokens=1, top=2).drop(
+                columns="row"
+            )
             mine = together[together["row"] == row].drop(columns="row").reset_index(drop=True)
             pd.testing.assert_frame_equal(alone, mine, atol=2e-4, rtol=2e-4)
     assert together["row"].is_monotonic_increasing
@@ -228,7 +290,9 @@ def test_no_forward_has_more_tokens_than_asked_for(llama, monkeypatch):
 
 
 def test_short_texts_are_scored_as_a_forward_says(lm):
-    pd.testing.assert_frame_equal(hk.score(lm, PROMPTS), hk.surprisal(hk.forward(lm, PROMPTS)), atol=1e-5, rtol=1e-5)
+    pd.testing.assert_frame_equal(
+        hk.score(lm, PROMPTS), hk.surprisal(hk.forward(lm, PROMPTS)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_windows_begin_with_the_token_that_begins_texts(llama):
@@ -236,7 +300,9 @@ def test_windows_begin_with_the_token_that_begins_texts(llama):
     table = hk.score(llama, [ids], window=20, stride=8)
     second = [0, *ids[8:27]]  # the second window: the beginning token, and 19 more
     assert table["token_id"].tolist() == ids[1:]
-    assert table["loss"][19:26].tolist() == pytest.approx(plain_losses(llama, second)[12:], abs=2e-4)
+    assert table["loss"][19:26].tolist() == pytest.approx(
+        plain_losses(llama, second)[12:], abs=2e-4
+    )
 
 
 def test_a_text_behind_a_prompt_is_scored_as_a_part_of_the_whole(lm):
@@ -256,7 +322,11 @@ def test_a_text_behind_a_prompt_is_scored_as_a_part_of_the_whole(lm):
 
 
 def test_an_edit_acts_in_every_window(llama):
-    edits = [hk.ablate("mlp_out.1"), hk.steer("resid_post.0", torch.ones(32)), hk.ban(7, pos=slice(None))]
+    edits = [
+        hk.ablate("mlp_out.1"),
+        hk.steer("resid_post.0", torch.ones(32)),
+        hk.ban(7, pos=slice(None)),
+    ]
     table = hk.score(llama, LONG, *edits, window=20, stride=8)
     ids = llama.tokenizer.encode(LONG)
     by_hand = hk.surprisal(hk.forward(llama, [ids[8:28]], *edits))
@@ -267,7 +337,9 @@ def test_an_edit_acts_in_every_window(llama):
 def test_the_default_models_numbers_are_transformers_own(smol):
     text = "We love deep learning, and the capital of France is Paris."
     ids = smol.tokenizer.encode(text)
-    assert hk.surprisal(hk.forward(smol, text))["loss"].tolist() == pytest.approx(plain_losses(smol, ids), abs=1e-4)
+    assert hk.surprisal(hk.forward(smol, text))["loss"].tolist() == pytest.approx(
+        plain_losses(smol, ids), abs=1e-4
+    )
     strided = hk.score(smol, text, window=8, stride=4)["loss"].tolist()
     assert strided == pytest.approx(strided_losses(smol, ids, 8, 4), abs=1e-4)
 

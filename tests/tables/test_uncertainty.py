@@ -12,7 +12,19 @@ import hookkit as hk
 from hookkit.errors import BadHook, EmptySelection, OutOfRange, UnknownKeyword
 from hookkit.tables.distributions import SCENARIOS, scenario
 
-WARPED = ["row", "pos", "setting", "token", "token_id", "prob", "rank", "kept", "tokens_kept", "entropy", "perplexity"]
+WARPED = [
+    "row",
+    "pos",
+    "setting",
+    "token",
+    "token_id",
+    "prob",
+    "rank",
+    "kept",
+    "tokens_kept",
+    "entropy",
+    "perplexity",
+]
 BINS = ["bin", "low", "high", "count", "confidence", "accuracy", "gap", "error"]
 
 
@@ -45,14 +57,18 @@ def test_a_position_is_named_by_its_two_likeliest_tokens(llama, probs, name):
     first, second = sorted(probs)[::-1][:2]
     assert row["scenario"] == name
     assert (row["top1_prob"], row["top2_prob"]) == pytest.approx((first, second), abs=1e-6)
-    assert row["top2"] == repr(llama.string(sorted(range(len(probs)), key=lambda i: (-probs[i], i))[1]))
+    assert row["top2"] == repr(
+        llama.string(sorted(range(len(probs)), key=lambda i: (-probs[i], i))[1])
+    )
 
 
 def test_the_thresholds_belong_to_the_surer_name():
     assert [scenario(*pair) for pair in ((0.9, 0.0), (0.6, 0.3), (0.4, 0.2), (0.5, 0.0))] == [
         "very confident", "two good options", "two good options", "one clear winner"
     ]  # fmt: skip
-    assert {scenario(a / 100, b / 100) for a in range(101) for b in range(min(a, 100 - a) + 1)} == {*SCENARIOS}
+    assert {scenario(a / 100, b / 100) for a in range(101) for b in range(min(a, 100 - a) + 1)} == {
+        *SCENARIOS
+    }
 
 
 def test_a_text_has_positions_of_several_scenarios(smol):
@@ -72,11 +88,16 @@ def test_temperature_is_its_closed_form_and_changes_no_rank(llama):
             assert mine["prob"].tolist() == pytest.approx(
                 probs[torch.tensor(mine["token_id"].tolist())].tolist(), abs=1e-6
             )
-            assert mine["rank"].tolist() == table[table["setting"] == "as it is"]["rank"].tolist()[:320]
+            assert (
+                mine["rank"].tolist()
+                == table[table["setting"] == "as it is"]["rank"].tolist()[:320]
+            )
             entropy = float(-(probs * probs.log()).sum())
             assert mine["entropy"].iloc[0] == pytest.approx(entropy, abs=1e-5)
             assert mine["perplexity"].iloc[0] == pytest.approx(math.exp(entropy), rel=1e-5)
-    as_it_is, one = (table[table["setting"] == name]["prob"].tolist() for name in ("as it is", "temperature=1"))
+    as_it_is, one = (
+        table[table["setting"] == name]["prob"].tolist() for name in ("as it is", "temperature=1")
+    )
     assert as_it_is == one
 
 
@@ -94,7 +115,9 @@ def test_top_k_and_top_p_keep_what_they_say_and_share_it_out(llama):
         kept = [prob > 0 for prob in probs]
         assert mine["prob"].tolist() == pytest.approx(probs, abs=1e-6)
         assert mine["kept"].tolist() == kept and set(mine["tokens_kept"]) == {sum(kept)}
-        assert mine["rank"].tolist() == [n + 1 if there else sum(kept) + 1 for n, there in enumerate(kept)]
+        assert mine["rank"].tolist() == [
+            n + 1 if there else sum(kept) + 1 for n, there in enumerate(kept)
+        ]
     certain = table[table["setting"] == "top_k=1"]["entropy"].iloc[0]
     assert certain == 0 and math.copysign(1, certain) == 1
 
@@ -109,7 +132,9 @@ def test_a_warped_distribution_is_what_generate_draws_from(llama, rules):
     probs = output.scores[0][0].softmax(-1)
     table = hk.warped(hk.forward(llama, PROMPTS[0]), **rules, top=320)
     mine = table[table["setting"] != "as it is"]
-    assert mine["prob"].tolist() == pytest.approx(probs[torch.tensor(mine["token_id"].tolist())].tolist(), abs=1e-6)
+    assert mine["prob"].tolist() == pytest.approx(
+        probs[torch.tensor(mine["token_id"].tolist())].tolist(), abs=1e-6
+    )
     assert set(mine["tokens_kept"]) == {int((probs > 0).sum())}
 
 
@@ -117,7 +142,11 @@ def test_a_warped_distribution_is_what_generate_draws_from(llama, rules):
     ("words", "error", "said"),
     [
         ({}, BadHook, "no setting was given: say temperature="),
-        ({"temperature": 0}, BadHook, r"temperature=0: give a temperature \(greedy is top_k=1\), above 0"),
+        (
+            {"temperature": 0},
+            BadHook,
+            r"temperature=0: give a temperature \(greedy is top_k=1\), above 0",
+        ),
         ({"temperature": "hot"}, BadHook, "temperature='hot'"),
         ({"top_k": 0}, BadHook, "top_k=0: give how many tokens, at least 1"),
         ({"top_k": 2.5}, BadHook, "top_k=2.5"),
@@ -138,10 +167,16 @@ def test_calibration_is_counted_as_by_hand():
     assert list(table.columns) == BINS and table["bin"].tolist() == list(range(10))
     assert table["count"].tolist() == [2, 1, 0, 0, 0, 2, 0, 0, 0, 3]
     assert table["accuracy"][[0, 1, 5, 9]].tolist() == pytest.approx([0.5, 0, 0.5, 2 / 3])
-    assert table["confidence"][[0, 1, 5, 9]].tolist() == pytest.approx([0.05, 0.15, 0.575, 2.95 / 3])
-    assert table["gap"][[0, 9]].tolist() == pytest.approx([-0.45, 0.95 / 3]) and math.isnan(table["gap"][2])
+    assert table["confidence"][[0, 1, 5, 9]].tolist() == pytest.approx(
+        [0.05, 0.15, 0.575, 2.95 / 3]
+    )
+    assert table["gap"][[0, 9]].tolist() == pytest.approx([-0.45, 0.95 / 3]) and math.isnan(
+        table["gap"][2]
+    )
     by_hand = (2 * 0.45 + 1 * 0.15 + 2 * 0.075 + 3 * 0.95 / 3) / 8
-    assert table.attrs["ece"] == pytest.approx(by_hand) and table["error"].sum() == pytest.approx(by_hand)
+    assert table.attrs["ece"] == pytest.approx(by_hand) and table["error"].sum() == pytest.approx(
+        by_hand
+    )
 
 
 def test_a_confidence_that_is_a_probability_has_no_calibration_error():
@@ -162,7 +197,9 @@ def test_roc_is_the_part_of_pairs_that_are_in_order():
     assert table.attrs["auc"] == pytest.approx(np.mean(pairs))
     assert table.iloc[0].tolist() == [math.inf, 0, 0] and table.iloc[-1].tolist()[1:] == [1, 1]
     for threshold, false, true in table.itertuples(index=False, name=None):
-        assert (false, true) == pytest.approx(((score[~right] >= threshold).mean(), (score[right] >= threshold).mean()))
+        assert (false, true) == pytest.approx(
+            ((score[~right] >= threshold).mean(), (score[right] >= threshold).mean())
+        )
     assert hk.roc(-score, right).attrs["auc"] == pytest.approx(1 - np.mean(pairs))
     assert hk.roc([1, 1, 1], [1, 0, 0]).attrs["auc"] == 0.5
 
@@ -180,13 +217,21 @@ def test_roc_is_that_of_scikit_learn():
 @pytest.mark.parametrize(
     ("ask", "error", "said"),
     [
-        (lambda: hk.calibration([0.5, 1.2], [1, 0]), OutOfRange, "a probability, 0 to 1, and one is 1.2"),
+        (
+            lambda: hk.calibration([0.5, 1.2], [1, 0]),
+            OutOfRange,
+            "a probability, 0 to 1, and one is 1.2",
+        ),
         (lambda: hk.calibration([0.5], [1, 0]), BadHook, "there are 1 numbers and 2 answers"),
         (lambda: hk.calibration([0.5], ["Paris"]), BadHook, "True or False, and one is 'Paris'"),
         (lambda: hk.calibration([], []), EmptySelection, "there is no answer to judge"),
         (lambda: hk.calibration([math.nan], [1]), OutOfRange, "number 0 is NaN"),
         (lambda: hk.calibration([0.5], [1], bins=0), OutOfRange, "bins=0: give how many bins"),
-        (lambda: hk.roc([0.5, 0.6], [1, 1]), EmptySelection, "all 2 answers are right, so there is nothing to tell"),
+        (
+            lambda: hk.roc([0.5, 0.6], [1, 1]),
+            EmptySelection,
+            "all 2 answers are right, so there is nothing to tell",
+        ),
         (lambda: hk.reliability_diagram(hk.roc([1, 2], [0, 1])), BadHook, "drawn from calibration"),
         (lambda: hk.roc_curves({}), EmptySelection, "there is no curve to draw"),
         (lambda: hk.roc_curves({"a": pd.DataFrame()}), BadHook, r"drawn from roc\(score, right\)"),
@@ -203,7 +248,10 @@ def test_the_figures_say_what_the_tables_say(llama):
     calibrated = hk.calibration(sure, right)
     reliability = hk.reliability_diagram(calibrated)
     above, below = reliability.axes
-    assert f"{calibrated.attrs['ece']:.3f}" in reliability.get_suptitle() and "4 answers" in reliability.get_suptitle()
+    assert (
+        f"{calibrated.attrs['ece']:.3f}" in reliability.get_suptitle()
+        and "4 answers" in reliability.get_suptitle()
+    )
     assert [bar.get_height() for bar in above.patches[:3]] == pytest.approx([0, 0.5, 1])
     assert sum(bar.get_height() for bar in below.patches) == 4
     curves = hk.roc_curves({"router": hk.roc(sure, right), "other": hk.roc([1, 1, 1, 1], right)})

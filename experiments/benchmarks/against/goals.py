@@ -12,13 +12,17 @@ def goals(table: pd.DataFrame, peaks: pd.DataFrame) -> pd.DataFrame:
     """One row for each goal: what was wanted, what was found by the clock and by the processor, and if it was met."""
     found = []
     for letter, whose, how, wanted in SPEED:
-        rows = table[(table["workload"] == letter) & (table["whose"] == whose) & (table["how"] == how)]
+        rows = table[
+            (table["workload"] == letter) & (table["whose"] == whose) & (table["how"] == how)
+        ]
         for times, used in zip(rows["times"], rows["times_processor"], strict=True):
             goal = f"{letter}: at least {wanted} times as fast as {whose}, {how}"
             found.append([goal, wanted, times, used, times >= wanted])
     loops = table[(table["whose"] == "by hand") & (table["how"] == "one by one")]
     largest = loops["apart"].max()
-    found.append([f"every cell within {APART} of the loop's", APART, largest, largest, largest <= APART])
+    found.append(
+        [f"every cell within {APART} of the loop's", APART, largest, largest, largest <= APART]
+    )
     sweeps = peaks[peaks["run"] == "hk.sweep"]
     for column in ("ratio_process", "ratio_beside_model"):
         most = sweeps[column].max()

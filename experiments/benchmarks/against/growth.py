@@ -12,12 +12,29 @@ from matplotlib.figure import Figure
 import hookkit as hk
 
 PAIRS, WIDTHS = (1, 10, 50), (15, 60, 240)  # prompts, and tokens of each
-NAMES = [" Mary", " John", " Tom", " James", " Anna", " Paul", " Mark", " Peter", " Jack", " David", " Sarah"]
-BEFORE = "The museum opens at nine and closes at five. On Sundays it stays open until late in the evening. " * 20
+NAMES = [
+    " Mary",
+    " John",
+    " Tom",
+    " James",
+    " Anna",
+    " Paul",
+    " Mark",
+    " Peter",
+    " Jack",
+    " David",
+    " Sarah",
+]
+BEFORE = (
+    "The museum opens at nine and closes at five. On Sundays it stays open until late in the evening. "
+    * 20
+)
 COLOURS = dict(zip(WIDTHS, ("#4c72b0", "#1f9e89", "#e0522d"), strict=True))
 
 
-def growing(lm: hk.LM, counts: tuple[int, ...] = PAIRS, widths: tuple[int, ...] = WIDTHS) -> pd.DataFrame:
+def growing(
+    lm: hk.LM, counts: tuple[int, ...] = PAIRS, widths: tuple[int, ...] = WIDTHS
+) -> pd.DataFrame:
     """The residual stream patched at every layer and position, for each number and length of prompts."""
     found = []
     for width in widths:
@@ -26,7 +43,9 @@ def growing(lm: hk.LM, counts: tuple[int, ...] = PAIRS, widths: tuple[int, ...] 
             clean, corrupted, right, wrong = pairs(lm, count, width)
             started, used = time.perf_counter(), time.process_time()
             source = hk.forward(lm, clean, hk.capture("resid_pre"), logits=False)
-            hooks = lambda layer, pos, source=source: hk.patch(hk.Site("resid_pre", layer), source, pos=pos)  # noqa: E731
+            hooks = lambda layer, pos, source=source: hk.patch(
+                hk.Site("resid_pre", layer), source, pos=pos
+            )  # noqa: E731
             given = (
                 lm,
                 corrupted,
@@ -39,13 +58,26 @@ def growing(lm: hk.LM, counts: tuple[int, ...] = PAIRS, widths: tuple[int, ...] 
             plan = hk.plan(*given)
             ran, naive = plan.layer_tokens, plan.naive_layer_tokens
             loop = forward * count * len(plan.cells)
-            found.append([count, width, len(plan.cells) * count, plan.running, ran, naive, clock, used, loop])
+            found.append(
+                [count, width, len(plan.cells) * count, plan.running, ran, naive, clock, used, loop]
+            )
             found[-1] += [1e6 * clock / ran, loop / clock]
-    names = ["pairs", "tokens", "cells", "run", "layer_tokens", "naive_layer_tokens", "clock_s", "processor_s"]
+    names = [
+        "pairs",
+        "tokens",
+        "cells",
+        "run",
+        "layer_tokens",
+        "naive_layer_tokens",
+        "clock_s",
+        "processor_s",
+    ]
     return pd.DataFrame(found, columns=[*names, "loop_s_computed", "us_per_layer_token", "times"])
 
 
-def pairs(lm: hk.LM, count: int, width: int) -> tuple[list[list[int]], list[list[int]], list[Any], list[Any]]:
+def pairs(
+    lm: hk.LM, count: int, width: int
+) -> tuple[list[list[int]], list[list[int]], list[Any], list[Any]]:
     """Prompts of so many tokens, a text before them; the corrupted ones have another name in the last clause."""
     before, clean, corrupted, right, wrong = lm.encode(BEFORE), [], [], [], []
     for one, other in islice(permutations(NAMES, 2), count):
@@ -74,13 +106,30 @@ def drawn(table: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     for width, part in table.groupby("tokens"):
         colour, label = COLOURS.get(int(str(width)), "#6b7283"), f"prompts of {width} tokens"
-        axes.plot(part["layer_tokens"], part["clock_s"], "o-", color=colour, ms=7, label=f"hk.sweep, {label}")
-        loop = {"color": colour, "mfc": "none", "ms": 7, "lw": 1, "label": f"a forward for each cell, {label}"}
+        axes.plot(
+            part["layer_tokens"],
+            part["clock_s"],
+            "o-",
+            color=colour,
+            ms=7,
+            label=f"hk.sweep, {label}",
+        )
+        loop = {
+            "color": colour,
+            "mfc": "none",
+            "ms": 7,
+            "lw": 1,
+            "label": f"a forward for each cell, {label}",
+        }
         axes.plot(part["naive_layer_tokens"], part["loop_s_computed"], "s--", **loop)
         for each in part.to_dict("records"):
             words = f"{each['pairs']} pair{'s' if each['pairs'] > 1 else ''}"
             axes.annotate(
-                words, (each["layer_tokens"], each["clock_s"]), (7, -11), textcoords="offset points", size=7.5
+                words,
+                (each["layer_tokens"], each["clock_s"]),
+                (7, -11),
+                textcoords="offset points",
+                size=7.5,
             )
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -31,8 +31,17 @@ def memory() -> pd.DataFrame:
             done = subprocess.run(words, env=settings, capture_output=True, text=True, check=True)
             peaks[run] = json.loads(done.stdout)
         whole, beside = peaks["batch by hand"]
-        found += [[letter, run, *peak, peak[0] / whole, peak[1] / beside] for run, peak in peaks.items()]
-    names = ["workload", "run", "process_mb", "beside_model_mb", "ratio_process", "ratio_beside_model"]
+        found += [
+            [letter, run, *peak, peak[0] / whole, peak[1] / beside] for run, peak in peaks.items()
+        ]
+    names = [
+        "workload",
+        "run",
+        "process_mb",
+        "beside_model_mb",
+        "ratio_process",
+        "ratio_beside_model",
+    ]
     return pd.DataFrame(found, columns=names)
 
 

@@ -26,7 +26,9 @@ def main() -> None:
         for layer, place in cells:
             with model.trace(ids):
                 if clean is None:
-                    layers[layer].self_attn.o_proj.input[:, :, place * size : (place + 1) * size] = 0
+                    layers[layer].self_attn.o_proj.input[
+                        :, :, place * size : (place + 1) * size
+                    ] = 0
                 else:
                     layers[layer].input[:, place] = clean[layer][:, place]
                 logits = model.lm_head.output
@@ -43,7 +45,9 @@ def main() -> None:
                 for place in places:
                     with tracer.invoke(ids):
                         if clean is None:
-                            layers[layer].self_attn.o_proj.input[:, :, place * size : (place + 1) * size] = 0
+                            layers[layer].self_attn.o_proj.input[
+                                :, :, place * size : (place + 1) * size
+                            ] = 0
                         else:
                             layers[layer].input[:, place] = clean[layer][:, place]
                         logits = model.lm_head.output

@@ -27,9 +27,20 @@ class Peer:
         self.why_not, self.ways = "", []
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process
         try:
-            words = [_environment(name), "-m", f"{__package__}.{name}_sweeps", default_folder(), str(threads)]
+            words = [
+                _environment(name),
+                "-m",
+                f"{__package__}.{name}_sweeps",
+                default_folder(),
+                str(threads),
+            ]
             quiet = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True}
+            pipes: Any = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "stderr": self._errors,
+                "text": True,
+            }
             self._process = subprocess.Popen(words, env=quiet, **pipes)
             self.ways = json.loads(self._line())
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -63,7 +74,9 @@ def _environment(name: str) -> Path:
     python, ready = folder / "bin" / "python", folder / f"{PEERS[name]}.ready"
     if not ready.exists():
         steps = [[sys.executable, "-m", "venv", folder]]
-        steps += [[python, "-m", "pip", "install", "--quiet", package] for package in (FIRST, PEERS[name])]
+        steps += [
+            [python, "-m", "pip", "install", "--quiet", package] for package in (FIRST, PEERS[name])
+        ]
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:

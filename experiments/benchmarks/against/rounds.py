@@ -15,8 +15,22 @@ from .peers import Peer
 from .serving import Answer, Cells, Task, answered
 from .workloads import swept
 
-PARTS = {"one by one": 12, "batched": 3, "batched invokes": 3}  # of so many cells, or layers, a round runs one
-COLUMNS = ["workload", "whose", "how", "ran", "clock_s", "processor_s", "times", "times_processor", "apart"]
+PARTS = {
+    "one by one": 12,
+    "batched": 3,
+    "batched invokes": 3,
+}  # of so many cells, or layers, a round runs one
+COLUMNS = [
+    "workload",
+    "whose",
+    "how",
+    "ran",
+    "clock_s",
+    "processor_s",
+    "times",
+    "times_processor",
+    "apart",
+]
 
 
 @dataclass(eq=False)
@@ -27,7 +41,9 @@ class Way:
     how: str
     ask: Callable[[Task, Cells], Answer]
     ran: int = 0  # cells of a round
-    taken: list[Sequence[float]] = field(default_factory=list)  # seconds by clock and processor, and times hk.sweep's
+    taken: list[Sequence[float]] = field(
+        default_factory=list
+    )  # seconds by clock and processor, and times hk.sweep's
     apart: float = 0.0  # the largest difference of a cell from hk.sweep's
 
     def some(self, cells: Cells, draw: random.Random) -> Cells:
@@ -45,23 +61,57 @@ def compared(
     """A row for each way to run one workload."""
     source, hand = by_hand(lm.model)
     ways = [Way("by hand", how, partial(answered, source, way)) for how, way in hand.items()]
-    ways += [Way(name, how, partial(peer, how)) for name, peer in peers.items() for how in peer.ways]
-    started = answered(*swept(hk.LM(lm.model, lm.tokenizer)), task, cells)  # with the trial of the model
+    ways += [
+        Way(name, how, partial(peer, how)) for name, peer in peers.items() for how in peer.ways
+    ]
+    started = answered(
+        *swept(hk.LM(lm.model, lm.tokenizer)), task, cells
+    )  # with the trial of the model
     values = dict(zip(cells, started["values"], strict=True))
     ours = [_seconds(answered(*swept(lm), task, cells)) for _ in range(2)][1:]
-    _round(ways, task, cells, values, partial(answered, *swept(lm), task, cells), random.Random(0), whole=True)
+    _round(
+        ways,
+        task,
+        cells,
+        values,
+        partial(answered, *swept(lm), task, cells),
+        random.Random(0),
+        whole=True,
+    )
     for way in ways:
         way.taken.clear()
     for number in range(1, rounds + 1):
-        ours += _round(ways, task, cells, values, partial(answered, *swept(lm), task, cells), random.Random(number))
+        ours += _round(
+            ways,
+            task,
+            cells,
+            values,
+            partial(answered, *swept(lm), task, cells),
+            random.Random(number),
+        )
     mine = _medians(ours)
-    rows: list[list[object]] = [[letter, "hookkit", "hk.sweep", f"all {len(cells)} cells", *mine, 1.0, 1.0, 0.0]]
+    rows: list[list[object]] = [
+        [letter, "hookkit", "hk.sweep", f"all {len(cells)} cells", *mine, 1.0, 1.0, 0.0]
+    ]
     first = _seconds(started)
     ratios = [first[0] / mine[0], first[1] / mine[1]]
     rows.append([letter, "hookkit", "the first sweep of a model", rows[0][3], *first, *ratios, 0.0])
     for way in ways:
-        rows.append([letter, way.whose, way.how, f"{way.ran} of {len(cells)}", *_medians(way.taken), way.apart])
-    return rows + [[letter, name, peer.why_not, "", *[None] * 5] for name, peer in peers.items() if peer.why_not]
+        rows.append(
+            [
+                letter,
+                way.whose,
+                way.how,
+                f"{way.ran} of {len(cells)}",
+                *_medians(way.taken),
+                way.apart,
+            ]
+        )
+    return rows + [
+        [letter, name, peer.why_not, "", *[None] * 5]
+        for name, peer in peers.items()
+        if peer.why_not
+    ]
 
 
 def _round(
@@ -83,7 +133,9 @@ def _round(
         spent = _seconds(answer, len(cells) / len(some))
         mine = [(before + after) / 2 for before, after in zip(*ours[-2:], strict=True)]
         way.taken.append([*spent, spent[0] / mine[0], spent[1] / mine[1]])
-        differences = [abs(value - values[cell]) for cell, value in zip(some, answer["values"], strict=True)]
+        differences = [
+            abs(value - values[cell]) for cell, value in zip(some, answer["values"], strict=True)
+        ]
         way.ran, way.apart = len(some), max(way.apart, *differences)
     return ours
 

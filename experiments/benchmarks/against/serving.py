@@ -40,7 +40,10 @@ def answered(source: Source, way: Way, task: Task, cells: Cells) -> Answer:
     ready = time.perf_counter(), time.process_time()
     values = way(task, found, cells)
     ended = time.perf_counter(), time.process_time()
-    first, then = (ready[0] - started[0], ready[1] - started[1]), (ended[0] - ready[0], ended[1] - ready[1])
+    first, then = (
+        (ready[0] - started[0], ready[1] - started[1]),
+        (ended[0] - ready[0], ended[1] - ready[1]),
+    )
     return {"source": first, "cells": then, "values": values}
 
 
@@ -51,7 +54,11 @@ def serve(source: Source, ways: dict[str, Way]) -> None:
     print(json.dumps(list(ways)), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(answered(source, ways[asked["way"]], asked["task"], asked["cells"])), file=answers, flush=True)
+        print(
+            json.dumps(answered(source, ways[asked["way"]], asked["task"], asked["cells"])),
+            file=answers,
+            flush=True,
+        )
 
 
 def loaded() -> tuple[Any, Any, str]:

@@ -16,12 +16,16 @@ def main() -> None:
 
     def source(task: Task) -> Any:
         names = {f"blocks.{layer}.hook_resid_pre" for layer in range(bridge.cfg.n_layers)}
-        return bridge.run_with_cache(torch.tensor([task["clean"]]), names_filter=lambda name: name in names)[1]
+        return bridge.run_with_cache(
+            torch.tensor([task["clean"]]), names_filter=lambda name: name in names
+        )[1]
 
     def one_by_one(task: Task, clean: Any, cells: Cells) -> list[float]:
         ids, found = torch.tensor([task["prompt"]]), []
         for layer, place in cells:
-            name = f"blocks.{layer}.attn.hook_z" if clean is None else f"blocks.{layer}.hook_resid_pre"
+            name = (
+                f"blocks.{layer}.attn.hook_z" if clean is None else f"blocks.{layer}.hook_resid_pre"
+            )
 
             def edit(values: Any, hook: Any, name: str = name, place: int = place) -> Any:
                 if clean is None:

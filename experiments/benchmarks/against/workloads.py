@@ -8,8 +8,12 @@ import hookkit as hk
 from .serving import Cells, Source, Task, Way
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
-LATE = "When Mary and John went to the store, Mary gave a drink to"  # differs from the tenth token on
-EARLY = "While Anna and Tom went to the store, Tom gave a drink to"  # differs from the first token on
+LATE = (
+    "When Mary and John went to the store, Mary gave a drink to"  # differs from the tenth token on
+)
+EARLY = (
+    "While Anna and Tom went to the store, Tom gave a drink to"  # differs from the first token on
+)
 RIGHT, WRONG = " Mary", " John"
 
 
@@ -17,11 +21,19 @@ def workloads(lm: hk.LM) -> dict[str, tuple[Task, Cells]]:
     """Each sweep by its letter, with all its cells."""
     width, right, wrong = len(lm.encode(CLEAN)), lm.token(RIGHT), lm.token(WRONG)
     layers = range(lm.n_layers)
-    stream, heads = list(product(layers, range(width))), list(product(layers, range(lm.sizes["head"] or 0)))
+    stream, heads = (
+        list(product(layers, range(width))),
+        list(product(layers, range(lm.sizes["head"] or 0))),
+    )
     pairs = {"a": (LATE, CLEAN, stream), "b": (EARLY, CLEAN, stream), "c": (CLEAN, None, heads)}
     return {
         letter: (
-            Task(prompt=lm.encode(prompt), clean=lm.encode(clean) if clean else None, right=right, wrong=wrong),
+            Task(
+                prompt=lm.encode(prompt),
+                clean=lm.encode(clean) if clean else None,
+                right=right,
+                wrong=wrong,
+            ),
             cells,
         )
         for letter, (prompt, clean, cells) in pairs.items()
@@ -35,7 +47,10 @@ def swept(lm: hk.LM) -> tuple[Source, Way]:
         return hk.forward(lm, [task["clean"] or []], hk.capture("resid_pre"), logits=False)
 
     def sweep(task: Task, clean: Any, cells: Cells) -> list[float]:
-        grid = {"layer": sorted({layer for layer, _ in cells}), "place": sorted({place for _, place in cells})}
+        grid = {
+            "layer": sorted({layer for layer, _ in cells}),
+            "place": sorted({place for _, place in cells}),
+        }
 
         def hooks(layer: int, place: int) -> hk.Hook:
             if clean is None:

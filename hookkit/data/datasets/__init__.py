@@ -1,7 +1,7 @@
 """Prompt pairs for experiments, made from templates for a model's tokenizer.
 
-    pairs = hk.datasets.indirect_object(lm, 50)
-    pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong
+pairs = hk.datasets.indirect_object(lm, 50)
+pairs.clean, pairs.corrupted, pairs.answers, pairs.wrong
 """
 
 from .pairs import Pairs as Pairs
@@ -12,4 +12,12 @@ from .tasks import induction as induction
 from .tasks import landmarks as landmarks
 from .tasks import successor as successor
 
-__all__ = ["Pairs", "capitals", "greater_than", "indirect_object", "induction", "landmarks", "successor"]
+__all__ = [
+    "Pairs",
+    "capitals",
+    "greater_than",
+    "indirect_object",
+    "induction",
+    "landmarks",
+    "successor",
+]

@@ -70,12 +70,16 @@ class Pairs:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise BadPrompt(f"name={described(self.name)}: the name comes first, Pairs('mine', clean, corrupted, …)")
+            raise BadPrompt(
+                f"name={described(self.name)}: the name comes first, Pairs('mine', clean, corrupted, …)"
+            )
         for name in FIELDS:
             value = getattr(self, name)
             items = items_of(value)
             if isinstance(value, str):
-                raise BadPrompt(f"{name}={described(value)} is one text: give one for each pair, in a list")
+                raise BadPrompt(
+                    f"{name}={described(value)} is one text: give one for each pair, in a list"
+                )
             if items is None or isinstance(value, Set):
                 raise BadPrompt(f"{name}={described(value)}: give one for each pair, in a list")
             if name in ("clean", "corrupted"):
@@ -84,7 +88,9 @@ class Pairs:
                 kept = [read_token(item, name) for item in items]
             object.__setattr__(self, name, kept)
         object.__setattr__(self, "seed", seed_of(self.seed))
-        object.__setattr__(self, "labels", {name: tuple(places) for name, places in self.labels.items()})
+        object.__setattr__(
+            self, "labels", {name: tuple(places) for name, places in self.labels.items()}
+        )
         counts = {name: len(getattr(self, name)) for name in FIELDS}
         counts |= {f"labels[{name!r}]": len(places) for name, places in self.labels.items()}
         counts |= {"checksums": len(self.checksums)} if self.checksums else {}
@@ -100,7 +106,9 @@ class Pairs:
     def __getitem__(self, which: int | slice | Sequence[int]) -> "Pairs":
         rows = self._rows(which)
         if not rows:
-            raise EmptySelection(f"[{which}] selects none of the {len(self)} pairs: choose at least one")
+            raise EmptySelection(
+                f"[{which}] selects none of the {len(self)} pairs: choose at least one"
+            )
         kept: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in FIELDS}
         labels = {name: tuple(places[row] for row in rows) for name, places in self.labels.items()}
         checksums = tuple(self.checksums[row] for row in rows) if self.checksums else ()
@@ -118,7 +126,9 @@ class Pairs:
             )
         for number in (number for number in numbers if number is not None):
             if not -len(self) <= number < len(self):
-                raise OutOfRange(f"pair {number} was asked for, and there are {len(self)}, 0 to {len(self) - 1}")
+                raise OutOfRange(
+                    f"pair {number} was asked for, and there are {len(self)}, 0 to {len(self) - 1}"
+                )
         return [everything[number] for number in numbers if number is not None]
 
     def metric(self) -> LogitDiff:
@@ -131,11 +141,17 @@ class Pairs:
         return logit_diff(self.answers, self.wrong)
 
     def _repr_html_(self) -> str:
-        rows = [{name: repr(getattr(self, name)[row]) for name in FIELDS} for row in range(len(self))]
+        rows = [
+            {name: repr(getattr(self, name)[row]) for name in FIELDS} for row in range(len(self))
+        ]
         return shown(f"{len(self)} pairs: {self.name}", rows=rows)
 
     def __repr__(self) -> str:
-        first = self.clean[0] if isinstance(self.clean[0], str) else " ".join(f"<{i}>" for i in self.clean[0])
+        first = (
+            self.clean[0]
+            if isinstance(self.clean[0], str)
+            else " ".join(f"<{i}>" for i in self.clean[0])
+        )
         count = f"{len(self)} pair{'s' if len(self) > 1 else ''}"
         said = f"{shortened(first)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}"
         return f"Pairs({self.name}, {count}, seed {self.seed}: {said}{f'; {self.note}' if self.note else ''})"
@@ -167,8 +183,15 @@ class Pairs:
         [True, True, True, True]
         """
         answers, wrong = self._tokens(lm)
-        sides = {side: _measured(lm, getattr(self, side), answers, wrong) for side in ("clean", "corrupted")}
-        numbers = {f"{name}_{side}": values for side, found in sides.items() for name, values in found.items()}
+        sides = {
+            side: _measured(lm, getattr(self, side), answers, wrong)
+            for side in ("clean", "corrupted")
+        }
+        numbers = {
+            f"{name}_{side}": values
+            for side, found in sides.items()
+            for name, values in found.items()
+        }
         tokens = {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
         table = pd.DataFrame({"row": range(len(self)), **tokens, **numbers})
         return table.assign(right=table["logit_diff_clean"] > 0, top1=table["rank_clean"] == 1)
@@ -195,7 +218,9 @@ class Pairs:
 
     def _tokens(self, lm: LM) -> tuple[list[int], list[int]]:
         """The ids of the answers and of the wrong ones, once it is sure that the pairs are right for this tokenizer."""
-        answers, wrong = ([lm.token(token) for token in tokens] for tokens in (self.answers, self.wrong))
+        answers, wrong = (
+            [lm.token(token) for token in tokens] for tokens in (self.answers, self.wrong)
+        )
         sides = [as_batch(lm, _given(prompts)).rows for prompts in (self.clean, self.corrupted)]
         for number, (clean, corrupted) in enumerate(zip(*sides, strict=True)):
             found = checksum(clean, corrupted, answers[number], wrong[number])
@@ -217,9 +242,13 @@ def checksum(clean: Row, corrupted: Row, answer: int, wrong: int) -> int:
     return crc32(repr((clean, corrupted, answer, wrong)).encode())
 
 
-def _measured(lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list[int]) -> dict[str, list[Any]]:
+def _measured(
+    lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list[int]
+) -> dict[str, list[Any]]:
     """The columns of `check` for one side of the pairs."""
-    logits = torch.cat([_last(lm, prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)])
+    logits = torch.cat(
+        [_last(lm, prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)]
+    )
     rows = torch.arange(len(prompts))
     right, other = logits[rows, answers], logits[rows, wrong]
     real = logits[:, : lm.n_tokens or None]

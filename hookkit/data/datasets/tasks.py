@@ -19,7 +19,17 @@ from ...errors import BadPrompt, EmptySelection, did_you_mean
 from ...models.lm import LM, Token
 from ...models.positions import at
 from .pairs import Pairs
-from .templates import Behind, Draw, Urn, check_numbers, is_token, needs_tokenizer, next_token, one_token, read
+from .templates import (
+    Behind,
+    Draw,
+    Urn,
+    check_numbers,
+    is_token,
+    needs_tokenizer,
+    next_token,
+    one_token,
+    read,
+)
 
 Fact: TypeAlias = tuple[str, str]  # subject and city
 
@@ -118,7 +128,10 @@ def _draw_fact(facts: Sequence[Fact], templates: Sequence[str], source: Random) 
     (subject, city), (other, other_city) = source.sample(facts, 2)
     if city == other_city:
         return None
-    clean, corrupted = (template.format(subject=name, Subject=name[0].upper() + name[1:]) for name in (subject, other))
+    clean, corrupted = (
+        template.format(subject=name, Subject=name[0].upper() + name[1:])
+        for name in (subject, other)
+    )
     place = at(subject.removeprefix("the "), which=0)
     return Draw(clean, corrupted, f" {city}", f" {other_city}", {"subject": place})
 
@@ -138,8 +151,30 @@ SENTENCES = (
     "While {first} and {second} were commuting to the {place}, {subject} gave a {thing} to",
     "Last week {first} and {second} met at the {place}, and {subject} handed a {thing} to",
 )
-PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station", "park", "library")
-THINGS = ("ring", "bone", "basketball", "computer", "necklace", "drink", "snack", "book", "letter", "key")
+PLACES = (
+    "store",
+    "garden",
+    "restaurant",
+    "school",
+    "hospital",
+    "office",
+    "house",
+    "station",
+    "park",
+    "library",
+)
+THINGS = (
+    "ring",
+    "bone",
+    "basketball",
+    "computer",
+    "necklace",
+    "drink",
+    "snack",
+    "book",
+    "letter",
+    "key",
+)
 NAMES = """
     Aaron Adam Alan Alex Alice Amy Andrew Andy Ann Anna Anne Anthony Arthur Austin Ben Blake Bob Brandon Brian Carlos
     Carol Charles Christopher Claire Clara Connor Daniel David Diana Edward Elena Elizabeth Emily Emma Eric Eva Eve
@@ -153,7 +188,9 @@ CORRUPT = ("swap", "abc")
 
 
 @checks_arguments
-def indirect_object(lm: LM, n: int, *, seed: int = 0, corrupt: str = "swap", same_length: bool = False) -> Pairs:
+def indirect_object(
+    lm: LM, n: int, *, seed: int = 0, corrupt: str = "swap", same_length: bool = False
+) -> Pairs:
     """Sentences in which one of two people gives something to the other; the answer is the other one's name.
 
     Half of them in expectation name the indirect object first (ABBA), half the subject (BABA). The answer is the
@@ -180,9 +217,13 @@ def indirect_object(lm: LM, n: int, *, seed: int = 0, corrupt: str = "swap", sam
     check_numbers(n, seed)
     needs_tokenizer(lm, "indirect_object")
     if corrupt not in CORRUPT:
-        raise EmptySelection(f"corrupt={corrupt!r} is unknown{did_you_mean(corrupt, CORRUPT)} Say 'swap' or 'abc'")
+        raise EmptySelection(
+            f"corrupt={corrupt!r} is unknown{did_you_mean(corrupt, CORRUPT)} Say 'swap' or 'abc'"
+        )
     names = one_token(lm, NAMES.split(), "names")
-    return Urn("indirect_object", lm, partial(_draw_sentence, names, corrupt), seed).pairs(n, same_length=same_length)
+    return Urn("indirect_object", lm, partial(_draw_sentence, names, corrupt), seed).pairs(
+        n, same_length=same_length
+    )
 
 
 def _draw_sentence(names: list[str], corrupt: str, source: Random) -> Draw | None:
@@ -253,7 +294,11 @@ def _named(lm: LM) -> Callable[[int], Token | None]:
         if lm.tokenizer is None:
             return token_id
         text = lm.string(token_id)
-        return text if token_id not in added and is_token(lm, text) and lm.token(text) == token_id else None
+        return (
+            text
+            if token_id not in added and is_token(lm, text) and lm.token(text) == token_id
+            else None
+        )
 
     return named
 
@@ -262,7 +307,9 @@ def _draw_repeat(
     lm: LM, lead: tuple[int, ...], length: int, named: Callable[[int], Token | None], source: Random
 ) -> Draw | None:
     tried = source.sample(range(lm.n_tokens), min(lm.n_tokens, 4 * length + 4))
-    drawn = [(token_id, name) for token_id in tried if (name := named(token_id)) is not None][: length + 1]
+    drawn = [(token_id, name) for token_id in tried if (name := named(token_id)) is not None][
+        : length + 1
+    ]
     if len(drawn) <= length:
         return None
     (*block, answer), wrong = drawn[:length], drawn[length]
@@ -314,8 +361,12 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}
     words = [word for series in all_series.values() for word in series]
     known = one_token(lm, words, "days, months, letters, numbers and ordinals")
-    usable = {name: series for name, series in all_series.items() if all(word in known for word in series)}
-    return Urn("successor", lm, partial(_draw_series, usable), seed).pairs(n, same_length=same_length)
+    usable = {
+        name: series for name, series in all_series.items() if all(word in known for word in series)
+    }
+    return Urn("successor", lm, partial(_draw_series, usable), seed).pairs(
+        n, same_length=same_length
+    )
 
 
 def _draw_series(usable: dict[str, list[str]], source: Random) -> Draw | None:
@@ -326,10 +377,16 @@ def _draw_series(usable: dict[str, list[str]], source: Random) -> Draw | None:
     series = usable[name]
     starts = range(len(series) if name in ROUND else len(series) - SHOWN)
     clean, corrupted = (
-        [series[(start + step) % len(series)] for step in range(SHOWN + 1)] for start in source.sample(starts, 2)
+        [series[(start + step) % len(series)] for step in range(SHOWN + 1)]
+        for start in source.sample(starts, 2)
     )
-    first, second = (template.format(items=between.join(items[:SHOWN])) for items in (clean, corrupted))
-    labels = {f"item {number}": at(f" {word}", which=-1) for number, word in enumerate(clean[:SHOWN], start=1)}
+    first, second = (
+        template.format(items=between.join(items[:SHOWN])) for items in (clean, corrupted)
+    )
+    labels = {
+        f"item {number}": at(f" {word}", which=-1)
+        for number, word in enumerate(clean[:SHOWN], start=1)
+    }
     return Draw(first, second, f" {clean[SHOWN]}", f" {corrupted[SHOWN]}", labels)
 
 
@@ -370,10 +427,15 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
 
 
 def _draw_year(lm: LM, source: Random) -> Draw | None:
-    noun, century, unit = source.choice(NOUNS.split()), source.choice(CENTURIES), source.randrange(10)
+    noun, century, unit = (
+        source.choice(NOUNS.split()),
+        source.choice(CENTURIES),
+        source.randrange(10),
+    )
     corrupted, wrong, clean, answer = sorted(source.sample(range(10), 4))  # decades
     first, second = (
-        TEMPLATE.format(noun=noun, century=century, year=f"{decade}{unit}") for decade in (clean, corrupted)
+        TEMPLATE.format(noun=noun, century=century, year=f"{decade}{unit}")
+        for decade in (clean, corrupted)
     )
     answers = [next_token(lm, first, f"{decade}{unit}") for decade in (answer, wrong)]
     if None in answers:

@@ -105,7 +105,9 @@ def _made(lm: LM, draw: Draw) -> Made | None:
         return None
     texts = [prompt for prompt in (draw.clean, draw.corrupted) if isinstance(prompt, str)]
     for answer in (draw.answer, draw.wrong):
-        if isinstance(answer, str) and any(next_token(lm, text, answer) != answer for text in texts):
+        if isinstance(answer, str) and any(
+            next_token(lm, text, answer) != answer for text in texts
+        ):
             return None
     places = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
     tokens = checksum(clean, corrupted, lm.token(draw.answer), lm.token(draw.wrong))
@@ -126,7 +128,11 @@ def read(lm: LM, prompt: Prompt) -> Row:
 def next_token(lm: LM, prompt: str, continuation: str) -> str | None:
     """The token that begins a continuation of a prompt; None where the prompt's own tokens become others with it."""
     before, after = read(lm, prompt), read(lm, prompt + continuation)
-    return lm.string(after[len(before)]) if after[: len(before)] == before and len(after) > len(before) else None
+    return (
+        lm.string(after[len(before)])
+        if after[: len(before)] == before and len(after) > len(before)
+        else None
+    )
 
 
 def one_token(lm: LM, words: Sequence[str], what: str, *, least: int = 5) -> list[str]:

@@ -41,9 +41,31 @@ SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
 COLUMNS = ("text", "piece", "pos", "token", "read")
 NUMBERED = re.compile(r"[0-9]{5,}\.safetensors")
-OWN = ("format", "model", "sites", "pos", "context", "long")  # what is read of the settings, besides being compared
-DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
-DECIDING = ("torch", "transformers", "tokenizers")  # the packages whose versions decide what numbers come out
+OWN = (
+    "format",
+    "model",
+    "sites",
+    "pos",
+    "context",
+    "long",
+)  # what is read of the settings, besides being compared
+DTYPES = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "float64",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
+DECIDING = (
+    "torch",
+    "transformers",
+    "tokenizers",
+)  # the packages whose versions decide what numbers come out
 
 
 @dataclass(frozen=True)
@@ -62,10 +84,16 @@ class Shard:
 
     def __post_init__(self) -> None:
         numbers = (self.rows, self.tokens, self.left_out, self.text, self.piece, self.bytes)
-        if not all(map(plain_whole, numbers)) or not isinstance(self.stream, str) or not isinstance(self.sha256, str):
+        if (
+            not all(map(plain_whole, numbers))
+            or not isinstance(self.stream, str)
+            or not isinstance(self.sha256, str)
+        ):
             raise ValueError("a number or a hash is none")
         if not isinstance(self.file, str) or not NUMBERED.fullmatch(self.file):
-            raise ValueError(f"{str(self.file)[:80]!r} is no name of a shard, such as {SHARD.format(0)}")
+            raise ValueError(
+                f"{str(self.file)[:80]!r} is no name of a shard, such as {SHARD.format(0)}"
+            )
 
     def is_there(self, folder: Path) -> bool:
         """True where the file is there in its size."""
@@ -86,17 +114,33 @@ class End:
     stream: str
 
     def __post_init__(self) -> None:
-        if not plain_whole(self.texts) or not plain_whole(self.left_out) or not isinstance(self.stream, str):
+        if (
+            not plain_whole(self.texts)
+            or not plain_whole(self.left_out)
+            or not isinstance(self.stream, str)
+        ):
             raise ValueError("a number or a hash is none")
 
 
 def model_of(lm: LM) -> dict[str, Any]:
     """What has to be the same for the same numbers to come out."""
     about = about_model(lm)
-    said = {name: about[name] for name in ("class", "family", "dtype", "device", "attention", "adapters")}
-    hashes = {"config": config_hash(lm), "weights": weights_hash(lm), "tokenizer": tokenizer_hash(lm)}
+    said = {
+        name: about[name]
+        for name in ("class", "family", "dtype", "device", "attention", "adapters")
+    }
+    hashes = {
+        "config": config_hash(lm),
+        "weights": weights_hash(lm),
+        "tokenizer": tokenizer_hash(lm),
+    }
     known = {name: about["versions"].get(name) for name in DECIDING}
-    return {"name": about["model"], **said, **{f"{name}_sha256": found for name, found in hashes.items()}, **known}
+    return {
+        "name": about["model"],
+        **said,
+        **{f"{name}_sha256": found for name, found in hashes.items()},
+        **known,
+    }
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -109,14 +153,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = mapping_of(json_in(path), f"{SETTINGS} of {folder.name!r}")
     except BadFile as error:
-        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} cannot be read: {error}; harvest again") from error
+        raise DamagedHarvest(
+            f"{SETTINGS} of {folder.name!r} cannot be read: {error}; harvest again"
+        ) from error
     if settings.get("format") != FORMAT:
         raise DamagedHarvest(
             f"{folder.name!r} has format {settings.get('format')!r}, and this hookkit reads {FORMAT}: read it with the "
             "hookkit that wrote it"
         )
     lacking = [name for name in OWN if name not in settings]
-    if lacking or not isinstance(settings["sites"], dict) or not isinstance(settings["model"], dict):
+    if (
+        lacking
+        or not isinstance(settings["sites"], dict)
+        or not isinstance(settings["model"], dict)
+    ):
         words = f"has no {', '.join(lacking)}" if lacking else "has sites or a model that are none"
         raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} {words}: harvest again")
     for name, kind in settings["sites"].items():
@@ -129,11 +179,19 @@ def _check_kind(folder: Path, name: str, kind: Any) -> None:
     try:
         parse(name)
     except HookkitError as error:
-        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} has a site that is none: {error}") from error
+        raise DamagedHarvest(
+            f"{SETTINGS} of {folder.name!r} has a site that is none: {error}"
+        ) from error
     words = kind if isinstance(kind, dict) else {}
     sizes = words.get("shape")
-    if not isinstance(sizes, list) or not all(map(plain_whole, sizes)) or words.get("dtype") not in DTYPES:
-        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} has no shape or no dtype for {name!r}: harvest again")
+    if (
+        not isinstance(sizes, list)
+        or not all(map(plain_whole, sizes))
+        or words.get("dtype") not in DTYPES
+    ):
+        raise DamagedHarvest(
+            f"{SETTINGS} of {folder.name!r} has no shape or no dtype for {name!r}: harvest again"
+        )
 
 
 def read_index(folder: Path) -> tuple[list[Shard], End | None]:
@@ -197,9 +255,16 @@ def _check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]
     old, new = dict(_flat(there)), dict(_flat(asked))
     if there.get("sites") != asked.get("sites"):
         old["sites"], new["sites"] = (", ".join(each["sites"]) for each in (there, asked))
-    differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and not _may_differ(name, old)]
+    differing = [
+        name
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and not _may_differ(name, old)
+    ]
     if differing:
-        words = [f"{name} {_short(old.get(name))} there and {_short(new.get(name))} now" for name in differing]
+        words = [
+            f"{name} {_short(old.get(name))} there and {_short(new.get(name))} now"
+            for name in differing
+        ]
         raise HarvestChanged(
             f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. Give the same ones to go on, or "
             "another folder"
@@ -237,7 +302,10 @@ def columns(windows: list[Window]) -> dict[str, Tensor]:
         "starts": list(accumulate(lengths)),
     }
     wide = ("text", "starts")
-    return {name: torch.tensor(n, dtype=torch.int64 if name in wide else torch.int32) for name, n in numbers.items()}
+    return {
+        name: torch.tensor(n, dtype=torch.int64 if name in wide else torch.int32)
+        for name, n in numbers.items()
+    }
 
 
 def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor], **said: Any) -> Shard:

@@ -119,7 +119,9 @@ class Column:
         bounds = torch.searchsorted(ordered, torch.tensor(self.shards.starts)).tolist()
         for shard, (first, last) in enumerate(pairwise(bounds)):
             if first < last:
-                found[order[first:last]] = self._of(shard)[ordered[first:last] - self.shards.starts[shard]]
+                found[order[first:last]] = self._of(shard)[
+                    ordered[first:last] - self.shards.starts[shard]
+                ]
         return found
 
     def _slice(self, start: int, stop: int) -> Tensor:
@@ -135,7 +137,11 @@ class Column:
     def _of(self, shard: int) -> Tensor:
         values = self.shards.tensors(shard).get(self.name)
         sizes = self.sizes if self.head is None else None  # those of a head lack an axis
-        if values is None or values.dtype != self.dtype or (sizes is not None and tuple(values.shape[1:]) != sizes):
+        if (
+            values is None
+            or values.dtype != self.dtype
+            or (sizes is not None and tuple(values.shape[1:]) != sizes)
+        ):
             raise DamagedHarvest(
                 f"shard {shard} of {len(self.shards)} has not the {self.name} that harvest.json says: call verify(), "
                 "which says what to do"
@@ -143,22 +149,45 @@ class Column:
         if self.head is None:
             return values
         if values.ndim < 2 or self.head >= values.shape[1] or tuple(values.shape[2:]) != self.sizes:
-            raise DamagedHarvest(f"shard {shard} has other heads at {self.name} than harvest.json says")
+            raise DamagedHarvest(
+                f"shard {shard} has other heads at {self.name} than harvest.json says"
+            )
         return values[:, self.head]
 
 
 def _check_columns(tensors: Mapping[str, Tensor], shard: Shard) -> None:
     """Raise `DamagedHarvest` where a shard's columns are not those of so many rows of tokens."""
     lacking = [name for name in (*COLUMNS, "ids", "starts") if name not in tensors]
-    short = [name for name, tensor in tensors.items() if name not in ("ids", "starts") and not _rows(tensor, shard)]
+    short = [
+        name
+        for name, tensor in tensors.items()
+        if name not in ("ids", "starts") and not _rows(tensor, shard)
+    ]
     if lacking or short:
-        words = f"has no {', '.join(lacking)}" if lacking else f"has not {shard.rows} rows of {', '.join(short)}"
-        raise DamagedHarvest(f"{shard.file} {words}: it was changed; call verify(), which says what to do")
+        words = (
+            f"has no {', '.join(lacking)}"
+            if lacking
+            else f"has not {shard.rows} rows of {', '.join(short)}"
+        )
+        raise DamagedHarvest(
+            f"{shard.file} {words}: it was changed; call verify(), which says what to do"
+        )
     starts, read = tensors["starts"], tensors["read"]
-    ends = starts.ndim == 1 and len(starts) > 1 and int(starts[0]) == 0 and int(starts[-1]) == len(tensors["ids"])
-    inside = ends and bool((starts.diff() >= 0).all()) and bool(((read >= 0) & (read < len(starts) - 1)).all())
+    ends = (
+        starts.ndim == 1
+        and len(starts) > 1
+        and int(starts[0]) == 0
+        and int(starts[-1]) == len(tensors["ids"])
+    )
+    inside = (
+        ends
+        and bool((starts.diff() >= 0).all())
+        and bool(((read >= 0) & (read < len(starts) - 1)).all())
+    )
     if not inside:
-        raise DamagedHarvest(f"{shard.file} has rows of tokens that are not there: it was changed; call verify()")
+        raise DamagedHarvest(
+            f"{shard.file} has rows of tokens that are not there: it was changed; call verify()"
+        )
 
 
 def _rows(tensor: Tensor, shard: Shard) -> bool:
@@ -171,14 +200,18 @@ def rows_at(shard: Mapping[str, Tensor], where: Where) -> Int[Tensor, " row"]:
         return torch.arange(len(shard["pos"]))
 
     def find(at: At) -> tuple[int, ...]:
-        raise BadHook(f"pos={at!r}: a harvest has no tokenizer to find a text with; harvest at these positions")
+        raise BadHook(
+            f"pos={at!r}: a harvest has no tokenizer to find a text with; harvest at these positions"
+        )
 
     found: list[int] = []
     counts = torch.bincount(shard["read"], minlength=len(shard["starts"]) - 1).tolist()
     ids = shard["ids"].split(shard["starts"].diff().tolist())
     first = 0
     for count, row in zip(counts, ids, strict=True):
-        there = {place: first + n for n, place in enumerate(shard["pos"][first : first + count].tolist())}
+        there = {
+            place: first + n for n, place in enumerate(shard["pos"][first : first + count].tolist())
+        }
         for place in places(row.tolist(), where, find):
             if place not in there:
                 raise NotCaptured(
@@ -198,12 +231,16 @@ def numbered(rows: RowsLike, count: int) -> Int[Tensor, "..."]:
     if not numbers.numel():
         return numbers.long()
     if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.ndim > 1:
-        raise BadHook(f"rows={rows!r} were asked for: give a number, a slice or a list of whole numbers")
+        raise BadHook(
+            f"rows={rows!r} were asked for: give a number, a slice or a list of whole numbers"
+        )
     numbers = numbers.long()
     low, high = int(numbers.min()), int(numbers.max())
     if not -count <= low <= high < count:
         wrong = low if low < -count else high
-        raise OutOfRange(f"row {wrong} was asked for, and there are {count}: 0 to {count - 1}, or counted from the end")
+        raise OutOfRange(
+            f"row {wrong} was asked for, and there are {count}: 0 to {count - 1}, or counted from the end"
+        )
     return torch.where(numbers < 0, numbers + count, numbers)
 
 
@@ -253,12 +290,16 @@ class Harvest:
     @property
     def texts(self) -> int:
         """How many texts were read, the ones that were left out counted too."""
-        return self.end.texts if self.end else self.shards.all[-1].text + 1 if self.shards.all else 0
+        return (
+            self.end.texts if self.end else self.shards.all[-1].text + 1 if self.shards.all else 0
+        )
 
     @property
     def left_out(self) -> int:
         """How many of them gave no row."""
-        return sum(shard.left_out for shard in self.shards.all) + (self.end.left_out if self.end else 0)
+        return sum(shard.left_out for shard in self.shards.all) + (
+            self.end.left_out if self.end else 0
+        )
 
     def __len__(self) -> int:
         return self.shards.starts[-1]
@@ -268,7 +309,13 @@ class Harvest:
 
     def _repr_html_(self) -> str:
         return shown(
-            "Harvest", {"rows": len(self), "texts": self.texts, "finished": self.finished, "sites": self.sites}
+            "Harvest",
+            {
+                "rows": len(self),
+                "texts": self.texts,
+                "finished": self.finished,
+                "sites": self.sites,
+            },
         )
 
     def __repr__(self) -> str:
@@ -278,18 +325,24 @@ class Harvest:
     def __getitem__(self, name: str | AnySite) -> Column:
         """The values at a site, or which token each row is of, all rows one behind the other."""
         if name in WORDS:
-            return Column(self.shards, str(name), (), torch.int64 if name == "text" else torch.int32)
+            return Column(
+                self.shards, str(name), (), torch.int64 if name == "text" else torch.int32
+            )
         site = parse(name) if isinstance(name, str) else name
         whole = Site(site.name, site.layer) if isinstance(site, Site) else site
         if site not in self.sites and whole not in self.sites:
-            raise NotCaptured(f"{site} was not harvested. There are {self.sites}; and the columns {', '.join(WORDS)}")
+            raise NotCaptured(
+                f"{site} was not harvested. There are {self.sites}; and the columns {', '.join(WORDS)}"
+            )
         head = None if site in self.sites else site.head  # pyright: ignore[reportAttributeAccessIssue]
         source = self.about["sites"][str(site if head is None else whole)]
         sizes, dtype = tuple(source["shape"]), getattr(torch, source["dtype"])
         if head is None:
             return Column(self.shards, str(site), sizes, dtype)
         if head >= sizes[0]:
-            raise OutOfRange(f"{site} was asked for, and {whole} has {sizes[0]} heads: 0 to {sizes[0] - 1}")
+            raise OutOfRange(
+                f"{site} was asked for, and {whole} has {sizes[0]} heads: 0 to {sizes[0] - 1}"
+            )
         return Column(self.shards, str(whole), sizes[1:], dtype, head)
 
     def tokens(self, row: int) -> tuple[int, ...]:
@@ -297,10 +350,14 @@ class Harvest:
         shard, inside = self.shards.place(int(numbered(row, len(self))))
         found = self.shards.tensors(shard)
         read = int(found["read"][inside])
-        return tuple(found["ids"][int(found["starts"][read]) : int(found["starts"][read + 1])].tolist())
+        return tuple(
+            found["ids"][int(found["starts"][read]) : int(found["starts"][read + 1])].tolist()
+        )
 
     @checks_arguments
-    def table(self, rows: RowsLike = slice(None), *, sites: Sequence[str | AnySite] | str = ()) -> pd.DataFrame:
+    def table(
+        self, rows: RowsLike = slice(None), *, sites: Sequence[str | AnySite] | str = ()
+    ) -> pd.DataFrame:
         """Which token each row is of: columns row, text, piece, pos, token_id. Only these rows are read.
 
         With `sites`, what is there stands behind them, a column for each number: "z.9[3, 17]" is number 17 of head 3.
@@ -312,13 +369,20 @@ class Harvest:
         """
         numbers = torch.atleast_1d(numbered(rows, len(self)))
         found = {name: self[name][numbers].tolist() for name in WORDS}
-        table = pd.DataFrame({"row": numbers.tolist(), **found}).rename(columns={"token": "token_id"})
+        table = pd.DataFrame({"row": numbers.tolist(), **found}).rename(
+            columns={"token": "token_id"}
+        )
         names = [str(site) for site in ([sites] if isinstance(sites, str) else sites)]
         return pd.concat([table, *(_numbers(name, self[name], numbers) for name in names)], axis=1)
 
     @checks_arguments
     def batches(
-        self, size: int, *, sites: Sequence[str | AnySite] | None = None, seed: int | None = None, whole: bool = False
+        self,
+        size: int,
+        *,
+        sites: Sequence[str | AnySite] | None = None,
+        seed: int | None = None,
+        whole: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
         """All rows once, `size` at a time: a tensor for each site (all, where left out), and text, piece, pos, token.
 
@@ -327,14 +391,30 @@ class Harvest:
         """
         if size < 1:
             raise BadHook(f"a batch of {size} rows was asked for: give 1 or more")
-        names = [str(site) for site in (self.sites if sites is None else [sites] if isinstance(sites, str) else sites)]
+        names = [
+            str(site)
+            for site in (
+                self.sites if sites is None else [sites] if isinstance(sites, str) else sites
+            )
+        ]
         columns = {name: self[name] for name in dict.fromkeys([*names, *WORDS])}
-        order = None if seed is None else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return _batches(self.shards, columns, size, order, len(self) // size * size if whole else len(self))
+        order = (
+            None
+            if seed is None
+            else torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        )
+        return _batches(
+            self.shards, columns, size, order, len(self) // size * size if whole else len(self)
+        )
 
     @checks_arguments
     def statistics(
-        self, sites: SitesLike | None = None, *, pos: PosLike = None, covariance: bool = False, top: int = 0
+        self,
+        sites: SitesLike | None = None,
+        *,
+        pos: PosLike = None,
+        covariance: bool = False,
+        top: int = 0,
     ) -> Statistics:
         """The statistics of these sites (all, where left out) over the rows, as `hk.statistics` gives them.
 
@@ -354,7 +434,9 @@ class Harvest:
         about = {name: self.about[name] for name in ("model", "context", "long")}
         stream = self.end.stream if self.end else self.shards.all[-1].stream
         about |= {"pos": repr(where.pos) if pos is not None else self.about["pos"]}
-        return total.statistics({**about, "texts": self.texts, "left_out": self.left_out, "stream": stream})
+        return total.statistics(
+            {**about, "texts": self.texts, "left_out": self.left_out, "stream": stream}
+        )
 
     def verify(self) -> None:
         """Read all, and raise `DamagedHarvest` with every shard that is not as it was written."""
@@ -377,7 +459,9 @@ def _numbers(name: str, column: Column, rows: Tensor) -> pd.DataFrame:
     values = column[rows]
     values = (values.float() if values.dtype == torch.bfloat16 else values).flatten(1)
     places = itertools.product(*map(range, column.sizes))
-    return pd.DataFrame(values.numpy(), columns=[f"{name}[{', '.join(map(str, place))}]" for place in places])
+    return pd.DataFrame(
+        values.numpy(), columns=[f"{name}[{', '.join(map(str, place))}]" for place in places]
+    )
 
 
 def _batches(
@@ -387,4 +471,6 @@ def _batches(
         rows = slice(start, min(start + size, end))
         if order is None:
             shards.close_before(start)
-        yield {name: column[rows if order is None else order[rows]] for name, column in columns.items()}
+        yield {
+            name: column[rows if order is None else order[rows]] for name, column in columns.items()
+        }

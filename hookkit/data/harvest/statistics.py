@@ -92,7 +92,9 @@ def merged(first: Moments | None, second: Moments) -> Moments:
     weight = first.count * second.count / count
     products = None
     if first.products is not None and second.products is not None:
-        products = first.products + second.products + weight * shift[..., :, None] * shift[..., None, :]
+        products = (
+            first.products + second.products + weight * shift[..., :, None] * shift[..., None, :]
+        )
     return Moments(
         count,
         first.mean + shift * (second.count / count),
@@ -156,7 +158,10 @@ class Strongest:
 
 
 def strongest(
-    values: Float[Tensor, "row ..."], rows: Int[Tensor, " row"], places: Int[Tensor, "row 4"], top: int
+    values: Float[Tensor, "row ..."],
+    rows: Int[Tensor, " row"],
+    places: Int[Tensor, "row 4"],
+    top: int,
 ) -> Strongest:
     """The largest values of some rows, `top` of them or as many as there are rows."""
     flat = values.flatten(1)
@@ -186,7 +191,9 @@ def merged_strongest(first: Strongest | None, second: Strongest, top: int) -> St
     )
 
 
-def _largest(values: Float[Tensor, "row unit"], numbers: Int[Tensor, "row unit"], top: int) -> Int[Tensor, "top unit"]:
+def _largest(
+    values: Float[Tensor, "row unit"], numbers: Int[Tensor, "row unit"], top: int
+) -> Int[Tensor, "top unit"]:
     """Where the largest values of each column are, in order; of equal ones those of the smallest numbers, in order."""
     least = values.topk(top, dim=0).values[-1]
     tied = values == least
@@ -237,7 +244,9 @@ class SiteStatistics:
     def covariance(self) -> Float[Tensor, "... n n"]:
         """`NotCaptured` where it was not asked for."""
         if self.moments.products is None:
-            raise NotCaptured(f"no covariance of {self.site} was taken: ask for it with covariance=True")
+            raise NotCaptured(
+                f"no covariance of {self.site} was taken: ask for it with covariance=True"
+            )
         return self.moments.products / self.count
 
     def top(self, unit: int | tuple[int, ...], lm: LM | None = None) -> pd.DataFrame:
@@ -246,16 +255,25 @@ class SiteStatistics:
         Columns: text, piece, pos, token_id, value; and token, its text, if a model is given.
         """
         if self.strongest is None:
-            raise NotCaptured(f"the strongest tokens of {self.site} were not kept: ask for them with top=10")
+            raise NotCaptured(
+                f"the strongest tokens of {self.site} were not kept: ask for them with top=10"
+            )
         meaning = "the number of a unit; with heads, (head, number);"
         whole = as_whole(unit)
         index = (
             (whole,)
             if whole is not None
-            else tuple([whole_number(one, "unit", least=0, meaning=meaning) for one in items_of(unit) or (unit,)])
+            else tuple(
+                [
+                    whole_number(one, "unit", least=0, meaning=meaning)
+                    for one in items_of(unit) or (unit,)
+                ]
+            )
         )
         sizes = tuple(self.mean.shape)
-        if len(index) != len(sizes) or not all(0 <= i < size for i, size in zip(index, sizes, strict=True)):
+        if len(index) != len(sizes) or not all(
+            0 <= i < size for i, size in zip(index, sizes, strict=True)
+        ):
             raise OutOfRange(
                 f"unit {unit} of {self.site} was asked for, and its units are counted {list(sizes)} from 0"
             )
@@ -316,9 +334,24 @@ class Statistics:
             heads = range(found.mean.shape[0]) if found.mean.ndim > 1 else [None]
             for head in heads:
                 each = found if head is None else found.head(head)
-                numbers = (each.norm.mean, each.norm.std, each.norm.min, each.norm.max, each.mean.norm(dim=-1))
+                numbers = (
+                    each.norm.mean,
+                    each.norm.std,
+                    each.norm.min,
+                    each.norm.max,
+                    each.mean.norm(dim=-1),
+                )
                 rows.append([str(site), head, each.count, *(number.item() for number in numbers)])
-        names = ["site", "head", "count", "norm_mean", "norm_std", "norm_min", "norm_max", "mean_norm"]
+        names = [
+            "site",
+            "head",
+            "count",
+            "norm_mean",
+            "norm_std",
+            "norm_min",
+            "norm_max",
+            "mean_norm",
+        ]
         return pd.DataFrame(rows, columns=names)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -332,11 +365,16 @@ class Statistics:
         return [str(site) for site in self.sites]
 
     def _repr_html_(self) -> str:
-        return shown("Statistics", rows=records(self.table(), "site", "head", "count", "norm_mean", "norm_std"))
+        return shown(
+            "Statistics",
+            rows=records(self.table(), "site", "head", "count", "norm_mean", "norm_std"),
+        )
 
     def __repr__(self) -> str:
         count, texts = next(iter(self.of_site.values())).count, self.about["texts"]
-        return f"Statistics({count} tokens of {texts} text{'' if texts == 1 else 's'}; {self.sites})"
+        return (
+            f"Statistics({count} tokens of {texts} text{'' if texts == 1 else 's'}; {self.sites})"
+        )
 
 
 def _tensors(found: SiteStatistics) -> dict[str, Tensor]:
@@ -365,19 +403,29 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     if "statistics" not in words:
         raise DamagedHarvest(f"{name} has no statistics: give a file that Statistics.save wrote")
     about = mapping_of(
-        json_of(words["statistics"], name, error=DamagedHarvest, finite=False), name, error=DamagedHarvest
+        json_of(words["statistics"], name, error=DamagedHarvest, finite=False),
+        name,
+        error=DamagedHarvest,
     )
     by_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         site, _, word = key.rpartition("/")
         by_site.setdefault(site, {})[word] = tensor
     sites = about.get("sites")
-    if not isinstance(sites, list) or set(map(str, sites)) != set(by_site) or not plain_whole(about.get("texts")):
+    if (
+        not isinstance(sites, list)
+        or set(map(str, sites)) != set(by_site)
+        or not plain_whole(about.get("texts"))
+    ):
         raise DamagedHarvest(f"{name} has other sites than it says: it was changed; make it again")
     try:
-        return Statistics({parse(site): _site_statistics(parse(site), by_site[site]) for site in sites}, about)
+        return Statistics(
+            {parse(site): _site_statistics(parse(site), by_site[site]) for site in sites}, about
+        )
     except (KeyError, ValueError, RuntimeError) as error:
-        raise DamagedHarvest(f"{name} lacks tensors of its statistics: it was changed; make it again") from error
+        raise DamagedHarvest(
+            f"{name} lacks tensors of its statistics: it was changed; make it again"
+        ) from error
 
 
 def _site_statistics(site: AnySite, t: Mapping[str, Tensor]) -> SiteStatistics:
@@ -386,7 +434,9 @@ def _site_statistics(site: AnySite, t: Mapping[str, Tensor]) -> SiteStatistics:
         raise ValueError("the tensors do not fit one another")
     lengths = Norms(Moments(count, t["norm_mean"], t["norm_spread"]), t["norm_min"], t["norm_max"])
     top = Strongest(t["top_values"], t["top_rows"], t["top_places"]) if "top_values" in t else None
-    return SiteStatistics(site, Moments(count, t["mean"], t["spread"], t.get("products")), lengths, top)
+    return SiteStatistics(
+        site, Moments(count, t["mean"], t["spread"], t.get("products")), lengths, top
+    )
 
 
 @dataclass(eq=False)
@@ -397,7 +447,12 @@ class Summing:
     top: int
     of_site: dict[AnySite, SiteStatistics]
 
-    def add(self, values: Mapping[AnySite, Tensor], rows: Int[Tensor, " row"], places: Int[Tensor, "row 4"]) -> None:
+    def add(
+        self,
+        values: Mapping[AnySite, Tensor],
+        rows: Int[Tensor, " row"],
+        places: Int[Tensor, "row 4"],
+    ) -> None:
         """Take in some rows: the values at each site, the rows' numbers, and which token each is of."""
         for site, found in values.items():
             _check(site, found, places)
@@ -416,7 +471,9 @@ class Summing:
     def statistics(self, about: Mapping[str, Any]) -> Statistics:
         """What all that came in was like, on the CPU."""
         found = {
-            site: _site_statistics(site, {name: tensor.cpu() for name, tensor in _tensors(each).items()})
+            site: _site_statistics(
+                site, {name: tensor.cpu() for name, tensor in _tensors(each).items()}
+            )
             for site, each in self.of_site.items()
         }
         return Statistics(found, {**about, "sites": [str(site) for site in found]})
@@ -424,14 +481,18 @@ class Summing:
 
 def summing(covariance: bool, top: int) -> Summing:
     """Statistics of nothing yet."""
-    whole_number(top, "top", least=0, meaning="how many tokens are kept for each unit,", error=BadHook)
+    whole_number(
+        top, "top", least=0, meaning="how many tokens are kept for each unit,", error=BadHook
+    )
     return Summing(covariance, top, {})
 
 
 def _check(site: AnySite, values: Tensor, places: Tensor) -> None:
     """Refuse numbers of which a mean would say nothing."""
     if not values.dtype.is_floating_point:
-        raise BadHook(f"{site} holds whole numbers that name something, of which a mean says nothing: leave it out")
+        raise BadHook(
+            f"{site} holds whole numbers that name something, of which a mean says nothing: leave it out"
+        )
     if values.ndim not in (2, 3):
         raise BadHook(
             f"{site} has the axes {list(values.shape[1:])} at each token, and statistics are of vectors, one or one a "
@@ -481,20 +542,41 @@ def statistics(
     cursor, total = Cursor(lm, texts, rules), summing(covariance, top)
     rows = left_out = 0
     with Progress(how_many(texts) if progress else None, progress) as shown:
-        while (window := next_window(cursor, room=float("inf"), tokens=LOOK_AHEAD * batch_tokens)) is not None:
+        while (
+            window := next_window(cursor, room=float("inf"), tokens=LOOK_AHEAD * batch_tokens)
+        ) is not None:
             for batch in batches(window, batch_tokens, one_length=lm.config is None):
                 _add(total, lm, window, batch, Sites(tuple(kinds)), rules.where, rows)
                 shown.computed(window, batch)
             shown.reached(window.reads[-1].text)
             rows, left_out = rows + window.rows, left_out + window.left_out
     if not rows:
-        raise EmptySelection(f"none of the {cursor.text + 1} texts has a position at pos={pos!r}: give others")
-    about = {"model": about_model(lm), "pos": repr(rules.where.pos), "context": rules.context, "long": long}
-    about |= {"texts": cursor.text + 1, "left_out": left_out + cursor.left_out, "stream": cursor.digest}
+        raise EmptySelection(
+            f"none of the {cursor.text + 1} texts has a position at pos={pos!r}: give others"
+        )
+    about = {
+        "model": about_model(lm),
+        "pos": repr(rules.where.pos),
+        "context": rules.context,
+        "long": long,
+    }
+    about |= {
+        "texts": cursor.text + 1,
+        "left_out": left_out + cursor.left_out,
+        "stream": cursor.digest,
+    }
     return total.statistics(about)
 
 
-def _add(total: Summing, lm: LM, window: Window, batch: list[int], sites: Sites, where: Where, before: int) -> None:
+def _add(
+    total: Summing,
+    lm: LM,
+    window: Window,
+    batch: list[int],
+    sites: Sites,
+    where: Where,
+    before: int,
+) -> None:
     """Take in a batch of a window, whose first row is number `before`."""
     starts = window.starts
     reads = [window.reads[number] for number in batch]
@@ -504,4 +586,6 @@ def _add(total: Summing, lm: LM, window: Window, batch: list[int], sites: Sites,
 
 def _places(reads: list[Read]) -> torch.Tensor:
     """Text, piece, position and token id of each row."""
-    return torch.tensor([(r.text, r.piece, place, r.ids[place]) for r in reads for place in r.places])
+    return torch.tensor(
+        [(r.text, r.piece, place, r.ids[place]) for r in reads for place in r.places]
+    )

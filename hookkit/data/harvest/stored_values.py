@@ -65,7 +65,9 @@ def probed(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, Kind]:
     return kinds
 
 
-def at_sites(lm: LM, reads: Sequence[Read], sites: Sites, where: Where) -> dict[AnySite, Shaped[Tensor, "row ..."]]:
+def at_sites(
+    lm: LM, reads: Sequence[Read], sites: Sites, where: Where
+) -> dict[AnySite, Shaped[Tensor, "row ..."]]:
     """The values at each site, a row for every position wanted of these texts, in their order."""
     run = forward(lm, [read.ids for read in reads], capture(sites, pos=where.pos), logits=False)
     wanted = [place for read in reads for place in read.places]
@@ -74,16 +76,25 @@ def at_sites(lm: LM, reads: Sequence[Read], sites: Sites, where: Where) -> dict[
         captured = run.captured(site)
         assert captured.positions is not None
         there = captured.positions >= 0
-        assert captured.positions[there].tolist() == wanted, f"{site}: the positions are not those that were planned"
+        assert captured.positions[there].tolist() == wanted, (
+            f"{site}: the positions are not those that were planned"
+        )
         found[site] = (
-            captured.values.flatten(0, 1) if bool(there.all()) else captured.values[there.to(captured.values.device)]
+            captured.values.flatten(0, 1)
+            if bool(there.all())
+            else captured.values[there.to(captured.values.device)]
         )
     return found
 
 
 def row_numbers(reads: Sequence[Read], starts: Sequence[int]) -> Int[Tensor, " row"]:
     """Where each row of `at_sites` stands in the order of the texts, given where each text's rows begin."""
-    return torch.cat([torch.arange(start, start + len(read.places)) for read, start in zip(reads, starts, strict=True)])
+    return torch.cat(
+        [
+            torch.arange(start, start + len(read.places))
+            for read, start in zip(reads, starts, strict=True)
+        ]
+    )
 
 
 def as_stored(site: AnySite, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,7 +138,9 @@ class Computing:
     def compute(self, batch: Batch) -> dict[AnySite, Tensor]:
         """A row for each position that is wanted of the batch's texts, in their order."""
         found = at_sites(self.lm, batch.reads, Sites(tuple(self.kinds)), self.where)
-        return {site: as_stored(site, values, self.kinds[site].dtype) for site, values in found.items()}
+        return {
+            site: as_stored(site, values, self.kinds[site].dtype) for site, values in found.items()
+        }
 
 
 class Progress:
@@ -140,7 +153,9 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._bar.close()
 
     def skipped(self, text: int) -> None:

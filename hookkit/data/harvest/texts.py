@@ -20,7 +20,7 @@ from ...arguments import is_one_row, one_prompt, prompt_rows, refuse_container
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import json_of
 from ...models.lm import LM
-from ...models.positions import GENERATED, At, Where, Wish, wish
+from ...models.positions import GENERATED, At, PositionRange, Where, wish
 from ...models.prompts import Row, cover, shortened
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
@@ -41,9 +41,13 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.where.pos is GENERATED:
-            raise BadHook("pos=hk.GENERATED: a harvest reads texts and generates none; give their tokens as the texts")
+            raise BadHook(
+                "pos=hk.GENERATED: a harvest reads texts and generates none; give their tokens as the texts"
+            )
         if self.context is not None and self.context < 2:
-            raise BadHook(f"context={self.context!r}: give how many tokens a row may have, at least 2")
+            raise BadHook(
+                f"context={self.context!r}: give how many tokens a row may have, at least 2"
+            )
         for word, value, known in (
             ("long", self.long, ("error", "truncate", "split")),
             ("unfit", self.unfit, ("error", "skip")),
@@ -59,7 +63,7 @@ class Read:
     text: int
     piece: int
     ids: Row
-    places: Wish
+    places: PositionRange
     left_out: int  # texts before it, behind the last read, that gave no row
     stream: str  # the sha256 of all texts up to this one
 
@@ -143,14 +147,23 @@ class Cursor:
             if self.rules.unfit == "skip":
                 return []
             said = str(error) if isinstance(error, BadPrompt) else f"text {self.text}: {error}"
-            raise type(error)(f"{said}. unfit='skip' leaves out every text that cannot be harvested") from None
+            raise type(error)(
+                f"{said}. unfit='skip' leaves out every text that cannot be harvested"
+            ) from None
         pieces = [piece for piece, some in enumerate(wanted) if some]
         return [
-            Read(self.text, piece, rows[piece], wanted[piece], 0 if number else self.left_out, self.digest)
+            Read(
+                self.text,
+                piece,
+                rows[piece],
+                wanted[piece],
+                0 if number else self.left_out,
+                self.digest,
+            )
             for number, piece in enumerate(pieces)
         ]
 
-    def _places(self, row: Row) -> Wish:
+    def _places(self, row: Row) -> PositionRange:
         return places(row, self.rules.where, lambda at: cover(self.lm, row, at))
 
 
@@ -201,10 +214,16 @@ def _lines(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file):
             try:
                 words = line.removesuffix(b"\n").removesuffix(b"\r")
-                yield json_of(words, "it", finite=False) if path.suffix == ".jsonl" else words.decode("utf-8")
+                yield (
+                    json_of(words, "it", finite=False)
+                    if path.suffix == ".jsonl"
+                    else words.decode("utf-8")
+                )
             except (ValueError, BadFile) as error:  # no UTF-8, or no JSON
                 kind = "JSON" if path.suffix == ".jsonl" else "text in UTF-8"
-                raise BadPrompt(f"text {number}: line {number + 1} of {path.name} is no {kind}: {error}") from error
+                raise BadPrompt(
+                    f"text {number}: line {number + 1} of {path.name} is no {kind}: {error}"
+                ) from error
 
 
 def content(item: Any, number: int) -> str | Row:
@@ -227,8 +246,12 @@ def content(item: Any, number: int) -> str | Row:
 def _tokens(lm: LM, content: str | Row, number: int) -> Row:
     if isinstance(content, str):
         if lm.tokenizer is None:
-            raise BadPrompt(f"text {number} is text, and this model came without a tokenizer: give rows of token ids")
-        ids = tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()  # verbose: of long texts
+            raise BadPrompt(
+                f"text {number} is text, and this model came without a tokenizer: give rows of token ids"
+            )
+        ids = (
+            tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
+        )  # verbose: of long texts
     else:
         ids = content
     vocab = lm.sizes["vocab"]
@@ -260,20 +283,24 @@ def _cut(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:
     return [(*begin, *ids[start : start + step]) for start in range(len(begin), len(ids), step)]
 
 
-def places(ids: Sequence[int], where: Where, find: Callable[[At], Row]) -> Wish:
+def places(ids: Sequence[int], where: Where, find: Callable[[At], Row]) -> PositionRange:
     """The positions of a row that are wanted. One that it does not have raises; a slice takes those that there are."""
     wanted = wish(where, len(ids), find)
     if isinstance(wanted, range):
         return range(wanted.start, max(wanted.start, min(wanted.stop, len(ids))), wanted.step)
     if wanted[-1] >= len(ids):
-        raise OutOfRange(f"position {wanted[-1]} was asked for, and it has {len(ids)} tokens: 0 to {len(ids) - 1}")
+        raise OutOfRange(
+            f"position {wanted[-1]} was asked for, and it has {len(ids)} tokens: 0 to {len(ids) - 1}"
+        )
     return wanted
 
 
 def context_of(lm: LM, asked: int | None) -> int | None:
     """How many tokens of a text are read at most: what was asked for, or the model's own limit."""
     if lm.context is not None and asked is not None and asked > lm.context:
-        raise BadHook(f"context={asked} was asked for, and the model's is {lm.context}: give that or less")
+        raise BadHook(
+            f"context={asked} was asked for, and the model's is {lm.context}: give that or less"
+        )
     return lm.context if asked is None else asked
 
 
@@ -326,7 +353,11 @@ def batches(window: Window, tokens: int, *, one_length: bool = False) -> list[li
     found: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         width = lengths[found[-1][0]] if found else 0
-        fits = bool(found) and width * (len(found[-1]) + 1) <= tokens and (not one_length or width == lengths[number])
+        fits = (
+            bool(found)
+            and width * (len(found[-1]) + 1) <= tokens
+            and (not one_length or width == lengths[number])
+        )
         if fits:
             found[-1].append(number)
         else:

@@ -21,10 +21,33 @@ from ...models.sites import AnySite, SitesLike
 from ...runs.engines.actors import computed
 from ...runs.engines.ray import EngineLike, Ray, as_engine
 from ...runs.engines.work import Step, Steps
-from .folder import FORMAT, End, Shard, append, begin, columns, finish, model_of, read_index, write_shard
+from .folder import (
+    FORMAT,
+    End,
+    Shard,
+    append,
+    begin,
+    columns,
+    finish,
+    model_of,
+    read_index,
+    write_shard,
+)
 from .harvest import Harvest, open_harvest
 from .stored_values import Batch, Computing, Kind, Progress, probed, row_numbers
-from .texts import LOOK_AHEAD, Cursor, Long, Rules, TextsLike, Unfit, Window, batches, context_of, how_many, next_window
+from .texts import (
+    LOOK_AHEAD,
+    Cursor,
+    Long,
+    Rules,
+    TextsLike,
+    Unfit,
+    Window,
+    batches,
+    context_of,
+    how_many,
+    next_window,
+)
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, where shard_size is left out
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -101,7 +124,10 @@ def _stored(kinds: dict[AnySite, Kind], dtype: torch.dtype | str | None) -> dict
     if name not in DTYPES:
         raise BadHook(f"dtype={dtype!r}: values are kept as {', '.join(map(repr, DTYPES))}")
     kind: torch.dtype = getattr(torch, name)
-    return {s: Kind(each.shape, kind if each.dtype.is_floating_point else each.dtype) for s, each in kinds.items()}
+    return {
+        s: Kind(each.shape, kind if each.dtype.is_floating_point else each.dtype)
+        for s, each in kinds.items()
+    }
 
 
 def _written(kinds: dict[AnySite, Kind]) -> dict[str, Any]:
@@ -145,7 +171,9 @@ class Harvesting:
         """Make the shards that are not there, and end the index."""
         done, end, there = self._known()
         work = Computing(self.lm, self.kinds, self.cursor.rules.where)
-        with ThreadPoolExecutor(1) as writer:  # which is waited for, whatever happens: what is computed gets written
+        with ThreadPoolExecutor(
+            1
+        ) as writer:  # which is waited for, whatever happens: what is computed gets written
             writing = Writing(writer)
             computed(engine, self.lm, work, self._steps(done, there, end, writing))
             writing.wait()
@@ -157,7 +185,9 @@ class Harvesting:
         found = done, end, [each.is_there(self.folder) for each in done]
         return found if self.lm.ranks is None else self.lm.ranks.first(found)
 
-    def _steps(self, done: list[Shard], there: list[bool], end: End | None, writing: "Writing") -> Steps:
+    def _steps(
+        self, done: list[Shard], there: list[bool], end: End | None, writing: "Writing"
+    ) -> Steps:
         """Shard after shard, each from the windows that come next."""
         number = 0
         while number < len(done) or end is None:
@@ -194,24 +224,35 @@ class Harvesting:
             rows += window.rows
 
     def _empty(self, window: Window) -> dict[AnySite, Tensor]:
-        return {site: torch.empty((window.rows, *kind.shape), dtype=kind.dtype) for site, kind in self.kinds.items()}
+        return {
+            site: torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
+            for site, kind in self.kinds.items()
+        }
 
     def _window(self, window: Window, into: dict[AnySite, Tensor]) -> Steps:
         """The values of a window, in the order of the texts, computed in the order of their lengths."""
         starts = window.starts
 
         def put(found: dict[AnySite, Tensor], batch: list[int]) -> None:
-            rows = row_numbers([window.reads[number] for number in batch], [starts[number] for number in batch])
+            rows = row_numbers(
+                [window.reads[number] for number in batch], [starts[number] for number in batch]
+            )
             for site, values in found.items():
                 into[site][rows] = values
             self.progress.computed(window, batch)
 
         for batch in batches(window, self.batch_tokens, one_length=self.lm.config is None):
-            yield Step(Batch(tuple(window.reads[number] for number in batch)), partial(put, batch=batch))
+            yield Step(
+                Batch(tuple(window.reads[number] for number in batch)), partial(put, batch=batch)
+            )
         yield Step(None, lambda _: self.progress.reached(window.reads[-1].text))
 
     def _write(
-        self, number: int, known: Shard | None, windows: list[Window], values: list[dict[AnySite, Tensor]]
+        self,
+        number: int,
+        known: Shard | None,
+        windows: list[Window],
+        values: list[dict[AnySite, Tensor]],
     ) -> None:
         if not self.lm.is_writer:
             return

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..attention import squares
-from ..families.schema import Place
+from ..families.schema import ModuleLocation
 from ..families.shared import OWN, UNTURNED
 from .dry_run import Step, Visit, Watched
-from .matching import Found, heads_in, ratio, same
+from .matching import Match, heads_in, ratio, same
 
 HEADED = ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z")
 UNPROVED = "hookkit could not prove where it is: "
@@ -29,7 +29,7 @@ class Attention:
     scores: Tensor | None
     pattern: Tensor | None
     sizes: dict[str, int | None] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, ModuleLocation] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     out: Visit | None = None  # the output projection
     by_head: bool = True  # scores and pattern stand as [batch, head, query, key]
@@ -58,7 +58,13 @@ def attention_of(watched: Watched, block: Visit) -> Attention | str:
 def _through_interface(visit: Visit) -> Attention:
     heads = visit.heads
     return Attention(
-        visit, "interface", heads["query"], heads["key"], heads["value"], heads.get("scores"), heads.get("pattern")
+        visit,
+        "interface",
+        heads["query"],
+        heads["key"],
+        heads["value"],
+        heads.get("scores"),
+        heads.get("pattern"),
     )
 
 
@@ -69,10 +75,21 @@ def _own(watched: Watched, block: Visit) -> list[Attention]:
         for step in visit.steps:
             if not _square(step, watched):
                 continue
-            owner = next((v for v in (visit, *visit.above[::-1]) if any(w.linear for w in watched.inside(v))), None)
+            owner = next(
+                (
+                    v
+                    for v in (visit, *visit.above[::-1])
+                    if any(w.linear for w in watched.inside(v))
+                ),
+                None,
+            )
             if owner is None or owner is block or block not in owner.above:
                 continue
-            made = _of_fused(owner, step) if step.kind == "fused" else _of_softmax(watched, owner, step)
+            made = (
+                _of_fused(owner, step)
+                if step.kind == "fused"
+                else _of_softmax(watched, owner, step)
+            )
             if made is not None:
                 found.append(made)
     return found
@@ -97,7 +114,11 @@ def _of_fused(owner: Visit, step: Step) -> Attention | None:
         return None
     keys = key.shape[1]
     shared = query.shape[1] // keys
-    wide = [each.repeat_interleave(shared, dim=1) for each in (key, value)] if shared > 1 else [key, value]
+    wide = (
+        [each.repeat_interleave(shared, dim=1) for each in (key, value)]
+        if shared > 1
+        else [key, value]
+    )
     settings = {name: value for name, value in step.keywords.items() if name != "enable_gqa"}
     made = squares(query, *wide, *step.given[3:], **settings)
     return Attention(owner, "own", query, key, value, made["scores"], made["pattern"])
@@ -106,19 +127,33 @@ def _of_fused(owner: Visit, step: Step) -> Attention | None:
 def _of_softmax(watched: Watched, owner: Visit, softmax: Step) -> Attention | None:
     """The operands of the two products around a softmax."""
     rows, width = watched.rows, watched.width
-    products = [step for step in watched.steps(owner) if step.kind == "product" and len(step.given) > 1]
-    before = [s for s in products if s.start < softmax.start and s.gave.shape[-2:] == (width, width)]
-    after = [s for s in products if s.start > softmax.start and same(s.given[-2], softmax.gave.to(s.given[-2].dtype))]
+    products = [
+        step for step in watched.steps(owner) if step.kind == "product" and len(step.given) > 1
+    ]
+    before = [
+        s for s in products if s.start < softmax.start and s.gave.shape[-2:] == (width, width)
+    ]
+    after = [
+        s
+        for s in products
+        if s.start > softmax.start and same(s.given[-2], softmax.gave.to(s.given[-2].dtype))
+    ]
     if not before or not after:
         return None
     by_head = [
         tensor.reshape(rows, -1, *tensor.shape[-2:])
-        for tensor in (before[-1].given[-2], before[-1].given[-1].transpose(-1, -2), after[0].given[-1])
+        for tensor in (
+            before[-1].given[-2],
+            before[-1].given[-1].transpose(-1, -2),
+            after[0].given[-1],
+        )
     ]
     squares = [each.reshape(rows, -1, width, width) for each in (softmax.given[0], softmax.gave)]
     query, key, value = by_head
     scores, pattern = squares
-    return Attention(owner, "own", query, key, value, scores, pattern, by_head=softmax.gave.ndim == 4)
+    return Attention(
+        owner, "own", query, key, value, scores, pattern, by_head=softmax.gave.ndim == 4
+    )
 
 
 def _unique(tensor: Tensor, *with_it: Tensor) -> int:
@@ -165,46 +200,59 @@ def _projections(watched: Watched, found: Attention) -> None:
         visit, heads = where
         turned[name] = heads.turned
         if watched.laid(visit.result) is not None:
-            found.places[name] = Place(visit.path, cut=heads.cut, part=heads.part, flat=_flat(visit.result))
+            found.places[name] = ModuleLocation(
+                visit.path, cut=heads.cut, part=heads.part, flat=_flat(visit.result)
+            )
         elif name == "v" and found.style == "interface" and not heads.turned:
-            found.places[name] = Place(found.visit.path, "inside", "value")
+            found.places[name] = ModuleLocation(found.visit.path, "inside", "value")
         else:
             found.missing[name] = (
                 f"the output of its projection {visit.name!r}, where it stands, is not [batch, pos, …]"
             )
     found.turned = turned.get("q", True) or turned.get("k", True)
     path = found.visit.path
-    names: tuple[tuple[Literal["q_rot", "k_rot"], str], ...] = (("q_rot", "query"), ("k_rot", "key"))
+    names: tuple[tuple[Literal["q_rot", "k_rot"], str], ...] = (
+        ("q_rot", "query"),
+        ("k_rot", "key"),
+    )
     for name, item in names:
         if not found.turned:
             found.missing[name] = UNTURNED[name]
         elif found.style == "own":
             found.missing[name] = OWN[name]
         else:
-            found.places[name] = Place(path, "inside", item)
+            found.places[name] = ModuleLocation(path, "inside", item)
     if found.repeated and "k_rot" in found.places:
         found.places.pop("k_rot")
-        found.missing["k_rot"] = UNPROVED + "keys are repeated for each query's head before attention is given them"
+        found.missing["k_rot"] = (
+            UNPROVED + "keys are repeated for each query's head before attention is given them"
+        )
 
 
-def _projection(watched: Watched, found: Attention, target: Tensor, *, rotates: bool) -> tuple[Visit, Found] | None:
+def _projection(
+    watched: Watched, found: Attention, target: Tensor, *, rotates: bool
+) -> tuple[Visit, Match] | None:
     """The projection that some heads [batch, pos, head, d_head] come from, directly or through a norm."""
     inside = watched.inside(found.visit)
     for visit in inside:
         output = _spread(watched, visit.result) if visit.linear and watched.once(visit) else None
         heads = None if output is None else heads_in(output, target, found.sizes, rotates)
         if heads is not None:
-            return visit, Found(heads.cut, heads.part, heads.turned or not _everywhere(output, heads, target, found))
+            return visit, Match(
+                heads.cut, heads.part, heads.turned or not _everywhere(output, heads, target, found)
+            )
     for visit in inside:
         if visit.linear or watched.inside(visit):
             continue
-        for before, after in zip(_by_head(visit.read, target), _by_head(visit.result, target), strict=False):
+        for before, after in zip(
+            _by_head(visit.read, target), _by_head(visit.result, target), strict=False
+        ):
             gave = after[:, :1] if rotates else after
             if ratio(gave, target[:, :1] if rotates else target) is None or same(before, target):
                 continue
             where = _projection(watched, found, before, rotates=rotates)
             if where is not None:
-                return where[0], Found(where[1].cut, where[1].part, turned=True)
+                return where[0], Match(where[1].cut, where[1].part, turned=True)
     return None
 
 
@@ -215,7 +263,7 @@ def _spread(watched: Watched, tensor: Tensor | None) -> Tensor | None:
     return watched.laid(tensor)
 
 
-def _everywhere(output: Tensor | None, heads: Found, target: Tensor, found: Attention) -> bool:
+def _everywhere(output: Tensor | None, heads: Match, target: Tensor, found: Attention) -> bool:
     return output is not None and heads_in(output, target, found.sizes, rotates=False) is not None
 
 
@@ -231,19 +279,27 @@ def _by_head(tensor: Tensor | None, target: Tensor) -> list[Tensor]:
 
 def _output(watched: Watched, found: Attention) -> None:
     """attn_in, and z: what the last projection reads, if it is the heads' values, weighted."""
-    inside = [visit for visit in watched.inside(found.visit) if visit.linear and watched.once(visit)]
+    inside = [
+        visit for visit in watched.inside(found.visit) if visit.linear and watched.once(visit)
+    ]
     given = watched.laid(found.visit.read)
     if given is not None and any(same(visit.read, given) for visit in inside):
-        found.places["attn_in"] = Place(found.visit.path, "input", flat=_flat(found.visit.read))
+        found.places["attn_in"] = ModuleLocation(
+            found.visit.path, "input", flat=_flat(found.visit.read)
+        )
     else:
-        found.missing["attn_in"] = UNPROVED + "no projection of attention reads what the module is given first"
+        found.missing["attn_in"] = (
+            UNPROVED + "no projection of attention reads what the module is given first"
+        )
     out = found.out = inside[-1] if inside else None
     reads = None if out is None else watched.laid(out.read)
     if out is None or reads is None or not _weighted(found, reads):
-        found.missing["z"] = UNPROVED + "the last projection of attention does not read the heads' outputs in order"
+        found.missing["z"] = (
+            UNPROVED + "the last projection of attention does not read the heads' outputs in order"
+        )
         return
     name = "d_head" if found.sizes["d_qk"] == found.sizes["d_v"] else "d_v"
-    found.places["z"] = Place(out.path, "input", cut=f"head {name}", flat=_flat(out.read))
+    found.places["z"] = ModuleLocation(out.path, "input", cut=f"head {name}", flat=_flat(out.read))
 
 
 def _weighted(found: Attention, reads: Tensor) -> bool:
@@ -265,7 +321,7 @@ def _squares(watched: Watched, found: Attention) -> None:
     path = found.visit.path
     for name in ("scores", "pattern"):
         if getattr(found, name) is not None and found.by_head and _first(watched, found):
-            found.places[name] = Place(path, "inside", name)
+            found.places[name] = ModuleLocation(path, "inside", name)
         else:
             why = watched.unopened or "the softmax of this attention was not seen, or not by head"
             found.missing[name] = UNPROVED + why
@@ -277,7 +333,10 @@ def _first(watched: Watched, found: Attention) -> bool:
         return True
     first = next(step for step in watched.steps(found.visit) if step.kind in ("softmax", "fused"))
     if first.kind == "fused":
-        return first.given[1].shape[1] in (1, first.given[0].shape[1])  # heads in groups are not written out
+        return first.given[1].shape[1] in (
+            1,
+            first.given[0].shape[1],
+        )  # heads in groups are not written out
     return same(first.gave, found.pattern)
 
 

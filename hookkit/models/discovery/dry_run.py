@@ -19,9 +19,29 @@ from ..overrides import Lent, without_hooks
 
 F = nn.functional
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm)
+PRODUCTS = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+)
 BENT = (
-    *(F.silu, F.gelu, F.relu, Tensor.relu, torch.relu, F.relu6, F.elu, F.leaky_relu, F.mish, F.softplus, F.hardswish),
+    *(
+        F.silu,
+        F.gelu,
+        F.relu,
+        Tensor.relu,
+        torch.relu,
+        F.relu6,
+        F.elu,
+        F.leaky_relu,
+        F.mish,
+        F.softplus,
+        F.hardswish,
+    ),
     *(torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, F.tanh, F.sigmoid),
 )
 KINDS: dict[Any, str] = {
@@ -58,12 +78,16 @@ class Visit:
     given: dict[int | str, Tensor] = field(default_factory=dict)
     gave: tuple[Any, ...] = ()
     steps: list[Step] = field(default_factory=list)
-    heads: dict[str, Tensor] = field(default_factory=dict)  # what transformers' attention interface was given and made
+    heads: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what transformers' attention interface was given and made
 
     @property
     def read(self) -> Tensor | None:
         """What it was given first, as a hook on its input finds it."""
-        return self.given.get(0, next((self.given[name] for name in HIDDEN if name in self.given), None))
+        return self.given.get(
+            0, next((self.given[name] for name in HIDDEN if name in self.given), None)
+        )
 
     @property
     def result(self) -> Tensor | None:
@@ -79,7 +103,11 @@ class Visit:
     def linear(self) -> bool:
         """True for a matrix with a forward: nn.Linear, transformers' Conv1D, a family's own kind of it."""
         weight = getattr(self.module, "weight", None)
-        return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(self.module, nn.Embedding)
+        return (
+            isinstance(weight, Tensor)
+            and weight.ndim == 2
+            and not isinstance(self.module, nn.Embedding)
+        )
 
 
 @dataclass(eq=False)
@@ -99,7 +127,9 @@ class Watched:
 
     def of(self, module: nn.Module | None) -> Visit | None:
         """The call of a module that ran once."""
-        return next((visit for visit in self.visits if visit.module is module and self.once(visit)), None)
+        return next(
+            (visit for visit in self.visits if visit.module is module and self.once(visit)), None
+        )
 
     def inside(self, visit: Visit) -> list[Visit]:
         """The calls that happened in a call, in order."""
@@ -119,7 +149,9 @@ class Watched:
         return tensor if tensor.ndim == 3 and tensor.shape[:2] == (self.rows, self.width) else None
 
 
-def dry_run(root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor) -> Watched:
+def dry_run(
+    root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor
+) -> Watched:
     """Run the model once on token ids [batch, pos] and write down what these modules, by path, do.
 
     What happens in the modules that are left out is not written down.
@@ -133,7 +165,11 @@ def dry_run(root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Mo
 
 
 def _run(
-    root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor, wanted: frozenset[str]
+    root: nn.Module,
+    modules: dict[str, nn.Module],
+    left_out: list[nn.Module],
+    ids: Tensor,
+    wanted: frozenset[str],
 ) -> Watched:
     watcher = _Watcher()
     with Lent() as lent:
@@ -188,7 +224,9 @@ class _Watcher(Mode):
             if self.muted:
                 return inner(*args, **kwargs)
             visit = Visit(path, module, tuple(self.stack), self._now())
-            visit.given = {key: _kept(found) for key, found in _tensors([*enumerate(args), *kwargs.items()])}
+            visit.given = {
+                key: _kept(found) for key, found in _tensors([*enumerate(args), *kwargs.items()])
+            }
             self.visits.append(visit)
             self.stack.append(visit)
             try:
@@ -224,7 +262,10 @@ class _Watcher(Mode):
             return gave
         named = (kwargs or {}).items() if kind == "product" else ()
         given = [_kept(found) for _, found in _tensors([*enumerate(args), *named])]
-        keywords = {key: _kept(each) if isinstance(each, Tensor) else each for key, each in (kwargs or {}).items()}
+        keywords = {
+            key: _kept(each) if isinstance(each, Tensor) else each
+            for key, each in (kwargs or {}).items()
+        }
         gave = func(*args, **(kwargs or {}))
         self.stack[-1].steps.append(Step(kind, given, keywords, _kept(gave), self._now()))
         return gave

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..families.schema import Place, cut
-from ..views import Part
+from ..families.schema import ModuleLocation, cut
+from ..views import FusedView
 
 ROUGH = 1e-5
 
@@ -19,7 +19,12 @@ def tolerance(tensor: Tensor) -> float:
 
 def same(found: Tensor | None, expected: Tensor | None) -> bool:
     """True for the same numbers in the same order, whatever the axes are."""
-    if found is None or expected is None or found.numel() != expected.numel() or found.dtype != expected.dtype:
+    if (
+        found is None
+        or expected is None
+        or found.numel() != expected.numel()
+        or found.dtype != expected.dtype
+    ):
         return False
     return torch.equal(found.reshape(-1), expected.reshape(-1))
 
@@ -29,12 +34,16 @@ def apart(parts: list[Tensor], total: Tensor) -> float:
     added, size = parts[0], parts[0].abs()
     for part in parts[1:]:
         added, size = added + part, size + part.abs()
-    return float(((added - total).abs() / (size + total.abs()).clamp(min=1e-20)).max().nan_to_num(nan=1e9))
+    return float(
+        ((added - total).abs() / (size + total.abs()).clamp(min=1e-20)).max().nan_to_num(nan=1e9)
+    )
 
 
 def sums(parts: list[Tensor], total: Tensor) -> bool:
     """True where the parts add up to the total."""
-    return all(part.shape == total.shape for part in parts) and apart(parts, total) <= tolerance(total)
+    return all(part.shape == total.shape for part in parts) and apart(parts, total) <= tolerance(
+        total
+    )
 
 
 def ratio(found: Tensor, expected: Tensor) -> float | None:
@@ -48,7 +57,7 @@ def ratio(found: Tensor, expected: Tensor) -> float | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """Where in a projection's output some heads are. `turned` is true where what attention was given is not that
     output itself, but normed or rotated."""
 
@@ -57,7 +66,9 @@ class Found:
     turned: bool
 
 
-def heads_in(output: Tensor, target: Tensor, sizes: dict[str, int | None], rotates: bool) -> Found | None:
+def heads_in(
+    output: Tensor, target: Tensor, sizes: dict[str, int | None], rotates: bool
+) -> Match | None:
     """Where in an output [batch, pos, …] the heads [batch, pos, head, d_head] are.
 
     With `rotates` the first position decides, where a rotation is the identity (but may reorder a head's numbers).
@@ -68,16 +79,18 @@ def heads_in(output: Tensor, target: Tensor, sizes: dict[str, int | None], rotat
             if found is None or found.shape != target.shape:
                 continue
             if ratio(found, target) is not None:
-                return Found(layout, part, turned=False)
+                return Match(layout, part, turned=False)
             if rotates and _alike(found[:, 0], target[:, 0]):
-                return Found(layout, part, turned=True)
+                return Match(layout, part, turned=True)
     return None
 
 
 def _alike(found: Tensor, target: Tensor) -> bool:
     if ratio(found, target) is not None:
         return True
-    return ratio(found.sort(dim=-1).values, target.sort(dim=-1).values) == 1.0 or _same_numbers(found, target)
+    return ratio(found.sort(dim=-1).values, target.sort(dim=-1).values) == 1.0 or _same_numbers(
+        found, target
+    )
 
 
 def _same_numbers(found: Tensor, target: Tensor) -> bool:
@@ -86,10 +99,14 @@ def _same_numbers(found: Tensor, target: Tensor) -> bool:
 
 
 def _part(output: Tensor, layout: str, part: int, sizes: dict[str, int | None]) -> Tensor | None:
-    numbers = cut(Place("", cut=layout, part=part), sizes)
-    if not numbers.total or numbers.outer * numbers.total != output.shape[-1] or numbers.inner is None:
+    numbers = cut(ModuleLocation("", cut=layout, part=part), sizes)
+    if (
+        not numbers.total
+        or numbers.outer * numbers.total != output.shape[-1]
+        or numbers.inner is None
+    ):
         return None
-    form = Part(cut=numbers)
+    form = FusedView(cut=numbers)
     found = form.view(output)
     found = found.flatten(2, 3) if found.ndim == 5 else found
     return found if found.ndim == 4 else None

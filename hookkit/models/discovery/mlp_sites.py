@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..families.schema import Place
+from ..families.schema import ModuleLocation
 from ..families.shared import DENSE, NEURONS
 from .attention_sites import UNPROVED
 from .dry_run import Visit
@@ -27,7 +27,7 @@ def read_mlp(block: Block) -> None:
         why = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
         block.missing |= NEURONS if mixed else dict.fromkeys(NEURONS, why)
         return
-    block.places["mlp_post"] = Place(last.path, "input", flat=_flat(last.read))
+    block.places["mlp_post"] = ModuleLocation(last.path, "input", flat=_flat(last.read))
     _before(block, inside, last)
 
 
@@ -37,7 +37,12 @@ def _mlp(block: Block) -> Visit | None:
     holds = []
     for visit in watched.inside(block.visit):
         outermost = visit.above[-1] is block.visit
-        if not outermost or visit.linear or visit is attends or (attends and visit in attends.above):
+        if (
+            not outermost
+            or visit.linear
+            or visit is attends
+            or (attends and visit in attends.above)
+        ):
             continue
         if _wide(visit) and watched.once(visit):
             holds.append(visit)
@@ -45,7 +50,9 @@ def _mlp(block: Block) -> Visit | None:
     if term is not None:
         given = [visit for visit in holds if visit in term.given.visits or term.given.under(visit)]
         before = [visit for visit in holds if visit.end <= term.given.visits[-1].end]
-        after_attention = [visit for visit in before if attends is None or visit.start > attends.end or given]
+        after_attention = [
+            visit for visit in before if attends is None or visit.start > attends.end or given
+        ]
         linears = [v for v in term.given.visits if v.linear and v.above[-1] is block.visit]
         return None if linears else (given or after_attention or [None])[-1]
     after = [visit for visit in holds if attends is not None and visit.start > attends.end]
@@ -68,7 +75,10 @@ def _inside(block: Block, mlp: Visit | None) -> list[Visit]:
     return [
         visit
         for visit in watched.inside(block.visit)
-        if attends is not None and visit.start > attends.end and visit.end <= end and watched.once(visit)
+        if attends is not None
+        and visit.start > attends.end
+        and visit.end <= end
+        and watched.once(visit)
     ]
 
 
@@ -77,11 +87,13 @@ def _reads(block: Block, mlp: Visit | None, inside: list[Visit]) -> None:
     first = next((visit for visit in inside if visit.linear), None)
     into = mlp or first
     value = block.watched.laid(into.read) if into else None
-    known = mlp is None or any(same(visit.read, value) for visit in inside if visit.linear or _wide(visit))
+    known = mlp is None or any(
+        same(visit.read, value) for visit in inside if visit.linear or _wide(visit)
+    )
     if into is None or value is None or value.shape[-1] != block.pre.shape[-1] or not known:
         block.missing["mlp_in"] = UNPROVED + "no matrix of the MLP reads what its module is given"
         return
-    block.places["mlp_in"] = Place(into.path, "input", flat=_flat(into.read))
+    block.places["mlp_in"] = ModuleLocation(into.path, "input", flat=_flat(into.read))
 
 
 def _ends(block: Block, mlp: Visit | None, last: Visit) -> bool:
@@ -104,7 +116,9 @@ def _before(block: Block, inside: list[Visit], last: Visit) -> None:
         for part, half in enumerate(halves):
             if half.shape[-1] == width and any(same(half, each) for each in bent):
                 cut = "d_mlp | d_mlp" if len(halves) == 2 else ""
-                block.places["mlp_pre"] = Place(visit.path, cut=cut, part=part, flat=_flat(visit.result))
+                block.places["mlp_pre"] = ModuleLocation(
+                    visit.path, cut=cut, part=part, flat=_flat(visit.result)
+                )
                 return
     block.missing["mlp_pre"] = UNPROVED + "no matrix's output is what the MLP's activation reads"
 
@@ -129,10 +143,10 @@ def _router(block: Block, inside: list[Visit]) -> None:
         logits = _logits(block, visit)
         if logits is None:
             continue
-        block.places["router_logits"] = Place(visit.path, "inside", "router", flat=True)
+        block.places["router_logits"] = ModuleLocation(visit.path, "inside", "router", flat=True)
         if len(visit.gave) == 3 and _choice(visit.gave[1], visit.gave[2], logits):
-            block.places["expert_weights"] = Place(visit.path, item=1, flat=True)
-            block.places["experts"] = Place(visit.path, item=2, flat=True)
+            block.places["expert_weights"] = ModuleLocation(visit.path, item=1, flat=True)
+            block.places["experts"] = ModuleLocation(visit.path, item=2, flat=True)
         else:
             why = UNPROVED + f"the router {visit.name!r} does not give logits, weights and indices"
             block.missing |= dict.fromkeys(("expert_weights", "experts"), why)
@@ -153,8 +167,17 @@ def _logits(block: Block, visit: Visit) -> Tensor | None:
 
 def _choice(weights: Tensor, chosen: Tensor, logits: Tensor) -> bool:
     """True for a weight and a number of an expert for each token and choice."""
-    whole = not chosen.is_floating_point() and weights.is_floating_point() and weights.shape == chosen.shape
-    return whole and len(chosen) == len(logits) and chosen.ndim == 2 and chosen.shape[-1] <= logits.shape[-1]
+    whole = (
+        not chosen.is_floating_point()
+        and weights.is_floating_point()
+        and weights.shape == chosen.shape
+    )
+    return (
+        whole
+        and len(chosen) == len(logits)
+        and chosen.ndim == 2
+        and chosen.shape[-1] <= logits.shape[-1]
+    )
 
 
 def _flat(tensor: Tensor | None) -> bool:

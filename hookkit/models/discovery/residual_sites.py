@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..families.schema import Place
+from ..families.schema import ModuleLocation
 from ..families.shared import PARALLEL
 from .attention_sites import UNPROVED, Attention
 from .dry_run import Visit, Watched
@@ -24,7 +24,9 @@ class Given:
 
     def under(self, owner: Visit | None) -> bool:
         """True where it was given by this call, or inside it."""
-        return owner is not None and any(visit is owner or owner in visit.above for visit in self.visits)
+        return owner is not None and any(
+            visit is owner or owner in visit.above for visit in self.visits
+        )
 
 
 @dataclass(eq=False)
@@ -45,7 +47,7 @@ class Block:
     attention: Attention | None
     pre: Tensor
     post: Tensor
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, ModuleLocation] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)
     mlp_term: Term | None = None
@@ -85,7 +87,11 @@ def _terms(block: Block) -> list[Term]:
             kept.append(Given(value, [visit]))
         else:
             known.visits.append(visit)
-    return [Term(given, name, given.value * factor) for given in kept for name, factor in _factors(block).items()]
+    return [
+        Term(given, name, given.value * factor)
+        for given in kept
+        for name, factor in _factors(block).items()
+    ]
 
 
 def _factors(block: Block) -> dict[str, float]:
@@ -123,11 +129,17 @@ def _pair(block: Block, terms: list[Term]) -> tuple[Term | None, Term | None]:
 def _may_be(block: Block, first: Term, second: Term) -> bool:
     """True where the first may be attention's part and the second the MLP's."""
     from_attention = first.given.under(block.attends)
-    if second.given is first.given or second.given.under(block.attends) or not _attentive(block, first):
+    if (
+        second.given is first.given
+        or second.given.under(block.attends)
+        or not _attentive(block, first)
+    ):
         return False
     if _order(second) < _order(first) and not from_attention:
         return False
-    return not _nested(first, second) and (block.attends is not None or not _together(block, first, second))
+    return not _nested(first, second) and (
+        block.attends is not None or not _together(block, first, second)
+    )
 
 
 def _alone(block: Block, terms: list[Term]) -> Term | None:
@@ -156,7 +168,9 @@ def _nested(first: Term, second: Term) -> bool:
 def _together(block: Block, first: Term, second: Term) -> bool:
     """True where both come from one module of the block, as those of a mixture of experts with a shared one do."""
     depth = len(block.visit.above) + 1
-    tops = [{(*visit.above, visit)[depth] for visit in term.given.visits} for term in (first, second)]
+    tops = [
+        {(*visit.above, visit)[depth] for visit in term.given.visits} for term in (first, second)
+    ]
     return bool(tops[0] & tops[1])
 
 
@@ -185,7 +199,9 @@ def _read_first(block: Block, terms: list[Term]) -> tuple[Term | None, Tensor | 
     return None, None
 
 
-def _read_second(block: Block, terms: list[Term], mid: Tensor | None) -> tuple[Term | None, Tensor | None]:
+def _read_second(
+    block: Block, terms: list[Term], mid: Tensor | None
+) -> tuple[Term | None, Tensor | None]:
     """M where mid + M is post or read by a later module; mid may be what any module after attention reads."""
     ended = block.attends.end if block.attends else 0
     reads = _reads(block)
@@ -198,7 +214,11 @@ def _read_second(block: Block, terms: list[Term], mid: Tensor | None) -> tuple[T
                 continue
             if sums([base, term.value], block.post):
                 return term, base
-            later = [value for visit, value in reads if visit.start > _order(term)] if mid is not None else []
+            later = (
+                [value for visit, value in reads if visit.start > _order(term)]
+                if mid is not None
+                else []
+            )
             if any(sums([base, term.value], value) for value in later):
                 return term, base
     return None, None
@@ -207,7 +227,11 @@ def _read_second(block: Block, terms: list[Term], mid: Tensor | None) -> tuple[T
 def _chosen(block: Block, given: Given) -> Visit:
     """Of several modules that give the same: attention, the MLP (the one that holds others), or else the last."""
     attends = next((visit for visit in given.visits if visit is block.attends), None)
-    holds = [visit for visit in given.visits if block.watched.inside(visit) and not _in_attention(block, visit)]
+    holds = [
+        visit
+        for visit in given.visits
+        if block.watched.inside(visit) and not _in_attention(block, visit)
+    ]
     return attends or (holds[0] if holds else given.visits[-1])
 
 
@@ -223,7 +247,7 @@ def _place(block: Block, name: str, term: Term | None) -> None:
         return
     visit = _chosen(block, term.given)
     flat = visit.result is not None and visit.result.ndim == 2
-    block.places[name] = Place(visit.path, flat=flat, times=term.times)
+    block.places[name] = ModuleLocation(visit.path, flat=flat, times=term.times)
     if name == "attn_out" and block.attention is None:
         _place_read(block, visit)
 
@@ -231,8 +255,10 @@ def _place(block: Block, name: str, term: Term | None) -> None:
 def _place_read(block: Block, visit: Visit) -> None:
     """attn_in of what stands in attention's place: a convolution, or linear attention."""
     inside = block.watched.inside(visit)
-    if visit.read is not None and any(same(each.read, visit.read) for each in inside if each.linear):
-        block.places["attn_in"] = Place(visit.path, "input", flat=visit.read.ndim == 2)
+    if visit.read is not None and any(
+        same(each.read, visit.read) for each in inside if each.linear
+    ):
+        block.places["attn_in"] = ModuleLocation(visit.path, "input", flat=visit.read.ndim == 2)
 
 
 def _between(block: Block, first: Term | None, second: Term | None, mid: Tensor | None) -> None:
@@ -246,6 +272,6 @@ def _between(block: Block, first: Term | None, second: Term | None, mid: Tensor 
     for visit, value in _reads(block):
         if visit.start > after and block.watched.once(visit) and sums(scale, value):
             flat = visit.read is not None and visit.read.ndim == 2
-            block.places["resid_mid"] = Place(visit.path, "input", shared=True, flat=flat)
+            block.places["resid_mid"] = ModuleLocation(visit.path, "input", shared=True, flat=flat)
             return
     block.missing |= PARALLEL

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .schema import Family, Place
+from .schema import Family, ModuleLocation
 from .shared import (
     BY_HEAD,
     DENSE,
@@ -28,7 +28,7 @@ from .shared import (
     turned,
 )
 
-LLAMA_PLACES: dict[str, Place] = {
+LLAMA_PLACES: dict[str, ModuleLocation] = {
     "embed": out("model.embed_tokens"),
     **STREAM,
     **attention(".self_attn"),
@@ -49,20 +49,32 @@ POST_NORMED = LLAMA_PLACES | {
     "mlp_out": out(".post_feedforward_layernorm"),
 }
 ONLY_POST_NORMED = POST_NORMED | {"resid_mid": into(".mlp", shared=True)}
-SCALED = {name: out(LLAMA_PLACES[name].path, times="residual_multiplier") for name in ("attn_out", "mlp_out")}
+SCALED = {
+    name: out(LLAMA_PLACES[name].path, times="residual_multiplier")
+    for name in ("attn_out", "mlp_out")
+}
 WITHOUT_MID = {name: place for name, place in LLAMA_PLACES.items() if name != "resid_mid"}
 
 
-def mixture(name: str, places: Mapping[str, Place] | None = None, router: str = ".mlp.gate") -> Family:
+def mixture(
+    name: str, places: Mapping[str, ModuleLocation] | None = None, router: str = ".mlp.gate"
+) -> Family:
     """A router and its experts in the place of the MLP, in some blocks or in all."""
-    return Family(name, {**(places or LLAMA_PLACES), **routed(router)}, {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE})
+    return Family(
+        name,
+        {**(places or LLAMA_PLACES), **routed(router)},
+        {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE},
+    )
 
 
-def latent(name: str, places: Mapping[str, Place], missing: Mapping[str, str]) -> Family:
+def latent(name: str, places: Mapping[str, ModuleLocation], missing: Mapping[str, str]) -> Family:
     """Multi-head latent attention (DeepSeek-AI 2024): keys and values are expanded from a latent."""
     given = {
         **places,
-        "q": (out(".self_attn.q_proj", cut="head d_qk"), out(".self_attn.q_b_proj", cut="head d_qk")),
+        "q": (
+            out(".self_attn.q_proj", cut="head d_qk"),
+            out(".self_attn.q_b_proj", cut="head d_qk"),
+        ),
         "v": inside(".self_attn", "value"),
         "z": into(".self_attn.o_proj", cut="head d_v"),
     }
@@ -89,7 +101,9 @@ PHI = Family(
     },
     {**LLAMA_MISSING, **PARALLEL},
 )
-PHI3 = Family("phi3", {**LLAMA_PLACES, **fused(".self_attn.qkv_proj"), **GATED_TOGETHER}, LLAMA_MISSING)
+PHI3 = Family(
+    "phi3", {**LLAMA_PLACES, **fused(".self_attn.qkv_proj"), **GATED_TOGETHER}, LLAMA_MISSING
+)
 PERSIMMON = Family(
     "persimmon",
     {
@@ -117,7 +131,9 @@ QWEN3_NEXT = Family(
         **LLAMA_PLACES,
         "attn_in": (into(".self_attn"), into(".linear_attn")),
         "attn_out": (out(".self_attn"), out(".linear_attn")),
-        "q": out(".self_attn.q_proj", cut="head: d_head | d_head"),  # each head's query, then the gate of its output
+        "q": out(
+            ".self_attn.q_proj", cut="head: d_head | d_head"
+        ),  # each head's query, then the gate of its output
         **routed(),
     },
     {
@@ -132,7 +148,9 @@ QWEN3_NEXT = Family(
 )
 
 
-PER_LAYER_INPUT = "each block also adds a token embedding of its own, and multiplies the stream by a scalar"
+PER_LAYER_INPUT = (
+    "each block also adds a token embedding of its own, and multiplies the stream by a scalar"
+)
 
 
 def gemma4(config: Any) -> Family:

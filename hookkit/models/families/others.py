@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .schema import Family, Place
+from .schema import Family, ModuleLocation
 from .shared import (
     ALIBI,
     BY_HEAD,
@@ -26,7 +26,7 @@ from .shared import (
     turned,
 )
 
-GPT2_PLACES: Mapping[str, Place] = {
+GPT2_PLACES: Mapping[str, ModuleLocation] = {
     "embed": out("transformer.wte"),
     "pos_embed": out("transformer.wpe"),
     **STREAM,
@@ -37,7 +37,9 @@ GPT2_PLACES: Mapping[str, Place] = {
     "final_norm": out("transformer.ln_f"),
     **HEAD,
 }
-GPT2 = Family("gpt2", GPT2_PLACES, {**UNTURNED, **DENSE}, block="transformer.h.{layer}", sizes=as_many)
+GPT2 = Family(
+    "gpt2", GPT2_PLACES, {**UNTURNED, **DENSE}, block="transformer.h.{layer}", sizes=as_many
+)
 
 
 def gpt_bigcode(config: Any) -> Family:
@@ -62,7 +64,7 @@ GPT_NEO = Family(
     sizes=as_many,
 )
 
-GPTJ_PLACES: Mapping[str, Place] = {
+GPTJ_PLACES: Mapping[str, ModuleLocation] = {
     "embed": out("transformer.wte"),
     **STREAM,
     **attention(".attn", "out_proj"),
@@ -82,7 +84,8 @@ GPTJ = Family(
 CODEGEN = Family(
     "codegen",
     # four slices, made for as many devices, each with its heads' queries, values and keys
-    GPTJ_PLACES | fused(".attn.qkv_proj", "4: quarter d_head | quarter d_head | quarter d_head", order="qvk"),
+    GPTJ_PLACES
+    | fused(".attn.qkv_proj", "4: quarter d_head | quarter d_head | quarter d_head", order="qvk"),
     GPTJ.missing,
     block=GPTJ.block,
     attention="own",
@@ -115,7 +118,7 @@ NORMED_STREAM = "this OPT normalises the stream itself after attention and after
 def opt(config: Any) -> Family:
     """Norms before attention and MLP, or on the stream behind them."""
     before = config.do_layer_norm_before
-    places: dict[str, Place | tuple[Place, ...]] = {
+    places: dict[str, ModuleLocation | tuple[ModuleLocation, ...]] = {
         "embed": out("model.decoder.embed_tokens"),
         "pos_embed": out("model.decoder.embed_positions"),
         **STREAM,
@@ -132,14 +135,19 @@ def opt(config: Any) -> Family:
     if before:
         places["resid_mid"] = into(".final_layer_norm", shared=True, flat=True)
         return Family("opt", places, missing, block="model.decoder.layers.{layer}", sizes=as_many)
-    missing |= {"resid_mid": NORMED_STREAM, "final_norm": NORMED_STREAM + ": the last block's output is read as it is"}
+    missing |= {
+        "resid_mid": NORMED_STREAM,
+        "final_norm": NORMED_STREAM + ": the last block's output is read as it is",
+    }
     return Family(
         "opt",
         places,
         missing,
         block="model.decoder.layers.{layer}",
         sizes=as_many,
-        exceptions=dict.fromkeys(("sum", "one stream attn_out", "one stream mlp_out"), NORMED_STREAM),
+        exceptions=dict.fromkeys(
+            ("sum", "one stream attn_out", "one stream mlp_out"), NORMED_STREAM
+        ),
     )
 
 
@@ -152,7 +160,9 @@ def bloom(config: Any) -> Family:
         "embed": out("transformer.word_embeddings"),
         **STREAM,
         **attention(".self_attention", "dense"),
-        "attn_out": out(".self_attention.dense"),  # the attention's own output has the stream added to it already
+        "attn_out": out(
+            ".self_attention.dense"
+        ),  # the attention's own output has the stream added to it already
         **fused(".self_attention.query_key_value", BY_HEAD),
         "resid_mid": into(".post_attention_layernorm", shared=True),
         **mlp(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
@@ -167,7 +177,13 @@ def bloom(config: Any) -> Family:
         missing["resid_mid"] = AFTER_NORM
         exceptions |= dict.fromkeys(("sum", "one stream attn_out"), AFTER_NORM)
     return Family(
-        "bloom", places, missing, block="transformer.h.{layer}", attention="own", sizes=as_many, exceptions=exceptions
+        "bloom",
+        places,
+        missing,
+        block="transformer.h.{layer}",
+        attention="own",
+        sizes=as_many,
+        exceptions=exceptions,
     )
 
 
@@ -189,7 +205,11 @@ def falcon(config: Any) -> Family:
     }
     if not parallel:
         places["resid_mid"] = into(".post_attention_layernorm", shared=True)
-    missing = {**(ALIBI | UNTURNED if config.alibi else ROTARY | OWN), **DENSE, **(PARALLEL if parallel else {})}
+    missing = {
+        **(ALIBI | UNTURNED if config.alibi else ROTARY | OWN),
+        **DENSE,
+        **(PARALLEL if parallel else {}),
+    }
     return Family(
         "falcon",
         places,
@@ -230,7 +250,9 @@ MAMBA = Family(
     {
         "pos_embed": "a state-space model has no positions: it reads the text in order",
         **NO_ATTENTION,
-        **dict.fromkeys(("mlp_in", "mlp_pre", "mlp_post", "mlp_out"), "a state-space block has no MLP"),
+        **dict.fromkeys(
+            ("mlp_in", "mlp_pre", "mlp_post", "mlp_out"), "a state-space block has no MLP"
+        ),
         **DENSE,
     },
     block="backbone.layers.{layer}",

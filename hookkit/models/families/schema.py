@@ -12,7 +12,7 @@ Side: TypeAlias = Literal["input", "output", "inside"]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleLocation:
     """Where a site is: a module, one of its sides, and the part of the tensor there.
 
     path    the module; one that begins with a dot is counted from the block, "." being the block itself
@@ -41,14 +41,14 @@ class Place:
     layers: tuple[int, ...] = ()
 
     @cached_property
-    def tensor(self) -> "Place":
+    def tensor(self) -> "ModuleLocation":
         """The place of the whole tensor, which sites that are parts of it share."""
         return replace(self, cut="", part=0, times="", over="")
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A `Place.cut` in numbers: `outer` groups of `total` numbers each, of which those from `start` to `stop` are
+class AxisSplit:
+    """A `ModuleLocation.cut` in numbers: `outer` groups of `total` numbers each, of which those from `start` to `stop` are
     `inner` heads of `width`. `inner` is None where the part has no heads."""
 
     outer: int
@@ -64,17 +64,22 @@ class Cut:
         return (self.width,) if self.inner is None else (self.outer * self.inner, self.width)
 
 
-def cut(place: Place, sizes: Mapping[str, int | None]) -> Cut:
+def cut(place: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
     """The numbers that a place's cut stands for, with these sizes."""
     group, _, rest = place.cut.rpartition(":")
-    parts = [[int(word) if word.isdecimal() else sizes[word] or 0 for word in part.split()] for part in rest.split("|")]
+    parts = [
+        [int(word) if word.isdecimal() else sizes[word] or 0 for word in part.split()]
+        for part in rest.split("|")
+    ]
     lengths = [_product(part) for part in parts]
     start = sum(lengths[: place.part])
     chosen = parts[place.part]
-    outer = _product([int(word) if word.isdecimal() else sizes[word] or 0 for word in group.split()])
+    outer = _product(
+        [int(word) if word.isdecimal() else sizes[word] or 0 for word in group.split()]
+    )
     headed = len(chosen) > 1 or bool(group)
     inner = _product(chosen[:-1]) if headed else None
-    return Cut(outer, sum(lengths), start, start + lengths[place.part], inner, chosen[-1])
+    return AxisSplit(outer, sum(lengths), start, start + lengths[place.part], inner, chosen[-1])
 
 
 def _product(numbers: list[int]) -> int:
@@ -84,7 +89,7 @@ def _product(numbers: list[int]) -> int:
     return result
 
 
-Places: TypeAlias = Mapping[str, Place | tuple[Place, ...]]
+Places: TypeAlias = Mapping[str, ModuleLocation | tuple[ModuleLocation, ...]]
 """Places by site. Of several, the first whose module a block has is its place: blocks of one model may differ."""
 
 Sizes: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None]]
@@ -114,13 +119,17 @@ class Family:
     exceptions: Mapping[str, str] = field(default_factory=dict)
     found: bool = False
 
-    def at(self, site: str, layer: int | None) -> list[Place]:
+    def at(self, site: str, layer: int | None) -> list[ModuleLocation]:
         """The places that a site may have in a block, with their paths written out."""
         found = self.places.get(site, ())
         block = self.block.format(layer=layer)
         return [
             replace(
-                place, path=f"{block}{place.path}".removesuffix(".") if place.path[:1] == "." else place.path, layers=()
+                place,
+                path=f"{block}{place.path}".removesuffix(".")
+                if place.path[:1] == "."
+                else place.path,
+                layers=(),
             )
             for place in (found if isinstance(found, tuple) else (found,))
             if not place.layers or layer in place.layers
@@ -128,4 +137,6 @@ class Family:
 
     def why_missing(self, site: str) -> str:
         """The reason why the family has no such site, in words for the user."""
-        return self.missing.get(site, f"hookkit's table has no place for it in the {self.name} family")
+        return self.missing.get(
+            site, f"hookkit's table has no place for it in the {self.name} family"
+        )

@@ -26,9 +26,32 @@ from .llama import (
     mixture,
     stablelm,
 )
-from .others import CODEGEN, GPT2, GPT_NEO, GPTJ, MAMBA, MPT, bloom, falcon, gpt_bigcode, gpt_neox, opt
+from .others import (
+    CODEGEN,
+    GPT2,
+    GPT_NEO,
+    GPTJ,
+    MAMBA,
+    MPT,
+    bloom,
+    falcon,
+    gpt_bigcode,
+    gpt_neox,
+    opt,
+)
 from .schema import Family
-from .shared import GATED_TOGETHER, NEURONS, PARALLEL, PLAIN, ROTARY, ROUTER_ELSEWHERE, into, mlp, out, routed
+from .shared import (
+    GATED_TOGETHER,
+    NEURONS,
+    PARALLEL,
+    PLAIN,
+    ROTARY,
+    ROUTER_ELSEWHERE,
+    into,
+    mlp,
+    out,
+    routed,
+)
 
 Row: TypeAlias = Family | Callable[[Any], Family]
 """A family, or the function that makes it of a configuration where that decides."""
@@ -93,8 +116,12 @@ FAMILIES: Mapping[str, Row] = {
         },
         router=".block_sparse_moe.router",
     ),
-    "deepseek_v2": latent("deepseek_v2", LLAMA_PLACES | routed(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}),
-    "deepseek_v3": latent("deepseek_v3", LLAMA_PLACES | routed(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}),
+    "deepseek_v2": latent(
+        "deepseek_v2", LLAMA_PLACES | routed(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
+    ),
+    "deepseek_v3": latent(
+        "deepseek_v3", LLAMA_PLACES | routed(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
+    ),
     "minicpm3": MINICPM3,
     "glm": Family("glm", LLAMA_PLACES | GATED_TOGETHER, LLAMA_MISSING),
     "glm4": Family(
@@ -108,7 +135,9 @@ FAMILIES: Mapping[str, Row] = {
         LLAMA_MISSING,
     ),
     "apertus": Family(
-        "apertus", {**LLAMA_PLACES, **PLAIN, "resid_mid": into(".feedforward_layernorm", shared=True)}, LLAMA_MISSING
+        "apertus",
+        {**LLAMA_PLACES, **PLAIN, "resid_mid": into(".feedforward_layernorm", shared=True)},
+        LLAMA_MISSING,
     ),
     "lfm2": LFM2,
     "mamba": MAMBA,

@@ -35,7 +35,17 @@ SHIFT = ["token", "logit_before", "logit_after", "logit_delta", "prob_before", "
          "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
 SAID = ["pos", "read", "kl", "js", "entropy_before", "entropy_after", "entropy_delta", "loss_before", "loss_after",
         "loss_delta", "top1_before", "top1_after"]  # fmt: skip
-SHOWN = ["site", "cosine", "cosine_min", "difference", "difference_max", "norm_before", "norm_after", "cka", "parts"]
+SHOWN = [
+    "site",
+    "cosine",
+    "cosine_min",
+    "difference",
+    "difference_max",
+    "norm_before",
+    "norm_after",
+    "cka",
+    "parts",
+]
 CAPTIONS = {
     "prompts": "each prompt", "tokens": "how far the distributions are apart, after each token",
     "shifts": "how the ranking of tokens moved", "sites": "how alike each site is",
@@ -45,7 +55,7 @@ CAPTIONS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class DiffTables:
     """What the page is about: the tables by their names, what the two are called, and how it was made."""
 
     tables: Mapping[str, pd.DataFrame]
@@ -60,23 +70,27 @@ class Found:
         return pd.DataFrame(table[table["row"] == row]).reset_index(drop=True)
 
 
-def page_of(found: Found, *, title: str, question: str, drawn: int) -> Report:
+def page_of(found: DiffTables, *, title: str, question: str, drawn: int) -> Report:
     """The page, with the tables as its files."""
     parts: list[Content] = [*_beginning(found, question), *_parting(found), *_alike(found)]
     for row in range(min(int(found.about["shown"]), len(found.tables["prompts"]))):
         parts += _of_prompt(found, row, drawn=row < drawn)
     parts += _left_out(found)
     parts += _made_again(found)
-    footer = f"Before is {found.names[0]}, after is {found.names[1]}; deltas are after minus before."
+    footer = (
+        f"Before is {found.names[0]}, after is {found.names[1]}; deltas are after minus before."
+    )
     title = title or f"{found.names[0]} and {found.names[1]}"
     page = report(title, *parts, footer=footer)
-    data = [Part(table, name, CAPTIONS[name]) for name, table in found.tables.items() if not table.empty]
+    data = [
+        Part(table, name, CAPTIONS[name]) for name, table in found.tables.items() if not table.empty
+    ]
     said = {"title": title, "question": question, "answer": _answer(found)}
     about = json.dumps({**said, **found.about}, indent=1, ensure_ascii=False) + "\n"
     return Report(page.title, page.parts, page.footer, tuple(data), FORMATS, {"about.json": about})
 
 
-def _answer(found: Found) -> str:
+def _answer(found: DiffTables) -> str:
     """What came of it, in sentences."""
     tokens, prompts = found.tables["tokens"], found.tables["prompts"]
     furthest = tokens.loc[tokens["kl"].idxmax()]
@@ -92,25 +106,31 @@ def _answer(found: Found) -> str:
     return said
 
 
-def _beginning(found: Found, question: str) -> Iterable[Content]:
+def _beginning(found: DiffTables, question: str) -> Iterable[Content]:
     """The question, what came of it, and the prompts."""
     prompts = found.tables["prompts"]
     yield from [question] if question else []
     yield _answer(found)
     yield "# The prompts"
     caption = "kl is the mean over a prompt's tokens, in nats; kl_max_pos is where it is largest. Losses are means."
-    yield Part(prompts.assign(prompt=_texts(found, prompts)), "prompts_shown", caption, file="prompts")
+    yield Part(
+        prompts.assign(prompt=_texts(found, prompts)), "prompts_shown", caption, file="prompts"
+    )
 
 
-def _texts(found: Found, prompts: pd.DataFrame) -> list[str]:
+def _texts(found: DiffTables, prompts: pd.DataFrame) -> list[str]:
     return [f"“{shortened(found.about['prompts'][row])}”" for row in prompts["row"]]
 
 
-def _parting(found: Found) -> Iterable[Content]:
+def _parting(found: DiffTables) -> Iterable[Content]:
     yield "# Where they part"
     parting = found.tables["parting"]
     if parting.empty:
-        yield "That cannot be said of these two: " + _why(found, "the site where they part first") + "."
+        yield (
+            "That cannot be said of these two: "
+            + _why(found, "the site where they part first")
+            + "."
+        )
         return
     if not found.first:
         yield f"Nowhere: at no site do a token's vectors differ by more than {found.tolerance:g} of their length."
@@ -120,23 +140,23 @@ def _parting(found: Found) -> Iterable[Content]:
         f"First at {found.first}, in {count} of {len(parting)} prompts: no site that is computed before it has a token "
         f"whose vectors differ by more than {found.tolerance:g} of their length."
     )
-    caption = (
-        "The first site in the order of computation whose difference is beyond the tolerance, and its first token."
-    )
+    caption = "The first site in the order of computation whose difference is beyond the tolerance, and its first token."
     yield Part(parting, "parting_shown", caption, file="parting")
 
 
-def _why(found: Found, what: str) -> str:
+def _why(found: DiffTables, what: str) -> str:
     left_out = found.tables["left_out"]
     return dict(zip(left_out["what"], left_out["why"], strict=True))[what]
 
 
-def _alike(found: Found) -> Iterable[Content]:
+def _alike(found: DiffTables) -> Iterable[Content]:
     yield "# How alike each site is"
     sites = found.tables["sites"]
     figure = through_layers(sites, found.tolerance, title="Through the layers")
     if figure is not None:
-        yield Part(figure, "through_layers", "Means over all tokens, log axes. Dashed: the tolerance.")
+        yield Part(
+            figure, "through_layers", "Means over all tokens, log axes. Dashed: the tolerance."
+        )
     some = sites[sites["name"].isin(["embed", "resid_post", "final_norm", "logits"])]
     few = pd.DataFrame((some if len(some) > 1 else sites)[SHOWN])
     caption = (
@@ -146,12 +166,16 @@ def _alike(found: Found) -> Iterable[Content]:
     yield Part(few, "sites_shown", caption, file="sites")
 
 
-def _of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
+def _of_prompt(found: DiffTables, row: int, *, drawn: bool) -> Iterable[Content]:
     tokens, shifts, stream = (found.of(name, row) for name in ("tokens", "shifts", "stream"))
     yield f"# “{shortened(found.about['prompts'][row])}”"
     if drawn and not tokens.empty:
-        yield Part(token_bars(tokens, title="How far apart they are after each token"), f"tokens_{row}")
-    yield Part(pd.DataFrame(tokens[SAID]), f"said_{row}", "Entropy and loss in nats.", file="tokens")
+        yield Part(
+            token_bars(tokens, title="How far apart they are after each token"), f"tokens_{row}"
+        )
+    yield Part(
+        pd.DataFrame(tokens[SAID]), f"said_{row}", "Entropy and loss in nats.", file="tokens"
+    )
     if not shifts.empty:
         caption = "The first tokens of each, the largest movers, and why each is here."
         yield Part(pd.DataFrame(shifts[["pos", *SHIFT]]), f"shifts_{row}", caption, file="shifts")
@@ -160,17 +184,19 @@ def _of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
         yield Part(figure, f"stream_{row}", "‖after − before‖ / ‖before‖ at resid_post.")
 
 
-def _left_out(found: Found) -> Iterable[Content]:
+def _left_out(found: DiffTables) -> Iterable[Content]:
     table = found.tables["left_out"]
     if not table.empty:
         yield "# What was not compared"
         yield Part(table, "left_out_shown", "", file="left_out")
 
 
-def _made_again(found: Found) -> Iterable[Content]:
+def _made_again(found: DiffTables) -> Iterable[Content]:
     yield "# How to make it again"
     lines = [f"{when.capitalize()}: {_model(found.about[when])}." for when in ("before", "after")]
-    lines.append(", ".join(f"{name} {number}" for name, number in found.about["versions"].items()) + ".")
+    lines.append(
+        ", ".join(f"{name} {number}" for name, number in found.about["versions"].items()) + "."
+    )
     yield "\n".join([*lines, "about.json has all of it."])
     for when in ("before", "after"):
         if found.about[when]["hooks"]:
@@ -182,7 +208,11 @@ def _model(about: Mapping[str, Any]) -> str:
     """One of the two in words."""
     words = f"{about['model']} ({about['class']}, {', '.join(about['dtype'])}, {about['device']})"
     words += f" with adapters {', '.join(about['adapters'])}" if about["adapters"] else ""
-    words += f" with {len(about['hooks'])} hook{'s' * (len(about['hooks']) > 1)}" if about["hooks"] else ""
+    words += (
+        f" with {len(about['hooks'])} hook{'s' * (len(about['hooks']) > 1)}"
+        if about["hooks"]
+        else ""
+    )
     return words + (f" within {about['within']}" if about["within"] else "")
 
 
@@ -225,7 +255,9 @@ class Difference:
         """
         if self.parting.empty:
             why = self.left_out.set_index("what").loc["the site where they part first", "why"]
-            raise Unsupported(f"where the two part first cannot be said: {why}. found.sites has what they share")
+            raise Unsupported(
+                f"where the two part first cannot be said: {why}. found.sites has what they share"
+            )
         parted = set(self.parting["site"]) - {""}
         return next((parse(site) for site in self.sites["site"] if site in parted), None)
 
@@ -239,7 +271,10 @@ class Difference:
         found["top1_changed"] = of["top1_changed"].sum()
         for name in ("loss_before", "loss_after", "loss_delta"):
             found[name] = of[name].mean()
-        found, at = found.reset_index(), dict(zip(self.parting["row"], self.parting["site"], strict=True))
+        found, at = (
+            found.reset_index(),
+            dict(zip(self.parting["row"], self.parting["site"], strict=True)),
+        )
         return found.assign(parts_at=[at[row] for row in found["row"]]) if at else found
 
     def page(self, *, title: str = "", question: str = "", drawn: int = 1) -> Report:
@@ -248,7 +283,7 @@ class Difference:
         names = ("prompts", "tokens", "shifts", "sites", "parting", "stream", "left_out")
         tables: dict[str, pd.DataFrame] = {name: getattr(self, name) for name in names}
         first = "" if self.parting.empty else str(self.first or "")
-        found = Found(tables, self.names, first, self.tolerance, self.about)
+        found = DiffTables(tables, self.names, first, self.tolerance, self.about)
         return page_of(found, title=title, question=question, drawn=drawn)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
@@ -257,11 +292,19 @@ class Difference:
 
     def _repr_html_(self) -> str:
         facts = {"part first at": self.first or "no site"} if len(self.parting) else {}
-        return shown(f"Difference: {self.names[0]} and {self.names[1]}", facts, records(self.prompts))
+        return shown(
+            f"Difference: {self.names[0]} and {self.names[1]}", facts, records(self.prompts)
+        )
 
     def __repr__(self) -> str:
         kl, changed = self.tokens["kl"].mean(), self.tokens["top1_changed"].mean()
-        where = "" if self.parting.empty else f"; they part at {self.first}" if self.first else "; they never part"
+        where = (
+            ""
+            if self.parting.empty
+            else f"; they part at {self.first}"
+            if self.first
+            else "; they never part"
+        )
         return (
             f"Difference({self.names[0]} and {self.names[1]}: {len(self.tokens)} tokens, KL {kl:.3g} nats a token, "
             f"another first token after {changed:.0%}{where})"
@@ -332,7 +375,11 @@ def diff(
     together_ = matched(before, after, sites)
     watched = tuple(reader.token(token) for token in read_tokens(watch, "watch"))
     edited = dict.fromkeys(
-        i for side in sides for h in side.hooks if isinstance(h, LogitEdit) for i in h.named(side.lm)
+        i
+        for side in sides
+        for h in side.hooks
+        if isinstance(h, LogitEdit)
+        for i in h.named(side.lm)
     )
     asked = Asked(
         Where(as_pos(pos)), Where(as_pos(rank_pos)), top, watched, tuple(edited),
@@ -340,8 +387,15 @@ def diff(
     )  # fmt: skip
     reading = Reading(reader, *sides, rows, together_, asked)
     reading.read()
-    found = reading.tables() | {"left_out": pd.DataFrame(together_.left_out, columns=["what", "why"])}
-    return Difference(**found, names=names or _names(sides), tolerance=asked.tolerance, about=_about(sides, reading))
+    found = reading.tables() | {
+        "left_out": pd.DataFrame(together_.left_out, columns=["what", "why"])
+    }
+    return Difference(
+        **found,
+        names=names or _names(sides),
+        tolerance=asked.tolerance,
+        about=_about(sides, reading),
+    )
 
 
 def _check(**given: int) -> None:
@@ -353,7 +407,9 @@ def _check(**given: int) -> None:
 def _cka_at(cka: SitesLike | bool, there: Matched, lm: LM, *, chosen: bool) -> frozenset[AnySite]:
     """The sites whose CKA is taken; `BadHook` where one is not compared."""
     if isinstance(cka, bool):
-        return frozenset(s for s in there.sites if cka and (chosen or (isinstance(s, Site) and s.name in STREAM)))
+        return frozenset(
+            s for s in there.sites if cka and (chosen or (isinstance(s, Site) and s.name in STREAM))
+        )
     found = lm.expand(cka)
     missing = [site for site in found if site not in there.kinds]
     if missing:
@@ -378,12 +434,19 @@ def _about(sides: tuple[Side, Side], reading: Reading) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for name, side in zip(("before", "after"), sides, strict=True):
         hooks = [json.loads(hook.to_json(tensors="digest")) for hook in side.hooks]
-        within = "" if side.around is nullcontext else getattr(side.around, "__qualname__", type(side.around).__name__)
+        within = (
+            ""
+            if side.around is nullcontext
+            else getattr(side.around, "__qualname__", type(side.around).__name__)
+        )
         model = {word: value for word, value in about_model(side.lm).items() if word != "versions"}
         about[name] = {**model, "hooks": hooks, "within": within}
     asked, rows = reading.asked, reading.rows
     settings = {"pos": repr(asked.where.pos), "rank_pos": repr(asked.ranked.pos), "top": asked.top}
     settings |= {"watch": list(asked.watched), "tolerance": asked.tolerance, "shown": asked.shown}
     settings |= {"batch_tokens": asked.batch_tokens, "cka": sorted(map(str, asked.cka))}
-    prompts = {"prompts": [reading.reader.text(row) for row in rows], "tokens": [list(row) for row in rows]}
+    prompts = {
+        "prompts": [reading.reader.text(row) for row in rows],
+        "tokens": [list(row) for row in rows],
+    }
     return {**about, "versions": versions(), "git_commit": git_commit(), **settings, **prompts}

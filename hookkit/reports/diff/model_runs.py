@@ -56,7 +56,12 @@ def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataF
     step = max(1, NUMBERS_AT_ONCE // before.shape[-1])
     following = torch.tensor(tokens.following)
     parts = [
-        _numbers(lm, before[start : start + step], after[start : start + step], following[start : start + step])
+        _numbers(
+            lm,
+            before[start : start + step],
+            after[start : start + step],
+            following[start : start + step],
+        )
         for start in range(0, len(tokens), step)
     ]
     table = pd.concat(parts, ignore_index=True)
@@ -66,12 +71,16 @@ def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataF
     return table
 
 
-def _numbers(lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]) -> pd.DataFrame:
+def _numbers(
+    lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
+) -> pd.DataFrame:
     p, q = (logits.detach().cpu().double().log_softmax(-1) for logits in (before, after))
     middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
     found = {"kl": expected(p, p - q), "kl_reverse": expected(q, q - p)}
     found["js"] = (expected(p, p - middle) + expected(q, q - middle)) / 2
-    found = {name: values.clamp(min=0.0) for name, values in found.items()}  # rounding can leave -1e-17
+    found = {
+        name: values.clamp(min=0.0) for name, values in found.items()
+    }  # rounding can leave -1e-17
     entropies = 0.0 - expected(p, p), 0.0 - expected(q, q)
     found |= {
         "entropy_before": entropies[0],
@@ -80,13 +89,16 @@ def _numbers(lm: LM, before: Logits, after: Logits, following: Int[Tensor, " tok
     }
     table = pd.DataFrame({name: values.tolist() for name, values in found.items()})
     firsts = [said[:, : lm.n_tokens or None].argmax(-1).tolist() for said in (before, after)]
-    table["top1_before"], table["top1_after"] = ([literal(lm, token) for token in tokens] for tokens in firsts)
+    table["top1_before"], table["top1_after"] = (
+        [literal(lm, token) for token in tokens] for tokens in firsts
+    )
     table["top1_changed"] = [one != other for one, other in zip(*firsts, strict=True)]
     losses = [0.0 - said.gather(1, following.clamp(min=0)[:, None])[:, 0] for said in (p, q)]
     known = (following >= 0).tolist()
     for when, loss in zip(("before", "after"), losses, strict=True):
         table[f"loss_{when}"] = [
-            value if there else float("nan") for value, there in zip(loss.tolist(), known, strict=True)
+            value if there else float("nan")
+            for value, there in zip(loss.tolist(), known, strict=True)
         ]
     was, now = table["loss_before"], table["loss_after"]
     table["loss_delta"] = (now - was).where((now != was) | now.isna(), 0.0)
@@ -94,12 +106,21 @@ def _numbers(lm: LM, before: Logits, after: Logits, following: Int[Tensor, " tok
 
 
 def rank_shifts(
-    lm: LM, before: Logits, after: Logits, tokens: Tokens, top: int, watched: Sequence[int], named: Sequence[int]
+    lm: LM,
+    before: Logits,
+    after: Logits,
+    tokens: Tokens,
+    top: int,
+    watched: Sequence[int],
+    named: Sequence[int],
 ) -> pd.DataFrame:
     """`rank_shift` of what two models say after these tokens, with parts of characters as bytes."""
     places = [{"row": row, "pos": pos} for row, pos in zip(tokens.row, tokens.pos, strict=True)]
     pairs = [
-        tuple(Distribution(lm, place, logits[number].detach().float().cpu()) for logits in (before, after))
+        tuple(
+            Distribution(lm, place, logits[number].detach().float().cpu())
+            for logits in (before, after)
+        )
         for number, place in enumerate(places)
     ]
     table = shift_of(pairs, top, MOVERS, list(watched), list(named))  # pyright: ignore[reportArgumentType]
@@ -136,18 +157,28 @@ class Reading:
     matched: Matched
     asked: Asked
     alike: dict[AnySite, Alike] = field(default_factory=dict)
-    parted: dict[int, dict[str, Any]] = field(default_factory=dict)  # by prompt, where it parts first
-    parts: dict[str, list[pd.DataFrame]] = field(default_factory=lambda: {"tokens": [], "shifts": [], "stream": []})
+    parted: dict[int, dict[str, Any]] = field(
+        default_factory=dict
+    )  # by prompt, where it parts first
+    parts: dict[str, list[pd.DataFrame]] = field(
+        default_factory=lambda: {"tokens": [], "shifts": [], "stream": []}
+    )
     at_logits: list[tuple[Tokens, Apart]] = field(default_factory=list)
 
     def read(self) -> None:
         """All forwards."""
         if not self.count:
-            raise EmptySelection(f"pos={self.asked.where.pos!r} means no token of these prompts: choose others")
+            raise EmptySelection(
+                f"pos={self.asked.where.pos!r} means no token of these prompts: choose others"
+            )
         batches = self.batches()
         for number, sites in enumerate(self.groups(batches)):
             for site in sites:
-                taken = RunningCKA(self.count, self.matched.widths(site)) if site in self.asked.cka else None
+                taken = (
+                    RunningCKA(self.count, self.matched.widths(site))
+                    if site in self.asked.cka
+                    else None
+                )
                 self.alike[site] = Alike(site, taken)
             for batch in batches:
                 self._batch(batch, sites, logits=number == 0)
@@ -203,13 +234,21 @@ class Reading:
 
     def _said(self, batch: Sequence[int], runs: Sequence[Run]) -> None:
         tokens, index = self._tokens(batch, self.asked.where)
-        before, after = (run.logits[index[0].to(run.logits.device), index[1].to(run.logits.device)] for run in runs)
+        before, after = (
+            run.logits[index[0].to(run.logits.device), index[1].to(run.logits.device)]
+            for run in runs
+        )
         self.parts["tokens"].append(distances(self.reader, before, after, tokens))
         real = self.reader.n_tokens or None
         found = apart(before[:, :real], after[:, :real])
-        self.at_logits.append((tokens, self.alike.setdefault(LOGITS, Alike(LOGITS, None)).told(found)))
+        self.at_logits.append(
+            (tokens, self.alike.setdefault(LOGITS, Alike(LOGITS, None)).told(found))
+        )
         ranked, index = self._tokens(batch, self.asked.ranked)
-        before, after = (run.logits[index[0].to(run.logits.device), index[1].to(run.logits.device)] for run in runs)
+        before, after = (
+            run.logits[index[0].to(run.logits.device), index[1].to(run.logits.device)]
+            for run in runs
+        )
         asked = self.asked
         if not ranked:
             return
@@ -230,20 +269,36 @@ class Reading:
         """The stream behind each block, token by token, of the prompts that are shown."""
         shown = [number for number, row in enumerate(tokens.row) if row < self.asked.shown]
         if shown and isinstance(site, Site) and site.name == "resid_post":
-            numbers = {"difference": found.difference[shown].tolist(), "cosine": found.cosine[shown].tolist()}
-            where = {name: [getattr(tokens, name)[number] for number in shown] for name in ("row", "pos")}
+            numbers = {
+                "difference": found.difference[shown].tolist(),
+                "cosine": found.cosine[shown].tolist(),
+            }
+            where = {
+                name: [getattr(tokens, name)[number] for number in shown] for name in ("row", "pos")
+            }
             read = [literal(self.reader, tokens.ids[number]) for number in shown]
-            self.parts["stream"].append(pd.DataFrame(where | {"read": read, "layer": site.layer} | numbers))
+            self.parts["stream"].append(
+                pd.DataFrame(where | {"read": read, "layer": site.layer} | numbers)
+            )
 
     def _places(self, row: int, where: Where) -> list[int]:
         """The positions of a prompt that are meant; `OutOfRange` for one that it does not have."""
-        return list(places(self.rows[row], where, lambda at: cover(self.reader, self.rows[row], at)))
+        return list(
+            places(self.rows[row], where, lambda at: cover(self.reader, self.rows[row], at))
+        )
 
     def _tokens(self, batch: Sequence[int], where: Where) -> tuple[Tokens, tuple[Tensor, Tensor]]:
         """The tokens that are wanted of a batch, and where they stand in it: rows and columns."""
-        there = [(column, row, pos) for column, row in enumerate(batch) for pos in self._places(row, where)]
+        there = [
+            (column, row, pos)
+            for column, row in enumerate(batch)
+            for pos in self._places(row, where)
+        ]
         ids = [self.rows[row][pos] for _, row, pos in there]
-        after = [self.rows[row][pos + 1] if pos + 1 < len(self.rows[row]) else -1 for _, row, pos in there]
+        after = [
+            self.rows[row][pos + 1] if pos + 1 < len(self.rows[row]) else -1
+            for _, row, pos in there
+        ]
         tokens = Tokens([row for _, row, _ in there], [pos for _, _, pos in there], ids, after)
         return tokens, (torch.tensor([n for n, _, _ in there]), torch.tensor(tokens.pos))
 
@@ -251,17 +306,26 @@ class Reading:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """tokens, shifts, sites, parting and stream."""
-        found = {name: pd.concat(parts, ignore_index=True) for name, parts in self.parts.items() if parts}
+        found = {
+            name: pd.concat(parts, ignore_index=True) for name, parts in self.parts.items() if parts
+        }
         orders = {
             "tokens": ["row", "pos"],
             "shifts": ["row", "pos", "rank_after", "token_id"],
             "stream": ["row", "layer", "pos"],
         }
-        sorted_ = {name: table.sort_values(orders[name], ignore_index=True) for name, table in found.items()}
+        sorted_ = {
+            name: table.sort_values(orders[name], ignore_index=True)
+            for name, table in found.items()
+        }
         if "stream" not in sorted_:
-            sorted_["stream"] = pd.DataFrame(columns=["row", "pos", "read", "layer", "difference", "cosine"])
+            sorted_["stream"] = pd.DataFrame(
+                columns=["row", "pos", "read", "layer", "difference", "cosine"]
+            )
         order = [*self.matched.sites, LOGITS]
-        sites = pd.DataFrame([self.alike[site].row(self.asked.tolerance) for site in order], columns=list(COLUMNS))
+        sites = pd.DataFrame(
+            [self.alike[site].row(self.asked.tolerance) for site in order], columns=list(COLUMNS)
+        )
         sorted_["sites"] = sites.astype({"layer": "Int64", "parts": "boolean"})
         sorted_["parting"] = self._parting()
         return sorted_

@@ -30,7 +30,13 @@ UNLESS_ASKED = {  # what is not compared unless it is asked for, and why
     "scores": "have a number for each query and key, and no vector",
     "pattern": "has a number for each query and key, and no vector",
 }
-STREAM = ("embed", "attn_out", "mlp_out", "resid_post", "final_norm")  # whose CKA is taken unless others are asked for
+STREAM = (
+    "embed",
+    "attn_out",
+    "mlp_out",
+    "resid_post",
+    "final_norm",
+)  # whose CKA is taken unless others are asked for
 ORDER = {name: place for place, name in enumerate(AXES)}
 LAST = ("final_norm", *LOGITS)
 
@@ -47,7 +53,13 @@ class Side:
         """One forward that keeps these sites at every position."""
         look = [capture(sites, name=NAME)] if len(sites) else []
         with torch.no_grad(), self.around():
-            return forward(self.lm, [list(row) for row in rows], *self.hooks, *look, logits="all" if logits else "none")
+            return forward(
+                self.lm,
+                [list(row) for row in rows],
+                *self.hooks,
+                *look,
+                logits="all" if logits else "none",
+            )
 
 
 def reader_of(before: LM, after: LM) -> LM:
@@ -64,7 +76,10 @@ def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
     given = prompts if other.tokenizer is not None else [list(row) for row in rows]
     for number, (one, two) in enumerate(zip(rows, as_batch(other, given).rows, strict=True)):
         if one != two:
-            place = next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+            place = next(
+                (n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
+                min(len(one), len(two)),
+            )
             said = [f"{reader.text(row[place : place + 1])!r} (id {row[place]})" if place < len(row) else "no token"
                     for row in (one, two)]  # fmt: skip
             raise OtherVocabulary(
@@ -83,8 +98,13 @@ def _check_vocabularies(before: LM, after: LM) -> None:
         )
     if before.tokenizer is None or after.tokenizer is None or before.tokenizer is after.tokenizer:
         return
-    words = [{number: word for word, number in lm.tokenizer.get_vocab().items()} for lm in (before, after)]
-    different = sorted(number for number in {*words[0], *words[1]} if words[0].get(number) != words[1].get(number))
+    words = [
+        {number: word for word, number in lm.tokenizer.get_vocab().items()}
+        for lm in (before, after)
+    ]
+    different = sorted(
+        number for number in {*words[0], *words[1]} if words[0].get(number) != words[1].get(number)
+    )
     if different:
         said = [repr(each.get(different[0], "not there")) for each in words]
         raise OtherVocabulary(
@@ -114,19 +134,28 @@ class Matched:
 def matched(before: LM, after: LM, sites: SitesLike | None) -> Matched:
     """The sites to compare: those asked for, which both need to have, or all vectors that both have."""
     left_out: list[dict[str, str]] = []
-    chosen = [_all_of(lm) if sites is None else set(_asked(lm, sites, after)) for lm in (before, after)]
+    chosen = [
+        _all_of(lm) if sites is None else set(_asked(lm, sites, after)) for lm in (before, after)
+    ]
     both = sorted(chosen[0] & chosen[1], key=place_of)
     for lone, which in ((chosen[0] - chosen[1], "first"), (chosen[1] - chosen[0], "second")):
         if lone:
             left_out.append(
-                {"what": repr(Sites(tuple(sorted(lone, key=place_of)))), "why": f"only the {which} model has it"}
+                {
+                    "what": repr(Sites(tuple(sorted(lone, key=place_of)))),
+                    "why": f"only the {which} model has it",
+                }
             )
     if not both:
-        raise BadHook("the two models have no site in common: name some with sites=, such as hk.module(path) in both")
+        raise BadHook(
+            "the two models have no site in common: name some with sites=, such as hk.module(path) in both"
+        )
     kinds = [probed(lm, Sites(tuple(both)), "hk.diff") for lm in (before, after)]
     whole = [site for site in both if not all(kind[site].dtype.is_floating_point for kind in kinds)]
     if whole and sites is not None:
-        raise BadHook(f"{Sites(tuple(whole))} hold whole numbers, which have no cosine: leave them out")
+        raise BadHook(
+            f"{Sites(tuple(whole))} hold whole numbers, which have no cosine: leave them out"
+        )
     found = {site: (kinds[0][site], kinds[1][site]) for site in both if site not in whole}
     if sites is None:
         left_out += _left_aside(before, after)
@@ -136,7 +165,11 @@ def matched(before: LM, after: LM, sites: SitesLike | None) -> Matched:
         why = f"they have other sizes, {_size(one)} and {_size(two)} at {other[0]}"
         left_out.append({"what": f"cosine and difference at {Sites(tuple(other))}", "why": why})
     plan = _one_plan(
-        before, after, bool(chosen[0] ^ chosen[1]), bool(other), [s for s in found if not isinstance(s, Site)]
+        before,
+        after,
+        bool(chosen[0] ^ chosen[1]),
+        bool(other),
+        [s for s in found if not isinstance(s, Site)],
     )
     if plan:
         left_out.append({"what": "the site where they part first", "why": plan})
@@ -162,7 +195,9 @@ def _asked(lm: LM, sites: SitesLike, after: LM) -> Sites:
 
 
 def _left_aside(before: LM, after: LM) -> Iterable[dict[str, str]]:
-    there = [name for name in UNLESS_ASKED if name in before.layout.names and name in after.layout.names]
+    there = [
+        name for name in UNLESS_ASKED if name in before.layout.names and name in after.layout.names
+    ]
     return [{"what": name, "why": UNLESS_ASKED[name]} for name in there if UNLESS_ASKED[name]]
 
 
@@ -174,7 +209,9 @@ def _one_plan(before: LM, after: LM, lone: bool, sizes: bool, modules: Sequence[
         return f"they have {before.n_layers} and {after.n_layers} layers"
     if lone or sizes:
         return "their sites differ, in which there are or how large they are"
-    return f"{modules[0]} is a module, and what is computed before it is not known" if modules else ""
+    return (
+        f"{modules[0]} is a module, and what is computed before it is not known" if modules else ""
+    )
 
 
 def place_of(site: AnySite) -> tuple[object, ...]:

@@ -34,7 +34,9 @@ def linear_cka(before: Vectors, after: Float[Tensor, "token e"]) -> float:
     (1.0, nan)
     """
     x, y = (centred(exact(rows)) for rows in (before, after))
-    return _ratio(*_products(x @ x.T, y @ y.T)) if len(x) < x.shape[1] + y.shape[1] else _of_sums(x, y)
+    return (
+        _ratio(*_products(x @ x.T, y @ y.T)) if len(x) < x.shape[1] + y.shape[1] else _of_sums(x, y)
+    )
 
 
 def centred(rows: Vectors) -> Vectors:
@@ -141,7 +143,9 @@ class Alike:
     norms: tuple[float, float] = (0.0, 0.0)
     comparable: bool = True  # of one shape
 
-    def add(self, before: Float[Tensor, "token ..."], after: Float[Tensor, "token ..."]) -> Apart | None:
+    def add(
+        self, before: Float[Tensor, "token ..."], after: Float[Tensor, "token ..."]
+    ) -> Apart | None:
         """Some more tokens; how far each is apart, where that has a meaning."""
         self.comparable = before.shape == after.shape
         x, y = before.flatten(1), after.flatten(1)
@@ -166,22 +170,39 @@ class Alike:
 
     def _measured(self, before: Float[Tensor, " token"], after: Float[Tensor, " token"]) -> None:
         self.tokens += len(before)
-        self.norms = self.norms[0] + float(before.double().sum()), self.norms[1] + float(after.double().sum())
+        self.norms = (
+            self.norms[0] + float(before.double().sum()),
+            self.norms[1] + float(after.double().sum()),
+        )
 
     def row(self, tolerance: float) -> dict[str, Any]:
         """The site's row of the table."""
         nan = float("nan")
-        found: dict[str, Any] = {"site": str(self.site), "name": name_of(self.site), "layer": layer_of(self.site)}
-        found |= {"tokens": self.tokens, "cosine": nan, "cosine_min": nan, "difference": nan, "difference_max": nan}
+        found: dict[str, Any] = {
+            "site": str(self.site),
+            "name": name_of(self.site),
+            "layer": layer_of(self.site),
+        }
         found |= {
-            f"norm_{when}": norm / self.tokens for when, norm in zip(("before", "after"), self.norms, strict=True)
+            "tokens": self.tokens,
+            "cosine": nan,
+            "cosine_min": nan,
+            "difference": nan,
+            "difference_max": nan,
+        }
+        found |= {
+            f"norm_{when}": norm / self.tokens
+            for when, norm in zip(("before", "after"), self.norms, strict=True)
         }
         found["cka"] = nan if self.cka is None else self.cka.value()
         if not self.comparable:
             return found | {"parts": None}
         if self.compared:
             found |= {"cosine": self.cosine / self.compared, "cosine_min": self.cosine_min}
-        found |= {"difference": self.difference / self.tokens, "difference_max": self.difference_max}
+        found |= {
+            "difference": self.difference / self.tokens,
+            "difference_max": self.difference_max,
+        }
         return found | {"parts": not self.difference_max <= tolerance}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import HookkitError
 from ...hooks.base import Hook
 from ...hooks.capture import capture
-from ...hooks.captured_values import Captured, Kept, Slot
+from ...hooks.captured_values import Captured, Captures, LazyCapture
 from ...lenses.model_end import ending
 from ...models.lm import LM
 from ...models.overrides import Lent
@@ -32,7 +32,7 @@ from ...runs.generate import generate
 from ...runs.manager import HookManager
 from ...runs.partial import passed_by
 from ...runs.run import Run
-from ...runs.taps import Tap, planned
+from ...runs.taps import HookPoint, planned
 from ...sweeps.shortcuts import shortcuts
 from ...tables.distributions import Distribution, expected
 from .named_edits import Edit, literal
@@ -96,7 +96,10 @@ def resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> 
 
 def _carries_hooks(lm: LM) -> bool:
     """True where a forward is seen by others: hooks of the user's, or those of an outer block of hookkit's."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in (*lm.wrapping, *lm.root.modules()))
+    return any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in (*lm.wrapping, *lm.root.modules())
+    )
 
 
 def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
@@ -104,12 +107,17 @@ def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
     known = ending(lm)
     blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
 
-    def first(tap: Tap) -> int:
+    def first(tap: HookPoint) -> int:
         parts = tap.place.path.split(".")
         inside = (blocks.get(".".join(parts[:count])) for count in range(len(parts), 0, -1))
-        return next((number for number in inside if number is not None), lm.n_layers if known.has(tap) else 0)
+        return next(
+            (number for number in inside if number is not None),
+            lm.n_layers if known.has(tap) else 0,
+        )
 
-    return min((first(tap) for tap in planned(lm, list(hooks), HookManager(lm, ()).reference)), default=0)
+    return min(
+        (first(tap) for tap in planned(lm, list(hooks), HookManager(lm, ()).reference)), default=0
+    )
 
 
 def seen_from(sites: Sequence[Site], start: int) -> list[Site]:
@@ -117,11 +125,11 @@ def seen_from(sites: Sequence[Site], start: int) -> list[Site]:
     return [site for site in sites if site.layer is None or site.layer >= start]
 
 
-def with_those_below(kept: Kept, unedited: Kept) -> Kept:
+def with_those_below(kept: Captures, unedited: Captures) -> Captures:
     """What a resumed forward kept, and below it what the unedited one did, in its order."""
     mine = {slot.site: slot for slot in kept.slots}
-    slots: list[Slot] = [mine.pop(slot.site, slot) for slot in unedited.slots]
-    return Kept((*slots, *mine.values()))
+    slots: list[LazyCapture] = [mine.pop(slot.site, slot) for slot in unedited.slots]
+    return Captures((*slots, *mine.values()))
 
 
 FIRST = "what was first"  # the token that led before the edit, which is another for each prompt
@@ -130,7 +138,7 @@ Logits = Float[Tensor, "row vocab"]
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class NextTokenLogits:
     """What the model says after each prompt, and the run, which keeps no more than the shown rows."""
 
     edit: Edit | None
@@ -185,21 +193,27 @@ def answered(
     looks: Sequence[Site],
     shown: int,
     start: int = 0,
-    unedited: Kept | None = None,
-) -> Answers:
+    unedited: Captures | None = None,
+) -> NextTokenLogits:
     """One forward over all prompts with these hooks, which keeps the looked-at sites of the first `shown` of them.
 
     Where it begins with the block `start`, those below that are taken from what was kept `unedited`.
     """
     whole = [_look(looks, shown)] if looks else []
     passed = seen_from(looks, start)
-    run = forward(lm, [list(row) for row in rows], *hooks, *([_look(passed, shown)] if passed else []), logits="last")
+    run = forward(
+        lm,
+        [list(row) for row in rows],
+        *hooks,
+        *([_look(passed, shown)] if passed else []),
+        logits="last",
+    )
     kept = run.captured_logits()
     logits = kept.values[:, 0].detach().float().cpu()
     run = replace(run, hooks=(*hooks, *whole), output=None, kept_logits=_first(kept, shown))
     if unedited is not None and looks:
         run = replace(run, kept=with_those_below(run.kept, unedited))
-    return Answers(edit, run, logits)
+    return NextTokenLogits(edit, run, logits)
 
 
 def _look(sites: Sequence[Site], shown: int) -> Hook:
@@ -212,7 +226,7 @@ def _first(kept: Captured, shown: int) -> Captured:
                    prompts=kept.prompts[:shown])  # fmt: skip
 
 
-def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame:
+def watched_of(was: NextTokenLogits, now: NextTokenLogits, watch: Sequence[int]) -> pd.DataFrame:
     """Every prompt's watched tokens, and the token that was first, before and after one edit.
 
     Columns: row, edit, control, draw (of a random control), watched, token, token_id; logit, logprob, prob and rank,
@@ -224,7 +238,11 @@ def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame
     names = {literal(now.lm, token): [token] * count for token in watch} | {FIRST: was.first}
     for name, tokens in names.items():
         ids = torch.tensor(tokens)
-        found: dict[str, object] = {"row": range(count), "edit": now.edit.name, "control": now.edit.control}
+        found: dict[str, object] = {
+            "row": range(count),
+            "edit": now.edit.name,
+            "control": now.edit.control,
+        }
         found |= {
             "draw": now.edit.draw,
             "watched": name,
@@ -233,11 +251,17 @@ def watched_of(was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame
         }
         for when, each in (("before", was), ("after", now)):
             logprob = each.logprobs.gather(1, ids[:, None])[:, 0]
-            numbers = {"logit": each.logits.gather(1, ids[:, None])[:, 0], "logprob": logprob, "prob": logprob.exp()}
+            numbers = {
+                "logit": each.logits.gather(1, ids[:, None])[:, 0],
+                "logprob": logprob,
+                "prob": logprob.exp(),
+            }
             found |= {f"{key}_{when}": values.double().numpy() for key, values in numbers.items()}
             found[f"rank_{when}"] = shown_ranks(each.ranks(ids)).numpy()
         parts.append(pd.DataFrame(found))
-    return with_deltas(pd.concat(parts, ignore_index=True)).sort_values("row", kind="stable", ignore_index=True)
+    return with_deltas(pd.concat(parts, ignore_index=True)).sort_values(
+        "row", kind="stable", ignore_index=True
+    )
 
 
 def with_deltas(table: pd.DataFrame) -> pd.DataFrame:
@@ -252,7 +276,7 @@ def with_deltas(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table[[*places, *order, "shift", "decades"]])
 
 
-def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
+def distances_of(was: NextTokenLogits, now: NextTokenLogits) -> pd.DataFrame:
     """How far each prompt's whole distribution moved.
 
     Columns: row, edit, control, draw, kl (KL(before‖after), nats), entropy_before, _after, _delta (nats), top1_before,
@@ -260,9 +284,18 @@ def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
     """
     assert now.edit is not None
     kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
-    entropy = {"entropy_before": was.entropy, "entropy_after": now.entropy, "entropy_delta": now.entropy - was.entropy}
+    entropy = {
+        "entropy_before": was.entropy,
+        "entropy_after": now.entropy,
+        "entropy_delta": now.entropy - was.entropy,
+    }
     return pd.DataFrame(
-        {"row": range(len(kl)), "edit": now.edit.name, "control": now.edit.control, "draw": now.edit.draw}
+        {
+            "row": range(len(kl)),
+            "edit": now.edit.name,
+            "control": now.edit.control,
+            "draw": now.edit.draw,
+        }
         | {"kl": kl.tolist()}
         | {name: values.tolist() for name, values in entropy.items()}
         | {name: each.named_first for name, each in (("top1_before", was), ("top1_after", now))}
@@ -270,7 +303,7 @@ def distances_of(was: Answers, now: Answers) -> pd.DataFrame:
     )
 
 
-def _changed(was: Answers, now: Answers) -> list[bool | None]:
+def _changed(was: NextTokenLogits, now: NextTokenLogits) -> list[bool | None]:
     """Whether each prompt's most likely token is another; None where logits are NaN."""
     pairs = zip(was.named_first, now.named_first, strict=True)
     return [None if one is None or other is None else one != other for one, other in pairs]
@@ -290,7 +323,10 @@ def texts_of(
     parts = []
     for edit in edits:
         now = generate(lm, prompts, *edit.hooks, **settings)
-        parts += [{"row": row, "edit": edit.name, **_parted(lm, was, now, row)} for row in range(len(prompts))]
+        parts += [
+            {"row": row, "edit": edit.name, **_parted(lm, was, now, row)}
+            for row in range(len(prompts))
+        ]
     return pd.DataFrame(parts).astype({"parts_at": "Int64"})
 
 

@@ -14,7 +14,7 @@ from ...lenses.logit_lens import States, lens_of, stream_sites
 from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
-from .before_after import Answers
+from .before_after import NextTokenLogits
 from .named_edits import literal
 
 NUMBERS = ("logit", "prob", "rank")
@@ -22,7 +22,7 @@ NOTHING = 1e-4  # logits: a smaller change of a component is not shown by itself
 
 
 @dataclass(frozen=True)
-class Looks:
+class LensSites:
     """What is kept of the shown prompts: the sites, and why the lens or the decomposition is left out, if it is."""
 
     lens: tuple[Site, ...]
@@ -36,7 +36,7 @@ class Looks:
         return list(dict.fromkeys((*self.lens, *self.parts)))
 
 
-def looks_of(lm: LM, *, heads: bool) -> Looks:
+def looks_of(lm: LM, *, heads: bool) -> LensSites:
     """The sites that the lens and the decomposition read in this model."""
     lens: tuple[Site, ...] = ()
     parts: tuple[Site, ...] = ()
@@ -49,11 +49,16 @@ def looks_of(lm: LM, *, heads: bool) -> Looks:
         parts = tuple(needed(lm, heads=heads, neurons=False))
     except HookkitError as error:
         why[1] = str(error)
-    return Looks(lens, parts, *why)
+    return LensSites(lens, parts, *why)
 
 
 def layers_of(
-    was: Answers, edited: Sequence[Answers], rows: Sequence[Row], looks: Looks, watch: Sequence[int], shown: int
+    was: NextTokenLogits,
+    edited: Sequence[NextTokenLogits],
+    rows: Sequence[Row],
+    looks: LensSites,
+    watch: Sequence[int],
+    shown: int,
 ) -> tuple[pd.DataFrame, str]:
     """The logit lens before and after each edit, and "" or why there is none.
 
@@ -62,7 +67,11 @@ def layers_of(
     """
     if looks.no_lens:
         return pd.DataFrame(), looks.no_lens
-    every = list(dict.fromkeys([*watch, *was.first[:shown], *(i for each in edited for i in each.first[:shown])]))
+    every = list(
+        dict.fromkeys(
+            [*watch, *was.first[:shown], *(i for each in edited for i in each.first[:shown])]
+        )
+    )
     parts = []
     try:
         before = _lens(was, rows, looks, every)
@@ -74,16 +83,27 @@ def layers_of(
     return pd.concat(parts, ignore_index=True), ""
 
 
-def _lens(each: Answers, rows: Sequence[Row], looks: Looks, tokens: Sequence[int]) -> pd.DataFrame:
+def _lens(
+    each: NextTokenLogits, rows: Sequence[Row], looks: LensSites, tokens: Sequence[int]
+) -> pd.DataFrame:
     hooks = each.run.hooks[: -1 if looks.sites else None]  # without the report's own capture
     return lens_of(States(each.run, looks.lens), hooks, tuple(rows), 0, tokens, anywhere=False)
 
 
-def _both(before: pd.DataFrame, after: pd.DataFrame, was: Answers, now: Answers, watch: Sequence[int]) -> pd.DataFrame:
+def _both(
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    was: NextTokenLogits,
+    now: NextTokenLogits,
+    watch: Sequence[int],
+) -> pd.DataFrame:
     assert now.edit is not None
     places = ["row", "layer", "site", "token_id"]
     both = after[[*places, *NUMBERS]].merge(
-        before[[*places, *NUMBERS]], on=places, suffixes=("_after", "_before"), validate="one_to_one"
+        before[[*places, *NUMBERS]],
+        on=places,
+        suffixes=("_after", "_before"),
+        validate="one_to_one",
     )
     mine = {row: {*watch, was.first[row], now.first[row]} for row in set(both["row"])}
     keep = [token in mine[row] for row, token in zip(both["row"], both["token_id"], strict=True)]
@@ -98,7 +118,11 @@ def _both(before: pd.DataFrame, after: pd.DataFrame, was: Answers, now: Answers,
 
 
 def why_of(
-    was: Answers, now: Answers, tokens: Sequence[int], looks: Looks, known: dict[tuple[int, ...], pd.DataFrame]
+    was: NextTokenLogits,
+    now: NextTokenLogits,
+    tokens: Sequence[int],
+    looks: LensSites,
+    known: dict[tuple[int, ...], pd.DataFrame],
 ) -> tuple[pd.DataFrame, str]:
     """One token's logit, before and after an edit, as its sum over components, and "" or why there is none.
 
@@ -109,8 +133,15 @@ def why_of(
     assert now.edit is not None
     if looks.no_parts:
         return pd.DataFrame(), looks.no_parts
-    if not all(np.isfinite(float(each.logits[row, i])) for each in (was, now) for row, i in enumerate(tokens)):
-        return pd.DataFrame(), "the token's logit is infinite, which is no sum of anything: the edit bans it"
+    if not all(
+        np.isfinite(float(each.logits[row, i]))
+        for each in (was, now)
+        for row, i in enumerate(tokens)
+    ):
+        return (
+            pd.DataFrame(),
+            "the token's logit is infinite, which is no sum of anything: the edit bans it",
+        )
     asked: Any = [*tokens, *[0] * (len(now.logits) - len(tokens))]
     try:
         if tuple(tokens) not in known:
@@ -134,8 +165,12 @@ def joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     numbers = both[["logit_before", "logit_after"]].fillna(0.0)
     both = both.assign(**numbers, logit_delta=numbers["logit_after"] - numbers["logit_before"])
     names = [*before["component"], *after["component"]]
-    order = {name: place for place, name in reversed([*enumerate(names)])}  # the first place of each
-    placed = both.assign(_place=both["component"].map(order)).sort_values(["row", "_place"], kind="stable")
+    order = {
+        name: place for place, name in reversed([*enumerate(names)])
+    }  # the first place of each
+    placed = both.assign(_place=both["component"].map(order)).sort_values(
+        ["row", "_place"], kind="stable"
+    )
     return placed.drop(columns="_place").reset_index(drop=True)
 
 
@@ -153,8 +188,13 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     others: Any = why.loc[order[count:], columns]
     shown = shown.sort_values("logit_delta", ascending=False, kind="stable")
     rows: list[Mapping[str, object]] = []
-    sums: tuple[tuple[str, Any], ...] = ((f"the other {len(others)}", others), ("sum: the logit", all_of))
+    sums: tuple[tuple[str, Any], ...] = (
+        (f"the other {len(others)}", others),
+        ("sum: the logit", all_of),
+    )
     for name, part in sums:
         if len(part):
-            rows.append({"component": name, **{column: float(part[column].sum()) for column in columns[1:]}})
+            rows.append(
+                {"component": name, **{column: float(part[column].sum()) for column in columns[1:]}}
+            )
     return pd.concat([shown, pd.DataFrame(rows)], ignore_index=True)

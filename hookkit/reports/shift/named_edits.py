@@ -51,32 +51,52 @@ class Edit:
 
     def named(self, lm: LM) -> list[int]:
         """The tokens that its hooks name."""
-        return list(dict.fromkeys(i for hook in self.hooks if isinstance(hook, LogitEdit) for i in hook.named(lm)))
+        return list(
+            dict.fromkeys(
+                i for hook in self.hooks if isinstance(hook, LogitEdit) for i in hook.named(lm)
+            )
+        )
 
 
 def together(hooks: Hooks, what: str) -> tuple[Hook, ...]:
     """One hook or several as a tuple; `BadHook` for anything else, and for a capture, which changes nothing."""
-    found = (hooks,) if isinstance(hooks, Hook) else tuple(hooks) if isinstance(hooks, Iterable) else (hooks,)
+    found = (
+        (hooks,)
+        if isinstance(hooks, Hook)
+        else tuple(hooks)
+        if isinstance(hooks, Iterable)
+        else (hooks,)
+    )
     for hook in found:
         if not isinstance(hook, Hook) or isinstance(hook, Capture):
-            raise BadHook(f"{what} has {shortened(str(hook))}, which changes nothing: give hooks that edit")
+            raise BadHook(
+                f"{what} has {shortened(str(hook))}, which changes nothing: give hooks that edit"
+            )
     return found
 
 
 def edits_of(given: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
     """The edits: hooks are one edit together, named by their calls; a mapping has a name for each."""
     if len(given) == 1 and isinstance(given[0], Mapping):
-        found = [Edit(str(name), together(hooks, f"the edit {name!r}")) for name, hooks in given[0].items()]
+        found = [
+            Edit(str(name), together(hooks, f"the edit {name!r}"))
+            for name, hooks in given[0].items()
+        ]
     elif any(isinstance(each, Mapping) for each in given):
-        raise BadHook("hooks and a mapping were given: put all edits into one mapping, {'name': hook or hooks}")
+        raise BadHook(
+            "hooks and a mapping were given: put all edits into one mapping, {'name': hook or hooks}"
+        )
     else:
         hooks = together(
-            [hook for hook in given if isinstance(hook, Hook) or not isinstance(hook, Mapping)], "the edit"
+            [hook for hook in given if isinstance(hook, Hook) or not isinstance(hook, Mapping)],
+            "the edit",
         )
         found = [Edit(shortened(" + ".join(map(str, hooks))), hooks)]
     for edit in found:
         if not edit.hooks:
-            raise BadHook(f"the edit {edit.name!r} has no hook: give one, several, or {{'name': hook or hooks}}")
+            raise BadHook(
+                f"the edit {edit.name!r} has no hook: give one, several, or {{'name': hook or hooks}}"
+            )
     if not found:
         raise BadHook("there is no edit to report on: give hooks, or {'name': hook or hooks}")
     return found
@@ -87,7 +107,10 @@ def controls_of(controls: Controls, edits: Sequence[Edit], seed: int, draws: int
     if controls is None:
         return []
     if isinstance(controls, Mapping):
-        made = [Edit(str(name), together(hooks, f"the control {name!r}"), "all") for name, hooks in controls.items()]
+        made = [
+            Edit(str(name), together(hooks, f"the control {name!r}"), "all")
+            for name, hooks in controls.items()
+        ]
     elif controls == "random":
         made = []
         for edit in edits:
@@ -95,11 +118,15 @@ def controls_of(controls: Controls, edits: Sequence[Edit], seed: int, draws: int
                 hooks = _random(edit, seed * SEEDS + draw)
                 made.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
     else:
-        raise BadHook(f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}")
+        raise BadHook(
+            f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}"
+        )
     names = [each.name for each in (*edits, *made) if each.draw == 0]
     for each in made:
         if names.count(each.name) > 1 or not each.hooks:
-            raise BadHook(f"the control {each.name!r} has no hook, or the name of another: give each hooks and a name")
+            raise BadHook(
+                f"the control {each.name!r} has no hook, or the name of another: give each hooks and a name"
+            )
     return made
 
 
@@ -107,7 +134,10 @@ def _random(edit: Edit, seed: int) -> tuple[Hook, ...]:
     found = []
     for hook in edit.hooks:
         assert isinstance(hook, EditHook)
-        not_square(hook.sites, "controls='random' needs vectors (give controls={'name': hook} instead), and changes")
+        not_square(
+            hook.sites,
+            "controls='random' needs vectors (give controls={'name': hook} instead), and changes",
+        )
         found.append(Randomised(hook.sites, hook.where, hook, seed))
     return tuple(found)
 
@@ -117,7 +147,11 @@ def in_words(hook: Hook) -> str:
     if isinstance(hook, Knockout):
         return f"keeps attention from seeing {_where(hook.key)}, in blocks {_ranges(Edit('', (hook,)).layers)}"
     if isinstance(hook, Randomised) or not isinstance(hook, LogitEdit):
-        places = hook._sites() if hook.where.pos is None else f"{hook._sites()}, at {_where(hook.where.pos)}"
+        places = (
+            hook._sites()
+            if hook.where.pos is None
+            else f"{hook._sites()}, at {_where(hook.where.pos)}"
+        )
         return f"{DOES.get(hook.verb, hook.verb)} {places}"
     named = [value for name in hook.names for value in _several(getattr(hook, name))]
     return f"{DOES.get(hook.verb, hook.verb)} {', '.join(map(repr, named))} at the logits"
@@ -128,7 +162,9 @@ def _several(value: object) -> tuple[object, ...]:
 
 
 def _where(pos: object) -> str:
-    return "every position" if pos is None else "the last position" if pos == -1 else f"position {pos}"
+    return (
+        "every position" if pos is None else "the last position" if pos == -1 else f"position {pos}"
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -166,7 +202,11 @@ def _bytes_of(piece: str) -> bytes | None:
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     letters = _letters()
-    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else None
+    return (
+        bytes(letters[letter] for letter in piece)
+        if all(letter in letters for letter in piece)
+        else None
+    )
 
 
 @cache
@@ -174,4 +214,6 @@ def _letters() -> dict[str, int]:
     """GPT-2's letter for each byte: its own where that can be printed, else one from beyond 255."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in own} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }

@@ -23,7 +23,15 @@ from ...tables.intervals import DRAWN
 from ...tables.rank_tables import shift_of
 from ..page import Content, Folded, Part, Report, report
 from ..typesetting import written
-from .before_after import Answers, answered, distances_of, resuming, texts_of, watched_of, with_deltas
+from .before_after import (
+    NextTokenLogits,
+    answered,
+    distances_of,
+    resuming,
+    texts_of,
+    watched_of,
+    with_deltas,
+)
 from .inside import layers_of, looks_of, most_moved, why_of
 from .named_edits import Controls, Edit, Hooks, controls_of, edits_of, literal, table_of, together
 
@@ -38,7 +46,7 @@ PARTS = 10  # components that are shown
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class ShiftTables:
     """All that was measured: edits and controls, and the tables by the names of their files."""
 
     lm: LM
@@ -46,7 +54,9 @@ class Found:
     edits: list[Edit]
     controls: list[Edit]
     tables: dict[str, pd.DataFrame]
-    ranks: dict[tuple[int, str], tuple[Any, Any]]  # of all tokens before and after, for each drawn prompt and edit
+    ranks: dict[
+        tuple[int, str], tuple[Any, Any]
+    ]  # of all tokens before and after, for each drawn prompt and edit
     refused: dict[str, str]
 
     def of(self, name: str, row: int, edit: str | None = None) -> pd.DataFrame:
@@ -55,12 +65,14 @@ class Found:
         if table.empty:
             return table
         mine: Any = (
-            table[table["row"] == row] if edit is None else table[(table["row"] == row) & (table["edit"] == edit)]
+            table[table["row"] == row]
+            if edit is None
+            else table[(table["row"] == row) & (table["edit"] == edit)]
         )
         return mine.drop(columns=["row"] if edit is None else ["row", "edit"])
 
 
-def beginning(found: Found, question: str, under: tuple[Hook, ...]) -> Iterable[Content]:
+def beginning(found: ShiftTables, question: str, under: tuple[Hook, ...]) -> Iterable[Content]:
     """The question, what came of it in a sentence for each edit, and what was done."""
     count = len(found.rows)
     if question:
@@ -68,10 +80,14 @@ def beginning(found: Found, question: str, under: tuple[Hook, ...]) -> Iterable[
     yield answer(found)
     beside = f" The baseline has {' + '.join(map(str, under))}." if under else ""
     yield "# The edits"
-    yield Part(found.tables["edits"], "edits", f"What was done, over {count} prompt{'s' * (count > 1)}.{beside}")
+    yield Part(
+        found.tables["edits"],
+        "edits",
+        f"What was done, over {count} prompt{'s' * (count > 1)}.{beside}",
+    )
 
 
-def answer(found: Found) -> str:
+def answer(found: ShiftTables) -> str:
     """What came of it, in a sentence for each edit."""
     return "\n".join(_headline(found, edit) for edit in found.edits)
 
@@ -80,18 +96,18 @@ def _rank(rank: float) -> str:
     return "NaN" if rank != rank else f"{int(rank):,}"
 
 
-def _headline(found: Found, edit: Edit) -> str:
+def _headline(found: ShiftTables, edit: Edit) -> str:
     """What an edit did to the first watched token after the first prompt, in a sentence."""
     watched = found.of("watched", 0, edit.name).iloc[0]
     far = found.of("distances", 0, edit.name).iloc[0]
     text = shortened(found.lm.text(found.rows[0]))
-    ranks, probs = ([watched[f"{name}_{side}"] for side in ("before", "after")] for name in ("rank", "prob"))
+    ranks, probs = (
+        [watched[f"{name}_{side}"] for side in ("before", "after")] for name in ("rank", "prob")
+    )
     if ranks[0] == ranks[1]:
         goes = f"stays at rank {_rank(ranks[0])} (probability {probs[0]:.3g}, then {probs[1]:.3g})"
     else:
-        goes = (
-            f"goes from rank {_rank(ranks[0])} (probability {probs[0]:.3g}) to rank {_rank(ranks[1])} ({probs[1]:.3g})"
-        )
+        goes = f"goes from rank {_rank(ranks[0])} (probability {probs[0]:.3g}) to rank {_rank(ranks[1])} ({probs[1]:.3g})"
     if far["top1_after"] is None or far["top1_before"] is None:
         return f"{edit.name}: after “{text}” the token {watched['token']} {goes}; the model's logits are NaN there."
     first = f"; first is {far['top1_after']}, and was {far['top1_before']}"
@@ -100,7 +116,7 @@ def _headline(found: Found, edit: Edit) -> str:
     return f"{edit.name}: after “{text}” the token {watched['token']} {goes}{first}."
 
 
-def over_all(found: Found) -> Iterable[Content]:
+def over_all(found: ShiftTables) -> Iterable[Content]:
     """Means over the prompts, where there are several."""
     if "summary" not in found.tables:
         return
@@ -108,14 +124,21 @@ def over_all(found: Found) -> Iterable[Content]:
     yield f"# Over {count} prompts"
     says = f"Means over {count} prompts with 95 % intervals. decades: log10 of rank before over rank after."
     caption = f"{says} A control stands beside its edit, the mean of its draws; its dot is hollow in the figure."
-    yield Part(_brief(summary, ["edit", "control", "watched", "n"]), "summary_shown", caption, file="summary")
+    yield Part(
+        _brief(summary, ["edit", "control", "watched", "n"]),
+        "summary_shown",
+        caption,
+        file="summary",
+    )
     few = count < DRAWN
     caption = "Small dots are the prompts." if few else "Intervals are of the mean."
     figure = means_of(summary, found.tables["watched"], title="What became more and less likely")
     yield Part(figure, "means", caption)
     far = found.tables["summary_distances"]
     caption = "kl: KL(before‖after) in nats. top1_changed: the part of the prompts with another first token."
-    yield Part(_brief(far, ["edit", "control", "n"]), "distances_shown", caption, file="summary_distances")
+    yield Part(
+        _brief(far, ["edit", "control", "n"]), "distances_shown", caption, file="summary_distances"
+    )
 
 
 def _brief(means: pd.DataFrame, places: list[str]) -> pd.DataFrame:
@@ -130,7 +153,7 @@ def _brief(means: pd.DataFrame, places: list[str]) -> pd.DataFrame:
     return shown
 
 
-def of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
+def of_prompt(found: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
     """All that is shown of one prompt."""
     yield f"# “{shortened(found.lm.text(found.rows[row]))}”"
     yield "## The watched tokens"
@@ -162,7 +185,7 @@ def of_prompt(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
     yield from _texts(found, row)
 
 
-def _watched(found: Found, row: int) -> pd.DataFrame:
+def _watched(found: ShiftTables, row: int) -> pd.DataFrame:
     """Each token once, with every edit and control."""
     table = found.of("watched", row).drop_duplicates(["edit", "token_id"])
     order = {token: place for place, token in enumerate(dict.fromkeys(table["token_id"]))}
@@ -171,13 +194,16 @@ def _watched(found: Found, row: int) -> pd.DataFrame:
     return pd.DataFrame(table[["token", "edit", *WATCHED[1:]]])
 
 
-def _drawn_ranks(found: Found, row: int) -> Iterable[Content]:
-    parts = {e.name: (found.of("shifts", row, e.name), *found.ranks[row, e.name]) for e in found.edits[:PANELS]}
+def _drawn_ranks(found: ShiftTables, row: int) -> Iterable[Content]:
+    parts = {
+        e.name: (found.of("shifts", row, e.name), *found.ranks[row, e.name])
+        for e in found.edits[:PANELS]
+    }
     says = "Every token of the vocabulary, the darker the more; on the dashed line nothing moved, above it tokens rose."
     yield Part(rank_against_rank(parts, title="Rank against rank"), f"ranks_{row}", says)
 
 
-def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
+def _why(found: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
     yield "## Why: the change as a sum"
     moved: dict[str, pd.DataFrame] = {}
     for number, edit in enumerate(found.edits):
@@ -194,7 +220,11 @@ def _why(found: Found, row: int, *, drawn: bool) -> Iterable[Content]:
         yield Part(moved[edit.name], f"why_{row}_{number}", caption, file="why")
     if drawn and moved:
         some = dict(list(moved.items())[:PANELS])
-        yield Part(what_made_it(some, title="What made the change"), f"why_bars_{row}", "The last bar is the sum.")
+        yield Part(
+            what_made_it(some, title="What made the change"),
+            f"why_bars_{row}",
+            "The last bar is the sum.",
+        )
 
 
 def _missed(why: pd.DataFrame) -> float:
@@ -203,7 +233,7 @@ def _missed(why: pd.DataFrame) -> float:
     return float(rest.abs().to_numpy().max())
 
 
-def _texts(found: Found, row: int) -> Iterable[Content]:
+def _texts(found: ShiftTables, row: int) -> Iterable[Content]:
     texts = found.of("texts", row)
     if not texts.empty:
         yield "## The text"
@@ -213,7 +243,7 @@ def _texts(found: Found, row: int) -> Iterable[Content]:
         yield Part(shown.assign(**words), f"texts_{row}", says, file="texts")
 
 
-def made_again(found: Found, about: dict[str, Any]) -> Iterable[Content]:
+def made_again(found: ShiftTables, about: dict[str, Any]) -> Iterable[Content]:
     """The model, the versions, and the hooks as JSON."""
     yield "# How to make it again"
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -224,7 +254,10 @@ def made_again(found: Found, about: dict[str, Any]) -> Iterable[Content]:
     )
     every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls) if edit.draw == 0}
     for name, hooks in every.items():
-        texts = [json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False) for hook in hooks]
+        texts = [
+            json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False)
+            for hook in hooks
+        ]
         yield Folded(f"{name}, as JSON", "\n".join(texts))
 
 
@@ -278,14 +311,21 @@ def shift_report(
     1       ' coffee'         8827           1
     2  what was first            1           2
     """
-    for name, value, least in (("top", top, 1), ("generate", generate, 0), ("shown", shown, 1), ("drawn", drawn, 0)):
+    for name, value, least in (
+        ("top", top, 1),
+        ("generate", generate, 0),
+        ("shown", shown, 1),
+        ("drawn", drawn, 0),
+    ):
         whole_number(value, name, least=least)
     named, under = edits_of(edits), together(baseline, "the baseline")
     if draws is not None and controls != "random":
         raise BadHook(f"draws={draws!r} goes with controls='random': other controls are not drawn")
     count = DRAWS if draws is None else draws
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise OutOfRange(f"draws={draws!r}: give how many times a random control is drawn, at least 1")
+        raise OutOfRange(
+            f"draws={draws!r}: give how many times a random control is drawn, at least 1"
+        )
     beside = controls_of(controls, named, seed, count)
     if len({edit.name for edit in named}) < len(named):
         raise BadHook("two edits have one name: names stand once")
@@ -293,17 +333,28 @@ def shift_report(
     watched = [lm.token(token) for token in read_tokens(watch, "watch")]
     tokens = list(dict.fromkeys([*watched, *(i for edit in named for i in edit.named(lm))]))
     with torch.no_grad():
-        found = _measured(lm, rows, under, named, beside, tokens, top, heads, min(shown, len(rows)), drawn)
+        found = _measured(
+            lm, rows, under, named, beside, tokens, top, heads, min(shown, len(rows)), drawn
+        )
         if generate:
             found.tables["texts"] = texts_of(lm, rows, under, named, generate)
     _sum_up(found, seed)
-    settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn, "seed": seed}
+    settings = {
+        "top": top,
+        "heads": heads,
+        "generate": generate,
+        "shown": shown,
+        "drawn": drawn,
+        "seed": seed,
+    }
     title, kind = title or "What moved, and why", controls if isinstance(controls, str) else None
     about = {
         "title": title,
         "question": question,
         "answer": answer(found),
-        **_about(found, under, tokens, settings | {"controls": kind, "draws": count if kind else None}),
+        **_about(
+            found, under, tokens, settings | {"controls": kind, "draws": count if kind else None}
+        ),
     }
     parts: list[Content] = [*beginning(found, question, under), *over_all(found)]
     for row in range(min(shown, len(rows))):
@@ -316,13 +367,13 @@ def shift_report(
 def _measured(
     lm: LM, rows: tuple[Row, ...], under: tuple[Hook, ...], edits: list[Edit], controls: list[Edit], watch: list[int],
     top: int, heads: bool, shown: int, drawn: int,
-) -> Found:  # fmt: skip
+) -> ShiftTables:  # fmt: skip
     looks = looks_of(lm, heads=heads)
     every_edit = [*edits, *controls]
     later = resuming(lm, rows, [] if under else [edit.hooks for edit in every_edit])
     with later.noting():
         was = answered(lm, rows, under, None, looks.sites, shown)
-    edited: list[Answers] = []
+    edited: list[NextTokenLogits] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
     known: dict[tuple[int, ...], pd.DataFrame] = {}
     ranks, refused, every = {}, {}, torch.arange(lm.n_tokens or was.logits.shape[1])
@@ -339,15 +390,18 @@ def _measured(
         pairs = list(zip(before, after, strict=True))
         parts["shifts"].append(_shifts(shift_of(pairs, top, 5, watch, edit.named(lm)), now))
         for row in range(min(drawn, shown)):
-            ranks[row, edit.name] = (before[row].ranks(every).numpy(), after[row].ranks(every).numpy())
+            ranks[row, edit.name] = (
+                before[row].ranks(every).numpy(),
+                after[row].ranks(every).numpy(),
+            )
         told = [watch[0] if watch else now.first[row] for row in range(shown)]
         why, refused[f"why {edit.name}"] = why_of(was, now, told, looks, known)
         parts["why"].append(why)
-        edited.append(Answers(edit, now.run, now.logits[:shown]))
+        edited.append(NextTokenLogits(edit, now.run, now.logits[:shown]))
     tables = {"edits": table_of([*edits, *controls])}
     tables |= {name: _joined(found) for name, found in parts.items()}
     tables["layers"], refused["layers"] = layers_of(was, edited, rows, looks, watch, shown)
-    return Found(lm, rows, edits, controls, tables, ranks, refused)
+    return ShiftTables(lm, rows, edits, controls, tables, ranks, refused)
 
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -355,30 +409,49 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
 
 
-def _shifts(table: pd.DataFrame, now: Answers) -> pd.DataFrame:
+def _shifts(table: pd.DataFrame, now: NextTokenLogits) -> pd.DataFrame:
     """`rank_shift` with the edit's name, and with parts of characters as bytes."""
     assert now.edit is not None
-    table = with_deltas(table.assign(edit=now.edit.name, token=[literal(now.lm, i) for i in table["token_id"]]))
+    table = with_deltas(
+        table.assign(edit=now.edit.name, token=[literal(now.lm, i) for i in table["token_id"]])
+    )
     first = ["row", "pos", "edit"]
-    return pd.DataFrame(table[[*first, *(name for name in table if name not in (*first, "why")), "why"]])
+    return pd.DataFrame(
+        table[[*first, *(name for name in table if name not in (*first, "why")), "why"]]
+    )
 
 
-def _sum_up(found: Found, seed: int) -> None:
+def _sum_up(found: ShiftTables, seed: int) -> None:
     if len(found.rows) < 2:
         return
     watched, distances = found.tables["watched"], found.tables["distances"]
-    found.tables["summary"] = over_prompts(watched, by=["edit", "control", "watched"], values=MOVED, seed=seed)
-    found.tables["summary_distances"] = over_prompts(distances, by=["edit", "control"], values=DISTANCES, seed=seed)
+    found.tables["summary"] = over_prompts(
+        watched, by=["edit", "control", "watched"], values=MOVED, seed=seed
+    )
+    found.tables["summary_distances"] = over_prompts(
+        distances, by=["edit", "control"], values=DISTANCES, seed=seed
+    )
 
 
-def _about(found: Found, under: tuple[Hook, ...], watch: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
+def _about(
+    found: ShiftTables, under: tuple[Hook, ...], watch: Sequence[int], settings: dict[str, Any]
+) -> dict[str, Any]:
     every: dict[str, tuple[Hook, ...]] = {}
     for edit in (*found.edits, *found.controls):  # the draws of a control one after the other
         every[edit.name] = (*every.get(edit.name, ()), *edit.hooks)
-    hooks = {name: [_json(hook) for hook in hooks] for name, hooks in {"baseline": under, **every}.items()}
+    hooks = {
+        name: [_json(hook) for hook in hooks]
+        for name, hooks in {"baseline": under, **every}.items()
+    }
     prompts = [found.lm.text(row) for row in found.rows]
     made = {"hooks": hooks, "prompts": prompts, "tokens": [list(row) for row in found.rows]}
-    return {**about_model(found.lm), "git_commit": git_commit(), "watch": list(watch), **settings, **made}
+    return {
+        **about_model(found.lm),
+        "git_commit": git_commit(),
+        "watch": list(watch),
+        **settings,
+        **made,
+    }
 
 
 def _json(hook: Hook) -> Any:
@@ -387,13 +460,17 @@ def _json(hook: Hook) -> Any:
     return json.loads(whole if len(whole) <= INLINE else hook.to_json(tensors="digest"))
 
 
-def _with_files(page: Report, found: Found, about: dict[str, Any]) -> Report:
+def _with_files(page: Report, found: ShiftTables, about: dict[str, Any]) -> Report:
     captions = {
         "shifts": "first tokens before and after, and movers", "watched": "watched tokens of every prompt",
         "distances": "how far every prompt's distribution moved", "layers": "the logit lens before and after",
         "why": "the logit's parts before and after", "texts": "what was written",
         "summary": "means of the watched tokens", "summary_distances": "means of the distances",
     }  # fmt: skip
-    data = [Part(t, name, captions[name]) for name, t in found.tables.items() if name in captions and not t.empty]
+    data = [
+        Part(t, name, captions[name])
+        for name, t in found.tables.items()
+        if name in captions and not t.empty
+    ]
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     return Report(page.title, page.parts, page.footer, tuple(data), ALL, {"about.json": text})

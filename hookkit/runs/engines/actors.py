@@ -23,7 +23,15 @@ import torch
 from ...errors import ActorLost
 from ...models.lm import LM
 from .ray import Ray, actors_of, joined, room
-from .transport import Packed, packed_model, packed_result, packed_work, unpacked_model, unpacked_result, unpacked_work
+from .transport import (
+    Packed,
+    packed_model,
+    packed_result,
+    packed_work,
+    unpacked_model,
+    unpacked_result,
+    unpacked_work,
+)
 from .work import Step, Steps, Work, computed_here
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
@@ -58,7 +66,9 @@ class Actor:
     """The model in a process of Ray's, and the work that it does there."""
 
     def __init__(self, threads: int, precision: str, places: list[str]) -> None:
-        sys.path += [place for place in places if place not in sys.path]  # of the modules of the user's functions
+        sys.path += [
+            place for place in places if place not in sys.path
+        ]  # of the modules of the user's functions
         self.threads, self.precision = threads, precision
         self.work: Any = None
 
@@ -66,7 +76,9 @@ class Actor:
         """Take in the model and the work."""
         try:
             self.work = unpacked_work(work, unpacked_model(model))
-            torch.set_num_threads(self.threads)  # behind the imports of the user's modules, which may say otherwise
+            torch.set_num_threads(
+                self.threads
+            )  # behind the imports of the user's modules, which may say otherwise
             torch.set_float32_matmul_precision(self.precision)
         except Exception as error:  # noqa: BLE001  it is raised where the user is
             return _failure(error)
@@ -85,7 +97,11 @@ def _failure(error: Exception) -> Failure:
 
     words = "".join(traceback.format_exception(error)).rstrip()
     kind, state = type(error), dict(vars(error))
-    for made in (lambda: error, lambda: _Remade(kind, error.args, state), lambda: _Remade(kind, (str(error),), {})):
+    for made in (
+        lambda: error,
+        lambda: _Remade(kind, error.args, state),
+        lambda: _Remade(kind, (str(error),), {}),
+    ):
         try:
             found = dumps(made())
             pickle.loads(found)
@@ -204,9 +220,14 @@ class Crew:
         again: list[Held] = []
         done, _ = ray.wait([*self._starting, *self._flying], num_returns=1, timeout=LOOK)
         if not done and not self._flying and not room(self.engine):
-            raise ActorLost("no node that is left has room for an actor: what was done before it is kept")
+            raise ActorLost(
+                "no node that is left has room for an actor: what was done before it is kept"
+            )
         for ref in done:
-            starting, (held, member) = self._starting.pop(ref, None), self._flying.pop(ref, (None, None))
+            starting, (held, member) = (
+                self._starting.pop(ref, None),
+                self._flying.pop(ref, (None, None)),
+            )
             try:
                 found = ray.get(ref)
             except RayTaskError:
@@ -220,7 +241,10 @@ class Crew:
                     raise found.raised("an actor's start") from None
                 starting.ready, self._never_ready = True, 0
             elif held is not None and member is not None:
-                held.found, held.done = found if isinstance(found, Failure) else unpacked_result(found), True
+                held.found, held.done = (
+                    found if isinstance(found, Failure) else unpacked_result(found),
+                    True,
+                )
                 member.given.remove(held)
         return again[::-1]
 
@@ -241,7 +265,11 @@ class Crew:
         import ray
 
         engine = self.engine
-        options: dict[str, Any] = {"num_cpus": engine.cpus, "num_gpus": engine.gpus, "scheduling_strategy": "SPREAD"}
+        options: dict[str, Any] = {
+            "num_cpus": engine.cpus,
+            "num_gpus": engine.gpus,
+            "scheduling_strategy": "SPREAD",
+        }
         options |= {} if engine.memory is None else {"memory": engine.memory}
         kind: Any = ray.remote(**options, max_restarts=0, max_task_retries=0)(Actor)
         member = Member(kind.remote(engine.threads, torch.get_float32_matmul_precision(), sys.path))
@@ -266,7 +294,11 @@ class Crew:
             held.lost += 1
         self._never_ready += not member.ready
         if self._never_ready > LOSSES or (held is not None and held.lost > LOSSES):
-            what = "an actor before it had the model" if held is None else f"the actors that computed {held.step.unit}"
+            what = (
+                "an actor before it had the model"
+                if held is None
+                else f"the actors that computed {held.step.unit}"
+            )
             raise ActorLost(
                 f"{what} died {LOSSES + 1} times: is the memory enough? What was done before it is kept. Ray said: "
                 f"{str(error).strip().splitlines()[0]}"

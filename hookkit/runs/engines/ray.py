@@ -43,9 +43,15 @@ class Ray:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        for word, value, least in (("actors", self.actors, 1), ("cpus", self.cpus, 0), ("gpus", self.gpus, 0)):
+        for word, value, least in (
+            ("actors", self.actors, 1),
+            ("cpus", self.cpus, 0),
+            ("gpus", self.gpus, 0),
+        ):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (not (whole or (word != "actors" and isinstance(value, float))) or value < least):
+            if value is not None and (
+                not (whole or (word != "actors" and isinstance(value, float))) or value < least
+            ):
                 raise BadHook(f"Ray({word}={value!r}): give a number from {least} on")
         if self.memory is not None and self.memory < 1:
             raise BadHook(f"Ray(memory={self.memory!r}): give bytes, or leave it out")
@@ -74,7 +80,9 @@ def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
         return None
     found = Ray() if engine == "ray" else engine
     if not isinstance(found, Ray):
-        raise BadHook(f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this process")
+        raise BadHook(
+            f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this process"
+        )
     check_installed()
     check_travels(lm, found.gpus)
     return found
@@ -83,11 +91,15 @@ def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
 def check_installed() -> None:
     """Raise `MissingExtra` where Ray cannot be imported."""
     try:
-        found = find_spec("ray.actor") is not None  # a folder that happens to be called ray has no such module
+        found = (
+            find_spec("ray.actor") is not None
+        )  # a folder that happens to be called ray has no such module
     except (ImportError, ValueError):
         found = False
     if not found:
-        raise MissingExtra("engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'")
+        raise MissingExtra(
+            "engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'"
+        )
     installed = _installed_version()
     if installed is not None and installed < LEAST:
         raise MissingExtra(

@@ -56,11 +56,17 @@ def check_travels(lm: LM, gpus: float) -> None:
             "device_map, or leave engine= out"
         )
     if len({weight.device for weight in root.parameters()}) > 1:
-        raise Unsupported(f"this {kind} is on several devices, and an actor's model is on one: leave engine= out")
+        raise Unsupported(
+            f"this {kind} is on several devices, and an actor's model is on one: leave engine= out"
+        )
     if any("_orig_mod" in module._modules for module in lm.wrapping):
-        raise Unsupported("a compiled model does not travel: give the one that was compiled, or leave engine= out")
+        raise Unsupported(
+            "a compiled model does not travel: give the one that was compiled, or leave engine= out"
+        )
     if any(type(weight) is not nn.Parameter for weight in root.parameters()):
-        raise Unsupported(f"this {kind} has quantised weights, which do not travel: leave engine= out")
+        raise Unsupported(
+            f"this {kind} has quantised weights, which do not travel: leave engine= out"
+        )
     if ("cuda" in devices) != (gpus > 0):
         has = "a GPU" if "cuda" in devices else f"the {''.join(sorted(devices)) or 'cpu'}"
         raise Unsupported(
@@ -81,7 +87,9 @@ def unpacked_model(packed: Packed) -> LM:
     lm = LM(model, tokenizer, name, row)
     found = weights_hash(lm)
     if found != digest:
-        raise OtherModel(f"the weights in the actor have the sha256 {found}, and {digest} was sent: report this")
+        raise OtherModel(
+            f"the weights in the actor have the sha256 {found}, and {digest} was sent: report this"
+        )
     return lm
 
 
@@ -93,7 +101,9 @@ def packed_work(work: Any, lm: LM) -> Packed:
 
 def unpacked_work(packed: Packed, lm: LM) -> Any:
     """Work for a model, on this copy of it."""
-    known: dict[tuple[str, str], Any] = {("module", path): module for path, module in lm.model.named_modules()}
+    known: dict[tuple[str, str], Any] = {
+        ("module", path): module for path, module in lm.model.named_modules()
+    }
     return _unpacked(packed, known | {("lm", ""): lm})
 
 
@@ -149,7 +159,9 @@ def _unpacked(packed: Packed, known: Mapping[tuple[str, str], Any]) -> Any:
 def _storage(packed: Packed, number: int) -> torch.UntypedStorage:
     array = packed.storages[number]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the memory is read-only, which a shared one has to be
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # that the memory is read-only, which a shared one has to be
         found = torch.from_numpy(array) if len(array) else torch.empty(0, dtype=torch.uint8)
     device = packed.devices[number]
     if device != "cpu":
@@ -166,7 +178,9 @@ class _Storages:
     devices: list[str] = field(default_factory=list)
     shared: list[bool] = field(default_factory=list)
     _known: dict[tuple[int, int], int] = field(default_factory=dict)
-    _held: list[Any] = field(default_factory=list)  # so that no address is given out twice meanwhile
+    _held: list[Any] = field(
+        default_factory=list
+    )  # so that no address is given out twice meanwhile
 
     def told(self, storage: torch.TypedStorage) -> tuple[str, int, torch.dtype]:
         plain = storage._untyped_storage
