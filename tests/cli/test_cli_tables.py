@@ -218,6 +218,9 @@ def test_patching_measures_the_two_answers_and_shows_the_strongest_places(hookki
         str(int(strongest["pos"])),
     ]
     assert (tmp_path / "p.png").stat().st_size > 1000
+    tokens = [llama.string(token) for token in llama.encode(CORRUPTED)]
+    assert shown.stdout.splitlines()[0].split()[:3] == ["layer", "pos", "token"]
+    assert repr(tokens[int(strongest["pos"])]) in shown.stdout.splitlines()[1]
 
 
 def test_sites_are_described_filtered_and_inspected(hookkit, llama):

@@ -367,6 +367,25 @@ def test_positions_and_sites_are_those_asked_for(two):
     assert found.sites.set_index("site").loc["z.2.3", "cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
+def test_the_first_token_of_the_vocabulary_has_a_loss_as_any_other(two):
+    bare = [hk.LM(lm.model) for lm in two]
+    found = hk.diff(*bare, [[7, 0, 1, 0]], sites="embed")
+    p, q = (by_hand.logits(lm.model, [7, 0, 1, 0])[0].double().log_softmax(-1) for lm in two)
+    for name, said in (("loss_before", p), ("loss_after", q)):
+        losses = [-float(said[place, following]) for place, following in enumerate([0, 1, 0])]
+        assert found.tokens[name].tolist()[:3] == pytest.approx(losses, rel=1e-4)
+        assert found.tokens[name].isna().tolist() == [False, False, False, True]
+
+
+def test_a_difference_shows_itself_in_a_notebook_with_the_site_where_the_models_part(two):
+    found = hk.diff(*two, PROMPTS, shown=0)
+    assert found.stream.empty, "of no prompt the stream is kept"
+    page = found._repr_html_()
+    assert "part first at" in page and str(found.first) in page
+    same = hk.diff(two[0], hk.LM(copy.deepcopy(two[0].model), two[0].tokenizer), PROMPTS)
+    assert "no site" in same._repr_html_()
+
+
 def test_models_without_tokenizers_and_modules_by_path_are_compared(two):
     bare = [hk.LM(lm.model) for lm in two]
     found = hk.diff(

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from html.parser import HTMLParser
 from importlib.resources import files
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -477,6 +478,56 @@ def test_in_a_browser_the_headings_sort_and_nothing_else_runs(nasty, tmp_path):
     ).stdout
     assert '<button type="button">token</button>' in shown, "the page's own script did not run"
     assert "<title>run</title>" not in shown
+
+
+def test_the_page_says_at_which_position_an_edit_acts(llama):
+    vector = torch.ones(32)
+    edits = {str(pos): hk.steer("resid_post.1", vector, pos=pos) for pos in (-1, 2)}
+    edits["all"] = hk.steer("resid_post.1", vector)
+    text = hk.shift_report(llama, PROMPTS, edits, watch=" milk", drawn=0).html()
+    assert "resid_post.1, at the last position" in text
+    assert "resid_post.1, at position 2" in text
+    assert "at every position" not in text
+
+
+def test_the_columns_of_why_a_token_moved_begin_with_what_a_row_is_about(llama):
+    report = hk.shift_report(
+        llama, PROMPTS, {"head off": hk.ablate("z.1.2")}, watch=" milk", drawn=0
+    )
+    columns = ["row", "edit", "token", "token_id", "component", "kind", "layer", "head"]
+    columns += ["logit_before", "logit_after", "logit_delta"]
+    assert report.tables["why"].columns.tolist() == columns
+
+
+def test_of_the_tokens_in_the_figure_those_that_lead_are_named_before_those_that_are_second():
+    from hookkit.figures.shift import NAMED, rank_against_rank
+
+    movers = [
+        {
+            "token": f" m{n}",
+            "rank_before": 10 + n,
+            "rank_after": 1000 + n,
+            "decades": -2.0 + n / 100,
+            "shift": -990,
+            "why": "moved",
+        }
+        for n in range(NAMED - 1)
+    ]
+    leads = {
+        "token": " first",
+        "rank_before": 1,
+        "rank_after": 1,
+        "decades": 0.0,
+        "shift": 0,
+        "why": "first",
+    }
+    second = leads | {"token": " second", "rank_before": 2, "rank_after": 2}
+    table = pd.DataFrame([*movers, second, leads])
+    ranks = np.arange(1, 2001)
+    (axes,) = rank_against_rank({"edit": (table, ranks, ranks)}).axes
+    names = " ".join(text.get_text() for text in axes.texts)
+    assert "first" in names and "second" not in names
+    assert all(f" m{n}" in names.replace("·", " ") or f"m{n}" in names for n in range(NAMED - 1))
 
 
 # ---- forwards that begin where an edit does

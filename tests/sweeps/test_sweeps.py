@@ -158,6 +158,19 @@ def test_a_wrong_cannot_matter_is_caught(lm, monkeypatch):
         hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=18)
 
 
+def test_as_many_cells_are_verified_as_were_asked_for(lm, monkeypatch):
+    from hookkit.sweeps import cell_metrics
+
+    clean, corrupted = texts(lm)
+    _, grid, hooks = patch_grid(lm, clean)
+    alone, run = [], cell_metrics.run_trunk
+    monkeypatch.setattr(cell_metrics, "run_trunk", lambda *a, **k: alone.append(a) or run(*a, **k))
+    for count, expected in ((0, 0), (2, 2), (500, 18)):
+        alone.clear()
+        hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=count)
+        assert len(alone) == expected
+
+
 def test_cells_before_the_first_token_that_differs_are_not_run(lm):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)

@@ -145,6 +145,58 @@ def test_prompts_and_samples_are_both_a_sample():
     assert 0.92 <= hits / 800 <= 0.98
 
 
+@pytest.mark.parametrize("count", [3, 5, 12, 25])
+def test_the_tails_lean_by_the_skewness_in_standard_errors_of_it(count):
+    values = 0.3 * np.random.default_rng(count).normal(size=count)
+    values[0] += 0.4  # some skewness, and not so much that the smaller tail has its least share
+    standard_error = np.sqrt(6 * count * (count - 1) / ((count - 2) * (count + 1) * (count + 3)))
+    standard_error *= (count - 2) / np.sqrt(count * (count - 1))  # for the biased estimate of scipy
+    upper = 0.5 - 0.5 * np.tanh(2.0 * scipy.stats.skew(values) / standard_error)
+    upper = np.clip(upper, 0.02, 0.98)
+    found = intervals.means(values[None], 0.95, 100, 0)
+    t = scipy.stats.t(count - 1)
+    error = values.std(ddof=1) / np.sqrt(count)
+    assert found.low[0] == pytest.approx(values.mean() - t.ppf(1 - 0.05 * (1 - upper)) * error)
+    assert found.high[0] == pytest.approx(values.mean() + t.ppf(1 - 0.05 * upper) * error)
+
+
+@pytest.mark.parametrize("excess", [0.98, 1.02, 3.0])
+@pytest.mark.parametrize(("count", "vectors"), [(5, 4), (12, 6)])
+def test_a_gain_over_random_vectors_has_satterthwaite_s_degrees_of_freedom(count, vectors, excess):
+    """What a vector varies beyond random ones is added where an F test at 5 % says that it does."""
+    between, rest = 0.7, 0.4
+    limit = scipy.stats.f.ppf(0.95, count - 1, (count - 1) * (vectors - 1))
+    expected = rest**2 * (1 + 1 / vectors)
+    gains = np.random.default_rng(3).normal(size=count)
+    gains = 1 + (gains - gains.mean()) / gains.std(ddof=1) * np.sqrt(expected * limit * excess)
+    error, half = intervals.beyond_random(gains, between, rest, vectors, 0.95)
+    variance, degrees = between**2 * (1 + 1 / vectors), vectors - 1
+    if excess > 1:
+        more = (expected * limit * excess - expected) / count
+        degrees = (variance + more) ** 2 / (variance**2 / degrees + more**2 / (count - 1))
+        variance += more
+    assert error == pytest.approx(np.sqrt(variance))
+    assert half == pytest.approx(scipy.stats.t.ppf(0.975, degrees) * np.sqrt(variance))
+
+
+def test_samples_that_each_prompt_draws_for_itself_are_no_second_way_to_vary():
+    """Noise that is drawn anew for each prompt is averaged within the prompt; a shared sample is crossed with prompts."""
+    draws = np.random.default_rng(1)
+    values = draws.normal(size=(12, 1)) + 3 * draws.normal(size=(1, 4)) + draws.normal(size=(12, 4))
+    prompts, samples = np.divmod(np.arange(48), 4)
+    shared = pd.DataFrame({"cell": 0, "row": prompts, "sample": samples, "m": values.ravel()})
+    own = shared.assign(prompt=prompts, row=np.arange(48))
+    within = intervals.means(values.mean(axis=1)[None], 0.95, 10_000, 0)
+    means = hk.over_prompts(own, by=["cell"], values=["m"])
+    assert means["n"].item() == 12
+    assert means[["m_low", "m_high"]].iloc[0].tolist() == pytest.approx(
+        [within.low[0], within.high[0]]
+    )
+    half = intervals.two_way(values, 0.95)[1]
+    crossed = hk.over_prompts(shared, by=["cell"], values=["m"])
+    assert (crossed["m_high"] - crossed["m_low"]).item() == pytest.approx(2 * half)
+
+
 # ---- what counts
 
 
