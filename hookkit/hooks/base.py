@@ -1,4 +1,9 @@
-"""What every hook is: a frozen value that says what to do at which sites, at which positions of which rows."""
+"""The base classes of all hooks.
+
+A hook is a frozen value: it says what to do at which sites, at which positions of which rows.
+`Hook` is the base of captures, `EditHook` the base of hooks that change values. `Here` tells a
+running edit where its values are.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,28 +20,22 @@ from ..models.batch_positions import Selection
 from ..models.lm import LM
 from ..models.positions import CountLike, PosLike, Span, Where, as_count, as_pos
 from ..models.sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites, as_sites
-from . import serialization as codec
+from . import serialization
 from .captured_values import Captured
+
+number = finite_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Constant:
-    """A tensor inside a hook: a copy of its own, equal where its numbers are equal."""
+    """A tensor inside a hook. Constants are equal if their dtypes and numbers are equal."""
 
     tensor: Shaped[Tensor, "..."]
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, Tensor):
             raise BadHook(f"a constant holds a tensor, and was given {described(self.tensor)}")
-        if self.tensor.is_complex():
-            raise BadHook(
-                "a constant has complex numbers, of which the imaginary part would be lost: give real ones"
-            )
-        finite = torch.isfinite(self.tensor)
-        if not finite.all():
-            raise BadHook(
-                f"a tensor has values that are not finite numbers: {int((~finite).sum())} of them"
-            )
+        _check_real_and_finite(self.tensor, "a constant")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -52,79 +51,84 @@ class Constant:
         return f"tensor{list(self.tensor.shape)}"
 
 
-def constant(tensor: object, word: str) -> Constant:
-    """A copy of a tensor of finite numbers, or `BadHook`. Whole numbers become floating-point ones, exactly."""
+def as_constant(tensor: object, name: str) -> Constant:
+    """Returns a copy of a tensor of finite real numbers. Integers become floats, exactly."""
     try:
         copy = torch.as_tensor(tensor).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadHook(
-            f"{word} is a {type(tensor).__name__}, and a tensor of numbers is needed"
+            f"{name} is a {type(tensor).__name__}, and a tensor of numbers is needed"
         ) from error
-    if copy.is_complex():
-        raise BadHook(
-            f"{word} has complex numbers, of which the imaginary part would be lost: give real ones"
-        )
     if copy.dtype == torch.bool:
         raise BadHook(
-            f"{word} is a tensor of True and False, and numbers are needed: say what is meant, with .float()"
+            f"{name} is a tensor of True and False, and numbers are needed: convert with .float()"
         )
-    if not copy.is_floating_point():
-        whole, copy = copy, copy.float()
-        if not torch.equal(copy.to(whole.dtype), whole):
-            copy = whole.double()  # float32 has whole numbers up to 2**24 only
-    elif copy.element_size() == 1:
-        copy = copy.float()  # float8 has no arithmetic
-    if not torch.isfinite(copy).all():
-        raise BadHook(
-            f"{word} has values that are not finite numbers: {int((~torch.isfinite(copy)).sum())} of them"
-        )
+    if not copy.is_complex():
+        copy = _as_floating_point(copy)
+    _check_real_and_finite(copy, name)
     return Constant(copy)
 
 
-def check_constant(value: object, word: str) -> None:
-    """Raises `BadHook` where a hook's field is no tensor of its own."""
+def _as_floating_point(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        single = tensor.float()
+        # float32 represents every integer up to 2**24 only
+        is_exact = torch.equal(single.to(tensor.dtype), tensor)
+        return single if is_exact else tensor.double()
+    if tensor.element_size() == 1:
+        return tensor.float()  # float8 has no arithmetic
+    return tensor
+
+
+def _check_real_and_finite(tensor: Tensor, name: str) -> None:
+    if tensor.is_complex():
+        raise BadHook(
+            f"{name} has complex numbers, and their imaginary part would be lost: give real numbers"
+        )
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        count = int((~finite).sum())
+        raise BadHook(f"{name} has values that are not finite numbers: {count} of them")
+
+
+def check_constant(value: object, name: str) -> None:
+    """Raises `BadHook` if a hook's field is not a `Constant`."""
     if not isinstance(value, Constant):
-        raise BadHook(f"{word} is {described(value)}, and a tensor of numbers is needed")
-
-
-def number(value: object, word: str) -> float:
-    """A finite number, or `BadHook`."""
-    return finite_number(value, word)
+        raise BadHook(f"{name} is {described(value)}, and a tensor of numbers is needed")
 
 
 def put(value: Any, name: str, new: object) -> None:
-    """Set a field of a frozen dataclass while it is made."""
+    """Sets a field of a frozen dataclass during its construction."""
     object.__setattr__(value, name, new)
 
 
 @dataclass(frozen=True, eq=False)
 class Here:
-    """Where an edit stands while it runs: the rows and positions of the values that it was given."""
+    """Says where the values that a running edit receives are: their site, rows and positions."""
 
     site: AnySite
     where: Where
-    found: Selection | None  # None at a module whose tensor has no axes batch and pos
-    before: Tensor | None = None  # the same cells of what the block was given, at a block's output
-    asked: Bool[Tensor, "row pos"] | None = (
-        None  # where the edit's condition holds; None where it has none
-    )
+    selection: Selection | None  # None at a module whose tensor has no axes batch and pos
+    module_input: Tensor | None = None  # the same cells of the module's input
+    condition_mask: Bool[Tensor, "row pos"] | None = None  # None for an edit without a condition
 
     @property
     def cells(self) -> Selection:
-        if self.found is None:
+        """The rows and positions of the values. Raises `BadEdit` if the tensor has no such axes."""
+        if self.selection is None:
             raise BadEdit(
                 f"the tensor at {self.site} has no axes batch and pos, which this edit needs"
             )
-        return self.found
+        return self.selection
 
     @property
     def rows(self) -> list[int]:
-        """The prompt that each row is of."""
+        """The index of each row's prompt in the batch."""
         return self.cells.prompts
 
     @property
     def positions(self) -> Int[Tensor, "row pos"]:
-        """Each position in its row's own text, on the CPU; -1 where a shorter row was filled up."""
+        """Each position in its row's own text, on the CPU; -1 where a shorter row is padded."""
         return self.cells.positions
 
     @property
@@ -134,60 +138,69 @@ class Here:
 
     @property
     def valid(self) -> Bool[Tensor, "row pos"] | None:
-        """False where a shorter row was filled up with zeros; None where no row was."""
+        """False where a shorter row is padded with zeros; None if no row is padded."""
         return self.cells.valid
 
     def read(self, row: int, position: int, count: int) -> list[int]:
-        """The last `count` tokens up to a position in a row of the values; fewer at the row's start."""
-        text, model_row = self.cells.text, self.cells.rows[row]
-        prompt, start = text.of(model_row), max(0, position - count + 1)
-        ids = text.prompt(prompt)
-        if position < len(ids):
-            found = list(ids[start : position + 1])
-        elif text.history is not None:
-            first = text.columns[prompt][0]
-            found = text.history[model_row, first + start : first + position + 1].tolist()
+        """Returns the last `count` tokens up to a position; fewer at the row's start."""
+        sequences = self.cells.text
+        model_row = self.cells.rows[row]
+        prompt = sequences.of(model_row)
+        start = max(0, position - count + 1)
+        prompt_ids = sequences.prompt(prompt)
+        if position < len(prompt_ids):
+            tokens = list(prompt_ids[start : position + 1])
+        elif sequences.history is not None:
+            first = sequences.columns[prompt][0]
+            tokens = sequences.history[model_row, first + start : first + position + 1].tolist()
         else:
-            found = [-1]
-        if -1 in found or len(found) <= position - start:
+            tokens = [-1]
+        if -1 in tokens or len(tokens) <= position - start:
             raise Unsupported(
-                f"the tokens before position {position} of row {prompt} are not known: hookkit did not see them "
-                "generated (a decoding loop of one's own), or the prompt was given as embeddings"
+                f"the tokens before position {position} of row {prompt} are not known: hookkit did "
+                "not see them generated (a decoding loop of one's own), or the prompt was given as "
+                "embeddings"
             )
-        return found
+        return tokens
 
     def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
-        """The same mask, false where a shorter row was filled up, or where the edit's condition does not hold."""
-        if self.asked is not None:
-            mask = mask & self.asked.reshape(
-                *self.asked.shape, *[1] * (mask.ndim - self.asked.ndim)
-            )
-        if self.found is None or self.valid is None:
+        """Returns the mask, False in padding and where the edit's condition does not hold."""
+        if self.condition_mask is not None:
+            mask = mask & _expand_to(self.condition_mask, mask.ndim)
+        if self.selection is None or self.valid is None:
             return mask
-        return mask & self.valid.to(mask.device).reshape(*self.valid.shape, *[1] * (mask.ndim - 2))
+        return mask & _expand_to(self.valid.to(mask.device), mask.ndim)
 
     def order(self) -> Int[Tensor, "row pos"]:
-        """Which of the positions wanted each one is: 0 for the first that the hook wants in its row."""
-        wishes = self.cells.text.wishes(self.where)
-        counted = torch.zeros_like(self.positions)
-        for row, (prompt, places) in enumerate(zip(self.rows, self.cells.places, strict=True)):
-            wanted = wishes[prompt]
-            assert wanted is not None
-            counted[row, : len(places)] = torch.tensor([wanted.index(place) for place in places])
-        return counted
+        """Returns each position's index among the positions of the hook in its row."""
+        positions_of_prompt = self.cells.text.wishes(self.where)
+        indices = torch.zeros_like(self.positions)
+        for row, prompt in enumerate(self.rows):
+            hook_positions = positions_of_prompt[prompt]
+            assert hook_positions is not None
+            row_indices = [hook_positions.index(position) for position in self.cells.places[row]]
+            indices[row, : len(row_indices)] = torch.tensor(row_indices)
+        return indices
 
 
-EVERY_STEP = Span(
-    0, None
-)  # the prompt's last position and every generated token: where logit edits act by default
+def _expand_to(mask: Bool[Tensor, "row pos"], ndim: int) -> Bool[Tensor, "row pos ..."]:
+    """Returns the mask with axes of size 1 appended."""
+    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
+
+
+# The prompt's last position and every generated token: where logit edits act by default.
+EVERY_STEP = Span(0, None)
 
 Change: TypeAlias = Callable[[Tensor, Here], Tensor]
-"""What an edit does to the chosen cells: values [row, pos, ...] to values of the same shape and dtype."""
+"""Maps the values [row, pos, ...] of selected cells to values of the same shape and dtype."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What an edit may ask when it is checked against a model. `reference` runs prompts and captures the site."""
+    """The model and the site for which an edit is prepared.
+
+    `reference` runs prompts and returns the values that they have at the site.
+    """
 
     lm: LM
     site: AnySite
@@ -195,7 +208,7 @@ class Binding:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """The sizes of the site's axes behind batch and pos; None where only a forward can tell."""
+        """The sizes of the site's axes after batch and pos; None if only a forward can tell."""
         if isinstance(self.site, ModuleSite) or self.site.name in SQUARE:
             return None
         return self.lm.shape(self.site)
@@ -203,143 +216,159 @@ class Binding:
 
 @dataclass(frozen=True)
 class Hook:
-    """What to do at which sites. Made by `capture`, `steer`, `force` …; equal where everything in it is equal."""
+    """What to do at which sites. Functions such as `capture`, `steer` and `force` return hooks.
+
+    Two hooks are equal if all of their fields are equal.
+    """
 
     sites: Sites
     where: Where
 
     verb: ClassVar[str]
-    bare: ClassVar[tuple[str, ...]] = ()  # the fields that the call takes by place
-    takes_step: ClassVar[bool] = False  # whether its function has step=
+    bare: ClassVar[tuple[str, ...]] = ()  # the positional arguments of its function
+    takes_step: ClassVar[bool] = False  # whether its function has the argument step=
 
     def __post_init__(self) -> None:
-        """Reads every field, however the hook is made: by its function, from JSON, or with `dataclasses.replace`."""
+        """Normalizes and checks every field, after JSON and `dataclasses.replace` too."""
         put(self, "sites", as_sites(self.sites))
         self.check_sites()
         put(self, "where", checked_where(self.where, self.sites))
         if self.where.step is not None and not self.takes_step:
             raise BadHook(
-                f"{self.verb} acts at positions and takes no step={self.where.step!r}: say pos= instead"
+                f"{self.verb} acts at positions and takes no step={self.where.step!r}: "
+                "say pos= instead"
             )
         self.check()
 
     def check_sites(self) -> None:
-        """Raises `BadHook` where the hook cannot act at one of its sites."""
+        """Raises `BadHook` if the hook cannot act at one of its sites."""
 
     def check(self) -> None:
-        """Raises `BadHook` where the hook's own fields cannot work, and puts each into the form that it is kept in."""
+        """Normalizes the hook's own fields. Raises `BadHook` for values that cannot work."""
 
     def placed(self, lm: LM) -> Where:
-        """The positions or steps at which it acts, for this model's tokens."""
+        """Returns the positions or steps at which the hook acts, for this model's tokens."""
         return self.where
 
     def __str__(self) -> str:
-        """The call that would make it, on one line."""
-        at_logits = self.bare and self.where.step == EVERY_STEP
-        shown = [] if str(self.sites[0]) == "logits" and self.bare else [self._sites()]
+        """Returns the call that makes this hook, on one line."""
+        arguments = self._positional_arguments()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_keyword = field.name not in ("sites", "where", *self.bare)
+            if is_keyword and value != field.default:
+                arguments.append(f"{field.name}={_argument_text(value)}")
+        where = self._where_arguments()
+        if self.bare and self.where.step == EVERY_STEP:
+            del where["step"]
+        arguments += [f"{name}={value}" for name, value in where.items()]
+        return f"{self.verb}({', '.join(arguments)})"
+
+    def _positional_arguments(self) -> list[str]:
+        is_default_site = self.bare and str(self.sites[0]) == "logits"
+        arguments = [] if is_default_site else [self._sites()]
         for name in self.bare:
             value = getattr(self, name)
-            shown += map(_word, value) if isinstance(value, tuple) else [_word(value)]
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name not in ("sites", "where", *self.bare) and value != each.default:
-                shown.append(f"{each.name}={_word(value)}")
-        for name in ("pos", "rows", "step"):
-            value = getattr(self.where, name)
-            if value is not None and not (name == "step" and at_logits):
-                shown.append(f"{name}={value!r}")
-        return f"{self.verb}({', '.join(shown)})"
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += map(_argument_text, values)
+        return arguments
+
+    def _where_arguments(self) -> dict[str, str]:
+        values = {name: getattr(self.where, name) for name in ("pos", "rows", "step")}
+        return {name: repr(value) for name, value in values.items() if value is not None}
 
     def _repr_html_(self) -> str:
-        place = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
-        facts = {"sites": self._sites()} | {
-            name: repr(value) for name, value in place.items() if value is not None
-        }
-        return shown(str(self), facts)
+        return shown(str(self), {"sites": self._sites(), **self._where_arguments()})
 
     def _sites(self) -> str:
         return ", ".join(map(str, self.sites)) if len(self.sites) <= 3 else repr(self.sites)
 
     def to_json(self, *, tensors: str = "inline") -> str:
-        """The hook as JSON. `tensors` is "inline", or "digest" for their shapes and hashes alone."""
-        return codec.to_json(self, tensors=tensors)
+        """Returns the hook as JSON, with tensors in full ("inline") or as hashes ("digest")."""
+        return serialization.to_json(self, tensors=tensors)
 
     @staticmethod
     def from_json(text: str) -> "Hook":
-        """The hook that `to_json` wrote. One with a user's function, or with digests only, raises `BadHook`."""
-        return codec.from_json(text)
+        """Returns the hook that `to_json` wrote. `BadHook` for a user's function or a digest."""
+        return serialization.from_json(text)
 
 
-@dataclass(frozen=True)
-class EditHook(Hook):
-    """A hook that changes what it finds."""
-
-    @property
-    def together(self) -> bool:
-        """True where what it does at a position may depend on the others that it is given: a user's function."""
-        return False
-
-    @property
-    def reads_input(self) -> bool:
-        """True where it needs what the module was given, beside what it gives."""
-        return False
-
-    @property
-    def puts_in(self) -> bool:
-        """True where it gives values of another origin, among which -inf is a mask; arithmetic gives -inf by overflow
-        only."""
-        return False
-
-    @property
-    def gives_infinity(self) -> bool:
-        """True where -inf is what it is to write, or where it can give no number that was not there before."""
-        return False
-
-    def change(self, binding: Binding) -> Change:
-        """The function that makes the change at one site, after everything was checked against the model."""
-        raise AssertionError(f"{type(self).__name__} says no change")
-
-
-def _word(value: object) -> str:
+def _argument_text(value: object) -> str:
     if isinstance(value, Hook):
         return str(value)
     return getattr(value, "__name__", "function") if callable(value) else repr(value)
 
 
-def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
-    """Where a hook acts that means all positions unless told otherwise. A step is refused away from the logits."""
-    where = Where(
-        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
-    )
-    return checked_where(where, sites)
+@dataclass(frozen=True)
+class EditHook(Hook):
+    """A hook that changes the values at its sites."""
+
+    @property
+    def together(self) -> bool:
+        """True if the change at one position may depend on values at others (a user's function)."""
+        return False
+
+    @property
+    def reads_input(self) -> bool:
+        """True if the edit needs the module's input besides its output."""
+        return False
+
+    @property
+    def puts_in(self) -> bool:
+        """True if the edit inserts values from elsewhere, in which -inf is a mask, not overflow."""
+        return False
+
+    @property
+    def gives_infinity(self) -> bool:
+        """True if the edit writes -inf on purpose, or only moves numbers that exist already."""
+        return False
+
+    def change(self, binding: Binding) -> Change:
+        """Returns the function that changes the values at one site. Checks the model first."""
+        raise AssertionError(f"{type(self).__name__} does not define change()")
 
 
-def checked_where(where: Where, sites: Sites) -> Where:
-    """The same positions, rows and steps, each read anew; `BadHook` for a step away from the logits."""
-    if not isinstance(where, Where):
-        raise BadHook(f"a hook's `where` is {described(where)}: it says pos, rows and step")
-    pos, rows, step = where.pos, where.rows, where.step
-    if step is not None:
-        if pos is not None:
-            raise BadHook(f"pos={pos!r} and step={step!r} were both given: say one of them")
-        for site in sites:
-            is_module = isinstance(site, ModuleSite)
-            if not is_module and site.name not in LOGITS:
-                raise BadHook(
-                    f"step={step!r} at {site}: a step counts generated tokens and is there at lm_head and logits only; "
-                    "say pos= instead (hk.GENERATED for every generated token)"
-                )
+def as_where(pos: PosLike, rows: CountLike, step: CountLike) -> Where:
+    """Returns positions, rows and steps in their normalized form."""
     return Where(
         as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
     )
 
 
-def not_square(sites: Sites, does: str) -> Sites:
-    """The same sites, or `BadHook` where one is attention's scores or pattern, which are no vectors."""
+def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
+    """Returns where a hook acts. Raises `BadHook` for a step at other sites than logits."""
+    return checked_where(as_where(pos, rows, step), sites)
+
+
+def checked_where(where: Where, sites: Sites) -> Where:
+    """Returns `where` in its normalized form. Raises `BadHook` for a step away from the logits."""
+    if not isinstance(where, Where):
+        raise BadHook(
+            f"a hook's `where` is {described(where)}: it must be a Where(pos, rows, step)"
+        )
+    if where.step is not None:
+        _check_step(where, sites)
+    return as_where(where.pos, where.rows, where.step)
+
+
+def _check_step(where: Where, sites: Sites) -> None:
+    if where.pos is not None:
+        raise BadHook(f"pos={where.pos!r} and step={where.step!r} were both given: say one of them")
+    for site in sites:
+        if not isinstance(site, ModuleSite) and site.name not in LOGITS:
+            raise BadHook(
+                f"step={where.step!r} at {site}: a step counts generated tokens and exists at "
+                "lm_head and logits only; say pos= instead (hk.GENERATED for every generated token)"
+            )
+
+
+def not_square(sites: Sites, action: str) -> Sites:
+    """Returns the sites. Raises `BadHook` for attention's scores or pattern."""
     for site in sites:
         if not isinstance(site, ModuleSite) and site.name in SQUARE:
             raise BadHook(
-                f"{does} values at each position, and {site} has a number for each query and key, more with every "
-                "token: use hk.edit, hk.scale, hk.ablate(to='zero'), hk.patch or hk.knockout"
+                f"{action} values at each position, and {site} has a number for each query and "
+                "key, more with every token: use hk.edit, hk.scale, hk.ablate(to='zero'), hk.patch "
+                "or hk.knockout"
             )
     return sites

@@ -80,8 +80,9 @@ def device_name(device: object) -> str:
 
 @dataclass(frozen=True)
 class CaptureLast(Capture):
-    """A capture that keeps what is at the last position of each row, and lets go of those before it while generating.
-    `generate` uses it for logits="last"."""
+    """A capture that keeps what is at the last position of each row, and lets go of those before it
+    while generating. `generate` uses it for logits="last".
+    """
 
 
 @checks_keywords
@@ -98,10 +99,11 @@ def capture(
 ) -> Capture:
     """Keep a copy of the values at these sites: `run["resid_post.6"]`, of shape [row, pos, ...].
 
-    Given before an edit at the same site it keeps the original, after it the change; `name` tells two captures of one
-    site apart: `run["resid_post.6", "before"]`. Only the chosen positions and rows are kept, in the order of the text.
-    `dtype` and `device` say how they are kept. With `grad=True` the copy takes part in the computation, so that
-    `torch.autograd.grad(f(run.logits), run["resid_post.6"])` works; a forward then runs with gradients.
+    Given before an edit at the same site it keeps the original, after it the change; `name` tells
+    two captures of one site apart: `run["resid_post.6", "before"]`. Only the chosen positions and
+    rows are kept, in the order of the text. `dtype` and `device` say how they are kept. With
+    `grad=True` the copy takes part in the computation, so that `torch.autograd.grad(f(run.logits),
+    run["resid_post.6"])` works; a forward then runs with gradients.
 
     >>> print(capture("resid_post.6", pos=-1))
     capture(resid_post.6, pos=-1)

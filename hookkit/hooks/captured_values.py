@@ -1,4 +1,6 @@
-"""What a capture kept: values with the row and the position of each, joined over the forwards of a text."""
+"""What a capture kept: values with the row and the position of each, joined over the forwards of a
+text.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +23,11 @@ from ..models.sites import SQUARE, AnySite, ModuleSite, Site, Sites, parse
 class Captured:
     """A copy of the values at a site, which nothing changes later.
 
-    `values` [row, pos, ...] (at scores and pattern [row, head, query, key], positions being those of queries) holds the
-    chosen rows and positions in the order of the text, zero where a shorter row was filled up; `positions` [row, pos]
-    says which position each is, -1 where filled. `rows` are the prompts' numbers, `prompts` the prompts' tokens. For a
-    tensor without rows and positions of its own, `positions` is None.
+    `values` [row, pos, ...] (at scores and pattern [row, head, query, key], positions being those
+    of queries) holds the chosen rows and positions in the order of the text, zero where a shorter
+    row was filled up; `positions` [row, pos] says which position each is, -1 where filled. `rows`
+    are the prompts' numbers, `prompts` the prompts' tokens. For a tensor without rows and positions
+    of its own, `positions` is None.
     """
 
     site: AnySite
@@ -104,7 +107,9 @@ class Captured:
 
 
 def in_order(site: AnySite, values: Tensor) -> Tensor:
-    """Values [row, query, head, key] of scores or a pattern as [row, head, query, key], or back; others as they are."""
+    """Values [row, query, head, key] of scores or a pattern as [row, head, query, key], or back;
+    others as they are.
+    """
     whole_square = isinstance(site, Site) and site.name in SQUARE and site.head is None
     return values.transpose(1, 2) if whole_square else values
 
@@ -132,7 +137,9 @@ class LazyCapture:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Captures:
-    """All that the captures of one text kept, by site: `kept["resid_post.6"]`, or `kept["resid_post.6", "before"]`."""
+    """All that the captures of one text kept, by site: `kept["resid_post.6"]`, or
+    `kept["resid_post.6", "before"]`.
+    """
 
     slots: tuple[LazyCapture, ...] = ()
     ended: tuple[AnySite, ...] = ()  # asked for in rows alone that had ended before they came there
@@ -148,7 +155,9 @@ class Captures:
         return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
-        """The values at a site with their rows and positions; `name` where several captures kept it."""
+        """The values at a site with their rows and positions; `name` where several captures kept
+        it.
+        """
         wanted = parse(site) if isinstance(site, str) else site
         if not isinstance(wanted, Site | ModuleSite):
             raise NotCaptured(
@@ -200,8 +209,9 @@ class Captures:
         return self.captured(site, name).values
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
-        """The values of every captured layer of a site, such as "resid_post", in the order of the layers, where the
-        first of them is."""
+        """The values of every captured layer of a site, such as "resid_post", in the order of the
+        layers, where the first of them is.
+        """
         found = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
         if not found:
             raise NotCaptured(f"no layer of {name!r} was captured. {self._there(Site(name))}")
@@ -216,9 +226,11 @@ class Captures:
 
 @dataclass(eq=False, slots=True)
 class CapturedChunk:
-    """What one forward gave to a capture. `cells` is None where the tensor has no rows and positions of its own.
+    """What one forward gave to a capture. `cells` is None where the tensor has no rows and
+    positions of its own.
 
-    `leaf` is what a capture with gradients gives out, where that is not `values` itself but in another order.
+    `leaf` is what a capture with gradients gives out, where that is not `values` itself but in
+    another order.
     """
 
     call: int
@@ -244,7 +256,9 @@ class CapturedChunk:
 
 @dataclass(frozen=True)
 class SequenceEnd:
-    """How a text ended: each final row's prompt, how many positions count, and the model row it was in each call."""
+    """How a text ended: each final row's prompt, how many positions count, and the model row it was
+    in each call.
+    """
 
     prompts: Sequence[int]
     limits: Sequence[int] | None = None
@@ -254,8 +268,8 @@ class SequenceEnd:
     def limit(self, row: int) -> int | None:
         """How many positions of a model row count; None where no end is known.
 
-        Where beams go from row to row, that of the longest text that came of the row's prompt: what ran after it led to
-        none.
+        Where beams go from row to row, that of the longest text that came of the row's prompt: what
+        ran after it led to none.
         """
         if self.limits is None:
             return None
@@ -276,9 +290,11 @@ class SequenceEnd:
 def joined(
     pieces: list[CapturedChunk], ending: SequenceEnd, unseen: float
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """The values [row, pos, ...] of all pieces, their positions [row, pos], and the final rows that have any.
+    """The values [row, pos, ...] of all pieces, their positions [row, pos], and the final rows that
+    have any.
 
-    `unseen` fills the last axis where later pieces have more in it, as scores and patterns have keys.
+    `unseen` fills the last axis where later pieces have more in it, as scores and patterns have
+    keys.
     """
     if len(pieces) == 1 and ending.limits is None:
         cells = _cells(pieces[0])
@@ -315,7 +331,9 @@ def _cells(piece: CapturedChunk) -> Selection:
 
 
 def _compacted(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """The same with the gaps taken out: rows without positions dropped, positions moved to the front, the rest zero."""
+    """The same with the gaps taken out: rows without positions dropped, positions moved to the
+    front, the rest zero.
+    """
     there = positions >= 0
     rows = [row for row, some in enumerate(there.any(dim=1).tolist()) if some]
     width = int(there.sum(dim=1).max()) if rows else 0

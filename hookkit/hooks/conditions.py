@@ -3,8 +3,8 @@
     hk.force(" coffee", when=hk.entropy_above(2.0))
     hk.ban(" tea", when=hk.rank_of(" tea", at_most=3))
 
-A user's own function does as well: it is given the logits [row, pos, vocab] and where they are, and says True or False,
-or for each row and position.
+A user's own function does as well: it is given the logits [row, pos, vocab] and where they are, and
+says True or False, or for each row and position.
 
 Phrases: several tokens in a row, where one token is not enough.
 """
@@ -166,7 +166,8 @@ def checked_when(when: When | None) -> When | None:
 
 @checks_keywords
 def entropy_above(nats: float) -> Condition:
-    """True where the model is less sure than this: the entropy of its next-token distribution is above `nats`.
+    """True where the model is less sure than this: the entropy of its next-token distribution is
+    above `nats`.
 
     >>> entropy_above(2.0)
     entropy_above(2.0)
@@ -176,7 +177,9 @@ def entropy_above(nats: float) -> Condition:
 
 @checks_keywords
 def entropy_below(nats: float) -> Condition:
-    """True where the model is surer than this: the entropy of its next-token distribution is below `nats`."""
+    """True where the model is surer than this: the entropy of its next-token distribution is below
+    `nats`.
+    """
     return Condition("entropy", None, "below", number(nats, "nats"))
 
 
@@ -253,7 +256,8 @@ class Phrase:
 
 @checks_keywords
 def phrase(words: str | Sequence[Token]) -> Phrase:
-    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens one by one.
+    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens one
+    by one.
 
     A text in the middle of a line mostly begins with a space.
 
@@ -264,9 +268,11 @@ def phrase(words: str | Sequence[Token]) -> Phrase:
 
 
 class Begun:
-    """Where phrases that wait for a condition have begun, by text, model row and step: at any, or one of `starts`.
+    """Where phrases that wait for a condition have begun, by text, model row and step: at any, or
+    one of `starts`.
 
-    The steps of a row are asked for in order; one that is asked for again (a cache is not used) has the same answer.
+    The steps of a row are asked for in order; one that is asked for again (a cache is not used) has
+    the same answer.
     """
 
     def __init__(self, length: int, holds: Holds, starts: Sequence[int] | None) -> None:

@@ -1,7 +1,9 @@
-"""How a token that a hook has decided on is the one that `generate` takes, whatever its decoding rules.
+"""How a token that a hook has decided on is the one that `generate` takes, whatever its decoding
+rules.
 
-Rules of transformers (temperature, top_p, suppress_tokens …) are overruled. A constraint of the caller's own
-(`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out is a contradiction, and raises `BadEdit`.
+Rules of transformers (temperature, top_p, suppress_tokens …) are overruled. A constraint of the
+caller's own (`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out is a
+contradiction, and raises `BadEdit`.
 """
 
 import math
@@ -19,7 +21,9 @@ Scores = Float[Tensor, "row vocab"]
 
 
 class Decisions:
-    """The decisions of one call of `generate`. `offset` columns stand before the tokens that generate itself counts."""
+    """The decisions of one call of `generate`. `offset` columns stand before the tokens that
+    generate itself counts.
+    """
 
     def __init__(self, text: SequenceBatch, offset: int) -> None:
         self.text, self.offset = text, offset
@@ -32,7 +36,9 @@ class Decisions:
         scores: Scores,
         settings: Mapping[str, Any],
     ) -> Scores:
-        """What the rules make of the scores, with the decided token alone left in the rows that have one."""
+        """What the rules make of the scores, with the decided token alone left in the rows that
+        have one.
+        """
         decided = self._standing(input_ids, scores)
         if not decided:
             return rules(input_ids, scores, **settings)
@@ -65,7 +71,9 @@ class Decisions:
         settings: Mapping[str, Any],
         decided: Mapping[int, Decided],
     ) -> Scores:
-        """The rules in their order, each of the caller's own asked whether it leaves the decided tokens."""
+        """The rules in their order, each of the caller's own asked whether it leaves the decided
+        tokens.
+        """
         if (
             type(rules).__name__ != "LogitsProcessorList"
         ):  # of a block around this one, which acts as a whole
@@ -95,7 +103,8 @@ class Decisions:
 def heeding(
     rules: Any, given: Mapping[str, Any], decisions: Decisions | None, listener: Any
 ) -> Any:
-    """The rules of a call of `generate`, which heed decisions and tell a listener what they made of the logits.
+    """The rules of a call of `generate`, which heed decisions and tell a listener what they made of
+    the logits.
 
     `given` are the keywords with which transformers asked the model for the rules.
     """
@@ -134,7 +143,9 @@ def _name(rule: Any) -> str:
 
 
 def _alone(scores: Scores, decided: Mapping[int, Decided]) -> Scores:
-    """The scores with one token left in the decided rows: its own score, or 0 where a rule had taken it out."""
+    """The scores with one token left in the decided rows: its own score, or 0 where a rule had
+    taken it out.
+    """
     rows = torch.tensor(list(decided), device=scores.device)
     tokens = torch.tensor([decision.token for decision in decided.values()], device=scores.device)
     kept = scores[rows, tokens]

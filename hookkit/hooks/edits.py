@@ -19,7 +19,7 @@ from .base import (
     EditHook,
     Here,
     check_constant,
-    constant,
+    as_constant,
     inner,
     not_square,
     number,
@@ -100,12 +100,13 @@ def edit(
 ) -> Edit:
     """Replace the values at a site by `fn(values)`, or by `fn(values, here)` if it takes two.
 
-    `fn` is given the chosen cells [row, pos, ...] (at scores and pattern [row, head, query, key], or [row, query, key]
-    of one head), which it may write into, and returns a tensor of the same shape and dtype. Rows are in their own
-    positions: a shorter one is filled up with zeros, which are not written back.
-    `here.positions`, `here.rows`, `here.steps`, `here.valid` and `here.site` say what the values are. Returning None,
-    another shape or dtype, or NaN or an infinite number where there was none raises `BadEdit`; -inf is a mask at the
-    logits and at scores, and may be returned there.
+    `fn` is given the chosen cells [row, pos, ...] (at scores and pattern [row, head, query, key],
+    or [row, query, key] of one head), which it may write into, and returns a tensor of the same
+    shape and dtype. Rows are in their own positions: a shorter one is filled up with zeros, which
+    are not written back. `here.positions`, `here.rows`, `here.steps`, `here.valid` and `here.site`
+    say what the values are. Returning None, another shape or dtype, or NaN or an infinite number
+    where there was none raises `BadEdit`; -inf is a mask at the logits and at scores, and may be
+    returned there.
 
     >>> print(edit("mlp_out.3", torch.relu, pos=-1))
     edit(mlp_out.3, relu, pos=-1)
@@ -143,15 +144,18 @@ def steer(
 ) -> Steer:
     """Add `scale` times a vector to what is at a site (activation addition, Turner et al. 2023).
 
-    The vector has the site's axes behind batch and pos ([d_model], say); [pos, ...] gives one to each chosen position,
-    [batch, pos, ...] to each row and position.
+    The vector has the site's axes behind batch and pos ([d_model], say); [pos, ...] gives one to
+    each chosen position, [batch, pos, ...] to each row and position.
 
     >>> print(steer("resid_post.6", torch.ones(576), scale=2.0))
     steer(resid_post.6, tensor[576], scale=2.0)
     """
     sites = not_square(as_sites(site), "steer adds a vector to")
     return Steer(
-        sites, inner(pos, rows, None, sites), constant(vector, "the vector"), number(scale, "scale")
+        sites,
+        inner(pos, rows, None, sites),
+        as_constant(vector, "the vector"),
+        number(scale, "scale"),
     )
 
 
@@ -235,15 +239,17 @@ class ProjectOut(EditHook):
 def project_out(
     site: SitesLike, direction: Any, *, pos: PosLike = None, rows: CountLike = None
 ) -> ProjectOut:
-    """Take the part along a direction out of what is at a site: x - (x·d) d / |d|² (Ravfogel et al. 2020).
+    """Take the part along a direction out of what is at a site: x - (x·d) d / |d|² (Ravfogel et al.
+    2020).
 
-    `direction` is [d_model], or [k, d_model] for a subspace of k independent directions, which need not be orthogonal.
+    `direction` is [d_model], or [k, d_model] for a subspace of k independent directions, which need
+    not be orthogonal.
 
     >>> print(project_out("resid_post.6", torch.ones(576)))
     project_out(resid_post.6, tensor[576])
     """
     sites = not_square(as_sites(site), "project_out takes a direction out of")
-    return ProjectOut(sites, inner(pos, rows, None, sites), constant(direction, "the direction"))
+    return ProjectOut(sites, inner(pos, rows, None, sites), as_constant(direction, "the direction"))
 
 
 @dataclass(frozen=True)
@@ -279,9 +285,11 @@ class SkipBlock(EditHook):
 def skip_block(
     layer: int | Iterable[int], *, pos: PosLike = None, rows: CountLike = None
 ) -> SkipBlock:
-    """Let one or more blocks leave the residual stream as it was: `resid_post.L` becomes `resid_pre.L`.
+    """Let one or more blocks leave the residual stream as it was: `resid_post.L` becomes
+    `resid_pre.L`.
 
-    The block still runs, so that its keys and values are in the cache; only what it adds is dropped.
+    The block still runs, so that its keys and values are in the cache; only what it adds is
+    dropped.
 
     >>> print(skip_block(7))
     skip_block(resid_post.7)

@@ -53,7 +53,9 @@ class Knockout(EditHook):
         return apply
 
     def _keys(self, here: Here, row: int, count: int) -> list[int]:
-        """The positions of the keys that a row's queries are not to see, of the `count` that there are."""
+        """The positions of the keys that a row's queries are not to see, of the `count` that there
+        are.
+        """
         text = here.cells.text
         length = text.lengths[row]
         wanted = wish(Where(self.key), length, lambda at: text.find(text.prompt(row), at))
@@ -79,7 +81,9 @@ class Knockout(EditHook):
 
 
 def _check_seen(key: Pos, query: Pos) -> None:
-    """Raises `BadHook` where no query can see any of the keys, as far as their numbers tell without the text."""
+    """Raises `BadHook` where no query can see any of the keys, as far as their numbers tell without
+    the text.
+    """
     keys, queries = _extremes(key), _extremes(query)
     if keys is None or queries is None or (keys[0] < 0) != (queries[1] < 0):
         return
@@ -107,12 +111,13 @@ def knockout(
     query: PosLike = None,
     rows: CountLike = None,
 ) -> Knockout:
-    """Cut attention from the tokens `query` to the tokens `key`, in one or more layers; the rest is renormalised
-    (attention knockout, Geva et al. 2023).
+    """Cut attention from the tokens `query` to the tokens `key`, in one or more layers; the rest is
+    renormalised (attention knockout, Geva et al. 2023).
 
-    Scores of these pairs become the smallest number there is, so that the softmax gives them nothing. `head` is one
-    head or several; all of them where it is left out. Positions are written as anywhere: a number, a slice, a list,
-    `hk.at("store")`, `hk.PROMPT`, `hk.GENERATED`. A query that would see nothing at all raises `BadEdit`.
+    Scores of these pairs become the smallest number there is, so that the softmax gives them
+    nothing. `head` is one head or several; all of them where it is left out. Positions are written
+    as anywhere: a number, a slice, a list, `hk.at("store")`, `hk.PROMPT`, `hk.GENERATED`. A query
+    that would see nothing at all raises `BadEdit`.
 
     >>> print(knockout(9, 3, query=-1, key=at("Mary")))
     knockout(9, 3, query=-1, key=at('Mary'))

@@ -59,7 +59,9 @@ class Boost(LogitEdit):
         return self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
 
     def _check_moved(self, was: Logits, now: Logits, here: Here) -> None:
-        """Raise `BadEdit` where no token moves at all, since the amounts are lost by the rounding of a small dtype."""
+        """Raise `BadEdit` where no token moves at all, since the amounts are lost by the rounding
+        of a small dtype.
+        """
         if was.element_size() > 2 or not any(self._amounts()):
             return
         lost = (torch.isfinite(was) & (was == now)).any(dim=-1) & (was == now).all(dim=-1)
@@ -94,10 +96,11 @@ def boost(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Boost:
-    """Add `by` to the logits of these tokens: their odds against any other token grow by the factor e^by.
+    """Add `by` to the logits of these tokens: their odds against any other token grow by the factor
+    e^by.
 
-    `by` may also be an amount for each token, {" coffee": 2.0, " tea": -1.0}, or the path of a CSV file with the
-    columns `token` (or `token_id`) and `by`; then no tokens are named beside it.
+    `by` may also be an amount for each token, {" coffee": 2.0, " tea": -1.0}, or the path of a CSV
+    file with the columns `token` (or `token_id`) and `by`; then no tokens are named beside it.
 
     >>> print(boost(" coffee", by=2.0))
     boost(' coffee', by=2.0)
@@ -114,7 +117,9 @@ def boost(
 
 
 def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
-    """The amount for each token in a CSV file. A token stands as it is, its leading space kept, or as its id."""
+    """The amount for each token in a CSV file. A token stands as it is, its leading space kept, or
+    as its id.
+    """
     try:
         rows = list(csv.DictReader(io.StringIO(text_of(path), newline="")))
     except (BadFile, csv.Error) as error:
@@ -211,9 +216,11 @@ def cap(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Cap:
-    """Lower these tokens to a limit where they stand above it: each to a `logit`, or all together to a `prob` (0 to 1).
+    """Lower these tokens to a limit where they stand above it: each to a `logit`, or all together
+    to a `prob` (0 to 1).
 
-    With `prob` they are all lowered by one number, so that their odds among each other stay as they were.
+    With `prob` they are all lowered by one number, so that their odds among each other stay as they
+    were.
 
     >>> print(cap(" coffee", prob=0.1))
     cap(' coffee', prob=0.1)
@@ -266,7 +273,8 @@ def swap(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Swap:
-    """Exchange the logits of two tokens; every other token keeps its logit, its probability and its rank.
+    """Exchange the logits of two tokens; every other token keeps its logit, its probability and its
+    rank.
 
     >>> print(swap(" coffee", " tea"))
     swap(' coffee', ' tea')
@@ -350,9 +358,11 @@ def set_rank(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> SetRank:
-    """Give a token the logit midway between its new neighbours, so that it has this rank; 1 is the most likely token.
+    """Give a token the logit midway between its new neighbours, so that it has this rank; 1 is the
+    most likely token.
 
-    At rank 1 it is one logit above the rest, at the last rank one below. Every other token keeps its logit.
+    At rank 1 it is one logit above the rest, at the last rank one below. Every other token keeps
+    its logit.
 
     >>> print(set_rank(" coffee", 3))
     set_rank(' coffee', 3)

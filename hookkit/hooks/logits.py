@@ -1,8 +1,8 @@
 """What every hook on logits is: where it acts, the tokens that it names, and when.
 
-They act on the logits that the model returns, after any soft-cap or scaling, and before the decoding rules of
-`generate`. Unless told otherwise they act at the prompt's last position and at every generated step. With `when=` they
-act at those of them where a condition on the logits holds.
+They act on the logits that the model returns, after any soft-cap or scaling, and before the
+decoding rules of `generate`. Unless told otherwise they act at the prompt's last position and at
+every generated step. With `when=` they act at those of them where a condition on the logits holds.
 
 Hooks that say which token is chosen: force, ban, restrict.
 """
@@ -176,7 +176,9 @@ class Force(LogitEdit):
 
     @property
     def decides(self) -> bool:
-        """True where the token is chosen whatever the decoding; a margin is a push that sampling may overrule."""
+        """True where the token is chosen whatever the decoding; a margin is a push that sampling
+        may overrule.
+        """
         return self.margin is None
 
     def placed(self, lm: LM) -> Where:
@@ -271,7 +273,9 @@ class Force(LogitEdit):
         index: Int[Tensor, "row pos 1"],
         due: Bool[Tensor, "row pos"],
     ) -> None:
-        """Raise `BadEdit` where a token is not first, since the logits are NaN or as large as the dtype can say."""
+        """Raise `BadEdit` where a token is not first, since the logits are NaN or as large as the
+        dtype can say.
+        """
         others = logits.scatter(-1, index, -math.inf).amax(dim=-1)
         mine = logits.gather(-1, index)[..., 0]
         failed = due & ~((mine > others) & (mine < math.inf))
@@ -298,19 +302,20 @@ def force(
 ) -> Force:
     """Let a token be chosen: its logit is set to the largest one plus 10, and `generate` takes it.
 
-    In `generate`, also under `attach`, it is chosen in every decoding mode: greedy, sampling at any temperature, beams,
-    and against transformers' own rules (`suppress_tokens`, `bad_words_ids`, `min_new_tokens` …). Where the caller's own
-    `prefix_allowed_tokens_fn` or `logits_processor` rules it out, `BadEdit` says so. A hook that comes after this one
-    and puts another token first has the last word. In a forward, or in a decoding loop of one's own, only the logit is
-    written.
+    In `generate`, also under `attach`, it is chosen in every decoding mode: greedy, sampling at any
+    temperature, beams, and against transformers' own rules (`suppress_tokens`, `bad_words_ids`,
+    `min_new_tokens` …). Where the caller's own `prefix_allowed_tokens_fn` or `logits_processor`
+    rules it out, `BadEdit` says so. A hook that comes after this one and puts another token first
+    has the last word. In a forward, or in a decoding loop of one's own, only the logit is written.
 
-    With `margin` it is an exact push: the largest logit plus so much, which sampling may overrule (at temperature 1, a
-    margin of 10 leaves the others together at most e⁻¹⁰ times their number). `margin=math.inf` sets all other logits to
-    -inf. The token is always strictly first: where the dtype rounds the margin away, it is the next larger number.
+    With `margin` it is an exact push: the largest logit plus so much, which sampling may overrule
+    (at temperature 1, a margin of 10 leaves the others together at most e⁻¹⁰ times their number).
+    `margin=math.inf` sets all other logits to -inf. The token is always strictly first: where the
+    dtype rounds the margin away, it is the next larger number.
 
-    A phrase is written one token a step, from `step` on (0 unless said otherwise; at each of several steps it begins
-    again), or with `when` from each step (of those named) where the condition holds and it is not being
-    written already.
+    A phrase is written one token a step, from `step` on (0 unless said otherwise; at each of
+    several steps it begins again), or with `when` from each step (of those named) where the
+    condition holds and it is not being written already.
 
     >>> print(force(" coffee"))
     force(' coffee')
@@ -363,7 +368,8 @@ def ban(
 ) -> Ban:
     """Set the logits of these tokens to -inf: their probability is exactly 0.
 
-    Of a phrase, the last token is banned where the tokens before it, in the prompt or generated, are all of the others.
+    Of a phrase, the last token is banned where the tokens before it, in the prompt or generated,
+    are all of the others.
 
     >>> print(ban(" coffee", " tea"))
     ban(' coffee', ' tea')
@@ -374,7 +380,9 @@ def ban(
 def decide(
     hook: EditHook, here: Here, tokens: Int[Tensor, "row pos"], due: Bool[Tensor, "row pos"]
 ) -> None:
-    """Note for `generate` which token each row is to take, wherever the hook acts at a position that chooses one."""
+    """Note for `generate` which token each row is to take, wherever the hook acts at a position
+    that chooses one.
+    """
     text = here.cells.text
     if not text.generating:
         return

@@ -9,7 +9,9 @@ from ..errors import BadEdit, BadHook
 
 
 def converted(tensor: Tensor, like: Tensor, words: str) -> Tensor:
-    """The tensor in the dtype and on the device of `like`; `BadEdit` for numbers that this dtype cannot hold."""
+    """The tensor in the dtype and on the device of `like`; `BadEdit` for numbers that this dtype
+    cannot hold.
+    """
     return narrowed(tensor, like.dtype, words).to(like.device)
 
 
@@ -24,14 +26,18 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, words: str) -> Tensor:
 
 
 def fitted_number(value: float, dtype: torch.dtype, words: str) -> float:
-    """The number, or `BadEdit` where the dtype cannot hold it. An infinite number stands for itself."""
+    """The number, or `BadEdit` where the dtype cannot hold it. An infinite number stands for
+    itself.
+    """
     if math.isfinite(value) and abs(value) > torch.finfo(dtype).max:
         raise BadEdit(_does_not_fit(1, f"{words}={value:g}", dtype))
     return value
 
 
 def scaled(tensor: Tensor, scale: float, words: str) -> Tensor:
-    """`scale` times the tensor, or `BadHook` where a product is too large for the tensor's own dtype."""
+    """`scale` times the tensor, or `BadHook` where a product is too large for the tensor's own
+    dtype.
+    """
     product = scale * tensor
     if not bool(torch.isfinite(product).all()):
         raise BadHook(
@@ -43,7 +49,9 @@ def scaled(tensor: Tensor, scale: float, words: str) -> Tensor:
 
 
 def next_above(values: Tensor) -> Tensor:
-    """The next larger number of the same dtype; of numbers about 0, the smallest that is not subnormal."""
+    """The next larger number of the same dtype; of numbers about 0, the smallest that is not
+    subnormal.
+    """
     info = torch.finfo(values.dtype)
     if values.dtype in (torch.float32, torch.float64):
         above = torch.nextafter(values, torch.full_like(values, math.inf))

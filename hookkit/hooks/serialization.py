@@ -1,6 +1,8 @@
-"""Hooks to JSON and back. Every value in a hook has one way to be written; a user's function only its name.
+"""Hooks to JSON and back. Every value in a hook has one way to be written; a user's function only
+its name.
 
-What JSON has no word for is an object with one key that begins with "$": {"$sites": ["z.9.3"]}, {"$tensor": …}.
+What JSON has no word for is an object with one key that begins with "$": {"$sites": ["z.9.3"]},
+{"$tensor": …}.
 """
 
 import base64
@@ -163,7 +165,9 @@ def tensor_as_json(tensor: Tensor, tensors: str) -> dict[str, Any]:
 
 
 def function_as_json(function: Any, *, alone: bool = False) -> dict[str, Any]:
-    """A user's function by its name and source, with what it takes from around it unless it is wanted `alone`."""
+    """A user's function by its name and source, with what it takes from around it unless it is
+    wanted `alone`.
+    """
     if isinstance(function, functools.partial):
         given = {"args": function.args, **function.keywords}
         return {
@@ -188,7 +192,9 @@ def _code(code: Any) -> str:
 
 
 def _around(function: Any) -> dict[str, Any]:
-    """What a function takes from around it, and its defaults: numbers, words, tensors, other functions of its file."""
+    """What a function takes from around it, and its defaults: numbers, words, tensors, other
+    functions of its file.
+    """
     try:
         found = inspect.getclosurevars(function)
     except (TypeError, ValueError):
@@ -211,7 +217,9 @@ def _around(function: Any) -> dict[str, Any]:
 
 
 def _held(value: Any) -> Any:
-    """A number, a word, a tensor's hash, or several of them; None for anything else, which may change by itself."""
+    """A number, a word, a tensor's hash, or several of them; None for anything else, which may
+    change by itself.
+    """
     if isinstance(value, Tensor):
         return tensor_as_json(value, "digest")
     if isinstance(value, tuple):

@@ -31,11 +31,13 @@ DIGITS = 9  # of a layer's or a head's number
 
 @checks_arguments
 def parse_hook(text: str, *, lm: LM | None = None) -> Hook:
-    """The hook that a short text VERB:WHAT@WHERE means, or that `Hook.to_json` wrote; `spell` is the way back.
+    """The hook that a short text VERB:WHAT@WHERE means, or that `Hook.to_json` wrote; `spell` is
+    the way back.
 
-    Sites, tokens, positions and settings are written as `hookkit.spelling` has them, and mean what the function of
-    that verb means by them. `lm` is needed where a text has to be read with the model: a steering vector's file, which
-    is checked against it, and several tokens in a row for force and ban.
+    Sites, tokens, positions and settings are written as `hookkit.spelling` has them, and mean what
+    the function of that verb means by them. `lm` is needed where a text has to be read with the
+    model: a steering vector's file, which is checked against it, and several tokens in a row for
+    force and ban.
 
     >>> print(parse_hook("ablate:z.9.3"), parse_hook("force: coffee@0"), parse_hook("boost: tea=2.5"), sep="; ")
     ablate(z.9.3); force(' coffee', step=0); boost(' tea', by=2.5)
@@ -59,7 +61,8 @@ def parse_hook(text: str, *, lm: LM | None = None) -> Hook:
 
 @checks_arguments
 def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Hook]:
-    """The hooks of a YAML or JSON file: a list of short texts, and of mappings as `Hook.to_json` writes them.
+    """The hooks of a YAML or JSON file: a list of short texts, and of mappings as `Hook.to_json`
+    writes them.
 
     >>> from pathlib import Path
     >>> _ = Path("hooks.yaml").write_text('- "ablate:z.9.3"\\n- "force: coffee@0"\\n')
@@ -291,9 +294,11 @@ PLAIN_TOKEN = re.compile(
 
 @checks_arguments
 def format_hook(hook: Hook) -> str:
-    """A hook as the shortest text from which `hk.hook` makes it again, equal to it: JSON where it has no short form.
+    """A hook as the shortest text from which `hk.hook` makes it again, equal to it: JSON where it
+    has no short form.
 
-    Those with tensors (steer, patch, project_out) have none, and a user's function cannot be read back.
+    Those with tensors (steer, patch, project_out) have none, and a user's function cannot be read
+    back.
 
     >>> format_hook(force(" coffee", step=0)), format_hook(ablate(lm.sites("z", layers=[9], heads=[0, 3]), pos=-1))
     ('force: coffee@step=0', 'ablate:z.9.0,z.9.3@pos=-1')

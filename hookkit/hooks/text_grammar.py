@@ -52,8 +52,9 @@ class _NoValueError(Exception):
 
 @dataclass(frozen=True)
 class Spelling:
-    """The parts of a hook's text, which `text` shows in messages; `place` is a WHERE without a name, the position or
-    the step."""
+    """The parts of a hook's text, which `text` shows in messages; `place` is a WHERE without a
+    name, the position or the step.
+    """
 
     text: str
     verb: str
@@ -86,7 +87,9 @@ def parts_of(text: str) -> Spelling:
 
 
 def place_of(text: str, what: str = "a position") -> Any:
-    """The value of a position or a step as it is written: -1, 1:4, [0, 2], at('store'), PROMPT; all is None."""
+    """The value of a position or a step as it is written: -1, 1:4, [0, 2], at('store'), PROMPT; all
+    is None.
+    """
     if text.strip() == "all":
         return None
     try:
@@ -137,7 +140,9 @@ def _value(text: str) -> Any:
 
 
 def _is_too_much(text: str) -> bool:
-    """True for a text that is longer or deeper than any value is, and that Python would need long to read."""
+    """True for a text that is longer or deeper than any value is, and that Python would need long
+    to read.
+    """
     if len(text) > LONGEST:
         return True
     depth = deepest = 0
@@ -153,7 +158,9 @@ def _is_too_much(text: str) -> bool:
 
 
 def _meaning(node: ast.expr) -> Any:
-    """The value of an expression of numbers, texts, lists, and the calls and names that the grammar knows."""
+    """The value of an expression of numbers, texts, lists, and the calls and names that the grammar
+    knows.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -175,7 +182,9 @@ def _meaning(node: ast.expr) -> Any:
 
 
 def split(text: str) -> list[str]:
-    """A text at its commas, but those in brackets and in quotes. A quote opens where a value may begin."""
+    """A text at its commas, but those in brackets and in quotes. A quote opens where a value may
+    begin.
+    """
     items, start, depth, quote, before = [], 0, 0, "", ","
     for place, letter in enumerate(text):
         if quote:

@@ -1,4 +1,6 @@
-"""Whether a tensor fits: a constant among the values of a site, and what a user's function gave back."""
+"""Whether a tensor fits: a constant among the values of a site, and what a user's function gave
+back.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,8 @@ from .rounding import converted
 
 
 def moved(tensor: Tensor, word: str) -> Callable[[Tensor], Tensor]:
-    """What gives the tensor on the device and in the dtype of some values: moved there once, not in every forward.
+    """What gives the tensor on the device and in the dtype of some values: moved there once, not in
+    every forward.
 
     Raises `BadEdit` where the dtype of the values cannot hold its numbers.
     """
@@ -30,7 +33,8 @@ def moved(tensor: Tensor, word: str) -> Callable[[Tensor], Tensor]:
 
 
 def fitting(value: Constant, word: str) -> Callable[[Tensor, Here], Tensor]:
-    """What gives a constant in the dtype and on the device of some values, in a shape that spreads over them.
+    """What gives a constant in the dtype and on the device of some values, in a shape that spreads
+    over them.
 
     It may have the axes of the site, or [pos, ...] for the positions wanted, or [row, pos, ...].
     """
@@ -74,7 +78,9 @@ def check_shape(value: Constant, binding: Binding, word: str) -> None:
 
 
 def checked_result(new: Any, old: Tensor, words: str) -> Tensor:
-    """What a user's function returned, if it can take the place of what it was given; else `BadEdit`."""
+    """What a user's function returned, if it can take the place of what it was given; else
+    `BadEdit`.
+    """
     if new is None:
         raise BadEdit(
             f"{words} returned None: end it with `return`, with a tensor of shape {list(old.shape)}"

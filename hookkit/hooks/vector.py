@@ -1,16 +1,18 @@
-"""A steering vector as a value: where it was read, how long the stream is there, and how it was made.
+"""A steering vector as a value: where it was read, how long the stream is there, and how it was
+made.
 
     vector = hk.mean_difference(lm, happy, sad, "resid_post.12")["resid_post.12"]
     hk.generate(lm, "The film was", vector.steer(dose=0.3), max_new_tokens=8)
     vector.save("mood.safetensors")
     hk.load_vector(lm, "mood.safetensors")
 
-A dose is a length as a fraction of the residual stream's own: at dose 0.3 a vector three tenths as long as the stream
-is added. To take a direction out of every layer (Arditi et al. 2024):
+A dose is a length as a fraction of the residual stream's own: at dose 0.3 a vector three tenths as
+long as the stream is added. To take a direction out of every layer (Arditi et al. 2024):
 
     hk.forward(lm, prompts, hk.project_out(lm.sites(["resid_pre", "resid_post"]), vector.tensor))
 
-What a vector was made with: the model by its weights, the prompts by their tokens; plain values for JSON.
+What a vector was made with: the model by its weights, the prompts by their tokens; plain values for
+JSON.
 """
 
 import hashlib
@@ -43,7 +45,7 @@ from ..models.prompts import Row
 from ..models.provenance import about_model, config_hash, weights_hash
 from ..models.sites import AnySite, ModuleSite, Site, Sites, parse
 from ..models.wrappers import adapters_in_use
-from .base import constant, number
+from .base import as_constant, number
 from .edits import Steer, steer
 
 SAME = (
@@ -54,7 +56,9 @@ SAME = (
 
 
 def model_words(lm: LM) -> dict[str, Any]:
-    """The model by its name, and by the hashes of its weights and configuration and the adapters that act."""
+    """The model by its name, and by the hashes of its weights and configuration and the adapters
+    that act.
+    """
     hashes = {"weights_sha256": weights_hash(lm), "config_sha256": config_hash(lm)}
     return {"model": about_model(lm)["model"], **hashes, "adapters": adapters_in_use(lm.root)}
 
@@ -67,7 +71,9 @@ def data_hash(*sets: Sequence[Row]) -> str:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """In which of the words that make a model this one two descriptions differ, as far as both have them."""
+    """In which of the words that make a model this one two descriptions differ, as far as both have
+    them.
+    """
     return [word for word in SAME if word in one and word in other and one[word] != other[word]]
 
 
@@ -87,15 +93,16 @@ def check_same_model(about: Mapping[str, Any], lm: LM) -> None:
 @checks_construction
 @dataclass(frozen=True, eq=False, repr=False)
 class Vector:
-    """A direction at a site. Made by `mean_difference`, `principal_direction`, `fit_vector`, `load_vector`, or by hand.
+    """A direction at a site. Made by `mean_difference`, `principal_direction`, `fit_vector`,
+    `load_vector`, or by hand.
 
     site    where it was read, and where `steer` adds it
     tensor  [d], float32 on the CPU: a copy of what was given
     norm    the median length of the values at the site, over the positions read: what a dose is a fraction of
     about   how it was made: model and its hashes, method, data_sha256 of the prompts' tokens …; plain values
 
-    Vectors of one site and one model can be added, subtracted and multiplied by numbers. `BadHook` for a tensor of
-    other axes, or with numbers that are not finite.
+    Vectors of one site and one model can be added, subtracted and multiplied by numbers. `BadHook`
+    for a tensor of other axes, or with numbers that are not finite.
 
     >>> hk.Vector("resid_post.6", torch.ones(576), norm=120.0).steer(dose=0.1).scale
     12.0
@@ -117,7 +124,7 @@ class Vector:
             raise BadHook(
                 f"a vector stands at one place, and {self.site} is one in every layer: name a layer"
             )
-        copy = constant(self.tensor, "the vector").tensor.float().cpu()
+        copy = as_constant(self.tensor, "the vector").tensor.float().cpu()
         if copy.ndim != 1 or not len(copy):
             raise BadHook(
                 f"the vector has shape {list(copy.shape)}: give the numbers of one place, [d_model], say"
@@ -153,7 +160,9 @@ class Vector:
         return float(self.unit().tensor.double() @ other.unit().tensor.double())
 
     def random(self, *, seed: int = 0) -> "Vector":
-        """A vector of equal length at the same site, in a direction that depends on the seed and the site alone."""
+        """A vector of equal length at the same site, in a direction that depends on the seed and
+        the site alone.
+        """
         words = hashlib.sha256(repr((seed, str(self.site))).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
         noise = torch.randn(self.tensor.shape, generator=generator)
@@ -170,7 +179,8 @@ class Vector:
         pos: PosLike = None,
         rows: CountLike = None,
     ) -> Steer:
-        """A hook that adds the vector at its site: `dose` times as long as the stream, or `scale` times as it is.
+        """A hook that adds the vector at its site: `dose` times as long as the stream, or `scale`
+        times as it is.
 
         A negative number adds the opposite. With neither, the vector as it is (scale 1).
         """
@@ -263,7 +273,9 @@ class Vector:
 @checks_construction
 @dataclass(frozen=True, eq=False, repr=False)
 class Vectors(Sequence[Vector]):
-    """Vectors of several sites, in order: `vectors["resid_post.12"]`, `len(vectors)`, `for vector in vectors`."""
+    """Vectors of several sites, in order: `vectors["resid_post.12"]`, `len(vectors)`, `for vector
+    in vectors`.
+    """
 
     all: tuple[Vector, ...]
 
@@ -324,8 +336,9 @@ class Vectors(Sequence[Vector]):
 def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False) -> Vector:
     """The vector that `Vector.save` wrote, checked against this model.
 
-    `OtherModel` where weights, configuration or adapters are not those that it was made with; `any_model=True` leaves
-    that to you (a fine-tune of the same model, say). A site that the model lacks raises in any case.
+    `OtherModel` where weights, configuration or adapters are not those that it was made with;
+    `any_model=True` leaves that to you (a fine-tune of the same model, say). A site that the model
+    lacks raises in any case.
 
     >>> path = hk.Vector("resid_post.6", direction, norm=120.0).save("mood.safetensors")
     >>> load_vector(lm, path, any_model=True)

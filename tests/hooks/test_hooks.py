@@ -335,7 +335,7 @@ def test_a_patch_from_a_prompt_does_not_reach_into_the_generated_text(lm):
         (
             lambda s: hk.patch(SITE, torch.ones(2)),
             BadHook,
-            "patch needs a run as its source, and was given Tensor",
+            "patch needs a run or a prompt's text as its source, and was given Tensor",
         ),
         (
             lambda s: hk.patch(SITE, s),
@@ -439,7 +439,7 @@ def test_logit_edits_leave_the_rest_of_the_prompt_alone(lm):
         (
             lambda: hk.capture(SITE, step=0),
             BadHook,
-            r"step=0 at resid_post.1: a step counts generated tokens and is there at lm_head and logits only",
+            r"step=0 at resid_post.1: a step counts generated tokens and exists at lm_head and logits only",
         ),
         (lambda: hk.force(1, step=0, pos=1), BadHook, "pos=1 and step=0 were both given"),
         (lambda: hk.capture("logits", step=0, pos=1), BadHook, "pos=1 and step=0 were both given"),
