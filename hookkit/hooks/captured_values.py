@@ -1,5 +1,7 @@
-"""What a capture kept: values with the row and the position of each, joined over the forwards of a
-text.
+"""The values that captures keep, and how the chunks of several forwards are joined.
+
+A forward gives a `CapturedChunk` to each capture. `joined` joins the chunks of one text into the
+tensors of a `Captured`. `Captures` holds all of them by site; each is joined when it is first read.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +25,11 @@ from ..models.sites import SQUARE, AnySite, ModuleSite, Site, Sites, parse
 class Captured:
     """A copy of the values at a site, which nothing changes later.
 
-    `values` [row, pos, ...] (at scores and pattern [row, head, query, key], positions being those
-    of queries) holds the chosen rows and positions in the order of the text, zero where a shorter
-    row was filled up; `positions` [row, pos] says which position each is, -1 where filled. `rows`
-    are the prompts' numbers, `prompts` the prompts' tokens. For a tensor without rows and positions
-    of its own, `positions` is None.
+    `values` [row, pos, ...] (at scores and pattern [row, head, query, key], where positions are
+    those of queries) holds the selected rows and positions in the order of the text, padded with
+    zeros; `positions` [row, pos] holds the position of each, -1 in padding. `rows` are the indices
+    of the prompts in the batch, `prompts` the prompts' tokens. `positions` is None for a tensor
+    without the axes batch and pos.
     """
 
     site: AnySite
@@ -41,62 +43,59 @@ class Captured:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Captured)
-            and (self.site, self.where, self.rows, self.prompts)
-            == (other.site, other.where, other.rows, other.prompts)
+            and self._key == other._key
             and torch.equal(self.values, other.values)
         )
 
     def __hash__(self) -> int:
-        return hash((self.site, self.where, self.rows, self.prompts))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self.site, self.where, self.rows, self.prompts
 
     def _repr_html_(self) -> str:
-        facts = {
-            "shape": list(self.values.shape),
-            "dtype": self.values.dtype,
-            "rows": list(self.rows),
-        }
-        return shown(f"captured {self.site}", facts)
+        shape, dtype, rows = list(self.values.shape), self.values.dtype, list(self.rows)
+        return shown(f"captured {self.site}", {"shape": shape, "dtype": dtype, "rows": rows})
 
     def __repr__(self) -> str:
         return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
 
     @property
     def by_place(self) -> Shaped[Tensor, "row pos ..."]:
-        """The values with rows and positions as the first two axes, for scores and patterns too."""
+        """The values with row and position as the first two axes, for scores and patterns too."""
         return in_order(self.site, self.values)
 
     def head(self, head: int) -> "Captured":
-        """The values of one head of a site that was captured with all of them."""
-        if (
-            not isinstance(self.site, Site)
-            or self.site.head is not None
-            or head >= self.by_place.shape[2]
-        ):
-            raise NotCaptured(f"{self.site} was captured, which has no head {head} to take")
-        site = Site(self.site.name, self.site.layer, head)
-        return replace(self, site=site, values=self.by_place[:, :, head])
+        """Returns the values of one head of a site that was captured with all of its heads."""
+        values, site = self.by_place, self.site
+        if not isinstance(site, Site) or site.head is not None or head >= values.shape[2]:
+            raise NotCaptured(f"{site} was captured, which has no head {head} to take")
+        return replace(self, site=Site(site.name, site.layer, head), values=values[:, :, head])
 
     def row(self, prompt: int) -> int:
-        """The index of a prompt's values: its own row, or the only one there is."""
+        """Returns the index of a prompt's values. A capture of one row serves every prompt."""
         if prompt in self.rows:
             return self.rows.index(prompt)
         if len(self.rows) == 1:
             return 0
         raise NotCaptured(
-            f"the source of {self.site} has rows {list(self.rows)}, and row {prompt} is to be replaced: "
-            "give a source of one row, or with the same rows"
+            f"the source of {self.site} has rows {list(self.rows)}, and row {prompt} is to be "
+            "replaced: give a source of one row, or with the same rows"
         )
 
     @cached_property
     def _columns(self) -> list[dict[int, int]]:
+        """The index of each position in a row of `values`, for every row."""
         assert self.positions is not None
-        return [
-            {place: column for column, place in enumerate(row) if place >= 0}
-            for row in self.positions.tolist()
-        ]
+        columns = []
+        for row in self.positions.tolist():
+            real = {position: column for column, position in enumerate(row) if position >= 0}
+            columns.append(real)
+        return columns
 
     def column(self, row: int, position: int) -> int:
-        """The index of a position's value in a row of `values`."""
+        """Returns the index of a position's value in a row of `values`."""
         columns = self._columns[row]
         if position not in columns:
             raise NotCaptured(
@@ -107,42 +106,49 @@ class Captured:
 
 
 def in_order(site: AnySite, values: Tensor) -> Tensor:
-    """Values [row, query, head, key] of scores or a pattern as [row, head, query, key], or back;
-    others as they are.
+    """Swaps the axes head and query of the values of scores or a pattern; returns others as they
+    are.
+
+    The model's view is [row, query, head, key], the user's [row, head, query, key].
     """
-    whole_square = isinstance(site, Site) and site.name in SQUARE and site.head is None
-    return values.transpose(1, 2) if whole_square else values
+    has_heads = isinstance(site, Site) and site.name in SQUARE and site.head is None
+    return values.transpose(1, 2) if has_heads else values
 
 
 @dataclass(eq=False, slots=True)
 class LazyCapture:
-    """The place of one capture at one site, whose pieces are joined when it is first asked for."""
+    """The values of one capture at one site, computed when they are first read.
+
+    The run that holds it in its `Captures` owns it.
+    """
 
     site: AnySite
     name: str | None
-    make: Callable[[], Captured] | None
-    made: Captured | None = None
+    compute: Callable[[], Captured] | None
+    value: Captured | None = None
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
-        """What a copy has: the values, joined."""
-        return None, {"site": self.site, "name": self.name, "make": None, "made": self.captured()}
+        """Copies and pickles hold the computed values."""
+        value = self.captured()
+        return None, {"site": self.site, "name": self.name, "compute": None, "value": value}
 
     def captured(self) -> Captured:
-        """What was captured."""
-        if self.made is None:
-            assert self.make is not None
-            self.made, self.make = self.make(), None  # the pieces are let go
-        return self.made
+        """Returns the captured values."""
+        if self.value is None:
+            assert self.compute is not None
+            self.value = self.compute()
+            self.compute = None  # frees the chunks
+        return self.value
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Captures:
-    """All that the captures of one text kept, by site: `kept["resid_post.6"]`, or
-    `kept["resid_post.6", "before"]`.
+    """All captured values of one text: `captures["resid_post.6"]`, `captures["resid_post.6",
+    name]`.
     """
 
     slots: tuple[LazyCapture, ...] = ()
-    ended: tuple[AnySite, ...] = ()  # asked for in rows alone that had ended before they came there
+    ended: tuple[AnySite, ...] = ()  # sites whose rows all ended before the capture's positions
 
     @property
     def all(self) -> list[Captured]:
@@ -155,70 +161,71 @@ class Captures:
         return Sites(tuple(dict.fromkeys(slot.site for slot in self.slots)))
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
-        """The values at a site with their rows and positions; `name` where several captures kept
-        it.
+        """Returns the values at a site with their rows and positions.
+
+        `name` is the capture's name, which is needed if several captures kept the site.
         """
-        wanted = parse(site) if isinstance(site, str) else site
-        if not isinstance(wanted, Site | ModuleSite):
+        key = parse(site) if isinstance(site, str) else site
+        if not isinstance(key, Site | ModuleSite):
             raise NotCaptured(
-                f"{described(site)} is no site: ask for [site] or [site, name], such as ['resid_post.6']. "
-                f"It has {self.sites}."
+                f"{described(site)} is no site: ask for [site] or [site, name], such as "
+                f"['resid_post.6']. It has {self.sites}."
             )
-        found = self._at(wanted, name)
-        if found:
-            return self._only(wanted, found).captured()
-        if isinstance(wanted, Site) and wanted.head is not None:
-            whole = self._at(Site(wanted.name, wanted.layer), name)
-            if whole:
-                return self._only(wanted, whole).captured().head(wanted.head)
-        what = str(wanted) if name is None else f"{wanted} named {name!r}"
-        if wanted in self.ended:
+        if slot := self._slot(key, name, key):
+            return slot.captured()
+        has_head = isinstance(key, Site) and key.head is not None
+        if has_head and (slot := self._slot(Site(key.name, key.layer), name, key)):
+            return slot.captured().head(key.head)
+        label = str(key) if name is None else f"{key} named {name!r}"
+        if key in self.ended:
             raise NotCaptured(
-                f"{what} was to be captured in rows that had ended before they came to the capture's positions: there "
-                "is nothing of it. Let the rows generate more tokens, or capture it elsewhere"
+                f"{label} was to be captured in rows that had ended before they came to the "
+                "capture's positions: there is nothing of it. Let the rows generate more tokens, "
+                "or capture it elsewhere"
             )
-        raise NotCaptured(f"{what} was not captured. {self._there(wanted)}")
+        raise NotCaptured(f"{label} was not captured. {self._available(key)}")
 
-    def _at(self, site: AnySite, name: str | None) -> list[LazyCapture]:
-        return [
-            slot for slot in self.slots if slot.site == site and (name is None or slot.name == name)
-        ]
-
-    def _only(self, wanted: AnySite, found: list[LazyCapture]) -> LazyCapture:
-        if len(found) > 1:
+    def _slot(self, site: AnySite, name: str | None, requested: AnySite) -> LazyCapture | None:
+        """Returns the one capture of a site, or None. Raises `NotCaptured` if there are several."""
+        slots = [s for s in self.slots if s.site == site and name in (None, s.name)]
+        if len(slots) > 1:
             raise NotCaptured(
-                f"{wanted} was captured {len(found)} times, with the names {', '.join(repr(s.name) for s in found)}: "
-                f"give each capture a name of its own and ask for [{str(wanted)!r}, name]"
+                f"{requested} was captured {len(slots)} times, with the names "
+                f"{', '.join(repr(s.name) for s in slots)}: give each capture a name of its own "
+                f"and ask for [{str(requested)!r}, name]"
             )
-        return found[0]
+        return slots[0] if slots else None
 
-    def _there(self, wanted: AnySite) -> str:
+    def _available(self, site: AnySite) -> str:
         if not self.slots:
             return "Nothing was: give hk.capture(site) to the run."
-        if wanted.every_layer:
-            one, all_of_them = f"{wanted}.0", f".stack({str(wanted)!r})"
-            return f"Name one layer, such as {one!r}, or stack them with {all_of_them}. It has {self.sites}."
+        if site.every_layer:
+            return (
+                f"Name one layer, such as '{site}.0', or stack them with .stack({str(site)!r}). "
+                f"It has {self.sites}."
+            )
         return f"It has {self.sites}."
 
     def __getitem__(self, key: "str | AnySite | tuple[str | AnySite, str]") -> Tensor:
-        if isinstance(key, tuple) and len(key) != 2:
+        if not isinstance(key, tuple):
+            return self.captured(key).values
+        if len(key) != 2:
             raise NotCaptured(
-                f"{described(key)} is no key: ask for [site] or [site, name], such as ['resid_post.6']"
+                f"{described(key)} is no key: ask for [site] or [site, name], such as "
+                "['resid_post.6']"
             )
-        site, name = key if isinstance(key, tuple) else (key, None)
-        return self.captured(site, name).values
+        return self.captured(*key).values
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
-        """The values of every captured layer of a site, such as "resid_post", in the order of the
-        layers, where the first of them is.
+        """Returns the values of all captured layers of a site such as "resid_post", by layer.
+
+        The result is on the device of the first layer.
         """
-        found = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
-        if not found:
-            raise NotCaptured(f"no layer of {name!r} was captured. {self._there(Site(name))}")
-        first, *others = (self[site] for site in found)
-        return torch.stack(
-            [first, *(values.to(first.device) for values in others)]
-        )  # layers may be on several
+        sites = sorted(site for site in self.sites if isinstance(site, Site) and site.name == name)
+        if not sites:
+            raise NotCaptured(f"no layer of {name!r} was captured. {self._available(Site(name))}")
+        device = self[sites[0]].device  # layers may be on several devices
+        return torch.stack([self[site].to(device) for site in sites])
 
     def _ipython_key_completions_(self) -> list[str]:
         return [str(site) for site in self.sites]
@@ -226,11 +233,10 @@ class Captures:
 
 @dataclass(eq=False, slots=True)
 class CapturedChunk:
-    """What one forward gave to a capture. `cells` is None where the tensor has no rows and
-    positions of its own.
+    """The values that one forward gave to a capture.
 
-    `leaf` is what a capture with gradients gives out, where that is not `values` itself but in
-    another order.
+    `cells` is None if the tensor has no axes batch and pos. `leaf` is the tensor that a capture
+    with gradients returns, in the user's order of axes. The capture's bound hook owns the chunk.
     """
 
     call: int
@@ -239,25 +245,28 @@ class CapturedChunk:
     leaf: Tensor | None = None
 
     def of_rows(self, rows: Sequence[int]) -> list["CapturedChunk"]:
-        """The same of some model rows alone, as one piece; none where it has none of them."""
+        """Returns a list with the chunk of these model rows alone, or an empty list."""
         cells = _cells(self)
-        chosen = [number for number, row in enumerate(cells.rows) if row in rows]
-        if not chosen:
+        kept_indices = [index for index, row in enumerate(cells.rows) if row in rows]
+        if not kept_indices:
             return []
-        mine = [cells.rows[number] for number in chosen]
-        places = [cells.places[number] for number in chosen]
-        values = self.values[torch.tensor(chosen, device=self.values.device)]
-        return [
-            CapturedChunk(
-                self.call, replace(cells, rows=mine, places=places, valid=None, whole=False), values
-            )
-        ]
+        kept_cells = replace(
+            cells,
+            rows=[cells.rows[index] for index in kept_indices],
+            places=[cells.places[index] for index in kept_indices],
+            valid=None,
+            whole=False,
+        )
+        values = self.values[torch.tensor(kept_indices, device=self.values.device)]
+        return [CapturedChunk(self.call, kept_cells, values)]
 
 
 @dataclass(frozen=True)
 class SequenceEnd:
-    """How a text ended: each final row's prompt, how many positions count, and the model row it was
-    in each call.
+    """How a text ended.
+
+    For each final row: its prompt, the number of positions that count (`limits`), and for each call
+    the model row that it was then (`lineage`; None if rows never change, as without beams).
     """
 
     prompts: Sequence[int]
@@ -266,102 +275,105 @@ class SequenceEnd:
     expand: int = 1  # model rows of each prompt
 
     def limit(self, row: int) -> int | None:
-        """How many positions of a model row count; None where no end is known.
+        """Returns how many positions of a model row count; None if no end is known.
 
-        Where beams go from row to row, that of the longest text that came of the row's prompt: what
-        ran after it led to none.
+        With beams it is the length of the longest final text of the row's prompt.
         """
         if self.limits is None:
             return None
-        return self.limits[row] if self.lineage is None else self._longest.get(row // self.expand)
+        if self.lineage is None:
+            return self.limits[row]
+        return self._longest_of_prompt.get(row // self.expand)
 
     @cached_property
-    def _longest(self) -> dict[int, int]:
+    def _longest_of_prompt(self) -> dict[int, int]:
         longest: dict[int, int] = {}
         for prompt, limit in zip(self.prompts, self.limits or (), strict=False):
             longest[prompt] = max(limit, longest.get(prompt, 0))
         return longest
 
     def sources(self, call: int) -> Sequence[int]:
-        """The model row that each final row was in a call, -1 for none."""
+        """Returns the model row that each final row was in a call, -1 for none."""
         return range(len(self.prompts)) if self.lineage is None else self.lineage[call]
 
 
 def joined(
-    pieces: list[CapturedChunk], ending: SequenceEnd, unseen: float
+    chunks: list[CapturedChunk], ending: SequenceEnd, unseen: float
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """The values [row, pos, ...] of all pieces, their positions [row, pos], and the final rows that
-    have any.
+    """Joins the chunks of a text: values [row, pos, ...], positions [row, pos], and the final rows.
 
-    `unseen` fills the last axis where later pieces have more in it, as scores and patterns have
-    keys.
+    Rows without values are left out. `unseen` pads the last axis where later chunks are wider, as
+    scores and patterns have more keys.
     """
-    if len(pieces) == 1 and ending.limits is None:
-        cells = _cells(pieces[0])
-        return pieces[0].values, cells.positions, cells.rows
-    blocks = [_arranged(piece, ending.sources(piece.call)) for piece in pieces]
-    widest = max(values.shape[-1] for values, _ in blocks)
-    wide = [
-        v
-        if v.shape[-1] == widest
-        else nn.functional.pad(v, (0, widest - v.shape[-1]), value=unseen)
-        for v, _ in blocks
-    ]
-    values = torch.cat(wide, dim=1)
-    positions = torch.cat([positions for _, positions in blocks], dim=1)
+    if len(chunks) == 1 and ending.limits is None:
+        cells = _cells(chunks[0])
+        return chunks[0].values, cells.positions, cells.rows
+    parts = [_for_final_rows(chunk, ending.sources(chunk.call)) for chunk in chunks]
+    width = max(values.shape[-1] for values, _ in parts)
+    padded = []
+    for values, _ in parts:
+        missing = width - values.shape[-1]
+        if missing:
+            values = nn.functional.pad(values, (0, missing), value=unseen)
+        padded.append(values)
+    positions = torch.cat([positions for _, positions in parts], dim=1)
     if ending.limits is not None:
         positions = positions.masked_fill(positions >= torch.tensor(ending.limits)[:, None], -1)
-    return _compacted(values, positions)
+    return _without_gaps(torch.cat(padded, dim=1), positions)
 
 
-def _arranged(piece: CapturedChunk, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The values and positions of one piece, with a row for every final row."""
-    cells = _cells(piece)
+def _for_final_rows(chunk: CapturedChunk, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns the values and positions of a chunk with one row for every final row."""
+    cells = _cells(chunk)
     if list(sources) == cells.rows:
-        return piece.values, cells.positions
-    index = {row: number for number, row in enumerate(cells.rows)}
-    taken = torch.tensor([index.get(source, -1) for source in sources])
-    positions = cells.positions[taken].masked_fill((taken < 0)[:, None], -1)
-    return piece.values[taken.to(piece.values.device)], positions
+        return chunk.values, cells.positions
+    index_of_row = {row: index for index, row in enumerate(cells.rows)}
+    indices = torch.tensor([index_of_row.get(source, -1) for source in sources])
+    positions = cells.positions[indices].masked_fill((indices < 0)[:, None], -1)
+    return chunk.values[indices.to(chunk.values.device)], positions
 
 
-def _cells(piece: CapturedChunk) -> Selection:
-    assert piece.cells is not None, "a tensor without rows and positions has one piece"
-    return piece.cells
+def _cells(chunk: CapturedChunk) -> Selection:
+    assert chunk.cells is not None, "a tensor without rows and positions has one chunk"
+    return chunk.cells
 
 
-def _compacted(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """The same with the gaps taken out: rows without positions dropped, positions moved to the
-    front, the rest zero.
-    """
-    there = positions >= 0
-    rows = [row for row, some in enumerate(there.any(dim=1).tolist()) if some]
-    width = int(there.sum(dim=1).max()) if rows else 0
-    if len(rows) == len(there) and bool(there[:, :width].all()):
-        return values[:, :width] if width < values.shape[1] else values, positions[:, :width], rows
-    order = torch.argsort(there.long(), dim=1, descending=True, stable=True)[rows, :width]
-    positions = positions[torch.tensor(rows)[:, None], order]
-    picked: Any = (torch.tensor(rows)[:, None].to(values.device), order.to(values.device))
-    fill = (positions < 0).to(values.device)
-    kept = values[picked]
-    return kept.masked_fill(fill.reshape(*fill.shape, *[1] * (kept.ndim - 2)), 0), positions, rows
+def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Drops rows without positions, and moves padding to the end of each row, where it is zero."""
+    is_real = positions >= 0
+    rows = is_real.any(dim=1).nonzero().flatten().tolist()
+    width = int(is_real.sum(dim=1).max()) if rows else 0
+    if len(rows) == len(is_real) and bool(is_real[:, :width].all()):
+        values = values[:, :width] if width < values.shape[1] else values
+        return values, positions[:, :width], rows
+    order = torch.argsort(is_real.long(), dim=1, descending=True, stable=True)[rows, :width]
+    row_index = torch.tensor(rows)[:, None]
+    positions = positions[row_index, order]
+    device = values.device
+    values = values[row_index.to(device), order.to(device)]
+    padding = (positions < 0).to(device)
+    padding = padding.reshape(*padding.shape, *[1] * (values.ndim - 2))
+    return values.masked_fill(padding, 0), positions, rows
 
 
 def merged(parts: Sequence[Captured]) -> Captured:
-    """Captures of one site from several batches, as one, their rows numbered on."""
-    first = parts[0]
+    """Joins captures of one site from several batches, whose rows are numbered on."""
     width = max(part.values.shape[1] for part in parts)
-    values = torch.cat([_widened(part.values, width, 0) for part in parts])
-    positions = torch.cat(
-        [_widened(part.positions, width, -1) for part in parts if part.positions is not None]
-    )
-    prompts = tuple(prompt for part in parts for prompt in part.prompts)
+    values, positions, prompts = [], [], []
+    for part in parts:
+        values.append(_pad_positions(part.values, width, 0))
+        if part.positions is not None:
+            positions.append(_pad_positions(part.positions, width, -1))
+        prompts += part.prompts
     return replace(
-        first, values=values, positions=positions, rows=tuple(range(len(prompts))), prompts=prompts
+        parts[0],
+        values=torch.cat(values),
+        positions=torch.cat(positions),
+        rows=tuple(range(len(prompts))),
+        prompts=tuple(prompts),
     )
 
 
-def _widened(values: Tensor, width: int, fill: int) -> Tensor:
-    return nn.functional.pad(
-        values, [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]], value=fill
-    )
+def _pad_positions(values: Tensor, width: int, fill: int) -> Tensor:
+    padding = [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]]
+    return nn.functional.pad(values, padding, value=fill)
