@@ -1,9 +1,10 @@
-"""In the midst of a module's forward: attention's queries, keys, values, scores and pattern, and a router's logits.
+"""Values from inside a module's forward: queries, keys, values, scores, pattern and router logits.
 
-While a block has asked for one of these, the module's own forward runs inside `opened`, which tells `say` of each
-tensor on its way and goes on with what it gives back. Scores and pattern are computed as the module's own code does it
-when it is asked for weights ("eager"). Only where one of them was changed, what comes of them goes on; else the result
-is that of sdpa or flash attention, bit for bit, as in all other modules.
+These tensors are no module's input or output. `listen` wraps the forward of an attention module (or
+of a router), so that a callback receives each of them by name and returns the tensor to continue
+with. Scores and pattern are computed by the eager attention of the module's own file. If no
+callback changes them, the result of the attention implementation in use (sdpa, flash attention) is
+returned, which keeps the output equal bit for bit.
 """
 
 import functools
@@ -28,116 +29,124 @@ from ..errors import Unsupported
 from .overrides import Lent
 from .views import hidden
 
-NAME = "hookkit"  # of the attention function that transformers is told of
+NAME = "hookkit"  # the attention implementation that is registered with transformers
 
-Say: TypeAlias = Callable[[str, Tensor], Tensor]
-"""Told the name of a tensor and the tensor; gives the tensor to go on with."""
+TensorCallback: TypeAlias = Callable[[str, Tensor], Tensor]
+"""Receives the name of a tensor and the tensor. Returns the tensor to continue with."""
 
 Style: TypeAlias = Literal["interface", "own"]
+"""How a module computes attention: by transformers' AttentionInterface, or in its own code."""
 
 
 @dataclass(eq=False)
-class _Telling:
-    """What is told of one module: to whom, the outermost block first, and by which attention it is computed else."""
+class _Interception:
+    """The callbacks of one running forward. Owned by `_RUNNING` until that forward ends."""
 
-    told: list[tuple[frozenset[str], Say]]
-    verified: set[str]  # the implementations that were seen to compute what is told of
-    kind: str = ""
+    callbacks: list[tuple[frozenset[str], TensorCallback]]  # of the outermost `with` block first
+    verified: set[str]  # the implementations that agreed with eager attention
+    implementation: str = ""  # the one that the configuration names
 
     def __post_init__(self) -> None:
-        self.first = self.told[0][1]  # who began to listen
+        self.first_callback = self.callbacks[0][1]
 
-    def wants(self, *names: str) -> bool:
-        return any(wanted & {*names} for wanted, _ in self.told)
+    def needs(self, *names: str) -> bool:
+        return any(not requested.isdisjoint(names) for requested, _ in self.callbacks)
 
-    def say(self, name: str, found: Tensor) -> Tensor:
-        for wanted, say in self.told:
-            found = say(name, found) if name in wanted else found
-        return found
+    def replace(self, name: str, tensor: Tensor) -> Tensor:
+        for requested, callback in self.callbacks:
+            if name in requested:
+                tensor = callback(name, tensor)
+        return tensor
 
 
-class _Listening(threading.local):
-    """The modules whose forward runs in this thread and is told of."""
+class _RunningForwards(threading.local):
+    """The intercepted modules whose forward is running in this thread."""
 
     def __init__(self) -> None:
-        self.tellings: dict[nn.Module, _Telling] = {}
+        self.interceptions: dict[nn.Module, _Interception] = {}
 
 
-_LISTENING = _Listening()
+_RUNNING = _RunningForwards()
 
 
 def listen(
-    lent: Lent,
+    overrides: Lent,
     module: nn.Module,
     style: Style,
-    wanted: frozenset[str],
-    say: Say,
+    requested: frozenset[str],
+    callback: TensorCallback,
     verified: set[str] | None = None,
-    acts: Callable[[], bool] | None = None,
+    applies: Callable[[], bool] | None = None,
 ) -> None:
-    """Let a module say what it has inside, until `lent` is given back. `wanted` names the tensors that are asked for.
+    """Calls `callback` with the tensors named in `requested`, until `overrides` is restored.
 
-    `verified` keeps, from block to block, the attention implementations of this module that were seen to compute what
-    is told of; each is compared once. `acts` says which calls are meant; left out, those of this thread.
+    `verified` is filled with the attention implementations of this module that agreed with eager
+    attention, so that each is compared once. Only calls for which `applies()` is true are
+    intercepted; by default, those of this thread.
     """
-    known = set() if verified is None else verified
+    if verified is None:
+        verified = set()
 
-    def speaking(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        tellings = _LISTENING.tellings
-        outer = tellings.get(module)
-        if outer is not None:  # a block inside this one has begun to listen already
-            outer.told.insert(0, (wanted, say))
+    def intercepted_forward(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        interceptions = _RUNNING.interceptions
+        outer = interceptions.get(module)
+        if outer is not None:  # an inner `with` block intercepts this forward already
+            outer.callbacks.insert(0, (requested, callback))
             return inner(*args, **kwargs)
-        telling = _Telling([(wanted, say)], known)
-        dtype = _dtype_of((*args, *kwargs.values()))
-        tellings[module] = telling
+        interception = _Interception([(requested, callback)], verified)
+        dtype = _input_dtype((*args, *kwargs.values()))
+        interceptions[module] = interception
         try:
-            with _listening(module, style, telling, dtype):
+            with _interception_mode(module, style, interception, dtype):
                 return inner(*args, **kwargs)
         finally:
-            tellings.pop(module, None)
+            interceptions.pop(module, None)
 
-    lent.later(functools.partial(_forget, module, say))
-    if style == "interface" and not wanted & {"router"}:
+    overrides.later(functools.partial(_discard_interrupted, module, callback))
+    if style == "interface" and "router" not in requested:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, _attention)
-        lent.share(module, "config", _listened)
-    lent.around(module, "forward", speaking, acts)
+        overrides.share(module, "config", _intercepting_config)
+    overrides.around(module, "forward", intercepted_forward, applies)
 
 
-def _forget(module: nn.Module, say: Say) -> None:
-    """Forget a forward that was interrupted before it could end."""
-    telling = _LISTENING.tellings.get(module)
-    if telling is not None and telling.first is say:
-        _LISTENING.tellings.pop(module, None)
+def _discard_interrupted(module: nn.Module, callback: TensorCallback) -> None:
+    """Discards the interception of a forward that was interrupted before it ended."""
+    interception = _RUNNING.interceptions.get(module)
+    if interception is not None and interception.first_callback is callback:
+        _RUNNING.interceptions.pop(module, None)
 
 
-def _listening(
-    module: nn.Module, style: Style, telling: _Telling, dtype: torch.dtype
+def _interception_mode(
+    module: nn.Module, style: Style, interception: _Interception, dtype: torch.dtype
 ) -> AbstractContextManager[Any]:
-    if telling.wants("router"):
-        return _Router(telling.say)
+    if interception.needs("router"):
+        return _RouterMode(interception.replace)
     if style == "own":
-        return _Arithmetic(telling.say, dtype)
-    telling.kind = module.config.__dict__["_attn_implementation_internal"]  # pyright: ignore
+        return _SoftmaxMode(interception.replace, dtype)
+    interception.implementation = _configured_implementation(module)
     return nullcontext()
 
 
-def _dtype_of(given: tuple[Any, ...]) -> torch.dtype:
-    """The dtype that a module was given numbers in, in which its masks are made too."""
-    return next(
-        (each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()),
-        torch.float32,
-    )
+def _configured_implementation(module: nn.Module) -> str:
+    return module.config.__dict__["_attn_implementation_internal"]  # pyright: ignore
+
+
+def _input_dtype(arguments: tuple[Any, ...]) -> torch.dtype:
+    """Returns the dtype of the first floating-point argument, which masks have too."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            return argument.dtype
+    return torch.float32
 
 
 class _Unchanged(Exception):
-    """Nothing that was told of was changed: the values need not be weighed once more."""
+    """Raised when no callback changed scores or pattern, to end eager attention early."""
 
 
 class Mode(TorchFunctionMode):
-    """A mode of hookkit's. Torch lays a mode aside while it works; Ctrl-C may come in between."""
+    """A torch function mode that is removed even if Ctrl-C comes while torch sets it aside."""
 
     def __exit__(self, *_: object) -> None:
         if _get_current_function_mode() is self:
@@ -147,34 +156,41 @@ class Mode(TorchFunctionMode):
 
 
 def modes() -> list[Any]:
-    """The modes of this thread, the innermost last."""
+    """Returns the torch function modes of this thread, the innermost last."""
     return _get_current_function_mode_stack()
 
 
-def keep_modes(kept: list[Any]) -> None:
-    """Take those modes of hookkit's off this thread that are not among these."""
-    now = modes()
-    right = [mode for mode in now if mode in kept or not isinstance(mode, Mode)]
-    if right == now:
+def keep_modes(modes_to_keep: list[Any]) -> None:
+    """Removes from this thread's stack every mode of hookkit that is not among these."""
+    current = modes()
+    remaining = [mode for mode in current if mode in modes_to_keep or not isinstance(mode, Mode)]
+    if remaining == current:
         return
-    for _ in now:
+    for _ in current:
         _pop_mode()
-    for mode in right:
+    for mode in remaining:
         _push_mode(mode)
 
 
-class _Arithmetic(Mode):
-    """Tells of the first softmax, into which scores go and out of which the pattern comes, wherever it is written.
+class _SoftmaxMode(Mode):
+    """Passes the input (scores) and output (pattern) of the first softmax to a callback.
 
-    `dtype` is that of the masks, which may be narrower than that of the scores. With `stop`, `_Unchanged` ends the
-    computation behind a pattern that nobody changed.
+    `dtype` is the dtype of the masks, which may be narrower than that of the scores. Only the first
+    `key_count` columns are keys; a sink may follow them. With `stop=True`, `_Unchanged` is raised
+    after an unchanged pattern.
     """
 
     def __init__(
-        self, say: Say, dtype: torch.dtype, keys: int | None = None, *, stop: bool = False
+        self,
+        callback: TensorCallback,
+        dtype: torch.dtype,
+        key_count: int | None = None,
+        *,
+        stop: bool = False,
     ) -> None:
         super().__init__()
-        self.say, self.dtype, self.keys, self.stop, self.done = say, dtype, keys, stop, False
+        self.callback, self.dtype, self.key_count, self.stop = callback, dtype, key_count, stop
+        self.done = False
         self.changed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,35 +200,40 @@ class _Arithmetic(Mode):
             return self._softmax(func, args, kwargs)
         if not self.done and func is nn.functional.scaled_dot_product_attention:
             self.done = True
-            written_out = self._written_out(*args, **kwargs)
-            return written_out if self.changed else func(*args, **kwargs)
+            eager_output = self.eager_attention(*args, **kwargs)
+            if self.changed:
+                return eager_output
         return func(*args, **kwargs)
 
     def _softmax(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        scores, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
-        keys = (
-            scores.shape[-1] if self.keys is None else self.keys
-        )  # behind the keys may stand a sink
-        pattern = func(self._told("scores", scores, keys), *rest, **kwargs)
-        pattern = self._told("pattern", pattern, keys)
+        if args:
+            scores, *further = args
+        else:
+            scores, further = kwargs.pop("input"), []
+        key_count = self.key_count
+        if key_count is None:
+            key_count = scores.shape[-1]
+        pattern = func(self._replace("scores", scores, key_count), *further, **kwargs)
+        pattern = self._replace("pattern", pattern, key_count)
         if self.stop and not self.changed:
             raise _Unchanged
         return pattern
 
-    def _told(self, name: str, found: Tensor, keys: int) -> Tensor:
-        part = found[..., :keys]
-        shown = _wider(part, self.dtype) if name == "scores" else part
-        new = self.say(name, shown)
-        if name == "scores" and new is not shown:
-            new = torch.where(hidden(shown), part, new)  # what the mask hid is hidden still
-        if new is shown or (torch.equal(new, part) and not new.requires_grad):
-            return (
-                found  # a capture with gradients has to be on their path, so it counts as a change
-            )
+    def _replace(self, name: str, full: Tensor, key_count: int) -> Tensor:
+        part = full[..., :key_count]
+        old = _with_full_mask(part, self.dtype) if name == "scores" else part
+        new = self.callback(name, old)
+        if name == "scores" and new is not old:
+            new = torch.where(hidden(old), part, new)  # masked keys stay masked
+        # a new tensor that requires gradients counts as a change: a capture must be on their path
+        if new is old or (torch.equal(new, part) and not new.requires_grad):
+            return full
         self.changed = True
-        return new if keys == found.shape[-1] else torch.cat([new, found[..., keys:]], dim=-1)
+        if key_count == full.shape[-1]:
+            return new
+        return torch.cat([new, full[..., key_count:]], dim=-1)
 
-    def _written_out(
+    def eager_attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -223,13 +244,13 @@ class _Arithmetic(Mode):
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:
-        """What torch's fused attention computes, in steps."""
-        scores = (
-            query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        )
-        mask = _causal(scores) if is_causal else attn_mask
+        """Returns what `scaled_dot_product_attention` computes, step by step."""
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        scores = query @ key.transpose(-1, -2) * scale
+        mask = _causal_mask(scores) if is_causal else attn_mask
         if mask is not None:
-            scores = scores + (_as_added(mask, scores.dtype) if mask.dtype == torch.bool else mask)
+            scores = scores + _to_additive(mask, scores.dtype)
         pattern = self._softmax(nn.functional.softmax, (scores,), {"dim": -1}).to(value.dtype)
         return nn.functional.dropout(pattern, dropout_p) @ value
 
@@ -237,62 +258,69 @@ class _Arithmetic(Mode):
 def squares(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
 ) -> dict[str, Tensor]:
-    """The scores and the pattern of a call of torch's fused attention."""
-    told: dict[str, Tensor] = {}
-    arithmetic = _Arithmetic(lambda name, found: told.setdefault(name, found), query.dtype)
-    arithmetic._written_out(query, key, value, *args, **settings)
-    return told
+    """Returns the "scores" and the "pattern" of a call of `scaled_dot_product_attention`."""
+    tensors: dict[str, Tensor] = {}
+    _SoftmaxMode(tensors.setdefault, query.dtype).eager_attention(
+        query, key, value, *args, **settings
+    )
+    return tensors
 
 
-def _wider(scores: Tensor, masks: torch.dtype) -> Tensor:
-    """Scores in which a mask of a narrower dtype hides keys as one of their own would (gptj adds float16's smallest
-    number to float32 scores)."""
-    if torch.finfo(masks).min == torch.finfo(scores.dtype).min:
+def _with_full_mask(scores: Tensor, mask_dtype: torch.dtype) -> Tensor:
+    """Returns scores in which masked keys have the smallest number of the scores' own dtype.
+
+    A mask of a narrower dtype has a larger one: gptj adds float16's smallest number to float32
+    scores.
+    """
+    smallest = torch.finfo(scores.dtype).min
+    if torch.finfo(mask_dtype).min == smallest:
         return scores
-    return scores.masked_fill(hidden(scores, masks), torch.finfo(scores.dtype).min)
+    return scores.masked_fill(hidden(scores, mask_dtype), smallest)
 
 
-class _Router(Mode):
-    """Tells of the first linear map in a router, which gives its logits."""
+class _RouterMode(Mode):
+    """Passes the output of the first linear map of a router, which is its logits, to a callback."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, callback: TensorCallback) -> None:
         super().__init__()
-        self.say, self.done = say, False
+        self.callback, self.done = callback, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         if self.done or func is not nn.functional.linear:
-            return found
+            return output
         self.done = True
-        return self.say("router", found)
+        return self.callback("router", output)
 
 
-class _Listens:
-    """A kind of configuration that names hookkit's attention while an attention module of this thread is listened to.
+class _InterceptingConfig:
+    """Mixin for a configuration that names hookkit's attention while this thread runs an
+    intercepted forward.
 
-    An attention module looks its function up by the name in its configuration, at each call.
+    An attention module looks up its implementation by the name in its configuration at each call.
     """
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Leave out what transformers does with the configurations of new models."""
+        """Skips what transformers does to the configuration classes of new models."""
 
     @property
     def _attn_implementation(self) -> str:
-        return NAME if _LISTENING.tellings else self.__dict__["_attn_implementation_internal"]
+        if _RUNNING.interceptions:
+            return NAME
+        return self.__dict__["_attn_implementation_internal"]
 
 
-def _listened(config: Any) -> Any:
-    """The same configuration, also for what is set in one of the two later, as one of that kind."""
-    kind = _listened_kind(type(config))
-    listened: Any = object.__new__(kind)
-    object.__setattr__(listened, "__dict__", config.__dict__)
-    return listened
+def _intercepting_config(config: Any) -> Any:
+    """Returns a configuration with the mixin, which shares the attributes of `config`."""
+    intercepting: Any = object.__new__(_intercepting_class(type(config)))
+    object.__setattr__(intercepting, "__dict__", config.__dict__)
+    return intercepting
 
 
 @functools.cache
-def _listened_kind(kind: type[Any]) -> type[Any]:
-    make: Any = type(kind)
-    return make(kind.__name__, (_Listens, kind), {})
+def _intercepting_class(config_class: type[Any]) -> type[Any]:
+    metaclass: Any = type(config_class)
+    return metaclass(config_class.__name__, (_InterceptingConfig, config_class), {})
 
 
 def _attention(
@@ -303,123 +331,125 @@ def _attention(
     attention_mask: Any,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """A module's attention, which says what it has inside. What transformers' interface calls.
+    """Computes a module's attention and intercepts its tensors. transformers' AttentionInterface
+    calls it.
 
-    query is [batch, head, query, d_head], key and value [batch, kv_head, key, d_head] with all that the cache holds.
-    Comes back: [batch, query, head, d_head], and the pattern where the function in use gives one.
+    `query` is [batch, head, query, d_head]; `key` and `value` are [batch, kv_head, key, d_head],
+    with all that the cache holds. Returns [batch, query, head, d_head], and the pattern if the
+    implementation in use returns one.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    telling = _LISTENING.tellings.get(module)
-    if telling is None:  # an attention module in the midst of another one, which is listened to
-        kind = module.config.__dict__["_attn_implementation_internal"]  # pyright: ignore
-        function: Any = ALL_ATTENTION_FUNCTIONS.get(kind, _own_attention(module))
-        return function(module, query, key, value, attention_mask, **settings)
-    query, key, value = (
-        telling.say("query", query),
-        telling.say("key", key),
-        telling.say("value", value),
-    )
-    own = _own_attention(module)
-    fused: Any = ALL_ATTENTION_FUNCTIONS.get(telling.kind, own)  # get_interface is not in 5.0
-    if not telling.wants("scores", "pattern"):
-        return fused(module, query, key, value, attention_mask, **settings)
-    mask = _additive(attention_mask, query, key, settings.get("sliding_window"))
-    compare = (
-        telling.kind not in telling.verified and not module.training and fused is not own
-    )  # dropout draws anew
-    if not compare and fused is not own:
-        with suppress(_Unchanged), _Arithmetic(telling.say, query.dtype, key.shape[2], stop=True):
-            return own(module, query, key, value, mask, **settings)
-        return fused(module, query, key, value, attention_mask, **settings)
-    with _Arithmetic(telling.say, query.dtype, key.shape[2]) as arithmetic:
-        written_out = own(module, query, key, value, mask, **settings)
-    if not compare:
-        return written_out
+    eager = _eager_attention_of(module)
+    interception = _RUNNING.interceptions.get(module)
+    if interception is None:  # an attention module inside another one that is intercepted
+        configured: Any = ALL_ATTENTION_FUNCTIONS.get(_configured_implementation(module), eager)
+        return configured(module, query, key, value, attention_mask, **settings)
+    query = interception.replace("query", query)
+    key = interception.replace("key", key)
+    value = interception.replace("value", value)
+    # transformers 5.0 has no get_interface
+    fused: Any = ALL_ATTENTION_FUNCTIONS.get(interception.implementation, eager)
+    compute_fused = functools.partial(fused, module, query, key, value, attention_mask, **settings)
+    if not interception.needs("scores", "pattern"):
+        return compute_fused()
+    mask = _additive_mask(attention_mask, query, key, settings.get("sliding_window"))
+    compute_eager = functools.partial(eager, module, query, key, value, mask, **settings)
+    key_count = key.shape[2]
+    if fused is eager:
+        with _SoftmaxMode(interception.replace, query.dtype, key_count):
+            return compute_eager()
+    # in training, dropout makes two computations differ
+    if interception.implementation in interception.verified or module.training:
+        with (
+            suppress(_Unchanged),
+            _SoftmaxMode(interception.replace, query.dtype, key_count, stop=True),
+        ):
+            return compute_eager()
+        return compute_fused()
+    with _SoftmaxMode(interception.replace, query.dtype, key_count) as mode:
+        eager_output = compute_eager()
     with torch.no_grad():
-        plain = (
-            own(module, query, key, value, mask, **settings) if arithmetic.changed else written_out
-        )
-        used = fused(module, query, key, value, attention_mask, **settings)
-        _check_same(module, telling.kind, plain[0], used[0], mask)
-    telling.verified.add(telling.kind)
-    return (
-        written_out
-        if arithmetic.changed
-        else fused(module, query, key, value, attention_mask, **settings)
-    )
+        unedited = compute_eager() if mode.changed else eager_output
+        _check_equal(module, interception.implementation, unedited[0], compute_fused()[0], mask)
+    interception.verified.add(interception.implementation)
+    return eager_output if mode.changed else compute_fused()
 
 
-def _check_same(
-    module: nn.Module, kind: str, own: Tensor, fused: Tensor, mask: Tensor | None
+def _check_equal(
+    module: nn.Module, implementation: str, eager: Tensor, fused: Tensor, mask: Tensor | None
 ) -> None:
-    """Raise if the attention in use computes something else than the steps that were told of (sdpa has no soft-cap)."""
-    difference = (
-        (own.detach().float() - fused.detach().float().reshape(own.shape)).abs().amax((-2, -1))
-    )
-    if (
-        mask is not None
-    ):  # what a query of the padding gives, which sees nothing, is nobody's concern
+    """Raises `Unsupported` if `fused` differs from `eager` (sdpa has no soft-cap)."""
+    difference = (eager.detach().float() - fused.detach().float().reshape(eager.shape)).abs()
+    difference = difference.amax((-2, -1))
+    if mask is not None:  # the output of a padding query, which attends to nothing, may be anything
         blind = hidden(mask).all(-1)  # [query], or [batch, head, query]
-        blind = blind.all(1) if blind.ndim == 3 else blind
+        if blind.ndim == 3:
+            blind = blind.all(1)
         difference = difference.masked_fill(blind.expand_as(difference), 0)
-    apart = float(difference.max())
-    limit = 16 * torch.finfo(own.dtype).eps * max(1.0, float(own.detach().abs().max()))
-    if apart > max(limit, 1e-4):
+    largest = float(difference.max())
+    scale = max(1.0, float(eager.detach().abs().max()))
+    limit = 16 * torch.finfo(eager.dtype).eps * scale
+    if largest > max(limit, 1e-4):
         raise Unsupported(
-            f"{type(module).__name__} under {kind!r} computes another attention than its own code does step by step "
-            f"(they differ by {apart:.2g}: a soft-cap or a sink that {kind!r} leaves out, say), so its scores and "
-            "pattern cannot be told: load the model with attn_implementation='eager'"
+            f"{type(module).__name__} under {implementation!r} computes another attention than its "
+            f"own code does step by step (they differ by {largest:.2g}; {implementation!r} may "
+            "leave out a soft-cap or a sink), so its scores and pattern are unknown: load the "
+            "model with attn_implementation='eager'"
         )
 
 
-def _own_attention(module: nn.Module) -> Any:
-    """The function of the module's own file that computes attention step by step."""
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if own is None:
+def _eager_attention_of(module: nn.Module) -> Any:
+    """Returns the function in the module's own file that computes attention step by step."""
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
         raise Unsupported(
-            f"{type(module).__name__} has no attention of its own that gives weights (eager_attention_forward): "
-            "scores, pattern, q_rot and k_rot cannot be reached; q, k, v and z can"
+            f"{type(module).__name__} has no attention of its own that gives weights "
+            "(eager_attention_forward): scores, pattern, q_rot and k_rot cannot be reached; q, k, "
+            "v and z can"
         )
-    return own
+    return function
 
 
-def _additive(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
-    """A mask to be added to the scores, whatever kind the model was going to use.
+def _additive_mask(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
+    """Returns a mask to add to the scores, from the mask that any attention implementation
+    receives.
 
-    transformers gives sdpa no mask where a causal one is meant (then the first query stands at the first key), or a
-    boolean one that is true for what is seen; flash attention gets the padding mask of the keys, or none.
+    transformers passes no mask to sdpa for plain causal attention (the first query is then at the
+    first key), or a boolean one that is true where a query attends. Flash attention receives the
+    padding mask of the keys, or none.
     """
     queries, keys = query.shape[2], key.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
         raise Unsupported(
-            f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with sdpa"
+            f"a mask of {type(mask).__name__} (flex attention) cannot be read: load the model with "
+            "sdpa"
         )
+    if mask is None and queries == 1:
+        return None
     if mask is None:
-        return (
-            None if queries == 1 else _causal(query.new_empty(queries, keys))[None, None]
-        )  # 5.0 cuts four axes
+        # transformers 5.0 slices four axes
+        return _causal_mask(query.new_empty(queries, keys))[None, None]
     if mask.ndim == 4:
-        return (
-            _as_added(mask[..., :keys], query.dtype)
-            if mask.dtype == torch.bool
-            else mask[..., :keys]
-        )
-    places = torch.arange(keys - queries, keys, device=query.device)[:, None]
-    columns = torch.arange(keys, device=query.device)
-    seen = (columns <= places) & mask[:, None, None, :keys].bool()
-    return _as_added(seen if window is None else seen & (columns > places - window), query.dtype)
+        return _to_additive(mask[..., :keys], query.dtype)
+    query_positions = torch.arange(keys - queries, keys, device=query.device)[:, None]
+    key_positions = torch.arange(keys, device=query.device)
+    visible = (key_positions <= query_positions) & mask[:, None, None, :keys].bool()
+    if window is not None:
+        visible = visible & (key_positions > query_positions - window)
+    return _to_additive(visible, query.dtype)
 
 
-def _causal(scores: Tensor) -> Tensor:
-    """The mask to be added where the first query stands at the first key."""
+def _causal_mask(scores: Tensor) -> Tensor:
+    """Returns the additive causal mask for scores whose first query is at the first key."""
     queries, keys = scores.shape[-2:]
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
-    return _as_added(seen, scores.dtype)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
+    return _to_additive(visible, scores.dtype)
 
 
-def _as_added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is true for what is seen, as one that is added."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-        ~seen, torch.finfo(dtype).min
-    )
+def _to_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a boolean mask (true where a query attends) as an additive one."""
+    if mask.dtype != torch.bool:
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)

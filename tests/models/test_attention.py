@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 import hookkit as hk
 from hookkit.errors import BadEdit, BadHook, Unsupported
-from hookkit.models.attention import _additive
+from hookkit.models.attention import _additive_mask
 
 IDS = [5, 9, 17, 200, 33, 41, 7]
 
@@ -198,7 +198,7 @@ def test_a_routers_edited_logits_choose_other_experts():
 def test_every_kind_of_mask_is_read_as_one_that_is_added():
     query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)
     lowest = torch.finfo(torch.float32).min
-    flash = _additive(torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), query, key, None)
+    flash = _additive_mask(torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), query, key, None)
     assert flash is not None
     assert (flash[0, 0] == 0).tolist() == [
         [True] * 3 + [False] * 2,
@@ -206,12 +206,12 @@ def test_every_kind_of_mask_is_read_as_one_that_is_added():
         [True] * 5,
     ]
     assert flash[1, 0, 0].tolist() == [lowest, 0, 0, lowest, lowest]
-    window = _additive(torch.ones(2, 5), query, key, 2)
+    window = _additive_mask(torch.ones(2, 5), query, key, 2)
     assert window is not None and (window[0, 0] == 0).sum(-1).tolist() == [2, 2, 2]
-    causal = _additive(None, query, key, None)
+    causal = _additive_mask(None, query, key, None)
     assert causal is not None and (causal[0, 0] == 0).sum(-1).tolist() == [
         1,
         2,
         3,
     ]  # four axes, which 5.0 cuts
-    assert _additive(None, query[:, :, :1], key, None) is None
+    assert _additive_mask(None, query[:, :, :1], key, None) is None

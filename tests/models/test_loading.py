@@ -257,7 +257,7 @@ def test_a_conversion_that_breaks_off_never_becomes_the_cache_and_the_next_one_s
 def test_two_processes_at_once_make_one_cache(cache):
     code = """
 import sys, time
-from hookkit import zoo
+from hookkit.models import loading as zoo
 def convert(gguf, folder):
     folder.mkdir(); time.sleep(0.5); (folder / "made").write_text("x"); print("made", flush=True)
 zoo._fetch = lambda place: place / "x.gguf"
