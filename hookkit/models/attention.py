@@ -294,8 +294,7 @@ class _RouterMode(Mode):
 
 
 class _InterceptingConfig:
-    """Mixin for a configuration that names hookkit's attention while this thread runs an
-    intercepted forward.
+    """Mixin for a configuration that names hookkit's attention during an intercepted forward.
 
     An attention module looks up its implementation by the name in its configuration at each call.
     """
@@ -331,8 +330,7 @@ def _attention(
     attention_mask: Any,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes a module's attention and intercepts its tensors. transformers' AttentionInterface
-    calls it.
+    """Computes a module's attention through transformers' AttentionInterface and intercepts it.
 
     `query` is [batch, head, query, d_head]; `key` and `value` are [batch, kv_head, key, d_head],
     with all that the cache holds. Returns [batch, query, head, d_head], and the pattern if the
@@ -412,8 +410,7 @@ def _eager_attention_of(module: nn.Module) -> Any:
 
 
 def _additive_mask(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
-    """Returns a mask to add to the scores, from the mask that any attention implementation
-    receives.
+    """Returns a mask to add to the scores, from one made for any attention implementation.
 
     transformers passes no mask to sdpa for plain causal attention (the first query is then at the
     first key), or a boolean one that is true where a query attends. Flash attention receives the

@@ -1,6 +1,6 @@
-"""The models on this machine: the default one, and those that the Hugging Face Hub's client keeps.
+"""The models stored on this machine: the default one, and those in the Hugging Face Hub's cache.
 
-Nothing is loaded to list, fetch or remove a model.
+Listing, fetching or removing a model does not load it.
 """
 
 import shutil
@@ -14,18 +14,20 @@ from .loading import DEFAULT, PACKAGE, cache_folder, default_folder, reading_fai
 
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin")
 
 
 def stored() -> pd.DataFrame:
-    """The models that are kept on this machine, one row for each revision.
+    """Returns the models stored on this machine, one row for each revision.
 
-    Columns: model (its name for `load`; the default model needs none), revision (a commit), megabytes, files, used
-    (when it was last read, as a date), path.
+    Columns: model (its name for `load`; the default model needs none), revision (a commit),
+    megabytes, files, used (the date on which it was last read), path.
     """
-    rows = [_default_row(folder) for folder in _defaults()]
-    for repo in _hub():
-        for revision in sorted(repo.revisions, key=lambda each: each.last_modified, reverse=True):
-            used = pd.Timestamp(repo.last_accessed, unit="s").date().isoformat()
+    rows = [_default_row(folder) for folder in _default_folders()]
+    for repo in _hub_models():
+        used = pd.Timestamp(repo.last_accessed, unit="s").date().isoformat()
+        revisions = sorted(repo.revisions, key=lambda item: item.last_modified, reverse=True)
+        for revision in revisions:
             size, count = round(revision.size_on_disk / 1e6, 1), len(revision.files)
             path = str(revision.snapshot_path)
             rows.append([repo.repo_id, revision.commit_hash, size, count, used, path])
@@ -33,7 +35,10 @@ def stored() -> pd.DataFrame:
 
 
 def places() -> pd.DataFrame:
-    """The folders in which models are kept. Columns: of (what), path, set_by (the variable that says another)."""
+    """Returns the folders in which models are stored.
+
+    Columns: of (what is stored), path, set_by (the environment variables that set it).
+    """
     rows = [
         [DEFAULT, str(cache_folder()), "HOOKKIT_CACHE"],
         ["the Hub", str(_hub_folder()), "HF_HOME, HF_HUB_CACHE"],
@@ -42,57 +47,64 @@ def places() -> pd.DataFrame:
 
 
 def fetch(name: str | None = None, revision: str | None = None) -> Path:
-    """Bring a model onto this machine, the default one if none is named; its folder.
+    """Downloads a model, by default the default one, and returns its folder.
 
-    `ModelNotFound` for a name that the Hub does not know, `DownloadFailed` where it does not answer.
+    Raises `ModelNotFound` for a name that the Hub does not have, and `DownloadFailed` if it does
+    not answer.
     """
     if name is None:
         return default_folder()
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        files = [
-            each.rfilename for each in HfApi().model_info(name, revision=revision).siblings or []
-        ]
-        kind = "*.safetensors" if any(each.endswith(".safetensors") for each in files) else None
-        ignored = [each for each in WEIGHTS if kind is not None and each != kind]
-        ignored += ["*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin"]
+        siblings = HfApi().model_info(name, revision=revision).siblings or []
+        ignored = list(OTHER_FORMATS)
+        if any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
+            ignored += [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
         return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the Hub's client fails in many ways
         raise reading_failed(name, error) from error
 
 
 def remove(name: str, revision: str | None = None) -> float:
-    """Delete a model, or one revision of it, from this machine; the megabytes that came free. `ModelNotFound` if it is
-    not there."""
+    """Deletes a model or one of its revisions, and returns how many megabytes were freed.
+
+    Raises `ModelNotFound` if it is not stored.
+    """
     if name == DEFAULT and revision is None:
         return _remove_default()
-    found = [repo for repo in _hub() if repo.repo_id == name]
-    hashes = [each.commit_hash for repo in found for each in repo.revisions]
-    wanted = [each for each in hashes if revision is None or each.startswith(revision)]
-    if not wanted:
-        known = [DEFAULT, *(repo.repo_id for repo in _hub())]
-        said = f" of revision {revision!r}" if found else ""
+    stored_hashes = _commit_hashes(name)
+    hashes = [commit for commit in stored_hashes if revision is None or commit.startswith(revision)]
+    if not hashes:
+        of_revision = f" of revision {revision!r}" if stored_hashes else ""
+        names = [DEFAULT, *(repo.repo_id for repo in _hub_models())]
         raise ModelNotFound(
-            f"no model {name!r}{said} is kept on this machine{did_you_mean(name, known)}"
+            f"no model {name!r}{of_revision} is kept on this machine{did_you_mean(name, names)}"
         )
-    plan = _hub_info().delete_revisions(*wanted)
+    plan = _hub_info().delete_revisions(*hashes)
     plan.execute()
-    left = {each.commit_hash for repo in _hub() for each in repo.revisions} & {*wanted}
-    if left:  # the Hub's client logs that, and goes on
+    if not set(hashes).isdisjoint(_commit_hashes(name)):  # the Hub's client only logs a failure
         raise BadFile(
-            f"{name} cannot be removed from {_hub_folder()}: allow it, or remove the folder yourself"
+            f"{name} cannot be removed from {_hub_folder()}: allow it, or remove the folder "
+            "yourself"
         )
     return round(plan.expected_freed_size / 1e6, 1)
 
 
-def _defaults() -> list[Path]:
+def _commit_hashes(name: str) -> list[str]:
+    """Returns the commits of a model that are in the Hub's cache."""
+    hashes: list[str] = []
+    for repo in _hub_models():
+        if repo.repo_id == name:
+            hashes.extend(revision.commit_hash for revision in repo.revisions)
+    return hashes
+
+
+def _default_folders() -> list[Path]:
     folder = cache_folder()
-    return (
-        sorted(path for path in folder.glob(f"{DEFAULT}-*") if path.is_dir())
-        if folder.is_dir()
-        else []
-    )
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.glob(f"{DEFAULT}-*") if path.is_dir())
 
 
 def _default_row(folder: Path) -> list[Any]:
@@ -104,13 +116,13 @@ def _default_row(folder: Path) -> list[Any]:
 
 
 def _remove_default() -> float:
-    found = _defaults()
-    if not found:
+    folders = _default_folders()
+    if not folders:
         raise ModelNotFound(
             f"the default model, {DEFAULT} of the package {PACKAGE}, is not kept on this machine"
         )
-    freed = sum(float(_default_row(folder)[2]) for folder in found)
-    for folder in found:
+    freed = sum(float(_default_row(folder)[2]) for folder in folders)
+    for folder in folders:
         try:
             shutil.rmtree(folder)
         except OSError as error:
@@ -130,11 +142,9 @@ def _hub_info() -> Any:
     return scan_cache_dir(_hub_folder())
 
 
-def _hub() -> list[Any]:
-    """The models in the Hub's cache; none where there is no such folder yet."""
+def _hub_models() -> list[Any]:
+    """Returns the models in the Hub's cache, sorted by name."""
     if not _hub_folder().is_dir():
         return []
-    return sorted(
-        (repo for repo in _hub_info().repos if repo.repo_type == "model"),
-        key=lambda repo: repo.repo_id,
-    )
+    models = [repo for repo in _hub_info().repos if repo.repo_type == "model"]
+    return sorted(models, key=lambda repo: repo.repo_id)

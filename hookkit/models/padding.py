@@ -1,11 +1,15 @@
-"""Padding: how rows of several lengths are given to a model, proved once on a padded row against the row alone.
+"""Padding: how a model receives rows of several lengths.
 
-Models count positions in many ways: from 0, from an offset behind the padding id (RoBERTa), in columns with the padding
-counted in (BART), or by the mask. What a model is given beside ids and a mask is therefore chosen by trial: the first
-of a few ways in which a padded row has the numbers of the row alone. Where none has, `Unsupported` says what to do.
+A trial compares a padded row with the row alone.
 
-A trial is a few forwards of nine tokens, the first time that a model is given padding on a side. It runs without
-gradients, in evaluation mode, and neither the user's hooks nor hookkit's see it.
+Models count positions in many ways: from 0, from an offset after the padding id (RoBERTa), in
+columns that include the padding (BART), or by the mask. Therefore a trial chooses what a model
+receives besides ids and a mask: the first of a few schemes in which a padded row has the numbers of
+the row alone. If none has, `Unsupported` says what to do.
+
+A trial is a few forwards of nine tokens, the first time that a model receives padding on one side.
+It runs without gradients and in evaluation mode, and it calls neither the user's hooks nor
+hookkit's.
 """
 
 import threading
@@ -23,38 +27,38 @@ from .lm import LM
 from .overrides import Lent
 
 Side: TypeAlias = Literal["left", "right"]
-LONG, SHORT = 9, 5  # tokens of the rows of a trial
+LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-OTHERS_NOISE = 5  # so many times what an unpadded batch changes may be changed by padding
-LIBRARIES = (
+NOISE_FACTOR = 5  # padding may change logits by this multiple of what an unpadded batch changes
+LIBRARIES = (  # a model needs the hooks of these
     "torch",
     "transformers",
     "accelerate",
     "peft",
     "deepspeed",
     "hookkit",
-)  # whose hooks a model needs
+)
 _thread = threading.local()
 
 
 def unseen() -> bool:
-    """True in a trial's forwards, which hooks are not to see."""
-    return getattr(_thread, "unseen", False)
+    """True in the forwards of a trial, which hooks must ignore."""
+    return getattr(_thread, "in_trial", False)
 
 
 @dataclass(frozen=True)
-class Way:
-    """What a model is given with a padded batch.
+class PaddingScheme:
+    """What a model receives with a padded batch.
 
-    positions  whether it is given position ids, and the first of them
-    fill       the id that stands in the padding, where the model knows padding by it
+    positions  the first position id, or None if the model receives no position ids
+    fill       the id in the padding, or None if the model knows padding by the mask alone
     """
 
     positions: int | None = None
     fill: int | None = None
 
     def inputs(self, ids: Tensor, positions: Tensor, width: int) -> dict[str, Tensor]:
-        """The arguments for ids with these positions, -1 where there is padding: those of the last `width` columns."""
+        """Returns the arguments for the last `width` columns. `positions` is -1 in the padding."""
         real = positions >= 0
         if self.fill is not None:
             ids = ids.where(real.to(ids.device), self.fill)
@@ -68,60 +72,70 @@ class Way:
 def padded_inputs(
     lm: LM, ids: Tensor, positions: Tensor, side: Side, width: int | None = None
 ) -> dict[str, Tensor]:
-    """The arguments of a forward over a padded batch, of which the last `width` columns are run.
+    """Returns the arguments of a forward over the last `width` columns of a padded batch.
 
     `positions` [row, column] counts each row's tokens from 0, and is -1 in the padding.
     """
-    return way_of(lm, side).inputs(ids, positions, ids.shape[1] if width is None else width)
+    return _padding_scheme(lm, side).inputs(
+        ids, positions, ids.shape[1] if width is None else width
+    )
 
 
 def pads(lm: LM, side: Side) -> bool:
-    """True if a batch can be padded on this side: if a padded row then has the numbers of the row alone."""
+    """True if a row that is padded on this side has the numbers of the row alone."""
     try:
-        way_of(lm, side)
+        _padding_scheme(lm, side)
     except Unsupported:
         return False
     return True
 
 
-def way_of(lm: LM, side: Side) -> Way:
-    """What the model is given with a batch that is padded on this side, or `Unsupported` where no way is right."""
-    key = "padding", side, *_state(lm)
+def _padding_scheme(lm: LM, side: Side) -> PaddingScheme:
+    """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right."""
+    key = "padding", side, *_trial_key(lm)
     if key not in lm.learnt:
-        lm.learnt[key] = _tried(lm, side)
-    found = lm.learnt[key]
-    if isinstance(found, str):
-        raise Unsupported(found)
-    return found
+        lm.learnt[key] = _choose_scheme(lm, side)
+    scheme = lm.learnt[key]
+    if isinstance(scheme, str):
+        raise Unsupported(scheme)
+    return scheme
 
 
 def check_generation(
     lm: LM, *, padded: bool, chunk: int | None, width: int, cache: str | None = None
 ) -> None:
-    """Raise `Unsupported` where transformers' `generate` gives a row other logits than the row alone has.
+    """Raises `Unsupported` if `generate` gives a row other logits than the row alone has.
 
-    A batch that is `padded` on the left, a prompt that is read in chunks, another kind of `cache`, and a model whose
-    positions begin at an offset are tried, once for each kind: chunks of one token, chunks of which the last has one
-    token, and others.
+    A trial is made for a batch that is `padded` on the left, a prompt that is read in chunks,
+    another kind of `cache`, and a model whose positions begin at an offset. Each is tried once for
+    each kind of chunks: chunks of one token, chunks of which the last has one token, and others.
     """
-    rest = None if not chunk or chunk >= width else (min(chunk, 3), min(width % chunk, 2))
+    chunk_kind = _chunk_kind(chunk, width)
     # "paged" packs prompts into one row, which hooks refuse
-    other = cache if cache not in (None, "dynamic", "dynamic_full", "paged") else None
-    if not padded and rest is None and other is None and _offset(lm) is None:
+    if cache in ("dynamic", "dynamic_full", "paged"):
+        cache = None
+    if not padded and chunk_kind is None and cache is None and _position_offset(lm) is None:
         return
-    if padded and (rest is not None or other is not None):
+    if padded and (chunk_kind is not None or cache is not None):
         check_generation(lm, padded=True, chunk=None, width=width)
-    if rest is not None and other is not None:
-        check_generation(lm, padded=False, chunk=None, width=width, cache=other)
-    key = "padding", "generate", padded, rest, other, *_state(lm)
+    if chunk_kind is not None and cache is not None:
+        check_generation(lm, padded=False, chunk=None, width=width, cache=cache)
+    key = "padding", "generate", padded, chunk_kind, cache, *_trial_key(lm)
     if key not in lm.learnt:
-        lm.learnt[key] = _generated(lm, padded, rest, other)
+        lm.learnt[key] = _generation_problem(lm, padded, chunk_kind, cache)
     if lm.learnt[key] is not None:
         raise Unsupported(lm.learnt[key])
 
 
-def _state(lm: LM) -> tuple[Any, ...]:
-    """What may change which way is right."""
+def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
+    """Returns a chunk's size (at most 3) and the tokens of the last one (0 if full, at most 2)."""
+    if not chunk or chunk >= width:
+        return None
+    return min(chunk, 3), min(width % chunk, 2)
+
+
+def _trial_key(lm: LM) -> tuple[Any, ...]:
+    """Returns the properties of a model that may change the outcome of a trial."""
     return (
         getattr(lm.config, "_attn_implementation", None),
         getattr(lm.root, "dtype", None),
@@ -129,195 +143,235 @@ def _state(lm: LM) -> tuple[Any, ...]:
     )
 
 
-# ---- one forward
+# ---- trials of one forward
 
 
-def _tried(lm: LM, side: Side) -> Way | str:
+def _choose_scheme(lm: LM, side: Side) -> PaddingScheme | str:
+    """Returns the first scheme that is right, or the message of an error."""
     name = type(lm.root).__name__
     if not lm.accepts("attention_mask"):
         return (
-            f"the prompts have several lengths, and {name} takes no attention_mask to hide padding: give prompts of "
-            "one length, or one at a time"
+            f"the prompts have several lengths, and {name} takes no attention_mask to hide "
+            "padding: give prompts of one length, or one at a time"
         )
-    rows = _rows(lm)
+    rows = _trial_rows(lm)
+    differences: dict[PaddingScheme, float] = {}
     try:
-        with quiet(lm):
-            alone = [
-                _forward(lm, {"input_ids": torch.tensor([row], device=lm.device)})[0]
-                for row in rows
-            ]
-            wrong: dict[Way, float] = {}
-            for way in _ways(lm, side):
-                wrong[way] = _padded_apart(lm, way, side, rows, alone)
-                if wrong[way] <= _limit(lm, alone[1], 0.0):
-                    return way
-            together = _forward(
-                lm, {"input_ids": torch.tensor([rows[1], rows[1][::-1]], device=lm.device)}
-            )
-            noise = apart(together[0], alone[1])
-    except Exception as error:  # noqa: BLE001  whatever a model refuses: nothing is known of its padding then
+        with _trial_conditions(lm):
+            alone = [_forward_unpadded(lm, [row])[0] for row in rows]
+            exact_limit = _limit(lm, alone[1], 0.0)
+            for scheme in _possible_schemes(lm, side):
+                differences[scheme] = _padding_difference(lm, scheme, side, rows, alone)
+                if differences[scheme] <= exact_limit:
+                    return scheme
+            together = _forward_unpadded(lm, [rows[1], rows[1][::-1]])
+            noise = _relative_difference(together[0], alone[1])
+    except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        return f"a trial of {name} with a padded row failed ({reason}): give prompts of one length, or one at a time"
-    if noise <= _limit(
-        lm, alone[1], 0.0
-    ):  # what an unpadded batch changes too is not the padding's doing
-        for way, difference in wrong.items():
+        return (
+            f"a trial of {name} with a padded row failed ({reason}): give prompts of one length, "
+            "or one at a time"
+        )
+    if noise <= exact_limit:  # a change that an unpadded batch makes too is not due to padding
+        for scheme, difference in differences.items():
             if difference <= _limit(lm, alone[1], noise):
-                return way
-    return _refusal(lm, side, noise, min(wrong.values()))
+                return scheme
+    return _refusal(lm, side, noise, min(differences.values()))
 
 
-def _ways(lm: LM, side: Side) -> Iterator[Way]:
-    """The ways in which a model may be given padding on a side, the likeliest first."""
-    offset, own = _offset(lm), getattr(lm.config, "pad_token_id", None)
-    counted = (
-        [Way(0), *([] if offset is None else [Way(offset)])] if "position_ids" in lm.takes else []
-    )
-    plain = [Way(), *([] if not isinstance(own, int) else [Way(fill=own)])]
-    yield from (counted + plain if side == "left" else plain + counted)
+def _possible_schemes(lm: LM, side: Side) -> list[PaddingScheme]:
+    """Returns the schemes that a model may need, the most likely first."""
+    with_positions = []
+    if "position_ids" in lm.takes:
+        with_positions.append(PaddingScheme(0))
+        offset = _position_offset(lm)
+        if offset is not None:
+            with_positions.append(PaddingScheme(offset))
+    without_positions = [PaddingScheme()]
+    pad_token_id = getattr(lm.config, "pad_token_id", None)
+    if isinstance(pad_token_id, int):
+        without_positions.append(PaddingScheme(fill=pad_token_id))
+    if side == "left":
+        return with_positions + without_positions
+    return without_positions + with_positions
 
 
-def _offset(lm: LM) -> int | None:
-    """The first position of a table of positions whose rows begin behind that of the padding."""
+def _position_offset(lm: LM) -> int | None:
+    """Returns the first position of a position embedding whose first rows are for padding."""
     for path, module in lm.root.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if (
-            "position" in path.rpartition(".")[2]
-            and isinstance(module, nn.Embedding)
-            and padding is not None
-        ):
-            return padding + 1
+        is_position_embedding = "position" in path.rpartition(".")[2]
+        if is_position_embedding and isinstance(module, nn.Embedding):
+            padding_index = module.padding_idx
+            if padding_index is not None:
+                return padding_index + 1
     return None
 
 
-def _padded_apart(
-    lm: LM, way: Way, side: Side, rows: list[list[int]], alone: list[Tensor]
+def _padding_difference(
+    lm: LM, scheme: PaddingScheme, side: Side, rows: list[list[int]], alone: list[Tensor]
 ) -> float:
-    """How far the rows of a padded batch are from the rows alone."""
-    ids, positions = _batch(rows, side, lm.device)
-    values = _forward(lm, way.inputs(ids, positions, ids.shape[1]))
+    """Returns the largest relative difference between rows of a padded batch and the rows alone."""
+    ids, positions = _padded_batch(rows, side, lm.device)
+    values = _forward(lm, scheme.inputs(ids, positions, ids.shape[1]))
     differences = []
     for number, row in enumerate(rows):
         part = values[number, -len(row) :] if side == "left" else values[number, : len(row)]
-        differences.append(apart(part, alone[number]))
+        differences.append(_relative_difference(part, alone[number]))
     return max(differences)
 
 
 def _refusal(lm: LM, side: Side, noise: float, difference: float) -> str:
     name = type(lm.root).__name__
-    if noise > 0 and difference <= OTHERS_NOISE * noise:
+    if noise > 0 and difference <= NOISE_FACTOR * noise:
         return (
-            f"rows of one batch change one another in {name} (by {noise:.1g} of the size of the logits, without any "
-            "padding): give one prompt at a time"
+            f"rows of one batch change one another in {name} (by {noise:.1g} of the size of the "
+            "logits, without any padding): give one prompt at a time"
         )
-    other = "the right" if side == "left" else "the left"
+    problem = (
+        f"a row that is padded on the {side} has other numbers than the row alone in {name} (a "
+        f"trial was off by {difference:.1g} of the size of the logits)"
+    )
+    if side == "right":
+        return f"{problem}: give prompts of one length, or one at a time"
     return (
-        f"a row that is padded on the {side} has other numbers than the row alone in {name} (a trial was off by "
-        f"{difference:.1g} of the size of the logits), so its positions count the padding in: give prompts of one "
-        f"length, or one at a time; hk.forward with logits='all' pads on {other}"
-        if side == "left"
-        else f"a row that is padded on the right has other numbers than the row alone in {name} (a trial was off by "
-        f"{difference:.1g} of the size of the logits): give prompts of one length, or one at a time"
+        f"{problem}, so its positions count the padding in: give prompts of one length, or one at "
+        "a time; hk.forward with logits='all' pads on the right"
     )
 
 
-# ---- generate
+# ---- trials of generate
 
 
-def _generated(lm: LM, padded: bool, rest: tuple[int, int] | None, cache: str | None) -> str | None:
-    """None if `generate` gives each row the logits that the row alone has, else what to do."""
+@dataclass(frozen=True)
+class _GenerationTrial:
+    """The relative differences between logits that a trial of `generate` measured."""
+
+    limit: float  # of the other two kinds
+    generate_and_forward: float  # between `generate` and a forward, of one row
+    noise: float  # between an unpadded batch and a row
+    difference: float  # between the batch of the trial and its rows alone
+
+
+def _generation_problem(
+    lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
+) -> str | None:
+    """Returns an error message if `generate` gives other logits than a row alone has, else None."""
     name = type(lm.root).__name__
-    rows = [row[: LONG - 1] if rest is not None and rest[1] == 0 else row for row in _rows(lm)]
-    chunk = None if rest is None else _chunk(rest, len(rows[0]))
     try:
-        with quiet(lm):
-            expected = _forward(lm, {"input_ids": torch.tensor([rows[1]], device=lm.device)})[0, -1]
-            alone = [_written(lm, [row], None) for row in rows]
-            changed = apart(alone[1][0], expected)
-            together = _written(lm, [rows[1], rows[1][::-1]], None)
-            noise = apart(together[0], alone[1][0])
-            batch = rows if padded else rows[:1]
-            found = _written(lm, batch, chunk, cache)
-    except Exception as error:  # noqa: BLE001  whatever a model refuses: the user's own call will say it
-        if cache is not None or (not padded and chunk is None):
-            return None  # the user's own call says it
+        trial = _try_generation(lm, padded, chunk_kind, cache)
+    except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
+        if cache is not None or (not padded and chunk_kind is None):
+            return None  # the user's own call raises the same
         return (
-            f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give prompts of one "
-            "length, or one at a time, without prefill_chunk_size"
+            f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give "
+            "prompts of one length, or one at a time, without prefill_chunk_size"
         )
-    if changed > _limit(lm, alone[1], noise):
+    if trial.generate_and_forward > trial.limit:
         return (
-            f"transformers' generate counts the positions of {name} in another way than its forward does (a trial was "
-            f"off by {changed:.1g} of the size of the logits): call hk.forward, or write a decoding loop of your own "
-            "inside hk.attach"
+            f"transformers' generate counts the positions of {name} in another way than its "
+            f"forward does (a trial was off by {trial.generate_and_forward:.1g} of the size of the "
+            "logits): call hk.forward, or write a decoding loop of your own inside hk.attach"
         )
-    difference = max(apart(found[number], alone[number][0]) for number in range(len(batch)))
-    if difference <= _limit(lm, alone[1], noise):
+    difference = trial.difference
+    if difference <= trial.limit:
         return None
     if cache is not None:
         return (
-            f"cache_implementation={cache!r} gives other logits than the prompt read at once in {name} (a trial was "
-            f"off by {difference:.1g} of their size), which is transformers' own doing: leave it out"
+            f"cache_implementation={cache!r} gives other logits than the prompt read at once in "
+            f"{name} (a trial was off by {difference:.1g} of their size), which is transformers' "
+            "own doing: leave it out"
         )
-    if chunk is not None:
+    if chunk_kind is not None:
+        alternative = " or give prompts of one length" if padded else ""
         return (
-            f"prefill_chunk_size gives other logits than the prompt read at once in {name} (a trial was off by "
-            f"{difference:.1g} of their size): transformers leaves out what its states need there. Leave "
-            f"prefill_chunk_size out{' or give prompts of one length' if padded else ''}, or take larger chunks"
+            f"prefill_chunk_size gives other logits than the prompt read at once in {name} (a "
+            f"trial was off by {difference:.1g} of their size): transformers leaves out what its "
+            f"states need there. Leave prefill_chunk_size out{alternative}, or take larger chunks"
         )
-    return _refusal(lm, "left", noise, difference)
+    return _refusal(lm, "left", trial.noise, difference)
 
 
-def _chunk(rest: tuple[int, int], width: int) -> int:
-    """A small chunk that leaves as many tokens as the user's: none, one, or more."""
-    size, left = rest
+def _try_generation(
+    lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
+) -> _GenerationTrial:
+    rows = _trial_rows(lm)
+    if chunk_kind is not None and chunk_kind[1] == 0:
+        rows = [row[: LONG - 1] for row in rows]
+    chunk = None if chunk_kind is None else _trial_chunk(chunk_kind, len(rows[0]))
+    batch = rows if padded else rows[:1]
+    with _trial_conditions(lm):
+        expected = _forward_unpadded(lm, [rows[1]])[0, -1]
+        alone = [_generated_logits(lm, [row], None) for row in rows]
+        together = _generated_logits(lm, [rows[1], rows[1][::-1]], None)
+        logits = _generated_logits(lm, batch, chunk, cache)
+    noise = _relative_difference(together[0], alone[1][0])
+    differences = [
+        _relative_difference(logits[number], alone[number][0]) for number in range(len(batch))
+    ]
+    return _GenerationTrial(
+        limit=_limit(lm, alone[1], noise),
+        generate_and_forward=_relative_difference(alone[1][0], expected),
+        noise=noise,
+        difference=max(differences),
+    )
+
+
+def _trial_chunk(chunk_kind: tuple[int, int], width: int) -> int:
+    """Returns a small chunk size that leaves as many tokens as the user's: none, one, or more."""
+    size, remainder = chunk_kind
     if size == 1:
         return 1
-    fitting = [n for n in range(2, width) if min(width % n, 2) == left]
-    return fitting[0] if fitting else 2
+    for chunk in range(2, width):
+        if min(width % chunk, 2) == remainder:
+            return chunk
+    return 2
 
 
-def _written(lm: LM, rows: list[list[int]], chunk: int | None, cache: str | None = None) -> Tensor:
-    """The logits [row, vocab] of the first token that `generate` writes behind rows, padded on the left."""
-    ids, positions = _batch(rows, "left", lm.device)
+def _generated_logits(
+    lm: LM, rows: list[list[int]], chunk: int | None, cache: str | None = None
+) -> Tensor:
+    """Returns the logits [row, vocab] of the first generated token, for rows padded on the left."""
+    ids, positions = _padded_batch(rows, "left", lm.device)
     root: Any = lm.root
-    more: dict[str, Any] = {} if chunk is None else {"prefill_chunk_size": chunk}
-    more |= {} if cache is None else {"cache_implementation": cache, "disable_compile": True}
+    options: dict[str, Any] = {"max_new_tokens": 1}
+    if chunk is not None:
+        options["prefill_chunk_size"] = chunk
+    if cache is not None:
+        # a cache may reserve room for the tokens to come
+        options |= {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 4}
     output = type(root).generate(
         root,
         input_ids=ids,
         attention_mask=(positions >= 0).long().to(lm.device),
-        max_new_tokens=1 if cache is None else 4,  # a cache may have room for what is to come
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
-        **more,
+        **options,
     )
     return output.logits[0]
 
 
-# ---- what both need
+# ---- rows, logits and conditions of all trials
 
 
-def _rows(lm: LM) -> list[list[int]]:
-    """Two rows of token ids, none of which is one that stands in padding."""
+def _trial_rows(lm: LM) -> list[list[int]]:
+    """Returns two rows of token ids that contain no special token."""
     table = getattr(lm.root, "get_input_embeddings", lambda: None)()
     count = min(getattr(table, "num_embeddings", 64), 64)
-    own = {
-        getattr(lm.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
-    ids = [number for number in range(3, count) if number not in own] or [0]
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    special = {getattr(lm.config, name, None) for name in names}
+    ids = [number for number in range(3, count) if number not in special] or [0]
     spread = [ids[(11 * number + 5) % len(ids)] for number in range(LONG + SHORT)]
     return [spread[:LONG], spread[LONG:]]
 
 
-def _batch(
+def _padded_batch(
     rows: Sequence[Sequence[int]], side: Side, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ids, 0 in the padding, and positions, -1 there."""
+    """Returns ids, 0 in the padding, and positions, -1 in the padding."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.full((len(rows), width), -1)
@@ -328,68 +382,74 @@ def _batch(
     return ids.to(device), positions
 
 
+def _forward_unpadded(lm: LM, rows: list[list[int]]) -> Tensor:
+    return _forward(lm, {"input_ids": torch.tensor(rows, device=lm.device)})
+
+
 def _forward(lm: LM, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What the model gives for each position [row, pos, ...]."""
+    """Returns the model's output [row, pos, ...] in float32."""
     output = lm.root(**inputs, **lm.accepted(use_cache=False, return_dict=True))
     return logits_of(output).float()
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model gave: its own item, a tuple's first tensor, or the tensor itself."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, Tensor):
-        return found
-    values = found.values() if isinstance(found, Mapping) else found
+    """Returns an output's item `logits`, a tuple's first tensor, or the tensor itself."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor):
+        return logits
+    values = logits.values() if isinstance(logits, Mapping) else logits
     return next(value for value in values if isinstance(value, Tensor))
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    """How far logits are from others, in parts of how far the tokens' logits are from their mean."""
-    found, expected = found.float(), expected.float()
-    found, expected = (
-        found - found.mean(-1, keepdim=True),
-        expected - expected.mean(-1, keepdim=True),
-    )
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+def _relative_difference(logits: Tensor, expected: Tensor) -> float:
+    """Returns the norm of the difference over that of `expected`, each with its mean removed."""
+    logits, expected = logits.float(), expected.float()
+    logits = logits - logits.mean(-1, keepdim=True)
+    expected = expected - expected.mean(-1, keepdim=True)
+    return float((logits - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def _limit(lm: LM, values: Tensor, noise: float) -> float:
     dtype = getattr(lm.root, "dtype", values.dtype)
-    return max(LIMITS.get(dtype, 6e-2), OTHERS_NOISE * noise)
+    return max(LIMITS.get(dtype, 6e-2), NOISE_FACTOR * noise)
 
 
 @contextmanager
-def quiet(lm: LM) -> Iterator[None]:
-    """A block in which the model runs as it is, in evaluation mode, and no hook sees it."""
+def _trial_conditions(lm: LM) -> Iterator[None]:
+    """Runs the model in evaluation mode, without gradients and without hooks of users."""
     modules = list(lm.root.modules())
     kind = lm.device.type
     devices = [lm.device] if kind not in ("cpu", "meta") else []
-    with Lent() as lent, ExitStack() as stack:
+    with Lent() as overrides, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(
             torch.random.fork_rng(devices=devices, device_type=kind if devices else "cuda")
         )
-        lent.later(_be_seen)
-        _thread.unseen = True
+        overrides.later(_end_trial)
+        _thread.in_trial = True
         for module in modules:
             if module.training:
-                lent.share(module, "training", lambda _: False)
+                overrides.share(module, "training", lambda _: False)
         for module in modules:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for number, hook in list(hooks.items()):
-                    if _is_a_users(hook):
-                        lent.later(partial(_put_back, hooks, number, hook))
-                        hooks[number] = _silenced(hook)
+                _silence_user_hooks(hooks, overrides)
         yield
 
 
-def _be_seen() -> None:
-    _thread.unseen = False
+def _end_trial() -> None:
+    _thread.in_trial = False
+
+
+def _silence_user_hooks(hooks: dict[int, Any], overrides: Lent) -> None:
+    for number, hook in list(hooks.items()):
+        if _is_user_hook(hook):
+            overrides.later(partial(_put_back, hooks, number, hook))
+            hooks[number] = _silenced(hook)
 
 
 def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's hook that does not see a trial. In other threads it acts as ever."""
+    """Returns a hook that does nothing in a trial. In other threads it acts as before."""
 
     def silenced(*args: Any, **kwargs: Any) -> Any:
         return None if unseen() else hook(*args, **kwargs)
@@ -398,11 +458,11 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _put_back(hooks: dict[int, Any], number: int, hook: Callable[..., Any]) -> None:
-    if number in hooks:  # unless it was taken away meanwhile
+    if number in hooks:  # otherwise it was removed meanwhile
         hooks[number] = hook
 
 
-def _is_a_users(hook: Callable[..., Any]) -> bool:
+def _is_user_hook(hook: Callable[..., Any]) -> bool:
     function = hook
     while hasattr(function, "func"):
         function = function.func  # pyright: ignore

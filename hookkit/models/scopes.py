@@ -1,10 +1,11 @@
-"""Scopes: in which thread, task or context the hooks of a block act.
+"""Scopes: in which thread, task or context the hooks of a `with` block act.
 
-A scope belongs to the context that entered it (`contextvars`), and to those that are started from there with it:
-tasks of asyncio, `asyncio.to_thread`, `contextvars.copy_context().run`. A thread that is started without that context
-has none of it, so that the hooks of one thread never act in the forwards of another.
+A scope belongs to the context that entered it (`contextvars`) and to contexts started from it:
+asyncio tasks, `asyncio.to_thread`, `contextvars.copy_context().run`. A thread that was started
+without that context has no scope, so hooks of one thread never act in forwards of another.
 
-A notebook runs each cell in a task of its own. So a scope whose task has ended belongs to the thread that entered it.
+A notebook runs each cell in its own task. Therefore a scope whose task has ended belongs to the
+thread that entered it.
 """
 
 import sys
@@ -19,13 +20,13 @@ from typing import Any
 from torch import nn
 
 _ALONE: ContextVar[bool] = ContextVar("hookkit.alone", default=False)
-_ATTACHED: "weakref.WeakSet[Scope]" = weakref.WeakSet()  # the open scopes of blocks of hk.attach
+_ATTACHED: "weakref.WeakSet[Scope]" = weakref.WeakSet()  # the open scopes of hk.attach
 _LOCK = threading.RLock()
 
 
 @dataclass(eq=False, slots=True)
 class Progress:
-    """How many forwards with hooks have begun in this process: a sign of life for those who wait."""
+    """The number of forwards with hooks that this process has begun. Code that waits reads it."""
 
     forwards: int = 0
 
@@ -33,21 +34,39 @@ class Progress:
 PROGRESS = Progress()
 
 
+def _current_thread() -> "weakref.ref[threading.Thread]":
+    return weakref.ref(threading.current_thread())
+
+
+def _current_task() -> Any:
+    """Returns the running asyncio task, or None."""
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None or asyncio._get_running_loop() is None:
+        return None
+    return asyncio.current_task()
+
+
+def _current_task_reference() -> "weakref.ref[Any] | None":
+    task = _current_task()
+    return None if task is None else weakref.ref(task)
+
+
 @dataclass(eq=False)
 class Scope:
-    """One block or run: on which model, who entered it, and whether it is open."""
+    """One `with` block or run: its model, who entered it, and whether it is open.
+
+    Its manager owns it.
+    """
 
     model: "weakref.ref[nn.Module]"
-    attached: bool  # a block of hk.attach, in which code of others runs the model
-    thread: "weakref.ref[threading.Thread]" = field(
-        default_factory=lambda: weakref.ref(threading.current_thread())
-    )
-    task: "weakref.ref[Any] | None" = field(default_factory=lambda: _reference(_current_task()))
+    attached: bool  # True for hk.attach, in which other code runs the model
+    thread: "weakref.ref[threading.Thread]" = field(default_factory=_current_thread)
+    task: "weakref.ref[Any] | None" = field(default_factory=_current_task_reference)
     open: bool = True
-    before: "tuple[Scope, ...]" = ()
+    previous: "tuple[Scope, ...]" = ()  # the scopes that this one suspends
 
-    def belongs_here(self) -> bool:
-        """True in the thread that entered it, unless another task of that thread did, which is still running."""
+    def belongs_to_caller(self) -> bool:
+        """True in the thread that entered it, unless another task did so that is still running."""
         if self.thread() is not threading.current_thread():
             return False
         task = None if self.task is None else self.task()
@@ -55,78 +74,76 @@ class Scope:
 
 
 HERE: ContextVar[tuple[Scope, ...]] = ContextVar("hookkit.scopes", default=())
-"""The scopes that act in this context. Closed ones may be among them."""
+"""The scopes of this context. It may contain closed ones."""
 
 
 def enter(scope: Scope, *, alone: bool = False) -> None:
-    """Let a scope act in this context; with `alone`, no other one until it is left."""
+    """Adds a scope to this context.
+
+    With `alone`, the other scopes are suspended until it is left.
+    """
     adopt()
-    others = tuple(other for other in HERE.get() if other.open)
-    scope.before = others if alone else ()
+    open_scopes = tuple(other for other in HERE.get() if other.open)
     if alone:
+        scope.previous = open_scopes
         _ALONE.set(True)
-    HERE.set((scope,) if alone else (*others, scope))
+        HERE.set((scope,))
+    else:
+        scope.previous = ()
+        HERE.set((*open_scopes, scope))
     if scope.attached:
         with _LOCK:
             _ATTACHED.add(scope)
 
 
 def leave(scope: Scope, *, alone: bool = False) -> None:
-    """Let a scope act nowhere any more. It may be left in another context than it was entered in, and twice."""
+    """Closes a scope. This may be called twice, and in another context than `enter`."""
     scope.open = False
     with _LOCK:
         _ATTACHED.discard(scope)
     if alone and HERE.get() == (scope,):
-        HERE.set(scope.before)
+        HERE.set(scope.previous)
         _ALONE.set(False)
     elif scope in HERE.get():
-        HERE.set(tuple(other for other in HERE.get() if other is not scope))
+        HERE.set(_all_but(scope))
 
 
 def adopt() -> None:
-    """Let the open blocks that this thread entered act in this context too, if their own task has ended."""
+    """Adds the scopes of hk.attach that this thread entered in tasks that have ended."""
     if not _ATTACHED or _ALONE.get():
         return
     with _LOCK:
         attached = list(_ATTACHED)
-    here = HERE.get()
-    new = [scope for scope in attached if scope.open and scope not in here and scope.belongs_here()]
-    if new:
-        HERE.set((*new, *here))
+    current = HERE.get()
+    adopted = []
+    for scope in attached:
+        if scope.open and scope not in current and scope.belongs_to_caller():
+            adopted.append(scope)
+    if adopted:
+        HERE.set((*adopted, *current))
 
 
 @contextmanager
 def without(scope: Scope) -> Iterator[None]:
-    """A block in which a scope does not act in this context."""
-    here = HERE.get()
-    HERE.set(tuple(other for other in here if other is not scope))
+    """Suspends a scope in this context, inside a `with` block."""
+    current = HERE.get()
+    HERE.set(_all_but(scope))
     try:
         yield
     finally:
-        HERE.set(here)
+        HERE.set(current)
+
+
+def _all_but(scope: Scope) -> tuple[Scope, ...]:
+    return tuple(other for other in HERE.get() if other is not scope)
 
 
 def has_scope(root: nn.Module) -> bool:
-    """True where a block or run of this context is open on the model, a part of it, or what it is a part of."""
+    """True if this context has an open scope on the model, a part of it, or a model around it."""
     models = [scope.model() for scope in HERE.get() if scope.open]
     return any(model is not None and _overlap(model, root) for model in models)
 
 
 def _overlap(one: nn.Module, other: nn.Module) -> bool:
-    if one is other:
-        return True
-    return any(module is other for module in one.modules()) or any(
-        module is one for module in other.modules()
-    )
-
-
-def _reference(task: Any) -> "weakref.ref[Any] | None":
-    return None if task is None else weakref.ref(task)
-
-
-def _current_task() -> Any:
-    """The task of asyncio that runs, if there is one."""
-    asyncio = sys.modules.get("asyncio")
-    if asyncio is None or asyncio._get_running_loop() is None:
-        return None
-    return asyncio.current_task()
+    contains = any(module is other for module in one.modules())
+    return contains or any(module is one for module in other.modules())

@@ -1,7 +1,8 @@
-"""Families that are not in the table are found out: what is offered is right, and what is not says why.
+"""Families that are not in the table are found out: what is offered is right, and what is not says
+why.
 
-Every row of the table is taken away in turn. All 54 model types are then found again, each site in each block, with the
-same values; so there is no list here of those that are not.
+Every row of the table is taken away in turn. All 54 model types are then found again, each site in
+each block, with the same values; so there is no list here of those that are not.
 """
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import hookkit as hk
 from hookkit.errors import BadHook, MissingSite, UnknownKeyword, UnknownSite
-from hookkit.models.discovery.discover import found_out
+from hookkit.models.discovery.discover import discover_family
 from hookkit.models.families.table import FAMILIES
 from hookkit.models.sites import AXES, LOGITS, SQUARE
 from hookkit.models.tiny import EXPERTS, LATENT, SLIDING
@@ -25,7 +26,8 @@ ROUTED = {
     "head_dim": 8,
 }
 
-# Families that the table does not have, what their configurations need, and what is not found in them.
+# Families that the table does not have, what their configurations need, and what is not found in
+# them.
 ROUTER = {"router_logits", "experts", "expert_weights"}
 NEURONS = {"mlp_pre", "mlp_post"}
 UNKNOWN = {
@@ -87,7 +89,7 @@ def made(model_type: str) -> hk.LM:
 
 
 def without_row(lm: hk.LM) -> hk.LM:
-    return hk.LM(lm.model, row=found_out(lm.root, lm.config))
+    return hk.LM(lm.model, row=discover_family(lm.root, lm.config))
 
 
 def state_of(model: torch.nn.Module) -> dict[str, dict[str, object]]:
@@ -255,7 +257,7 @@ def test_the_model_is_left_as_found_and_its_own_hooks_notice_nothing():
     fired = []
     handle = model.model.layers[1].register_forward_hook(lambda *_: fired.append(1))
     before = state_of(model)
-    row = found_out(model, model.config)
+    row = discover_family(model, model.config)
     after = state_of(model)
     assert before.keys() == after.keys()
     for path in before:

@@ -124,7 +124,7 @@ def test_a_thousand_blocks_and_dropped_streams_keep_nothing(llama):
 
     def count():
         gc.collect()
-        kinds = (lent.Layers, lent.Lent, scopes.Scope, threading.Thread)
+        kinds = (lent.WrappedMethod, lent.Lent, scopes.Scope, threading.Thread)
         return sum(type(thing) in kinds for thing in gc.get_objects()) + len(lent._SHARED)
 
     def use():

@@ -1,1 +1,1 @@
-"""Sites of models that no row of the table describes, from a run of the model with recorded tensors."""
+"""Discovery: finding the sites of a model that is not in the table of families, by a dry run."""

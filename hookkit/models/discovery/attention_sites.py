@@ -1,5 +1,4 @@
-"""Where the sites of attention are in a block, by value: what attention multiplied is looked for in what its
-projections gave."""
+"""Finds the sites of attention by value: which projections give what attention multiplies."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,8 +9,8 @@ from torch import Tensor
 from ..attention import squares
 from ..families.schema import ModuleLocation
 from ..families.shared import OWN, UNTURNED
-from .dry_run import Step, Visit, Watched
-from .matching import Match, heads_in, ratio, same
+from .dry_run import FunctionCall, ModuleCall, Recording
+from .matching import Match, equal_values, find_heads, is_flat, scale_factor
 
 HEADED = ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z")
 UNPROVED = "hookkit could not prove where it is: "
@@ -19,326 +18,352 @@ UNPROVED = "hookkit could not prove where it is: "
 
 @dataclass
 class Attention:
-    """The attention of one block: its call, what it multiplied [batch, head, pos, d_head], and its places."""
+    """The attention of one block: its call, the tensors in it, and where its sites are.
 
-    visit: Visit
-    style: str
+    Query, key and value are [batch, head, pos, d_head].
+    """
+
+    call: ModuleCall
+    style: Literal["interface", "own"]
     query: Tensor
     key: Tensor
     value: Tensor
     scores: Tensor | None
     pattern: Tensor | None
     sizes: dict[str, int | None] = field(default_factory=dict)
-    places: dict[str, ModuleLocation] = field(default_factory=dict)
+    locations: dict[str, ModuleLocation] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    out: Visit | None = None  # the output projection
-    by_head: bool = True  # scores and pattern stand as [batch, head, query, key]
-    repeated: bool = False  # keys and values are given to attention once for each query's head
-    turned: bool = True  # q_rot and k_rot are other than q and k
+    output_projection: ModuleCall | None = None
+    has_head_axis: bool = True  # scores and pattern are [batch, head, query, key] in the model
+    repeats_keys: bool = False  # attention receives keys and values repeated for each query head
+    rotates: bool = True  # q_rot and k_rot differ from q and k
 
 
-def attention_of(watched: Watched, block: Visit) -> Attention | str:
-    """The attention of a block with its places, or the reason why there is none."""
-    found = [visit for visit in watched.inside(block) if "query" in visit.heads]
-    made = [_through_interface(visit) for visit in found] or _own(watched, block)
-    if not made:
+def find_attention(recording: Recording, block: ModuleCall) -> Attention | str:
+    """Returns the attention of a block with its locations, or the reason why there is none."""
+    attentions = _interface_attentions(recording, block) or _own_attentions(recording, block)
+    if not attentions:
         return "no attention (a softmax of queries by keys) was seen in this block"
-    if len(made) > 1:
-        return f"this block has {len(made)} attentions, and one is meant"
-    (attention,) = made
-    if not watched.once(attention.visit):
-        return "the module of this block's attention runs in several blocks, so that its calls cannot be told apart"
-    _measure(attention)
-    _projections(watched, attention)
-    _output(watched, attention)
-    _squares(watched, attention)
+    if len(attentions) > 1:
+        return f"this block has {len(attentions)} attentions, and one is meant"
+    (attention,) = attentions
+    if not recording.runs_once(attention.call):
+        return (
+            "the module of this block's attention runs in several blocks, so that its calls cannot "
+            "be told apart"
+        )
+    _measure_heads(attention)
+    _locate_projections(recording, attention)
+    _locate_rotated(attention)
+    _locate_input(recording, attention)
+    _locate_z(recording, attention)
+    _locate_scores(recording, attention)
     return attention
 
 
-def _through_interface(visit: Visit) -> Attention:
-    heads = visit.heads
-    return Attention(
-        visit,
-        "interface",
-        heads["query"],
-        heads["key"],
-        heads["value"],
-        heads.get("scores"),
-        heads.get("pattern"),
-    )
+def _interface_attentions(recording: Recording, block: ModuleCall) -> list[Attention]:
+    """Returns the attentions that call transformers' AttentionInterface."""
+    attentions = []
+    for call in recording.calls_within(block):
+        tensors = call.attention_tensors
+        if "query" in tensors:
+            query, key, value = tensors["query"], tensors["key"], tensors["value"]
+            scores, pattern = tensors.get("scores"), tensors.get("pattern")
+            attentions.append(Attention(call, "interface", query, key, value, scores, pattern))
+    return attentions
 
 
-def _own(watched: Watched, block: Visit) -> list[Attention]:
-    """The attention that a family computes in its own code."""
-    found = []
-    for visit in (block, *watched.inside(block)):
-        for step in visit.steps:
-            if not _square(step, watched):
+def _own_attentions(recording: Recording, block: ModuleCall) -> list[Attention]:
+    """Returns the attentions that a family computes in its own code."""
+    attentions = []
+    for call in (block, *recording.calls_within(block)):
+        for function_call in call.function_calls:
+            if not _is_attention(function_call, recording):
                 continue
-            owner = next(
-                (
-                    v
-                    for v in (visit, *visit.above[::-1])
-                    if any(w.linear for w in watched.inside(v))
-                ),
-                None,
-            )
-            if owner is None or owner is block or block not in owner.above:
+            owner = _enclosing_with_projections(recording, call)
+            if owner is None or block not in owner.enclosing:
                 continue
-            made = (
-                _of_fused(owner, step)
-                if step.kind == "fused"
-                else _of_softmax(watched, owner, step)
-            )
-            if made is not None:
-                found.append(made)
-    return found
+            if function_call.kind == "fused":
+                attention = _from_fused(owner, function_call)
+            else:
+                attention = _from_softmax(recording, owner, function_call)
+            if attention is not None:
+                attentions.append(attention)
+    return attentions
 
 
-def _square(step: Step, watched: Watched) -> bool:
+def _is_attention(function_call: FunctionCall, recording: Recording) -> bool:
     """True for a softmax over keys, or torch's fused attention."""
-    shape = step.gave.shape
-    if step.kind == "fused":
-        return len(step.given) >= 3
-    return (
-        step.kind == "softmax"
-        and len(shape) in (3, 4)
-        and shape[-2:] == (watched.width, watched.width)
-        and (shape[0] == watched.rows if len(shape) == 4 else shape[0] > watched.rows)
-    )
+    if function_call.kind == "fused":
+        return len(function_call.inputs) >= 3
+    shape = function_call.output.shape
+    if function_call.kind != "softmax" or shape[-2:] != (recording.width, recording.width):
+        return False
+    if len(shape) == 4:
+        return shape[0] == recording.rows
+    return len(shape) == 3 and shape[0] > recording.rows
 
 
-def _of_fused(owner: Visit, step: Step) -> Attention | None:
-    query, key, value = step.given[:3]
+def _enclosing_with_projections(recording: Recording, call: ModuleCall) -> ModuleCall | None:
+    """Returns the innermost call around a call, or itself, that contains a linear map."""
+    for candidate in (call, *reversed(call.enclosing)):
+        if any(inner.is_linear for inner in recording.calls_within(candidate)):
+            return candidate
+    return None
+
+
+def _from_fused(owner: ModuleCall, fused: FunctionCall) -> Attention | None:
+    query, key, value, *further = fused.inputs
     if query.ndim != 4:
         return None
-    keys = key.shape[1]
-    shared = query.shape[1] // keys
-    wide = (
-        [each.repeat_interleave(shared, dim=1) for each in (key, value)]
-        if shared > 1
-        else [key, value]
-    )
-    settings = {name: value for name, value in step.keywords.items() if name != "enable_gqa"}
-    made = squares(query, *wide, *step.given[3:], **settings)
-    return Attention(owner, "own", query, key, value, made["scores"], made["pattern"])
+    wide_key, wide_value = key, value
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        wide_key = key.repeat_interleave(shared, dim=1)
+        wide_value = value.repeat_interleave(shared, dim=1)
+    settings = {name: setting for name, setting in fused.keywords.items() if name != "enable_gqa"}
+    tensors = squares(query, wide_key, wide_value, *further, **settings)
+    return Attention(owner, "own", query, key, value, tensors["scores"], tensors["pattern"])
 
 
-def _of_softmax(watched: Watched, owner: Visit, softmax: Step) -> Attention | None:
-    """The operands of the two products around a softmax."""
-    rows, width = watched.rows, watched.width
-    products = [
-        step for step in watched.steps(owner) if step.kind == "product" and len(step.given) > 1
-    ]
-    before = [
-        s for s in products if s.start < softmax.start and s.gave.shape[-2:] == (width, width)
-    ]
-    after = [
-        s
-        for s in products
-        if s.start > softmax.start and same(s.given[-2], softmax.gave.to(s.given[-2].dtype))
-    ]
-    if not before or not after:
-        return None
-    by_head = [
-        tensor.reshape(rows, -1, *tensor.shape[-2:])
-        for tensor in (
-            before[-1].given[-2],
-            before[-1].given[-1].transpose(-1, -2),
-            after[0].given[-1],
-        )
-    ]
-    squares = [each.reshape(rows, -1, width, width) for each in (softmax.given[0], softmax.gave)]
-    query, key, value = by_head
-    scores, pattern = squares
-    return Attention(
-        owner, "own", query, key, value, scores, pattern, by_head=softmax.gave.ndim == 4
-    )
-
-
-def _unique(tensor: Tensor, *with_it: Tensor) -> int:
-    """How many heads [batch, head, …] there are that differ: some families repeat one for the queries that share it."""
-    heads = tensor.shape[1]
-    for kept in range(1, heads):
-        if heads % kept:
+def _from_softmax(
+    recording: Recording, owner: ModuleCall, softmax: FunctionCall
+) -> Attention | None:
+    """Reads query, key and value from the two matrix products around a softmax."""
+    rows, width = recording.rows, recording.width
+    score_product = value_product = None
+    for product in recording.function_calls_within(owner):
+        if product.kind != "product" or len(product.inputs) < 2:
             continue
-        both = [each.unflatten(1, (kept, heads // kept)) for each in (tensor, *with_it)]
-        if all(torch.equal(each, each[:, :, :1].expand_as(each)) for each in both):
-            return kept
-    return heads
+        if product.start < softmax.start and product.output.shape[-2:] == (width, width):
+            score_product = product  # the last one counts
+        weights = product.inputs[-2]
+        follows = value_product is None and product.start > softmax.start
+        if follows and equal_values(weights, softmax.output.to(weights.dtype)):
+            value_product = product
+    if score_product is None or value_product is None:
+        return None
+
+    def with_head_axis(tensor: Tensor) -> Tensor:
+        return tensor.reshape(rows, -1, *tensor.shape[-2:])
+
+    return Attention(
+        owner,
+        "own",
+        query=with_head_axis(score_product.inputs[-2]),
+        key=with_head_axis(score_product.inputs[-1].transpose(-1, -2)),
+        value=with_head_axis(value_product.inputs[-1]),
+        scores=with_head_axis(softmax.inputs[0]),
+        pattern=with_head_axis(softmax.output),
+        has_head_axis=softmax.output.ndim == 4,
+    )
 
 
-def _measure(found: Attention) -> None:
-    heads, kept = found.query.shape[1], _unique(found.key, found.value)
-    if found.key.shape[1] != kept:
-        found.repeated = True
-        found.key = found.key[:, :: found.key.shape[1] // kept]
-        found.value = found.value[:, :: found.value.shape[1] // kept]
-    d_qk, d_v = found.query.shape[-1], found.value.shape[-1]
-    found.sizes = {
+def _measure_heads(attention: Attention) -> None:
+    """Fills the sizes, and removes the repeated heads of keys and values."""
+    heads, key_heads = attention.query.shape[1], attention.key.shape[1]
+    kv_heads = _count_distinct_heads(attention.key, attention.value)
+    if key_heads != kv_heads:
+        attention.repeats_keys = True
+        attention.key = attention.key[:, :: key_heads // kv_heads]
+        attention.value = attention.value[:, :: attention.value.shape[1] // kv_heads]
+    d_qk, d_v = attention.query.shape[-1], attention.value.shape[-1]
+    attention.sizes = {
         "head": heads,
-        "kv_head": kept,
+        "kv_head": kv_heads,
         "d_head": d_v,
         "d_qk": d_qk,
         "d_v": d_v,
-        "share": heads // kept,
+        "share": heads // kv_heads,
         "quarter": heads // 4,
     }
 
 
-def _projections(watched: Watched, found: Attention) -> None:
-    """q, k, v, and whether they are turned before they are multiplied."""
-    targets = {"q": found.query, "k": found.key, "v": found.value}
-    turned = {}
-    for name, tensor in targets.items():
-        where = _projection(watched, found, tensor.transpose(1, 2), rotates=name != "v")
-        if where is None:
-            found.missing[name] = (
-                f"{UNPROVED}no projection in {type(found.visit.module).__name__} gives what attention multiplies"
+def _count_distinct_heads(key: Tensor, value: Tensor) -> int:
+    """Returns the number of heads [batch, head, …] that differ."""
+    heads = key.shape[1]
+    for count in range(1, heads):
+        repeats = heads // count
+        if heads % count == 0 and _repeats(key, repeats) and _repeats(value, repeats):
+            return count
+    return heads
+
+
+def _repeats(tensor: Tensor, repeats: int) -> bool:
+    """True if each head is followed by copies of itself, `repeats` in all."""
+    groups = tensor.unflatten(1, (-1, repeats))
+    return torch.equal(groups, groups[:, :, :1].expand_as(groups))
+
+
+def _locate_projections(recording: Recording, attention: Attention) -> None:
+    """Locates q, k and v. Sets `rotates` if q or k are transformed before they are multiplied."""
+    tensors = {"q": attention.query, "k": attention.key, "v": attention.value}
+    transformed = {"q": True, "k": True}
+    for name, tensor in tensors.items():
+        projection = _find_projection(
+            recording, attention, tensor.transpose(1, 2), rotates=name != "v"
+        )
+        if projection is None:
+            class_name = type(attention.call.module).__name__
+            attention.missing[name] = (
+                f"{UNPROVED}no projection in {class_name} gives what attention multiplies"
             )
             continue
-        visit, heads = where
-        turned[name] = heads.turned
-        if watched.laid(visit.result) is not None:
-            found.places[name] = ModuleLocation(
-                visit.path, cut=heads.cut, part=heads.part, flat=_flat(visit.result)
+        call, heads = projection
+        transformed[name] = heads.transformed
+        if recording.by_token(call.output) is not None:
+            attention.locations[name] = ModuleLocation(
+                call.path, cut=heads.cut, part=heads.part, flat=is_flat(call.output)
             )
-        elif name == "v" and found.style == "interface" and not heads.turned:
-            found.places[name] = ModuleLocation(found.visit.path, "inside", "value")
+        elif name == "v" and attention.style == "interface" and not heads.transformed:
+            attention.locations[name] = ModuleLocation(attention.call.path, "inside", "value")
         else:
-            found.missing[name] = (
-                f"the output of its projection {visit.name!r}, where it stands, is not [batch, pos, …]"
+            attention.missing[name] = (
+                f"the output of its projection {call.name!r}, where it stands, is not [batch, pos, "
+                "…]"
             )
-    found.turned = turned.get("q", True) or turned.get("k", True)
-    path = found.visit.path
+    attention.rotates = transformed["q"] or transformed["k"]
+
+
+def _locate_rotated(attention: Attention) -> None:
     names: tuple[tuple[Literal["q_rot", "k_rot"], str], ...] = (
         ("q_rot", "query"),
         ("k_rot", "key"),
     )
     for name, item in names:
-        if not found.turned:
-            found.missing[name] = UNTURNED[name]
-        elif found.style == "own":
-            found.missing[name] = OWN[name]
-        else:
-            found.places[name] = ModuleLocation(path, "inside", item)
-    if found.repeated and "k_rot" in found.places:
-        found.places.pop("k_rot")
-        found.missing["k_rot"] = (
-            UNPROVED + "keys are repeated for each query's head before attention is given them"
-        )
-
-
-def _projection(
-    watched: Watched, found: Attention, target: Tensor, *, rotates: bool
-) -> tuple[Visit, Match] | None:
-    """The projection that some heads [batch, pos, head, d_head] come from, directly or through a norm."""
-    inside = watched.inside(found.visit)
-    for visit in inside:
-        output = _spread(watched, visit.result) if visit.linear and watched.once(visit) else None
-        heads = None if output is None else heads_in(output, target, found.sizes, rotates)
-        if heads is not None:
-            return visit, Match(
-                heads.cut, heads.part, heads.turned or not _everywhere(output, heads, target, found)
+        if not attention.rotates:
+            attention.missing[name] = UNTURNED[name]
+        elif attention.style == "own":
+            attention.missing[name] = OWN[name]
+        elif name == "k_rot" and attention.repeats_keys:
+            attention.missing[name] = (
+                UNPROVED + "keys are repeated for each query's head before attention is given them"
             )
-    for visit in inside:
-        if visit.linear or watched.inside(visit):
+        else:
+            attention.locations[name] = ModuleLocation(attention.call.path, "inside", item)
+
+
+def _find_projection(
+    recording: Recording, attention: Attention, target: Tensor, *, rotates: bool
+) -> tuple[ModuleCall, Match] | None:
+    """Returns the projection that heads [batch, pos, head, d_head] come from, and where in it."""
+    calls = recording.calls_within(attention.call)
+    for call in calls:
+        if not call.is_linear or not recording.runs_once(call):
             continue
-        for before, after in zip(
-            _by_head(visit.read, target), _by_head(visit.result, target), strict=False
-        ):
-            gave = after[:, :1] if rotates else after
-            if ratio(gave, target[:, :1] if rotates else target) is None or same(before, target):
-                continue
-            where = _projection(watched, found, before, rotates=rotates)
-            if where is not None:
-                return where[0], Match(where[1].cut, where[1].part, turned=True)
+        output = _projection_output(recording, call.output)
+        if output is None:
+            continue
+        heads = find_heads(output, target, attention.sizes, rotates)
+        if heads is not None:
+            return call, heads
+    for call in calls:
+        if call.is_linear or recording.calls_within(call):
+            continue
+        before, after = _as_heads(call.input, target), _as_heads(call.output, target)
+        if before is None or after is None or equal_values(before, target):
+            continue
+        compared = slice(0, 1) if rotates else slice(None)
+        if scale_factor(after[:, compared], target[:, compared]) is None:
+            continue
+        projection = _find_projection(recording, attention, before, rotates=rotates)
+        if projection is not None:
+            linear, heads = projection
+            return linear, Match(heads.cut, heads.part, transformed=True)
     return None
 
 
-def _spread(watched: Watched, tensor: Tensor | None) -> Tensor | None:
-    """A projection's output as [batch, pos, …], also where it stands as one head [batch, 1, pos, …]."""
+def _projection_output(recording: Recording, tensor: Tensor | None) -> Tensor | None:
+    """Returns a projection's output as [batch, pos, …], also for one head [batch, 1, pos, …]."""
     if tensor is not None and tensor.ndim == 4 and tensor.shape[1] == 1:
         tensor = tensor[:, 0]
-    return watched.laid(tensor)
+    return recording.by_token(tensor)
 
 
-def _everywhere(output: Tensor | None, heads: Match, target: Tensor, found: Attention) -> bool:
-    return output is not None and heads_in(output, target, found.sizes, rotates=False) is not None
-
-
-def _by_head(tensor: Tensor | None, target: Tensor) -> list[Tensor]:
-    """What a norm reads or gives, as [batch, pos, head, d_head], in each way that it may be meant."""
+def _as_heads(tensor: Tensor | None, target: Tensor) -> Tensor | None:
+    """Returns the input or output of a norm with the target's axes, [batch, pos, head, d_head]."""
     if tensor is None or tensor.numel() != target.numel():
-        return []
-    batch, pos, heads, d = target.shape
-    if tensor.ndim == 4 and tensor.shape == (batch, heads, pos, d):
-        return [tensor.transpose(1, 2)]
-    return [tensor.reshape(target.shape)]
+        return None
+    batch, pos, heads, d_head = target.shape
+    if tensor.shape == (batch, heads, pos, d_head):
+        return tensor.transpose(1, 2)
+    return tensor.reshape(target.shape)
 
 
-def _output(watched: Watched, found: Attention) -> None:
-    """attn_in, and z: what the last projection reads, if it is the heads' values, weighted."""
-    inside = [
-        visit for visit in watched.inside(found.visit) if visit.linear and watched.once(visit)
-    ]
-    given = watched.laid(found.visit.read)
-    if given is not None and any(same(visit.read, given) for visit in inside):
-        found.places["attn_in"] = ModuleLocation(
-            found.visit.path, "input", flat=_flat(found.visit.read)
-        )
-    else:
-        found.missing["attn_in"] = (
+def _projections(recording: Recording, attention: Attention) -> list[ModuleCall]:
+    calls = recording.calls_within(attention.call)
+    return [call for call in calls if call.is_linear and recording.runs_once(call)]
+
+
+def _locate_input(recording: Recording, attention: Attention) -> None:
+    call = attention.call
+    value = recording.by_token(call.input)
+    projections = _projections(recording, attention)
+    if value is None or not any(equal_values(linear.input, value) for linear in projections):
+        attention.missing["attn_in"] = (
             UNPROVED + "no projection of attention reads what the module is given first"
         )
-    out = found.out = inside[-1] if inside else None
-    reads = None if out is None else watched.laid(out.read)
-    if out is None or reads is None or not _weighted(found, reads):
-        found.missing["z"] = (
-            UNPROVED + "the last projection of attention does not read the heads' outputs in order"
-        )
         return
-    name = "d_head" if found.sizes["d_qk"] == found.sizes["d_v"] else "d_v"
-    found.places["z"] = ModuleLocation(out.path, "input", cut=f"head {name}", flat=_flat(out.read))
+    attention.locations["attn_in"] = ModuleLocation(call.path, "input", flat=is_flat(call.input))
 
 
-def _weighted(found: Attention, reads: Tensor) -> bool:
-    """True where numbers [batch, pos, …] are each head's weighted values, perhaps gated or normed: signs then stay."""
-    heads, d = found.query.shape[1], found.value.shape[-1]
-    if reads.shape[-1] != heads * d:
+def _locate_z(recording: Recording, attention: Attention) -> None:
+    """Locates z at the input of the last projection, if it reads the heads' weighted values."""
+    projections = _projections(recording, attention)
+    if projections:
+        last = attention.output_projection = projections[-1]
+        weighted = recording.by_token(last.input)
+        if weighted is not None and _are_weighted_values(attention, weighted):
+            same_width = attention.sizes["d_qk"] == attention.sizes["d_v"]
+            head_width = "d_head" if same_width else "d_v"
+            attention.locations["z"] = ModuleLocation(
+                last.path, "input", cut=f"head {head_width}", flat=is_flat(last.input)
+            )
+            return
+    attention.missing["z"] = (
+        UNPROVED + "the last projection of attention does not read the heads' outputs in order"
+    )
+
+
+def _are_weighted_values(attention: Attention, tensor: Tensor) -> bool:
+    """True if a tensor [batch, pos, …] is pattern times value by head.
+
+    It may be gated or normed afterwards, which does not change the signs.
+    """
+    heads, d_head = attention.query.shape[1], attention.value.shape[-1]
+    if tensor.shape[-1] != heads * d_head or attention.pattern is None:
         return False
-    pattern = found.pattern
-    if pattern is None:
-        return False
-    value = found.value.repeat_interleave(heads // found.value.shape[1], dim=1).double()
-    expected = (pattern.double() @ value).transpose(1, 2).flatten(2)
-    signs = expected.sign() == reads.double().sign()
-    return ratio(reads, expected) is not None or float(signs.double().mean()) > 0.98
-
-
-def _squares(watched: Watched, found: Attention) -> None:
-    """Scores and pattern, where hookkit's own way to them ends at the attention's softmax."""
-    path = found.visit.path
-    for name in ("scores", "pattern"):
-        if getattr(found, name) is not None and found.by_head and _first(watched, found):
-            found.places[name] = ModuleLocation(path, "inside", name)
-        else:
-            why = watched.unopened or "the softmax of this attention was not seen, or not by head"
-            found.missing[name] = UNPROVED + why
-
-
-def _first(watched: Watched, found: Attention) -> bool:
-    """True where the attention's softmax is the first in its module."""
-    if found.style == "interface":
+    repeats = heads // attention.value.shape[1]
+    value = attention.value.repeat_interleave(repeats, dim=1).double()
+    expected = (attention.pattern.double() @ value).transpose(1, 2).flatten(2)
+    if scale_factor(tensor, expected) is not None:
         return True
-    first = next(step for step in watched.steps(found.visit) if step.kind in ("softmax", "fused"))
-    if first.kind == "fused":
-        return first.given[1].shape[1] in (
-            1,
-            first.given[0].shape[1],
-        )  # heads in groups are not written out
-    return same(first.gave, found.pattern)
+    equal_signs = expected.sign() == tensor.double().sign()
+    return float(equal_signs.double().mean()) > 0.98
 
 
-def _flat(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.ndim == 2
+def _locate_scores(recording: Recording, attention: Attention) -> None:
+    """Locates scores and pattern, if interception would reach this attention's softmax."""
+    reachable = attention.has_head_axis and _softmax_comes_first(recording, attention)
+    for name, tensor in (("scores", attention.scores), ("pattern", attention.pattern)):
+        if tensor is not None and reachable:
+            attention.locations[name] = ModuleLocation(attention.call.path, "inside", name)
+        else:
+            reason = "the softmax of this attention was not seen, or not by head"
+            attention.missing[name] = UNPROVED + (recording.attention_error or reason)
+
+
+def _softmax_comes_first(recording: Recording, attention: Attention) -> bool:
+    """True if the attention's softmax is the first one in its module."""
+    if attention.style == "interface":
+        return True
+    for function_call in recording.function_calls_within(attention.call):
+        if function_call.kind == "fused":
+            query, key = function_call.inputs[:2]
+            return key.shape[1] in (
+                1,
+                query.shape[1],
+            )  # interception does not support grouped heads
+        if function_call.kind == "softmax":
+            return equal_values(function_call.output, attention.pattern)
+    return False

@@ -1,12 +1,13 @@
-"""One dry run of a model: which modules ran, what each read and gave, and what attention was made of.
+"""A dry run of a model that records its modules, their inputs and outputs, and its attention.
 
-For the time of the run each watched module has a forward that writes down what goes in and comes out (copies, since
-some families add to a tensor in place). Afterwards the model is what it was.
+During the run, each recorded module has a wrapped forward that copies its inputs and outputs;
+copies are needed because some families add to a tensor in place. Afterwards the model is as it was
+before.
 """
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,266 +29,274 @@ PRODUCTS = (
     torch.baddbmm,
     Tensor.baddbmm,
 )
-BENT = (
-    *(
-        F.silu,
-        F.gelu,
-        F.relu,
-        Tensor.relu,
-        torch.relu,
-        F.relu6,
-        F.elu,
-        F.leaky_relu,
-        F.mish,
-        F.softplus,
-        F.hardswish,
-    ),
-    *(torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, F.tanh, F.sigmoid),
+ACTIVATIONS = (
+    F.silu,
+    F.gelu,
+    F.relu,
+    Tensor.relu,
+    torch.relu,
+    F.relu6,
+    F.elu,
+    F.leaky_relu,
+    F.mish,
+    F.softplus,
+    F.hardswish,
+    torch.tanh,
+    Tensor.tanh,
+    torch.sigmoid,
+    Tensor.sigmoid,
+    F.tanh,
+    F.sigmoid,
 )
 KINDS: dict[Any, str] = {
     **dict.fromkeys(SOFTMAX, "softmax"),
     **dict.fromkeys(PRODUCTS, "product"),
-    **dict.fromkeys(BENT, "activation"),
+    **dict.fromkeys(ACTIVATIONS, "activation"),
     F.linear: "linear",
     F.scaled_dot_product_attention: "fused",
 }
-INSIDE = ("query", "key", "value", "scores", "pattern")
-HIDDEN = ("hidden_states", "input", "x")  # the keywords under which a module is given what it reads
+HEAD_TENSORS = ("query", "key", "value")
+INPUT_KEYWORDS = ("hidden_states", "input", "x")  # the names of a module's main input
 
 
 @dataclass(eq=False)
-class Step:
-    """One of torch's functions, called in a module's own code."""
+class FunctionCall:
+    """One call of a torch function in a module's own code."""
 
     kind: str
-    given: list[Tensor]
+    inputs: list[Tensor]
     keywords: dict[str, Any]
-    gave: Tensor
+    output: Tensor
     start: int
 
 
 @dataclass(eq=False)
-class Visit:
-    """One call of a module: `above` are the calls in which it happened, the outermost first."""
+class ModuleCall:
+    """One call of a module.
+
+    `enclosing` are the calls during which it happened, the outermost first.
+    """
 
     path: str
     module: nn.Module
-    above: tuple["Visit", ...]
+    enclosing: tuple["ModuleCall", ...]
     start: int
     end: int = 0
-    given: dict[int | str, Tensor] = field(default_factory=dict)
-    gave: tuple[Any, ...] = ()
-    steps: list[Step] = field(default_factory=list)
-    heads: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # what transformers' attention interface was given and made
+    inputs: dict[int | str, Tensor] = field(default_factory=dict)
+    outputs: tuple[Any, ...] = ()
+    function_calls: list[FunctionCall] = field(default_factory=list)
+    attention_tensors: dict[str, Tensor] = field(default_factory=dict)  # from `listen`, by name
 
     @property
-    def read(self) -> Tensor | None:
-        """What it was given first, as a hook on its input finds it."""
-        return self.given.get(
-            0, next((self.given[name] for name in HIDDEN if name in self.given), None)
-        )
+    def input(self) -> Tensor | None:
+        """The main input, which is also the one that a hook on the module's input reads."""
+        for key in (0, *INPUT_KEYWORDS):
+            if key in self.inputs:
+                return self.inputs[key]
+        return None
 
     @property
-    def result(self) -> Tensor | None:
-        """What it gave, or the first of several."""
-        return self.gave[0] if self.gave and isinstance(self.gave[0], Tensor) else None
+    def output(self) -> Tensor | None:
+        """The output, or the first of several."""
+        if self.outputs and isinstance(self.outputs[0], Tensor):
+            return self.outputs[0]
+        return None
 
     @property
     def name(self) -> str:
-        """Its path in the block, for a sentence."""
+        """The path inside the block, for messages."""
         return re.sub(r"^.*?\.\d+\.", "", self.path)
 
     @property
-    def linear(self) -> bool:
-        """True for a matrix with a forward: nn.Linear, transformers' Conv1D, a family's own kind of it."""
+    def is_linear(self) -> bool:
+        """True for a module whose weight is a matrix, such as nn.Linear or transformers' Conv1D."""
         weight = getattr(self.module, "weight", None)
-        return (
-            isinstance(weight, Tensor)
-            and weight.ndim == 2
-            and not isinstance(self.module, nn.Embedding)
-        )
+        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        return is_matrix and not isinstance(self.module, nn.Embedding)
 
 
 @dataclass(eq=False)
-class Watched:
-    """What a dry run of [rows, width] tokens showed."""
+class Recording:
+    """What a dry run of [rows, width] tokens recorded."""
 
     rows: int
     width: int
-    visits: list[Visit]
-    calls: dict[nn.Module, int]
-    logits: Tensor | None
-    unopened: str = ""  # why scores and pattern could not be asked for
+    calls: list[ModuleCall]
+    counts: dict[nn.Module, int]  # calls of each module, recorded or not
+    attention_error: str = ""  # why scores and pattern could not be intercepted
 
-    def once(self, visit: Visit) -> bool:
-        """True where a hook on the module would fire once in a forward."""
-        return self.calls[visit.module] == 1
+    def runs_once(self, call: ModuleCall) -> bool:
+        """True if a hook on the module would fire once in a forward."""
+        return self.counts[call.module] == 1
 
-    def of(self, module: nn.Module | None) -> Visit | None:
-        """The call of a module that ran once."""
-        return next(
-            (visit for visit in self.visits if visit.module is module and self.once(visit)), None
-        )
+    def only_call(self, module: nn.Module | None) -> ModuleCall | None:
+        """Returns the call of a module that ran once, or None."""
+        for call in self.calls:
+            if call.module is module and self.runs_once(call):
+                return call
+        return None
 
-    def inside(self, visit: Visit) -> list[Visit]:
-        """The calls that happened in a call, in order."""
-        return [other for other in self.visits if visit in other.above]
+    def calls_within(self, call: ModuleCall) -> list[ModuleCall]:
+        """Returns the module calls during a call, in order."""
+        return [other for other in self.calls if call in other.enclosing]
 
-    def steps(self, visit: Visit) -> list[Step]:
-        """torch's functions that were called in a call, in order."""
-        found = [step for each in (visit, *self.inside(visit)) for step in each.steps]
-        return sorted(found, key=lambda step: step.start)
+    def function_calls_within(self, call: ModuleCall) -> list[FunctionCall]:
+        """Returns the calls of torch functions during a call, in order."""
+        function_calls = list(call.function_calls)
+        for inner in self.calls_within(call):
+            function_calls.extend(inner.function_calls)
+        return sorted(function_calls, key=lambda function_call: function_call.start)
 
-    def laid(self, tensor: Any) -> Tensor | None:
-        """A tensor as [batch, pos, …]; None where it is not one number or more for each token."""
+    def by_token(self, tensor: Any) -> Tensor | None:
+        """Returns a tensor as [batch, pos, …], or None if it has no such axes."""
         if not isinstance(tensor, Tensor):
             return None
         if tensor.ndim == 2 and tensor.shape[0] == self.rows * self.width:
             return tensor.view(self.rows, self.width, -1)
-        return tensor if tensor.ndim == 3 and tensor.shape[:2] == (self.rows, self.width) else None
+        if tensor.ndim == 3 and tensor.shape[:2] == (self.rows, self.width):
+            return tensor
+        return None
 
 
 def dry_run(
-    root: nn.Module, modules: dict[str, nn.Module], left_out: list[nn.Module], ids: Tensor
-) -> Watched:
-    """Run the model once on token ids [batch, pos] and write down what these modules, by path, do.
+    root: nn.Module, modules: dict[str, nn.Module], skipped: list[nn.Module], ids: Tensor
+) -> Recording:
+    """Runs the model once on token ids [batch, pos] and records these modules, named by path.
 
-    What happens in the modules that are left out is not written down.
+    Nothing inside the skipped modules is recorded.
     """
     try:
-        return _run(root, modules, left_out, ids, frozenset(INSIDE))
-    except Exception as error:  # noqa: BLE001  a family whose scores cannot be asked for has other sites
-        watched = _run(root, modules, left_out, ids, frozenset(INSIDE[:3]))
-        watched.unopened = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return watched
+        return _run(root, modules, skipped, ids, (*HEAD_TENSORS, "scores", "pattern"))
+    except Exception as error:  # noqa: BLE001  without scores, a family may have other sites
+        recording = _run(root, modules, skipped, ids, HEAD_TENSORS)
+        recording.attention_error = str(error).split("\n")[0] or type(error).__name__
+        return recording
 
 
 def _run(
     root: nn.Module,
     modules: dict[str, nn.Module],
-    left_out: list[nn.Module],
+    skipped: list[nn.Module],
     ids: Tensor,
-    wanted: frozenset[str],
-) -> Watched:
-    watcher = _Watcher()
-    with Lent() as lent:
-        lent.later(partial(keep_modes, modes()))
+    attention_tensors: tuple[str, ...],
+) -> Recording:
+    recorder = _Recorder()
+    requested = frozenset(attention_tensors)
+    with Lent() as overrides:
+        overrides.later(partial(keep_modes, modes()))
         for module in root.modules():
-            _put_at_rest(module, lent)
+            _disable_dropout_and_hooks(module, overrides)
         for path, module in modules.items():
-            if _speaks(module):
-                listen(lent, module, "interface", wanted, watcher.say)
-            lent.around(module, "forward", watcher.watched(path, module))
-        for module in left_out:
-            lent.around(module, "forward", watcher.unwatched)
-        with torch.no_grad(), watcher:
-            output = root(input_ids=ids, use_cache=False)
+            if _may_call_attention_interface(module):
+                listen(overrides, module, "interface", requested, recorder.record_attention)
+            overrides.around(module, "forward", recorder.recorded_forward(path, module))
+        for module in skipped:
+            overrides.around(module, "forward", recorder.skipped_forward)
+        with torch.no_grad(), recorder:
+            root(input_ids=ids, use_cache=False)
     rows, width = ids.shape
-    return Watched(rows, width, watcher.visits, watcher.calls, getattr(output, "logits", None))
+    return Recording(rows, width, recorder.calls, recorder.counts)
 
 
-def _put_at_rest(module: nn.Module, lent: Lent) -> None:
-    """Let a module run without dropout and without the user's own hooks, which are not to notice the run."""
+def _disable_dropout_and_hooks(module: nn.Module, overrides: Lent) -> None:
     if module.training:
-        lent.share(module, "training", lambda training: False)
+        overrides.share(module, "training", lambda training: False)
     if module._forward_hooks or module._forward_pre_hooks:
-        without_hooks(module, lent)
+        without_hooks(module, overrides)
 
 
-def _speaks(module: nn.Module) -> bool:
-    """True where a module may call transformers' attention interface."""
-    kind = type(module)
-    named = "attention" in kind.__name__.lower() or "attn" in kind.__name__.lower()
-    config = module.__dict__.get("config")
-    own = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-    return named and own is not None and hasattr(config, "_attn_implementation")
+def _may_call_attention_interface(module: nn.Module) -> bool:
+    module_class = type(module)
+    class_name = module_class.__name__.lower()
+    if "attention" not in class_name and "attn" not in class_name:
+        return False
+    eager = getattr(sys.modules[module_class.__module__], "eager_attention_forward", None)
+    return eager is not None and hasattr(module.__dict__.get("config"), "_attn_implementation")
 
 
-class _Watcher(Mode):
-    """Writes down the calls of modules, and torch's functions in them."""
+class _Recorder(Mode):
+    """Records the calls of modules, and the torch functions in them. One dry run owns it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.visits: list[Visit] = []
-        self.calls: dict[nn.Module, int] = {}
-        self.stack: list[Visit] = []
+        self.calls: list[ModuleCall] = []
+        self.counts: dict[nn.Module, int] = {}
+        self.stack: list[ModuleCall] = []
         self.clock = 0
-        self.muted = 0
+        self.skip_depth = 0
 
-    def watched(self, path: str, module: nn.Module) -> Callable[..., Any]:
-        """In place of the module's forward, one that writes down what goes in and comes out."""
+    def recorded_forward(self, path: str, module: nn.Module) -> Callable[..., Any]:
+        """Returns a replacement of the module's forward that records its inputs and outputs."""
 
-        def running(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-            self.calls[module] = self.calls.get(module, 0) + 1
-            if self.muted:
+        def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self.counts[module] = self.counts.get(module, 0) + 1
+            if self.skip_depth:
                 return inner(*args, **kwargs)
-            visit = Visit(path, module, tuple(self.stack), self._now())
-            visit.given = {
-                key: _kept(found) for key, found in _tensors([*enumerate(args), *kwargs.items()])
-            }
-            self.visits.append(visit)
-            self.stack.append(visit)
+            call = ModuleCall(path, module, tuple(self.stack), self._tick())
+            call.inputs = _copy_tensors([*enumerate(args), *kwargs.items()])
+            self.calls.append(call)
+            self.stack.append(call)
             try:
                 output = inner(*args, **kwargs)
             finally:
                 self.stack.pop()
-            visit.gave, visit.end = _items(output), self._now()
+            call.outputs, call.end = _copy_output(output), self._tick()
             return output
 
-        return running
+        return forward
 
-    def unwatched(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """In place of a module's forward, one in which nothing but calls of watched modules is counted."""
-        self.muted += 1
+    def skipped_forward(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Replaces a module's forward. Calls of recorded modules inside it are only counted."""
+        self.skip_depth += 1
         try:
             return inner(*args, **kwargs)
         finally:
-            self.muted -= 1
+            self.skip_depth -= 1
 
-    def say(self, name: str, found: Tensor) -> Tensor:
-        """Write down what attention has inside."""
-        if not self.muted:
-            self.stack[-1].heads[name] = _kept(found)
-        return found
+    def record_attention(self, name: str, tensor: Tensor) -> Tensor:
+        """Records a tensor inside attention and returns it unchanged."""
+        if not self.skip_depth:
+            self.stack[-1].attention_tensors[name] = _copy(tensor)
+        return tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = KINDS.get(func) if self.stack and not self.muted else None
-        if kind is None:
-            return func(*args, **(kwargs or {}))
-        if kind == "linear":  # what it reads is known, and its weight is large
-            gave = func(*args, **(kwargs or {}))
-            self.stack[-1].steps.append(Step(kind, [], {}, _kept(gave), self._now()))
-            return gave
-        named = (kwargs or {}).items() if kind == "product" else ()
-        given = [_kept(found) for _, found in _tensors([*enumerate(args), *named])]
-        keywords = {
-            key: _kept(each) if isinstance(each, Tensor) else each
-            for key, each in (kwargs or {}).items()
-        }
-        gave = func(*args, **(kwargs or {}))
-        self.stack[-1].steps.append(Step(kind, given, keywords, _kept(gave), self._now()))
-        return gave
+        kwargs = kwargs or {}
+        kind = KINDS.get(func)
+        if kind is None or not self.stack or self.skip_depth:
+            return func(*args, **kwargs)
+        inputs: list[Tensor] = []
+        keywords: dict[str, Any] = {}
+        if kind != "linear":  # the module call has its input, and its weight is large
+            named = kwargs.items() if kind == "product" else ()
+            inputs = list(_copy_tensors([*enumerate(args), *named]).values())
+            keywords = {key: _copy(value) for key, value in kwargs.items()}
+        output = func(*args, **kwargs)
+        self.stack[-1].function_calls.append(
+            FunctionCall(kind, inputs, keywords, _copy(output), self._tick())
+        )
+        return output
 
-    def _now(self) -> int:
+    def _tick(self) -> int:
         self.clock += 1
         return self.clock
 
 
-def _tensors(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Tensor]]:
-    for key, found in pairs:
-        if isinstance(found, Tensor) and not found.is_meta:
-            yield key, found
+def _copy_tensors(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Tensor]:
+    """Returns copies of the values that are tensors with data."""
+    copies = {}
+    for key, value in pairs:
+        if isinstance(value, Tensor) and not value.is_meta:
+            copies[key] = _copy(value)
+    return copies
 
 
-def _kept(found: Tensor) -> Tensor:
-    return found.detach().clone()
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _items(output: Any) -> tuple[Any, ...]:
-    """The items of what a module gave, its tensors as copies."""
+def _copy_output(output: Any) -> tuple[Any, ...]:
+    """Returns the items of a module's output: copies of tensors, and None for other values."""
     if hasattr(output, "to_tuple"):
         output = output.to_tuple()
     items = output if isinstance(output, tuple | list) else (output,)
-    return tuple(_kept(item) if isinstance(item, Tensor) else None for item in items)
+    return tuple(_copy(item) if isinstance(item, Tensor) else None for item in items)

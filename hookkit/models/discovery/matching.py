@@ -1,6 +1,5 @@
-"""Same values or not: sums in the stream, and heads in a projection's output."""
+"""Comparisons by value: equal tensors, sums in the residual stream, heads in projections."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,124 +8,133 @@ from torch import Tensor
 from ..families.schema import ModuleLocation, cut
 from ..views import FusedView
 
-ROUGH = 1e-5
+RELATIVE_TOLERANCE = 1e-5
 
 
 def tolerance(tensor: Tensor) -> float:
-    """How far two computations of the same number may be apart, relative to what they are made of."""
-    return max(ROUGH, 2 * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else 0.0
+    """Returns how far two computations of the same tensor may differ, relative to their terms."""
+    if not tensor.is_floating_point():
+        return 0.0
+    return max(RELATIVE_TOLERANCE, 2 * torch.finfo(tensor.dtype).eps)
 
 
-def same(found: Tensor | None, expected: Tensor | None) -> bool:
-    """True for the same numbers in the same order, whatever the axes are."""
-    if (
-        found is None
-        or expected is None
-        or found.numel() != expected.numel()
-        or found.dtype != expected.dtype
-    ):
+def equal_values(first: Tensor | None, second: Tensor | None) -> bool:
+    """True if both have the same numbers in the same order. Their axes may differ."""
+    if first is None or second is None:
         return False
-    return torch.equal(found.reshape(-1), expected.reshape(-1))
+    if first.numel() != second.numel() or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.reshape(-1), second.reshape(-1))
 
 
-def apart(parts: list[Tensor], total: Tensor) -> float:
-    """How far the sum of the parts is from the total, relative to the size of what is added, at the worst number."""
-    added, size = parts[0], parts[0].abs()
-    for part in parts[1:]:
-        added, size = added + part, size + part.abs()
-    return float(
-        ((added - total).abs() / (size + total.abs()).clamp(min=1e-20)).max().nan_to_num(nan=1e9)
-    )
+def is_flat(tensor: Tensor | None) -> bool:
+    """True if rows and positions are one axis of a tensor."""
+    return tensor is not None and tensor.ndim == 2
 
 
-def sums(parts: list[Tensor], total: Tensor) -> bool:
-    """True where the parts add up to the total."""
-    return all(part.shape == total.shape for part in parts) and apart(parts, total) <= tolerance(
-        total
-    )
+def sum_error(terms: list[Tensor], total: Tensor) -> float:
+    """Returns how far the sum is from the total at most, relative to the size of its terms."""
+    added, size = terms[0], terms[0].abs()
+    for term in terms[1:]:
+        added, size = added + term, size + term.abs()
+    relative = (added - total).abs() / (size + total.abs()).clamp(min=1e-20)
+    return float(relative.max().nan_to_num(nan=1e9))
 
 
-def ratio(found: Tensor, expected: Tensor) -> float | None:
-    """The one number by which `found` has to be multiplied to give `expected`, or None."""
-    found, expected = found.double(), expected.double()
-    square = float((found * found).sum())
-    factor = float((found * expected).sum()) / square if square else 0.0
-    rough = max(ROUGH, float(expected.abs().max()) * ROUGH)
-    near = factor != 0 and float((found * factor - expected).abs().max()) <= rough
-    return factor if near else None
+def is_sum(terms: list[Tensor], total: Tensor) -> bool:
+    """True if the terms add up to the total."""
+    same_shape = all(term.shape == total.shape for term in terms)
+    return same_shape and sum_error(terms, total) <= tolerance(total)
+
+
+def scale_factor(tensor: Tensor, expected: Tensor) -> float | None:
+    """Returns the number by which `tensor` must be multiplied to give `expected`, or None."""
+    tensor, expected = tensor.double(), expected.double()
+    square = float((tensor * tensor).sum())
+    if square == 0:
+        return None
+    factor = float((tensor * expected).sum()) / square
+    limit = max(RELATIVE_TOLERANCE, float(expected.abs().max()) * RELATIVE_TOLERANCE)
+    if factor == 0 or not float((tensor * factor - expected).abs().max()) <= limit:
+        return None
+    return factor
 
 
 @dataclass(frozen=True)
 class Match:
-    """Where in a projection's output some heads are. `turned` is true where what attention was given is not that
-    output itself, but normed or rotated."""
+    """Where heads are in a projection's output.
+
+    `transformed` is True if attention receives them after a norm or a rotation.
+    """
 
     cut: str
     part: int
-    turned: bool
+    transformed: bool
 
 
-def heads_in(
+def find_heads(
     output: Tensor, target: Tensor, sizes: dict[str, int | None], rotates: bool
 ) -> Match | None:
-    """Where in an output [batch, pos, …] the heads [batch, pos, head, d_head] are.
+    """Returns where in an output [batch, pos, …] the heads [batch, pos, head, d_head] are.
 
-    With `rotates` the first position decides, where a rotation is the identity (but may reorder a head's numbers).
+    With `rotates` only the first position is compared, where a rotation is the identity (but may
+    reorder the numbers of a head).
     """
-    for layout in _layouts(output.shape[-1], target.shape[2], target.shape[3], sizes):
+    for layout in _possible_layouts(output.shape[-1], target.shape[2], target.shape[3], sizes):
         for part in range(layout.count("|") + 1):
-            found = _part(output, layout, part, sizes)
-            if found is None or found.shape != target.shape:
+            heads = _read_part(output, layout, part, sizes)
+            if heads is None or heads.shape != target.shape:
                 continue
-            if ratio(found, target) is not None:
-                return Match(layout, part, turned=False)
-            if rotates and _alike(found[:, 0], target[:, 0]):
-                return Match(layout, part, turned=True)
+            if scale_factor(heads, target) is not None:
+                return Match(layout, part, transformed=False)
+            if rotates and _equal_up_to_order(heads[:, 0], target[:, 0]):
+                return Match(layout, part, transformed=True)
     return None
 
 
-def _alike(found: Tensor, target: Tensor) -> bool:
-    if ratio(found, target) is not None:
+def _equal_up_to_order(heads: Tensor, target: Tensor) -> bool:
+    if scale_factor(heads, target) is not None:
         return True
-    return ratio(found.sort(dim=-1).values, target.sort(dim=-1).values) == 1.0 or _same_numbers(
-        found, target
-    )
+    factor = scale_factor(heads.sort(dim=-1).values, target.sort(dim=-1).values)
+    return factor is not None and abs(factor - 1) < RELATIVE_TOLERANCE
 
 
-def _same_numbers(found: Tensor, target: Tensor) -> bool:
-    factor = ratio(found.sort(dim=-1).values, target.sort(dim=-1).values)
-    return factor is not None and abs(factor - 1) < ROUGH
-
-
-def _part(output: Tensor, layout: str, part: int, sizes: dict[str, int | None]) -> Tensor | None:
-    numbers = cut(ModuleLocation("", cut=layout, part=part), sizes)
-    if (
-        not numbers.total
-        or numbers.outer * numbers.total != output.shape[-1]
-        or numbers.inner is None
-    ):
+def _read_part(
+    output: Tensor, layout: str, part: int, sizes: dict[str, int | None]
+) -> Tensor | None:
+    split = cut(ModuleLocation("", cut=layout, part=part), sizes)
+    if not split.total or split.outer * split.total != output.shape[-1] or split.inner is None:
         return None
-    form = FusedView(cut=numbers)
-    found = form.view(output)
-    found = found.flatten(2, 3) if found.ndim == 5 else found
-    return found if found.ndim == 4 else None
+    heads = FusedView(cut=split).view(output)
+    if heads.ndim == 5:
+        heads = heads.flatten(2, 3)
+    return heads if heads.ndim == 4 else None
 
 
-def _layouts(width: int, heads: int, d: int, sizes: dict[str, int | None]) -> Iterator[str]:
-    """The ways in which families lay out their projections, then any place for these heads in a row of that width."""
-    q, v = ("d_head", "d_head") if sizes["d_qk"] == sizes["d_v"] else ("d_qk", "d_v")
-    one = q if d == sizes["d_qk"] else v
-    word = "head" if heads == sizes["head"] else "kv_head"
-    yield f"{word} {one}"
-    yield f"head {q} | kv_head {q} | kv_head {v}"
-    yield f"head: {q} | {q} | {v}"
-    yield f"kv_head: share {q} | {q} | {v}"
-    yield f"4: quarter {q} | quarter {v} | quarter {q}"
-    yield f"head: {q} | {q}"
-    yield f"kv_head {q} | kv_head {v}"
-    yield f"kv_head: {q} | {v}"
-    rest, each = width - heads * d, width // heads - d
-    if each > 0 and not width % heads:
-        yield from (f"{word}: {one} | {each}", f"{word}: {each} | {one}")
-    if rest > 0:
-        yield from (f"{word} {one} | {rest}", f"{rest} | {word} {one}")
+def _possible_layouts(
+    width: int, heads: int, d_head: int, sizes: dict[str, int | None]
+) -> list[str]:
+    """Returns the layouts that a projection with these heads may have, the likeliest first."""
+    same_width = sizes["d_qk"] == sizes["d_v"]
+    q, v = ("d_head", "d_head") if same_width else ("d_qk", "d_v")
+    head_width = q if d_head == sizes["d_qk"] else v
+    head_count = "head" if heads == sizes["head"] else "kv_head"
+    layouts = [
+        f"{head_count} {head_width}",
+        f"head {q} | kv_head {q} | kv_head {v}",
+        f"head: {q} | {q} | {v}",
+        f"kv_head: share {q} | {q} | {v}",
+        f"4: quarter {q} | quarter {v} | quarter {q}",
+        f"head: {q} | {q}",
+        f"kv_head {q} | kv_head {v}",
+        f"kv_head: {q} | {v}",
+    ]
+    extra_of_head = width // heads - d_head
+    if extra_of_head > 0 and width % heads == 0:
+        layouts.append(f"{head_count}: {head_width} | {extra_of_head}")
+        layouts.append(f"{head_count}: {extra_of_head} | {head_width}")
+    extra = width - heads * d_head
+    if extra > 0:
+        layouts.append(f"{head_count} {head_width} | {extra}")
+        layouts.append(f"{extra} | {head_count} {head_width}")
+    return layouts

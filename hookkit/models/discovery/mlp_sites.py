@@ -1,184 +1,214 @@
-"""Where the sites of the MLP are in a block, by value: its last projection, its activation, its router."""
+"""Finds the sites of the MLP by value: its last projection, its activation and its router."""
 
 from torch import Tensor
 
 from ..families.schema import ModuleLocation
 from ..families.shared import DENSE, NEURONS
 from .attention_sites import UNPROVED
-from .dry_run import Visit
-from .matching import same
+from .dry_run import ModuleCall
+from .matching import equal_values, is_flat
 from .residual_sites import Block
 
 
-def read_mlp(block: Block) -> None:
-    """Find mlp_in, mlp_pre, mlp_post, and what a router says."""
-    mlp = _mlp(block)
-    inside = _inside(block, mlp)
-    last = next((visit for visit in inside[::-1] if visit.linear), None)
-    _router(block, inside)
-    if not inside or (mlp is None and (block.mlp_term is None or last is None)):
+def locate_mlp_sites(block: Block) -> None:
+    """Locates mlp_in, mlp_pre, mlp_post and the sites of a router."""
+    mlp = _find_mlp(block)
+    calls = _mlp_calls(block, mlp)
+    linear_calls = [call for call in calls if call.is_linear]
+    _locate_router(block, calls)
+    if not calls or (mlp is None and (block.mlp_term is None or not linear_calls)):
         for name in ("mlp_in", "mlp_pre", "mlp_post"):
             block.missing[name] = UNPROVED + "no MLP was seen in this block"
         return
-    _reads(block, mlp, inside)
-    ends = last is not None and _ends(block, mlp, last)
-    if last is None or not ends:
-        mixed = any("expert" in name for name, _ in (mlp or block.visit).module.named_modules())
-        why = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
-        block.missing |= NEURONS if mixed else dict.fromkeys(NEURONS, why)
+    _locate_mlp_in(block, mlp, calls)
+    if not linear_calls or not _gives_mlp_output(block, mlp, linear_calls[-1]):
+        reason = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
+        has_experts = _has_experts(mlp or block.call)
+        block.missing |= NEURONS if has_experts else dict.fromkeys(NEURONS, reason)
         return
-    block.places["mlp_post"] = ModuleLocation(last.path, "input", flat=_flat(last.read))
-    _before(block, inside, last)
+    last = linear_calls[-1]
+    block.locations["mlp_post"] = ModuleLocation(last.path, "input", flat=is_flat(last.input))
+    _locate_mlp_pre(block, calls, last)
 
 
-def _mlp(block: Block) -> Visit | None:
-    """The outermost module that holds the MLP's matrices; None where they stand in the block themselves."""
-    watched, attends = block.watched, block.attends
-    holds = []
-    for visit in watched.inside(block.visit):
-        outermost = visit.above[-1] is block.visit
-        if (
-            not outermost
-            or visit.linear
-            or visit is attends
-            or (attends and visit in attends.above)
+def _has_experts(call: ModuleCall) -> bool:
+    return any("expert" in name for name, _ in call.module.named_modules())
+
+
+def _find_mlp(block: Block) -> ModuleCall | None:
+    """Returns the module that contains the MLP's matrices, or None if the block itself does."""
+    candidates = _mlp_candidates(block)
+    attention_call = block.attention_call
+    term = block.mlp_term
+    if term is None:
+        if attention_call is None:
+            return None
+        later = [call for call in candidates if call.start > attention_call.end]
+        return later[0] if len(later) == 1 else None
+    if any(call.is_linear and call.enclosing[-1] is block.call for call in term.output.calls):
+        return None
+    sources = [call for call in candidates if term.output.is_from(call)]
+    if sources:
+        return sources[-1]
+    for call in reversed(candidates):
+        after_attention = attention_call is None or call.start > attention_call.end
+        if after_attention and call.end <= term.output.calls[-1].end:
+            return call
+    return None
+
+
+def _mlp_candidates(block: Block) -> list[ModuleCall]:
+    """Returns the direct submodules of the block, other than attention, that contain matrices."""
+    attention_call = block.attention_call
+    candidates = []
+    for call in block.recording.calls_within(block.call):
+        if call.enclosing[-1] is not block.call or call.is_linear:
+            continue
+        if attention_call is not None and (
+            call is attention_call or call in attention_call.enclosing
         ):
             continue
-        if _wide(visit) and watched.once(visit):
-            holds.append(visit)
-    term = block.mlp_term
-    if term is not None:
-        given = [visit for visit in holds if visit in term.given.visits or term.given.under(visit)]
-        before = [visit for visit in holds if visit.end <= term.given.visits[-1].end]
-        after_attention = [
-            visit for visit in before if attends is None or visit.start > attends.end or given
-        ]
-        linears = [v for v in term.given.visits if v.linear and v.above[-1] is block.visit]
-        return None if linears else (given or after_attention or [None])[-1]
-    after = [visit for visit in holds if attends is not None and visit.start > attends.end]
-    return after[0] if len(after) == 1 else None
+        if _has_matrix(call) and block.recording.runs_once(call):
+            candidates.append(call)
+    return candidates
 
 
-def _wide(visit: Visit) -> bool:
-    """True where a module or one in it has a matrix."""
-    return any(weight.ndim > 1 for weight in visit.module.parameters())
+def _has_matrix(call: ModuleCall) -> bool:
+    return any(weight.ndim > 1 for weight in call.module.parameters())
 
 
-def _inside(block: Block, mlp: Visit | None) -> list[Visit]:
-    """The calls in the MLP; without a module of its own, those of the block outside attention."""
-    watched, attends = block.watched, block.attends
+def _mlp_calls(block: Block, mlp: ModuleCall | None) -> list[ModuleCall]:
+    """Returns the calls inside the MLP. If it is no module, those in the block after attention."""
+    recording, attention_call = block.recording, block.attention_call
     if mlp is not None:
-        return watched.inside(mlp)
-    if block.mlp_term is None:
+        return recording.calls_within(mlp)
+    if block.mlp_term is None or attention_call is None:
         return []
-    end = block.mlp_term.given.visits[-1].end
-    return [
-        visit
-        for visit in watched.inside(block.visit)
-        if attends is not None
-        and visit.start > attends.end
-        and visit.end <= end
-        and watched.once(visit)
-    ]
+    end = block.mlp_term.output.calls[-1].end
+    calls = []
+    for call in recording.calls_within(block.call):
+        is_between = call.start > attention_call.end and call.end <= end
+        if is_between and recording.runs_once(call):
+            calls.append(call)
+    return calls
 
 
-def _reads(block: Block, mlp: Visit | None, inside: list[Visit]) -> None:
-    """mlp_in: what the MLP's module is given, if a matrix in it reads that; else what the first matrix reads."""
-    first = next((visit for visit in inside if visit.linear), None)
-    into = mlp or first
-    value = block.watched.laid(into.read) if into else None
-    known = mlp is None or any(
-        same(visit.read, value) for visit in inside if visit.linear or _wide(visit)
-    )
-    if into is None or value is None or value.shape[-1] != block.pre.shape[-1] or not known:
+def _locate_mlp_in(block: Block, mlp: ModuleCall | None, calls: list[ModuleCall]) -> None:
+    """Locates mlp_in at the input of the MLP's module, if a matrix in it reads that input.
+
+    If the MLP is no module, it is at the input of the first matrix.
+    """
+    readers = [call for call in calls if call.is_linear or _has_matrix(call)]
+    entry = mlp
+    if mlp is None:
+        entry = next((call for call in calls if call.is_linear), None)
+    value = None if entry is None else block.recording.by_token(entry.input)
+    is_read = mlp is None or any(equal_values(call.input, value) for call in readers)
+    if entry is None or value is None or value.shape[-1] != block.pre.shape[-1] or not is_read:
         block.missing["mlp_in"] = UNPROVED + "no matrix of the MLP reads what its module is given"
         return
-    block.places["mlp_in"] = ModuleLocation(into.path, "input", flat=_flat(into.read))
+    block.locations["mlp_in"] = ModuleLocation(entry.path, "input", flat=is_flat(entry.input))
 
 
-def _ends(block: Block, mlp: Visit | None, last: Visit) -> bool:
-    """True where the last matrix gives what the MLP gives, so that it reads all neurons of each token."""
-    if not block.watched.once(last) or block.watched.laid(last.read) is None:
+def _gives_mlp_output(block: Block, mlp: ModuleCall | None, last: ModuleCall) -> bool:
+    """True if the last matrix returns the MLP's output, and so reads all neurons of a token."""
+    if not block.recording.runs_once(last) or block.recording.by_token(last.input) is None:
         return False
-    given = block.mlp_term.given.value if block.mlp_term else None
-    return same(last.result, given) or (mlp is not None and same(last.result, mlp.result))
+    if block.mlp_term is not None and equal_values(last.output, block.mlp_term.output.value):
+        return True
+    return mlp is not None and equal_values(last.output, mlp.output)
 
 
-def _before(block: Block, inside: list[Visit], last: Visit) -> None:
-    """mlp_pre: the matrix whose output, or a half of it, goes into an activation."""
-    bent = _bent(block, inside)
-    width = (last.read.shape[-1] if last.read is not None else 0) or 0
-    for visit in inside:
-        output = block.watched.laid(visit.result) if visit.linear and visit is not last else None
-        if output is None or not block.watched.once(visit):
+def _locate_mlp_pre(block: Block, calls: list[ModuleCall], last: ModuleCall) -> None:
+    """Locates mlp_pre at the matrix whose output, or half of it, an activation reads."""
+    activation_inputs = _activation_inputs(calls)
+    d_mlp = last.input.shape[-1] if last.input is not None else 0
+    for call in calls:
+        if not call.is_linear or call is last or not block.recording.runs_once(call):
             continue
-        halves = output.split(width, dim=-1) if output.shape[-1] == 2 * width else (output,)
-        for part, half in enumerate(halves):
-            if half.shape[-1] == width and any(same(half, each) for each in bent):
-                cut = "d_mlp | d_mlp" if len(halves) == 2 else ""
-                block.places["mlp_pre"] = ModuleLocation(
-                    visit.path, cut=cut, part=part, flat=_flat(visit.result)
+        output = block.recording.by_token(call.output)
+        if output is None:
+            continue
+        is_fused = output.shape[-1] == 2 * d_mlp
+        parts = output.split(d_mlp, dim=-1) if is_fused else (output,)
+        for number, part in enumerate(parts):
+            if part.shape[-1] != d_mlp:
+                continue
+            if any(equal_values(part, value) for value in activation_inputs):
+                block.locations["mlp_pre"] = ModuleLocation(
+                    call.path,
+                    cut="d_mlp | d_mlp" if is_fused else "",
+                    part=number,
+                    flat=is_flat(call.output),
                 )
                 return
     block.missing["mlp_pre"] = UNPROVED + "no matrix's output is what the MLP's activation reads"
 
 
-def _bent(block: Block, inside: list[Visit]) -> list[Tensor]:
-    """What the activations of the MLP read."""
-    found = []
-    for visit in inside:
-        leaf = not visit.linear and not any(True for _ in visit.module.children())
-        normed = "norm" in type(visit.module).__name__.lower()
-        if leaf and not normed and visit.read is not None and not same(visit.read, visit.result):
-            found.append(visit.read)
-    owners = {id(visit): visit for each in inside for visit in (each, each.above[-1])}
-    steps = [step for visit in owners.values() for step in visit.steps if step.kind == "activation"]
-    return found + [step.given[0] for step in steps if step.given]
+def _activation_inputs(calls: list[ModuleCall]) -> list[Tensor]:
+    """Returns the inputs of activation modules and of activation functions in the MLP."""
+    inputs: list[Tensor] = []
+    for call in calls:
+        is_leaf = not call.is_linear and not any(True for _ in call.module.children())
+        is_norm = "norm" in type(call.module).__name__.lower()
+        value = call.input
+        if is_leaf and not is_norm and value is not None and not equal_values(value, call.output):
+            inputs.append(value)
+    owners: dict[ModuleCall, None] = {}
+    for call in calls:
+        owners[call] = None
+        owners[call.enclosing[-1]] = None
+    for owner in owners:
+        for function_call in owner.function_calls:
+            if function_call.kind == "activation" and function_call.inputs:
+                inputs.append(function_call.inputs[0])
+    return inputs
 
 
-def _router(block: Block, inside: list[Visit]) -> None:
-    """A module that says of each token how much each expert is worth, and which are chosen."""
+def _locate_router(block: Block, calls: list[ModuleCall]) -> None:
+    """Locates the sites of a module that rates the experts for each token."""
     block.missing |= dict.fromkeys(DENSE, "no router was seen in this block's MLP")
-    for visit in inside:
-        logits = _logits(block, visit)
+    for call in calls:
+        logits = _router_logits(block, call)
         if logits is None:
             continue
-        block.places["router_logits"] = ModuleLocation(visit.path, "inside", "router", flat=True)
-        if len(visit.gave) == 3 and _choice(visit.gave[1], visit.gave[2], logits):
-            block.places["expert_weights"] = ModuleLocation(visit.path, item=1, flat=True)
-            block.places["experts"] = ModuleLocation(visit.path, item=2, flat=True)
+        block.locations["router_logits"] = ModuleLocation(call.path, "inside", "router", flat=True)
+        if len(call.outputs) == 3 and _is_choice(call.outputs[1], call.outputs[2], logits):
+            block.locations["expert_weights"] = ModuleLocation(call.path, item=1, flat=True)
+            block.locations["experts"] = ModuleLocation(call.path, item=2, flat=True)
         else:
-            why = UNPROVED + f"the router {visit.name!r} does not give logits, weights and indices"
-            block.missing |= dict.fromkeys(("expert_weights", "experts"), why)
+            reason = (
+                UNPROVED + f"the router {call.name!r} does not give logits, weights and indices"
+            )
+            block.missing |= dict.fromkeys(("expert_weights", "experts"), reason)
         return
 
 
-def _logits(block: Block, visit: Visit) -> Tensor | None:
-    """A router's logits, [tokens, expert]: what the first linear map in it gives."""
-    tensors = [each for each in visit.gave if each is not None]
-    if len(tensors) < 2 or not block.watched.once(visit) or len(tensors) != len(visit.gave):
+def _router_logits(block: Block, call: ModuleCall) -> Tensor | None:
+    """Returns a router's logits [tokens, expert]: the output of the first linear map in it."""
+    if len(call.outputs) < 2 or any(output is None for output in call.outputs):
         return None
-    logits = next((step.gave for step in block.watched.steps(visit) if step.kind == "linear"), None)
-    tokens = block.watched.rows * block.watched.width
-    if logits is None or logits.ndim != 2 or len(logits) != tokens:
+    if not block.recording.runs_once(call):
         return None
-    return logits if any(each.shape == logits.shape for each in tensors) else None
+    for function_call in block.recording.function_calls_within(call):
+        if function_call.kind == "linear":
+            logits = function_call.output
+            break
+    else:
+        return None
+    tokens = block.recording.rows * block.recording.width
+    if logits.ndim != 2 or len(logits) != tokens:
+        return None
+    return logits if any(output.shape == logits.shape for output in call.outputs) else None
 
 
-def _choice(weights: Tensor, chosen: Tensor, logits: Tensor) -> bool:
-    """True for a weight and a number of an expert for each token and choice."""
-    whole = (
-        not chosen.is_floating_point()
-        and weights.is_floating_point()
-        and weights.shape == chosen.shape
-    )
+def _is_choice(weights: Tensor, experts: Tensor, logits: Tensor) -> bool:
+    """True for a weight and the number of an expert for each token and choice."""
     return (
-        whole
-        and len(chosen) == len(logits)
-        and chosen.ndim == 2
-        and chosen.shape[-1] <= logits.shape[-1]
+        weights.is_floating_point()
+        and not experts.is_floating_point()
+        and weights.shape == experts.shape
+        and experts.ndim == 2
+        and len(experts) == len(logits)
+        and experts.shape[-1] <= logits.shape[-1]
     )
-
-
-def _flat(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.ndim == 2

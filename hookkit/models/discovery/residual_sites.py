@@ -1,277 +1,312 @@
-"""What a block adds to the residual stream, by value: the outputs A and M of which resid_pre + A + M is resid_post."""
+"""Finds what a block adds to the residual stream, by value.
+
+Attention's term A and the MLP's term M are the module outputs for which resid_pre + A + M is
+resid_post.
+"""
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from ..families.schema import ModuleLocation
 from ..families.shared import PARALLEL
 from .attention_sites import UNPROVED, Attention
-from .dry_run import Visit, Watched
-from .matching import apart, same, sums, tolerance
+from .dry_run import ModuleCall, Recording
+from .matching import equal_values, is_flat, is_sum, sum_error, tolerance
 
 SUM = "the block adds more to the stream than what attention and the MLP give, or multiplies it"
 
 
 @dataclass(eq=False)
-class Given:
-    """One tensor [batch, pos, d_model] that modules of a block gave, and the calls that gave it."""
+class Output:
+    """A tensor [batch, pos, d_model] that modules of a block return, and their calls."""
 
     value: Tensor
-    visits: list[Visit]
+    calls: list[ModuleCall]
 
-    def under(self, owner: Visit | None) -> bool:
-        """True where it was given by this call, or inside it."""
-        return owner is not None and any(
-            visit is owner or owner in visit.above for visit in self.visits
-        )
+    @property
+    def start(self) -> int:
+        """The start of the last call that returned it."""
+        return self.calls[-1].start
+
+    def is_from(self, owner: ModuleCall | None) -> bool:
+        """True if this call, or a call inside it, returned it."""
+        if owner is None:
+            return False
+        return any(call is owner or owner in call.enclosing for call in self.calls)
 
 
 @dataclass(eq=False)
 class Term:
-    """What is added: a tensor, multiplied by a number that the block has under a name."""
+    """What a block may add to the stream: an output, perhaps times a number that the block has."""
 
-    given: Given
-    times: str
+    output: Output
+    multiplier: str  # the block's attribute with that number, or ""
     value: Tensor
 
 
 @dataclass(eq=False)
 class Block:
-    """One block: its call, its stream, and what was found of it."""
+    """One block: its call, its stream, and what discovery has found in it so far.
 
-    watched: Watched
-    visit: Visit
+    The steps of discovery fill the fields with defaults, one after another.
+    """
+
+    recording: Recording
+    call: ModuleCall
     attention: Attention | None
     pre: Tensor
     post: Tensor
-    places: dict[str, ModuleLocation] = field(default_factory=dict)
+    locations: dict[str, ModuleLocation] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)
     mlp_term: Term | None = None
 
     @property
-    def attends(self) -> Visit | None:
-        return self.attention.visit if self.attention else None
+    def attention_call(self) -> ModuleCall | None:
+        return self.attention.call if self.attention else None
+
+    @property
+    def attention_end(self) -> int:
+        """When attention ended, or 0 if there is none."""
+        return self.attention.call.end if self.attention else 0
+
+    def is_in_attention(self, call: ModuleCall) -> bool:
+        """True for attention's call and for the calls inside it."""
+        attention_call = self.attention_call
+        return attention_call is not None and (
+            call is attention_call or attention_call in call.enclosing
+        )
 
 
-def follow(block: Block) -> None:
-    """Find attn_out, mlp_out and resid_mid."""
-    terms = _terms(block)
-    first, second = _pair(block, terms)
-    if first is None and second is None:
-        first, mid = _read_first(block, terms)
-        second, base = _read_second(block, terms, mid)
-        mid = mid if mid is not None else base
-        if first is not None and second is not None:
+def locate_residual_sites(block: Block) -> None:
+    """Locates attn_out, mlp_out and resid_mid."""
+    terms = _possible_terms(block)
+    attention_term, mlp_term = _find_both_terms(block, terms)
+    mid = None
+    if attention_term is None and mlp_term is None:
+        attention_term, mid = _find_attention_term(block, terms)
+        mlp_term, base = _find_mlp_term(block, terms, mid)
+        if mid is None:
+            mid = base
+        if attention_term is not None and mlp_term is not None:
             block.exceptions["sum"] = SUM
-    else:
-        mid = None if first is None or second is None else block.pre + first.value
-    _place(block, "attn_out", first)
-    _place(block, "mlp_out", second)
-    block.mlp_term = second
-    _between(block, first, second, mid)
+    elif attention_term is not None and mlp_term is not None:
+        mid = block.pre + attention_term.value
+    _locate_term(block, "attn_out", attention_term)
+    _locate_term(block, "mlp_out", mlp_term)
+    block.mlp_term = mlp_term
+    _locate_resid_mid(block, attention_term, mid)
 
 
-def _terms(block: Block) -> list[Term]:
-    """All that may be added: each tensor that a module gave, times 1 or a number that the block has."""
-    kept: list[Given] = []
-    for visit in block.watched.inside(block.visit):
-        value = block.watched.laid(visit.result)
-        if value is None or value.shape != block.pre.shape or not block.watched.once(visit):
+def _possible_terms(block: Block) -> list[Term]:
+    outputs: list[Output] = []
+    for call in block.recording.calls_within(block.call):
+        value = block.recording.by_token(call.output)
+        if value is None or value.shape != block.pre.shape or not block.recording.runs_once(call):
             continue
-        known = next((given for given in kept if same(given.value, value)), None)
-        if known is None:
-            kept.append(Given(value, [visit]))
+        for output in outputs:
+            if equal_values(output.value, value):
+                output.calls.append(call)
+                break
         else:
-            known.visits.append(visit)
-    return [
-        Term(given, name, given.value * factor)
-        for given in kept
-        for name, factor in _factors(block).items()
-    ]
+            outputs.append(Output(value, [call]))
+    multipliers = _multipliers(block)
+    terms = []
+    for output in outputs:
+        for name, factor in multipliers.items():
+            terms.append(Term(output, name, output.value * factor))
+    return terms
 
 
-def _factors(block: Block) -> dict[str, float]:
-    numbers: dict[str, Any] = {"": 1.0}
-    for name, value in vars(block.visit.module).items():
+def _multipliers(block: Block) -> dict[str, float]:
+    numbers = {"": 1.0}
+    for name, value in vars(block.call.module).items():
         if isinstance(value, float) and value not in (0.0, 1.0):
             numbers[name] = value
     return numbers
 
 
-def _order(term: Term) -> int:
-    return term.given.visits[-1].start
+def _may_be_attention_term(block: Block, term: Term) -> bool:
+    """True if attention returns it, or it comes after attention."""
+    output = term.output
+    attention_call = block.attention_call
+    if attention_call is None or output.is_from(attention_call):
+        return True
+    return output.start > attention_call.end
 
 
-def _attentive(block: Block, term: Term) -> bool:
-    """True for what attention gave, or what came after it."""
-    attends = block.attends
-    return attends is None or term.given.under(attends) or _order(term) > attends.end
+def _find_both_terms(block: Block, terms: list[Term]) -> tuple[Term | None, Term | None]:
+    """Returns the A and M for which pre + A + M is post, or A alone if the block adds one thing."""
+    smallest_error = float("inf")
+    best: tuple[Term, Term] | None = None
+    for first, second in itertools.product(terms, terms):
+        if not _may_be_pair(block, first, second):
+            continue
+        error = sum_error([block.pre, first.value, second.value], block.post)
+        if error < smallest_error:
+            smallest_error, best = error, (first, second)
+    if best is not None and smallest_error <= tolerance(block.post):
+        return best
+    return _find_only_term(block, terms), None
 
 
-def _pair(block: Block, terms: list[Term]) -> tuple[Term | None, Term | None]:
-    """The A and M of which pre + A + M is post, or A alone where the block adds one thing."""
-    found = [
-        (apart([block.pre, first.value, second.value], block.post), number, first, second)
-        for number, (first, second) in enumerate(itertools.product(terms, terms))
-        if _may_be(block, first, second)
-    ]
-    if found:
-        far, _, first, second = min(found, key=lambda each: each[:2])
-        if far <= tolerance(block.post):
-            return first, second
-    return _alone(block, terms), None
-
-
-def _may_be(block: Block, first: Term, second: Term) -> bool:
-    """True where the first may be attention's part and the second the MLP's."""
-    from_attention = first.given.under(block.attends)
-    if (
-        second.given is first.given
-        or second.given.under(block.attends)
-        or not _attentive(block, first)
-    ):
+def _may_be_pair(block: Block, first: Term, second: Term) -> bool:
+    """True if the first may be attention's term and the second the MLP's."""
+    attention_call = block.attention_call
+    if second.output is first.output or second.output.is_from(attention_call):
         return False
-    if _order(second) < _order(first) and not from_attention:
+    if not _may_be_attention_term(block, first):
         return False
-    return not _nested(first, second) and (
-        block.attends is not None or not _together(block, first, second)
-    )
+    is_earlier = second.output.start < first.output.start
+    if is_earlier and not first.output.is_from(attention_call):
+        return False
+    if _encloses(first, second) or _encloses(second, first):
+        return False
+    return attention_call is not None or not _share_submodule(block, first, second)
 
 
-def _alone(block: Block, terms: list[Term]) -> Term | None:
-    """A where pre + A is post and A is attention's; else None, and the reason is written down."""
-    alone = next((term for term in terms if sums([block.pre, term.value], block.post)), None)
-    if alone is None:
+def _encloses(outer: Term, inner: Term) -> bool:
+    """True if each call of `outer` contains a call of `inner`."""
+    for outer_call in outer.output.calls:
+        if not any(outer_call in inner_call.enclosing for inner_call in inner.output.calls):
+            return False
+    return True
+
+
+def _share_submodule(block: Block, first: Term, second: Term) -> bool:
+    """True if both come from one submodule of the block, such as a mixture of experts."""
+    depth = len(block.call.enclosing) + 1
+    first_submodules = {(*call.enclosing, call)[depth] for call in first.output.calls}
+    second_submodules = {(*call.enclosing, call)[depth] for call in second.output.calls}
+    return bool(first_submodules & second_submodules)
+
+
+def _find_only_term(block: Block, terms: list[Term]) -> Term | None:
+    """Returns A if pre + A is post and A is attention's. Notes why other sites are missing."""
+    for term in terms:
+        if is_sum([block.pre, term.value], block.post):
+            break
+    else:
         return None
-    if alone.given.under(block.attends):
-        why = "the block has no MLP: it adds what attention gives, and nothing more"
-        block.missing |= dict.fromkeys(("mlp_out", "resid_mid"), why)
-        return alone
-    adds = _chosen(block, alone.given).name
-    why = f"the block adds one thing, what its module {adds!r} gives: reach it with hk.module"
-    block.missing |= dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), why)
+    if term.output.is_from(block.attention_call):
+        reason = "the block has no MLP: it adds what attention gives, and nothing more"
+        block.missing |= dict.fromkeys(("mlp_out", "resid_mid"), reason)
+        return term
+    name = _main_call(block, term.output).name
+    reason = f"the block adds one thing, what its module {name!r} gives: reach it with hk.module"
+    block.missing |= dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), reason)
     return None
 
 
-def _nested(first: Term, second: Term) -> bool:
-    """True where one is computed inside the other."""
-    return any(
-        all(any(v in w.above for w in outer.given.visits) for v in inner.given.visits)
-        for outer, inner in ((first, second), (second, first))
-    )
-
-
-def _together(block: Block, first: Term, second: Term) -> bool:
-    """True where both come from one module of the block, as those of a mixture of experts with a shared one do."""
-    depth = len(block.visit.above) + 1
-    tops = [
-        {(*visit.above, visit)[depth] for visit in term.given.visits} for term in (first, second)
-    ]
-    return bool(tops[0] & tops[1])
-
-
-def _reads(block: Block) -> list[tuple[Visit, Tensor]]:
-    """What the modules of the block outside attention read of the stream."""
-    found = []
-    for visit in block.watched.inside(block.visit):
-        value = block.watched.laid(visit.read)
-        attends = block.attends
-        outside = attends is None or (visit is not attends and attends not in visit.above)
-        if value is not None and value.shape == block.pre.shape and outside:
-            found.append((visit, value))
-    return found
-
-
-def _read_first(block: Block, terms: list[Term]) -> tuple[Term | None, Tensor | None]:
-    """A where a later module reads pre + A."""
-    for term in terms:
-        if not _attentive(block, term):
+def _stream_inputs(block: Block) -> list[tuple[ModuleCall, Tensor]]:
+    """Returns the inputs [batch, pos, d_model] of the modules outside attention."""
+    inputs = []
+    for call in block.recording.calls_within(block.call):
+        value = block.recording.by_token(call.input)
+        if value is None or value.shape != block.pre.shape or block.is_in_attention(call):
             continue
-        total = block.pre + term.value
-        after = max(_order(term), block.attends.end if block.attends else 0)
-        for visit, value in _reads(block):
-            if visit.start > after and sums([block.pre, term.value], value):
-                return term, total
+        inputs.append((call, value))
+    return inputs
+
+
+def _find_attention_term(block: Block, terms: list[Term]) -> tuple[Term | None, Tensor | None]:
+    """Returns A and pre + A if a later module reads that sum."""
+    inputs = _stream_inputs(block)
+    for term in terms:
+        if not _may_be_attention_term(block, term):
+            continue
+        after = max(term.output.start, block.attention_end)
+        for call, value in inputs:
+            if call.start > after and is_sum([block.pre, term.value], value):
+                return term, block.pre + term.value
     return None, None
 
 
-def _read_second(
+def _find_mlp_term(
     block: Block, terms: list[Term], mid: Tensor | None
 ) -> tuple[Term | None, Tensor | None]:
-    """M where mid + M is post or read by a later module; mid may be what any module after attention reads."""
-    ended = block.attends.end if block.attends else 0
-    reads = _reads(block)
-    bases = [mid] if mid is not None else [v for visit, v in reads if ended and visit.start > ended]
+    """Returns M and mid if mid + M is post, or if `mid` is known and a later module reads mid + M.
+
+    An unknown `mid` may be what any module after attention reads.
+    """
+    inputs = _stream_inputs(block)
+    bases: list[Tensor] = []
+    if mid is not None:
+        bases.append(mid)
+    elif block.attention_end:
+        bases = [value for call, value in inputs if call.start > block.attention_end]
     for base in bases:
-        if same(base, block.pre):
+        if equal_values(base, block.pre):
             continue
         for term in terms:
-            if term.given.under(block.attends) or _order(term) < ended:
+            output = term.output
+            if output.is_from(block.attention_call) or output.start < block.attention_end:
                 continue
-            if sums([base, term.value], block.post):
-                return term, base
-            later = (
-                [value for visit, value in reads if visit.start > _order(term)]
-                if mid is not None
-                else []
-            )
-            if any(sums([base, term.value], value) for value in later):
+            totals = [block.post]
+            if mid is not None:
+                totals += [value for call, value in inputs if call.start > output.start]
+            if any(is_sum([base, term.value], total) for total in totals):
                 return term, base
     return None, None
 
 
-def _chosen(block: Block, given: Given) -> Visit:
-    """Of several modules that give the same: attention, the MLP (the one that holds others), or else the last."""
-    attends = next((visit for visit in given.visits if visit is block.attends), None)
-    holds = [
-        visit
-        for visit in given.visits
-        if block.watched.inside(visit) and not _in_attention(block, visit)
-    ]
-    return attends or (holds[0] if holds else given.visits[-1])
+def _main_call(block: Block, output: Output) -> ModuleCall:
+    """Returns attention's call, or the first call that contains others, or the last one."""
+    attention_call = block.attention_call
+    if attention_call is not None and attention_call in output.calls:
+        return attention_call
+    for call in output.calls:
+        if block.recording.calls_within(call) and not block.is_in_attention(call):
+            return call
+    return output.calls[-1]
 
 
-def _in_attention(block: Block, visit: Visit) -> bool:
-    return block.attends is not None and block.attends in visit.above
-
-
-def _place(block: Block, name: str, term: Term | None) -> None:
+def _locate_term(block: Block, name: str, term: Term | None) -> None:
     if term is None:
-        what = "attention" if name == "attn_out" else "the MLP"
-        why = f"{UNPROVED}no module's output, as {what}'s part of what the block adds, gives resid_post"
-        block.missing.setdefault(name, why)
+        part = "attention" if name == "attn_out" else "the MLP"
+        reason = (
+            f"{UNPROVED}no module's output, as {part}'s part of what the block adds, gives "
+            "resid_post"
+        )
+        block.missing.setdefault(name, reason)
         return
-    visit = _chosen(block, term.given)
-    flat = visit.result is not None and visit.result.ndim == 2
-    block.places[name] = ModuleLocation(visit.path, flat=flat, times=term.times)
+    call = _main_call(block, term.output)
+    block.locations[name] = ModuleLocation(
+        call.path, flat=is_flat(call.output), times=term.multiplier
+    )
     if name == "attn_out" and block.attention is None:
-        _place_read(block, visit)
+        _locate_mixer_input(block, call)
 
 
-def _place_read(block: Block, visit: Visit) -> None:
-    """attn_in of what stands in attention's place: a convolution, or linear attention."""
-    inside = block.watched.inside(visit)
-    if visit.read is not None and any(
-        same(each.read, visit.read) for each in inside if each.linear
-    ):
-        block.places["attn_in"] = ModuleLocation(visit.path, "input", flat=visit.read.ndim == 2)
+def _locate_mixer_input(block: Block, call: ModuleCall) -> None:
+    """Locates attn_in for a module that replaces attention: a convolution, or linear attention."""
+    for inner in block.recording.calls_within(call):
+        if inner.is_linear and equal_values(inner.input, call.input):
+            block.locations["attn_in"] = ModuleLocation(
+                call.path, "input", flat=is_flat(call.input)
+            )
+            return
 
 
-def _between(block: Block, first: Term | None, second: Term | None, mid: Tensor | None) -> None:
-    """resid_mid: what a module reads between attention and the MLP."""
+def _locate_resid_mid(block: Block, attention_term: Term | None, mid: Tensor | None) -> None:
+    """Locates resid_mid at the input of a module between attention and the MLP."""
     if mid is None:
-        why = "it is the sum of resid_pre and attn_out, and not both of attn_out and mlp_out were found"
-        block.missing.setdefault("resid_mid", UNPROVED + why)
+        reason = (
+            "it is the sum of resid_pre and attn_out, and not both of attn_out and mlp_out were "
+            "found"
+        )
+        block.missing.setdefault("resid_mid", UNPROVED + reason)
         return
-    after = max(_order(first) if first else 0, block.attends.end if block.attends else 0)
-    scale = [block.pre, first.value] if first else [mid]
-    for visit, value in _reads(block):
-        if visit.start > after and block.watched.once(visit) and sums(scale, value):
-            flat = visit.read is not None and visit.read.ndim == 2
-            block.places["resid_mid"] = ModuleLocation(visit.path, "input", shared=True, flat=flat)
+    after, terms = block.attention_end, [mid]
+    if attention_term is not None:
+        after = max(after, attention_term.output.start)
+        terms = [block.pre, attention_term.value]
+    for call, value in _stream_inputs(block):
+        if call.start > after and block.recording.runs_once(call) and is_sum(terms, value):
+            block.locations["resid_mid"] = ModuleLocation(
+                call.path, "input", shared=True, flat=is_flat(call.input)
+            )
             return
     block.missing |= PARALLEL
