@@ -1,8 +1,6 @@
 """Figures: from the tables of hookkit to matplotlib Figures. No module here imports torch.
 
-    from hookkit import figures
-
-    figures.heat_map(table, "prob_effect").savefig("effect.png")
+    hk.figures.heat_map(table, value="prob_effect").savefig("effect.png")
 
 The names are loaded when they are first used. The catalogue is in `__init__.pyi`.
 """

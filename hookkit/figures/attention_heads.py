@@ -1,4 +1,4 @@
-"""hk.attention_view: the heads of a layer as circuitsvis draws them, to be moved over with the mouse."""
+"""The attention patterns of a layer's heads, drawn by circuitsvis for a notebook."""
 
 import json
 from collections.abc import Collection
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class AttentionView:
-    """A drawing that a notebook shows. `html` is what it shows, to be written into a page of one's own."""
+    """A drawing that a notebook shows. `html` is the same drawing, for a page of your own."""
 
     html: str
     title: str
@@ -30,61 +30,63 @@ class AttentionView:
 def attention_view(
     run: "Run", layer: int, *, row: int = 0, heads: Collection[int] | None = None, cdn: bool = False
 ) -> AttentionView:
-    """The attention patterns of a layer's heads for one prompt, drawn by circuitsvis (`pip install circuitsvis`).
+    """The attention patterns of a layer's heads for one prompt, drawn by circuitsvis.
 
-    The run needs the pattern, `hk.capture("pattern.5")`, at every position. The script that draws it is 1.3 MB of
-    circuitsvis's own, which is put into every view: no network is needed. With `cdn` the view is small, and the browser
-    loads the script from unpkg.com each time it is shown. A notebook has to be trusted to run either.
+    Needs `pip install circuitsvis`, and a run with the pattern, `hk.capture("pattern.5")`, at every
+    position. Every view contains the script of circuitsvis (1.3 MB), so that no network is needed.
+    With `cdn` the view is small, and the browser loads the script from unpkg.com each time. A
+    notebook has to be trusted to run either.
 
-    `MissingExtra` without circuitsvis, `NotCaptured` without the pattern, `OutOfRange` for a row or head that is not
-    there.
+    Raises `MissingExtra` without circuitsvis, `NotCaptured` without the pattern, and `OutOfRange`
+    for a row or head that does not exist.
 
-    >>> patterns = hk.forward(lm, "I like oat milk in my", hk.capture("pattern.5"))  # doctest: +SKIP
-    >>> attention_view(patterns, 5, heads=[0, 1])  # doctest: +SKIP
+    >>> run = hk.forward(lm, "I like oat milk in my", hk.capture("pattern.5"))  # doctest: +SKIP
+    >>> attention_view(run, 5, heads=[0, 1])  # doctest: +SKIP
     AttentionView(pattern.5 of 'I like oat milk in my'; show it in a notebook, or write its .html)
     """
     captured = run.captured(f"pattern.{layer}")
     if row not in captured.rows:
         raise OutOfRange(f"row {row} was asked for, and the pattern has rows {list(captured.rows)}")
+    index = captured.rows.index(row)
     length = run.lengths[row]
-    pattern = captured.values[captured.rows.index(row)].detach().float().cpu()
+    pattern = captured.values[index].detach().float().cpu()
     assert captured.positions is not None
-    there = captured.positions[captured.rows.index(row)]
-    if there[there >= 0].tolist() != list(range(length)):
+    positions = captured.positions[index]
+    if positions[positions >= 0].tolist() != list(range(length)):
         raise NotCaptured(
             f"pattern.{layer} was captured at some positions only: capture it without pos="
         )
-    names = list(range(len(pattern))) if heads is None else list(heads)
-    wrong = [head for head in names if not 0 <= head < len(pattern)]
-    if wrong:
-        raise OutOfRange(
-            f"head {wrong[0]} of pattern.{layer} was asked for, and it has heads 0 to {len(pattern) - 1}"
-        )
-    tokens = [run.lm.string(token) for token in run.tokens[row, :length].tolist()]
-    title = f"pattern.{layer} of {run.lm.text(run.tokens[row, :length].tolist())!r}"
-    return AttentionView(
-        _drawn(pattern[names, :length, :length], tokens, [f"{layer}.{n}" for n in names], cdn),
-        title,
-    )
+    n_heads = len(pattern)
+    numbers = list(range(n_heads)) if heads is None else list(heads)
+    for head in numbers:
+        if not 0 <= head < n_heads:
+            raise OutOfRange(
+                f"head {head} of pattern.{layer} was asked for, and it has heads 0 to {n_heads - 1}"
+            )
+    ids = run.tokens[row, :length].tolist()
+    tokens = [run.lm.string(token) for token in ids]
+    names = [f"{layer}.{head}" for head in numbers]
+    html = _draw_heads(pattern[numbers, :length, :length], tokens, names, cdn)
+    return AttentionView(html, f"pattern.{layer} of {run.lm.text(ids)!r}")
 
 
-def _drawn(pattern: object, tokens: list[str], heads: list[str], cdn: bool) -> str:
-    """What circuitsvis draws. It writes tokens into a script as they are, so that they are put in here, escaped."""
+def _draw_heads(pattern: object, tokens: list[str], heads: list[str], cdn: bool) -> str:
+    """The HTML of circuitsvis.
+
+    circuitsvis writes tokens into a script without escaping them. Therefore it gets placeholders,
+    which are replaced by the escaped tokens.
+    """
     try:
         from circuitsvis.attention import attention_heads  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtra(
-            f"attention_view needs circuitsvis, which cannot be imported ({error}): pip install 'hookkit[notebook]'"
+            f"attention_view needs circuitsvis, which cannot be imported ({error}): "
+            "pip install 'hookkit[notebook]'"
         ) from error
-    stands = [f"hookkit-token-{number}" for number in range(len(tokens))]
-    drawn = attention_heads(attention=pattern, tokens=stands, attention_head_names=heads)
-    html = drawn.cdn_src if cdn else drawn.local_src
-    for stand, token in zip(stands, tokens, strict=True):
-        word = (
-            json.dumps(token)
-            .replace("<", "\\u003c")
-            .replace(">", "\\u003e")
-            .replace("&", "\\u0026")
-        )
-        html = html.replace(f'"{stand}"', word)
+    placeholders = [f"hookkit-token-{number}" for number in range(len(tokens))]
+    view = attention_heads(attention=pattern, tokens=placeholders, attention_head_names=heads)
+    html = view.cdn_src if cdn else view.local_src
+    escapes = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+    for placeholder, token in zip(placeholders, tokens, strict=True):
+        html = html.replace(f'"{placeholder}"', json.dumps(token).translate(escapes))
     return html

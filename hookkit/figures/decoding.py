@@ -1,16 +1,11 @@
-"""Figures of a generation, step by step: what each token was chosen from, and how watched tokens fared.
+"""Figures of a generation, step by step, from the table of `decoding(run)`.
 
-    run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"), max_new_tokens=10)
-    hk.decision_strip(hk.decoding(run)).savefig("strip.png")
+    run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"))
+    hk.figures.decision_strip(hk.decoding(run)).savefig("strip.png")
+    hk.figures.rank_lines(hk.decoding(run)).savefig("ranks.png")
 
-Every figure is about one row of `decoding(run)`, the table with every step's candidates at each stage.
-
-Lines over the steps of a generation: how the ranks and probabilities of watched tokens went.
-
-    table = hk.decoding(hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"), max_new_tokens=10))
-    hk.rank_lines(table).savefig("ranks.png")
-
-Every figure is about one row of `decoding(run)`, and the tokens that were chosen stand along its axis.
+`decision_strip` shows what each token was chosen from. `rank_lines` and `prob_against` show the
+ranks and probabilities of watched tokens as lines over the steps. Every figure is about one row.
 """
 
 from collections.abc import Iterable
@@ -24,43 +19,48 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ..arguments import checks_arguments
 from ..errors import BadHook, NotCaptured, OutOfRange, did_you_mean
-from .ranks import GRID, INK, MARK, MUTED, UP, finished, plain, rank_axis, readable, spread
+from .style import (
+    GRID,
+    INK,
+    MARK,
+    MUTED,
+    UP,
+    check_columns,
+    cut,
+    finished,
+    fitted,
+    plain,
+    pointer,
+    rank_axis,
+    readable,
+    spread,
+    width_of,
+)
 
 STAGES = {
     "model": "before logit edits",
     "edited": "after logit edits",
     "processed": "after the decoding rules",
 }
-COLUMNS = (
-    "row",
-    "step",
-    "stage",
-    "token",
-    "token_id",
-    "logit",
-    "logprob",
-    "prob",
-    "rank",
-    "drawn",
-    "why",
-)
+COLUMNS = ("row", "step", "stage", "token", "token_id",
+           "logit", "logprob", "prob", "rank", "drawn", "why")  # fmt: skip
 COLOURS = {
     "surprisal": (MARK, "surprisal of the chosen token (nats)"),
     "margin": (UP, "margin: largest logit minus the second (logits)"),
 }
 CANDIDATES = 5  # written under a step at most
-CELL, BAND, STRONGEST = (
-    (0.84, 1.4),
-    10.8,
-    0.62,
-)  # a cell's and a line's width in inches; a cell's greatest opacity
+CELL_WIDTHS = (0.84, 1.4)  # inches, smallest and largest
+CELL_HEIGHT = 0.42  # inches
+LINE_WIDTH = 10.8  # inches of the cells of one line
+STRONGEST = 0.62  # the greatest opacity of a cell
+LINE_COLOURS = ("#e0522d", "#4f78c8", "#1f9e89", "#a565c4",
+                "#b07a1e", "#c2557f", "#7f8a2a", "#3a93b5")  # fmt: skip
+MOST_LINES = 12  # that can be told apart
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Cell:
 
     step: int
     token: str
-    value: float  # surprisal or margin; inf where nothing else was left
+    value: float  # surprisal or margin; inf where no other token was possible
     candidates: list[dict[Any, Any]]
 
 
@@ -82,92 +82,90 @@ def decision_strip(
     colour: str = "surprisal",
     title: str = "",
 ) -> Figure:
-    """The steps from left to right, each a cell with its chosen token, and below it what it was chosen from.
+    """The steps from left to right: a cell with the chosen token, and its candidates below.
 
-    `decoding_table` is `decoding(run)`; up to five of the recorded top tokens are written, and the chosen one in any
-    case, marked. `colour` is "surprisal" (-log of the chosen token's probability at `stage`, in nats) or "margin" (the
-    largest logit at `stage` minus the second). Long strips go on in the next line. A token that is a part of a
-    character has its id behind it.
+    `decoding_table` is `decoding(run)`. Up to five of the recorded top tokens are written, and
+    always the chosen one, which is marked. `colour` is "surprisal" (-log of the chosen token's
+    probability at `stage`, in nats) or "margin" (the largest logit at `stage` minus the second).
+    Long strips continue in the next line. A token that is a part of a character is followed by its
+    id.
 
-    Raises `BadHook` for another table, stage or colour, `OutOfRange` for a row that is not in the table, and
-    `NotCaptured` for margins of a trace with top=1.
+    Raises `BadHook` for another table, stage or colour, `OutOfRange` for a row that is not in the
+    table, and `NotCaptured` for margins of a trace with top=1.
     """
     if colour not in COLOURS:
         raise BadHook(
             f"colour={colour!r} is not one of {', '.join(COLOURS)}{did_you_mean(colour, COLOURS)}"
         )
-    cells = _cells(of_row(decoding_table, row, stage), colour)
+    cells = _build_cells(of_row(decoding_table, row, stage), colour)
     width = _cell_width(cells)
-    lines = ceil(len(cells) / floor(BAND / width))
-    per_line = ceil(len(cells) / lines)
-    rows = max(len(cell.candidates) for cell in cells)
-    pitch = 0.46 + 0.135 * rows + 0.2
+    n_lines = ceil(len(cells) / floor(LINE_WIDTH / width))
+    per_line = ceil(len(cells) / n_lines)
+    most_candidates = max(len(cell.candidates) for cell in cells)
+    pitch = 0.46 + 0.135 * most_candidates + 0.2  # inches from line to line
     caption = (
-        f"In a cell: the step, the {colour}, the chosen token. Below: the most likely tokens with their probabilities "
-        f"{STAGES[stage]}; ▸ is the chosen one."
+        f"In a cell: the step, the {colour}, the chosen token. Below: the most likely tokens with "
+        f"their probabilities {STAGES[stage]}; ▸ is the chosen one."
     )
-    span = max(per_line * width + 0.2, 6.5)  # the least that a title and the caption need
-    written = wrap(caption, int(span / 0.062))
-    figure = Figure(figsize=(span, 0.42 + lines * pitch + 0.6 + 0.15 * len(written)))
+    span = max(per_line * width + 0.2, 6.5)  # the title and the caption need at least 6.5
+    caption_lines = wrap(caption, int(span / 0.062))
+    height = 0.42 + n_lines * pitch + 0.6 + 0.15 * len(caption_lines)
+    figure = Figure(figsize=(span, height))
     axes = sheet(figure)
-    top = max(
-        [cell.value for cell in cells if cell.value < inf] + [1.0]
-    )  # a text of sure tokens stays pale
-    for place, cell in enumerate(cells):
-        corner = (0.1 + place % per_line * width, 0.42 + place // per_line * pitch)
-        _draw_cell(axes, cell, corner, width - 0.05, min(cell.value / top, 1.0), COLOURS[colour][0])
-    axes.text(
-        0.1,
-        figure.get_figheight() - 0.08,
-        "\n".join(written),
-        fontsize=7.5,
-        color=MUTED,
-        va="bottom",
-    )
+    finite_values = [cell.value for cell in cells if cell.value < inf]
+    largest = max([*finite_values, 1.0])  # at least 1, so that a text of sure tokens stays pale
+    for number, cell in enumerate(cells):
+        line, column = divmod(number, per_line)
+        corner = (0.1 + column * width, 0.42 + line * pitch)
+        share = min(cell.value / largest, 1.0)
+        _draw_cell(axes, cell, corner, width - 0.05, share, COLOURS[colour][0])
+    draw_caption(axes, "\n".join(caption_lines))
     finished(figure, title or f"What each token was chosen from, {STAGES[stage]}")
-    colour_bar(figure, 0.42 + lines * pitch, top, *COLOURS[colour])
+    colour_bar(figure, 0.42 + n_lines * pitch, largest, *COLOURS[colour])
     return figure
 
 
-def _cells(table: pd.DataFrame, colour: str) -> list[_Cell]:
+def _build_cells(table: pd.DataFrame, colour: str) -> list[_Cell]:
     cells = []
     for step, part in table.groupby("step"):
         ordered = part.sort_values(["logit", "token_id"], ascending=[False, True])
         tokens = [token | {"token": name_of(token)} for token in ordered.to_dict("records")]
-        (chosen,) = (token for token in tokens if token["drawn"])
-        leading = [
+        (choice,) = [token for token in tokens if token["drawn"]]
+        candidates = [
             token for token in tokens if has(token["why"], "top") and np.isfinite(token["logit"])
-        ][:CANDIDATES]
-        value = -float(chosen["logprob"]) if colour == "surprisal" else _margin(ordered)
-        shown = leading if chosen in leading else [*leading, chosen]
-        cells.append(
-            _Cell(int(str(step)), chosen["token"], abs(value), shown)
-        )  # abs: -0.0 is written 0.00
+        ]
+        candidates = candidates[:CANDIDATES]
+        if choice not in candidates:
+            candidates.append(choice)
+        value = -float(choice["logprob"]) if colour == "surprisal" else _margin(ordered)
+        # abs, because -0.0 would be written as -0.00
+        cells.append(_Cell(int(str(step)), choice["token"], abs(value), candidates))
     return cells
 
 
 def _margin(ordered: pd.DataFrame) -> float:
-    """The largest logit minus the second, if the table has both."""
+    """The largest logit minus the second. Raises `NotCaptured` if the table lacks one of them."""
     if sum(has(why, "top") for why in ordered["why"]) < 2:
         raise NotCaptured(
-            "a margin needs the two first tokens of each step: record them with trace(top=2) or more"
+            "a margin needs the two first tokens of each step: record them with trace(top=2) or "
+            "more"
         )
-    first, second = ordered["logit"].to_numpy(float)[:2]
-    return first - second
+    largest, second = ordered["logit"].to_numpy(float)[:2]
+    return largest - second
 
 
 def _cell_width(cells: list[_Cell]) -> float:
-    """Inches that the longest token needs, within reason."""
-    chosen = max(width_of(readable(cell.token), 9.5) for cell in cells) + 0.16
-    below = (
-        max(width_of(readable(token["token"]), 7) for cell in cells for token in cell.candidates)
-        + 0.52
-    )
-    return float(np.clip(max(chosen, below), *CELL))
+    """The width in inches that the longest token needs, within CELL_WIDTHS."""
+    token_width, candidate_width = 0.0, 0.0
+    for cell in cells:
+        token_width = max(token_width, width_of(readable(cell.token), 9.5))
+        for token in cell.candidates:
+            candidate_width = max(candidate_width, width_of(readable(token["token"]), 7))
+    return float(np.clip(max(token_width + 0.16, candidate_width + 0.52), *CELL_WIDTHS))
 
 
 def sheet(figure: Figure) -> Axes:
-    """Axes over the whole figure whose unit is the inch, counted from the top left corner, without a frame."""
+    """Axes over the whole figure, in inches from the top left corner, without a frame."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, figure.get_figwidth())
     axes.set_ylim(figure.get_figheight(), 0)
@@ -175,59 +173,67 @@ def sheet(figure: Figure) -> Axes:
     return axes
 
 
+def draw_box(
+    axes: Axes, corner: tuple[float, float], width: float, colour: str, share: float
+) -> None:
+    """Draw a coloured cell with a frame.
+
+    `share` (0 to 1) is written as opacity, so that the cell can stand on paper of any colour.
+    """
+    fill = (*to_rgb(colour), STRONGEST * share)
+    axes.add_patch(Rectangle(corner, width, CELL_HEIGHT, facecolor=fill, edgecolor="none"))
+    frame = {"facecolor": "none", "edgecolor": GRID, "lw": 0.8}
+    axes.add_patch(Rectangle(corner, width, CELL_HEIGHT, **frame))
+
+
+def draw_caption(axes: Axes, text: str) -> None:
+    """Write a caption at the bottom of a sheet."""
+    y = axes.figure.get_figheight() - 0.08  # pyright: ignore[reportAttributeAccessIssue]
+    axes.text(0.1, y, text, fontsize=7.5, color=MUTED, va="bottom")
+
+
+def written_number(value: float, digits: int) -> str:
+    """A number with some decimals, ∞ for infinity."""
+    return f"{value:.{digits}f}" if value < inf else "∞"
+
+
 def _draw_cell(
     axes: Axes, cell: _Cell, corner: tuple[float, float], width: float, share: float, colour: str
 ) -> None:
-    """A coloured cell with its token, and its candidates below. Opacity says the value, so that any paper will do."""
     x, y = corner
-    axes.add_patch(
-        Rectangle(
-            corner, width, 0.42, facecolor=(*to_rgb(colour), STRONGEST * share), edgecolor="none"
-        )
-    )
-    axes.add_patch(Rectangle(corner, width, 0.42, facecolor="none", edgecolor=GRID, lw=0.8))
+    draw_box(axes, corner, width, colour, share)
     small = {"fontsize": 6.5, "color": INK, "va": "center"}
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
-    axes.text(
-        x + width - 0.04,
-        y + 0.085,
-        f"{cell.value:.2f}" if cell.value < inf else "∞",
-        ha="right",
-        **small,
-    )
+    axes.text(x + width - 0.04, y + 0.085, written_number(cell.value, 2), ha="right", **small)
     name, size = fitted(cell.token, width - 0.1, 9.5)
     axes.text(x + width / 2, y + 0.27, name, fontsize=size, color=INK, ha="center", va="center")
-    for place, token in enumerate(cell.candidates):
-        height, ink = y + 0.52 + 0.135 * place, INK if token["drawn"] else MUTED
+    for number, token in enumerate(cell.candidates):
+        text_y = y + 0.52 + 0.135 * number
+        style: dict[str, Any] = {"color": INK if token["drawn"] else MUTED, "va": "center"}
         name, size = fitted(token["token"], width - 0.47, 7)
+        prob = written_prob(token["prob"])
         if token["drawn"]:
-            axes.text(x, height, "▸", fontsize=7, color=colour, va="center")
-        axes.text(x + 0.09, height, name, fontsize=size, color=ink, va="center")
-        axes.text(
-            x + width - 0.04,
-            height,
-            written_prob(token["prob"]),
-            fontsize=7,
-            color=ink,
-            ha="right",
-            va="center",
-        )
+            axes.text(x, text_y, "▸", fontsize=7, color=colour, va="center")
+        axes.text(x + 0.09, text_y, name, fontsize=size, **style)
+        axes.text(x + width - 0.04, text_y, prob, fontsize=7, ha="right", **style)
 
 
 def written_prob(prob: float) -> str:
-    """A probability in at most five characters, and never rounded to 0 or 1."""
+    """A probability in at most five characters, never rounded to 0 or 1."""
     if prob in (0, 1):
         return f"{prob:.0f}"
-    return "<0.01" if prob < 0.01 else ">0.99" if prob > 0.99 else f"{prob:.2f}"
+    if prob < 0.01:
+        return "<0.01"
+    return ">0.99" if prob > 0.99 else f"{prob:.2f}"
 
 
-def colour_bar(figure: Figure, below: float, top: float, colour: str, label: str) -> None:
-    """What the opacities mean, `below` inches under the top edge."""
+def colour_bar(figure: Figure, offset: float, largest: float, colour: str, label: str) -> None:
+    """Draw the scale of the opacities, `offset` inches under the top edge."""
     width, height = figure.get_size_inches()
-    axes = figure.add_axes((0.2 / width, 1 - (below + 0.11) / height, 2.6 / width, 0.11 / height))
+    axes = figure.add_axes((0.2 / width, 1 - (offset + 0.11) / height, 2.6 / width, 0.11 / height))
     shades = np.zeros((1, 128, 4))
     shades[..., :3], shades[..., 3] = to_rgb(colour), np.linspace(0, STRONGEST, 128)
-    axes.imshow(shades, extent=(0, top, 0, 1), aspect="auto")
+    axes.imshow(shades, extent=(0, largest, 0, 1), aspect="auto")
     axes.set_facecolor("none")
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -238,92 +244,48 @@ def colour_bar(figure: Figure, below: float, top: float, colour: str, label: str
 
 
 def of_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
-    """One row of the batch at one stage, in the order of the steps, with one chosen token in each."""
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        raise BadHook(
-            f"this figure is drawn from decoding(run), and this table has no column {', '.join(map(repr, missing))}: "
-            f"it has {', '.join(map(str, table.columns))}"
-        )
+    """One row of the batch at one stage, ordered by step, with one chosen token in each step.
+
+    Raises `BadHook` for another table or stage, and `OutOfRange` for a row that does not exist.
+    """
+    check_columns(table, COLUMNS, "decoding(run)")
     if stage not in STAGES:
         raise BadHook(
             f"stage={stage!r} is not one of {', '.join(STAGES)}{did_you_mean(str(stage), STAGES)}"
         )
-    rows = sorted({int(each) for each in table["row"]})
+    rows = sorted({int(number) for number in table["row"]})
     if row not in rows:
-        raise OutOfRange(f"row {row} is not in the table, which has {_listed(rows, 'row')}")
-    found = pd.DataFrame(table[(table["row"] == row) & (table["stage"] == stage)]).sort_values(
-        "step", kind="stable"
-    )
-    chosen = found["step"].to_numpy()[found["drawn"].to_numpy(bool)].tolist()
-    if (
-        not chosen
-        or chosen != sorted(set(found["step"]))
-        or len(found[["step", "token_id"]].drop_duplicates()) < len(found)
-    ):
+        raise OutOfRange(f"row {row} is not in the table, which has {_list_rows(rows)}")
+    part = pd.DataFrame(table[(table["row"] == row) & (table["stage"] == stage)])
+    part = part.sort_values("step", kind="stable")
+    drawn_steps = part["step"].to_numpy()[part["drawn"].to_numpy(bool)].tolist()
+    has_one_choice = bool(drawn_steps) and drawn_steps == sorted(set(part["step"]))
+    if not has_one_choice or bool(part.duplicated(["step", "token_id"]).any()):
         raise BadHook(
-            "this figure is drawn from decoding(run) of one run, with the chosen token of every step, and of row "
-            f"{row} at the stage {stage!r} this table has none, or several: give it unfiltered, and one run at a time"
+            "this figure is drawn from decoding(run) of one run, with the chosen token of every "
+            f"step, and of row {row} at the stage {stage!r} this table has none, or several: give "
+            "it unfiltered, and one run at a time"
         )
-    return found
+    return part
+
+
+def _list_rows(rows: list[int]) -> str:
+    if not rows:
+        return "none"
+    noun = "rows" if len(rows) > 1 else "row"
+    return f"{noun} {', '.join(map(str, rows))}"
 
 
 def name_of(token: dict[Any, Any]) -> str:
-    """A token as it stands in the table, and with its id if it is a part of a character, which all look alike."""
-    return f"{token['token']} {token['token_id']}" if "\ufffd" in token["token"] else token["token"]
+    """A token's text, with its id where it is a part of a character: such parts look all alike."""
+    if "\ufffd" in token["token"]:
+        return f"{token['token']} {token['token_id']}"
+    return token["token"]
 
 
 def has(why: str, reason: str) -> bool:
-    """Whether this is one of the reasons for which a token is in the table."""
+    """True if this is one of the reasons for which a token is in the table."""
     return reason in why.split(", ")
-
-
-def _listed(numbers: list[int], noun: str) -> str:
-    return (
-        f"{noun}s {', '.join(map(str, numbers))}"
-        if len(numbers) > 1
-        else f"{noun} {numbers[0]}"
-        if numbers
-        else "none"
-    )
-
-
-def width_of(text: str, size: float) -> float:
-    """Inches that a text takes."""
-    return (
-        text_to_path.get_text_width_height_descent(plain(text), FontProperties(size=size), False)[0]
-        * 1.04
-        / 72
-    )
-
-
-def fitted(token: str, room: float, size: float) -> tuple[str, float]:
-    """A token's text, and the type size at which it fits: a little smaller if that is enough, or its middle cut."""
-    word = readable(token)
-    size *= float(np.clip(room / width_of(word, size), 0.8, 1.0))
-    return plain(cut(word, room, size)), size
-
-
-def cut(word: str, room: float, size: float) -> str:
-    """The word, or its two ends with … between, as long as fits into `room` inches."""
-    short, kept = word, len(word) - 1
-    while width_of(short, size) > room * 1.001 and kept > 3:
-        short = f"{word[: ceil(kept / 2)]}…{word[-(kept // 2) :]}"
-        kept -= 1
-    return short
-
-
-LINES = (
-    "#e0522d",
-    "#4f78c8",
-    "#1f9e89",
-    "#a565c4",
-    "#b07a1e",
-    "#c2557f",
-    "#7f8a2a",
-    "#3a93b5",
-)  # seen on either paper
-MOST_LINES = 12  # that can be told apart
 
 
 @checks_arguments
@@ -335,24 +297,27 @@ def rank_lines(
     stage: str = "model",
     title: str = "",
 ) -> Figure:
-    """The rank of each watched token at every step as a line, with 1 at the top and the chosen tokens along the axis.
+    """The rank of each watched token at every step as a line, with the chosen tokens at the axis.
 
-    `decoding_table` is `decoding(run)`; `watch` is the watched tokens, as text or ids: where none is given, all that
-    the trace watched and that hooks name. Where a token's logit is -inf, and its rank says nothing, there is a cross.
+    `decoding_table` is `decoding(run)`. `watch` is the watched tokens, as text or ids; without it,
+    all tokens that the trace watched or that hooks name. Rank 1 is at the top. Where a token's
+    logit is -inf, so that its rank has no meaning, there is a cross.
 
-    Raises `BadHook` for another table or stage, or for more lines than can be told apart, `OutOfRange` for a row that
-    is not in the table, and `NotCaptured` for a token that was not recorded at every step.
+    Raises `BadHook` for another table or stage, or for more lines than can be told apart,
+    `OutOfRange` for a row that is not in the table, and `NotCaptured` for a token that was not
+    recorded at every step.
     """
     table = of_row(decoding_table, row, stage)
-    found = [_of_token(table, token) for token in _watched(table, watch)]
-    lines = [
-        _line(part, "rank", place, f"{part['rank'].iloc[-1]:,}") for place, part in enumerate(found)
-    ]
+    lines = []
+    for number, token in enumerate(_select_watched(table, watch)):
+        part = _select_token(table, token)
+        lines.append(_build_line(part, "rank", number, f"{part['rank'].iloc[-1]:,}"))
     figure = Figure(figsize=(_figure_width(len(lines[0].steps)), 4.6), layout="constrained")
     axes = figure.subplots()
-    rank_axis(axes, 1.25 * max(10.0, *(line.values.max() for line in lines)))
+    lowest = max(10.0, *(line.values.max() for line in lines))
+    rank_axis(axes, 1.25 * lowest)
     _draw_lines(axes, lines)
-    _step_axis(axes, table, "step, and the token chosen there")
+    _label_steps(axes, table, "step, and the token chosen there")
     return finished(figure, title or f"Ranks at each step, {STAGES[stage]}")
 
 
@@ -368,15 +333,15 @@ def prob_against(
     scale: str = "log",
     title: str = "",
 ) -> Figure:
-    """The probability of one token at every step of an edited run and of a baseline run, as two lines.
+    """One token's probability at every step of an edited run and of a baseline run, as two lines.
 
-    Both tables are `decoding(run)`, of runs that watched `token` (text or id) or whose hooks name it. `baseline_row` is
-    the baseline's row, the same as `row` if not given. `scale` is "log" or "linear"; on a log axis a probability of 0
-    is a cross on a line of its own at the bottom. After a dotted line the two texts differ, and that alone moves the
-    probabilities.
+    Both tables are `decoding(run)`, of runs that watched `token` (text or id) or whose hooks name
+    it. `baseline_row` is the baseline's row, by default the same as `row`. `scale` is "log" or
+    "linear"; on a log axis a probability of 0 is a cross on a separate line at the bottom. After a
+    dotted line the two texts differ, and that alone changes the probabilities.
 
-    Raises `BadHook` for another table, stage or scale, `OutOfRange` for a row that is not in its table, and
-    `NotCaptured` for a token that was not recorded at every step.
+    Raises `BadHook` for another table, stage or scale, `OutOfRange` for a row that is not in its
+    table, and `NotCaptured` for a token that was not recorded at every step.
     """
     if scale not in ("log", "linear"):
         raise BadHook(
@@ -384,36 +349,27 @@ def prob_against(
         )
     edited = of_row(edited_table, row, stage)
     baseline = of_row(baseline_table, row if baseline_row is None else baseline_row, stage)
-    parts = [
-        _of_token(baseline, token),
-        _of_token(edited, token),
-    ]  # the edited run's line is drawn over the other
-    lines = [
-        replace(
-            _line(part, "prob", 0, written_prob(part["prob"].iloc[-1])), name=name, colour=colour
-        )
-        for part, name, colour in zip(parts, ("baseline", "edited"), (MUTED, MARK), strict=True)
+    baseline_part = _select_token(baseline, token)
+    edited_part = _select_token(edited, token)
+    lines = [  # the edited run's line is drawn over the baseline's
+        _build_prob_line(baseline_part, "baseline", MUTED),
+        _build_prob_line(edited_part, "edited", MARK),
     ]
-    figure = Figure(
-        figsize=(_figure_width(max(len(line.steps) for line in lines)), 4.6), layout="constrained"
-    )
+    width = _figure_width(max(len(line.steps) for line in lines))
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
     axes = figure.subplots()
     lines = _prob_axis(axes, lines, logarithmic=scale == "log")
-    parted = _parting(edited, baseline)
-    _draw_lines(axes, lines, *["┊ from here the texts differ"] * (parted is not None))
-    _step_axis(
-        axes,
-        edited,
-        "step, and the token chosen " + ("in both" if parted is None else "in the edited run"),
-    )
-    if parted is not None:
-        axes.axvline(parted + 0.5, color=MUTED, lw=1.2, ls=":")
-        _baseline_axis(axes, baseline)
-    return finished(
-        figure,
-        title
-        or f"Probability of {readable(parts[0]['token'].iloc[0])} at each step, {STAGES[stage]}",
-    )
+    parting_step = _parting_step(edited, baseline)
+    if parting_step is None:
+        _draw_lines(axes, lines)
+        _label_steps(axes, edited, "step, and the token chosen in both")
+    else:
+        _draw_lines(axes, lines, "┊ from here the texts differ")
+        _label_steps(axes, edited, "step, and the token chosen in the edited run")
+        axes.axvline(parting_step + 0.5, color=MUTED, lw=1.2, ls=":")
+        _label_baseline_tokens(axes, baseline)
+    name = readable(baseline_part["token"].iloc[0])
+    return finished(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,50 +379,46 @@ class _Line:
     name: str
     steps: np.ndarray
     values: np.ndarray
-    zero: np.ndarray  # where the probability is 0: there is a cross, and no line
-    chosen: np.ndarray
+    is_zero: np.ndarray  # where the probability is 0: a cross is drawn, and no line
+    is_drawn: np.ndarray  # where the token was chosen
     colour: str
     dashes: str
 
 
-def _line(part: pd.DataFrame, column: str, place: int, end: str) -> _Line:
-    zero = np.isneginf(part["logit"].to_numpy(float))
+def _build_line(part: pd.DataFrame, column: str, number: int, last_value: str) -> _Line:
+    is_zero = np.isneginf(part["logit"].to_numpy(float))
+    name = plain(cut(readable(name_of(part.iloc[0].to_dict())), 1.7, 8.5))
     return _Line(
-        f"{plain(cut(readable(name_of(part.iloc[0].to_dict())), 1.7, 8.5))}  {'×' if zero[-1] else end}",
+        f"{name}  {'×' if is_zero[-1] else last_value}",
         part["step"].to_numpy(int),
         part[column].to_numpy(float),
-        zero,
+        is_zero,
         part["drawn"].to_numpy(bool),
-        LINES[place % len(LINES)],
-        "-" if place < len(LINES) else "--",
+        LINE_COLOURS[number % len(LINE_COLOURS)],
+        "-" if number < len(LINE_COLOURS) else "--",
     )
 
 
+def _build_prob_line(part: pd.DataFrame, name: str, colour: str) -> _Line:
+    line = _build_line(part, "prob", 0, "")
+    return replace(line, name=name, colour=colour)
+
+
 def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
-    """Draw them with their names at their ends, and say above the axes what the marks mean."""
+    """Draw the lines with their names at their ends, and explain the marks above the axes."""
+    has_choice, has_zero = False, False
     for line in lines:
-        shown = np.where(line.zero, np.nan, line.values)
-        axes.plot(
-            line.steps,
-            shown,
-            color=line.colour,
-            ls=line.dashes,
-            lw=1.8,
-            marker="o",
-            ms=3,
-            clip_on=False,
-        )
-        for which, mark, size in ((line.zero, "x", 6), (line.chosen & ~line.zero, "o", 8)):
-            if which.any():
-                axes.plot(
-                    line.steps[which],
-                    line.values[which],
-                    mark,
-                    color=line.colour,
-                    ms=size,
-                    clip_on=False,
-                )
-    for line, height in zip(lines, _apart(axes, [line.values[-1] for line in lines]), strict=True):
+        is_marked = line.is_drawn & ~line.is_zero
+        has_choice = has_choice or bool(is_marked.any())
+        has_zero = has_zero or bool(line.is_zero.any())
+        values = np.where(line.is_zero, np.nan, line.values)
+        style: dict[str, Any] = {"color": line.colour, "clip_on": False}
+        axes.plot(line.steps, values, ls=line.dashes, lw=1.8, marker="o", ms=3, **style)
+        for mask, mark, size in ((line.is_zero, "x", 6), (is_marked, "o", 8)):
+            if mask.any():
+                axes.plot(line.steps[mask], line.values[mask], mark, ms=size, **style)
+    heights = _label_heights(axes, [line.values[-1] for line in lines])
+    for line, height in zip(lines, heights, strict=True):
         axes.annotate(
             line.name,
             (line.steps[-1], line.values[-1]),
@@ -475,130 +427,139 @@ def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
             va="center",
             fontsize=8.5,
             color=line.colour,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": GRID,
-                "lw": 0.9,
-                "shrinkA": 1,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=pointer(0, shrink=(1, 4)),
         )
-    marks = {"● chosen here": any((line.chosen & ~line.zero).any() for line in lines)}
-    marks["× probability 0"] = any(line.zero.any() for line in lines)
-    said = [*(mark for mark, there in marks.items() if there), *notes]
-    axes.set_title("     ".join(said), fontsize=8, color=MUTED, loc="left")
+    legend = ["● chosen here"] if has_choice else []
+    if has_zero:
+        legend.append("× probability 0")
+    axes.set_title("     ".join([*legend, *notes]), fontsize=8, color=MUTED, loc="left")
 
 
-def _apart(axes: Axes, values: list[float]) -> np.ndarray:
-    """Where the names of lines that end at these values go, in shares of the axes' height, with room for each."""
+def _label_heights(axes: Axes, values: list[float]) -> np.ndarray:
+    """Heights for the names of lines that end at these values, in shares of the axes' height."""
     pixels = axes.transData.transform([(0, value) for value in values])
     shares, gap = axes.transAxes.inverted().transform(pixels)[:, 1], 0.07
-    places = -spread(-shares, gap)
-    below = np.argsort(np.argsort(places, kind="stable"), kind="stable")  # how many stand lower
-    return np.maximum(places, gap * below)
+    heights = -spread(-shares, gap)
+    n_lower_labels = np.argsort(np.argsort(heights, kind="stable"), kind="stable")
+    return np.maximum(heights, gap * n_lower_labels)
 
 
 def _prob_axis(axes: Axes, lines: list[_Line], *, logarithmic: bool) -> list[_Line]:
-    """Make the y axis one of probabilities; the lines as they are drawn: on a log axis 0 has a place of its own."""
+    """Make the y axis an axis of probabilities, and return the lines as they are drawn on it.
+
+    On a log axis a probability of 0 is drawn on a separate line at the bottom.
+    """
     probs = np.concatenate([line.values for line in lines])
     if not logarithmic:
         axes.set_ylim(0, 1.08 * (probs.max() or 1.0))
         axes.set_ylabel("probability")
-        return [replace(line, zero=np.zeros_like(line.zero)) for line in lines]
+        return [replace(line, is_zero=np.zeros_like(line.is_zero)) for line in lines]
     positive = probs[probs > 0] if (probs > 0).any() else np.ones(1)
     first, last = floor(np.log10(positive.min())), ceil(np.log10(positive.max()))
     first = min(first, last - 1)
-    decades = list(range(last, first - 1, -ceil((last - first) / 7)))
+    decades = range(last, first - 1, -ceil((last - first) / 7))
     ticks = {10.0**power: f"{10.0**power:g}" for power in decades}
-    nothing = 10.0 ** (first - max(0.5, 0.1 * (last - first)))
+    zero_height = 10.0 ** (first - max(0.5, 0.1 * (last - first)))
+    bottom = 10.0**first
     if (probs == 0).any():
-        ticks[nothing] = "0"
-        axes.axhline(nothing, color=MUTED, lw=0.9, ls="--")
+        bottom = zero_height
+        ticks[zero_height] = "0"
+        axes.axhline(zero_height, color=MUTED, lw=0.9, ls="--")
     axes.set_yscale("log")
-    axes.set_ylim((nothing if (probs == 0).any() else 10.0**first) * 0.8, 10.0**last * 1.25)
+    axes.set_ylim(bottom * 0.8, 10.0**last * 1.25)
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("probability (log axis)")
     return [
-        replace(line, values=np.maximum(line.values, nothing), zero=line.values == 0)
+        replace(line, values=np.maximum(line.values, zero_height), is_zero=line.values == 0)
         for line in lines
     ]
 
 
-def _step_axis(axes: Axes, table: pd.DataFrame, label: str) -> None:
-    """Steps along the x axis, each with its chosen token, or every second, third … where they are too many."""
-    steps, names = _labels(axes, table)
+def _label_steps(axes: Axes, table: pd.DataFrame, label: str) -> None:
+    """Label steps along the x axis with their chosen tokens, as many as there is room for."""
+    steps, names = _step_labels(table)
     axes.set_xticks(steps, names, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_xlabel(label)
 
 
-def _baseline_axis(axes: Axes, table: pd.DataFrame) -> None:
-    """The tokens that the baseline chose, above."""
-    above = axes.secondary_xaxis("top")
-    steps, names = _labels(axes, table)
-    above.set_xticks(steps, names, rotation=60, ha="left", rotation_mode="anchor")
-    above.tick_params(colors=MUTED, labelsize=8.5)
-    above.set_xlabel("the token chosen in the baseline", color=MUTED, fontsize=9)
-    above.spines["top"].set_color(GRID)
+def _label_baseline_tokens(axes: Axes, table: pd.DataFrame) -> None:
+    """Write the tokens that the baseline chose above the axes."""
+    top_axis = axes.secondary_xaxis("top")
+    steps, names = _step_labels(table)
+    top_axis.set_xticks(steps, names, rotation=60, ha="left", rotation_mode="anchor")
+    top_axis.tick_params(colors=MUTED, labelsize=8.5)
+    top_axis.set_xlabel("the token chosen in the baseline", color=MUTED, fontsize=9)
+    top_axis.spines["top"].set_color(GRID)
 
 
-def _labels(axes: Axes, table: pd.DataFrame) -> tuple[list[int], list[str]]:
-    chosen = table[table["drawn"]]
-    every = ceil(
-        len(chosen) * 0.17 / (_figure_width(len(chosen)) - 2.5)
-    )  # inches that a label needs
-    shown = chosen.iloc[::every]
-    names = [plain(cut(readable(token), 1.2, 8.5)) for token in shown["token"]]
-    return shown["step"].tolist(), [
-        f"{name}  {step}" for name, step in zip(names, shown["step"], strict=True)
+def _step_labels(table: pd.DataFrame) -> tuple[list[int], list[str]]:
+    drawn = table[table["drawn"]]
+    label_width = 0.17  # inches
+    stride = ceil(len(drawn) * label_width / (_figure_width(len(drawn)) - 2.5))
+    labelled = drawn.iloc[::stride]
+    steps = labelled["step"].tolist()
+    labels = [
+        f"{plain(cut(readable(token), 1.2, 8.5))}  {step}"
+        for token, step in zip(labelled["token"], steps, strict=True)
     ]
+    return steps, labels
 
 
 def _figure_width(steps: int) -> float:
     return float(np.clip(0.32 * steps + 2.5, 6.5, 14))  # inches
 
 
-def _parting(edited: pd.DataFrame, baseline: pd.DataFrame) -> int | None:
-    """The first step at which the two runs chose different tokens, if there is one."""
-    mine, theirs = (table[table["drawn"]] for table in (edited, baseline))
-    other = dict(zip(theirs["step"], theirs["token_id"], strict=True))
-    both = zip(mine["step"], mine["token_id"], strict=True)
-    return next((int(step) for step, token in both if other.get(step, token) != token), None)
+def _parting_step(edited: pd.DataFrame, baseline: pd.DataFrame) -> int | None:
+    """The first step at which the two runs chose different tokens, or None."""
+    edited, baseline = edited[edited["drawn"]], baseline[baseline["drawn"]]
+    baseline_tokens = dict(zip(baseline["step"], baseline["token_id"], strict=True))
+    for step, token in zip(edited["step"], edited["token_id"], strict=True):
+        if baseline_tokens.get(step, token) != token:
+            return int(step)
+    return None
 
 
-def _watched(table: pd.DataFrame, watch: "Iterable[str | int] | str | int") -> list[str | int]:
-    """The tokens asked for, or all that were recorded for their own sake."""
-    asked: list[str | int] = [watch] if isinstance(watch, str | int) else list(watch)
-    mine = [has(why, "watched") or has(why, "named") for why in table["why"]]
-    asked = asked or list(dict.fromkeys(int(token) for token in table["token_id"][mine]))
-    if not asked:
+def _select_watched(
+    table: pd.DataFrame, watch: "Iterable[str | int] | str | int"
+) -> list[str | int]:
+    """The watched tokens, or all that were recorded because they were watched or named."""
+    tokens: list[str | int] = [watch] if isinstance(watch, str | int) else list(watch)
+    if not tokens:
+        is_watched = [has(why, "watched") or has(why, "named") for why in table["why"]]
+        tokens = list(dict.fromkeys(int(token) for token in table["token_id"][is_watched]))
+    if not tokens:
         raise NotCaptured(
             "no token was watched in this run or named by a hook: generate with trace(watch=...)"
         )
-    if len(asked) > MOST_LINES:
+    if len(tokens) > MOST_LINES:
         raise BadHook(
-            f"{len(asked)} lines are more than can be told apart: choose up to {MOST_LINES} with watch="
+            f"{len(tokens)} lines are more than can be told apart: choose up to {MOST_LINES} "
+            "with watch="
         )
-    return asked
+    return tokens
 
 
-def _of_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
-    """One token's line of the table at every step."""
+def _select_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
+    """The rows of one token, one for every step. Raises `NotCaptured` if a step lacks the token."""
     ids = sorted({int(i) for i in table["token_id"][table["token"] == repr(token)]})
     if len(ids) > 1:
         raise BadHook(
-            f"{token!r} is the text of several tokens here: give the id of one, {' or '.join(map(str, ids))}"
+            f"{token!r} is the text of several tokens here: give the id of one, "
+            f"{' or '.join(map(str, ids))}"
         )
-    number = token if isinstance(token, int) else ids[0] if ids else -1
-    found = pd.DataFrame(table[table["token_id"] == number])
-    steps = len(set(table["step"]))
-    if len(found) < steps:
-        names = ", ".join(
-            str(name) for name, part in table.groupby("token") if len(set(part["step"])) == steps
-        )
+    token_id = ids[0] if ids else -1
+    if isinstance(token, int):
+        token_id = token
+    part = pd.DataFrame(table[table["token_id"] == token_id])
+    n_steps = len(set(table["step"]))
+    if len(part) < n_steps:
+        complete = [
+            str(name) for name, rows in table.groupby("token") if len(set(rows["step"])) == n_steps
+        ]
         raise NotCaptured(
-            f"the token {token!r} was recorded at {len(found)} of {steps} steps, and a line needs all: generate with "
-            f"trace(watch=[{token!r}]). At every step there is {names or 'no token'}."
+            f"the token {token!r} was recorded at {len(part)} of {n_steps} steps, and a line needs "
+            f"all: generate with trace(watch=[{token!r}]). At every step there is "
+            f"{', '.join(complete) or 'no token'}."
         )
-    return found
+    return part

@@ -1,7 +1,9 @@
-"""Figures of where a prediction comes from: what each layer would say, and what each component adds. No torch.
+"""Figures of where a prediction comes from: what each layer would say, and what components add.
 
-hk.lens_map(hk.logit_lens(lm, prompt, pos=None, top=1), labels=tokens)     # layer x position
-hk.logit_bars(hk.direct_logits(run, " coffee"))                            # the components of a logit
+    hk.figures.lens_map(hk.logit_lens(lm, prompt, pos=None, top=1), labels=tokens)
+    hk.figures.logit_bars(hk.direct_logits(run, " coffee"))
+
+`lens_map` is layer x position. `logit_bars` has a bar for each component of a logit. No torch.
 """
 
 from collections.abc import Sequence
@@ -9,15 +11,27 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 
 from ..arguments import checks_arguments
-from ..errors import BadHook, EmptySelection
-from .ranks import DOWN, GRID, INK, MUTED, UP, drawable, finished
+from ..errors import EmptySelection
+from .style import (
+    GRID,
+    INK,
+    SHADES,
+    UP,
+    check_columns,
+    draw_signed_bars,
+    drawable,
+    finished,
+    style_colour_bar,
+)
 
-SHADES = 256
+WORD_SIZE = 7.5  # points, of a token of at most WORD_LETTERS letters
+WORD_LETTERS = 11
 
 
 @checks_arguments
@@ -29,104 +43,89 @@ def lens_map(
     row: int | None = None,
     title: str = "",
 ) -> Figure:
-    """The first token of every layer at every position, the stronger the colour the larger its `value`.
+    """The top token of every layer at every position, coloured by its `value`.
 
-    `lens` is what `logit_lens` gave for one row; `labels` are the texts of the positions, such as the prompt's tokens.
-    The model's own prediction is the uppermost row.
+    `lens` is the table of `logit_lens` for one row. `labels` are the texts of the positions, such
+    as the prompt's tokens. The larger the value, the stronger the colour. The model's own
+    prediction is the uppermost row.
     """
-    found: Any = lens if row is None else lens[lens["row"] == row]
-    missing = [name for name in ("row", "pos", "site", "token", "rank", value) if name not in lens]
-    if missing:
-        raise BadHook(f"the table has no column {missing[0]!r}: give what logit_lens gave")
-    if found.empty or found["row"].nunique() > 1:
+    check_columns(lens, ("row", "pos", "site", "token", "rank", value), "logit_lens(lm, prompts)")
+    table: Any = lens if row is None else lens[lens["row"] == row]
+    n_rows = table["row"].nunique()
+    if table.empty or n_rows > 1:
         raise EmptySelection(
-            f"the table has {found['row'].nunique()} rows to draw, and a lens map is of one: say row="
+            f"the table has {n_rows} rows to draw, and a lens map is of one: say row="
         )
-    sites, places = list(dict.fromkeys(found["site"])), sorted(set(found["pos"]))
-    first = (
-        found.sort_values(["rank", "token_id"])
-        .drop_duplicates(["pos", "site"])
-        .set_index(["site", "pos"])
-    )
-    numbers = np.array([[float(first.loc[(site, pos), value]) for pos in places] for site in sites])
-    figure = Figure(
-        figsize=(1.6 + 0.95 * len(places), 1.3 + 0.24 * len(sites)), layout="constrained"
-    )
+    sites, positions = list(dict.fromkeys(table["site"])), sorted(set(table["pos"]))
+    top = table.sort_values(["rank", "token_id"]).drop_duplicates(["pos", "site"])
+    top = top.set_index(["site", "pos"])
+    numbers = np.empty((len(sites), len(positions)))
+    size = (1.6 + 0.95 * len(positions), 1.3 + 0.24 * len(sites))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    most = 1.0 if value == "prob" else float(np.nanmax(np.abs(numbers))) or 1.0
-    shades = ListedColormap([(*to_rgb(UP), 0.75 * shade) for shade in np.linspace(0, 1, SHADES)])
-    axes.pcolormesh(np.abs(numbers), cmap=shades, vmin=0, vmax=most, edgecolors=GRID, linewidth=0.4)
-    for up, site in enumerate(sites):
-        for across, pos in enumerate(places):
-            word = drawable(str(first.loc[(site, pos), "token"]))
-            size = 7.5 if len(word) <= 11 else 7.5 * 11 / len(word)
-            axes.text(
-                across + 0.5,
-                up + 0.45,
-                word,
-                ha="center",
-                va="center",
-                fontsize=max(size, 4.0),
-                color=INK,
-            )
-    names = [str(pos) if labels is None else drawable(str(labels[pos])) for pos in places]
-    axes.set_xticks(
-        np.arange(len(places)) + 0.5, names, rotation=30, ha="right", rotation_mode="anchor"
-    )
+    for y, site in enumerate(sites):
+        for x, pos in enumerate(positions):
+            numbers[y, x] = float(top.loc[(site, pos), value])
+            _write_token(axes, drawable(str(top.loc[(site, pos), "token"])), x, y)
+    largest = 1.0
+    if value != "prob":
+        largest = float(np.nanmax(np.abs(numbers))) or 1.0
+    shades = ListedColormap([(*to_rgb(UP), 0.75 * share) for share in np.linspace(0, 1, SHADES)])
+    cell_style = {"vmin": 0, "vmax": largest, "edgecolors": GRID, "linewidth": 0.4}
+    axes.pcolormesh(np.abs(numbers), cmap=shades, **cell_style)
+    if labels is None:
+        names = [str(pos) for pos in positions]
+        axes.set_xlabel("position")
+    else:
+        names = [drawable(str(labels[pos])) for pos in positions]
+        axes.set_xlabel("after reading")
+    rotation: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(np.arange(len(positions)) + 0.5, names, **rotation)
     axes.set_yticks(np.arange(len(sites)) + 0.5, sites)
-    axes.set_xlabel("after reading" if labels is not None else "position")
     finished(figure, title)
     axes.grid(visible=False)
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, most), shades), ax=axes, fraction=0.03, pad=0.01
-    )
-    bar.set_label(value, fontsize=9, color=INK)
-    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
-    bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    colours = ScalarMappable(Normalize(0, largest), shades)
+    style_colour_bar(figure.colorbar(colours, ax=axes, fraction=0.03, pad=0.01), value)
     return figure
+
+
+def _write_token(axes: Axes, word: str, x: int, y: int) -> None:
+    size = WORD_SIZE
+    if len(word) > WORD_LETTERS:
+        size = max(WORD_SIZE * WORD_LETTERS / len(word), 4.0)
+    axes.text(x + 0.5, y + 0.45, word, ha="center", va="center", fontsize=size, color=INK)
 
 
 @checks_arguments
 def logit_bars(
     parts: pd.DataFrame, *, top: int = 20, row: int | None = None, title: str = ""
 ) -> Figure:
-    """The components that add most to a logit, or take most from it, as bars; the others are summed in one.
+    """The components that add most to a logit, or take most from it, as bars.
 
-    `parts` is what `direct_logits` gave for one row and position. The bars sum to the logit.
+    `parts` is the table of `direct_logits` for one row and position. The other components are
+    summed in one bar. The bars sum to the logit, which is the last bar.
     """
-    if missing := [name for name in ("row", "pos", "component", "logit") if name not in parts]:
-        raise BadHook(f"the table has no column {missing[0]!r}: give what direct_logits gave")
-    found: Any = parts if row is None else parts[parts["row"] == row]
-    if len(set(zip(found["row"], found["pos"], strict=True))) != 1:
+    check_columns(parts, ("row", "pos", "component", "logit"), "direct_logits(run, token)")
+    table: Any = parts if row is None else parts[parts["row"] == row]
+    if len(table[["row", "pos"]].drop_duplicates()) != 1:
         raise EmptySelection(
-            "the table has several rows and positions, and these bars are of one: say row=, and one pos"
+            "the table has several rows and positions, and these bars are of one: say row=, and "
+            "one pos"
         )
-    order = found["logit"].abs().sort_values(ascending=False, kind="stable").index
-    shown, others = found.loc[order[:top]], found.loc[order[top:]]
-    shown = shown.sort_values("logit", ascending=False, kind="stable")
-    names, values = [drawable(name) for name in shown["component"]], shown["logit"].tolist()
-    if len(others):
-        names.append(f"the other {len(others)}")
-        values.append(float(others["logit"].sum()))
-    names, values = [*names, "all together"], [*values, float(found["logit"].sum())]
+    order = table["logit"].abs().sort_values(ascending=False, kind="stable").index
+    largest = table.loc[order[:top]].sort_values("logit", ascending=False, kind="stable")
+    smaller = table.loc[order[top:]]
+    names = [drawable(name) for name in largest["component"]]
+    values = largest["logit"].tolist()
+    if len(smaller):
+        names.append(f"the other {len(smaller)}")
+        values.append(float(smaller["logit"].sum()))
+    names.append("all together")
+    values.append(float(table["logit"].sum()))
     figure = Figure(figsize=(7, 0.24 * len(values) + 1.2), layout="constrained")
     axes = figure.subplots()
-    colours = [*[UP if value >= 0 else DOWN for value in values[:-1]], INK]
-    axes.barh(np.arange(len(values)), values, color=colours, height=0.7)
-    for place, value in enumerate(values):
-        axes.annotate(
-            f"{value:+.2f}",
-            (value, place),
-            xytext=(4 if value >= 0 else -4, 0),
-            textcoords="offset points",
-            ha="left" if value >= 0 else "right",
-            va="center",
-            fontsize=8,
-            color=INK,
-        )
+    draw_signed_bars(axes, values)
     axes.set_yticks(np.arange(len(names)), names)
-    axes.invert_yaxis()
-    axes.axvline(0, color=MUTED, lw=0.8)
     axes.margins(x=0.14)
     axes.set_xlabel("what it adds to the logit")
     return finished(figure, title)

@@ -1,4 +1,4 @@
-"""A figure of doses: what a vector does against what it damages, beside random vectors. No torch, no display."""
+"""A figure of doses: what a steering vector does against the damage it causes. No torch."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from matplotlib.figure import Figure
 from ..arguments import checks_arguments
 from ..errors import BadHook, did_you_mean
 from ..steering.controls import DAMAGE, over_doses
-from .ranks import DASHES, INK, MUTED, drawable, finished
-from .sweeps import LINES, band, few
+from .style import DASHES, INK, MUTED, drawable, finished
+from .sweeps import LINES, band, draw_prompts, few
 
 UNITS = {
     "damage_kl": "damage: KL on neutral text (nats per token)",
     "damage_loss": "damage: rise of the loss of neutral text (nats per token)",
     "perplexity": "perplexity of neutral text",
 }
+COLOURS = LINES[:-1]  # the last colour is that of the random vectors
 
 
 @checks_arguments
@@ -29,74 +30,81 @@ def damage_curves(
     labels: dict[str, str] | None = None,
     title: str = "",
 ) -> Figure:
-    """What each dose does against what it damages: a line with its interval for each vector, grey ones for the random.
+    """What each dose does against the damage it causes, as a line for each vector.
 
-    `table` is what `dose_response` gave with neutral texts. `value` is the column that is shown (the first delta), `by`
-    the damage. Points are doses; those of one sign are joined. Each random vector is a thin line, the mean over the
-    prompts; bands are intervals over the prompts, and below 10 of them each prompt is a point instead. `log` draws
-    the damage on a log axis. A panel for each site.
+    `table` is the table of `dose_response` with neutral texts. `value` is the column to draw (by
+    default the first delta), `by` the damage. Points are doses; doses of the same sign are joined.
+    Each random vector is a thin grey line, the mean over the prompts. Bands are intervals over the
+    prompts; below 10 prompts each prompt is a point instead. `log` draws the damage on a log axis.
+    Each site has a panel.
     """
     if by not in DAMAGE or by not in table.columns:
         raise BadHook(
             f"the table has no damage {by!r}{did_you_mean(by, DAMAGE)} Give dose_response neutral=."
         )
-    shown = value or next(str(name) for name in table.columns if str(name).endswith("_delta"))
-    if shown not in table.columns:
+    if not value:
+        deltas = [str(name) for name in table.columns if str(name).endswith("_delta")]
+        if not deltas:
+            raise BadHook("the table has no column that ends in '_delta': say value=")
+        value = deltas[0]
+    if value not in table.columns:
         raise BadHook(
-            f"the table has no column {shown!r}{did_you_mean(shown, map(str, table.columns))} Say value=."
+            f"the table has no column {value!r}{did_you_mean(value, map(str, table.columns))} "
+            "Say value=."
         )
-    table = table.reset_index(drop=True)  # several put together may count their rows alike
+    table = table.reset_index(drop=True)  # the index of concatenated tables may have duplicates
     sites = list(dict.fromkeys(table["site"]))
     figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
     panels = list(figure.subplots(1, len(sites), squeeze=False, sharey=True)[0])
     for axes, site in zip(panels, sites, strict=True):
-        own: Any = table[table["site"] == site]
-        _random(axes, own, shown, by)
-        _vectors(axes, own, shown, by, labels or {})
+        part: Any = table[table["site"] == site]
+        _draw_random(axes, part, value, by)
+        _draw_vectors(axes, part, value, by, labels or {})
         axes.axhline(0, color=MUTED, lw=0.8)
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(UNITS[by])
         axes.set_title(str(site) if len(sites) > 1 else "", fontsize=10, color=INK)
-    panels[0].set_ylabel(f"{shown.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
+    panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
     panels[0].legend(frameon=False, fontsize=8.5, labelcolor=INK)
     return finished(figure, title)
 
 
-def _random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:
-    """Each random vector once, though several vectors may have it as their control."""
+def _draw_random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:
+    """Draw each random vector once, even where it is the control of several vectors."""
+    controls = table[table["control"]]
+    controls = controls.assign(sign=controls["dose"] > 0)
     label: str | None = "random, of equal length"
-    for _, line in (
-        table[table["control"]]
-        .assign(sign=table["dose"] > 0)
-        .groupby(["vector", "sample", "sign"], sort=False)
-    ):
+    style: dict[str, Any] = {"color": MUTED, "lw": 0.8, "alpha": 0.6, "marker": ".", "ms": 3}
+    for _, line in controls.groupby(["vector", "sample", "sign"], sort=False):
         means: Any = line.groupby("dose")[[value, by]].mean()
         means = means.loc[sorted(means.index, key=abs)]
-        axes.plot(
-            means[by], means[value], color=MUTED, lw=0.8, alpha=0.6, marker=".", ms=3, label=label
-        )
+        axes.plot(means[by], means[value], label=label, **style)
         label = None
 
 
-def _vectors(axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[str, str]) -> None:
+def _draw_vectors(
+    axes: Axes, table: pd.DataFrame, value: str, by: str, labels: dict[str, str]
+) -> None:
+    prompts: Any = table[~table["control"]]
     means: Any = over_doses(table)
     means = means[~means["control"]]
-    names: list[str] = list(dict.fromkeys(means["vector"]))
-    for number, name in enumerate(names):
-        colour = LINES[number % (len(LINES) - 1)]  # the last one is that of the random vectors
+    for number, name in enumerate(dict.fromkeys(means["vector"])):
+        colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
         label: str | None = drawable(labels.get(name, name))
-        for up in (True, False):
-            line = means[(means["vector"] == name) & ((means["dose"] > 0) == up)].sort_values(
-                "dose", key=abs
-            )
+        for is_positive in (True, False):
+            line = _select_doses(means, name, is_positive).sort_values("dose", key=abs)
             if line.empty:
                 continue
-            style = {"color": colour, "ls": DASHES[number % len(DASHES)]}
-            axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, label=label, **style)
+            style: dict[str, Any] = {"color": colour, "ls": dashes, "label": label}
+            axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, **style)
             label = None
-            if not few(line, value):
+            if few(line, value):
+                draw_prompts(axes, _select_doses(prompts, name, is_positive), by, value, colour)
+            else:
                 band(axes, line, by, value, colour)
-                continue
-            own = table[(table["vector"] == name) & ~table["control"] & ((table["dose"] > 0) == up)]
-            axes.plot(own[by], own[value], ls="", marker=".", ms=4, alpha=0.5, color=colour)
+
+
+def _select_doses(table: Any, vector: str, is_positive: bool) -> Any:
+    """The rows of one vector whose doses have one sign."""
+    return table[(table["vector"] == vector) & ((table["dose"] > 0) == is_positive)]

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from ..arguments import checks_arguments
 from ..display import shown
 from ..errors import BadFile, BadHook
-from ..figures.ranks import GRID, INK, MUTED, PAPER
+from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import is_bare_name, json_of, strings_of
 from .typesetting import as_json, as_latex, as_markdown, kind_of, written

@@ -26,7 +26,7 @@ from hookkit.errors import (
     OutOfRange,
     Unsupported,
 )
-from hookkit.reports.diff.similarity import RunningCKA, keeps_rows, linear_cka, room
+from hookkit.reports.diff.similarity import RunningCKA, cka_bytes, keeps_rows, linear_cka
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]
 NASTY = ["<script>alert(1)</script>", " שלום", "\n\t"]
@@ -95,8 +95,8 @@ def test_cka_is_that_of_its_definition_in_one_piece_and_in_batches(tokens, width
 def test_cka_keeps_rows_or_sums_and_both_ways_are_tried_above():
     assert keeps_rows(7, (5, 3)) and not keeps_rows(90, (5, 3))
     assert math.isnan(linear_cka(torch.randn(4, 3), torch.ones(4, 2)))
-    assert room(7, (5, 3)) == 7 * 8 * 4, "rows in float32"
-    assert room(90, (5, 3)) == 8 * 8 * 8, "sums of products in float64"
+    assert cka_bytes(7, (5, 3)) == 7 * 8 * 4, "rows in float32"
+    assert cka_bytes(90, (5, 3)) == 8 * 8 * 8, "sums of products in float64"
 
 
 def test_every_site_is_as_alike_as_hooks_written_by_hand_say(two):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 import hookkit as hk
 from hookkit.errors import BadHook
+from hookkit.figures.style import INK
 from hookkit.reports.page import Part
 
 NASTY = "<script>alert(1)</script>"
@@ -81,7 +82,7 @@ def test_the_page_follows_the_readers_theme(tmp_path):
     assert "prefers-color-scheme: dark" in page
     drawn = page[page.index("<svg") : page.index("</svg>")]
     assert "var(--ink)" in page
-    assert hk.figures.INK not in drawn
+    assert INK not in drawn
 
 
 def test_columns_before_after_and_delta_stand_under_one_name(tmp_path, llama):

@@ -16,7 +16,7 @@ from conftest import tokenizer
 
 import hookkit as hk
 from hookkit.errors import BadArgument, BadHook, OutOfRange
-from hookkit.figures.shift import means_of
+from hookkit.figures.shift import mean_changes
 from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import with_deltas
 from hookkit.reports.shift.inside import most_moved
@@ -281,7 +281,7 @@ def test_below_ten_prompts_the_figure_of_means_has_the_prompts_in_place_of_inter
         tables = hk.shift_report(
             llama, (PROMPTS * 4)[:count], edit, watch=40, drawn=0, shown=1
         ).tables
-        axes = means_of(tables["summary"], tables["watched"]).axes[0]
+        axes = mean_changes(tables["summary"], tables["watched"]).axes[0]
         dots = [line for line in axes.get_lines() if line.get_marker() == "."]
         assert sum(len(line.get_xdata()) for line in dots) == points
         assert ("interval" in axes.get_xlabel()) == (count == 12)
@@ -378,9 +378,9 @@ def test_hostile_tokens_are_shown_as_they_are_and_never_run(nasty, tmp_path):
     folder = made.write(tmp_path).parent
     parsed = Page()
     parsed.feed((folder / "report.html").read_text(encoding="utf-8"))
-    assert "".join(parsed.scripts) == files("hookkit").joinpath("report.js").read_text(
-        encoding="utf-8"
-    )
+    assert "".join(parsed.scripts) == files("hookkit.reports").joinpath(
+        "templates", "report.js"
+    ).read_text(encoding="utf-8")
     assert parsed.tags.count("script") == 1 and not parsed.handlers and "b" not in parsed.tags
     for word in NASTY:
         assert repr(word) in parsed.cells
@@ -553,7 +553,7 @@ def test_forwards_that_begin_at_the_edited_block_say_what_whole_ones_do(family, 
     }
     made = {}
     for worth in (0, 10**9):
-        monkeypatch.setattr("hookkit.reports.shift.before_after.WORTH", worth)
+        monkeypatch.setattr("hookkit.reports.shift.before_after.MIN_TOKENS", worth)
         made[worth] = hk.shift_report(
             lm, PROMPTS, edits, watch=" milk", controls="random", drawn=0, shown=2
         ).tables
@@ -570,8 +570,8 @@ def test_the_blocks_below_an_edit_do_not_run_again(llama, monkeypatch):
         (hk.skip_block(1),),
         (hk.scale("resid_pre.0", 2),),
     ]
-    monkeypatch.setattr(resuming, "WORTH", 0)
-    later = resuming.resuming(llama, rows, edits)
+    monkeypatch.setattr(resuming, "MIN_TOKENS", 0)
+    later = resuming.plan_resuming(llama, rows, edits)
     assert later.starts == {0: 3, 1: 2, 2: 1}
     ran = []
     for number, layer in enumerate(llama.model.model.layers):
@@ -580,11 +580,11 @@ def test_the_blocks_below_an_edit_do_not_run_again(llama, monkeypatch):
             "forward",
             lambda *a, n=number, f=layer.mlp.forward: (ran.append(n), f(*a))[1],
         )
-    with later.noting():
+    with later.record_outputs():
         hk.forward(llama, [*map(list, rows)], logits="last")
     for place, expected in ((0, []), (1, [2]), (2, [1, 2]), (3, [0, 1, 2])):
         ran.clear()
-        with later.resumed(later.starts.get(place, 0)):
+        with later.resume_at(later.starts.get(place, 0)):
             hk.forward(llama, [*map(list, rows)], logits="last")
         assert ran == expected
 
@@ -592,13 +592,13 @@ def test_the_blocks_below_an_edit_do_not_run_again(llama, monkeypatch):
 @pytest.mark.parametrize("why", ["training", "the user's hook", "a block around it", "few tokens"])
 def test_a_model_that_may_not_be_resumed_runs_whole_forwards(why, monkeypatch):
     lm = hk.LM(hk.tiny("llama").model)
-    monkeypatch.setattr(resuming, "WORTH", 10**9 if why == "few tokens" else 0)
+    monkeypatch.setattr(resuming, "MIN_TOKENS", 10**9 if why == "few tokens" else 0)
     lm.root.train(why == "training")
     if why == "the user's hook":
         lm.model.model.layers[0].register_forward_hook(lambda *_: None)
     around = [hk.capture("resid_post.0")] if why == "a block around it" else []
     with hk.attach(lm, *around) if around else nullcontext():
-        assert not resuming.resuming(lm, [(5, 6, 7)], [(hk.ablate("z.2.1"),)]).starts
+        assert not resuming.plan_resuming(lm, [(5, 6, 7)], [(hk.ablate("z.2.1"),)]).starts
         hk.forward(lm, [[5, 6, 7]])
 
 

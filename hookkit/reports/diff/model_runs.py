@@ -1,9 +1,8 @@
-"""What two models say after each token of the same texts: distances of the distributions, and shifts of the ranks.
+"""The forwards of a comparison of two models, and the tables that are computed from them.
 
-The forwards of a comparison: a batch of prompts and some sites at a time, of which sums alone are kept.
-
-Both models read the same batch, so that what differs between them is never the padding. Sites go in groups whose
-values, of one batch, and sums fit the memory that is allowed: the prompts are read once more for each further group.
+Both models read the same batches, so that no difference comes from the padding. Sites are read in
+groups whose values (of one batch) and sums fit into the allowed memory; the prompts are read once
+more for each further group. Only sums are kept of a site's values.
 """
 
 from collections.abc import Sequence
@@ -25,17 +24,32 @@ from ...runs.run import Run
 from ...tables.distributions import Distribution, expected
 from ...tables.rank_tables import shift_of
 from ..shift.named_edits import literal
-from .pairing import NAME, Matched, Side
-from .similarity import COLUMNS, Alike, Apart, RunningCKA, apart, layer_of, room
+from .pairing import NAME, SharedSites, Side
+from .similarity import (
+    COLUMNS,
+    RunningCKA,
+    SiteSimilarity,
+    TokenDistances,
+    cka_bytes,
+    layer_of,
+    token_distances,
+)
 
-NUMBERS_AT_ONCE = 2**22  # logits in one piece of work: 32 MiB of float64
-MOVERS = 3
+LOGITS = Site("logits")
+LOGITS_AT_ONCE = 2**22  # logits in one piece of work: 32 MiB of float64
+MOVERS = 3  # tokens that moved most, in the table of shifts
+PARTING_COLUMNS = ["row", "site", "layer", "pos", "read", "difference"]
+STREAM_COLUMNS = ["row", "pos", "read", "layer", "difference", "cosine"]
 Logits = Float[Tensor, "token vocab"]
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Tokens of some prompts, one a row: the prompt's number, the position, its id, and the id that follows or -1."""
+    """Tokens of some prompts, as lists of equal length.
+
+    Each token has its prompt's number, its position, its id, and the id of the token that follows
+    in the prompt, -1 for the last.
+    """
 
     row: list[int]
     pos: list[int]
@@ -49,296 +63,306 @@ class Tokens:
 def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataFrame:
     """How far apart two models' distributions are after each token.
 
-    Columns: row, pos, read (the token there, the last one read); kl (KL(before‖after), nats), kl_reverse, js (nats, at
-    most ln 2); entropy_before, _after, _delta (nats); top1_before, top1_after, top1_changed; loss_before, _after,
-    _delta (nats, of the token that follows in the prompt; empty after its last).
+    Columns: row, pos, read (the token at pos, the last one read); kl (KL(before‖after), nats),
+    kl_reverse, js (nats, at most ln 2); entropy_before, _after, _delta (nats); top1_before,
+    top1_after, top1_changed; loss_before, _after, _delta (nats, of the token that follows in the
+    prompt; empty after its last).
     """
-    step = max(1, NUMBERS_AT_ONCE // before.shape[-1])
+    step = max(1, LOGITS_AT_ONCE // before.shape[-1])
     following = torch.tensor(tokens.following)
-    parts = [
-        _numbers(
-            lm,
-            before[start : start + step],
-            after[start : start + step],
-            following[start : start + step],
-        )
-        for start in range(0, len(tokens), step)
-    ]
+    parts = []
+    for start in range(0, len(tokens), step):
+        piece = slice(start, start + step)
+        parts.append(_compare_logits(lm, before[piece], after[piece], following[piece]))
     table = pd.concat(parts, ignore_index=True)
-    for place, name in enumerate(("row", "pos")):
-        table.insert(place, name, getattr(tokens, name))
+    table.insert(0, "row", tokens.row)
+    table.insert(1, "pos", tokens.pos)
     table.insert(2, "read", [literal(lm, token) for token in tokens.ids])
     return table
 
 
-def _numbers(
+def _compare_logits(
     lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
 ) -> pd.DataFrame:
-    p, q = (logits.detach().cpu().double().log_softmax(-1) for logits in (before, after))
+    p, q = _log_softmax(before), _log_softmax(after)
     middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-    found = {"kl": expected(p, p - q), "kl_reverse": expected(q, q - p)}
-    found["js"] = (expected(p, p - middle) + expected(q, q - middle)) / 2
-    found = {
-        name: values.clamp(min=0.0) for name, values in found.items()
-    }  # rounding can leave -1e-17
-    entropies = 0.0 - expected(p, p), 0.0 - expected(q, q)
-    found |= {
-        "entropy_before": entropies[0],
-        "entropy_after": entropies[1],
-        "entropy_delta": entropies[1] - entropies[0],
+    js = (expected(p, p - middle) + expected(q, q - middle)) / 2
+    entropy_before, entropy_after = 0.0 - expected(p, p), 0.0 - expected(q, q)
+    columns = {
+        "kl": expected(p, p - q).clamp(min=0.0),  # rounding can give -1e-17
+        "kl_reverse": expected(q, q - p).clamp(min=0.0),
+        "js": js.clamp(min=0.0),
+        "entropy_before": entropy_before,
+        "entropy_after": entropy_after,
+        "entropy_delta": entropy_after - entropy_before,
     }
-    table = pd.DataFrame({name: values.tolist() for name, values in found.items()})
-    firsts = [said[:, : lm.n_tokens or None].argmax(-1).tolist() for said in (before, after)]
-    table["top1_before"], table["top1_after"] = (
-        [literal(lm, token) for token in tokens] for tokens in firsts
-    )
-    table["top1_changed"] = [one != other for one, other in zip(*firsts, strict=True)]
-    losses = [0.0 - said.gather(1, following.clamp(min=0)[:, None])[:, 0] for said in (p, q)]
-    known = (following >= 0).tolist()
-    for when, loss in zip(("before", "after"), losses, strict=True):
-        table[f"loss_{when}"] = [
-            value if there else float("nan")
-            for value, there in zip(loss.tolist(), known, strict=True)
-        ]
-    was, now = table["loss_before"], table["loss_after"]
-    table["loss_delta"] = (now - was).where((now != was) | now.isna(), 0.0)
+    table = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
+    top_before, top_after = _top_tokens(lm, before), _top_tokens(lm, after)
+    table["top1_before"] = [literal(lm, token) for token in top_before]
+    table["top1_after"] = [literal(lm, token) for token in top_after]
+    table["top1_changed"] = [one != other for one, other in zip(top_before, top_after, strict=True)]
+    table["loss_before"] = _losses(p, following)
+    table["loss_after"] = _losses(q, following)
+    loss_before, loss_after = table["loss_before"], table["loss_after"]
+    is_changed = (loss_after != loss_before) | loss_after.isna()
+    table["loss_delta"] = (loss_after - loss_before).where(is_changed, 0.0)
     return table
 
 
-def rank_shifts(
-    lm: LM,
-    before: Logits,
-    after: Logits,
-    tokens: Tokens,
-    top: int,
-    watched: Sequence[int],
-    named: Sequence[int],
-) -> pd.DataFrame:
-    """`rank_shift` of what two models say after these tokens, with parts of characters as bytes."""
-    places = [{"row": row, "pos": pos} for row, pos in zip(tokens.row, tokens.pos, strict=True)]
-    pairs = [
-        tuple(
-            Distribution(lm, place, logits[number].detach().float().cpu())
-            for logits in (before, after)
-        )
-        for number, place in enumerate(places)
-    ]
-    table = shift_of(pairs, top, MOVERS, list(watched), list(named))  # pyright: ignore[reportArgumentType]
-    return table.assign(token=[literal(lm, token) for token in table["token_id"]])
+def _log_softmax(logits: Logits) -> Logits:
+    """In float64, on the CPU."""
+    return logits.detach().cpu().double().log_softmax(-1)
 
 
-LOGITS = Site("logits")
+def _top_tokens(lm: LM, logits: Logits) -> list[int]:
+    return logits[:, : lm.n_tokens or None].argmax(-1).tolist()
+
+
+def _losses(logprobs: Logits, following: Int[Tensor, " token"]) -> list[float]:
+    """The loss of each following token, NaN where none follows."""
+    losses = 0.0 - logprobs.gather(1, following.clamp(min=0)[:, None])[:, 0]
+    return losses.masked_fill(following < 0, float("nan")).tolist()
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What is to be found out, and how much may be held at once."""
+class DiffRequest:
+    """What to compare, and how much memory it may need."""
 
     where: Where  # the positions that are compared
-    ranked: Where  # those whose ranks are
+    rank_where: Where  # the positions whose ranks are compared
     top: int
     watched: tuple[int, ...]
-    named: tuple[int, ...]
+    named: tuple[int, ...]  # tokens that hooks name
     cka: frozenset[AnySite]
     tolerance: float
     shown: int
     batch_tokens: int
-    memory: int
+    memory: int  # bytes
 
 
 @dataclass(eq=False)
-class Reading:
-    """Two models on the same prompts, as it goes."""
+class PairedRuns:
+    """The forwards of two models over the same prompts. Owns the sums and tables while it runs."""
 
     reader: LM
     before: Side
     after: Side
     rows: tuple[Row, ...]
-    matched: Matched
-    asked: Asked
-    alike: dict[AnySite, Alike] = field(default_factory=dict)
-    parted: dict[int, dict[str, Any]] = field(
-        default_factory=dict
-    )  # by prompt, where it parts first
-    parts: dict[str, list[pd.DataFrame]] = field(
-        default_factory=lambda: {"tokens": [], "shifts": [], "stream": []}
-    )
-    at_logits: list[tuple[Tokens, Apart]] = field(default_factory=list)
+    shared: SharedSites
+    request: DiffRequest
+    similarities: dict[AnySite, SiteSimilarity] = field(default_factory=dict)
+    partings: dict[int, dict[str, Any]] = field(default_factory=dict)  # by prompt
+    token_tables: list[pd.DataFrame] = field(default_factory=list)
+    shift_tables: list[pd.DataFrame] = field(default_factory=list)
+    stream_tables: list[pd.DataFrame] = field(default_factory=list)
+    logit_distances: list[tuple[Tokens, TokenDistances]] = field(default_factory=list)
 
     def read(self) -> None:
-        """All forwards."""
+        """Run all forwards."""
+        request = self.request
         if not self.count:
             raise EmptySelection(
-                f"pos={self.asked.where.pos!r} means no token of these prompts: choose others"
+                f"pos={request.where.pos!r} means no token of these prompts: choose others"
             )
         batches = self.batches()
         for number, sites in enumerate(self.groups(batches)):
             for site in sites:
-                taken = (
-                    RunningCKA(self.count, self.matched.widths(site))
-                    if site in self.asked.cka
-                    else None
-                )
-                self.alike[site] = Alike(site, taken)
+                cka = None
+                if site in request.cka:
+                    cka = RunningCKA(self.count, self.shared.widths(site))
+                self.similarities[site] = SiteSimilarity(site, cka)
             for batch in batches:
-                self._batch(batch, sites, logits=number == 0)
-        for tokens, found in self.at_logits:
-            self._part(LOGITS, tokens, found.difference)
+                self._read_batch(batch, sites, logits=number == 0)
+        # The logits are last in the order of computation.
+        for tokens, token_differences in self.logit_distances:
+            self._note_partings(LOGITS, tokens, token_differences.difference)
 
     @property
     def count(self) -> int:
-        """How many tokens are compared."""
-        return sum(len(self._places(row, self.asked.where)) for row in range(len(self.rows)))
+        """The number of tokens that are compared."""
+        rows = range(len(self.rows))
+        return sum(len(self._positions(row, self.request.where)) for row in rows)
 
     def batches(self) -> list[list[int]]:
-        """The prompts in batches of like length; all in one where hooks act, whose rows are the prompts."""
+        """The prompts in batches of similar length.
+
+        With hooks all prompts are in one batch, so that the hooks' rows are the prompts.
+        """
         if self.before.hooks or self.after.hooks:
             return [list(range(len(self.rows)))]
-        one_length = self.before.lm.config is None or self.after.lm.config is None
-        found: list[list[int]] = []
+        needs_one_length = self.before.lm.config is None or self.after.lm.config is None
+        batches: list[list[int]] = []
+        width = 0  # tokens of the longest prompt of the last batch
         for number in sorted(range(len(self.rows)), key=lambda number: -len(self.rows[number])):
-            width = len(self.rows[found[-1][0]]) if found else 0
-            fits = bool(found) and width * (len(found[-1]) + 1) <= self.asked.batch_tokens
-            fits = fits and (not one_length or width == len(self.rows[number]))
-            found[-1].append(number) if fits else found.append([number])
-        return found
+            length = len(self.rows[number])
+            fits = bool(batches) and width * (len(batches[-1]) + 1) <= self.request.batch_tokens
+            if fits and (length == width or not needs_one_length):
+                batches[-1].append(number)
+            else:
+                batches.append([number])
+                width = length
+        return batches
 
     def groups(self, batches: Sequence[Sequence[int]]) -> list[Sites]:
-        """The sites in groups that fit the memory, in the order of computation."""
-        most = max(len(batch) * max(len(self.rows[row]) for row in batch) for batch in batches)
-        found: list[list[AnySite]] = []
-        left = 0
-        for site in self.matched.sites:
-            needs = most * sum(kind.bytes for kind in self.matched.kinds[site])
-            needs += room(self.count, self.matched.widths(site)) if site in self.asked.cka else 0
-            if not found or needs > left:
-                found.append([])
-                left = self.asked.memory
-            found[-1].append(site)
-            left -= needs
-        return [Sites(tuple(group)) for group in found]
+        """The sites in groups that fit into the memory, in the order of computation."""
+        batch_sizes = [len(batch) * max(len(self.rows[row]) for row in batch) for batch in batches]
+        most_tokens = max(batch_sizes)
+        groups: list[list[AnySite]] = []
+        free = 0  # bytes
+        for site in self.shared.sites:
+            needed = most_tokens * sum(kind.bytes for kind in self.shared.kinds[site])
+            if site in self.request.cka:
+                needed += cka_bytes(self.count, self.shared.widths(site))
+            if not groups or needed > free:
+                groups.append([])
+                free = self.request.memory
+            groups[-1].append(site)
+            free -= needed
+        return [Sites(tuple(group)) for group in groups]
 
-    def _batch(self, batch: Sequence[int], sites: Sites, *, logits: bool) -> None:
+    def _read_batch(self, batch: Sequence[int], sites: Sites, *, logits: bool) -> None:
         rows = [self.rows[row] for row in batch]
-        runs = [side.run(rows, sites, logits=logits) for side in (self.before, self.after)]
-        tokens, index = self._tokens(batch, self.asked.where)
+        before = self.before.run(rows, sites, logits=logits)
+        after = self.after.run(rows, sites, logits=logits)
+        tokens, index = self._tokens(batch, self.request.where)
         if not tokens:
             return
         for site in sites:
-            found = self.alike[site].add(*(_at(run, site, index) for run in runs))
-            if found is not None:
-                self._part(site, tokens, found.difference)
-                self._keep_stream(site, tokens, found)
+            values = _select_values(before, site, index), _select_values(after, site, index)
+            token_differences = self.similarities[site].add(*values)
+            if token_differences is not None:
+                self._note_partings(site, tokens, token_differences.difference)
+                self._keep_stream(site, tokens, token_differences)
         if logits:
-            self._said(batch, runs)
+            self._compare_logits(batch, before, after)
 
-    def _said(self, batch: Sequence[int], runs: Sequence[Run]) -> None:
-        tokens, index = self._tokens(batch, self.asked.where)
-        before, after = (
-            run.logits[index[0].to(run.logits.device), index[1].to(run.logits.device)]
-            for run in runs
-        )
-        self.parts["tokens"].append(distances(self.reader, before, after, tokens))
-        real = self.reader.n_tokens or None
-        found = apart(before[:, :real], after[:, :real])
-        self.at_logits.append(
-            (tokens, self.alike.setdefault(LOGITS, Alike(LOGITS, None)).told(found))
-        )
-        ranked, index = self._tokens(batch, self.asked.ranked)
-        before, after = (
-            run.logits[index[0].to(run.logits.device), index[1].to(run.logits.device)]
-            for run in runs
-        )
-        asked = self.asked
-        if not ranked:
-            return
-        self.parts["shifts"].append(
-            rank_shifts(self.reader, before, after, ranked, asked.top, asked.watched, asked.named)
-        )
-
-    def _part(self, site: AnySite, tokens: Tokens, difference: Float[Tensor, " token"]) -> None:
-        """Note the prompts that part here, and have parted at no site before."""
-        for number in (~(difference <= self.asked.tolerance)).nonzero().flatten().tolist():
-            row = tokens.row[number]
-            if row not in self.parted:
-                read = literal(self.reader, tokens.ids[number])
-                self.parted[row] = {"row": row, "site": str(site), "layer": layer_of(site), "pos": tokens.pos[number],
-                                    "read": read, "difference": float(difference[number])}  # fmt: skip
-
-    def _keep_stream(self, site: AnySite, tokens: Tokens, found: Apart) -> None:
-        """The stream behind each block, token by token, of the prompts that are shown."""
-        shown = [number for number, row in enumerate(tokens.row) if row < self.asked.shown]
-        if shown and isinstance(site, Site) and site.name == "resid_post":
-            numbers = {
-                "difference": found.difference[shown].tolist(),
-                "cosine": found.cosine[shown].tolist(),
-            }
-            where = {
-                name: [getattr(tokens, name)[number] for number in shown] for name in ("row", "pos")
-            }
-            read = [literal(self.reader, tokens.ids[number]) for number in shown]
-            self.parts["stream"].append(
-                pd.DataFrame(where | {"read": read, "layer": site.layer} | numbers)
+    def _compare_logits(self, batch: Sequence[int], before: Run, after: Run) -> None:
+        reader, request = self.reader, self.request
+        tokens, index = self._tokens(batch, request.where)
+        logits_before, logits_after = _select_logits(before, index), _select_logits(after, index)
+        self.token_tables.append(distances(reader, logits_before, logits_after, tokens))
+        real = reader.n_tokens or None
+        token_differences = token_distances(logits_before[:, :real], logits_after[:, :real])
+        similarity = self.similarities.setdefault(LOGITS, SiteSimilarity(LOGITS, None))
+        similarity.add_distances(token_differences)
+        self.logit_distances.append((tokens, token_differences))
+        tokens, index = self._tokens(batch, request.rank_where)
+        if tokens:
+            logits_before, logits_after = (
+                _select_logits(before, index),
+                _select_logits(after, index),
             )
+            self.shift_tables.append(self._rank_shifts(logits_before, logits_after, tokens))
 
-    def _places(self, row: int, where: Where) -> list[int]:
-        """The positions of a prompt that are meant; `OutOfRange` for one that it does not have."""
-        return list(
-            places(self.rows[row], where, lambda at: cover(self.reader, self.rows[row], at))
-        )
+    def _rank_shifts(self, before: Logits, after: Logits, tokens: Tokens) -> pd.DataFrame:
+        """The table of `rank_shift` after these tokens, with parts of characters as bytes."""
+        pairs = []
+        for number, (row, pos) in enumerate(zip(tokens.row, tokens.pos, strict=True)):
+            position = {"row": row, "pos": pos}
+            distributions = [
+                Distribution(self.reader, position, logits[number].detach().float().cpu())
+                for logits in (before, after)
+            ]
+            pairs.append((distributions[0], distributions[1]))
+        watched, named = list(self.request.watched), list(self.request.named)
+        table = shift_of(pairs, self.request.top, MOVERS, watched, named)
+        return table.assign(token=[literal(self.reader, token) for token in table["token_id"]])
+
+    def _note_partings(
+        self, site: AnySite, tokens: Tokens, difference: Float[Tensor, " token"]
+    ) -> None:
+        """Note the prompts that part at this site, and at no site before it."""
+        is_beyond = ~(difference <= self.request.tolerance)  # true for NaN
+        for number in is_beyond.nonzero().flatten().tolist():
+            row = tokens.row[number]
+            if row not in self.partings:
+                self.partings[row] = {
+                    "row": row,
+                    "site": str(site),
+                    "layer": layer_of(site),
+                    "pos": tokens.pos[number],
+                    "read": literal(self.reader, tokens.ids[number]),
+                    "difference": float(difference[number]),
+                }
+
+    def _keep_stream(
+        self, site: AnySite, tokens: Tokens, token_differences: TokenDistances
+    ) -> None:
+        """Keep the differences of the stream after each block for the shown prompts."""
+        if not isinstance(site, Site) or site.name != "resid_post":
+            return
+        shown = [number for number, row in enumerate(tokens.row) if row < self.request.shown]
+        if shown:
+            columns = {
+                "row": [tokens.row[number] for number in shown],
+                "pos": [tokens.pos[number] for number in shown],
+                "read": [literal(self.reader, tokens.ids[number]) for number in shown],
+                "layer": site.layer,
+                "difference": token_differences.difference[shown].tolist(),
+                "cosine": token_differences.cosine[shown].tolist(),
+            }
+            self.stream_tables.append(pd.DataFrame(columns))
+
+    def _positions(self, row: int, where: Where) -> list[int]:
+        """The selected positions of a prompt. Raises `OutOfRange` if it does not have one."""
+        ids = self.rows[row]
+        return list(places(ids, where, lambda at: cover(self.reader, ids, at)))
 
     def _tokens(self, batch: Sequence[int], where: Where) -> tuple[Tokens, tuple[Tensor, Tensor]]:
-        """The tokens that are wanted of a batch, and where they stand in it: rows and columns."""
-        there = [
-            (column, row, pos)
-            for column, row in enumerate(batch)
-            for pos in self._places(row, where)
-        ]
-        ids = [self.rows[row][pos] for _, row, pos in there]
-        after = [
-            self.rows[row][pos + 1] if pos + 1 < len(self.rows[row]) else -1
-            for _, row, pos in there
-        ]
-        tokens = Tokens([row for _, row, _ in there], [pos for _, _, pos in there], ids, after)
-        return tokens, (torch.tensor([n for n, _, _ in there]), torch.tensor(tokens.pos))
-
-    # ---- the tables
+        """The selected tokens of a batch, and their indices in it: rows and columns."""
+        tokens = Tokens([], [], [], [])
+        batch_rows = []
+        for batch_row, row in enumerate(batch):
+            ids = self.rows[row]
+            for pos in self._positions(row, where):
+                batch_rows.append(batch_row)
+                tokens.row.append(row)
+                tokens.pos.append(pos)
+                tokens.ids.append(ids[pos])
+                tokens.following.append(ids[pos + 1] if pos + 1 < len(ids) else -1)
+        return tokens, (torch.tensor(batch_rows), torch.tensor(tokens.pos))
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """tokens, shifts, sites, parting and stream."""
-        found = {
-            name: pd.concat(parts, ignore_index=True) for name, parts in self.parts.items() if parts
+        """The tables tokens, shifts, sites, parting and stream."""
+        tables = {
+            "tokens": _concatenate(self.token_tables, ["row", "pos"]),
+            "shifts": pd.DataFrame(columns=["row", "pos"]),
+            "stream": pd.DataFrame(columns=STREAM_COLUMNS),
         }
-        orders = {
-            "tokens": ["row", "pos"],
-            "shifts": ["row", "pos", "rank_after", "token_id"],
-            "stream": ["row", "layer", "pos"],
-        }
-        sorted_ = {
-            name: table.sort_values(orders[name], ignore_index=True)
-            for name, table in found.items()
-        }
-        if "stream" not in sorted_:
-            sorted_["stream"] = pd.DataFrame(
-                columns=["row", "pos", "read", "layer", "difference", "cosine"]
-            )
-        order = [*self.matched.sites, LOGITS]
-        sites = pd.DataFrame(
-            [self.alike[site].row(self.asked.tolerance) for site in order], columns=list(COLUMNS)
-        )
-        sorted_["sites"] = sites.astype({"layer": "Int64", "parts": "boolean"})
-        sorted_["parting"] = self._parting()
-        return sorted_
+        if self.shift_tables:
+            order = ["row", "pos", "rank_after", "token_id"]
+            tables["shifts"] = _concatenate(self.shift_tables, order)
+        if self.stream_tables:
+            tables["stream"] = _concatenate(self.stream_tables, ["row", "layer", "pos"])
+        records = [
+            self.similarities[site].row(self.request.tolerance)
+            for site in (*self.shared.sites, LOGITS)
+        ]
+        sites = pd.DataFrame(records, columns=list(COLUMNS))
+        tables["sites"] = sites.astype({"layer": "Int64", "parts": "boolean"})
+        tables["parting"] = self._parting_table()
+        return tables
 
-    def _parting(self) -> pd.DataFrame:
+    def _parting_table(self) -> pd.DataFrame:
         never = {"site": "", "layer": None, "pos": None, "read": "", "difference": float("nan")}
-        rows = [self.parted.get(row, {"row": row} | never) for row in range(len(self.rows))]
-        columns = ["row", "site", "layer", "pos", "read", "difference"]
-        table = pd.DataFrame([] if self.matched.one_plan else rows, columns=columns)
+        records = []
+        if not self.shared.no_order:
+            for row in range(len(self.rows)):
+                records.append(self.partings.get(row, {"row": row} | never))
+        table = pd.DataFrame(records, columns=PARTING_COLUMNS)
         return table.astype({"layer": "Int64", "pos": "Int64"})
 
 
-def _at(run: Run, site: AnySite, index: tuple[Tensor, Tensor]) -> Tensor:
-    """The values at a site for these rows and positions."""
+def _concatenate(tables: list[pd.DataFrame], order: list[str]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True).sort_values(order, ignore_index=True)
+
+
+def _select_values(run: Run, site: AnySite, index: tuple[Tensor, Tensor]) -> Tensor:
+    """The values at a site for these rows and columns of the batch."""
     values = run.captured(site, NAME).values
     return values[index[0].to(values.device), index[1].to(values.device)]
+
+
+def _select_logits(run: Run, index: tuple[Tensor, Tensor]) -> Logits:
+    logits = run.logits
+    return logits[index[0].to(logits.device), index[1].to(logits.device)]

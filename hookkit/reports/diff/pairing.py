@@ -1,6 +1,6 @@
-"""Two models side by side: whether they read the same tokens, and which sites they have in common."""
+"""Two models as a pair: whether they read the same tokens, and which sites they have in common."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,8 +19,8 @@ from ...runs.run import Run
 
 Around: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
-NAME = "hookkit.diff"  # of its captures
-UNLESS_ASKED = {  # what is not compared unless it is asked for, and why
+NAME = "hookkit.diff"  # of the captures of a comparison
+SKIPPED = {  # the sites that are compared only if sites= names them, and why; "" needs no reason
     "resid_pre": "is the stream that the block before leaves, resid_post or embed",
     "q_rot": "follows from q",
     "k_rot": "follows from k",
@@ -30,199 +30,213 @@ UNLESS_ASKED = {  # what is not compared unless it is asked for, and why
     "scores": "have a number for each query and key, and no vector",
     "pattern": "has a number for each query and key, and no vector",
 }
-STREAM = (
-    "embed",
-    "attn_out",
-    "mlp_out",
-    "resid_post",
-    "final_norm",
-)  # whose CKA is taken unless others are asked for
-ORDER = {name: place for place, name in enumerate(AXES)}
-LAST = ("final_norm", *LOGITS)
+# The sites whose CKA is computed by default.
+CKA_SITES = ("embed", "attn_out", "mlp_out", "resid_post", "final_norm")
+ORDER = {name: number for number, name in enumerate(AXES)}
+LAST_SITES = ("final_norm", *LOGITS)
+FIRST_PARTING = "the site where they part first"  # in the table left_out
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One of the two: a model, the hooks that act in it, and a block around each of its forwards."""
+    """One of the two models, the hooks that act in it, and a `with` block around its forwards."""
 
     lm: LM
     hooks: tuple[Hook, ...] = ()
     around: Around = nullcontext
 
     def run(self, rows: Sequence[Row], sites: Sites, *, logits: bool) -> Run:
-        """One forward that keeps these sites at every position."""
-        look = [capture(sites, name=NAME)] if len(sites) else []
+        """One forward that captures these sites at every position."""
+        captures = [capture(sites, name=NAME)] if len(sites) else []
+        prompts = [list(row) for row in rows]
+        which_logits = "all" if logits else "none"
         with torch.no_grad(), self.around():
-            return forward(
-                self.lm,
-                [list(row) for row in rows],
-                *self.hooks,
-                *look,
-                logits="all" if logits else "none",
-            )
+            return forward(self.lm, prompts, *self.hooks, *captures, logits=which_logits)
 
 
 def reader_of(before: LM, after: LM) -> LM:
-    """The one that reads texts: the first, or the one that has a tokenizer."""
+    """The model that reads texts: the first, unless only the second has a tokenizer."""
     return after if before.tokenizer is None and after.tokenizer is not None else before
 
 
 def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
-    """The prompts' tokens, which both models read alike; `OtherVocabulary` where they do not."""
+    """The prompts' tokens. Raises `OtherVocabulary` if the models read them as different tokens."""
     _check_vocabularies(before, after)
     reader = reader_of(before, after)
     rows = as_batch(reader, prompts).rows
     other = after if reader is before else before
-    given = prompts if other.tokenizer is not None else [list(row) for row in rows]
-    for number, (one, two) in enumerate(zip(rows, as_batch(other, given).rows, strict=True)):
-        if one != two:
-            place = next(
-                (n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
-                min(len(one), len(two)),
-            )
-            said = [f"{reader.text(row[place : place + 1])!r} (id {row[place]})" if place < len(row) else "no token"
-                    for row in (one, two)]  # fmt: skip
+    if other.tokenizer is None:
+        prompts = [list(row) for row in rows]
+    other_rows = as_batch(other, prompts).rows
+    for number, (row, other_row) in enumerate(zip(rows, other_rows, strict=True)):
+        if row != other_row:
+            position = _first_difference(row, other_row)
+            token = _describe_token(reader, row, position)
+            other_token = _describe_token(reader, other_row, position)
             raise OtherVocabulary(
-                f"the models read prompt {number}, {shortened(reader.text(one))!r}, as different tokens: at position "
-                f"{place} {said[0]} and {said[1]}. Give both the same tokenizer, or give token ids"
+                f"the models read prompt {number}, {shortened(reader.text(row))!r}, as different "
+                f"tokens: at position {position} {token} and {other_token}. Give both the same "
+                "tokenizer, or give token ids"
             )
     return rows
 
 
+def _first_difference(row: Row, other_row: Row) -> int:
+    for position, (token, other_token) in enumerate(zip(row, other_row, strict=False)):
+        if token != other_token:
+            return position
+    return min(len(row), len(other_row))
+
+
+def _describe_token(reader: LM, row: Row, position: int) -> str:
+    if position >= len(row):
+        return "no token"
+    return f"{reader.text(row[position : position + 1])!r} (id {row[position]})"
+
+
 def _check_vocabularies(before: LM, after: LM) -> None:
-    sizes = before.sizes["vocab"], after.sizes["vocab"]
-    if sizes[0] != sizes[1]:
+    size_before, size_after = before.sizes["vocab"], after.sizes["vocab"]
+    if size_before != size_after:
         raise OtherVocabulary(
-            f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens, whose ranks and probabilities cannot "
-            "be compared: give two with the same one, such as a model and its fine-tuned version with no token added"
+            f"the models have vocabularies of {size_before} and {size_after} tokens, whose ranks "
+            "and probabilities cannot be compared: give two with the same one, such as a model and "
+            "its fine-tuned version with no token added"
         )
     if before.tokenizer is None or after.tokenizer is None or before.tokenizer is after.tokenizer:
         return
-    words = [
-        {number: word for word, number in lm.tokenizer.get_vocab().items()}
-        for lm in (before, after)
+    words_before, words_after = _words_by_id(before), _words_by_id(after)
+    different = [
+        number
+        for number in sorted({*words_before, *words_after})
+        if words_before.get(number) != words_after.get(number)
     ]
-    different = sorted(
-        number for number in {*words[0], *words[1]} if words[0].get(number) != words[1].get(number)
-    )
     if different:
-        said = [repr(each.get(different[0], "not there")) for each in words]
+        first = different[0]
         raise OtherVocabulary(
-            f"the tokenizers differ in {len(different)} tokens: id {different[0]} is {said[0]} in the first and "
-            f"{said[1]} in the second. Give models that read the same tokens"
+            f"the tokenizers differ in {len(different)} tokens: id {first} is "
+            f"{words_before.get(first, 'not there')!r} in the first and "
+            f"{words_after.get(first, 'not there')!r} in the second. Give models that read the "
+            "same tokens"
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Matched:
-    """The sites that both have, in the order in which they are computed; what each holds; and what is left out, why.
+def _words_by_id(lm: LM) -> dict[int, str]:
+    return {number: word for word, number in lm.tokenizer.get_vocab().items()}
 
-    `one_plan` is empty where the models have the same sites of the same sizes, so that one can say where they part
-    first; else it says why not.
+
+@dataclass(frozen=True, eq=False)
+class SharedSites:
+    """The sites that both models have, in the order of computation, and what is left out and why.
+
+    `kinds` has what each site holds in the two models. `no_order` is "" if the models have the same
+    sites of the same sizes, so that the first site where they part is defined; else the reason why
+    it is not.
     """
 
     sites: tuple[AnySite, ...]
     kinds: dict[AnySite, tuple[Kind, Kind]]
     left_out: list[dict[str, str]]
-    one_plan: str
+    no_order: str
 
     def widths(self, site: AnySite) -> tuple[int, int]:
-        """How many numbers each model has there for a token."""
-        return tuple(torch.Size(kind.shape).numel() for kind in self.kinds[site])  # pyright: ignore[reportReturnType]
+        """The number of elements that each model has for a token at this site."""
+        before, after = self.kinds[site]
+        return torch.Size(before.shape).numel(), torch.Size(after.shape).numel()
 
 
-def matched(before: LM, after: LM, sites: SitesLike | None) -> Matched:
-    """The sites to compare: those asked for, which both need to have, or all vectors that both have."""
+def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
+    """The sites to compare: `sites`, which both models need to have, or all vectors of both."""
     left_out: list[dict[str, str]] = []
-    chosen = [
-        _all_of(lm) if sites is None else set(_asked(lm, sites, after)) for lm in (before, after)
-    ]
-    both = sorted(chosen[0] & chosen[1], key=place_of)
-    for lone, which in ((chosen[0] - chosen[1], "first"), (chosen[1] - chosen[0], "second")):
+    sites_before = _select_sites(before, sites, "first")
+    sites_after = _select_sites(after, sites, "second")
+    common = sorted(sites_before & sites_after, key=order_of)
+    lone_sites = {"first": sites_before - sites_after, "second": sites_after - sites_before}
+    for which, lone in lone_sites.items():
         if lone:
-            left_out.append(
-                {
-                    "what": repr(Sites(tuple(sorted(lone, key=place_of)))),
-                    "why": f"only the {which} model has it",
-                }
-            )
-    if not both:
+            names = repr(Sites(tuple(sorted(lone, key=order_of))))
+            left_out.append({"what": names, "why": f"only the {which} model has it"})
+    if not common:
         raise BadHook(
-            "the two models have no site in common: name some with sites=, such as hk.module(path) in both"
+            "the two models have no site in common: name some with sites=, such as hk.module(path) "
+            "in both"
         )
-    kinds = [probed(lm, Sites(tuple(both)), "hk.diff") for lm in (before, after)]
-    whole = [site for site in both if not all(kind[site].dtype.is_floating_point for kind in kinds)]
-    if whole and sites is not None:
+    probed_before = probed(before, Sites(tuple(common)), "hk.diff")
+    probed_after = probed(after, Sites(tuple(common)), "hk.diff")
+    kinds: dict[AnySite, tuple[Kind, Kind]] = {}
+    whole_numbers = []
+    for site in common:
+        pair = probed_before[site], probed_after[site]
+        if pair[0].dtype.is_floating_point and pair[1].dtype.is_floating_point:
+            kinds[site] = pair
+        else:
+            whole_numbers.append(site)
+    if whole_numbers and sites is not None:
         raise BadHook(
-            f"{Sites(tuple(whole))} hold whole numbers, which have no cosine: leave them out"
+            f"{Sites(tuple(whole_numbers))} hold whole numbers, which have no cosine: leave them "
+            "out"
         )
-    found = {site: (kinds[0][site], kinds[1][site]) for site in both if site not in whole}
     if sites is None:
-        left_out += _left_aside(before, after)
-    other = [site for site, (one, two) in found.items() if one.shape != two.shape]
-    if other:
-        one, two = found[other[0]]
-        why = f"they have other sizes, {_size(one)} and {_size(two)} at {other[0]}"
-        left_out.append({"what": f"cosine and difference at {Sites(tuple(other))}", "why": why})
-    plan = _one_plan(
-        before,
-        after,
-        bool(chosen[0] ^ chosen[1]),
-        bool(other),
-        [s for s in found if not isinstance(s, Site)],
-    )
-    if plan:
-        left_out.append({"what": "the site where they part first", "why": plan})
-    return Matched(tuple(found), found, left_out, plan)
+        left_out += _list_skipped(before, after)
+    resized = [site for site, (one, other) in kinds.items() if one.shape != other.shape]
+    if resized:
+        size_before, size_after = map(_write_size, kinds[resized[0]])
+        why = f"they have other sizes, {size_before} and {size_after} at {resized[0]}"
+        left_out.append({"what": f"cosine and difference at {Sites(tuple(resized))}", "why": why})
+    same_sites = sites_before == sites_after and not resized
+    no_order = _no_order(before, after, list(kinds), same_sites=same_sites)
+    if no_order:
+        left_out.append({"what": FIRST_PARTING, "why": no_order})
+    return SharedSites(tuple(kinds), kinds, left_out, no_order)
 
 
-def _size(kind: Kind) -> str:
+def _write_size(kind: Kind) -> str:
     return " x ".join(map(str, kind.shape))
 
 
-def _all_of(lm: LM) -> set[AnySite]:
-    names = [name for name in lm.layout.names if name not in UNLESS_ASKED]
-    return set(lm.expand(names)) if names else set()
-
-
-def _asked(lm: LM, sites: SitesLike, after: LM) -> Sites:
-    """The sites asked for, in one of the models; which of them has none is said."""
+def _select_sites(lm: LM, sites: SitesLike | None, which: str) -> set[AnySite]:
+    """The named sites, or all vectors of a model. An error says which model lacks a site."""
+    if sites is None:
+        names = [name for name in lm.layout.names if name not in SKIPPED]
+        return set(lm.expand(names)) if names else set()
     try:
-        return lm.expand(as_sites(sites))
+        return set(lm.expand(as_sites(sites)))
     except HookkitError as error:
-        error.add_note(f"in the {'second' if lm is after else 'first'} model")
+        error.add_note(f"in the {which} model")
         raise
 
 
-def _left_aside(before: LM, after: LM) -> Iterable[dict[str, str]]:
-    there = [
-        name for name in UNLESS_ASKED if name in before.layout.names and name in after.layout.names
-    ]
-    return [{"what": name, "why": UNLESS_ASKED[name]} for name in there if UNLESS_ASKED[name]]
+def _list_skipped(before: LM, after: LM) -> list[dict[str, str]]:
+    """The sites of both models that are not compared by default, with the reasons."""
+    skipped = []
+    for name, why in SKIPPED.items():
+        if why and name in before.layout.names and name in after.layout.names:
+            skipped.append({"what": name, "why": why})
+    return skipped
 
 
-def _one_plan(before: LM, after: LM, lone: bool, sizes: bool, modules: Sequence[AnySite]) -> str:
-    """Why one cannot say where two models part first; nothing where one can."""
+def _no_order(before: LM, after: LM, sites: Sequence[AnySite], *, same_sites: bool) -> str:
+    """Why the first site where two models part is not defined; "" if it is."""
     if before.family.name != after.family.name:
         return f"they are of two families, {before.family.name} and {after.family.name}"
     if before.n_layers != after.n_layers:
         return f"they have {before.n_layers} and {after.n_layers} layers"
-    if lone or sizes:
+    if not same_sites:
         return "their sites differ, in which there are or how large they are"
-    return (
-        f"{modules[0]} is a module, and what is computed before it is not known" if modules else ""
-    )
+    for site in sites:
+        if not isinstance(site, Site):
+            return f"{site} is a module, and what is computed before it is not known"
+    return ""
 
 
-def place_of(site: AnySite) -> tuple[object, ...]:
-    """Where a site comes in the order of computation: by block, and in a block as in the table of sites."""
+def order_of(site: AnySite) -> tuple[object, ...]:
+    """The key that sorts sites in the order of computation: by block, then as in the site table."""
     if not isinstance(site, Site):
         return (3, 0, 0, 0, str(site))
-    stage = 2 if site.name in LAST else 0 if site.layer is None else 1
-    return (
-        stage,
-        -1 if site.layer is None else site.layer,
-        ORDER[site.name],
-        -1 if site.head is None else site.head,
-        "",
-    )
+    layer = -1 if site.layer is None else site.layer
+    head = -1 if site.head is None else site.head
+    stage = 1
+    if site.name in LAST_SITES:
+        stage = 2
+    elif site.layer is None:
+        stage = 0
+    return (stage, layer, ORDER[site.name], head, "")

@@ -1,8 +1,8 @@
-"""The forwards of a report, one for each edit over all prompts, and what they say of every prompt.
+"""The forwards of a shift report, one for each edit over all prompts, and what they measure.
 
-Forwards that begin where an edit does: what is below the edited block is what it was without the edit.
-
-What is written before and after the edits, and where the texts part.
+`ResumePlan` lets a forward begin at the first block that an edit touches: the blocks before it
+compute the same as without the edit. `watched_of` and `distances_of` compare the next-token logits
+before and after an edit, `texts_of` compares generated texts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,109 +37,124 @@ from ...sweeps.shortcuts import shortcuts
 from ...tables.distributions import Distribution, expected
 from .named_edits import Edit, literal
 
-WORTH = 512  # tokens that edits would pass through the model, below which a trial of the shortcut costs more
-
-
-@dataclass(frozen=True, eq=False)
-class Resuming:
-    """What the blocks before edited ones gave in the unedited forward, by their numbers."""
-
-    lm: LM
-    starts: dict[int, int]  # of each edit, by its place, the first block that it touches
-    given: dict[int, Any] = field(default_factory=dict)
-
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """A block in which what is needed of a forward is kept."""
-        with Lent() as lent:
-            for number in {start - 1 for start in self.starts.values()}:
-                lent.around(self._block(number), "forward", partial(self._noted, number))
-            yield
-
-    def _noted(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.given[number] = inner(*args, **kwargs)
-        return self.given[number]
-
-    @contextmanager
-    def resumed(self, start: int) -> Iterator[None]:
-        """A block in which forwards of the same prompts begin with this block; with 0 they are whole."""
-        with Lent() as lent:
-            for number in range(start - 1):
-                kind = ending(self.lm).kinds[number]
-                lent.around(self._block(number), "forward", passed_by(kind))
-            if start:
-                given = self.given[start - 1]
-                lent.around(self._block(start - 1), "forward", lambda *_, **__: _copy(given))
-            yield
-
-    def _block(self, number: int) -> Any:
-        return self.lm.submodule(self.lm.family.block.format(layer=number))
-
-
-def _copy(given: Any) -> Any:
-    return given.clone() if isinstance(given, Tensor) else (given[0].clone(), *given[1:])
-
-
-def resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> Resuming:
-    """Which edits' forwards can begin at the block that they touch first. The model is seen to allow it in a trial; one
-    that does not, or that carries hooks already, which would see blocks passed by, runs whole forwards."""
-    none = Resuming(lm, {})
-    if sum(map(len, rows)) * len(edits) < WORTH or lm.root.training or _carries_hooks(lm):
-        return none
-    try:
-        starts = {place: _first_block(lm, hooks) for place, hooks in enumerate(edits)}
-    except HookkitError:
-        return none
-    starts = {place: start for place, start in starts.items() if start > 0}
-    return Resuming(lm, starts) if starts and shortcuts(lm).grow else none
-
-
-def _carries_hooks(lm: LM) -> bool:
-    """True where a forward is seen by others: hooks of the user's, or those of an outer block of hookkit's."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks
-        for module in (*lm.wrapping, *lm.root.modules())
-    )
-
-
-def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
-    """The first block that hooks touch: the number of blocks for those that act behind them, 0 for others."""
-    known = ending(lm)
-    blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
-
-    def first(tap: HookPoint) -> int:
-        parts = tap.place.path.split(".")
-        inside = (blocks.get(".".join(parts[:count])) for count in range(len(parts), 0, -1))
-        return next(
-            (number for number in inside if number is not None),
-            lm.n_layers if known.has(tap) else 0,
-        )
-
-    return min(
-        (first(tap) for tap in planned(lm, list(hooks), HookManager(lm, ()).reference)), default=0
-    )
-
-
-def seen_from(sites: Sequence[Site], start: int) -> list[Site]:
-    """The sites that a forward from this block on passes."""
-    return [site for site in sites if site.layer is None or site.layer >= start]
-
-
-def with_those_below(kept: Captures, unedited: Captures) -> Captures:
-    """What a resumed forward kept, and below it what the unedited one did, in its order."""
-    mine = {slot.site: slot for slot in kept.slots}
-    slots: list[LazyCapture] = [mine.pop(slot.site, slot) for slot in unedited.slots]
-    return Captures((*slots, *mine.values()))
-
-
-FIRST = "what was first"  # the token that led before the edit, which is another for each prompt
+# With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.
+MIN_TOKENS = 512
+TOP_BEFORE = "what was first"  # the prompt's own most likely token before the edit
 COMPARED = ("logit", "logprob", "prob", "rank")
 Logits = Float[Tensor, "row vocab"]
 
 
 @dataclass(frozen=True, eq=False)
+class ResumePlan:
+    """The blocks at which forwards of edits can begin, and the outputs of the blocks before them.
+
+    `starts` has the first block that an edit touches, by the edit's number; edits that need whole
+    forwards are not in it. `block_outputs` belongs to the plan: `record_outputs` fills it with the
+    outputs of the unedited forward, by block.
+    """
+
+    lm: LM
+    starts: dict[int, int]
+    block_outputs: dict[int, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def record_outputs(self) -> Iterator[None]:
+        """Within the `with` block, a forward's outputs are recorded as far as they are needed."""
+        with Lent() as lent:
+            for number in {start - 1 for start in self.starts.values()}:
+                lent.around(self._block(number), "forward", partial(self._record, number))
+            yield
+
+    def _record(self, number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.block_outputs[number] = inner(*args, **kwargs)
+        return self.block_outputs[number]
+
+    @contextmanager
+    def resume_at(self, start: int) -> Iterator[None]:
+        """Within the `with` block, forwards of the same prompts begin at block `start`.
+
+        With `start` 0 they are whole forwards.
+        """
+        with Lent() as lent:
+            for number in range(start - 1):
+                output_kind = ending(self.lm).kinds[number]
+                lent.around(self._block(number), "forward", passed_by(output_kind))
+            if start:
+                lent.around(self._block(start - 1), "forward", partial(self._replay, start - 1))
+            yield
+
+    def _replay(self, number: int, /, *args: Any, **kwargs: Any) -> Any:
+        output = self.block_outputs[number]
+        if isinstance(output, Tensor):
+            return output.clone()
+        return (output[0].clone(), *output[1:])
+
+    def _block(self, number: int) -> Any:
+        return self.lm.submodule(self.lm.family.block.format(layer=number))
+
+
+def plan_resuming(lm: LM, rows: Sequence[Row], edits: Sequence[tuple[Hook, ...]]) -> ResumePlan:
+    """The plan for the forwards of these edits over these prompts.
+
+    A trial forward verifies that the model allows it. A model that does not, and a model with other
+    hooks, which would see that blocks are skipped, run whole forwards.
+    """
+    whole = ResumePlan(lm, {})
+    n_tokens = sum(map(len, rows)) * len(edits)
+    if n_tokens < MIN_TOKENS or lm.root.training or _has_hooks(lm):
+        return whole
+    starts = {}
+    try:
+        for number, hooks in enumerate(edits):
+            start = _first_block(lm, hooks)
+            if start > 0:
+                starts[number] = start
+    except HookkitError:
+        return whole
+    return ResumePlan(lm, starts) if starts and shortcuts(lm).grow else whole
+
+
+def _has_hooks(lm: LM) -> bool:
+    """True if the user's hooks, or those of an outer `with` block of hookkit, see a forward."""
+    modules = (*lm.wrapping, *lm.root.modules())
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
+    """The first block that hooks touch: `n_layers` if they act after all blocks, else 0."""
+    model_end = ending(lm)
+    blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
+    numbers = []
+    for point in planned(lm, list(hooks), HookManager(lm, ()).reference):
+        number = _enclosing_block(point, blocks)
+        if number is None:
+            number = lm.n_layers if model_end.has(point) else 0
+        numbers.append(number)
+    return min(numbers, default=0)
+
+
+def _enclosing_block(point: HookPoint, blocks: dict[str, int]) -> int | None:
+    path = point.place.path
+    while path and path not in blocks:
+        path = path.rpartition(".")[0]
+    return blocks.get(path)
+
+
+def computed_sites(sites: Sequence[Site], start: int) -> list[Site]:
+    """The sites that are computed by a forward that begins at block `start`."""
+    return [site for site in sites if site.layer is None or site.layer >= start]
+
+
+def add_unedited(captures: Captures, unedited: Captures) -> Captures:
+    """The captures of a resumed forward, completed by the unedited ones, in the order of these."""
+    resumed = {slot.site: slot for slot in captures.slots}
+    slots: list[LazyCapture] = [resumed.pop(slot.site, slot) for slot in unedited.slots]
+    return Captures((*slots, *resumed.values()))
+
+
+@dataclass(frozen=True, eq=False)
 class NextTokenLogits:
-    """What the model says after each prompt, and the run, which keeps no more than the shown rows."""
+    """The logits after each prompt, and the run, which keeps only the shown rows."""
 
     edit: Edit | None
     run: Run
@@ -155,158 +170,170 @@ class NextTokenLogits:
 
     @cached_property
     def exact(self) -> Logits:
-        """In float64, for sums over the vocabulary."""
+        """The log-probabilities in float64, for sums over the vocabulary."""
         return self.logits.double().log_softmax(-1)
 
     @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
         return 0.0 - expected(self.exact, self.exact)
 
+    @property
+    def _real_logits(self) -> Logits:
+        """The logits of the real vocabulary."""
+        return self.logits[:, : self.lm.n_tokens or None]
+
     @cached_property
-    def first(self) -> list[int]:
+    def top_tokens(self) -> list[int]:
         """The most likely token of each prompt."""
-        return self.logits[:, : self.lm.n_tokens or None].argmax(-1).tolist()
+        return self._real_logits.argmax(-1).tolist()
 
     @property
-    def named_first(self) -> list[str | None]:
-        """The most likely tokens by name; None where logits are NaN and no token is."""
-        unknown = self.logits.isnan().any(-1).tolist()
-        names = [literal(self.lm, token) for token in self.first]
-        return [None if nan else name for name, nan in zip(names, unknown, strict=True)]
+    def top_names(self) -> list[str | None]:
+        """The most likely tokens by name; None where logits are NaN, so that there is none."""
+        names: list[str | None] = [literal(self.lm, token) for token in self.top_tokens]
+        for row in self.logits.isnan().any(-1).nonzero().flatten().tolist():
+            names[row] = None
+        return names
 
     def ranks(self, ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
-        """1 + the number of strictly larger logits, of one token for each prompt."""
-        real = self.logits[:, : self.lm.n_tokens or None]
-        return rank_among(real, self.logits.gather(1, ids[:, None])[:, 0])
+        """The ranks of one token for each prompt: 1 + the number of strictly larger logits."""
+        return rank_among(self._real_logits, _pick(self.logits, ids))
 
-    def said(self, row: int) -> Distribution:
-        """What it says after one prompt."""
-        place = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
-        return Distribution(self.lm, place, self.logits[row])
+    def distribution(self, row: int) -> Distribution:
+        """The distribution after one prompt."""
+        position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
+        return Distribution(self.lm, position, self.logits[row])
 
 
-def answered(
+def _pick(values: Logits, ids: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    return values.gather(1, ids[:, None])[:, 0]
+
+
+def run_prompts(
     lm: LM,
     rows: Sequence[Row],
     hooks: tuple[Hook, ...],
     edit: Edit | None,
-    looks: Sequence[Site],
+    sites: Sequence[Site],
     shown: int,
     start: int = 0,
     unedited: Captures | None = None,
 ) -> NextTokenLogits:
-    """One forward over all prompts with these hooks, which keeps the looked-at sites of the first `shown` of them.
+    """One forward over all prompts with these hooks. Captures `sites` of the first `shown` prompts.
 
-    Where it begins with the block `start`, those below that are taken from what was kept `unedited`.
+    For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
-    whole = [_look(looks, shown)] if looks else []
-    passed = seen_from(looks, start)
-    run = forward(
-        lm,
-        [list(row) for row in rows],
-        *hooks,
-        *([_look(passed, shown)] if passed else []),
-        logits="last",
-    )
-    kept = run.captured_logits()
-    logits = kept.values[:, 0].detach().float().cpu()
-    run = replace(run, hooks=(*hooks, *whole), output=None, kept_logits=_first(kept, shown))
-    if unedited is not None and looks:
-        run = replace(run, kept=with_those_below(run.kept, unedited))
+    prompts = [list(row) for row in rows]
+    computed = computed_sites(sites, start)
+    captures = [_capture_last(computed, shown)] if computed else []
+    run = forward(lm, prompts, *hooks, *captures, logits="last")
+    last_logits = run.captured_logits()
+    logits = last_logits.values[:, 0].detach().float().cpu()
+    all_hooks = (*hooks, _capture_last(sites, shown)) if sites else hooks
+    run = replace(run, hooks=all_hooks, output=None, kept_logits=_first_rows(last_logits, shown))
+    if unedited is not None and sites:
+        run = replace(run, kept=add_unedited(run.kept, unedited))
     return NextTokenLogits(edit, run, logits)
 
 
-def _look(sites: Sequence[Site], shown: int) -> Hook:
+def _capture_last(sites: Sequence[Site], shown: int) -> Hook:
     return capture(list(sites), pos=-1, rows=range(shown), name="hookkit.shifts")
 
 
-def _first(kept: Captured, shown: int) -> Captured:
-    assert kept.positions is not None
-    return replace(kept, values=kept.values[:shown].clone(), positions=kept.positions[:shown], rows=kept.rows[:shown],
-                   prompts=kept.prompts[:shown])  # fmt: skip
+def _first_rows(captured: Captured, shown: int) -> Captured:
+    assert captured.positions is not None
+    return replace(
+        captured,
+        values=captured.values[:shown].clone(),
+        positions=captured.positions[:shown],
+        rows=captured.rows[:shown],
+        prompts=captured.prompts[:shown],
+    )
 
 
-def watched_of(was: NextTokenLogits, now: NextTokenLogits, watch: Sequence[int]) -> pd.DataFrame:
-    """Every prompt's watched tokens, and the token that was first, before and after one edit.
+def watched_of(
+    before: NextTokenLogits, after: NextTokenLogits, watch: Sequence[int]
+) -> pd.DataFrame:
+    """Every prompt's watched tokens, and its most likely token before, before and after one edit.
 
-    Columns: row, edit, control, draw (of a random control), watched, token, token_id; logit, logprob, prob and rank,
-    each with _before, _after and _delta; shift; decades (log10 of rank before over rank after: 1 for a rise from 100 to
-    10).
+    Columns: row, edit, control, draw (of a random control), watched, token, token_id; logit,
+    logprob, prob and rank, each with _before, _after and _delta; shift; decades (log10 of rank
+    before over rank after: 1 for a rise from 100 to 10).
     """
-    assert now.edit is not None
-    count, parts = len(now.logits), []
-    names = {literal(now.lm, token): [token] * count for token in watch} | {FIRST: was.first}
-    for name, tokens in names.items():
-        ids = torch.tensor(tokens)
-        found: dict[str, object] = {
-            "row": range(count),
-            "edit": now.edit.name,
-            "control": now.edit.control,
-        }
-        found |= {
-            "draw": now.edit.draw,
+    assert after.edit is not None
+    n_rows = len(after.logits)
+    tokens_by_name = {literal(after.lm, token): [token] * n_rows for token in watch}
+    tokens_by_name[TOP_BEFORE] = before.top_tokens
+    parts = []
+    for name, tokens in tokens_by_name.items():
+        columns: dict[str, object] = {
+            "row": range(n_rows),
+            "edit": after.edit.name,
+            "control": after.edit.control,
+            "draw": after.edit.draw,
             "watched": name,
-            "token": [literal(now.lm, token) for token in tokens],
+            "token": [literal(after.lm, token) for token in tokens],
             "token_id": tokens,
         }
-        for when, each in (("before", was), ("after", now)):
-            logprob = each.logprobs.gather(1, ids[:, None])[:, 0]
-            numbers = {
-                "logit": each.logits.gather(1, ids[:, None])[:, 0],
-                "logprob": logprob,
-                "prob": logprob.exp(),
-            }
-            found |= {f"{key}_{when}": values.double().numpy() for key, values in numbers.items()}
-            found[f"rank_{when}"] = shown_ranks(each.ranks(ids)).numpy()
-        parts.append(pd.DataFrame(found))
-    return with_deltas(pd.concat(parts, ignore_index=True)).sort_values(
-        "row", kind="stable", ignore_index=True
-    )
+        columns |= _numbers_of(before, tokens, "before")
+        columns |= _numbers_of(after, tokens, "after")
+        parts.append(pd.DataFrame(columns))
+    table = with_deltas(pd.concat(parts, ignore_index=True))
+    return table.sort_values("row", kind="stable", ignore_index=True)
+
+
+def _numbers_of(outcome: NextTokenLogits, tokens: list[int], when: str) -> dict[str, object]:
+    ids = torch.tensor(tokens)
+    logprobs = _pick(outcome.logprobs, ids)
+    return {
+        f"logit_{when}": _pick(outcome.logits, ids).double().numpy(),
+        f"logprob_{when}": logprobs.double().numpy(),
+        f"prob_{when}": logprobs.exp().double().numpy(),
+        f"rank_{when}": shown_ranks(outcome.ranks(ids)).numpy(),
+    }
 
 
 def with_deltas(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with after minus before of what is compared, in the order of the other tables."""
+    """The table with after minus before of all compared numbers, and with columns in order."""
+    numbers = []
     for name in COMPARED:
-        was, now = table[f"{name}_before"], table[f"{name}_after"]
-        table[f"{name}_delta"] = (now - was).where(now != was, 0)  # -inf minus -inf is no change
+        before, after = table[f"{name}_before"], table[f"{name}_after"]
+        # -inf minus -inf is no change
+        table[f"{name}_delta"] = (after - before).where(after != before, 0)
+        numbers += [f"{name}_before", f"{name}_after", f"{name}_delta"]
     table["shift"] = -table["rank_delta"]
     table["decades"] = np.log10(table["rank_before"] / table["rank_after"])
-    order = [f"{name}_{when}" for name in COMPARED for when in ("before", "after", "delta")]
-    places = [name for name in table.columns if name not in (*order, "shift", "decades")]
-    return pd.DataFrame(table[[*places, *order, "shift", "decades"]])
+    numbers += ["shift", "decades"]
+    keys = [name for name in table.columns if name not in numbers]
+    return pd.DataFrame(table[[*keys, *numbers]])
 
 
-def distances_of(was: NextTokenLogits, now: NextTokenLogits) -> pd.DataFrame:
+def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFrame:
     """How far each prompt's whole distribution moved.
 
-    Columns: row, edit, control, draw, kl (KL(before‖after), nats), entropy_before, _after, _delta (nats), top1_before,
-    top1_after, top1_changed.
+    Columns: row, edit, control, draw, kl (KL(before‖after), nats), entropy_before, _after, _delta
+    (nats), top1_before, top1_after, top1_changed (None where logits are NaN).
     """
-    assert now.edit is not None
-    kl = expected(was.exact, was.exact - now.exact).clamp(min=0.0)
-    entropy = {
-        "entropy_before": was.entropy,
-        "entropy_after": now.entropy,
-        "entropy_delta": now.entropy - was.entropy,
+    assert after.edit is not None
+    kl = expected(before.exact, before.exact - after.exact).clamp(min=0.0)
+    top1_changed: list[bool | None] = []
+    for name_before, name_after in zip(before.top_names, after.top_names, strict=True):
+        is_known = name_before is not None and name_after is not None
+        top1_changed.append(name_before != name_after if is_known else None)
+    columns = {
+        "row": range(len(kl)),
+        "edit": after.edit.name,
+        "control": after.edit.control,
+        "draw": after.edit.draw,
+        "kl": kl.tolist(),
+        "entropy_before": before.entropy.tolist(),
+        "entropy_after": after.entropy.tolist(),
+        "entropy_delta": (after.entropy - before.entropy).tolist(),
+        "top1_before": before.top_names,
+        "top1_after": after.top_names,
+        "top1_changed": top1_changed,
     }
-    return pd.DataFrame(
-        {
-            "row": range(len(kl)),
-            "edit": now.edit.name,
-            "control": now.edit.control,
-            "draw": now.edit.draw,
-        }
-        | {"kl": kl.tolist()}
-        | {name: values.tolist() for name, values in entropy.items()}
-        | {name: each.named_first for name, each in (("top1_before", was), ("top1_after", now))}
-        | {"top1_changed": _changed(was, now)}
-    )
-
-
-def _changed(was: NextTokenLogits, now: NextTokenLogits) -> list[bool | None]:
-    """Whether each prompt's most likely token is another; None where logits are NaN."""
-    pairs = zip(was.named_first, now.named_first, strict=True)
-    return [None if one is None or other is None else one != other for one, other in pairs]
+    return pd.DataFrame(columns)
 
 
 def texts_of(
@@ -314,31 +341,47 @@ def texts_of(
 ) -> pd.DataFrame:
     """Greedy texts of `count` tokens after every prompt, without and with each edit.
 
-    Columns: row, edit, before, after (what was written), parts_at (the first token that differs, counted from 0; empty
-    where none does), both (the text up to there), then_before, then_after (the texts from there on).
+    Columns: row, edit, before, after (the texts), parts_at (the first token that differs, counted
+    from 0; empty where none differs), both (the text up to there), then_before, then_after (the
+    texts from there on).
     """
     prompts = [list(row) for row in rows]
     settings = {"max_new_tokens": count, "do_sample": False, "logits": False}
-    was = generate(lm, prompts, *baseline, **settings)
-    parts = []
+    before = generate(lm, prompts, *baseline, **settings)
+    records = []
     for edit in edits:
-        now = generate(lm, prompts, *edit.hooks, **settings)
-        parts += [
-            {"row": row, "edit": edit.name, **_parted(lm, was, now, row)}
-            for row in range(len(prompts))
-        ]
-    return pd.DataFrame(parts).astype({"parts_at": "Int64"})
+        after = generate(lm, prompts, *edit.hooks, **settings)
+        for row in range(len(prompts)):
+            records.append({"row": row, "edit": edit.name} | _compare_texts(lm, before, after, row))
+    return pd.DataFrame(records).astype({"parts_at": "Int64"})
 
 
-def _parted(lm: LM, was: Run, now: Run, row: int) -> dict[str, object]:
-    one, two = _written(was, row), _written(now, row)
-    differ = [place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
-    at = None if one == two else (differ or [min(len(one), len(two))])[0]
-    both = lm.text(one[:at])
-    rests = [lm.added(one[:at], tokens[at:]) if at is not None else "" for tokens in (one, two)]
-    return {"before": was.generated[row], "after": now.generated[row], "parts_at": at, "both": both,
-            "then_before": rests[0], "then_after": rests[1]}  # fmt: skip
+def _compare_texts(lm: LM, before: Run, after: Run, row: int) -> dict[str, object]:
+    tokens_before, tokens_after = _generated_tokens(before, row), _generated_tokens(after, row)
+    parts_at = _first_difference(tokens_before, tokens_after)
+    common = tokens_before[:parts_at]
+    then_before, then_after = "", ""
+    if parts_at is not None:
+        then_before = lm.added(common, tokens_before[parts_at:])
+        then_after = lm.added(common, tokens_after[parts_at:])
+    return {
+        "before": before.generated[row],
+        "after": after.generated[row],
+        "parts_at": parts_at,
+        "both": lm.text(common),
+        "then_before": then_before,
+        "then_after": then_after,
+    }
 
 
-def _written(run: Run, row: int) -> list[int]:
+def _first_difference(first: list[int], second: list[int]) -> int | None:
+    if first == second:
+        return None
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))
+
+
+def _generated_tokens(run: Run, row: int) -> list[int]:
     return run.tokens[row, run.prompt_lengths[row] : run.lengths[row]].tolist()

@@ -1,6 +1,10 @@
-"""Inside the shown prompts: what each layer would say before and after, and which components made the change."""
+"""Inside the shown prompts of a shift report: the logit lens, and the components of a logit.
 
-from collections.abc import Mapping, Sequence
+`layers_of` says what each layer would say before and after an edit. `why_of` decomposes the change
+of one token's logit into the components that made it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +22,15 @@ from .before_after import NextTokenLogits
 from .named_edits import literal
 
 NUMBERS = ("logit", "prob", "rank")
-NOTHING = 1e-4  # logits: a smaller change of a component is not shown by itself
+SMALLEST = 1e-4  # logits: a component with a smaller change gets no row of its own
 
 
 @dataclass(frozen=True)
 class LensSites:
-    """What is kept of the shown prompts: the sites, and why the lens or the decomposition is left out, if it is."""
+    """The sites to capture for the lens and for the decomposition.
+
+    `no_lens` and `no_parts` say why the model has no lens or no decomposition, "" if it has one.
+    """
 
     lens: tuple[Site, ...]
     parts: tuple[Site, ...]
@@ -32,169 +39,176 @@ class LensSites:
 
     @property
     def sites(self) -> list[Site]:
-        """All of them, each once."""
+        """All sites, without duplicates."""
         return list(dict.fromkeys((*self.lens, *self.parts)))
 
 
-def looks_of(lm: LM, *, heads: bool) -> LensSites:
+def lens_sites(lm: LM, *, heads: bool) -> LensSites:
     """The sites that the lens and the decomposition read in this model."""
     lens: tuple[Site, ...] = ()
     parts: tuple[Site, ...] = ()
-    why = ["", ""]
+    no_lens, no_parts = "", ""
     try:
         lens = stream_sites(lm, "resid_post")
     except HookkitError as error:
-        why[0] = str(error)
+        no_lens = str(error)
     try:
         parts = tuple(needed(lm, heads=heads, neurons=False))
     except HookkitError as error:
-        why[1] = str(error)
-    return LensSites(lens, parts, *why)
+        no_parts = str(error)
+    return LensSites(lens, parts, no_lens, no_parts)
 
 
 def layers_of(
-    was: NextTokenLogits,
+    before: NextTokenLogits,
     edited: Sequence[NextTokenLogits],
     rows: Sequence[Row],
-    looks: LensSites,
+    sites: LensSites,
     watch: Sequence[int],
     shown: int,
 ) -> tuple[pd.DataFrame, str]:
-    """The logit lens before and after each edit, and "" or why there is none.
+    """The logit lens before and after each edit, and "" or the reason why there is none.
 
-    Columns: row, edit, layer, site, edited (whether the edit acts in this block), token, token_id; logit, prob and
-    rank, each with _before, _after and _delta. The tokens are those watched, and those first before and after.
+    Columns: row, edit, layer, site, edited (whether the edit acts in this block), token, token_id;
+    logit, prob and rank, each with _before, _after and _delta. The tokens are the watched ones, and
+    the most likely ones before and after.
     """
-    if looks.no_lens:
-        return pd.DataFrame(), looks.no_lens
-    every = list(
-        dict.fromkeys(
-            [*watch, *was.first[:shown], *(i for each in edited for i in each.first[:shown])]
-        )
-    )
+    if sites.no_lens:
+        return pd.DataFrame(), sites.no_lens
+    top_before = before.top_tokens[:shown]
+    all_tokens = [*watch, *top_before]
+    for after in edited:
+        all_tokens += after.top_tokens[:shown]
     parts = []
     try:
-        before = _lens(was, rows, looks, every)
-        for now in edited:
-            mine = list(dict.fromkeys([*watch, *was.first[:shown], *now.first[:shown]]))
-            parts.append(_both(before, _lens(now, rows, looks, mine), was, now, watch))
+        lens_before = _lens(before, rows, sites, all_tokens)
+        for after in edited:
+            tokens = [*watch, *top_before, *after.top_tokens[:shown]]
+            lens_after = _lens(after, rows, sites, tokens)
+            parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
     except HookkitError as error:
         return pd.DataFrame(), str(error)
     return pd.concat(parts, ignore_index=True), ""
 
 
 def _lens(
-    each: NextTokenLogits, rows: Sequence[Row], looks: LensSites, tokens: Sequence[int]
+    outcome: NextTokenLogits, rows: Sequence[Row], sites: LensSites, tokens: Sequence[int]
 ) -> pd.DataFrame:
-    hooks = each.run.hooks[: -1 if looks.sites else None]  # without the report's own capture
-    return lens_of(States(each.run, looks.lens), hooks, tuple(rows), 0, tokens, anywhere=False)
+    hooks = outcome.run.hooks
+    if sites.sites:
+        hooks = hooks[:-1]  # without the report's own capture
+    states = States(outcome.run, sites.lens)
+    unique_tokens = list(dict.fromkeys(tokens))
+    return lens_of(states, hooks, tuple(rows), 0, unique_tokens, anywhere=False)
 
 
-def _both(
-    before: pd.DataFrame,
-    after: pd.DataFrame,
-    was: NextTokenLogits,
-    now: NextTokenLogits,
+def _join_lenses(
+    lens_before: pd.DataFrame,
+    lens_after: pd.DataFrame,
+    before: NextTokenLogits,
+    after: NextTokenLogits,
     watch: Sequence[int],
 ) -> pd.DataFrame:
-    assert now.edit is not None
-    places = ["row", "layer", "site", "token_id"]
-    both = after[[*places, *NUMBERS]].merge(
-        before[[*places, *NUMBERS]],
-        on=places,
+    """The two lenses side by side, with the tokens that are shown of each prompt."""
+    edit = after.edit
+    assert edit is not None
+    keys = ["row", "layer", "site", "token_id"]
+    table: Any = lens_after[[*keys, *NUMBERS]].merge(
+        lens_before[[*keys, *NUMBERS]],
+        on=keys,
         suffixes=("_after", "_before"),
         validate="one_to_one",
     )
-    mine = {row: {*watch, was.first[row], now.first[row]} for row in set(both["row"])}
-    keep = [token in mine[row] for row, token in zip(both["row"], both["token_id"], strict=True)]
-    kept: Any = both[keep]
-    kept = kept.assign(edit=now.edit.name, edited=kept["layer"].isin(now.edit.layers))
-    kept["token"] = [literal(now.lm, int(token)) for token in kept["token_id"]]
+    is_shown = [
+        token in (*watch, before.top_tokens[row], after.top_tokens[row])
+        for row, token in zip(table["row"], table["token_id"], strict=True)
+    ]
+    table = table[is_shown]
+    table = table.assign(edit=edit.name, edited=table["layer"].isin(edit.layers))
+    table["token"] = [literal(after.lm, int(token)) for token in table["token_id"]]
+    columns = ["row", "edit", "layer", "site", "edited", "token", "token_id"]
     for name in NUMBERS:
-        kept[f"{name}_delta"] = kept[f"{name}_after"] - kept[f"{name}_before"]
-    numbers = [f"{name}_{when}" for name in NUMBERS for when in ("before", "after", "delta")]
-    order = ["row", "edit", "layer", "site", "edited", "token", "token_id", *numbers]
-    return kept[order].sort_values(["row", "token_id", "layer"], kind="stable", ignore_index=True)
+        table[f"{name}_delta"] = table[f"{name}_after"] - table[f"{name}_before"]
+        columns += [f"{name}_before", f"{name}_after", f"{name}_delta"]
+    order = ["row", "token_id", "layer"]
+    return table[columns].sort_values(order, kind="stable", ignore_index=True)
 
 
 def why_of(
-    was: NextTokenLogits,
-    now: NextTokenLogits,
+    before: NextTokenLogits,
+    after: NextTokenLogits,
     tokens: Sequence[int],
-    looks: LensSites,
-    known: dict[tuple[int, ...], pd.DataFrame],
+    sites: LensSites,
+    decompositions: dict[tuple[int, ...], pd.DataFrame],
 ) -> tuple[pd.DataFrame, str]:
-    """One token's logit, before and after an edit, as its sum over components, and "" or why there is none.
+    """One token's logit as a sum over components, before and after, and "" or why there is none.
 
-    `tokens` has the token of each shown prompt; `known` the unedited run's decompositions by their tokens.
-    Columns: row, edit, token, token_id, component, kind, layer, head; logit_before, logit_after, logit_delta. The rows
-    of a prompt sum to its token's logits; the row "residual" is what rounding left.
+    `tokens` has the token of each shown prompt. `decompositions` belongs to the caller: it has the
+    unedited run's decompositions by their tokens, and a new one is added.
+
+    Columns: row, edit, token, token_id, component, kind, layer, head; logit_before, logit_after,
+    logit_delta. The rows of a prompt sum to its token's logits; the row "residual" is the rounding
+    error.
     """
-    assert now.edit is not None
-    if looks.no_parts:
-        return pd.DataFrame(), looks.no_parts
-    if not all(
-        np.isfinite(float(each.logits[row, i]))
-        for each in (was, now)
-        for row, i in enumerate(tokens)
-    ):
-        return (
-            pd.DataFrame(),
-            "the token's logit is infinite, which is no sum of anything: the edit bans it",
-        )
-    asked: Any = [*tokens, *[0] * (len(now.logits) - len(tokens))]
+    assert after.edit is not None
+    if sites.no_parts:
+        return pd.DataFrame(), sites.no_parts
+    if not (_is_finite(before, tokens) and _is_finite(after, tokens)):
+        reason = "the token's logit is infinite, which is no sum of anything: the edit bans it"
+        return pd.DataFrame(), reason
+    padding = [0] * (len(after.logits) - len(tokens))
+    row_tokens: Any = [*tokens, *padding]
     try:
-        if tuple(tokens) not in known:
-            known[tuple(tokens)] = decomposed(was.run, asked)
-        both = joined(known[tuple(tokens)], decomposed(now.run, asked))
+        if tuple(tokens) not in decompositions:
+            decompositions[tuple(tokens)] = decomposed(before.run, row_tokens)
+        table = joined(decompositions[tuple(tokens)], decomposed(after.run, row_tokens))
     except HookkitError as error:
         return pd.DataFrame(), str(error)
-    ids = [tokens[row] for row in both["row"]]
-    both.insert(1, "edit", now.edit.name)
-    both.insert(2, "token", [literal(now.lm, token) for token in ids])
-    both.insert(3, "token_id", ids)
-    return both, ""
+    ids = [tokens[row] for row in table["row"]]
+    table.insert(1, "edit", after.edit.name)
+    table.insert(2, "token", [literal(after.lm, token) for token in ids])
+    table.insert(3, "token_id", ids)
+    return table, ""
+
+
+def _is_finite(outcome: NextTokenLogits, tokens: Sequence[int]) -> bool:
+    return all(np.isfinite(float(outcome.logits[row, i])) for row, i in enumerate(tokens))
 
 
 def joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Two decompositions side by side; a component that only one of them has adds 0 in the other."""
+    """Two decompositions side by side. A component that only one of them has is 0 in the other."""
     keys = ["row", "component", "kind", "layer", "head"]
-    both: Any = before[[*keys, "logit"]].merge(
+    table: Any = before[[*keys, "logit"]].merge(
         after[[*keys, "logit"]], on=keys, how="outer", suffixes=("_before", "_after"), sort=False
     )
-    numbers = both[["logit_before", "logit_after"]].fillna(0.0)
-    both = both.assign(**numbers, logit_delta=numbers["logit_after"] - numbers["logit_before"])
-    names = [*before["component"], *after["component"]]
-    order = {
-        name: place for place, name in reversed([*enumerate(names)])
-    }  # the first place of each
-    placed = both.assign(_place=both["component"].map(order)).sort_values(
-        ["row", "_place"], kind="stable"
-    )
-    return placed.drop(columns="_place").reset_index(drop=True)
+    numbers = table[["logit_before", "logit_after"]].fillna(0.0)
+    table = table.assign(**numbers, logit_delta=numbers["logit_after"] - numbers["logit_before"])
+    names = dict.fromkeys([*before["component"], *after["component"]])
+    order = {name: number for number, name in enumerate(names)}
+    table = table.assign(_order=table["component"].map(order))
+    table = table.sort_values(["row", "_order"], kind="stable")
+    return table.drop(columns="_order").reset_index(drop=True)
 
 
 def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
-    """The components that changed most, the others together, and the sum, which is the logit.
+    """The components that changed most, the sum of the other components, and the logit.
 
     Columns: component, logit_before, logit_after, logit_delta.
     """
-    columns = ["component", "logit_before", "logit_after", "logit_delta"]
-    all_of: Any = why
+    numbers = ["logit_before", "logit_after", "logit_delta"]
     change: Any = why["logit_delta"].abs()
     order = change.sort_values(ascending=False, kind="stable").index
-    count = min(top, int((change > NOTHING).sum()))
-    shown: Any = why.loc[order[:count], columns]
-    others: Any = why.loc[order[count:], columns]
-    shown = shown.sort_values("logit_delta", ascending=False, kind="stable")
-    rows: list[Mapping[str, object]] = []
-    sums: tuple[tuple[str, Any], ...] = (
-        (f"the other {len(others)}", others),
-        ("sum: the logit", all_of),
-    )
-    for name, part in sums:
-        if len(part):
-            rows.append(
-                {"component": name, **{column: float(part[column].sum()) for column in columns[1:]}}
-            )
-    return pd.concat([shown, pd.DataFrame(rows)], ignore_index=True)
+    count = min(top, int((change > SMALLEST).sum()))
+    largest: Any = why.loc[order[:count], ["component", *numbers]]
+    largest = largest.sort_values("logit_delta", ascending=False, kind="stable")
+    smaller: Any = why.loc[order[count:], numbers]
+    sums = []
+    if len(smaller):
+        sums.append({"component": f"the other {len(smaller)}", **_sum_columns(smaller)})
+    if len(why):
+        sums.append({"component": "sum: the logit", **_sum_columns(why[numbers])})
+    return pd.concat([largest, pd.DataFrame(sums)], ignore_index=True)
+
+
+def _sum_columns(table: Any) -> dict[str, float]:
+    return {name: float(table[name].sum()) for name in table.columns}

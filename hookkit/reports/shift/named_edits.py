@@ -1,4 +1,4 @@
-"""Edits and controls by name and in words, and tokens as they are shown."""
+"""The edits and controls of a report, with their names and descriptions, and tokens as literals."""
 
 import re
 from collections import Counter
@@ -22,20 +22,31 @@ from ...sweeps.cells import SEEDS, Randomised
 Hooks: TypeAlias = Hook | Sequence[Hook]
 Controls: TypeAlias = str | Mapping[str, Hooks] | None
 
-DOES = {
-    "ablate": "replaces what is at", "patch": "puts what another run had at", "steer": "adds a vector to",
-    "scale": "multiplies", "project_out": "takes a direction out of", "skip_block": "passes by the blocks that end in",
-    "edit": "puts a function of its own at", "force": "makes sure of", "ban": "makes impossible",
-    "restrict": "allows nothing but", "boost": "adds to the logits of", "cap": "holds down", "swap": "exchanges",
-    "set_rank": "gives its rank to", "randomised": "changes by as much, in a random direction,",
-}  # fmt: skip
+DESCRIPTIONS = {
+    "ablate": "replaces what is at",
+    "patch": "puts what another run had at",
+    "steer": "adds a vector to",
+    "scale": "multiplies",
+    "project_out": "takes a direction out of",
+    "skip_block": "passes by the blocks that end in",
+    "edit": "puts a function of its own at",
+    "force": "makes sure of",
+    "ban": "makes impossible",
+    "restrict": "allows nothing but",
+    "boost": "adds to the logits of",
+    "cap": "holds down",
+    "swap": "exchanges",
+    "set_rank": "gives its rank to",
+    "randomised": "changes by as much, in a random direction,",
+}
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Hooks that act together, by name. `control` says of which edit it is the control; "" for an edit.
+    """Hooks that act together, with a name.
 
-    A random control is drawn several times, each draw under the same name.
+    `control` is the name of the edit that this is the control of, "" for an edit. A random control
+    is drawn several times; all draws have the same name.
     """
 
     name: str
@@ -46,174 +57,188 @@ class Edit:
     @property
     def layers(self) -> list[int]:
         """The blocks in which it acts."""
-        found = {site.layer for hook in self.hooks for site in hook.sites if isinstance(site, Site)}
-        return sorted(layer for layer in found if layer is not None)
+        layers = set()
+        for hook in self.hooks:
+            for site in hook.sites:
+                if isinstance(site, Site) and site.layer is not None:
+                    layers.add(site.layer)
+        return sorted(layers)
 
-    def named(self, lm: LM) -> list[int]:
+    def named_tokens(self, lm: LM) -> list[int]:
         """The tokens that its hooks name."""
-        return list(
-            dict.fromkeys(
-                i for hook in self.hooks if isinstance(hook, LogitEdit) for i in hook.named(lm)
-            )
-        )
+        return tokens_named_by(self.hooks, lm)
 
 
-def together(hooks: Hooks, what: str) -> tuple[Hook, ...]:
-    """One hook or several as a tuple; `BadHook` for anything else, and for a capture, which changes nothing."""
-    found = (
-        (hooks,)
-        if isinstance(hooks, Hook)
-        else tuple(hooks)
-        if isinstance(hooks, Iterable)
-        else (hooks,)
-    )
-    for hook in found:
+def tokens_named_by(hooks: Iterable[Hook], lm: LM) -> list[int]:
+    """The tokens that these hooks name, without duplicates."""
+    tokens: list[int] = []
+    for hook in hooks:
+        if isinstance(hook, LogitEdit):
+            tokens += hook.named(lm)
+    return list(dict.fromkeys(tokens))
+
+
+def as_edit_hooks(hooks: Hooks, what: str) -> tuple[Hook, ...]:
+    """One or several hooks as a tuple.
+
+    Raises `BadHook` for anything else, and for a capture, which changes nothing.
+    """
+    if isinstance(hooks, Hook) or not isinstance(hooks, Iterable):
+        hooks = (hooks,)
+    hooks = tuple(hooks)
+    for hook in hooks:
         if not isinstance(hook, Hook) or isinstance(hook, Capture):
             raise BadHook(
                 f"{what} has {shortened(str(hook))}, which changes nothing: give hooks that edit"
             )
-    return found
+    return hooks
 
 
-def edits_of(given: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
-    """The edits: hooks are one edit together, named by their calls; a mapping has a name for each."""
-    if len(given) == 1 and isinstance(given[0], Mapping):
-        found = [
-            Edit(str(name), together(hooks, f"the edit {name!r}"))
-            for name, hooks in given[0].items()
-        ]
-    elif any(isinstance(each, Mapping) for each in given):
-        raise BadHook(
-            "hooks and a mapping were given: put all edits into one mapping, {'name': hook or hooks}"
-        )
+def named_edits(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
+    """The edits of a report: hooks act together as one edit; a mapping has a name for each edit."""
+    edits = []
+    if len(hooks) == 1 and isinstance(hooks[0], Mapping):
+        for name, value in hooks[0].items():
+            edits.append(Edit(str(name), as_edit_hooks(value, f"the edit {name!r}")))
     else:
-        hooks = together(
-            [hook for hook in given if isinstance(hook, Hook) or not isinstance(hook, Mapping)],
-            "the edit",
-        )
-        found = [Edit(shortened(" + ".join(map(str, hooks))), hooks)]
-    for edit in found:
+        if any(isinstance(hook, Mapping) for hook in hooks):
+            raise BadHook(
+                "hooks and a mapping were given: put all edits into one mapping, "
+                "{'name': hook or hooks}"
+            )
+        edit_hooks = as_edit_hooks(hooks, "the edit")  # pyright: ignore[reportArgumentType]
+        edits.append(Edit(shortened(" + ".join(map(str, edit_hooks))), edit_hooks))
+    for edit in edits:
         if not edit.hooks:
             raise BadHook(
-                f"the edit {edit.name!r} has no hook: give one, several, or {{'name': hook or hooks}}"
+                f"the edit {edit.name!r} has no hook: give one, several, or "
+                "{'name': hook or hooks}"
             )
-    if not found:
+    if not edits:
         raise BadHook("there is no edit to report on: give hooks, or {'name': hook or hooks}")
-    return found
+    return edits
 
 
-def controls_of(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
-    """The controls: random changes of the same size for each edit, so many draws of them, or what the user gives."""
+def named_controls(controls: Controls, edits: Sequence[Edit], seed: int, draws: int) -> list[Edit]:
+    """The controls: the user's, or for "random" each edit's random changes of the same size."""
     if controls is None:
         return []
+    result = []
     if isinstance(controls, Mapping):
-        made = [
-            Edit(str(name), together(hooks, f"the control {name!r}"), "all")
-            for name, hooks in controls.items()
-        ]
+        for name, hooks in controls.items():
+            control_hooks = as_edit_hooks(hooks, f"the control {name!r}")
+            result.append(Edit(str(name), control_hooks, "all"))
     elif controls == "random":
-        made = []
         for edit in edits:
             for draw in range(draws):
-                hooks = _random(edit, seed * SEEDS + draw)
-                made.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
+                hooks = _randomise(edit, seed * SEEDS + draw)
+                result.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
     else:
         raise BadHook(
             f"controls={controls!r} is unknown: say 'random', or give {{'name': hook or hooks}}"
         )
-    names = [each.name for each in (*edits, *made) if each.draw == 0]
-    for each in made:
-        if names.count(each.name) > 1 or not each.hooks:
+    names = Counter(edit.name for edit in (*edits, *result) if edit.draw == 0)
+    for control in result:
+        if names[control.name] > 1 or not control.hooks:
             raise BadHook(
-                f"the control {each.name!r} has no hook, or the name of another: give each hooks and a name"
+                f"the control {control.name!r} has no hook, or the name of another: give each "
+                "hooks and a name"
             )
-    return made
+    return result
 
 
-def _random(edit: Edit, seed: int) -> tuple[Hook, ...]:
-    found = []
+def _randomise(edit: Edit, seed: int) -> tuple[Hook, ...]:
+    hooks = []
     for hook in edit.hooks:
         assert isinstance(hook, EditHook)
         not_square(
             hook.sites,
             "controls='random' needs vectors (give controls={'name': hook} instead), and changes",
         )
-        found.append(Randomised(hook.sites, hook.where, hook, seed))
-    return tuple(found)
+        hooks.append(Randomised(hook.sites, hook.where, hook, seed))
+    return tuple(hooks)
 
 
-def in_words(hook: Hook) -> str:
-    """What a hook does, as a sentence without an end."""
+def describe_hook(hook: Hook) -> str:
+    """What a hook does, as a sentence without a full stop."""
     if isinstance(hook, Knockout):
-        return f"keeps attention from seeing {_where(hook.key)}, in blocks {_ranges(Edit('', (hook,)).layers)}"
-    if isinstance(hook, Randomised) or not isinstance(hook, LogitEdit):
-        places = (
-            hook._sites()
-            if hook.where.pos is None
-            else f"{hook._sites()}, at {_where(hook.where.pos)}"
-        )
-        return f"{DOES.get(hook.verb, hook.verb)} {places}"
-    named = [value for name in hook.names for value in _several(getattr(hook, name))]
-    return f"{DOES.get(hook.verb, hook.verb)} {', '.join(map(repr, named))} at the logits"
+        layers = _list_numbers(Edit("", (hook,)).layers)
+        return f"keeps attention from seeing {_describe_pos(hook.key)}, in blocks {layers}"
+    verb = DESCRIPTIONS.get(hook.verb, hook.verb)
+    if isinstance(hook, LogitEdit) and not isinstance(hook, Randomised):
+        tokens = []
+        for name in hook.names:
+            value = getattr(hook, name)
+            tokens += value if isinstance(value, tuple) else [value]
+        return f"{verb} {', '.join(map(repr, tokens))} at the logits"
+    text = f"{verb} {hook._sites()}"
+    if hook.where.pos is not None:
+        text += f", at {_describe_pos(hook.where.pos)}"
+    return text
 
 
-def _several(value: object) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _describe_pos(pos: object) -> str:
+    if pos is None:
+        return "every position"
+    return "the last position" if pos == -1 else f"position {pos}"
 
 
-def _where(pos: object) -> str:
-    return (
-        "every position" if pos is None else "the last position" if pos == -1 else f"position {pos}"
-    )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    whole = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1))
-    return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
+def _list_numbers(numbers: Sequence[int]) -> str:
+    """Numbers as a list, or as "3 to 7" if they are three or more without a gap."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and list(numbers) == list(range(first, last + 1)):
+        return f"{first} to {last}"
+    return ", ".join(map(str, numbers))
 
 
 def table_of(edits: Sequence[Edit]) -> pd.DataFrame:
-    """Columns: edit, control (of which edit), draws, does (in words), hooks (as calls, of the first draw)."""
+    """Columns: edit, control (of which edit), draws, does (in words), hooks (of the first draw)."""
     draws = Counter(edit.name for edit in edits)
-    edits = [edit for edit in edits if edit.draw == 0]
-    return pd.DataFrame(
-        {
-            "edit": [edit.name for edit in edits],
-            "control": [edit.control for edit in edits],
-            "draws": [draws[edit.name] for edit in edits],
-            "does": ["; ".join(map(in_words, edit.hooks)) for edit in edits],
-            "hooks": [" + ".join(map(str, edit.hooks)) for edit in edits],
-        }
-    )
+    records = []
+    for edit in edits:
+        if edit.draw == 0:
+            records.append(
+                {
+                    "edit": edit.name,
+                    "control": edit.control,
+                    "draws": draws[edit.name],
+                    "does": "; ".join(map(describe_hook, edit.hooks)),
+                    "hooks": " + ".join(map(str, edit.hooks)),
+                }
+            )
+    return pd.DataFrame(records)
 
 
 def literal(lm: LM, token_id: int) -> str:
-    """A token as a Python literal: its text in quotes, or its bytes where they are only a part of a character."""
+    """A token as a Python literal: its text, or its bytes if it is a part of a character."""
     text = lm.string(token_id)
-    if "\ufffd" not in text or lm.tokenizer is None or token_id >= lm.n_tokens:
-        return repr(text)
-    piece = lm.tokenizer.convert_ids_to_tokens(token_id)
-    found = _bytes_of(piece) if isinstance(piece, str) else None
-    return repr(text) if found is None else repr(found)
+    if "\ufffd" in text and lm.tokenizer is not None and token_id < lm.n_tokens:
+        piece = lm.tokenizer.convert_ids_to_tokens(token_id)
+        data = _bytes_of(piece) if isinstance(piece, str) else None
+        if data is not None:
+            return repr(data)
+    return repr(text)
 
 
 def _bytes_of(piece: str) -> bytes | None:
     """The bytes of a piece of a byte-level vocabulary, or of sentencepiece's <0xF0>."""
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
-    letters = _letters()
-    return (
-        bytes(letters[letter] for letter in piece)
-        if all(letter in letters for letter in piece)
-        else None
-    )
+    bytes_by_letter = _byte_letters()
+    if all(letter in bytes_by_letter for letter in piece):
+        return bytes(bytes_by_letter[letter] for letter in piece)
+    return None
 
 
 @cache
-def _letters() -> dict[str, int]:
-    """GPT-2's letter for each byte: its own where that can be printed, else one from beyond 255."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
-    }
+def _byte_letters() -> dict[str, int]:
+    """The byte of each letter of GPT-2's vocabulary.
+
+    A printable byte is its own letter. The other bytes are the letters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    for number, byte in enumerate(unprintable):
+        letters[chr(256 + number)] = byte
+    return letters

@@ -1,10 +1,11 @@
-"""The sections of the page: what was found, put into words, tables and figures.
+"""`hk.shift_report`: a page on what edits did to the tokens that a model predicts next.
 
-hk.shift_report: one page on what edits did to what a model says next.
+The file measures (`shift_report`, `_measure`), writes the sections of the page (`write_opening` to
+`write_settings`), and adds the tables and about.json as files.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,259 +14,329 @@ import torch
 
 from ...arguments import checks_arguments, read_tokens, whole_number
 from ...errors import BadHook, OutOfRange
-from ...figures.shift import PANELS, means_of, rank_against_rank, through_layers, what_made_it
+from ...figures.shift import (
+    PANELS,
+    component_bars,
+    mean_changes,
+    rank_against_rank,
+    through_layers,
+)
 from ...hooks.base import Hook
 from ...models.lm import LM, Token
 from ...models.prompts import Prompts, Row, as_batch, shortened
 from ...models.provenance import about_model, git_commit
 from ...sweeps.summary import over_prompts
+from ...tables.distributions import Distribution
 from ...tables.intervals import DRAWN
 from ...tables.rank_tables import shift_of
 from ..page import Content, Folded, Part, Report, report
 from ..typesetting import written
 from .before_after import (
     NextTokenLogits,
-    answered,
     distances_of,
-    resuming,
+    plan_resuming,
+    run_prompts,
     texts_of,
     watched_of,
     with_deltas,
 )
-from .inside import layers_of, looks_of, most_moved, why_of
-from .named_edits import Controls, Edit, Hooks, controls_of, edits_of, literal, table_of, together
-
-SHIFT = ["token", "logit_before", "logit_after", "logit_delta", "prob_before", "prob_after", "prob_delta",
-         "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
-WATCHED = [name for name in SHIFT if name not in ("token_id", "why")]
-NORM = (
-    "The final norm is in every part, with the scale that it had, so that parts before the edit change where the scale "
-    "does. rest.L is what block L's stream got beside attention and MLP: an edit of it."
+from .inside import layers_of, lens_sites, most_moved, why_of
+from .named_edits import (
+    Controls,
+    Edit,
+    Hooks,
+    as_edit_hooks,
+    literal,
+    named_controls,
+    named_edits,
+    table_of,
 )
-PARTS = 10  # components that are shown
+
+SHIFT_COLUMNS = ["token", "logit_before", "logit_after", "logit_delta",
+                 "prob_before", "prob_after", "prob_delta",
+                 "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
+NUMBER_COLUMNS = [name for name in SHIFT_COLUMNS if name not in ("token", "token_id", "why")]
+NORM_NOTE = (
+    "The final norm is in every part, with the scale that it had, so that parts before the edit "
+    "change where the scale does. rest.L is what block L's stream got beside attention and MLP: an "
+    "edit of it."
+)
+COMPONENTS = 10  # that are shown by name
+MOVERS = 5  # tokens that moved most, in the table of shifts
+FORMATS = ("csv", "json", "md", "tex")
+DEFAULT_DRAWS = 5  # of a random control, each a forward over all prompts
+LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
+CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
+DISTANCES = ["kl", "entropy_delta", "top1_changed"]
+CAPTIONS = {
+    "shifts": "first tokens before and after, and movers",
+    "watched": "watched tokens of every prompt",
+    "distances": "how far every prompt's distribution moved",
+    "layers": "the logit lens before and after",
+    "why": "the logit's parts before and after",
+    "texts": "what was written",
+    "summary": "means of the watched tokens",
+    "summary_distances": "means of the distances",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class ShiftTables:
-    """All that was measured: edits and controls, and the tables by the names of their files."""
+    """All measurements of a report: the tables, by the names of their files.
+
+    `ranks` has the ranks of all tokens before and after, by prompt and edit, for the drawn prompts.
+    `refusals` has the reasons why a table could not be made, "" where it could.
+    """
 
     lm: LM
     rows: tuple[Row, ...]
     edits: list[Edit]
     controls: list[Edit]
     tables: dict[str, pd.DataFrame]
-    ranks: dict[
-        tuple[int, str], tuple[Any, Any]
-    ]  # of all tokens before and after, for each drawn prompt and edit
-    refused: dict[str, str]
+    ranks: dict[tuple[int, str], tuple[Any, Any]]
+    refusals: dict[str, str]
 
     def of(self, name: str, row: int, edit: str | None = None) -> pd.DataFrame:
-        """The rows of a table that are about one prompt and edit; none where there is no table."""
-        table = self.tables.get(name, pd.DataFrame())
+        """The rows of a table about one prompt and edit; an empty table if there is none."""
+        table: Any = self.tables.get(name, pd.DataFrame())
         if table.empty:
             return table
-        mine: Any = (
-            table[table["row"] == row]
-            if edit is None
-            else table[(table["row"] == row) & (table["edit"] == edit)]
-        )
-        return mine.drop(columns=["row"] if edit is None else ["row", "edit"])
+        table = table[table["row"] == row].drop(columns="row")
+        if edit is not None:
+            table = table[table["edit"] == edit].drop(columns="edit")
+        return table
+
+    def prompt(self, row: int) -> str:
+        """The beginning of a prompt's text."""
+        return shortened(self.lm.text(self.rows[row]))
 
 
-def beginning(found: ShiftTables, question: str, under: tuple[Hook, ...]) -> Iterable[Content]:
-    """The question, what came of it in a sentence for each edit, and what was done."""
-    count = len(found.rows)
+def write_opening(
+    measured: ShiftTables, question: str, baseline: tuple[Hook, ...]
+) -> Iterable[Content]:
+    """The question, the answer, and the edits."""
+    n_prompts = len(measured.rows)
     if question:
         yield question
-    yield answer(found)
-    beside = f" The baseline has {' + '.join(map(str, under))}." if under else ""
+    yield write_answer(measured)
     yield "# The edits"
-    yield Part(
-        found.tables["edits"],
-        "edits",
-        f"What was done, over {count} prompt{'s' * (count > 1)}.{beside}",
-    )
+    plural = "s" if n_prompts > 1 else ""
+    caption = f"What was done, over {n_prompts} prompt{plural}."
+    if baseline:
+        caption += f" The baseline has {' + '.join(map(str, baseline))}."
+    yield Part(measured.tables["edits"], "edits", caption)
 
 
-def answer(found: ShiftTables) -> str:
-    """What came of it, in a sentence for each edit."""
-    return "\n".join(_headline(found, edit) for edit in found.edits)
+def write_answer(measured: ShiftTables) -> str:
+    """What each edit did to the first watched token after the first prompt, one sentence each."""
+    return "\n".join(_write_sentence(measured, edit) for edit in measured.edits)
 
 
-def _rank(rank: float) -> str:
+def _write_sentence(measured: ShiftTables, edit: Edit) -> str:
+    watched = measured.of("watched", 0, edit.name).iloc[0]
+    distances = measured.of("distances", 0, edit.name).iloc[0]
+    rank_before, rank_after = watched["rank_before"], watched["rank_after"]
+    prob_before, prob_after = watched["prob_before"], watched["prob_after"]
+    if rank_before == rank_after:
+        change = (
+            f"stays at rank {_write_rank(rank_before)} "
+            f"(probability {prob_before:.3g}, then {prob_after:.3g})"
+        )
+    else:
+        change = (
+            f"goes from rank {_write_rank(rank_before)} (probability {prob_before:.3g}) "
+            f"to rank {_write_rank(rank_after)} ({prob_after:.3g})"
+        )
+    sentence = f"{edit.name}: after “{measured.prompt(0)}” the token {watched['token']} {change}"
+    top_before, top_after = distances["top1_before"], distances["top1_after"]
+    if top_after is None or top_before is None:
+        return f"{sentence}; the model's logits are NaN there."
+    if top_after != top_before:
+        return f"{sentence}; first is {top_after}, and was {top_before}."
+    if rank_after != 1:
+        return f"{sentence}; first is still {top_after}."
+    return f"{sentence}."
+
+
+def _write_rank(rank: float) -> str:
     return "NaN" if rank != rank else f"{int(rank):,}"
 
 
-def _headline(found: ShiftTables, edit: Edit) -> str:
-    """What an edit did to the first watched token after the first prompt, in a sentence."""
-    watched = found.of("watched", 0, edit.name).iloc[0]
-    far = found.of("distances", 0, edit.name).iloc[0]
-    text = shortened(found.lm.text(found.rows[0]))
-    ranks, probs = (
-        [watched[f"{name}_{side}"] for side in ("before", "after")] for name in ("rank", "prob")
-    )
-    if ranks[0] == ranks[1]:
-        goes = f"stays at rank {_rank(ranks[0])} (probability {probs[0]:.3g}, then {probs[1]:.3g})"
-    else:
-        goes = f"goes from rank {_rank(ranks[0])} (probability {probs[0]:.3g}) to rank {_rank(ranks[1])} ({probs[1]:.3g})"
-    if far["top1_after"] is None or far["top1_before"] is None:
-        return f"{edit.name}: after “{text}” the token {watched['token']} {goes}; the model's logits are NaN there."
-    first = f"; first is {far['top1_after']}, and was {far['top1_before']}"
-    if far["top1_after"] == far["top1_before"]:
-        first = "" if ranks[1] == 1 else f"; first is still {far['top1_after']}"
-    return f"{edit.name}: after “{text}” the token {watched['token']} {goes}{first}."
-
-
-def over_all(found: ShiftTables) -> Iterable[Content]:
-    """Means over the prompts, where there are several."""
-    if "summary" not in found.tables:
+def write_means(measured: ShiftTables) -> Iterable[Content]:
+    """Means over the prompts, if there are several."""
+    if "summary" not in measured.tables:
         return
-    count, summary = len(found.rows), found.tables["summary"]
-    yield f"# Over {count} prompts"
-    says = f"Means over {count} prompts with 95 % intervals. decades: log10 of rank before over rank after."
-    caption = f"{says} A control stands beside its edit, the mean of its draws; its dot is hollow in the figure."
-    yield Part(
-        _brief(summary, ["edit", "control", "watched", "n"]),
-        "summary_shown",
-        caption,
-        file="summary",
+    n_prompts, summary = len(measured.rows), measured.tables["summary"]
+    yield f"# Over {n_prompts} prompts"
+    caption = (
+        f"Means over {n_prompts} prompts with 95 % intervals. decades: log10 of rank before over "
+        "rank after. A control stands beside its edit, the mean of its draws; its dot is hollow in "
+        "the figure."
     )
-    few = count < DRAWN
-    caption = "Small dots are the prompts." if few else "Intervals are of the mean."
-    figure = means_of(summary, found.tables["watched"], title="What became more and less likely")
+    table = _merge_intervals(summary, ["edit", "control", "watched", "n"])
+    yield Part(table, "summary_shown", caption, file="summary")
+    watched = measured.tables["watched"]
+    figure = mean_changes(summary, watched, title="What became more and less likely")
+    caption = "Intervals are of the mean."
+    if n_prompts < DRAWN:
+        caption = "Small dots are the prompts."
     yield Part(figure, "means", caption)
-    far = found.tables["summary_distances"]
-    caption = "kl: KL(before‖after) in nats. top1_changed: the part of the prompts with another first token."
-    yield Part(
-        _brief(far, ["edit", "control", "n"]), "distances_shown", caption, file="summary_distances"
+    caption = (
+        "kl: KL(before‖after) in nats. top1_changed: the part of the prompts with another first "
+        "token."
     )
+    table = _merge_intervals(measured.tables["summary_distances"], ["edit", "control", "n"])
+    yield Part(table, "distances_shown", caption, file="summary_distances")
 
 
-def _brief(means: pd.DataFrame, places: list[str]) -> pd.DataFrame:
+def _merge_intervals(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Each mean and its interval in one column, as text."""
-    shown: Any = means[places].copy()
-    for name in [name.removesuffix("_low") for name in means if str(name).endswith("_low")]:
-        numbers = [means[f"{name}{end}"] for end in ("", "_low", "_high")]
-        shown[name] = [
-            written(mean) if pd.isna(low) else f"{mean:.3g}  [{low:.3g}, {high:.3g}]"
-            for mean, low, high in zip(*numbers, strict=True)
-        ]
-    return shown
+    table: Any = means[keys].copy()
+    for column in map(str, means.columns):
+        if not column.endswith("_low"):
+            continue
+        name = column.removesuffix("_low")
+        texts = []
+        for mean, low, high in zip(
+            means[name], means[f"{name}_low"], means[f"{name}_high"], strict=True
+        ):
+            if pd.isna(low):
+                texts.append(written(mean))
+            else:
+                texts.append(f"{mean:.3g}  [{low:.3g}, {high:.3g}]")
+        table[name] = texts
+    return table
 
 
-def of_prompt(found: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
-    """All that is shown of one prompt."""
-    yield f"# “{shortened(found.lm.text(found.rows[row]))}”"
+def write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
+    """The section of one prompt, with figures if `drawn`."""
+    yield f"# “{measured.prompt(row)}”"
     yield "## The watched tokens"
-    says = "Every edit, and every control's first draw. The token that was first before stands here as well."
-    yield Part(_watched(found, row), f"watched_{row}", f"Prompt {row}. {says}", file="watched")
+    caption = (
+        f"Prompt {row}. Every edit, and every control's first draw. The token that was first "
+        "before stands here as well."
+    )
+    yield Part(_watched_tokens(measured, row), f"watched_{row}", caption, file="watched")
     yield "## What rose and fell"
-    for number, edit in enumerate(found.edits):
-        table = pd.DataFrame(found.of("shifts", row, edit.name)[SHIFT])
-        caption = f"{edit.name}: the first tokens before and after, the largest movers, and why each is here."
+    for number, edit in enumerate(measured.edits):
+        table = pd.DataFrame(measured.of("shifts", row, edit.name)[SHIFT_COLUMNS])
+        caption = (
+            f"{edit.name}: the first tokens before and after, the largest movers, and why each is "
+            "here."
+        )
         yield Part(table, f"shifts_{row}_{number}", caption, file="shifts")
-    watched = pd.DataFrame(found.of("watched", row)[["prob_before", "prob_after"]])
-    if bool(watched.isna().to_numpy().any()):
-        yield "The model's logits are NaN after this prompt, with an edit or without: there are no figures of it."
+    probs = measured.of("watched", row)[["prob_before", "prob_after"]]
+    if bool(probs.isna().to_numpy().any()):
+        yield (
+            "The model's logits are NaN after this prompt, with an edit or without: there are no "
+            "figures of it."
+        )
         drawn = False
     if drawn:
-        yield from _drawn_ranks(found, row)
+        yield _draw_ranks(measured, row)
+    yield from _write_layers(measured, row, drawn=drawn)
+    yield from _write_components(measured, row, drawn=drawn)
+    yield from _write_texts(measured, row)
+
+
+def _watched_tokens(measured: ShiftTables, row: int) -> pd.DataFrame:
+    """Each token once for every edit and control, ordered by token."""
+    table = measured.of("watched", row).drop_duplicates(["edit", "token_id"])
+    order, _ = pd.factorize(table["token_id"])
+    table = table.assign(_order=order).sort_values("_order", kind="stable")
+    return pd.DataFrame(table[["token", "edit", *NUMBER_COLUMNS]])
+
+
+def _draw_ranks(measured: ShiftTables, row: int) -> Part:
+    parts = {}
+    for edit in measured.edits[:PANELS]:
+        ranks_before, ranks_after = measured.ranks[row, edit.name]
+        parts[edit.name] = (measured.of("shifts", row, edit.name), ranks_before, ranks_after)
+    caption = (
+        "Every token of the vocabulary, the darker the more; on the dashed line nothing moved, "
+        "above it tokens rose."
+    )
+    return Part(rank_against_rank(parts, title="Rank against rank"), f"ranks_{row}", caption)
+
+
+def _write_layers(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
     yield "## Through the layers"
-    if refused := found.refused["layers"]:
-        yield f"There is no lens of this model: {refused}"
+    refusal = measured.refusals["layers"]
+    if refusal:
+        yield f"There is no lens of this model: {refusal}"
     elif drawn:
-        first = [edit.name for edit in found.edits][:PANELS]
-        figure = through_layers(found.of("layers", row), first, title="What each layer would say")
-        says = "Logit lens: rank before (dashed) and after (drawn through). Shaded: blocks in which the edit acts."
-        says += " An edit of the logits acts on what every layer would say."
-        yield Part(figure, f"layers_{row}", f"{says} The table is layers.csv.")
+        names = [edit.name for edit in measured.edits[:PANELS]]
+        table = measured.of("layers", row)
+        figure = through_layers(table, names, title="What each layer would say")
+        caption = (
+            "Logit lens: rank before (dashed) and after (drawn through). Shaded: blocks in which "
+            "the edit acts. An edit of the logits acts on what every layer would say. The table is "
+            "layers.csv."
+        )
+        yield Part(figure, f"layers_{row}", caption)
     else:
         yield "The ranks at every layer are in layers.csv."
-    yield from _why(found, row, drawn=drawn)
-    yield from _texts(found, row)
 
 
-def _watched(found: ShiftTables, row: int) -> pd.DataFrame:
-    """Each token once, with every edit and control."""
-    table = found.of("watched", row).drop_duplicates(["edit", "token_id"])
-    order = {token: place for place, token in enumerate(dict.fromkeys(table["token_id"]))}
-    places: Any = table["token_id"].map(lambda token: order[token])
-    table = table.assign(_place=places).sort_values("_place", kind="stable")
-    return pd.DataFrame(table[["token", "edit", *WATCHED[1:]]])
-
-
-def _drawn_ranks(found: ShiftTables, row: int) -> Iterable[Content]:
-    parts = {
-        e.name: (found.of("shifts", row, e.name), *found.ranks[row, e.name])
-        for e in found.edits[:PANELS]
-    }
-    says = "Every token of the vocabulary, the darker the more; on the dashed line nothing moved, above it tokens rose."
-    yield Part(rank_against_rank(parts, title="Rank against rank"), f"ranks_{row}", says)
-
-
-def _why(found: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
+def _write_components(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[Content]:
     yield "## Why: the change as a sum"
-    moved: dict[str, pd.DataFrame] = {}
-    for number, edit in enumerate(found.edits):
-        table = found.of("why", row, edit.name)
+    largest: dict[str, pd.DataFrame] = {}
+    for number, edit in enumerate(measured.edits):
+        table = measured.of("why", row, edit.name)
         if table.empty:
-            yield f"{edit.name}: there is no sum. {found.refused[f'why {edit.name}']}"
+            yield f"{edit.name}: there is no sum. {measured.refusals[f'why {edit.name}']}"
             continue
-        moved[edit.name] = most_moved(table, PARTS)
-        sums = [table[f"logit_{when}"].sum() for when in ("before", "after", "delta")]
+        largest[edit.name] = most_moved(table, COMPONENTS)
+        before, after = table["logit_before"].sum(), table["logit_after"].sum()
         caption = (
-            f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, {sums[0]:.4f} "
-            f"before and {sums[1]:.4f} after: {sums[2]:+.4f}. Rounding left {_missed(table):.1e}. {NORM}"
+            f"{edit.name}: the logit of {table['token'].iloc[0]} is the sum of {len(table)} parts, "
+            f"{before:.4f} before and {after:.4f} after: {table['logit_delta'].sum():+.4f}. "
+            f"Rounding left {_rounding_error(table):.1e}. {NORM_NOTE}"
         )
-        yield Part(moved[edit.name], f"why_{row}_{number}", caption, file="why")
-    if drawn and moved:
-        some = dict(list(moved.items())[:PANELS])
-        yield Part(
-            what_made_it(some, title="What made the change"),
-            f"why_bars_{row}",
-            "The last bar is the sum.",
-        )
+        yield Part(largest[edit.name], f"why_{row}_{number}", caption, file="why")
+    if drawn and largest:
+        panels = dict(list(largest.items())[:PANELS])
+        figure = component_bars(panels, title="What made the change")
+        yield Part(figure, f"why_bars_{row}", "The last bar is the sum.")
 
 
-def _missed(why: pd.DataFrame) -> float:
-    """What rounding left, at most."""
-    rest: Any = why[why["kind"] == "residual"][["logit_before", "logit_after"]]
-    return float(rest.abs().to_numpy().max())
+def _rounding_error(why: pd.DataFrame) -> float:
+    """The largest rounding error of the decompositions before and after."""
+    residuals: Any = why[why["kind"] == "residual"][["logit_before", "logit_after"]]
+    return float(residuals.abs().to_numpy().max())
 
 
-def _texts(found: ShiftTables, row: int) -> Iterable[Content]:
-    texts = found.of("texts", row)
-    if not texts.empty:
-        yield "## The text"
-        shown: Any = texts[["edit", "parts_at", "both", "then_before", "then_after"]]
-        says = "Greedy text, the same in both up to where it parts (a token, counted from 0), and how each goes on."
-        words = {name: shown[name].map(repr) for name in ("both", "then_before", "then_after")}
-        yield Part(shown.assign(**words), f"texts_{row}", says, file="texts")
+def _write_texts(measured: ShiftTables, row: int) -> Iterable[Content]:
+    texts = measured.of("texts", row)
+    if texts.empty:
+        return
+    yield "## The text"
+    table: Any = texts[["edit", "parts_at", "both", "then_before", "then_after"]]
+    literals = {name: table[name].map(repr) for name in ("both", "then_before", "then_after")}
+    caption = (
+        "Greedy text, the same in both up to where it parts (a token, counted from 0), and how "
+        "each goes on."
+    )
+    yield Part(table.assign(**literals), f"texts_{row}", caption, file="texts")
 
 
-def made_again(found: ShiftTables, about: dict[str, Any]) -> Iterable[Content]:
-    """The model, the versions, and the hooks as JSON."""
+def write_settings(measured: ShiftTables, about: dict[str, Any]) -> Iterable[Content]:
+    """How to make the page again: the model, the versions, and the hooks as JSON."""
     yield "# How to make it again"
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    dtypes = ", ".join(about["dtype"])
     yield (
-        f"Model {about['model']} ({about['class']}, {', '.join(about['dtype'])}, {about['device']}); "
+        f"Model {about['model']} ({about['class']}, {dtypes}, {about['device']}); "
         f"seed {about['seed']}.\n{versions}.\n"
         "about.json has all of it, the hooks with their tensors; hk.Hook.from_json reads them back."
     )
-    every = {edit.name: edit.hooks for edit in (*found.edits, *found.controls) if edit.draw == 0}
-    for name, hooks in every.items():
-        texts = [
-            json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False)
-            for hook in hooks
-        ]
-        yield Folded(f"{name}, as JSON", "\n".join(texts))
+    for edit in (*measured.edits, *measured.controls):
+        if edit.draw == 0:
+            yield Folded(f"{edit.name}, as JSON", "\n".join(map(_indented_json, edit.hooks)))
 
 
-ALL = ("csv", "json", "md", "tex")
-DRAWS = 5  # of a random control, each a forward over all prompts
-INLINE = 200_000  # letters of a hook in JSON, up to which its tensors are written out
-MOVED = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
-DISTANCES = ["kl", "entropy_delta", "top1_changed"]
+def _indented_json(hook: Hook) -> str:
+    return json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False)
 
 
 @checks_arguments
@@ -286,191 +357,210 @@ def shift_report(
     question: str = "",
     seed: int = 0,
 ) -> Report:
-    """A page on what edits did to what the model says next: which tokens rose and fell, where inside, and why.
+    """A page on what edits did to the next token: which tokens rose and fell, where, and why.
 
-    `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `baseline` are hooks of what they are
-    compared with, nothing unless given. `controls` is "random" (for each edit changes of the same size at the same
-    places, in random directions, drawn `draws` times: 5 unless given) or a mapping like that of edits. All is about the
-    token after each prompt; with `generate` also about so many tokens of greedy text.
+    `edits` are hooks, which act together, or one mapping {name: hook or hooks}. `baseline` are the
+    hooks of the run that edits are compared with, none by default. `controls` is a mapping like
+    that of edits, or "random": for each edit changes of the same size at the same sites and
+    positions, in random directions, drawn `draws` times (by default 5). The page is about the token
+    after each prompt; with `generate` also about that many tokens of greedy text.
 
-    Every prompt has its `watch`ed tokens, those that hooks name, and the token that was first. The first `shown`
-    prompts have the `top` tokens and largest movers, the logit lens, and the exact sum of one token's change over
-    components (with `heads` over heads): the first that is watched or named, else the one that came first. The first
-    `drawn` have figures. Each edit and control takes one forward over all prompts, which are one batch; with many
-    prompts it begins at the first block that the edit touches, where the model allows it.
+    Every prompt has its `watch`ed tokens, the tokens that hooks name, and its most likely token
+    before. The first `shown` prompts also have the `top` tokens and largest movers, the logit lens,
+    and the exact sum of one token's change over components (with `heads` over heads). That token is
+    the first that is watched or named, else the most likely one after the edit. The first `drawn`
+    prompts have figures. Each edit and control takes one forward over all prompts, which are one
+    batch. With many prompts it begins at the first block that the edit touches, if the model allows
+    it.
 
-    `tables` has edits, shifts, watched, distances, and where they can be made layers, why, texts, summary and
-    summary_distances (means over prompts, of a control over its draws too, with the intervals of `over_prompts`);
-    `write` writes each as CSV, JSON, Markdown and LaTeX, and about.json. Where a model allows no lens or no sum, the
-    page says why.
+    `tables` of the result has edits, shifts, watched and distances, and where they can be made
+    layers, why, texts, summary and summary_distances (means over prompts, of a control over its
+    draws too, with the intervals of `over_prompts`). `write` writes each as CSV, JSON, Markdown and
+    LaTeX, and about.json. If a model allows no lens or no sum, the page says why.
 
-    >>> made = shift_report(lm, "The capital of France is", force(" coffee"), watch=" Paris", drawn=0)
-    >>> made.tables["watched"][["watched", "rank_before", "rank_after"]]
+    >>> prompt = "The capital of France is"
+    >>> page = shift_report(lm, prompt, force(" coffee"), watch=" Paris", drawn=0)
+    >>> page.tables["watched"][["watched", "rank_before", "rank_after"]]
               watched  rank_before  rank_after
     0        ' Paris'            1           2
     1       ' coffee'         8827           1
     2  what was first            1           2
     """
-    for name, value, least in (
-        ("top", top, 1),
-        ("generate", generate, 0),
-        ("shown", shown, 1),
-        ("drawn", drawn, 0),
-    ):
-        whole_number(value, name, least=least)
-    named, under = edits_of(edits), together(baseline, "the baseline")
-    if draws is not None and controls != "random":
+    whole_number(top, "top", least=1)
+    whole_number(generate, "generate", least=0)
+    whole_number(shown, "shown", least=1)
+    whole_number(drawn, "drawn", least=0)
+    all_edits, base_hooks = named_edits(edits), as_edit_hooks(baseline, "the baseline")
+    n_draws = _check_draws(draws, controls)
+    all_controls = named_controls(controls, all_edits, seed, n_draws)
+    if len({edit.name for edit in all_edits}) < len(all_edits):
+        raise BadHook("two edits have one name: names stand once")
+    rows = as_batch(lm, prompts).rows
+    tokens = [lm.token(token) for token in read_tokens(watch, "watch")]
+    for edit in all_edits:
+        tokens += edit.named_tokens(lm)
+    request = _Request(
+        lm, rows, base_hooks, all_edits, all_controls, list(dict.fromkeys(tokens)), top, heads,
+        min(shown, len(rows)), drawn,
+    )  # fmt: skip
+    with torch.no_grad():
+        measured = _measure(request)
+        if generate:
+            measured.tables["texts"] = texts_of(lm, rows, base_hooks, all_edits, generate)
+    _add_summaries(measured, seed)
+    title = title or "What moved, and why"
+    control_kind = controls if isinstance(controls, str) else None
+    settings = {"top": top, "heads": heads, "generate": generate, "shown": shown, "drawn": drawn,
+                "seed": seed, "controls": control_kind,
+                "draws": n_draws if control_kind else None}  # fmt: skip
+    header = {"title": title, "question": question, "answer": write_answer(measured)}
+    about = header | _build_about(measured, request, settings)
+    parts: list[Content] = [*write_opening(measured, question, base_hooks), *write_means(measured)]
+    for row in range(request.shown):
+        parts += write_prompt(measured, row, drawn=row < drawn)
+    parts += write_settings(measured, about)
+    page = report(title, *parts, footer="Deltas are after minus before. Rank 1 is the likeliest.")
+    return _add_files(page, measured, about)
+
+
+def _check_draws(draws: int | None, controls: Controls) -> int:
+    if draws is None:
+        return DEFAULT_DRAWS
+    if controls != "random":
         raise BadHook(f"draws={draws!r} goes with controls='random': other controls are not drawn")
-    count = DRAWS if draws is None else draws
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise OutOfRange(
             f"draws={draws!r}: give how many times a random control is drawn, at least 1"
         )
-    beside = controls_of(controls, named, seed, count)
-    if len({edit.name for edit in named}) < len(named):
-        raise BadHook("two edits have one name: names stand once")
-    rows = as_batch(lm, prompts).rows
-    watched = [lm.token(token) for token in read_tokens(watch, "watch")]
-    tokens = list(dict.fromkeys([*watched, *(i for edit in named for i in edit.named(lm))]))
-    with torch.no_grad():
-        found = _measured(
-            lm, rows, under, named, beside, tokens, top, heads, min(shown, len(rows)), drawn
-        )
-        if generate:
-            found.tables["texts"] = texts_of(lm, rows, under, named, generate)
-    _sum_up(found, seed)
-    settings = {
-        "top": top,
-        "heads": heads,
-        "generate": generate,
-        "shown": shown,
-        "drawn": drawn,
-        "seed": seed,
-    }
-    title, kind = title or "What moved, and why", controls if isinstance(controls, str) else None
-    about = {
-        "title": title,
-        "question": question,
-        "answer": answer(found),
-        **_about(
-            found, under, tokens, settings | {"controls": kind, "draws": count if kind else None}
-        ),
-    }
-    parts: list[Content] = [*beginning(found, question, under), *over_all(found)]
-    for row in range(min(shown, len(rows))):
-        parts += of_prompt(found, row, drawn=row < drawn)
-    parts += made_again(found, about)
-    page = report(title, *parts, footer="Deltas are after minus before. Rank 1 is the likeliest.")
-    return _with_files(page, found, about)
+    return draws
 
 
-def _measured(
-    lm: LM, rows: tuple[Row, ...], under: tuple[Hook, ...], edits: list[Edit], controls: list[Edit], watch: list[int],
-    top: int, heads: bool, shown: int, drawn: int,
-) -> ShiftTables:  # fmt: skip
-    looks = looks_of(lm, heads=heads)
-    every_edit = [*edits, *controls]
-    later = resuming(lm, rows, [] if under else [edit.hooks for edit in every_edit])
-    with later.noting():
-        was = answered(lm, rows, under, None, looks.sites, shown)
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What to measure, with checked arguments."""
+
+    lm: LM
+    rows: tuple[Row, ...]
+    base_hooks: tuple[Hook, ...]
+    edits: list[Edit]
+    controls: list[Edit]
+    watch: list[int]
+    top: int
+    heads: bool
+    shown: int
+    drawn: int
+
+
+def _measure(request: _Request) -> ShiftTables:
+    """Run all forwards, and make all tables but those of texts and means."""
+    lm, rows, shown = request.lm, request.rows, request.shown
+    sites = lens_sites(lm, heads=request.heads)
+    edits = [*request.edits, *request.controls]
+    # Edits act without the base hooks, so that a forward with base hooks is no start for them.
+    resumable = [] if request.base_hooks else [edit.hooks for edit in edits]
+    plan = plan_resuming(lm, rows, resumable)
+    with plan.record_outputs():
+        before = run_prompts(lm, rows, request.base_hooks, None, sites.sites, shown)
+    distributions = [before.distribution(row) for row in range(shown)]
     edited: list[NextTokenLogits] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
-    known: dict[tuple[int, ...], pd.DataFrame] = {}
-    ranks, refused, every = {}, {}, torch.arange(lm.n_tokens or was.logits.shape[1])
-    before = [was.said(row) for row in range(shown)]
-    for place, edit in enumerate(every_edit):
-        start, sites = later.starts.get(place, 0), [] if edit.control else looks.sites
-        with later.resumed(start):
-            now = answered(lm, rows, edit.hooks, edit, sites, shown, start, was.run.kept)
-        parts["watched"].append(watched_of(was, now, watch))
-        parts["distances"].append(distances_of(was, now))
+    decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
+    ranks, refusals = {}, {}
+    for number, edit in enumerate(edits):
+        start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
+        with plan.resume_at(start):
+            after = run_prompts(
+                lm, rows, edit.hooks, edit, edit_sites, shown, start, before.run.kept
+            )
+        parts["watched"].append(watched_of(before, after, request.watch))
+        parts["distances"].append(distances_of(before, after))
         if edit.control:
             continue
-        after = [now.said(row) for row in range(shown)]
-        pairs = list(zip(before, after, strict=True))
-        parts["shifts"].append(_shifts(shift_of(pairs, top, 5, watch, edit.named(lm)), now))
-        for row in range(min(drawn, shown)):
-            ranks[row, edit.name] = (
-                before[row].ranks(every).numpy(),
-                after[row].ranks(every).numpy(),
-            )
-        told = [watch[0] if watch else now.first[row] for row in range(shown)]
-        why, refused[f"why {edit.name}"] = why_of(was, now, told, looks, known)
+        pairs = [(distributions[row], after.distribution(row)) for row in range(shown)]
+        parts["shifts"].append(_build_shifts(pairs, after, request))
+        for row, pair in enumerate(pairs[: request.drawn]):
+            ranks[row, edit.name] = _all_ranks(*pair)
+        tokens = request.watch[:1] * shown if request.watch else after.top_tokens[:shown]
+        why, refusals[f"why {edit.name}"] = why_of(before, after, tokens, sites, decompositions)
         parts["why"].append(why)
-        edited.append(NextTokenLogits(edit, now.run, now.logits[:shown]))
-    tables = {"edits": table_of([*edits, *controls])}
-    tables |= {name: _joined(found) for name, found in parts.items()}
-    tables["layers"], refused["layers"] = layers_of(was, edited, rows, looks, watch, shown)
-    return ShiftTables(lm, rows, edits, controls, tables, ranks, refused)
-
-
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    some = [table for table in tables if not table.empty]
-    return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
-
-
-def _shifts(table: pd.DataFrame, now: NextTokenLogits) -> pd.DataFrame:
-    """`rank_shift` with the edit's name, and with parts of characters as bytes."""
-    assert now.edit is not None
-    table = with_deltas(
-        table.assign(edit=now.edit.name, token=[literal(now.lm, i) for i in table["token_id"]])
+        edited.append(NextTokenLogits(edit, after.run, after.logits[:shown]))
+    tables = {"edits": table_of(edits)}
+    for name, list_of_tables in parts.items():
+        tables[name] = _concatenate(list_of_tables)
+    tables["layers"], refusals["layers"] = layers_of(
+        before, edited, rows, sites, request.watch, shown
     )
-    first = ["row", "pos", "edit"]
-    return pd.DataFrame(
-        table[[*first, *(name for name in table if name not in (*first, "why")), "why"]]
-    )
+    return ShiftTables(lm, rows, request.edits, request.controls, tables, ranks, refusals)
 
 
-def _sum_up(found: ShiftTables, seed: int) -> None:
-    if len(found.rows) < 2:
+def _all_ranks(before: Distribution, after: Distribution) -> tuple[Any, Any]:
+    """The ranks of all tokens before and after."""
+    ids = torch.arange(before.lm.n_tokens or len(before.logits))
+    return before.ranks(ids).numpy(), after.ranks(ids).numpy()
+
+
+def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    filled = [table for table in tables if not table.empty]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+
+
+def _build_shifts(
+    pairs: list[tuple[Distribution, Distribution]], after: NextTokenLogits, request: _Request
+) -> pd.DataFrame:
+    """The table of `rank_shift` with the edit's name, and with parts of characters as bytes."""
+    edit = after.edit
+    assert edit is not None
+    named_tokens = edit.named_tokens(after.lm)
+    table = shift_of(pairs, request.top, MOVERS, request.watch, named_tokens)
+    literals = [literal(after.lm, token) for token in table["token_id"]]
+    table = with_deltas(table.assign(edit=edit.name, token=literals))
+    keys = ["row", "pos", "edit"]
+    columns = [name for name in table if name not in (*keys, "why")]
+    return pd.DataFrame(table[[*keys, *columns, "why"]])
+
+
+def _add_summaries(measured: ShiftTables, seed: int) -> None:
+    if len(measured.rows) < 2:
         return
-    watched, distances = found.tables["watched"], found.tables["distances"]
-    found.tables["summary"] = over_prompts(
-        watched, by=["edit", "control", "watched"], values=MOVED, seed=seed
-    )
-    found.tables["summary_distances"] = over_prompts(
-        distances, by=["edit", "control"], values=DISTANCES, seed=seed
+    tables = measured.tables
+    keys = ["edit", "control", "watched"]
+    tables["summary"] = over_prompts(tables["watched"], by=keys, values=CHANGES, seed=seed)
+    tables["summary_distances"] = over_prompts(
+        tables["distances"], by=["edit", "control"], values=DISTANCES, seed=seed
     )
 
 
-def _about(
-    found: ShiftTables, under: tuple[Hook, ...], watch: Sequence[int], settings: dict[str, Any]
+def _build_about(
+    measured: ShiftTables, request: _Request, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    every: dict[str, tuple[Hook, ...]] = {}
-    for edit in (*found.edits, *found.controls):  # the draws of a control one after the other
-        every[edit.name] = (*every.get(edit.name, ()), *edit.hooks)
-    hooks = {
-        name: [_json(hook) for hook in hooks]
-        for name, hooks in {"baseline": under, **every}.items()
-    }
-    prompts = [found.lm.text(row) for row in found.rows]
-    made = {"hooks": hooks, "prompts": prompts, "tokens": [list(row) for row in found.rows]}
+    """The values of about.json: the model, the settings, the hooks and the prompts."""
+    edit_hooks: dict[str, list[Any]] = {}
+    for edit in (*measured.edits, *measured.controls):  # the draws of a control in one list
+        edit_hooks.setdefault(edit.name, []).extend(_json_of(hook) for hook in edit.hooks)
+    base_hooks = [_json_of(hook) for hook in request.base_hooks]
     return {
-        **about_model(found.lm),
+        **about_model(measured.lm),
         "git_commit": git_commit(),
-        "watch": list(watch),
+        "watch": list(request.watch),
         **settings,
-        **made,
+        "hooks": {"baseline": base_hooks, **edit_hooks},
+        "prompts": [measured.lm.text(row) for row in measured.rows],
+        "tokens": [list(row) for row in measured.rows],
     }
 
 
-def _json(hook: Hook) -> Any:
-    """A hook with its tensors, or with their hashes where they are large."""
-    whole = hook.to_json()
-    return json.loads(whole if len(whole) <= INLINE else hook.to_json(tensors="digest"))
+def _json_of(hook: Hook) -> Any:
+    """A hook with its tensors, or with their digests if they are large."""
+    text = hook.to_json()
+    if len(text) > LONGEST_JSON:
+        text = hook.to_json(tensors="digest")
+    return json.loads(text)
 
 
-def _with_files(page: Report, found: ShiftTables, about: dict[str, Any]) -> Report:
-    captions = {
-        "shifts": "first tokens before and after, and movers", "watched": "watched tokens of every prompt",
-        "distances": "how far every prompt's distribution moved", "layers": "the logit lens before and after",
-        "why": "the logit's parts before and after", "texts": "what was written",
-        "summary": "means of the watched tokens", "summary_distances": "means of the distances",
-    }  # fmt: skip
-    data = [
-        Part(t, name, captions[name])
-        for name, t in found.tables.items()
-        if name in captions and not t.empty
-    ]
+def _add_files(page: Report, measured: ShiftTables, about: dict[str, Any]) -> Report:
+    data = []
+    for name, table in measured.tables.items():
+        if name in CAPTIONS and not table.empty:
+            data.append(Part(table, name, CAPTIONS[name]))
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    return Report(page.title, page.parts, page.footer, tuple(data), ALL, {"about.json": text})
+    return Report(page.title, page.parts, page.footer, tuple(data), FORMATS, {"about.json": text})

@@ -1,0 +1,189 @@
+"""The style that all figures share: colours, fonts, labels, and text that fits into a given width.
+
+The colours of ink and paper are constants, so that a report can replace them by those of the
+reader's light or dark theme. No torch, no display, no global state of pyplot.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ..errors import BadHook
+
+INK, MUTED, GRID, PAPER = "#1f2430", "#6b7283", "#dcdfe6", "#ffffff"
+POINT, MARK, UP, DOWN = "#7d93c9", "#e0522d", "#1f9e89", "#e0522d"
+# Dash patterns tell lines apart without colour, and where one line hides another.
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+TITLE_LETTERS = 12.5  # letters of a title in one inch
+SHADES = 256  # colours of a colour map
+
+
+def finished(figure: Figure, title: str) -> Figure:
+    """Returns the figure with hookkit's colours and font sizes, and with its title."""
+    figure.set_facecolor(PAPER)
+    for axes in figure.axes:
+        axes.set_facecolor(PAPER)
+        axes.grid(color=GRID, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=8.5)
+        for side, spine in axes.spines.items():
+            spine.set_color(GRID)
+            spine.set_visible(side in ("left", "bottom"))
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_color(INK)
+            label.set_fontsize(9)
+    if title:
+        lines = textwrap.fill(plain(title), int(TITLE_LETTERS * figure.get_figwidth()))
+        figure.suptitle(lines, fontsize=11, color=INK, x=0.01, ha="left")
+    return figure
+
+
+def check_columns(table: pd.DataFrame, columns: Sequence[str], source: str) -> None:
+    """Raises `BadHook` if the table has not all columns of the table that `source` returns."""
+    missing = [repr(column) for column in columns if column not in table]
+    if missing:
+        raise BadHook(
+            f"this figure is drawn from {source}, and this table has no column "
+            f"{', '.join(missing)}: it has {', '.join(map(str, table.columns))}"
+        )
+
+
+def rank_axis(axes: Axes, lowest: float) -> None:
+    """Make the y axis a log axis of ranks, from 1 at the top to `lowest` at the bottom."""
+    axes.set_yscale("log")
+    axes.set_ylim(lowest, 0.85)
+    ticks = [1, 2, 5, *(10**power for power in range(1, int(np.log10(lowest)) + 1))]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("rank (log axis; 1 is the most likely)")
+
+
+def style_colour_bar(bar: Colorbar, label: str) -> None:
+    """Give a colour bar the fonts and colours of all figures."""
+    bar.set_label(label, fontsize=9, color=INK)
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
+    bar.outline.set_edgecolor(GRID)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+def change_colour(change: float) -> str:
+    """The colour of a rise, of a fall, or of no change. NaN is no change."""
+    if change > 0:
+        return UP
+    return DOWN if change < 0 else MUTED
+
+
+def pointer(label_side: float, shrink: tuple[float, float]) -> dict[str, Any]:
+    """The thin line from a label to its point, as `arrowprops` of `Axes.annotate`.
+
+    `label_side` is the x of the label's box where the line begins (0 left, 1 right).
+    `shrink` is the gap at the label and at the point, in points.
+    """
+    return {
+        "arrowstyle": "-",
+        "color": GRID,
+        "lw": 0.9,
+        "shrinkA": shrink[0],
+        "shrinkB": shrink[1],
+        "relpos": (label_side, 0.5),
+    }
+
+
+def draw_signed_bars(axes: Axes, values: np.ndarray | list[float]) -> None:
+    """Draw horizontal bars with their values, from the top down. The last bar is the sum."""
+    colours = [UP if value >= 0 else DOWN for value in values[:-1]]
+    positions = np.arange(len(values))
+    axes.barh(positions, values, color=[*colours, INK], height=0.7)
+    for position, value in enumerate(values):
+        annotate_bar(axes, f"{value:+.2f}", float(value), position)
+    axes.invert_yaxis()
+    axes.axvline(0, color=MUTED, lw=0.8)
+
+
+def annotate_bar(axes: Axes, text: str, value: float, position: int) -> None:
+    """Write a text at the outer end of a horizontal bar."""
+    offset, alignment = (4, "left") if value >= 0 else (-4, "right")
+    axes.annotate(
+        text,
+        (value, position),
+        xytext=(offset, 0),
+        textcoords="offset points",
+        ha=alignment,
+        va="center",
+        fontsize=8,
+        color=INK,
+    )
+
+
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The heights of labels in the same order, moved up until neighbours are `gap` apart."""
+    order = np.argsort(heights, kind="stable")
+    spread_heights = heights.astype(float)
+    for lower, upper in pairwise(order):
+        spread_heights[upper] = max(spread_heights[upper], spread_heights[lower] + gap)
+    return spread_heights
+
+
+def drawable(token: str) -> str:
+    """A token as matplotlib can draw it."""
+    return plain(readable(token))
+
+
+def readable(token: str) -> str:
+    """A token in which the characters that the font lacks are written as their codes."""
+    characters = _font_characters()
+    letters = []
+    for letter in token:
+        if ord(letter) not in characters:
+            letter = letter.encode("unicode_escape").decode()
+        letters.append(letter)
+    return "".join(letters)
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib draws unchanged: it would read text between dollars as mathematics."""
+    return text.replace("$", r"\$")
+
+
+@cache
+def _font_characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def width_of(text: str, size: float) -> float:
+    """The width of a text in inches, at a font size in points."""
+    width, _, _ = text_to_path.get_text_width_height_descent(
+        plain(text), FontProperties(size=size), False
+    )
+    return width * 1.04 / 72
+
+
+def fitted(token: str, room: float, size: float) -> tuple[str, float]:
+    """A token's text and the font size at which it fits into `room` inches.
+
+    The font is made smaller by at most a fifth; a token that needs more loses its middle.
+    """
+    word = readable(token)
+    size *= float(np.clip(room / width_of(word, size), 0.8, 1.0))
+    return plain(cut(word, room, size)), size
+
+
+def cut(word: str, room: float, size: float) -> str:
+    """The word, or its beginning and end with … between them, to fit into `room` inches."""
+    short, length = word, len(word) - 1
+    while width_of(short, size) > room * 1.001 and length > 3:
+        short = f"{word[: ceil(length / 2)]}…{word[-(length // 2) :]}"
+        length -= 1
+    return short
