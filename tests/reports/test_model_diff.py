@@ -352,6 +352,29 @@ def test_the_same_comes_of_small_batches_and_little_memory(two):
     assert whole.sites.set_index("site")["cka"].notna().sum() == 6
 
 
+@pytest.mark.parametrize(
+    ("memory", "batch_tokens", "forwards"),
+    [(10**9, 10**6, "one"), (10**9, 1, "one a prompt"), (1, 10**6, "one a site")],
+)
+def test_as_few_forwards_run_as_memory_and_batch_allow(two, memory, batch_tokens, forwards):
+    counts, sites = [], ["embed", "resid_post.0", "mlp_out.1", "resid_post.2"]
+    hk.diff(*two, PROMPTS, sites="embed")  # what is tried once for a model has been tried
+    handles = [
+        lm.model.model.embed_tokens.register_forward_hook(lambda m, a, o: counts.append(len(o)))
+        for lm in two
+    ]
+    try:
+        hk.diff(*two, PROMPTS, sites=sites, memory=memory, batch_tokens=batch_tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    prompts = len(PROMPTS)
+    assert len({len(row) for row in tokens_of(two[0])}) == prompts, "all of other lengths"
+    expected = {"one": [prompts], "one a prompt": [1] * prompts, "one a site": [prompts] * 4}
+    probe = [2]  # rows of the forward that finds the sizes of the sites
+    assert sorted(counts) == sorted(2 * (probe + expected[forwards]))
+
+
 def test_positions_and_sites_are_those_asked_for(two):
     found = hk.diff(*two, PROMPTS, pos=slice(1, None), sites=["z.1", "z.2.3"], cka=False)
     assert (
