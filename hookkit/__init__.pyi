@@ -64,9 +64,9 @@ from .hooks.logit_shifts import swap as swap
 from .hooks.logits import ban as ban
 from .hooks.logits import force as force
 from .hooks.logits import restrict as restrict
-from .hooks.text import format_hook as format_hook
+from .hooks.text import hook as hook
 from .hooks.text import load_hooks as load_hooks
-from .hooks.text import parse_hook as parse_hook
+from .hooks.text import spell as spell
 from .hooks.vector import Vector as Vector
 from .hooks.vector import Vectors as Vectors
 from .hooks.vector import load_vector as load_vector

@@ -20,6 +20,7 @@ import torch
 
 import hookkit as hk
 from hookkit.errors import HookkitError
+from hookkit.reports.page import Part
 
 TABLE = pd.DataFrame({"x": range(2000), "token": ["' tea'"] * 2000})
 TENSORS = {"x": torch.arange(200_000, dtype=torch.float32)}
@@ -35,7 +36,7 @@ def recorded(folder: Path) -> None:
 
 
 def reported(folder: Path) -> None:
-    hk.report("R", *(hk.reports.Part(TABLE, f"t{number}") for number in range(4))).write(folder)
+    hk.report("R", *(Part(TABLE, f"t{number}") for number in range(4))).write(folder)
 
 
 def indexed(folder: Path) -> None:

@@ -866,9 +866,8 @@ def test_what_has_no_meaning_in_an_encoder_decoder_is_refused():
         with pytest.raises(
             BadHook,
             match="an encoder-decoder reads two texts, so a position at .* may be of either",
-        ):  # noqa: SIM117
-            with hk.attach(model, hook), torch.no_grad():
-                model(**given)
+        ), hk.attach(model, hook), torch.no_grad():
+            model(**given)
     layer = hk.capture(hk.module("decoder.block.1"))
     with (
         pytest.raises(Unsupported, match=r"generate of an encoder-decoder .* runs its two parts"),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,21 +16,32 @@ from .untrusted import opened_tensors, tensors_in
 MADE_BY = "made_by"  # in the words of a file: who wrote it
 
 
+@runtime_checkable
+class SavesTensors(Protocol):
+    """A Run: something that knows which tensors it has, and writes them."""
+
+    def save_tensors(
+        self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
+    ) -> Path: ...
+
+
 @checks_arguments
 def save_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | SavesTensors,
     path: str | os.PathLike[str],
     *,
     about: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes named tensors to a safetensors file, with texts about them, and returns the file's path.
 
-    For all that a run captured: `run.save_tensors(path)`. A file that hookkit wrote is replaced. Raises `BadFile` for
-    another one, and where the file cannot be written.
+    For a run, all that it captured, as `run.save_tensors` does. A file that hookkit wrote is
+    replaced. Raises `BadFile` for another one, and where the file cannot be written.
 
     >>> save_tensors({"direction": vector}, "direction.safetensors", about={"site": "resid_post.6"}).name
     'direction.safetensors'
     """
+    if isinstance(tensors, SavesTensors):
+        return tensors.save_tensors(path, about=about)
     target = Path(path_of(path))
     if target.is_dir():
         raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
@@ -52,6 +64,8 @@ def _named(
     tensors: Mapping[str, Tensor], about: Mapping[str, str] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors by name as they are written, and the texts about them."""
+    if not isinstance(tensors, Mapping):
+        raise BadArgument(f"tensors={described(tensors)}: give a mapping of tensors by name, or a run")
     named = dict(tensors)
     if not named:
         raise BadHook("there are no tensors to save: capture something, or name at least one")

@@ -212,7 +212,7 @@ def _sites_and_file(spelled: Spelling) -> tuple[list[str] | None, str, float | N
 def _vector(path: str, lm: LM | None, spelled: Spelling) -> Vector:
     if lm is None:
         raise BadHook(
-            f"{spelled.text!r} reads a vector that is checked against a model: hk.parse_hook(text, lm=lm)"
+            f"{spelled.text!r} reads a vector that is checked against a model: hk.hook(text, lm=lm)"
         )
     try:
         return load_vector(lm, path)
@@ -406,3 +406,6 @@ def _where(hook: Hook) -> dict[str, Any]:
 
 def _value(value: Any) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+hook, spell = parse_hook, format_hook  # the names in `hk`

@@ -143,9 +143,7 @@ def _places(reading: SweepInputs, where: Where, pos: PosLike) -> Iterator[tuple[
         assert wanted is not None
         places = tuple(place for place in range(reading.lengths[row]) if place in wanted)
         if not places:
-            raise EmptySelection(
-                f"prompt {number} has no token at pos={pos!r}: give other positions"
-            )
+            raise EmptySelection(f"prompt {row} has no token at pos={pos!r}: give other positions")
         yield places
 
 

@@ -258,7 +258,7 @@ def test_every_way_of_decoding_gives_what_a_loop_by_hand_gives(lm, way):
         dict(pos=hk.PROMPT),
         dict(pos=slice(4, 7)),
         dict(),
-    ]  # noqa: C408
+    ]
     ids = rows_of(lm)[0]
     start = len(ids)
     chosen = [

@@ -265,7 +265,7 @@ def test_nothing_is_said_but_by_the_functions_that_print_escapes():
         if count:
             found[path.name] = count
     assert found == {
-        "base.py": 2,
-        "printing.py": 5,
-        "starting.py": 1,
+        "app.py": 2,
+        "output.py": 5,
+        "experiments.py": 1,
     }  # the last one is in the text of an experiment

@@ -146,11 +146,6 @@ def test_every_verb_but_that_of_a_function_can_be_written():
             BadHook,
             "is checked against a model: hk.hook(text, lm=lm)",
         ),
-        (
-            "patch:resid_post.6:Some tea",
-            BadHook,
-            "has a prompt that a model has to read: hk.hook(text, lm=lm)",
-        ),
         ("patch:resid_post.6", BadHook, "has no prompt to patch from"),
     ],
 )
