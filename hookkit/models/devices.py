@@ -1,10 +1,12 @@
-"""Where the weights of a model are: on one device, on several, or kept by accelerate in memory or on the disk.
+"""Where the weights of a model are: on devices, or offloaded by accelerate to memory or the disk.
 
-accelerate brings what is kept elsewhere to a module's device for the module's own forward, and takes it away behind it:
-between forwards such weights are on torch's "meta" device, without numbers. What is run through a module's `forward`
-has them; what reads them itself asks here.
+accelerate moves offloaded weights to a module's device for the module's own forward and removes
+them after it: between forwards such weights are on torch's "meta" device, without numbers. Code
+that runs through a module's `forward` has them; code that reads the weights themselves must use the
+functions of this file.
 
-Which device_map, max_memory, offload_folder and tp_plan can be: checked before a large model is read, not after.
+This file also checks device_map, max_memory, offload_folder and tp_plan before a large model is
+read.
 """
 
 import importlib.util
@@ -19,13 +21,13 @@ from torch import Tensor, nn
 
 from ..errors import BadHook, Unsupported, did_you_mean
 
-Kept = tuple[Mapping[str, Tensor], str]
-"""A mapping in which accelerate finds weights, and the name that a weight has in it."""
+OffloadedWeight = tuple[Mapping[str, Tensor], str]
+"""A mapping in which accelerate stores weights, and the key of one weight in it."""
 
 
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings an offloaded module's weights, and what it is given, for its forward."""
-    for hook in _aligning(module):
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Returns the device to which accelerate moves a module's weights for its forward, or None."""
+    for hook in _accelerate_hooks(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
             return torch.device(device)
@@ -33,123 +35,135 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes."""
-    found = execution_device(module)
-    if found is None:
-        found = next((weight.device for weight in module.parameters()), torch.device("cpu"))
-    inside = map(execution_device, module.modules()) if found.type == "meta" else ()
-    return next(
-        (device for device in inside if device is not None), found
-    )  # adapters keep a module in their own
+    """Returns the device on which a module computes."""
+    device = _execution_device(module)
+    if device is None:
+        device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
+    if device.type == "meta":  # adapters contain the module that has the hook
+        for inner in module.modules():
+            inner_device = _execution_device(inner)
+            if inner_device is not None:
+                return inner_device
+    return device
 
 
-def _aligning(module: nn.Module) -> Iterator[Any]:
+def _accelerate_hooks(module: nn.Module) -> Iterable[Any]:
     hook: Any = getattr(module, "_hf_hook", None)
-    yield from getattr(hook, "hooks", (hook,))
+    return getattr(hook, "hooks", (hook,))
 
 
-def _kept(root: nn.Module) -> dict[str, Kept]:
-    """Where accelerate keeps each weight that is on "meta", by the weight's name."""
-    found: dict[str, Kept] = {}
+def _offloaded_weights(root: nn.Module) -> dict[str, OffloadedWeight]:
+    """Returns where accelerate stores each weight that is on "meta", by the weight's name."""
+    offloaded: dict[str, OffloadedWeight] = {}
     for path, module in root.named_modules():
-        for hook in _aligning(module):
-            weights = (
-                getattr(hook, "weights_map", None) if getattr(hook, "offload", False) else None
-            )
-            if weights is None:
+        prefix = f"{path}." if path else ""
+        for hook in _accelerate_hooks(module):
+            weights_map = getattr(hook, "weights_map", None)
+            if weights_map is None or not getattr(hook, "offload", False):
                 continue
-            whole = bool(getattr(hook, "place_submodules", False))
-            parameters = module.named_parameters(recurse=whole, remove_duplicate=False)
-            for name, weight in (
-                *parameters,
-                *module.named_buffers(recurse=whole, remove_duplicate=False),
-            ):
+            recurse = bool(getattr(hook, "place_submodules", False))
+            parameters = module.named_parameters(recurse=recurse, remove_duplicate=False)
+            buffers = module.named_buffers(recurse=recurse, remove_duplicate=False)
+            for name, weight in (*parameters, *buffers):
                 if weight.is_meta:
-                    found[f"{path}.{name}" if path else name] = (weights, name)
-    return found
+                    offloaded[prefix + name] = (weights_map, name)
+    return offloaded
 
 
 def weights_of(root: nn.Module) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """All that a model has learnt, by name: what gives each, and whether it is there already.
+    """Yields each entry of the state dict: its name, a function that reads it, if it is loaded.
 
-    Those that are kept elsewhere are read when asked for, so that no more than one has to be in memory.
+    The function reads an offloaded weight when it is called, so that only one has to be in memory.
     """
-    kept = _kept(root)
+    offloaded = _offloaded_weights(root)
     for name, value in root.state_dict().items():
-        if isinstance(value, Tensor) and value.is_meta and name in kept:
-            yield name, _reading(kept[name], value.dtype), False
+        if isinstance(value, Tensor) and value.is_meta and name in offloaded:
+            yield name, _weight_reader(offloaded[name], value.dtype), False
         else:
             yield name, lambda value=value: value, True
 
 
-def _reading(kept: Kept, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _weight_reader(offloaded: OffloadedWeight, dtype: torch.dtype) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        weights, name = kept
-        found = weights[name]
-        return found.to(dtype) if found.dtype != dtype and dtype.is_floating_point else found
+        weights, name = offloaded
+        weight = weights[name]
+        return weight.to(dtype) if dtype.is_floating_point else weight
 
     return read
 
 
 def places_of(root: nn.Module) -> dict[str, str]:
-    """Where each weight is kept between forwards: "cpu", "cuda:0" …, "disk", or "meta" for one that is nowhere."""
-    kept = _kept(root)
-    return {
-        name: _where(*kept[name]) if weight.is_meta and name in kept else str(weight.device)
-        for name, weight in root.named_parameters(remove_duplicate=False)
-    }
+    """Returns where each weight is between forwards: a device, "disk", or "meta" for nowhere."""
+    offloaded = _offloaded_weights(root)
+    storages: dict[str, str] = {}
+    for name, weight in root.named_parameters(remove_duplicate=False):
+        if weight.is_meta and name in offloaded:
+            storages[name] = _offload_storage(*offloaded[name])
+        else:
+            storages[name] = str(weight.device)
+    return storages
 
 
-def _where(weights: Any, name: str) -> str:
-    while hasattr(weights, "prefix") and hasattr(
-        weights, "dataset"
-    ):  # accelerate's view of the names of one module
+def _offload_storage(weights: Any, name: str) -> str:
+    # accelerate gives each module a view of the mapping, in which names have no prefix
+    while hasattr(weights, "prefix") and hasattr(weights, "dataset"):
         weights, name = weights.dataset, f"{weights.prefix}{name}"
     if not hasattr(weights, "index"):
         return str(weights[name].device)
     return str(weights.state_dict[name].device) if name in weights.state_dict else "disk"
 
 
-def place_at(places: Mapping[str, str], path: str) -> str:
-    """Where the weights under a path are; of the nearest module around it that has any."""
+def place_at(storages: Mapping[str, str], path: str) -> str:
+    """Returns where the weights under a path are, or those of the nearest module around it."""
     while True:
-        inside = f"{path}." if path else ""
-        found = dict.fromkeys(place for name, place in places.items() if name.startswith(inside))
-        if found or not path:
-            return " and ".join(found)
+        prefix = f"{path}." if path else ""
+        under_path = [place for name, place in storages.items() if name.startswith(prefix)]
+        if under_path or not path:
+            return " and ".join(dict.fromkeys(under_path))
         path = path.rpartition(".")[0]
 
 
-def told(each: Iterable[tuple[int, str]]) -> str:
-    """The places of blocks in words: "cuda:0 in 0-3, disk in 4-7"; one alone where all are in the same."""
-    pairs = list(each)
-    if len({place for _, place in pairs}) == 1:
+def told(block_storages: Iterable[tuple[int, str]]) -> str:
+    """Returns where blocks are as text: "cuda:0 in 0-3, disk in 4-7", or "cpu" if all are there."""
+    pairs = list(block_storages)
+    if len({storage for _, storage in pairs}) == 1:
         return pairs[0][1]
-    runs = [[number for number, _ in run] for _, run in groupby(pairs, key=lambda pair: pair[1])]
-    at = dict(pairs)
-    return ", ".join(
-        f"{at[run[0]]} in {run[0]}{f'-{run[-1]}' if len(run) > 1 else ''}" for run in runs
-    )
+    texts = []
+    for storage, run in groupby(pairs, key=lambda pair: pair[1]):
+        numbers = [number for number, _ in run]
+        last = f"-{numbers[-1]}" if len(numbers) > 1 else ""
+        texts.append(f"{storage} in {numbers[0]}{last}")
+    return ", ".join(texts)
 
 
 def count(root: nn.Module) -> int:
-    """How many numbers a model has learnt. Weights that are shared count once: accelerate parts them in a forward."""
-    shared = getattr(root, "all_tied_weights_keys", None) or {}
-    named = root.named_parameters()
-    return sum(weight.numel() for name, weight in named if not (weight.is_meta and name in shared))
+    """Returns the number of parameters.
+
+    Tied weights count once, also if accelerate unties them in a forward.
+    """
+    tied = getattr(root, "all_tied_weights_keys", None) or {}
+    total = 0
+    for name, weight in root.named_parameters():
+        if not (weight.is_meta and name in tied):
+            total += weight.numel()
+    return total
+
+
+# ---- checks of the arguments of hk.load
 
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> None:
-    """Raise `BadHook` for a placement that cannot be, and `Unsupported` where accelerate is missing."""
+    """Raises `BadHook` for an impossible placement, and `Unsupported` if accelerate is missing."""
     if device_map is None:
         _check_device(device)
         for word, value in (("max_memory", max_memory), ("offload_folder", offload_folder)):
             if value is not None:
                 raise BadHook(
-                    f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes where"
+                    f"{word}={value!r} goes with a device_map: say device_map='auto', or what goes "
+                    "where"
                 )
         return
     if device is not None:
@@ -158,14 +172,15 @@ def check_placement(device: Any, device_map: Any, max_memory: Any, offload_folde
         )
     if importlib.util.find_spec("accelerate") is None:
         raise Unsupported(
-            "a device_map needs the package accelerate, one of hookkit's own dependencies, and this Python lacks it: "
-            "pip install accelerate"
+            "a device_map needs the package accelerate, one of hookkit's own dependencies, and "
+            "this Python lacks it: pip install accelerate"
         )
     _check_map(device_map)
     if max_memory is not None:
         if isinstance(device_map, Mapping) or device_map not in PLANS:
             raise BadHook(
-                f"max_memory goes with device_map='auto', and {device_map!r} already says where all is"
+                f"max_memory goes with device_map='auto', and {device_map!r} already says where "
+                "all is"
             )
         _check_memory(max_memory)
     if offload_folder is not None and Path(os.fspath(offload_folder)).is_file():
@@ -176,25 +191,23 @@ def _check_device(device: Any) -> None:
     if device is None:
         return
     try:
-        there = _is_there(torch.device(device))
+        exists = _exists(torch.device(device))
     except (RuntimeError, TypeError):
-        there = False
-    if not there:
-        raise BadHook(
-            f"device={str(device)!r} is none of this machine, which has {_there().removesuffix(', disk')}"
-        )
+        exists = False
+    if not exists:
+        devices = _list_devices().removesuffix(", disk")
+        raise BadHook(f"device={str(device)!r} is none of this machine, which has {devices}")
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise `BadHook` for a dtype in which no model computes."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    named = (
-        dtype is None or dtype == "auto" or isinstance(dtype, Mapping)
-    )  # a mapping has one for each part
-    known = named or (isinstance(found, torch.dtype) and found.is_floating_point)
-    if not known:
+    """Raises `BadHook` for a dtype in which no model computes."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, Mapping):  # a mapping names submodules
+        return
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise BadHook(
-            f"dtype={str(dtype)!r} is none in which a model computes: say float32, bfloat16, float16 or auto"
+            f"dtype={str(dtype)!r} is none in which a model computes: say float32, bfloat16, "
+            "float16 or auto"
         )
 
 
@@ -204,39 +217,43 @@ def _check_map(device_map: Any) -> None:
     if isinstance(device_map, Mapping):
         if not device_map:
             raise BadHook("device_map={} places nothing: name modules, or say 'auto'")
-        for module, place in device_map.items():
-            _check_place(place, f"device_map[{module!r}]={place!r}")
+        for module, storage in device_map.items():
+            _check_storage(storage, f"device_map[{module!r}]={storage!r}")
     elif device_map not in PLANS:
-        _check_place(device_map, f"device_map={device_map!r}")
+        _check_storage(device_map, f"device_map={device_map!r}")
 
 
-def _check_place(place: Any, words: str) -> None:
-    if isinstance(place, bool) or not isinstance(place, str | int | torch.device):
-        raise BadHook(f"{words}: give a device ('cpu', 0, 'cuda:1'), or 'disk'")
-    if place == "disk":
+def _check_storage(storage: Any, argument: str) -> None:
+    """Raises `BadHook` for what is neither a device of this machine nor "disk"."""
+    if isinstance(storage, bool) or not isinstance(storage, str | int | torch.device):
+        raise BadHook(f"{argument}: give a device ('cpu', 0, 'cuda:1'), or 'disk'")
+    if storage == "disk":
         return
     try:
-        device = torch.device(f"cuda:{place}") if isinstance(place, int) else torch.device(place)
+        device = torch.device(f"cuda:{storage}" if isinstance(storage, int) else storage)
     except RuntimeError:
         raise BadHook(
-            f"{words} is no device: say 'auto', or a device of this machine, which has {_there()}"
+            f"{argument} is no device: say 'auto', or a device of this machine, which has "
+            f"{_list_devices()}"
         ) from None
-    if isinstance(place, int) and torch.accelerator.is_available():
-        device = torch.device(torch.accelerator.current_accelerator().type, place)  # pyright: ignore
-    if device.type == "meta" or not _is_there(device):
-        raise BadHook(f"{words} is not on this machine, which has {_there()}")
+    if isinstance(storage, int) and torch.accelerator.is_available():
+        accelerator: Any = torch.accelerator.current_accelerator()
+        device = torch.device(accelerator.type, storage)
+    if device.type == "meta" or not _exists(device):
+        raise BadHook(f"{argument} is not on this machine, which has {_list_devices()}")
 
 
-def _is_there(device: torch.device) -> bool:
+def _exists(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     return device.type != "mps" or torch.backends.mps.is_available()
 
 
-def _there() -> str:
-    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    found += ["mps"] if torch.backends.mps.is_available() else []
-    return ", ".join([*found, "cpu", "disk"])
+def _list_devices() -> str:
+    devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return ", ".join([*devices, "cpu", "disk"])
 
 
 def _check_memory(max_memory: Any) -> None:
@@ -246,42 +263,40 @@ def _check_memory(max_memory: Any) -> None:
         )
     from accelerate.utils import convert_file_size_to_int
 
-    for place, size in max_memory.items():
-        words = f"max_memory[{place!r}]={size!r}"
-        if place not in ("cpu", "disk", "mps") and (
-            isinstance(place, bool) or not isinstance(place, int)
-        ):
+    for storage, size in max_memory.items():
+        argument = f"max_memory[{storage!r}]={size!r}"
+        is_number = isinstance(storage, int) and not isinstance(storage, bool)
+        if not is_number and storage not in ("cpu", "disk", "mps"):
             raise BadHook(
-                f"{words}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
+                f"{argument}: devices are the numbers of accelerators, 'cpu' and 'disk' here"
             )
-        if place != "disk":
-            _check_place(place, words)
+        if storage != "disk":
+            _check_storage(storage, argument)
         try:
-            count = convert_file_size_to_int(size)
+            byte_count = convert_file_size_to_int(size)
         except (TypeError, ValueError):
-            count = -1
-        if isinstance(size, bool) or count < 0:
-            raise BadHook(f"{words}: give bytes, or a text such as '20GB' or '512MiB'")
+            byte_count = -1
+        if isinstance(size, bool) or byte_count < 0:
+            raise BadHook(f"{argument}: give bytes, or a text such as '20GB' or '512MiB'")
 
 
 def check_named(model: nn.Module, device_map: Any) -> None:
-    """Raise `BadHook` where a device_map names a module that the model does not have: it would have no effect."""
+    """Raises `BadHook` if a device_map names a module that the model does not have."""
     if not isinstance(device_map, Mapping):
         return
-    there = {name for name, _ in model.named_modules()} | {
-        name for name, _ in model.named_parameters()
-    }
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     for name in device_map:
-        if name not in there:
-            first = ", ".join(child for child, _ in model.named_children())
+        if name not in names:
+            suggestion = did_you_mean(str(name), sorted(names))
+            children = ", ".join(child for child, _ in model.named_children())
             raise BadHook(
-                f"device_map names {name!r}, and the model has no such module{did_you_mean(str(name), sorted(there))} "
-                f"Its first modules are: {first}."
+                f"device_map names {name!r}, and the model has no such module{suggestion} "
+                f"Its first modules are: {children}."
             )
 
 
 def distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:
-    """transformers' word for a model that is split among processes."""
+    """Returns transformers' configuration of a model that is split among processes."""
     if device is not None or device_map is not None:
         raise BadHook(
             "tp_plan= says where each part of the model goes: leave device= and device_map= out"
@@ -297,4 +312,5 @@ def distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> 
         raise Unsupported(
             f"this version of transformers splits no models by a plan: {error}"
         ) from error
-    return DistributedConfig(tp_plan=plan if isinstance(plan, str) else dict(plan))  # pyright: ignore
+    rules: Any = plan if isinstance(plan, str) else dict(plan)
+    return DistributedConfig(tp_plan=rules)

@@ -1,14 +1,15 @@
-"""Tensor parallelism: one model held by several processes, in each of which some tensors are a part of what they are.
+"""Tensor parallelism: one model split among several processes (ranks).
 
-torchrun --nproc-per-node 2 script.py        # every process runs the script, and hk.load(name, tp_plan="auto")
+torchrun --nproc-per-node 2 script.py    # the script calls hk.load(name, tp_plan="auto")
 
-transformers splits the matrices: in each process (rank) `q_proj` gives some heads, and `down_proj` reads some neurons,
-as plain tensors without a mark. Here such a part is joined with those of the other ranks before any hook sees it, and
-what the hooks leave is cut again. So each rank does the same work on the same whole tensors, gets the same run, and
-rank 0 alone writes files.
+transformers splits the matrices: in each rank `q_proj` returns some of the heads, and `down_proj`
+reads some of the neurons, as plain tensors that are not marked as parts. hookkit gathers the parts
+of all ranks before a hook runs, and splits the result of the hooks again. So each rank does the
+same work on the same whole tensors and gets the same run, and only rank 0 writes files.
 
-That a tensor is split is read off its size, which the model's configuration fixes; that one of the full size is the
-same on all ranks is tried once for each place. What fits neither raises.
+A tensor is known to be split by its size, because the model's configuration determines the full
+size. A tensor of full size must be equal on all ranks, which is checked once for each module
+location. Any other tensor raises.
 """
 
 import sys
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 
 Key = tuple[str, str, int | str]
-"""A module's path, its side, and which of several tensors."""
+"""A module location: path, side and item."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a tensor is split: along which axis, and how much of it each rank has."""
+    """How a tensor is split: along which axis, and the size of each rank's part."""
 
     axis: int
     sizes: tuple[int, ...]
@@ -36,135 +37,142 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """The processes that hold one model together, seen from one of them."""
+    """The processes that share one model, seen from one of them. The model's LM owns it."""
 
     group: Any
     rank: int
     count: int
-    splits: dict[Key, Split | None] = field(
-        default_factory=dict
-    )  # None: whole, and the same on every rank
+    # None: whole, and the same on every rank
+    splits: dict[Key, Split | None] = field(default_factory=dict)
 
-    def split(self, key: Key, found: Tensor, expected: Mapping[int, int] | None) -> Split | None:
-        """How the tensor at a place is split; found out the first time, by all ranks together.
+    def split(self, key: Key, tensor: Tensor, expected: Mapping[int, int] | None) -> Split | None:
+        """Returns how the tensor at a module location is split. All ranks must call this together.
 
-        `expected` has the full sizes of axes that may be split, None where they are not known.
+        `expected` has the full sizes of the axes that may be split; it is None if they are unknown.
         """
         if key not in self.splits:
-            self.splits[key] = self._found(key, found, expected)
+            self.splits[key] = self._find_split(key, tensor, expected)
         return self.splits[key]
 
-    def _found(self, key: Key, found: Tensor, expected: Mapping[int, int] | None) -> Split | None:
-        where = f"what is at the {key[1]} of {key[0] or 'the model'}"
-        shapes: list[list[int]] = self.told(list(found.shape))
+    def _find_split(
+        self, key: Key, tensor: Tensor, expected: Mapping[int, int] | None
+    ) -> Split | None:
+        subject = f"what is at the {key[1]} of {key[0] or 'the model'}"
+        shapes: list[list[int]] = self.told(list(tensor.shape))
         for axis, full in (expected or {}).items():
             sizes = tuple(shape[axis] for shape in shapes)
-            if sum(sizes) == full and self.count > 1 and found.shape[axis] != full:
-                return Split(axis % found.ndim, sizes)
+            if sum(sizes) == full and self.count > 1 and tensor.shape[axis] != full:
+                return Split(axis % tensor.ndim, sizes)
             if set(sizes) != {full}:
                 raise Unsupported(
-                    f"{where} has {list(sizes)} numbers on the ranks along axis {axis % found.ndim}, which do not make "
-                    f"up {full}: it cannot be put together"
+                    f"{subject} has {list(sizes)} numbers on the ranks along axis "
+                    f"{axis % tensor.ndim}, which do not make up {full}: it cannot be put together"
                 )
-        sums = self.told(_summed(found))
-        if any(shape != shapes[0] for shape in shapes) or not torch.allclose(
-            torch.tensor(sums),
-            torch.tensor(sums[:1]).expand(len(sums), -1),
-            rtol=1e-4,
-            equal_nan=True,
-        ):
+        sums = torch.tensor(self.told(_checksums(tensor)))
+        same_sums = torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-4, equal_nan=True)
+        if not same_sums or any(shape != shapes[0] for shape in shapes):
             raise Unsupported(
-                f"{where} differs from rank to rank ({[tuple(shape) for shape in shapes]}), and how its parts stand "
-                "to the whole is not known: it cannot be put together. The sites of lm.describe() can"
+                f"{subject} differs from rank to rank ({[tuple(shape) for shape in shapes]}), and "
+                "how its parts make up the whole is not known: it cannot be put together. The "
+                "sites of lm.describe() can"
             )
         return None
 
     def told(self, value: Any) -> list[Any]:
-        """What each rank says, in their order."""
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, value, group=self.group)
-        return found
+        """Returns the value of each rank, in their order."""
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
 
     def first(self, value: Any) -> Any:
-        """What rank 0 says."""
+        """Returns the value of rank 0."""
         return self.told(value)[0]
 
     def least(self, value: int) -> int:
-        """The smallest of what the ranks say."""
+        """Returns the smallest value of all ranks."""
         return min(self.told(value))
 
     def together(self) -> None:
-        """Wait until every rank is here."""
+        """Waits for every rank."""
         self.told(None)
 
     # ---- parts and wholes
 
     def whole(self, part: Tensor, split: Split) -> Tensor:
-        """The whole tensor, from the part that each rank has."""
-        return _Joined.apply(part, self, split) if part.requires_grad else self.joined(part, split)  # pyright: ignore
+        """Returns the whole tensor from the part that each rank has."""
+        if part.requires_grad:
+            return _Gather.apply(part, self, split)  # pyright: ignore
+        return self.gather(part, split)
 
     def part(self, whole: Tensor, split: Split) -> Tensor:
-        """This rank's part of a whole tensor."""
-        return _Cut.apply(whole, self, split) if whole.requires_grad else self.cut(whole, split)  # pyright: ignore
+        """Returns this rank's part of a whole tensor."""
+        if whole.requires_grad:
+            return _Slice.apply(whole, self, split)  # pyright: ignore
+        return self.slice(whole, split)
 
-    def joined(self, part: Tensor, split: Split) -> Tensor:
+    def gather(self, part: Tensor, split: Split) -> Tensor:
+        """Returns the whole tensor, without a gradient."""
         largest = max(split.sizes)
         sent = part.detach().movedim(split.axis, 0).contiguous()
         if len(sent) < largest:
             sent = torch.cat([sent, sent.new_zeros(largest - len(sent), *sent.shape[1:])])
         received = [torch.empty_like(sent) for _ in split.sizes]
         torch.distributed.all_gather(received, sent, group=self.group)
-        parts = [each[:size] for each, size in zip(received, split.sizes, strict=True)]
+        parts = [padded[:size] for padded, size in zip(received, split.sizes, strict=True)]
         return torch.cat(parts).movedim(0, split.axis).contiguous()
 
-    def cut(self, whole: Tensor, split: Split) -> Tensor:
+    def slice(self, whole: Tensor, split: Split) -> Tensor:
+        """Returns this rank's part, without a gradient."""
         start = sum(split.sizes[: self.rank])
         return whole.narrow(split.axis, start, split.sizes[self.rank]).contiguous()
 
     def around(
         self,
         key: Key,
-        found: Tensor,
+        tensor: Tensor,
         expected: Mapping[int, int] | None,
         work: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Work on the whole of a tensor of which this rank may have a part: what goes on, the part again."""
-        split = self.split(key, found, expected)
+        """Applies `work` to the whole of a tensor, and returns this rank's part of the result."""
+        split = self.split(key, tensor, expected)
         if split is None:
-            return work(found)
-        whole = self.whole(found, split)
+            return work(tensor)
+        whole = self.whole(tensor, split)
         new = work(whole)
-        return found if new is whole else self.part(new, split)
+        return tensor if new is whole else self.part(new, split)
 
 
-class _Joined(torch.autograd.Function):
-    """Parts to the whole; backwards, this rank's part of the gradient, which every rank has whole."""
+class _Gather(torch.autograd.Function):
+    """From parts to the whole.
+
+    The gradient is this rank's part of the gradient, which every rank has whole.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: Ranks, split: Split) -> Tensor:
         ctx.ranks, ctx.split = ranks, split
-        return ranks.joined(part, split)
+        return ranks.gather(part, split)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.ranks.cut(gradients[0], ctx.split), None, None
+        return ctx.ranks.slice(gradients[0], ctx.split), None, None
 
 
-class _Cut(torch.autograd.Function):
-    """The whole to this rank's part; backwards, the gradient of the whole from those of all parts."""
+class _Slice(torch.autograd.Function):
+    """From the whole to this rank's part. The gradient is gathered from those of all parts."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, ranks: Ranks, split: Split) -> Tensor:
         ctx.ranks, ctx.split = ranks, split
-        return ranks.cut(whole, split)
+        return ranks.slice(whole, split)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.ranks.joined(gradients[0], ctx.split), None, None
+        return ctx.ranks.gather(gradients[0], ctx.split), None, None
 
 
-def _summed(found: Tensor) -> list[float]:
-    numbers = found.detach().double()
+def _checksums(tensor: Tensor) -> list[float]:
+    numbers = tensor.detach().double()
     return [float(numbers.sum()), float(numbers.abs().sum())]
 
 
@@ -172,28 +180,29 @@ def _summed(found: Tensor) -> list[float]:
 
 
 def ranks_of(model: nn.Module) -> Ranks | None:
-    """The ranks that hold a model together; None for one that is whole in this process.
+    """Returns the ranks that share a model, or None if this process has the whole model.
 
-    `Unsupported` for a model that is spread in another way than by tensor parallelism.
+    Raises `Unsupported` for a model that is distributed in another way than by tensor parallelism.
     """
     if "torch.distributed.tensor" not in sys.modules:
         return None
     from torch.distributed.tensor import DTensor
 
-    mesh = next(
-        (weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)), None
-    )
-    if mesh is None:
+    meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+    if not meshes:
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise Unsupported(
-                "this version of transformers does not mark what it splits among processes: use 5.20 on"
+                "this version of transformers does not mark what it splits among processes: use "
+                "5.20 on"
             )
         return None
+    mesh = meshes[0]
     names = tuple(mesh.mesh_dim_names or ())
     if mesh.ndim != 1 or (names and names != ("tp",)):
         raise Unsupported(
-            f"the model is spread over {mesh.size()} processes by {' and '.join(names) or 'a mesh of several axes'}, "
-            "and hooks reach models spread by tensor parallelism only: hk.load(name, tp_plan='auto')"
+            f"the model is spread over {mesh.size()} processes by "
+            f"{' and '.join(names) or 'a mesh of several axes'}, and hooks reach models spread by "
+            "tensor parallelism only: hk.load(name, tp_plan='auto')"
         )
     group = mesh.get_group()
     ranks = Ranks(group, torch.distributed.get_rank(group), mesh.size())
@@ -202,17 +211,17 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 
 
 _LIVE_RANKS: weakref.WeakSet[Ranks] = weakref.WeakSet()
-"""This process's part in each split model that it holds now. A model that is gone has left the set."""
+"""This process's part in each split model that it has. The models own the entries."""
 
 
 def is_writing_process() -> bool:
-    """True where this process writes files: in no model that lives now is it a later rank.
+    """True if this process writes files: it has rank 0 in every model.
 
-    For what belongs to no model, such as a report. Where there is a model, `lm.is_writer` says it.
+    This is for files of no single model, such as reports. For one model there is `lm.is_writer`.
     """
     return all(ranks.rank == 0 for ranks in _LIVE_RANKS)
 
 
 def whole_weight(weight: Tensor) -> Tensor:
-    """A weight that may be split among ranks, whole; every rank has to ask."""
+    """Returns a weight whole, if it is split among ranks. Every rank must call this."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # pyright: ignore

@@ -1,6 +1,7 @@
-"""hk.tiny: a small random model of any family, made from its configuration class, offline and in milliseconds.
+"""hk.tiny: returns a small random model of any family, made from its configuration class.
 
-It is what the laws are run on, and what a test of one's own code should be run on.
+It needs no network and takes milliseconds. The laws are tested on it, and tests of your own code
+can use it too.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from ..arguments import checks_arguments
 from ..errors import ModelNotFound, did_you_mean
 from .lm import LM
 
-# 3 blocks, d_model 32, 4 heads of 8, 2 key-value heads. A configuration takes the words that it knows.
+# 3 blocks, d_model 32, 4 heads of 8, 2 key-value heads. Settings that a family lacks are left out.
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -31,7 +32,7 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
 }
-LATENT: dict[str, Any] = {  # keys and values made of a latent that all heads share
+LATENT: dict[str, Any] = {  # multi-head latent attention
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
     "qk_nope_head_dim": 8,
@@ -52,7 +53,9 @@ SLIDING: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 
-# What a family needs beside the sizes. None takes a word out.
+STATE_SPACE_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", ".D")  # keep their initial values
+
+# What a family needs besides the sizes. None removes a setting.
 FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "cohere2": {**SLIDING, "head_dim": 8},
@@ -71,11 +74,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
     "gemma4_text": {
         **SLIDING,
-        "layer_types": [
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-        ],  # the last one has to be full
+        # the last one must be full
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         "head_dim": 8,
         "global_head_dim": 16,
         "vocab_size_per_layer_input": 320,
@@ -145,11 +145,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny(
     model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None
 ) -> LM:
-    """A random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens, in float32 and evaluation mode.
+    """Returns a random model of a family with 3 blocks, d_model 32, 4 heads and 320 tokens.
 
-    `model_type` is transformers' own word ("llama", "gpt_neox", "qwen3_moe"); `config` changes or adds words of its
-    configuration. Weights are normal with a standard deviation of 0.3, so that nothing in it is near zero. Without a
-    tokenizer, prompts are token ids. `ModelNotFound` for a type that transformers does not know or cannot make small.
+    It is in float32 and evaluation mode. `model_type` is the name in transformers ("llama",
+    "gpt_neox", "qwen3_moe"); `config` changes or adds settings of its configuration. Weights are
+    normal with a standard deviation of 0.3, so that no activation is near zero. Without a
+    tokenizer, prompts are token ids. Raises `ModelNotFound` for a type that transformers does not
+    have or that cannot be made small.
 
     >>> tiny("gpt_neox").n_layers
     3
@@ -158,37 +160,42 @@ def tiny(
 
     if model_type not in CONFIG_MAPPING:
         raise ModelNotFound(
-            f"transformers has no model type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
+            "transformers has no model type "
+            f"{model_type!r}{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
         )
-    kind: Any = CONFIG_MAPPING[model_type]
-    known = {name: value for name, value in SIZES.items() if hasattr(kind(), name)}
-    words = {**known, **FAMILIES.get(model_type, {}), **(config or {})}
-    words = {
-        name: value for name, value in words.items() if value is not None or name == "pad_token_id"
-    }
+    config_class: Any = CONFIG_MAPPING[model_type]
+    settings = _tiny_settings(model_type, config_class(), config or {})
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(kind(**words), dtype=torch.float32)
-        _fill(model)
+        model: Any = AutoModelForCausalLM.from_config(config_class(**settings), dtype=torch.float32)
+        _randomize_weights(model)
     except Exception as error:
         raise ModelNotFound(
-            f"no small {model_type!r} could be made of {words}: give what it needs with config={{…}}. {error}"
+            f"no small {model_type!r} could be made of {settings}: give what it needs with "
+            f"config={{…}}. {error}"
         ) from error
     finally:
         torch.random.set_rng_state(state)
     return LM(model.eval(), tokenizer, f"tiny {model_type}")
 
 
-def _fill(model: torch.nn.Module) -> None:
-    """Numbers that hide nothing: matrices of size 0.3, scales around 1, shifts around 0."""
+def _tiny_settings(model_type: str, default_config: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
+    settings |= FAMILIES.get(model_type, {})
+    settings |= changes
+    for name, value in list(settings.items()):
+        if value is None and name != "pad_token_id":
+            del settings[name]
+    return settings
+
+
+def _randomize_weights(model: torch.nn.Module) -> None:
+    """Fills matrices with a standard deviation of 0.3, scales around 1, and biases around 0."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 weight.normal_(std=0.3)
-            elif not name.endswith(
-                ("A_log", "dt_bias", "dt_proj.bias", ".D")
-            ):  # of state-space models: left as made
-                weight.normal_(
-                    mean=float(any(word in name for word in ("norm", "ln_", "ln1", "ln2"))), std=0.1
-                )
+            elif not name.endswith(STATE_SPACE_PARAMETERS):
+                is_scale = any(word in name for word in ("norm", "ln_", "ln1", "ln2"))
+                weight.normal_(mean=float(is_scale), std=0.1)

@@ -1,9 +1,10 @@
-"""What other libraries put around a model: torch.compile, the adapters of PEFT.
+"""What other libraries wrap around a model: torch.compile and the adapters of PEFT.
 
-None of them is imported here: a model that they wrapped has imported them.
+Neither library is imported here, because a model that one of them wraps has imported it.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,25 +15,32 @@ DISTRIBUTING = ("torch.nn.parallel", "torch.distributed", "deepspeed")  # packag
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The model, what it wraps, what that wraps …, the last being transformers' own: a PeftModelForCausalLM, its
-    LoraModel, its LlamaForCausalLM. `Unsupported` for one that copies or cuts the model up."""
+    """Returns the model and the models inside it, from the outermost to transformers' own.
+
+    For example a PeftModelForCausalLM, its LoraModel and its LlamaForCausalLM. Raises `Unsupported`
+    for a wrapper that copies or splits the model.
+    """
     package = type(model).__module__
     if isinstance(getattr(model, "module", None), nn.Module) and package.startswith(DISTRIBUTING):
         raise Unsupported(
-            f"the model is inside {type(model).__name__}, which wraps it for several devices: give hookkit the model "
-            "itself, model.module. Hooks on it act in the wrapper's forwards too where those run it in this process"
+            f"the model is inside {type(model).__name__}, which wraps it for several devices: give "
+            "hookkit the model itself, model.module. Hooks on it act in the wrapper's forwards too "
+            "where those run it in this process"
         )
-    inner = model._modules.get("_orig_mod") or _adapted(model)
+    inner = model._modules.get("_orig_mod") or _inside_peft(model)
     return (model,) if inner is None else (model, *unwrapped(inner))
 
 
 def called(wrapping: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
-    """Those of them whose forward may call the next one's without its hooks, so that hooks have to go on them too."""
+    """Returns the wrappers whose forward may call the next one's without its hooks.
+
+    Hooks must be registered on these too.
+    """
     return tuple(module for module in wrapping[:-1] if "_orig_mod" not in module._modules)
 
 
-def _adapted(model: Any) -> nn.Module | None:
-    """The model in one of PEFT's."""
+def _inside_peft(model: Any) -> nn.Module | None:
+    """Returns the model inside a model of PEFT, or None."""
     if "peft" not in sys.modules:
         return None
     from peft import PeftMixedModel, PeftModel
@@ -43,55 +51,63 @@ def _adapted(model: Any) -> nn.Module | None:
     return model.model if isinstance(model, BaseTuner) else None
 
 
+def _adapter_layers(modules: Iterable[nn.Module]) -> list[Any]:
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
+
 def adapters(wrapping: tuple[nn.Module, ...]) -> list[str]:
-    """The names of a model's adapters. PEFT wraps a model in them; transformers puts them into it."""
-    return list(dict.fromkeys(name for module in wrapping for name in _configs(module)))
+    """Returns the names of a model's adapters.
+
+    PEFT wraps them around it; transformers adds them inside.
+    """
+    names: dict[str, None] = {}
+    for module in wrapping:
+        names.update(dict.fromkeys(_adapter_configs(module)))
+    return list(names)
 
 
 def adapters_of(module: nn.Module) -> list[str]:
-    """The names of the adapters of one layer."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if not isinstance(module, BaseTunerLayer):
-        return []
-    parts: Any = [getattr(module, name, None) for name in module.adapter_layer_names]
-    return list(
-        dict.fromkeys(name for part in parts if hasattr(part, "keys") for name in part.keys())
-    )  # noqa: SIM118  no mapping
+    """Returns the names of the adapters of one layer."""
+    names: dict[str, None] = {}
+    for layer in _adapter_layers([module]):
+        for attribute in layer.adapter_layer_names:
+            part = getattr(layer, attribute, None)
+            if hasattr(part, "keys"):
+                names.update(dict.fromkeys(part.keys()))
+    return list(names)
 
 
 def adapters_in_use(model: nn.Module) -> list[str]:
-    """The names of the adapters that act in some layer; none where they are disabled."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return sorted(
-        {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
-    )
+    """Returns the names of the adapters that are active in some layer and not disabled there."""
+    names: set[str] = set()
+    for layer in _adapter_layers(model.modules()):
+        if not layer.disable_adapters:
+            names.update(layer.active_adapters)
+    return sorted(names)
 
 
-def _configs(module: Any) -> dict[str, Any]:
-    found = getattr(module, "peft_config", None)
-    return found if isinstance(found, dict) else {}
+def _adapter_configs(module: Any) -> dict[str, Any]:
+    configs = getattr(module, "peft_config", None)
+    return configs if isinstance(configs, dict) else {}
 
 
 def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
-    """Raise `Unsupported` where the active adapter puts tokens of its own in front of the text."""
+    """Raises `Unsupported` if the active adapter puts virtual tokens before the text."""
     for module in wrapping:
-        active: Any = getattr(module, "active_adapter", None) if _configs(module) else None
-        config = _configs(module).get(active) if isinstance(active, str) else None
-        if (
-            config is None
-            or not config.is_prompt_learning
-            or getattr(module, "_adapters_disabled", False)
-        ):
+        configs = _adapter_configs(module)
+        name: Any = getattr(module, "active_adapter", None) if configs else None
+        config = configs.get(name) if isinstance(name, str) else None
+        if config is None or not config.is_prompt_learning:
+            continue
+        if getattr(module, "_adapters_disabled", False):
             continue
         raise Unsupported(
-            f"the adapter {active!r} ({config.peft_type.value}) puts {config.num_virtual_tokens} tokens of its own in "
-            "front of every text, so positions would mean others than the text's: use an adapter in the layers such as "
-            "LoRA, or run inside `with model.disable_adapter():`"
+            f"the adapter {name!r} ({config.peft_type.value}) puts {config.num_virtual_tokens} "
+            "tokens of its own in front of every text, so positions would mean others than the "
+            "text's: use an adapter in the layers such as LoRA, or run inside `with "
+            "model.disable_adapter():`"
         )
