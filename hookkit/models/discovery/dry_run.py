@@ -20,38 +20,16 @@ from ..overrides import Lent, without_hooks
 
 F = nn.functional
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-PRODUCTS = (
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    torch.bmm,
-    Tensor.bmm,
-    torch.baddbmm,
-    Tensor.baddbmm,
-)
-ACTIVATIONS = (
-    F.silu,
-    F.gelu,
-    F.relu,
-    Tensor.relu,
-    torch.relu,
-    F.relu6,
-    F.elu,
-    F.leaky_relu,
-    F.mish,
-    F.softplus,
-    F.hardswish,
-    torch.tanh,
-    Tensor.tanh,
-    torch.sigmoid,
-    Tensor.sigmoid,
-    F.tanh,
-    F.sigmoid,
-)
+MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+BATCHED_MATMUL = (torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm)
+RELU = (F.relu, torch.relu, Tensor.relu)
+TANH = (F.tanh, torch.tanh, Tensor.tanh)
+SIGMOID = (F.sigmoid, torch.sigmoid, Tensor.sigmoid)
+SMOOTH_OR_CLIPPED = (F.silu, F.gelu, F.relu6, F.elu, F.leaky_relu, F.mish, F.softplus, F.hardswish)
 KINDS: dict[Any, str] = {
     **dict.fromkeys(SOFTMAX, "softmax"),
-    **dict.fromkeys(PRODUCTS, "product"),
-    **dict.fromkeys(ACTIVATIONS, "activation"),
+    **dict.fromkeys((*MATMUL, *BATCHED_MATMUL), "product"),
+    **dict.fromkeys((*RELU, *TANH, *SIGMOID, *SMOOTH_OR_CLIPPED), "activation"),
     F.linear: "linear",
     F.scaled_dot_product_attention: "fused",
 }
