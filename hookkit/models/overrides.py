@@ -115,7 +115,7 @@ class Lent:
         By default it applies to the calls of this thread. Of several replacements the newest is
         called first.
         """
-        wrapper = MethodWrapper(work, _in_this_thread() if applies is None else applies)
+        wrapper = MethodWrapper(work, applies or _in_this_thread())
         self.later(functools.partial(_remove_wrapper, owner, name, wrapper))
         with _LOCK:
             function = owner.__dict__.get(name)

@@ -14,7 +14,7 @@ hookkit's.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -76,9 +76,7 @@ def padded_inputs(
 
     `positions` [row, column] counts each row's tokens from 0, and is -1 in the padding.
     """
-    return _padding_scheme(lm, side).inputs(
-        ids, positions, ids.shape[1] if width is None else width
-    )
+    return _padding_scheme(lm, side).inputs(ids, positions, width or ids.shape[1])
 
 
 def pads(lm: LM, side: Side) -> bool:
@@ -215,7 +213,7 @@ def _padding_difference(
     values = _forward(lm, scheme.inputs(ids, positions, ids.shape[1]))
     differences = []
     for number, row in enumerate(rows):
-        part = values[number, -len(row) :] if side == "left" else values[number, : len(row)]
+        part = values[number, _columns(row, ids.shape[1], side)]
         differences.append(_relative_difference(part, alone[number]))
     return max(differences)
 
@@ -295,9 +293,11 @@ def _try_generation(
     lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
 ) -> _GenerationTrial:
     rows = _trial_rows(lm)
-    if chunk_kind is not None and chunk_kind[1] == 0:
-        rows = [row[: LONG - 1] for row in rows]
-    chunk = None if chunk_kind is None else _trial_chunk(chunk_kind, len(rows[0]))
+    chunk = None
+    if chunk_kind is not None:
+        if chunk_kind[1] == 0:
+            rows = [row[: LONG - 1] for row in rows]
+        chunk = _trial_chunk(chunk_kind, len(rows[0]))
     batch = rows if padded else rows[:1]
     with _trial_conditions(lm):
         expected = _forward_unpadded(lm, [rows[1]])[0, -1]
@@ -376,10 +376,16 @@ def _padded_batch(
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.full((len(rows), width), -1)
     for number, row in enumerate(rows):
-        start = width - len(row) if side == "left" else 0
-        ids[number, start : start + len(row)] = torch.tensor(row)
-        positions[number, start : start + len(row)] = torch.arange(len(row))
+        columns = _columns(row, width, side)
+        ids[number, columns] = torch.tensor(row)
+        positions[number, columns] = torch.arange(len(row))
     return ids.to(device), positions
+
+
+def _columns(row: Sequence[int], width: int, side: Side) -> slice:
+    """Returns the columns of a row's tokens in a batch that is padded on this side."""
+    start = width - len(row) if side == "left" else 0
+    return slice(start, start + len(row))
 
 
 def _forward_unpadded(lm: LM, rows: list[list[int]]) -> Tensor:
@@ -397,8 +403,9 @@ def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if isinstance(logits, Tensor):
         return logits
-    values = logits.values() if isinstance(logits, Mapping) else logits
-    return next(value for value in values if isinstance(value, Tensor))
+    if isinstance(logits, Mapping):
+        logits = logits.values()
+    return next(value for value in logits if isinstance(value, Tensor))
 
 
 def _relative_difference(logits: Tensor, expected: Tensor) -> float:
@@ -418,14 +425,10 @@ def _limit(lm: LM, values: Tensor, noise: float) -> float:
 def _trial_conditions(lm: LM) -> Iterator[None]:
     """Runs the model in evaluation mode, without gradients and without hooks of users."""
     modules = list(lm.root.modules())
-    kind = lm.device.type
-    devices = [lm.device] if kind not in ("cpu", "meta") else []
     with Lent() as overrides, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(
-            torch.random.fork_rng(devices=devices, device_type=kind if devices else "cuda")
-        )
+        stack.enter_context(torch.autocast(lm.device.type, enabled=False))
+        stack.enter_context(_keep_random_state(lm.device))
         overrides.later(_end_trial)
         _thread.in_trial = True
         for module in modules:
@@ -435,6 +438,12 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 _silence_user_hooks(hooks, overrides)
         yield
+
+
+def _keep_random_state(device: torch.device) -> AbstractContextManager[None]:
+    if device.type in ("cpu", "meta"):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _end_trial() -> None:
@@ -452,7 +461,9 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a hook that does nothing in a trial. In other threads it acts as before."""
 
     def silenced(*args: Any, **kwargs: Any) -> Any:
-        return None if unseen() else hook(*args, **kwargs)
+        if not unseen():
+            return hook(*args, **kwargs)
+        return None
 
     return silenced
 

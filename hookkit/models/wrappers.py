@@ -100,8 +100,10 @@ def refuse_virtual_tokens(wrapping: tuple[nn.Module, ...]) -> None:
     for module in wrapping:
         configs = _adapter_configs(module)
         name: Any = getattr(module, "active_adapter", None) if configs else None
-        config = configs.get(name) if isinstance(name, str) else None
-        if config is None or not config.is_prompt_learning:
+        if not isinstance(name, str) or name not in configs:
+            continue
+        config = configs[name]
+        if not config.is_prompt_learning:
             continue
         if getattr(module, "_adapters_disabled", False):
             continue

@@ -73,9 +73,13 @@ def discover_family(model: nn.Module, config: Any) -> Family:
     """
     blocks, path = _find_blocks(model, config)
     kinds = _block_kinds(blocks)
-    skipped = [block for number, block in enumerate(blocks) if kinds[number] != number]
-    modules = _modules_to_record(model, path, kinds)
-    recording = dry_run(model, modules, skipped, _token_ids(model, config))
+    repeated = [path.format(layer=number) for number, kind in enumerate(kinds) if kind != number]
+    recording = dry_run(
+        model,
+        _modules_to_record(model, repeated),
+        [model.get_submodule(repeated_path) for repeated_path in repeated],
+        _token_ids(model, config),
+    )
     findings: dict[int, Block | str] = {}
     for number in sorted(set(kinds)):
         findings[number] = _study_block(recording, path.format(layer=number))
@@ -84,16 +88,17 @@ def discover_family(model: nn.Module, config: Any) -> Family:
     _remove_mixed_styles(studied)
     locations, missing = _merge_blocks(model, findings, kinds, path)
     whole_model = _locate_whole_model_sites(model, config, recording, path)
+    locations |= whole_model.locations
     missing |= whole_model.missing
     exceptions: dict[str, str] = {}
     for block in studied:
         exceptions |= block.exceptions
     for name in AXES:
-        if name not in locations and name not in whole_model.locations:
+        if name not in locations:
             missing.setdefault(name, NOT_SEEN)
     family = Family(
         getattr(config, "model_type", None) or "unknown",
-        {**locations, **whole_model.locations},
+        locations,
         missing,
         block=path,
         attention=_attention_style(studied),
@@ -143,14 +148,13 @@ def _signature(block: nn.Module) -> Any:
     return tuple(modules)
 
 
-def _modules_to_record(model: nn.Module, path: str, kinds: list[int]) -> dict[str, nn.Module]:
-    """Returns all modules outside the blocks, and those of one block of each kind."""
-    skipped = [path.format(layer=number) for number, kind in enumerate(kinds) if kind != number]
-    prefixes = tuple(f"{block}." for block in skipped)
+def _modules_to_record(model: nn.Module, repeated: list[str]) -> dict[str, nn.Module]:
+    """Returns all modules by path, except those in blocks whose kind is recorded already."""
+    prefixes = tuple(f"{path}." for path in repeated)
     modules = {}
-    for name, module in model.named_modules():
-        if name and name not in skipped and not name.startswith(prefixes):
-            modules[name] = module
+    for path, module in model.named_modules():
+        if path and not f"{path}.".startswith(prefixes):
+            modules[path] = module
     return modules
 
 
