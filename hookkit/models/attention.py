@@ -353,19 +353,18 @@ def _attention(
         return compute_fused()
     mask = _additive_mask(attention_mask, query, key, settings.get("sliding_window"))
     compute_eager = functools.partial(eager, module, query, key, value, mask, **settings)
-    key_count = key.shape[2]
+    make_mode = functools.partial(
+        _SoftmaxMode, interception.replace, query.dtype, key_count=key.shape[2]
+    )
     if fused is eager:
-        with _SoftmaxMode(interception.replace, query.dtype, key_count):
+        with make_mode():
             return compute_eager()
     # in training, dropout makes two computations differ
     if interception.implementation in interception.verified or module.training:
-        with (
-            suppress(_Unchanged),
-            _SoftmaxMode(interception.replace, query.dtype, key_count, stop=True),
-        ):
+        with suppress(_Unchanged), make_mode(stop=True):
             return compute_eager()
         return compute_fused()
-    with _SoftmaxMode(interception.replace, query.dtype, key_count) as mode:
+    with make_mode() as mode:
         eager_output = compute_eager()
     with torch.no_grad():
         unedited = compute_eager() if mode.changed else eager_output

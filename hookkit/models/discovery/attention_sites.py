@@ -219,8 +219,8 @@ def _locate_projections(recording: Recording, attention: Attention) -> None:
             attention.locations[name] = ModuleLocation(attention.call.path, "inside", "value")
         else:
             attention.missing[name] = (
-                f"the output of its projection {call.name!r}, where it stands, is not [batch, pos, "
-                "…]"
+                f"the output of its projection {call.name!r}, where it stands, "
+                "is not [batch, pos, …]"
             )
     attention.rotates = transformed["q"] or transformed["k"]
 
@@ -247,17 +247,20 @@ def _find_projection(
     recording: Recording, attention: Attention, target: Tensor, *, rotates: bool
 ) -> tuple[ModuleCall, Match] | None:
     """Returns the projection that heads [batch, pos, head, d_head] come from, and where in it."""
-    calls = recording.calls_within(attention.call)
-    for call in calls:
-        if not call.is_linear or not recording.runs_once(call):
-            continue
+    for call in _projections(recording, attention):
         output = _projection_output(recording, call.output)
         if output is None:
             continue
         heads = find_heads(output, target, attention.sizes, rotates)
         if heads is not None:
             return call, heads
-    for call in calls:
+    return _find_projection_before_norm(recording, attention, target, rotates=rotates)
+
+
+def _find_projection_before_norm(
+    recording: Recording, attention: Attention, target: Tensor, *, rotates: bool
+) -> tuple[ModuleCall, Match] | None:
+    for call in recording.calls_within(attention.call):
         if call.is_linear or recording.calls_within(call):
             continue
         before, after = _as_heads(call.input, target), _as_heads(call.output, target)
