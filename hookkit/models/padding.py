@@ -30,14 +30,8 @@ Side: TypeAlias = Literal["left", "right"]
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 NOISE_FACTOR = 5  # padding may change logits by this multiple of what an unpadded batch changes
-LIBRARIES = (  # a model needs the hooks of these
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "deepspeed",
-    "hookkit",
-)
+# a model needs the hooks of these
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "hookkit")
 _thread = threading.local()
 
 

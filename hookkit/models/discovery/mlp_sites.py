@@ -16,15 +16,16 @@ def locate_mlp_sites(block: Block) -> None:
     calls = _mlp_calls(block, mlp)
     linear_calls = [call for call in calls if call.is_linear]
     _locate_router(block, calls)
-    if not calls or (mlp is None and (block.mlp_term is None or not linear_calls)):
-        for name in ("mlp_in", "mlp_pre", "mlp_post"):
-            block.missing[name] = UNPROVED + "no MLP was seen in this block"
+    if not calls or (mlp is None and not linear_calls):
+        reason = UNPROVED + "no MLP was seen in this block"
+        block.missing |= dict.fromkeys(("mlp_in", "mlp_pre", "mlp_post"), reason)
         return
-    _locate_mlp_in(block, mlp, calls)
+    _locate_mlp_in(block, mlp or linear_calls[0], calls)
     if not linear_calls or not _gives_mlp_output(block, mlp, linear_calls[-1]):
         reason = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
-        has_experts = _has_experts(mlp or block.call)
-        block.missing |= NEURONS if has_experts else dict.fromkeys(NEURONS, reason)
+        block.missing |= dict.fromkeys(NEURONS, reason)
+        if _has_experts(mlp or block.call):
+            block.missing |= NEURONS
         return
     last = linear_calls[-1]
     block.locations["mlp_post"] = ModuleLocation(last.path, "input", flat=is_flat(last.input))
@@ -93,21 +94,16 @@ def _mlp_calls(block: Block, mlp: ModuleCall | None) -> list[ModuleCall]:
     return calls
 
 
-def _locate_mlp_in(block: Block, mlp: ModuleCall | None, calls: list[ModuleCall]) -> None:
-    """Locates mlp_in at the input of the MLP's module, if a matrix in it reads that input.
-
-    If the MLP is no module, it is at the input of the first matrix.
-    """
-    readers = [call for call in calls if call.is_linear or _has_matrix(call)]
-    entry = mlp
-    if mlp is None:
-        entry = next((call for call in calls if call.is_linear), None)
-    value = None if entry is None else block.recording.by_token(entry.input)
-    is_read = mlp is None or any(equal_values(call.input, value) for call in readers)
-    if entry is None or value is None or value.shape[-1] != block.pre.shape[-1] or not is_read:
-        block.missing["mlp_in"] = UNPROVED + "no matrix of the MLP reads what its module is given"
-        return
-    block.locations["mlp_in"] = ModuleLocation(entry.path, "input", flat=is_flat(entry.input))
+def _locate_mlp_in(block: Block, entry: ModuleCall, calls: list[ModuleCall]) -> None:
+    """Locates mlp_in at the input of the MLP's module or first matrix, if a matrix reads it."""
+    value = block.recording.by_token(entry.input)
+    if value is not None and value.shape[-1] == block.pre.shape[-1]:
+        readers = [call for call in calls if call.is_linear or _has_matrix(call)]
+        if any(equal_values(call.input, value) for call in readers):
+            location = ModuleLocation(entry.path, "input", flat=is_flat(entry.input))
+            block.locations["mlp_in"] = location
+            return
+    block.missing["mlp_in"] = UNPROVED + "no matrix of the MLP reads what its module is given"
 
 
 def _gives_mlp_output(block: Block, mlp: ModuleCall | None, last: ModuleCall) -> bool:
@@ -190,16 +186,14 @@ def _router_logits(block: Block, call: ModuleCall) -> Tensor | None:
         return None
     if not block.recording.runs_once(call):
         return None
-    for function_call in block.recording.function_calls_within(call):
-        if function_call.kind == "linear":
-            logits = function_call.output
-            break
-    else:
+    function_calls = block.recording.function_calls_within(call)
+    linear_outputs = [linear.output for linear in function_calls if linear.kind == "linear"]
+    if not linear_outputs:
         return None
+    logits = linear_outputs[0]
     tokens = block.recording.rows * block.recording.width
-    if logits.ndim != 2 or len(logits) != tokens:
-        return None
-    return logits if any(output.shape == logits.shape for output in call.outputs) else None
+    is_output = any(output.shape == logits.shape for output in call.outputs)
+    return logits if is_output and logits.ndim == 2 and len(logits) == tokens else None
 
 
 def _is_choice(weights: Tensor, experts: Tensor, logits: Tensor) -> bool:
