@@ -6,15 +6,28 @@ READY = .venv/ready
 # What is imported is compiled once, not by every process that imports it; nor does pip compile all that is never used.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test check results docs benchmark clean
+.PHONY: demo test quick slow check results docs benchmark clean
 
 demo: $(READY)
 	$(IN) -m experiments.oat_milk
 
 # The laws run a second time with every tensor's axes checked against its annotation.
 test: check
-	$(IN) -m pytest -n 2 --deselect tests/test_house.py
+	$(IN) -m pytest -n 2 -m "not slow" --deselect tests/test_house.py
 	$(IN) -m pytest -n 2 tests/checks/test_laws.py tests/tables/test_rank_tables.py --jaxtyping-packages=hookkit,beartype.beartype
+
+# For the daily loop, a minute and a half: the core, the laws on three families, the command line.
+QUICK = tests/hooks tests/tables/test_rank_tables.py tests/tables/test_decoding.py tests/tables/test_metrics.py \
+	tests/runs/test_manager.py tests/runs/test_runs.py tests/runs/test_generation.py tests/checks/test_laws.py \
+	tests/cli/test_cli.py tests/cli/test_cli_tables.py tests/cli/test_cli_printing.py tests/test_house.py \
+	$(filter-out %test_devices.py %test_tensor_parallel.py %test_discovery.py, $(wildcard tests/models/test_*.py))
+
+quick: $(READY)
+	$(IN) -m pytest -n 2 $(QUICK)
+
+# What takes long, and is another size of what `make test` holds.
+slow: $(READY)
+	$(IN) -m pytest -m slow
 
 check: $(READY)
 	$(IN) -m ruff format --check

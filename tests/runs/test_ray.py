@@ -114,8 +114,10 @@ def child(*words: str, code: str = "", **given) -> subprocess.CompletedProcess[s
 
 # ---- the same, byte for byte
 
+SOME_ACTORS = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
 
-@pytest.mark.parametrize("actors", [1, 2, 4])
+
+@pytest.mark.parametrize("actors", SOME_ACTORS)
 def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(
     cluster, small, undisturbed, tmp_path, actors
 ):
@@ -126,7 +128,7 @@ def test_a_harvest_on_actors_is_that_of_one_process_byte_for_byte(
     assert ray.is_initialized()  # what the program initialised is its own to end
 
 
-@pytest.mark.parametrize("actors", [1, 2, 4])
+@pytest.mark.parametrize("actors", SOME_ACTORS)
 def test_a_sweep_on_actors_is_that_of_one_process_to_the_bit(
     cluster, small, table, tmp_path, actors
 ):
