@@ -1,8 +1,10 @@
-"""Which tokens a forward call sees: from columns of a padded, cached, chunked batch to each row's own positions.
+"""Which tokens a forward pass reads: maps batch columns to positions in each row's own text.
 
-A `SequenceBatch` is what flows through the model: one plain forward, or all the forwards of one `generate`. A `ForwardPass` is one of
-those forwards. `ForwardPass.cells` says which of its rows and columns a hook wants. Everything is counted from masks, cache
-lengths and the prompts; nothing from how often something was called.
+A batch may be padded, cached and read in chunks, so a column of a tensor is not a position. A
+`SequenceBatch` holds the prompts of one plain forward, or of all forwards of one `generate`. A
+`ForwardPass` is one of these forwards. `ForwardPass.cells` returns the rows and columns that a
+hook selects in it. Positions are computed from masks, cache lengths and prompts, and never from
+how often a module was called.
 """
 
 from bisect import bisect_left
@@ -30,97 +32,119 @@ class Decided:
 
 @dataclass(eq=False)
 class SequenceBatch:
-    """Prompts on their way through the model, which may run `expand` rows of each. Lists have one entry a prompt."""
+    """The prompts of a forward or a `generate`, with the state of reading them.
 
-    columns: list[Columns]  # the column at which each position of the row stands
-    lengths: list[int]  # tokens in each prompt
-    prompt: Callable[
-        [int], tuple[int, ...]
-    ]  # the token ids of prompt n; -1 each where the model was given embeddings
-    find: Callable[
-        [Sequence[int], At], tuple[int, ...]
-    ]  # the positions in a row of ids that cover a text
+    The model may run `expand` rows of each prompt. Lists have one entry per prompt. The tracker of
+    the run (`hookkit.runs.tracking`) owns the object and updates its state in each forward.
+    """
+
+    # The column of each position, per prompt.
+    columns: list[Columns]
+    # The number of tokens of each prompt.
+    lengths: list[int]
+    # Returns the token ids of a prompt; each is -1 where the model was called with embeddings.
+    prompt: Callable[[int], tuple[int, ...]]
+    # Returns the positions in a row of token ids that cover a text.
+    find: Callable[[Sequence[int], At], tuple[int, ...]]
     generating: bool = False
-    final: bool = False  # one forward is all there will be
+    # True if there is one forward only.
+    final: bool = False
     expand: int = 1
-    numbers: Sequence[int] | None = (
-        None  # the prompt of each model row, where rows are not `expand` of each in order
-    )
+    # The prompt of each model row; None where the model has `expand` rows of each prompt in order.
+    numbers: Sequence[int] | None = None
     beams: int = 1
-    history: Int[Tensor, "row column"] | None = (
-        None  # what each model row has read before this forward, in a generate
-    )
-    ended_rows: Callable[[], Sequence[int]] = (
-        tuple  # the model rows whose text ended with the last step
-    )
-    begun: bool = False  # a forward of it has started
-    before: "SequenceBatch | None" = (
-        None  # the text whose cache it goes on from, where that ran in the same block
-    )
-    before_rows: Sequence[int] = ()  # the row of that text, for each of its own
-    start: int = 0  # the first column that it reads itself; those before it are in a cache
-    seen: int = 0  # columns before this one have been seen
-    head: int | None = None  # the first column for which logits were computed
-    decided: dict[tuple[int, int], Decided] = field(
-        default_factory=dict
-    )  # what to take at a model row and column
-    _wishes: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
+    # The tokens that each model row has read before this forward, in a generate.
+    history: Int[Tensor, "row column"] | None = None
+    # Returns the model rows whose text ended with the last step.
+    ended_rows: Callable[[], Sequence[int]] = tuple
+    # True after its first forward has started.
+    begun: bool = False
+    # The batch whose cache this one continues, if it ran in the same `with` block.
+    before: "SequenceBatch | None" = None
+    # The row of that batch for each row of this one.
+    before_rows: Sequence[int] = ()
+    # The first column that this batch reads itself; earlier columns are in a cache.
+    start: int = 0
+    # Columns below this one have been read.
+    seen: int = 0
+    # The first column for which logits were computed.
+    head: int | None = None
+    # The decided tokens by model row and column.
+    decided: dict[tuple[int, int], Decided] = field(default_factory=dict)
+    _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
 
     def wishes(self, where: Where) -> list[PositionRange | None]:
-        """What a hook wants of each prompt, as positions; None for a row that it leaves alone."""
-        if where not in self._wishes:
-            wanted: list[PositionRange | None] = [None] * len(self.lengths)
-            for row in chosen(where.rows, len(self.lengths)):
-                wanted[row] = wish(
-                    where, self.lengths[row], lambda at, row=row: self.find(self.prompt(row), at)
-                )
-            self._wishes[where] = wanted
-        return self._wishes[where]
+        """Returns the positions that `where` selects in each prompt; None for rows without any."""
+        if where not in self._positions:
+            self._positions[where] = self._resolve(where)
+        return self._positions[where]
+
+    def _resolve(self, where: Where) -> list[PositionRange | None]:
+        count = len(self.lengths)
+        positions: list[PositionRange | None] = [None] * count
+        for row in chosen(where.rows, count):
+
+            def cover(at: At, row: int = row) -> tuple[int, ...]:
+                return self.find(self.prompt(row), at)
+
+            positions[row] = wish(where, self.lengths[row], cover)
+        return positions
 
     def of(self, row: int) -> int:
-        """The prompt that a model row is of."""
-        return row // self.expand if self.numbers is None else self.numbers[row]
+        """Returns the prompt that a model row belongs to."""
+        if self.numbers is None:
+            return row // self.expand
+        return self.numbers[row]
 
     def missed(self, where: Where, row: int) -> int | None:
-        """The first wanted position of a row that stands in the cache with which the text began, and at which the hook
-        did not act when the cache was filled; None if there is none."""
-        wanted, columns = self.wishes(where)[row], self.columns[row]
-        if wanted is None:
+        """Returns the first selected position of a row that was cached without the hook acting.
+
+        These are positions in the cache with which the batch started. Returns None if the hook
+        acted at all of them when the cache was filled.
+        """
+        positions = self.wishes(where)[row]
+        if positions is None:
             return None
-        for place in _between(wanted, columns, 0, self.start):
-            if self.before is None or not self.before.did(
-                where, self.before_rows[row], columns[place], place
-            ):
-                return place
+        columns = self.columns[row]
+        for position in _between(positions, columns, 0, self.start):
+            if not self._acted_before(where, row, columns[position], position):
+                return position
         return None
 
-    def did(self, where: Where, row: int, column: int, place: int) -> bool:
-        """True if a hook acted at a position of a row, which stands in this column, when this text read it."""
-        columns, wanted = self.columns[row], self.wishes(where)[row]
-        same = place < len(columns) and columns[place] == column and column < self.seen
-        if not same or wanted is None or place not in wanted:
+    def _acted_before(self, where: Where, row: int, column: int, position: int) -> bool:
+        """True if a hook acted at a position in the batch whose cache this one continues."""
+        if self.before is None:
             return False
-        if column >= self.start:
-            return True
-        return self.before is not None and self.before.did(
-            where, self.before_rows[row], column, place
-        )
+        return self.before._acted_at(where, self.before_rows[row], column, position)
+
+    def _acted_at(self, where: Where, row: int, column: int, position: int) -> bool:
+        """True if a hook acted at a position of a row when this batch read it in this column."""
+        columns = self.columns[row]
+        if position >= len(columns) or columns[position] != column or column >= self.seen:
+            return False
+        positions = self.wishes(where)[row]
+        if positions is None or position not in positions:
+            return False
+        return column >= self.start or self._acted_before(where, row, column, position)
 
     def reached(self, row: int, *, head: bool) -> range:
-        """The positions of a prompt's row that have been seen, or those whose logits were computed. What a cache had
-        before was held against the hooks when the text began."""
+        """Returns the positions of a prompt that have been read, cached ones included.
+
+        With `head=True`, returns those for which logits were computed.
+        """
+        columns = self.columns[row]
         first = self.head or 0 if head else 0
-        return range(
-            bisect_left(self.columns[row], first), bisect_left(self.columns[row], self.seen)
-        )
+        return range(bisect_left(columns, first), bisect_left(columns, self.seen))
 
 
 @dataclass(eq=False)
 class Selection:
-    """The rows and positions of one call that a hook wants: `places[i]` are the positions in model row `rows[i]`.
+    """The rows and positions of one forward that a hook selects.
 
-    `index` picks them from a tensor [batch, pos, ...]: two slices where they form a block, else two index tensors
-    [row, 1] and [row, pos], with `valid` [row, pos] false where a shorter row was filled up.
+    `places[i]` holds the positions in model row `rows[i]`. `index` takes them from a tensor
+    [batch, pos, ...]: two slices where they form a rectangle, else two index tensors [row, 1] and
+    [row, pos]. `valid` [row, pos] is False where a shorter row was padded. `whole` is True if the
+    selection is the whole tensor. The `ForwardPass` that made the selection owns it.
     """
 
     text: SequenceBatch
@@ -132,103 +156,117 @@ class Selection:
 
     @property
     def scattered(self) -> bool:
-        """True where the cells form no block, so that gathering them makes a copy."""
+        """True if the cells form no rectangle, so that gathering them makes a copy."""
         return not isinstance(self.index[0], slice)
 
     @property
     def prompts(self) -> list[int]:
-        """The prompt that each row is of."""
+        """The prompt of each row."""
         return [self.text.of(row) for row in self.rows]
 
     @cached_property
     def positions(self) -> Int[Tensor, "row pos"]:
-        """Each position in its row's own text; -1 where a shorter row was filled up."""
-        return _filled([list(places) for places in self.places], -1)
+        """Each position in its row's own text; -1 where a shorter row was padded."""
+        return _padded_tensor(self.places, -1)
 
     @cached_property
     def steps(self) -> Int[Tensor, "row pos"]:
-        """The generated token that each position's logits choose: 0 at the prompt's last token, negative before."""
-        return self.positions - torch.tensor(
-            [[self.text.lengths[prompt] - 1] for prompt in self.prompts]
-        )
+        """The step whose token the logits at each position choose.
+
+        It is 0 at the prompt's last token and negative before it.
+        """
+        first_steps = [[self.text.lengths[prompt] - 1] for prompt in self.prompts]
+        return self.positions - torch.tensor(first_steps)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The chosen cells [row, pos, ...] of a tensor [batch, pos, ...]; zero where a shorter row was filled up.
+        """Returns the selected cells [row, pos, ...] of a tensor [batch, pos, ...].
 
-        For a block this is a view.
+        Cells where a shorter row was padded are zero. The result is a view if the cells form a
+        rectangle.
         """
         if self.whole:
             return values
         if not self.scattered:
             return values[self.index]
-        picked = values[self._on(values.device)]
-        return picked if self.valid is None else picked.masked_fill(~_fit(self.valid, picked), 0)
+        gathered = values[self._index_on(values.device)]
+        if self.valid is None:
+            return gathered
+        return gathered.masked_fill(~_expand_mask(self.valid, gathered), 0)
 
     def scatter(self, into: Tensor, values: Tensor) -> None:
-        """Write chosen cells [row, pos, ...] into a tensor [batch, pos, ...], in place."""
+        """Writes cells [row, pos, ...] into a tensor [batch, pos, ...], in place."""
         if not self.scattered:
             into[self.index] = values
             return
-        rows, columns = self._on(into.device)
+        rows, columns = self._index_on(into.device)
         if self.valid is None:
             into[rows, columns] = values
             return
         valid = self.valid.to(into.device)
         into[rows.expand_as(columns)[valid], columns[valid]] = values[valid]
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _index_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Moves the index tensors to a device once, and returns them."""
         rows, columns = self.index
         if isinstance(rows, Tensor) and isinstance(columns, Tensor) and rows.device != device:
             self.index = rows, columns = rows.to(device), columns.to(device)
         return rows, columns  # pyright: ignore[reportReturnType]
 
     def real(self, changed: Bool[Tensor, "row pos ..."]) -> Int[Tensor, "row pos"]:
-        """How many numbers of each cell are true, 0 in the filled-up cells."""
+        """Returns how many numbers of each cell are True; 0 in padded cells."""
         if self.valid is not None:
-            changed = changed & _fit(self.valid, changed)
+            changed = changed & _expand_mask(self.valid, changed)
         return changed.reshape(*changed.shape[:2], -1).sum(2, dtype=torch.int32)
 
 
 @dataclass(eq=False)
 class ForwardPass:
-    """One forward: `rows` rows, and the columns `past` to `past + width` of the text."""
+    """One forward: `rows` model rows, and the columns `past` to `past + width` of the batch.
+
+    The selections that hooks ask for are cached in it. The tracker of the run owns the object.
+    """
 
     text: SequenceBatch
     number: int
     past: int
     rows: int
     width: int
-    head: range  # the columns that the unembedding computes, counted from the first of this call
-    seen: int  # the columns that the text had before this call
-    placed: bool = (
-        True  # false for an encoder-decoder, whose tensors may be of one text or the other
-    )
-    end: int | None = (
-        None  # the first column that is not there yet, where the tensors have room for more
-    )
-    _keys: dict[int, "ForwardPass"] = field(default_factory=dict)
-    _known: dict[tuple[int, bool, bool], Selection | None] = field(default_factory=dict)
+    # The columns that the unembedding computes, counted from the first column of this forward.
+    head: range
+    # The number of columns that were read before this forward.
+    seen: int
+    # False for an encoder-decoder, whose tensors may belong to either of two texts.
+    placed: bool = True
+    # The first column that is not filled yet, where the tensors have room for more columns.
+    end: int | None = None
+    _by_key_count: dict[int, "ForwardPass"] = field(default_factory=dict)
+    _selections: dict[tuple[int, bool, bool], Selection | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shape = self.rows, self.width  # of the tensors inside the model
         self.inference = torch.is_inference_mode_enabled()
 
     def over_keys(self, count: int) -> "ForwardPass":
-        """This call as attention's keys see it: all the columns that the cache holds, of which a sliding window keeps
-        the last ones and a static cache has room for more."""
+        """Returns this forward with the columns that attention's keys have.
+
+        Keys are all columns that the cache holds. A sliding window keeps the last ones only, and a
+        static cache has room for more.
+        """
         if count == self.width:
             return self
-        if count not in self._keys:
+        if count not in self._by_key_count:
             end = self.past + self.width
             first = max(0, end - count)
-            self._keys[count] = ForwardPass(
+            self._by_key_count[count] = ForwardPass(
                 self.text, self.number, first, self.rows, count, range(count), self.seen, end=end
             )
-        return self._keys[count]
+        return self._by_key_count[count]
 
     def keys(self, cells: "Selection", count: int) -> list[tuple[int, int, int]]:
-        """Of `count` columns of keys, for each row of the cells: the positions from the first to behind the last that
-        are its own, and the column of the first."""
+        """Returns where each row's own keys are among `count` columns of keys.
+
+        An entry has the first position, the position after the last, and the column of the first.
+        """
         end = self.past + self.width
         start = max(0, end - count)
         spans = []
@@ -236,115 +274,140 @@ class ForwardPass:
             columns = self.text.columns[prompt]
             if not isinstance(columns, range):
                 raise Unsupported(
-                    "attention_mask has gaps, so the keys of scores and pattern are not in one piece"
+                    "attention_mask has gaps, so the keys of scores and pattern are not in one "
+                    "piece"
                 )
             first, last = bisect_left(columns, start), bisect_left(columns, end)
             spans.append((first, last, columns[first] - start))
         return spans
 
     def whole(self, where: Where) -> Selection | None:
-        """The cells of a capture inside the model, if they were found before and are all there are."""
-        cells = self._known.get((id(where), False, True))
+        """Returns the cached selection of a capture if it covers the whole tensor, else None."""
+        cells = self._selections.get((id(where), False, True))
         return cells if cells is not None and cells.whole else None
 
     def cells(self, where: Where, head: bool, new: bool) -> Selection | None:
-        """The cells that a hook wants here, or None. `head`: at the unembedding. `new`: only those not seen before."""
-        key = (
-            id(where),
-            head,
-            new,
-        )  # hooks keep their Where alive; hashing it for every site would cost more
-        if key not in self._known:
-            self._known[key] = self._find(where, head, new)
-        return self._known[key]
+        """Returns the cells that a hook selects in this forward, or None if there are none.
 
-    def _find(self, where: Where, head: bool, new: bool) -> Selection | None:
-        inside = self.head if head else range(self.width)
-        first, last = self.past + inside.start, self.past + inside.stop
-        last = last if self.end is None else min(last, self.end)
+        `head` is True at the unembedding. With `new=True`, columns that an earlier forward has
+        read are left out.
+        """
+        # Hooks keep their Where alive, so its id is unique. Hashing it at every site is slower.
+        key = (id(where), head, new)
+        if key not in self._selections:
+            self._selections[key] = self._select(where, head, new)
+        return self._selections[key]
+
+    def _select(self, where: Where, head: bool, new: bool) -> Selection | None:
+        computed = self.head if head else range(self.width)
+        first, last = self.past + computed.start, self.past + computed.stop
+        if self.end is not None:
+            last = min(last, self.end)
         lowest = max(first, self.seen) if new else first
-        wanted = self.text.wishes(where)
-        rows, places, columns = [], [], []
+        selected = self.text.wishes(where)
+        rows: list[int] = []
+        positions: list[PositionRange] = []
+        columns: list[Columns] = []
         for row in range(self.rows):
             prompt = self.text.of(row)
-            found = _between(wanted[prompt], self.text.columns[prompt], lowest, last)
-            if found:
+            prompt_columns = self.text.columns[prompt]
+            row_positions = _between(selected[prompt], prompt_columns, lowest, last)
+            if row_positions:
                 rows.append(row)
-                places.append(found)
-                columns.append(_columns(self.text.columns[prompt], found, first))
-        return self._cells(rows, places, columns, len(inside)) if rows else None
+                positions.append(row_positions)
+                columns.append(_columns_of(row_positions, prompt_columns, first))
+        if not rows:
+            return None
+        return self._build_selection(rows, positions, columns, len(computed))
 
-    def _cells(
-        self, rows: list[int], places: list[PositionRange], columns: list[Columns], width: int
+    def _build_selection(
+        self, rows: list[int], positions: list[PositionRange], columns: list[Columns], width: int
     ) -> Selection:
         first = columns[0]
-        together = len(rows) == rows[-1] - rows[0] + 1 and all(same == first for same in columns)
-        if together and isinstance(first, range) and first.step == 1:
-            block = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
-            return Selection(
-                self.text, rows, places, block, None, len(rows) == self.rows and len(first) == width
-            )
-        index = torch.tensor(rows)[:, None], _filled([list(each) for each in columns], 0)
-        valid = _filled([[1] * len(each) for each in columns], 0).bool()
-        return Selection(self.text, rows, places, index, None if valid.all() else valid, False)
+        consecutive_rows = len(rows) == rows[-1] - rows[0] + 1
+        same_columns = all(row_columns == first for row_columns in columns)
+        consecutive_columns = isinstance(first, range) and first.step == 1
+        if consecutive_rows and same_columns and consecutive_columns:
+            rectangle = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
+            whole = len(rows) == self.rows and len(first) == width
+            return Selection(self.text, rows, positions, rectangle, None, whole)
+        index = torch.tensor(rows)[:, None], _padded_tensor(columns, 0)
+        widths = torch.tensor([[len(row_columns)] for row_columns in columns])
+        valid = torch.arange(index[1].shape[1]) < widths
+        return Selection(
+            self.text, rows, positions, index, None if valid.all() else valid, whole=False
+        )
 
 
 def contiguous(lengths: Sequence[int], pads: Sequence[int], *, open_end: bool) -> list[Columns]:
-    """The columns of rows that stand in one piece behind their padding, going on into generated text if `open_end`."""
-    return [
-        range(pad, OPEN if open_end else pad + length)
-        for length, pad in zip(lengths, pads, strict=True)
-    ]
+    """Returns the columns of rows that have no gap after `pads` columns of padding.
+
+    With `open_end=True`, the rows continue into generated text.
+    """
+    columns: list[Columns] = []
+    for length, pad in zip(lengths, pads, strict=True):
+        columns.append(range(pad, OPEN if open_end else pad + length))
+    return columns
 
 
 def masked(mask: Bool[Tensor, "batch pos"], *, generating: bool) -> tuple[list[Columns], list[int]]:
-    """The columns of the real tokens of each row of a mask, and how many there are."""
+    """Returns the columns of the real tokens of each row of a mask, and their numbers.
+
+    Raises `OutOfRange` for a row without any, and `Unsupported` for a row from which `generate`
+    cannot continue.
+    """
     columns: list[Columns] = []
-    for row in mask.tolist():
-        real = [column for column, there in enumerate(row) if there]
+    lengths: list[int] = []
+    for mask_row in mask.tolist():
+        real = [column for column, is_real in enumerate(mask_row) if is_real]
         if not real:
             raise OutOfRange(
                 "a row of attention_mask is all zeros: every row needs at least one real token"
             )
-        in_one_piece = real[-1] - real[0] + 1 == len(real)
-        if generating and not (in_one_piece and row[-1]):
+        has_gaps = real[-1] - real[0] + 1 != len(real)
+        ends_in_padding = not mask_row[-1]
+        if generating and (has_gaps or ends_in_padding):
             raise Unsupported(
-                "generation goes on from the last column, and a row ends in padding: pad on the left"
+                "generation continues from the last column, and a row ends in padding: "
+                "pad on the left"
             )
-        columns.append(
-            range(real[0], OPEN if row[-1] else real[-1] + 1) if in_one_piece else tuple(real)
-        )
-    return columns, [sum(map(bool, row)) for row in mask.tolist()]
+        if has_gaps:
+            columns.append(tuple(real))
+        else:
+            columns.append(range(real[0], real[-1] + 1 if ends_in_padding else OPEN))
+        lengths.append(len(real))
+    return columns, lengths
 
 
 def _between(
-    wanted: PositionRange | None, columns: Columns, first: int, last: int
+    positions: PositionRange | None, columns: Columns, first: int, last: int
 ) -> PositionRange:
-    """The wanted positions whose column is at least `first` and below `last`."""
-    if wanted is None:
+    """Returns the positions whose column is at least `first` and below `last`."""
+    if positions is None:
         return ()
     low, high = bisect_left(columns, first), bisect_left(columns, last)
-    if isinstance(wanted, tuple):
-        return tuple(place for place in wanted if low <= place < high)
-    behind = max(0, low - wanted.start)
-    start = wanted.start + -(-behind // wanted.step) * wanted.step
-    return range(start, max(start, min(wanted.stop, high)), wanted.step)
+    if isinstance(positions, tuple):
+        return tuple(position for position in positions if low <= position < high)
+    skipped = max(0, low - positions.start)
+    skipped_steps = -(-skipped // positions.step)  # rounded up
+    start = positions.start + skipped_steps * positions.step
+    return range(start, max(start, min(positions.stop, high)), positions.step)
 
 
-def _columns(columns: Columns, places: PositionRange, first: int) -> Columns:
-    """The columns of positions, counted from column `first`; a range where they are next to each other."""
-    if isinstance(columns, range) and (isinstance(places, range) or len(places) == 1):
-        start = columns.start + places[0] - first
-        step = places.step if isinstance(places, range) else 1
-        return range(start, start + (places[-1] - places[0]) + 1, step)
-    return tuple(columns[place] - first for place in places)
+def _columns_of(positions: PositionRange, columns: Columns, first: int) -> Columns:
+    """Returns the columns of positions, counted from column `first`; a range where possible."""
+    if isinstance(columns, range) and (isinstance(positions, range) or len(positions) == 1):
+        start = columns.start + positions[0] - first
+        step = positions.step if isinstance(positions, range) else 1
+        return range(start, start + (positions[-1] - positions[0]) + 1, step)
+    return tuple(columns[position] - first for position in positions)
 
 
-def _filled(rows: list[list[int]], fill: int) -> Tensor:
+def _padded_tensor(rows: Sequence[Columns], fill: int) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
-def _fit(mask: Tensor, values: Tensor) -> Tensor:
-    """A mask [row, pos] with as many axes as the values, on their device."""
+def _expand_mask(mask: Tensor, values: Tensor) -> Tensor:
+    """Returns a mask [row, pos] with as many axes as the values, on their device."""
     return mask.to(values.device).reshape(*mask.shape, *[1] * (values.ndim - 2))

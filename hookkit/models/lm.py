@@ -1,12 +1,12 @@
-"""LM: a model, its tokenizer, and the names of its places.
+"""LM: a model, its tokenizer, and the names of its sites.
 
-lm = hk.LM(model, tokenizer)      # what you already hold, untouched
+lm = hk.LM(model, tokenizer)      # a model that the user already holds, unchanged
 lm.describe()                     # every site, with sizes, and why one is missing
 lm.sites("z", layers=[3, 4])      # a selection that can be counted and printed
 
-`lm.sites`: called, it selects sites; and it has each name that the model has, for a notebook to complete.
-
-What `LM.describe` says beside the table of sites: whose adapters, where the weights are, how it is split.
+`SiteNames` is the object at `lm.sites`: calling it selects sites, and its attributes are the names
+that the model has, for a notebook to complete. The functions after it add columns to the table of
+`LM.describe`: adapters, devices of the weights, and how the model is split among processes.
 """
 
 import inspect
@@ -19,8 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..arguments import checks_construction, checks_keywords, whole_numbers
-from ..arguments import described as shown_value
+from ..arguments import checks_construction, checks_keywords, described, whole_numbers
 from ..display import records, shown
 from ..errors import BadArgument, BadHook, HookkitError
 from .devices import count, device_of, place_at, places_of, told
@@ -36,7 +35,10 @@ Expand = Callable[[SitesLike], Sites]
 
 
 class SiteNames:
-    """The sites of a model by name: `lm.sites("z", layers=[3])` is a selection, `lm.sites.z` that of all layers."""
+    """The sites of a model by name.
+
+    `lm.sites("z", layers=[3])` is a selection, and `lm.sites.z` the selection of all layers.
+    """
 
     def __init__(self, names: Callable[[], list[str]], expand: Expand) -> None:
         self._names, self._expand = names, expand
@@ -66,18 +68,17 @@ class SiteNames:
         return [*super().__dir__(), *self._names()]
 
     def _ipython_key_completions_(self) -> list[str]:
-        """What a notebook offers behind `lm.sites["`: every name, and every layer of each."""
-        every = self._expand(self._names())
-        return [*self._names(), *(str(site) for site in every if str(site) not in self._names())]
+        """Completions after `lm.sites["`: every name, and every layer of each."""
+        names = self._names()
+        all_sites = map(str, self._expand(names))
+        return list(dict.fromkeys([*names, *all_sites]))
 
     def __repr__(self) -> str:
         return f"sites {', '.join(self._names())}: lm.sites(names, layers=, heads=) selects some"
 
     def _repr_html_(self) -> str:
-        names = self._names()
-        return shown(
-            "sites", rows=[{"site": name, "axes": AXES[name]} for name in names], most=len(names)
-        )
+        rows = [{"site": name, "axes": AXES[name]} for name in self._names()]
+        return shown("sites", rows=rows, most=len(rows))
 
 
 @checks_keywords
@@ -88,88 +89,104 @@ def sites(
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
 ) -> Sites:
-    """The selection of sites with these names, in the layers and heads given (all, where left out)."""
+    """Returns the selection of sites with these names, in these layers and heads (default all)."""
     if layers is not None:
         layers = whole_numbers(layers, "layers", least=0, meaning="the layers, counted from 0,")
     if heads is not None:
         heads = whole_numbers(heads, "heads", least=0, meaning="the heads, counted from 0,")
     if names is None:
-        names = [name for name in of._names() if layers is None or name not in WHOLE_MODEL]
-    chosen: list[AnySite] = []
-    for site in as_sites(names):
-        for each in of._expand([site] if layers is None else _in_layers(site, layers)):
-            chosen += [each] if heads is None else _of_heads(each, heads)
-    return of._expand(chosen)
+        names = of._names()
+        if layers is not None:
+            names = [name for name in names if name not in WHOLE_MODEL]
+    selected: list[AnySite] = []
+    for named_site in as_sites(names):
+        in_layers = [named_site] if layers is None else _in_layers(named_site, layers)
+        for site in of._expand(in_layers):
+            selected += [site] if heads is None else _in_heads(site, heads)
+    return of._expand(selected)
 
 
 def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:
     if not isinstance(site, Site) or site.layer is not None:
         raise BadHook(
-            f"{site} says its own place: leave layers= out, or give the site's name alone"
+            f"layers= does not apply to {site}: leave layers= out, or give the site's name alone"
         )
     return [Site(site.name, layer) for layer in layers]
 
 
-def _of_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
+def _in_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
     if not isinstance(site, Site) or site.head is not None:
-        raise BadHook(f"{site} says its own place: leave heads= out, or give the site's name alone")
+        raise BadHook(
+            f"heads= does not apply to {site}: leave heads= out, or give the site's name alone"
+        )
     return [Site(site.name, site.layer, head) for head in heads]
 
 
-def described(lm: Any) -> pd.DataFrame:
-    """The table of all sites; see `LM.describe`."""
+def _site_table(lm: "LM") -> pd.DataFrame:
+    """Returns the table of all sites; see `LM.describe`."""
     table = lm.layout.describe()
-    places = lm.places
-    if len(set(places.values())) > 1:
-        table["place"] = [_place(lm, name, places) for name in table["site"]]
+    devices = lm.places
+    if len(set(devices.values())) > 1:
+        table["place"] = [_devices(lm, name, devices) for name in table["site"]]
     if lm.ranks is not None:
-        table["split"] = [_split(lm, name) for name in table["site"]]
+        table["split"] = [_splits(lm, name, lm.ranks) for name in table["site"]]
     if lm.adapters:
         table["adapters"] = [_adapters(lm, name) for name in table["site"]]
     return table
 
 
-def _place(lm: Any, name: str, places: dict[str, str]) -> str:
-    """Where the weights are of the modules that have a site; of the logits, those of the head."""
+def _devices(lm: "LM", name: str, devices: dict[str, str]) -> str:
+    """Returns where the weights of the modules of a site are; for the logits, those of the head."""
     if name not in lm.layout.names:
         return ""
     layers = lm.layout.layers(name)
     if layers is None:
-        return place_at(places, lm.place(Site(name)).path or lm.head_path() or "")
-    return told((layer, place_at(places, lm.place(Site(name, layer)).path)) for layer in layers)
+        return place_at(devices, lm.place(Site(name)).path or lm.head_path() or "")
+    return told((layer, place_at(devices, lm.place(Site(name, layer)).path)) for layer in layers)
 
 
-def _split(lm: Any, name: str) -> str:
-    """Along which axis the tensor of a site is split among processes, and how much of it each has."""
-    assert lm.ranks is not None
-    found: list[str] = []
-    for site, place in lm.located(lm.sites(name)).items() if name in lm.layout.names else ():
-        split = lm.ranks.splits.get((place.path, place.side, place.item))
-        if split is not None and isinstance(site, Site):
-            axis = next(
-                axis for axis in site.axes.split() if axis not in ("batch", "pos", "query", "key")
-            )
-            one = max(
-                1, sum(split.sizes) // (lm.layout.sizes_of(site.layer)[axis] or sum(split.sizes))
-            )
-            found.append(f"{axis} {'+'.join(str(size // one) for size in split.sizes)}")
-    return "; ".join(dict.fromkeys(found))
+def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
+    """Returns the axis along which a site is split among processes, and the size of each part."""
+    texts: list[str] = []
+    for site, location in _locations(lm, name).items():
+        split = ranks.splits.get((location.path, location.side, location.item))
+        if split is None or not isinstance(site, Site):
+            continue
+        axes = [axis for axis in site.axes.split() if axis not in UNSPLIT_AXES]
+        total = sum(split.sizes)
+        # The tensor's axis may be a site's axis times another one, as heads times d_head.
+        unit = max(1, total // (lm.layout.sizes_of(site.layer)[axes[0]] or total))
+        sizes = "+".join(str(size // unit) for size in split.sizes)
+        texts.append(f"{axes[0]} {sizes}")
+    return "; ".join(dict.fromkeys(texts))
 
 
-def _adapters(lm: Any, name: str) -> str:
-    places = lm.located(lm.sites(name)).values() if name in lm.layout.names else ()
-    found = [adapter for place in places for adapter in adapters_of(lm.submodule(place.path))]
-    return ", ".join(dict.fromkeys(found))
+UNSPLIT_AXES = ("batch", "pos", "query", "key")
+
+
+def _adapters(lm: "LM", name: str) -> str:
+    names: list[str] = []
+    for location in _locations(lm, name).values():
+        names += adapters_of(lm.submodule(location.path))
+    return ", ".join(dict.fromkeys(names))
+
+
+def _locations(lm: "LM", name: str) -> dict[AnySite, ModuleLocation]:
+    """Returns the locations of the sites of one name; empty if the model does not have it."""
+    return lm.located(lm.sites(name)) if name in lm.layout.names else {}
 
 
 @checks_construction
 @dataclass(frozen=True, eq=False, repr=False)
 class LM:
-    """A causal language model of transformers and its tokenizer, both left as they are.
+    """A causal language model of transformers and its tokenizer, both unchanged.
 
-    With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be given too: it has no named sites, and
-    its modules are reached with `hk.module(path)`. `row` says where its sites are; it is looked up by the model's type
-    where it is left out.
+    With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be used too: it has no
+    named sites, and its modules are selected with `hk.module(path)`. `row` says where the sites
+    are; by default it is looked up by the model's type.
+
+    The LM owns what it computes about the model once: its layout, its vocabulary and the results of
+    trials.
     """
 
     model: nn.Module
@@ -179,40 +196,40 @@ class LM:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            swapped = (
-                "; the model comes first, then the tokenizer"
-                if isinstance(self.tokenizer, nn.Module)
-                else ""
-            )
+            hint = ""
+            if isinstance(self.tokenizer, nn.Module):
+                hint = "; the model comes first, then the tokenizer"
             raise BadArgument(
-                f"LM needs the model itself, an nn.Module, and was given {type(self.model).__name__} "
-                f"{str(self.model)[:60]!r}; to load one by name, use hk.load(name){swapped}"
+                f"LM needs the model itself, an nn.Module, and was given "
+                f"{type(self.model).__name__} {str(self.model)[:60]!r}; to load one by name, use "
+                f"hk.load(name){hint}"
             )
         if self.tokenizer is not None:
             object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer))
         if not isinstance(self.name, str):
             raise BadArgument(
-                f"LM has name={shown_value(self.name)}: give a text, by which results call the model"
+                f"LM has name={described(self.name)}: give a text, the model's name in results"
             )
         if self.row is not None and not isinstance(self.row, Family):
             raise BadArgument(
-                f"LM has row={shown_value(self.row)}: give a row of the families' table, hk.family(…)"
+                f"LM has row={described(self.row)}: give a row of the table of families, "
+                "hk.family(…)"
             )
 
     # ---- the model
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: the model and its tokenizer; what was found out about them is found out again."""
+        """Returns the fields only: a copy computes the rest again."""
         return {name: getattr(self, name) for name in ("model", "tokenizer", "name", "row")}
 
     @cached_property
     def wrapping(self) -> tuple[nn.Module, ...]:
-        """The model, and what it wraps: that of `torch.compile`, or of PEFT."""
+        """The model, and what `torch.compile` or PEFT wrapped in it, outermost first."""
         return unwrapped(self.model)
 
     @cached_property
     def root(self) -> nn.Module:
-        """The model that paths are counted from: transformers' own, whatever it is wrapped in."""
+        """The transformers model inside all wrappers. Module paths are counted from it."""
         return self.wrapping[-1]
 
     @property
@@ -222,19 +239,20 @@ class LM:
 
     @cached_property
     def decoder(self) -> tuple[nn.Module, ...]:
-        """The model without its head, where it can be run by itself; else nothing."""
-        find = getattr(self.root, "get_decoder", None)
-        found = find() if callable(find) else None
-        return (found,) if isinstance(found, nn.Module) and found is not self.root else ()
+        """The model without its head as a tuple of one, or an empty tuple if it has none."""
+        decoder = _call_method(self.root, "get_decoder")
+        if isinstance(decoder, nn.Module) and decoder is not self.root:
+            return (decoder,)
+        return ()
 
     @cached_property
     def ranks(self) -> Ranks | None:
-        """The processes that hold the model together, by tensor parallelism; None where it is whole in this one."""
+        """The processes of tensor parallelism; None if this process has the whole model."""
         return ranks_of(self.root)
 
     @property
     def is_writer(self) -> bool:
-        """True where this process writes the files of the model; of the ranks of a split model only the first does."""
+        """True if this process writes files; of several ranks only the first does."""
         return self.ranks is None or self.ranks.rank == 0
 
     @cached_property
@@ -243,32 +261,33 @@ class LM:
 
     @cached_property
     def family(self) -> Family:
-        """The row of the families' table that says where this model's sites are.
+        """The row of the table of families that says where this model's sites are.
 
-        For a causal language model whose family is not in the table, the row is found out by one dry run of a few
-        tokens, at the first use; see `Family.found`.
+        For a causal language model whose family is not in the table, the first use runs the model
+        once on a few tokens and derives the row; see `Family.found`.
         """
-        return (
-            self.row if self.row is not None else row_of(self.root, self.config, self.head_path())
-        )
+        if self.row is not None:
+            return self.row
+        return row_of(self.root, self.config, self.head_path())
 
     @property
     def two_texts(self) -> bool:
-        """True for an encoder-decoder, which reads one text and writes another: a position may be of either."""
+        """True for an encoder-decoder: it reads one text and writes another."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     def head_path(self) -> str | None:
-        find = getattr(self.root, "get_output_embeddings", None)
-        head = find() if find else None
-        return (
-            next((path for path, found in self.root.named_modules() if found is head), None)
-            if head
-            else None
-        )
+        """Returns the path of the output embedding, or None if the model has none."""
+        head = _call_method(self.root, "get_output_embeddings")
+        if head is None:
+            return None
+        for path, module in self.root.named_modules():
+            if module is head:
+                return path
+        return None
 
     @cached_property
     def layout(self) -> Layout:
-        """That row, laid over this model's modules."""
+        """The locations of the family's sites in this model's modules."""
         return Layout(self.root, text_config(self.config), self.family)
 
     @property
@@ -278,33 +297,33 @@ class LM:
 
     @property
     def n_layers(self) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         return self.layout.n_layers
 
     @cached_property
     def n_tokens(self) -> int:
-        """How many rows of the vocabulary are real tokens; the rows after them are padding, and are never ranked."""
+        """The number of real tokens. Rows of the vocabulary after them are never ranked."""
         return self._vocabulary.n_tokens
 
     @cached_property
     def context(self) -> int | None:
-        """How many tokens the model can read at once, where its configuration says."""
+        """The number of tokens that the model can read at once, if its configuration says it."""
         return getattr(text_config(self.config), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
-        """Where the token ids have to be."""
-        found = device_of(self._first)
-        return getattr(self.root, "device", found) if found.type == "meta" else found
+        """The device on which token ids have to be."""
+        device = device_of(self._embedding)
+        return getattr(self.root, "device", device) if device.type == "meta" else device
 
     @cached_property
-    def _first(self) -> nn.Module:
+    def _embedding(self) -> nn.Module:
         find = getattr(self.root, "get_input_embeddings", None)
         return find() if callable(find) else self.root  # pyright: ignore[reportReturnType]
 
     @cached_property
     def takes(self) -> frozenset[str]:
-        """The names of the arguments of the model's forward."""
+        """The names of the parameters of the model's forward."""
         return frozenset(inspect.signature(self.root.forward).parameters)
 
     @cached_property
@@ -313,57 +332,55 @@ class LM:
         return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     def accepts(self, name: str) -> bool:
-        """True if the model's forward can be given an argument of this name."""
+        """True if the model's forward accepts an argument of this name."""
         return name in self.takes or self._takes_any
 
     def accepted(self, **settings: Any) -> dict[str, Any]:
-        """Those of some settings of a forward that the model knows: the others would mean nothing to it."""
-        known = {name: value for name, value in settings.items() if name in self.takes}
-        if "logits_to_keep" in known:
-            known["logits_to_keep"] = self.logits_to_keep(known["logits_to_keep"])
-        if (
-            "return_dict" in settings and self._takes_any
-        ):  # transformers takes it wherever a forward is its own
-            known["return_dict"] = settings["return_dict"]
-        return known
+        """Returns those settings of a forward that are parameters of this model's forward."""
+        accepted = {name: value for name, value in settings.items() if name in self.takes}
+        if "logits_to_keep" in accepted:
+            accepted["logits_to_keep"] = self.logits_to_keep(accepted["logits_to_keep"])
+        # A transformers forward with keyword arguments accepts return_dict without naming it.
+        if "return_dict" in settings and self._takes_any:
+            accepted["return_dict"] = settings["return_dict"]
+        return accepted
 
     def logits_to_keep(self, last: int) -> int | list[int]:
-        """The argument of a forward that has the logits of the last so many positions computed; 0 for all.
+        """Returns the forward argument for the logits of the `last` positions only; 0 for all.
 
-        A model whose last blocks share the keys of earlier ones (Gemma 4) takes a number as leave to run these blocks
-        at those positions only, where hooks at the others would find nothing. Positions it takes for the logits alone.
+        With a number, a model whose last blocks share the keys of earlier ones (Gemma 4) runs these
+        blocks at the last positions only, and hooks at the other positions would never fire. With a
+        list of positions it restricts the logits alone.
         """
-        shares = getattr(self.config, "num_kv_shared_layers", 0)
-        return list(range(-last, 0)) if shares and last else last
+        shares_keys = getattr(self.config, "num_kv_shared_layers", 0)
+        return list(range(-last, 0)) if shares_keys and last else last
 
     def __repr__(self) -> str:
-        size = count(self.root) / 1e6
         name = self.name or type(self.root).__name__
-        adapted = f"; adapters: {', '.join(self.adapters)}" if self.adapters else ""
-        family = f"{self.family.name}{' (found out by a dry run)' if self.family.found else ''}"
-        size = f"{self.n_layers} layers, {size:.1f} M parameters"
-        return f"LM({name}: {family}, {size}, on {self.device}{adapted})"
+        family = self.family.name
+        if self.family.found:
+            family += " (found out by a dry run)"
+        size = f"{self.n_layers} layers, {count(self.root) / 1e6:.1f} M parameters"
+        adapters = f"; adapters: {', '.join(self.adapters)}" if self.adapters else ""
+        return f"LM({name}: {family}, {size}, on {self.device}{adapters})"
 
     def _repr_html_(self) -> str:
-        words = ("d_model", "head", "kv_head", "d_head", "d_mlp", "expert", "vocab")
-        sizes = {name: self.sizes[name] for name in words if self.sizes.get(name) is not None}
-        facts = {
-            "class": type(self.root).__name__,
-            "sizes": ", ".join(f"{n} {size}" for n, size in sizes.items()),
-        }
-        there = self.describe()
+        axes = ("d_model", "head", "kv_head", "d_head", "d_mlp", "expert", "vocab")
+        sizes = [f"{axis} {self.sizes[axis]}" for axis in axes if self.sizes.get(axis) is not None]
+        facts = {"class": type(self.root).__name__, "sizes": ", ".join(sizes)}
+        table = self.describe()
         columns = ("site", "axes", "layers", "editable")
-        rows = records(there[there["missing"] == ""], *columns, most=len(there))
-        return shown(repr(self), facts, rows, most=len(there))
+        rows = records(table[table["missing"] == ""], *columns, most=len(table))
+        return shown(repr(self), facts, rows, most=len(table))
 
     # ---- its sites
 
     @property
     def sites(self) -> SiteNames:
-        """Called, the selection of sites with these names, in the layers and heads given (all, where left out).
+        """Called, returns the selection of sites with these names, layers and heads (default all).
 
-        `lm.sites.z` is that of all layers of one name, and what a notebook completes behind `lm.sites.` or
-        `lm.sites["` are the names that the model has.
+        `lm.sites.z` is the selection of all layers of one name. After `lm.sites.` or `lm.sites["` a
+        notebook completes the names that the model has.
 
         >>> lm.sites("z", layers=[17, 18], heads=[2])
         2 sites: z.17.2, z.18.2
@@ -373,60 +390,65 @@ class LM:
         return SiteNames(lambda: self.layout.names, self.expand)
 
     def located(self, sites: Sites) -> dict[AnySite, ModuleLocation]:
-        """Where each site of a selection is, with every layer written out."""
-        if sites not in self._located:
-            self._located[sites] = {site: self.place(site) for site in self.expand(sites)}
-        return self._located[sites]
+        """Returns the module location of each site of a selection, with all layers written out."""
+        if sites not in self._locations:
+            self._locations[sites] = {site: self.place(site) for site in self.expand(sites)}
+        return self._locations[sites]
 
     @cached_property
-    def _located(self) -> dict[Sites, dict[AnySite, ModuleLocation]]:
+    def _locations(self) -> dict[Sites, dict[AnySite, ModuleLocation]]:
         return {}
 
     @cached_property
     def learnt(self) -> dict[Any, Any]:
-        """What was found out about this model by trial, to be tried once only."""
+        """Results of trials of this model, so that each trial runs once. The LM owns the dict."""
         return {}
 
     def expand(self, sites: SitesLike) -> Sites:
-        """The same selection with every layer written out, checked against this model."""
-        chosen: list[AnySite] = []
+        """Returns the selection with every layer written out, checked against this model."""
+        expanded: list[AnySite] = []
         for site in as_sites(sites):
-            spread: list[AnySite] = [site]
-            if isinstance(site, Site) and site.every_layer:
-                spread = [Site(site.name, layer) for layer in self._layers(site)]
-            for each in spread:
-                self.place(each)
-            chosen += spread
-        return as_sites(chosen)
+            for layer_site in self._in_every_layer(site):
+                self.place(layer_site)
+                expanded.append(layer_site)
+        return as_sites(expanded)
 
-    def _layers(self, site: Site) -> list[int]:
-        """The blocks that a layered name without a layer stands for: those that have the site."""
+    def _in_every_layer(self, site: AnySite) -> list[AnySite]:
+        """Returns a layered site without a layer in every block that has it; other sites alone."""
+        if not isinstance(site, Site) or not site.every_layer:
+            return [site]
         if site.name not in self.layout.names:
             self.place(Site(site.name, 0))  # raises, with the reason
-        return self.layout.layers(site.name) or []
+        return [Site(site.name, layer) for layer in self.layout.layers(site.name) or []]
 
     def shape(self, site: Site) -> tuple[int, ...]:
-        """The sizes of a site's axes behind batch and pos."""
+        """Returns the sizes of a site's axes after batch and pos."""
         return self.layout.shape(site)
 
     def place(self, site: AnySite) -> ModuleLocation:
-        """Where a site is in this model's module tree. `MissingSite` or `OutOfRange` where it has none."""
+        """Returns the module location of a site.
+
+        Raises `MissingSite` or `OutOfRange` if the model does not have it.
+        """
         return self.layout.place(site)
 
     def submodule(self, path: str) -> nn.Module:
-        """The module at a path, or `UnknownSite` with the nearest paths."""
+        """Returns the module at a path. Raises `UnknownSite` with similar paths for others."""
         return self.layout.submodule(path)
 
     def describe(self) -> pd.DataFrame:
-        """The table of all sites, one row each.
+        """Returns the table of all sites, one row each.
 
-        Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it), module, side,
-        editable, missing (the reason, empty where the site is there); where the model has adapters, adapters: the
-        names of those in the module; and where its weights are in more than one place, place: where those of the site's
-        module are between forwards, such as "cuda:0 in 0-3, disk in 4-7" (blocks), "cpu" or "disk". Where processes
-        hold it together, split: along which axis, and how much of it each has, as far as a hook has been there.
+        Columns: site, axes, sizes (numbers where the model fixes them), layers (how many have it),
+        module, side, editable, missing (the reason, empty where the model has the site).
+
+        If the model has adapters, adapters: the names of those in the module. If its weights are in
+        several devices, place: where those of the site's module are between forwards, such as
+        "cuda:0 in 0-3, disk in 4-7" (blocks), "cpu" or "disk". If several processes hold the model,
+        split: the axis along which it is split and the size of each part, at sites where a hook has
+        run.
         """
-        return described(self)
+        return _site_table(self)
 
     @property
     def places(self) -> dict[str, str]:
@@ -436,32 +458,41 @@ class LM:
     # ---- its tokens
 
     def token(self, token: Token) -> int:
-        """The id of one token, given as text or as the id itself.
+        """Returns the id of one token, from its text or from the id itself.
 
-        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the nearest spellings that
-        are one.
+        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
+        nearest spellings that are one.
         """
         return self._vocabulary.token(token)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text's tokens, without the special tokens that begin a prompt."""
+        """Returns the token ids of a text, without the special tokens that begin a prompt."""
         return self._vocabulary.encode(text)
 
     def continuation(self, text: str) -> list[int]:
-        """The ids of a text that goes on from another one: the space that it begins with is its own, also where the
-        tokenizer puts a space before every text."""
+        """Returns the token ids of a text that continues another one.
+
+        Its leading space, or none, is kept as it is, also where the tokenizer puts a space before
+        every text.
+        """
         return self._vocabulary.continuation(text)
 
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that tokens add behind others, so that the two texts together are the text of all of them."""
+        """Returns the text that tokens add after others.
+
+        The two texts together are the text of all tokens.
+        """
         return self._vocabulary.added(before, ids)
 
     def string(self, token_id: int) -> str:
-        """The text of one token, its leading space kept. Without a tokenizer, the id in angle brackets."""
+        """Returns the text of one token, its leading space included.
+
+        Without a tokenizer, this is the id in angle brackets.
+        """
         return self._vocabulary.string(token_id)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of a row of tokens, special tokens included."""
+        """Returns the text of a row of tokens, special tokens included."""
         return self._vocabulary.text(ids)
 
     @cached_property
@@ -469,20 +500,27 @@ class LM:
         return Vocabulary(self.tokenizer, lambda: self.sizes["vocab"])
 
 
+def _call_method(module: nn.Module, name: str) -> Any:
+    """Returns what a method without arguments returns; None if there is no such method."""
+    method = getattr(module, name, None)
+    return method() if callable(method) else None
+
+
+TOKENIZER_METHODS = ("encode", "decode", "convert_ids_to_tokens")
+
+
 def tokenizer_of(tokenizer: Any) -> Any:
-    """The tokenizer itself, also where a processor that holds one is given; `BadArgument` for anything else."""
+    """Returns a tokenizer, or the tokenizer of a processor. Raises `BadArgument` for others."""
     for candidate in (tokenizer, getattr(tokenizer, "tokenizer", None)):
-        if all(
-            callable(getattr(candidate, name, None))
-            for name in ("encode", "decode", "convert_ids_to_tokens")
-        ):
+        methods = [getattr(candidate, name, None) for name in TOKENIZER_METHODS]
+        if all(map(callable, methods)):
             return candidate
     raise BadArgument(
-        f"{shown_value(tokenizer)} is no tokenizer of transformers, and no processor that holds one: give "
-        "AutoTokenizer.from_pretrained(name), or leave it out and give token ids as prompts"
+        f"{described(tokenizer)} is no tokenizer of transformers, and no processor that holds one: "
+        "give AutoTokenizer.from_pretrained(name), or leave it out and give token ids as prompts"
     )
 
 
 def as_lm(model: LM | nn.Module) -> LM:
-    """The LM itself, or one around a bare module."""
-    return model if isinstance(model, LM) else LM(model)  # raises where it is no model
+    """Returns the LM itself, or an LM of a bare module. Raises for what is no model."""
+    return model if isinstance(model, LM) else LM(model)

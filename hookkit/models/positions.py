@@ -1,7 +1,8 @@
-"""When: positions, rows and steps, as values. Nothing here knows torch.
+"""Positions, rows and steps as values. Nothing here imports torch.
 
-A position is counted in the row's own text, without padding, from 0. A negative one counts back from the end of the
-prompt, while generating too. A slice without an end goes on into the generated text.
+A position is counted in the row's own text, without padding, from 0. A negative position counts
+back from the end of the prompt, also while generating. A slice without an end continues into the
+generated text. `wish` resolves these values into the positions of one row, and `chosen` into rows.
 """
 
 import sys
@@ -17,7 +18,7 @@ OPEN = sys.maxsize  # the end of a slice that has none
 
 
 class Part(Enum):
-    """A part of the text: what was given, or what the model wrote."""
+    """A part of the text: the prompt, or what the model generated."""
 
     PROMPT = "prompt"
     GENERATED = "generated"
@@ -39,13 +40,15 @@ class Span:
     step: int | None = None
 
     def __repr__(self) -> str:
-        ends = ["" if end is None else str(end) for end in (self.start, self.stop, self.step)]
-        return ":".join(ends if self.step is not None else ends[:2])
+        parts = [self.start, self.stop]
+        if self.step is not None:
+            parts.append(self.step)
+        return ":".join("" if part is None else str(part) for part in parts)
 
 
 @dataclass(frozen=True)
 class At:
-    """The tokens of the prompt that cover a text; `which` occurrence, where there are several."""
+    """The tokens of the prompt that cover a text; `which` is the index of the occurrence."""
 
     text: str
     which: int | None = None
@@ -56,24 +59,22 @@ class At:
                 f"at({described(self.text)}) covers no token: give the text that the tokens cover"
             )
         if self.which is not None:
-            object.__setattr__(
-                self,
-                "which",
-                whole_number(self.which, "which", meaning="which occurrence is meant"),
-            )
+            which = whole_number(self.which, "which", meaning="which occurrence is meant")
+            object.__setattr__(self, "which", which)
 
     def __repr__(self) -> str:
-        return (
-            f"at({self.text!r})" if self.which is None else f"at({self.text!r}, which={self.which})"
-        )
+        if self.which is None:
+            return f"at({self.text!r})"
+        return f"at({self.text!r}, which={self.which})"
 
 
 @checks_keywords
 def at(text: str, *, which: int | None = None) -> At:
-    """The positions of the tokens of each prompt that cover `text`.
+    """Returns the positions of the tokens of each prompt that cover `text`, as a value for `pos=`.
 
-    Where the text occurs several times, `which` says which one: 0 is the first, -1 the last. Without it, a text that
-    does not occur exactly once raises `OutOfRange` before the forward.
+    `which` is the index of the occurrence where the text occurs several times: 0 is the first, -1
+    the last. Without it, a text that does not occur exactly once raises `OutOfRange` before the
+    forward.
 
     >>> at("store")
     at('store')
@@ -87,12 +88,15 @@ CountLike: TypeAlias = int | slice | Sequence[int] | tuple[int, ...] | Span | No
 Count: TypeAlias = int | tuple[int, ...] | Span | None
 
 PositionRange: TypeAlias = range | tuple[int, ...]
-"""The positions of one row that a hook wants, in ascending order; a range without end has `OPEN` as its stop."""
+"""The selected positions of one row in ascending order. A range without an end stops at `OPEN`."""
+
+# Types that can be iterated over and hold no positions.
+NO_NUMBERS = (str, bytes, bytearray, Mapping)
 
 
 @dataclass(frozen=True)
 class Where:
-    """The part of a site that a hook wants: which positions or steps, of which rows."""
+    """The part of a site that a hook selects: which positions or steps, of which rows."""
 
     pos: Pos = None
     rows: Count = None
@@ -100,61 +104,65 @@ class Where:
 
 
 def as_pos(pos: PosLike) -> Pos:
-    """`pos` as a value, or `BadHook` if it is none of the ways to say where."""
+    """Returns `pos` as a value. Raises `BadHook` if it does not say a position."""
     if isinstance(pos, At | Part):
         return pos
     return as_count(pos, "pos")
 
 
 def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
-    """Whole numbers as a value: one, several, or a slice of them."""
+    """Returns one whole number, several, or a slice of them as a value.
+
+    `word` is the name of the argument in messages. With `negative=False`, negative numbers raise
+    `OutOfRange`.
+    """
     if count is None:
         return None
     if isinstance(count, slice):
         count = Span(count.start, count.stop, count.step)
+    value: Count
     if isinstance(count, Span):
-        read: Count = _span(count, word)
-        numbers = [end for end in (read.start, read.stop) if end is not None]
-    elif (
-        as_whole(count) is not None
-        or not isinstance(count, Iterable)
-        or isinstance(count, NO_NUMBERS)
-    ):
-        read = _whole(count, word)
-        numbers = [read]
+        value = _read_span(count, word)
+        numbers = [end for end in (value.start, value.stop) if end is not None]
+    elif _is_several(count):
+        value = _read_several(count, word)
+        numbers = list(value)
     else:
-        read = _several(count, word)
-        numbers = list(read)
+        value = _read_whole(count, word)
+        numbers = [value]
     if not negative and any(number < 0 for number in numbers):
-        raise OutOfRange(f"{word}={read!r}: {word}s count from 0 upwards")
-    return read
+        raise OutOfRange(f"{word}={value!r}: {word}s count from 0 upwards")
+    return value
 
 
-NO_NUMBERS = (str, bytes, bytearray, Mapping)  # what can be iterated over, and holds no positions
+def _is_several(count: object) -> bool:
+    if as_whole(count) is not None or isinstance(count, NO_NUMBERS):
+        return False
+    return isinstance(count, Iterable)
 
 
-def _span(span: Span, word: str) -> Span:
-    """A slice with its ends as whole numbers; `EmptySelection` where it can never hold anything."""
-    ends = [
-        None if end is None else _whole(end, word) for end in (span.start, span.stop, span.step)
-    ]
-    start, stop, step = ends
+def _read_span(span: Span, word: str) -> Span:
+    """Returns a slice with whole numbers. Raises `EmptySelection` if it is always empty."""
+    start = None if span.start is None else _read_whole(span.start, word)
+    stop = None if span.stop is None else _read_whole(span.stop, word)
+    step = None if span.step is None else _read_whole(span.step, word)
     if step is not None and step < 1:
         raise BadHook(
             f"{word}={span!r} steps backwards: positions are taken in the order of the text"
         )
-    first = 0 if start is None else start
-    if stop is not None and (first < 0) == (stop < 0) and stop <= first:
+    first = start or 0
+    same_sign = stop is not None and (first < 0) == (stop < 0)
+    if stop is not None and same_sign and stop <= first:
         raise EmptySelection(f"{word}={span!r} selects nothing: its end is not after its start")
     return Span(start, stop, step)
 
 
-def _several(count: Iterable[object], word: str) -> tuple[int, ...]:
+def _read_several(count: Iterable[object], word: str) -> tuple[int, ...]:
     try:
         items = list(count)
     except TypeError:
-        return (_whole(count, word),)
-    numbers = tuple(_whole(number, word) for number in items)
+        return (_read_whole(count, word),)
+    numbers = tuple(_read_whole(item, word) for item in items)
     if not numbers:
         raise EmptySelection(
             f"{word}=[] selects nothing: leave {word} out for all, or name at least one"
@@ -164,86 +172,81 @@ def _several(count: Iterable[object], word: str) -> tuple[int, ...]:
     return numbers
 
 
-def _whole(number: object, word: str) -> int:
-    whole = as_whole(number)
+def _read_whole(number: object, word: str) -> int:
     if isinstance(number, bool):
         raise BadHook(f"{word}={number!r} is not a whole number")
+    whole = as_whole(number)
     if whole is None:
-        also = ", hk.PROMPT, hk.GENERATED or hk.at('text')" if word == "pos" else ""
-        raise BadHook(
-            f"{word}={described(number)} says no place: give a whole number, a list of them or a slice{also}"
-        )
+        forms = "a whole number, a list of them or a slice"
+        if word == "pos":
+            forms += ", hk.PROMPT, hk.GENERATED or hk.at('text')"
+        raise BadHook(f"{word}={described(number)} is not valid: give {forms}")
     return whole
 
 
 def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> PositionRange:
-    """The positions that `where` means in a row whose prompt has `length` tokens. `cover` finds a text's tokens."""
+    """Returns the positions that `where` selects in a row whose prompt has `length` tokens.
+
+    `cover` returns the positions of the tokens that cover a text.
+    """
     if where.step is not None:
-        steps = _resolve(where.step, 0)
-        return _shifted(
-            steps, length - 1
-        )  # the logits that choose step 0 stand at the prompt's last token
+        # The logits that choose step 0 are at the prompt's last token.
+        return _shift(_resolve(where.step, 0), length - 1)
     pos = where.pos
+    if pos is None:
+        return range(OPEN)
     if isinstance(pos, At):
         return cover(pos)
     if isinstance(pos, Part):
         return range(length) if pos is PROMPT else range(length, OPEN)
-    return range(OPEN) if pos is None else _resolve(pos, length)
+    return _resolve(pos, length)
 
 
 def chosen(rows: Count, count: int) -> list[int]:
-    """The rows of a batch of `count` that are meant, in order."""
+    """Returns the selected rows of a batch of `count` rows, in order."""
     if rows is None:
         return list(range(count))
-    wanted = _resolve(rows, count)
-    if isinstance(wanted, range):
-        wanted = range(wanted.start, min(wanted.stop, count), wanted.step)
-    for row in wanted:
+    numbers = _resolve(rows, count)
+    if isinstance(numbers, range):
+        numbers = range(numbers.start, min(numbers.stop, count), numbers.step)
+    batch = "1 row, row 0" if count == 1 else f"{count} rows, 0 to {count - 1}"
+    for row in numbers:
         if row >= count:
-            raise OutOfRange(f"row {row} was asked for, and the batch has {_rows(count)}")
-    if not wanted:
-        raise EmptySelection(f"rows={rows!r} selects none of the batch's {_rows(count)}")
-    return list(wanted)
-
-
-def _rows(count: int) -> str:
-    return "1 row, row 0" if count == 1 else f"{count} rows, 0 to {count - 1}"
+            raise OutOfRange(f"row {row} was asked for, and the batch has {batch}")
+    if not numbers:
+        raise EmptySelection(f"rows={rows!r} selects none of the batch's {batch}")
+    return list(numbers)
 
 
 def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
+    """Returns the numbers of a value, where negative numbers count back from `length`."""
     if isinstance(count, Span):
-        start = (
-            0
-            if count.start is None
-            else count.start
-            if count.start >= 0
-            else max(0, length + count.start)
-        )
-        stop = (
-            OPEN
-            if count.stop is None
-            else count.stop
-            if count.stop >= 0
-            else max(0, length + count.stop)
-        )
+        start = _resolve_end(count.start, length, default=0)
+        stop = _resolve_end(count.stop, length, default=OPEN)
         return range(start, stop, count.step or 1)
     numbers = (count,) if isinstance(count, int) else count
-    places = sorted(number if number >= 0 else length + number for number in numbers)
-    if places[0] < 0:
+    positions = sorted(number if number >= 0 else length + number for number in numbers)
+    if positions[0] < 0:
         raise OutOfRange(
             f"position {min(numbers)} was asked for, and the prompt has {length} tokens: "
             f"positions go from -{length} to {length - 1}"
         )
-    if len(set(places)) < len(places):
+    if len(set(positions)) < len(positions):
         raise BadHook(
             f"the positions {list(numbers)} name one token twice in a prompt of {length} tokens"
         )
-    return tuple(places)
+    return tuple(positions)
 
 
-def _shifted(wanted: PositionRange, by: int) -> PositionRange:
-    if isinstance(wanted, range):
-        return range(
-            wanted.start + by, wanted.stop if wanted.stop == OPEN else wanted.stop + by, wanted.step
-        )
-    return tuple(place + by for place in wanted)
+def _resolve_end(end: int | None, length: int, default: int) -> int:
+    """Returns one end of a slice as a number that is not negative."""
+    if end is None:
+        return default
+    return end if end >= 0 else max(0, length + end)
+
+
+def _shift(positions: PositionRange, offset: int) -> PositionRange:
+    if isinstance(positions, range):
+        stop = positions.stop if positions.stop == OPEN else positions.stop + offset
+        return range(positions.start + offset, stop, positions.step)
+    return tuple(position + offset for position in positions)

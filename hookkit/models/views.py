@@ -1,7 +1,7 @@
-"""From a module's tensor to the values of a site, and back: heads, fused parts, multipliers, keys.
+"""Converts between a module's tensor and a site's values: heads, fused parts, multipliers, keys.
 
-A `SiteView` says how a site stands in the tensor at its place. What it reads is a view or made of one, so that what it
-writes goes into the module's own tensor (or a copy of it).
+A `SiteView` says how a site is stored in the tensor at its module location. It reads through views
+of that tensor where it can, so that what it writes goes into the module's own tensor (or a copy).
 """
 
 from dataclasses import dataclass, replace
@@ -17,52 +17,56 @@ from .sites import SQUARE, AnySite, Site
 
 @dataclass(frozen=True)
 class SiteView:
-    """A site that is its module's tensor, [batch, pos, ...]."""
+    """A site that is its module's tensor [batch, pos, ...], up to a factor."""
 
     head: int | None = None
     factor: float = 1.0
 
     @property
     def plain(self) -> bool:
-        """True where nothing at all stands between the tensor and the site."""
+        """True if the site is exactly the module's tensor."""
         return type(self) is SiteView and self.factor == 1.0
 
-    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
-        """The module's tensor as [batch, pos, ...], a view of it."""
-        return found
+    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+        """Returns a view [batch, pos, ...] of the module's tensor."""
+        return tensor
 
-    def call(self, call: ForwardPass, found: Tensor) -> ForwardPass:
-        """The forward whose rows and columns the tensor has."""
-        return call
+    def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:
+        """Returns the forward pass with the rows and columns that the tensor has."""
+        return forward
 
     def view(self, full: Tensor) -> Tensor:
-        """The part of [batch, pos, ...] that is the site, a view; heads may still be on two axes."""
+        """Returns the view of [batch, pos, ...] that is the site; heads may be on two axes."""
         return full
 
-    def read(self, raw: Tensor, cells: Selection, call: ForwardPass) -> Tensor:
-        """The values of the site [row, pos, ...] from those cells of the view."""
+    def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
+        """Returns the values of the site [row, pos, ...] from these cells of the view."""
         return raw if self.factor == 1.0 else raw * self.factor
 
     def write(
-        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, call: ForwardPass
+        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
     ) -> Tensor:
-        """The cells of the view that give these values; with `old`, to the bit what they were where nothing changed."""
+        """Returns the cells of the view that give the values `new`.
+
+        With `old`, cells that did not change are equal to `raw` bit for bit.
+        """
         if self.factor == 1.0:
             return new
-        return new / self.factor if old is None else torch.where(new == old, raw, new / self.factor)
+        scaled = new / self.factor
+        return scaled if old is None else torch.where(new == old, raw, scaled)
 
 
 @dataclass(frozen=True)
 class FlatView(SiteView):
-    """Rows and positions on one axis: [(batch pos), ...]."""
+    """A site whose tensor has rows and positions on one axis: [(batch pos), ...]."""
 
-    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
-        return found if found.ndim > 2 else found.view(call.rows, -1, found.shape[-1])
+    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+        return tensor if tensor.ndim > 2 else tensor.view(forward.rows, -1, tensor.shape[-1])
 
 
 @dataclass(frozen=True)
 class FusedView(SiteView):
-    """Some numbers of the last axis, which may be heads."""
+    """A site that is a part of the tensor's last axis, which may have heads."""
 
     cut: AxisSplit = None  # pyright: ignore[reportAssignmentType]
 
@@ -78,26 +82,29 @@ class FusedView(SiteView):
             return heads[..., 0, :]
         return heads[:, :, 0] if cut.outer == 1 else heads
 
-    def read(self, raw: Tensor, cells: Selection, call: ForwardPass) -> Tensor:
+    def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         return raw.flatten(2, 3) if raw.ndim == 5 else raw
 
     def write(
-        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, call: ForwardPass
+        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
     ) -> Tensor:
         return new.reshape(raw.shape)
 
 
 @dataclass(frozen=True)
 class HeadFirstView(SiteView):
-    """Inside attention, [batch, head, pos, d_head]."""
+    """A tensor inside attention, [batch, head, pos, d_head].
 
-    keys: bool = False  # what attention looks at: all that the cache holds, and not this forward's positions only
+    With `keys=True` it has all columns that the cache holds, and not only those of this forward.
+    """
 
-    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
-        return found.transpose(1, 2)
+    keys: bool = False
 
-    def call(self, call: ForwardPass, found: Tensor) -> ForwardPass:
-        return call.over_keys(found.shape[2]) if self.keys else call
+    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+        return tensor.transpose(1, 2)
+
+    def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:
+        return forward.over_keys(tensor.shape[2]) if self.keys else forward
 
     def view(self, full: Tensor) -> Tensor:
         return full if self.head is None else full[:, :, self.head]
@@ -105,23 +112,26 @@ class HeadFirstView(SiteView):
 
 @dataclass(frozen=True)
 class AttentionView(SiteView):
-    """Attention's numbers of each query and key: [batch, head, query, key] in the module, with the columns of the batch
-    as keys. Its values are [row, query, head, key], with each row's own positions as keys, also those that it has not
-    come to. Where a query does not see a key, a score is the smallest number there is, and the pattern zero."""
+    """Scores or pattern: [batch, head, query, key] in the module, with batch columns as keys.
+
+    The values of the site are [row, query, head, key]. Keys are each row's own positions, up to
+    the last position of the longest row. Where a query does not see a key, a score is the dtype's
+    smallest number and the pattern is zero.
+    """
 
     scores: bool = False
 
-    def laid(self, found: Tensor, call: ForwardPass) -> Tensor:
-        return found.transpose(1, 2)
+    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+        return tensor.transpose(1, 2)
 
     def view(self, full: Tensor) -> Tensor:
         return full if self.head is None else full[:, :, self.head]
 
-    def read(self, raw: Tensor, cells: Selection, call: ForwardPass) -> Tensor:
+    def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         unseen = unseen_value(raw.dtype, self.scores)
         if self.scores:
             raw = raw.masked_fill(hidden(raw), unseen)
-        spans = call.keys(cells, raw.shape[-1])
+        spans = forward.keys(cells, raw.shape[-1])
         width = max(last for _, last, _ in spans)
         if all(span == (0, width, 0) for span in spans):
             return raw[..., :width]
@@ -131,71 +141,72 @@ class AttentionView(SiteView):
         return values
 
     def write(
-        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, call: ForwardPass
+        self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
     ) -> Tensor:
         result = raw.clone()
-        for row, (first, last, column) in enumerate(call.keys(cells, raw.shape[-1])):
+        for row, (first, last, column) in enumerate(forward.keys(cells, raw.shape[-1])):
             result[row, ..., column : column + last - first] = new[row, ..., first:last]
         return result
 
 
 def hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
-    """Where a mask hides a key; `masks` is the dtype of the mask, that of the scores if left out.
+    """True where a mask hides a key. `masks` is the mask's dtype; by default that of the scores.
 
-    It is not the smallest number alone, since some families scale after they have masked. In float64 it is float32's,
-    since some families compute their scores in float32 whatever the model's dtype.
+    The limit is above the dtype's smallest number, because some families scale after masking. In
+    float64 the limit is float32's, because some families always compute scores in float32.
     """
     dtype = masks or scores.dtype
-    narrow = torch.float32 if dtype == torch.float64 else dtype
-    return scores <= torch.finfo(narrow).min / 16
+    limit_dtype = torch.float32 if dtype == torch.float64 else dtype
+    return scores <= torch.finfo(limit_dtype).min / 16
 
 
 def unseen_value(dtype: torch.dtype, scores: bool) -> float:
-    """What stands where a query does not see a key."""
+    """Returns the value of a score or of the pattern where a query does not see a key."""
     return torch.finfo(dtype).min if scores else 0.0
 
 
-def form_of(layout: Layout, site: AnySite, place: ModuleLocation) -> SiteView:
-    """How a site stands in the tensor at its place."""
-    if (
-        place.times or place.over
-    ):  # read anew each time: a multiplier is an attribute, which a user may change
-        return _form(layout, site, place)
+def form_of(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
+    """Returns how a site is stored in the tensor at its module location."""
+    # A multiplier is an attribute that users may change, so it is read each time.
+    if location.times or location.over:
+        return _build_view(layout, site, location)
     if site not in layout.forms:
-        layout.forms[site] = _form(layout, site, place)
+        layout.forms[site] = _build_view(layout, site, location)
     return layout.forms[site]
 
 
-def full_sizes(layout: Layout, site: AnySite, place: ModuleLocation) -> dict[int, int] | None:
-    """How long the axes of the whole tensor at a place are that may be split among processes; None where that is not
-    known."""
-    if isinstance(site, Site):
-        shape = layout.shape(replace(site, head=None))
-        if place.side == "inside" and not place.flat:
-            return {1: shape[0]}
-        found = layout.cut(site) if place.cut else None
-        if found is not None:
-            return {-1: found.outer * found.total}
-        return {number - len(shape): size for number, size in enumerate(shape) if size}
-    word = "in_features" if place.side == "input" else "out_features"
-    size = getattr(layout.submodule(place.path), word, None) if place.item == 0 else None
-    return {-1: size} if isinstance(size, int) else None
+def full_sizes(layout: Layout, site: AnySite, location: ModuleLocation) -> dict[int, int] | None:
+    """Returns the full lengths of a tensor's axes that may be split among processes, by axis.
+
+    Returns None where they are not known.
+    """
+    if not isinstance(site, Site):
+        if location.item != 0:
+            return None
+        attribute = "in_features" if location.side == "input" else "out_features"
+        size = getattr(layout.submodule(location.path), attribute, None)
+        return {-1: size} if isinstance(size, int) else None
+    shape = layout.shape(replace(site, head=None))
+    if location.side == "inside" and not location.flat:
+        return {1: shape[0]}
+    cut = layout.cut(site)
+    if cut is not None:
+        return {-1: cut.outer * cut.total}
+    return {axis - len(shape): size for axis, size in enumerate(shape) if size}
 
 
-def _form(layout: Layout, site: AnySite, place: ModuleLocation) -> SiteView:
+def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
     head = site.head if isinstance(site, Site) else None
-    if place.flat:
+    if location.flat:
         return FlatView(head)
-    if place.side == "inside":
+    if location.side == "inside":
         assert isinstance(site, Site)
-        return (
-            AttentionView(head, scores=site.name == "scores")
-            if site.name in SQUARE
-            else HeadFirstView(head, keys=place.item != "query")
-        )
-    if place.cut:
+        if site.name in SQUARE:
+            return AttentionView(head, scores=site.name == "scores")
+        return HeadFirstView(head, keys=location.item != "query")
+    if location.cut:
         assert isinstance(site, Site)
-        found = layout.cut(site)
-        assert found is not None
-        return FusedView(head, cut=found)
+        cut = layout.cut(site)
+        assert cut is not None
+        return FusedView(head, cut=cut)
     return SiteView(head, layout.factor(site))

@@ -116,7 +116,7 @@ def test_every_verb_but_that_of_a_function_can_be_written():
             "ablate() has no keyword 'posn'; did you mean 'pos'?",
         ),
         ("ablate:z.9.3@step=0", UnknownKeyword, "ablate() has no keyword 'step'"),
-        ("ablate:z.9.3@pos=first", BadHook, "pos='first' says no place"),
+        ("ablate:z.9.3@pos=first", BadHook, "pos='first' is not valid"),
         ("ablate:z.9@to=mean", BadHook, "needs a reference"),
         ("scale:mlp_out.4", BadHook, "is no amount for 'mlp_out.4': write scale:mlp_out.4*0.5"),
         (

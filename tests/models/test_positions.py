@@ -67,10 +67,10 @@ def test_step_0_is_chosen_by_the_logits_at_the_prompts_last_token(step, expected
         (
             "last",
             BadHook,
-            "pos='last' says no place: give a whole number, a list of them or a slice",
+            "pos='last' is not valid: give a whole number, a list of them or a slice",
         ),
         (True, BadHook, "pos=True is not a whole number"),
-        (1.0, BadHook, "pos=1.0 says no place"),
+        (1.0, BadHook, "pos=1.0 is not valid"),
         (slice(5, 2, -1), BadHook, "steps backwards"),
     ],
 )

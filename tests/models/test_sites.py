@@ -146,12 +146,12 @@ def test_a_site_named_twice_in_one_hook_is_refused():
         (
             lambda lm: lm.sites("resid_post.1", layers=[2]),
             BadHook,
-            r"resid_post\.1 says its own place: leave layers= out",
+            r"layers= does not apply to resid_post\.1: leave layers= out",
         ),
         (
             lambda lm: lm.sites("z.1.0", heads=[2]),
             BadHook,
-            r"z\.1\.0 says its own place: leave heads= out",
+            r"heads= does not apply to z\.1\.0: leave heads= out",
         ),
         (lambda lm: lm.sites("pos_embed"), MissingSite, "has no 'pos_embed': positions are rotary"),
         (

@@ -368,7 +368,7 @@ def test_embeddings_as_the_prompt_have_positions_but_no_tokens(lm):
     assert torch.allclose(manager[SITE], expected[SITE], atol=1e-5)
     with (
         pytest.raises(
-            Unsupported, match="the model was given embeddings, whose tokens nobody knows"
+            Unsupported, match="the model was given embeddings, whose tokens are unknown"
         ),
         hk.attach(lm, hk.scale(SITE, 1.0, pos=hk.at("oat"))),
     ):

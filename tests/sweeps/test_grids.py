@@ -284,7 +284,7 @@ def test_the_loss_of_a_continuation_may_be_patched_for(llama_ids):
         ({"pos": -1}, BadHook, r"pos is -1, one value, and a grid has a list of them: \[-1\]"),
         ({"pos": hk.at("a")}, BadHook, "one value, and a grid has a list"),
         ({"pos": []}, EmptySelection, "dimension 'pos' is empty"),
-        ({"pos": ["a"]}, BadHook, "pos='a' says no place"),
+        ({"pos": ["a"]}, BadHook, "pos='a' is not valid"),
         (
             {"pos": {"end": [1, 2, 3]}},
             BadPrompt,
