@@ -1,6 +1,5 @@
-"""Where the sites of one model are: a row of the families' table, laid over the model's own module tree."""
+"""Where the sites of one model are: a row of the table of families, applied to its modules."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,15 +15,20 @@ from .sites import AXES, KEY_HEADED, WHOLE_MODEL, AnySite, ModuleSite, Site
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The places of one model. `root` is the model, `config` its configuration, if it has one."""
+    """The module locations of one model's sites.
+
+    `root` is the model and `config` its configuration, or None. The `LM` owns the layout. The
+    fields after `family` are caches; `verified` belongs to `hookkit.models.attention`, and `forms`
+    to `views.form_of`.
+    """
 
     root: nn.Module
     config: Any
     family: Family
-    _found: dict[tuple[str, int | None], ModuleLocation | None] = field(default_factory=dict)
+    _locations: dict[tuple[str, int | None], ModuleLocation | None] = field(default_factory=dict)
     _sizes: dict[int | None, dict[str, int | None]] = field(default_factory=dict)
-    verified: dict[nn.Module, set[str]] = field(default_factory=dict)  # see `inside.opened`
-    forms: dict[AnySite, Any] = field(default_factory=dict)  # see `forms.form_of`
+    verified: dict[nn.Module, set[str]] = field(default_factory=dict)
+    forms: dict[AnySite, Any] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
@@ -32,270 +36,300 @@ class Layout:
         return self.sizes_of(None)
 
     def sizes_of(self, layer: int | None) -> dict[str, int | None]:
-        """The same for one block, where blocks differ."""
+        """Returns the same for one block, because blocks may differ."""
         if layer not in self._sizes:
-            self._sizes[layer] = self._sizes_of(layer)
+            self._sizes[layer] = self._compute_sizes(layer)
         return self._sizes[layer]
 
-    def _sizes_of(self, layer: int | None) -> dict[str, int | None]:
-        config = _of_block(self.config, layer)
-        heads, d_model = _first(config, "num_attention_heads"), _first(config, "hidden_size")
-        d_head = _first(config, "head_dim") or (d_model // heads if d_model and heads else None)
-        corrected = {} if config is None else self.family.sizes(config, layer)
-        d_head = corrected.get("d_head", d_head)
-        known: dict[str, int | None] = {
+    def _compute_sizes(self, layer: int | None) -> dict[str, int | None]:
+        config = _block_config(self.config, layer)
+        corrections = {} if config is None else self.family.sizes(config, layer)
+        heads, d_model = _read_int(config, "num_attention_heads"), _read_int(config, "hidden_size")
+        d_head = _read_int(config, "head_dim")
+        if not d_head and d_model and heads:
+            d_head = d_model // heads
+        d_head = corrections.get("d_head", d_head or None)
+        sizes: dict[str, int | None] = {
             "d_model": d_model,
             "head": heads,
-            "kv_head": _first(config, "num_key_value_heads") or heads,
+            "kv_head": _read_int(config, "num_key_value_heads") or heads,
             "d_head": d_head,
             "d_qk": d_head,
             "d_v": d_head,
-            "d_mlp": self._neurons(layer),
-            "expert": _first(config, "num_local_experts", "num_experts", "n_routed_experts"),
-            "choice": _first(config, "num_experts_per_tok"),
-            "vocab": _first(config, "vocab_size") or self._vocabulary(),
-            **corrected,
+            "d_mlp": self._mlp_width(layer),
+            "expert": _read_int(config, "num_local_experts", "num_experts", "n_routed_experts"),
+            "choice": _read_int(config, "num_experts_per_tok"),
+            "vocab": _read_int(config, "vocab_size") or self._embedding_rows(),
+            **corrections,
         }
-        heads, key_heads = known["head"], known["kv_head"]
-        known["share"] = (
-            heads // key_heads if heads and key_heads else None
-        )  # query heads to a key-value head
-        known["quarter"] = heads // 4 if heads else None
-        return known
+        heads, key_heads = sizes["head"], sizes["kv_head"]
+        # `share` is the number of query heads per key-value head.
+        sizes["share"] = heads // key_heads if heads and key_heads else None
+        sizes["quarter"] = heads // 4 if heads else None
+        return sizes
 
-    def _vocabulary(self) -> int | None:
-        """The rows of the table of embeddings, for a configuration that has no word for them."""
+    def _embedding_rows(self) -> int | None:
+        """Returns the number of embeddings, for a configuration that does not say it."""
         find = getattr(self.root, "get_input_embeddings", None)
         try:
-            count = getattr(find(), "num_embeddings", None) if callable(find) else None
-        except NotImplementedError:  # a model of transformers without words
+            rows = getattr(find(), "num_embeddings", None) if callable(find) else None
+        except NotImplementedError:  # a transformers model without token embeddings
             return None
-        return count if isinstance(count, int) else None
+        return rows if isinstance(rows, int) else None
 
-    def _neurons(self, layer: int | None) -> int | None:
-        """The width of what the MLP's output projection reads, as its weight says: configurations have many words."""
+    def _mlp_width(self, layer: int | None) -> int | None:
+        """Returns the input size of the MLP's output projection, as its weight says.
+
+        Configurations have many names for it.
+        """
         if "mlp_post" not in self.family.places:
             return None
         layers = range(self.n_layers) if layer is None else (layer,)
-        place = next(
-            (found for each in layers if (found := self.find("mlp_post", each)) is not None), None
-        )
-        return None if place is None else _width(self.submodule(place.path))
+        for number in layers:
+            location = self.find("mlp_post", number)
+            if location is not None:
+                return _input_size(self.submodule(location.path))
+        return None
 
     @cached_property
     def n_layers(self) -> int:
-        """How many blocks there are."""
-        return _first(self.config, "num_hidden_layers") or 0
+        """The number of blocks."""
+        return _read_int(self.config, "num_hidden_layers") or 0
 
     @cached_property
     def names(self) -> list[str]:
-        """The sites that the model has, in some block at least."""
+        """The names of the sites that the model has in at least one block."""
         return [name for name in AXES if name in self.family.places and self.layers(name) != []]
 
     def layers(self, name: str) -> list[int] | None:
-        """The blocks that have a site; None for a site that is there once."""
+        """Returns the blocks that have a site; None for a site that exists once in the model."""
         if name in WHOLE_MODEL:
             return None if self.find(name, None) is not None else []
         return [layer for layer in range(self.n_layers) if self.find(name, layer) is not None]
 
     def find(self, name: str, layer: int | None) -> ModuleLocation | None:
-        """The place of a site in a block: the first of its row's whose module is there."""
+        """Returns the first location of a site in a block whose module exists, or None."""
         key = name, layer
-        if key not in self._found:
-            places = self.family.at(name, layer) if name in self.family.places else []
-            self._found[key] = next(
-                (place for place in places if self._module(place.path) is not None), None
-            )
-        return self._found[key]
+        if key not in self._locations:
+            self._locations[key] = self._first_location(name, layer)
+        return self._locations[key]
+
+    def _first_location(self, name: str, layer: int | None) -> ModuleLocation | None:
+        for location in self.family.at(name, layer):
+            if self._module(location.path) is not None:
+                return location
+        return None
 
     def place(self, site: AnySite) -> ModuleLocation:
-        """The place of a site. `MissingSite` or `OutOfRange` where the model has none."""
+        """Returns the module location of a site.
+
+        Raises `MissingSite` or `OutOfRange` if the model does not have it.
+        """
         if isinstance(site, ModuleSite):
             self.submodule(site.path)
             return ModuleLocation(site.path, site.side, site.item)
+        family = self.family
         if site.name not in self.names:
             raise MissingSite(
-                f"this {self.family.name} model has no {site.name!r}: {self.family.why_missing(site.name)}. "
+                f"this {family.name} model has no {site.name!r}: {family.why_missing(site.name)}. "
                 f"It has: {', '.join(self.names) or 'modules only'}."
             )
         if site.layer is not None and site.layer >= self.n_layers:
             raise OutOfRange(
-                f"{site} was asked for, and the model has {self.n_layers} layers: 0 to {self.n_layers - 1}"
+                f"{site} was asked for, and the model has {self.n_layers} layers: "
+                f"0 to {self.n_layers - 1}"
             )
-        found = self.find(site.name, site.layer)
-        if found is None:
+        location = self.find(site.name, site.layer)
+        if location is None:
             raise MissingSite(
-                f"block {site.layer} of this {self.family.name} model has no {site.name!r}: "
-                f"{self.family.why_missing(site.name)}. The blocks that have it: {self.layers(site.name)}."
+                f"block {site.layer} of this {family.name} model has no {site.name!r}: "
+                f"{family.why_missing(site.name)}. "
+                f"The blocks that have it: {self.layers(site.name)}."
             )
         self._check_head(site)
-        return found
+        return location
 
     def _check_head(self, site: Site) -> None:
-        kind, word = (
-            ("kv_head", "key-value heads") if site.name in KEY_HEADED else ("head", "heads")
-        )
-        heads = self.sizes_of(site.layer)[kind] or 0
+        axis, word = "head", "heads"
+        if site.name in KEY_HEADED:
+            axis, word = "kv_head", "key-value heads"
+        heads = self.sizes_of(site.layer)[axis] or 0
         if site.head is not None and site.head >= heads:
             raise OutOfRange(
                 f"{site} was asked for, and {site.name!r} has {heads} {word}: 0 to {heads - 1}"
             )
 
     def cut(self, site: Site) -> AxisSplit | None:
-        """What part of the last axis a site is; None where it is all of it."""
-        place = self.place(site)
-        return cut(place, self.sizes_of(site.layer)) if place.cut else None
+        """Returns which part of the tensor's last axis a site is; None if it is the whole axis."""
+        location = self.place(site)
+        return cut(location, self.sizes_of(site.layer)) if location.cut else None
 
     def shape(self, site: Site) -> tuple[int, ...]:
-        """The sizes of a site's axes behind batch and pos; 0 for queries and keys, which are as many as the tokens."""
-        found = self.cut(site)
-        if found is not None:
-            return found.shape if site.head is None or found.inner is None else found.shape[1:]
-        if site.name in (
-            "embed",
-            "final_norm",
-        ):  # some models project between the embedding and the stream
+        """Returns the sizes of a site's axes after batch and pos.
+
+        The size of query and key is 0, because it depends on the number of tokens.
+        """
+        part = self.cut(site)
+        if part is not None:
+            return part.shape if site.head is None or part.inner is None else part.shape[1:]
+        # Some models project between the embedding and the residual stream.
+        if site.name in ("embed", "final_norm"):
             module = self.submodule(self.place(site).path)
             width = getattr(module, "embedding_dim", getattr(module, "out_features", None))
             if isinstance(width, int):
                 return (width,)
         sizes = dict(self.sizes_of(site.layer))
-        sizes["d_head"] = sizes[
-            "d_v" if site.name == "v" else "d_qk"
-        ]  # of the sites that stand inside attention
-        return tuple(
-            sizes.get(axis) or 0 for axis in site.axes.split() if axis not in ("batch", "pos")
-        )
+        sizes["d_head"] = sizes["d_v" if site.name == "v" else "d_qk"]  # of sites inside attention
+        axes = [axis for axis in site.axes.split() if axis not in ("batch", "pos")]
+        return tuple(sizes.get(axis) or 0 for axis in axes)
 
     def factor(self, site: AnySite) -> float:
-        """What the module's tensor is multiplied by to give the site."""
-        place = self.place(site)
+        """Returns the number by which the module's tensor is multiplied to give the site."""
+        location = self.place(site)
         factor = 1.0
-        if place.times and isinstance(site, Site):
-            factor = float(
-                getattr(self.submodule(self.family.block.format(layer=site.layer)), place.times)
-            )
-        return factor / float(getattr(self.config, place.over)) if place.over else factor
+        if location.times and isinstance(site, Site):
+            block = self.submodule(self.family.block.format(layer=site.layer))
+            factor = float(getattr(block, location.times))
+        if location.over:
+            factor /= float(getattr(self.config, location.over))
+        return factor
 
     def submodule(self, path: str) -> nn.Module:
-        """The module at a path, or `UnknownSite` with the nearest paths."""
-        found = self._module(path)
-        if found is None:
+        """Returns the module at a path. Raises `UnknownSite` with similar paths for others."""
+        module = self._module(path)
+        if module is None:
             paths = [name for name, _ in self.root.named_modules() if name]
             children = ", ".join(name for name, _ in self.root.named_children())
             raise UnknownSite(
-                f"the model has no module {path!r}{did_you_mean(path, paths)} Its first modules are: {children}."
+                f"the model has no module {path!r}{did_you_mean(path, paths)} "
+                f"Its first modules are: {children}."
             )
-        return found
+        return module
 
     def _module(self, path: str) -> nn.Module | None:
         module: nn.Module | None = self.root
         for name in path.split(".") if path else ():
-            module = module._modules.get(name) if module is not None else None
+            if module is None:
+                return None
+            module = module._modules.get(name)
         return module
 
     def describe(self) -> pd.DataFrame:
-        """The table of all sites, one row each; see `LM.describe`."""
-        rows = []
-        for name, axes in AXES.items():
-            layers = self.layers(name) if name in self.family.places else []
-            place = self.find(name, layers[0] if layers else None) if layers != [] else None
-            there = place is not None
-            rows.append(
-                {
-                    "site": name,
-                    "axes": axes,
-                    "sizes": " ".join(str(self.sizes.get(axis) or axis) for axis in axes.split()),
-                    "layers": (1 if layers is None else len(layers)) if there else 0,
-                    "module": (place.path or "(the model)") if there else "",
-                    "side": place.side if there else "",
-                    "editable": there,
-                    "missing": "" if there else self.family.why_missing(name),
-                }
-            )
-            if layers and place is not None:
-                rows[-1]["module"] = place.path.replace(f".{layers[0]}", ".{layer}", 1)
-        return pd.DataFrame(rows)
+        """Returns the table of all sites, one row each; see `LM.describe`."""
+        return pd.DataFrame([self._describe_site(name) for name in AXES])
 
-
-def no_decoder(root: nn.Module, config: Any, head: str | None) -> Family | None:
-    """The row for a model that is no decoder with a head, whose reasons say what it is; None for one that is.
-
-    `head` is the path of the output embedding, if there is one.
-    """
-    kind, model_type = type(root).__name__, getattr(config, "model_type", None)
-    if getattr(config, "is_encoder_decoder", False):
-        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
-        return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
-    if head is None:
-        reason = f"the model has no unembedding head (a ...ForCausalLM has one); {MODULES}"
-        if model_type is not None and not kind.endswith("ForCausalLM"):
-            reason = f"the model has no unembedding head: it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
-        return Family("module", {}, dict.fromkeys(AXES, reason))
-    undecided = model_type not in FAMILIES and not kind.endswith("ForCausalLM")
-    if undecided and getattr(config, "is_decoder", None) is False:
-        reason = f"{kind} is an encoder, and named sites beside head and logits are those of decoders; {MODULES}"
-        return _head_only(model_type, head, reason)
-    return None
+    def _describe_site(self, name: str) -> dict[str, object]:
+        axes = AXES[name].split()
+        row: dict[str, object] = {
+            "site": name,
+            "axes": AXES[name],
+            "sizes": " ".join(str(self.sizes.get(axis) or axis) for axis in axes),
+            "layers": 0,
+            "module": "",
+            "side": "",
+            "editable": name in self.names,
+            "missing": "" if name in self.names else self.family.why_missing(name),
+        }
+        if name not in self.names:
+            return row
+        layers = self.layers(name)
+        location = self.find(name, layers[0] if layers else None)
+        assert location is not None
+        module = location.path or "(the model)"
+        if layers:
+            module = location.path.replace(f".{layers[0]}", ".{layer}", 1)
+        layer_count = 1 if layers is None else len(layers)
+        return row | {"layers": layer_count, "module": module, "side": location.side}
 
 
 MODULES = "name its modules with hk.module(path)"
 
 
-def family_of(config: Any, head: str | None) -> Family:
-    """The row for a configuration. For one without a row: the head and the logits, and a reason for all the rest.
+def no_decoder(root: nn.Module, config: Any, head: str | None) -> Family | None:
+    """Returns the row for a model that is no decoder with a head, or None for one that is.
 
-    `head` is the path of the output embedding.
+    The row has no sites of a decoder; its reasons say what the model is. `head` is the path of the
+    output embedding, if the model has one.
+    """
+    kind, model_type = type(root).__name__, getattr(config, "model_type", None)
+    is_causal_lm = kind.endswith("ForCausalLM")
+    if getattr(config, "is_encoder_decoder", False):
+        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
+        return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
+    if head is None:
+        reason = "the model has no unembedding head"
+        if model_type is not None and not is_causal_lm:
+            reason += f": it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
+        else:
+            reason += f" (a ...ForCausalLM has one); {MODULES}"
+        return Family("module", {}, dict.fromkeys(AXES, reason))
+    may_be_encoder = model_type not in FAMILIES and not is_causal_lm
+    if may_be_encoder and getattr(config, "is_decoder", None) is False:
+        reason = (
+            f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
+            f"{MODULES}"
+        )
+        return _head_only(model_type, head, reason)
+    return None
+
+
+def family_of(config: Any, head: str | None) -> Family:
+    """Returns the row of the table for a configuration.
+
+    Without a row in the table, returns one with the head and the logits only, and a reason for all
+    other sites. `head` is the path of the output embedding.
     """
     model_type = getattr(config, "model_type", None)
     row = FAMILIES.get(model_type or "")
-    if row is not None:
-        return replace(row if isinstance(row, Family) else row(config), name=model_type)
-    reason = f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
-    return _head_only(model_type, head or "", reason)
+    if row is None:
+        reason = f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
+        return _head_only(model_type, head or "", reason)
+    family = row if isinstance(row, Family) else row(config)
+    return replace(family, name=model_type)
 
 
 def _head_only(model_type: str | None, head: str, reason: str) -> Family:
-    places: Mapping[str, ModuleLocation] = {
-        "lm_head": ModuleLocation(head),
-        "logits": ModuleLocation("", item="logits"),
-    }
-    return Family(model_type or "unknown", places, dict.fromkeys(AXES, reason))
+    locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
+    return Family(model_type or "unknown", locations, dict.fromkeys(AXES, reason))
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of the stack that writes text: a part of that of a model which reads images or sound, too."""
+    """Returns the configuration of the stack that writes text.
+
+    For a model that reads images or sound too, it is a part of the model's configuration.
+    """
     if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
         return config
     return config.get_text_config()
 
 
-def _first(config: Any, *names: str) -> int | None:
-    """The first of several words that a configuration knows and that is a number."""
+def _read_int(config: Any, *names: str) -> int | None:
+    """Returns the first of several attributes of a configuration that is a whole number."""
     for name in names:
         try:
             value = getattr(config, name, None)
-        except Exception:  # noqa: BLE001  a configuration whose blocks differ refuses to say one number for all
+        except Exception:  # noqa: BLE001  where blocks differ, there is no one number for all
             continue
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
 
 
-def _of_block(config: Any, layer: int | None) -> Any:
-    """The configuration of one block, where a model's blocks have their own; else the model's."""
-    each = getattr(config, "per_layer_config", None) if layer is not None else None
-    return each[layer] if each else config
+def _block_config(config: Any, layer: int | None) -> Any:
+    """Returns the configuration of one block where blocks have their own, else the model's."""
+    if layer is None:
+        return config
+    configs = getattr(config, "per_layer_config", None)
+    return configs[layer] if configs else config
 
 
-def _width(module: nn.Module) -> int | None:
-    """How many numbers a linear module reads of each position."""
-    known = getattr(module, "in_features", None)
-    if isinstance(known, int):
-        return known
+def _input_size(module: nn.Module) -> int | None:
+    """Returns how many numbers a linear module reads at each position."""
+    in_features = getattr(module, "in_features", None)
+    if isinstance(in_features, int):
+        return in_features
     weight = getattr(module, "weight", None)
     if weight is None or getattr(weight, "ndim", 0) != 2:
         return None
-    return (
-        weight.shape[0] if hasattr(module, "nf") else weight.shape[1]
-    )  # transformers' Conv1D keeps in x out
+    # The weight of transformers' Conv1D has its input on the first axis.
+    return weight.shape[0] if hasattr(module, "nf") else weight.shape[1]

@@ -1,11 +1,11 @@
-"""Where: the named places of a model, as values. Nothing here knows torch.
+"""Sites: the named activations of a model, as values. Nothing here imports torch.
 
-    hk.Site("resid_post", 6)          the residual stream leaving block 6
-    hk.Site("z", 9, 3)                head 3 of it, before the output projection
-    hk.module("model.layers.3.mlp.gate_proj")       any other module
+    hk.Site("resid_post", 6)                    the residual stream after block 6
+    hk.Site("z", 9, 3)                          head 3 of block 9, before the output projection
+    hk.module("model.layers.3.mlp.gate_proj")   the output of any module
 
-In text these are "resid_post.6", "z.9.3" and "model.layers.3.mlp.gate_proj:output". A layered name without a layer,
-"resid_post", means every layer.
+As text these are "resid_post.6", "z.9.3" and "model.layers.3.mlp.gate_proj:output". A layered name
+without a layer, such as "resid_post", stands for every layer.
 """
 
 import re
@@ -17,9 +17,10 @@ from ..arguments import as_whole, checks_construction, checks_keywords, describe
 from ..display import shown
 from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
 
-# The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q. q, k and v are as
-# projected; q_rot and k_rot are what attention multiplies, after a norm and the rotation by position.
-# While generating, an edit of k or v is in what the cache stores; one of k_rot is made anew in what each step reads.
+# The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
+# q, k and v are the projections' outputs; q_rot and k_rot are what attention multiplies, after a
+# norm and the rotation by position. While generating, the cache stores an edited k or v. An edit of
+# k_rot is not stored: it is applied again to the keys that each step reads.
 AXES: dict[str, str] = {
     "embed": "batch pos d_model",
     "pos_embed": "batch pos d_model",
@@ -50,16 +51,18 @@ AXES: dict[str, str] = {
 WHOLE_MODEL = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
 HEADED = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
 KEY_HEADED = frozenset({"k", "v", "k_rot"})
-SQUARE = frozenset(
-    {"scores", "pattern"}
-)  # their positions are queries, each with a number for every key
+# Their positions are queries, each with a number for every key.
+SQUARE = frozenset({"scores", "pattern"})
 LOGITS = frozenset({"lm_head", "logits"})
 
 
 @checks_construction
 @dataclass(frozen=True, order=True)
 class Site:
-    """A named place in a model: `Site("z", 9, 3)` is head 3 of `z` in block 9. Layers and heads count from 0."""
+    """A named activation: `Site("z", 9, 3)` is head 3 of `z` in block 9.
+
+    Layers and heads count from 0.
+    """
 
     name: str
     layer: int | None = None
@@ -72,25 +75,17 @@ class Site:
             )
         if self.name not in AXES:
             raise UnknownSite(
-                f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: {', '.join(AXES)}. "
-                "Any other place is hk.module(path, side='output')."
+                f"there is no site {self.name!r}{did_you_mean(self.name, AXES)} The sites are: "
+                f"{', '.join(AXES)}. Any other tensor is hk.module(path, side='output')."
             )
-        for index, word in ((self.layer, "layer"), (self.head, "head")):
-            if index is None:
-                continue
-            number = as_whole(index)
-            if number is None:
-                raise UnknownSite(
-                    f"the {word} of {self.name!r} is {described(index)}: give a whole number, counted from 0"
-                )
-            if number < 0:
-                raise OutOfRange(
-                    f"{word} {number} of {self.name!r} was asked for: {word}s count from 0 upwards"
-                )
-            object.__setattr__(self, word, number)
+        if self.layer is not None:
+            object.__setattr__(self, "layer", _read_index(self.name, "layer", self.layer))
+        if self.head is not None:
+            object.__setattr__(self, "head", _read_index(self.name, "head", self.head))
         if self.layer is not None and self.name in WHOLE_MODEL:
             raise UnknownSite(
-                f"{self.name!r} is there once in the model and has no layer {self.layer}: leave it out"
+                f"{self.name!r} exists once in the model and has no layer {self.layer}: "
+                "leave it out"
             )
         if self.head is not None and self.name not in HEADED:
             raise UnknownSite(
@@ -103,7 +98,7 @@ class Site:
 
     @property
     def axes(self) -> str:
-        """The axes in words, without the head axis where one head is chosen."""
+        """The names of the axes, without the head axis if the site is one head."""
         axes = AXES[self.name]
         return axes if self.head is None else axes.replace("kv_head ", "").replace("head ", "", 1)
 
@@ -116,14 +111,28 @@ class Site:
         return shown(f"site {self}", {"axes": self.axes})
 
     def __str__(self) -> str:
-        return ".".join(
-            str(part) for part in (self.name, self.layer, self.head) if part is not None
+        parts = (self.name, self.layer, self.head)
+        return ".".join(str(part) for part in parts if part is not None)
+
+
+def _read_index(name: str, word: str, index: object) -> int:
+    """Returns a layer or head as a whole number from 0."""
+    number = as_whole(index)
+    if number is None:
+        raise UnknownSite(
+            f"the {word} of {name!r} is {described(index)}: give a whole number, counted from 0"
         )
+    if number < 0:
+        raise OutOfRange(f"{word} {number} of {name!r} was asked for: {word}s count from 0 upwards")
+    return number
 
 
 @dataclass(frozen=True, order=True)
 class ModuleSite:
-    """The input or output of any module, by its path. `item` chooses among several: an index, or a keyword's name."""
+    """The input or output of any module, by its path.
+
+    `item` selects one of several tensors: an index, or the name of a keyword.
+    """
 
     path: str
     side: Literal["input", "output"] = "output"
@@ -132,7 +141,8 @@ class ModuleSite:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
             raise UnknownSite(
-                f"path={described(self.path)}: give the path of a module as a text, such as 'model.layers.3.mlp'"
+                f"path={described(self.path)}: give the path of a module as a text, such as "
+                "'model.layers.3.mlp'"
             )
         if self.side not in ("input", "output"):
             raise UnknownSite(f"side={self.side!r}: a module has side='input' and side='output'")
@@ -141,7 +151,8 @@ class ModuleSite:
         item = as_whole(self.item)
         if item is None or item < 0:
             raise UnknownSite(
-                f"item={described(self.item)}: give the number of the tensor, counted from 0, or a keyword's name"
+                f"item={described(self.item)}: give the number of the tensor, counted from 0, or "
+                "a keyword's name"
             )
         object.__setattr__(self, "item", item)
 
@@ -150,7 +161,8 @@ class ModuleSite:
         return False
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.side}" + ("" if self.item == 0 else f":{self.item}")
+        text = f"{self.path}:{self.side}"
+        return text if self.item == 0 else f"{text}:{self.item}"
 
 
 AnySite: TypeAlias = Site | ModuleSite
@@ -160,10 +172,11 @@ AnySite: TypeAlias = Site | ModuleSite
 def module(
     path: str, *, side: Literal["input", "output"] = "output", item: int | str = 0
 ) -> ModuleSite:
-    """The input or output of the module at `path`, as a site; any `nn.Module` will do.
+    """Returns the input or output of the module at `path` as a site; any `nn.Module` has them.
 
-    `item` says which tensor, where there are several: an index into the output (or the positional inputs), or the name
-    of a keyword. Its axes are whatever the module has; `pos=` and `rows=` take axis 0 as batch and axis 1 as pos.
+    `item` selects one of several tensors: an index into the output (or the positional inputs), or
+    the name of a keyword. The axes are those of the module's tensor; `pos=` and `rows=` use axis 0
+    as batch and axis 1 as pos.
 
     >>> str(module("model.layers.3.mlp.gate_proj"))
     'model.layers.3.mlp.gate_proj:output'
@@ -172,20 +185,13 @@ def module(
 
 
 def parse(text: str) -> AnySite:
-    """The site that a text names.
+    """Returns the site that a text names.
 
     >>> parse("z.9.3")
     Site(name='z', layer=9, head=3)
     """
     if ":" in text:
-        path, side, *item = text.split(":")
-        if len(item) > 1:
-            raise UnknownSite(
-                f"{text!r} does not name a site: a module is written path:side or path:side:item, and "
-                f"{':'.join(item[1:])!r} comes after them"
-            )
-        which = item[0] if item else "0"
-        return ModuleSite(path, side, int(which) if which.isdigit() else which)  # pyright: ignore[reportArgumentType]
+        return _parse_module(text)
     name, *numbers = text.split(".")
     if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         hint = "a path of the module tree is meant? Write hk.module(path, side='output')"
@@ -195,9 +201,22 @@ def parse(text: str) -> AnySite:
     return Site(name, *map(int, numbers))
 
 
+def _parse_module(text: str) -> ModuleSite:
+    path, side, *items = text.split(":")
+    if len(items) > 1:
+        raise UnknownSite(
+            f"{text!r} does not name a site: a module is written path:side or path:side:item, and "
+            f"{':'.join(items[1:])!r} comes after them"
+        )
+    item: int | str = items[0] if items else 0
+    if isinstance(item, str) and item.isdigit():
+        item = int(item)
+    return ModuleSite(path, side, item)  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True, repr=False)
 class Sites(Sequence[AnySite]):
-    """A selection of sites, in order, that can be counted, printed and added to before anything runs."""
+    """A selection of sites, in order. It can be counted, printed and added to another one."""
 
     chosen: tuple[AnySite, ...]
 
@@ -218,41 +237,50 @@ class Sites(Sequence[AnySite]):
         return Sites(self.chosen + as_sites(other).chosen)
 
     def _repr_html_(self) -> str:
-        rows = [
-            {"site": str(site), "axes": site.axes if isinstance(site, Site) else ""}
-            for site in self.chosen
-        ]
-        return shown(f"{len(rows)} site{'' if len(rows) == 1 else 's'}", rows=rows)
+        rows: list[dict[str, str]] = []
+        for site in self.chosen:
+            axes = site.axes if isinstance(site, Site) else ""
+            rows.append({"site": str(site), "axes": axes})
+        return shown(self._count_text(), rows=rows)
 
     def __repr__(self) -> str:
         names = [str(site) for site in self.chosen]
-        shown = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
-        return f"{len(names)} site{'' if len(names) == 1 else 's'}: {', '.join(shown)}"
+        if len(names) > 6:
+            names = [*names[:3], "…", *names[-2:]]
+        return f"{self._count_text()}: {', '.join(names)}"
+
+    def _count_text(self) -> str:
+        return "1 site" if len(self) == 1 else f"{len(self)} sites"
 
 
 SitesLike: TypeAlias = str | AnySite | Iterable[str | AnySite]
 
 
 def as_sites(sites: SitesLike) -> Sites:
-    """The selection that any way of writing sites means. An empty one, or one that names a site twice, raises."""
-    if not isinstance(sites, str | Site | ModuleSite | Iterable) or isinstance(
-        sites, bytes | Mapping
-    ):
+    """Returns the selection that any notation of sites means.
+
+    Raises `EmptySelection` for an empty one, `BadHook` for one that names a site twice, and
+    `UnknownSite` for values that are not sites.
+    """
+    is_one = isinstance(sites, str | Site | ModuleSite)
+    if not isinstance(sites, Iterable | Site | ModuleSite) or isinstance(sites, bytes | Mapping):
         raise UnknownSite(
-            f"{described(sites)} is not a site: give a name such as 'resid_post.6', hk.Site('resid_post', 6), or a list"
+            f"{described(sites)} is not a site: give a name such as 'resid_post.6', "
+            "hk.Site('resid_post', 6), or a list"
         )
-    items = [sites] if isinstance(sites, str | Site | ModuleSite) else list(sites)
-    chosen = tuple(parse(item) if isinstance(item, str) else item for item in items)
-    for site in chosen:
+    items = [sites] if is_one else list(sites)
+    selected = tuple(parse(item) if isinstance(item, str) else item for item in items)
+    for site in selected:
         if not isinstance(site, Site | ModuleSite):
             raise UnknownSite(
-                f"{described(site)} is not a site: give a name such as 'resid_post.6', or hk.Site('resid_post', 6)"
+                f"{described(site)} is not a site: give a name such as 'resid_post.6', or "
+                "hk.Site('resid_post', 6)"
             )
-    if not chosen:
+    if not selected:
         raise EmptySelection(
             "no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')"
         )
-    if len(set(chosen)) < len(chosen):
-        twice = next(site for site in chosen if chosen.count(site) > 1)
-        raise BadHook(f"{twice} is named twice in one hook: name each site once")
-    return Sites(chosen)
+    if len(set(selected)) < len(selected):
+        repeated = [site for site in selected if selected.count(site) > 1]
+        raise BadHook(f"{repeated[0]} is named twice in one hook: name each site once")
+    return Sites(selected)

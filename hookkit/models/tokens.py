@@ -1,9 +1,8 @@
 """The tokens of a model: from text to ids and back, with or without a tokenizer.
 
-What a rank is, everywhere in hookkit: 1 + the number of tokens whose logit is strictly larger.
-
-A logit that is NaN has no rank, and stands above all others, so that nothing is first beside it. In tensors of ranks
-no rank is 0; in tables it is NaN, and the column then has floating-point numbers.
+The rank of a token, everywhere in hookkit, is 1 + the number of tokens whose logit is strictly
+larger. A NaN logit has no rank and counts as larger than all others, so no token beside it has rank
+1. In tensors of ranks, no rank is 0; in tables it is NaN, and the column is floating-point then.
 """
 
 import math
@@ -20,23 +19,18 @@ from ..arguments import read_token as as_token
 from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
-SPACE = "▁"  # sentencepiece's own way to write a space
-ANCHORS = (
-    "\n",
-    ":",
-    "|",
-    "=",
-    "1",
-    "é",
-    "a",
-)  # texts to read another one behind: one that does not join with it
+SPACE = "▁"  # sentencepiece writes a space as this character
+# Texts that are put before another one, to tokenize it as a continuation.
+ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
+NO_RANK = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A tokenizer, if there is one, and how to find out how many rows the model's vocabulary has, where that is known.
+    """A tokenizer, or None, and a function that returns the number of rows of the vocabulary.
 
-    The rows are counted when they matter first, since a model's family may have to be found out for that.
+    The rows are counted at the first use, because that may need a dry run of the model. The
+    function returns None if the number is not known.
     """
 
     tokenizer: Any
@@ -44,21 +38,21 @@ class Vocabulary:
 
     @cached_property
     def size(self) -> int | None:
-        """How many rows the vocabulary has; None where that is not known."""
+        """The number of rows of the vocabulary; None if it is not known."""
         return self.count()
 
     @cached_property
     def n_tokens(self) -> int:
-        """How many rows of the vocabulary are real tokens."""
+        """The number of rows of the vocabulary that are real tokens."""
         if self.tokenizer is None:
             return self.size or 0
         return min(self.size or 0, max(self.tokenizer.get_vocab().values()) + 1)
 
     def token(self, token: Token) -> int:
-        """The id of one token, given as text or as the id itself.
+        """Returns the id of one token, from its text or from the id itself.
 
-        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the nearest spellings that
-        are one.
+        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
+        nearest spellings that are one.
         """
         token = as_token(token)
         if not isinstance(token, str):
@@ -71,108 +65,117 @@ class Vocabulary:
             raise NotOneToken(
                 f"{token!r} is text, and this model came without a tokenizer: give token ids"
             )
-        ids = self._ids(token)
+        ids = self._continuation_or_encoding(token)
         if self.size is not None and max(ids, default=0) >= self.size:
             raise NotOneToken(
-                f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to {self.size - 1}: give the "
-                "LM the model's own tokenizer"
+                f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to "
+                f"{self.size - 1}: give the LM the model's own tokenizer"
             )
-        one = self._one(token, ids)
-        if one is not None:
-            return one
-        pieces = " + ".join(repr(self.string(i)) for i in ids) or "nothing"
-        offered = (
-            ", ".join(map(repr, self._one_token_spellings(token, ids)))
-            or "no near spelling, so give an id"
-        )
-        raise NotOneToken(
-            f"{token!r} is {len(ids)} tokens here ({pieces}), and one is meant. One token each: {offered}."
+        token_id = self._single_token(token, ids)
+        if token_id is None:
+            raise self._not_one_token(token, ids)
+        return token_id
+
+    def _not_one_token(self, text: str, ids: list[int]) -> NotOneToken:
+        """Returns the error for a text that is several tokens or none."""
+        pieces = " + ".join(repr(self.string(token_id)) for token_id in ids)
+        spellings = ", ".join(map(repr, self._one_token_spellings(text, ids)))
+        return NotOneToken(
+            f"{text!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
+            f"One token each: {spellings or 'no near spelling, so give an id'}."
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text's tokens, without the special tokens that begin a prompt."""
+        """Returns the token ids of a text, without the special tokens that begin a prompt."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def continuation(self, text: str) -> list[int]:
-        """The ids of a text that goes on from another, the space that it begins with being its own.
+        """Returns the token ids of a text that continues another one.
 
-        Sentencepiece tokenizers put a space before every text that they are given. Here the text is read behind another
-        one, whose tokens are taken off again.
+        Its leading space, or none, is kept as it is. Sentencepiece tokenizers put a space before
+        every text. With them, the text is tokenized after an anchor text, whose tokens are removed.
         """
         if not text or not self._adds_space:
             return self.encode(text)
         for anchor in ANCHORS:
-            before, both = self.encode(anchor), self.encode(anchor + text)
-            if (
-                before
-                and both[: len(before)] == before
-                and self.added(before, both[len(before) :]) == text
-            ):
-                return both[len(before) :]
+            anchor_ids, all_ids = self.encode(anchor), self.encode(anchor + text)
+            ids = all_ids[len(anchor_ids) :]
+            is_prefix = bool(anchor_ids) and all_ids[: len(anchor_ids)] == anchor_ids
+            if is_prefix and self.added(anchor_ids, ids) == text:
+                return ids
         raise NotOneToken(
-            f"{text!r} is read by this tokenizer with a space before it or joined to what stands before, so that its "
-            "own tokens cannot be told: give token ids"
+            f"this tokenizer puts a space before {text!r} or joins it to the text before it, so "
+            "its own tokens are not known: give token ids"
         )
 
     @cached_property
     def _adds_space(self) -> bool:
-        """True where the tokenizer puts a space before a text, as sentencepiece's do."""
+        """True if the tokenizer puts a space before a text, as sentencepiece does."""
         first = self.tokenizer.convert_ids_to_tokens(self.encode("a")[:1])
         return bool(first) and str(first[0]).startswith(SPACE)
 
     def _one_token_spellings(self, text: str, ids: list[int]) -> list[str]:
         bare = text.strip()
-        cases = dict.fromkeys([bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()])
-        tried = [space + case for case in cases if case for space in (" ", "")]
-        tried += map(self.string, ids)
-        return [spelling for spelling in dict.fromkeys(tried) if self._is_offered(spelling)]
+        candidates: list[str] = []
+        if bare:
+            for case in (bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()):
+                candidates += [f" {case}", case]
+        candidates += map(self.string, ids)
+        return [spelling for spelling in dict.fromkeys(candidates) if self._is_token(spelling)]
 
-    def _is_offered(self, spelling: str) -> bool:
-        """True where `token` accepts this spelling."""
-        token_id = self._one(spelling, self._ids(spelling)) if spelling else None
+    def _is_token(self, spelling: str) -> bool:
+        """True if `token` accepts this spelling."""
+        if not spelling:
+            return False
+        token_id = self._single_token(spelling, self._continuation_or_encoding(spelling))
         return token_id is not None and (self.size is None or token_id < self.size)
 
-    def _ids(self, text: str) -> list[int]:
-        """The ids of a text's tokens, as it goes on from another where that can be told."""
+    def _continuation_or_encoding(self, text: str) -> list[int]:
         try:
             return self.continuation(text)
         except NotOneToken:
             return self.encode(text)
 
-    def _one(self, text: str, ids: Sequence[int]) -> int | None:
-        """The token that a text is, by itself or in the vocabulary; None where it is none, or several."""
+    def _single_token(self, text: str, ids: Sequence[int]) -> int | None:
+        """Returns the token that a text is, by its ids or in the vocabulary; None for others."""
         if len(ids) == 1 and self.string(ids[0]) == text:
             return ids[0]
-        marked = self.tokenizer.convert_tokens_to_ids(text.replace(" ", SPACE))
-        return marked if isinstance(marked, int) and self.string(marked) == text else None
+        token_id = self.tokenizer.convert_tokens_to_ids(text.replace(" ", SPACE))
+        if isinstance(token_id, int) and self.string(token_id) == text:
+            return token_id
+        return None
 
     def string(self, token_id: int) -> str:
-        """The text of one token, its leading space kept. Without a tokenizer, the id in angle brackets."""
+        """Returns the text of one token, its leading space included.
+
+        Without a tokenizer, this is the id in angle brackets.
+        """
         if self.tokenizer is None:
             return f"<{token_id}>"
         if token_id >= self.n_tokens:
             return f"<unused {token_id}>"
         text = self.text([token_id])
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
-        # sentencepiece tokenizers drop a leading space when they decode
-        return (
-            " " + text
-            if isinstance(piece, str) and piece.startswith(SPACE) and not text.startswith(" ")
-            else text
-        )
+        # Sentencepiece tokenizers drop a leading space when they decode.
+        has_space = isinstance(piece, str) and piece.startswith(SPACE)
+        return f" {text}" if has_space and not text.startswith(" ") else text
 
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that tokens add behind others: its leading space kept, a character that they complete in it."""
-        if not before or not ids:
-            return self.text(ids) if ids else ""
+        """Returns the text that tokens add after others.
+
+        It includes their leading space, and a character that they complete.
+        """
+        if not ids:
+            return ""
+        if not before:
+            return self.text(ids)
         start, whole = self.text(before), self.text([*before, *ids])
-        start = (
-            start if whole.startswith(start) else start.rstrip("�")
-        )  # half a character decodes to "�"
+        if not whole.startswith(start):
+            start = start.rstrip("�")  # half a character decodes to "�"
         return whole[len(start) :] if whole.startswith(start) else self.text(ids)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of a row of tokens, special tokens included."""
+        """Returns the text of a row of tokens, special tokens included."""
         if self.tokenizer is None:
             return " ".join(f"<{token_id}>" for token_id in ids)
         return self.tokenizer.decode(
@@ -180,20 +183,17 @@ class Vocabulary:
         )
 
 
-NO_RANK = 0
-
-
 def rank_among(
-    logits: Float[Tensor, "*place token"], value: Float[Tensor, "*place"]
-) -> Int[Tensor, "*place"]:
-    """The rank that a value has among the logits along the last axis; `NO_RANK` for NaN."""
+    logits: Float[Tensor, "*batch token"], value: Float[Tensor, "*batch"]
+) -> Int[Tensor, "*batch"]:
+    """Returns the rank of a value among the logits along the last axis; `NO_RANK` for NaN."""
     not_larger = logits <= value[..., None]
-    # counted in int64 it takes five times as long on a CPU
+    # Counting in int64 takes five times as long on a CPU.
     ranks = logits.shape[-1] + 1 - not_larger.sum(-1, dtype=torch.int32).long()
     return ranks.masked_fill(value.isnan(), NO_RANK)
 
 
-def shown_ranks(ranks: Int[Tensor, "*place"]) -> Shaped[Tensor, "*place"]:
-    """Ranks as a table has them: whole numbers, or floating-point ones where some are NaN."""
+def shown_ranks(ranks: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
+    """Returns ranks for a table: whole numbers, or floating-point ones if some are NaN."""
     missing = ranks == NO_RANK
     return ranks.double().masked_fill(missing, math.nan) if bool(missing.any()) else ranks

@@ -61,7 +61,7 @@ def test_a_misspelt_name_is_refused_with_the_nearest_one():
     ("make", "words"),
     [
         (lambda: hk.Site("z", 1.5), "the layer of 'z' is 1.5"),
-        (lambda: hk.Site("logits", 3), "'logits' is there once in the model and has no layer 3"),
+        (lambda: hk.Site("logits", 3), "'logits' exists once in the model and has no layer 3"),
         (
             lambda: hk.Site("resid_post", 3, 1),
             "'resid_post' has no heads; the sites with heads are",
