@@ -1,16 +1,19 @@
-"""The readers of arguments: each kind of value that a user passes in is read here, in one way, with one error.
+"""Checks of arguments: each kind of value that a user passes is checked in one way, with one error.
 
-A reader takes the value and the name of the argument. It returns the value in the form that the code works with, or
-raises an error that says what was passed, what is possible, and what to do. numpy's and pandas' integers and torch's
-tensors without axes are whole numbers everywhere; True and False never are.
+Functions named `as_...` return the value that an object stands for, or None for another kind of
+object. The other functions return the value in the form that the code works with, or raise an error
+that says what was passed, what is possible and what to do. They take the value and the name of the
+argument:
 
-    whole_number(value, "top", least=1)         finite_number(value, "scale")       choice(value, "per", NAMES)
-    read_token(value)       read_tokens(values, "ban")    prompt_rows(prompts)                path_of(folder, "folder")
+    whole_number(value, "top", least=1)   finite_number(value, "scale")   choice(value, "per", KEYS)
+    read_token(value)   read_tokens(values, "ban")   prompt_rows(prompts)   path_of(value, "path")
 
-`checks_arguments` is the decorator of public functions: it reads each argument by its annotation before the function
-runs, so that `int` is a whole number, `bool` is True or False, `Literal` is one of its names, and `Run` is a run.
+`checks_arguments` decorates public functions. It checks each argument by its annotation: `int` is a
+whole number, `bool` is True or False, `Literal` is one of its names, and `Run` is a run.
 
-Nothing here imports torch, numpy or pandas: their values are recognised by what they can do.
+Integers of numpy and pandas and tensors without axes count as whole numbers; True and False never
+do. This module does not import torch, numpy or pandas: it recognises their values by their
+attributes.
 """
 
 import functools
@@ -57,44 +60,51 @@ Error: TypeAlias = type[HookkitError]
 Row: TypeAlias = tuple[int, ...]
 
 LARGEST_SEED = 2**63 - 1
-MODEL_INPUTS = ("input_ids", "attention_mask")  # what a mapping of prompts may hold
+MODEL_INPUTS = ("input_ids", "attention_mask")  # the keys that a mapping of prompts may have
+PROMPT_FORMS = "give texts, or rows of token ids"
 
 
-# ---- words for messages
+# ---- values in messages
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """A long text as its beginning and end."""
+    """Returns the text, with its middle left out where it is longer than `most` characters."""
     if len(text) <= most:
         return text
     return f"{text[: most - 30]}…{text[-25:]}"
 
 
 def described(value: Any) -> str:
-    """A value as a message shows it: short values as they are written, others by their type and shape."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | slice):
-        if isinstance(value, int) and abs(value) >= 10**30:
-            return "an integer of more than 30 digits"
+    """Returns a value as messages show it: short values as code, others by their type and shape."""
+    is_huge = isinstance(value, int) and abs(value) >= 10**30
+    if is_huge:
+        return "an integer of more than 30 digits"
+    shape: Any = getattr(value, "shape", None)
+    has_shape = isinstance(shape, tuple) and hasattr(value, "dtype")
+    if (has_shape and not shape) or _is_short(value):
         return shortened(repr(value))
-    shape = getattr(value, "shape", None)
-    kind = type(value).__name__
-    article = "an" if kind[:1].lower() in "aeio" else "a"
-    if isinstance(shape, tuple) and hasattr(value, "dtype"):
-        if not shape:
-            return shortened(repr(value))
-        return f"{article} {kind} of shape {list(shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, list | tuple | set | frozenset) and len(value) <= 4:
-        simple = all(item is None or isinstance(item, bool | int | float | str) for item in value)
-        if simple:
-            return shortened(repr(value))
-    return f"{article} {kind}"
+    type_name = type(value).__name__
+    article = "an" if type_name[:1].lower() in "aeio" else "a"
+    if has_shape:
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{article} {type_name} of shape {list(shape)} and dtype {dtype}"
+    return f"{article} {type_name}"
 
 
-# ---- numbers
+def _is_short(value: Any) -> bool:
+    """True for a value without items, and for a collection of at most four such values."""
+    if isinstance(value, list | tuple | set | frozenset):
+        simple = bool | int | float | str | types.NoneType
+        return len(value) <= 4 and all(isinstance(item, simple) for item in value)
+    simple = bool | int | float | complex | str | bytes | slice | types.NoneType
+    return isinstance(value, simple)
+
+
+# ---- conversions: the value, or None for an object of another kind
 
 
 def as_whole(value: object) -> int | None:
-    """The whole number that a value is, of Python, numpy, pandas or a tensor without axes; None for anything else."""
+    """Returns a whole number of Python, numpy, pandas or a tensor without axes as an int."""
     if isinstance(value, bool | str | bytes):
         return None
     if getattr(value, "shape", ()) != () or "bool" in str(getattr(value, "dtype", "")):
@@ -106,12 +116,13 @@ def as_whole(value: object) -> int | None:
 
 
 def as_real(value: object) -> float | None:
-    """The real number that a value is, infinite and NaN included; None for anything else."""
+    """Returns a real number, which may be infinite or NaN, as a float."""
     if isinstance(value, bool | str | bytes | complex):
         return None
     if not isinstance(value, numbers.Real):
-        is_scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
-        value = value.item() if is_scalar else None  # pyright: ignore[reportAttributeAccessIssue]
+        if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+            return None
+        value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
     try:
@@ -121,14 +132,39 @@ def as_real(value: object) -> float | None:
 
 
 def as_flag(value: object) -> bool | None:
-    """True or False, of Python or numpy; None for anything else."""
+    """Returns True or False of Python or numpy as a bool."""
     if isinstance(value, bool):
         return value
-    return (
-        bool(value)
-        if type(value).__name__ in ("bool_", "bool") and type(value).__module__ == "numpy"
-        else None
-    )
+    kind = type(value)
+    if kind.__module__ == "numpy" and kind.__name__ in ("bool_", "bool"):
+        return bool(value)
+    return None
+
+
+def items_of(values: Any) -> list[Any] | None:
+    """Returns the items of a collection as a list. Items of arrays and tensors become numbers."""
+    if isinstance(values, str | bytes | bytearray | type) or _is_mapping(values):
+        return None
+    if hasattr(values, "tolist") and hasattr(values, "dtype"):  # an array, a tensor or a column
+        if getattr(values, "shape", None) == ():
+            return None
+        return list(values.tolist())
+    if not isinstance(values, Iterable) and not hasattr(values, "__getitem__"):
+        return None
+    try:
+        return list(values)
+    except TypeError:
+        return None
+
+
+def _is_mapping(value: object) -> bool:
+    """True for a dict, and for the `UserDict` that a tokenizer or a processor returns."""
+    if isinstance(value, Mapping):
+        return True
+    return hasattr(value, "keys") and hasattr(value, "data") and hasattr(value, "items")
+
+
+# ---- numbers
 
 
 def whole_number(
@@ -140,20 +176,26 @@ def whole_number(
     meaning: str = "",
     error: Error = OutOfRange,
 ) -> int:
-    """A whole number between `least` and `most`. `meaning` says what it counts, for the message."""
+    """Returns a whole number from `least` to `most`. `meaning` tells the user what it counts."""
+    meaning = meaning.rstrip(",")
     number = as_whole(value)
-    too_small = number is not None and least is not None and number < least
-    too_large = number is not None and most is not None and number > most
-    if number is None or too_small or too_large:
-        what = meaning.rstrip(",")
-        if number is None:
-            about = f"{what}, " if what else ""
-            raise error(
-                f"{name}={described(value)}: give {about}a whole number{_between(least, most)}"
-            )
-        limit = f"at least {least}" if too_small else f"at most {most}"
-        raise error(f"{name}={number}: give {what or 'a whole number'}, {limit}")
+    if number is None:
+        about = f"{meaning}, " if meaning else ""
+        limits = _limits_in_words(least, most)
+        raise error(f"{name}={described(value)}: give {about}a whole number{limits}")
+    if least is not None and number < least:
+        raise error(f"{name}={number}: give {meaning or 'a whole number'}, at least {least}")
+    if most is not None and number > most:
+        raise error(f"{name}={number}: give {meaning or 'a whole number'}, at most {most}")
     return number
+
+
+def _limits_in_words(least: int | None, most: int | None) -> str:
+    if least is not None and most is not None:
+        return f" from {least} to {most}"
+    if least is not None:
+        return f" from {least} upwards"
+    return "" if most is None else f" up to {most}"
 
 
 def whole_numbers(
@@ -164,7 +206,7 @@ def whole_numbers(
     meaning: str = "",
     error: Error = OutOfRange,
 ) -> list[int]:
-    """One whole number or several, as a list without repeats."""
+    """Returns one whole number or several as a list. Raises `BadHook` if a number occurs twice."""
     if as_whole(values) is not None:
         return [whole_number(values, name, least=least, meaning=meaning, error=error)]
     items = items_of(values)
@@ -176,11 +218,13 @@ def whole_numbers(
         raise EmptySelection(
             f"{name}={described(values)} selects nothing: name at least one, or leave {name} out"
         )
-    found = [whole_number(item, name, least=least, meaning=meaning, error=error) for item in items]
-    if len(set(found)) < len(found):
-        twice = next(number for number in found if found.count(number) > 1)
-        raise BadHook(f"{name} names {twice} twice: name each once")
-    return found
+    result: list[int] = []
+    for item in items:
+        result.append(whole_number(item, name, least=least, meaning=meaning, error=error))
+    for number in result:
+        if result.count(number) > 1:
+            raise BadHook(f"{name} names {number} twice: name each once")
+    return result
 
 
 def finite_number(
@@ -194,73 +238,60 @@ def finite_number(
     meaning: str = "",
     error: Error = BadHook,
 ) -> float:
-    """A finite real number within the limits: from `least`, to `most`, larger than `above`, smaller than `below`."""
+    """Returns a finite number within the limits, where `above` and `below` are not allowed."""
     number = as_real(value)
-    about = f"{meaning.rstrip(',')}, " if meaning else ""
     if number is None or not math.isfinite(number):
+        about = f"{meaning.rstrip(',')}, " if meaning else ""
         raise error(
-            f"{name}={described(value)} is not a finite number: give {about}a real number such as 2.0"
+            f"{name}={described(value)} is not a finite number: "
+            f"give {about}a real number such as 2.0"
         )
-    limits = {
-        "at least": (least, least is not None and number < least),
-        "at most": (most, most is not None and number > most),
-        "above": (above, above is not None and number <= above),
-        "below": (below, below is not None and number >= below),
-    }
-    if any(is_outside for _, is_outside in limits.values()):
-        words = [f"{word} {limit:g}" for word, (limit, _) in limits.items() if limit is not None]
-        what = meaning or "a number"
-        raise error(f"{name}={described(value)}: give {what} {' and '.join(sorted(words))}")
+    is_allowed = (
+        (least is None or number >= least)
+        and (most is None or number <= most)
+        and (above is None or number > above)
+        and (below is None or number < below)
+    )
+    if not is_allowed:
+        limits = {"above": above, "at least": least, "at most": most, "below": below}
+        words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+        raise error(
+            f"{name}={described(value)}: give {meaning or 'a number'} {' and '.join(words)}"
+        )
     return number
 
 
-def probability(value: object, name: str, *, error: Error = BadHook) -> float:
-    """A probability from 0 to 1."""
-    return finite_number(
-        value, name, least=0.0, most=1.0, meaning="a probability from 0 to 1", error=error
-    )
-
-
 def seed_of(value: object, name: str = "seed") -> int:
-    """A seed: a whole number from 0 upwards that fits into 63 bits."""
+    """Returns a seed: a whole number from 0 upwards that fits into 63 bits."""
     meaning = "a seed, so that the same draws can be made again,"
-    return whole_number(value, name, least=0, most=LARGEST_SEED, meaning=meaning, error=OutOfRange)
+    return whole_number(value, name, least=0, most=LARGEST_SEED, meaning=meaning)
 
 
 def flag(value: object, name: str, *, error: Error = BadArgument) -> bool:
-    """True or False, and nothing that merely counts as one of them."""
+    """Returns True or False. Other values, such as 0 and 1, are not converted."""
     answer = as_flag(value)
     if answer is None:
         raise error(f"{name}={described(value)}: give True or False")
     return answer
 
 
-def _between(least: int | None, most: int | None) -> str:
-    if least is not None and most is not None:
-        return f" from {least} to {most}"
-    if least is not None:
-        return f" from {least} upwards"
-    return "" if most is None else f" up to {most}"
-
-
-# ---- names and texts
+# ---- names, texts and paths
 
 
 def choice(value: object, name: str, names: Iterable[str], *, error: Error = BadHook) -> str:
-    """One of some names, as it is written there."""
-    known = list(names)
-    if isinstance(value, str) and value in known:
+    """Returns one of the names."""
+    names = list(names)
+    if isinstance(value, str) and value in names:
         return str(value)
-    hint = did_you_mean(value, known) if isinstance(value, str) else "."
-    raise error(
-        f"{name}={described(value)} is unknown{hint} Give one of {', '.join(map(repr, known))}."
-    )
+    hint = did_you_mean(value, names) if isinstance(value, str) else "."
+    options = ", ".join(map(repr, names))
+    raise error(f"{name}={described(value)} is unknown{hint} Give one of {options}.")
 
 
 def text_of(
     value: object, name: str, *, meaning: str = "a text", error: Error = BadArgument
 ) -> str:
-    """A text that is not empty."""
+    """Returns a text that is not empty."""
     if not isinstance(value, str) or not value:
         raise error(f"{name}={described(value)}: give {meaning}")
     return str(value)
@@ -269,16 +300,17 @@ def text_of(
 def path_of(
     value: object, name: str = "path", *, error: Error = BadArgument
 ) -> str | os.PathLike[str]:
-    """The path of a file or folder, as a text or a `pathlib.Path`."""
+    """Returns the path of a file or folder, a text or a `pathlib.Path`, as it was passed."""
     if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
         return value
     raise error(
-        f"{name}={described(value)} is no path: give the path of a file or folder, as a text or a pathlib.Path"
+        f"{name}={described(value)} is no path: give the path of a file or folder, "
+        "as a text or a pathlib.Path"
     )
 
 
 def file_of(value: object, name: str = "path") -> Path:
-    """The path of a file that is there; `BadFile` where there is none, or a folder."""
+    """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
     path = Path(path_of(value, name))
     if path.is_dir():
         raise BadFile(
@@ -290,12 +322,13 @@ def file_of(value: object, name: str = "path") -> Path:
 
 
 def folder_of(value: object, name: str = "folder") -> Path:
-    """The path of a folder, which may not be there yet; `BadFile` where it is a file, or within one."""
+    """Returns the path of a folder that may not exist. Raises `BadFile` if part of it is a file."""
     path = Path(path_of(value, name))
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise BadFile(
-                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: give another name"
+                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: "
+                "give another name"
             )
     return path
 
@@ -304,50 +337,59 @@ def folder_of(value: object, name: str = "folder") -> Path:
 
 
 def read_token(value: object, name: str = "token") -> str | int:
-    """One token: its text, or its id as a whole number from 0."""
+    """Returns one token: its text, or its id as an int."""
     if isinstance(value, str):
         if not value:
             raise NotOneToken(f"{name}='' is no token: give its text, such as ' coffee', or its id")
         return str(value)
     number = as_whole(value)
-    if number is not None and number >= 0:
-        return number
-    if number is not None:
+    if number is None:
+        raise NotOneToken(
+            f"{name}={described(value)} is no token: give its text, such as ' coffee', "
+            f"or its id{_token_hint(value)}"
+        )
+    if number < 0:
         raise NotOneToken(f"{name}={number} is no token: ids count from 0 upwards")
-    hint = ""
+    return number
+
+
+def _token_hint(value: object) -> str:
+    """Returns the end of the message about a value that is no token."""
     if isinstance(value, bytes):
-        hint = "; bytes are no text: decode them first, value.decode()"
-    elif as_real(value) is not None and not isinstance(value, bool):
-        hint = "; an id is a whole number, int(value)"
-    elif items_of(value) is not None:
-        hint = "; several are given where one token is meant"
-    raise NotOneToken(
-        f"{name}={described(value)} is no token: give its text, such as ' coffee', or its id{hint}"
-    )
+        return "; bytes are no text: decode them first, value.decode()"
+    if as_real(value) is not None:
+        return "; an id is a whole number, int(value)"
+    if items_of(value) is not None:
+        return "; several are given where one token is meant"
+    return ""
 
 
 def read_tokens(
     values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
 ) -> tuple[Any, ...]:
-    """One token or several, in order. Values of the types `also` are kept as they are, such as phrases."""
+    """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
     if isinstance(values, (str, bytes, bool, *also)) or as_whole(values) is not None:
         values = [values]
     items = items_of(values)
     if items is None:
         read_token(values, name)
         return ()
-    return tuple(item if isinstance(item, also) else read_token(item, name) for item in items)
+    tokens: list[Any] = []
+    for item in items:
+        tokens.append(item if isinstance(item, also) else read_token(item, name))
+    return tuple(tokens)
 
 
 # ---- prompts
 
 
 def prompt_rows(prompts: object) -> list[str | Row]:
-    """The prompts one by one: each a text, or a tuple of token ids without padding.
+    """Returns the prompts as a list of texts and of tuples of token ids without padding.
 
-    `prompts` is a text, several texts, the token ids of one row or of several, or a mapping with `input_ids` and
-    perhaps `attention_mask`, as a tokenizer returns it. Lists, tuples, generators, columns of a pandas table, numpy
-    arrays and tensors hold several. `BadPrompt` for anything else, and for a mapping with a key that would be ignored.
+    `prompts` is a text, several texts, the token ids of one row or of several rows, or a mapping
+    with `input_ids` and optionally `attention_mask`, as tokenizers return it. Several prompts can
+    be in a list, a tuple, a generator, a column of a pandas table, a numpy array or a tensor.
+    Raises `BadPrompt` for anything else, and for a mapping with a key that would be ignored.
     """
     if isinstance(prompts, str):
         return [str(prompts)]
@@ -356,36 +398,47 @@ def prompt_rows(prompts: object) -> list[str | Row]:
     refuse_container(prompts)
     items = items_of(prompts)
     if items is None:
-        raise BadPrompt(f"{described(prompts)} is no prompt: {_PROMPTS_ARE}")
+        raise BadPrompt(f"{described(prompts)} is no prompt: {PROMPT_FORMS}")
     if not items:
         raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
-    if all(as_whole(item) is not None for item in items):
+    if _are_whole(items):
         return [_row_of_ids(items, 0)]
     return [one_prompt(item, number) for number, item in enumerate(items)]
 
 
-_PROMPTS_ARE = "give texts, or rows of token ids"
+def one_prompt(item: object, number: int) -> str | Row:
+    """Returns the text or the token ids of one of several prompts. `number` is its row."""
+    if isinstance(item, str):
+        return str(item)
+    if _is_mapping(item):
+        return _row_of_mapping(item, number)
+    refuse_container(item)
+    ids = items_of(item)
+    if ids is None:
+        is_missing = item is None or item != item  # NaN is not equal to itself
+        hint = f"; {described(item)} is missing" if is_missing else ""
+        raise BadPrompt(
+            f"prompt {number} is {described(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
+        )
+    return _row_of_ids(ids, number)
 
 
 def is_one_row(prompts: object) -> bool:
-    """True where what holds several holds whole numbers: the token ids of one row."""
+    """True for a collection of whole numbers, which are the token ids of one row."""
     if not isinstance(prompts, list | tuple) and not hasattr(prompts, "dtype"):
         return False
     items = items_of(prompts)
-    return bool(items) and all(as_whole(item) is not None for item in items or ())
+    return bool(items) and _are_whole(items)
 
 
-def _is_mapping(value: object) -> bool:
-    """True for a dict and for what a tokenizer or processor returns, which is a `UserDict`."""
-    return isinstance(value, Mapping) or (
-        hasattr(value, "keys") and hasattr(value, "data") and hasattr(value, "items")
-    )
+def _are_whole(items: Iterable[object]) -> bool:
+    return all(as_whole(item) is not None for item in items)
 
 
 def refuse_container(prompts: Any, *, rows: bool = False) -> None:
-    """Raises `BadPrompt` for what can be iterated over, and does not hold prompts.
+    """Raises `BadPrompt` for an object that can be iterated over but does not hold prompts.
 
-    With `rows`, a data set of which each row is a mapping is let through.
+    With `rows`, a data set whose rows are mappings is allowed.
     """
     kind = type(prompts).__name__
     if isinstance(prompts, bytes | bytearray | memoryview):
@@ -394,7 +447,8 @@ def refuse_container(prompts: Any, *, rows: bool = False) -> None:
         )
     if isinstance(prompts, Set):
         raise BadPrompt(
-            f"the prompts are in a {kind}, which has no order: give a list, sorted(prompts) for example"
+            f"the prompts are in a {kind}, which has no order: "
+            "give a list, sorted(prompts) for example"
         )
     names = getattr(prompts, "columns", None)
     if names is None and not rows:
@@ -403,18 +457,24 @@ def refuse_container(prompts: Any, *, rows: bool = False) -> None:
         columns = [str(name) for name in names]
         name = columns[0] if columns else "text"
         raise BadPrompt(
-            f"the prompts are a table, a {kind} with the columns {', '.join(map(repr, columns))}: give one column, "
-            f"list(table[{name!r}])"
+            f"the prompts are a table, a {kind} with the columns {', '.join(map(repr, columns))}: "
+            f"give one column, list(table[{name!r}])"
         )
+    _refuse_object_of_hookkit(prompts, kind)
+
+
+def _refuse_object_of_hookkit(prompts: Any, kind: str) -> None:
     if hasattr(prompts, "clean") and hasattr(prompts, "corrupted"):
         raise BadPrompt(
-            "the prompts are Pairs, which have two prompts each: give pairs.clean or pairs.corrupted"
+            "the prompts are Pairs, which have two prompts each: "
+            "give pairs.clean or pairs.corrupted"
         )
     if hasattr(prompts, "prompt_lengths") and hasattr(prompts, "tokens"):
         raise BadPrompt("the prompt is a run: give run.text, or the ids of a row, run.tokens[0]")
     if hasattr(prompts, "sites") and hasattr(prompts, "where"):
         raise BadPrompt(
-            "the prompt is a hook: the prompts come after the model, and the hooks after the prompts"
+            "the prompt is a hook: the prompts come after the model, "
+            "and the hooks after the prompts"
         )
     if hasattr(prompts, "named_modules") or hasattr(prompts, "located"):
         raise BadPrompt(f"the prompt is a model, a {kind}: the model comes first, then the prompts")
@@ -424,24 +484,24 @@ def refuse_container(prompts: Any, *, rows: bool = False) -> None:
         )
 
 
-def one_prompt(item: object, number: int) -> str | Row:
-    """One prompt of several: its text, or its token ids. `number` is its place among them, for the message."""
-    if isinstance(item, str):
-        return str(item)
-    if _is_mapping(item):
-        return _prompt_of_mapping(item, number)
-    refuse_container(item)
-    ids = items_of(item)
-    if ids is None:
-        hint = f"; {described(item)} is missing" if item is None or item != item else ""
-        raise BadPrompt(
-            f"prompt {number} is {described(item)}, which is no prompt: {_PROMPTS_ARE}{hint}"
-        )
-    return _row_of_ids(ids, number)
+def _row_of_ids(ids: Sequence[object], number: int) -> Row:
+    row: list[int] = []
+    for token_id in ids:
+        whole = as_whole(token_id)
+        if whole is None:
+            hint = ""
+            if items_of(token_id) is not None:
+                hint = ", several prompts are given where one is meant"
+            raise BadPrompt(
+                f"prompt {number} has {described(token_id)} where a token id is meant{hint}: "
+                "token ids are whole numbers; give texts, or rows of token ids"
+            )
+        row.append(whole)
+    return tuple(row)
 
 
-def _prompt_of_mapping(item: Any, number: int) -> Row:
-    """One prompt of a list that is a mapping of its own, as a tokenizer returns it for one text."""
+def _row_of_mapping(item: Any, number: int) -> Row:
+    """Returns the ids of a mapping that a tokenizer returned for one text."""
     if "role" in item:
         raise BadPrompt(
             f"prompt {number} is a chat message: give the text of the chat, "
@@ -455,36 +515,9 @@ def _prompt_of_mapping(item: Any, number: int) -> Row:
     return rows[0]
 
 
-def _row_of_ids(ids: Sequence[object], number: int) -> Row:
-    row = [as_whole(token_id) for token_id in ids]
-    for token_id, whole in zip(ids, row, strict=True):
-        if whole is None:
-            nested = (
-                ", several prompts are given where one is meant"
-                if items_of(token_id) is not None
-                else ""
-            )
-            raise BadPrompt(
-                f"prompt {number} has {described(token_id)} where a token id is meant{nested}: "
-                "token ids are whole numbers; give texts, or rows of token ids"
-            )
-    return tuple(whole for whole in row if whole is not None)
-
-
 def _rows_of_mapping(inputs: Any) -> list[Any]:
-    """The rows of ids of what a tokenizer returned, without padding."""
-    if "input_ids" not in inputs:
-        keys = ", ".join(repr(str(key)) for key in inputs) or "nothing"
-        raise BadPrompt(
-            f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, mapping['text'] for example, "
-            "or what a tokenizer returns"
-        )
-    for key in inputs:
-        if key not in MODEL_INPUTS:
-            raise BadPrompt(
-                f"the prompts have {str(key)!r}, which would be ignored: hookkit reads input_ids and attention_mask. "
-                f"Leave it out, for example with inputs.pop({str(key)!r}), or run the model yourself in hk.attach"
-            )
+    """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
+    _check_keys(inputs)
     rows = prompt_rows(inputs["input_ids"])
     if any(isinstance(row, str) for row in rows):
         raise BadPrompt(
@@ -493,86 +526,82 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
     mask = inputs.get("attention_mask")
     if mask is None:
         return rows
-    kept = items_of(mask)
-    if kept is None:
+    mask_rows = items_of(mask)
+    if mask_rows is None:
         raise BadPrompt(
             f"attention_mask is {described(mask)}: give 1 for each real token and 0 for padding"
         )
-    if all(items_of(line) is None for line in kept):
-        kept = [kept]
-    if len(kept) != len(rows):
+    if all(items_of(mask_row) is None for mask_row in mask_rows):
+        mask_rows = [mask_rows]
+    if len(mask_rows) != len(rows):
         raise BadPrompt(
-            f"input_ids has {len(rows)} rows and attention_mask {len(kept)}: give one shape"
+            f"input_ids has {len(rows)} rows and attention_mask {len(mask_rows)}: give one shape"
         )
-    return [
-        _unpadded(row, line, number)
-        for number, (row, line) in enumerate(zip(rows, kept, strict=True))
-    ]
+    pairs = zip(rows, mask_rows, strict=True)
+    return [_without_padding(row, mask_row, number) for number, (row, mask_row) in enumerate(pairs)]
 
 
-def _unpadded(row: Any, mask: object, number: int) -> Row:
-    """A row of ids without padding, which may be before it or after it."""
+def _check_keys(inputs: Any) -> None:
+    if "input_ids" not in inputs:
+        keys = ", ".join(repr(str(key)) for key in inputs) or "nothing"
+        raise BadPrompt(
+            f"the prompts are a mapping with {keys}, and without 'input_ids': give texts, "
+            "mapping['text'] for example, or what a tokenizer returns"
+        )
+    for key in inputs:
+        if key not in MODEL_INPUTS:
+            raise BadPrompt(
+                f"the prompts have {str(key)!r}, which would be ignored: hookkit reads input_ids "
+                "and attention_mask. Leave it out, for example with "
+                f"inputs.pop({str(key)!r}), or run the model yourself in hk.attach"
+            )
+
+
+def _without_padding(row: Any, mask: object, number: int) -> Row:
+    """Returns a row of ids without its padding, which may be before or after the text."""
     values = items_of(mask)
     if values is None or len(values) != len(row):
         count = described(mask) if values is None else f"{len(values)} numbers"
         raise BadPrompt(
-            f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: give one shape"
+            f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: "
+            "give one shape"
         )
-    flags = [
-        as_real(value) if as_flag(value) is None else float(as_flag(value) or 0) for value in values
-    ]
-    if any(value not in (0.0, 1.0) for value in flags):
+    bits = [_mask_bit(value) for value in values]
+    if any(bit not in (0.0, 1.0) for bit in bits):
         raise BadPrompt(
-            f"attention_mask of row {number} has other values than 0 and 1: give 1 for each real token"
+            f"attention_mask of row {number} has other values than 0 and 1: "
+            "give 1 for each real token"
         )
-    real = [index for index, value in enumerate(flags) if value == 1.0]
-    if real and real[-1] - real[0] + 1 != len(real):
+    text = [index for index, bit in enumerate(bits) if bit == 1.0]
+    if text and text[-1] - text[0] + 1 != len(text):
         raise BadPrompt(
-            f"attention_mask of row {number} has a 0 between tokens, which would be taken out of the text: hide tokens "
-            "with hk.knockout(layers, key=…), and give padding at one end only"
+            f"attention_mask of row {number} has a 0 between tokens, which would be taken "
+            "out of the text: hide tokens with hk.knockout(layers, key=…), "
+            "and give padding at one end only"
         )
-    return tuple(row[index] for index in real)
+    return tuple(row[index] for index in text)
 
 
-def items_of(values: Any) -> list[Any] | None:
-    """The items of what holds several, with the numbers of arrays and tensors as Python's own; None for one value."""
-    if (
-        isinstance(values, str | bytes | bytearray)
-        or _is_mapping(values)
-        or isinstance(values, type)
-    ):
-        return None
-    if hasattr(values, "tolist") and hasattr(
-        values, "dtype"
-    ):  # an array, a tensor, a column of a table
-        if getattr(values, "shape", None) == ():
-            return None
-        return list(values.tolist())
-    if not isinstance(values, Iterable) and not hasattr(values, "__getitem__"):
-        return None
-    try:
-        return list(values)
-    except TypeError:
-        return None
+def _mask_bit(value: object) -> float | None:
+    is_text = as_flag(value)
+    return as_real(value) if is_text is None else float(is_text)
 
 
-# ---- arguments by their annotations
+# ---- kinds of values by annotations
 
-
-class _Unfit:
-    """What a reader returns for a value of another kind."""
-
-
-UNFIT = _Unfit()
+UNFIT = object()  # what `Kind.read` returns for a value of another kind
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: its name in words, and a function that returns the value, or `UNFIT` for another kind."""
+    """A kind of value: its description, and a function that returns the value, or `UNFIT`.
+
+    `names` are the values of a `Literal`.
+    """
 
     words: str
     read: Callable[[Any], Any]
-    names: tuple[str, ...] = ()  # of a Literal
+    names: tuple[str, ...] = ()
 
 
 HOW_TO_GET = {
@@ -600,105 +629,112 @@ HOW_TO_GET = {
     "Span": "a slice",
     "Phrase": "hk.phrase('text')",
 }
-
-
-PROMPTS = {str, Sequence[int], Mapping[str, Any]}  # of the union that prompts are annotated with
+PROMPTS = {str, Sequence[int], Mapping[str, Any]}  # in the union that annotates prompts
+CHECKED_PACKAGES = ("hookkit", "torch", "pandas", "matplotlib", "pathlib", "os")
 
 
 def kinds_of(annotation: Any) -> list[Kind] | None:
-    """The kinds of value that an annotation allows; None where the function has to read the value itself."""
+    """Returns the kinds that an annotation allows. It is None if the function checks the value."""
     if annotation is None or annotation is types.NoneType:
-        return [Kind("None", lambda value: None if value is None else UNFIT)]
+        return [Kind("None", _reads_instance(types.NoneType))]
     origin = get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return _kinds_of_union(get_args(annotation))
     if origin is Literal:
-        return [_literal(get_args(annotation))]
+        return [_kind_of_literal(get_args(annotation))]
     if origin is Callable:
-        return [Kind("a function", lambda value: value if callable(value) else UNFIT)]
+        return [Kind("a function", _reads_instance(Callable))]
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return [
-            Kind(
-                "a mapping, such as a dict",
-                lambda value: value if isinstance(value, Mapping) else UNFIT,
-            )
-        ]
+        return [Kind("a mapping, such as a dict", _reads_instance(Mapping))]
     kind = origin if origin is os.PathLike else annotation
-    return _kinds_of_class(kind) if isinstance(kind, type) and not is_typeddict(kind) else None
+    if isinstance(kind, type) and not is_typeddict(kind):
+        return _kinds_of_class(kind)
+    return None
 
 
 def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
     if set(members) >= PROMPTS:
-        return [
-            Kind("prompts", lambda value: list(value) if isinstance(value, Iterator) else value)
-        ]
-    if {str, int} <= set(members):  # a token, or an item: its own reader says more
+        return [Kind("prompts", _read_iterator)]
+    if {str, int} <= set(members):  # a token or an item, which has its own check
         return None
-    found: list[Kind] = []
+    result: list[Kind] = []
     for member in members:
         kinds = kinds_of(member)
         if kinds is None:
             return None
-        found += kinds
-    return found
+        result += kinds
+    return result
 
 
-def _literal(names: tuple[Any, ...]) -> Kind:
-    words = " or ".join(map(repr, names))
-    known = tuple(name for name in names if isinstance(name, str))
-    return Kind(
-        words, lambda value: value if isinstance(value, str) and value in known else UNFIT, known
-    )
+def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
+    names = tuple(value for value in values if isinstance(value, str))
+
+    def read(value: Any) -> Any:
+        return value if isinstance(value, str) and value in names else UNFIT
+
+    return Kind(" or ".join(map(repr, values)), read, names)
 
 
 def _kinds_of_class(kind: type) -> list[Kind] | None:
     if kind is int:
-        return [Kind("a whole number", lambda value: _or_unfit(as_whole(value)))]
+        return [Kind("a whole number", _reads_unless_none(as_whole))]
     if kind is float:
-        return [Kind("a number", lambda value: _or_unfit(_unless_nan(as_real(value))))]
+        return [Kind("a number", _reads_unless_none(_as_real_not_nan))]
     if kind is bool:
-        return [Kind("True or False", lambda value: _or_unfit(as_flag(value)))]
+        return [Kind("True or False", _reads_unless_none(as_flag))]
     if kind is str:
-        return [Kind("a text", lambda value: str(value) if isinstance(value, str) else UNFIT)]
-    simple = kind.__module__.split(".")[0] in (
-        "hookkit",
-        "torch",
-        "pandas",
-        "matplotlib",
-        "pathlib",
-        "os",
-    )
-    if not simple or getattr(kind, "_is_protocol", False):
+        return [Kind("a text", _read_text)]
+    package = kind.__module__.split(".")[0]
+    if package not in CHECKED_PACKAGES or getattr(kind, "_is_protocol", False):
         return None
     words = HOW_TO_GET.get(kind.__name__, f"a {kind.__name__}")
-    return [Kind(words, lambda value: value if isinstance(value, kind) else UNFIT)]
+    return [Kind(words, _reads_instance(kind))]
 
 
-def _or_unfit(value: Any) -> Any:
-    return UNFIT if value is None else value
+def _reads_instance(kind: Any) -> Callable[[Any], Any]:
+    return lambda value: value if isinstance(value, kind) else UNFIT
 
 
-def _unless_nan(value: float | None) -> float | None:
-    return None if value is not None and math.isnan(value) else value
+def _reads_unless_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        result = convert(value)
+        return UNFIT if result is None else result
+
+    return read
+
+
+def _read_iterator(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def _read_text(value: Any) -> Any:
+    return str(value) if isinstance(value, str) else UNFIT
+
+
+def _as_real_not_nan(value: object) -> float | None:
+    number = as_real(value)
+    return None if number is None or math.isnan(number) else number
 
 
 def read_as(kinds: Sequence[Kind], value: Any, function: str, name: str) -> Any:
-    """The value as the first of the kinds that it fits, or `BadArgument`, which lists them."""
+    """Returns the value as the first kind that it fits. Raises `BadArgument` if it fits none."""
     for kind in kinds:
-        fitting = kind.read(value)
-        if fitting is not UNFIT:
-            return fitting
-    names = [known for kind in kinds for known in kind.names]
-    hint = did_you_mean(value, names) if isinstance(value, str) and names else "."
+        result = kind.read(value)
+        if result is not UNFIT:
+            return result
     words = ", or ".join(kind.words for kind in kinds)
+    names: list[str] = []
+    for kind in kinds:
+        names += kind.names
     if names and isinstance(value, str):
+        hint = did_you_mean(value, names)
         raise BadArgument(f"{name}={described(value)} is unknown: say {words}{hint}")
-    instead = _instead(kinds, value)
-    raise BadArgument(f"{function}() has {name}={described(value)}: give {words}{instead}")
+    hint = _hint_for_mistake(kinds, value)
+    raise BadArgument(f"{function}() has {name}={described(value)}: give {words}{hint}")
 
 
-def _instead(kinds: Sequence[Kind], value: Any) -> str:
-    """What to write in place of a value that is a common mistake."""
+def _hint_for_mistake(kinds: Sequence[Kind], value: Any) -> str:
+    """Returns what to pass instead of a value that is a common mistake."""
     words = {kind.words for kind in kinds}
     if HOW_TO_GET["LM"] in words:
         if hasattr(value, "named_modules"):
@@ -714,95 +750,115 @@ def _instead(kinds: Sequence[Kind], value: Any) -> str:
     return ""
 
 
-def checks_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, with its arguments read by their annotations before it runs.
+# ---- decorators of public functions and classes
 
-    `UnknownKeyword` for a keyword that the function does not take, with the known ones; `BadArgument` for a missing
-    argument, and for a value of another kind than the annotation's. What a function passes on,
-    `**settings: Unpack[Settings]`, are the names in that TypedDict; `**arguments: Any` takes any name.
+
+def checks_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Returns the function, whose arguments are checked by their annotations before it runs.
+
+    Raises `UnknownKeyword` for a keyword that the function does not take, and `BadArgument` for a
+    missing argument or a value of another kind. `**settings: Unpack[Settings]` takes the names of
+    that TypedDict; `**arguments: Any` takes any name.
     """
-    return _checked(function, reads_values=True)
+    return _wrap(function, checks_values=True)
 
 
 def checks_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`checks_arguments` without the kinds: for a function whose values are read by the dataclass that it makes."""
-    return _checked(function, reads_values=False)
+    """Returns the function, whose keywords are checked, for dataclasses that check the values."""
+    return _wrap(function, checks_values=False)
 
 
 def checks_construction(kind: Class) -> Class:
-    """The same dataclass, whose fields are checked by name when one is made: a missing or unknown one is named."""
-    kind.__init__ = _checked(kind.__init__, reads_values=False, called=kind.__name__)
+    """Returns the dataclass. Its constructor raises errors that name a missing or unknown field."""
+    kind.__init__ = _wrap(kind.__init__, checks_values=False, title=kind.__name__)
     return kind
 
 
-def _checked(function: Any, *, reads_values: bool, called: str | None = None) -> Any:
+def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
+    title = title or str(function.__name__)
     signature = inspect.signature(function)
     parameters = signature.parameters
-    names = [
-        p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    rest = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
-    passed_on: dict[str, Any] = {}
-    for parameter in rest:
-        for kind in get_args(parameter.annotation):
-            passed_on |= kind.__annotations__
-    takes_any = bool(rest) and not passed_on
-    keywords = [name for name in (*names, *passed_on) if name != "self"]
-    title = called or function.__name__
+    passed_on = _passed_on(parameters)
+    kinds_of_parameters = [parameter.kind for parameter in parameters.values()]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds_of_parameters and not passed_on
+    keywords = [name for name in (*_named(parameters), *passed_on) if name != "self"]
 
     @functools.cache
-    def kinds() -> dict[str, list[Kind]]:
-        """The kinds of each argument; worked out at the first call, when every module is loaded."""
-        annotations = {
-            name: parameter.annotation for name, parameter in parameters.items()
-        } | passed_on
-        space = getattr(function, "__globals__", {})
-        found = {
-            name: kinds_of(_resolved(annotation, space)) for name, annotation in annotations.items()
-        }
-        return {name: each for name, each in found.items() if each is not None}
+    def kinds_by_name() -> dict[str, list[Kind]]:
+        """Evaluates the annotations at the first call, when every module is imported."""
+        return _kinds_by_name(parameters, passed_on, getattr(function, "__globals__", {}))
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in keywords and not takes_any:
+                hint = did_you_mean(name, keywords)
                 raise UnknownKeyword(
-                    f"{title}() has no keyword {name!r}{did_you_mean(name, keywords)} It takes: {', '.join(keywords)}."
+                    f"{title}() has no keyword {name!r}{hint} It takes: {', '.join(keywords)}."
                 )
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as mistake:
             takes = ", ".join(keywords) or "nothing"
             raise BadArgument(f"{title}(): {mistake}. It takes: {takes}.") from None
-        if not reads_values:
+        if not checks_values:
             return function(*args, **kwargs)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _read(parameters[name], value, kinds(), title)
-        with _with_gradients_as_before():
+            bound.arguments[name] = _check_value(parameters[name], value, kinds_by_name(), title)
+        with _restored_gradient_mode():
             return function(*bound.args, **bound.kwargs)
 
     return checked
 
 
-def _resolved(annotation: Any, space: dict[str, Any]) -> Any:
-    """An annotation that is written as a text, as the type that it names; `Any` where its module is not imported."""
+def _named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Returns the parameters that can be passed by name."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, parameter in parameters.items() if parameter.kind in kinds]
+
+
+def _kinds_by_name(
+    parameters: Mapping[str, inspect.Parameter], passed_on: dict[str, Any], names: dict[str, Any]
+) -> dict[str, list[Kind]]:
+    annotations = {name: parameter.annotation for name, parameter in parameters.items()}
+    result: dict[str, list[Kind]] = {}
+    for name, annotation in {**annotations, **passed_on}.items():
+        kinds = kinds_of(_evaluate(annotation, names))
+        if kinds is not None:
+            result[name] = kinds
+    return result
+
+
+def _passed_on(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Returns the annotations of the TypedDict in `**settings: Unpack[Settings]`."""
+    annotations: dict[str, Any] = {}
+    for parameter in parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            for typed_dict in get_args(parameter.annotation):
+                annotations |= typed_dict.__annotations__
+    return annotations
+
+
+def _evaluate(annotation: Any, names: dict[str, Any]) -> Any:
+    """Returns the type that an annotation names. It is `Any` if its module is not imported."""
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, space)
+        return eval(annotation, names)
     except (NameError, AttributeError, TypeError):
         return Any
 
 
-def _read(
+def _check_value(
     parameter: inspect.Parameter, value: Any, kinds: dict[str, list[Kind]], function: str
 ) -> Any:
     name = parameter.name
     if parameter.kind is parameter.VAR_KEYWORD:
-        known = {key: item for key, item in value.items() if key in kinds}
-        return value | {
-            key: read_as(kinds[key], item, function, key) for key, item in known.items()
-        }
+        result = dict(value)
+        for key, item in value.items():
+            if key in kinds:
+                result[key] = read_as(kinds[key], item, function, key)
+        return result
     if name not in kinds:
         return value
     if parameter.kind is parameter.VAR_POSITIONAL:
@@ -811,8 +867,8 @@ def _read(
 
 
 @contextmanager
-def _with_gradients_as_before() -> Iterator[None]:
-    """A block after which gradients are on or off as before, also where Ctrl-C came while torch.no_grad was left."""
+def _restored_gradient_mode() -> Iterator[None]:
+    """Restores torch's gradient mode after an exception, such as Ctrl-C within torch.no_grad."""
     torch: Any = sys.modules.get("torch")
     before = torch is not None and torch.is_grad_enabled()
     try:

@@ -1,7 +1,7 @@
-"""The mistakes that a user can make, one class each, so that each can be caught by name.
+"""The errors that hookkit raises, one class for each kind of mistake.
 
-Every message has three parts: what was asked, what is there, what to do. Each class also is the builtin
-exception that Python itself would raise in its place, so `except IndexError` keeps its meaning.
+Every message says what was asked, what exists and what to do. Each class is also a subclass of the
+builtin exception that Python itself would raise, so that `except IndexError` works as usual.
 """
 
 import difflib
@@ -11,117 +11,119 @@ from .display import printable_lines
 
 
 class HookkitError(Exception):
-    """The root of all of hookkit's errors. A message holds texts of files and of models: it is told so that a terminal
-    shows them and does not obey them."""
+    """The base class of hookkit's errors.
+
+    Messages can contain texts of files and of models: `str` escapes what a terminal would not
+    print."""
 
     def __str__(self) -> str:
         return printable_lines(super().__str__())
 
 
 class UnknownSite(HookkitError, ValueError):
-    """No model family has a site of this name, or the module tree has no such path."""
+    """The site name or the module path does not exist."""
 
 
 class MissingSite(HookkitError, ValueError):
-    """The name is a site, but this model has none of it, for the reason that the message gives."""
+    """This model does not have the site. The message gives the reason."""
 
 
 class OutOfRange(HookkitError, IndexError):
-    """A layer, head, row, position or step that the model or the text does not have."""
+    """The model or the text does not have this layer, head, row, position or step."""
 
 
 class EmptySelection(HookkitError, ValueError):
-    """A selection that selects nothing."""
+    """A selection selects nothing."""
 
 
 class UnknownKeyword(HookkitError, TypeError):
-    """A keyword that the function does not take."""
+    """The function does not take this keyword."""
 
 
 class NotOneToken(HookkitError, ValueError):
-    """A text where one token is meant that the tokenizer makes several of, or none; or an id outside the vocabulary."""
+    """A text is not exactly one token, or an id is outside the vocabulary."""
 
 
 class BadPrompt(HookkitError, ValueError):
-    """A prompt that the model cannot read: empty, too long for the context, or not text or ids."""
+    """The model cannot read the prompt: it is empty, too long, or not a text or ids."""
 
 
 class TooFew(HookkitError, ValueError):
-    """More pairs of a dataset were asked for than can be made with this tokenizer, or too few of its words fit."""
+    """A dataset has fewer pairs or usable words with this tokenizer than needed."""
 
 
 class BadHook(HookkitError, ValueError):
-    """A hook whose values cannot work: a vector of the wrong size, a factor that is not a number."""
+    """A hook has invalid values: a vector of the wrong size, a factor that is not a number."""
 
 
 class BadArgument(BadHook, TypeError):
-    """An argument that is missing, or a value of another kind than the function takes."""
+    """An argument is missing, or has a value of another kind than the function takes."""
 
 
 class BadEdit(HookkitError, ValueError):
-    """An edit that gave back something that cannot take the place of what it was given."""
+    """An edit returned a value that cannot replace the original."""
 
 
 class NeverFired(HookkitError, RuntimeError):
-    """A hook whose wish took no effect, or not everywhere. `run` has what was computed all the same."""
+    """A hook had no effect at some or all of its positions. `run` has what was computed."""
 
     run: object = None
 
 
 class NotCaptured(HookkitError, LookupError):
-    """A value was asked for that the run did not keep."""
+    """The run did not capture this value."""
 
 
 class Unsupported(HookkitError, RuntimeError):
-    """A mode of the model in which the wish has no defined meaning, refused before the first token."""
+    """The model or its mode does not support the request. Raised before the first token."""
 
 
 class TooLittleMemory(HookkitError, MemoryError):
-    """A forward of a sweep for which there is too little memory, though it was cut as small as can be."""
+    """The memory is too small for a forward of a sweep, even with the smallest batch."""
 
 
 class HarvestChanged(HookkitError, ValueError):
-    """A harvest that cannot go on: its folder was begun with other settings, with another model or on other texts."""
+    """A harvest cannot continue: its folder has other settings, another model or other texts."""
 
 
 class DamagedHarvest(HookkitError, OSError):
-    """A folder without a harvest, or with one of which a file is missing or is not as it was written."""
+    """A folder has no harvest, or a file of it is missing or was changed."""
 
 
 class OtherSettings(HookkitError, ValueError):
-    """A result's folder that has results of another model, seed or settings."""
+    """A result folder has results of another model, seed or settings."""
 
 
 class OtherModel(HookkitError, ValueError):
-    """A steering vector that was made with another model than the one it is to be used with."""
+    """A steering vector was made with another model."""
 
 
 class OtherVocabulary(HookkitError, ValueError):
-    """Two models that do not read the same tokens, so that what they say cannot be compared."""
+    """Two models have different vocabularies, so that their logits cannot be compared."""
 
 
 class ModelNotFound(HookkitError, OSError):
-    """No model of this name could be found or read."""
+    """The model does not exist or cannot be read."""
 
 
 class DownloadFailed(HookkitError, OSError):
-    """The default model could not be fetched, checked or kept."""
+    """The default model could not be downloaded, verified or stored."""
 
 
 class MissingExtra(HookkitError, ImportError):
-    """What was asked for needs a package that hookkit does not bring along; the message names the extra that does."""
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
 class ActorLost(HookkitError, RuntimeError):
-    """The processes of an engine that computed something ended, again and again."""
+    """The processes of an engine ended repeatedly."""
 
 
 class BadFile(HookkitError, OSError):
-    """A file or folder that was named and cannot be read, or not be written."""
+    """A file or folder cannot be read or written."""
 
 
 class DroppedOut(HookkitError, UserWarning):
-    """A warning: the model is in training mode with dropout, so numbers differ from call to call."""
+    """A warning: the model is in training mode with dropout, so numbers differ between calls."""
 
 
 class Interrupted(HookkitError, UserWarning):
@@ -129,15 +131,10 @@ class Interrupted(HookkitError, UserWarning):
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The end of a sentence: `; did you mean 'resid_post'?` with the nearest of `words`, or a full stop."""
-    known = list(words)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    close = (
-        close
-        or [
-            each
-            for each in known
-            if len(each) > 2 and (word.startswith(each) or each.startswith(word))
-        ][:3]
-    )
+    """Returns the end of a message: `; did you mean 'resid_post'?`, or `.` if none is near."""
+    words = list(words)
+    close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
+    if not close:
+        prefixes = [other for other in words if other.startswith(word) or word.startswith(other)]
+        close = [other for other in prefixes if len(other) > 2][:3]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."

@@ -1,8 +1,9 @@
-"""Whole files: a file has what was written, or what it had before, whenever the program is killed or the power fails.
+"""Atomic writes: a file has its new or its old content, whenever the program is killed or the power
+fails.
 
-All that hookkit writes goes through here. A file is made under another name and takes its own name when it is whole.
-The other name is new (O_EXCL), so that no link is followed; and a link that has the file's name is replaced itself, and
-what it points to stays as it is.
+hookkit writes all its files with these functions. A file is written under a temporary name, and
+renamed when it is complete. The temporary name is new (O_EXCL), so that no link is followed. A link
+with the file's name is replaced, and its target is not changed.
 """
 
 import errno
@@ -12,39 +13,36 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from ..errors import BadFile, HookkitError, Unsupported
 
-MAKING = ".making"  # how the name of a file ends that is not whole yet
-NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-END = (
-    os.O_CREAT
-    | os.O_APPEND
-    | os.O_WRONLY
-    | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_BINARY", 0)
-)
-DIGITS = re.compile(r"[0-9a-f]{8}\.making")
-LONGEST = 100  # bytes of a file's name that stand in the name of its making
+SUFFIX = ".making"  # of temporary names
+TEMPORARY = re.compile(r"[0-9a-f]{8}\.making")  # the end of a temporary name
+MAX_PREFIX = 100  # bytes of a file's name in its temporary name
+PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+CREATE = os.O_CREAT | os.O_EXCL | os.O_RDWR | PLAIN
+APPEND = os.O_CREAT | os.O_APPEND | os.O_WRONLY | PLAIN
 DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint64": "U64", "uint32": "U32", "uint16": "U16",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip  # the words of safetensors for those of torch
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+}  # fmt: skip  # names in torch and in safetensors
 
 Ready: TypeAlias = Callable[[Path], object]
 
 
 @contextmanager
 def whole_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> Iterator[Path]:
-    """A block that writes to the path that it gets; at its end, what is there takes the place of `path`.
+    """Yields a temporary path to write to, and renames that file to `path` at the end of the block.
 
-    Where the block raises, `path` stays as it was. `tidy` removes what a killed program left of this file. `ready` is
-    called with the file that is whole, before it takes its place. Raises `BadFile` where the file cannot be written.
+    If the block raises, `path` is not changed. `tidy` removes temporary files of this file that
+    killed programs left. `ready` is called with the complete temporary file before it is renamed.
+    Raises `BadFile` if the file cannot be written.
     """
     with writing_to(path):
         make_folder(path.parent)
@@ -54,37 +52,36 @@ def whole_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> 
             )
         if tidy:
             remove_leftovers(path.parent, path.name)
-        making = path.with_name(f"{_beginning(path.name)}{secrets.token_hex(4)}{MAKING}")
-        descriptor = os.open(making, NEW, 0o666)  # less what the umask takes
+        temporary = path.with_name(f"{_prefix(path.name)}{secrets.token_hex(4)}{SUFFIX}")
+        descriptor = os.open(temporary, CREATE, 0o666)  # the umask takes permissions away
     try:
         with writing_to(path):
-            _lock(descriptor)  # which says that it is still being written
-            _keep_mode(path, descriptor)
-            yield making
-            _to_disk(making)
+            _lock(descriptor)  # shows that the file is still being written
+            _copy_mode(path, descriptor)
+            yield temporary
+            _sync(temporary)
             if ready is not None:
-                ready(making)
-            os.replace(making, path)
-            _to_disk(path.parent, folder=True)
+                ready(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent, is_folder=True)
     except BaseException:
         with suppress(OSError):
-            making.unlink()
+            temporary.unlink()
         raise
     finally:
         os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes, *, tidy: bool = True, ready: Ready | None = None) -> None:
-    """Write a whole file."""
-    with whole_file(path, tidy=tidy, ready=ready) as making:
-        making.write_bytes(data)
+    """Writes a file atomically."""
+    with whole_file(path, tidy=tidy, ready=ready) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str, *, ready: Ready | None = None) -> None:
-    """Write a whole file of text, in UTF-8 and with the line ends that the text has."""
-    write_bytes(
-        path, text.encode("utf-8", errors="backslashreplace"), ready=ready
-    )  # a lone surrogate has no UTF-8
+    """Writes a text in UTF-8 atomically, with its own line ends."""
+    data = text.encode("utf-8", errors="backslashreplace")  # lone surrogates are not UTF-8
+    write_bytes(path, data, ready=ready)
 
 
 def write_tensors(
@@ -95,49 +92,58 @@ def write_tensors(
     tidy: bool = True,
     ready: Ready | None = None,
 ) -> tuple[int, str]:
-    """Write a whole safetensors file; its size in bytes and its sha256.
+    """Writes a safetensors file atomically, and returns its size in bytes and its sha256.
 
-    safetensors itself would write to a file of a third name, which stays where the program is killed, and would put the
-    words about the tensors in another order in every process.
+    safetensors itself writes to a temporary file that stays if the program is killed, and orders
+    the metadata differently in every process.
     """
     import torch
 
-    kinds = {getattr(torch, name): word for name, word in DTYPES.items() if hasattr(torch, name)}
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(about.items()))} if about else {}
-    place = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in kinds:
-            raise BadFile(
-                f"{name!r} is {tensor.dtype}, which no safetensors file holds: give it in another dtype"
-            )
-        end = place + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": kinds[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [place, end],
-        }
-        place = end
-    words = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    words += b" " * (-len(words) % 8)  # the numbers begin where memory is aligned
-    with whole_file(path, tidy=tidy, ready=ready) as making:
-        with making.open("wb") as file:
-            file.write(len(words).to_bytes(8, "little") + words)
+    header = _safetensors_header(ordered, about)
+    with whole_file(path, tidy=tidy, ready=ready) as temporary:
+        with temporary.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
             for _, tensor in ordered:
-                numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(memoryview(numbers.numpy()))
-        return making.stat().st_size, sha256(making)
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(memoryview(data.numpy()))
+        return temporary.stat().st_size, sha256(temporary)
+
+
+def _safetensors_header(
+    tensors: Sequence[tuple[str, Any]], about: Mapping[str, str] | None
+) -> bytes:
+    header: dict[str, Any] = {}
+    if about:
+        header["__metadata__"] = dict(sorted(about.items()))
+    offset = 0
+    for name, tensor in tensors:
+        dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise BadFile(
+                f"{name!r} is {tensor.dtype}, which no safetensors file holds: "
+                "give it in another dtype"
+            )
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return data + b" " * (-len(data) % 8)  # aligns the tensors in memory
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file of text that is not there yet; `BadFile` where something has its name, also a link to nowhere."""
+    """Writes a text to a new file. Raises `BadFile` if the name exists, also as a broken link."""
     with writing_to(path):
         make_folder(path.parent)
         try:
-            descriptor = os.open(path, NEW, 0o666)
+            descriptor = os.open(path, CREATE, 0o666)
         except FileExistsError:
             raise BadFile(
-                f"{str(path)!r} is there already: choose another name, or move it away"
+                f"{str(path)!r} exists already: choose another name, or move it away"
             ) from None
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -149,15 +155,15 @@ def write_new(path: Path, text: str) -> None:
 
 @contextmanager
 def added_to(path: Path) -> Iterator[IO[bytes]]:
-    """A block with a file to which `add_line` adds. A link is refused: what it points to is not hookkit's."""
+    """Yields a file for `add_line`. Links are refused, because their targets are not hookkit's."""
     with writing_to(path):
-        descriptor = _opened(path, END)
+        descriptor = _open_plain_file(path, APPEND)
     with open(path, "ab", buffering=0, opener=lambda *_: descriptor) as file:
         yield file
 
 
 def add_line(file: IO[bytes], line: str) -> None:
-    """Add a line to a file, on the disk before this returns. One that was cut off is no line, see `whole_lines`."""
+    """Adds a line to a file, and returns when it is on the disk."""
     with writing_to(Path(file.name)):
         data = memoryview(line.encode() + b"\n")
         while data:
@@ -166,7 +172,7 @@ def add_line(file: IO[bytes], line: str) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that end; none where there is no file."""
+    """Returns the complete lines of a file. There are none if the file does not exist."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -177,28 +183,26 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def cut_to_whole_lines(path: Path) -> None:
-    """Take away the end of a line that was being added when the process was killed."""
+    """Removes an incomplete last line, which a killed process was writing."""
     if not os.path.lexists(path):
         return
     with writing_to(path):
-        descriptor = _opened(
-            path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        )
+        descriptor = _open_plain_file(path, os.O_RDWR | PLAIN)
         with os.fdopen(descriptor, "rb+") as file:
             data = file.read()
-            whole = data.rfind(b"\n") + 1
-            if whole != len(data):
-                file.truncate(whole)
+            length = data.rfind(b"\n") + 1
+            if length != len(data):
+                file.truncate(length)
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file."""
+    """Returns the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where there is none; `BadFile` where that cannot be."""
+    """Creates a folder if it does not exist. Raises `BadFile` if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -210,22 +214,25 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Remove what killed programs left of files of these names, or of any. What is being written now is left alone."""
-    beginnings = tuple(_beginning(name) for name in names) or (".",)
+    """Removes temporary files of these names, or of all names, that killed programs left.
+
+    Files that are being written are not removed.
+    """
+    prefixes = tuple(_prefix(name) for name in names) or (".",)
     try:
-        present = os.listdir(folder)
+        files = os.listdir(folder)
     except OSError:
         return
-    for name in present:
-        if name.startswith(beginnings) and DIGITS.fullmatch(name[-len(MAKING) - 8 :]):
-            _remove_if_left(folder / name)
+    for name in files:
+        if name.startswith(prefixes) and TEMPORARY.fullmatch(name[-len(SUFFIX) - 8 :]):
+            _remove_leftover(folder / name)
 
 
 @contextmanager
 def locked(folder: Path, work: str) -> Iterator[None]:
-    """A block in which no other process writes into the folder; the lock goes with the process, however that ends.
+    """Locks a folder against other processes that write into it. The lock ends with the process.
 
-    `work` is what another process does there, in words: "is writing the harvest".
+    `work` says in the message what the other process does: "is writing the harvest".
     """
     from filelock import FileLock, Timeout
 
@@ -253,36 +260,36 @@ def locked(folder: Path, work: str) -> Iterator[None]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """A block in which an error of the disk is a `BadFile` that names the file."""
+    """Raises errors of the disk in the block as `BadFile`, with the name of the file."""
     try:
         yield
-    except (HookkitError, BrokenPipeError, TimeoutError):  # the last one is of a lock
+    except (HookkitError, BrokenPipeError, TimeoutError):  # locks raise TimeoutError
         raise
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: BaseException) -> BadFile:
-    why = (error.strerror if isinstance(error, OSError) else None) or error
-    found = BadFile(f"{str(path)!r} cannot be written: {why}")
-    found.errno = getattr(error, "errno", None)
-    return found
+    reason = getattr(error, "strerror", None) or error
+    bad_file = BadFile(f"{str(path)!r} cannot be written: {reason}")
+    bad_file.errno = getattr(error, "errno", None)
+    return bad_file
 
 
-def _beginning(name: str) -> str:
-    """How the name of a file that is being made begins."""
-    return f".{name.encode(errors='replace')[:LONGEST].decode(errors='ignore')}."
+def _prefix(name: str) -> str:
+    """Returns the beginning of a file's temporary names."""
+    return f".{name.encode(errors='replace')[:MAX_PREFIX].decode(errors='ignore')}."
 
 
-def _opened(path: Path, flags: int) -> int:
-    """A descriptor of a plain file."""
+def _open_plain_file(path: Path, flags: int) -> int:
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise BadFile(
-            f"{str(path)!r} is a link, and what it points to is not changed: give another folder, or remove the link"
+            f"{str(path)!r} is a link, and what it points to is not changed: "
+            "give another folder, or remove the link"
         ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -290,25 +297,24 @@ def _opened(path: Path, flags: int) -> int:
     return descriptor
 
 
-def _keep_mode(path: Path, descriptor: int) -> None:
-    """Give the new file who may read and write the old one."""
+def _copy_mode(path: Path, descriptor: int) -> None:
+    """Gives the new file the permissions of the old one."""
     with suppress(OSError):
-        before = path.lstat().st_mode
-        if stat.S_ISREG(before):
-            os.fchmod(descriptor, stat.S_IMODE(before) & 0o777)
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            os.fchmod(descriptor, stat.S_IMODE(mode) & 0o777)
 
 
 def _lock(descriptor: int) -> None:
-    with suppress(
-        ImportError, OSError
-    ):  # not on Windows, which lets nobody remove an open file; not on all networks
+    # Windows has no such locks, and does not remove open files. Some network disks have none.
+    with suppress(ImportError, OSError):
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _remove_if_left(path: Path) -> None:
-    """Remove a file that was being made, unless somebody still makes it."""
+def _remove_leftover(path: Path) -> None:
+    """Removes a temporary file, unless a process is writing it."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError):
         descriptor = os.open(path, flags)
@@ -318,23 +324,22 @@ def _remove_if_left(path: Path) -> None:
             if os.name == "posix":
                 import fcntl
 
-                fcntl.flock(
-                    descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # raises where it is being written
+                # raises OSError if a process is writing the file
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         finally:
             os.close(descriptor)
 
 
-def _to_disk(path: Path, *, folder: bool = False) -> None:
-    """Bring a file to the disk; of a folder the names in it, where the system lets one."""
-    if folder and os.name != "posix":
+def _sync(path: Path, *, is_folder: bool = False) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    if is_folder and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError:
-        if not folder:  # some file systems bring no folder to the disk
+        if not is_folder:  # some file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)

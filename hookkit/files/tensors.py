@@ -1,4 +1,4 @@
-"""Files: tensors as safetensors."""
+"""Tensors in safetensors files: `save_tensors` and `load_tensors`."""
 
 import os
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from ..errors import BadArgument, BadFile, BadHook
 from .atomic import Ready, write_tensors
 from .untrusted import opened_tensors, tensors_in
 
-MADE_BY = "made_by"  # in the words of a file: who wrote it
+MADE_BY = "made_by"  # the key in the metadata of files that hookkit wrote
 
 
 @runtime_checkable
 class SavesTensors(Protocol):
-    """A Run: something that knows which tensors it has, and writes them."""
+    """A run, which writes its own captured tensors."""
 
     def save_tensors(
         self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
@@ -32,12 +32,13 @@ def save_tensors(
     *,
     about: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes named tensors to a safetensors file, with texts about them, and returns the file's path.
+    """Writes named tensors, with texts about them, to a safetensors file, and returns its path.
 
-    For a run, all that it captured, as `run.save_tensors` does. A file that hookkit wrote is
-    replaced. Raises `BadFile` for another one, and where the file cannot be written.
+    Of a run, it writes all captured values, as `run.save_tensors` does. A file that hookkit wrote is
+    replaced. Raises `BadFile` for another file, and if the file cannot be written.
 
-    >>> save_tensors({"direction": vector}, "direction.safetensors", about={"site": "resid_post.6"}).name
+    >>> about = {"site": "resid_post.6"}
+    >>> save_tensors({"direction": vector}, "direction.safetensors", about=about).name
     'direction.safetensors'
     """
     if isinstance(tensors, SavesTensors):
@@ -46,26 +47,25 @@ def save_tensors(
     if target.is_dir():
         raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
     folder_of(target.parent, "the folder of path")
-    named, words = _named(tensors, about)
+    named, texts = _check_tensors(tensors, about)
     check_own(target)
-    write_tensors(target, named, words)
+    write_tensors(target, named, texts)
     return target
 
 
 def save_new_tensors(
     tensors: Mapping[str, Tensor], path: Path, ready: Ready, about: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors as `save_tensors` does, to a file that is not there yet; `ready` as `whole_file` has it."""
-    named, words = _named(tensors, about)
-    write_tensors(path, named, words, ready=ready)
+    """Writes tensors to a new file. `ready` gets the complete file, as in `whole_file`."""
+    named, texts = _check_tensors(tensors, about)
+    write_tensors(path, named, texts, ready=ready)
 
 
-def _named(
+def _check_tensors(
     tensors: Mapping[str, Tensor], about: Mapping[str, str] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name as they are written, and the texts about them."""
-    if not isinstance(tensors, Mapping):
-        raise BadArgument(f"tensors={described(tensors)}: give a mapping of tensors by name, or a run")
+    Of a run, it writes all captured values, as `run.save_tensors` does. A file that hookkit wrote is
+    replaced. Raises `BadFile` for another file, and if the file cannot be written.
     named = dict(tensors)
     if not named:
         raise BadHook("there are no tensors to save: capture something, or name at least one")
@@ -74,68 +74,64 @@ def _named(
             raise BadArgument(
                 f"tensors has {described(name)}: {described(tensor)}; give tensors by name"
             )
-    words = {**(about or {}), MADE_BY: "hookkit"}
-    wrong = [
-        name
-        for name, text in words.items()
-        if not isinstance(text, str) or not isinstance(name, str)
-    ]
-    if wrong:
-        raise BadHook(
-            f"about= has {words[wrong[0]]!r} under {wrong[0]!r}: give texts by names, which is all it can hold"
-        )
-    return separate(named), words
+    texts = {**(about or {}), MADE_BY: "hookkit"}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not isinstance(name, str):
+            raise BadHook(
+                f"about= has {text!r} under {name!r}: give texts by names, which is all it can hold"
+            )
+    return separate(named), texts
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors writes them: in memory, in one piece, each with memory of its own."""
-    made: dict[str, Tensor] = {}
-    taken: set[int] = set()
+    """Returns contiguous tensors on the CPU, no two of which share memory, for safetensors."""
+    result: dict[str, Tensor] = {}
+    pointers: set[int] = set()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise BadHook(
-                f"{name!r} is a {type(tensor).__name__} and no tensor: give torch.as_tensor(...) of it"
-            )
-        if (
-            tensor.layout is not torch.strided
-            or tensor.device.type == "meta"
-            or tensor.is_quantized
-        ):
-            kind = (
-                "without values (on the device meta)"
-                if tensor.device.type == "meta"
-                else "sparse or quantized"
-            )
-            raise BadHook(
-                f"{name!r} is a tensor {kind}, which safetensors cannot hold: give a dense one with values"
-            )
+        _check_dense(name, tensor)
         plain = tensor.detach().cpu().contiguous()
         storage = plain.untyped_storage()
-        if storage.data_ptr() in taken or storage.nbytes() > plain.nbytes:
+        if storage.data_ptr() in pointers or storage.nbytes() > plain.nbytes:
             plain = plain.clone(memory_format=torch.contiguous_format)
-        taken.add(plain.untyped_storage().data_ptr())
-        made[name] = plain
-    return made
+        pointers.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    kind = ""
+    if tensor.device.type == "meta":
+        kind = "without values (on the device meta)"
+    elif tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "sparse or quantized"
+    if kind:
+        raise BadHook(
+            f"{name!r} is a tensor {kind}, which safetensors cannot hold: "
+            "give a dense one with values"
+        )
 
 
 def check_own(path: Path) -> None:
-    """Raise `BadFile` where a file is there that hookkit did not write."""
-    if path.is_symlink() or not path.exists():  # a link is replaced, and what it points to stays
+    """Raises `BadFile` if the file exists and was not written by hookkit."""
+    if path.is_symlink() or not path.exists():  # a link is replaced, its target is not changed
         return
     try:
         with opened_tensors(path) as file:
-            words = file.metadata() or {}
+            texts = file.metadata() or {}
     except BadFile:
-        words = {}
-    if words.get(MADE_BY) != "hookkit":
+        texts = {}
+    if texts.get(MADE_BY) != "hookkit":
         raise BadFile(
-            f"{str(path)!r} is there, and was not written by hookkit: give another name, or move it away"
+            f"{str(path)!r} is there, and was not written by hookkit: "
+            "give another name, or move it away"
         )
 
 
 @checks_arguments
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors that `save_tensors` wrote, by name, on the CPU. `BadFile` for what is no safetensors file.
+    """Returns the tensors of a safetensors file by name, on the CPU.
+
+    Raises `BadFile` for another file.
 
     >>> path = run.save_tensors("run.safetensors")
     >>> load_tensors(path)["resid_post.6"].shape

@@ -1,13 +1,15 @@
-"""Files of others, read with care: JSON, YAML, safetensors and CSV that may be damaged, huge or hostile.
+"""Reading untrusted files: JSON, YAML, safetensors and CSV that may be damaged, huge or hostile.
 
-Every function raises the error that it is given (`BadFile` where none is), in a second and in few words, for a file
-that is missing, is a folder, is too large, is not UTF-8, or is not what it should be; and for numbers, nesting and
-repeated keys that no file of hookkit's has.
+Every function raises `error` (by default `BadFile`), quickly and with a short message, for a file
+that is missing, is a folder, is too large, is not UTF-8 or is invalid; and for numbers, nesting and
+repeated keys that no file of hookkit has. `name` is the name of the file or the text in the
+message.
 """
 
 import csv
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -22,25 +24,26 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-LARGEST = 256 * 2**20  # bytes of a file that is read whole
-LARGEST_YAML = 4 * 2**20  # which is read a hundred times more slowly
-LARGEST_TABLE = 2**31
-DEEPEST = 64  # lists and mappings in one another
-DIGITS = 40  # of a whole number
-SHORT = 120  # letters of another library's message
+LARGEST = 256 * 2**20  # bytes of a file that is read into memory
+LARGEST_YAML = 4 * 2**20  # characters; YAML is read a hundred times more slowly
+LARGEST_TABLE = 2**31  # bytes of a CSV file
+DEEPEST = 64  # nested lists and mappings
+MAX_DIGITS = 40  # of a whole number
+SHORT = 120  # characters of another library's message
 
-Kind: TypeAlias = type[HookkitError]
+Error: TypeAlias = type[HookkitError]
 
 
-def bytes_of(path: str | os.PathLike[str], *, error: Kind = BadFile, most: int = LARGEST) -> bytes:
-    """What is in a file. One that is larger than `most` is refused before it is read."""
+# ---- bytes and texts
+
+
+def bytes_of(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> bytes:
+    """Returns the bytes of a file. A file larger than `most` is refused before it is read."""
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            if (
-                stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-                and os.fstat(file.fileno()).st_size > most
-            ):
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_size > most:
                 raise error(_too_large(name, most))
             data = file.read(most + 1)  # a pipe and a device have no size
     except HookkitError:
@@ -56,32 +59,37 @@ def _too_large(name: str, most: int) -> str:
     return f"{name!r} has more than {most / 2**20:,.0f} MB, and is not read: give a smaller file"
 
 
-def text_of(path: str | os.PathLike[str], *, error: Kind = BadFile, most: int = LARGEST) -> str:
-    """The text of a file in UTF-8. The mark that some programs put at its beginning is left out."""
+def text_of(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> str:
+    """Returns the text of a file in UTF-8, without a byte order mark."""
     return decoded(bytes_of(path, error=error, most=most), repr(os.fspath(path)), error=error)
 
 
-def decoded(data: bytes, name: str, *, error: Kind = BadFile) -> str:
-    """Bytes as the text that they are in UTF-8."""
+def decoded(data: bytes, name: str, *, error: Error = BadFile) -> str:
+    """Returns the text that bytes encode in UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as raised:
+        byte = data[raised.start]
         raise error(
-            f"{name} is no text in UTF-8: byte {raised.start} is 0x{data[raised.start]:02x}; save it as UTF-8"
+            f"{name} is no text in UTF-8: byte {raised.start} is 0x{byte:02x}; save it as UTF-8"
         ) from raised
 
 
-def json_of(text: str | bytes, name: str, *, error: Kind = BadFile, finite: bool = True) -> Any:
-    """The value of a text in JSON. `name` is what the text is, in the message.
+# ---- JSON
 
-    finite  refuse NaN and Infinity, which are no JSON, and numbers that are as good as infinite, such as 1e999
+
+def json_of(text: str | bytes, name: str, *, error: Error = BadFile, finite: bool = True) -> Any:
+    """Returns the value of a text in JSON.
+
+    `finite` refuses NaN and Infinity, which are not JSON, and numbers that overflow, such as 1e999.
     """
-    words = decoded(text, name, error=error) if isinstance(text, bytes) else text
-    readers: dict[str, Any] = {"parse_int": _whole_number}
+    if isinstance(text, bytes):
+        text = decoded(text, name, error=error)
+    parsers: dict[str, Any] = {"parse_int": _parse_integer}
     if finite:
-        readers |= {"parse_float": _finite_number, "parse_constant": _no_number}
+        parsers |= {"parse_float": _parse_finite, "parse_constant": _refuse_constant}
     try:
-        value = json.loads(words, object_pairs_hook=_once, **readers)
+        value = json.loads(text, object_pairs_hook=_mapping_of_pairs, **parsers)
     except RecursionError:
         raise error(_too_deep(name)) from None
     except ValueError as raised:
@@ -91,43 +99,56 @@ def json_of(text: str | bytes, name: str, *, error: Kind = BadFile, finite: bool
     return value
 
 
-def json_in(path: str | os.PathLike[str], *, error: Kind = BadFile, finite: bool = True) -> Any:
-    """The value of a file in JSON."""
+def json_in(path: str | os.PathLike[str], *, error: Error = BadFile, finite: bool = True) -> Any:
+    """Returns the value of a JSON file."""
     return json_of(text_of(path, error=error), repr(os.fspath(path)), error=error, finite=finite)
 
 
-def mapping_of(value: Any, name: str, *, error: Kind = BadFile) -> dict[str, Any]:
-    """The value, where it is a mapping."""
+def mapping_of(value: Any, name: str, *, error: Error = BadFile) -> dict[str, Any]:
+    """Returns the value if it is a mapping, and raises `error` otherwise."""
     if not isinstance(value, dict):
         raise error(f"{name} holds a {type(value).__name__}, where names and values are meant")
     return value
 
 
-def _whole_number(digits: str) -> int:
-    if len(digits) > DIGITS:
+def strings_of(
+    value: Any, names: tuple[str, ...], what: str, *, error: Error = BadFile
+) -> Mapping[str, Any]:
+    """Returns the mapping. Raises `error` if one of these names has a value that is not a text."""
+    mapping = mapping_of(value, what, error=error)
+    for name in names:
+        if name in mapping and not isinstance(mapping[name], str):
+            raise error(
+                f"{what} has {str(mapping[name])[:SHORT]!r} as its {name}, where a text is meant"
+            )
+    return mapping
+
+
+def _parse_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
         raise ValueError(f"a whole number of {len(digits)} digits")
     return int(digits)
 
 
-def _finite_number(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
     number = float(digits)
-    if number in (float("inf"), float("-inf")):
+    if math.isinf(number):
         raise ValueError(f"{digits[:SHORT]} is larger than any number")
     return number
 
 
-def _no_number(word: str) -> NoReturn:
+def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number of JSON")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of these pairs, in which no key stands twice: which of the values is meant cannot be known."""
-    found: dict[str, Any] = {}
+def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the mapping of these pairs. A repeated key is refused: its value is ambiguous."""
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key[:SHORT]!r} stands twice")
-        found[key] = value
-    return found
+        if key in mapping:
+            raise ValueError(f"the key {key[:SHORT]!r} occurs twice")
+        mapping[key] = value
+    return mapping
 
 
 def _is_deep(value: Any) -> bool:
@@ -146,23 +167,35 @@ def _is_deep(value: Any) -> bool:
 
 
 def _too_deep(name: str) -> str:
-    return f"{name} has more than {DEEPEST} lists and mappings in one another, and is not read"
+    return f"{name} has more than {DEEPEST} nested lists and mappings, and is not read"
 
 
-def yaml_of(text: str, name: str, *, error: Kind = BadFile) -> Any:
-    """The value of a text in YAML: of lists, mappings, texts, numbers, true, false and null, as JSON has them.
+# ---- YAML
 
-    Anchors and aliases are refused, since few of them can stand for more than memory holds; and so are tags, dates and
-    numbers to the base of 60, which plain texts such as 1:30 are by YAML's own rules.
+YAML_TYPES = ("null", "bool", "str", "seq", "map")
+YAML_PATTERNS = (  # a type, its pattern, and the first characters of its values
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+)
+
+
+def yaml_of(text: str, name: str, *, error: Error = BadFile) -> Any:
+    """Returns the value of a text in YAML, of the types that JSON has.
+
+    Anchors and aliases are refused, since a few of them can stand for more than the memory holds,
+    and so are tags. Dates, and numbers to the base of 60 such as 1:30, are read as texts.
     """
     import yaml
 
     if len(text) > LARGEST_YAML:
         raise error(
-            f"{name} has more than {LARGEST_YAML / 2**20:,.0f} MB of YAML: write it as JSON, in a .json file"
+            f"{name} has more than {LARGEST_YAML / 2**20:,.0f} MB of YAML: "
+            "write it as JSON, in a .json file"
         )
     try:
-        return yaml.load(text, Loader=_plain_loader())  # a SafeLoader that knows less
+        return yaml.load(text, Loader=_json_loader())  # a subclass of SafeLoader
     except RecursionError:
         raise error(_too_deep(name)) from None
     except (yaml.YAMLError, ValueError, OverflowError) as raised:
@@ -170,24 +203,27 @@ def yaml_of(text: str, name: str, *, error: Kind = BadFile) -> Any:
 
 
 def hooks_listed(path: str | os.PathLike[str]) -> list[Any]:
-    """The list in a file of hooks, in YAML or, where its name ends in .json, in JSON. Its entries are not read yet."""
+    """Returns the list in a file of hooks, in YAML, or in JSON if its name ends in .json.
+
+    The entries of the list are not checked.
+    """
     name = os.fspath(path)
     try:
         text = text_of(path)
     except BadFile as raised:
-        why = raised.__cause__ or raised
-        raise BadFile(f"{name!r} is no file of hooks that can be read: {reason(why)}") from raised
+        cause = raised.__cause__ or raised
+        raise BadFile(f"{name!r} is no file of hooks that can be read: {reason(cause)}") from raised
     try:
-        listed = json_of(text, name) if name.endswith(".json") else yaml_of(text, name)
+        hooks = json_of(text, name) if name.endswith(".json") else yaml_of(text, name)
     except BadFile as raised:
         raise BadHook(f"{name!r} is neither YAML nor JSON: {raised}") from raised
-    if not isinstance(listed, list) or not listed:
+    if not isinstance(hooks, list) or not hooks:
         raise BadHook(f'{name!r} has no list of hooks: write a line for each, - "ablate:z.9.3"')
-    return listed
+    return hooks
 
 
-def _plain_loader() -> Any:
-    """A loader of YAML for what JSON can say."""
+def _json_loader() -> Any:
+    """Returns a YAML loader for the types that JSON has."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -197,13 +233,12 @@ def _plain_loader() -> Any:
             event: Any = self.peek_event()
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
                 raise yaml.YAMLError(
-                    f"it has the anchor or alias {event.anchor!r}: write the value out where it is meant"
+                    f"it has the anchor or alias {event.anchor!r}: "
+                    "write the value out where it is meant"
                 )
             self.depth += 1
             if self.depth > DEEPEST:
-                raise yaml.YAMLError(
-                    f"it has more than {DEEPEST} lists and mappings in one another"
-                )
+                raise yaml.YAMLError(f"it has more than {DEEPEST} nested lists and mappings")
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
@@ -215,47 +250,39 @@ def _plain_loader() -> Any:
                 if not isinstance(name, str):
                     raise yaml.YAMLError(f"the key {str(name)[:SHORT]!r} is no text")
                 pairs.append((name, self.construct_object(value, deep=deep)))
-            return _once(pairs)
+            return _mapping_of_pairs(pairs)
 
-    known = {
-        name: Loader.yaml_constructors.get(f"tag:yaml.org,2002:{name}")
-        for name in ("null", "bool", "str", "seq")
-    }
-    Loader.yaml_constructors = {f"tag:yaml.org,2002:{name}": made for name, made in known.items()}
-    Loader.yaml_constructors["tag:yaml.org,2002:int"] = lambda loader, node: _whole_number(
-        node.value
-    )
-    Loader.yaml_constructors["tag:yaml.org,2002:float"] = lambda loader, node: _finite_number(
-        node.value
-    )
-    Loader.yaml_constructors["tag:yaml.org,2002:map"] = yaml.SafeLoader.yaml_constructors[
-        "tag:yaml.org,2002:map"
-    ]
-    Loader.yaml_constructors[None] = yaml.SafeLoader.yaml_constructors[None]
+    safe = yaml.SafeLoader.yaml_constructors
+    constructors: dict[Any, Any] = {_yaml_tag(name): safe[_yaml_tag(name)] for name in YAML_TYPES}
+    constructors[None] = safe[None]
+    constructors[_yaml_tag("int")] = lambda loader, node: _parse_integer(node.value)
+    constructors[_yaml_tag("float")] = lambda loader, node: _parse_finite(node.value)
+    Loader.yaml_constructors = constructors
     Loader.yaml_implicit_resolvers = {}
-    for kind, pattern, first in (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ):
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), first
-        )
+    for name, pattern, first in YAML_PATTERNS:
+        Loader.add_implicit_resolver(_yaml_tag(name), re.compile(rf"(?:{pattern})\Z"), first)
     return Loader
 
 
+def _yaml_tag(name: str) -> str:
+    return f"tag:yaml.org,2002:{name}"
+
+
+# ---- tensors and tables
+
+
 def tensors_in(
-    path: str | os.PathLike[str], *, error: Kind = BadFile
+    path: str | os.PathLike[str], *, error: Error = BadFile
 ) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """The tensors of a safetensors file by name, mapped into memory, and the texts about them."""
+    """Returns the tensors of a safetensors file by name, mapped into memory, and its metadata."""
     with opened_tensors(path, error=error) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  no mapping
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 @contextmanager
-def opened_tensors(path: str | os.PathLike[str], *, error: Kind = BadFile) -> Iterator[Any]:
-    """A block with an open safetensors file. What cannot be read raises; safetensors itself checks sizes and places."""
+def opened_tensors(path: str | os.PathLike[str], *, error: Error = BadFile) -> Iterator[Any]:
+    """Yields an open safetensors file. safetensors itself checks sizes and offsets."""
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
@@ -267,14 +294,14 @@ def opened_tensors(path: str | os.PathLike[str], *, error: Kind = BadFile) -> It
     except HookkitError:
         raise
     except (OSError, ValueError, SafetensorError, AttributeError, KeyError, RuntimeError) as raised:
-        # the last three are of a dtype that this torch does not have
+        # AttributeError, KeyError and RuntimeError: a dtype that this torch does not have
         raise error(f"{name!r} cannot be read as safetensors: {reason(raised)}") from raised
 
 
 def table_of(
-    source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Kind = BadFile
+    source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Error = BadFile
 ) -> "pd.DataFrame":
-    """The table of a CSV file, of a path or of an open file."""
+    """Returns the table of a CSV file. `source` is a path or an open file."""
     import pandas as pd
 
     if isinstance(source, str | os.PathLike):
@@ -282,55 +309,44 @@ def table_of(
         source = io.BytesIO(bytes_of(source, error=error, most=LARGEST_TABLE))
     try:
         return pd.read_csv(source)
-    except (ValueError, OverflowError, csv.Error) as raised:  # pandas' own are ValueErrors
+    except (ValueError, OverflowError, csv.Error) as raised:  # pandas raises ValueErrors
         raise error(f"{name} is no table in CSV that can be read: {reason(raised)}") from raised
 
 
+# ---- names and numbers in files
+
+
 def is_bare_name(name: Any) -> bool:
-    """True for the name of a file in a folder, which leads nowhere else on any system."""
+    """True for the name of a file without folders, on every operating system."""
     if not isinstance(name, str) or not name or name in (".", "..") or not name.isprintable():
         return False
     return PurePosixPath(name).name == name == PureWindowsPath(name).name and ":" not in name
 
 
-def inside(folder: Path, name: Any, *, error: Kind = BadFile) -> Path:
-    """The path of a file in a folder. A name that leads out of it, and a link that does, are refused."""
+def inside(folder: Path, name: Any, *, error: Error = BadFile) -> Path:
+    """Returns the path of a file in a folder. Names and links that lead out of it are refused."""
     if not is_bare_name(name):
         raise error(
-            f"{str(folder)!r} names the file {str(name)[:SHORT]!r}, which is no name of a file in that folder"
+            f"{str(folder)!r} names the file {str(name)[:SHORT]!r}, "
+            "which is no name of a file in that folder"
         )
     path = folder / name
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
         raise error(
-            f"{str(path)!r} is a link that leads out of its folder, and is not read: put the file itself there"
+            f"{str(path)!r} is a link that leads out of its folder, and is not read: "
+            "put the file itself there"
         )
     return path
 
 
-def reason(raised: BaseException) -> str:
-    """Why something could not be read, in few words and one line."""
-    words = (
-        (raised.strerror if isinstance(raised, OSError) else None)
-        or str(raised)
-        or type(raised).__name__
-    )
-    line = " ".join(words.split())
-    return line if len(line) <= SHORT else f"{line[:SHORT]}…"
-
-
 def plain_whole(value: Any) -> bool:
-    """True for a whole number from 0 on that a tensor can hold."""
+    """True for an int from 0 upwards that fits into a tensor."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def strings_of(
-    value: Any, names: tuple[str, ...], what: str, *, error: Kind = BadFile
-) -> Mapping[str, Any]:
-    """The mapping, in which what these names stand for are texts where they are there."""
-    found = mapping_of(value, what, error=error)
-    for name in names:
-        if not isinstance(found.get(name, ""), str):
-            raise error(
-                f"{what} has {str(found[name])[:SHORT]!r} as its {name}, where a text is meant"
-            )
-    return found
+def reason(raised: BaseException) -> str:
+    """Returns the message of an error in one short line."""
+    message = getattr(raised, "strerror", None) if isinstance(raised, OSError) else None
+    message = message or str(raised) or type(raised).__name__
+    line = " ".join(message.split())
+    return line if len(line) <= SHORT else f"{line[:SHORT]}…"

@@ -289,14 +289,14 @@ def test_what_has_no_statistics_is_refused(llama, found, harvest, tmp_path):
 
 
 def test_numbers_of_which_a_mean_says_nothing_are_refused(small_tokenizer):
-    with pytest.raises(BadHook, match="experts.1 holds whole numbers that name something"):
+    with pytest.raises(BadHook, match="experts.1 holds ids or indices, whose mean has no meaning"):
         hk.statistics(hk.tiny("mixtral"), ROWS[:2], "experts.1", **SMALL)
     own = hk.LM(tiny("llama"), small_tokenizer)
     with torch.no_grad():
         own.root.model.embed_tokens.weight[7] = float("nan")
     with pytest.raises(
         Unsupported,
-        match="embed is not a finite number at position 2 of text 1, and a mean would not",
+        match="embed is not a finite number at position 2 of text 1, so its mean would",
     ):
         hk.statistics(own, [[1, 2], [3, 4, 7, 5]], "embed", **SMALL)
 

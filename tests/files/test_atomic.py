@@ -331,7 +331,7 @@ def test_a_name_that_is_taken_is_not_written(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("mine")
     for name in ("link", "file"):
-        with pytest.raises(BadFile, match="is there already"):
+        with pytest.raises(BadFile, match="exists already"):
             write_new(tmp_path / name, "x")
     assert not (tmp_path / "nowhere").exists() and (tmp_path / "file").read_text() == "mine"
 

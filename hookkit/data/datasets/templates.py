@@ -1,7 +1,8 @@
-"""Drawing: from a way to draw one pair to many that differ, the same for the same seed and tokenizer.
+"""Sampling of prompt pairs: from a function that draws one pair to many different pairs.
 
-A draw is kept where the tokenizer makes as many tokens of the clean prompt as of the corrupted one, and both answers
-are one token that follows either. What is random comes from `random.Random(seed)` and lists alone.
+A pair is used if the clean and the corrupted prompt have equally many tokens, and both answers are
+one token that can follow either prompt. The same seed and tokenizer give the same pairs: random
+numbers come only from `random.Random(seed)`.
 """
 
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
+from typing import TypeAlias
 
 from ...arguments import seed_of, whole_number
 from ...errors import NotOneToken, TooFew, Unsupported
@@ -17,31 +19,34 @@ from ...models.positions import At
 from ...models.prompts import Row, cover
 from .pairs import Pairs, Prompt, checksum
 
-PATIENCE = 2000  # draws in a row that give nothing new, after which there is no more to be found
-PILOT = 100  # pairs by which the commonest length is found
+MAX_IDLE_DRAWS = 2000  # draws without a new pair after which the sampler stops
+PILOT_PAIRS = 100  # pairs that decide the commonest length
+
+
+@dataclass(frozen=True)
+class TokenAfter:
+    """The position after the last token of a text."""
+
+    at: At
+
+
+Label: TypeAlias = int | At | TokenAfter  # an At is the position of the text's last token
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One pair as it was drawn. A label is a position, a text whose last token has it, or the token behind a text."""
+    """A pair of prompts with its answers, and labels for some positions of the clean prompt."""
 
     clean: Prompt
     corrupted: Prompt
     answer: Token
     wrong: Token
-    labels: Mapping[str, "int | At | Behind"] = field(default_factory=dict)
+    labels: Mapping[str, Label] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Behind:
-    """The token that follows a text."""
-
-    at: At
-
-
-@dataclass(frozen=True)
-class Made:
-    """A draw that this tokenizer can carry: its labels are positions, its prompts `length` tokens long."""
+class TokenizedDraw:
+    """A draw that is usable with the tokenizer. `length` is the number of tokens of a prompt."""
 
     draw: Draw
     labels: dict[str, int]
@@ -50,105 +55,124 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Urn:
-    """What pairs are drawn from: `draw` makes one from a source of random numbers, or None where it came to nothing."""
+class PairSampler:
+    """Samples pairs of a dataset. `draw` returns a random pair, or None if it is unusable."""
 
     name: str
     lm: LM
     draw: Callable[[Random], Draw | None]
     seed: int
 
-    def pairs(self, n: int, *, same_length: bool = False) -> Pairs:
-        """`n` pairs that differ; the first of them are the same for any n. `TooFew` where there are not so many."""
-        check_numbers(n, self.seed)
+    def sample(self, n: int, *, same_length: bool = False) -> Pairs:
+        """Returns `n` different pairs. A larger n gives the same first pairs.
+
+        Raises `TooFew` if there are fewer than n.
+        """
+        check_size_and_seed(n, self.seed)
         length = self._commonest_length() if same_length else None
-        found = list(islice(self._distinct(length), n))
-        if len(found) < n:
+        samples = list(islice(self._distinct(length), n))
+        if len(samples) < n:
             of_length = f" of {length} tokens, the commonest length" if same_length else ""
+            advice = f"ask for at most {len(samples)}"
+            if not samples:
+                advice = "ask for another dataset, or give another model"
             raise TooFew(
-                f"{self.name}: n={n} was asked for, and {len(found)} pairs{of_length} were found with this tokenizer: "
-                f"{f'ask for at most {len(found)}' if found else 'ask for another dataset, or give another model'}"
+                f"{self.name}: n={n} was asked for, and {len(samples)} pairs{of_length} were found "
+                f"with this tokenizer: {advice}"
             )
-        draws = [made.draw for made in found]
+        draws = [sample.draw for sample in samples]
+        labels: dict[str, tuple[int, ...]] = {}
+        for name in samples[0].labels:
+            labels[name] = tuple(sample.labels[name] for sample in samples)
         return Pairs(
             name=self.name,
             clean=[draw.clean for draw in draws],
             corrupted=[draw.corrupted for draw in draws],
             answers=[draw.answer for draw in draws],
             wrong=[draw.wrong for draw in draws],
-            labels={name: tuple(made.labels[name] for made in found) for name in found[0].labels},
+            labels=labels,
             seed=self.seed,
-            checksums=tuple(made.checksum for made in found),
+            checksums=tuple(sample.checksum for sample in samples),
         )
 
     def _commonest_length(self) -> int | None:
-        counts = Counter(made.length for made in islice(self._distinct(None), PILOT))
+        """Returns the commonest length of the first pairs, the shortest of several."""
+        counts = Counter(sample.length for sample in islice(self._distinct(None), PILOT_PAIRS))
         return max(counts, key=lambda length: (counts[length], -length), default=None)
 
-    def _distinct(self, length: int | None) -> Iterator[Made]:
-        source, seen, idle = Random(self.seed), set(), 0
-        while idle < PATIENCE:
+    def _distinct(self, length: int | None) -> Iterator[TokenizedDraw]:
+        source, previous, idle = Random(self.seed), set(), 0
+        while idle < MAX_IDLE_DRAWS:
             idle += 1
             draw = self.draw(source)
-            if draw is None or (draw.clean, draw.corrupted) in seen:
+            if draw is None or (draw.clean, draw.corrupted) in previous:
                 continue
-            seen.add((draw.clean, draw.corrupted))
-            made = _made(self.lm, draw)
-            if made is not None and length in (None, made.length):
+            previous.add((draw.clean, draw.corrupted))
+            sample = _tokenize_draw(self.lm, draw)
+            if sample is not None and length in (None, sample.length):
                 idle = 0
-                yield made
+                yield sample
 
 
-def _made(lm: LM, draw: Draw) -> Made | None:
-    clean, corrupted = read(lm, draw.clean), read(lm, draw.corrupted)
+def _tokenize_draw(lm: LM, draw: Draw) -> TokenizedDraw | None:
+    """Returns the draw with its positions, or None if the tokenizer makes it unusable."""
+    clean, corrupted = tokenize(lm, draw.clean), tokenize(lm, draw.corrupted)
     if len(clean) != len(corrupted):
         return None
-    texts = [prompt for prompt in (draw.clean, draw.corrupted) if isinstance(prompt, str)]
-    for answer in (draw.answer, draw.wrong):
-        if isinstance(answer, str) and any(
-            next_token(lm, text, answer) != answer for text in texts
-        ):
+    for prompt in (draw.clean, draw.corrupted):
+        if not _can_follow(lm, prompt, draw.answer) or not _can_follow(lm, prompt, draw.wrong):
             return None
-    places = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
+    labels = {name: _position(lm, clean, label) for name, label in draw.labels.items()}
+    labels["end"] = len(clean) - 1
     tokens = checksum(clean, corrupted, lm.token(draw.answer), lm.token(draw.wrong))
-    return Made(draw, {**places, "end": len(clean) - 1}, len(clean), tokens)
+    return TokenizedDraw(draw, labels, len(clean), tokens)
 
 
-def _position(lm: LM, row: Row, label: int | At | Behind) -> int:
-    if isinstance(label, Behind):
+def _can_follow(lm: LM, prompt: Prompt, answer: Token) -> bool:
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return next_token(lm, prompt, answer) == answer
+    return True
+
+
+def _position(lm: LM, row: Row, label: Label) -> int:
+    if isinstance(label, TokenAfter):
         return _position(lm, row, label.at) + 1
     return cover(lm, row, label)[-1] if isinstance(label, At) else label
 
 
-def read(lm: LM, prompt: Prompt) -> Row:
-    """The tokens of a prompt as the model reads them, the tokenizer's special ones included."""
+def tokenize(lm: LM, prompt: Prompt) -> Row:
+    """Returns the token ids of a prompt, including the special tokens that the tokenizer adds."""
     return tuple(lm.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
 
 
 def next_token(lm: LM, prompt: str, continuation: str) -> str | None:
-    """The token that begins a continuation of a prompt; None where the prompt's own tokens become others with it."""
-    before, after = read(lm, prompt), read(lm, prompt + continuation)
-    return (
-        lm.string(after[len(before)])
-        if after[: len(before)] == before and len(after) > len(before)
-        else None
-    )
+    """Returns the first token of a continuation of a prompt.
+
+    Returns None if the continuation changes the tokens of the prompt.
+    """
+    before, after = tokenize(lm, prompt), tokenize(lm, prompt + continuation)
+    if after[: len(before)] != before or len(after) == len(before):
+        return None
+    return lm.string(after[len(before)])
 
 
-def one_token(lm: LM, words: Sequence[str], what: str, *, least: int = 5) -> list[str]:
-    """Those of some words that are one token with a space before them; `TooFew` where there are less than `least`."""
-    found = [word for word in words if is_token(lm, f" {word}")]
-    if len(found) < least:
+def one_token_words(lm: LM, words: Sequence[str], what: str, *, least: int = 5) -> list[str]:
+    """Returns the words that are one token with a space before them.
+
+    Raises `TooFew` if there are fewer than `least`.
+    """
+    usable = [word for word in words if is_one_token(lm, f" {word}")]
+    if len(usable) < least:
         raise TooFew(
-            f"at least {least} {what} that are one token are needed, and this tokenizer has {len(found)} of "
-            f"{len(words)} ({', '.join(found) or 'none'}): take a model with a larger vocabulary, or "
-            "hk.datasets.induction, which needs no words"
+            f"at least {least} {what} that are one token are needed, and this tokenizer has "
+            f"{len(usable)} of {len(words)} ({', '.join(usable) or 'none'}): take a model with a "
+            "larger vocabulary, or hk.datasets.induction, which needs no words"
         )
-    return found
+    return usable
 
 
-def is_token(lm: LM, text: str) -> bool:
-    """True where a text is exactly one token."""
+def is_one_token(lm: LM, text: str) -> bool:
+    """True for a text that is exactly one token."""
     try:
         lm.token(text)
     except NotOneToken:
@@ -156,16 +180,17 @@ def is_token(lm: LM, text: str) -> bool:
     return True
 
 
-def needs_tokenizer(lm: LM, name: str) -> None:
-    """Raise `Unsupported` for a model that came without a tokenizer."""
+def require_tokenizer(lm: LM, name: str) -> None:
+    """Raises `Unsupported` for a model without a tokenizer."""
     if lm.tokenizer is None:
         raise Unsupported(
-            f"{name} writes texts, and this model came without a tokenizer: give hk.LM(model, tokenizer), or take "
-            "hk.datasets.induction, which is made of token ids"
+            f"{name} writes texts, and this model came without a tokenizer: "
+            "give hk.LM(model, tokenizer), or take hk.datasets.induction, which is made of "
+            "token ids"
         )
 
 
-def check_numbers(n: int, seed: int) -> None:
-    """Raises `OutOfRange` where so many pairs cannot be made, or the seed is none."""
+def check_size_and_seed(n: int, seed: int) -> None:
+    """Raises `OutOfRange` for an invalid number of pairs or an invalid seed."""
     whole_number(n, "n", least=1, meaning="how many pairs to make,")
     seed_of(seed)

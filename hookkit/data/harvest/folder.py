@@ -1,12 +1,13 @@
-"""The folder of a harvest: harvest.json says how it is made, index.jsonl which shards are done, and each is a file.
+"""The files of a harvest's folder.
 
-    harvest.json        the model, the sites and all settings that decide what the numbers are; written first
+    harvest.json        the model, the sites and all settings that decide the values; written first
     00000.safetensors   a shard: a tensor [row, ...] for each site, and the columns below
-    index.jsonl         a line for each shard that is done, with its sha256; the last one says that all is
+    index.jsonl         a line for each complete shard, with its sha256; then a last line
 
-Columns of a shard, [row]: text (the number of the text), piece (of the text, 0 unless it was split), pos, token (its
-id), read (the number of the row of tokens in the shard). The tokens that the model read stand one row behind the other
-in `ids`, those of read n from `starts[n]` to `starts[n + 1]`.
+Columns of a shard, [row]: text (the number of the text), piece (of the text, 0 unless it was
+split), pos, token (its id), read (the number of the token sequence in the shard). `ids` has the
+tokens of all sequences that the model read, one after another; those of sequence n are
+`ids[starts[n] : starts[n + 1]]`.
 """
 
 import dataclasses
@@ -40,37 +41,22 @@ from .texts import Window
 SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
 FORMAT = 1
 COLUMNS = ("text", "piece", "pos", "token", "read")
-NUMBERED = re.compile(r"[0-9]{5,}\.safetensors")
-OWN = (
-    "format",
-    "model",
-    "sites",
-    "pos",
-    "context",
-    "long",
-)  # what is read of the settings, besides being compared
+TOKENS = ("ids", "starts")
+SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
+REQUIRED_SETTINGS = ("format", "model", "sites", "pos", "context", "long")
 DTYPES = (
-    "float32",
-    "bfloat16",
-    "float16",
-    "float64",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-)
-DECIDING = (
-    "torch",
-    "transformers",
-    "tokenizers",
-)  # the packages whose versions decide what numbers come out
+    "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool",
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions decide the values
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is done. `text` and `piece` are its last ones, `stream` the sha256 of all texts up to there."""
+    """A complete shard: its line of the index.
+
+    `text` and `piece` are those of its last sequence, `stream` is the sha256 of all texts up to
+    there.
+    """
 
     file: str
     rows: int
@@ -84,118 +70,164 @@ class Shard:
 
     def __post_init__(self) -> None:
         numbers = (self.rows, self.tokens, self.left_out, self.text, self.piece, self.bytes)
-        if (
-            not all(map(plain_whole, numbers))
-            or not isinstance(self.stream, str)
-            or not isinstance(self.sha256, str)
-        ):
-            raise ValueError("a number or a hash is none")
-        if not isinstance(self.file, str) or not NUMBERED.fullmatch(self.file):
+        hashes = (self.stream, self.sha256)
+        _check_entry(numbers, hashes)
+        if not isinstance(self.file, str) or not SHARD_NAME.fullmatch(self.file):
+            example = SHARD.format(0)
             raise ValueError(
-                f"{str(self.file)[:80]!r} is no name of a shard, such as {SHARD.format(0)}"
+                f"{str(self.file)[:80]!r} is not the name of a shard, such as {example}"
             )
 
-    def is_there(self, folder: Path) -> bool:
-        """True where the file is there in its size."""
+    def exists(self, folder: Path) -> bool:
+        """True if the file exists and has the recorded size."""
         path = self.path(folder)
         return path.is_file() and path.stat().st_size == self.bytes
 
     def path(self, folder: Path) -> Path:
-        """Where the file is; `DamagedHarvest` for a link that leads out of the folder."""
+        """Returns the path of the file. Raises `DamagedHarvest` for a link out of the folder."""
         return inside(folder, self.file, error=DamagedHarvest)
 
 
 @dataclass(frozen=True)
 class End:
-    """The last line of the index: how many texts there were, and how many of them behind the last shard gave no row."""
+    """The last line of the index of a finished harvest.
+
+    `texts` is the number of all texts, and `left_out` the number of those after the last shard that
+    have no row.
+    """
 
     texts: int
     left_out: int
     stream: str
 
     def __post_init__(self) -> None:
-        if (
-            not plain_whole(self.texts)
-            or not plain_whole(self.left_out)
-            or not isinstance(self.stream, str)
-        ):
-            raise ValueError("a number or a hash is none")
+        _check_entry((self.texts, self.left_out), (self.stream,))
 
 
-def model_of(lm: LM) -> dict[str, Any]:
-    """What has to be the same for the same numbers to come out."""
+def _check_entry(numbers: tuple[Any, ...], hashes: tuple[Any, ...]) -> None:
+    is_valid = all(map(plain_whole, numbers)) and all(isinstance(text, str) for text in hashes)
+    if not is_valid:
+        raise ValueError("a number or a hash is invalid")
+
+
+# ---- settings
+
+
+def describe_model(lm: LM) -> dict[str, Any]:
+    """Returns what has to be equal for equal values: the model, its tokenizer and the packages."""
     about = about_model(lm)
-    said = {
-        name: about[name]
-        for name in ("class", "family", "dtype", "device", "attention", "adapters")
-    }
-    hashes = {
-        "config": config_hash(lm),
-        "weights": weights_hash(lm),
-        "tokenizer": tokenizer_hash(lm),
-    }
-    known = {name: about["versions"].get(name) for name in DECIDING}
-    return {
-        "name": about["model"],
-        **said,
-        **{f"{name}_sha256": found for name, found in hashes.items()},
-        **known,
-    }
+    model = {"name": about["model"]}
+    for name in ("class", "family", "dtype", "device", "attention", "adapters"):
+        model[name] = about[name]
+    model["config_sha256"] = config_hash(lm)
+    model["weights_sha256"] = weights_hash(lm)
+    model["tokenizer_sha256"] = tokenizer_hash(lm)
+    for package in PACKAGES:
+        model[package] = about["versions"].get(package)
+    return model
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What harvest.json says."""
+    """Returns the settings in harvest.json. Raises `DamagedHarvest` if they cannot be read."""
     path = inside(folder, SETTINGS, error=DamagedHarvest)
     if not path.exists():
         raise DamagedHarvest(
-            f"{folder.name!r} has no {SETTINGS}, so it is no harvest: give the folder that hk.harvest wrote"
+            f"{folder.name!r} has no {SETTINGS}, so it is no harvest: "
+            "give the folder that hk.harvest wrote"
         )
+    name = f"{SETTINGS} of {folder.name!r}"
     try:
-        settings = mapping_of(json_in(path), f"{SETTINGS} of {folder.name!r}")
+        settings = mapping_of(json_in(path), name)
     except BadFile as error:
-        raise DamagedHarvest(
-            f"{SETTINGS} of {folder.name!r} cannot be read: {error}; harvest again"
-        ) from error
+        raise DamagedHarvest(f"{name} cannot be read: {error}; harvest again") from error
     if settings.get("format") != FORMAT:
         raise DamagedHarvest(
-            f"{folder.name!r} has format {settings.get('format')!r}, and this hookkit reads {FORMAT}: read it with the "
-            "hookkit that wrote it"
+            f"{folder.name!r} has format {settings.get('format')!r}, and this hookkit reads "
+            f"{FORMAT}: read it with the hookkit that wrote it"
         )
-    lacking = [name for name in OWN if name not in settings]
-    if (
-        lacking
-        or not isinstance(settings["sites"], dict)
-        or not isinstance(settings["model"], dict)
-    ):
-        words = f"has no {', '.join(lacking)}" if lacking else "has sites or a model that are none"
-        raise DamagedHarvest(f"{SETTINGS} of {folder.name!r} {words}: harvest again")
-    for name, kind in settings["sites"].items():
-        _check_kind(folder, name, kind)
+    missing = [key for key in REQUIRED_SETTINGS if key not in settings]
+    if missing:
+        raise DamagedHarvest(f"{name} has no {', '.join(missing)}: harvest again")
+    if not isinstance(settings["sites"], dict) or not isinstance(settings["model"], dict):
+        raise DamagedHarvest(f"{name} has invalid sites or an invalid model: harvest again")
+    for site, kind in settings["sites"].items():
+        _check_site(name, site, kind)
     return settings
 
 
-def _check_kind(folder: Path, name: str, kind: Any) -> None:
-    """Raise `DamagedHarvest` for what is no site, no shape or no dtype."""
+def _check_site(file: str, site: str, kind: Any) -> None:
+    """Raises `DamagedHarvest` for an invalid site, shape or dtype."""
     try:
-        parse(name)
+        parse(site)
     except HookkitError as error:
-        raise DamagedHarvest(
-            f"{SETTINGS} of {folder.name!r} has a site that is none: {error}"
-        ) from error
-    words = kind if isinstance(kind, dict) else {}
-    sizes = words.get("shape")
-    if (
-        not isinstance(sizes, list)
-        or not all(map(plain_whole, sizes))
-        or words.get("dtype") not in DTYPES
-    ):
-        raise DamagedHarvest(
-            f"{SETTINGS} of {folder.name!r} has no shape or no dtype for {name!r}: harvest again"
+        raise DamagedHarvest(f"{file} has an invalid site: {error}") from error
+    if not isinstance(kind, dict):
+        kind = {}
+    shape = kind.get("shape")
+    has_shape = isinstance(shape, list) and all(map(plain_whole, shape))
+    if not has_shape or kind.get("dtype") not in DTYPES:
+        raise DamagedHarvest(f"{file} has no shape or no dtype for {site!r}: harvest again")
+
+
+def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes or checks the settings, and removes partial files."""
+    if (folder / SETTINGS).exists():
+        _check_settings(folder, read_settings(folder), settings)
+    elif (folder / INDEX).exists() or any(_shard_paths(folder)):
+        raise DamagedHarvest(f"{folder.name!r} has shards and no {SETTINGS}: give an empty folder")
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    remove_leftovers(folder)
+    path = folder / SETTINGS
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_bytes(path, text.encode())
+    cut_to_whole_lines(folder / INDEX)
+
+
+def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises `HarvestChanged` with all settings that differ."""
+    old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
+    if old.get("sites") != new.get("sites"):
+        old_values["sites"] = ", ".join(old["sites"])
+        new_values["sites"] = ", ".join(new["sites"])
+    words: list[str] = []
+    for name in {**old_values, **new_values}:
+        before, after = old_values.get(name), new_values.get(name)
+        if before != after and not _may_differ(name, before):
+            words.append(f"{name} {_shorten(before)} there and {_shorten(after)} now")
+    if words:
+        raise HarvestChanged(
+            f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. "
+            "Give the same ones to go on, or another folder"
         )
 
 
+def _may_differ(name: str, before: Any) -> bool:
+    """True for settings without effect on the complete shards.
+
+    The model can have another path, and "error" can be replaced, because it raised for none of the
+    texts.
+    """
+    return name == "model.name" or (name in ("long", "unfit") and before == "error")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shorten(value: Any) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64
+    return f"{value[:8]}…" if is_hash else repr(value)
+
+
+# ---- index
+
+
 def read_index(folder: Path) -> tuple[list[Shard], End | None]:
-    """The shards that are done, in order, and how the harvest ended, if it has."""
+    """Returns the complete shards in order, and the end of the harvest if it is finished."""
     shards: list[Shard] = []
     path = inside(folder, INDEX, error=DamagedHarvest)
     for number, line in enumerate(whole_lines(path), start=1):
@@ -206,116 +238,74 @@ def read_index(folder: Path) -> tuple[list[Shard], End | None]:
             shards.append(Shard(**entry))
         except (BadFile, ValueError, TypeError) as error:
             raise DamagedHarvest(
-                f"line {number} of {INDEX} in {folder.name!r} cannot be read ({error}): delete it and those "
-                "after it and harvest again, which makes their shards anew"
+                f"line {number} of {INDEX} in {folder.name!r} cannot be read ({error}): delete it "
+                "and those after it and harvest again, which makes their shards anew"
             ) from error
     return shards, None
 
 
-def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder ready to go on: its settings are these, and nothing half-made is in it."""
-    if (folder / SETTINGS).exists():
-        _check_same(folder, read_settings(folder), settings)
-    elif (folder / INDEX).exists() or any(_numbered(folder)):
-        raise DamagedHarvest(f"{folder.name!r} has shards and no {SETTINGS}: give an empty folder")
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    remove_leftovers(folder)
-    path = folder / SETTINGS
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_bytes(path, text.encode())
-    cut_to_whole_lines(folder / INDEX)
+def append_to_index(folder: Path, entry: Shard | End) -> None:
+    """Adds the line of a complete shard, or the last line, to the index."""
+    with added_to(folder / INDEX) as file:
+        add_line(file, json.dumps(dataclasses.asdict(entry)))
 
 
-def finish(folder: Path, end: End) -> None:
-    """Say in the index that all is done, and take away shards of texts that were never said to be done."""
-    done = {shard.file for shard in read_index(folder)[0]}
-    for path in _numbered(folder):
-        if path.name not in done and _is_shard(path):
+def finish_index(folder: Path, end: End) -> None:
+    """Adds the last line to the index, and removes shards that are not in it."""
+    shards, _ = read_index(folder)
+    names = {shard.file for shard in shards}
+    for path in _shard_paths(folder):
+        if path.name not in names and _is_shard(path):
             path.unlink()
-    append(folder, end)
+    append_to_index(folder, end)
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.glob("*.safetensors")) if NUMBERED.fullmatch(path.name))
+# ---- shards
+
+
+def _shard_paths(folder: Path) -> Iterator[Path]:
+    return (
+        path for path in sorted(folder.glob("*.safetensors")) if SHARD_NAME.fullmatch(path.name)
+    )
 
 
 def _is_shard(path: Path) -> bool:
-    """True for a file that a harvest wrote, which has the columns of one."""
+    """True for a file that has the columns of a shard."""
     if path.is_symlink():
         return False
     try:
         with opened_tensors(path) as file:
-            return {*COLUMNS, "ids", "starts"} <= set(file.keys())
+            return {*COLUMNS, *TOKENS} <= set(file.keys())
     except BadFile:
         return False
 
 
-def _check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise `HarvestChanged` with all that differs."""
-    old, new = dict(_flat(there)), dict(_flat(asked))
-    if there.get("sites") != asked.get("sites"):
-        old["sites"], new["sites"] = (", ".join(each["sites"]) for each in (there, asked))
-    differing = [
-        name
-        for name in {**old, **new}
-        if old.get(name) != new.get(name) and not _may_differ(name, old)
-    ]
-    if differing:
-        words = [
-            f"{name} {_short(old.get(name))} there and {_short(new.get(name))} now"
-            for name in differing
-        ]
-        raise HarvestChanged(
-            f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. Give the same ones to go on, or "
-            "another folder"
-        )
+def token_columns(windows: list[Window]) -> dict[str, Tensor]:
+    """Returns the columns of a shard, and the tokens of all its sequences."""
+    columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    ids: list[int] = []
+    lengths = [0]
+    for window in windows:
+        for sequence in window.sequences:
+            count = len(sequence.positions)
+            columns["text"] += [sequence.text] * count
+            columns["piece"] += [sequence.piece] * count
+            columns["pos"] += sequence.positions
+            columns["token"] += [sequence.ids[position] for position in sequence.positions]
+            columns["read"] += [len(lengths) - 1] * count
+            ids += sequence.ids
+            lengths.append(len(sequence.ids))
+    tensors: dict[str, Tensor] = {}
+    for name, column in columns.items():
+        dtype = torch.int64 if name == "text" else torch.int32
+        tensors[name] = torch.tensor(column, dtype=dtype)
+    tensors["ids"] = torch.tensor(ids, dtype=torch.int32)
+    tensors["starts"] = torch.tensor(list(accumulate(lengths)), dtype=torch.int64)
+    return tensors
 
 
-def _may_differ(name: str, old: Mapping[str, Any]) -> bool:
-    """A model may have moved; and what "error" refused may be allowed, since what is done was not refused."""
-    return name == "model.name" or (name in ("long", "unfit") and old.get(name) == "error")
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield before + name, value
-
-
-def _short(value: Any) -> str:
-    return f"{value[:8]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
-
-
-def columns(windows: list[Window]) -> dict[str, Tensor]:
-    """Which token each row of a shard is of, and all tokens that the model read for it."""
-    reads = [read for window in windows for read in window.reads]
-    lengths = [0, *(len(read.ids) for read in reads)]
-    numbers = {
-        "text": [read.text for read in reads for _ in read.places],
-        "piece": [read.piece for read in reads for _ in read.places],
-        "pos": [place for read in reads for place in read.places],
-        "token": [read.ids[place] for read in reads for place in read.places],
-        "read": [number for number, read in enumerate(reads) for _ in read.places],
-        "ids": [token for read in reads for token in read.ids],
-        "starts": list(accumulate(lengths)),
-    }
-    wide = ("text", "starts")
-    return {
-        name: torch.tensor(n, dtype=torch.int64 if name in wide else torch.int32)
-        for name, n in numbers.items()
-    }
-
-
-def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor], **said: Any) -> Shard:
-    """Write a shard's file; its line of the index."""
+def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor], **about: Any) -> Shard:
+    """Writes the file of a shard, and returns its line of the index."""
     file = SHARD.format(number)
-    size, found = write_tensors(folder / file, tensors, tidy=False)
-    return Shard(file=file, bytes=size, sha256=found, **said)
-
-
-def append(folder: Path, entry: Shard | End) -> None:
-    """Say in the index that a shard is done, or all of them."""
-    with added_to(folder / INDEX) as file:
-        add_line(file, json.dumps(dataclasses.asdict(entry)))
+    size, sha256 = write_tensors(folder / file, tensors, tidy=False)
+    return Shard(file=file, bytes=size, sha256=sha256, **about)

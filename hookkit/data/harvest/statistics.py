@@ -1,21 +1,16 @@
-"""Moments: count, mean, variance and covariance of a stream of values, in float64 and in memory that does not grow.
+"""Statistics of activations over a corpus, in float64 and in constant memory.
 
-Each batch is summed up by itself and merged into what came before, by the formulas of Chan, Golub and LeVeque (1979),
-which lose no digits where a mean is large and a variance small.
-
-Strongest: for each unit of a site the tokens at which it is largest, found in one pass.
-
-Of equal values the earlier token comes first, so that what comes out depends on the texts and not on the batches.
-
-Statistics: what a stream of values was like at each site, as a value that can be kept, read and ablated with.
-
-hk.statistics: what the values at some sites are like over any number of texts, in one pass that keeps none.
+`statistics` reads texts once and adds up each batch: the moments and norms of each site, and on
+request its covariance and the tokens at which each unit is largest. Each batch is summed by itself
+and merged into the total by the formulas of Chan, Golub and LeVeque (1979), which lose no digits
+where a mean is large and a variance small. Of equal values the earlier token comes first, so that
+the result does not depend on batches.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...arguments import as_whole, checks_arguments, file_of, items_of, whole_number
-from ...display import records, shown
+from ...display import count_of, records, shown
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
 from ...files.tensors import save_tensors
 from ...files.untrusted import json_of, mapping_of, plain_whole, tensors_in
@@ -33,26 +28,35 @@ from ...models.lm import LM
 from ...models.positions import PosLike, Where, as_pos
 from ...models.provenance import about_model
 from ...models.sites import AnySite, Site, Sites, SitesLike, parse
-from .stored_values import Progress, at_sites, probed, row_numbers
+from .stored_values import Progress, compute_values, probed, row_numbers
 from .texts import (
     LOOK_AHEAD,
-    Cursor,
     Long,
-    Read,
     Rules,
+    TextReader,
     TextsLike,
+    TokenSequence,
     Unfit,
-    Window,
     batches,
-    context_of,
-    how_many,
-    next_window,
+    count_texts,
+    read_window,
+    resolve_context,
 )
+
+TOKEN_COLUMNS = ("text", "piece", "pos", "token_id")
+LARGEST_INT = torch.iinfo(torch.int64).max
+
+
+# ---- moments and norms
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Of `count` rows: their mean, the sum of squared deviations from it, and on request that of products [n, n]."""
+    """Moments of `count` rows.
+
+    `spread` is the sum of squared deviations from the mean. `products` is the sum of the products
+    of deviations, or None.
+    """
 
     count: int
     mean: Float[Tensor, "..."]
@@ -65,26 +69,30 @@ class Moments:
         return self.spread / self.count
 
     def head(self, head: int) -> "Moments":
-        """Those of one head, where the first axis is heads."""
+        """Returns the moments of one head, where the first axis is heads."""
         products = None if self.products is None else self.products[head]
         return Moments(self.count, self.mean[head], self.spread[head], products)
 
 
 def exact(values: Tensor) -> Float[Tensor, "..."]:
-    """The same numbers in float64, on the CPU where the device has no such numbers."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+    """Returns the values in float64, on the CPU if the device has no float64."""
+    if values.device.type == "mps":
+        values = values.cpu()
+    return values.double()
 
 
 def moments(values: Float[Tensor, "row ..."], *, covariance: bool = False) -> Moments:
-    """The moments of some rows in float64; covariances are of the last axis."""
+    """Returns the moments of float64 rows. Products are of the last axis."""
     mean = values.mean(0)
-    away = values - mean
-    products = torch.einsum("r...i,r...j->...ij", away, away) if covariance else None
-    return Moments(len(values), mean, (away * away).sum(0), products)
+    deviations = values - mean
+    products = None
+    if covariance:
+        products = torch.einsum("r...i,r...j->...ij", deviations, deviations)
+    return Moments(len(values), mean, (deviations * deviations).sum(0), products)
 
 
 def merged(first: Moments | None, second: Moments) -> Moments:
-    """The moments of two sets of rows together."""
+    """Returns the moments of two sets of rows together."""
     if first is None:
         return second
     count = first.count + second.count
@@ -92,20 +100,16 @@ def merged(first: Moments | None, second: Moments) -> Moments:
     weight = first.count * second.count / count
     products = None
     if first.products is not None and second.products is not None:
-        products = (
-            first.products + second.products + weight * shift[..., :, None] * shift[..., None, :]
-        )
-    return Moments(
-        count,
-        first.mean + shift * (second.count / count),
-        first.spread + second.spread + weight * shift * shift,
-        products,
-    )
+        shift_products = weight * shift[..., :, None] * shift[..., None, :]
+        products = first.products + second.products + shift_products
+    mean = first.mean + shift * (second.count / count)
+    spread = first.spread + second.spread + weight * shift * shift
+    return Moments(count, mean, spread, products)
 
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """How long the vectors of a site are, along its last axis: one number, or one a head."""
+    """The lengths of a site's vectors along its last axis: one number, or one for each head."""
 
     moments: Moments
     min: Float[Tensor, "..."]
@@ -118,52 +122,54 @@ class Norms:
 
     @property
     def std(self) -> Float[Tensor, "..."]:
-        """Their standard deviation."""
+        """The standard deviation of the lengths."""
         return self.moments.variance.sqrt()
 
     def head(self, head: int) -> "Norms":
-        """Those of one head."""
+        """Returns the norms of one head."""
         return Norms(self.moments.head(head), self.min[head], self.max[head])
 
 
-def norms(values: Float[Tensor, "row ..."]) -> Norms:
-    """The norms of some rows in float64."""
+def compute_norms(values: Float[Tensor, "row ..."]) -> Norms:
+    """Returns the norms of float64 rows."""
     lengths = values.norm(dim=-1)
     return Norms(moments(lengths), lengths.amin(0), lengths.amax(0))
 
 
-def merged_norms(first: Norms | None, second: Norms) -> Norms:
-    """The norms of two sets of rows together."""
+def merge_norms(first: Norms | None, second: Norms) -> Norms:
+    """Returns the norms of two sets of rows together."""
     if first is None:
         return second
     low, high = torch.minimum(first.min, second.min), torch.maximum(first.max, second.max)
     return Norms(merged(first.moments, second.moments), low, high)
 
 
-PLACE = ("text", "piece", "pos", "token_id")  # what is known of each token
-LAST = torch.iinfo(torch.int64).max
+# ---- largest values
 
 
 @dataclass(frozen=True, eq=False)
 class Strongest:
-    """The largest values of each unit, the largest first, the numbers of their rows, and which token each is at."""
+    """The largest values of each unit, the largest first, with their row numbers and tokens.
+
+    The last axis of `tokens` has text, piece, position and token id.
+    """
 
     values: Float[Tensor, "top ..."]
     rows: Int[Tensor, "top ..."]
-    places: Int[Tensor, "top ... 4"]
+    tokens: Int[Tensor, "top ... 4"]
 
     def head(self, head: int) -> "Strongest":
-        """Those of one head, where the first axis behind `top` is heads."""
-        return Strongest(self.values[:, head], self.rows[:, head], self.places[:, head])
+        """Returns the values of one head, where the axis after `top` is heads."""
+        return Strongest(self.values[:, head], self.rows[:, head], self.tokens[:, head])
 
 
-def strongest(
+def find_strongest(
     values: Float[Tensor, "row ..."],
     rows: Int[Tensor, " row"],
-    places: Int[Tensor, "row 4"],
+    tokens: Int[Tensor, "row 4"],
     top: int,
 ) -> Strongest:
-    """The largest values of some rows, `top` of them or as many as there are rows."""
+    """Returns the `top` largest values of some rows, or all if there are fewer rows."""
     flat = values.flatten(1)
     numbers = rows.to(flat.device)[:, None].expand_as(flat)
     index = _largest(flat, numbers, min(top, len(flat)))
@@ -171,50 +177,56 @@ def strongest(
     return Strongest(
         flat.gather(0, index).reshape(shape),
         numbers.gather(0, index).reshape(shape),
-        places.to(flat.device)[index].reshape(*shape, len(PLACE)),
+        tokens.to(flat.device)[index].reshape(*shape, len(TOKEN_COLUMNS)),
     )
 
 
-def merged_strongest(first: Strongest | None, second: Strongest, top: int) -> Strongest:
-    """The largest values of two sets of rows together."""
-    if first is None:
-        return second
+def merge_strongest(first: Strongest, second: Strongest, top: int) -> Strongest:
+    """Returns the `top` largest values of two sets of rows together."""
     values = torch.cat([first.values, second.values])
     rows = torch.cat([first.rows, second.rows])
-    places = torch.cat([first.places, second.places]).flatten(1, -2)
+    tokens = torch.cat([first.tokens, second.tokens]).flatten(1, -2)
     index = _largest(values.flatten(1), rows.flatten(1), min(top, len(values)))
     shape = (len(index), *values.shape[1:])
+    columns = len(TOKEN_COLUMNS)
+    token_index = index[..., None].expand(-1, -1, columns)
     return Strongest(
         values.flatten(1).gather(0, index).reshape(shape),
         rows.flatten(1).gather(0, index).reshape(shape),
-        places.gather(0, index[..., None].expand(-1, -1, len(PLACE))).reshape(*shape, len(PLACE)),
+        tokens.gather(0, token_index).reshape(*shape, columns),
     )
 
 
 def _largest(
     values: Float[Tensor, "row unit"], numbers: Int[Tensor, "row unit"], top: int
 ) -> Int[Tensor, "top unit"]:
-    """Where the largest values of each column are, in order; of equal ones those of the smallest numbers, in order."""
+    """Returns the indices of each column's largest values, in descending order of values.
+
+    Of equal values those with the smallest numbers are taken, in ascending order of numbers.
+    """
     least = values.topk(top, dim=0).values[-1]
-    tied = values == least
-    needed = top - (values > least).sum(0)
-    earliest = numbers.masked_fill(~tied, LAST)
-    cutoff = earliest.topk(top, dim=0, largest=False).values.gather(0, needed[None] - 1)
-    chosen = (values > least) | (earliest <= cutoff) & tied
-    index = chosen.T.nonzero()[:, 1].reshape(values.shape[1], top).T
+    is_tied = values == least
+    n_tied = top - (values > least).sum(0)  # how many of the tied values are taken
+    earliest = numbers.masked_fill(~is_tied, LARGEST_INT)
+    cutoff = earliest.topk(top, dim=0, largest=False).values.gather(0, n_tied[None] - 1)
+    is_taken = (values > least) | (earliest <= cutoff) & is_tied
+    index = is_taken.T.nonzero()[:, 1].reshape(values.shape[1], top).T
     by_number = numbers.gather(0, index).argsort(dim=0)
     index = index.gather(0, by_number)
     by_value = values.gather(0, index).argsort(dim=0, descending=True, stable=True)
     return index.gather(0, by_value)
 
 
+# ---- statistics of sites
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteStatistics:
     """The statistics of one site, in float64, over `count` tokens.
 
-    mean        [...]       of each number, the axes being the site's behind batch and pos
-    variance    [...]       the mean of squared deviations; `std` is its root
-    covariance  [..., n, n] of the last axis with itself, for each head where there are heads; where it was asked for
+    mean        [...]       of each number; the axes are the site's axes after batch and pos
+    variance    [...]       the mean of squared deviations; `std` is its square root
+    covariance  [..., n, n] of the last axis, for each head where there are heads; only on request
     norm        [...]       the lengths along the last axis: `norm.mean`, `.std`, `.min`, `.max`
     """
 
@@ -225,7 +237,7 @@ class SiteStatistics:
 
     @property
     def count(self) -> int:
-        """How many tokens there were."""
+        """The number of tokens."""
         return self.moments.count
 
     @property
@@ -242,7 +254,7 @@ class SiteStatistics:
 
     @property
     def covariance(self) -> Float[Tensor, "... n n"]:
-        """`NotCaptured` where it was not asked for."""
+        """The covariance. Raises `NotCaptured` if it was not computed."""
         if self.moments.products is None:
             raise NotCaptured(
                 f"no covariance of {self.site} was taken: ask for it with covariance=True"
@@ -250,47 +262,49 @@ class SiteStatistics:
         return self.moments.products / self.count
 
     def top(self, unit: int | tuple[int, ...], lm: LM | None = None) -> pd.DataFrame:
-        """The tokens at which one unit was largest, the largest first; of a site with heads the unit is (head, number).
+        """Returns the tokens at which a unit is largest, the largest first.
 
-        Columns: text, piece, pos, token_id, value; and token, its text, if a model is given.
+        A unit of a site with heads is (head, number). Columns: text, piece, pos, token_id, value;
+        and token, its text, if a model is given.
         """
         if self.strongest is None:
             raise NotCaptured(
                 f"the strongest tokens of {self.site} were not kept: ask for them with top=10"
             )
-        meaning = "the number of a unit; with heads, (head, number);"
-        whole = as_whole(unit)
-        index = (
-            (whole,)
-            if whole is not None
-            else tuple(
-                [
-                    whole_number(one, "unit", least=0, meaning=meaning)
-                    for one in items_of(unit) or (unit,)
-                ]
-            )
-        )
-        sizes = tuple(self.mean.shape)
-        if len(index) != len(sizes) or not all(
-            0 <= i < size for i, size in zip(index, sizes, strict=True)
-        ):
-            raise OutOfRange(
-                f"unit {unit} of {self.site} was asked for, and its units are counted {list(sizes)} from 0"
-            )
-        places = self.strongest.places[(slice(None), *index)].tolist()
-        table = pd.DataFrame(places, columns=list(PLACE))
+        index = (slice(None), *self._unit_index(unit))
+        table = pd.DataFrame(self.strongest.tokens[index].tolist(), columns=list(TOKEN_COLUMNS))
         if lm is not None:
-            table.insert(4, "token", [lm.string(token) for token in table["token_id"]])
-        return table.assign(value=self.strongest.values[(slice(None), *index)].tolist())
+            table.insert(4, "token", [lm.string(token_id) for token_id in table["token_id"]])
+        return table.assign(value=self.strongest.values[index].tolist())
+
+    def _unit_index(self, unit: int | tuple[int, ...]) -> tuple[int, ...]:
+        meaning = "the number of a unit; with heads, (head, number);"
+        index: list[int] = []
+        number = as_whole(unit)
+        if number is not None:
+            index.append(number)
+        else:
+            for item in items_of(unit) or (unit,):
+                index.append(whole_number(item, "unit", least=0, meaning=meaning))
+        sizes = list(self.mean.shape)
+        is_unit = len(index) == len(sizes)
+        if is_unit:
+            is_unit = all(0 <= number < size for number, size in zip(index, sizes, strict=True))
+        if not is_unit:
+            raise OutOfRange(
+                f"unit {unit} of {self.site} was asked for, and its units are counted {sizes} "
+                "from 0"
+            )
+        return tuple(index)
 
     def head(self, head: int) -> "SiteStatistics":
-        """The statistics of one head of a site that has all of them."""
+        """Returns the statistics of one head of a site that has all heads."""
         heads = self.mean.shape[0] if self.mean.ndim > 1 else 0
         if not isinstance(self.site, Site) or self.site.head is not None or head >= heads:
             raise NotCaptured(f"head {head} of {self.site} was asked for, which has {heads} heads")
-        of_head = None if self.strongest is None else self.strongest.head(head)
+        strongest = None if self.strongest is None else self.strongest.head(head)
         site = Site(self.site.name, self.site.layer, head)
-        return SiteStatistics(site, self.moments.head(head), self.norm.head(head), of_head)
+        return SiteStatistics(site, self.moments.head(head), self.norm.head(head), strongest)
 
     def __repr__(self) -> str:
         return f"SiteStatistics({self.site}, {list(self.mean.shape)}, {self.count} tokens)"
@@ -298,10 +312,11 @@ class SiteStatistics:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
-    """Statistics of several sites: `statistics["resid_post.6"].mean`, `statistics["z.9.3"]` for one head of `z.9`.
+    """Statistics of several sites: `statistics["resid_post.6"].mean`, `statistics["z.9.3"]` for a
+    head.
 
-    Made by `statistics` and by `Harvest.statistics`. `hk.ablate(sites, to=statistics)` puts in each site's own mean.
-    `about` says of what: the model, the positions, how many texts, and their sha256.
+    Made by `statistics` and by `Harvest.statistics`. `hk.ablate(sites, to=statistics)` writes each
+    site's mean. `about` has the model, the positions, the number of texts and their sha256.
     """
 
     of_site: Mapping[AnySite, SiteStatistics]
@@ -313,197 +328,214 @@ class Statistics:
         return Sites(tuple(self.of_site))
 
     def __getitem__(self, site: str | AnySite) -> SiteStatistics:
-        wanted = parse(site) if isinstance(site, str) else site
-        if wanted in self.of_site:
-            return self.of_site[wanted]
-        if isinstance(wanted, Site) and wanted.head is not None:
-            whole = self.of_site.get(Site(wanted.name, wanted.layer))
-            if whole is not None:
-                return whole.head(wanted.head)
-        raise NotCaptured(f"there are no statistics of {wanted}: there are those of {self.sites}")
+        if isinstance(site, str):
+            site = parse(site)
+        if site in self.of_site:
+            return self.of_site[site]
+        if isinstance(site, Site) and site.head is not None:
+            all_heads = self.of_site.get(Site(site.name, site.layer))
+            if all_heads is not None:
+                return all_heads.head(site.head)
+        raise NotCaptured(f"there are no statistics of {site}: there are those of {self.sites}")
 
     def mean_of(self, site: AnySite) -> Float[Tensor, "..."]:
-        """The mean at a site, for `hk.ablate`."""
+        """Returns the mean at a site, for `hk.ablate`."""
         return self[site].mean
 
     def table(self) -> pd.DataFrame:
-        """One row a site, and a head where there are heads. Columns: site, head (None where there is none), count,
-        norm_mean, norm_std, norm_min, norm_max, and mean_norm, the length of the mean."""
-        rows = []
-        for site, found in self.of_site.items():
-            heads = range(found.mean.shape[0]) if found.mean.ndim > 1 else [None]
-            for head in heads:
-                each = found if head is None else found.head(head)
-                numbers = (
-                    each.norm.mean,
-                    each.norm.std,
-                    each.norm.min,
-                    each.norm.max,
-                    each.mean.norm(dim=-1),
-                )
-                rows.append([str(site), head, each.count, *(number.item() for number in numbers)])
-        names = [
-            "site",
-            "head",
-            "count",
-            "norm_mean",
-            "norm_std",
-            "norm_min",
-            "norm_max",
-            "mean_norm",
-        ]
-        return pd.DataFrame(rows, columns=names)
+        """Returns one row for each site, or for each head where there are heads.
+
+        Columns: site, head (None where there is none), count, norm_mean, norm_std, norm_min,
+        norm_max, and mean_norm, the length of the mean.
+        """
+        rows: list[dict[str, Any]] = []
+        for site, statistics in self.of_site.items():
+            if statistics.mean.ndim == 1:
+                rows.append(_table_row(site, None, statistics))
+                continue
+            for head in range(statistics.mean.shape[0]):
+                rows.append(_table_row(site, head, statistics.head(head)))
+        return pd.DataFrame(rows)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write all to a safetensors file, to be read by `load_statistics`; the file's path."""
+        """Writes a safetensors file for `load_statistics`, and returns its path."""
         tensors: dict[str, Tensor] = {}
-        for site, found in self.of_site.items():
-            tensors |= {f"{site}/{name}": tensor for name, tensor in _tensors(found).items()}
+        for site, statistics in self.of_site.items():
+            for name, tensor in _to_tensors(statistics).items():
+                tensors[f"{site}/{name}"] = tensor
         return save_tensors(tensors, path, about={"statistics": json.dumps(dict(self.about))})
 
     def _ipython_key_completions_(self) -> list[str]:
         return [str(site) for site in self.sites]
 
     def _repr_html_(self) -> str:
-        return shown(
-            "Statistics",
-            rows=records(self.table(), "site", "head", "count", "norm_mean", "norm_std"),
-        )
+        rows = records(self.table(), "site", "head", "count", "norm_mean", "norm_std")
+        return shown("Statistics", rows=rows)
 
     def __repr__(self) -> str:
         count, texts = next(iter(self.of_site.values())).count, self.about["texts"]
-        return (
-            f"Statistics({count} tokens of {texts} text{'' if texts == 1 else 's'}; {self.sites})"
-        )
+        return f"Statistics({count} tokens of {count_of(texts, 'text')}; {self.sites})"
 
 
-def _tensors(found: SiteStatistics) -> dict[str, Tensor]:
-    lengths = found.norm.moments
-    made = {"count": torch.tensor(found.count), "mean": found.mean, "spread": found.moments.spread}
-    made |= {"norm_mean": lengths.mean, "norm_spread": lengths.spread, "norm_min": found.norm.min}
-    made |= {"norm_max": found.norm.max}
-    if found.moments.products is not None:
-        made["products"] = found.moments.products
-    if found.strongest is not None:
-        made |= {"top_values": found.strongest.values, "top_rows": found.strongest.rows}
-        made |= {"top_places": found.strongest.places}
-    return made
+def _table_row(site: AnySite, head: int | None, statistics: SiteStatistics) -> dict[str, Any]:
+    norm = statistics.norm
+    return {
+        "site": str(site),
+        "head": head,
+        "count": statistics.count,
+        "norm_mean": norm.mean.item(),
+        "norm_std": norm.std.item(),
+        "norm_min": norm.min.item(),
+        "norm_max": norm.max.item(),
+        "mean_norm": statistics.mean.norm(dim=-1).item(),
+    }
+
+
+# ---- files of statistics
+
+
+def _to_tensors(statistics: SiteStatistics) -> dict[str, Tensor]:
+    lengths = statistics.norm.moments
+    tensors = {
+        "count": torch.tensor(statistics.count),
+        "mean": statistics.mean,
+        "spread": statistics.moments.spread,
+        "norm_mean": lengths.mean,
+        "norm_spread": lengths.spread,
+        "norm_min": statistics.norm.min,
+        "norm_max": statistics.norm.max,
+    }
+    if statistics.moments.products is not None:
+        tensors["products"] = statistics.moments.products
+    if statistics.strongest is not None:
+        tensors["top_values"] = statistics.strongest.values
+        tensors["top_rows"] = statistics.strongest.rows
+        tensors["top_places"] = statistics.strongest.tokens
+    return tensors
+
+
+def _from_tensors(site: AnySite, tensors: Mapping[str, Tensor]) -> SiteStatistics:
+    count = int(tensors["count"])
+    mean, spread, norm_mean = tensors["mean"], tensors["spread"], tensors["norm_mean"]
+    if mean.shape != spread.shape or norm_mean.shape != mean.shape[:-1]:
+        raise ValueError("the tensors do not fit one another")
+    lengths = Moments(count, norm_mean, tensors["norm_spread"])
+    norm = Norms(lengths, tensors["norm_min"], tensors["norm_max"])
+    strongest = None
+    if "top_values" in tensors:
+        strongest = Strongest(tensors["top_values"], tensors["top_rows"], tensors["top_places"])
+    site_moments = Moments(count, mean, spread, tensors.get("products"))
+    return SiteStatistics(site, site_moments, norm, strongest)
 
 
 @checks_arguments
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """The statistics that `Statistics.save` wrote. `DamagedHarvest` for another file.
+    """Returns the statistics that `Statistics.save` wrote.
 
-    >>> path = hk.statistics(lm, ["Tea with milk"], "resid_post.6", progress=False).save("means.safetensors")
-    >>> load_statistics(path)["resid_post.6"].mean.shape
+    Raises `DamagedHarvest` for another file.
+
+    >>> found = hk.statistics(lm, ["Tea with milk"], "resid_post.6", progress=False)
+    >>> load_statistics(found.save("means.safetensors"))["resid_post.6"].mean.shape
     torch.Size([576])
     """
-    tensors, words = tensors_in(file_of(path), error=DamagedHarvest)
+    tensors, texts = tensors_in(file_of(path), error=DamagedHarvest)
     name = repr(Path(path).name)
-    if "statistics" not in words:
+    if "statistics" not in texts:
         raise DamagedHarvest(f"{name} has no statistics: give a file that Statistics.save wrote")
-    about = mapping_of(
-        json_of(words["statistics"], name, error=DamagedHarvest, finite=False),
-        name,
-        error=DamagedHarvest,
-    )
-    by_site: dict[str, dict[str, Tensor]] = {}
+    value = json_of(texts["statistics"], name, error=DamagedHarvest, finite=False)
+    about = mapping_of(value, name, error=DamagedHarvest)
+    tensors_of_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        site, _, word = key.rpartition("/")
-        by_site.setdefault(site, {})[word] = tensor
-    sites = about.get("sites")
-    if (
-        not isinstance(sites, list)
-        or set(map(str, sites)) != set(by_site)
-        or not plain_whole(about.get("texts"))
-    ):
+        site, _, tensor_name = key.rpartition("/")
+        tensors_of_site.setdefault(site, {})[tensor_name] = tensor
+    sites: Any = about.get("sites")
+    has_sites = isinstance(sites, list) and set(map(str, sites)) == set(tensors_of_site)
+    if not has_sites or not plain_whole(about.get("texts")):
         raise DamagedHarvest(f"{name} has other sites than it says: it was changed; make it again")
+    of_site: dict[AnySite, SiteStatistics] = {}
     try:
-        return Statistics(
-            {parse(site): _site_statistics(parse(site), by_site[site]) for site in sites}, about
-        )
+        for site in sites:
+            of_site[parse(site)] = _from_tensors(parse(site), tensors_of_site[site])
+        return Statistics(of_site, about)
     except (KeyError, ValueError, RuntimeError) as error:
         raise DamagedHarvest(
             f"{name} lacks tensors of its statistics: it was changed; make it again"
         ) from error
 
 
-def _site_statistics(site: AnySite, t: Mapping[str, Tensor]) -> SiteStatistics:
-    count = int(t["count"])
-    if t["mean"].shape != t["spread"].shape or t["norm_mean"].shape != t["mean"].shape[:-1]:
-        raise ValueError("the tensors do not fit one another")
-    lengths = Norms(Moments(count, t["norm_mean"], t["norm_spread"]), t["norm_min"], t["norm_max"])
-    top = Strongest(t["top_values"], t["top_rows"], t["top_places"]) if "top_values" in t else None
-    return SiteStatistics(
-        site, Moments(count, t["mean"], t["spread"], t.get("products")), lengths, top
-    )
+# ---- computing statistics
 
 
 @dataclass(eq=False)
-class Summing:
-    """Statistics while values come in."""
+class StatisticsSum:
+    """The statistics of the rows that were added so far. `statistics` or a harvest owns it."""
 
     covariance: bool
     top: int
-    of_site: dict[AnySite, SiteStatistics]
+    of_site: dict[AnySite, SiteStatistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        meaning = "how many tokens are kept for each unit,"
+        whole_number(self.top, "top", least=0, meaning=meaning, error=BadHook)
 
     def add(
         self,
-        values: Mapping[AnySite, Tensor],
+        values_of_site: Mapping[AnySite, Tensor],
         rows: Int[Tensor, " row"],
-        places: Int[Tensor, "row 4"],
+        tokens: Int[Tensor, "row 4"],
     ) -> None:
-        """Take in some rows: the values at each site, the rows' numbers, and which token each is of."""
-        for site, found in values.items():
-            _check(site, found, places)
-            numbers, before = exact(found), self.of_site.get(site)
-            own = moments(numbers, covariance=self.covariance)
-            top = strongest(found.to(numbers.device), rows, places, self.top) if self.top else None
-            if before is not None and top is not None:
-                top = merged_strongest(before.strongest, top, self.top)
-            self.of_site[site] = SiteStatistics(
-                site,
-                merged(before and before.moments, own),
-                merged_norms(before and before.norm, norms(numbers)),
-                top,
-            )
+        """Adds some rows: the values at each site, the rows' numbers, and the token of each."""
+        for site, values in values_of_site.items():
+            _check_values(site, values, tokens)
+            batch = self._statistics_of_batch(site, values, rows, tokens)
+            before = self.of_site.get(site)
+            self.of_site[site] = batch if before is None else self._merge(before, batch)
+
+    def _statistics_of_batch(
+        self, site: AnySite, values: Tensor, rows: Tensor, tokens: Tensor
+    ) -> SiteStatistics:
+        numbers = exact(values)
+        strongest = None
+        if self.top:
+            strongest = find_strongest(values.to(numbers.device), rows, tokens, self.top)
+        batch_moments = moments(numbers, covariance=self.covariance)
+        return SiteStatistics(site, batch_moments, compute_norms(numbers), strongest)
+
+    def _merge(self, first: SiteStatistics, second: SiteStatistics) -> SiteStatistics:
+        strongest = None
+        if first.strongest is not None and second.strongest is not None:
+            strongest = merge_strongest(first.strongest, second.strongest, self.top)
+        return SiteStatistics(
+            first.site,
+            merged(first.moments, second.moments),
+            merge_norms(first.norm, second.norm),
+            strongest,
+        )
 
     def statistics(self, about: Mapping[str, Any]) -> Statistics:
-        """What all that came in was like, on the CPU."""
-        found = {
-            site: _site_statistics(
-                site, {name: tensor.cpu() for name, tensor in _tensors(each).items()}
-            )
-            for site, each in self.of_site.items()
-        }
-        return Statistics(found, {**about, "sites": [str(site) for site in found]})
+        """Returns the statistics on the CPU."""
+        of_site: dict[AnySite, SiteStatistics] = {}
+        for site, statistics in self.of_site.items():
+            tensors = {name: tensor.cpu() for name, tensor in _to_tensors(statistics).items()}
+            of_site[site] = _from_tensors(site, tensors)
+        return Statistics(of_site, {**about, "sites": [str(site) for site in of_site]})
 
 
-def summing(covariance: bool, top: int) -> Summing:
-    """Statistics of nothing yet."""
-    whole_number(
-        top, "top", least=0, meaning="how many tokens are kept for each unit,", error=BadHook
-    )
-    return Summing(covariance, top, {})
-
-
-def _check(site: AnySite, values: Tensor, places: Tensor) -> None:
-    """Refuse numbers of which a mean would say nothing."""
+def _check_values(site: AnySite, values: Tensor, tokens: Tensor) -> None:
+    """Raises an error for values that have no useful mean."""
     if not values.dtype.is_floating_point:
-        raise BadHook(
-            f"{site} holds whole numbers that name something, of which a mean says nothing: leave it out"
-        )
+        raise BadHook(f"{site} holds ids or indices, whose mean has no meaning: leave it out")
     if values.ndim not in (2, 3):
         raise BadHook(
-            f"{site} has the axes {list(values.shape[1:])} at each token, and statistics are of vectors, one or one a "
-            "head: leave it out"
+            f"{site} has the axes {list(values.shape[1:])} at each token, and statistics are of "
+            "vectors, one or one a head: leave it out"
         )
-    finite = torch.isfinite(values).flatten(1).all(1)
-    if not bool(finite.all()):
-        text, _, pos, _ = places[int((~finite).nonzero()[0])].tolist()
+    is_finite = torch.isfinite(values).flatten(1).all(1)
+    if not bool(is_finite.all()):
+        text, _, pos, _ = tokens[int((~is_finite).nonzero()[0])].tolist()
         raise Unsupported(
-            f"{site} is not a finite number at position {pos} of text {text}, and a mean would not be either: leave "
-            "that text out, or run the model in float32"
+            f"{site} is not a finite number at position {pos} of text {text}, so its mean would "
+            "not be finite: leave that text out, or run the model in float32"
         )
 
 
@@ -522,70 +554,63 @@ def statistics(
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> Statistics:
-    """The mean, variance and norms of what is at these sites over all texts, in float64 and in one pass.
+    """Returns the mean, variance and norms of these sites over all texts, in float64 and in one
+    pass.
 
-    `covariance` adds the covariance of each site's last axis, and `top` the tokens at which each number of a site (a
-    neuron, or a feature) is largest, so many of them; of equal ones the earlier. Every position that is wanted counts
-    once. Mind that a model's first position is often an outlier: pos=slice(1, None) leaves it out. The other words are
-    those of `harvest`; statistics of a harvest, without the model, are `Harvest.statistics`.
+    `covariance` adds the covariance of each site's last axis. `top` adds that many tokens at which
+    each number of a site (a neuron, or a feature) is largest; of equal values the earlier. `pos`
+    selects the positions that count. A model's first position is often an outlier: pos=slice(1,
+    None) leaves it out. The other arguments are those of `harvest`; for statistics of a harvest,
+    without the model, use `Harvest.statistics`.
 
-    >>> found = statistics(lm, ["Tea with milk", "Coffee with milk"], ["z.9", "mlp_post.3"], top=2, progress=False)
+    >>> texts, sites = ["Tea with milk", "Coffee with milk"], ["z.9", "mlp_post.3"]
+    >>> found = statistics(lm, texts, sites, top=2, progress=False)
     >>> found["z.9.3"].mean.shape, found["mlp_post.3"].top(7)["text"].tolist()
     (torch.Size([64]), [...])
     >>> print(ablate("z.9.3", to=found))
     ablate(z.9.3, to=means)
     """
-    rules = Rules(Where(as_pos(pos)), context_of(lm, context), long, unfit)
-    kinds = probed(lm, sites, "a statistic")
+    rules = Rules(Where(as_pos(pos)), resolve_context(lm, context), long, unfit)
+    expanded = Sites(tuple(probed(lm, sites, "a statistic")))
     if batch_tokens < 1:
         raise BadHook(f"batch_tokens={batch_tokens!r}: give 1 or more")
-    cursor, total = Cursor(lm, texts, rules), summing(covariance, top)
+    reader, total = TextReader(lm, texts, rules), StatisticsSum(covariance, top)
+    max_tokens = LOOK_AHEAD * batch_tokens
     rows = left_out = 0
-    with Progress(how_many(texts) if progress else None, progress) as shown:
-        while (
-            window := next_window(cursor, room=float("inf"), tokens=LOOK_AHEAD * batch_tokens)
-        ) is not None:
+    with Progress(count_texts(texts) if progress else None, progress) as bar:
+        while window := read_window(reader, max_rows=float("inf"), max_tokens=max_tokens):
+            starts = window.starts
             for batch in batches(window, batch_tokens, one_length=lm.config is None):
-                _add(total, lm, window, batch, Sites(tuple(kinds)), rules.where, rows)
-                shown.computed(window, batch)
-            shown.reached(window.reads[-1].text)
-            rows, left_out = rows + window.rows, left_out + window.left_out
+                sequences = [window.sequences[index] for index in batch]
+                numbers = row_numbers(sequences, [rows + starts[index] for index in batch])
+                values = compute_values(lm, sequences, expanded, rules.where)
+                total.add(values, numbers, _tokens_of_rows(sequences))
+                bar.add(window, batch)
+            bar.advance_to(window.sequences[-1].text)
+            rows += window.rows
+            left_out += window.left_out
     if not rows:
         raise EmptySelection(
-            f"none of the {cursor.text + 1} texts has a position at pos={pos!r}: give others"
+            f"none of the {reader.text + 1} texts has a position at pos={pos!r}: give others"
         )
-    about = {
-        "model": about_model(lm),
-        "pos": repr(rules.where.pos),
-        "context": rules.context,
-        "long": long,
-    }
-    about |= {
-        "texts": cursor.text + 1,
-        "left_out": left_out + cursor.left_out,
-        "stream": cursor.digest,
-    }
-    return total.statistics(about)
-
-
-def _add(
-    total: Summing,
-    lm: LM,
-    window: Window,
-    batch: list[int],
-    sites: Sites,
-    where: Where,
-    before: int,
-) -> None:
-    """Take in a batch of a window, whose first row is number `before`."""
-    starts = window.starts
-    reads = [window.reads[number] for number in batch]
-    rows = row_numbers(reads, [before + starts[number] for number in batch])
-    total.add(at_sites(lm, reads, sites, where), rows, _places(reads))
-
-
-def _places(reads: list[Read]) -> torch.Tensor:
-    """Text, piece, position and token id of each row."""
-    return torch.tensor(
-        [(r.text, r.piece, place, r.ids[place]) for r in reads for place in r.places]
+    return total.statistics(
+        {
+            "model": about_model(lm),
+            "pos": repr(rules.where.pos),
+            "context": rules.context,
+            "long": long,
+            "texts": reader.text + 1,
+            "left_out": left_out + reader.left_out,
+            "stream": reader.digest,
+        }
     )
+
+
+def _tokens_of_rows(sequences: list[TokenSequence]) -> Int[Tensor, "row 4"]:
+    """Returns the text, piece, position and token id of each row."""
+    rows: list[tuple[int, ...]] = []
+    for sequence in sequences:
+        for position in sequence.positions:
+            token_id = sequence.ids[position]
+            rows.append((sequence.text, sequence.piece, position, token_id))
+    return torch.tensor(rows)

@@ -1,8 +1,7 @@
-"""Values: what is at the sites at the positions wanted, a row for each, from one forward of a batch of texts.
+"""The values that a harvest stores: computed by a forward of a batch, a row for each kept position.
 
-What a harvest has computed: batches of a window, each by itself, here or elsewhere.
-
-How far the texts are: a line in the terminal with tokens a second and the time that is left.
+`probed` finds out which shape and dtype a site has at one position. `Batch` and `ValueComputation`
+are what the engines run, in this process or in others. `Progress` shows how many texts are done.
 """
 
 import time
@@ -22,14 +21,15 @@ from ...models.positions import Where
 from ...models.prompts import pad_id
 from ...models.sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike
 from ...runs.forward import forward
-from .texts import Read, Window
+from .texts import TokenSequence, Window
 
-PROBE = 2, 3  # rows and tokens of the forward that shows what a site holds
+PROBE_SHAPE = 2, 3  # rows and tokens of the forward that shows the shapes of sites
+MAX_NAMED = 8  # texts that an error names
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a site holds at one position: the sizes of its axes and their numbers' dtype."""
+    """The shape and dtype of the values of a site at one position."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,115 +40,123 @@ class Kind:
 
 
 def probed(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, Kind]:
-    """What each site of a selection holds, every layer written out; found out by a forward of two short rows.
+    """Returns the shape and dtype of each site, from a forward of two short rows.
 
-    `BadHook` where a site has no vector for each position: scores and pattern, or a module without rows and positions.
+    Raises `BadHook` for a site without a vector at each position: scores and pattern, or a module
+    whose output has no rows and positions.
     """
-    chosen = lm.expand(sites)
-    for site in chosen:
+    expanded = lm.expand(sites)
+    for site in expanded:
         if not isinstance(site, ModuleSite) and site.name in SQUARE:
             raise BadHook(
-                f"{what} keeps as many numbers for every token, and {site} has one for each query and key, more with "
-                "every token: use hk.forward(lm, texts, hk.capture(site)) on texts at a time"
+                f"{what} keeps as many numbers for every token, and {site} has one for each query "
+                "and key, more with every token: use hk.forward(lm, texts, hk.capture(site)) on "
+                "texts at a time"
             )
-    rows, width = PROBE
-    run = forward(lm, [[pad_id(lm)] * width] * rows, capture(chosen), logits=False)
+    rows, width = PROBE_SHAPE
+    run = forward(lm, [[pad_id(lm)] * width] * rows, capture(expanded), logits=False)
     kinds: dict[AnySite, Kind] = {}
-    for site in chosen:
-        found = run.captured(site)
-        if found.positions is None or found.values.shape[:2] != PROBE:
+    for site in expanded:
+        captured = run.captured(site)
+        shape = captured.values.shape
+        if captured.positions is None or shape[:2] != PROBE_SHAPE:
             raise BadHook(
-                f"{what} keeps a row for every token, and {site} has shape {list(found.values.shape)} for {rows} rows "
-                f"of {width} tokens, without axes batch and pos: use hk.forward(lm, texts, hk.capture(site))"
+                f"{what} keeps a row for every token, and {site} has shape {list(shape)} for "
+                f"{rows} rows of {width} tokens, without axes batch and pos: "
+                "use hk.forward(lm, texts, hk.capture(site))"
             )
-        kinds[site] = Kind(tuple(found.values.shape[2:]), found.values.dtype)
+        kinds[site] = Kind(tuple(shape[2:]), captured.values.dtype)
     return kinds
 
 
-def at_sites(
-    lm: LM, reads: Sequence[Read], sites: Sites, where: Where
+def compute_values(
+    lm: LM, sequences: Sequence[TokenSequence], sites: Sites, where: Where
 ) -> dict[AnySite, Shaped[Tensor, "row ..."]]:
-    """The values at each site, a row for every position wanted of these texts, in their order."""
-    run = forward(lm, [read.ids for read in reads], capture(sites, pos=where.pos), logits=False)
-    wanted = [place for read in reads for place in read.places]
-    found = {}
+    """Returns the values at each site, a row for each kept position of the sequences."""
+    prompts = [sequence.ids for sequence in sequences]
+    run = forward(lm, prompts, capture(sites, pos=where.pos), logits=False)
+    expected: list[int] = []
+    for sequence in sequences:
+        expected += sequence.positions
+    result: dict[AnySite, Tensor] = {}
     for site in sites:
         captured = run.captured(site)
         assert captured.positions is not None
-        there = captured.positions >= 0
-        assert captured.positions[there].tolist() == wanted, (
+        is_kept = captured.positions >= 0
+        assert captured.positions[is_kept].tolist() == expected, (
             f"{site}: the positions are not those that were planned"
         )
-        found[site] = (
-            captured.values.flatten(0, 1)
-            if bool(there.all())
-            else captured.values[there.to(captured.values.device)]
-        )
-    return found
+        if bool(is_kept.all()):
+            result[site] = captured.values.flatten(0, 1)
+        else:
+            result[site] = captured.values[is_kept.to(captured.values.device)]
+    return result
 
 
-def row_numbers(reads: Sequence[Read], starts: Sequence[int]) -> Int[Tensor, " row"]:
-    """Where each row of `at_sites` stands in the order of the texts, given where each text's rows begin."""
-    return torch.cat(
-        [
-            torch.arange(start, start + len(read.places))
-            for read, start in zip(reads, starts, strict=True)
-        ]
-    )
+def row_numbers(sequences: Sequence[TokenSequence], starts: Sequence[int]) -> Int[Tensor, " row"]:
+    """Returns the numbers of the values' rows. `starts` has each sequence's first number."""
+    numbers: list[Tensor] = []
+    for sequence, start in zip(sequences, starts, strict=True):
+        numbers.append(torch.arange(start, start + len(sequence.positions)))
+    return torch.cat(numbers)
 
 
 def as_stored(site: AnySite, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values on the CPU in the dtype of the shards. `BadHook` where a number is too large for it."""
+    """Returns values on the CPU in the dtype of the shards.
+
+    Raises `BadHook` if a number is too large for the dtype.
+    """
     stored = values.to(dtype).cpu()
     if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(values.dtype).max:
-        lost = torch.isinf(stored) & torch.isfinite(values).cpu()
-        if bool(lost.any()):
+        overflowed = torch.isinf(stored) & torch.isfinite(values).cpu()
+        if bool(overflowed.any()):
             largest = values.abs().max().item()
             name = str(dtype).removeprefix("torch.")
             raise BadHook(
-                f"dtype={name!r} holds numbers up to {torch.finfo(dtype).max:g}, and {site} has {largest:g}: use "
-                "'bfloat16' or 'float32'"
+                f"dtype={name!r} holds numbers up to {torch.finfo(dtype).max:g}, and {site} has "
+                f"{largest:g}: use 'bfloat16' or 'float32'"
             )
     return stored
 
 
-NAMED = 8  # so many texts are named in an error
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows that run together: which decides their last digits, so that it is never cut."""
+    """Sequences of one forward. A batch is never cut: it decides the last digits of values."""
 
-    reads: tuple[Read, ...]
+    sequences: tuple[TokenSequence, ...]
 
     def __str__(self) -> str:
-        texts = sorted({read.text for read in self.reads})
-        more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-        return f"the batch of text{'' if len(texts) == 1 else 's'} {', '.join(map(str, texts[:NAMED]))}{more}"
+        texts = sorted({sequence.text for sequence in self.sequences})
+        plural = "" if len(texts) == 1 else "s"
+        names = ", ".join(map(str, texts[:MAX_NAMED]))
+        remaining = len(texts) - MAX_NAMED
+        end = f" and {remaining} more" if remaining > 0 else ""
+        return f"the batch of text{plural} {names}{end}"
 
 
 @dataclass(frozen=True, eq=False)
-class Computing:
-    """The values at some sites, as they are stored."""
+class ValueComputation:
+    """Computes the values of a batch as they are stored."""
 
     lm: LM
     kinds: Mapping[AnySite, Kind]
     where: Where
 
     def compute(self, batch: Batch) -> dict[AnySite, Tensor]:
-        """A row for each position that is wanted of the batch's texts, in their order."""
-        found = at_sites(self.lm, batch.reads, Sites(tuple(self.kinds)), self.where)
-        return {
-            site: as_stored(site, values, self.kinds[site].dtype) for site, values in found.items()
-        }
+        """Returns the values at each site, a row for each kept position of the batch, in order."""
+        computed = compute_values(self.lm, batch.sequences, Sites(tuple(self.kinds)), self.where)
+        stored: dict[AnySite, Tensor] = {}
+        for site, values in computed.items():
+            stored[site] = as_stored(site, values, self.kinds[site].dtype)
+        return stored
 
 
 class Progress:
-    """A line that is told of each batch. `total` is the number of texts, where it is known."""
+    """A progress bar in the terminal. `total` is the number of texts if it is known."""
 
-    def __init__(self, total: int | None, shown: bool) -> None:
-        self._bar = tqdm(total=total, unit=" texts", disable=not shown, leave=True)
-        self._started, self._tokens = time.perf_counter(), 0
+    def __init__(self, total: int | None, is_visible: bool) -> None:
+        self._bar = tqdm(total=total, unit=" texts", disable=not is_visible, leave=True)
+        self._start_time, self._tokens = time.perf_counter(), 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -158,19 +166,19 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def skipped(self, text: int) -> None:
-        """The texts up to this one were done before, which says nothing of the speed."""
+    def skip_to(self, text: int) -> None:
+        """Counts the texts up to this one as done, without effect on the speed."""
         self._bar.initial = self._bar.n = text + 1
-        self._started = time.perf_counter()
+        self._start_time = time.perf_counter()
 
-    def computed(self, window: Window, batch: list[int]) -> None:
-        """Some rows of a window are done."""
-        reads = [window.reads[number] for number in batch]
-        self._tokens += sum(len(read.ids) for read in reads)
-        speed = self._tokens / (time.perf_counter() - self._started)
+    def add(self, window: Window, batch: list[int]) -> None:
+        """Counts a batch of a window."""
+        sequences = [window.sequences[index] for index in batch]
+        self._tokens += sum(len(sequence.ids) for sequence in sequences)
+        speed = self._tokens / (time.perf_counter() - self._start_time)
         self._bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-        self._bar.update(sum(read.piece == 0 for read in reads))
+        self._bar.update(sum(sequence.piece == 0 for sequence in sequences))
 
-    def reached(self, text: int) -> None:
-        """All texts up to this one are done, those that were left out too."""
+    def advance_to(self, text: int) -> None:
+        """Counts all texts up to this one as done, also those that were left out."""
         self._bar.update(text + 1 - self._bar.n)

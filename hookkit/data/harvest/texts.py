@@ -1,9 +1,9 @@
-"""Texts: from whatever holds them to numbered rows of tokens, read once and in order, however many there are.
+"""Texts of a corpus as token sequences for the model, read once, in order and in constant memory.
 
-Windows: the next rows of a stream, and the batches that they are computed in.
-
-Rows of like length go together, so that little is padded, and no further ahead is looked than a window. Which rows
-share a batch decides the last digits of what comes out: it follows from the texts and the settings alone.
+A `TextReader` turns the texts of a list, an iterable or a file into `TokenSequence`s: a text or a
+piece of one, with the positions that are kept. `read_window` takes the next sequences, and
+`batches` groups those of a window by length, so that there is little padding. Which sequences share
+a batch decides the last digits of the values: it follows from the texts and the settings alone.
 """
 
 import hashlib
@@ -27,12 +27,13 @@ TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 Long: TypeAlias = Literal["error", "truncate", "split"]
 Unfit: TypeAlias = Literal["error", "skip"]
 
-END = object()  # behind the last text
+LOOK_AHEAD = 16  # batches in a window
+NO_TEXT = object()  # marks the end of the texts
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which positions are wanted, and what becomes of a text that is too long, or that cannot be harvested."""
+    """Which positions are kept, and what happens to texts that are too long or unfit."""
 
     where: Where
     context: int | None
@@ -42,195 +43,204 @@ class Rules:
     def __post_init__(self) -> None:
         if self.where.pos is GENERATED:
             raise BadHook(
-                "pos=hk.GENERATED: a harvest reads texts and generates none; give their tokens as the texts"
+                "pos=hk.GENERATED: a harvest reads texts and generates none; "
+                "give their tokens as the texts"
             )
         if self.context is not None and self.context < 2:
             raise BadHook(
                 f"context={self.context!r}: give how many tokens a row may have, at least 2"
             )
-        for word, value, known in (
-            ("long", self.long, ("error", "truncate", "split")),
-            ("unfit", self.unfit, ("error", "skip")),
-        ):
-            if value not in known:
-                raise BadHook(f"{word}={value!r} is unknown: say {' or '.join(map(repr, known))}")
+        _check_option("long", self.long, ("error", "truncate", "split"))
+        _check_option("unfit", self.unfit, ("error", "skip"))
+
+
+def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise BadHook(f"{name}={value!r} is unknown: say {' or '.join(map(repr, options))}")
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A row of tokens that the model reads: a text, or a piece of one; and the positions that are wanted of it."""
+class TokenSequence:
+    """The tokens of a text, or of a piece of one, that the model reads together.
+
+    positions  the positions that are kept
+    left_out   the number of texts without a kept position between the sequence before and this one
+    stream     the sha256 of all texts up to this one
+    """
 
     text: int
     piece: int
     ids: Row
-    places: PositionRange
-    left_out: int  # texts before it, behind the last read, that gave no row
-    stream: str  # the sha256 of all texts up to this one
+    positions: PositionRange
+    left_out: int
+    stream: str
 
 
-class Cursor:
-    """Goes through texts once, from the first to the last, and knows which it has seen.
+class TextReader:
+    """Reads texts once, from the first to the last, and keeps count of them.
 
-    `text` is the number of the last text taken, `digest` the sha256 of all texts up to it, `left_out` the number of
-    texts since the last read that gave no row.
+    `text` is the number of the last text that was read, `digest` the sha256 of all texts up to it,
+    and `left_out` the number of texts since the last sequence that had no position to keep. One
+    harvest owns the reader.
     """
 
     def __init__(self, lm: LM, texts: TextsLike, rules: Rules) -> None:
         self.lm, self.rules = lm, rules
         self.text, self.left_out = -1, 0
-        self._items = items(texts)
+        self._texts = iterate_texts(texts)
         self._hash = hashlib.sha256()
-        self._pending: deque[Read] = deque()
+        self._pending: deque[TokenSequence] = deque()
 
     @property
     def digest(self) -> str:
         return self._hash.hexdigest()
 
-    def read(self) -> Read | None:
-        """The next row for the model; None behind the last text."""
+    def read(self) -> TokenSequence | None:
+        """Returns the next sequence, or None after the last text."""
         while not self._pending:
-            content = self._take()
+            content = self._next_content()
             if content is None:
                 return None
-            self._pending.extend(self._reads(content))
+            self._pending.extend(self._sequences(content))
             if not self._pending:
                 self.left_out += 1
         self.left_out = 0
         return self._pending.popleft()
 
     def skip(self, text: int, piece: int, digest: str) -> None:
-        """Go behind a piece of a text, or raise `HarvestChanged` if the texts up to it are not those of the digest."""
+        """Skips texts up to this piece of a text.
+
+        Raises `HarvestChanged` if `digest` is not that of the texts.
+        """
         first = self.text + 1
         content: str | Row | None = None
         while self.text < text:
             self._pending.clear()
-            content = self._take()
+            content = self._next_content()
             if content is None:
                 raise HarvestChanged(
-                    f"the folder has a harvest of {text + 1} texts or more, and only {self.text + 1} were given: give "
-                    "the same texts in the same order to go on, or another folder"
+                    f"the folder has a harvest of {text + 1} texts or more, and only "
+                    f"{self.text + 1} were given: give the same texts in the same order to go on, "
+                    "or another folder"
                 )
         if self.digest != digest:
             raise HarvestChanged(
-                f"texts {min(first, text)} to {text} are not those that the folder's harvest has: give the same texts "
-                "in the same order to go on, or another folder"
+                f"texts {min(first, text)} to {text} are not those that the folder's harvest has: "
+                "give the same texts in the same order to go on, or another folder"
             )
         if content is not None and self.rules.long == "split":
-            self._pending.extend(self._reads(content))
+            self._pending.extend(self._sequences(content))
         while self._pending and self._pending[0].piece <= piece:
             self._pending.popleft()
         self.left_out = 0
 
-    def at_end(self) -> bool:
-        """True if no text is left. One is taken if there is."""
-        return not self._pending and self._take() is None
-
-    def _take(self) -> str | Row | None:
-        """The next text as it was given, told to the hash."""
-        item = next(self._items, END)
-        if item is END:
+    def _next_content(self) -> str | Row | None:
+        """Returns the next text or row of ids, and adds it to the hash."""
+        item = next(self._texts, NO_TEXT)
+        if item is NO_TEXT:
             return None
         self.text += 1
-        found = content(item, self.text)
-        is_text = isinstance(found, str)
-        data = found.encode("utf-8", "surrogatepass") if is_text else json.dumps(found).encode()
-        self._hash.update(f"{'text' if is_text else 'ids'} {len(data)} ".encode() + data)
-        return found
+        content = text_or_ids(item, self.text)
+        if isinstance(content, str):
+            kind, data = "text", content.encode("utf-8", "surrogatepass")
+        else:
+            kind, data = "ids", json.dumps(content).encode()
+        self._hash.update(f"{kind} {len(data)} ".encode() + data)
+        return content
 
-    def _reads(self, content: str | Row) -> list[Read]:
-        """The rows of a text that have positions wanted; none for a text that is left out."""
-        ids = _tokens(self.lm, content, self.text)
+    def _sequences(self, content: str | Row) -> list[TokenSequence]:
+        """Returns the sequences of a text that have positions to keep. A text left out has none."""
+        ids = _tokenize(self.lm, content, self.text)
         try:
-            rows = _cut(self.lm, ids, self.rules, self.text)
-            wanted = [self._places(row) for row in rows]
+            rows = _fit_to_context(self.lm, ids, self.rules, self.text)
+            positions = [self._positions(row) for row in rows]
         except (BadPrompt, BadHook, OutOfRange) as error:
             if self.rules.unfit == "skip":
                 return []
-            said = str(error) if isinstance(error, BadPrompt) else f"text {self.text}: {error}"
+            message = str(error)
+            if not isinstance(error, BadPrompt):
+                message = f"text {self.text}: {error}"
             raise type(error)(
-                f"{said}. unfit='skip' leaves out every text that cannot be harvested"
+                f"{message}. unfit='skip' leaves out every text that cannot be harvested"
             ) from None
-        pieces = [piece for piece, some in enumerate(wanted) if some]
-        return [
-            Read(
-                self.text,
-                piece,
-                rows[piece],
-                wanted[piece],
-                0 if number else self.left_out,
-                self.digest,
-            )
-            for number, piece in enumerate(pieces)
-        ]
+        sequences: list[TokenSequence] = []
+        for piece, row in enumerate(rows):
+            if positions[piece]:
+                left_out = 0 if sequences else self.left_out
+                sequences.append(
+                    TokenSequence(self.text, piece, row, positions[piece], left_out, self.digest)
+                )
+        return sequences
 
-    def _places(self, row: Row) -> PositionRange:
+    def _positions(self, row: Row) -> PositionRange:
         return places(row, self.rules.where, lambda at: cover(self.lm, row, at))
 
 
-def items(texts: TextsLike) -> Iterator[Any]:
-    """The texts one after the other: the lines of a file, or what an iterable gives."""
+# ---- sources of texts
+
+
+def iterate_texts(texts: TextsLike) -> Iterator[Any]:
+    """Returns an iterator over the lines of a file or the items of an iterable."""
     if isinstance(texts, str | os.PathLike):
-        return _lines(as_path(texts))
+        return _iterate_lines(text_file(texts))
     if isinstance(texts, Mapping) and "input_ids" in texts:
         return iter(prompt_rows(texts))
-    if isinstance(texts, Iterable) and not isinstance(texts, Mapping):
-        refuse_container(texts, rows=True)
-        if is_one_row(texts):
-            return iter(prompt_rows(texts))
-    else:
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise BadPrompt(
-            f"texts is a {type(texts).__name__}: give a list or another iterable of texts or of rows of token ids, or "
-            "the path of a file with a text a line (.txt, .jsonl)"
+            f"texts is a {type(texts).__name__}: give a list or another iterable of texts or of "
+            "rows of token ids, or the path of a file with a text a line (.txt, .jsonl)"
         )
+    refuse_container(texts, rows=True)
+    if is_one_row(texts):
+        return iter(prompt_rows(texts))
     return iter(texts)
 
 
-def as_path(texts: str | os.PathLike[str]) -> Path:
-    """The path of a file of texts, or `BadPrompt` where there is none."""
+def text_file(texts: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file of texts. Raises `BadPrompt` if there is no such file."""
     try:
-        there = Path(texts).is_file()
-    except (OSError, ValueError):  # a text far too long for a name
-        there = False
-    if not there:
+        is_file = Path(texts).is_file()
+    except (OSError, ValueError):  # the text is far too long for a name
+        is_file = False
+    if not is_file:
         raise BadPrompt(
-            f"{shortened(str(texts))!r} is no file of texts: give the path of one with a text a line (.txt, .jsonl), "
-            "or for one text the list [text]"
+            f"{shortened(str(texts))!r} is no file of texts: give the path of one with a text a "
+            "line (.txt, .jsonl), or for one text the list [text]"
         )
     return Path(texts)
 
 
-def how_many(texts: TextsLike) -> int | None:
-    """How many texts there are, where that can be told without reading them as texts."""
+def count_texts(texts: TextsLike) -> int | None:
+    """Returns the number of texts, or None if it is unknown before they are read."""
     if isinstance(texts, str | os.PathLike):
-        with as_path(texts).open("rb") as file:
+        with text_file(texts).open("rb") as file:
             return sum(1 for _ in file)
     if is_one_row(texts) or (isinstance(texts, Mapping) and "input_ids" in texts):
         return len(prompt_rows(texts))
     return len(texts) if hasattr(texts, "__len__") else None  # pyright: ignore[reportArgumentType]
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def _iterate_lines(path: Path) -> Iterator[Any]:
+    is_json = path.suffix == ".jsonl"
     with path.open("rb") as file:
         for number, line in enumerate(file):
+            data = line.removesuffix(b"\n").removesuffix(b"\r")
             try:
-                words = line.removesuffix(b"\n").removesuffix(b"\r")
-                yield (
-                    json_of(words, "it", finite=False)
-                    if path.suffix == ".jsonl"
-                    else words.decode("utf-8")
-                )
-            except (ValueError, BadFile) as error:  # no UTF-8, or no JSON
-                kind = "JSON" if path.suffix == ".jsonl" else "text in UTF-8"
+                text = json_of(data, "it", finite=False) if is_json else data.decode("utf-8")
+            except (ValueError, BadFile) as error:
+                kind = "JSON" if is_json else "text in UTF-8"
                 raise BadPrompt(
                     f"text {number}: line {number + 1} of {path.name} is no {kind}: {error}"
                 ) from error
+            yield text
 
 
-def content(item: Any, number: int) -> str | Row:
-    """What was given as one text: the text itself, or its token ids."""
+def text_or_ids(item: Any, number: int) -> str | Row:
+    """Returns the text or the token ids of an item of the texts, which may be a mapping."""
     if isinstance(item, Mapping) and "text" not in item and "input_ids" not in item:
+        names = ", ".join(map(repr, item)) or "nothing"
         raise BadPrompt(
-            f"text {number} has {', '.join(map(repr, item)) or 'nothing'}, and neither 'text' nor 'input_ids': "
+            f"text {number} has {names}, and neither 'text' nor 'input_ids': "
             "give the column that is meant, as (row['content'] for row in texts)"
         )
     if isinstance(item, Mapping) and "text" in item:
@@ -239,127 +249,152 @@ def content(item: Any, number: int) -> str | Row:
         return one_prompt(item, number)
     except BadPrompt as error:
         raise BadPrompt(
-            f"text {number}, {shortened(repr(item))}, is no text: give texts, or rows of token ids ({error})"
+            f"text {number}, {shortened(repr(item))}, is no text: "
+            f"give texts, or rows of token ids ({error})"
         ) from error
 
 
-def _tokens(lm: LM, content: str | Row, number: int) -> Row:
-    if isinstance(content, str):
-        if lm.tokenizer is None:
-            raise BadPrompt(
-                f"text {number} is text, and this model came without a tokenizer: give rows of token ids"
-            )
-        ids = (
-            tuple(lm.tokenizer.encode(content, verbose=False)) if content else ()
-        )  # verbose: of long texts
-    else:
-        ids = content
+# ---- tokens and positions of a text
+
+
+def _tokenize(lm: LM, content: str | Row, number: int) -> Row:
+    ids = _encode(lm, content, number) if isinstance(content, str) else content
     vocab = lm.sizes["vocab"]
-    if vocab is not None and ids and not 0 <= min(ids) <= max(ids) < vocab:
-        wrong = next(i for i in ids if not 0 <= i < vocab)
-        raise BadPrompt(
-            f"text {number} has token id {wrong}, and the vocabulary has ids 0 to {vocab - 1}: give the model the "
-            "tokenizer that the texts were read with, or the texts its own tokens"
-        )
+    if vocab is not None:
+        outside = [token_id for token_id in ids if not 0 <= token_id < vocab]
+        if outside:
+            raise BadPrompt(
+                f"text {number} has token id {outside[0]}, and the vocabulary has ids 0 to "
+                f"{vocab - 1}: give the model the tokenizer that the texts were read with, or the "
+                "texts its own tokens"
+            )
     return ids
 
 
-def _cut(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:
-    """A text's tokens as rows that fit the context. Every piece begins with the token that begins texts, if it did."""
+def _encode(lm: LM, text: str, number: int) -> Row:
+    if lm.tokenizer is None:
+        raise BadPrompt(
+            f"text {number} is text, and this model came without a tokenizer: "
+            "give rows of token ids"
+        )
+    if not text:
+        return ()
+    return tuple(lm.tokenizer.encode(text, verbose=False))  # no warning about long texts
+
+
+def _fit_to_context(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:
+    """Returns the tokens of a text as rows that fit into the context.
+
+    Every piece of a text begins with the bos token if the text does.
+    """
     if not ids:
         raise BadPrompt(f"text {number} is empty: the model needs at least one token to read")
-    most = rules.context
-    if most is None or len(ids) <= most:
+    context = rules.context
+    if context is None or len(ids) <= context:
         return [ids]
     if rules.long == "error":
         raise BadPrompt(
-            f"text {number} has {len(ids)} tokens, and {most} is the most that is read: say long='truncate' for their "
-            "first ones, or long='split' for pieces"
+            f"text {number} has {len(ids)} tokens, and {context} is the most that is read: say "
+            "long='truncate' for their first ones, or long='split' for pieces"
         )
     if rules.long == "truncate":
-        return [ids[:most]]
-    begin = ids[:1] if ids[0] == getattr(lm.tokenizer, "bos_token_id", None) else ()
-    step = most - len(begin)
-    return [(*begin, *ids[start : start + step]) for start in range(len(begin), len(ids), step)]
+        return [ids[:context]]
+    bos = ids[:1] if ids[0] == getattr(lm.tokenizer, "bos_token_id", None) else ()
+    step = context - len(bos)
+    return [(*bos, *ids[start : start + step]) for start in range(len(bos), len(ids), step)]
 
 
 def places(ids: Sequence[int], where: Where, find: Callable[[At], Row]) -> PositionRange:
-    """The positions of a row that are wanted. One that it does not have raises; a slice takes those that there are."""
-    wanted = wish(where, len(ids), find)
-    if isinstance(wanted, range):
-        return range(wanted.start, max(wanted.start, min(wanted.stop, len(ids))), wanted.step)
-    if wanted[-1] >= len(ids):
+    """Returns the positions of a row that `where` selects.
+
+    Raises `OutOfRange` for a position that the row does not have; a slice selects those that exist.
+    """
+    positions = wish(where, len(ids), find)
+    if isinstance(positions, range):
+        stop = max(positions.start, min(positions.stop, len(ids)))
+        return range(positions.start, stop, positions.step)
+    if positions[-1] >= len(ids):
         raise OutOfRange(
-            f"position {wanted[-1]} was asked for, and it has {len(ids)} tokens: 0 to {len(ids) - 1}"
+            f"position {positions[-1]} was asked for, and it has {len(ids)} tokens: "
+            f"0 to {len(ids) - 1}"
         )
-    return wanted
+    return positions
 
 
-def context_of(lm: LM, asked: int | None) -> int | None:
-    """How many tokens of a text are read at most: what was asked for, or the model's own limit."""
-    if lm.context is not None and asked is not None and asked > lm.context:
+def resolve_context(lm: LM, context: int | None) -> int | None:
+    """Returns the largest number of tokens of a sequence: `context`, or the model's own limit."""
+    if context is None:
+        return lm.context
+    if lm.context is not None and context > lm.context:
         raise BadHook(
-            f"context={asked} was asked for, and the model's is {lm.context}: give that or less"
+            f"context={context} was asked for, and the model's is {lm.context}: give that or less"
         )
-    return lm.context if asked is None else asked
+    return context
 
 
-LOOK_AHEAD = 16  # batches in a window
+# ---- windows and batches
 
 
 @dataclass(frozen=True)
 class Window:
-    """Rows in the order of the texts. `starts[i]` is the number of positions wanted before row i."""
+    """Successive sequences. `starts[i]` is the number of rows before those of sequence i."""
 
-    reads: tuple[Read, ...]
+    sequences: tuple[TokenSequence, ...]
 
     @property
     def starts(self) -> list[int]:
-        return [0, *accumulate(len(read.places) for read in self.reads)][:-1]
+        lengths = [len(sequence.positions) for sequence in self.sequences]
+        return [0, *accumulate(lengths)][:-1]
 
     @property
     def rows(self) -> int:
-        """How many positions are wanted, which is how many rows of values come of it."""
-        return sum(len(read.places) for read in self.reads)
+        """The number of rows of values: one for each kept position."""
+        return sum(len(sequence.positions) for sequence in self.sequences)
 
     @property
     def tokens(self) -> int:
-        return sum(len(read.ids) for read in self.reads)
+        return sum(len(sequence.ids) for sequence in self.sequences)
 
     @property
     def left_out(self) -> int:
-        return sum(read.left_out for read in self.reads)
+        return sum(sequence.left_out for sequence in self.sequences)
 
 
-def next_window(cursor: Cursor, *, room: float, tokens: int) -> Window | None:
-    """The next rows: until they have this many tokens, or fill the room for values. None behind the last text."""
-    reads: list[Read] = []
-    read_tokens = rows = 0
-    while read_tokens < tokens and rows < room:
-        read = cursor.read()
-        if read is None:
+def read_window(reader: TextReader, *, max_rows: float, max_tokens: int) -> Window | None:
+    """Reads sequences up to this many rows or tokens. Returns None after the last text."""
+    sequences: list[TokenSequence] = []
+    tokens = rows = 0
+    while tokens < max_tokens and rows < max_rows:
+        sequence = reader.read()
+        if sequence is None:
             break
-        reads.append(read)
-        read_tokens, rows = read_tokens + len(read.ids), rows + len(read.places)
-    return Window(tuple(reads)) if reads else None
+        sequences.append(sequence)
+        tokens += len(sequence.ids)
+        rows += len(sequence.positions)
+    return Window(tuple(sequences)) if sequences else None
 
 
-def batches(window: Window, tokens: int, *, one_length: bool = False) -> list[list[int]]:
-    """The numbers of the window's rows in batches of at most so many tokens, padding included, the longest rows first.
+def batches(window: Window, max_tokens: int, *, one_length: bool = False) -> list[list[int]]:
+    """Returns batches of indices into the window's sequences, the longest sequences first.
 
-    A row that is longer than that has a batch of its own. `one_length` is for models that take no mask.
+    A batch has at most `max_tokens` tokens with padding; a longer sequence has a batch of its own.
+    With `one_length`, for models that take no mask, all sequences of a batch are equally long.
     """
-    lengths = [len(read.ids) for read in window.reads]
-    found: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        width = lengths[found[-1][0]] if found else 0
-        fits = (
-            bool(found)
-            and width * (len(found[-1]) + 1) <= tokens
-            and (not one_length or width == lengths[number])
-        )
-        if fits:
-            found[-1].append(number)
+    lengths = [len(sequence.ids) for sequence in window.sequences]
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    result: list[list[int]] = []
+    for index in longest_first:
+        if result and _fits(result[-1], index, lengths, max_tokens, one_length):
+            result[-1].append(index)
         else:
-            found.append([number])
-    return found
+            result.append([index])
+    return result
+
+
+def _fits(
+    batch: list[int], index: int, lengths: list[int], max_tokens: int, one_length: bool
+) -> bool:
+    width = lengths[batch[0]]
+    if one_length and width != lengths[index]:
+        return False
+    return width * (len(batch) + 1) <= max_tokens

@@ -1,7 +1,11 @@
-"""hk.harvest: the values at some sites for any number of texts, into a folder, which goes on where it was killed."""
+"""`hk.harvest`: writes the values at some sites, for any number of texts, to a folder.
+
+A harvest that was interrupted continues after its last complete shard, and its files are then
+equal, byte for byte, to those of a harvest without interruption.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,31 +29,31 @@ from .folder import (
     FORMAT,
     End,
     Shard,
-    append,
-    begin,
-    columns,
-    finish,
-    model_of,
+    append_to_index,
+    describe_model,
+    finish_index,
+    prepare_folder,
     read_index,
+    token_columns,
     write_shard,
 )
 from .harvest import Harvest, open_harvest
-from .stored_values import Batch, Computing, Kind, Progress, probed, row_numbers
+from .stored_values import Batch, Kind, Progress, ValueComputation, probed, row_numbers
 from .texts import (
     LOOK_AHEAD,
-    Cursor,
     Long,
     Rules,
+    TextReader,
     TextsLike,
     Unfit,
     Window,
     batches,
-    context_of,
-    how_many,
-    next_window,
+    count_texts,
+    read_window,
+    resolve_context,
 )
 
-SHARD_BYTES = 128 * 2**20  # of the values in a shard, where shard_size is left out
+SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -70,198 +74,225 @@ def harvest(
     progress: bool = True,
     engine: EngineLike = None,
 ) -> Harvest:
-    """Write what is at these sites, for every text, to a folder of safetensors; the harvest to read.
+    """Writes the values at these sites, for every text, to a folder, and returns the harvest.
 
-    Texts are a list or any other iterable of texts or rows of token ids (or of mappings with "text", as the `datasets`
-    package gives them), or the path of a file with a text a line, .txt or .jsonl. They are read once, and never more
-    than a few batches ahead. Each text is a prompt: `pos` says which of its positions are kept (all, where left out).
-    The model runs no further than the last site.
+    `texts` is a list or any other iterable of texts or rows of token ids (or of mappings with
+    "text", as in the `datasets` package), or the path of a file with a text a line, .txt or .jsonl.
+    The texts are read once, and never more than a few batches ahead. Each text is a prompt: `pos`
+    selects the positions that are kept (all by default). The model runs no further than the last
+    site.
 
-    dtype         of the numbers on the disk: "float32", "bfloat16", "float16"; as the model computes, where left out
-    context       how many tokens of a text are read at most; the model's own limit, where left out
-    long          what becomes of a longer text: "error", "truncate", or "split" into texts of their own, its pieces
-    unfit         what becomes of a text that is empty or lacks a position that is wanted: "error" or "skip"
-    batch_tokens  how many tokens run together, padding included
-    shard_size    a shard is done when it has as many rows (128 MiB, where left out); memory holds three at most
-    engine        "ray", or `Ray(…)`: batches are computed by actors that hold the model each, and written here
+    dtype         of the values on disk: "float32", "bfloat16", "float16"; by default the model's
+    context       the largest number of tokens of a text; the model's own limit by default
+    long          what happens to a longer text: "error", "truncate", or "split" into pieces
+    unfit         what happens to a text that is empty or lacks a position: "error" or "skip"
+    batch_tokens  the number of tokens that run together, padding included
+    shard_size    the number of rows of a shard (by default 128 MiB); memory holds three at most
+    engine        "ray", or `Ray(…)`: actors that hold the model each compute the batches
 
-    A folder that is there already is gone on with, behind the last shard that is done, if the model, the settings and
-    the texts up to there are the same; else `HarvestChanged`. What comes out is then the same, byte for byte, as if it
-    had never been interrupted (on one machine, with as many threads).
+    If the folder has an unfinished harvest, it continues after the last complete shard. The model,
+    the settings and the texts up to there must be the same; else `HarvestChanged` is raised. The
+    files are then the same, byte for byte, as without an interruption (on one machine, with as many
+    threads).
 
-    >>> made = harvest(lm, ["Tea with milk", "Coffee"], "resid_post.6", "folder", dtype="bfloat16", progress=False)
+    >>> texts = ["Tea with milk", "Coffee"]
+    >>> made = harvest(lm, texts, "resid_post.6", "folder", dtype="bfloat16", progress=False)
     >>> made["resid_post.6"][-1].shape, made["pos"][:].tolist()
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
-    chosen = as_engine(engine, lm)
-    context = context_of(lm, context)
+    ray = as_engine(engine, lm)
+    context = resolve_context(lm, context)
     rules = Rules(Where(as_pos(pos)), context, long, unfit)
-    kinds = _stored(probed(lm, sites, "a harvest"), dtype)
-    shard_size = shard_size or max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
-    for word, value in (("batch_tokens", batch_tokens), ("shard_size", shard_size)):
+    kinds = _stored_kinds(probed(lm, sites, "a harvest"), dtype)
+    if not shard_size:
+        shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
+    for name, value in (("batch_tokens", batch_tokens), ("shard_size", shard_size)):
         if value < 1:
-            raise BadHook(f"{word}={value!r}: give 1 or more")
-    settings: dict[str, Any] = {"format": FORMAT, "model": model_of(lm), "sites": _written(kinds)}
-    settings |= {"pos": repr(rules.where.pos), "context": context, "long": long, "unfit": unfit}
-    settings |= {"batch_tokens": batch_tokens, "shard_size": shard_size}
-    path, cursor = folder_of(folder), Cursor(lm, texts, rules)
+            raise BadHook(f"{name}={value!r}: give 1 or more")
+    settings = {
+        "format": FORMAT,
+        "model": describe_model(lm),
+        "sites": _kinds_as_json(kinds),
+        "pos": repr(rules.where.pos),
+        "context": context,
+        "long": long,
+        "unfit": unfit,
+        "batch_tokens": batch_tokens,
+        "shard_size": shard_size,
+    }
+    path, reader = folder_of(folder), TextReader(lm, texts, rules)
     progress = progress and lm.is_writer
     lock = locked(path, "is writing the harvest") if lm.is_writer else nullcontext()
-    with lock, Progress(how_many(texts) if progress else None, progress) as shown:
+    with lock, Progress(count_texts(texts) if progress else None, progress) as bar:
         if lm.is_writer:
-            begin(path, settings)
-        Harvesting(lm, kinds, path, cursor, batch_tokens, shard_size, shown).run(chosen)
+            prepare_folder(path, settings)
+        HarvestWriter(lm, kinds, path, reader, batch_tokens, shard_size, bar).run(ray)
     if lm.ranks is not None:
         lm.ranks.together()
     return open_harvest(path)
 
 
-def _stored(kinds: dict[AnySite, Kind], dtype: torch.dtype | str | None) -> dict[AnySite, Kind]:
-    """What the shards hold: numbers that are no counts in the dtype that was asked for."""
+def _stored_kinds(
+    kinds: dict[AnySite, Kind], dtype: torch.dtype | str | None
+) -> dict[AnySite, Kind]:
+    """Returns the shapes and dtypes in the shards: `dtype` applies to real numbers only."""
     if dtype is None:
         return kinds
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise BadHook(f"dtype={dtype!r}: values are kept as {', '.join(map(repr, DTYPES))}")
-    kind: torch.dtype = getattr(torch, name)
-    return {
-        s: Kind(each.shape, kind if each.dtype.is_floating_point else each.dtype)
-        for s, each in kinds.items()
-    }
+    result: dict[AnySite, Kind] = {}
+    for site, kind in kinds.items():
+        is_real = kind.dtype.is_floating_point
+        result[site] = Kind(kind.shape, getattr(torch, name)) if is_real else kind
+    return result
 
 
-def _written(kinds: dict[AnySite, Kind]) -> dict[str, Any]:
-    return {
-        str(site): {"shape": list(kind.shape), "dtype": str(kind.dtype).removeprefix("torch.")}
-        for site, kind in kinds.items()
-    }
+def _kinds_as_json(kinds: dict[AnySite, Kind]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for site, kind in kinds.items():
+        dtype = str(kind.dtype).removeprefix("torch.")
+        result[str(site)] = {"shape": list(kind.shape), "dtype": dtype}
+    return result
 
 
 @dataclass(eq=False)
-class Writing:
-    """Shards on their way to the disk: at most one is written while the next one is computed."""
+class ShardQueue:
+    """Writes shards in a thread: at most one is written while the next one is computed.
 
-    writer: ThreadPoolExecutor
-    any: bool = False
+    Owned by `HarvestWriter.run`.
+    """
+
+    thread: ThreadPoolExecutor
+    has_shards: bool = False
     _last: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
         self.wait()
-        self._last, self.any = self.writer.submit(write), True
+        self._last, self.has_shards = self.thread.submit(write), True
 
     def wait(self) -> None:
-        """Wait for a shard to be on the disk; what went wrong there is raised here."""
+        """Waits until the last shard is written. Raises the error of the thread if it failed."""
         if self._last is not None:
             self._last.result()
 
 
 @dataclass(eq=False)
-class Harvesting:
-    """A harvest while it is being made: shard after shard, each from the windows that come next."""
+class HarvestWriter:
+    """Computes and writes the shards of a harvest, one after another.
+
+    Every shard has the next windows of texts. `harvest` owns the writer.
+    """
 
     lm: LM
     kinds: dict[AnySite, Kind]
     folder: Path
-    cursor: Cursor
+    reader: TextReader
     batch_tokens: int
     shard_size: int
     progress: Progress
 
     def run(self, engine: Ray | None) -> None:
-        """Make the shards that are not there, and end the index."""
-        done, end, there = self._known()
-        work = Computing(self.lm, self.kinds, self.cursor.rules.where)
-        with ThreadPoolExecutor(
-            1
-        ) as writer:  # which is waited for, whatever happens: what is computed gets written
-            writing = Writing(writer)
-            computed(engine, self.lm, work, self._steps(done, there, end, writing))
-            writing.wait()
-        self._finish(bool(done) or writing.any, end)
+        """Makes the missing shards and finishes the index."""
+        shards, end, exists = self._read_progress()
+        work = ValueComputation(self.lm, self.kinds, self.reader.rules.where)
+        with ThreadPoolExecutor(1) as thread:  # leaving the block waits until a shard is written
+            queue = ShardQueue(thread)
+            computed(engine, self.lm, work, self._steps(shards, exists, end, queue))
+            queue.wait()
+        self._finish(bool(shards) or queue.has_shards, end)
 
-    def _known(self) -> tuple[list[Shard], End | None, list[bool]]:
-        """The shards that are done, how the harvest ended, and which shards are there, as the one that writes sees."""
-        done, end = read_index(self.folder) if self.lm.is_writer else ([], None)
-        found = done, end, [each.is_there(self.folder) for each in done]
-        return found if self.lm.ranks is None else self.lm.ranks.first(found)
+    def _read_progress(self) -> tuple[list[Shard], End | None, list[bool]]:
+        """Returns the index and whether each shard exists, as the writing process sees them."""
+        shards, end = read_index(self.folder) if self.lm.is_writer else ([], None)
+        result = shards, end, [shard.exists(self.folder) for shard in shards]
+        return result if self.lm.ranks is None else self.lm.ranks.first(result)
 
     def _steps(
-        self, done: list[Shard], there: list[bool], end: End | None, writing: "Writing"
+        self, shards: list[Shard], exists: list[bool], end: End | None, queue: ShardQueue
     ) -> Steps:
-        """Shard after shard, each from the windows that come next."""
-        number = 0
-        while number < len(done) or end is None:
-            known = done[number] if number < len(done) else None
-            if known is not None and there[number]:
-                self.cursor.skip(known.text, known.piece, known.stream)
-                yield Step(None, lambda _, text=known.text: self.progress.skipped(text))
-            else:
-                windows: list[Window] = []
-                values: list[dict[AnySite, Tensor]] = []
-                yield from self._shard(windows, values)
-                if not windows and known is not None:
-                    raise HarvestChanged(
-                        f"the folder has a harvest of {known.text + 1} texts or more, and only "
-                        f"{self.cursor.text + 1} were given: give the same texts to go on, or another folder"
-                    )
-                if not windows:
-                    return
-                write = partial(self._write, number, known, windows, values)
-                yield Step(None, lambda _, write=write: writing.submit(write))
+        """Yields the steps of one shard after another, and skips the shards that exist."""
+        for number, shard in enumerate(shards):
+            if exists[number]:
+                self.reader.skip(shard.text, shard.piece, shard.stream)
+                yield Step(None, lambda _, text=shard.text: self.progress.skip_to(text))
+                continue
+            is_complete = yield from self._shard(number, shard, queue)
+            if not is_complete:
+                raise HarvestChanged(
+                    f"the folder has a harvest of {shard.text + 1} texts or more, and only "
+                    f"{self.reader.text + 1} were given: give the same texts to go on, or another "
+                    "folder"
+                )
+        if end is not None:
+            return
+        number = len(shards)
+        while (yield from self._shard(number, None, queue)):
             number += 1
 
-    def _shard(self, windows: list[Window], values: list[dict[AnySite, Tensor]]) -> Steps:
-        """The windows of the next shard, and their values; none behind the last text."""
+    def _shard(
+        self, number: int, expected: Shard | None, queue: ShardQueue
+    ) -> Generator[Step, None, bool]:
+        """Yields the steps of a shard. Returns False, without a shard, after the last text."""
+        windows: list[Window] = []
+        values: list[dict[AnySite, Tensor]] = []
         rows = 0
         while rows < self.shard_size:
-            look_ahead = LOOK_AHEAD * self.batch_tokens
-            window = next_window(self.cursor, room=self.shard_size - rows, tokens=look_ahead)
+            max_tokens = LOOK_AHEAD * self.batch_tokens
+            max_rows = self.shard_size - rows
+            window = read_window(self.reader, max_rows=max_rows, max_tokens=max_tokens)
             if window is None:
-                return
+                break
             windows.append(window)
-            values.append(self._empty(window))
+            values.append(self._empty_values(window))
             yield from self._window(window, values[-1])
             rows += window.rows
+        if not windows:
+            return False
+        write = partial(self._write, number, expected, windows, values)
+        yield Step(None, lambda _: queue.submit(write))
+        return True
 
-    def _empty(self, window: Window) -> dict[AnySite, Tensor]:
-        return {
-            site: torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
-            for site, kind in self.kinds.items()
-        }
+    def _empty_values(self, window: Window) -> dict[AnySite, Tensor]:
+        values: dict[AnySite, Tensor] = {}
+        for site, kind in self.kinds.items():
+            values[site] = torch.empty((window.rows, *kind.shape), dtype=kind.dtype)
+        return values
 
-    def _window(self, window: Window, into: dict[AnySite, Tensor]) -> Steps:
-        """The values of a window, in the order of the texts, computed in the order of their lengths."""
+    def _window(self, window: Window, values_of_site: dict[AnySite, Tensor]) -> Steps:
+        """Yields the steps that fill in the values of a window, in the order of the texts."""
         starts = window.starts
 
-        def put(found: dict[AnySite, Tensor], batch: list[int]) -> None:
-            rows = row_numbers(
-                [window.reads[number] for number in batch], [starts[number] for number in batch]
-            )
-            for site, values in found.items():
-                into[site][rows] = values
-            self.progress.computed(window, batch)
+        def store(batch_values: dict[AnySite, Tensor], batch: list[int]) -> None:
+            sequences = [window.sequences[index] for index in batch]
+            rows = row_numbers(sequences, [starts[index] for index in batch])
+            for site, values in batch_values.items():
+                values_of_site[site][rows] = values
+            self.progress.add(window, batch)
 
         for batch in batches(window, self.batch_tokens, one_length=self.lm.config is None):
-            yield Step(
-                Batch(tuple(window.reads[number] for number in batch)), partial(put, batch=batch)
-            )
-        yield Step(None, lambda _: self.progress.reached(window.reads[-1].text))
+            sequences = tuple(window.sequences[index] for index in batch)
+            yield Step(Batch(sequences), partial(store, batch=batch))
+        yield Step(None, lambda _: self.progress.advance_to(window.sequences[-1].text))
 
     def _write(
         self,
         number: int,
-        known: Shard | None,
+        expected: Shard | None,
         windows: list[Window],
         values: list[dict[AnySite, Tensor]],
     ) -> None:
+        """Writes a shard, and adds it to the index or compares it with its line there."""
         if not self.lm.is_writer:
             return
-        tensors = {str(site): torch.cat([each.pop(site) for each in values]) for site in self.kinds}
-        last = windows[-1].reads[-1]
+        tensors = token_columns(windows)
+        for site in self.kinds:
+            tensors[str(site)] = torch.cat([window_values.pop(site) for window_values in values])
+        last = windows[-1].sequences[-1]
         shard = write_shard(
             self.folder,
             number,
-            tensors | columns(windows),
+            tensors,
             rows=sum(window.rows for window in windows),
             tokens=sum(window.tokens for window in windows),
             left_out=sum(window.left_out for window in windows),
@@ -269,28 +300,30 @@ class Harvesting:
             piece=last.piece,
             stream=last.stream,
         )
-        if known is None:
-            append(self.folder, shard)
-        elif shard != known:
+        if expected is None:
+            append_to_index(self.folder, shard)
+        elif shard != expected:
             raise HarvestChanged(
-                f"{shard.file} was missing and was made again, and is not what the index says: other texts were given, "
-                "or this machine computes other last digits. Harvest into another folder"
+                f"{shard.file} was missing and was made again, and is not what the index says: "
+                "other texts were given, or this machine computes other last digits. "
+                "Harvest into another folder"
             )
 
-    def _finish(self, any_rows: bool, end: End | None) -> None:
-        """Say that all texts are done, or check that they are those of a harvest that was finished before."""
-        if end is not None and (self.cursor.read() is not None or self.cursor.digest != end.stream):
+    def _finish(self, has_rows: bool, end: End | None) -> None:
+        """Finishes the index, or checks that a finished harvest has the same texts."""
+        if end is not None and (self.reader.read() is not None or self.reader.digest != end.stream):
             raise HarvestChanged(
-                f"the harvest in {self.folder.name!r} is finished and has {end.texts} texts, and others or more were "
-                "given: harvest them into another folder"
+                f"the harvest in {self.folder.name!r} is finished and has {end.texts} texts, and "
+                "others or more were given: harvest them into another folder"
             )
-        texts = self.cursor.text + 1
-        if not any_rows:
+        texts = self.reader.text + 1
+        if not texts and not has_rows:
+            raise EmptySelection("no text was given: the stream of texts is empty")
+        if not has_rows:
+            pos = self.reader.rules.where.pos
             raise EmptySelection(
-                f"none of the {texts} texts has a position at pos={self.cursor.rules.where.pos!r}: give others"
-                if texts
-                else "no text was given: the stream of texts is empty"
+                f"none of the {texts} texts has a position at pos={pos!r}: give others"
             )
         if end is None and self.lm.is_writer:
-            finish(self.folder, End(texts, self.cursor.left_out, self.cursor.digest))
-        self.progress.reached(texts - 1)
+            finish_index(self.folder, End(texts, self.reader.left_out, self.reader.digest))
+        self.progress.advance_to(texts - 1)
