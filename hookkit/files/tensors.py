@@ -34,8 +34,8 @@ def save_tensors(
 ) -> Path:
     """Writes named tensors, with texts about them, to a safetensors file, and returns its path.
 
-    Of a run, it writes all captured values, as `run.save_tensors` does. A file that hookkit wrote is
-    replaced. Raises `BadFile` for another file, and if the file cannot be written.
+    Of a run, it writes all captured values, as `run.save_tensors` does. A file that hookkit wrote
+    is replaced. Raises `BadFile` for another file, and if the file cannot be written.
 
     >>> about = {"site": "resid_post.6"}
     >>> save_tensors({"direction": vector}, "direction.safetensors", about=about).name
@@ -64,8 +64,11 @@ def save_new_tensors(
 def _check_tensors(
     tensors: Mapping[str, Tensor], about: Mapping[str, str] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    Of a run, it writes all captured values, as `run.save_tensors` does. A file that hookkit wrote is
-    replaced. Raises `BadFile` for another file, and if the file cannot be written.
+    """Returns the tensors and the texts about them as they are written."""
+    if not isinstance(tensors, Mapping):
+        raise BadArgument(
+            f"tensors={described(tensors)}: give a mapping of tensors by name, or a run"
+        )
     named = dict(tensors)
     if not named:
         raise BadHook("there are no tensors to save: capture something, or name at least one")
