@@ -50,13 +50,6 @@ class Rules:
             raise BadHook(
                 f"context={self.context!r}: give how many tokens a row may have, at least 2"
             )
-        _check_option("long", self.long, ("error", "truncate", "split"))
-        _check_option("unfit", self.unfit, ("error", "skip"))
-
-
-def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise BadHook(f"{name}={value!r} is unknown: say {' or '.join(map(repr, options))}")
 
 
 @dataclass(frozen=True, slots=True)
