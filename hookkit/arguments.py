@@ -76,8 +76,7 @@ def shortened(text: str, most: int = 80) -> str:
 
 def described(value: Any) -> str:
     """Returns a value as messages show it: short values as code, others by their type and shape."""
-    is_huge = isinstance(value, int) and abs(value) >= 10**30
-    if is_huge:
+    if _is_huge(value):
         return "an integer of more than 30 digits"
     shape: Any = getattr(value, "shape", None)
     has_shape = isinstance(shape, tuple) and hasattr(value, "dtype")
@@ -89,6 +88,10 @@ def described(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{article} {type_name} of shape {list(shape)} and dtype {dtype}"
     return f"{article} {type_name}"
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) >= 10**30
 
 
 def _is_short(value: Any) -> bool:
@@ -589,18 +592,17 @@ def _mask_bit(value: object) -> float | None:
 
 # ---- kinds of values by annotations
 
-UNFIT = object()  # what `Kind.read` returns for a value of another kind
-
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: its description, and a function that returns the value, or `UNFIT`.
+    """A kind of value: its description, a test for it, and its conversion to the form of the code.
 
     `names` are the values of a `Literal`.
     """
 
     words: str
-    read: Callable[[Any], Any]
+    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
     names: tuple[str, ...] = ()
 
 
@@ -636,16 +638,16 @@ CHECKED_PACKAGES = ("hookkit", "torch", "pandas", "matplotlib", "pathlib", "os")
 def kinds_of(annotation: Any) -> list[Kind] | None:
     """Returns the kinds that an annotation allows. It is None if the function checks the value."""
     if annotation is None or annotation is types.NoneType:
-        return [Kind("None", _reads_instance(types.NoneType))]
+        return [Kind("None", lambda value: value is None)]
     origin = get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return _kinds_of_union(get_args(annotation))
     if origin is Literal:
         return [_kind_of_literal(get_args(annotation))]
     if origin is Callable:
-        return [Kind("a function", _reads_instance(Callable))]
+        return [Kind("a function", callable)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return [Kind("a mapping, such as a dict", _reads_instance(Mapping))]
+        return [Kind("a mapping, such as a dict", lambda value: isinstance(value, Mapping))]
     kind = origin if origin is os.PathLike else annotation
     if isinstance(kind, type) and not is_typeddict(kind):
         return _kinds_of_class(kind)
@@ -654,7 +656,7 @@ def kinds_of(annotation: Any) -> list[Kind] | None:
 
 def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
     if set(members) >= PROMPTS:
-        return [Kind("prompts", _read_iterator)]
+        return [Kind("prompts", lambda value: True, _list_of_iterator)]
     if {str, int} <= set(members):  # a token or an item, which has its own check
         return None
     result: list[Kind] = []
@@ -668,60 +670,40 @@ def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
 
 def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
     names = tuple(value for value in values if isinstance(value, str))
-
-    def read(value: Any) -> Any:
-        return value if isinstance(value, str) and value in names else UNFIT
-
-    return Kind(" or ".join(map(repr, values)), read, names)
+    words = " or ".join(map(repr, values))
+    return Kind(words, lambda value: isinstance(value, str) and value in names, names=names)
 
 
 def _kinds_of_class(kind: type) -> list[Kind] | None:
     if kind is int:
-        return [Kind("a whole number", _reads_unless_none(as_whole))]
+        return [Kind("a whole number", lambda value: as_whole(value) is not None, as_whole)]
     if kind is float:
-        return [Kind("a number", _reads_unless_none(_as_real_not_nan))]
+        return [Kind("a number", _is_real_number, as_real)]
     if kind is bool:
-        return [Kind("True or False", _reads_unless_none(as_flag))]
+        return [Kind("True or False", lambda value: as_flag(value) is not None, as_flag)]
     if kind is str:
-        return [Kind("a text", _read_text)]
+        return [Kind("a text", lambda value: isinstance(value, str), str)]
     package = kind.__module__.split(".")[0]
     if package not in CHECKED_PACKAGES or getattr(kind, "_is_protocol", False):
         return None
     words = HOW_TO_GET.get(kind.__name__, f"a {kind.__name__}")
-    return [Kind(words, _reads_instance(kind))]
+    return [Kind(words, lambda value: isinstance(value, kind))]
 
 
-def _reads_instance(kind: Any) -> Callable[[Any], Any]:
-    return lambda value: value if isinstance(value, kind) else UNFIT
-
-
-def _reads_unless_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        result = convert(value)
-        return UNFIT if result is None else result
-
-    return read
-
-
-def _read_iterator(value: Any) -> Any:
-    return list(value) if isinstance(value, Iterator) else value
-
-
-def _read_text(value: Any) -> Any:
-    return str(value) if isinstance(value, str) else UNFIT
-
-
-def _as_real_not_nan(value: object) -> float | None:
+def _is_real_number(value: object) -> bool:
     number = as_real(value)
-    return None if number is None or math.isnan(number) else number
+    return number is not None and not math.isnan(number)
+
+
+def _list_of_iterator(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterator) else value
 
 
 def read_as(kinds: Sequence[Kind], value: Any, function: str, name: str) -> Any:
     """Returns the value as the first kind that it fits. Raises `BadArgument` if it fits none."""
     for kind in kinds:
-        result = kind.read(value)
-        if result is not UNFIT:
-            return result
+        if kind.fits(value):
+            return kind.convert(value)
     words = ", or ".join(kind.words for kind in kinds)
     names: list[str] = []
     for kind in kinds:
