@@ -1,10 +1,13 @@
-"""What the stream is the sum of: the embedding and what each block adds, whole or by heads and neurons.
+"""The components that the residual stream is the sum of, and each one's share along a direction.
 
-A norm with the scale of this very forward: the linear map that it is once its denominator stands still.
+The components are the embedding and what each block adds, whole or by heads and neurons. Their
+shares in a logit are exact, since every norm is treated as the linear map that it is once its scale
+is held at the value of this forward.
 
-A norm is f(x) = P D (x - m) / s + f(0), where m is the mean (0 for RMSNorm) and s depends on x. With s as it was, each
-part c of x adds A c to the output, and the parts' shares sum to what the norm gave, exactly. The map's transpose is
-found without knowing the norm's weights: from its vector-Jacobian product, plus what holding s still takes away.
+A norm is f(x) = P D (x - m) / s + f(0), where m is the mean (0 for RMSNorm) and s depends on x.
+With s held, each part c of x adds A c to the output, and the parts' shares sum to the norm's output
+exactly. The transpose of A is computed without the norm's weights: from the vector-Jacobian product
+of f, plus what the held s would otherwise subtract.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,76 +30,83 @@ AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bf
 
 
 @dataclass(frozen=True, eq=False)
-class Frozen:
-    """A norm, or any map that is linear itself, at some states with its scale held still.
+class FrozenNorm:
+    """A norm, or a linear map, at some states with its scale held.
 
-    at       [state, d_in]   the states, and their images `gives` [state, d_out]; `offset` [d_out] is that of zero
-    mean     [state, 1]      what the norm takes off each state; 0 for RMSNorm
-    held     [state, 1]      1 where the map is a norm, up to its epsilon; 0 where it is linear
+    inputs   [state, d_in]   the states
+    outputs  [state, d_out]  their images; `offset` [d_out] is the image of zero
+    mean     [state, 1]      what the norm subtracts from each state; 0 for RMSNorm
+    is_norm  [state, 1]      1 if the map is a norm, up to its epsilon; 0 if it is linear
     """
 
     map: Map
-    at: Float[Tensor, "state d_in"]
-    gives: Float[Tensor, "state d_out"]
+    inputs: Float[Tensor, "state d_in"]
+    outputs: Float[Tensor, "state d_out"]
     offset: Float[Tensor, " d_out"]
     mean: Float[Tensor, "state 1"]
-    held: Float[Tensor, "state 1"]
+    is_norm: Float[Tensor, "state 1"]
 
-    def back(self, outward: Float[Tensor, "state d_out"]) -> Float[Tensor, "state d_in"]:
-        """The direction in what goes in whose product with a part is that part's share in outward · f(x)."""
-        outward = outward.to(self.gives)
-        centred = (self.at - self.mean).double()
-        lost = (outward.double() * (self.gives - self.offset).double()).sum(
-            -1, keepdim=True
-        ) * self.held
-        return back(self.map, self.at, outward).double() + centred * lost / _square(centred)
+    def backward(self, outward: Float[Tensor, "state d_out"]) -> Float[Tensor, "state d_in"]:
+        """Returns the input direction whose product with a part is its share in outward · f(x)."""
+        outward = outward.to(self.outputs)
+        centred = (self.inputs - self.mean).double()
+        shares = outward.double() * (self.outputs - self.offset).double()
+        subtracted = shares.sum(-1, keepdim=True) * self.is_norm
+        gradient = vector_jacobian_product(self.map, self.inputs, outward).double()
+        return gradient + centred * subtracted / _squared_norm(centred)
 
 
-def back(map: Map, at: Tensor, outward: Tensor) -> Tensor:
-    """The vector-Jacobian product of a map at some states."""
+def vector_jacobian_product(map: Map, inputs: Tensor, outward: Tensor) -> Tensor:
+    """Returns the vector-Jacobian product of a map at some states."""
     with torch.enable_grad():
-        given = at.detach().clone().requires_grad_()
-        return torch.autograd.grad(map(given), given, outward.to(at))[0]
+        leaf = inputs.detach().clone().requires_grad_()
+        return torch.autograd.grad(map(leaf), leaf, outward.to(inputs))[0]
 
 
-def _square(centred: Tensor) -> Tensor:
-    return centred.square().sum(-1, keepdim=True).clamp(min=1e-30)
+def _squared_norm(values: Tensor) -> Tensor:
+    return values.square().sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def frozen(map: Map, at: Float[Tensor, "state d_in"], what: str) -> Frozen:
-    """A map at some states with its scale held still. `Unsupported` where it is neither a norm nor linear."""
+def freeze_norm(map: Map, inputs: Float[Tensor, "state d_in"], what: str) -> FrozenNorm:
+    """Returns a map at some states with its scale held.
+
+    Raises `Unsupported` if the map is neither a norm nor linear; `what` names it in the message.
+    """
     with torch.no_grad():
-        gives, offset = map(at), map(torch.zeros_like(at[:1]))[0]
-        shifted = map(at + at.abs().mean(-1, keepdim=True))
-    kept = float((shifted - gives).abs().max()) <= 1e-3 * float((gives - offset).abs().max())
-    mean = at.mean(-1, keepdim=True) if kept else torch.zeros_like(at[:, :1])
-    out = (gives - offset).double()
-    along = (back(map, at, out) * at).double().sum(-1, keepdim=True)
-    held = 1 - along / _square(out)
-    found = Frozen(map, at, gives, offset, mean, held)
-    _check(found, what)
-    return found
+        outputs, offset = map(inputs), map(torch.zeros_like(inputs[:1]))[0]
+        shifted = map(inputs + inputs.abs().mean(-1, keepdim=True))
+    change = float((shifted - outputs).abs().max())
+    subtracts_mean = change <= 1e-3 * float((outputs - offset).abs().max())
+    mean = torch.zeros_like(inputs[:, :1])
+    if subtracts_mean:
+        mean = inputs.mean(-1, keepdim=True)
+    centred = (outputs - offset).double()
+    gradient = vector_jacobian_product(map, inputs, centred)
+    along = (gradient * inputs).double().sum(-1, keepdim=True)
+    norm = FrozenNorm(map, inputs, outputs, offset, mean, 1 - along / _squared_norm(centred))
+    _check(norm, what)
+    return norm
 
 
-def _check(found: Frozen, what: str) -> None:
-    """The same numbers in another order have the same scale: what the frozen map says of them has to be so."""
-    other = found.at.flip(-1)
+def _check(norm: FrozenNorm, what: str) -> None:
+    """Raises `Unsupported` if the frozen map is wrong for the same numbers in another order, which
+    have the same scale."""
+    flipped = norm.inputs.flip(-1)
     with torch.no_grad():
-        wanted = (found.map(other) - found.offset).double()
-    probe = wanted / wanted.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-    said = (found.back(probe.to(found.gives)) * other).sum(-1)
-    apart = float(
-        ((said - (probe * wanted).sum(-1)) / wanted.norm(dim=-1).clamp(min=1e-30)).abs().max()
-    )
-    if not apart <= AGREE.get(found.at.dtype, 1e-4):
+        expected = (norm.map(flipped) - norm.offset).double()
+    length = expected.norm(dim=-1).clamp(min=1e-30)
+    probe = expected / length[:, None]
+    share = (norm.backward(probe.to(norm.outputs)) * flipped).sum(-1)
+    error = float(((share - (probe * expected).sum(-1)) / length).abs().max())
+    if not error <= AGREE.get(norm.inputs.dtype, 1e-4):
         raise Unsupported(
-            f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by {apart:.1g}), so what "
-            "passes it cannot be split into parts that add up"
+            f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by "
+            f"{error:.1g}), so what passes it cannot be split into parts that add up"
         )
 
 
 Cells = tuple[list[int], list[int]]
-"""Of each cell, its row and its column in what was captured."""
+"""The row and the column of each cell in the captured values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +121,11 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
-    """The stream of a run at some cells, and the direction [cell, d_model] along which shares are measured."""
+class ResidualStream:
+    """The residual stream of a run at some cells.
+
+    Shares are measured along the direction `along` [cell, d_model].
+    """
 
     lm: LM
     run: Run
@@ -120,166 +133,168 @@ class Stream:
     along: Float[Tensor, "cell d_model"]
 
     def at(self, name: str, layer: int | None = None) -> Tensor | None:
-        """The values of a site at the cells, float64; None where the block has none."""
-        if not has(self.lm.layout, name, layer):
+        """Returns the values of a site at the cells; None if the block has no such site."""
+        if not has_site(self.lm.layout, name, layer):
             return None
         return self.run[Site(name, layer)][self.cells]
 
-    def along_on(self, values: Tensor) -> Float[Tensor, "cell d_model"]:
-        """The direction, where these values are."""
-        return self.along.to(values.device)
-
     def share(self, values: Tensor) -> Tensor:
-        """The share of a component's values."""
+        """Returns the share of a component's values."""
         return torch.einsum("cd,cd->c", self.along, values.double().to(self.along.device))
 
 
-def has(layout: Layout, name: str, layer: int | None) -> bool:
-    """True where a model has a site, in this block."""
+def has_site(layout: Layout, name: str, layer: int | None) -> bool:
+    """True if a model has a site in this block."""
     return name in layout.names and layout.find(name, layer) is not None
 
 
 def needed(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
-    """The sites that are read: the stream into and out of each block, and what the block adds."""
-    inner = ["z"] * heads + ["mlp_post"] * neurons
+    """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
+    inner = []
+    if heads:
+        inner.append("z")
+    if neurons:
+        inner.append("mlp_post")
     for name in inner:
-        lm.expand(name)  # raises where no block has it
-    names = ["resid_pre", "attn_out", "mlp_out", "resid_post", *inner]
-    found = [
-        Site(name, layer)
-        for name in names
-        for layer in range(lm.n_layers)
-        if has(lm.layout, name, layer)
-    ]
-    return [*(Site(name) for name in ("embed", "pos_embed") if has(lm.layout, name, None)), *found]
+        lm.expand(name)  # raises if no block has it
+    sites = [Site(name) for name in ("embed", "pos_embed") if has_site(lm.layout, name, None)]
+    for name in ["resid_pre", "attn_out", "mlp_out", "resid_post", *inner]:
+        layers = [layer for layer in range(lm.n_layers) if has_site(lm.layout, name, layer)]
+        sites += [Site(name, layer) for layer in layers]
+    return sites
 
 
-def parts_of(stream: Stream, *, heads: bool, neurons: bool) -> Iterator[Part]:
-    """Every component, in the order of the model; their shares sum to that of the stream behind the last block."""
+def parts_of(stream: ResidualStream, *, heads: bool, neurons: bool) -> Iterator[Part]:
+    """Returns every component, in the order of the model.
+
+    Their shares sum to the share of the stream after the last block.
+    """
     yield from _entering(stream)
+    inner_sites = {"attn_out": "z" if heads else "", "mlp_out": "mlp_post" if neurons else ""}
     for layer in range(stream.lm.n_layers):
         before, after = stream.at("resid_pre", layer), stream.at("resid_post", layer)
         assert before is not None and after is not None
-        rest, whole = after.double() - _beside(before, after), True
+        remainder, is_whole = after.double() - _on_device_of(after, before), True
         for name, kind in (("attn_out", "attention"), ("mlp_out", "mlp")):
             added = stream.at(name, layer)
             if added is None:
                 continue
-            rest, whole = rest - _beside(added, rest), False
-            split = {"attn_out": "z" if heads else "", "mlp_out": "mlp_post" if neurons else ""}[
-                name
-            ]
-            if split and has(stream.lm.layout, split, layer):
-                yield from _split(stream, name, split, layer, added)
+            remainder, is_whole = remainder - _on_device_of(remainder, added), False
+            inner = inner_sites[name]
+            if inner and has_site(stream.lm.layout, inner, layer):
+                yield from _split(stream, name, inner, layer, added)
             else:
                 yield Part(f"{name}.{layer}", kind, layer, stream.share(added))
-        if _counts(rest, after):
-            name, kind = ("block", "block") if whole else ("rest", "rest")
-            yield Part(f"{name}.{layer}", kind, layer, stream.share(rest))
+        if _exceeds_rounding(remainder, after):
+            kind = "block" if is_whole else "rest"
+            yield Part(f"{kind}.{layer}", kind, layer, stream.share(remainder))
         yield from _between(stream, layer, after)
 
 
-def _entering(stream: Stream) -> Iterator[Part]:
-    """What enters block 0: the token's embedding, that of its position, and what else is there."""
+def _entering(stream: ResidualStream) -> Iterator[Part]:
+    """Returns what enters block 0: the embeddings of token and position, and a remainder."""
     entering = stream.at("resid_pre", 0)
     assert entering is not None
-    token, place = stream.at("embed"), stream.at("pos_embed")
-    if token is None or place is None or token.shape != entering.shape:
+    token, position = stream.at("embed"), stream.at("pos_embed")
+    if token is None or position is None or token.shape != entering.shape:
         yield Part("embed", "embedding", None, stream.share(entering))
         return
     yield Part("embed", "embedding", None, stream.share(token))
-    yield Part("pos_embed", "embedding", None, stream.share(place))
-    rest = entering.double() - _beside(token, entering) - _beside(place, entering)
-    if _counts(rest, entering):
-        yield Part("rest.embed", "rest", None, stream.share(rest))
+    yield Part("pos_embed", "embedding", None, stream.share(position))
+    remainder = entering.double()
+    remainder = remainder - _on_device_of(entering, token) - _on_device_of(entering, position)
+    if _exceeds_rounding(remainder, entering):
+        yield Part("rest.embed", "rest", None, stream.share(remainder))
 
 
-def _between(stream: Stream, layer: int, after: Tensor) -> Iterator[Part]:
-    """What came to the stream between two blocks: an edit, or what the model adds there."""
-    following = stream.at("resid_pre", layer + 1) if layer + 1 < stream.lm.n_layers else None
-    change = None if following is None else _beside(following, after) - after.double()
-    if change is not None and _counts(change, after):
+def _between(stream: ResidualStream, layer: int, after: Tensor) -> Iterator[Part]:
+    """Returns what is added to the stream between two blocks: an edit, or a part of the model."""
+    if layer + 1 == stream.lm.n_layers:
+        return
+    following = stream.at("resid_pre", layer + 1)
+    if following is None:
+        return
+    change = _on_device_of(after, following) - after.double()
+    if _exceeds_rounding(change, after):
         yield Part(f"between.{layer}.{layer + 1}", "rest", layer, stream.share(change))
 
 
-def _beside(values: Tensor, others: Tensor) -> Tensor:
-    """The values in float64 on the device of others: blocks may be on several."""
-    return values.double().to(others.device)
+def _on_device_of(target: Tensor, values: Tensor) -> Tensor:
+    """Returns the values in float64 on the device of `target`: blocks may be on several devices."""
+    return values.double().to(target.device)
 
 
-def _counts(rest: Tensor, stream: Tensor) -> bool:
-    """True for more than what rounding leaves of a sum."""
-    return bool(rest.abs().max() > 32 * torch.finfo(stream.dtype).eps * stream.abs().max())
+def _exceeds_rounding(remainder: Tensor, stream: Tensor) -> bool:
+    """True if a remainder is larger than the rounding error of a sum."""
+    return bool(remainder.abs().max() > 32 * torch.finfo(stream.dtype).eps * stream.abs().max())
 
 
-def _split(stream: Stream, name: str, inner: str, layer: int, added: Tensor) -> Iterator[Part]:
-    """What a block adds, by heads or neurons, and the biases behind them."""
-    lm = stream.lm
-    given = stream.at(inner, layer)
-    assert given is not None
-    flat = given.flatten(1)
-    project = reader(lm, Site(inner, layer))
-    through, offset = _behind(stream, name, layer, project, flat, added)
-    direction = back(project, flat, through).double()
-    shares, offset = (
-        _beside(direction * flat.double(), stream.along),
-        offset.to(stream.along.device),
-    )
+def _split(
+    stream: ResidualStream, name: str, inner: str, layer: int, added: Tensor
+) -> Iterator[Part]:
+    """Returns what a block adds, by heads or neurons, and the biases after them."""
+    values = stream.at(inner, layer)
+    assert values is not None
+    flat = values.flatten(1)
+    project = reader(stream.lm, Site(inner, layer))
+    outward, offset = _after_projection(stream, name, layer, project, flat, added)
+    direction = vector_jacobian_product(project, flat, outward).double()
+    shares = _on_device_of(stream.along, direction * flat.double())
+    offset = offset.to(stream.along.device)
     if inner == "z":
-        by_head = shares.unflatten(1, (given.shape[1], -1)).sum(-1)
+        by_head = shares.unflatten(1, (values.shape[1], -1)).sum(-1)
         for head in range(by_head.shape[1]):
             yield Part(f"z.{layer}.{head}", "head", layer, by_head[:, head], head)
     else:
         yield Part(f"mlp_post.{layer}", "neuron", layer, shares)
     if bool((offset != 0).any()):
         yield Part(f"{name}.{layer} bias", "bias", layer, offset)
-    rest = stream.share(added) - shares.sum(1) - offset
-    if float(rest.abs().max()) > 1e-4 * max(1.0, float(shares.abs().sum(1).max())):
-        yield Part(f"{name}.{layer} rest", "rest", layer, rest)
+    remainder = stream.share(added) - shares.sum(1) - offset
+    if float(remainder.abs().max()) > 1e-4 * max(1.0, float(shares.abs().sum(1).max())):
+        yield Part(f"{name}.{layer} rest", "rest", layer, remainder)
 
 
-def _behind(
-    stream: Stream,
-    name: str,
-    layer: int,
-    project: Callable[[Tensor], Tensor],
-    flat: Tensor,
-    added: Tensor,
+def _after_projection(
+    stream: ResidualStream, name: str, layer: int, project: Map, flat: Tensor, added: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From what a projection gives to what is added: the direction in the former [cell, d], and the share of all that
-    does not depend on what the projection read."""
-    lm, along = stream.lm, stream.along_on(added)
+    """Returns how the output of a projection enters what its block adds.
+
+    The first value is the direction [cell, d] in the projection's output. The second is the share
+    [cell] of everything that does not depend on the projection's input.
+    """
+    lm, along = stream.lm, stream.along.to(added.device)
     factor = lm.layout.factor(Site(name, layer))
     with torch.no_grad():
         raw, zero = project(flat), project(torch.zeros_like(flat[:1]))
-    if _same(raw * factor, added):
-        through = along * factor
-        return through.to(raw), (through * zero.double()).sum(-1)
+    if _agree(raw * factor, added):
+        outward = along * factor
+        return outward.to(raw), (outward * zero.double()).sum(-1)
     path = lm.place(Site(name, layer)).path
     norm = lm.submodule(path).forward
     with torch.no_grad():
         fits = raw.shape[-1] == added.shape[-1] and path != lm.place(Site("resid_post", layer)).path
-        passes = fits and _passes(norm, raw, added, factor)
-    if not passes:
+        is_norm = fits and _gives(norm, raw, added, factor)
+    if not is_norm:
         raise Unsupported(
-            f"what block {layer} adds as {name} is not its projection's output, nor that behind one norm, so it cannot "
-            "be split: leave heads= and neurons= out, or edits at that place"
+            f"what block {layer} adds as {name} is not its projection's output, nor that output "
+            "after one norm, so it cannot be split: leave heads= and neurons= out, or edits at "
+            "that site"
         )
-    still: Frozen = frozen(norm, raw, f"the norm {path!r}")
-    through = still.back((along * factor).to(raw))
-    offset = (along * factor * still.offset.double()).sum(-1) + (through * zero.double()).sum(-1)
-    return through.to(raw), offset
+    frozen_norm = freeze_norm(norm, raw, f"the norm {path!r}")
+    outward = frozen_norm.backward((along * factor).to(raw))
+    offset = (along * factor * frozen_norm.offset.double()).sum(-1)
+    return outward.to(raw), offset + (outward * zero.double()).sum(-1)
 
 
-def _passes(norm: Callable[[Tensor], Tensor], raw: Tensor, added: Tensor, factor: float) -> bool:
+def _gives(norm: Map, raw: Tensor, added: Tensor, factor: float) -> bool:
     try:
-        return _same(norm(raw) * factor, added)
-    except (TypeError, RuntimeError):  # it is no norm, and takes something else
+        return _agree(norm(raw) * factor, added)
+    except (TypeError, RuntimeError):  # it is no norm, and takes other arguments
         return False
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _agree(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
     limit = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
-    return one.shape == other.shape and float((one - other).abs().max()) <= limit * float(
-        other.abs().max()
-    )
+    return float((one - other).abs().max()) <= limit * float(other.abs().max())

@@ -1,4 +1,8 @@
-"""Where a logit comes from: its exact sum over the components of the model."""
+"""Direct logit attribution: a logit as its exact sum over the components of the model.
+
+`direct_logits` splits a logit by component, `logit_terms` by dimension of the head's input, and
+`unembedding` is the direction along which a logit grows.
+"""
 
 from collections.abc import Sequence
 
@@ -17,8 +21,8 @@ from ..models.sites import Site
 from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from ..runs.run import Run
-from .components import Part, Stream, frozen, needed, parts_of
-from .model_end import ModelEnd, Read, tail_of
+from .components import Cells, Map, Part, ResidualStream, freeze_norm, needed, parts_of
+from .model_end import ModelEnd, Read, model_end_of
 
 Tokens = Token | list[Token]
 
@@ -33,198 +37,215 @@ def direct_logits(
     heads: bool = False,
     neurons: bool = False,
 ) -> pd.DataFrame:
-    """A token's logit as an exact sum: what each component of the model adds to it, directly, along W_U[token].
+    """What each component of the model adds to a token's logit directly, along W_U[token].
 
-    Columns: row, pos, component, kind, layer, head, neuron, logit. The rows of a position sum to the token's logit, or
-    with `against` to its logit minus that of the other token. A list of tokens has one for each row of the run.
+    Columns: row, pos, component, kind, layer, head, neuron, logit. The rows of a position sum to
+    the token's logit, or with `against` to its logit minus that of the other token. A list of
+    tokens has one for each row of the run.
 
-    The components are the embedding and every block's attention and MLP; with `heads` each head and the output
-    projection's bias, with `neurons` each neuron, in place of the whole. The norms are linear with the scale that they
-    had in this very forward, so that what each component adds depends on all the others through that one number. Behind
-    them stand the biases of the final norm and the head; what a soft-cap takes away (a scale is in every row); the
-    edits of the run's hooks behind the blocks; and "residual", what rounding left of the identity. "rest.L" is what a
-    block adds beside attention and MLP, "block.L" what one adds that has neither, "between" an edit of the stream.
-    Where blocks differ, those without heads or neurons stay whole. `attrs` have token, against and the largest
-    residual.
+    The components are the embedding and every block's attention and MLP; with `heads` each head and
+    the output projection's bias, with `neurons` each neuron, in place of the whole. Norms are
+    linear with the scale that they had in this forward, so that each component's share depends on
+    the other components only through that scale. After the components come the biases of the final
+    norm and the head, the effect of a soft-cap (a scale is in every row), the edits of the run's
+    hooks after the blocks, and "residual", the rounding error of the sum. "rest.L" is what a block
+    adds besides attention and MLP, "block.L" what a block without either adds, "between" an edit of
+    the stream. Where blocks differ, those without heads or neurons stay whole. `attrs` have token,
+    against and the largest residual.
 
-    The run's prompts are read again with its hooks. `Unsupported` for a generate with edits (give a forward over its
-    text), for a model whose stream passes no norm of the usual kinds, and where what a block adds cannot be split.
+    The run's prompts are read again with its hooks. Raises `Unsupported` for a generate with edits
+    (use a forward over its text), if the stream passes no norm of the usual kinds, and if what a
+    block adds cannot be split.
 
-    Direct logit attribution: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+    Direct logit attribution: Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits".
 
     >>> table = direct_logits(run, " coffee")
     >>> table["logit"].sum().round(3), table.nlargest(2, "logit")["component"].tolist()
     (np.float64(20.371), ['mlp_out.29', 'mlp_out.27'])
     """
-    return decomposed(_again(run, heads, neurons, pos), token, against)
+    return decomposed(_read_again(run, heads, neurons, pos), token, against)
 
 
-def decomposed(again: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
-    """`direct_logits` of a run that captured, after its edits, the `needed` sites of its first rows."""
-    lm = again.lm
+def decomposed(run: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
+    """Returns the table of `direct_logits` for a run that captured the `needed` sites of its first
+    rows, after its edits."""
+    lm = run.lm
     refuse_no_gradient(lm)
-    end = again.captured(f"resid_post.{lm.n_layers - 1}")
+    end = run.captured(f"resid_post.{lm.n_layers - 1}")
     assert end.positions is not None
-    places = [
-        (n, c, p)
-        for n, row in enumerate(end.positions.tolist())
-        for c, p in enumerate(row)
-        if p >= 0
-    ]
-    cells = [row for row, _, _ in places], [column for _, column, _ in places]
-    rows = [end.rows[row] for row in cells[0]]
-    chosen = _chosen(lm, token, rows, len(again.lengths))
-    others = None if against is None else _chosen(lm, against, rows, len(again.lengths))
-    tail = tail_of(lm, (), end.prompts)
-    logits = again.captured_logits()
-    said = torch.stack([logits.values[row, logits.column(row, place)] for row, _, place in places])
-    unknown = said.isnan().any(-1).tolist()
-    if any(unknown):
-        raise Unsupported(
-            f"the logits of row {rows[unknown.index(True)]} are NaN, and have no parts that add up"
-        )
-    parts = _sum(again, tail, cells, chosen, others, said)
-    table = _frame(parts, [(row, place) for row, (_, _, place) in zip(rows, places, strict=True)])
-    residual = float(table.loc[table["kind"] == "residual", "logit"].abs().max())
-    names = {"token": _names(lm, chosen), "against": None if others is None else _names(lm, others)}
-    table.attrs |= {**names, "residual": residual}
+    cells: Cells = ([], [])
+    locations: list[tuple[int, int]] = []  # row and position of each cell
+    for index, positions in enumerate(end.positions.tolist()):
+        for column, pos in enumerate(positions):
+            if pos >= 0:
+                cells[0].append(index)
+                cells[1].append(column)
+                locations.append((end.rows[index], pos))
+    rows = [row for row, _ in locations]
+    ids = _ids_of_cells(lm, token, rows, len(run.lengths))
+    other_ids = None
+    if against is not None:
+        other_ids = _ids_of_cells(lm, against, rows, len(run.lengths))
+    parts = _parts(run, cells, ids, other_ids, _logits_at(run, cells[0], locations))
+    table = _table(parts, locations)
+    residual = table.loc[table["kind"] == "residual", "logit"]
+    table.attrs["token"] = _names(lm, ids)
+    table.attrs["against"] = None if other_ids is None else _names(lm, other_ids)
+    table.attrs["residual"] = float(residual.abs().max())
     return table
+
+
+def _logits_at(
+    run: Run, indices: Sequence[int], locations: Sequence[tuple[int, int]]
+) -> Float[Tensor, "cell vocab"]:
+    captured = run.captured_logits()
+    logits = []
+    for index, (row, pos) in zip(indices, locations, strict=True):
+        logits.append(captured.values[index, captured.column(index, pos)])
+        if bool(logits[-1].isnan().any()):
+            raise Unsupported(f"the logits of row {row} are NaN, and have no parts that add up")
+    return torch.stack(logits)
 
 
 def _names(lm: LM, ids: Sequence[int]) -> str:
     return ", ".join(dict.fromkeys(repr(lm.string(token)) for token in ids))
 
 
-def _again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
-    """The run's text once more, with its edits and with all that the sum is made of."""
+def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
+    """Returns a forward over the run's text, with its edits and all sites that the sum needs."""
     edits = [hook for hook in run.hooks if not isinstance(hook, Capture)]
     if edits and run.settings["verb"] == "generate":
         raise Unsupported(
-            f"{edits[0]} acted in a generate, where positions count from the prompt's end: read its text with "
-            "hk.forward and the hooks that are meant there, and give that run"
+            f"{edits[0]} acted in a generate, where positions count from the prompt's end: read "
+            "its text with hk.forward and the hooks that are meant there, and give that run"
         )
     rows = [row[:length] for row, length in zip(run.tokens.tolist(), run.lengths, strict=True)]
     sites = needed(run.lm, heads=heads, neurons=neurons)
-    return forward(
-        run.lm, rows, *edits, capture(sites, pos=pos), logits="last" if pos == -1 else "all"
-    )
+    logits = "last" if pos == -1 else "all"
+    return forward(run.lm, rows, *edits, capture(sites, pos=pos), logits=logits)
 
 
-def _chosen(lm: LM, token: Tokens, rows: Sequence[int], count: int) -> list[int]:
-    """The token of each cell."""
-    if isinstance(token, list) and len(token) != count:
+def _ids_of_cells(lm: LM, token: Tokens, rows: Sequence[int], count: int) -> list[int]:
+    """Returns the token of each cell; `rows` has the row of each."""
+    if not isinstance(token, list):
+        return [lm.token(token)] * len(rows)
+    if len(token) != count:
         raise BadPrompt(
             f"there are {len(token)} tokens for {count} rows: give one for each row, or one"
         )
-    return [lm.token(token[row] if isinstance(token, list) else token) for row in rows]
+    return [lm.token(token[row]) for row in rows]
 
 
-def _sum(
+def _parts(
     run: Run,
-    tail: ModelEnd,
-    cells: tuple[list[int], list[int]],
-    chosen: list[int],
-    others: list[int] | None,
-    said: Tensor,
+    cells: Cells,
+    ids: list[int],
+    other_ids: list[int] | None,
+    logits: Float[Tensor, "cell vocab"],
 ) -> list[Part]:
-    """Every part of the logits, which sum to what the run said."""
+    """Returns every part of the logits, which sum to those of the run."""
     lm = run.lm
-    states = run[Site("resid_post", lm.n_layers - 1)][cells]
-    still = frozen(tail.given, states, "what stands between the last block and the head")
+    end = Site("resid_post", lm.n_layers - 1)
+    tail, states = model_end_of(lm, (), run.captured(end).prompts), run[end][cells]
+    norm = freeze_norm(tail.head_input, states, "what stands between the last block and the head")
     with torch.no_grad():
         read = tail.read(states)
-    wanted = _picked(read.raw, chosen, others)
+    raw = _values_of(read.raw, ids, other_ids)
+    capped = _values_of(read.logits, ids, other_ids)
+    final = _values_of(logits, ids, other_ids)
     factor = _scale(read)
-    outward = _rows_of_head(tail, read, chosen, others)
-    along = still.back(outward) * factor
-    parts = list(parts_of(Stream(lm, run, cells, along), **_splits(run)))
-    parts.append(
-        Part(
-            "final_norm bias", "bias", None, factor * _dot(outward, still.offset.expand_as(outward))
-        )
-    )
-    parts.append(Part("lm_head bias", "bias", None, factor * (wanted - _dot(outward, read.given))))
-    shown = _picked(read.logits, chosen, others)
-    parts.append(Part("soft-cap", "cap", None, shown - factor * wanted))
-    ended = _picked(said, chosen, others)
-    parts.append(Part("edits of the logits", "edit", None, ended - shown))
-    total = torch.stack(
-        [part.shares.flatten(1).sum(1) if part.shares.ndim > 1 else part.shares for part in parts]
-    )
-    parts = [
-        part for part in parts if part.kind not in ("bias", "cap", "edit") or _matters(part.shares)
-    ]
-    return [*parts, Part("residual", "residual", None, ended - total.sum(0))]
-
-
-def _splits(run: Run) -> dict[str, bool]:
+    outward = _rows_of_head(tail, read, ids, other_ids)
     names = {site.name for site in run.sites if isinstance(site, Site)}
-    return {"heads": "z" in names, "neurons": "mlp_post" in names}
+    stream = ResidualStream(lm, run, cells, norm.backward(outward) * factor)
+    parts = list(parts_of(stream, heads="z" in names, neurons="mlp_post" in names))
+    norm_bias = factor * _dot(outward, norm.offset.expand_as(outward))
+    head_bias = factor * (raw - _dot(outward, read.input))
+    optional_parts = [
+        Part("final_norm bias", "bias", None, norm_bias),
+        Part("lm_head bias", "bias", None, head_bias),
+        Part("soft-cap", "cap", None, capped - factor * raw),
+        Part("edits of the logits", "edit", None, final - capped),
+    ]
+    totals = [_total(part) for part in (*parts, *optional_parts)]
+    residual = Part("residual", "residual", None, final - torch.stack(totals).sum(0))
+    kept_parts = []
+    for part in (*parts, *optional_parts):
+        if part.kind not in ("bias", "cap", "edit") or bool((part.shares.abs() > 1e-5).any()):
+            kept_parts.append(part)
+    return [*kept_parts, residual]
 
 
-def _matters(shares: Tensor) -> bool:
-    return bool((shares.abs() > 1e-5).any())
+def _total(part: Part) -> Float[Tensor, " cell"]:
+    return part.shares.flatten(1).sum(1) if part.shares.ndim > 1 else part.shares
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     return (one.double() * other.double()).sum(-1)
 
 
-def _picked(values: Tensor, chosen: list[int], others: list[int] | None) -> Float[Tensor, " cell"]:
-    """The value of each cell's token, less that of the other token."""
-    numbers = torch.arange(len(chosen), device=values.device)
-    found = values[numbers, torch.tensor(chosen, device=values.device)].double()
-    return (
-        found
-        if others is None
-        else found - values[numbers, torch.tensor(others, device=values.device)].double()
-    )
+def _values_of(
+    values: Float[Tensor, "cell vocab"], ids: list[int], other_ids: list[int] | None
+) -> Float[Tensor, " cell"]:
+    """Returns the value of each cell's token, minus that of the other token."""
+    cells = torch.arange(len(ids), device=values.device)
+    selected = values[cells, torch.tensor(ids, device=values.device)].double()
+    if other_ids is None:
+        return selected
+    return selected - values[cells, torch.tensor(other_ids, device=values.device)].double()
+
+
+def _head_of(lm: LM) -> Map:
+    return lm.submodule(lm.place(Site("lm_head")).path).forward
 
 
 def _rows_of_head(
-    tail: ModelEnd, read: Read, chosen: list[int], others: list[int] | None
+    tail: ModelEnd, read: Read, ids: list[int], other_ids: list[int] | None
 ) -> Float[Tensor, "cell d"]:
-    """W_U[token], less that of the other token, for each cell: the gradient of what the head gives."""
-    head = tail.lm.submodule(tail.lm.place(Site("lm_head")).path).forward
+    """Returns W_U[token], minus that of the other token, for each cell: the head's gradient."""
+    head = _head_of(tail.lm)
     with torch.enable_grad():
-        given = read.given.detach().clone().requires_grad_()
-        return torch.autograd.grad(_picked(head(given), chosen, others).sum(), given)[0]
+        leaf = read.input.detach().clone().requires_grad_()
+        return torch.autograd.grad(_values_of(head(leaf), ids, other_ids).sum(), leaf)[0]
 
 
 def _scale(read: Read) -> float:
-    """By what the model multiplies what the head gives; 1 where it does something else with it, such as a soft-cap."""
+    """Returns the factor from the head's output to the logits; 1 if they are not proportional,
+    as with a soft-cap."""
     raw, logits = read.raw.double(), read.logits.double()
     largest = raw.abs().argmax()
     factor = float(logits.flatten()[largest] / raw.flatten()[largest])
-    apart = float((raw * factor - logits).abs().max())
-    return factor if apart <= 1e-5 * float(logits.abs().max()) else 1.0
+    error = float((raw * factor - logits).abs().max())
+    return factor if error <= 1e-5 * float(logits.abs().max()) else 1.0
 
 
-def _frame(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> pd.DataFrame:
-    """One row for each cell and part, or each of a part's neurons."""
-    names = ["row", "pos", "component", "kind", "layer", "head", "neuron", "logit"]
-    columns: dict[str, list[object]] = {name: [] for name in names}
-    for number, (row, pos) in enumerate(places):
+def _table(parts: Sequence[Part], locations: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Returns one row for each cell and part, or for each neuron of a part."""
+    table_rows = []
+    for cell, (row, pos) in enumerate(locations):
         for part in parts:
-            shares = part.shares[number].tolist()
-            each = enumerate(shares) if isinstance(shares, list) else [(None, shares)]
-            for neuron, share in each:
-                component = part.name if neuron is None else f"{part.name}.{neuron}"
-                values = (row, pos, component, part.kind, part.layer, part.head, neuron, share)
-                for name, value in zip(names, values, strict=True):
-                    columns[name].append(value)
-    return pd.DataFrame(columns).astype({"layer": "Int64", "head": "Int64", "neuron": "Int64"})
+            start = (row, pos, part.name, part.kind, part.layer, part.head)
+            shares = part.shares[cell].tolist()
+            if not isinstance(shares, list):
+                table_rows.append((*start, None, shares))
+                continue
+            for neuron, share in enumerate(shares):
+                name = f"{part.name}.{neuron}"
+                table_rows.append((row, pos, name, part.kind, part.layer, part.head, neuron, share))
+    names = ["row", "pos", "component", "kind", "layer", "head", "neuron", "logit"]
+    table = pd.DataFrame(table_rows, columns=names)
+    return table.astype({"layer": "Int64", "head": "Int64", "neuron": "Int64"})
 
 
 @checks_arguments
 def logit_terms(
     run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int = 10
 ) -> pd.DataFrame:
-    """A token's logit as `W @ h + b`: the `top` dimensions whose products weight x hidden are largest in size.
+    """A token's logit as `W @ h + b`: the `top` dimensions with the largest products.
 
-    Columns: term, dim, weight (W_U[token, dim]), hidden (h[dim], what the head reads), product, running (the sum so
-    far). Behind them "others" (all other dimensions together), "bias", where a family has one "soft-cap or scale", and
-    "logit", whose product is the logit itself.
+    Columns: term, dim, weight (W_U[token, dim]), hidden (h[dim], the head's input), product,
+    running (the sum so far). After them "others" (all other dimensions together), "bias", if a
+    family has one "soft-cap or scale", and "logit", whose product is the logit itself.
 
     >>> terms = logit_terms(run, " coffee", top=2)
     >>> terms[["term", "product"]].round(2)
@@ -238,66 +259,54 @@ def logit_terms(
     whole_number(top, "top", least=1, meaning="how many dimensions to show,", error=BadHook)
     lm = run.lm
     refuse_no_gradient(lm)
-    again = _again(run, False, False, pos)
+    again = _read_again(run, False, False, pos)
     end = again.captured(f"resid_post.{lm.n_layers - 1}")
-    tail = tail_of(lm, (), end.prompts)
-    chosen = [lm.token(token)]
+    assert end.positions is not None
+    tail = model_end_of(lm, (), end.prompts)
+    token_id = lm.token(token)
     with torch.no_grad():
         read = tail.read(end.values[row : row + 1, 0])
-    weight, hidden = _rows_of_head(tail, read, chosen, None)[0].double(), read.given[0].double()
+        bias = float(_head_of(lm)(torch.zeros_like(read.input[:1]))[0, token_id])
+    weight = _rows_of_head(tail, read, [token_id], None)[0].double()
+    hidden = read.input[0].double()
     products = weight * hidden
-    order = products.abs().sort(descending=True, stable=True).indices[:top].tolist()
-    found = [
-        {
-            "term": f"dim {dim}",
-            "dim": dim,
-            **_numbers(weight[dim], hidden[dim]),
-            "product": float(products[dim]),
-        }
-        for dim in order
-    ]
-    assert end.positions is not None
-    logits = again.captured_logits()
-    said = float(logits.values[row, logits.column(row, int(end.positions[row, 0])), chosen[0]])
-    raw = float(read.raw[0, chosen[0]])
-    with torch.no_grad():
-        head = lm.submodule(lm.place(Site("lm_head")).path).forward
-        bias = float(head(torch.zeros_like(read.given[:1]))[0, chosen[0]])
-    found.append(
-        {"term": "others", "product": raw - bias - sum(float(products[dim]) for dim in order)}
-    )
-    found.append({"term": "bias", "product": bias})
-    if abs(said - raw) > 1e-6 * max(1.0, abs(raw)):
-        found.append({"term": "soft-cap, scale or edit", "product": said - raw})
-    table = pd.DataFrame(found)
+    terms: list[dict[str, object]] = []
+    total = 0.0
+    for dim in products.abs().sort(descending=True, stable=True).indices[:top].tolist():
+        product = float(products[dim])
+        total += product
+        numbers = {"weight": float(weight[dim]), "hidden": float(hidden[dim])}
+        terms.append({"term": f"dim {dim}", "dim": dim, **numbers, "product": product})
+    captured = again.captured_logits()
+    logit = float(captured.values[row, captured.column(row, int(end.positions[row, 0])), token_id])
+    raw = float(read.raw[0, token_id])
+    terms.append({"term": "others", "product": raw - bias - total})
+    terms.append({"term": "bias", "product": bias})
+    if abs(logit - raw) > 1e-6 * max(1.0, abs(raw)):
+        terms.append({"term": "soft-cap, scale or edit", "product": logit - raw})
+    table = pd.DataFrame(terms)
     table["running"] = table["product"].cumsum()
-    table.loc[len(table)] = {"term": "logit", "product": said, "running": said}
-    return table.astype({"dim": "Int64"}).reindex(
-        columns=["term", "dim", "weight", "hidden", "product", "running"]
-    )
-
-
-def _numbers(weight: Tensor, hidden: Tensor) -> dict[str, float]:
-    return {"weight": float(weight), "hidden": float(hidden)}
+    table.loc[len(table)] = {"term": "logit", "product": logit, "running": logit}
+    columns = ["term", "dim", "weight", "hidden", "product", "running"]
+    return table.astype({"dim": "Int64"}).reindex(columns=columns)
 
 
 @checks_arguments
 def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
-    """W_U[token]: the direction in what the head reads along which a token's logit grows, [d_model], a copy.
+    """W_U[token]: the direction in the head's input along which a token's logit grows.
 
-    It is the same in every context; what changes is the hidden state that it is multiplied with.
+    Returns a copy, [d_model]. It is the same in every context; the hidden state that it is
+    multiplied with changes.
 
     >>> unembedding(lm, " coffee").shape
     torch.Size([576])
     """
     refuse_no_gradient(lm)
     head = lm.submodule(lm.place(Site("lm_head")).path)
-    width = (
-        lm.shape(Site("final_norm"))[0]
-        if "final_norm" in lm.layout.names
-        else lm.sizes["d_model"] or 0
-    )
+    width = lm.sizes["d_model"] or 0
+    if "final_norm" in lm.layout.names:
+        width = lm.shape(Site("final_norm"))[0]
     dtype = next(head.parameters()).dtype
     with torch.enable_grad():
-        given = torch.zeros(1, width, device=device_of(head), dtype=dtype, requires_grad=True)
-        return torch.autograd.grad(head.forward(given)[0, lm.token(token)], given)[0][0].clone()
+        leaf = torch.zeros(1, width, device=device_of(head), dtype=dtype, requires_grad=True)
+        return torch.autograd.grad(head.forward(leaf)[0, lm.token(token)], leaf)[0][0].clone()

@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if it stopped at each layer."""
+"""The logit lens: what the model would predict if it stopped at each layer."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments, read_tokens, whole_number
+from ..arguments import checks_arguments, whole_number
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
@@ -18,18 +18,20 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM, Token
 from ..models.positions import CountLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
-from ..models.sites import AnySite, Site, SitesLike
+from ..models.sites import Site, SitesLike
 from ..models.tokens import shown_ranks
 from ..runs.forward import forward
 from ..runs.run import Run
-from .model_end import ModelEnd, tail_of
-from .readout import Readout, chunk_of, in_cache, numbers
+from ..tables.distributions import token_texts
+from ..tables.rank_tables import watched_ids
+from .model_end import model_end_of
+from .readout import Readout, numbers, split_for_cache, states_per_chunk
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 class Translator(Protocol):
-    """What a lens does to a state before the model's own end reads it: `TunedLens`, for one."""
+    """Translates a state before the model's own end reads it, as `TunedLens` does."""
 
     def translated(
         self, site: Site, states: Float[Tensor, "state d_model"]
@@ -49,16 +51,18 @@ def logit_lens(
     choose: str = "layer",
     through: Translator | None = None,
 ) -> pd.DataFrame:
-    """What the model would say of each layer's residual stream: the state through its own final norm, head and cap.
+    """What the model would predict from each layer's residual stream.
 
-    Columns: row, pos, site, layer, token, token_id, logit, logprob, prob, rank; entropy (nats) of the layer's
-    distribution and kl, KL(the model's prediction ‖ the layer's), in nats. One row for each shown token of each state.
-    The last layer's `resid_post` is what the model says.
+    Each state passes the model's own final norm, head and cap. Columns: row, pos, site, layer,
+    token, token_id, logit, logprob, prob, rank; entropy (nats) of the layer's distribution and kl,
+    KL(the model's prediction ‖ the layer's), in nats. The table has one row for each shown token of
+    each state. The last layer's `resid_post` is the model's own prediction.
 
-    `sites` are places in the stream (resid_pre, resid_mid, resid_post), or one component (embed, attn_out, mlp_out: it
-    alone through the norm; `direct_logits` splits a logit exactly). `choose="layer"` shows each layer's first `top`
-    tokens; `choose="anywhere"` shows at every layer the same `top` tokens, those that rank best at any of them.
-    `hooks` act as in `forward`, and those behind the blocks act on every layer's state. `through` is a tuned lens.
+    `sites` are sites of the stream (resid_pre, resid_mid, resid_post), or one component (embed,
+    attn_out, mlp_out: it alone through the norm; `direct_logits` splits a logit exactly).
+    `choose="layer"` shows each layer's first `top` tokens; `choose="anywhere"` shows at every layer
+    the same `top` tokens, those that rank best at any layer. `hooks` act as in `forward`, and those
+    after the blocks act on every layer's state. `through` is a tuned lens.
 
     The logit lens: nostalgebraist 2020, "interpreting GPT: the logit lens".
 
@@ -71,46 +75,59 @@ def logit_lens(
     """
     if choose not in ("layer", "anywhere"):
         raise BadHook(
-            f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at any layer)"
+            f"choose={choose!r}: say 'layer' (each layer's first tokens) or 'anywhere' (best at "
+            "any layer)"
         )
-    watched = [lm.token(token) for token in read_tokens(watch, "watch")]
-    meaning = "how many tokens to show"
-    whole_number(top, "top", least=0 if watched else 1, most=lm.n_tokens, meaning=meaning)
-    wanted = stream_sites(lm, sites)
+    watched = watched_ids(lm, watch)
+    least = 0 if watched else 1
+    whole_number(top, "top", least=least, most=lm.n_tokens, meaning="how many tokens to show")
+    selected = stream_sites(lm, sites)
     end = Site("resid_post", lm.n_layers - 1)
-    read = tuple(site for site in wanted if site != end)
-    run = forward(lm, prompts, *hooks, capture([*read, end], pos=pos, rows=rows), logits=False)
-    states = States(run, (*read, end), through)
-    table = lens_of(
-        states, hooks, as_batch(lm, prompts).rows, top, watched, anywhere=choose == "anywhere"
-    )
-    return (
-        table
-        if end in wanted
-        else pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
-    )
+    captured = (*[site for site in selected if site != end], end)
+    run = forward(lm, prompts, *hooks, capture(list(captured), pos=pos, rows=rows), logits=False)
+    states = States(run, captured, through)
+    prompt_rows = as_batch(lm, prompts).rows
+    table = lens_of(states, hooks, prompt_rows, top, watched, anywhere=choose == "anywhere")
+    if end not in selected:
+        table = pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
+    return table
 
 
 def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
-    """The sites of a lens, each a state of the stream's width."""
-    found: list[Site] = []
+    """Returns the sites of a lens; raises if one is no state of the stream's width."""
     width = lm.shape(Site("resid_post", lm.n_layers - 1))
+    selected = []
     for site in lm.expand(sites):
         if not isinstance(site, Site) or site.name not in STREAM:
             raise BadHook(
-                f"a lens reads states of the residual stream, {', '.join(STREAM)}, and {site} is none"
+                f"a lens reads states of the residual stream, {', '.join(STREAM)}, and {site} is "
+                "none"
             )
         if lm.shape(site) != width:
             raise Unsupported(
-                f"{site} has {lm.shape(site)[0]} numbers, and the norm behind the stream takes {width[0]}"
+                f"{site} has {lm.shape(site)[0]} numbers, and the norm after the stream takes "
+                f"{width[0]}"
             )
-        found.append(site)
-    return tuple(found)
+        selected.append(site)
+    return tuple(selected)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row and position of the captured values: `index` and `column` there, and what they are.
+
+    `row` is the prompt in the batch, `pos` the position in its text.
+    """
+
+    index: int
+    column: int
+    row: int
+    pos: int
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The states of a run at some sites, the model's last one at the end, as cells of one row and position each."""
+    """The states of a run at some sites; the model's last state is the last one."""
 
     run: Run
     sites: tuple[Site, ...]
@@ -120,29 +137,27 @@ class States:
     def end(self) -> Captured:
         return self.run.captured(self.sites[-1])
 
-    def places(self) -> list[tuple[int, int, int, int]]:
-        """Of each cell: its index in what was captured, and the prompt and position that it is of."""
+    def cells(self) -> list[Cell]:
+        """Returns each captured row and position."""
         assert self.end.positions is not None
-        return [
-            (index, column, row, place)
-            for index, (row, places) in enumerate(
-                zip(self.end.rows, self.end.positions.tolist(), strict=True)
-            )
-            for column, place in enumerate(places)
-            if place >= 0
-        ]
+        cells = []
+        for index, positions in enumerate(self.end.positions.tolist()):
+            for column, pos in enumerate(positions):
+                if pos >= 0:
+                    cells.append(Cell(index, column, self.end.rows[index], pos))
+        return cells
 
-    def of(self, cells: Sequence[tuple[int, int, int, int]]) -> Float[Tensor, "cell site d_model"]:
-        """The states of some cells, translated where the lens is a tuned one."""
-        index = [cell[0] for cell in cells], [cell[1] for cell in cells]
-        found = []
+    def at(self, cells: Sequence[Cell]) -> Float[Tensor, "cell site d_model"]:
+        """Returns the states of some cells, translated if the lens is a tuned one."""
+        index = [cell.index for cell in cells], [cell.column for cell in cells]
+        states = []
         for site in self.sites:
-            states = self.run[site][index]
-            translates = self.through is not None and site != self.sites[-1]
-            found.append(
-                self.through.translated(site, states) if translates and self.through else states
-            )
-        return torch.stack([states.to(found[-1].device) for states in found], 1)
+            values = self.run[site][index]
+            if self.through is not None and site != self.sites[-1]:
+                values = self.through.translated(site, values)
+            states.append(values)
+        device = states[-1].device
+        return torch.stack([values.to(device) for values in states], 1)
 
 
 def lens_of(
@@ -154,111 +169,103 @@ def lens_of(
     *,
     anywhere: bool,
 ) -> pd.DataFrame:
-    """`logit_lens` of states that were captured, in a run of these rows with these hooks."""
-    tail = tail_of(states.run.lm, hooks, rows)
-    return _table(states.run.lm, states, tail, top, watched, anywhere=anywhere)
-
-
-def _table(
-    lm: LM, states: States, tail: ModelEnd, top: int, watched: Sequence[int], *, anywhere: bool
-) -> pd.DataFrame:
-    places, count = states.places(), len(states.sites)
-    step = max(1, chunk_of(lm.device, lm.sizes["vocab"] or 1) // count)
+    """Returns the table of `logit_lens` for states captured in a run of these rows and hooks."""
+    lm, cells, count = states.run.lm, states.cells(), len(states.sites)
+    tail = model_end_of(lm, hooks, rows)
+    step = max(1, states_per_chunk(lm.device, lm.sizes["vocab"] or 1) // count)
     parts: list[Readout] = []
     with torch.no_grad():
-        for start in range(0, len(places), step):
-            cells = places[start : start + step]
-            each = [(row, pos) for _, _, row, pos in cells for _ in range(count)]
-            logits = (
-                tail.logits(states.of(cells).flatten(0, 1), each)
-                .float()
-                .unflatten(0, (len(cells), count))
-            )
-            some = in_cache(logits)
-            room = some[0].new_empty(2, *some[0].shape)
-            parts += [
-                numbers(part, lm.n_tokens, top, watched, room, anywhere=anywhere).cpu()
-                for part in some
-            ]
-    return _frame(lm, states.sites, [(row, pos) for _, _, row, pos in places], parts)
+        for start in range(0, len(cells), step):
+            chunk = cells[start : start + step]
+            locations: list[tuple[int, int]] = []
+            for cell in chunk:
+                locations += [(cell.row, cell.pos)] * count
+            logits = tail.logits(states.at(chunk).flatten(0, 1), locations).float()
+            pieces = split_for_cache(logits.unflatten(0, (len(chunk), count)))
+            buffer = pieces[0].new_empty(2, *pieces[0].shape)
+            for piece in pieces:
+                part = numbers(piece, lm.n_tokens, top, watched, buffer, anywhere=anywhere)
+                parts.append(part.cpu())
+    return _table(lm, states.sites, cells, Readout.join(parts))
 
 
-def _frame(
-    lm: LM, sites: Sequence[AnySite], places: Sequence[tuple[int, int]], parts: Sequence[Readout]
-) -> pd.DataFrame:
-    """The table of all chunks; a token that is both leading and watched stands once."""
-    joined = Readout(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in Readout.__dataclass_fields__
-        )
-    )
-    cells, count, shown = joined.ids.shape
-    flat = joined.ids.flatten().tolist()
-    known = {token: repr(lm.string(token)) for token in set(flat)}
+def _table(lm: LM, sites: Sequence[Site], cells: Sequence[Cell], readout: Readout) -> pd.DataFrame:
+    """Returns the table of a readout; a token that is both leading and watched is shown once."""
+    n_cells, n_sites, n_tokens = readout.ids.shape
+    ids = readout.ids.flatten().tolist()
+    distinct = sorted(set(ids))
+    texts = dict(zip(distinct, token_texts(lm, distinct), strict=True))
+    per_cell = n_sites * n_tokens
     table = pd.DataFrame(
         {
-            "row": _spread([row for row, _ in places], count * shown),
-            "pos": _spread([pos for _, pos in places], count * shown),
-            "site": _spread([str(site) for site in sites], shown) * cells,
-            "layer": _spread([getattr(site, "layer", None) for site in sites], shown) * cells,
-            "token": [known[token] for token in flat],
-            "token_id": flat,
-            "logit": joined.logits.double().flatten().numpy(),
-            "logprob": joined.logprobs.double().flatten().numpy(),
-            "prob": joined.logprobs.double().exp().flatten().numpy(),
-            "rank": shown_ranks(joined.ranks).flatten().numpy(),
-            "entropy": joined.entropy.double().flatten().repeat_interleave(shown).numpy(),
-            "kl": joined.kl.double().flatten().repeat_interleave(shown).numpy(),
+            "row": _repeat_each([cell.row for cell in cells], per_cell),
+            "pos": _repeat_each([cell.pos for cell in cells], per_cell),
+            "site": _repeat_each(list(map(str, sites)), n_tokens) * n_cells,
+            "layer": _repeat_each([site.layer for site in sites], n_tokens) * n_cells,
+            "token": list(map(texts.__getitem__, ids)),
+            "token_id": ids,
+            "logit": readout.logits.double().flatten().numpy(),
+            "logprob": readout.logprobs.double().flatten().numpy(),
+            "prob": readout.logprobs.double().exp().flatten().numpy(),
+            "rank": shown_ranks(readout.ranks).flatten().numpy(),
+            "entropy": readout.entropy.double().flatten().repeat_interleave(n_tokens).numpy(),
+            "kl": readout.kl.double().flatten().repeat_interleave(n_tokens).numpy(),
+            "_site": _repeat_each(range(n_sites), n_tokens) * n_cells,
         }
     )
     table["layer"] = table["layer"].astype("Int64")
-    order = table.assign(_site=[n for n in range(count) for _ in range(shown)] * cells)
-    order = order.drop_duplicates(["row", "pos", "_site", "token_id"])
-    order = order.sort_values(["row", "pos", "_site", "rank", "token_id"], ignore_index=True)
-    return order.drop(columns="_site")
+    table = table.drop_duplicates(["row", "pos", "_site", "token_id"])
+    table = table.sort_values(["row", "pos", "_site", "rank", "token_id"], ignore_index=True)
+    return table.drop(columns="_site")
 
 
-def _spread(values: Sequence[object], times: int) -> list[object]:
-    return [value for value in values for _ in range(times)]
+def _repeat_each(values: Iterable[object], times: int) -> list[object]:
+    repeated: list[object] = []
+    for value in values:
+        repeated += [value] * times
+    return repeated
 
 
 @checks_arguments
 def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
-    """When each token of a lens comes to the top: one row for each row, pos and token of `logit_lens`' table.
+    """At which sites each token of a lens is the most likely: one row for each row, pos and token.
 
-    Columns: row, pos, token, token_id; best_rank, best_site (the first at which it has that rank), first (the first
-    site at which its rank is 1), since (the site from which on its rank is 1 to the end), last_rank and last_prob.
-    Missing where it never leads. A token counts at the sites where it is shown: watch it, or use choose="anywhere".
+    Columns: row, pos, token, token_id; best_rank, best_site (the first at which it has that rank),
+    first (the first site at which its rank is 1), since (the site from which on its rank is 1 to
+    the end), last_rank and last_prob. Missing if its rank is never 1. A token counts at the sites
+    where it is shown: watch it, or use choose="anywhere".
     """
     needed = ["row", "pos", "site", "token", "token_id", "rank", "prob"]
     if missing := [name for name in needed if name not in lens]:
         raise BadHook(f"this table has no column {', '.join(missing)}: give what logit_lens gave")
     sites = list(dict.fromkeys(lens["site"]))
-    found = []
+    table_rows = []
     groups: Any = lens.groupby(["row", "pos", "token_id"], sort=True)
     for (row, pos, token_id), part in groups:
-        ranked = part[part["rank"].notna()]
-        ranks = dict(zip(ranked["site"], ranked["rank"], strict=True))
-        best = min(ranks.values(), default=math.nan)
-        leads = [site for site in sites if ranks.get(site) == 1]
-        behind = len(sites)
-        while behind and ranks.get(sites[behind - 1]) == 1:
-            behind -= 1
-        probs = dict(zip(part["site"], part["prob"], strict=True))
-        found.append(
-            {
-                "row": row,
-                "pos": pos,
-                "token": part["token"].tolist()[0],
-                "token_id": token_id,
-                "best_rank": best,
-                "best_site": next((site for site in sites if ranks.get(site) == best), None),
-                "first": leads[0] if leads else None,
-                "since": sites[behind] if behind < len(sites) else None,
-                "last_rank": ranks.get(sites[-1]),
-                "last_prob": probs.get(sites[-1]),
-            }
-        )
-    table = pd.DataFrame(found).astype({"last_rank": "Int64"})
+        location = {"row": row, "pos": pos, "token": part["token"].tolist()[0]}
+        table_rows.append({**location, "token_id": token_id, **_summary_of_token(part, sites)})
+    table = pd.DataFrame(table_rows).astype({"last_rank": "Int64"})
     return table.sort_values(["row", "pos", "best_rank", "token_id"], ignore_index=True)
+
+
+def _summary_of_token(part: pd.DataFrame, sites: Sequence[str]) -> dict[str, object]:
+    """Returns best_rank to last_prob for the rows of one token; `sites` are in order."""
+    ranked = part[part["rank"].notna()]
+    ranks = dict(zip(ranked["site"], ranked["rank"], strict=True))
+    probs = dict(zip(part["site"], part["prob"], strict=True))
+    best = min(ranks.values(), default=math.nan)
+    best_sites = [site for site in sites if ranks.get(site) == best]
+    leading = [site for site in sites if ranks.get(site) == 1]
+    since = None
+    for site in reversed(sites):
+        if ranks.get(site) != 1:
+            break
+        since = site
+    return {
+        "best_rank": best,
+        "best_site": best_sites[0] if best_sites else None,
+        "first": leading[0] if leading else None,
+        "since": since,
+        "last_rank": ranks.get(sites[-1]),
+        "last_prob": probs.get(sites[-1]),
+    }

@@ -1,7 +1,7 @@
-"""What the model would say of a state of its residual stream: its own final norm, head, cap and scale, on any state.
+"""The end of a model, applied to any state of its residual stream: final norm, head, cap and scale.
 
-The model's own forward runs with every block passed by and the state in place of what the last block gives, so that
-whatever a family does behind its blocks is done here too, by the family's own code.
+The model's own forward runs with every block skipped and the state in place of the last block's
+output. Whatever a family does after its blocks is therefore done by the family's own code.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,9 +30,10 @@ from ..runs.taps import HookPoint, input_of, planned
 class Ending:
     """How a model ends.
 
-    kinds   what each block gives: a tensor (0), or so many values of which the stream is the first
-    begun   the modules that begin to run behind the last block
-    ended   those that end there: the model itself too
+    kinds   what each block returns: a tensor (0), or a tuple of this length whose first item is the
+            stream
+    begun   the modules that start to run after the last block
+    ended   the modules that end there: the model itself too
     """
 
     kinds: tuple[int, ...]
@@ -40,34 +41,50 @@ class Ending:
     ended: frozenset[str]
 
     def has(self, tap: HookPoint) -> bool:
-        """True where this place is behind the blocks."""
+        """True if this module input or output is after the blocks."""
         return tap.place.path in (self.begun if tap.place.side == "input" else self.ended)
 
 
 def ending(lm: LM) -> Ending:
-    """How this model ends, seen in a forward of one token. `Unsupported` where its blocks are not known."""
+    """Returns how this model ends, observed in a forward of one token.
+
+    Raises `Unsupported` if the model's blocks are not known.
+    """
     if not lm.n_layers or "resid_post" not in lm.layout.names:
         raise Unsupported(
-            f"the blocks of {type(lm.root).__name__} are not known, so nothing can be put behind them"
+            f"the blocks of {type(lm.root).__name__} are not known, so nothing can be put "
+            "after them"
         )
     if "ending" not in lm.learnt:
-        lm.learnt["ending"] = _seen(lm)
+        lm.learnt["ending"] = _observe_ending(lm)
     return lm.learnt["ending"]
 
 
-def _seen(lm: LM) -> Ending:
-    blocks = [lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)]
-    inside = {id(module) for block in blocks for module in block.modules()}
+def _blocks_of(lm: LM) -> list[torch.nn.Module]:
+    return [lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)]
+
+
+def _ids_of_modules(blocks: Sequence[torch.nn.Module]) -> set[int]:
+    """Returns the `id` of every module inside the blocks."""
+    ids: set[int] = set()
+    for block in blocks:
+        ids |= {id(module) for module in block.modules()}
+    return ids
+
+
+def _observe_ending(lm: LM) -> Ending:
+    blocks = _blocks_of(lm)
+    inside = _ids_of_modules(blocks)
     kinds: dict[int, int] = {}
     begun: set[str] = set()
     ended: set[str] = set()
 
-    def block(number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def run_block(number: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         kinds[number] = len(output) if isinstance(output, tuple) else 0
         return output
 
-    def other(path: str, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def run_module(path: str, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         if len(kinds) == len(blocks):
             begun.add(path)
         output = inner(*args, **kwargs)
@@ -75,18 +92,17 @@ def _seen(lm: LM) -> Ending:
             ended.add(path)
         return output
 
-    manager = _Alone(lm, inside)
+    manager = _ObservingManager(lm, inside)
     with Lent() as lent:
-        for number, module in enumerate(blocks):
-            lent.around(module, "forward", partial(block, number))
+        for number, block in enumerate(blocks):
+            lent.around(block, "forward", partial(run_block, number))
         for path, module in lm.root.named_modules():
             if id(module) not in inside:
-                lent.around(module, "forward", partial(other, path))
+                lent.around(module, "forward", partial(run_module, path))
         with torch.no_grad(), manager:
             lm.model(**_inputs(lm, 1))
-    return Ending(
-        tuple(kinds[number] for number in range(len(blocks))), frozenset(begun), frozenset(ended)
-    )
+    kinds_in_order = tuple([kinds[number] for number in range(len(blocks))])
+    return Ending(kinds_in_order, frozenset(begun), frozenset(ended))
 
 
 def _inputs(lm: LM, rows: int) -> dict[str, Any]:
@@ -94,10 +110,10 @@ def _inputs(lm: LM, rows: int) -> dict[str, Any]:
     return {"input_ids": ids, **lm.accepted(use_cache=False, return_dict=True)}
 
 
-class _Alone(HookManager):
-    """A block in which hooks inside the model's blocks, and hookkit's own of other blocks, are silent.
+class _ObservingManager(HookManager):
+    """Silences the hooks inside the model's blocks, and hookkit's own from outer `with` blocks.
 
-    What the user hung on the modules behind the blocks goes on acting: it is part of what the model says.
+    The user's own hooks on modules after the blocks still act: they are part of the model's output.
     """
 
     alone = True
@@ -112,172 +128,167 @@ class _Alone(HookManager):
 
 
 def silence(lm: LM, inside: set[int], lent: Lent, acts: Callable[[], bool]) -> None:
-    """Call the modules inside the model's blocks without their hooks, which must not act on a state that is put behind
-    the blocks."""
+    """Calls the modules inside the model's blocks without their hooks.
+
+    These hooks must not act on a state that is inserted after the blocks.
+    """
     for module in lm.root.modules():
         if id(module) in inside and (module._forward_hooks or module._forward_pre_hooks):
             without_hooks(module, lent, acts)
 
 
 class _StreamEnd(SharedForward):
-    """A forward of what comes behind the blocks, with hooks there."""
+    """A forward of what comes after the blocks, with hooks there."""
 
     alone = True
 
     def __init__(
         self,
         lm: LM,
-        known: Ending,
+        kinds: Sequence[int],
         lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
         states: Tensor,
     ) -> None:
         super().__init__(lm, lanes, rows=len(states), width=1)
-        self.known, self.states = known, states
+        self.kinds, self.states = kinds, states
 
     def _register(self, lent: Lent) -> None:
-        blocks = [
-            self.lm.submodule(self.lm.family.block.format(layer=number))
-            for number in range(self.lm.n_layers)
-        ]
-        silence(
-            self.lm,
-            {id(module) for block in blocks for module in block.modules()},
-            lent,
-            self.acts_here,
-        )
-        for block, kind in zip(blocks[:-1], self.known.kinds, strict=False):
+        blocks = _blocks_of(self.lm)
+        silence(self.lm, _ids_of_modules(blocks), lent, self.acts_here)
+        for block, kind in zip(blocks[:-1], self.kinds, strict=False):
             lent.around(block, "forward", passed_by(kind))
-        kind = self.known.kinds[-1]
-        given = self.states[:, None]
-        output = given if not kind else (given, *[None] * (kind - 1))
+        output: Any = self.states[:, None]
+        if self.kinds[-1]:
+            output = (output, *[None] * (self.kinds[-1] - 1))
         lent.around(blocks[-1], "forward", lambda *_, **__: output)
         super()._register(lent)
 
 
-class _Given(Exception):
-    """Ends a forward at the head, with what that was given."""
+class _HeadReached(Exception):
+    """Ends a forward at the head. Its argument is the head's input."""
 
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """`given` [state, d] is what the head reads, `raw` [state, vocab] what it gives, `logits` what the model makes of
-    that with its soft-cap or scale."""
+    """The head's `input` [state, d] and `raw` output [state, vocab], and the model's `logits`,
+    which are `raw` after a soft-cap or scale."""
 
-    given: Float[Tensor, "state d"]
+    input: Float[Tensor, "state d"]
     raw: Float[Tensor, "state vocab"]
     logits: Float[Tensor, "state vocab"]
 
 
 @dataclass(frozen=True, eq=False)
 class ModelEnd:
-    """What comes behind the blocks of a model, for states of these prompts, with hooks that act there.
+    """What comes after the blocks of a model, for states of these prompts. Made by `model_end_of`.
 
-    Made by `tail_of`. `taps` are the hooks' work behind the blocks, at each state's own row and position.
+    `taps` are the actions of hooks after the blocks, at each state's own row and position.
     """
 
     lm: LM
-    known: Ending
+    kinds: tuple[int, ...]
     taps: Sequence[HookPoint]
     rows: tuple[Row, ...]
 
     def logits(
-        self, states: Float[Tensor, "state d_model"], places: Sequence[tuple[int, int]]
+        self, states: Float[Tensor, "state d_model"], locations: Sequence[tuple[int, int]]
     ) -> Float[Tensor, "state vocab"]:
-        """What the model would say of each state; `places` has its row and position."""
+        """Returns the model's logits for each state; `locations` has its row and position."""
         if not self.taps:
             return self._run(states, [])
-        found: dict[int, Tensor] = {}
-        for pos in sorted({pos for _, pos in places}):  # hooks see a forward of one position
-            numbers = [number for number, place in enumerate(places) if place[1] == pos]
-            lane = self._lane([places[number][0] for number in numbers], pos)
-            logits = self._run(
-                states[torch.tensor(numbers, device=states.device)], [(lane, self.taps)]
-            )
-            found |= dict(zip(numbers, logits, strict=True))
-        return torch.stack([found[number] for number in range(len(places))])
+        rows_of_states: dict[int, Tensor] = {}
+        for pos in sorted({pos for _, pos in locations}):  # hooks see a forward of one position
+            numbers = [number for number, location in enumerate(locations) if location[1] == pos]
+            cells = self._cells([locations[number][0] for number in numbers], pos)
+            part = states[torch.tensor(numbers, device=states.device)]
+            logits = self._run(part, [(cells, self.taps)])
+            rows_of_states |= dict(zip(numbers, logits, strict=True))
+        return torch.stack([rows_of_states[number] for number in range(len(locations))])
 
-    def given(self, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d"]:
-        """What the head reads of each state, without any hook; the head does not run."""
+    def head_input(self, states: Float[Tensor, "state d_model"]) -> Float[Tensor, "state d"]:
+        """Returns the head's input for each state, without any hook; the head does not run."""
         path = self.lm.place(Site("lm_head")).path
 
-        def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-            raise _Given(input_of(args, kwargs, 0, path)[0])
+        def stop(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+            raise _HeadReached(input_of(args, kwargs, 0, path)[0])
 
         with Lent() as lent:
-            lent.around(self.lm.submodule(path), "forward", forward)
+            lent.around(self.lm.submodule(path), "forward", stop)
             try:
                 self._run(states, [])
-            except _Given as given:
-                return given.args[0].reshape(len(states), -1)
+            except _HeadReached as reached:
+                return reached.args[0].reshape(len(states), -1)
         raise AssertionError("the head was not called")
 
-    def read(self, states: Float[Tensor, "state d_model"]) -> "Read":
-        """What the head reads of each state, what it gives and what the model makes of that, without any hook."""
+    def read(self, states: Float[Tensor, "state d_model"]) -> Read:
+        """Returns the head's input and output and the logits for each state, without any hook."""
         path = self.lm.place(Site("lm_head")).path
-        head = self.lm.submodule(path)
-        seen: list[tuple[Tensor, Tensor]] = []
+        calls: list[tuple[Tensor, Tensor]] = []
 
-        def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def record(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
-            seen.append((input_of(args, kwargs, 0, path)[0], output))
+            calls.append((input_of(args, kwargs, 0, path)[0], output))
             return output
 
         with Lent() as lent:
-            lent.around(head, "forward", forward)
+            lent.around(self.lm.submodule(path), "forward", record)
             logits = self._run(states, [])
-        (given, gave) = seen[-1]
-        return Read(given.reshape(len(states), -1), gave.reshape(len(states), -1), logits)
+        head_input, output = calls[-1]
+        count = len(states)
+        return Read(head_input.reshape(count, -1), output.reshape(count, -1), logits)
 
-    def _lane(self, prompts: list[int], pos: int) -> CellRows:
-        columns: list[Any] = [range(len(row)) for row in self.rows]
+    def _cells(self, prompts: list[int], pos: int) -> CellRows:
+        lengths = list(map(len, self.rows))
+        columns: list[Any] = list(map(range, lengths))
         find = partial(cover, self.lm)
-        text = SequenceBatch(
-            columns,
-            list(map(len, self.rows)),
-            self.rows.__getitem__,
-            find,
-            final=True,
-            numbers=prompts,
+        batch = SequenceBatch(
+            columns, lengths, self.rows.__getitem__, find, final=True, numbers=prompts
         )
-        return CellRows(
-            tuple(prompts),
-            0,
-            len(prompts),
-            ForwardPass(text, 0, pos, len(prompts), 1, range(1), pos),
-        )
+        count = len(prompts)
+        forward_pass = ForwardPass(batch, 0, pos, count, 1, range(1), pos)
+        return CellRows(tuple(prompts), 0, count, forward_pass)
 
     def _run(self, states: Tensor, lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]]) -> Tensor:
-        with _StreamEnd(self.lm, self.known, lanes, states):
+        with _StreamEnd(self.lm, self.kinds, lanes, states):
             return logits_of(self.lm.model(**_inputs(self.lm, len(states))))[:, 0]
 
 
-def tail_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelEnd:
-    """What comes behind the model's blocks, with those of the hooks that act there. `Unsupported` where an edit of an
-    outer block acts there, whose rows and positions would not be known."""
-    known = ending(lm)
-    _refuse_outer(lm, known)
+def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelEnd:
+    """Returns what comes after the model's blocks, with those of the hooks that act there.
+
+    Raises `Unsupported` if an edit of an outer `with` block acts there, since its rows and
+    positions are not known.
+    """
+    end = ending(lm)
+    _refuse_outer_edits(lm, end)
     manager = HookManager(lm, ())
-    taps = [tap for tap in planned(lm, list(hooks), manager.reference) if known.has(tap)]
-    for tap in taps:
-        tap.actions = [action for action in tap.actions if action.change is not None]
-    return ModelEnd(lm, known, [tap for tap in taps if tap.actions], rows)
+    taps = []
+    for tap in planned(lm, list(hooks), manager.reference):
+        if end.has(tap):
+            tap.actions = [action for action in tap.actions if action.change is not None]
+            if tap.actions:
+                taps.append(tap)
+    return ModelEnd(lm, end.kinds, taps, rows)
 
 
-def _refuse_outer(lm: LM, known: Ending) -> None:
-    for path in known.ended:
+def _refuse_outer_edits(lm: LM, end: Ending) -> None:
+    for path in end.ended:
         module = lm.submodule(path)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            tap = next(
-                (each for each in getattr(hook, "args", ()) if isinstance(each, HookPoint)), None
-            )
-            edit = (
-                next((action.hook for action in tap.actions if action.change is not None), None)
-                if tap
-                else None
-            )
-            ours = isinstance(hook, RegisteredHook) and hook.manager.acts_here()
-            if ours and tap is not None and edit is not None and known.has(tap):
+            if not isinstance(hook, RegisteredHook) or not hook.manager.acts_here():
+                continue
+            edits = _edits_after_blocks(hook, end)
+            if edits:
                 raise Unsupported(
-                    f"{edit} of a block of hk.attach acts behind the model's blocks, where a lens reads each layer: "
-                    "give it to the lens itself, as one of its hooks"
+                    f"{edits[0]} of hk.attach acts after the model's blocks, where a lens reads "
+                    "each layer: give it to the lens itself, as one of its hooks"
                 )
+
+
+def _edits_after_blocks(hook: RegisteredHook, end: Ending) -> list[Hook]:
+    """Returns the edits of a registered hook that act after the model's blocks."""
+    edits = []
+    for tap in hook.args:
+        if isinstance(tap, HookPoint) and end.has(tap):
+            edits += [action.hook for action in tap.actions if action.change is not None]
+    return edits

@@ -1,4 +1,4 @@
-"""Patchscopes: a hidden state of one prompt, put into another prompt and said in the model's own words."""
+"""Patchscopes: a hidden state of one prompt, patched into another prompt that decodes it."""
 
 import pandas as pd
 
@@ -15,7 +15,8 @@ from ..runs.forward import forward
 from ..runs.generate import generate
 from ..tables.rank_tables import ranks
 
-IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"  # the prompt of the paper's next-token reading, patched at "?"
+# the prompt of the paper's next-token reading, patched at "?"
+IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 
 
 @checks_arguments
@@ -30,57 +31,56 @@ def patchscope(
     target_layer: int | None = None,
     max_new_tokens: int = 8,
 ) -> pd.DataFrame:
-    """A state of a prompt at each site, put into a target prompt, and what the model then writes.
+    """What the model generates from a target prompt that has a prompt's state, for each site.
 
-    Columns: site, layer (where the state was taken), target_site (where it was put in); token, token_id, prob (the most
-    likely first token after the target), text (what is generated, greedily).
+    Columns: site, layer (of the state), target_site (that it replaces); token, token_id, prob (the
+    most likely first token after the target), text (what is generated, greedily).
 
-    The state at `pos` (one position) of `prompt` is taken under `hooks`, and takes the place of what the target prompt
-    has at `target_pos`, its last token if left out, in the same layer or in `target_layer`. The default target is the
-    paper's prompt of identities ("cat -> cat", and so on, a line each). It ends in "?", whose state is replaced, and
-    the model's next tokens are what the state says. All sites run in one batch.
+    The state at `pos` (one position) of `prompt` is read under `hooks`, and replaces the target
+    prompt's state at `target_pos`, by default its last token, in the same layer or in
+    `target_layer`. The default target is the paper's prompt of identities ("cat -> cat", and so on,
+    a line each). It ends in "?", whose state is replaced, and the model's next tokens decode the
+    state. All sites run in one batch.
 
-    Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations".
+    Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden
+    Representations".
 
-    >>> scope = patchscope(lm, "I like oat milk in my", sites=["resid_post.4", "resid_post.28"], max_new_tokens=1)
+    >>> sites = ["resid_post.4", "resid_post.28"]
+    >>> scope = patchscope(lm, "I like oat milk in my", sites=sites, max_new_tokens=1)
     >>> scope[["site", "target_site"]].values.tolist()
     [['resid_post.4', 'resid_post.4'], ['resid_post.28', 'resid_post.28']]
     """
-    wanted = [site for site in lm.expand(sites) if isinstance(site, Site)]
-    source = forward(lm, prompt, *hooks, capture(wanted, pos=pos), logits=False)
-    first = source.captured(wanted[0])
-    if first.values.shape[:2] != (1, 1):
+    sources = [site for site in lm.expand(sites) if isinstance(site, Site)]
+    run = forward(lm, prompt, *hooks, capture(sources, pos=pos), logits=False)
+    n_prompts, n_positions = run.captured(sources[0]).values.shape[:2]
+    if (n_prompts, n_positions) != (1, 1):
         raise BadPrompt(
-            f"{first.values.shape[0]} prompts and {first.values.shape[1]} positions were chosen: a patchscope takes "
-            "the state of one position of one prompt"
+            f"{n_prompts} prompts and {n_positions} positions were chosen: a patchscope takes the "
+            "state of one position of one prompt"
         )
-    place = -1 if target_pos is None else target_pos
-    put = [
-        Site(site.name, site.layer if target_layer is None else target_layer, site.head)
-        for site in wanted
-    ]
-    edits = [
-        ablate(there, to=source[site][0, 0], pos=place, rows=[row])
-        for row, (site, there) in enumerate(zip(wanted, put, strict=True))
-    ]
-    goal = as_batch(lm, target).rows
-    if len(goal) != 1:
+    position = -1 if target_pos is None else target_pos
+    targets, edits = [], []
+    for row, site in enumerate(sources):
+        layer = site.layer if target_layer is None else target_layer
+        targets.append(Site(site.name, layer, site.head))
+        edits.append(ablate(targets[-1], to=run[site][0, 0], pos=position, rows=[row]))
+    target_rows = as_batch(lm, target).rows
+    if len(target_rows) != 1:
         raise BadPrompt(
-            f"{len(goal)} target prompts were given: a patchscope puts every state into the same one"
+            f"{len(target_rows)} target prompts were given: a patchscope puts every state into the "
+            "same one"
         )
-    run = generate(
-        lm, list(goal) * len(wanted), *edits, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    table = ranks(run, step=0, top=1)
-    table = table.drop_duplicates("row")
+    prompts = list(target_rows) * len(sources)
+    run = generate(lm, prompts, *edits, max_new_tokens=max_new_tokens, do_sample=False)
+    first_tokens = ranks(run, step=0, top=1).drop_duplicates("row")
     return pd.DataFrame(
         {
-            "site": [str(site) for site in wanted],
-            "layer": pd.array([site.layer for site in wanted], dtype="Int64"),
-            "target_site": [str(site) for site in put],
-            "token": table["token"].tolist(),
-            "token_id": table["token_id"].tolist(),
-            "prob": table["prob"].tolist(),
+            "site": list(map(str, sources)),
+            "layer": pd.array([site.layer for site in sources], dtype="Int64"),
+            "target_site": list(map(str, targets)),
+            "token": first_tokens["token"].tolist(),
+            "token_id": first_tokens["token_id"].tolist(),
+            "prob": first_tokens["prob"].tolist(),
             "text": run.generated,
         }
     )

@@ -1,9 +1,10 @@
-"""Vectors that are read from contrasting prompts: the difference of means, and the first principal direction.
+"""Vectors from contrasting prompts: the difference of means, and the first principal direction.
 
 vectors = hk.mean_difference(lm, ["I love this place."], ["I hate this place."], "resid_post.12")
 vectors["resid_post.12"].steer(dose=0.3)
 
-What is at some sites on some prompts, a few prompts at a time: each prompt's own values, without padding.
+Prompts run a few at a time. Of each site, only each prompt's mean and the lengths of its values are
+kept, at the prompt's own positions, without padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,12 @@ from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import AnySite, SitesLike
 from ..runs.forward import forward
 
-BATCH = 16  # prompts that run together, where nothing else is said
+BATCH = 16  # default number of prompts that run together
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
-    """What is kept of a set of prompts at one site, in float64 on the CPU: little, however many there are.
+class SiteStatistics:
+    """Statistics of a set of prompts at one site, in float64 on the CPU.
 
     means    [prompt, d]  the mean over each prompt's positions
     counts   [prompt]     how many positions each has
@@ -44,50 +45,56 @@ class Stream:
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
-        """The mean over all positions of all prompts, each position counting as much."""
+        """The mean over all positions of all prompts, each position with the same weight."""
         return (self.means * self.counts[:, None]).sum(0) / self.counts.sum()
 
 
-def streams(
+def collect_statistics(
     lm: LM, rows: Sequence[Row], sites: SitesLike, pos: PosLike, batch: int
-) -> dict[AnySite, Stream]:
-    """What is at each of these sites at some positions of each prompt."""
+) -> dict[AnySite, SiteStatistics]:
+    """Returns the statistics of each of these sites at some positions of each prompt."""
     whole_number(batch, "batch", least=1, meaning="how many prompts run together,", error=BadHook)
-    chosen = not_square(lm.expand(sites), "a steering vector is a mean of")
-    found: dict[AnySite, list[Stream]] = {site: [] for site in chosen}
+    selected = not_square(lm.expand(sites), "a steering vector is a mean of")
+    parts: dict[AnySite, list[SiteStatistics]] = {site: [] for site in selected}
     for start in range(0, len(rows), batch):
-        some = [list(row) for row in rows[start : start + batch]]
-        run = forward(lm, some, capture(chosen, pos=pos), logits=False)
-        for site in chosen:
-            found[site].append(_stream(list(_own(run.captured(site)))))
-    return {site: _joined(each) for site, each in found.items()}
-
-
-def _own(kept: Captured) -> Iterator[Float[Tensor, "pos d"]]:
-    """The values of each prompt at its own positions."""
-    if kept.positions is None or kept.values.ndim != 3:
-        raise BadHook(
-            f"{kept.site} has values {list(kept.values.shape)}, and a steering vector is one for each prompt and "
-            "position, [prompt, pos, d]: name one head of a site with heads, such as 'z.9.3'"
+        run = forward(
+            lm, list(rows[start : start + batch]), capture(selected, pos=pos), logits=False
         )
-    for values, positions in zip(kept.values, kept.positions, strict=True):
+        for site in selected:
+            parts[site].append(_statistics(list(_values_of_prompts(run.captured(site)))))
+    return {site: _join(parts_of_site) for site, parts_of_site in parts.items()}
+
+
+def _values_of_prompts(captured: Captured) -> Iterator[Float[Tensor, "pos d"]]:
+    """Returns the values of each prompt at its own positions."""
+    if captured.positions is None or captured.values.ndim != 3:
+        raise BadHook(
+            f"{captured.site} has values {list(captured.values.shape)}, and a steering vector is "
+            "one for each prompt and position, [prompt, pos, d]: name one head of a site with "
+            "heads, such as 'z.9.3'"
+        )
+    for values, positions in zip(captured.values, captured.positions, strict=True):
         yield values[(positions >= 0).to(values.device)].cpu().double()
 
 
-def _stream(each: Sequence[Float[Tensor, "pos d"]]) -> Stream:
-    counts = torch.tensor([len(values) for values in each])
-    return Stream(
-        torch.stack([v.mean(0) for v in each]), counts, torch.cat([v.norm(dim=-1) for v in each])
-    )
+def _statistics(prompts: Sequence[Float[Tensor, "pos d"]]) -> SiteStatistics:
+    means = torch.stack([values.mean(0) for values in prompts])
+    counts = torch.tensor(list(map(len, prompts)))
+    return SiteStatistics(means, counts, torch.cat([values.norm(dim=-1) for values in prompts]))
 
 
-def _joined(parts: Sequence[Stream]) -> Stream:
-    columns = zip(*((part.means, part.counts, part.lengths) for part in parts), strict=True)
-    return Stream(*(torch.cat(column) for column in columns))
+def _join(parts: Sequence[SiteStatistics]) -> SiteStatistics:
+    means = torch.cat([part.means for part in parts])
+    counts = torch.cat([part.counts for part in parts])
+    return SiteStatistics(means, counts, torch.cat([part.lengths for part in parts]))
 
 
-def typical(*lengths: Float[Tensor, " token"]) -> float:
-    """The median length. Not the mean: at many models' first position the stream is a hundred times as long."""
+def median_length(*lengths: Float[Tensor, " token"]) -> float:
+    """Returns the median length.
+
+    The mean would be dominated by the first position, where the stream of many models is a hundred
+    times as long.
+    """
     return float(torch.cat(lengths).median())
 
 
@@ -101,33 +108,43 @@ def mean_difference(
     pos: PosLike = -1,
     batch: int = BATCH,
 ) -> Vectors:
-    """The mean of what is at each site on the positive prompts, minus that on the negative ones (Turner et al. 2023;
-    Marks and Tegmark 2023; Rimsky et al. 2024).
+    """The mean of each site on the positive prompts minus that on the negative ones.
 
-    The two need not be as many. `pos` is where they are read, counted in each prompt without padding: the last token,
-    several of them, or all with pos=None (each token counts as much; a model's first position is often an outlier, and
-    pos=slice(1, None) leaves it out). `batch` prompts run at a time and only sums are kept, so that memory does not
-    grow with their number. A vector for each site: "resid_post" gives one for every layer.
+    The numbers of prompts may differ. `pos` is where the sites are read, counted in each prompt
+    without padding: the last token, several tokens, or all with pos=None (each token has the same
+    weight; a model's first position is often an outlier, and pos=slice(1, None) leaves it out).
+    `batch` prompts run at a time and only sums are kept, so that memory does not grow with their
+    number. The result has a vector for each site: "resid_post" gives one for every layer.
 
-    >>> found = mean_difference(lm, ["I love it", "It is great"], ["I hate it"], ["resid_post.6", "resid_post.12"])
-    >>> found["resid_post.12"].tensor.shape
+    Turner et al. 2023; Marks and Tegmark 2023; Rimsky et al. 2024.
+
+    >>> positive, sites = ["I love it", "It is great"], ["resid_post.6", "resid_post.12"]
+    >>> vectors = mean_difference(lm, positive, ["I hate it"], sites)
+    >>> vectors["resid_post.12"].tensor.shape
     torch.Size([576])
     """
     toward, away = as_batch(lm, positive).rows, as_batch(lm, negative).rows
-    there, here = (streams(lm, rows, sites, pos, batch) for rows in (toward, away))
-    about: dict[str, Any] = {**model_words(lm), "method": "mean difference", "pos": repr(pos)}
-    about |= {"prompts": [len(toward), len(away)], "data_sha256": data_hash(toward, away)}
-    return Vectors(
-        tuple(
-            Vector(
-                site,
-                there[site].mean - here[site].mean,
-                typical(there[site].lengths, here[site].lengths),
-                about,
-            )
-            for site in there
-        )
-    )
+    positives = collect_statistics(lm, toward, sites, pos, batch)
+    negatives = collect_statistics(lm, away, sites, pos, batch)
+    about = _provenance(lm, "mean difference", pos, toward, away)
+    vectors = []
+    for site, stream in positives.items():
+        difference = stream.mean - negatives[site].mean
+        norm = median_length(stream.lengths, negatives[site].lengths)
+        vectors.append(Vector(site, difference, norm, about))
+    return Vectors(tuple(vectors))
+
+
+def _provenance(
+    lm: LM, method: str, pos: PosLike, toward: Sequence[Row], away: Sequence[Row]
+) -> dict[str, Any]:
+    return {
+        **model_words(lm),
+        "method": method,
+        "pos": repr(pos),
+        "prompts": [len(toward), len(away)],
+        "data_sha256": data_hash(toward, away),
+    }
 
 
 @checks_arguments
@@ -140,36 +157,42 @@ def principal_direction(
     pos: PosLike = -1,
     batch: int = BATCH,
 ) -> Vectors:
-    """The first principal direction of the differences between paired prompts, of length 1 (Zou et al. 2023).
+    """The first principal direction of the differences between paired prompts, of length 1.
 
-    Prompt n of the one is paired with prompt n of the other. The differences are not centred, since each of them stands
-    for both orders of its pair; so their common part counts, and the direction is the one along which pairs are
-    furthest apart. Its sign is that in which the positive prompts lie on average. Where `pos` means several tokens,
-    their mean in each prompt is taken. `about["share"]` is the part of the squared differences along it, 0 to 1.
+    Prompt n of `positive` is paired with prompt n of `negative`. The differences are not centred,
+    since each of them represents both orders of its pair; so their common part counts, and the
+    direction is the one along which pairs are furthest apart. Its sign is that in which the
+    positive prompts lie on average. If `pos` selects several tokens, their mean in each prompt is
+    used. `about["share"]` is the part of the squared differences along it, 0 to 1.
 
-    >>> found = principal_direction(lm, ["I love it", "It is great"], ["I hate it", "It is bad"], "resid_post.6")
-    >>> round(found[0].length, 4)
+    Zou et al. 2023.
+
+    >>> positive, negative = ["I love it", "It is great"], ["I hate it", "It is bad"]
+    >>> vectors = principal_direction(lm, positive, negative, "resid_post.6")
+    >>> round(vectors[0].length, 4)
     1.0
     """
     toward, away = as_batch(lm, positive).rows, as_batch(lm, negative).rows
     if len(toward) != len(away):
         raise BadPrompt(
-            f"{len(toward)} positive and {len(away)} negative prompts were given, and a principal direction is of "
-            "pairs: give as many of each, in pairs; hk.mean_difference needs none"
+            f"{len(toward)} positive and {len(away)} negative prompts were given, and a principal "
+            "direction is of pairs: give as many of each, in pairs; hk.mean_difference needs none"
         )
-    there, here = (streams(lm, rows, sites, pos, batch) for rows in (toward, away))
-    about: dict[str, Any] = {**model_words(lm), "method": "principal direction", "pos": repr(pos)}
-    about |= {"prompts": [len(toward), len(away)], "data_sha256": data_hash(toward, away)}
-    found = []
-    for site in there:
-        apart = there[site].means - here[site].means
-        if not bool(apart.any()):
+    positives = collect_statistics(lm, toward, sites, pos, batch)
+    negatives = collect_statistics(lm, away, sites, pos, batch)
+    about = _provenance(lm, "principal direction", pos, toward, away)
+    vectors = []
+    for site, stream in positives.items():
+        differences = stream.means - negatives[site].means
+        if not bool(differences.any()):
             raise BadHook(
                 f"the pairs are the same at {site}, pos={pos!r}: read them where they differ"
             )
-        _, sizes, axes = torch.linalg.svd(apart, full_matrices=False)
-        direction = axes[0] if (apart @ axes[0]).mean() >= 0 else -axes[0]
+        _, sizes, axes = torch.linalg.svd(differences, full_matrices=False)
+        direction = axes[0]
+        if (differences @ direction).mean() < 0:
+            direction = -direction
         share = float(sizes[0] ** 2 / (sizes**2).sum())
-        norm = typical(there[site].lengths, here[site].lengths)
-        found.append(Vector(site, direction, norm, {**about, "share": share}))
-    return Vectors(tuple(found))
+        norm = median_length(stream.lengths, negatives[site].lengths)
+        vectors.append(Vector(site, direction, norm, {**about, "share": share}))
+    return Vectors(tuple(vectors))

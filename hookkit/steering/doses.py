@@ -1,8 +1,10 @@
-"""What a dose of a vector does, and what it damages, beside random vectors of equal length.
+"""Dose responses: what each dose of a vector does, and what it damages, beside random vectors.
 
-What steering damages: how much worse the model predicts neutral text, and how far its predictions moved.
+The random vectors have the same length and are the control. The damage is measured on neutral text:
+how much worse the model predicts it, and how far its predictions moved.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -25,13 +27,21 @@ from ..models.sites import Site
 from ..runs.forward import forward
 from ..sweeps.cells import as_hooks, listed
 from ..sweeps.sweep import sweep
+from ..tables.distributions import kl_divergence
 from ..tables.metrics import MetricLike
 from .directions import BATCH
+
+Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
+Cell: TypeAlias = tuple[int, float, int]
+"""The number of a vector, a dose, and a sample: 0 for the vector itself, else a random one."""
+
+DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What hooks do to neutral text: the mean loss of its tokens, that without the hooks, and the KL; nats a token."""
+    """The damage of hooks on neutral text, in nats per token: the mean loss with the hooks and
+    without them (`before`), and KL(without ‖ with)."""
 
     loss: float
     before: float
@@ -39,67 +49,65 @@ class Damage:
 
 
 def neutral_rows(lm: LM, texts: Prompts) -> tuple[Row, ...]:
-    """The tokens of neutral texts, each of two or more, so that one of them can be predicted."""
+    """Returns the tokens of neutral texts; raises if a text has no token to predict."""
     rows = as_batch(lm, texts).rows
-    short = [number for number, row in enumerate(rows) if len(row) < 2]
-    if short:
-        raise BadPrompt(
-            f"neutral text {short[0]} has one token, and nothing in it is predicted: give longer texts"
-        )
+    for index, row in enumerate(rows):
+        if len(row) < 2:
+            raise BadPrompt(
+                f"neutral text {index} has one token, and nothing in it is predicted: "
+                "give longer texts"
+            )
     return rows
 
 
 def damages(
     lm: LM,
     rows: Sequence[Row],
-    hooks: Sequence[Sequence[Hook]],
+    edits: Sequence[Sequence[Hook]],
     *,
-    under: Sequence[Hook] = (),
+    base_hooks: Sequence[Hook] = (),
     batch: int,
     progress: bool | None = None,
 ) -> list[Damage]:
-    """The damage of each list of hooks; `under` act with and without them. Only `batch` texts' predictions are held."""
-    totals = torch.zeros(len(hooks), 3, dtype=torch.float64)  # loss, loss before, kl
-    shown = None if progress is None else not progress
-    with tqdm(total=len(hooks) * len(rows), unit="text", desc="neutral text", disable=shown) as bar:
+    """Returns the damage of each list of edits.
+
+    `base_hooks` act with and without the edits. The predictions of `batch` texts are in memory at a
+    time.
+    """
+    totals = torch.zeros(len(edits), 3, dtype=torch.float64)  # loss, loss before, kl
+    hidden = None if progress is None else not progress
+    total = len(edits) * len(rows)
+    with tqdm(total=total, unit="text", desc="neutral text", disable=hidden) as bar:
         for start in range(0, len(rows), batch):
-            some = rows[start : start + batch]
-            was = _predictions(lm, some, under)
-            for number, each in enumerate(hooks):
-                now = _predictions(lm, some, [*under, *each])
-                totals[number] += sum(_apart(*three) for three in zip(some, was, now, strict=True))
-                bar.update(len(some))
+            texts = rows[start : start + batch]
+            before = _logprobs(lm, texts, base_hooks)
+            for index, hooks in enumerate(edits):
+                after = _logprobs(lm, texts, [*base_hooks, *hooks])
+                sums = [_damage_sums(*row) for row in zip(texts, before, after, strict=True)]
+                totals[index] += sum(sums)
+                bar.update(len(texts))
     tokens = sum(len(row) - 1 for row in rows)
     return [Damage(*values) for values in (totals / tokens).tolist()]
 
 
-def _predictions(
+def _logprobs(
     lm: LM, rows: Sequence[Row], hooks: Sequence[Hook]
 ) -> list[Float[Tensor, "pos vocab"]]:
-    """The log-probabilities at each token of each row but its last."""
-    logits = forward(lm, [list(row) for row in rows], *hooks).logits
-    return [
-        found[: len(row) - 1].float().log_softmax(-1)
-        for found, row in zip(logits, rows, strict=True)
-    ]
+    """Returns the log-probabilities at each token of each row but its last."""
+    logits = forward(lm, list(rows), *hooks).logits
+    pairs = zip(logits, rows, strict=True)
+    return [logits_of_row[: len(row) - 1].float().log_softmax(-1) for logits_of_row, row in pairs]
 
 
-def _apart(
-    row: Row, was: Float[Tensor, "pos vocab"], now: Float[Tensor, "pos vocab"]
+def _damage_sums(
+    row: Row, before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]
 ) -> Float[Tensor, " 3"]:
-    """The sums over a row's tokens of the loss, the loss before, and KL(before ‖ now)."""
-    tokens = torch.tensor(row[1:], device=now.device)[:, None]
-    prob = was.exp()
-    kl = (
-        torch.where(prob > 0, prob * (was - now), 0.0).sum(dim=-1, dtype=torch.float64).clamp(min=0)
-    )
-    losses = [-each.gather(1, tokens).sum(dtype=torch.float64) for each in (now, was)]
-    return torch.stack([*losses, kl.sum()]).cpu()
-
-
-Named: TypeAlias = Mapping[str, Vector | Sequence[Vector]]
-
-DOSES = (-0.4, -0.2, -0.1, -0.05, 0.05, 0.1, 0.2, 0.4)
+    """Returns the sums over a row's tokens of the loss, the loss before, and KL(before ‖ after)."""
+    tokens = torch.tensor(row[1:], device=after.device)[:, None]
+    loss = -after.gather(1, tokens).sum(dtype=torch.float64)
+    loss_before = -before.gather(1, tokens).sum(dtype=torch.float64)
+    kl = kl_divergence(before, after, dtype=torch.float64).clamp(min=0)
+    return torch.stack([loss, loss_before, kl.sum()]).cpu()
 
 
 @checks_arguments
@@ -118,112 +126,113 @@ def dose_response(
     batch: int = BATCH,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """The metrics of each prompt under each dose of each vector, and of random vectors of equal length as a control.
+    """The metrics of each prompt under each dose of each vector, and of random vectors as control.
 
-    vectors  one, several (of several layers, say), or each with a name of its own: {"learnt": vector}
-    doses    lengths of what is added, as fractions of the stream's at the site; a negative one adds the opposite
-    samples  random vectors for each: sample n is `vector.random(seed=seed + n)`, the same for every dose
-    neutral  texts that have nothing to do with it, of two tokens or more. The vector is added at all their positions
-    pos      where it is added in the prompts, all positions if left out
+    vectors  one, several (of several layers, for example), or each with a name: {"learnt": vector}
+    doses    lengths of what is added, as fractions of the stream's length at the site; a negative
+             dose adds the opposite
+    samples  random vectors for each: sample n is `vector.random(seed=seed + n)` for every dose
+    neutral  unrelated texts, of two tokens or more. The vector is added at all their positions
+    pos      where the vector is added in the prompts, by default at all positions
 
-    Columns: vector (its name, else how it was made), site, layer (where sites have one), dose, length, control, sample,
-    row, prompt (the same), those of `sweep` for each metric, and with neutral texts what the dose damages there, over
-    all their tokens: damage_kl (KL(without ‖ with), nats a token), damage_loss (loss with minus without, nats a token)
-    and perplexity (exp of the loss with). `over_doses` has the means and intervals.
+    Columns: vector (its name, else its method), site, layer (if sites have one), dose, length,
+    control, sample, row, prompt (the same), those of `sweep` for each metric, and with neutral
+    texts the damage of the dose over all their tokens: damage_kl (KL(without ‖ with), nats per
+    token), damage_loss (loss with minus without, nats per token) and perplexity (exp of the loss
+    with). `over_doses` returns the means and intervals.
 
     >>> steered = hk.Vector("resid_post.20", direction, norm=120.0)
-    >>> found = dose_response(lm, prompt, steered, prob(" coffee"), doses=[0.5], samples=1, neutral="The sky is blue.")
-    >>> found[["dose", "control", "sample", "row"]].values.tolist()
+    >>> settings = {"doses": [0.5], "samples": 1, "neutral": "The sky is blue."}
+    >>> table = dose_response(lm, prompt, steered, prob(" coffee"), **settings)
+    >>> table[["dose", "control", "sample", "row"]].values.tolist()
     [[0.5, False, 0, 0], [0.5, True, 0, 0]]
     """
     named = _named(vectors)
-    whole_number(
-        samples,
-        "samples",
-        least=0,
-        meaning="how many random vectors are to be the control,",
-        error=BadHook,
-    )
+    meaning = "how many random vectors are to be the control,"
+    whole_number(samples, "samples", least=0, meaning=meaning, error=BadHook)
     texts = None if neutral is None else neutral_rows(lm, neutral)
-    wanted = [number(dose, "a dose") for dose in listed(doses, "doses")]
-    each = {
-        (n, s): _sample(vector, s, seed)
-        for n, (_, vector) in enumerate(named)
-        for s in range(samples + 1)
-    }
-    grid = {"vector": range(len(named)), "dose": wanted, "sample": range(samples + 1)}
+    numbers = [number(dose, "a dose") for dose in listed(doses, "doses")]
+    sampled: list[list[Vector]] = []
+    for _, vector in named:
+        random = [vector.random(seed=seed + sample) for sample in range(samples)]
+        sampled.append([vector, *random])
+    grid = {"vector": range(len(named)), "dose": numbers, "sample": range(samples + 1)}
 
     def hooks(vector: int, dose: float, sample: int) -> Hook:
-        return each[vector, sample].steer(dose=dose, pos=pos)
+        return sampled[vector][sample].steer(dose=dose, pos=pos)
 
     table = sweep(lm, prompts, grid, hooks, metrics, under=under, progress=progress)
     attrs = table.attrs
     if texts is not None:
-        cells = [(v, d, s) for v in range(len(named)) for d in wanted for s in range(samples + 1)]
-        steers = [[each[v, s].steer(dose=d)] for v, d, s in cells]
-        hurt = damages(lm, texts, steers, under=as_hooks(under), batch=batch, progress=progress)
-        table = table.merge(_damage_table(cells, hurt), on=["vector", "dose", "sample"], how="left")
-    table = _told(table, named)
+        cells = list(itertools.product(*grid.values()))
+        edits = [[sampled[vector][sample].steer(dose=dose)] for vector, dose, sample in cells]
+        base_hooks = as_hooks(under)
+        costs = damages(lm, texts, edits, base_hooks=base_hooks, batch=batch, progress=progress)
+        table = table.merge(
+            _damage_table(cells, costs), on=["vector", "dose", "sample"], how="left"
+        )
+    table = _with_names(table, named)
     table.attrs |= attrs
     return table
 
 
-def _damage_table(cells: Sequence[tuple[int, float, int]], hurt: Sequence[Any]) -> pd.DataFrame:
+def _damage_table(cells: Sequence[Cell], costs: Sequence[Damage]) -> pd.DataFrame:
     table = pd.DataFrame(cells, columns=["vector", "dose", "sample"])
-    table["damage_kl"] = [each.kl for each in hurt]
-    table["damage_loss"] = [each.loss - each.before for each in hurt]
-    table["perplexity"] = np.exp([each.loss for each in hurt])
+    table["damage_kl"] = [damage.kl for damage in costs]
+    table["damage_loss"] = [damage.loss - damage.before for damage in costs]
+    table["perplexity"] = np.exp([damage.loss for damage in costs])
     return table
 
 
-def _sample(vector: Vector, sample: int, seed: int) -> Vector:
-    """The vector itself, or one of the random ones that are its control."""
-    return vector if sample == 0 else vector.random(seed=seed + sample - 1)
-
-
 def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
-    """Each vector with its name, by which and by its site it can be told."""
+    """Returns each vector with its name; names and sites together are unique."""
+    named: list[tuple[str, Any]] = []
     if isinstance(vectors, Mapping):
-        given: list[tuple[str, Any]] = [
-            (str(name), one) for name, some in vectors.items() for one in _listed(some)
-        ]
+        for name, group in vectors.items():
+            named += [(str(name), vector) for vector in _as_list(group)]
     else:
-        given = [(getattr(one, "method", ""), one) for one in _listed(vectors)]
-    if not given:
+        named += [(getattr(vector, "method", ""), vector) for vector in _as_list(vectors)]
+    if not named:
         raise BadHook("there is no vector: give at least one")
-    for _, one in given:
-        if not isinstance(one, Vector):
+    for _, vector in named:
+        if not isinstance(vector, Vector):
             raise BadHook(
-                f"{type(one).__name__} is no steering vector with a length of the stream: make one with "
-                "hk.mean_difference, hk.fit_vector …, or hk.Vector(site, tensor, norm)"
+                f"{type(vector).__name__} is no steering vector with a length of the stream: make "
+                "one with hk.mean_difference, hk.fit_vector …, or hk.Vector(site, tensor, norm)"
             )
-    seen = [(name, one.site) for name, one in given]
-    twice = next((each for each in seen if seen.count(each) > 1), None)
-    if twice is not None:
-        raise BadHook(
-            f'two vectors are {twice[0]!r} at {twice[1]}: give them names, {{"one": …, "other": …}}'
-        )
-    return given
+    keys = [(name, vector.site) for name, vector in named]
+    for name, site in keys:
+        if keys.count((name, site)) > 1:
+            raise BadHook(
+                f'two vectors are {name!r} at {site}: give them names, {{"one": …, "other": …}}'
+            )
+    return named
 
 
-def _listed(some: Any) -> list[Any]:
-    return [some] if isinstance(some, Vector) or not isinstance(some, Iterable) else list(some)
+def _as_list(vectors: Any) -> list[Any]:
+    if isinstance(vectors, Vector) or not isinstance(vectors, Iterable):
+        return [vectors]
+    return list(vectors)
 
 
-def _told(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFrame:
-    """The table with its vectors by name and place, and its random ones as control."""
+def _with_names(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFrame:
+    """Returns the table with the vectors' names and sites, and the random vectors as control."""
+    numbers = table["vector"]
     names, vectors = zip(*named, strict=True)
-    number = table["vector"]
+    sites = [vector.site for vector in vectors]
+    norms = [vector.norm for vector in vectors]
     table = table.assign(
-        vector=[names[n] for n in number],
-        site=[str(vectors[n].site) for n in number],
-        length=[abs(dose) * vectors[n].norm for n, dose in zip(number, table["dose"], strict=True)],
+        vector=numbers.map(names.__getitem__),
+        site=numbers.map(list(map(str, sites)).__getitem__),
+        length=table["dose"].abs() * numbers.map(norms.__getitem__),
         control=table["sample"] > 0,
         sample=(table["sample"] - 1).clip(lower=0),
         prompt=table["row"],
     )
-    places = ["vector", "site", "dose", "length", "control", "sample", "row", "prompt"]
-    if all(isinstance(vector.site, Site) and vector.site.layer is not None for vector in vectors):
-        table["layer"] = [vectors[n].site.layer for n in number]  # pyright: ignore
-        places.insert(2, "layer")
-    return table.loc[:, [*places, *(name for name in table.columns if name not in places)]]
+    first = ["vector", "site", "dose", "length", "control", "sample", "row", "prompt"]
+    layers = [site.layer if isinstance(site, Site) else None for site in sites]
+    if None not in layers:
+        table["layer"] = numbers.map(layers.__getitem__)
+        first.insert(2, "layer")
+    remaining = [name for name in table.columns if name not in first]
+    return table.loc[:, [*first, *remaining]]

@@ -1,1 +1,1 @@
-"""What a run shows, as pandas tables: ranks, shifts, uncertainty, surprisal, decoding; and metrics."""
+"""Tables of runs, as DataFrames: ranks, shifts, uncertainty, surprisal, decoding, metrics."""

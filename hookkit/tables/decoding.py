@@ -1,6 +1,6 @@
-"""Tables of a generation: every step's candidates at each stage, and why each token was chosen.
+"""Tables of a generation: each step's candidates at each stage, and why each token was chosen.
 
-    run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"), max_new_tokens=10)
+    run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(watch=" tea"))
     hk.decisions(run)[["step", "token", "why"]]
     hk.decoding(run)                                  # all candidates of all steps, at all stages
 
@@ -20,72 +20,73 @@ from ..models.positions import CountLike, as_count, chosen
 from ..models.tokens import shown_ranks
 from ..runs.run import Run
 from ..runs.trace import STAGES, Decision, Recorded, Stage
-
-SUMS = ("entropy", "varentropy", "perplexity", "margin")
+from .rank_tables import reasons_of
 
 
 @checks_arguments
 def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.DataFrame:
-    """Every step's candidates at each stage, a row each: the top ones, the watched, named and drawn ones.
+    """Every step's candidates at each stage: the most likely, watched, named and drawn tokens.
 
-    Columns: row, step, pos, stage ("model", "edited" or "processed"), token, token_id, logit, logprob, prob, rank,
-    drawn (True for the token that was chosen), why ("top", "watched", "named" by a hook, "drawn"). `top` shows fewer of
-    each stage's first than were recorded. In beam search the logits of the stage "processed" are log-probabilities,
-    as there transformers' rules act on those.
+    Columns: row, step, pos, stage ("model", "edited" or "processed"), token, token_id, logit,
+    logprob, prob, rank, drawn (True for the token that was chosen), why ("top", "watched", "named"
+    by a hook, "drawn"). `top` shows fewer of each stage's first tokens than were recorded. In beam
+    search the logits of the stage "processed" are log-probabilities, since there the rules of
+    transformers act on those.
 
-    Raises `NotCaptured` where the run was made without trace=, `OutOfRange` for a `top` that is not on record.
+    Raises `NotCaptured` if the run was made without trace=, and `OutOfRange` if `top` is larger
+    than what was recorded.
     """
-    record = _record(run)
-    shown = record.asked.top if top is None else top
-    if not 1 <= shown <= record.asked.top:
-        most = record.asked.top
+    record = _record_of(run)
+    recorded = record.asked.top
+    count = recorded if top is None else top
+    if not 1 <= count <= recorded:
         raise OutOfRange(
-            f"top={top!r}: {most} tokens of each stage are on record, so give 1 to {most}"
+            f"top={top!r}: {recorded} tokens of each stage are on record, so give 1 to {recorded}"
         )
-    parts = [
-        part
-        for decision in _of_rows(run, record, rows)
-        for part in candidates(record, decision, shown)
-    ]
-    return pd.DataFrame(parts)
+    table_rows: list[dict[str, object]] = []
+    for decision in _decisions_of(run, record, rows):
+        table_rows += candidate_rows(record, decision, count)
+    return pd.DataFrame(table_rows)
 
 
-def candidates(record: Recorded, decision: Decision, shown: int) -> Iterator[dict[str, object]]:
-    """The rows of `decoding` for one step of one row."""
-    ids = decision.record.ids[decision.model_row].tolist()
+def candidate_rows(record: Recorded, decision: Decision, count: int) -> Iterator[dict[str, object]]:
+    """Returns the rows of `decoding` for one step of one row, with `count` tokens of each stage."""
+    row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     for name in STAGES:
         stage = decision.record.stages[name]
-        reasons = {"top": stage.top[decision.model_row, :shown].tolist(), "watched": record.watched}
-        reasons |= {"named": record.named, "drawn": (decision.token,)}
-        why: dict[int, list[str]] = {}
-        for reason, tokens in reasons.items():
-            for token in tokens:
-                why.setdefault(token, []).append(reason)
-        numbers = sorted(
-            (
-                {"token_id": token, **_numbers(stage, decision.model_row, ids.index(token))}
-                for token in why
-            ),
-            key=_order,
+        why = reasons_of(
+            {
+                "top": stage.top[row, :count].tolist(),
+                "watched": record.watched,
+                "named": record.named,
+                "drawn": (decision.token,),
+            }
         )
-        for found in numbers:
-            token = int(found["token_id"])
-            place = {"row": decision.row, "step": decision.step, "pos": decision.pos, "stage": name}
-            yield place | {"token": repr(record.lm.string(token))} | found | {
-                "drawn": token == decision.token, "why": ", ".join(why[token])
-            }  # fmt: skip
+        numbers = {token: _numbers(stage, row, ids.index(token)) for token in why}
+        for token in sorted(why, key=lambda token: _sort_key(token, numbers[token])):
+            yield {
+                "row": decision.row,
+                "step": decision.step,
+                "pos": decision.pos,
+                "stage": name,
+                "token": repr(record.lm.string(token)),
+                "token_id": token,
+                **numbers[token],
+                "drawn": token == decision.token,
+                "why": why[token],
+            }
 
 
-def _order(numbers: Mapping[str, float]) -> tuple[float, float]:
-    """By rank, tokens without one last, and by id."""
+def _sort_key(token: int, numbers: Mapping[str, float]) -> tuple[float, int]:
+    """Sorts by rank, tokens without one last, and by id."""
     rank = numbers["rank"]
-    return math.inf if math.isnan(rank) else rank, numbers["token_id"]
+    return math.inf if math.isnan(rank) else rank, token
 
 
 def _numbers(stage: Stage, row: int, column: int) -> dict[str, float]:
-    logit, logprob = stage.logits[row, column].item(), stage.logprobs[row, column]
+    logprob = stage.logprobs[row, column]
     return {
-        "logit": logit,
+        "logit": stage.logits[row, column].item(),
         "logprob": logprob.item(),
         "prob": logprob.exp().item(),
         "rank": shown_ranks(stage.ranks[row, column]).item(),
@@ -94,86 +95,96 @@ def _numbers(stage: Stage, row: int, column: int) -> dict[str, float]:
 
 @checks_arguments
 def decisions(run: Run, *, rows: CountLike = None) -> pd.DataFrame:
-    """One row for each step: the token that was chosen, what became of it from stage to stage, and why it was chosen.
+    """One row for each step: the chosen token, its numbers at each stage, and why it was chosen.
 
-    Columns: row, step, pos, token, token_id, why (a sentence); logit, prob and rank of the token, each _model, _edited
-    and _processed; entropy (nats), varentropy (nats²), perplexity, margin (largest logit minus the second), each by
-    stage too; candidates (tokens left to choose from); top1_model (what the model itself would have said).
+    Columns: row, step, pos, token, token_id, why (a sentence); logit, prob and rank of the token,
+    each _model, _edited and _processed; entropy (nats), varentropy (nats²), margin (largest logit
+    minus the second) and perplexity, each by stage too; candidates (tokens left to choose from);
+    top1_model (the most likely token of the unedited model).
 
-    Raises `NotCaptured` where the run was made without trace=.
+    Raises `NotCaptured` if the run was made without trace=.
     """
-    record = _record(run)
-    return pd.DataFrame([decided(record, decision) for decision in _of_rows(run, record, rows)])
+    record = _record_of(run)
+    return pd.DataFrame(
+        [decision_row(record, decision) for decision in _decisions_of(run, record, rows)]
+    )
 
 
-def decided(record: Recorded, decision: Decision) -> dict[str, object]:
-    """One row of `decisions`."""
+def decision_row(record: Recorded, decision: Decision) -> dict[str, object]:
+    """Returns one row of `decisions`."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
-    found: dict[str, object] = {"row": decision.row, "step": decision.step, "pos": decision.pos}
-    found |= {
+    columns: dict[str, object] = {
+        "row": decision.row,
+        "step": decision.step,
+        "pos": decision.pos,
         "token": repr(record.lm.string(decision.token)),
         "token_id": decision.token,
-        "why": why(record, decision),
+        "why": explain_choice(record, decision),
     }
     stages = {name: decision.record.stages[name] for name in STAGES}
-    numbers = {
-        name: _numbers(stage, row, ids.index(decision.token)) for name, stage in stages.items()
-    }
+    column = ids.index(decision.token)
+    numbers = {name: _numbers(stage, row, column) for name, stage in stages.items()}
     for quantity in ("logit", "prob", "rank"):
-        found |= {f"{quantity}_{name}": numbers[name][quantity] for name in STAGES}
+        for name in STAGES:
+            columns[f"{quantity}_{name}"] = numbers[name][quantity]
     for quantity in ("entropy", "varentropy", "margin"):
-        found |= {
-            f"{quantity}_{name}": getattr(stages[name], quantity)[row].item() for name in STAGES
-        }
-    found |= {f"perplexity_{name}": stages[name].entropy[row].exp().item() for name in STAGES}
-    found["candidates"] = int(stages["processed"].candidates[row])
-    known = not math.isnan(stages["model"].entropy[row].item())
-    found["top1_model"] = (
-        repr(record.lm.string(int(stages["model"].top[row, 0]))) if known else None
-    )
-    return found
+        for name in STAGES:
+            columns[f"{quantity}_{name}"] = getattr(stages[name], quantity)[row].item()
+    for name in STAGES:
+        columns[f"perplexity_{name}"] = stages[name].entropy[row].exp().item()
+    columns["candidates"] = int(stages["processed"].candidates[row])
+    columns["top1_model"] = None
+    if not math.isnan(stages["model"].entropy[row].item()):
+        columns["top1_model"] = repr(record.lm.string(int(stages["model"].top[row, 0])))
+    return columns
 
 
-def why(record: Recorded, decision: Decision) -> str:
-    """The sentence that says why a token was chosen."""
+def explain_choice(record: Recorded, decision: Decision) -> str:
+    """Returns the sentence that says why a token was chosen."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     column = ids.index(decision.token)
     if bool(decision.record.stages["edited"].logprobs[row].isnan().any()):
         return "no reason: the logits are NaN or infinite, so that no token has a probability"
     ranks = {name: int(decision.record.stages[name].ranks[row, column]) for name in STAGES}
     moves = list(_moves(decision, column))
-    forced = _forced(record, decision, moves)
-    certain = isinstance(forced, Force) and (forced.decides or forced.margin == math.inf)
+    force = _force_of(record, decision, moves)
+    certain = force is not None and (force.decides or force.margin == math.inf)
     drawn = record.generation.mode != "greedy_search" and not certain
-    if forced is not None and ranks["edited"] == 1 and not drawn:
-        sentence = f"forced by {forced}: rank {ranks['model']} for the model"
-        return "; ".join([sentence, *_taken_out(record, decision)])
-    parts = [_chosen(record, decision, column, ranks["processed"]), *_taken_out(record, decision)]
-    movers = [
-        str(hook) for hook, was, now in moves if was != now and not isinstance(hook, Ban | Restrict)
-    ]
+    if force is not None and ranks["edited"] == 1 and not drawn:
+        reason = f"forced by {force}: rank {ranks['model']} for the model"
+        return "; ".join([reason, *_removed_first(record, decision)])
+    parts = [_choice(record, decision, column, ranks["processed"])]
+    parts += _removed_first(record, decision)
+    return "; ".join([*parts, *_rank_changes(record, ranks, moves)])
+
+
+def _rank_changes(
+    record: Recorded, ranks: Mapping[str, int], moves: list[tuple[Hook, int, int]]
+) -> Iterator[str]:
+    """Returns how hooks and logits processors changed the token's rank."""
+    movers = []
+    for hook, before, after in moves:
+        if before != after and not isinstance(hook, Ban | Restrict):
+            movers.append(str(hook))
     if movers and ranks["model"] != ranks["edited"]:
-        parts.append(
-            f"{' and '.join(movers)} moved it from rank {ranks['model']} to {ranks['edited']}"
-        )
+        hooks = " and ".join(movers)
+        yield f"{hooks} moved it from rank {ranks['model']} to {ranks['edited']}"
     elif ranks["model"] != 1 and record.generation.mode == "sample":
-        parts.append(f"rank {ranks['model']} for the model")
+        yield f"rank {ranks['model']} for the model"
     if ranks["processed"] != ranks["edited"]:
-        parts.append(
-            f"the logits processors moved it from rank {ranks['edited']} to {ranks['processed']}"
-        )
-    return "; ".join(parts)
+        yield f"the logits processors moved it from rank {ranks['edited']} to {ranks['processed']}"
 
 
-def _chosen(record: Recorded, decision: Decision, column: int, rank: int) -> str:
-    """How transformers chose the token."""
+def _choice(record: Recorded, decision: Decision, column: int, rank: int) -> str:
+    """Returns how transformers chose the token."""
     stage, row = decision.record.stages["processed"], decision.model_row
     count, mode, rules = int(stage.candidates[row]), record.generation.mode, record.generation.rules
     suffix = f" ({rules})" if rules else ""
     if count == 1:
         return f"the only candidate left{suffix}"
     if mode == "sample":
-        return f"drawn with p = {stage.logprobs[row, column].exp().item():.2g} among {count} candidates{suffix}"
+        prob = stage.logprobs[row, column].exp().item()
+        return f"drawn with p = {prob:.2g} among {count} candidates{suffix}"
     if mode == "beam_search":
         return f"beam search: rank {rank} of {count} on the best of {record.generation.beams} beams"
     if stage.margin[row] == 0:
@@ -182,47 +193,44 @@ def _chosen(record: Recorded, decision: Decision, column: int, rank: int) -> str
 
 
 def _moves(decision: Decision, column: int) -> Iterator[tuple[Hook, int, int]]:
-    """The hooks that changed the logits, with the token's rank before and after each."""
-    row, was = (
-        decision.model_row,
-        int(decision.record.stages["model"].ranks[decision.model_row, column]),
-    )
-    for changed in decision.record.changes:
-        if changed.rows[row]:
-            now = int(changed.ranks[row, column])
-            yield changed.hook, was, now
-            was = now
+    """Returns the hooks that changed the logits, with the token's rank before and after each."""
+    row = decision.model_row
+    rank = int(decision.record.stages["model"].ranks[row, column])
+    for change in decision.record.changes:
+        if change.rows[row]:
+            new_rank = int(change.ranks[row, column])
+            yield change.hook, rank, new_rank
+            rank = new_rank
 
 
-def _forced(
+def _force_of(
     record: Recorded, decision: Decision, moves: list[tuple[Hook, int, int]]
-) -> Hook | None:
-    """The last hook that put this token first."""
-    for hook, _, now in reversed(moves):
-        if isinstance(hook, Force) and now == 1 and decision.token in hook.named(record.lm):
+) -> Force | None:
+    """Returns the last force hook that put this token first."""
+    for hook, _, rank in reversed(moves):
+        if isinstance(hook, Force) and rank == 1 and decision.token in hook.named(record.lm):
             return hook
     return None
 
 
-def _taken_out(record: Recorded, decision: Decision) -> Iterator[str]:
-    """What is to be said of the model's own first token if a hook took it out."""
-    first = int(decision.record.stages["model"].top[decision.model_row, 0])
-    column = decision.record.ids[decision.model_row].tolist().index(first)
-    if (
-        decision.record.stages["edited"].logits[decision.model_row, column] != -float("inf")
-        or first == decision.token
-    ):
-        return
+def _removed_first(record: Recorded, decision: Decision) -> list[str]:
+    """Returns a sentence if a hook removed the model's own first token, else an empty list."""
+    row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
+    first = int(decision.record.stages["model"].top[row, 0])
+    edited_logit = decision.record.stages["edited"].logits[row, ids.index(first)]
+    if edited_logit != -math.inf or first == decision.token:
+        return []
     token = repr(record.lm.string(first))
+    sentences = []
     for hook in decision.hooks:
         if isinstance(hook, Ban) and first in hook.named(record.lm):
-            yield f"banned {token} was first for the model"
-            return
+            return [*sentences, f"banned {token} was first for the model"]
         if isinstance(hook, Restrict) and first not in hook.named(record.lm):
-            yield f"{hook} left out {token}, first for the model"
+            sentences.append(f"{hook} left out {token}, first for the model")
+    return sentences
 
 
-def _record(run: Run) -> Recorded:
+def _record_of(run: Run) -> Recorded:
     if run.recorded is None:
         raise NotCaptured(
             "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
@@ -230,6 +238,6 @@ def _record(run: Run) -> Recorded:
     return run.recorded
 
 
-def _of_rows(run: Run, record: Recorded, rows: CountLike) -> list[Decision]:
-    wanted = set(chosen(as_count(rows, "row", negative=False), len(run.lengths)))
-    return [decision for decision in record.decisions if decision.row in wanted]
+def _decisions_of(run: Run, record: Recorded, rows: CountLike) -> list[Decision]:
+    selected = set(chosen(as_count(rows, "row", negative=False), len(run.lengths)))
+    return [decision for decision in record.decisions if decision.row in selected]

@@ -1,21 +1,26 @@
-"""What a model says at one position: a distribution over the vocabulary, and the numbers that follow from it.
+"""Next-token distributions, and the numbers of a distribution that all tables share.
 
-Log-probabilities are a float32 log-softmax over every row of the vocabulary that the model has, as in decoding. Rows of
-the vocabulary that are no token are never ranked and never shown. Sums over the vocabulary are taken in float64.
+The functions are batched: they take logits or log-probabilities with the vocabulary on the last
+axis. `Distribution` holds the logits of one position, and `distributions` reads them from a run.
 
-Scenarios: four names for how a choice between next tokens can look, with the thresholds that decide between them.
+Log-probabilities are a float32 log-softmax over every row of the model's vocabulary, as in
+decoding. Sums over the vocabulary are taken in float64. Rows of the vocabulary that are no token
+are never ranked and never shown.
+
+`scenario` names how a choice between next tokens looks. The first name that fits is used:
 
 very confident     the first token has at least 0.9 of the probability
-two good options   the second has at least half of what the first has, and the two together at least 0.6
-one clear winner   the first has at least 0.5
-uncertain          all the rest: no token, and no pair of equals, has most of it
+two good options   the second token has at least half the probability of the first, and both
+                   together have at least 0.6
+one clear winner   the first token has at least 0.5
+uncertain          everything else
 
-They are asked in this order, and the first that fits is the name. The thresholds are round numbers that sort positions
-for a reader, no more: a study should use the columns `top1_prob`, `entropy` and `perplexity` themselves.
+The thresholds are round numbers that sort positions for a reader. A study should use the columns
+`top1_prob`, `entropy` and `perplexity`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -25,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange
+from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.positions import CountLike, PosLike, Where, as_count, as_pos, chosen, wish
 from ..models.prompts import cover
@@ -32,15 +38,94 @@ from ..models.tokens import NO_RANK
 from ..runs.run import Run
 
 LogitVector: TypeAlias = Float[Tensor, " vocab"]
+Batch: TypeAlias = Float[Tensor, "*batch vocab"]
+
+VERY_CONFIDENT = 0.9  # probability of the first token
+HALF_AS_GOOD = 0.5  # probability of the second token, as a fraction of the first's
+TOGETHER = 0.6  # probability of the two tokens
+CLEAR = 0.5  # probability of the first token
+
+UNKNOWN = "unknown"  # the scenario of logits that are NaN
+
+SCENARIOS = ("very confident", "two good options", "one clear winner", "uncertain")
+
+
+def exact_logprobs(logits: Batch) -> Batch:
+    """Returns the log-probabilities in float64, for sums over the vocabulary."""
+    return logits.double().log_softmax(dim=-1)
+
+
+def token_logits(logits: Batch, n_tokens: int) -> Batch:
+    """Returns the logits of the vocabulary's rows that are tokens; all if `n_tokens` is 0."""
+    return logits[..., : n_tokens or None]
+
+
+def token_texts(lm: LM, ids: Iterable[int]) -> list[str]:
+    """Returns tokens as tables show them: Python strings in quotes."""
+    return [repr(lm.string(token)) for token in ids]
+
+
+def top_tokens(logits: Batch, n_tokens: int, count: int | None) -> Int[Tensor, "*batch count"]:
+    """Returns the `count` most likely tokens, most likely first; all tokens for None.
+
+    Of tokens with equal logits the lower id comes first, as in greedy decoding.
+    """
+    order = torch.sort(token_logits(logits, n_tokens), dim=-1, descending=True, stable=True)
+    return order.indices[..., :count]
+
+
+def expected(
+    logprobs: Batch, values: Batch, *, dtype: torch.dtype | None = None
+) -> Float[Tensor, "*batch"]:
+    """Returns the mean of values under each distribution, summed in `dtype`.
+
+    A value whose probability is 0 does not count, even if it is infinite. A probability that is
+    NaN makes the mean NaN.
+    """
+    probs = logprobs.exp()
+    products = probs * values
+    mean = products.sum(-1, dtype=dtype)
+    if mean.isfinite().all():
+        return mean
+    return torch.where(probs == 0, 0.0, products).sum(-1, dtype=dtype)
+
+
+def entropy_of(logprobs: Batch) -> Float[Tensor, "*batch"]:
+    """Returns -Σ p log p, in nats."""
+    return 0.0 - expected(logprobs, logprobs)  # 0.0 for a certain token, not -0.0
+
+
+def kl_divergence(
+    p: Batch, q: Batch, *, dtype: torch.dtype | None = None
+) -> Float[Tensor, "*batch"]:
+    """Returns KL(p ‖ q) in nats, from log-probabilities; rounding may leave it below 0."""
+    return expected(p, p - q, dtype=dtype)
+
+
+def divergences(before: Batch, after: Batch) -> dict[str, Float[Tensor, "*batch"]]:
+    """Returns kl, kl_reverse, js and tv of the distributions with these log-probabilities."""
+    middle = torch.logaddexp(before, after) - math.log(2)
+    values = {
+        "kl": kl_divergence(before, after),
+        "kl_reverse": kl_divergence(after, before),
+        "js": (kl_divergence(before, middle) + kl_divergence(after, middle)) / 2,
+        "tv": (before.exp() - after.exp()).abs().sum(-1) / 2,
+    }
+    # rounding can leave -1e-17; clamp keeps NaN
+    return {name: value.clamp(min=0.0) for name, value in values.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """What the model says at one position: logits and all that follows from them."""
+    """The next-token distribution at one position.
+
+    location  `row` and `pos`, and `step` if steps were selected
+    logits    float32, on the CPU
+    """
 
     lm: LM
-    place: dict[str, int]  # row and pos, and step where steps were asked for
-    logits: LogitVector  # float32, on the CPU
+    location: dict[str, int]
+    logits: LogitVector
 
     @cached_property
     def logprobs(self) -> LogitVector:
@@ -50,129 +135,104 @@ class Distribution:
     def probs(self) -> LogitVector:
         return self.logprobs.exp()
 
+    @cached_property
+    def exact(self) -> LogitVector:
+        """The log-probabilities in float64."""
+        return exact_logprobs(self.logits)
+
     @property
     def real(self) -> LogitVector:
         """The logits of the rows of the vocabulary that are tokens."""
-        return self.logits[: self.lm.n_tokens or None]
+        return token_logits(self.logits, self.lm.n_tokens)
 
     @cached_property
     def _ascending(self) -> LogitVector:
         return self.real[~self.real.isnan()].sort().values
 
     def ranks(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """1 + the number of tokens with a strictly larger logit; `NO_RANK` for a logit that is NaN."""
-        wanted = self.logits[ids].contiguous()
-        larger = len(self.real) - torch.searchsorted(
-            self._ascending, wanted, right=True
-        )  # NaN counts as larger
-        return (larger + 1).masked_fill(wanted.isnan(), NO_RANK)
+        """Returns 1 + the number of tokens with a strictly larger logit; `NO_RANK` for NaN."""
+        logits = self.logits[ids].contiguous()
+        not_larger = torch.searchsorted(self._ascending, logits, right=True)
+        larger = len(self.real) - not_larger  # NaN counts as larger
+        return (larger + 1).masked_fill(logits.isnan(), NO_RANK)
 
     @property
     def unknown(self) -> bool:
-        """True where logits are NaN, so that no token is the most likely one."""
+        """True if logits are NaN, so that no token is the most likely one."""
         return bool(self.logits.isnan().any())
 
     def top(self, count: int | None) -> list[int]:
-        """The most likely tokens; the lower id first among equals, as in greedy decoding."""
-        order = torch.sort(self.real, descending=True, stable=True).indices
-        return order[:count].tolist()
-
-    @cached_property
-    def exact(self) -> Float[Tensor, " vocab"]:
-        """The log-probabilities in float64, for sums over the vocabulary."""
-        return self.logits.double().log_softmax(dim=-1)
+        """Returns the most likely tokens. See `top_tokens`."""
+        return top_tokens(self.logits, self.lm.n_tokens, count).tolist()
 
     @cached_property
     def entropy(self) -> float:
         """-Σ p log p, in nats."""
-        return 0.0 - float(expected(self.exact, self.exact))  # 0.0 where it is certain, not -0.0
+        return float(entropy_of(self.exact))
 
     @cached_property
     def varentropy(self) -> float:
-        """The variance of -log p under p, in nats²: 0 where all candidates are equally likely, or there is only one."""
+        """The variance of -log p under p, in nats²; 0 if all candidates are equally likely."""
         return float(expected(self.exact, (self.exact + self.entropy) ** 2))
 
     @cached_property
     def margin(self) -> float:
-        """The largest logit minus the second largest; infinite where every other token is banned, NaN where it is
-        not known which they are."""
+        """The largest logit minus the second; infinite if every other token is banned.
+
+        NaN if logits are NaN.
+        """
         first, second = self.real.topk(2).values.tolist()
         return first - second if second != -math.inf else math.inf
-
-
-def expected(
-    logprobs: Float[Tensor, "*place vocab"], values: Float[Tensor, "*place vocab"]
-) -> Float[Tensor, "*place"]:
-    """The mean of values under each distribution; a probability of 0 takes its value out, be it infinite.
-
-    A probability that is NaN makes the mean NaN.
-    """
-    probs = logprobs.exp()
-    found = (probs * values).sum(-1)
-    return found if found.isfinite().all() else torch.where(probs == 0, 0.0, probs * values).sum(-1)
 
 
 def distributions(
     run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
 ) -> Iterator[Distribution]:
-    """What the model says at each chosen position of each row, in order.
+    """Returns the distribution at each selected position of each row, in order.
 
-    Without `pos` and `step` these are all the positions at which the run has logits. Raises `OutOfRange` where a chosen
-    position has none.
+    Without `pos` and `step`, these are all positions at which the run has logits. Raises
+    `OutOfRange` if a selected position has none.
     """
-    kept = run.captured_logits()
-    assert kept.positions is not None
+    captured = run.captured_logits()
     where = Where(
         as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
     )
     if where.pos is not None and where.step is not None:
-        raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: say one of them")
-    for row in chosen(where.rows, len(kept.rows)):
-        prompt = kept.prompts[row]
-        wanted = wish(where, len(prompt), lambda at, prompt=prompt: cover(run.lm, prompt, at))
-        there = [place for place in kept.positions[row].tolist() if place >= 0]
-        missing = (
-            [] if isinstance(wanted, range) else [place for place in wanted if place not in there]
+        raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: give one of them")
+    request = f"step={step!r}" if step is not None else f"pos={pos!r}"
+    for row in chosen(where.rows, len(captured.rows)):
+        prompt_length = len(captured.prompts[row])
+        for column, position in _columns_of(run.lm, captured, row, where, request):
+            location = {"row": row, "pos": position}
+            if where.step is not None:
+                location["step"] = position - prompt_length + 1
+            logits = captured.values[row, column].detach().float().cpu()
+            yield Distribution(run.lm, location, logits)
+
+
+def _columns_of(
+    lm: LM, captured: Captured, row: int, where: Where, request: str
+) -> list[tuple[int, int]]:
+    """Returns the column and the position of each selected position of a row."""
+    assert captured.positions is not None
+    prompt = captured.prompts[row]
+    selected = wish(where, len(prompt), lambda text: cover(lm, prompt, text))
+    positions = captured.positions[row].tolist()
+    available = [position for position in positions if position >= 0]
+    missing = False
+    if not isinstance(selected, range):  # a range may reach beyond the text
+        missing = not set(selected) <= set(available)
+    columns = [(positions.index(pos), pos) for pos in available if pos in selected]
+    if missing or not columns:
+        raise OutOfRange(
+            f"{request} was asked for in row {row}, where this run has logits at positions "
+            f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
         )
-        places = [place for place in there if place in wanted]
-        if missing or not places:
-            asked = f"step={step!r}" if step is not None else f"pos={pos!r}"
-            raise OutOfRange(
-                f"{asked} was asked for in row {row}, where this run has logits at positions {there[0]} to {there[-1]} "
-                f"(its prompt has {len(prompt)} tokens)"
-            )
-        for place in places:
-            asked_step = {} if where.step is None else {"step": place - len(prompt) + 1}
-            logits = kept.values[row, there.index(place)].detach().float().cpu()
-            yield Distribution(run.lm, {"row": row, "pos": place, **asked_step}, logits)
-
-
-def divergences(was: Distribution, now: Distribution) -> dict[str, float]:
-    """kl, kl_reverse, js and tv of two distributions."""
-    p, q = was.exact, now.exact
-    middle = torch.logaddexp(p, q) - math.log(2)
-    found = {
-        "kl": float(expected(p, p - q)),
-        "kl_reverse": float(expected(q, q - p)),
-        "js": float(expected(p, p - middle) + expected(q, q - middle)) / 2,
-        "tv": float((p.exp() - q.exp()).abs().sum() / 2),
-    }
-    # rounding can leave -1e-17; max(0.0, NaN) would be 0.0
-    return {name: value if math.isnan(value) else max(0.0, value) for name, value in found.items()}
-
-
-VERY_CONFIDENT = 0.9  # the first token's probability
-HALF_AS_GOOD = 0.5  # the second's probability as a part of the first's
-TOGETHER = 0.6  # the two tokens' probability
-CLEAR = 0.5  # the first token's probability
-
-UNKNOWN = "unknown"  # where the model's logits are NaN
-
-SCENARIOS = ("very confident", "two good options", "one clear winner", "uncertain")
+    return columns
 
 
 def scenario(first: float, second: float) -> str:
-    """The name for a distribution whose two largest probabilities are these.
+    """Returns the name for a distribution whose two largest probabilities are these.
 
     >>> scenario(0.45, 0.4)
     'two good options'
@@ -184,4 +244,6 @@ def scenario(first: float, second: float) -> str:
         return confident
     if second >= HALF_AS_GOOD * first and first + second >= TOGETHER:
         return options
-    return winner if first >= CLEAR else uncertain
+    if first >= CLEAR:
+        return winner
+    return uncertain

@@ -1,12 +1,13 @@
-"""Confidence intervals: of means, ratios of means and shares, over prompts and over samples. numpy and scipy, no torch.
+"""Confidence intervals of means, ratios of means and shares, over prompts and over samples.
 
-Every interval that hookkit prints is made here.
+Every interval in hookkit is computed in this file, with numpy and scipy, without torch.
 
-Below 30 values   a t interval. Its two tails share 1 - confidence by the skewness of the values: a sample with a long
-                  upper tail has a mean that is too small more often than one that is too large. With normal numbers
-                  the coverage stays exact, since skewness and t are then independent (Basu's theorem).
-From 30 values    a BCa bootstrap (bias-corrected and accelerated: Efron 1987), expanded for the size of the sample
-                  (Hesterberg 2015).
+Below 30 values   a t interval. The skewness of the values decides how its two tails share
+                  1 - confidence: the mean of a sample with a long upper tail is more often too
+                  small than too large. For normal numbers the coverage is exact, since skewness and
+                  t are then independent (Basu's theorem).
+From 30 values    a BCa bootstrap (bias-corrected and accelerated: Efron 1987), expanded for the
+                  size of the sample (Hesterberg 2015).
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-FEW = 30  # values below which a mean has a t interval
-DRAWN = 10  # values below which a figure shows the values and no interval
-TILT = 2.0  # how fast the tails part with skewness: tanh of so many standard errors of it
-LEAST = 0.02  # the share of 1 - confidence that the smaller tail keeps
-AT_ONCE = 4_000_000  # numbers of a bootstrap that are held together
+MIN_FOR_BOOTSTRAP = 30  # with fewer values a mean has a t interval
+DRAWN = 10  # with fewer values a figure shows the values and no interval
+TILT = 2.0  # how fast the tails part with skewness: tanh of TILT standard errors of it
+MIN_TAIL = 0.02  # the smallest share of 1 - confidence that a tail has
+NUMBERS_AT_ONCE = 4_000_000  # how many numbers of a bootstrap are in memory at once
 
 T, BCA, WILSON, FIELLER, TWO_WAY, NONE = "t", "BCa", "Wilson", "Fieller", "t, two-way", ""
 
@@ -30,7 +31,7 @@ Numbers: TypeAlias = Float[np.ndarray, " cell"]
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """Means or ratios of some cells, with standard errors and intervals; NaN where there is none."""
+    """Means or ratios of some cells, with standard errors and intervals; NaN if there is none."""
 
     mean: Numbers
     error: Numbers
@@ -40,47 +41,47 @@ class Estimates:
 
 
 def means(values: Values, confidence: float, resamples: int, seed: int) -> Estimates:
-    """The means of rows of numbers, each row as long as the others, with intervals."""
+    """Returns the mean of each row of values, with an interval."""
     count = values.shape[1]
     mean = values.mean(axis=1)
     if count < 2:
         nothing = np.full(len(values), np.nan)
         return Estimates(mean, nothing, nothing, nothing, NONE)
     error = values.std(axis=1, ddof=1) / np.sqrt(count)
-    if count < FEW:
+    if count < MIN_FOR_BOOTSTRAP:
         below, above = _tails(values, confidence)
         return Estimates(mean, error, mean - below * error, mean + above * error, T)
-    low, high = _bootstrapped(values, None, confidence, resamples, seed)
+    low, high = _bootstrap(values, None, confidence, resamples, seed)
     return Estimates(mean, error, low, high, BCA)
 
 
 def ratios(over: Values, under: Values, confidence: float, resamples: int, seed: int) -> Estimates:
-    """The ratios of two means of pairs of numbers, `over` / `under`, with intervals.
+    """Returns the ratio of two means, `over` / `under`, of each row of pairs, with an interval.
 
-    Fieller's (1954) below 30 pairs, else a BCa bootstrap over the pairs. No interval (NaN) where the data does not tell
-    the mean below from 0, so that the ratio may be anything.
+    The interval is Fieller's (1954) below 30 pairs, else a BCa bootstrap over the pairs. There is
+    none (NaN) if the mean of `under` may be 0, so that the ratio may be anything.
     """
     count = over.shape[1]
-    top, bottom = over.mean(axis=1), under.mean(axis=1)
-    ratio = np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom != 0)
-    nothing = np.full(len(ratio), np.nan)
+    over_mean, under_mean = over.mean(axis=1), under.mean(axis=1)
+    nothing = np.full(len(over), np.nan)
+    ratio = np.divide(over_mean, under_mean, out=nothing.copy(), where=under_mean != 0)
     if count < 2:
         return Estimates(ratio, nothing, nothing, nothing, NONE)
-    error = _linear(over, under, ratio).std(axis=1, ddof=1) / np.sqrt(count)
+    error = _linear_influence(over, under, ratio).std(axis=1, ddof=1) / np.sqrt(count)
     low, high = _fieller(over, under, confidence)
-    if count < FEW:
+    if count < MIN_FOR_BOOTSTRAP:
         return Estimates(ratio, error, low, high, FIELLER)
     bounded = np.isfinite(low)
     low, high = nothing.copy(), nothing.copy()
     if bounded.any():
-        low[bounded], high[bounded] = _bootstrapped(
+        low[bounded], high[bounded] = _bootstrap(
             over[bounded], under[bounded], confidence, resamples, seed
         )
     return Estimates(ratio, error, low, high, BCA)
 
 
 def shares(hits: Int[np.ndarray, " cell"], count: int, confidence: float) -> Estimates:
-    """Shares of a count of answers that are yes or no, with Wilson's interval (1927)."""
+    """Returns the shares of `count` yes-or-no answers, with Wilson's interval (1927)."""
     from scipy.special import ndtri
 
     share = hits / count
@@ -88,31 +89,33 @@ def shares(hits: Int[np.ndarray, " cell"], count: int, confidence: float) -> Est
     z = ndtri(0.5 + confidence / 2)
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return Estimates(
-        share, error, np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0), WILSON
-    )
+    low, high = np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)
+    return Estimates(share, error, low, high, WILSON)
 
 
 @dataclass(frozen=True)
 class Variation:
-    """The mean squares of a table of prompts by samples, in which every prompt has every sample."""
+    """The mean squares of a table of prompts by samples, in which every prompt has every sample.
+
+    `residual` is the mean square of what neither the prompt's nor the sample's mean explains.
+    """
 
     prompts: float
     samples: float
-    rest: float
+    residual: float
     n_prompts: int
     n_samples: int
 
 
 def variation(values: Float[np.ndarray, "prompt sample"]) -> Variation:
-    """How much a table of prompts by samples varies from prompt to prompt, from sample to sample, and besides."""
+    """Returns the mean squares between prompts, between samples, and of the residuals."""
     n, k = values.shape
     rows, columns, mean = values.mean(axis=1), values.mean(axis=0), values.mean()
-    rest = values - rows[:, None] - columns[None, :] + mean
+    residuals = values - rows[:, None] - columns[None, :] + mean
     return Variation(
         prompts=k * float(((rows - mean) ** 2).sum()) / max(n - 1, 1),
         samples=n * float(((columns - mean) ** 2).sum()) / max(k - 1, 1),
-        rest=float((rest**2).sum()) / max((n - 1) * (k - 1), 1),
+        residual=float((residuals**2).sum()) / max((n - 1) * (k - 1), 1),
         n_prompts=n,
         n_samples=k,
     )
@@ -121,37 +124,43 @@ def variation(values: Float[np.ndarray, "prompt sample"]) -> Variation:
 def two_way(
     values: Float[np.ndarray, "prompt sample"], confidence: float
 ) -> tuple[float, float] | None:
-    """The standard error of the mean over prompts and samples, and half the width of its t interval.
+    """Returns the standard error of the mean over prompts and samples, and half the width of its t
+    interval.
 
-    Both are drawn from something larger, and every prompt has every sample (random effects, degrees of freedom by
-    Satterthwaite 1946). None where samples differ by no more than chance: then the prompts' means say all there is.
+    Both are random effects, and every prompt has every sample (degrees of freedom by Satterthwaite
+    1946). Returns None if samples differ by no more than chance: then the prompts' means have all
+    the information.
     """
-    parts = variation(values)
-    n, k = parts.n_prompts, parts.n_samples
-    if n < 2 or k < 2 or parts.samples <= parts.rest:
+    squares = variation(values)
+    n, k = squares.n_prompts, squares.n_samples
+    if n < 2 or k < 2 or squares.samples <= squares.residual:
         return None
-    terms = [(parts.prompts, n - 1), (parts.samples, k - 1), (parts.rest, (n - 1) * (k - 1))]
-    variance = (parts.prompts + parts.samples - parts.rest) / (n * k)
+    terms = [
+        (squares.prompts, n - 1),
+        (squares.samples, k - 1),
+        (squares.residual, (n - 1) * (k - 1)),
+    ]
+    variance = (squares.prompts + squares.samples - squares.residual) / (n * k)
     spread = sum((square / (n * k)) ** 2 / degrees for square, degrees in terms)
-    return float(np.sqrt(variance)), float(
-        _quantile(variance**2 / spread, confidence) * np.sqrt(variance)
-    )
+    error = np.sqrt(variance)
+    return float(error), float(_t_quantile(variance**2 / spread, confidence) * error)
 
 
 def beyond_random(
     gains: Float[np.ndarray, " prompt"],
     between: float,
-    rest: float,
+    residual: float,
     vectors: int,
     confidence: float,
 ) -> tuple[float, float]:
-    """The standard error of one vector's mean gain over random ones, and half the width of its t interval.
+    """Returns the standard error of one vector's mean gain over random vectors, and half the width
+    of its t interval.
 
-    `gains` are what it has beyond the mean of the random vectors, for each prompt. Under the null hypothesis it is one
-    more random vector: its mean differs from theirs with variance between² (1 + 1/vectors), where `between` is the
-    standard deviation of the random vectors' means over the same prompts. This has the prompts' part of a random vector
-    in it; what the vector varies beyond that from prompt to prompt (`rest` is the random ones' standard deviation) is
-    added.
+    `gains` are its values minus the mean of the random vectors, for each prompt. Under the null
+    hypothesis the vector is one more random vector: its mean differs from theirs with variance
+    between² (1 + 1/vectors), where `between` is the standard deviation of the random vectors' means
+    over the same prompts. This includes the variance of a random vector between prompts (`residual`
+    is its standard deviation); if the vector varies more between prompts, the excess is added.
     """
     count = len(gains)
     if vectors < 2 or not np.isfinite(between):
@@ -159,97 +168,104 @@ def beyond_random(
     share = 1 + 1 / vectors
     variance, degrees = between**2 * share, float(vectors - 1)
     if count > 1:
-        own, expected = float(gains.var(ddof=1)), rest**2 * share
-        if expected == 0 or own / expected > _ratio_of_variances(
-            count - 1, (count - 1) * (vectors - 1)
-        ):
-            more = (own - expected) / count
-            spread = variance**2 / degrees + more**2 / (count - 1)
-            variance += more
-            degrees = variance**2 / spread if spread > 0 else degrees
-    return float(np.sqrt(variance)), float(_quantile(degrees, confidence) * np.sqrt(variance))
+        measured, expected = float(gains.var(ddof=1)), residual**2 * share
+        limit = _f_quantile(count - 1, (count - 1) * (vectors - 1))
+        if expected == 0 or measured / expected > limit:
+            excess = (measured - expected) / count
+            spread = variance**2 / degrees + excess**2 / (count - 1)
+            variance += excess
+            if spread > 0:
+                degrees = variance**2 / spread
+    return float(np.sqrt(variance)), float(_t_quantile(degrees, confidence) * np.sqrt(variance))
 
 
-def _ratio_of_variances(above: int, below: int) -> float:
-    """What a ratio of two estimates of one variance exceeds once in twenty times (F)."""
+def _f_quantile(numerator: int, denominator: int) -> float:
+    """Returns what the ratio of two estimates of one variance exceeds in 5 of 100 cases."""
     from scipy.special import fdtri
 
-    return float(fdtri(above, below, 0.95))
+    return float(fdtri(numerator, denominator, 0.95))
 
 
-def _quantile(degrees: float, confidence: float) -> float:
+def _t_quantile(degrees: float, confidence: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, 0.5 + confidence / 2))
 
 
 def _tails(values: Values, confidence: float) -> tuple[Numbers, Numbers]:
-    """How many standard errors a t interval reaches below and above each mean."""
+    """Returns how many standard errors a t interval reaches below and above each mean."""
     from scipy.special import stdtrit
 
     count = values.shape[1]
     upper = np.full(len(values), 0.5)  # the share of the upper tail in 1 - confidence
     if count > 2:
-        away = values - values.mean(axis=1, keepdims=True)
-        squares = (away**2).mean(axis=1)
-        skewness = np.divide(
-            (away**3).mean(axis=1), squares**1.5, out=np.zeros(len(values)), where=squares > 0
-        )
-        error = np.sqrt(
-            6 * (count - 2) / ((count + 1) * (count + 3))
-        )  # of the skewness of normal numbers
-        upper = np.clip(0.5 - 0.5 * np.tanh(TILT * skewness / error), LEAST, 1 - LEAST)
-    rest = 1 - confidence
-    return stdtrit(count - 1, 1 - rest * (1 - upper)), stdtrit(count - 1, 1 - rest * upper)
+        centred = values - values.mean(axis=1, keepdims=True)
+        squares = (centred**2).mean(axis=1)
+        cubes = (centred**3).mean(axis=1)
+        zeros = np.zeros(len(values))
+        skewness = np.divide(cubes, squares**1.5, out=zeros, where=squares > 0)
+        # the standard error of the skewness of normal numbers
+        error = np.sqrt(6 * (count - 2) / ((count + 1) * (count + 3)))
+        upper = np.clip(0.5 - 0.5 * np.tanh(TILT * skewness / error), MIN_TAIL, 1 - MIN_TAIL)
+    outside = 1 - confidence
+    below = stdtrit(count - 1, 1 - outside * (1 - upper))
+    above = stdtrit(count - 1, 1 - outside * upper)
+    return below, above
 
 
-def _linear(over: Values, under: Values, ratio: Numbers) -> Values:
-    """How much each pair moves the ratio of the means, times their number."""
-    bottom = under.mean(axis=1, keepdims=True)
-    return np.divide(
-        over - ratio[:, None] * under, bottom, out=np.full(over.shape, np.nan), where=bottom != 0
-    )
+def _linear_influence(over: Values, under: Values, ratio: Numbers) -> Values:
+    """Returns how much each pair moves the ratio of the means, times the number of pairs."""
+    under_mean = under.mean(axis=1, keepdims=True)
+    nothing = np.full(over.shape, np.nan)
+    difference = over - ratio[:, None] * under
+    return np.divide(difference, under_mean, out=nothing, where=under_mean != 0)
 
 
 def _fieller(over: Values, under: Values, confidence: float) -> tuple[Numbers, Numbers]:
     count = over.shape[1]
-    top, bottom = over.mean(axis=1), under.mean(axis=1)
-    away, below = over - top[:, None], under - bottom[:, None]
-    scale = _quantile(count - 1, confidence) ** 2 / (count * (count - 1))
-    tops, both, bottoms = (
-        scale * (a * b).sum(axis=1) for a, b in ((away, away), (away, below), (below, below))
-    )
-    first, second, third = bottom**2 - bottoms, top * bottom - both, top**2 - tops
-    bounded = first > 0  # else the mean below may be 0
-    first = np.where(bounded, first, np.nan)
+    over_mean, under_mean = over.mean(axis=1), under.mean(axis=1)
+    over_centred, under_centred = over - over_mean[:, None], under - under_mean[:, None]
+    scale = _t_quantile(count - 1, confidence) ** 2 / (count * (count - 1))
+    over_variance = scale * (over_centred * over_centred).sum(axis=1)
+    covariance = scale * (over_centred * under_centred).sum(axis=1)
+    under_variance = scale * (under_centred * under_centred).sum(axis=1)
+    # the limits are the roots of first x² - 2 second x + third
+    first = under_mean**2 - under_variance
+    second = over_mean * under_mean - covariance
+    third = over_mean**2 - over_variance
+    first = np.where(first > 0, first, np.nan)  # else the mean of `under` may be 0
     root = np.sqrt(np.maximum(second**2 - first * third, 0.0))
     return (second - root) / first, (second + root) / first
 
 
-def _bootstrapped(
+def _bootstrap(
     over: Values, under: Values | None, confidence: float, resamples: int, seed: int
 ) -> tuple[Numbers, Numbers]:
-    """The limits of a BCa bootstrap, of means or of ratios of means; the same draws in every cell."""
+    """Returns the limits of a BCa bootstrap, of means or of ratios of means.
+
+    Every cell has the same draws.
+    """
     weights = _weights(over.shape[1], resamples, seed)
-    step = max(1, AT_ONCE // resamples)
-    parts = []
+    step = max(1, NUMBERS_AT_ONCE // resamples)
+    lows, highs = [], []
     for start in range(0, len(over), step):
-        some = None if under is None else under[start : start + step]
-        parts.append(_accelerated(over[start : start + step], some, weights, confidence))
-    lows, highs = zip(*parts, strict=True)
+        cells = slice(start, start + step)
+        under_part = None if under is None else under[cells]
+        low, high = _bca_limits(over[cells], under_part, weights, confidence)
+        lows.append(low)
+        highs.append(high)
     return np.concatenate(lows), np.concatenate(highs)
 
 
 @lru_cache(maxsize=8)
 def _weights(count: int, resamples: int, seed: int) -> Float[np.ndarray, "resample value"]:
-    """How often each value is in each draw with replacement, divided by their number."""
-    draws = np.random.default_rng([seed, count]).multinomial(
-        count, np.full(count, 1 / count), size=resamples
-    )
+    """Returns how often each value is in each draw with replacement, divided by `count`."""
+    generator = np.random.default_rng([seed, count])
+    draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
     return draws / count
 
 
-def _accelerated(
+def _bca_limits(
     over: Values,
     under: Values | None,
     weights: Float[np.ndarray, "resample value"],
@@ -257,40 +273,38 @@ def _accelerated(
 ) -> tuple[Numbers, Numbers]:
     from scipy.special import ndtr, ndtri, stdtrit
 
-    count = over.shape[1]
-    tops, drawn = over.mean(axis=1), over @ weights.T
-    left_out = (count * tops[:, None] - over) / (count - 1)  # the means without one value
-    if under is None:
-        estimate = tops
-    else:
-        bottoms = under.mean(axis=1)
+    count, resamples = over.shape[1], len(weights)
+    estimate, drawn = over.mean(axis=1), over @ weights.T
+    left_out = (count * estimate[:, None] - over) / (count - 1)  # the means without one value
+    if under is not None:
+        under_mean = under.mean(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = drawn / (under @ weights.T)
-            left_out = left_out * (count - 1) / (count * bottoms[:, None] - under)
-        estimate = tops / bottoms
-    resamples = drawn.shape[1]
-    same = (drawn == estimate[:, None]).sum(axis=1)
-    below = ((drawn < estimate[:, None]).sum(axis=1) + same / 2) / resamples
-    away = left_out.mean(axis=1, keepdims=True) - left_out
-    squares = (away**2).sum(axis=1)
-    bend = np.divide(
-        (away**3).sum(axis=1), 6 * squares**1.5, out=np.zeros(len(over)), where=squares > 0
-    )
+            left_out = left_out * (count - 1) / (count * under_mean[:, None] - under)
+        estimate = estimate / under_mean
+    equal = (drawn == estimate[:, None]).sum(axis=1)
+    below = ((drawn < estimate[:, None]).sum(axis=1) + equal / 2) / resamples
     bias = ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
+    centred = left_out.mean(axis=1, keepdims=True) - left_out
+    squares, cubes = (centred**2).sum(axis=1), (centred**3).sum(axis=1)
+    zeros = np.zeros(len(over))
+    acceleration = np.divide(cubes, 6 * squares**1.5, out=zeros, where=squares > 0)
     reach = np.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.5 + confidence / 2)
     drawn = np.sort(drawn, axis=1)
+    constant = squares <= (1e-12 * np.abs(estimate)) ** 2  # all values are equal
     limits = []
     for side in (-reach, reach):
-        moved = bias + side
-        limits.append(_at(drawn, ndtr(bias + moved / (1 - bend * moved))))
-    still = squares <= (1e-12 * np.abs(estimate)) ** 2  # all values are one
-    return np.where(still, estimate, limits[0]), np.where(still, estimate, limits[1])
+        shifted = bias + side
+        limit = _interpolate(drawn, ndtr(bias + shifted / (1 - acceleration * shifted)))
+        limits.append(np.where(constant, estimate, limit))
+    return limits[0], limits[1]
 
 
-def _at(ordered: Float[np.ndarray, "cell draw"], shares: Numbers) -> Numbers:
-    """The number at each row's share of the way through it, between two by a straight line."""
-    places = np.nan_to_num(shares) * (ordered.shape[1] - 1)
-    first = np.floor(places).astype(int)
-    then = np.minimum(first + 1, ordered.shape[1] - 1)
+def _interpolate(ordered: Float[np.ndarray, "cell draw"], shares: Numbers) -> Numbers:
+    """Returns the number at each row's share of the way through it, by linear interpolation."""
+    index = np.nan_to_num(shares) * (ordered.shape[1] - 1)
+    first = np.floor(index).astype(int)
+    second = np.minimum(first + 1, ordered.shape[1] - 1)
     rows = np.arange(len(ordered))
-    return ordered[rows, first] + (places - first) * (ordered[rows, then] - ordered[rows, first])
+    low, high = ordered[rows, first], ordered[rows, second]
+    return low + (index - first) * (high - low)

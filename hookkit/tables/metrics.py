@@ -1,10 +1,9 @@
-"""What a metric is, and what it is given.
+"""Metrics: one number for each prompt, computed from the logits at one position.
 
-Metrics as they are given: one or several, or a user's function of the logits.
-
-Metrics of the whole distribution: how unsure it is, and how far from another.
-
-The loss of a text that follows the prompt.
+`Metric` is the base of all metrics, and `as_metrics` reads what a user passes: one metric, several,
+or functions of the logits. The metrics of whole distributions (`entropy`, `kl`, `top1_changed`) and
+the loss of a continuation (`loss`) are in this file. The metrics of tokens are in
+`token_metrics.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,18 +27,19 @@ from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, U
 from ..models.lm import LM
 from ..models.prompts import shortened
 from ..runs.run import Run
-from .distributions import distributions
+from .distributions import distributions, exact_logprobs, kl_divergence, token_logits
 
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """What a model said where a metric looks: the logits of some of the prompts.
+    """The logits of some prompts, which a metric measures.
 
-    logits  [row, vocab]        float32, at the position that the metric is of
-    rows                        the prompt that each row is of
-    before  [row, vocab]        the same rows without the edit; None where no metric of a sweep compares with it
-    after   row of [pos, vocab] where a continuation was read: the logits at the prompt's last position and at each
-                                token of the continuation but the last
+    logits  [row, vocab]        float32, at the position that is measured
+    rows                        the prompt of each row
+    before  [row, vocab]        the same rows without the edit; None if no metric of a sweep
+                                compares with them
+    after   row of [pos, vocab] the logits at the prompt's last position and at each token of the
+                                continuation but the last; None if there is no continuation
     """
 
     logits: Float[Tensor, "row vocab"]
@@ -59,33 +59,33 @@ class Metric:
     compares: ClassVar[bool] = False  # with the same prompt without the edit
 
     def bound(self, lm: LM, count: int) -> Measure:
-        """The metric for this model's tokens and so many prompts; raises where a token is none, or one is missing."""
+        """Returns the function that measures `count` prompts of this model.
+
+        Raises if a token is not in the vocabulary, or if a prompt has no token.
+        """
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
     def __call__(self, run: Run, *, pos: int = -1) -> Float[Tensor, " row"]:
-        """The metric of a run at a position of each prompt: [row], on the CPU."""
+        """Returns the metric of a run at one position of each prompt: [row], on the CPU."""
         if not isinstance(run, Run):
             raise BadArgument(
-                f"a metric measures a run, and was given {described(run)}: metric(hk.forward(lm, prompts))"
+                f"a metric measures a run, and was given {described(run)}: "
+                "metric(hk.forward(lm, prompts))"
             )
-        pos = whole_number(
-            pos,
-            "pos",
-            meaning="the one position of each prompt at which a metric looks,",
-            error=BadHook,
-        )
+        meaning = "the one position of each prompt at which a metric looks,"
+        pos = whole_number(pos, "pos", meaning=meaning, error=BadHook)
         measure = self.bound(run.lm, len(run.lengths))
         logits = last_logits(run, pos)
         return measure(Said(logits, range(len(logits)))).cpu()
 
 
 def last_logits(run: Run, pos: int = -1) -> Float[Tensor, "row vocab"]:
-    """The logits of a run at one position of each row, float32 on the CPU."""
-    return torch.stack([found.logits for found in distributions(run, pos=pos)])
+    """Returns the logits of a run at one position of each row, float32 on the CPU."""
+    return torch.stack([distribution.logits for distribution in distributions(run, pos=pos)])
 
 
 @dataclass(frozen=True)
-class OfLogits(Metric):
+class FunctionMetric(Metric):
     """A user's function of the logits [row, vocab]."""
 
     fn: Callable[[Tensor], Tensor]
@@ -95,51 +95,57 @@ class OfLogits(Metric):
         return getattr(self.fn, "__name__", "metric").replace("<lambda>", "metric")
 
     def bound(self, lm: LM, count: int) -> Measure:
-        def measure(said: Said) -> Tensor:
-            found = self.fn(said.logits.clone())  # the function may write into what it is given
-            if not isinstance(found, Tensor) or found.shape != (len(said.rows),):
-                shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise BadEdit(
-                    f"the metric {self.name} was given logits {list(said.logits.shape)} [row, vocab] and returned "
-                    f"{shape}: return one number for each row, a tensor [{len(said.rows)}]"
-                )
-            return found.float()
+        return self._measure
 
-        return measure
+    def _measure(self, inputs: Said) -> Tensor:
+        numbers = self.fn(inputs.logits.clone())  # the function may write into its argument
+        if isinstance(numbers, Tensor) and numbers.shape == (len(inputs.rows),):
+            return numbers.float()
+        result = list(numbers.shape) if isinstance(numbers, Tensor) else type(numbers).__name__
+        raise BadEdit(
+            f"the metric {self.name} was given logits {list(inputs.logits.shape)} [row, vocab] and "
+            f"returned {result}: return one number for each row, a tensor [{len(inputs.rows)}]"
+        )
 
 
 MetricLike: TypeAlias = Metric | Callable[[Tensor], Tensor]
 
 
 def as_metrics(metrics: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
-    """Metrics as values, each with a column of its own."""
-    items = None if isinstance(metrics, Metric) or callable(metrics) else items_of(metrics)
-    given: list[Any] = [metrics] if items is None else items
-    if not given:
+    """Returns one or several metrics or functions of logits as metrics."""
+    is_one = isinstance(metrics, Metric) or callable(metrics)
+    items = None if is_one else items_of(metrics)
+    if items is None:
+        return (_as_metric(metrics),)
+    if not items:
         raise BadHook(
             "no metric was given: give at least one, such as hk.logit_diff(' Mary', ' John')"
         )
-    for each in given:
-        if getattr(each, "__module__", "").startswith("hookkit.tables.") and not isinstance(
-            each, Metric
-        ):
-            name = getattr(each, "__name__", "entropy")
-            raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
-        if not isinstance(each, Metric) and not callable(each):
-            raise BadHook(
-                f"{described(each)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function of logits "
-                "[row, vocab]"
-            )
-    return tuple(each if isinstance(each, Metric) else OfLogits(each) for each in given)
+    return tuple([_as_metric(item) for item in items])
+
+
+def _as_metric(item: Any) -> Metric:
+    if isinstance(item, Metric):
+        return item
+    if getattr(item, "__module__", "").startswith("hookkit.tables."):
+        name = getattr(item, "__name__", "entropy")
+        raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
+    if not callable(item):
+        raise BadHook(
+            f"{described(item)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function "
+            "of logits [row, vocab]"
+        )
+    return FunctionMetric(item)
 
 
 def columns(metrics: Sequence[Metric]) -> list[str]:
-    """The name of each metric's column: prob, prob_2 … where one is there several times."""
-    names = [metric.name for metric in metrics]
-    before = [names[:place].count(name) for place, name in enumerate(names)]
-    return [
-        f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)
-    ]
+    """Returns the name of each metric's column: prob, prob_2 … if a name occurs several times."""
+    counts: dict[str, int] = {}
+    names = []
+    for metric in metrics:
+        count = counts[metric.name] = counts.get(metric.name, 0) + 1
+        names.append(metric.name if count == 1 else f"{metric.name}_{count}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -149,12 +155,12 @@ class Entropy(Metric):
     name: ClassVar[str] = "entropy"
 
     def bound(self, lm: LM, count: int) -> Measure:
-        return lambda said: torch.special.entr(said.logits.softmax(-1)).sum(-1)
+        return lambda inputs: torch.special.entr(inputs.logits.softmax(-1)).sum(-1)
 
 
 @checks_arguments
 def entropy() -> Entropy:
-    """How unsure the model is: the entropy of the next token, in nats."""
+    """The entropy of the next token, in nats: how unsure the model is."""
     return Entropy()
 
 
@@ -172,43 +178,47 @@ class KL(Metric):
         return "KL()" if self.reference is None else f"KL({self.reference})"
 
     def bound(self, lm: LM, count: int) -> Measure:
-        given = None if self.reference is None else last_logits(self.reference, self.pos)
-        if given is not None and len(given) not in (1, count):
+        if self.reference is None:
+            return self._from_unedited
+        reference = last_logits(self.reference, self.pos)
+        if len(reference) not in (1, count):
             raise BadPrompt(
-                f"kl has a reference of {len(given)} rows, and there are {count} prompts: give as many, or one"
+                f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
+                "give as many, or one"
             )
 
-        def measure(said: Said) -> Tensor:
-            was = said.before
-            if given is not None:
-                was = given[[row if len(given) > 1 else 0 for row in said.rows]].to(
-                    said.logits.device
-                )
-            if was is None:
-                raise Unsupported(
-                    "kl() without a reference compares a sweep's cells with no edit: give kl(reference_run)"
-                )
-            was, now = was.double().log_softmax(-1), said.logits.double().log_softmax(-1)
-            return (
-                torch.where(was.exp() == 0, 0.0, was.exp() * (was - now))
-                .sum(-1)
-                .clamp(min=0)
-                .float()
-            )
+        def measure(inputs: Said) -> Tensor:
+            rows = list(inputs.rows) if len(reference) > 1 else [0] * len(inputs.rows)
+            return _kl_of_logits(reference[rows].to(inputs.logits.device), inputs.logits)
 
         return measure
+
+    def _from_unedited(self, inputs: Said) -> Tensor:
+        if inputs.before is None:
+            raise Unsupported(
+                "kl() without a reference compares a sweep's cells with no edit: "
+                "give kl(reference_run)"
+            )
+        return _kl_of_logits(inputs.before, inputs.logits)
+
+
+def _kl_of_logits(
+    before: Float[Tensor, "row vocab"], after: Float[Tensor, "row vocab"]
+) -> Float[Tensor, " row"]:
+    return kl_divergence(exact_logprobs(before), exact_logprobs(after)).clamp(min=0).float()
 
 
 @checks_arguments
 def kl(reference: Run | None = None, *, pos: int = -1) -> KL:
-    """How far the model's next-token distribution is from a reference run's: KL(reference ‖ now), in nats.
+    """KL(reference ‖ run), in nats: how far the next-token distribution is from a reference run's.
 
-    Without a reference, a sweep takes what the model says of the same prompt without the edit. `pos` is the position of
-    the reference's prompts.
+    Without a reference, a sweep compares with the logits of the same prompt without the edit. `pos`
+    is the position of the reference's prompts.
     """
     if reference is None and pos != -1:
         raise BadHook(
-            f"pos={pos} is a position of the reference's prompts, and kl() has no reference: leave pos out"
+            f"pos={pos} is a position of the reference's prompts, and kl() has no reference: "
+            "leave pos out"
         )
     return KL(reference, pos)
 
@@ -221,23 +231,26 @@ class Top1Changed(Metric):
     compares: ClassVar[bool] = True
 
     def bound(self, lm: LM, count: int) -> Measure:
-        real = lm.n_tokens or None
-
-        def measure(said: Said) -> Tensor:
-            if said.before is None:
+        def measure(inputs: Said) -> Tensor:
+            if inputs.before is None:
                 raise Unsupported(
-                    "top1_changed compares a sweep's cells with no edit, and a run has none to compare with"
+                    "top1_changed compares a sweep's cells with no edit, and a run has none to "
+                    "compare with"
                 )
-            changed = said.logits[:, :real].argmax(-1) != said.before[:, :real].argmax(-1)
-            unknown = said.logits.isnan().any(-1) | said.before.isnan().any(-1)
-            return changed.float().masked_fill(unknown, torch.nan)
+            before = token_logits(inputs.before, lm.n_tokens).argmax(-1)
+            after = token_logits(inputs.logits, lm.n_tokens).argmax(-1)
+            unknown = inputs.logits.isnan().any(-1) | inputs.before.isnan().any(-1)
+            return (after != before).float().masked_fill(unknown, torch.nan)
 
         return measure
 
 
 @checks_arguments
 def top1_changed() -> Top1Changed:
-    """1 where the most likely token is another than without the edit, else 0; the mean is the share of prompts."""
+    """1 if the most likely token is another than without the edit, else 0.
+
+    The mean over prompts is the share of prompts whose most likely token changed.
+    """
     return Top1Changed()
 
 
@@ -250,50 +263,51 @@ class Loss(Metric):
     name: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
-        given = self.continuation
-        is_list = isinstance(given, list)
-        entries = given if is_list else [given]
-        if not entries:
-            raise EmptySelection(
-                "loss was given an empty list of continuations: a list has one for each prompt"
-            )
-        kept = [_read(entry) for entry in entries]
-        object.__setattr__(self, "continuation", kept if is_list else kept[0])
+        continuation: Any = self.continuation
+        if isinstance(continuation, list):
+            if not continuation:
+                raise EmptySelection(
+                    "loss was given an empty list of continuations: a list has one for each prompt"
+                )
+            entries = [_read_continuation(entry) for entry in continuation]
+            object.__setattr__(self, "continuation", entries)
+        else:
+            object.__setattr__(self, "continuation", _read_continuation(continuation))
 
     def tokens(self, lm: LM, count: int) -> list[tuple[int, ...]]:
-        """The tokens of each prompt's continuation."""
-        given = self.continuation
-        entries = given if isinstance(given, list) else [given] * count
+        """Returns the tokens of each prompt's continuation."""
+        continuation = self.continuation
+        entries = continuation if isinstance(continuation, list) else [continuation] * count
         if len(entries) != count:
             raise BadPrompt(
-                f"loss has {len(entries)} continuations, and there are {count} prompts: give one for each, or one"
+                f"loss has {len(entries)} continuations, and there are {count} prompts: "
+                "give one for each, or one"
             )
         return [_tokens_of(lm, entry) for entry in entries]
 
     def bound(self, lm: LM, count: int) -> Measure:
-        wanted = self.tokens(lm, count)
+        tokens = self.tokens(lm, count)
 
-        def measure(said: Said) -> Tensor:
-            if said.after is None:
+        def measure(inputs: Said) -> Tensor:
+            if inputs.after is None:
                 raise Unsupported(
-                    "loss reads a continuation, which a sweep feeds to the model; a run has none: see surprisal"
+                    "loss reads a continuation, which a sweep feeds to the model; a run has none: "
+                    "see surprisal"
                 )
-            found = []
-            for row, logits in zip(said.rows, said.after, strict=True):
-                ids = torch.tensor(wanted[row], device=logits.device)
-                found.append(-logits.log_softmax(-1).gather(1, ids[:, None]).mean())
-            return torch.stack(found)
+            losses = []
+            for row, logits in zip(inputs.rows, inputs.after, strict=True):
+                ids = torch.tensor(tokens[row], device=logits.device)
+                losses.append(-logits.log_softmax(-1).gather(1, ids[:, None]).mean())
+            return torch.stack(losses)
 
         return measure
 
 
-def _read(continuation: object) -> str | tuple[int, ...]:
-    """One continuation: a text, or token ids as a tuple."""
+def _read_continuation(continuation: object) -> str | tuple[int, ...]:
+    """Returns one continuation as a text, or as a tuple of token ids."""
     if isinstance(continuation, str):
         if not continuation:
-            raise BadPrompt(
-                "loss was given an empty continuation: give the text whose loss is meant"
-            )
+            raise BadPrompt("loss was given an empty continuation: give a text")
         return str(continuation)
     if as_whole(continuation) is not None:
         raise BadPrompt(
@@ -302,26 +316,32 @@ def _read(continuation: object) -> str | tuple[int, ...]:
     rows = prompt_rows(continuation)
     if len(rows) != 1 or isinstance(rows[0], str):
         raise BadPrompt(
-            f"loss was given {described(continuation)} as one continuation: give a text, ids in a tuple, or a list "
-            "with one for each prompt"
+            f"loss was given {described(continuation)} as one continuation: give a text, ids in a "
+            "tuple, or a list with one for each prompt"
         )
     return rows[0]
 
 
 def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(continuation, str) and lm.tokenizer is None:
+    ids: Sequence[int]
+    if not isinstance(continuation, str):
+        ids = continuation
+    elif lm.tokenizer is None:
         raise BadPrompt(
-            f"{shortened(continuation)!r} is text, and this model came without a tokenizer: give token ids"
+            f"{shortened(continuation)!r} is text, and this model came without a tokenizer: "
+            "give token ids"
         )
-    ids = lm.continuation(continuation) if isinstance(continuation, str) else continuation
-    return tuple(lm.token(token_id) for token_id in ids)
+    else:
+        ids = lm.continuation(continuation)
+    return tuple([lm.token(token_id) for token_id in ids])
 
 
 @checks_keywords
 def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:
-    """The mean loss of a text that follows the prompt, in nats per token; a list has one text for each prompt.
+    """The mean loss of a text that follows the prompt, in nats per token.
 
-    Edits act at the positions that they name. The continuation comes behind the prompt, so that pos=-1 is still the
-    prompt's last token, and an edit without positions acts on the continuation too.
+    A list has one text for each prompt. The continuation follows the prompt, and edits act at the
+    positions that they name: pos=-1 is still the prompt's last token, and an edit without positions
+    acts on the continuation too.
     """
     return Loss(continuation)

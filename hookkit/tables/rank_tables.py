@@ -1,22 +1,23 @@
-"""Tables: from runs to pandas DataFrames, one row per observation.
+"""Tables of ranks, shifts and uncertainty: from runs to pandas DataFrames, one row per observation.
 
-Every table has `row` (the prompt in the batch) and `pos` (the position whose logits it is about: the token there is
-the last one read, and the logits say what comes next). Tokens are shown as Python strings in quotes, so that a leading
-space is seen; `token_id` is the one to filter by. Probabilities are 0 to 1, entropies in nats, logits raw; rank 1 is
-the most likely token, and equal logits share a rank. A delta is after minus before; a shift is positive for a token
-that rose.
+Every table has `row` (the prompt in the batch) and `pos` (the position of the logits: the token
+there is the last one read, and the logits predict the next one). Tokens are shown as Python strings
+in quotes, so that a leading space is seen; filter by `token_id`. Probabilities are 0 to 1,
+entropies in nats, logits raw. Rank 1 is the most likely token, and equal logits share a rank. A
+delta is after minus before; a shift is positive for a token that rose.
 
-Where a model gives NaN for a logit, all that follows from it is NaN: probabilities, entropies, divergences and that
-token's rank (a column of ranks then has floating-point numbers), and no token is named as the most likely one.
+If a model gives NaN for a logit, everything that depends on it is NaN: probabilities, entropies,
+divergences and the token's rank (a column of ranks then has floating-point numbers). No token is
+then named as the most likely one.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import checks_arguments, read_tokens, whole_number
@@ -26,7 +27,7 @@ from ..models.lm import LM, Token
 from ..models.positions import CountLike, PosLike
 from ..models.tokens import NO_RANK, shown_ranks
 from ..runs.run import Run
-from .distributions import Distribution, distributions, divergences, scenario
+from .distributions import Distribution, distributions, divergences, scenario, token_texts
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
@@ -41,11 +42,12 @@ def ranks(
     top: int | None = 10,
     watch: Iterable[Token] | Token = (),
 ) -> pd.DataFrame:
-    """The most likely next tokens at a position, and the watched tokens wherever they stand.
+    """The most likely next tokens at a position, and the watched tokens whatever their rank.
 
-    Columns: row, pos, token, token_id, logit, logprob, prob, rank. One row of the table a token, by rank. `pos` is the
-    prompt's last position unless said otherwise; `step` counts generated tokens (0 is what follows the prompt), and is
-    then a column too. `top=None` gives the whole vocabulary, `top=0` the watched tokens alone.
+    Columns: row, pos, token, token_id, logit, logprob, prob, rank. The table has one row for each
+    token, ordered by rank. `pos` is the prompt's last position by default; `step` counts generated
+    tokens (0 is the first after the prompt), and is then a column too. `top=None` gives the whole
+    vocabulary, `top=0` only the watched tokens.
 
     >>> ranks(run, top=2, watch=" tea")[["token", "rank"]]
             token  rank
@@ -53,28 +55,39 @@ def ranks(
     1  ' morning'     2
     2      ' tea'     5
     """
-    pos = -1 if pos is None and step is None else pos
-    watched = _token_ids(run.lm, watch)
+    pos = _default_pos(pos, step)
+    watched = watched_ids(run.lm, watch)
     _check_top(top, least=0 if watched else 1)
     parts = []
-    for said in distributions(run, pos=pos, step=step, rows=rows):
-        ids = torch.tensor(list(dict.fromkeys([*said.top(top), *watched])))
-        parts.append(_place(said, ids) | _numbers(said, ids))
-    table = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
+    for distribution in distributions(run, pos=pos, step=step, rows=rows):
+        ids = torch.tensor(list(dict.fromkeys([*distribution.top(top), *watched])))
+        parts.append(pd.DataFrame(_token_columns(distribution, ids) | _numbers(distribution, ids)))
+    table = pd.concat(parts, ignore_index=True)
     return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
 
 
-def _place(said: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
-    tokens = [repr(said.lm.string(i)) for i in ids.tolist()]
-    return {**said.place, "token": tokens, "token_id": ids.tolist()}
+def _default_pos(pos: PosLike, step: CountLike) -> PosLike:
+    """Returns the prompt's last position if neither a position nor a step is selected."""
+    return -1 if pos is None and step is None else pos
 
 
-def _numbers(said: Distribution, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
-    columns = {"logit": said.logits, "logprob": said.logprobs, "prob": said.probs}
-    found: dict[str, object] = {
-        name + suffix: values[ids].double().tolist() for name, values in columns.items()
+def _token_columns(distribution: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
+    tokens = token_texts(distribution.lm, ids.tolist())
+    return {**distribution.location, "token": tokens, "token_id": ids.tolist()}
+
+
+def _numbers(
+    distribution: Distribution, ids: Int[Tensor, " n"], suffix: str = ""
+) -> dict[str, object]:
+    def column(values: Float[Tensor, " vocab"]) -> list[float]:
+        return values[ids].double().tolist()
+
+    return {
+        f"logit{suffix}": column(distribution.logits),
+        f"logprob{suffix}": column(distribution.logprobs),
+        f"prob{suffix}": column(distribution.probs),
+        f"rank{suffix}": shown_ranks(distribution.ranks(ids)).tolist(),
     }
-    return found | {"rank" + suffix: shown_ranks(said.ranks(ids)).tolist()}
 
 
 @checks_arguments
@@ -89,93 +102,119 @@ def rank_shift(
     movers: int = 3,
     watch: Iterable[Token] | Token = (),
 ) -> pd.DataFrame:
-    """How the ranking of tokens moved from one run to another, and why each token is in the table.
+    """How the ranks of tokens changed from one run to another, and why each token is in the table.
 
-    Columns: row, pos, token, token_id; logit, logprob, prob and rank, each with _before, _after and _delta (after minus
-    before); shift (ranks risen: positive for a token that rose); why. In `why`, "top before" and "top after" are the
-    first `top` of each run, "mover" the `movers` tokens each that rose and fell by the largest factor in rank, "edited"
-    a token that a hook of either run names, "watched" one that was asked for. By rank after.
+    Columns: row, pos, token, token_id; logit, logprob, prob and rank, each with _before, _after and
+    _delta (after minus before); shift (ranks risen: positive for a token that rose); why. In `why`,
+    "top before" and "top after" are the first `top` of each run, "mover" the `movers` tokens each
+    that rose and fell by the largest factor in rank, "edited" a token that a hook of either run
+    names, "watched" a token of `watch`. The table is ordered by rank after.
 
-    Positions are taken in each run's own text, so that pos=-1 compares the two prompts' last tokens. `pos` in the table
-    is that of `after`.
+    Positions are counted in each run's own text, so that pos=-1 compares the two prompts' last
+    tokens. `pos` in the table is that of `after`.
     """
-    pos = -1 if pos is None and step is None else pos
+    pos = _default_pos(pos, step)
     pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
-    return shift_of(pairs, top, movers, _token_ids(after.lm, watch), _edited(before, after))
+    edited = _edited_tokens(before, after)
+    return shift_of(pairs, top, movers, watched_ids(after.lm, watch), edited)
 
 
 def shift_of(
     pairs: Iterable[Pair], top: int, movers: int, watched: list[int], edited: list[int]
 ) -> pd.DataFrame:
-    """`rank_shift` of distributions before and after."""
+    """Returns the table of `rank_shift` for distributions before and after."""
     _check_top(top)
     whole_number(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
     parts = []
-    for was, now in pairs:
-        reasons = {
-            "top before": was.top(top),
-            "top after": now.top(top),
-            "mover": _movers(was, now, movers),
-        }
-        reasons |= {"edited": edited, "watched": watched}
-        why: dict[int, list[str]] = {}
-        for reason, tokens in reasons.items():
-            for token in tokens:
-                why.setdefault(token, []).append(reason)
+    for before, after in pairs:
+        why = reasons_of(
+            {
+                "top before": before.top(top),
+                "top after": after.top(top),
+                "mover": _movers(before, after, movers),
+                "edited": edited,
+                "watched": watched,
+            }
+        )
         ids = torch.tensor(list(why))
-        part = pd.DataFrame(
-            _place(now, ids) | _numbers(was, ids, "_before") | _numbers(now, ids, "_after")
-        )
-        parts.append(
-            _with_deltas(part).assign(why=[", ".join(reasons) for reasons in why.values()])
-        )
+        columns = _token_columns(after, ids)
+        columns |= _numbers(before, ids, "_before") | _numbers(after, ids, "_after")
+        parts.append(_with_deltas(pd.DataFrame(columns)).assign(why=list(why.values())))
     table = pd.concat(parts, ignore_index=True)
     return table.sort_values(["row", "pos", "rank_after", "token_id"], ignore_index=True)
 
 
-def _with_deltas(part: pd.DataFrame) -> pd.DataFrame:
-    names = ("logit", "logprob", "prob", "rank")
-    for name in names:
-        was, now = part[f"{name}_before"], part[f"{name}_after"]
-        part[f"{name}_delta"] = (now - was).where(now != was, 0)  # -inf minus -inf is no change
-    part["shift"] = -part["rank_delta"]
-    order = [f"{name}_{when}" for name in names for when in ("before", "after", "delta")]
-    places = [name for name in ("row", "pos", "step", "token", "token_id") if name in part]
-    return pd.DataFrame(part[[*places, *order, "shift"]])
+def reasons_of(tokens_by_reason: Mapping[str, Iterable[int]]) -> dict[int, str]:
+    """Returns the reasons for which each token is in a table, joined by commas."""
+    reasons: dict[int, list[str]] = {}
+    for reason, tokens in tokens_by_reason.items():
+        for token in tokens:
+            reasons.setdefault(token, []).append(reason)
+    return {token: ", ".join(names) for token, names in reasons.items()}
 
 
-def _pairs(before: Run, after: Run, **places: object) -> Iterator[Pair]:
-    was = list(distributions(before, **places))  # pyright: ignore[reportArgumentType]
-    now = list(distributions(after, **places))  # pyright: ignore[reportArgumentType]
-    if [said.place["row"] for said in was] != [said.place["row"] for said in now]:
+def _with_deltas(table: pd.DataFrame) -> pd.DataFrame:
+    order = [name for name in ("row", "pos", "step", "token", "token_id") if name in table]
+    for name in ("logit", "logprob", "prob", "rank"):
+        before, after = table[f"{name}_before"], table[f"{name}_after"]
+        # -inf minus -inf is no change
+        table[f"{name}_delta"] = (after - before).where(after != before, 0)
+        order += [f"{name}_before", f"{name}_after", f"{name}_delta"]
+    table["shift"] = -table["rank_delta"]
+    return pd.DataFrame(table[[*order, "shift"]])
+
+
+def _pairs(
+    before: Run, after: Run, *, pos: PosLike, step: CountLike, rows: CountLike
+) -> Iterator[Pair]:
+    befores = list(distributions(before, pos=pos, step=step, rows=rows))
+    afters = list(distributions(after, pos=pos, step=step, rows=rows))
+    rows_before = [distribution.location["row"] for distribution in befores]
+    rows_after = [distribution.location["row"] for distribution in afters]
+    if rows_before != rows_after:
         raise OutOfRange(
-            f"the runs have {len(was)} and {len(now)} positions to compare: give runs of the same number of prompts, "
-            "and say which positions or steps are meant"
+            f"the runs have {len(befores)} and {len(afters)} positions to compare: give runs of "
+            "the same number of prompts, and say which positions or steps are meant"
         )
-    sizes = {len(was[0].logits), len(now[0].logits)}
+    sizes = {len(befores[0].logits), len(afters[0].logits)}
     if len(sizes) > 1:
         raise OutOfRange(
             f"the runs have vocabularies of {sorted(sizes)} tokens, whose ranks cannot be compared"
         )
-    return zip(was, now, strict=True)
+    return zip(befores, afters, strict=True)
 
 
-def _movers(was: Distribution, now: Distribution, count: int) -> list[int]:
-    """The tokens whose rank changed by the largest factor, up and down: from 200 to 20 is as far as from 20 to 2."""
-    ids = torch.arange(len(now.real))
-    before, after = was.ranks(ids), now.ranks(ids)
-    ranked = (before != NO_RANK) & (after != NO_RANK)
-    factor = (before.log() - after.log()).masked_fill(~ranked, 0.0)
-    up, down = factor.topk(min(count, len(ids))), (-factor).topk(min(count, len(ids)))
-    moved = [*zip(*map(list, (up.indices.tolist(), up.values.tolist())), strict=True)]
-    moved += [*zip(*map(list, (down.indices.tolist(), down.values.tolist())), strict=True)]
-    return [int(token) for token, by in moved if by > 0]
+def _movers(before: Distribution, after: Distribution, count: int) -> list[int]:
+    """Returns the tokens whose rank changed by the largest factor, up and down.
+
+    A change from rank 200 to 20 is as large as one from 20 to 2.
+    """
+    ids = torch.arange(len(after.real))
+    ranks_before, ranks_after = before.ranks(ids), after.ranks(ids)
+    ranked = (ranks_before != NO_RANK) & (ranks_after != NO_RANK)
+    factors = (ranks_before.log() - ranks_after.log()).masked_fill(~ranked, 0.0)
+    movers: list[int] = []
+    for changes in (factors, -factors):
+        largest = changes.topk(min(count, len(ids)))
+        movers += largest.indices[largest.values > 0].tolist()
+    return movers
 
 
-def _edited(*runs: Run) -> list[int]:
-    """The tokens that the runs' logit edits name."""
-    hooks = [(run.lm, hook) for run in runs for hook in run.hooks if isinstance(hook, LogitEdit)]
-    return list(dict.fromkeys(token for lm, hook in hooks for token in hook.named(lm)))
+def _edited_tokens(*runs: Run) -> list[int]:
+    """Returns the tokens that the runs' logit edits name, each once."""
+    tokens: list[int] = []
+    for run in runs:
+        tokens += named_tokens(run.lm, run.hooks)
+    return list(dict.fromkeys(tokens))
+
+
+def named_tokens(lm: LM, hooks: Sequence[object]) -> list[int]:
+    """Returns the tokens that the logit edits among these hooks name, each once."""
+    tokens: list[int] = []
+    for hook in hooks:
+        if isinstance(hook, LogitEdit):
+            tokens += hook.named(lm)
+    return list(dict.fromkeys(tokens))
 
 
 @checks_arguments
@@ -190,80 +229,94 @@ def shift_summary(
 ) -> pd.DataFrame:
     """How far the whole distribution moved from one run to another: one row for each position.
 
-    Columns: row, pos; kl (KL(before‖after), in nats: infinite where a token was banned), kl_reverse (KL(after‖before)),
-    js (Jensen-Shannon divergence, in nats, at most ln 2), tv (total variation, 0 to 1); entropy and margin (largest
-    logit minus the second), each with _before, _after and _delta; top1_before, top1_after, top1_changed; kept (how many
-    of the first `top` tokens are still among them).
+    Columns: row, pos; kl (KL(before‖after), in nats: infinite if a token was banned), kl_reverse
+    (KL(after‖before)), js (Jensen-Shannon divergence, in nats, at most ln 2), tv (total variation,
+    0 to 1); entropy and margin (largest logit minus the second), each with _before, _after and
+    _delta; top1_before, top1_after, top1_changed; kept (how many of the first `top` tokens are
+    still among them).
     """
-    pos = -1 if pos is None and step is None else pos
-    return summary_of(_pairs(before, after, pos=pos, step=step, rows=rows), top)
+    pairs = _pairs(before, after, pos=_default_pos(pos, step), step=step, rows=rows)
+    return summary_table(pairs, top)
 
 
-def summary_of(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
-    """`shift_summary` of distributions before and after."""
+def summary_table(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
+    """Returns the table of `shift_summary` for distributions before and after."""
     _check_top(top)
-    rows_of_table = []
-    for was, now in pairs:
-        known = not (was.unknown or now.unknown)
-        firsts = was.top(1)[0], now.top(1)[0]
-        found: dict[str, object] = {**now.place, **divergences(was, now)}
-        for name, a, b in (
-            ("entropy", was.entropy, now.entropy),
-            ("margin", was.margin, now.margin),
-        ):
-            found |= {f"{name}_before": a, f"{name}_after": b, f"{name}_delta": b - a}
-        found |= {"top1_before": _first(was, firsts[0]), "top1_after": _first(now, firsts[1])}
-        found |= {"top1_changed": firsts[0] != firsts[1] if known else None}
-        found |= {"kept": len({*was.top(top)} & {*now.top(top)}) if known else None}
-        rows_of_table.append(found)
-    return pd.DataFrame(rows_of_table)
+    return pd.DataFrame([_summary_row(before, after, top) for before, after in pairs])
 
 
-def _first(said: Distribution, token: int) -> str | None:
-    """A most likely token, or None where logits are NaN and no token is."""
-    return None if said.unknown else repr(said.lm.string(token))
+def _summary_row(before: Distribution, after: Distribution, top: int) -> dict[str, object]:
+    unknown = before.unknown or after.unknown
+    first_before, first_after = before.top(1)[0], after.top(1)[0]
+    apart = divergences(before.exact, after.exact)
+    common = set(before.top(top)) & set(after.top(top))
+    return {
+        **after.location,
+        **{name: float(value) for name, value in apart.items()},
+        "entropy_before": before.entropy,
+        "entropy_after": after.entropy,
+        "entropy_delta": after.entropy - before.entropy,
+        "margin_before": before.margin,
+        "margin_after": after.margin,
+        "margin_delta": after.margin - before.margin,
+        "top1_before": _first_token(before, first_before),
+        "top1_after": _first_token(after, first_after),
+        "top1_changed": None if unknown else first_before != first_after,
+        "kept": None if unknown else len(common),
+    }
+
+
+def _first_token(distribution: Distribution, token: int) -> str | None:
+    """Returns a most likely token; None if logits are NaN, so that no token is the first."""
+    return None if distribution.unknown else repr(distribution.lm.string(token))
 
 
 @checks_arguments
 def uncertainty(
     run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
 ) -> pd.DataFrame:
-    """How sure the model is, one row for each position (all that have logits, unless chosen).
+    """How sure the model is: one row for each selected position, by default all that have logits.
 
-    Columns: row, pos, read (the token there, the last one read); entropy (nats), varentropy (nats²), perplexity
-    (e^entropy: as unsure as an even choice among so many tokens), margin (largest logit minus the second), prob_margin,
-    top1, top1_prob, nucleus_90 (how many tokens make up 90 % of the probability), top2, top2_prob, and scenario: "very
-    confident" (top1_prob at least 0.9), "two good options" (top2_prob at least half of it, both together at least 0.6),
-    "one clear winner" (top1_prob at least 0.5), else "uncertain", the first that fits; "unknown" where logits are NaN.
+    Columns: row, pos, read (the token there, the last one read); entropy (nats), varentropy
+    (nats²), perplexity (e^entropy: as unsure as an even choice among that many tokens), margin
+    (largest logit minus the second), prob_margin, top1, top1_prob, nucleus_90 (how many tokens make
+    up 90 % of the probability), top2, top2_prob, and scenario: "very confident" (top1_prob at least
+    0.9), "two good options" (top2_prob at least half of it, both together at least 0.6), "one clear
+    winner" (top1_prob at least 0.5), else "uncertain", the first that fits; "unknown" if logits are
+    NaN.
     """
-    found = []
-    for said in distributions(run, pos=pos, step=step, rows=rows):
-        best = said.exact.exp().sort(descending=True).values
-        first, second = said.top(2)
-        probs = float(said.probs[first]), float(said.probs[second])
-        found.append(
-            {
-                **said.place,
-                "read": repr(run.lm.string(int(run.tokens[said.place["row"], said.place["pos"]]))),
-                "entropy": said.entropy,
-                "varentropy": said.varentropy,
-                "perplexity": math.exp(said.entropy),
-                "margin": said.margin,
-                "prob_margin": float(best[0] - best[1]),
-                "top1": _first(said, first),
-                "top1_prob": probs[0],
-                "nucleus_90": math.nan
-                if said.unknown
-                else int((best.cumsum(0) < 0.9 - 1e-9).sum()) + 1,
-                "top2": _first(said, second),
-                "top2_prob": probs[1],
-                "scenario": scenario(*probs),
-            }
-        )
-    return pd.DataFrame(found)
+    table_rows = []
+    for distribution in distributions(run, pos=pos, step=step, rows=rows):
+        row, position = distribution.location["row"], distribution.location["pos"]
+        token = repr(run.lm.string(int(run.tokens[row, position])))
+        table_rows.append({**distribution.location, "read": token, **_uncertainty(distribution)})
+    return pd.DataFrame(table_rows)
 
 
-def _token_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
+def _uncertainty(distribution: Distribution) -> dict[str, object]:
+    probs = distribution.exact.exp().sort(descending=True).values
+    nucleus = math.nan
+    if not distribution.unknown:
+        nucleus = int((probs.cumsum(0) < 0.9 - 1e-9).sum()) + 1
+    first, second = distribution.top(2)
+    first_prob, second_prob = float(distribution.probs[first]), float(distribution.probs[second])
+    return {
+        "entropy": distribution.entropy,
+        "varentropy": distribution.varentropy,
+        "perplexity": math.exp(distribution.entropy),
+        "margin": distribution.margin,
+        "prob_margin": float(probs[0] - probs[1]),
+        "top1": _first_token(distribution, first),
+        "top1_prob": first_prob,
+        "nucleus_90": nucleus,
+        "top2": _first_token(distribution, second),
+        "top2_prob": second_prob,
+        "scenario": scenario(first_prob, second_prob),
+    }
+
+
+def watched_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
+    """Returns the ids of the tokens of `watch=`."""
     return [lm.token(token) for token in read_tokens(watch, "watch")]
 
 

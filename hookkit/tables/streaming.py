@@ -1,11 +1,11 @@
-"""A generation as it happens, a step at a time.
+"""A generation as it happens, one step at a time.
 
     for now in hk.stream(lm, "I like oat milk in my", hk.ban(" coffee"), max_new_tokens=20):
         print(now.text[0], now.decisions["why"][0])
 
-The generation runs in a thread of its own, but only while the next step is waited for: nothing runs beside the body of
-the loop, in which the model has no hooks of the stream's. Leaving the loop early, by `break` or Ctrl-C, ends it and
-takes the hooks off.
+The generation runs in its own thread, but only while the loop waits for the next step. While the
+body of the loop runs, the generation is paused and the model has no hooks of the stream. Leaving
+the loop early, by `break` or Ctrl-C, ends the generation and removes its hooks.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from ..runs.run import Logits, Run
 from ..runs.trace import Recorded, Trace, Tracer
 from ..runs.trace import trace as every_step
 from ..runs.worker_thread import Turns
-from .decoding import candidates, decided
+from .decoding import candidate_rows, decision_row
 
 
 @dataclass(frozen=True, eq=False)
 class StreamStep:
-    """One step of a generation, just taken: `step` counts generated tokens, `text` is each row so far."""
+    """The newest step: `step` counts generated tokens, `text` is each row so far."""
 
     step: int
     text: list[str]
@@ -42,35 +42,47 @@ class StreamStep:
     @property
     def decisions(self) -> pd.DataFrame:
         """The step's rows of `hk.decisions`."""
-        return pd.DataFrame([decided(self.record, decision) for decision in self.record.decisions])
+        return pd.DataFrame(
+            [decision_row(self.record, decision) for decision in self.record.decisions]
+        )
 
     @property
     def candidates(self) -> pd.DataFrame:
         """The step's rows of `hk.decoding`."""
-        top = self.record.asked.top
-        return pd.DataFrame(
-            [row for each in self.record.decisions for row in candidates(self.record, each, top)]
-        )
+        table_rows: list[dict[str, object]] = []
+        for decision in self.record.decisions:
+            table_rows += candidate_rows(self.record, decision, self.record.asked.top)
+        return pd.DataFrame(table_rows)
 
 
 class Stream:
-    """The steps of a generation, to be gone through once. `run` is the whole of it, after the last step."""
+    """The steps of a generation, to be iterated once. `run` is the whole run, after the last step.
+
+    It owns the thread of the generation, which ends with the iteration, and each row's text so far.
+    """
 
     def __init__(
-        self, lm: LM, prompts: Prompts, hooks: tuple[Hook, ...], asked: Trace, given: dict[str, Any]
+        self,
+        lm: LM,
+        prompts: Prompts,
+        hooks: tuple[Hook, ...],
+        trace: Trace,
+        logits: Logits,
+        seed: int | None,
+        arguments: dict[str, Any],
     ) -> None:
-        self._lm, self._hooks, self._given = lm, hooks, given
+        self._lm, self._hooks, self._logits, self._arguments = lm, hooks, logits, arguments
         self._rows = as_batch(lm, prompts, side="left").rows
-        self._tracer = Tracer(lm, asked, hooks, listener=self._listen)
-        self._written: list[list[int]] = [[] for _ in self._rows]
+        self._tracer = Tracer(lm, trace, hooks, listener=self._on_step)
+        self._generated: list[list[int]] = [[] for _ in self._rows]
         self._ended = [False] * len(self._rows)
         self._turns: Turns[StreamStep] | None = None
-        self._draws = Draws(lm, given.pop("seed"))
+        self._draws = Draws(lm, seed)
         self._run: Run | None = None
 
     @property
     def run(self) -> Run:
-        """The whole generation, once its last step was taken."""
+        """The whole generation, after its last step."""
         if self._run is None:
             raise Unsupported(
                 "the generation has not come to its end: go through all of its steps first"
@@ -93,27 +105,34 @@ class Stream:
         raise Unsupported("a stream cannot be copied: make another with the same arguments")
 
     def _generate(self) -> None:
-        logits = self._given.pop("logits")
         self._run = traced(
-            self._lm, self._rows, self._hooks, logits, self._draws, self._tracer, self._given
+            self._lm,
+            self._rows,
+            self._hooks,
+            self._logits,
+            self._draws,
+            self._tracer,
+            self._arguments,
         )
 
-    def _listen(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
-        going = self._tracer.generation
-        if going.beams > 1 or going.returned > 1:
+    def _on_step(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
+        """Hands the newest step to the loop, and waits until the loop asks for the next one."""
+        generation = self._tracer.generation
+        if generation.beams > 1 or generation.returned > 1:
             raise Unsupported(
-                "beams and several sequences of one prompt have no single text to stream: use generate"
+                "beams and several sequences of one prompt have no single text to stream: "
+                "use generate"
             )
-        chosen, ends = tokens.tolist(), done.tolist()
-        going_on = [row for row, ended in enumerate(self._ended) if not ended]
-        for row in going_on:
-            self._written[row].append(chosen[row])
+        new_tokens, ends = tokens.tolist(), done.tolist()
+        active = [row for row, ended in enumerate(self._ended) if not ended]
+        for row in active:
+            self._generated[row].append(new_tokens[row])
             self._ended[row] = ends[row]
-        texts = [
-            self._lm.text([*row, *new]) for row, new in zip(self._rows, self._written, strict=True)
-        ]
-        lengths = {row: len(self._rows[row]) for row in going_on}
-        record = self._tracer.now({row: chosen[row] for row in going_on}, lengths)
+        texts = []
+        for prompt, generated in zip(self._rows, self._generated, strict=True):
+            texts.append(self._lm.text([*prompt, *generated]))
+        lengths = {row: len(self._rows[row]) for row in active}
+        record = self._tracer.now({row: new_tokens[row] for row in active}, lengths)
         assert self._turns is not None
         with self._draws.put_aside():
             self._turns.give(StreamStep(len(self._tracer.steps) - 1, texts, record))
@@ -129,15 +148,13 @@ def stream(
     trace: Trace | None = None,
     **arguments: Any,
 ) -> Stream:
-    """The steps of `generate` with the same arguments, as they happen, each with its candidates and the reason.
+    """The steps of `generate` with the same arguments, as they happen.
 
-    Every step is recorded, as with trace=hk.trace(): `now.decisions`, `now.candidates`, and `now.text` so far. After
-    the last step `stream.run` is the run that `generate` would have given.
+    Every step is recorded, as with trace=hk.trace(): `now.decisions`, `now.candidates`, and
+    `now.text` so far. After the last step `stream.run` is the run that `generate` would have given.
 
     >>> steps = stream(lm, "The capital of France is", max_new_tokens=2, do_sample=False)
     >>> [now.decisions["token"][0] for now in steps]
     ["' Paris'", "'.'"]
     """
-    return Stream(
-        lm, prompts, hooks, trace or every_step(), {"logits": logits, "seed": seed, **arguments}
-    )
+    return Stream(lm, prompts, hooks, trace or every_step(), logits, seed, arguments)

@@ -142,7 +142,7 @@ BAD = [
     ("site", ["lens", MILK, "--site", "resid_pots"], "did you mean 'resid_post'"),
     ("no state", ["lens", MILK, "--site", "z"], "a lens reads states of the residual stream"),
     ("token", ["direct", MILK, "--token", "coffee"], "'coffee' is 2 tokens here"),
-    ("one token", ["surprisal", "I"], "there is no token of which something was expected"),
+    ("one token", ["surprisal", "I"], "there is no token that logits predict"),
     ("no hook", ["shift", MILK], "there is no hook, and a shift is from a run without hooks"),
     (
         "page only",

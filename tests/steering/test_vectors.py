@@ -823,7 +823,7 @@ def test_a_random_vector_is_called_an_effect_in_3_to_8_percent_of_experiments(pr
             0, 0.12, (vectors + 1, prompts)
         )
         gains = own[0] - own[1:].mean(axis=0)
-        rest = intervals.variation(own[1:].T).rest ** 0.5
+        rest = intervals.variation(own[1:].T).residual ** 0.5
         spread = own[1:].mean(axis=1).std(ddof=1)
         _, half = intervals.beyond_random(gains, spread, rest, vectors, 0.95)
         wrong += abs(gains.mean()) > half

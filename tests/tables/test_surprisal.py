@@ -358,13 +358,13 @@ def test_the_default_models_numbers_are_transformers_own(smol):
         (
             lambda m, r: hk.surprisal(hk.forward(m, PROMPTS, logits="last")),
             EmptySelection,
-            "logits='last' of a forward stand behind the last",
+            "logits='last' of a forward predict what follows the last",
         ),
         (lambda m, r: hk.score(m, [[5], [6]]), EmptySelection, "the first token of a text has nothing before it"),
         (
             lambda m, r: hk.surprisal_shift(r, hk.forward(m, [PROMPTS[0], PROMPTS[2], PROMPTS[1]])),
             OutOfRange,
-            "the two read different tokens: .* Compare what both say of one text",
+            "the two read different tokens: .* Compare both on one text",
         ),
         (
             lambda m, r: hk.surprisal_shift(r, hk.forward(m, PROMPTS[0])),
