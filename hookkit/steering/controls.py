@@ -92,11 +92,11 @@ def at_damage(
     result["random_vectors"] = result["site"].map(counts).fillna(0).astype(int)
     for metric in metrics:
         result[f"{metric}_gain"] = _gains(result, f"{metric}_delta")
-        deviations, residuals = {}, {}
+        spreads: dict[str, tuple[float, float]] = {}
         for site, rows in random.groupby("site"):
-            deviations[site], residuals[site] = _random_spread(rows, f"{metric}_delta")
-        result[f"{metric}_random_sd"] = result["site"].map(deviations).astype(float)
-        result[f"{metric}_random_rest"] = result["site"].map(residuals).astype(float)
+            spreads[site] = _random_spread(rows, f"{metric}_delta")
+        pairs = [spreads.get(site, (np.nan, np.nan)) for site in result["site"]]
+        result[f"{metric}_random_sd"], result[f"{metric}_random_rest"] = zip(*pairs, strict=True)
     return result
 
 

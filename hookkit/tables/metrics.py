@@ -135,7 +135,7 @@ def _as_metric(item: Any) -> Metric:
             f"{described(item)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function "
             "of logits [row, vocab]"
         )
-    return FunctionMetric(item)
+    return FunctionMetric(item)  # pyright: ignore[reportArgumentType]
 
 
 def columns(metrics: Sequence[Metric]) -> list[str]:

@@ -71,7 +71,8 @@ class Stream:
         seed: int | None,
         arguments: dict[str, Any],
     ) -> None:
-        self._lm, self._hooks, self._logits, self._arguments = lm, hooks, logits, arguments
+        self._lm, self._hooks, self._arguments = lm, hooks, arguments
+        self._logits: Logits = logits
         self._rows = as_batch(lm, prompts, side="left").rows
         self._tracer = Tracer(lm, trace, hooks, listener=self._on_step)
         self._generated: list[list[int]] = [[] for _ in self._rows]
@@ -106,14 +107,9 @@ class Stream:
 
     def _generate(self) -> None:
         self._run = traced(
-            self._lm,
-            self._rows,
-            self._hooks,
-            self._logits,
-            self._draws,
-            self._tracer,
+            self._lm, self._rows, self._hooks, self._logits, self._draws, self._tracer,
             self._arguments,
-        )
+        )  # fmt: skip
 
     def _on_step(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
         """Hands the newest step to the loop, and waits until the loop asks for the next one."""
