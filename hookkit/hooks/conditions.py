@@ -1,12 +1,10 @@
-"""When a logit edit acts: conditions on the logits that it finds.
+"""Conditions on logits, which say when a logit edit acts; and phrases, tokens in a row.
 
     hk.force(" coffee", when=hk.entropy_above(2.0))
     hk.ban(" tea", when=hk.rank_of(" tea", at_most=3))
 
-A user's own function does as well: it is given the logits [row, pos, vocab] and where they are, and
-says True or False, or for each row and position.
-
-Phrases: several tokens in a row, where one token is not enough.
+A user's function is a condition too: it receives the logits [row, pos, vocab] and their `hk.Here`,
+and returns True or False, for all or for each row and position.
 """
 
 import math
@@ -19,16 +17,22 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..arguments import checks_keywords, choice, read_tokens, whole_number
-from ..arguments import read_token as as_token
+from ..arguments import (
+    checks_keywords,
+    choice,
+    finite_number,
+    read_token,
+    read_tokens,
+    whole_number,
+)
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.tokens import Token, rank_among, shown_ranks
-from .base import Here, number, put
+from .base import Here, put
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
-Holds: TypeAlias = Callable[[Logits, Here], Bool[Tensor, "row pos"]]
+BoundCondition: TypeAlias = Callable[[Logits, Here], Bool[Tensor, "row pos"]]
 
 COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "above": torch.gt,
@@ -36,20 +40,18 @@ COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "at_least": torch.ge,
     "at_most": torch.le,
 }
-
-
 LIMITS = {
     "entropy": (0.0, math.inf),
     "margin": (0.0, math.inf),
     "prob": (0.0, 1.0),
     "rank": (1, math.inf),
 }
-UNITS = {"entropy": "nats", "margin": "logits"}  # the name of the argument that is the limit
+UNITS = {"entropy": "nats", "margin": "logits"}  # the names of the limit's argument
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A quantity of the logits held against a limit. Made by `entropy_above`, `rank_of` …"""
+    """A quantity of the logits and its limit. `entropy_above`, `rank_of` … return it."""
 
     quantity: str
     token: Token | None
@@ -59,31 +61,34 @@ class Condition:
     def __post_init__(self) -> None:
         choice(self.quantity, "a condition's quantity", LIMITS)
         choice(self.compare, f"a condition of {self.quantity}", COMPARE)
-        of_token = self.quantity in ("rank", "prob")
-        if of_token:
-            put(self, "token", as_token(self.token))
+        limit_name = self.compare
+        if self.quantity in ("rank", "prob"):
+            put(self, "token", read_token(self.token))
         elif self.token is not None:
             raise BadHook(
                 f"a condition of {self.quantity} is of no token, and names {self.token!r}"
             )
-        limit = number(self.limit, self.compare if of_token else UNITS[self.quantity])
+        else:
+            limit_name = UNITS[self.quantity]
+        limit = finite_number(self.limit, limit_name)
         if self.quantity == "rank":
-            limit = whole_number(self.limit, self.compare, meaning="a rank", error=BadHook)
+            limit = whole_number(self.limit, limit_name, meaning="a rank", error=BadHook)
         self._check_possible(limit)
         put(self, "limit", limit)
 
     def _check_possible(self, limit: float) -> None:
-        """Raises `BadHook` where the condition can never hold, whatever the logits are."""
+        """Raises `BadHook` if the condition can never hold, whatever the logits are."""
         least, most = LIMITS[self.quantity]
-        never = {
+        never_holds = {
             "above": limit >= most,
             "below": limit <= least,
             "at_least": limit > most,
             "at_most": limit < least,
         }
-        if never[self.compare]:
+        if never_holds[self.compare]:
             raise BadHook(
-                f"{self!r} never holds: {self.quantity} is from {least:g} to {most:g}, so give a limit between them"
+                f"{self!r} never holds: {self.quantity} is from {least:g} to {most:g}, so give a "
+                "limit between them"
             )
 
     def __repr__(self) -> str:
@@ -91,113 +96,109 @@ class Condition:
             return f"{self.quantity}_{self.compare}({self.limit!r})"
         return f"{self.quantity}_of({self.token!r}, {self.compare}={self.limit!r})"
 
-    def bound(self, lm: LM) -> Holds:
-        """The condition for this model's tokens."""
+    def bind(self, lm: LM) -> BoundCondition:
+        """Returns the condition for this model's tokens."""
         token = None if self.token is None else lm.token(self.token)
-        real = lm.n_tokens or None
+        vocab_size = lm.n_tokens or None
 
-        def measured(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
-            values = _measured(self.quantity, logits, token, real)
-            unknown = here.real_cells(values.isnan())
-            if bool(unknown.any()):
-                row = here.rows[int(unknown.nonzero()[0][0])]
+        def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+            values = _measure(self.quantity, logits, token, vocab_size)
+            is_nan = here.real_cells(values.isnan())
+            if bool(is_nan.any()):
+                row = here.rows[int(is_nan.nonzero()[0][0])]
                 raise BadEdit(
-                    f"when={self} has no answer at {here.site}: the logits of row {row} are NaN there"
+                    f"when={self} has no answer at {here.site}: the logits of row {row} are NaN "
+                    "there"
                 )
             return COMPARE[self.compare](values, self.limit)
 
-        return measured
+        return holds
 
 
 When: TypeAlias = Condition | Callable[[Any, Any], Any]
 
 
-def _measured(
-    quantity: str, logits: Logits, token: int | None, real: int | None
+def _measure(
+    quantity: str, logits: Logits, token: int | None, vocab_size: int | None
 ) -> Shaped[Tensor, "row pos"]:
     logprobs = logits.float().log_softmax(dim=-1)
     if quantity == "entropy":
         return torch.special.entr(logprobs.exp()).sum(dim=-1)
     if quantity == "margin":
-        first, second = logits[..., :real].float().topk(2, dim=-1).values.unbind(dim=-1)
-        return first - second
+        top = logits[..., :vocab_size].float().topk(2, dim=-1).values
+        return top[..., 0] - top[..., 1]
     if quantity == "prob":
         return logprobs[..., token].exp()
     assert quantity == "rank" and token is not None
-    return shown_ranks(rank_among(logits[..., :real], logits[..., token]))
+    return shown_ranks(rank_among(logits[..., :vocab_size], logits[..., token]))
 
 
-def holds(when: When, lm: LM) -> Holds:
-    """What says for each cell whether an edit acts there. A function's answer is checked."""
+def bind_condition(when: When, lm: LM) -> BoundCondition:
+    """Returns the function that says for each cell whether an edit acts there.
+
+    The results of a user's function are checked.
+    """
     if isinstance(when, Condition):
-        return when.bound(lm)
+        return when.bind(lm)
 
-    def asked(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
-        answer = when(logits.clone(), here)
-        answer = (
-            torch.as_tensor(answer, device=logits.device) if isinstance(answer, bool) else answer
-        )
-        if (
-            not isinstance(answer, Tensor)
-            or answer.dtype != torch.bool
-            or answer.shape not in ((), logits.shape[:2])
-        ):
-            said = (
-                f"{answer.dtype} {list(answer.shape)}"
-                if isinstance(answer, Tensor)
-                else type(answer).__name__
-            )
-            raise BadEdit(
-                f"when= gave {said}: return True or False, or a bool tensor {list(logits.shape[:2])} [row, pos]"
-            )
-        return answer.to(logits.device).expand(logits.shape[:2])
+    def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
+        result = when(logits.clone(), here)
+        shape = logits.shape[:2]
+        if isinstance(result, bool):
+            result = torch.as_tensor(result, device=logits.device)
+        if not isinstance(result, Tensor):
+            raise BadEdit(_bad_result(type(result).__name__, shape))
+        if result.dtype != torch.bool or result.shape not in ((), shape):
+            raise BadEdit(_bad_result(f"{result.dtype} {list(result.shape)}", shape))
+        return result.to(logits.device).expand(shape)
 
-    return asked
+    return holds
 
 
-def checked_when(when: When | None) -> When | None:
-    """`when` as it was given, or `BadHook` if it is no condition."""
+def _bad_result(result: str, shape: Sequence[int]) -> str:
+    return f"when= gave {result}: return True or False, or a bool tensor {list(shape)} [row, pos]"
+
+
+def check_when(when: When | None) -> None:
+    """Raises `BadHook` if `when` is not a condition, a function or None."""
     if when is not None and not isinstance(when, Condition) and not callable(when):
         raise BadHook(
-            f"when={when!r} is no condition: give hk.entropy_above(2.0), hk.rank_of(token, at_most=10) … or a function"
+            f"when={when!r} is no condition: give hk.entropy_above(2.0), "
+            "hk.rank_of(token, at_most=10) … or a function"
         )
-    return when
 
 
 @checks_keywords
 def entropy_above(nats: float) -> Condition:
-    """True where the model is less sure than this: the entropy of its next-token distribution is
-    above `nats`.
+    """True where the entropy of the next-token distribution is above `nats`.
 
     >>> entropy_above(2.0)
     entropy_above(2.0)
     """
-    return Condition("entropy", None, "above", number(nats, "nats"))
+    return Condition("entropy", None, "above", finite_number(nats, "nats"))
 
 
 @checks_keywords
 def entropy_below(nats: float) -> Condition:
-    """True where the model is surer than this: the entropy of its next-token distribution is below
-    `nats`.
-    """
-    return Condition("entropy", None, "below", number(nats, "nats"))
+    """True where the entropy of the next-token distribution is below `nats`."""
+    return Condition("entropy", None, "below", finite_number(nats, "nats"))
 
 
 @checks_keywords
 def margin_above(logits: float) -> Condition:
-    """True where the largest logit is more than this above the second largest."""
-    return Condition("margin", None, "above", number(logits, "logits"))
+    """True where the largest logit is more than `logits` above the second largest."""
+    return Condition("margin", None, "above", finite_number(logits, "logits"))
 
 
 @checks_keywords
 def margin_below(logits: float) -> Condition:
-    """True where the largest logit is less than this above the second largest."""
-    return Condition("margin", None, "below", number(logits, "logits"))
+    """True where the largest logit is less than `logits` above the second largest."""
+    return Condition("margin", None, "below", finite_number(logits, "logits"))
 
 
 @checks_keywords
 def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = None) -> Condition:
-    """True where a token's rank is at most, or at least, so much; 1 is the most likely token.
+    """True where a token's rank is within the limit; 1 is the most likely token.
 
     >>> rank_of(" coffee", at_most=10)
     rank_of(' coffee', at_most=10)
@@ -209,7 +210,7 @@ def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = 
 def prob_of(
     token: Token, *, at_most: float | None = None, at_least: float | None = None
 ) -> Condition:
-    """True where a token's probability (0 to 1) is at most, or at least, so much.
+    """True where a token's probability (0 to 1) is within the limit.
 
     >>> prob_of(" coffee", at_least=0.05)
     prob_of(' coffee', at_least=0.05)
@@ -228,23 +229,26 @@ def _of(quantity: str, token: Token, at_most: float | None, at_least: float | No
 
 @dataclass(frozen=True)
 class Phrase:
-    """Tokens in a row, as a text or as ids. Made by `phrase`."""
+    """Tokens in a row, as a text or as ids. `phrase` returns it."""
 
     words: str | tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        words = (
-            str(self.words) if isinstance(self.words, str) else read_tokens(self.words, "phrase")
-        )
+        words = str(self.words) if self._is_text else read_tokens(self.words, "phrase")
         if not words:
             raise BadHook("phrase() has no token: give a text, or tokens")
-        object.__setattr__(self, "words", words)
+        put(self, "words", words)
+
+    @property
+    def _is_text(self) -> bool:
+        return isinstance(self.words, str)
 
     def __repr__(self) -> str:
-        return f"phrase({(self.words if isinstance(self.words, str) else list(self.words))!r})"
+        words = self.words if self._is_text else list(self.words)
+        return f"phrase({words!r})"
 
     def ids(self, lm: LM) -> list[int]:
-        """The ids of its tokens in this model's vocabulary."""
+        """Returns the ids of its tokens in this model's vocabulary."""
         if not isinstance(self.words, str):
             return [lm.token(token) for token in self.words]
         if lm.tokenizer is None:
@@ -256,10 +260,9 @@ class Phrase:
 
 @checks_keywords
 def phrase(words: str | Sequence[Token]) -> Phrase:
-    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens one
-    by one.
+    """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens.
 
-    A text in the middle of a line mostly begins with a space.
+    A text in the middle of a line usually begins with a space.
 
     >>> phrase(" a cup of tea")
     phrase(' a cup of tea')
@@ -267,36 +270,40 @@ def phrase(words: str | Sequence[Token]) -> Phrase:
     return Phrase(words)  # pyright: ignore[reportArgumentType]
 
 
-class Begun:
-    """Where phrases that wait for a condition have begun, by text, model row and step: at any, or
-    one of `starts`.
+class PhraseStarts:
+    """Where phrases that wait for a condition begin: at any step, or at one of `steps`.
 
-    The steps of a row are asked for in order; one that is asked for again (a cache is not used) has
-    the same answer.
+    It owns the offsets for each text, by model row and step. The steps of a row are requested in
+    order; a repeated request (without a cache) has the same answer.
     """
 
-    def __init__(self, length: int, holds: Holds, starts: Sequence[int] | None) -> None:
-        self.length, self.holds, self.starts = length, holds, starts
-        self._offsets: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]] = (
-            WeakKeyDictionary()
-        )
+    def __init__(self, length: int, condition: BoundCondition, steps: Sequence[int] | None) -> None:
+        self.length, self.condition, self.steps = length, condition, steps
+        self._offsets: WeakKeyDictionary[SequenceBatch, dict[tuple[int, int], int]]
+        self._offsets = WeakKeyDictionary()
 
-    def offsets(self, logits: Float[Tensor, "row pos vocab"], here: Here) -> Int[Tensor, "row pos"]:
-        """Which of the phrase's tokens is due at each cell; -1 for none."""
+    def offsets(self, logits: Logits, here: Here) -> Int[Tensor, "row pos"]:
+        """Returns which of the phrase's tokens is due at each cell; -1 for none."""
         if here.cells.text.beams > 1:
             raise Unsupported(
-                "a phrase that begins when a condition holds has no place in beam search, which goes back on itself"
+                "a phrase that begins when a condition holds has no place in beam search, which "
+                "goes back on itself"
             )
-        known = self._offsets.setdefault(here.cells.text, {})
-        asked = self.holds(logits, here).tolist()
+        known_offsets = self._offsets.setdefault(here.cells.text, {})
+        condition_holds = self.condition(logits, here).tolist()
         offsets = torch.full_like(here.steps, -1)
         for index, row in enumerate(here.cells.rows):
             for column in range(len(here.cells.places[index])):
                 step = int(here.steps[index, column])
-                if (row, step) not in known:
-                    before = known.get((row, step - 1), -1)
-                    going_on = 0 <= before < self.length - 1
-                    begins = asked[index][column] and (self.starts is None or step in self.starts)
-                    known[row, step] = before + 1 if going_on else 0 if begins else -1
-                offsets[index, column] = known[row, step]
+                if (row, step) not in known_offsets:
+                    previous = known_offsets.get((row, step - 1), -1)
+                    holds = condition_holds[index][column]
+                    known_offsets[row, step] = self._next_offset(previous, step, holds)
+                offsets[index, column] = known_offsets[row, step]
         return offsets
+
+    def _next_offset(self, previous: int, step: int, holds: bool) -> int:
+        if 0 <= previous < self.length - 1:
+            return previous + 1
+        begins = holds and (self.steps is None or step in self.steps)
+        return 0 if begins else -1

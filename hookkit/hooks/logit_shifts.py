@@ -1,4 +1,4 @@
-"""Hooks that move tokens up or down: boost, cap, swap, set_rank."""
+"""Hooks that move tokens up or down in the ranking: `boost`, `cap`, `swap` and `set_rank`."""
 
 import csv
 import io
@@ -13,21 +13,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import as_whole, checks_keywords, described
+from ..arguments import as_whole, checks_keywords, described, finite_number
 from ..errors import BadEdit, BadFile, BadHook, OutOfRange
 from ..files.untrusted import reason, text_of
 from ..models.positions import CountLike, PosLike
 from ..models.sites import AnySite
 from ..models.tokens import Token
-from .base import Binding, Change, Here, number, put
+from .base import Binding, Change, Here, put
 from .conditions import When
-from .logits import LogitEdit, Logits, at_logits, check_inside, ids_of, several
+from .logits import LogitEdit, Logits, at_logits, check_inside, flatten_tokens, token_ids
 from .rounding import fitted_number, next_above, next_below, rounded_down
 
 
 @dataclass(frozen=True)
 class Boost(LogitEdit):
-    """Add to the logits of tokens. Made by `boost`."""
+    """Adds to the logits of tokens. `boost` returns it."""
 
     tokens: tuple[Token, ...]
     by: float | tuple[float, ...]
@@ -39,40 +39,41 @@ class Boost(LogitEdit):
     def check(self) -> None:
         super().check()
         if not isinstance(self.by, tuple):
-            put(self, "by", number(self.by, "by"))
+            put(self, "by", finite_number(self.by, "by"))
             return
         if len(self.by) != len(self.tokens):
             raise BadHook(
                 f"boost has {len(self.by)} amounts for {len(self.tokens)} tokens: give one for each"
             )
         amounts = zip(self.tokens, self.by, strict=True)
-        put(self, "by", tuple(number(amount, f"by[{token!r}]") for token, amount in amounts))
+        put(self, "by", tuple(finite_number(amount, f"by[{token!r}]") for token, amount in amounts))
 
     def __str__(self) -> str:
         if not isinstance(self.by, tuple):
             return super().__str__()
+        amounts = dict(zip(self.tokens, self.by, strict=True))
         first = repr(self.tokens[0])
-        rest = str(replace(self, tokens=self.tokens[:1], by=0.0)).replace(f"{first}, ", "", 1)
-        return rest.replace("by=0.0", f"by={dict(zip(self.tokens, self.by, strict=True))}", 1)
+        text = str(replace(self, tokens=self.tokens[:1], by=0.0)).replace(f"{first}, ", "", 1)
+        return text.replace("by=0.0", f"by={amounts}", 1)
 
     def _amounts(self) -> tuple[float, ...]:
         return self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
 
-    def _check_moved(self, was: Logits, now: Logits, here: Here) -> None:
-        """Raise `BadEdit` where no token moves at all, since the amounts are lost by the rounding
-        of a small dtype.
-        """
-        if was.element_size() > 2 or not any(self._amounts()):
+    def _check_changed(self, old: Logits, new: Logits, here: Here) -> None:
+        """Raises `BadEdit` if no logit changes, since a small dtype rounds the amounts away."""
+        if old.element_size() > 2 or not any(self._amounts()):
             return
-        lost = (torch.isfinite(was) & (was == now)).any(dim=-1) & (was == now).all(dim=-1)
+        unchanged = old == new
+        lost = (torch.isfinite(old) & unchanged).any(dim=-1) & unchanged.all(dim=-1)
         if bool(here.real_cells(lost).any()):
             raise BadEdit(
-                f"{self} changes nothing at {here.site}: {str(was.dtype).removeprefix('torch.')} has no number so near "
-                "to these logits; give a larger amount, or run the model in float32"
+                f"{self} changes nothing at {here.site}: "
+                f"{str(old.dtype).removeprefix('torch.')} has no number so near to these logits; "
+                "give a larger amount, or run the model in float32"
             )
 
     def edit(self, binding: Binding) -> Change:
-        tokens = ids_of(binding, *self.tokens)
+        tokens = token_ids(binding, *self.tokens)
         _check_once(tokens, self)
 
         def apply(logits: Logits, here: Here) -> Logits:
@@ -80,7 +81,7 @@ class Boost(LogitEdit):
             amounts = [fitted_number(by, logits.dtype, "by") for by in self._amounts()]
             new = logits.clone()
             new[..., tokens] += torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
-            self._check_moved(logits[..., tokens], new[..., tokens], here)
+            self._check_changed(logits[..., tokens], new[..., tokens], here)
             return new
 
         return apply
@@ -96,62 +97,62 @@ def boost(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Boost:
-    """Add `by` to the logits of these tokens: their odds against any other token grow by the factor
-    e^by.
+    """Adds `by` to the logits of these tokens: their odds grow by the factor e^by.
 
     `by` may also be an amount for each token, {" coffee": 2.0, " tea": -1.0}, or the path of a CSV
-    file with the columns `token` (or `token_id`) and `by`; then no tokens are named beside it.
+    file with the columns `token` (or `token_id`) and `by`; then no other tokens are named.
 
     >>> print(boost(" coffee", by=2.0))
     boost(' coffee', by=2.0)
     """
     if isinstance(by, str | PathLike):
-        by = _amounts(by)
+        by = _read_amounts(by)
     if not isinstance(by, Mapping):
-        chosen, amounts = several(tokens, "boost"), by
+        selected, amounts = flatten_tokens(tokens, "boost"), by
     elif tokens:
         raise BadHook(f"by= names its tokens itself: leave out {', '.join(map(repr, tokens))}")
     else:
-        chosen, amounts = several([list(by)], "boost"), tuple(by.values())
-    return Boost(*at_logits(site, pos, rows, step), chosen, amounts, when=when)
+        selected, amounts = flatten_tokens([list(by)], "boost"), tuple(by.values())
+    return Boost(*at_logits(site, pos, rows, step), selected, amounts, when=when)
 
 
-def _amounts(path: str | PathLike[str]) -> dict[Token, float]:
-    """The amount for each token in a CSV file. A token stands as it is, its leading space kept, or
-    as its id.
-    """
+def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
+    """Reads the amount for each token from a CSV file. Leading spaces of tokens are kept."""
     try:
         rows = list(csv.DictReader(io.StringIO(text_of(path), newline="")))
     except (BadFile, csv.Error) as error:
         raise BadHook(
-            f"by={str(path)!r} is no file that can be read ({reason(error.__cause__ or error)}); by= is a number, "
-            "amounts, or a path"
+            f"by={str(path)!r} is no file that can be read ({reason(error.__cause__ or error)}); "
+            "by= is a number, amounts, or a path"
         ) from error
-    name = next((name for name in ("token_id", "token") if rows and name in rows[0]), None)
-    if name is None or "by" not in rows[0]:
+    columns = rows[0] if rows else {}
+    if "by" not in columns or not {"token", "token_id"} & set(columns):
         raise BadHook(
-            f"{path} is no table of amounts: it needs a line for each token, under token (or token_id) and by"
+            f"{path} is no table of amounts: it needs a line for each token, under token (or "
+            "token_id) and by"
         )
+    has_ids = "token_id" in columns
+    tokens, amounts = [], []
     try:
-        amounts = [
-            (int(row[name]) if name == "token_id" else row[name], float(row["by"])) for row in rows
-        ]
+        for row in rows:
+            tokens.append(int(row["token_id"]) if has_ids else row["token"])
+            amounts.append(float(row["by"]))
     except (TypeError, ValueError) as error:
         raise BadHook(f"{path} has a value that is no number: {error}") from error
-    _check_once([token for token, _ in amounts], path)
-    return dict(amounts)
+    _check_once(tokens, path)
+    return dict(zip(tokens, amounts, strict=True))
 
 
-def _check_once(tokens: Sequence[Token], who: object) -> None:
-    """Raise `BadHook` where a token is named twice: it is not clear what is meant."""
-    twice = [token for token, times in Counter(tokens).items() if times > 1]
-    if twice:
-        raise BadHook(f"{who} names token {twice[0]!r} twice: name each once")
+def _check_once(tokens: Sequence[Token], source: object) -> None:
+    """Raises `BadHook` for a token that is named twice, since its amount would be unclear."""
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:
+        raise BadHook(f"{source} names token {repeated[0]!r} twice: name each once")
 
 
 @dataclass(frozen=True)
 class Cap(LogitEdit):
-    """Keep tokens from standing higher than a limit. Made by `cap`."""
+    """Lowers tokens to a limit. `cap` returns it."""
 
     tokens: tuple[Token, ...]
     logit: float | None = None
@@ -166,23 +167,24 @@ class Cap(LogitEdit):
         if (self.logit is None) == (self.prob is None):
             raise BadHook("cap() needs one limit: logit= or prob=")
         if self.logit is not None:
-            put(self, "logit", number(self.logit, "logit"))
+            put(self, "logit", finite_number(self.logit, "logit"))
             return
-        if not 0 < number(self.prob, "prob") < 1:
+        if not 0 < finite_number(self.prob, "prob") < 1:
             raise BadHook(
-                f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the tokens"
+                f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the "
+                "tokens"
             )
-        put(self, "prob", number(self.prob, "prob"))
+        put(self, "prob", finite_number(self.prob, "prob"))
 
     def edit(self, binding: Binding) -> Change:
-        tokens = ids_of(binding, *self.tokens)
+        tokens = token_ids(binding, *self.tokens)
         _check_once(tokens, self)
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, *tokens)
             new = logits.clone()
-            found = logits[..., tokens]
-            exact = found.to(torch.promote_types(found.dtype, torch.float32))
+            capped = logits[..., tokens]
+            exact = capped.to(torch.promote_types(capped.dtype, torch.float32))
             if self.logit is not None:
                 limit = fitted_number(self.logit, logits.dtype, "logit")
                 new[..., tokens] = rounded_down(exact.clamp(max=limit), logits.dtype)
@@ -190,18 +192,20 @@ class Cap(LogitEdit):
             new[..., tokens] = rounded_down(exact + self._shift(logits, tokens), logits.dtype)
             if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
                 raise BadEdit(
-                    f"{self} cannot be at {here.site}: no other token can be chosen, so these have all the odds"
+                    f"{self} cannot be at {here.site}: no other token can be chosen, so these have "
+                    "all the odds"
                 )
             return new
 
         return apply
 
     def _shift(self, logits: Logits, tokens: list[int]) -> Float[Tensor, "row pos _"]:
+        """Returns the change of the tokens' logits, at most 0, that brings them to `prob`."""
         assert self.prob is not None
         others = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        found = others[..., tokens]
+        capped = others[..., tokens]
         others[..., tokens] = -math.inf
-        odds = found.logsumexp(dim=-1, keepdim=True) - others.logsumexp(dim=-1, keepdim=True)
+        odds = capped.logsumexp(dim=-1, keepdim=True) - others.logsumexp(dim=-1, keepdim=True)
         return (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
 
 
@@ -216,21 +220,22 @@ def cap(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Cap:
-    """Lower these tokens to a limit where they stand above it: each to a `logit`, or all together
-    to a `prob` (0 to 1).
+    """Lowers these tokens to a limit: each to a `logit`, or all together to a `prob` (0 to 1).
 
-    With `prob` they are all lowered by one number, so that their odds among each other stay as they
-    were.
+    Tokens below the limit stay as they are. With `prob` all are lowered by one number, so that
+    their odds among each other do not change.
 
     >>> print(cap(" coffee", prob=0.1))
     cap(' coffee', prob=0.1)
     """
-    return Cap(*at_logits(site, pos, rows, step), several(tokens, "cap"), logit, prob, when=when)
+    return Cap(
+        *at_logits(site, pos, rows, step), flatten_tokens(tokens, "cap"), logit, prob, when=when
+    )
 
 
 @dataclass(frozen=True)
 class Swap(LogitEdit):
-    """Exchange the logits of two tokens. Made by `swap`."""
+    """Exchanges the logits of two tokens. `swap` returns it."""
 
     a: Token
     b: Token
@@ -249,7 +254,7 @@ class Swap(LogitEdit):
         return True
 
     def edit(self, binding: Binding) -> Change:
-        a, b = ids_of(binding, self.a, self.b)
+        a, b = token_ids(binding, self.a, self.b)
         if a == b:
             raise BadHook(f"{self} names one token twice: there is nothing to swap")
 
@@ -273,8 +278,7 @@ def swap(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> Swap:
-    """Exchange the logits of two tokens; every other token keeps its logit, its probability and its
-    rank.
+    """Exchanges the logits of two tokens. All other logits, probabilities and ranks stay the same.
 
     >>> print(swap(" coffee", " tea"))
     swap(' coffee', ' tea')
@@ -284,7 +288,7 @@ def swap(
 
 @dataclass(frozen=True)
 class SetRank(LogitEdit):
-    """Move a token to a rank. Made by `set_rank`."""
+    """Moves a token to a rank. `set_rank` returns it."""
 
     token: Token
     rank: int
@@ -298,49 +302,51 @@ class SetRank(LogitEdit):
         rank = as_whole(self.rank)
         if rank is None or rank < 1:
             raise OutOfRange(
-                f"rank={described(self.rank)}: ranks are whole numbers from 1, the most likely token"
+                f"rank={described(self.rank)}: ranks are whole numbers from 1, the most likely "
+                "token"
             )
         put(self, "rank", rank)
 
     def edit(self, binding: Binding) -> Change:
-        (token,) = ids_of(binding, self.token)
-        real = binding.lm.n_tokens or None
-        if real is not None and token >= real:
+        (token,) = token_ids(binding, self.token)
+        vocab_size = binding.lm.n_tokens or None
+        if vocab_size is not None and token >= vocab_size:
             raise BadHook(
-                f"token {token} is a row of the vocabulary without a token (they end at {real - 1}): it has no rank"
+                f"token {token} is a row of the vocabulary without a token (they end at "
+                f"{vocab_size - 1}): it has no rank"
             )
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, token)
-            others = logits[..., :real].clone()
+            others = logits[..., :vocab_size].clone()
             count = others.shape[-1]
             if self.rank > count:
                 raise OutOfRange(
                     f"rank {self.rank} was asked for, and the vocabulary has {count} tokens"
                 )
             others[..., token] = -math.inf
+            logit = _logit_for_rank(others, self.rank)
             new = logits.clone()
-            new[..., token] = between = _between(others, self.rank)
-            larger = (others > between[..., None]).sum(dim=-1)
-            if bool(here.real_cells((larger != self.rank - 1) | between.isnan()).any()):
+            new[..., token] = logit
+            n_larger = (others > logit[..., None]).sum(dim=-1)
+            if bool(here.real_cells((n_larger != self.rank - 1) | logit.isnan()).any()):
                 raise BadEdit(
-                    f"{self} cannot be: the tokens that would stand before and after it have the same logit, or logits "
-                    "are NaN"
+                    f"{self} cannot be: the tokens that would stand before and after it have the "
+                    "same logit, or logits are NaN"
                 )
             return new
 
         return apply
 
 
-def _between(others: Logits, rank: int) -> Float[Tensor, "row pos"]:
-    """A logit that rank - 1 of the others are larger than, unless two of them are equal just there."""
-    ordered = others.topk(
-        min(rank, others.shape[-1] - 1), dim=-1
-    ).values  # the token itself is not among the others
+def _logit_for_rank(others: Logits, rank: int) -> Float[Tensor, "row pos"]:
+    """Returns a logit below exactly `rank - 1` others, unless two of them are equal there."""
+    size = others.shape[-1]
+    ordered = others.topk(min(rank, size - 1), dim=-1).values  # without the token itself
     if rank == 1:
         return torch.maximum(ordered[..., 0] + 1, next_above(ordered[..., 0]))
     above = ordered[..., rank - 2]
-    if rank == others.shape[-1]:
+    if rank == size:
         return torch.minimum(above - 1, next_below(above))
     below = ordered[..., rank - 1]
     middle = (above + below) / 2
@@ -358,11 +364,10 @@ def set_rank(
     rows: CountLike = None,
     site: str | AnySite = "logits",
 ) -> SetRank:
-    """Give a token the logit midway between its new neighbours, so that it has this rank; 1 is the
-    most likely token.
+    """Gives a token this rank: its logit is midway between its new neighbours.
 
-    At rank 1 it is one logit above the rest, at the last rank one below. Every other token keeps
-    its logit.
+    Rank 1 is the most likely token; its logit is one above all others, at the last rank one below.
+    All other logits stay the same.
 
     >>> print(set_rank(" coffee", 3))
     set_rank(' coffee', 3)

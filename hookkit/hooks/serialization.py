@@ -1,8 +1,7 @@
-"""Hooks to JSON and back. Every value in a hook has one way to be written; a user's function only
-its name.
+"""Writes hooks as JSON and reads them back. User functions are written, but not read back.
 
-What JSON has no word for is an object with one key that begins with "$": {"$sites": ["z.9.3"]},
-{"$tensor": …}.
+A value that JSON cannot express is an object with one key that begins with "$":
+{"$sites": ["z.9.3"]}, {"$tensor": …}.
 """
 
 import base64
@@ -25,8 +24,8 @@ from ..files.untrusted import json_of, reason
 from ..models.positions import Part
 from ..models.sites import ModuleSite, Site, Sites, as_sites, parse
 
-# Every kind of hook by its verb, and every frozen dataclass that may stand inside one, each with its module. The
-# modules are above this one, so they are imported when the first hook is written or read.
+# Every hook by its verb, and every dataclass that may be inside a hook, each with its module. These
+# modules import this one, so they are imported when the first hook is written or read.
 HOOK_TYPES: dict[str, str] = {
     "capture": "hookkit.hooks.capture:Capture",
     "edit": "hookkit.hooks.edits:Edit",
@@ -62,61 +61,64 @@ VALUE_TYPES: dict[str, str] = {
 
 
 def hook_type(verb: object) -> Any:
-    """The class of hooks with this verb, or `BadHook`."""
+    """Returns the class of hooks with this verb. Raises `BadHook` for an unknown one."""
     if not isinstance(verb, str) or verb not in HOOK_TYPES:
         raise BadHook(
             f"there is no hook {described(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
         )
-    return _imported(HOOK_TYPES[verb])
+    return _import(HOOK_TYPES[verb])
 
 
 def value_type(name: object) -> Any:
-    """The dataclass of this name that may stand inside a hook, or `BadHook`."""
+    """Returns the dataclass of this name. Raises `BadHook` if none may be inside a hook."""
     if not isinstance(name, str) or name not in VALUE_TYPES:
         raise BadHook(
             f"a hook holds no value of type {described(name)}: there are {', '.join(VALUE_TYPES)}"
         )
-    return _imported(VALUE_TYPES[name])
+    return _import(VALUE_TYPES[name])
 
 
 @functools.cache
-def _imported(path: str) -> Any:
+def _import(path: str) -> Any:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def to_json(hook: Any, *, tensors: str = "inline") -> str:
-    """The hook as JSON; equal hooks give equal text."""
+    """Returns the hook as JSON. Equal hooks have equal JSON."""
     choice(tensors, "tensors", ("inline", "digest"))
-    fields = {
-        field.name: _encode(getattr(hook, field.name), tensors)
-        for field in dataclasses.fields(hook)
-    }
-    return json.dumps({"hook": hook.verb, **fields}, allow_nan=False)
+    return json.dumps({"hook": hook.verb, **_encode_fields(hook, tensors)}, allow_nan=False)
 
 
 def from_json(text: str) -> Any:
-    """The hook that `to_json` wrote."""
+    """Returns the hook that `to_json` wrote."""
     name = repr(text[:60]) if isinstance(text, str) else f"a {type(text).__name__}"
     try:
-        written = json_of(text, name, error=BadHook)
-        verb = written.pop("hook")
+        encoded = json_of(text, name, error=BadHook)
+        verb = encoded.pop("hook")
     except (KeyError, AttributeError, TypeError, BadHook) as error:
-        why = f" ({error})" if isinstance(error, BadHook) else ""
-        raise BadHook(f"this is no hook in JSON: {described(text)}{why}") from error
-    return _built(hook_type(verb), written, verb)
+        detail = f" ({error})" if isinstance(error, BadHook) else ""
+        raise BadHook(f"this is no hook in JSON: {described(text)}{detail}") from error
+    return _decode_fields(hook_type(verb), encoded, verb)
 
 
-def _built(kind: Any, written: dict[str, Any], name: str) -> Any:
-    """A hook, or a value inside one, from its fields as they are written."""
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-    if not needed <= set(written) <= set(known):
+def _encode_fields(value: Any, tensors: str) -> dict[str, Any]:
+    fields = dataclasses.fields(value)
+    return {field.name: _encode(getattr(value, field.name), tensors) for field in fields}
+
+
+def _decode_fields(cls: Any, encoded: dict[str, Any], name: str) -> Any:
+    """Returns a hook, or a value inside one, from its encoded fields."""
+    fields = dataclasses.fields(cls)
+    known = {field.name for field in fields}
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not required <= set(encoded) <= known:
         raise BadHook(
-            f"a {name} has the fields {', '.join(sorted(known))}, and this has {', '.join(sorted(written)) or 'none'}"
+            f"a {name} has the fields {', '.join(sorted(known))}, and this has "
+            f"{', '.join(sorted(encoded)) or 'none'}"
         )
     try:
-        return kind(**{field: _decode(value) for field, value in written.items()})
+        return cls(**{field: _decode(value) for field, value in encoded.items()})
     except HookkitError:
         raise
     except Exception as error:
@@ -126,34 +128,32 @@ def _built(kind: Any, written: dict[str, Any], name: str) -> Any:
 
 
 def _encode(value: Any, tensors: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Sites):
-        return {"$sites": [str(site) for site in value]}
-    if isinstance(value, Site | ModuleSite):
-        return {"$site": str(value)}
-    if isinstance(value, Part):
-        return {"$part": value.value}
-    if isinstance(value, tuple):
-        return [_encode(item, tensors) for item in value]
-    if isinstance(value, Tensor):
-        return {"$tensor": tensor_as_json(value, tensors)}
-    if type(value).__name__ in VALUE_TYPES:
-        fields = {
-            field.name: _encode(getattr(value, field.name), tensors)
-            for field in dataclasses.fields(value)
-        }
-        return {"$value": type(value).__name__, **fields}
+    match value:
+        case float() if not math.isfinite(value):
+            return {"$float": str(value)}
+        case None | bool() | int() | float() | str():
+            return value
+        case Sites():
+            return {"$sites": [str(site) for site in value]}
+        case Site() | ModuleSite():
+            return {"$site": str(value)}
+        case Part():
+            return {"$part": value.value}
+        case tuple():
+            return [_encode(item, tensors) for item in value]
+        case Tensor():
+            return {"$tensor": tensor_as_json(value, tensors)}
+    name = type(value).__name__
+    if name in VALUE_TYPES:
+        return {"$value": name, **_encode_fields(value, tensors)}
     if getattr(value, "verb", None) in HOOK_TYPES and type(value) is hook_type(value.verb):
         return {"$hook": json.loads(to_json(value, tensors=tensors))}
-    assert callable(value), f"a hook holds a {type(value).__name__}, which has no way to be written"
+    assert callable(value), f"a hook holds a {name}, which cannot be written as JSON"
     return {"$function": function_as_json(value)}
 
 
 def tensor_as_json(tensor: Tensor, tensors: str) -> dict[str, Any]:
-    """A tensor in full, or its shape and its hash ("digest")."""
+    """Returns a tensor in full ("inline"), or its shape and hash ("digest")."""
     data = save({"t": tensor.detach().cpu().contiguous()})
     if tensors == "inline":
         return {"safetensors": base64.b64encode(data).decode()}
@@ -165,65 +165,65 @@ def tensor_as_json(tensor: Tensor, tensors: str) -> dict[str, Any]:
 
 
 def function_as_json(function: Any, *, alone: bool = False) -> dict[str, Any]:
-    """A user's function by its name and source, with what it takes from around it unless it is
-    wanted `alone`.
+    """Returns a user's function by its name and source.
+
+    Unless `alone` is True, the values of its closure and defaults are included.
     """
     if isinstance(function, functools.partial):
-        given = {"args": function.args, **function.keywords}
-        return {
-            **function_as_json(function.func),
-            "given": {name: _held(value) for name, value in given.items()},
-        }
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    found: dict[str, Any] = {"name": name}
+        bound = {"args": function.args, **function.keywords}
+        values = {name: _value_as_json(value) for name, value in bound.items()}
+        return {**function_as_json(function.func), "given": values}
+    module = getattr(function, "__module__", "")
+    name = getattr(function, "__qualname__", type(function).__name__)
+    encoded: dict[str, Any] = {"name": f"{module}.{name}"}
     try:
-        found["source"] = inspect.getsource(function).strip()
+        encoded["source"] = inspect.getsource(function).strip()
     except (OSError, TypeError):
-        if (code := getattr(function, "__code__", None)) is not None:
-            found["code"] = hashlib.sha256(_code(code).encode()).hexdigest()
-    around = {} if alone else _around(function)
-    return found | ({"with": around} if around else {})
+        code = getattr(function, "__code__", None)
+        if code is not None:
+            encoded["code"] = hashlib.sha256(_bytecode(code).encode()).hexdigest()
+    if not alone and (closure := _closure(function)):
+        encoded["with"] = closure
+    return encoded
 
 
-def _code(code: Any) -> str:
-    """What a function does, where its source is not to be had."""
-    constants = [_code(each) if hasattr(each, "co_code") else repr(each) for each in code.co_consts]
+def _bytecode(code: Any) -> str:
+    """Returns the code of a function without source, with the code of its inner functions."""
+    constants = []
+    for constant in code.co_consts:
+        constants.append(_bytecode(constant) if hasattr(constant, "co_code") else repr(constant))
     return repr((code.co_code, code.co_names, code.co_varnames, constants))
 
 
-def _around(function: Any) -> dict[str, Any]:
-    """What a function takes from around it, and its defaults: numbers, words, tensors, other
-    functions of its file.
+def _closure(function: Any) -> dict[str, Any]:
+    """Returns the values on which a function depends: globals, closure variables and defaults.
+
+    Functions of its own module are written by name and source.
     """
     try:
-        found = inspect.getclosurevars(function)
+        closure = inspect.getclosurevars(function)
     except (TypeError, ValueError):
         return {}
-    names = {**found.globals, **found.nonlocals}
-    names |= {
-        f"default {place}": value
-        for place, value in enumerate(getattr(function, "__defaults__", None) or ())
-    }
-    names |= getattr(function, "__kwdefaults__", None) or {}
-    ours = {
-        name: function_as_json(value, alone=True)
-        for name, value in names.items()
-        if inspect.isfunction(value)
-        and value.__module__ == function.__module__
-        and value is not function
-    }
-    told = {name: _held(value) for name, value in names.items()}
-    return ours | {name: value for name, value in told.items() if value is not None}
+    values = {**closure.globals, **closure.nonlocals}
+    for number, value in enumerate(getattr(function, "__defaults__", None) or ()):
+        values[f"default {number}"] = value
+    values |= getattr(function, "__kwdefaults__", None) or {}
+    functions, constants = {}, {}
+    for name, value in values.items():
+        if inspect.isfunction(value):
+            if value.__module__ == function.__module__ and value is not function:
+                functions[name] = function_as_json(value, alone=True)
+        elif (encoded := _value_as_json(value)) is not None:
+            constants[name] = encoded
+    return functions | constants
 
 
-def _held(value: Any) -> Any:
-    """A number, a word, a tensor's hash, or several of them; None for anything else, which may
-    change by itself.
-    """
+def _value_as_json(value: Any) -> Any:
+    """Returns a number, a text, a tensor's hash or a list of them; None for a mutable object."""
     if isinstance(value, Tensor):
         return tensor_as_json(value, "digest")
     if isinstance(value, tuple):
-        return [_held(each) for each in value]
+        return [_value_as_json(item) for item in value]
     return repr(value) if isinstance(value, bool | int | float | str) else None
 
 
@@ -232,53 +232,63 @@ def _decode(value: Any) -> Any:
         return tuple(map(_decode, value))
     if not isinstance(value, dict):
         return value
-    word = next((word for word in READ if word in value), None)
-    if word is not None:
-        return READ[word](value[word])
+    for key, decode in DECODERS.items():
+        if key in value:
+            return decode(value[key])
     if "$value" not in value:
         raise BadHook(
-            f"a hook in JSON has an object with the keys {', '.join(map(repr, value))}, and none with a $"
+            f"a hook in JSON has an object with the keys {', '.join(map(repr, value))}, and none "
+            "with a $"
         )
-    name = value["$value"]
-    fields = {field: item for field, item in value.items() if field != "$value"}
-    return _built(value_type(name), fields, name)
+    fields = dict(value)
+    name = fields.pop("$value")
+    return _decode_fields(value_type(name), fields, name)
 
 
-def _read_tensor(written: Any) -> Tensor:
-    if not isinstance(written, dict) or "safetensors" not in written:
+def _decode_tensor(encoded: Any) -> Tensor:
+    if not isinstance(encoded, dict) or "safetensors" not in encoded:
         raise BadHook(
-            "this hook was written with tensors='digest', which has the hash of its tensor and not the numbers"
+            "this hook was written with tensors='digest', which has the hash of its tensor and "
+            "not the numbers"
         )
     try:
-        return load(base64.b64decode(written["safetensors"], validate=True))["t"]
+        return load(base64.b64decode(encoded["safetensors"], validate=True))["t"]
     except Exception as error:
         raise BadHook(
             f"the tensor of this hook is damaged: {error}; write the hook again with to_json()"
         ) from error
 
 
-def _text(written: Any) -> str:
-    if not isinstance(written, str):
+def _decode_site(encoded: Any) -> Site | ModuleSite:
+    if not isinstance(encoded, str):
         raise BadHook(
-            f"a site in JSON is {described(written)}: it is a text, such as 'resid_post.6'"
+            f"a site in JSON is {described(encoded)}: it is a text, such as 'resid_post.6'"
         )
-    return written
+    return parse(encoded)
 
 
-def _no_function(written: Any) -> Any:
-    name = written.get("name") if isinstance(written, dict) else None
+def _decode_sites(encoded: Any) -> Sites:
+    return as_sites([_decode_site(site) for site in encoded])
+
+
+def _decode_hook(encoded: Any) -> Any:
+    return from_json(json.dumps(encoded))
+
+
+def _refuse_function(encoded: Any) -> Any:
+    name = encoded.get("name") if isinstance(encoded, dict) else None
     raise BadHook(
-        f"this hook has a user's function, {name}, of which JSON has the name and not the code: make the "
-        "hook again with hk.edit(site, fn)"
+        f"this hook has a user's function, {name}, of which JSON has the name and not the code: "
+        "make the hook again with hk.edit(site, fn)"
     )
 
 
-READ: dict[str, Callable[[Any], Any]] = {
+DECODERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
-    "$sites": lambda written: as_sites([parse(_text(site)) for site in written]),
-    "$site": lambda written: parse(_text(written)),
+    "$sites": _decode_sites,
+    "$site": _decode_site,
     "$part": Part,
-    "$tensor": _read_tensor,
-    "$hook": lambda written: from_json(json.dumps(written)),
-    "$function": _no_function,
+    "$tensor": _decode_tensor,
+    "$hook": _decode_hook,
+    "$function": _refuse_function,
 }

@@ -1,4 +1,8 @@
-"""The grammar of hooks as short texts: VERB:WHAT@WHERE into its parts, and WHERE into values."""
+"""The grammar of hooks as short texts: VERB:WHAT@WHERE.
+
+`parts_of` splits a text into a `Spelling`; WHAT holds sites or tokens, WHERE a position or step and
+settings. Values are numbers, texts, lists, slices, and calls such as at('store').
+"""
 
 import ast
 import re
@@ -10,50 +14,40 @@ from ..arguments import shortened
 from ..errors import BadHook
 from ..models.positions import GENERATED, PROMPT, at
 from ..models.tokens import Token
-from .conditions import (
-    Phrase,
-    entropy_above,
-    entropy_below,
-    margin_above,
-    margin_below,
-    phrase,
-    prob_of,
-    rank_of,
-)
+from . import conditions
+from .conditions import Phrase
 
-CALLS: dict[str, Callable[..., Any]] = {
-    each.__name__: each
-    for each in (
-        at,
-        phrase,
-        entropy_above,
-        entropy_below,
-        margin_above,
-        margin_below,
-        rank_of,
-        prob_of,
-    )
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "at": at,
+    "phrase": conditions.phrase,
+    "entropy_above": conditions.entropy_above,
+    "entropy_below": conditions.entropy_below,
+    "margin_above": conditions.margin_above,
+    "margin_below": conditions.margin_below,
+    "rank_of": conditions.rank_of,
+    "prob_of": conditions.prob_of,
 }
 NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
-END = r"(-?\d{1,18})?"  # of a span; more digits are no position
-SPAN = re.compile(rf"{END}:{END}(?::(\d{{1,18}}))?")
-LONGEST = 2000  # letters of a WHERE
-SHOWN = 200  # letters of a text that a message shows
-DEEPEST = 20  # brackets in one another, and signs before a number
-NAMED = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
+END = r"(-?\d{1,18})?"  # an end of a slice; more digits are no position
+SLICE = re.compile(rf"{END}:{END}(?::(\d{{1,18}}))?")
+MAX_LENGTH = 2000  # characters of a WHERE
+SHOWN = 200  # characters of a text in a message
+MAX_DEPTH = 20  # nested brackets, and signs before a number
+SETTING = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
 SITE = r"[A-Za-z_][\w.\[\]-]*(?::(?:input|output)(?::\w+)?)?"
 SITES = re.compile(rf"\s*{SITE}(?:\s*,\s*{SITE})*\s*")
 QUOTES = "'\""
 
 
 class _NoValueError(Exception):
-    """A text that is no value of the grammar."""
+    """Raised for a text that is not a value of the grammar."""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """The parts of a hook's text, which `text` shows in messages; `place` is a WHERE without a
-    name, the position or the step.
+    """The parts of a hook's text.
+
+    `text` is shown in messages. `place` is the WHERE without a name: the position or the step.
     """
 
     text: str
@@ -64,191 +58,195 @@ class Spelling:
 
 
 def parts_of(text: str) -> Spelling:
-    """VERB:WHAT@WHERE as its parts. The first @ behind which values stand ends WHAT."""
+    """Splits VERB:WHAT@WHERE. The first @ with values after it ends WHAT."""
     verb, colon, rest = text.partition(":")
-    shown = shortened(text, SHOWN)
-    if not colon or not re.fullmatch(r"[a-z_]+", verb.strip()):
+    verb = verb.strip()
+    shown_text = shortened(text, SHOWN)
+    if not colon or not re.fullmatch(r"[a-z_]+", verb):
         raise BadHook(
-            f"{shown!r} spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3', 'force: coffee@0' or "
-            "'steer:resid_post.12:mood.safetensors*3'; or what Hook.to_json() writes"
+            f"{shown_text!r} spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3', "
+            "'force: coffee@0' or 'steer:resid_post.12:mood.safetensors*3'; or what Hook.to_json() "
+            "writes"
         )
-    for place in (number for number, letter in enumerate(rest) if letter == "@"):
-        behind = rest[place + 1 :]
-        if len(behind) > LONGEST or (
-            "@" in behind and not any(quote in behind for quote in QUOTES)
-        ):
-            continue  # a value has another @ in quotes alone
+    for match in re.finditer("@", rest):
+        after = rest[match.end() :]
+        has_quote = any(quote in after for quote in QUOTES)
+        # a value contains another @ only in quotes
+        if len(after) > MAX_LENGTH or ("@" in after and not has_quote):
+            continue
         try:
-            where, settings = _where(behind)
+            place, settings = _parse_where(after)
         except _NoValueError:
             continue
-        return Spelling(shown, verb.strip(), rest[:place], where, settings)
-    return Spelling(shown, verb.strip(), rest)
+        return Spelling(shown_text, verb, rest[: match.start()], place, settings)
+    return Spelling(shown_text, verb, rest)
 
 
 def place_of(text: str, what: str = "a position") -> Any:
-    """The value of a position or a step as it is written: -1, 1:4, [0, 2], at('store'), PROMPT; all
-    is None.
-    """
+    """Parses a position or a step: -1, 1:4, [0, 2], at('store') or PROMPT; "all" is None."""
     if text.strip() == "all":
         return None
     try:
-        return _value(text)
+        return _parse_value(text)
     except _NoValueError:
         raise BadHook(
-            f"{shortened(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], at('store'), PROMPT, "
-            "GENERATED or all"
+            f"{shortened(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], "
+            "at('store'), PROMPT, GENERATED or all"
         ) from None
 
 
-def _where(text: str) -> tuple[Any, dict[str, Any]]:
-    items = split(text)
+def _parse_where(text: str) -> tuple[Any, dict[str, Any]]:
     place, settings = None, {}
-    for number, item in enumerate(items):
-        if named := NAMED.fullmatch(item):
-            settings[named[1]] = _or_text(named[2])
-        elif number:
-            raise _NoValueError
+    for number, item in enumerate(split(text)):
+        if setting := SETTING.fullmatch(item):
+            settings[setting[1]] = _parse_setting(setting[2])
+        elif number == 0:
+            place = _parse_value(item)
         else:
-            place = _value(item)
+            raise _NoValueError
     return place, settings
 
 
-def _or_text(text: str) -> Any:
-    """A setting's value: a value of the grammar, else the text itself."""
+def _parse_setting(text: str) -> Any:
+    """Parses a value of the grammar. Any other text stands for itself."""
     try:
-        return _value(text)
+        return _parse_value(text)
     except _NoValueError:
         return text
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     text = text.strip()
-    if span := SPAN.fullmatch(text):
-        return slice(*(int(end) if end else None for end in span.groups()))
-    if _is_too_much(text):
+    if match := SLICE.fullmatch(text):
+        start, stop, step = (int(end) if end else None for end in match.groups())
+        return slice(start, stop, step)
+    if _is_too_complex(text):
         raise _NoValueError
     try:
-        return _meaning(ast.parse(text, mode="eval").body)
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # the last two are of what is deep all the same
+        return _evaluate(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
         raise _NoValueError from None
 
 
-def _is_too_much(text: str) -> bool:
-    """True for a text that is longer or deeper than any value is, and that Python would need long
-    to read.
-    """
-    if len(text) > LONGEST:
+def _is_too_complex(text: str) -> bool:
+    """True for a text that is longer or deeper than any value, and slow to parse."""
+    if len(text) > MAX_LENGTH:
         return True
-    depth = deepest = 0
+    depth = max_depth = 0
     for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        deepest = max(deepest, depth)
-    operators = sum(text.count(letter) for letter in "+~") + text.count("not ")
-    return (
-        deepest > DEEPEST
-        or operators > DEEPEST
-        or re.search(rf"(?:-\s*){{{DEEPEST}}}", text) is not None
-    )
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        max_depth = max(max_depth, depth)
+    n_operators = text.count("+") + text.count("~") + text.count("not ")
+    has_many_signs = re.search(rf"(?:-\s*){{{MAX_DEPTH}}}", text) is not None
+    return max_depth > MAX_DEPTH or n_operators > MAX_DEPTH or has_many_signs
 
 
-def _meaning(node: ast.expr) -> Any:
-    """The value of an expression of numbers, texts, lists, and the calls and names that the grammar
-    knows.
-    """
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        found = _meaning(node.operand)
-        if isinstance(found, int | float):
-            return -found
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_meaning(each) for each in node.elts]
-    if isinstance(node, ast.Name) and node.id in NAMES:
-        return NAMES[node.id]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
-        named = {each.arg: _meaning(each.value) for each in node.keywords if each.arg is not None}
-        values = [_meaning(each) for each in node.args]
-        try:
-            return CALLS[node.func.id](*values, **named)
-        except TypeError as error:
-            raise BadHook(f"{ast.unparse(node)[:80]!r} cannot be read: {error}") from error
+def _evaluate(node: ast.expr) -> Any:
+    """Returns the value of an expression of numbers, texts, lists, and known names and calls."""
+    match node:
+        case ast.Constant(value=str() | int() | float() | None):
+            return node.value
+        case ast.UnaryOp(op=ast.USub()):
+            value = _evaluate(node.operand)
+            if isinstance(value, int | float):
+                return -value
+        case ast.List() | ast.Tuple():
+            return [_evaluate(item) for item in node.elts]
+        case ast.Name(id=name) if name in NAMES:
+            return NAMES[name]
+        case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
+            return _call(FUNCTIONS[name], node)
     raise _NoValueError
 
 
+def _call(function: Callable[..., Any], node: ast.Call) -> Any:
+    named = [keyword for keyword in node.keywords if keyword.arg is not None]
+    keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in named}
+    arguments = [_evaluate(argument) for argument in node.args]
+    try:
+        return function(*arguments, **keywords)
+    except TypeError as error:
+        raise BadHook(f"{ast.unparse(node)[:80]!r} cannot be read: {error}") from error
+
+
 def split(text: str) -> list[str]:
-    """A text at its commas, but those in brackets and in quotes. A quote opens where a value may
-    begin.
+    """Splits a text at its commas, except those in brackets and quotes.
+
+    A quote opens only where a value may begin.
     """
-    items, start, depth, quote, before = [], 0, 0, "", ","
-    for place, letter in enumerate(text):
-        if quote:
-            quote = "" if letter == quote and before != "\\" else quote
-        elif letter in QUOTES and before in ",=([{":
-            quote = letter
+    items, start, depth, open_quote, previous = [], 0, 0, "", ","
+    for index, letter in enumerate(text):
+        if open_quote:
+            if letter == open_quote and previous != "\\":
+                open_quote = ""
+        elif letter in QUOTES and previous in ",=([{":
+            open_quote = letter
         elif letter in "([{":
             depth += 1
         elif letter in ")]}":
             depth -= 1
         elif letter == "," and depth <= 0:
-            items.append(text[start:place])
-            start = place + 1
-        before = before if letter == " " else letter
+            items.append(text[start:index])
+            start = index + 1
+        if letter != " ":
+            previous = letter
     return [*items, text[start:]]
 
 
 def sites_of(spelled: Spelling) -> tuple[list[str], str]:
-    """The sites that WHAT begins with, and the rest behind a colon."""
-    found = SITES.match(spelled.what)
-    sites, rest = (found[0], spelled.what[found.end() :]) if found else ("", spelled.what)
-    if not sites or (rest and rest[0] not in ":*"):
+    """Returns the sites at the start of WHAT, and the text after them, which begins with : or *."""
+    match = SITES.match(spelled.what)
+    sites = match[0] if match else ""
+    after = spelled.what[len(sites) :]
+    if not sites or (after and after[0] not in ":*"):
         raise BadHook(
-            f"{spelled.text!r} names no site where one is meant: write {spelled.verb}:resid_post.6 or z.9.3"
+            f"{spelled.text!r} names no site where one is meant: write "
+            f"{spelled.verb}:resid_post.6 or z.9.3"
         )
-    return [each.strip() for each in sites.split(",")], rest
+    return [site.strip() for site in sites.split(",")], after
 
 
 def tokens_of(spelled: Spelling) -> list[Token | Phrase]:
-    """The tokens of WHAT, one or several, as they stand."""
-    return [token_of(each, spelled) for each in split(spelled.what)]
+    """Returns the tokens of WHAT, in order."""
+    return [token_of(text, spelled) for text in split(spelled.what)]
 
 
 def token_of(text: str, spelled: Spelling) -> Token | Phrase:
-    """A token of WHAT; `BadHook` for none."""
+    """Returns a token of WHAT. Raises `BadHook` for an empty text."""
     if not text:
         raise BadHook(
-            f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, the space being its own"
+            f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, where the space "
+            "is part of the token"
         )
     return word_of(text)
 
 
 def word_of(text: str) -> Token | Phrase:
-    """A token as it stands, its leading space kept; or in quotes, by its id(28), or a phrase('…')."""
+    """Returns a token: the text itself with its leading space, '…', id(28) or phrase('…')."""
     bare = text.strip()
-    if number := re.fullmatch(r"id\((\d{1,18})\)", bare):
-        return int(number[1])
-    if bare[:1] in (*QUOTES,) or bare.startswith("phrase("):
+    if match := re.fullmatch(r"id\((\d{1,18})\)", bare):
+        return int(match[1])
+    if bare.startswith(("'", '"', "phrase(")):
         try:
-            found = _value(bare)
+            value = _parse_value(bare)
         except _NoValueError:
             return text
-        if isinstance(found, str | Phrase) and found:
-            return found
+        if isinstance(value, str | Phrase) and value:
+            return value
     return text
 
 
 def amount_of(text: str, sign: str, spelled: Spelling) -> tuple[str, float]:
-    """What stands before the last sign, and the number behind it."""
+    """Splits a text at its last sign. Returns the text before it and the number after it."""
     what, _, number = text.rpartition(sign)
     try:
         return what, float(number)
     except ValueError:
         example = {"=": " tea=2.5", "*": "mlp_out.4*0.5"}[sign]
         raise BadHook(
-            f"{spelled.text!r} is no amount for {shortened(text, SHOWN)!r}: write {spelled.verb}:{example}"
+            f"{spelled.text!r} is no amount for {shortened(text, SHOWN)!r}: write "
+            f"{spelled.verb}:{example}"
         ) from None

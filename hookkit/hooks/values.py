@@ -1,6 +1,4 @@
-"""Whether a tensor fits: a constant among the values of a site, and what a user's function gave
-back.
-"""
+"""Fits a constant to the values at a site, and checks the results of a user's function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,91 +12,87 @@ from .base import Binding, Constant, Here
 from .rounding import converted
 
 
-def moved(tensor: Tensor, word: str) -> Callable[[Tensor], Tensor]:
-    """What gives the tensor on the device and in the dtype of some values: moved there once, not in
-    every forward.
+def moved(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
+    """Returns a function that gives the tensor in the dtype and on the device of some values.
 
-    Raises `BadEdit` where the dtype of the values cannot hold its numbers.
+    The function owns the converted tensor and keeps it for the next forward. It raises `BadEdit` if
+    the dtype cannot hold the numbers.
     """
-    there = tensor
+    cached = tensor
 
-    def like(values: Tensor) -> Tensor:
-        nonlocal there
-        if there.device != values.device or there.dtype != values.dtype:
+    def convert(values: Tensor) -> Tensor:
+        nonlocal cached
+        if cached.device != values.device or cached.dtype != values.dtype:
             with torch.inference_mode(False):  # a later forward may need gradients
-                there = converted(tensor, values, word)
-        return there
+                cached = converted(tensor, values, name)
+        return cached
 
-    return like
+    return convert
 
 
-def fitting(value: Constant, word: str) -> Callable[[Tensor, Here], Tensor]:
-    """What gives a constant in the dtype and on the device of some values, in a shape that spreads
-    over them.
+def fitting(value: Constant, name: str) -> Callable[[Tensor, Here], Tensor]:
+    """Returns a function that gives a constant in a shape that broadcasts over some values.
 
-    It may have the axes of the site, or [pos, ...] for the positions wanted, or [row, pos, ...].
+    The constant may have the axes of the site, or [pos, ...] for the hook's positions, or
+    [row, pos, ...]. The result has the dtype and the device of the values.
     """
-    like = moved(value.tensor, word)
-    return lambda values, here: _fitted(like(values), values, here, word)
+    convert = moved(value.tensor, name)
+    return lambda values, here: _fit(convert(values), values, here, name)
 
 
-def _fitted(tensor: Tensor, values: Float[Tensor, "row pos ..."], here: Here, word: str) -> Tensor:
-    axes = values.ndim - 2
-    if tensor.shape == values.shape[2:]:
+def _fit(tensor: Tensor, values: Float[Tensor, "row pos ..."], here: Here, name: str) -> Tensor:
+    shape = values.shape[2:]
+    if tensor.shape == shape:
         return tensor
-    leading = tensor.shape[: tensor.ndim - axes]
-    if tensor.shape[tensor.ndim - axes :] == values.shape[2:] and len(leading) in (1, 2):
+    n_leading = tensor.ndim - len(shape)
+    leading = tensor.shape[:n_leading]
+    if tensor.shape[n_leading:] == shape and len(leading) in (1, 2):
         order = here.order().to(values.device)
-        if int(order.max()) < leading[-1]:
-            if len(leading) == 1:
-                return tensor[order]
-            if max(here.rows) < leading[0]:
-                return tensor[torch.tensor(here.rows, device=values.device)[:, None], order]
+        has_all_positions = int(order.max()) < leading[-1]
+        if has_all_positions and len(leading) == 1:
+            return tensor[order]
+        if has_all_positions and max(here.rows) < leading[0]:
+            return tensor[torch.tensor(here.rows, device=values.device)[:, None], order]
     raise BadEdit(
-        f"{word} has shape {list(tensor.shape)}, and the values at {here.site} have {list(values.shape)} "
-        f"[row, pos, ...]: give {list(values.shape[2:])}, or one for each position, or one for each row and position"
+        f"{name} has shape {list(tensor.shape)}, and the values at {here.site} have "
+        f"{list(values.shape)} [row, pos, ...]: give {list(shape)}, or one for each position, or "
+        "one for each row and position"
     )
 
 
-def check_shape(value: Constant, binding: Binding, word: str) -> None:
-    """Raise `BadHook` before anything runs if a tensor can never fit its site."""
+def check_shape(value: Constant, binding: Binding, name: str) -> None:
+    """Raises `BadHook` if a tensor can never fit its site, before anything runs."""
     shape = binding.shape
     if shape is None:
         return
     tensor = value.tensor
-    if (
-        tensor.ndim < len(shape)
-        or tensor.shape[tensor.ndim - len(shape) :] != shape
-        or tensor.ndim > len(shape) + 2
-    ):
+    n_leading = tensor.ndim - len(shape)
+    if n_leading not in (0, 1, 2) or tensor.shape[n_leading:] != shape:
+        axes = ", ".join(map(str, shape))
         raise BadHook(
-            f"{word} has shape {list(tensor.shape)}, and {binding.site} is [batch, pos, "
-            f"{', '.join(map(str, shape))}]: give {list(shape)}, or [pos, …] or [batch, pos, …] with it"
+            f"{name} has shape {list(tensor.shape)}, and {binding.site} is [batch, pos, {axes}]: "
+            f"give {list(shape)}, or [pos, …] or [batch, pos, …] with it"
         )
 
 
-def checked_result(new: Any, old: Tensor, words: str) -> Tensor:
-    """What a user's function returned, if it can take the place of what it was given; else
-    `BadEdit`.
-    """
+def checked_result(new: Any, old: Tensor, name: str) -> Tensor:
+    """Returns the result of a user's function. Raises `BadEdit` if it cannot replace `old`."""
+    shape = list(old.shape)
     if new is None:
-        raise BadEdit(
-            f"{words} returned None: end it with `return`, with a tensor of shape {list(old.shape)}"
-        )
+        raise BadEdit(f"{name} returned None: end it with `return`, with a tensor of shape {shape}")
     if not isinstance(new, Tensor):
-        raise BadEdit(
-            f"{words} returned a {type(new).__name__}: return a tensor of shape {list(old.shape)}"
-        )
+        raise BadEdit(f"{name} returned a {type(new).__name__}: return a tensor of shape {shape}")
     if new.shape != old.shape:
         raise BadEdit(
-            f"{words} was given shape {list(old.shape)} and returned {list(new.shape)}: return the same shape"
+            f"{name} was given shape {shape} and returned {list(new.shape)}: return the same shape"
         )
     if new.dtype != old.dtype:
         raise BadEdit(
-            f"{words} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})"
+            f"{name} was given {old.dtype} and returned {new.dtype}: return .to({old.dtype})"
         )
     if new.device != old.device:
         raise BadEdit(
-            f"{words} was given a tensor on {old.device} and returned one on {new.device}: move it back"
+            f"{name} was given a tensor on {old.device} and returned one on {new.device}: move it "
+            "back"
         )
     return new

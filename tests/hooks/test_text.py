@@ -18,7 +18,7 @@ from hookkit.errors import (  # fmt: skip
     UnknownSite,
 )
 from hookkit.hooks.serialization import HOOK_TYPES
-from hookkit.hooks.text import READ
+from hookkit.hooks.text import PARSERS
 
 SHORT = {
     "ablate:z.9.3": hk.ablate("z.9.3"),
@@ -84,7 +84,7 @@ def test_a_hook_without_a_short_form_is_spelled_as_json():
 
 
 def test_every_verb_but_that_of_a_function_can_be_written():
-    assert {*READ} == {*HOOK_TYPES} - {"edit", "randomised"}
+    assert {*PARSERS} == {*HOOK_TYPES} - {"edit", "randomised"}
     with pytest.raises(BadHook, match="an edit needs a function, which no text holds"):
         hk.hook("edit:mlp_out.3")
 
@@ -108,7 +108,7 @@ def test_every_verb_but_that_of_a_function_can_be_written():
         (
             "ablate:z.9.3:more",
             BadHook,
-            "has ':more' behind its sites, where @ and settings may stand",
+            "has ':more' after its sites, where only @ and settings may stand",
         ),
         (
             "ablate:z.9.3@posn=-1",
