@@ -1,4 +1,4 @@
-"""Hooks that look: capture."""
+"""The hook that copies values: `capture`."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,12 +11,12 @@ from ..models.positions import CountLike, PosLike
 from ..models.sites import Site, Sites, SitesLike, as_sites
 from .base import Hook, inner, put
 
-WHOLE_NUMBERS = frozenset({"experts"})  # the sites whose values are whole numbers
+INTEGER_SITES = frozenset({"experts"})  # the sites whose values are integers
 
 
 @dataclass(frozen=True)
 class Capture(Hook):
-    """Keep a copy of what is at the sites. Made by `capture`."""
+    """Keeps a copy of the values at the sites. `capture` returns it."""
 
     name: str | None = None
     grad: bool = False
@@ -28,16 +28,13 @@ class Capture(Hook):
 
     def check(self) -> None:
         if self.name is not None:
-            text_of(
-                self.name,
-                "name",
-                meaning="a name that tells two captures of one site apart",
-                error=BadHook,
-            )
+            meaning = "a name that tells two captures of one site apart"
+            text_of(self.name, "name", meaning=meaning, error=BadHook)
         put(self, "grad", flag(self.grad, "grad", error=BadHook))
         if self.grad and (self.dtype is not None or self.device is not None):
             raise BadHook(
-                "capture(grad=True) keeps the very tensor of the computation: leave dtype and device out"
+                "capture(grad=True) keeps the very tensor of the computation: leave dtype and "
+                "device out"
             )
         if self.dtype is not None:
             put(self, "dtype", dtype_name(self.dtype, self.sites))
@@ -46,42 +43,44 @@ class Capture(Hook):
 
 
 def dtype_name(dtype: object, sites: Sites) -> str:
-    """The name of a dtype in which the values of these sites can be kept, or `BadHook`."""
+    """Returns the name of a dtype. Raises `BadHook` if it cannot hold the values of the sites."""
     name = str(dtype).removeprefix("torch.")
-    kind = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype | str) or not isinstance(kind, torch.dtype):
+    torch_dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype | str) or not isinstance(torch_dtype, torch.dtype):
         raise BadHook(
             f"dtype={described(dtype)} is no dtype of torch: say torch.float16, or 'float16'"
         )
-    holds_real_numbers = all(
-        isinstance(site, Site) and site.name not in WHOLE_NUMBERS for site in sites
+    has_real_numbers = all(
+        isinstance(site, Site) and site.name not in INTEGER_SITES for site in sites
     )
-    if kind.is_complex or (holds_real_numbers and not kind.is_floating_point):
+    if torch_dtype.is_complex or (has_real_numbers and not torch_dtype.is_floating_point):
         raise BadHook(
-            f"dtype={name!r} cannot hold the real numbers at {sites[0]}: say a floating dtype, such as 'float16'"
+            f"dtype={name!r} cannot hold the real numbers at {sites[0]}: say a floating dtype, "
+            "such as 'float16'"
         )
     return name
 
 
 def device_name(device: object) -> str:
-    """The name of a device that can hold captured values, or `BadHook`."""
+    """Returns the name of a device. Raises `BadHook` if it cannot hold captured values."""
     try:
-        kind = torch.device(str(device))
+        torch_device = torch.device(str(device))
     except RuntimeError as error:
         raise BadHook(
             f"device={described(device)} is no device of torch: say 'cpu' or 'cuda:0'"
         ) from error
-    if kind.type == "meta":
+    if torch_device.type == "meta":
         raise BadHook(
             "device='meta' holds no numbers, so nothing would be kept: say 'cpu' or 'cuda:0'"
         )
-    return str(kind)
+    return str(torch_device)
 
 
 @dataclass(frozen=True)
 class CaptureLast(Capture):
-    """A capture that keeps what is at the last position of each row, and lets go of those before it
-    while generating. `generate` uses it for logits="last".
+    """A capture of each row's last position, which frees earlier positions during generation.
+
+    `generate` uses it for logits="last".
     """
 
 
@@ -97,18 +96,20 @@ def capture(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Capture:
-    """Keep a copy of the values at these sites: `run["resid_post.6"]`, of shape [row, pos, ...].
+    """Keeps a copy of the values at these sites: `run["resid_post.6"]`, of shape [row, pos, ...].
 
-    Given before an edit at the same site it keeps the original, after it the change; `name` tells
-    two captures of one site apart: `run["resid_post.6", "before"]`. Only the chosen positions and
-    rows are kept, in the order of the text. `dtype` and `device` say how they are kept. With
-    `grad=True` the copy takes part in the computation, so that `torch.autograd.grad(f(run.logits),
-    run["resid_post.6"])` works; a forward then runs with gradients.
+    A capture before an edit of the same site keeps the original values, one after it the changed
+    values; `name` tells two captures of one site apart: `run["resid_post.6", "before"]`. Only the
+    selected positions and rows are kept, in the order of the text. `dtype` and `device` are those
+    of the copy. With `grad=True` the copy takes part in the computation, so that
+    `torch.autograd.grad(f(run.logits), run["resid_post.6"])` works; a forward then runs with
+    gradients.
 
     >>> print(capture("resid_post.6", pos=-1))
     capture(resid_post.6, pos=-1)
     """
-    chosen = as_sites(sites)
-    kept_as = None if dtype is None else str(dtype)
-    kept_on = None if device is None else str(device)
-    return Capture(chosen, inner(pos, rows, step, chosen), name, grad, kept_as, kept_on)
+    selected = as_sites(sites)
+    dtype_text = None if dtype is None else str(dtype)
+    device_text = None if device is None else str(device)
+    where = inner(pos, rows, step, selected)
+    return Capture(selected, where, name, grad, dtype_text, device_text)

@@ -1,9 +1,8 @@
-"""How a token that a hook has decided on is the one that `generate` takes, whatever its decoding
-rules.
+"""Makes `generate` take the tokens that hooks have decided on, in every decoding mode.
 
 Rules of transformers (temperature, top_p, suppress_tokens …) are overruled. A constraint of the
-caller's own (`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out is a
-contradiction, and raises `BadEdit`.
+caller (`prefix_allowed_tokens_fn`, `logits_processor`) that rules the token out contradicts the
+hook, and raises `BadEdit`.
 """
 
 import math
@@ -21,8 +20,10 @@ Scores = Float[Tensor, "row vocab"]
 
 
 class Decisions:
-    """The decisions of one call of `generate`. `offset` columns stand before the tokens that
-    generate itself counts.
+    """Applies the decisions of one call of `generate`.
+
+    `text` owns the decisions; each is removed when it is read. `offset` is the number of columns
+    before the tokens that `generate` itself counts.
     """
 
     def __init__(self, text: SequenceBatch, offset: int) -> None:
@@ -36,77 +37,64 @@ class Decisions:
         scores: Scores,
         settings: Mapping[str, Any],
     ) -> Scores:
-        """What the rules make of the scores, with the decided token alone left in the rows that
-        have one.
-        """
-        decided = self._standing(input_ids, scores)
+        """Applies the rules to the scores, then leaves only the decided token in rows with one."""
+        decided = self._current(input_ids, scores)
         if not decided:
             return rules(input_ids, scores, **settings)
-        if any(rule is constraint for rule in rules for constraint in constraints):
-            scores = self._one_by_one(rules, constraints, input_ids, scores, settings, decided)
-        else:
+        if not any(_is_in(rule, constraints) for rule in rules):
             scores = rules(input_ids, scores, **settings)
-        return _alone(scores, decided)
+        elif type(rules).__name__ == "LogitsProcessorList":
+            for rule in rules:
+                before = scores
+                scores = type(rules)([rule])(input_ids, scores, **settings)
+                if _is_in(rule, constraints):
+                    self._check_possible(before, scores, decided, _name(rule))
+        else:  # the rules of an enclosing `attach`, which act as a whole
+            scores = rules(input_ids, scores, **settings)
+            name = "prefix_allowed_tokens_fn or logits_processor"
+            self._check_possible(None, scores, decided, name)
+        return _keep_only_decided(scores, decided)
 
-    def _standing(self, input_ids: Int[Tensor, "row column"], scores: Scores) -> dict[int, Decided]:
-        """The decision for each row of the scores, where no later hook has put another token first."""
-        column = self.offset + input_ids.shape[1] - 1
-        found = {
-            row: decision for (row, place), decision in self.text.decided.items() if place == column
-        }
+    def _current(self, input_ids: Int[Tensor, "row column"], scores: Scores) -> dict[int, Decided]:
+        """Returns the decision for each row, unless a later hook has put another token first."""
+        current_column = self.offset + input_ids.shape[1] - 1
+        decided = {}
+        for (row, column), decision in self.text.decided.items():
+            if column == current_column:
+                decided[row] = decision
         self.text.decided.clear()
-        if not found:
+        if not decided:
             return {}
-        rows = torch.tensor(list(found), device=scores.device)
-        tokens = torch.tensor([decision.token for decision in found.values()], device=scores.device)
-        first = (scores[rows, tokens] >= scores[rows].amax(dim=-1)).tolist()
-        return {row: found[row] for row, is_first in zip(found, first, strict=True) if is_first}
+        rows, tokens = _rows_and_tokens(decided, scores.device)
+        is_first = (scores[rows, tokens] >= scores[rows].amax(dim=-1)).tolist()
+        rows_first = [row for row, first in zip(decided, is_first, strict=True) if first]
+        return {row: decided[row] for row in rows_first}
 
-    def _one_by_one(
-        self,
-        rules: Any,
-        constraints: Sequence[Any],
-        input_ids: Tensor,
-        scores: Scores,
-        settings: Mapping[str, Any],
-        decided: Mapping[int, Decided],
-    ) -> Scores:
-        """The rules in their order, each of the caller's own asked whether it leaves the decided
-        tokens.
+    def _check_possible(
+        self, before: Scores | None, after: Scores, decided: Mapping[int, Decided], name: str
+    ) -> None:
+        """Raises `BadEdit` for a decided token that the caller's rule makes impossible.
+
+        A token that was impossible before the rule is not the rule's fault.
         """
-        if (
-            type(rules).__name__ != "LogitsProcessorList"
-        ):  # of a block around this one, which acts as a whole
-            new = rules(input_ids, scores, **settings)
-            self._check_left(new, decided, "prefix_allowed_tokens_fn or logits_processor")
-            return new
-        for rule in rules:
-            before, scores = scores, type(rules)([rule])(input_ids, scores, **settings)
-            if any(rule is constraint for constraint in constraints):
-                left = {
-                    row: each
-                    for row, each in decided.items()
-                    if before[row, each.token] > -math.inf
-                }
-                self._check_left(scores, left, _name(rule))
-        return scores
-
-    def _check_left(self, scores: Scores, decided: Mapping[int, Decided], who: str) -> None:
         for row, decision in decided.items():
-            if not scores[row, decision.token] > -math.inf:
+            token = decision.token
+            was_possible = before is None or before[row, token] > -math.inf
+            if was_possible and not after[row, token] > -math.inf:
                 raise BadEdit(
-                    f"{decision.hook} decides on token {decision.token} in row {self.text.of(row)}, and {who} leaves "
-                    "it out: change one of the two, or give force a margin=, which decoding may overrule"
+                    f"{decision.hook} decides on token {token} in row {self.text.of(row)}, and "
+                    f"{name} leaves it out: change one of the two, or give force a margin=, which "
+                    "decoding may overrule"
                 )
 
 
 def heeding(
-    rules: Any, given: Mapping[str, Any], decisions: Decisions | None, listener: Any
+    rules: Any, keywords: Mapping[str, Any], decisions: Decisions | None, listener: Any
 ) -> Any:
-    """The rules of a call of `generate`, which heed decisions and tell a listener what they made of
-    the logits.
+    """Returns the rules of a call of `generate`, changed so that they follow decisions.
 
-    `given` are the keywords with which transformers asked the model for the rules.
+    They also report the resulting scores to a listener. `keywords` are those with which
+    transformers asked the model for the rules.
     """
     from transformers import LogitsProcessorList
 
@@ -120,37 +108,46 @@ def heeding(
                 new = decisions.apply(rules, self.constraints, input_ids, scores, settings)
             return new if listener is None else listener.processed(new)
 
-    made = Rules(rules)
-    own = [*(given.get("logits_processor") or ()), *getattr(rules, "constraints", ())]
-    made.constraints = [
-        rule for rule in rules if _constrains(rule) or any(rule is each for each in own)
+    following = Rules(rules)
+    processors = keywords.get("logits_processor") or ()
+    constraints = [*processors, *getattr(rules, "constraints", ())]
+    following.constraints = [
+        rule for rule in rules if _has_allowed_tokens(rule) or _is_in(rule, constraints)
     ]
-    return made
+    return following
 
 
-def _constrains(rule: Any) -> bool:
+def _is_in(rule: Any, rules: Sequence[Any]) -> bool:
+    return any(rule is other for other in rules)
+
+
+def _has_allowed_tokens(rule: Any) -> bool:
     from transformers import PrefixConstrainedLogitsProcessor
 
     return isinstance(rule, PrefixConstrainedLogitsProcessor)
 
 
 def _name(rule: Any) -> str:
-    return (
-        "prefix_allowed_tokens_fn"
-        if _constrains(rule)
-        else f"the logits_processor {type(rule).__name__}"
+    if _has_allowed_tokens(rule):
+        return "prefix_allowed_tokens_fn"
+    return f"the logits_processor {type(rule).__name__}"
+
+
+def _rows_and_tokens(
+    decided: Mapping[int, Decided], device: torch.device
+) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+    tokens = [decision.token for decision in decided.values()]
+    return torch.tensor(list(decided), device=device), torch.tensor(tokens, device=device)
+
+
+def _keep_only_decided(scores: Scores, decided: Mapping[int, Decided]) -> Scores:
+    """Sets all other scores of the decided rows to -inf, and an impossible decided token's to 0."""
+    rows, tokens = _rows_and_tokens(decided, scores.device)
+    decided_scores = scores[rows, tokens]
+    decided_scores = torch.where(
+        torch.isfinite(decided_scores), decided_scores, torch.zeros_like(decided_scores)
     )
-
-
-def _alone(scores: Scores, decided: Mapping[int, Decided]) -> Scores:
-    """The scores with one token left in the decided rows: its own score, or 0 where a rule had
-    taken it out.
-    """
-    rows = torch.tensor(list(decided), device=scores.device)
-    tokens = torch.tensor([decision.token for decision in decided.values()], device=scores.device)
-    kept = scores[rows, tokens]
-    kept = torch.where(torch.isfinite(kept), kept, torch.zeros_like(kept))
     new = scores.clone()
     new[rows] = -math.inf
-    new[rows, tokens] = kept
+    new[rows, tokens] = decided_scores
     return new

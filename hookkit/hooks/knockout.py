@@ -1,4 +1,4 @@
-"""Hooks that cut attention: knockout."""
+"""The hook that cuts attention between tokens: `knockout`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .base import Binding, Change, EditHook, Here, inner, put
 
 @dataclass(frozen=True)
 class Knockout(EditHook):
-    """Keep queries from seeing keys. Made by `knockout`; `where.pos` are the queries."""
+    """Cuts attention from the queries, `where.pos`, to the keys. `knockout` returns it."""
 
     key: Pos = None
 
@@ -33,70 +33,72 @@ class Knockout(EditHook):
                 "knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')"
             )
         put(self, "key", as_pos(self.key))
-        _check_seen(self.key, self.where.pos)
+        _check_visible(self.key, self.where.pos)
 
     def change(self, binding: Binding) -> Change:
         def apply(values: Tensor, here: Here) -> Tensor:
-            unseen = unseen_value(values.dtype, scores=True)
+            masked = unseen_value(values.dtype, scores=True)
             new = values.clone()
-            for number, row in enumerate(here.rows):
-                new[number, ..., self._keys(here, row, values.shape[-1])] = unseen
+            for index, row in enumerate(here.rows):
+                new[index, ..., self._keys(here, row, values.shape[-1])] = masked
             blind = here.real_cells(hidden(new).all(-1) & ~hidden(values).all(-1))
             if bool(blind.any()):
-                number, place = (int(index) for index in blind.nonzero()[0][:2])
+                index, column = (int(number) for number in blind.nonzero()[0][:2])
                 raise BadEdit(
-                    f"{self} leaves the query at position {int(here.positions[number, place])} of row "
-                    f"{here.rows[number]} nothing to see: name the queries, query=slice(1, None) say, or fewer keys"
+                    f"{self} leaves the query at position {int(here.positions[index, column])} of "
+                    f"row {here.rows[index]} nothing to see: name the queries, such as "
+                    "query=slice(1, None), or fewer keys"
                 )
             return new
 
         return apply
 
-    def _keys(self, here: Here, row: int, count: int) -> list[int]:
-        """The positions of the keys that a row's queries are not to see, of the `count` that there
-        are.
-        """
-        text = here.cells.text
-        length = text.lengths[row]
-        wanted = wish(Where(self.key), length, lambda at: text.find(text.prompt(row), at))
-        if isinstance(wanted, range):
-            return list(range(wanted.start, min(wanted.stop, count), wanted.step))
-        if text.final and wanted[-1] >= length:
+    def _keys(self, here: Here, row: int, n_keys: int) -> list[int]:
+        """Returns the positions of a row's keys that are cut, among the first `n_keys`."""
+        sequences = here.cells.text
+        length = sequences.lengths[row]
+        prompt = sequences.prompt(row)
+        positions = wish(Where(self.key), length, lambda at: sequences.find(prompt, at))
+        if isinstance(positions, range):
+            return list(range(positions.start, min(positions.stop, n_keys), positions.step))
+        if sequences.final and positions[-1] >= length:
             raise OutOfRange(
-                f"{self} means the key at position {wanted[-1]} of row {row}, which has {length} tokens"
+                f"{self} means the key at position {positions[-1]} of row {row}, which has "
+                f"{length} tokens"
             )
-        return [place for place in wanted if place < count]
+        return [position for position in positions if position < n_keys]
 
     def __str__(self) -> str:
-        layers = dict.fromkeys(site.layer for site in self.sites if isinstance(site, Site))
-        heads = dict.fromkeys(site.head for site in self.sites if isinstance(site, Site))
-        words = [
-            str(found[0] if len(found) == 1 else found)
-            for found in (list(layers), list(heads))
-            if found != [None]
-        ]
-        given = {"query": self.where.pos, "key": self.key, "rows": self.where.rows}
-        words += [f"{name}={value!r}" for name, value in given.items() if value is not None]
-        return f"knockout({', '.join(words)})"
+        sites = [site for site in self.sites if isinstance(site, Site)]
+        layers = list(dict.fromkeys(site.layer for site in sites))
+        heads = list(dict.fromkeys(site.head for site in sites))
+        arguments = []
+        for indices in (layers, heads):
+            if indices != [None]:
+                arguments.append(str(indices[0] if len(indices) == 1 else indices))
+        keywords = {"query": self.where.pos, "key": self.key, "rows": self.where.rows}
+        for name, value in keywords.items():
+            if value is not None:
+                arguments.append(f"{name}={value!r}")
+        return f"knockout({', '.join(arguments)})"
 
 
-def _check_seen(key: Pos, query: Pos) -> None:
-    """Raises `BadHook` where no query can see any of the keys, as far as their numbers tell without
-    the text.
-    """
-    keys, queries = _extremes(key), _extremes(query)
+def _check_visible(key: Pos, query: Pos) -> None:
+    """Raises `BadHook` if all keys come after all queries, where this is known without the text."""
+    keys, queries = _bounds(key), _bounds(query)
     if keys is None or queries is None or (keys[0] < 0) != (queries[1] < 0):
         return
     if keys[0] > queries[1]:
         raise BadHook(
-            f"key={key!r} comes after query={query!r}, which never sees it: a token sees itself and those before it, "
-            "so there is nothing to cut; name keys that are not after the query"
+            f"key={key!r} comes after query={query!r}, which never sees it: a token sees itself "
+            "and those before it, so there is nothing to cut; name keys that are not after the "
+            "query"
         )
 
 
-def _extremes(places: Pos) -> tuple[int, int] | None:
-    """The first and the last of positions that are numbers of one sign; None for others."""
-    numbers = (places,) if isinstance(places, int) else places
+def _bounds(positions: Pos) -> tuple[int, int] | None:
+    """Returns the first and the last of positions that are numbers of one sign; None for others."""
+    numbers = (positions,) if isinstance(positions, int) else positions
     if not isinstance(numbers, tuple) or (min(numbers) < 0) != (max(numbers) < 0):
         return None
     return min(numbers), max(numbers)
@@ -111,22 +113,22 @@ def knockout(
     query: PosLike = None,
     rows: CountLike = None,
 ) -> Knockout:
-    """Cut attention from the tokens `query` to the tokens `key`, in one or more layers; the rest is
-    renormalised (attention knockout, Geva et al. 2023).
+    """Cuts attention from the tokens `query` to the tokens `key` (Geva et al. 2023).
 
-    Scores of these pairs become the smallest number there is, so that the softmax gives them
-    nothing. `head` is one head or several; all of them where it is left out. Positions are written
-    as anywhere: a number, a slice, a list, `hk.at("store")`, `hk.PROMPT`, `hk.GENERATED`. A query
-    that would see nothing at all raises `BadEdit`.
+    The scores of these pairs become the smallest number of the dtype, so that the softmax gives
+    them no weight and renormalizes the rest. `head` is one head or several; by default all of them.
+    Positions are a number, a slice, a list, `hk.at("store")`, `hk.PROMPT` or `hk.GENERATED`. A
+    query that can attend to nothing raises `BadEdit`.
 
     >>> print(knockout(9, 3, query=-1, key=at("Mary")))
     knockout(9, 3, query=-1, key=at('Mary'))
     """
     layers = whole_numbers(layer, "layer", least=0, meaning="the layers, counted from 0,")
-    heads = (
-        [None]
-        if head is None
-        else whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")
-    )
-    sites: Sites = as_sites([Site("scores", each, one) for each in layers for one in heads])
+    heads: list[int | None] = [None]
+    if head is not None:
+        heads = [*whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")]
+    scores = []
+    for layer_index in layers:
+        scores += [Site("scores", layer_index, head_index) for head_index in heads]
+    sites: Sites = as_sites(scores)
     return Knockout(sites, inner(query, rows, None, sites), as_pos(key))
