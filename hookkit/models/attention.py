@@ -245,9 +245,8 @@ class _SoftmaxMode(Mode):
         **_: Any,
     ) -> Tensor:
         """Returns what `scaled_dot_product_attention` computes, step by step."""
-        if scale is None:
-            scale = query.shape[-1] ** -0.5
-        scores = query @ key.transpose(-1, -2) * scale
+        factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query @ key.transpose(-1, -2) * factor
         mask = _causal_mask(scores) if is_causal else attn_mask
         if mask is not None:
             scores = scores + _to_additive(mask, scores.dtype)

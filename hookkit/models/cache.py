@@ -58,7 +58,7 @@ def fetch(name: str | None = None, revision: str | None = None) -> Path:
 
     try:
         siblings = HfApi().model_info(name, revision=revision).siblings or []
-        ignored = list(OTHER_FORMATS)
+        ignored: list[str] = list(OTHER_FORMATS)
         if any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
             ignored += [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
         return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))

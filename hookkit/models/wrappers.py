@@ -75,7 +75,7 @@ def adapters_of(module: nn.Module) -> list[str]:
     names: dict[str, None] = {}
     for layer in _adapter_layers([module]):
         for attribute in layer.adapter_layer_names:
-            part = getattr(layer, attribute, None)
+            part: Any = getattr(layer, attribute, None)
             if hasattr(part, "keys"):
                 names.update(dict.fromkeys(part.keys()))
     return list(names)

@@ -8,7 +8,7 @@ why there are no sites.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def discover_family(model: nn.Module, config: Any) -> Family:
         locations,
         missing,
         block=path,
-        attention=_attention_style(studied),
+        attention="own" if _attention_styles(studied) == {"own"} else "interface",
         exceptions=exceptions,
         found=True,
     )
@@ -220,14 +220,13 @@ def _check_output_projection(block: Block) -> None:
 # ---- from the studied blocks to all blocks
 
 
-def _attention_style(blocks: list[Block]) -> Literal["interface", "own"]:
-    styles = {block.attention.style for block in blocks if block.attention}
-    return "own" if styles == {"own"} else "interface"
+def _attention_styles(blocks: list[Block]) -> set[str]:
+    return {block.attention.style for block in blocks if block.attention}
 
 
 def _remove_mixed_styles(blocks: list[Block]) -> None:
     """Removes the sites inside attention if not all blocks compute it in the same style."""
-    if len({block.attention.style for block in blocks if block.attention}) < 2:
+    if len(_attention_styles(blocks)) < 2:
         return
     reason = UNPROVED + "some blocks compute attention in their own code, and others do not"
     for block in blocks:
@@ -261,24 +260,30 @@ def _merge_blocks(
     missing: dict[str, str] = {}
     for name in LAYER_SITES:
         by_kind: dict[int, ModuleLocation | None] = {}
-        reasons: list[str] = []
+        distinct: dict[ModuleLocation, None] = {}
+        reasons: dict[str, None] = {}
         for number, block in findings.items():
-            by_kind[number] = _relative_location(block, name, path.format(layer=number))
-            if by_kind[number] is None:
-                reasons.append(
-                    block if isinstance(block, str) else block.missing.get(name, NOT_SEEN)
-                )
-        distinct = list(
-            dict.fromkeys(location for location in by_kind.values() if location is not None)
-        )
+            location = _relative_location(block, name, path.format(layer=number))
+            by_kind[number] = location
+            if location is not None:
+                distinct[location] = None
+            else:
+                reasons[_reason(block, name)] = None
         if distinct:
+            alternatives = tuple(distinct)
             by_layer = [by_kind[kind] for kind in kinds]
-            if not _first_match_is_right(root, distinct, by_layer, path):
-                distinct = [_restrict_to_layers(location, by_layer) for location in distinct]
-            locations[name] = distinct[0] if len(distinct) == 1 else tuple(distinct)
+            if not _first_match_is_right(root, alternatives, by_layer, path):
+                alternatives = tuple(
+                    _restrict_to_layers(location, by_layer) for location in alternatives
+                )
+            locations[name] = alternatives[0] if len(alternatives) == 1 else alternatives
         if reasons:
-            missing[name] = "; or ".join(dict.fromkeys(reasons))
+            missing[name] = "; or ".join(reasons)
     return locations, missing
+
+
+def _reason(block: Block | str, name: str) -> str:
+    return block if isinstance(block, str) else block.missing.get(name, NOT_SEEN)
 
 
 def _relative_location(block: Block | str, name: str, path: str) -> ModuleLocation | None:
@@ -291,7 +296,7 @@ def _relative_location(block: Block | str, name: str, path: str) -> ModuleLocati
 
 def _first_match_is_right(
     root: nn.Module,
-    locations: list[ModuleLocation],
+    locations: tuple[ModuleLocation, ...],
     by_layer: list[ModuleLocation | None],
     path: str,
 ) -> bool:
