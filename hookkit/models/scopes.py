@@ -140,10 +140,10 @@ def _all_but(scope: Scope) -> tuple[Scope, ...]:
 
 def has_scope(root: nn.Module) -> bool:
     """True if this context has an open scope on the model, a part of it, or a model around it."""
-    models = [scope.model() for scope in HERE.get() if scope.open]
-    return any(model is not None and _overlap(model, root) for model in models)
-
-
-def _overlap(one: nn.Module, other: nn.Module) -> bool:
-    contains = any(module is other for module in one.modules())
-    return contains or any(module is one for module in other.modules())
+    for scope in HERE.get():
+        model = scope.model()
+        if not scope.open or model is None:
+            continue
+        if root in model.modules() or model in root.modules():
+            return True
+    return False

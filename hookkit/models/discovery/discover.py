@@ -179,7 +179,7 @@ def _token_ids(model: Any, config: Any) -> Tensor:
 
 def _study_block(recording: Recording, path: str) -> Block | str:
     """Returns what was found in one block, or the reason why nothing was."""
-    calls = [call for call in recording.calls if call.path == path]
+    calls = recording.calls_at(path)
     if len(calls) != 1:
         return f"{UNPROVED}the block {path!r} ran {len(calls)} times in one forward"
     (call,) = calls
@@ -405,8 +405,7 @@ def _locate_whole_model_sites(
 ) -> _WholeModelSites:
     embed = recording.only_call(model.get_input_embeddings())
     head = recording.only_call(model.get_output_embeddings())
-    first_path = path.format(layer=0)
-    first_block = next((call for call in recording.calls if call.path == first_path), None)
+    first_block = next(iter(recording.calls_at(path.format(layer=0))), None)
     stream = recording.by_token(first_block.input) if first_block else None
     sites = _WholeModelSites(recording, _calls_outside_blocks(recording, path, embed))
     sites.locations["logits"] = ModuleLocation("", item="logits")
@@ -492,7 +491,6 @@ def _measured_sizes(block: Block) -> dict[str, int | None]:
             sizes[name] = block.attention.sizes[name]
     for site, axis, item in (("router_logits", "expert", 0), ("experts", "choice", 2)):
         if site in block.locations:
-            path = block.locations[site].path
-            router = next(call for call in block.recording.calls if call.path == path)
+            router = block.recording.calls_at(block.locations[site].path)[0]
             sizes[axis] = router.outputs[item].shape[-1]
     return sizes

@@ -114,6 +114,10 @@ class Recording:
                 return call
         return None
 
+    def calls_at(self, path: str) -> list[ModuleCall]:
+        """Returns the calls of the module at a path, in order."""
+        return [call for call in self.calls if call.path == path]
+
     def calls_within(self, call: ModuleCall) -> list[ModuleCall]:
         """Returns the module calls during a call, in order."""
         return [other for other in self.calls if call in other.enclosing]
@@ -277,4 +281,7 @@ def _copy_output(output: Any) -> tuple[Any, ...]:
     if hasattr(output, "to_tuple"):
         output = output.to_tuple()
     items = output if isinstance(output, tuple | list) else (output,)
-    return tuple(_copy(item) if isinstance(item, Tensor) else None for item in items)
+    copies: list[Tensor | None] = []
+    for item in items:
+        copies.append(item.detach().clone() if isinstance(item, Tensor) else None)
+    return tuple(copies)
