@@ -119,8 +119,7 @@ def test_a_compiled_model_runs_compiled_again_after_the_last_block(llama):
 
 
 def test_a_thousand_blocks_and_dropped_streams_keep_nothing(llama):
-    from hookkit.models import overrides
-    from hookkit.models import scopes
+    from hookkit.models import overrides, scopes
 
     def count():
         gc.collect()
