@@ -1,1 +1,1 @@
-"""Hooks on a model: the manager, forward, generate, traces, and forwards of a part of a model."""
+"""Runs of a model with hooks: the hook manager, forward, generate, traces, shared forwards."""

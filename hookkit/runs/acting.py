@@ -1,4 +1,4 @@
-"""What happens at a tap: the chosen cells are copied out, or changed and put back."""
+"""Applies one hook to the tensor at its hook point: selected cells are captured, or edited."""
 
 import torch
 from torch import Tensor
@@ -17,196 +17,249 @@ from .overflow import check_result
 from .taps import BoundHook, HookPoint
 
 
-def act(
-    action: BoundHook, tap: HookPoint, call: ForwardPass, found: Tensor, before: Tensor | None
+def apply_hook(
+    bound_hook: BoundHook,
+    hook_point: HookPoint,
+    forward_pass: ForwardPass,
+    tensor: Tensor,
+    module_input: Tensor | None,
 ) -> tuple[Firing | None, Tensor]:
-    """Do one hook's work on the tensor at its place: what fired, and the tensor that goes on.
+    """Applies one hook to the tensor at its hook point.
 
-    `before` is what the module was given, for edits that need it. The tensor itself is written into only at a shared
-    place, where the block reads it twice.
+    Returns the firing, None if the hook selects no cell, and the tensor with which the model goes
+    on. `module_input` is for edits that need it. The tensor itself is written to only at a shared
+    location, where the block reads it twice.
     """
-    if not call.placed:
-        return _act_on_all(action, call, found)
-    form, full = action.form, found
-    if not form.plain:
-        call, full = form.call(call, found), form.laid(found, call)
+    if not forward_pass.placed:
+        return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
+    view, full = bound_hook.view, tensor
+    if not view.plain:
+        forward_pass = view.call(forward_pass, tensor)
+        full = view.laid(tensor, forward_pass)
     shape = full.shape
-    if len(shape) < 2 or shape[0] != call.rows or shape[1] != call.width:
-        full = _with_batch_axis(full, call.rows)
-        if not _has_positions(action, full, call):
-            return _act_on_all(action, call, found)
-    cells = call.cells(
-        action.where, action.head or full.shape[1] != call.width, action.change is None
+    if len(shape) < 2 or shape[0] != forward_pass.rows or shape[1] != forward_pass.width:
+        full = _with_batch_axis(full, forward_pass.rows)
+        if not _has_positions(bound_hook, full, forward_pass):
+            return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
+    at_head = bound_hook.head or full.shape[1] != forward_pass.width
+    is_capture = bound_hook.change is None
+    selection = forward_pass.cells(bound_hook.where, at_head, is_capture)
+    if selection is None:
+        return None, tensor
+    _count_firing(bound_hook, forward_pass)
+    if view.plain:
+        raw = values = selection.gather(full)
+    else:
+        raw = selection.gather(view.view(full))
+        values = view.read(raw, selection, forward_pass)
+    if bound_hook.change is None:
+        new, changed = _capture(bound_hook, forward_pass, selection, raw, values), None
+    else:
+        new = _edit(bound_hook, selection, values, module_input)
+        changed = selection.real(new != values)
+        if not view.plain:
+            new = view.write(new, values, raw, selection, forward_pass)
+    if new is not None:
+        tensor = _put(bound_hook, hook_point, forward_pass, selection, tensor, new)
+    return (bound_hook, forward_pass.number, selection, values.shape[2:], changed), tensor
+
+
+def _edit(
+    bound_hook: BoundHook, selection: Selection, values: Tensor, module_input: Tensor | None
+) -> Tensor:
+    """Returns the edited values; raises if they are not finite, or of another dtype."""
+    assert bound_hook.change is not None
+    selected_input = None
+    if module_input is not None:
+        selected_input = selection.gather(module_input)
+    new = bound_hook.change(
+        values, Here(bound_hook.site, bound_hook.where, selection, selected_input)
     )
-    if cells is None:
-        return None, found
-    _first_run(action, call)
-    raw = cells.gather(full if form.plain else form.view(full))
-    old = raw if form.plain else form.read(raw, cells, call)
-    if action.change is None:
-        found = _keep(action, tap, call, cells, raw, old, found)
-        return (action, call.number, cells, old.shape[2:], None), found
-    here = Here(action.site, action.where, cells, None if before is None else cells.gather(before))
-    new = action.change(old, here)
-    check_result(action, cells, old, new)
-    if new.dtype != old.dtype:
+    check_result(bound_hook, selection, values, new)
+    if new.dtype != values.dtype:
         raise BadEdit(
-            f"{action.hook} gives {new.dtype}, and {action.site} is {old.dtype}: edit it with hk.edit"
+            f"{bound_hook.hook} gives {new.dtype}, and {bound_hook.site} is {values.dtype}: "
+            "edit it with hk.edit"
         )
-    assert new.shape == old.shape, f"{action.hook} changed {old.shape} to {new.shape}"
-    changed = cells.real(new != old)
-    if not form.plain:
-        new = form.write(new, old, raw, cells, call)
-    return (action, call.number, cells, old.shape[2:], changed), _put(
-        action, tap, call, cells, found, new
-    )
+    assert new.shape == values.shape, f"{bound_hook.hook} changed {values.shape} to {new.shape}"
+    return new
 
 
 def _put(
-    action: BoundHook,
-    tap: HookPoint,
-    call: ForwardPass,
-    cells: Selection,
-    found: Tensor,
+    bound_hook: BoundHook,
+    hook_point: HookPoint,
+    forward_pass: ForwardPass,
+    selection: Selection,
+    tensor: Tensor,
     new: Tensor,
 ) -> Tensor:
-    """The tensor with the chosen cells of its view replaced."""
-    form = action.form
-    if tap.place.shared:
-        # the block goes on reading this very tensor: a replacement would reach the module and miss the residual stream
-        cells.scatter(form.laid(found, call), new)
-        return found
-    if cells.whole and type(form) is SiteView:
-        return (
-            new.contiguous() if found.is_contiguous() else new
-        )  # modules may take a view of what they are given
-    wide = form.laid(found, call)
-    served = _with_batch_axis(wide, call.rows)
-    copy = (found if served is wide else served).clone(memory_format=torch.contiguous_format)
-    cells.scatter(form.view(form.laid(copy, call)), new)
+    """Returns the tensor with the selected cells replaced."""
+    view = bound_hook.view
+    if hook_point.place.shared:
+        # the block reads this same tensor again: a replacement would reach only the module, and
+        # not the residual stream
+        selection.scatter(view.laid(tensor, forward_pass), new)
+        return tensor
+    if selection.whole and type(view) is SiteView:
+        # modules may take a view of what they are called with, which needs a contiguous tensor
+        return new.contiguous() if tensor.is_contiguous() else new
+    laid_out = view.laid(tensor, forward_pass)
+    expanded = _with_batch_axis(laid_out, forward_pass.rows)
+    source = tensor if expanded is laid_out else expanded
+    copy = source.clone(memory_format=torch.contiguous_format)
+    selection.scatter(view.view(view.laid(copy, forward_pass)), new)
     return copy
 
 
-def _keep(
-    action: BoundHook,
-    tap: HookPoint,
-    call: ForwardPass,
-    cells: Selection,
+def _capture(
+    bound_hook: BoundHook,
+    forward_pass: ForwardPass,
+    selection: Selection,
     raw: Tensor,
     values: Tensor,
-    found: Tensor,
-) -> Tensor:
-    capture = action.hook
+) -> Tensor | None:
+    """Stores the values.
+
+    Returns the cells with which the model has to go on; None if they are unchanged.
+    """
+    capture = bound_hook.hook
     assert isinstance(capture, Capture)
-    if not capture.grad:
-        fresh = cells.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
-        kept = _kept(values.detach() if values.requires_grad else values, capture, fresh)
-        if isinstance(capture, CaptureLast) and action.pieces:
-            last = action.pieces.pop()
-            action.pieces += last.of_rows(call.text.ended_rows())
-        action.pieces.append(CapturedChunk(call.number, cells, kept))
-        return found
+    if capture.grad:
+        return _capture_with_gradients(bound_hook, forward_pass, selection, raw, values)
+    is_copy = selection.scattered or (values is not raw and values.data_ptr() != raw.data_ptr())
+    detached = values.detach() if values.requires_grad else values
+    stored = _stored_copy(detached, capture, is_copy)
+    if isinstance(capture, CaptureLast) and bound_hook.pieces:
+        previous = bound_hook.pieces.pop()
+        bound_hook.pieces += previous.of_rows(forward_pass.text.ended_rows())
+    bound_hook.pieces.append(CapturedChunk(forward_pass.number, selection, stored))
+    return None
+
+
+def _capture_with_gradients(
+    bound_hook: BoundHook,
+    forward_pass: ForwardPass,
+    selection: Selection,
+    raw: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Stores values that keep their gradient; the model goes on from them, so that they get one."""
     if not torch.is_grad_enabled():
         raise Unsupported(
-            f"{capture} needs gradients, which are off here (generate always runs without)"
+            f"{bound_hook.hook} needs gradients, which are off here (generate always runs without)"
         )
-    leaf = in_order(action.site, values)
-    leaf = leaf.clone() if leaf.requires_grad else leaf.detach().clone().requires_grad_()
+    leaf = in_order(bound_hook.site, values)
+    if not leaf.requires_grad:
+        leaf = leaf.detach()
+    leaf = leaf.clone().requires_grad_()
     leaf.retain_grad()
-    values = in_order(action.site, leaf)
-    action.pieces.append(CapturedChunk(call.number, cells, values, leaf))
-    # what goes on is made of the captured values, so that they are on the path of the gradient
-    new = values.clone() if action.form.plain else action.form.write(values, None, raw, cells, call)
-    return _put(action, tap, call, cells, found, new)
+    values = in_order(bound_hook.site, leaf)
+    bound_hook.pieces.append(CapturedChunk(forward_pass.number, selection, values, leaf))
+    if bound_hook.view.plain:
+        return values.clone()
+    return bound_hook.view.write(values, None, raw, selection, forward_pass)
 
 
-def _kept(values: Tensor, capture: Capture, fresh: bool) -> Tensor:
-    """Values as a capture wants them: a copy, free of inference mode, so that autograd can use it later."""
-    if capture.dtype is capture.device is None and not torch.is_inference_mode_enabled():
-        return values if fresh else values.clone()
+def _stored_copy(values: Tensor, capture: Capture, is_copy: bool) -> Tensor:
+    """Returns values on the capture's device and in its dtype, as a tensor of their own.
+
+    It is made outside inference mode, so that autograd can use it later. `is_copy` is True if the
+    values share no memory with the model's tensor.
+    """
+    inference_mode = torch.is_inference_mode_enabled()
+    if capture.dtype is capture.device is None and not inference_mode:
+        return values if is_copy else values.clone()
     dtype = getattr(torch, capture.dtype) if capture.dtype else values.dtype
     if values.is_floating_point() and not dtype.is_floating_point:
         raise BadHook(
-            f"{capture}: dtype={capture.dtype!r} cannot hold the real numbers there: say a floating dtype, such as "
-            "'float16'"
+            f"{capture}: dtype={capture.dtype!r} cannot hold the real numbers there: say a "
+            "floating dtype, such as 'float16'"
         )
     device = torch.device(capture.device) if capture.device else values.device
     if dtype != values.dtype and values.is_floating_point():
         values = narrowed(values, dtype, f"what {capture} keeps")
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return values.to(
-                device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
-            )
-    return values.to(
-        device=device, dtype=dtype, copy=not fresh, memory_format=torch.contiguous_format
-    )
+    with torch.inference_mode(False):
+        return values.to(
+            device=device,
+            dtype=dtype,
+            copy=inference_mode or not is_copy,
+            memory_format=torch.contiguous_format,
+        )
 
 
-def _act_on_all(action: BoundHook, call: ForwardPass, found: Tensor) -> tuple[Firing, Tensor]:
-    """At a module whose tensor has no axes batch and pos: the whole of it, or nothing."""
-    if action.where != Where() and not call.placed:
-        raise BadHook(
-            f"an encoder-decoder reads two texts, so a position at {action.site} may be of either: leave pos, rows and "
-            f"step out of {action.hook}"
-        )
-    if action.where != Where():
-        raise BadHook(
-            f"{action.site} has shape {list(found.shape)}, without axes batch and pos ({call.rows} rows of "
-            f"{call.width} positions ran): leave pos, rows and step out of {action.hook}"
-        )
-    _first_run(action, call)
-    if action.change is None:
-        assert isinstance(action.hook, Capture)
-        if action.pieces:
+def _apply_to_whole_tensor(
+    bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor
+) -> tuple[Firing, Tensor]:
+    """Applies a hook to all of a tensor that has no axes batch and pos."""
+    _refuse_positions(bound_hook, forward_pass, tensor)
+    _count_firing(bound_hook, forward_pass)
+    if bound_hook.change is None:
+        assert isinstance(bound_hook.hook, Capture)
+        if bound_hook.pieces:
             raise Unsupported(
-                f"{action.site} has shape {list(found.shape)}, without axes batch and pos along which several forwards "
-                "of one text could be joined: capture it in one forward"
+                f"{bound_hook.site} has shape {list(tensor.shape)}, without axes batch and pos "
+                "along which several forwards of one text could be joined: capture it in one "
+                "forward"
             )
-        action.pieces.append(
-            CapturedChunk(call.number, None, _kept(found.detach(), action.hook, False))
+        stored = _stored_copy(tensor.detach(), bound_hook.hook, False)
+        bound_hook.pieces.append(CapturedChunk(forward_pass.number, None, stored))
+        return (bound_hook, forward_pass.number, None, tensor.shape, None), tensor
+    new = bound_hook.change(tensor, Here(bound_hook.site, bound_hook.where, None))
+    check_result(bound_hook, None, tensor, new)
+    changed = (new != tensor).sum()
+    return (bound_hook, forward_pass.number, None, tensor.shape, changed), new
+
+
+def _refuse_positions(bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor) -> None:
+    """Raises `BadHook` for a hook with pos, rows or step at a tensor without these axes."""
+    if bound_hook.where == Where():
+        return
+    if not forward_pass.placed:
+        raise BadHook(
+            "an encoder-decoder reads two texts, so a position at "
+            f"{bound_hook.site} may be of either: leave pos, rows and step out of {bound_hook.hook}"
         )
-        return (action, call.number, None, found.shape, None), found
-    new = action.change(found, Here(action.site, action.where, None))
-    check_result(action, None, found, new)
-    return (action, call.number, None, found.shape, (new != found).sum()), new
-
-
-def _first_run(action: BoundHook, call: ForwardPass) -> None:
-    """Count a forward in which a hook does something, or raise `Unsupported` if it has done so in it before."""
-    if action.last is call:
-        raise Unsupported(
-            f"the module at {action.site} ran twice or more in one forward, and {action.hook} cannot tell which run "
-            "is meant: put the hook at a module that runs once, before it or after it; where the whole model runs "
-            "several times in one call, attach to the model inside"
-        )
-    action.last = call
-    action.fired += 1
-
-
-def _with_batch_axis(found: Tensor, rows: int) -> Tensor:
-    """A tensor that serves all rows at once (position embeddings [1, pos, d_model]) as one with a row each."""
-    return (
-        found.expand(rows, *found.shape[1:])
-        if found.ndim > 1 and found.shape[0] == 1 and rows > 1
-        else found
+    raise BadHook(
+        f"{bound_hook.site} has shape {list(tensor.shape)}, without axes batch and pos "
+        f"({forward_pass.rows} rows of {forward_pass.width} positions ran): leave pos, rows and "
+        f"step out of {bound_hook.hook}"
     )
 
 
-def _has_positions(action: BoundHook, full: Tensor, call: ForwardPass) -> bool:
-    """True if the first axes of a tensor are batch and pos of this call. A named site that is not so raises."""
-    behind = (
-        full.ndim > 3 and full.shape[1] != call.width == full.shape[2]
-    )  # [batch, head, pos, d_head]
+def _count_firing(bound_hook: BoundHook, forward_pass: ForwardPass) -> None:
+    """Counts a forward in which a hook acts; `Unsupported` if it has acted in this one before."""
+    if bound_hook.last_pass is forward_pass:
+        raise Unsupported(
+            f"the module at {bound_hook.site} ran twice or more in one forward, and "
+            f"{bound_hook.hook} cannot tell which run is meant: put the hook at a module that runs "
+            "once, before it or after it; where the whole model runs several times in one call, "
+            "attach to the model inside"
+        )
+    bound_hook.last_pass = forward_pass
+    bound_hook.fired += 1
+
+
+def _with_batch_axis(tensor: Tensor, rows: int) -> Tensor:
+    """Expands a tensor that is the same for all rows, such as position embeddings [1, pos, d]."""
+    if tensor.ndim > 1 and tensor.shape[0] == 1 and rows > 1:
+        return tensor.expand(rows, *tensor.shape[1:])
+    return tensor
+
+
+def _has_positions(bound_hook: BoundHook, full: Tensor, forward_pass: ForwardPass) -> bool:
+    """True if the first axes of a tensor are batch and pos. At a named site they have to be."""
+    width = forward_pass.width
     fits = (
         full.ndim >= 2
-        and full.shape[0] == call.rows
-        and full.shape[1] in (call.width, len(call.head))
+        and full.shape[0] == forward_pass.rows
+        and full.shape[1] in (width, len(forward_pass.head))
     )
-    if fits and not (behind and isinstance(action.site, ModuleSite)):
-        return True
-    if isinstance(action.site, ModuleSite):
-        return False
-    raise BadEdit(
-        f"{action.site} has shape {list(full.shape)}, and {call.rows} rows of {call.width} positions ran"
-    )
+    if isinstance(bound_hook.site, ModuleSite):
+        is_head_first = full.ndim > 3 and full.shape[1] != width == full.shape[2]
+        return fits and not is_head_first  # [batch, head, pos, d_head]
+    if not fits:
+        raise BadEdit(
+            f"{bound_hook.site} has shape {list(full.shape)}, and {forward_pass.rows} rows of "
+            f"{width} positions ran"
+        )
+    return True

@@ -1,9 +1,11 @@
-"""What the hooks of a block do in each forward of the model: where one begins and ends, and the work at every place.
+"""What the hooks of a block do in each forward of the model.
 
-The texts that run in a block: which one each forward is of, what its captures kept, and how it ended.
+`HookDispatcher` decides which calls of modules belong to a forward in which the hooks act, and
+applies the hooks at each hook point. `DispatchState` holds what is known of the texts that run in
+a block: to which text each forward belongs, its captures, and how it ended. Nothing is registered
+on the model here.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,96 +28,104 @@ from ..models.scopes import HERE, PROGRESS, Scope, adopt, has_scope
 from ..models.sites import AnySite, Site
 from ..models.views import full_sizes
 from ..models.wrappers import called
-from . import generation
-from .acting import act
-from .generation import Generation
+from .acting import apply_hook
+from .generation import (
+    Generation,
+    GenerationWatch,
+    final_rows,
+    plan_generation,
+    text_ending,
+    watch_generate,
+    without_compilation,
+)
 from .outcomes import CaptureStore, check_cached, check_possible
 from .overflow import forget, settle
-from .taps import BoundHook, HookPoint, input_of, logits_tap, picked, repacked
+from .taps import BoundHook, HookPoint, input_of, logits_hook_point, pick_output, replace_output
 from .trace import Tracer
-from .tracking import PositionTracker, named, plain_ending
+from .tracking import PositionTracker, arguments_by_name, plain_ending
 
 
 class DispatchState:
-    """The texts since a block was entered. The tracer, if there is one, is told of each `generate`."""
+    """The texts that have run since a block was entered. Owned by the `HookDispatcher`."""
 
-    def __init__(self, lm: LM, actions: Sequence[BoundHook], tracer: Tracer | None) -> None:
-        self.lm, self.actions, self.tracer = lm, actions, tracer
-        self.follower = PositionTracker(
-            functools.partial(cover, lm), "logits_to_keep" in lm.takes, lm.two_texts
+    def __init__(self, lm: LM, bound_hooks: Sequence[BoundHook], tracer: Tracer | None) -> None:
+        self.lm, self.bound_hooks, self.tracer = lm, bound_hooks, tracer
+        self.tracker = PositionTracker(
+            partial(cover, lm), "logits_to_keep" in lm.takes, lm.two_texts
         )
-        self.keeping = CaptureStore(actions)
-        self.rows: list[
-            list[int]
-        ] = []  # the tokens of each sequence that the last `generate` returned
-        self._watch = generation.Watch()
-        self._decides = any(
-            isinstance(action.hook, Force) and action.hook.decides for action in actions
-        )
+        self.captures = CaptureStore(bound_hooks)
+        self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
+        self._watch = GenerationWatch()
 
     @property
     def generating(self) -> bool:
         """True while a `generate` runs."""
-        return self.follower.generation is not None
+        return self.tracker.generation is not None
 
-    def call(self, given: Mapping[str, Any]) -> ForwardPass:
-        """The forward that begins with these arguments, its hooks' wishes held against what the text can give."""
-        call, begins = self.follower.call(given)
-        self.keeping.turn_to(call.text)
-        if begins:
-            self._check_possible(call)
+    def begin_forward(self, arguments: Mapping[str, Any]) -> ForwardPass:
+        """Returns the forward that begins with these arguments.
+
+        Raises if a hook names a position that its text cannot have.
+        """
+        forward_pass, is_new_text = self.tracker.begin_forward(arguments)
+        text = forward_pass.text
+        self.captures.turn_to(text)
+        if is_new_text:
+            self._check_positions(forward_pass)
         if self.generating:
-            call.text.history = self._watch.tokens
-            call.text.ended_rows = self._watch.ended_rows
-            if call.text.beams > 1:  # beams change rows from step to step
-                self.follower.remember(call, self._watch.tokens)
-        return call
+            text.history = self._watch.tokens
+            text.ended_rows = self._watch.ended_rows
+            if text.beams > 1:  # beams change rows from step to step
+                self.tracker.remember_beams(forward_pass, self._watch.tokens)
+        return forward_pass
 
-    def _check_possible(self, call: ForwardPass) -> None:
-        text, plan = call.text, self.follower.generation
-        check_cached(self.actions, text)
-        if text.final or plan is not None:
-            check_possible(self.actions, text, call, plan)
-        for where in {id(action.where): action.where for action in self.actions}.values():
-            text.wishes(
-                where
-            )  # raises for a text that is not there, or a position before the first
+    def _check_positions(self, forward_pass: ForwardPass) -> None:
+        text, generation = forward_pass.text, self.tracker.generation
+        check_cached(self.bound_hooks, text)
+        if text.final or generation is not None:
+            check_possible(self.bound_hooks, text, forward_pass, generation)
+        selections = {id(bound_hook.where): bound_hook.where for bound_hook in self.bound_hooks}
+        for where in selections.values():
+            text.wishes(where)  # raises for a phrase that is not in the text, or a position below 0
 
-    def gave(self, call: ForwardPass, output: Any) -> None:
-        """A forward is over."""
-        self.follower.gave(call, output)
+    def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
+        """Notes the cache that a forward returned."""
+        self.tracker.end_forward(forward_pass, output)
 
     def finish(self) -> None:
-        """Hold what was kept of the texts that no `generate` made."""
-        self.keeping.finish_all(plain_ending)
+        """Ends the texts that no `generate` has ended."""
+        self.captures.finish_all(plain_ending)
 
     def check_fired(self) -> None:
-        """Raise `NeverFired` for a hook that did nothing, or not all that it was to do."""
-        self.keeping.check_fired(self.follower.forwards)
+        """Raises `NeverFired` for a hook that did nothing, or not all that it was to do."""
+        self.captures.check_fired(self.tracker.forwards)
 
     @property
-    def kept(self) -> list[Captures]:
-        """What the captures kept, a text each."""
-        return self.keeping.texts(plain_ending)
+    def texts(self) -> list[Captures]:
+        """The captures of each text."""
+        return self.captures.texts(plain_ending)
 
-    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
-        """What a call of `generate` is going to do, or `Unsupported` with the reason."""
+    def plan_generation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
+        """Returns what a call of `generate` will do, or raises `Unsupported` with the reason."""
         if self.lm.two_texts:
             raise Unsupported(
-                f"generate of an encoder-decoder ({type(self.lm.root).__name__}) runs its two parts by themselves: "
-                "call the model with input_ids and decoder_input_ids in the block"
+                f"generate of an encoder-decoder ({type(self.lm.root).__name__}) runs its two "
+                "parts by themselves: call the model with input_ids and decoder_input_ids in the "
+                "block"
             )
-        return generation.read(self.lm.root, args, kwargs)
+        return plan_generation(self.lm.root, args, kwargs)
 
     def _with_every_position(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The arguments of `generate`, so that every block reads every position of the prompt where hooks need it."""
+        """Adds logits_to_keep where the model needs it to run its blocks at every position."""
         keep = self.lm.logits_to_keep(1)
-        if keep == 1 or "logits_to_keep" in kwargs or all(action.head for action in self.actions):
+        if keep == 1 or "logits_to_keep" in kwargs:
+            return kwargs
+        if all(bound_hook.head for bound_hook in self.bound_hooks):
             return kwargs
         return {**kwargs, "logits_to_keep": keep}
 
     def begins_step(self) -> bool:
-        """True where the forward that begins is a step of the `generate` that runs."""
+        """True if the forward that begins is a step of the current `generate`."""
         return self._watch.begins_step()
 
     def generate(
@@ -126,104 +136,112 @@ class DispatchState:
         kwargs: Mapping[str, Any],
         acts: Callable[[], bool] | None = None,
     ) -> Any:
-        """transformers' `generate`, followed from its prompts to the end of each row.
+        """Runs transformers' `generate` and follows each row from its prompt to its end.
 
-        `acts` says which calls of the model's own methods are of it.
+        `acts` is true for those calls of the model's own methods that belong to this `generate`.
         """
-        text = self.follower.text = plan.text(self.follower.find)
-        self.follower.generation = plan
-        self.keeping.turn_to(text)
+        text = self.tracker.text = plan.text(self.tracker.find)
+        self.tracker.generation = plan
+        self.captures.turn_to(text)
         if self.tracer is not None:
             self.tracer.begin(plan)
-        decisions = Decisions(text, plan.width if plan.embeddings else 0) if self._decides else None
+        decisions = None
+        if any(_decides(bound_hook) for bound_hook in self.bound_hooks):
+            decisions = Decisions(text, plan.width if plan.embeddings else 0)
         try:
-            with generation.watched(self.lm.root, self.tracer, decisions, acts) as self._watch:
-                output = original(
-                    *args, **generation.eager(args, self._with_every_position(kwargs))
-                )
+            with watch_generate(self.lm.root, self.tracer, decisions, acts) as self._watch:
+                keywords = without_compilation(args, self._with_every_position(kwargs))
+                output = original(*args, **keywords)
             sequences = output if isinstance(output, Tensor) else output.sequences
-            self.rows = generation.final_rows(plan, text, sequences, self._watch)
-            ending = generation.ending(plan, text, sequences, self.rows, self.follower.histories)
-            self.keeping.finish(text, ending)
+            self.rows = final_rows(plan, text, sequences, self._watch)
+            ending = text_ending(plan, text, sequences, self.rows, self.tracker.histories)
+            self.captures.finish(text, ending)
             if self.tracer is not None:
-                self.tracer.finish(
-                    self.rows, [text.lengths[prompt] for prompt in ending.prompts], ending.sources
-                )
+                prompt_lengths = [text.lengths[prompt] for prompt in ending.prompts]
+                self.tracer.finish(self.rows, prompt_lengths, ending.sources)
         except BaseException:
-            self.keeping.forget(text)
+            self.captures.forget(text)
             raise
         finally:
-            self.follower.generation = None
-            self.follower.histories = {}
+            self.tracker.generation = None
+            self.tracker.histories = {}
         return output
 
 
-class Stop(BaseException):
-    """Raised inside a forward once everything that was asked of it is there.
+def _decides(bound_hook: BoundHook) -> bool:
+    """True if the hook decides on a token that `generate` has to take."""
+    return isinstance(bound_hook.hook, Force) and bound_hook.hook.decides
 
-    It is no error: nothing that catches errors on its way is meant to.
+
+class Stop(BaseException):
+    """Ends a forward after the last hook has acted, where no output is needed.
+
+    It is no `Exception`, so that code which handles errors does not catch it.
     """
 
 
 ELSEWHERE = (
-    "a block of hk.attach is open on this model in another thread or task, and whether this forward is "
-    "meant to be in it cannot be told: leave the block first, give this code a block of its own, use "
-    "hk.forward or hk.generate, or run it in the block's context, as asyncio.to_thread does and "
+    "a block of hk.attach is open on this model in another thread or task, and whether this "
+    "forward is meant to be in it cannot be told: leave the block first, give this code a block of "
+    "its own, use hk.forward or hk.generate, or run it in the block's context, as "
+    "asyncio.to_thread does and "
     "threading.Thread(target=contextvars.copy_context().run, args=(model.generate,))"
 )
 
 
 class HookDispatcher:
-    """The forwards of a model in which these taps have something to do.
+    """Applies the hooks of one block in the forwards of a model.
 
-    While a hook's own function runs, modules that it calls are not hooked. Hooks act in the context that entered the
-    block (see `scopes`). With `attached` a forward of other code that no block or run of hookkit's covers raises;
-    without, it is a plain forward of the model.
+    The hooks act in the context that entered the block (see `models.scopes`). If `attached`, a
+    forward of other code raises, unless another block or run of hookkit covers it; otherwise such
+    a forward is a plain forward of the model. While a hook's own function runs, the modules that
+    it calls are not hooked.
     """
 
     def __init__(
         self,
         lm: LM,
-        taps: list[HookPoint],
+        hook_points: list[HookPoint],
         *,
         stop_early: bool,
         tracer: Tracer | None,
         attached: bool = False,
     ) -> None:
-        self.lm, self.taps, self.tracer = lm, taps, tracer
-        self._traced = None if tracer is None else logits_tap(lm, taps)
-        self.actions = sorted(
-            (action for tap in taps for action in tap.actions), key=lambda a: a.number
-        )
+        self.lm, self.hook_points, self.tracer = lm, hook_points, tracer
+        self._traced_point = None if tracer is None else logits_hook_point(lm, hook_points)
+        bound_hooks: list[BoundHook] = []
+        for hook_point in hook_points:
+            bound_hooks += hook_point.actions
+        self.bound_hooks = sorted(bound_hooks, key=lambda bound_hook: bound_hook.number)
         self._stop_early, self._attached = stop_early, attached
-        self._shells = called(lm.wrapping)
-        self._runs = (
-            *self._shells,
-            lm.root,
-            *lm.decoder,
-        )  # whose forward is one of the model, the outer first
-        self._left = 0  # how often the block was left
-        self._start()
+        self._wrappers = called(lm.wrapping)
+        # the modules whose forward is a forward of the model, the outermost first
+        self._entry_modules = (*self._wrappers, lm.root, *lm.decoder)
+        self._times_left = 0  # how often the block was left
+        self._reset()
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
+        """Sets the state to what it is when a block is entered."""
         self._scope = Scope(weakref.ref(self.lm.root), self._attached)
-        self._running = DispatchState(self.lm, self.actions, self.tracer)
-        self._firings = self._running.keeping.firings
-        self._call: ForwardPass | None = None
-        self._owner: nn.Module | None = None  # the module whose forward is running
-        self._thread = 0  # that it runs in; 0 while no forward runs
-        self._busy = 0  # the thread in which a hook's own function is running
-        self._writer = 0  # the thread in which a `generate` is running
-        self._aside: nn.Module | None = (
-            None  # what was called in the midst of a generate, and is no step of it
-        )
-        self._again = False  # a checkpointed block runs again, in the backward pass
-        self._pending: set[BoundHook] = set()
+        self._state = DispatchState(self.lm, self.bound_hooks, self.tracer)
+        self._firings = self._state.captures.firings
+        self._pass: ForwardPass | None = None  # the current forward
+        self._entered: nn.Module | None = None  # the module whose forward is the current one
+        self._forward_thread = 0  # the thread of the current forward; 0 if there is none
+        self._hook_thread = 0  # the thread in which a hook's own function runs
+        self._generate_thread = 0  # the thread in which a `generate` runs
+        # the model, if it was called during a `generate` and the call is no step of it
+        self._unrelated: nn.Module | None = None
+        self._recomputing = False  # True while a checkpointed block runs in the backward pass
+        self._pending: set[BoundHook] = set()  # the hooks for which a forward has to go on
 
-    # ---- whose forward it is
+    # ---- whether the hooks act in a call
 
     def acts_here(self) -> bool:
-        """True where the hooks are meant: in the context that entered the block. `Unsupported` where none can tell."""
+        """True in the context that entered the block.
+
+        Raises `Unsupported` if that cannot be decided.
+        """
         if unseen():
             return False
         if self._scope in HERE.get():
@@ -239,241 +257,287 @@ class HookDispatcher:
 
     def _acts_in_forward(self) -> bool:
         """`acts_here`, at a module inside the model."""
-        return self._thread == get_ident() or (self._scope.open and self._scope in HERE.get())
+        if self._forward_thread == get_ident():
+            return True
+        return self._scope.open and self._scope in HERE.get()
 
-    def _is_meant(self, module: nn.Module) -> bool:
-        """True for a forward of the model that begins here and in which the hooks are to act."""
+    def _begins_forward(self, module: nn.Module) -> bool:
+        """True if the call of a module begins a forward of the model in which the hooks act."""
         if not self._scope.open or unseen():
             return False
-        if module not in self._runs:
-            raise Unsupported(
-                f"a replica of {type(self.lm.root).__name__} runs (nn.DataParallel makes one for each device), and "
-                "hooks are for the model itself: run model.module"
-            )
-        if not self.acts_here():
+        self._refuse_replica(module)
+        if not self.acts_here() or self._is_inside_forward(module):
             return False
-        thread = get_ident()
-        if self._busy == thread:
-            return False
-        if self._owner is not None:
-            if self._thread != thread:
-                raise Unsupported(
-                    "two threads run the model inside one block: give each a block, or take turns"
-                )
-            if self._runs.index(self._owner) < self._runs.index(module):
-                return False
-        if self._running.generating and not (
-            self._writer == thread and self._running.begins_step()
-        ):
+        if self._state.generating and not self._is_generate_step():
             if self._attached:
                 raise Unsupported(
-                    "the model is called while a generate of the same block runs, and the call is no step of it: call "
-                    "it after the generate, or give the generate a block of its own"
+                    "the model is called while a generate of the same block runs, and the call is "
+                    "no step of it: call it after the generate, or give the generate a block of "
+                    "its own"
                 )
-            self._aside = module if self._aside is None else self._aside
+            if self._unrelated is None:
+                self._unrelated = module
             return False
-        self._aside = None
+        self._unrelated = None
         return True
+
+    def _refuse_replica(self, module: nn.Module) -> None:
+        if module not in self._entry_modules:
+            raise Unsupported(
+                f"a replica of {type(self.lm.root).__name__} runs (nn.DataParallel makes one for "
+                "each device), and hooks are for the model itself: run model.module"
+            )
+
+    def _is_inside_forward(self, module: nn.Module) -> bool:
+        """True if a hook's own function, or a wrapper whose forward has begun, calls the module."""
+        thread = get_ident()
+        if self._hook_thread == thread:
+            return True
+        if self._entered is None:
+            return False
+        if self._forward_thread != thread:
+            raise Unsupported(
+                "two threads run the model inside one block: give each a block, or take turns"
+            )
+        order = self._entry_modules.index
+        return order(self._entered) < order(module)
+
+    def _is_generate_step(self) -> bool:
+        return self._generate_thread == get_ident() and self._state.begins_step()
 
     # ---- one forward
 
-    def _begin(
+    def _on_forward_start(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        if not self._is_meant(module):
+        if not self._begins_forward(module):
             return
-        self._enter_forward(self._begun(module, args, kwargs or {}), module)
+        self._pass = self._begin_forward(module, args, kwargs or {})
+        self._entered, self._forward_thread = module, get_ident()
+        PROGRESS.forwards += 1
+        forget(self.bound_hooks)
         if self._stop_early:
-            self._pending = set(self.actions)
+            self._pending = set(self.bound_hooks)
 
-    def _begun(
+    def _begin_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ForwardPass:
-        """The forward that begins with these arguments."""
-        return self._running.call(named(module, self.lm.root, args, kwargs))
+        return self._state.begin_forward(arguments_by_name(module, self.lm.root, args, kwargs))
 
-    def _enter_forward(self, call: ForwardPass, module: nn.Module) -> None:
-        self._call, self._owner, self._thread = call, module, get_ident()
-        PROGRESS.forwards += 1
-        forget(self.actions)
+    def _on_forward_end(self, module: nn.Module, args: object, output: object) -> None:
+        if module is self._unrelated:
+            self._unrelated = None
+            return
+        if module is not self._entered or unseen():
+            return
+        if self._forward_thread == get_ident() and not self._hook_thread:
+            if self._pass is not None:
+                self._state.end_forward(self._pass, output)
+            self._clear_forward()
+            settle(self.bound_hooks)
 
-    def _end(self, module: nn.Module, args: object, output: object) -> None:
-        if module is self._aside:
-            self._aside = None
-        elif (
-            module is self._owner
-            and not unseen()
-            and self._thread == get_ident()
-            and not self._busy
-        ):
-            if self._call is not None:
-                self._running.gave(self._call, output)
-            self._no_forward()
-            settle(self.actions)
+    def _clear_forward(self) -> None:
+        """Notes that no forward runs. A forward that was interrupted does not come to its end."""
+        self._entered = self._pass = self._unrelated = None
+        self._forward_thread = 0
 
-    def _no_forward(self) -> None:
-        """No forward runs, or none that counts: one that was interrupted does not come to its end."""
-        self._owner = self._call = self._aside = None
-        self._thread = 0
-
-    def _outside(self, tap: HookPoint) -> None:
-        """Raise if a module was called in the block, and outside a forward of the model."""
-        if self._aside is None and self._scope.open and self._scope in HERE.get() and not unseen():
+    def _refuse_outside_forward(self, hook_point: HookPoint) -> None:
+        """Raises if a module was called in the block, but outside a forward of the model."""
+        if self._unrelated is not None or not self._scope.open:
+            return
+        if self._scope in HERE.get() and not unseen():
             raise Unsupported(
-                f"{tap.place.path!r} was called by itself, outside a forward of {type(self.lm.root).__name__}: its "
-                "rows and positions cannot be told. Call the model, or attach to the module that is called"
+                f"{hook_point.place.path!r} was called by itself, outside a forward of "
+                f"{type(self.lm.root).__name__}: its rows and positions cannot be told. Call the "
+                "model, or attach to the module that is called"
             )
 
-    def _here(self) -> Callable[[], AbstractContextManager[None]]:
-        """A way back into this very forward."""
-        return partial(self._back_in, self._call, self._left)
+    def _recomputation(self) -> Callable[[], AbstractContextManager[None]]:
+        """Returns a function that makes a context manager: in it, the current forward goes on."""
+        return partial(self._recompute, self._pass, self._times_left)
 
     @contextmanager
-    def _back_in(self, call: ForwardPass | None, left: int) -> Iterator[None]:
-        """A forward in which a checkpointed block runs again."""
-        if left != self._left:
+    def _recompute(self, forward_pass: ForwardPass | None, times_left: int) -> Iterator[None]:
+        """A context in which a checkpointed block runs again, as a part of an earlier forward."""
+        if times_left != self._times_left:
             raise Unsupported(
-                "backward() ran after the block was left, and gradient checkpointing runs the model again, "
-                "without the hooks: call backward() inside the block, or model.gradient_checkpointing_disable()"
+                "backward() ran after the block was left, and gradient checkpointing runs the "
+                "model again, without the hooks: call backward() inside the block, or "
+                "model.gradient_checkpointing_disable()"
             )
-        before = self._call, self._thread
-        self._call, self._thread, self._again = call, get_ident(), True
+        outer_pass, outer_thread = self._pass, self._forward_thread
+        self._pass, self._forward_thread = forward_pass, get_ident()
+        self._recomputing = True
         try:
             yield
         finally:
-            (self._call, self._thread), self._again = before, False
+            self._pass, self._forward_thread = outer_pass, outer_thread
+            self._recomputing = False
 
-    # ---- the work at one place
+    # ---- the work at one hook point
 
-    # torch calls a hook without the keywords when another thread takes it off just then
+    # torch calls a hook without the keywords if another thread removes it at that moment
 
     def _on_input(
         self,
-        tap: HookPoint,
+        hook_point: HookPoint,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if self._thread != get_ident():
-            return self._outside(tap)
-        if self._busy or unseen():
+        if self._forward_thread != get_ident():
+            return self._refuse_outside_forward(hook_point)
+        if self._hook_thread or unseen():
             return None
         kwargs = kwargs or {}
-        found, key = input_of(args, kwargs, tap.place.item, tap.place.path)
-        new = self._run(tap, found)
-        if new is found:
+        location = hook_point.place
+        tensor, key = input_of(args, kwargs, location.item, location.path)
+        new = self._apply_hooks(hook_point, tensor)
+        if new is tensor:
             return None
-        if isinstance(key, str):
-            return args, kwargs | {key: new}
-        return (*args[:key], new, *args[key + 1 :]), kwargs
+        return replace_input(args, kwargs, key, new)
 
-    def _on_watched(self, tap: HookPoint, module: nn.Module, args: Any, output: Any) -> Any:
-        """`_on_output`, with a short cut through the commonest work: to copy a whole tensor out."""
-        if self._thread != get_ident():
-            return self._outside(tap)
-        call, action = self._call, tap.actions[0]
-        cells = None if call is None or self._busy or unseen() else call.whole(action.where)
+    def _on_copied_output(
+        self, hook_point: HookPoint, module: nn.Module, args: Any, output: Any
+    ) -> Any:
+        """`_on_output`, with a short path for the most common work: to copy a whole tensor."""
+        if self._forward_thread != get_ident():
+            return self._refuse_outside_forward(hook_point)
+        forward_pass, bound_hook = self._pass, hook_point.actions[0]
+        selection = None
+        if forward_pass is not None and not self._hook_thread and not unseen():
+            selection = forward_pass.whole(bound_hook.where)
         if (
-            call is None
-            or cells is None
+            forward_pass is None
+            or selection is None
             or type(output) is not Tensor
             or output.requires_grad
-            or call.inference
+            or forward_pass.inference
         ):
-            return self._on_output(tap, module, args, output)
-        if self._again:
+            return self._on_output(hook_point, module, args, output)
+        if self._recomputing:
             return None
         shape = output.shape
-        if shape[:2] != call.shape or action.last is call or tap.place.item != 0:
-            return self._on_output(tap, module, args, output)
-        action.last = call
-        action.fired += 1
-        action.pieces.append(CapturedChunk(call.number, cells, output.clone()))
-        self._firings.append((action, call.number, cells, shape[2:], None))
+        if (
+            shape[:2] != forward_pass.shape
+            or bound_hook.last_pass is forward_pass
+            or hook_point.place.item != 0
+        ):
+            return self._on_output(hook_point, module, args, output)
+        bound_hook.last_pass = forward_pass
+        bound_hook.fired += 1
+        number = forward_pass.number
+        bound_hook.pieces.append(CapturedChunk(number, selection, output.clone()))
+        self._firings.append((bound_hook, number, selection, shape[2:], None))
         if self._stop_early:
-            self._done(tap)
+            self._stop_if_done(hook_point)
         return None
 
     def _on_output(
-        self, tap: HookPoint, module: nn.Module, args: Any, *kwargs_and_output: Any
+        self, hook_point: HookPoint, module: nn.Module, args: Any, *kwargs_and_output: Any
     ) -> Any:
-        if self._thread != get_ident():
-            return self._outside(tap)
-        if self._busy or unseen():
+        if self._forward_thread != get_ident():
+            return self._refuse_outside_forward(hook_point)
+        if self._hook_thread or unseen():
             return None
-        output = kwargs_and_output[-1]
-        found = picked(output, tap.place)
-        before = (
-            input_of(args, kwargs_and_output[0], 0, tap.place.path)[0] if tap.reads_input else None
-        )
-        new = self._run(tap, found, before)
-        if new is found:
+        output, location = kwargs_and_output[-1], hook_point.place
+        tensor = pick_output(output, location)
+        module_input = None
+        if hook_point.reads_input:
+            module_input, _ = input_of(args, kwargs_and_output[0], 0, location.path)
+        new = self._apply_hooks(hook_point, tensor, module_input)
+        if new is tensor:
             return None
-        if tap.place.item == "logits" and getattr(output, "loss", None) is not None:
+        if location.item == "logits" and getattr(output, "loss", None) is not None:
             raise Unsupported(
-                "the model has computed its loss from the unedited logits: leave labels out, and compute the loss from "
-                "the logits that come back"
+                "the model has computed its loss from the unedited logits: leave labels out, and "
+                "compute the loss from the logits that come back"
             )
-        return repacked(output, tap.place.item, new)
+        return replace_output(output, location.item, new)
 
-    def _on_inside(self, taps: dict[int | str, HookPoint], name: str, found: Tensor) -> Tensor:
-        if name not in taps:
-            return found
-        if self._thread != get_ident():
-            self._outside(taps[name])
-            return found
-        return found if self._busy or unseen() else self._run(taps[name], found)
+    def _on_inside(
+        self, hook_points: dict[int | str, HookPoint], name: str, tensor: Tensor
+    ) -> Tensor:
+        """Applies the hooks at a tensor inside a module's forward."""
+        if name not in hook_points:
+            return tensor
+        if self._forward_thread != get_ident():
+            self._refuse_outside_forward(hook_points[name])
+            return tensor
+        if self._hook_thread or unseen():
+            return tensor
+        return self._apply_hooks(hook_points[name], tensor)
 
-    def _run(self, tap: HookPoint, found: Tensor, before: Tensor | None = None) -> Tensor:
-        """Do all that is to be done at one tap, and give the tensor that goes on."""
-        call = self._call
-        assert call is not None
+    def _apply_hooks(
+        self, hook_point: HookPoint, tensor: Tensor, module_input: Tensor | None = None
+    ) -> Tensor:
+        """Applies all hooks at one hook point; returns the tensor with which the model goes on."""
+        forward_pass = self._pass
+        assert forward_pass is not None
         ranks = self.lm.ranks
         if ranks is None:
-            return self._whole(tap, call, found, before)
-        site = self._site(tap)
+            return self._apply_to_whole(hook_point, forward_pass, tensor, module_input)
+        site = self._site(hook_point)
         sizes = full_sizes(self.lm.layout, site, self.lm.place(site))
-        return ranks.around(
-            tap.key, found, sizes, lambda whole: self._whole(tap, call, whole, before)
-        )
 
-    def _site(self, tap: HookPoint) -> AnySite:
-        """One of the sites that a tap is of."""
-        return tap.actions[0].site if tap.actions else Site("logits")
+        def apply(whole: Tensor) -> Tensor:
+            return self._apply_to_whole(hook_point, forward_pass, whole, module_input)
 
-    def _whole(
-        self, tap: HookPoint, call: ForwardPass, found: Tensor, before: Tensor | None
+        return ranks.around(hook_point.key, tensor, sizes, apply)
+
+    def _site(self, hook_point: HookPoint) -> AnySite:
+        """Returns one of the sites of a hook point."""
+        return hook_point.actions[0].site if hook_point.actions else Site("logits")
+
+    def _apply_to_whole(
+        self,
+        hook_point: HookPoint,
+        forward_pass: ForwardPass,
+        tensor: Tensor,
+        module_input: Tensor | None,
     ) -> Tensor:
-        """`_run`, on a tensor of which no other process has a part."""
-        tracer = self.tracer if tap is self._traced else None
+        """`_apply_hooks`, on a tensor of which no other process has a part."""
+        tracer = self.tracer if hook_point is self._traced_point else None
         if tracer is not None:
-            tracer.before(call.number, found)
-        self._busy = self._thread
+            tracer.before(forward_pass.number, tensor)
+        self._hook_thread = self._forward_thread
         try:
-            for action in tap.actions:
-                if self._again:  # the same work, of which nothing is kept
-                    action = replace(action, pieces=[], last=None)
-                given = found
+            for bound_hook in hook_point.actions:
+                if self._recomputing:  # the same work, but nothing of it is stored
+                    bound_hook = replace(bound_hook, pieces=[], last_pass=None)
+                before = tensor
                 try:
-                    firing, found = act(action, tap, call, given, before)
+                    firing, tensor = apply_hook(
+                        bound_hook, hook_point, forward_pass, before, module_input
+                    )
                 except Exception as error:
-                    error.add_note(f"in {action.hook} at {action.site}, forward {call.number}")
+                    number = forward_pass.number
+                    error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, forward {number}")
                     raise
-                if firing is not None and not self._again:
+                if firing is not None and not self._recomputing:
                     self._firings.append(firing)
-                if tracer is not None and found is not given:
-                    tracer.changed(action.hook, given, found)
+                if tracer is not None and tensor is not before:
+                    tracer.changed(bound_hook.hook, before, tensor)
         finally:
-            self._busy = 0
+            self._hook_thread = 0
         if tracer is not None:
-            tracer.after(found)
+            tracer.after(tensor)
         if self._stop_early:
-            self._done(tap)
-        return found
+            self._stop_if_done(hook_point)
+        return tensor
 
-    def _done(self, tap: HookPoint) -> None:
-        """Stop the forward if nothing is left to be done in it."""
-        self._pending.difference_update(tap.actions)
+    def _stop_if_done(self, hook_point: HookPoint) -> None:
+        """Ends the forward if the hooks at this hook point were the last ones."""
+        self._pending.difference_update(hook_point.actions)
         if not self._pending:
-            settle(self.actions)
+            settle(self.bound_hooks)
             raise Stop
+
+
+def replace_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a module with one of them replaced, by its index or keyword."""
+    if isinstance(key, str):
+        return args, kwargs | {key: new}
+    return (*args[:key], new, *args[key + 1 :]), kwargs

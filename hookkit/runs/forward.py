@@ -1,10 +1,11 @@
-"""hk.forward: the model once over the prompts, with hooks."""
+"""hk.forward: runs the model once over the prompts, with hooks."""
 
 import time
 from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..arguments import checks_arguments
 from ..errors import BadPrompt, EmptySelection
@@ -19,35 +20,38 @@ from ..models.sites import Site
 from ..models.training import warn_of_dropout
 from .dispatch import Stop
 from .manager import HookManager
-from .run import Logits, Run, outside_inference_mode, refuse_two_texts, wanted_logits
+from .run import (
+    Logits,
+    LogitsOption,
+    Run,
+    outside_inference_mode,
+    read_logits_option,
+    refuse_two_texts,
+)
 
 
 @outside_inference_mode
 @checks_arguments
 def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> Run:
-    """Run the model once over the prompts with these hooks.
+    """Runs the model once over the prompts with these hooks.
 
-    `logits` is "all" for every position, "last" for the last one of each prompt (the others are never computed), or
-    False: then the model runs only as far as the hooks need.
+    `logits` is "all" for every position, "last" for the last one of each prompt (the others are
+    never computed), or False: then the model runs only as far as the hooks need.
 
     >>> run = forward(lm, ["I like oat milk in my", "Tea"], capture("resid_post.6", pos=-1))
     >>> run["resid_post.6"].shape
     torch.Size([2, 1, 576])
     """
-    wanted = wanted_logits(logits)
+    option = read_logits_option(logits)
     refuse_two_texts(lm)
-    if wanted != "none" and lm.config is not None:
-        lm.place(Site("logits"))  # raises where the model gives none
-    if wanted == "none" and not hooks:
+    if option != "none" and lm.config is not None:
+        lm.place(Site("logits"))  # raises if the model has no logits
+    if option == "none" and not hooks:
         raise EmptySelection(
             "the forward was asked for nothing: give it hooks, or logits='all' or 'last'"
         )
-    batch = as_batch(lm, prompts)
-    if wanted == "last" and (not batch.padded or pads(lm, "left")):
-        batch = as_batch(lm, list(batch.rows), side="left")
-    if batch.padded and lm.config is not None:
-        batch.inputs(lm)  # raises where a padded row would not be the row alone
-    manager = HookManager(lm, hooks, stop_early=wanted == "none")
+    batch = _batch_of(lm, prompts, option)
+    manager = HookManager(lm, hooks, stop_early=option == "none")
     with_gradients = any(isinstance(hook, Capture) and hook.grad for hook in hooks)
     if with_gradients:
         manager.refuse_checkpoints()
@@ -55,53 +59,68 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
     output, started = None, time.perf_counter()
     with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
         manager.expect(batch)
-        output = _called(lm, batch, wanted)
+        output = _call_model(lm, batch, option)
+    tokens, mask = _padded_at_the_end(lm, batch)
     return Run(
         lm=lm,
-        tokens=batch.ids
-        if batch.side == "right"
-        else padded(batch.rows, pad_id(lm)).to(batch.ids.device),
-        mask=batch.mask if batch.side == "right" else batch.mask.flip(1),
+        tokens=tokens,
+        mask=mask,
         prompt_rows=tuple(range(len(batch.rows))),
         prompt_lengths=tuple(batch.lengths),
         hooks=hooks,
         kept=manager.texts[0],
-        kept_logits=None if wanted == "none" else _logits_of(output, batch, wanted),
-        settings={"verb": "forward", "logits": wanted, "seconds": time.perf_counter() - started},
+        kept_logits=None if option == "none" else _logits_of(output, batch, option),
+        settings={"verb": "forward", "logits": option, "seconds": time.perf_counter() - started},
         output=output,
-        _keeping=manager.keeping,
+        _captures=manager.captures,
     )
 
 
-def _called(lm: LM, batch: Batch, wanted: str) -> Any:
+def _batch_of(lm: LM, prompts: Prompts, option: LogitsOption) -> Batch:
+    """The prompts, padded on the left if only the last logits are computed and the model can."""
+    batch = as_batch(lm, prompts)
+    if option == "last" and (not batch.padded or pads(lm, "left")):
+        batch = as_batch(lm, list(batch.rows), side="left")
+    if batch.padded and lm.config is not None:
+        batch.inputs(lm)  # raises if a padded row would not give the same numbers as the row alone
+    return batch
+
+
+def _call_model(lm: LM, batch: Batch, option: LogitsOption) -> Any:
     if lm.config is None:
         if batch.padded:
             raise BadPrompt(
-                f"a {type(lm.root).__name__} takes no mask: give prompts of one length, or one at a time"
+                f"a {type(lm.root).__name__} takes no mask: give prompts of one length, or one at "
+                "a time"
             )
         return lm.model(batch.ids)
-    keep = 1 if wanted == "last" and batch.side == "left" else 0
-    return lm.model(
-        **batch.inputs(lm), **lm.accepted(use_cache=False, return_dict=True, logits_to_keep=keep)
-    )
+    keep = 1 if option == "last" and batch.side == "left" else 0
+    settings = lm.accepted(use_cache=False, return_dict=True, logits_to_keep=keep)
+    return lm.model(**batch.inputs(lm), **settings)
 
 
-def _logits_of(output: Any, batch: Batch, wanted: str) -> Captured:
-    values = logits_of(output)
-    positions = batch.positions
-    if wanted == "last" and batch.side == "left":
-        positions, values = positions[:, -1:], values[:, -1:]
-    elif wanted == "last":
-        rows, last = torch.arange(len(batch.rows)), torch.tensor(batch.lengths) - 1
-        positions, values = (
-            last[:, None],
-            values[rows.to(values.device), last.to(values.device)][:, None],
-        )
+def _padded_at_the_end(lm: LM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tokens and the mask of a batch, with the padding at the end of each row."""
+    if batch.side == "right":
+        return batch.ids, batch.mask
+    return padded(batch.rows, pad_id(lm)).to(batch.ids.device), batch.mask.flip(1)
+
+
+def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:
+    """The logits at every position, or at the last position of each row; zero at padding."""
+    values, positions = logits_of(output), batch.positions
+    if option == "last" and batch.side == "left":
+        values, positions = values[:, -1:], positions[:, -1:]
+    elif option == "last":
+        last = torch.tensor(batch.lengths) - 1
+        rows = torch.arange(len(batch.rows))
+        values = values[rows.to(values.device), last.to(values.device)][:, None]
+        positions = last[:, None]
     elif batch.padded:
         fill = ~batch.mask[..., None]
-        values = (
-            values.masked_fill(fill, 0) if values.requires_grad else values.masked_fill_(fill, 0)
-        )
-    return Captured(
-        Site("logits"), Where(), values, positions, tuple(range(len(batch.rows))), batch.rows
-    )
+        if values.requires_grad:
+            values = values.masked_fill(fill, 0)
+        else:
+            values = values.masked_fill_(fill, 0)
+    prompts = tuple(range(len(batch.rows)))
+    return Captured(Site("logits"), Where(), values, positions, prompts, batch.rows)

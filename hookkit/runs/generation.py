@@ -1,6 +1,8 @@
-"""What a call of transformers' `generate` is going to do, read before its first token; and how each row of it ended.
+"""A call of transformers' `generate`: what it will do, what it does, and how each row ended.
 
-Nothing here registers hooks. Modes of decoding in which an edit has no defined meaning are refused here.
+`plan_generation` reads the arguments before the first token, and refuses decoding modes in which an
+edit has no defined meaning. `GenerationWatch` follows the steps from inside `generate`. The last
+functions find each returned row's tokens and its end. Nothing here registers hooks.
 """
 
 import copy
@@ -18,8 +20,10 @@ from ..hooks.decided_tokens import Decisions, heeding
 from ..models.batch_positions import Columns, SequenceBatch, contiguous, masked
 from ..models.overrides import Lent
 
-OFFERED = ("greedy_search", "sample", "beam_search", "beam_sample")
-NEUTRAL = {  # the rules of sampling in the order in which transformers applies them, and the value that changes nothing
+SUPPORTED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+# the rules of sampling in the order in which transformers applies them, and the value of each that
+# changes nothing
+NEUTRAL = {
     "temperature": 1.0,
     "top_h": None,
     "top_k": 0,
@@ -29,7 +33,25 @@ NEUTRAL = {  # the rules of sampling in the order in which transformers applies 
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
+# arguments of `generate` that are no part of its configuration, and do not change the plan
+PASSED_ON = (
+    "logits_processor",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "streamer",
+    "tokenizer",
+)
 ONE_FORWARD_PER_TOKEN = "hooks need one forward of this model for each token: leave it out"
+OTHER_MODELS = ("assistant_model", "custom_generate", "negative_prompt_ids")
+SPECULATIVE = (
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "dola_layers",
+    "token_healing",
+)
+
+
+# ---- before the first token
 
 
 @dataclass(frozen=True)
@@ -45,91 +67,77 @@ class Generation:
     pad: int | None
     beams: int
     returned: int  # sequences for each prompt
-    other_stops: bool  # rows may end without an end token
-    embeddings: (
-        bool  # the prompt was given as embeddings alone, so the result holds generated tokens only
-    )
+    other_stops: bool  # True if rows may end without an end token
+    embeddings: bool  # True if the prompt is embeddings: the result has generated tokens only
     mode: str  # "greedy_search", "sample", "beam_search" or "beam_sample"
-    rules: str  # the decoding rules in words, such as "top_p = 0.9"
+    rules: str  # the decoding rules as text, such as "top_p = 0.9"
 
     def text(self, find: Any) -> SequenceBatch:
-        """The text that this call makes flow through the model."""
+        """Returns the text of this call, in which `find` gives the positions of a phrase."""
         return SequenceBatch(
             self.columns, self.lengths, self.prompt, find, generating=True, beams=self.beams
         )
 
 
-def read(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
-    """What this call of `model.generate` is going to do, or `Unsupported` with the reason."""
-    given = dict(kwargs)
-    inputs = args[0] if args else given.pop("inputs", None)
-    config_given = given.pop("generation_config", args[1] if len(args) > 1 else None)
-    _refuse_arguments(given)
-    stops = given.pop("stopping_criteria", None)
-    for name in (
-        "logits_processor",
-        "prefix_allowed_tokens_fn",
-        "synced_gpus",
-        "streamer",
-        "tokenizer",
-    ):
-        given.pop(name, None)
-    config, rest = model._prepare_generation_config(config_given, **given)
+def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
+    """Returns what a call of `model.generate` will do, or raises `Unsupported` with the reason."""
+    arguments = dict(kwargs)
+    inputs = args[0] if args else arguments.pop("inputs", None)
+    config_argument = arguments.pop("generation_config", args[1] if len(args) > 1 else None)
+    _refuse_arguments(arguments)
+    stopping_criteria = arguments.pop("stopping_criteria", None)
+    for name in PASSED_ON:
+        arguments.pop(name, None)
+    config, model_inputs = model._prepare_generation_config(config_argument, **arguments)
     _refuse_mode(config)
-    ids: Any = inputs if inputs is not None else rest.get("input_ids")
-    embeds: Any = rest.get("inputs_embeds")
+    ids: Any = inputs if inputs is not None else model_inputs.get("input_ids")
+    embeds: Any = model_inputs.get("inputs_embeds")
     if ids is None and embeds is None:
         raise Unsupported("generate was called without input_ids: hookkit needs to know the prompt")
-    embeddings = embeds is not None and (ids is None or ids.shape[1] == 0)
-    prompt: Any = embeds if embeddings else ids
-    columns, lengths = _rows(prompt, rest.get("attention_mask"), config)
+    has_embeddings = embeds is not None and (ids is None or ids.shape[1] == 0)
+    prompt: Any = embeds if has_embeddings else ids
+    columns, lengths = _lay_out_rows(prompt, model_inputs.get("attention_mask"), config)
     width = prompt.shape[1]
-    eos = config.eos_token_id
+    new_tokens = _max_new_tokens(model, config, config_argument, arguments, width)
+    eos = _token_ids(config.eos_token_id)
     return Generation(
         columns=columns,
         lengths=lengths,
-        prompt=(lambda row: (-1,) * lengths[row])
-        if embeddings
-        else _reader(prompt, columns, lengths),
+        prompt=_prompt_reader(None if has_embeddings else ids, columns, lengths),
         width=width,
-        max_width=width + _new_tokens(model, config, config_given, given, width),
-        eos=frozenset() if eos is None else frozenset(torch.as_tensor(eos).flatten().tolist()),
-        pad=config.pad_token_id if config.pad_token_id is not None else _first(eos),
+        max_width=width + new_tokens,
+        eos=frozenset(eos),
+        pad=_pad_token(config.pad_token_id, eos),
         beams=config.num_beams or 1,
         returned=config.num_return_sequences or 1,
-        other_stops=bool(stops) or config.stop_strings is not None or config.max_time is not None,
-        embeddings=embeddings,
+        other_stops=_has_other_stops(config, stopping_criteria),
+        embeddings=has_embeddings,
         mode=config.get_generation_mode().value,
-        rules=_rules(config) if config.do_sample else "",
+        rules=_rules_text(config) if config.do_sample else "",
     )
 
 
-def _rules(config: Any) -> str:
-    given = {name: getattr(config, name, None) for name in NEUTRAL}
-    return ", ".join(
-        f"{n} = {value:g}"
-        for n, value in given.items()
-        if value is not None and value != NEUTRAL[n]
-    )
+def _rules_text(config: Any) -> str:
+    rules = []
+    for name, neutral in NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            rules.append(f"{name} = {value:g}")
+    return ", ".join(rules)
 
 
-def _refuse_arguments(given: Mapping[str, Any]) -> None:
-    for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
-        if given.get(name) is not None:
+def _refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    for name in OTHER_MODELS:
+        if arguments.get(name) is not None:
             raise Unsupported(f"{name}= was given: {ONE_FORWARD_PER_TOKEN}")
-    if given.get("cache_implementation") == "paged":
+    if arguments.get("cache_implementation") == "paged":
         raise Unsupported(
             "cache_implementation='paged' packs prompts into one row: choose another cache"
         )
 
 
 def _refuse_mode(config: Any) -> None:
-    for name in (
-        "prompt_lookup_num_tokens",
-        "assistant_early_exit",
-        "dola_layers",
-        "token_healing",
-    ):
+    for name in SPECULATIVE:
         if getattr(config, name, None):
             raise Unsupported(
                 f"{name} runs the model on tokens that may be taken back: {ONE_FORWARD_PER_TOKEN}"
@@ -138,51 +146,78 @@ def _refuse_mode(config: Any) -> None:
         raise Unsupported(
             f"guidance_scale runs the model twice for each token: {ONE_FORWARD_PER_TOKEN}"
         )
-    mode = config.get_generation_mode()
-    if mode.value not in OFFERED:
+    mode = config.get_generation_mode().value
+    if mode not in SUPPORTED_MODES:
         raise Unsupported(
-            f"the decoding mode {mode.value!r} is not offered with hooks: choose from {', '.join(OFFERED)}"
+            f"the decoding mode {mode!r} is not offered with hooks: choose from "
+            f"{', '.join(SUPPORTED_MODES)}"
         )
 
 
-def _rows(prompt: Tensor, mask: Tensor | None, config: Any) -> tuple[list[Columns], list[int]]:
+def _lay_out_rows(
+    prompt: Tensor, mask: Tensor | None, config: Any
+) -> tuple[list[Columns], list[int]]:
+    """The columns and the length of each prompt."""
     if mask is not None:
         return masked(mask.bool(), generating=True)
     count, width = prompt.shape[:2]
-    pad, end = config.pad_token_id, config.eos_token_id
-    ends = set() if end is None else set(torch.as_tensor(end).flatten().tolist())
-    if prompt.ndim == 2 and pad is not None and pad not in ends and bool((prompt == pad).any()):
-        return masked(
-            prompt != pad, generating=True
-        )  # transformers makes this mask when none is given
+    pad = config.pad_token_id
+    if prompt.ndim == 2 and pad is not None and pad not in _token_ids(config.eos_token_id):
+        real = prompt != pad  # transformers makes this mask if the caller passes none
+        if not bool(real.all()):
+            return masked(real, generating=True)
     return contiguous([width] * count, [0] * count, open_end=True), [width] * count
 
 
-def _reader(
-    ids: Tensor, columns: list[Columns], lengths: list[int]
+def _prompt_reader(
+    ids: Tensor | None, columns: list[Columns], lengths: list[int]
 ) -> Callable[[int], tuple[int, ...]]:
-    return lambda row: tuple(ids[row, columns[row][0] : columns[row][0] + lengths[row]].tolist())
+    """A function that returns the ids of a row; -1 for each position of embeddings."""
+
+    def prompt(row: int) -> tuple[int, ...]:
+        if ids is None:
+            return (-1,) * lengths[row]
+        start = columns[row][0]
+        return tuple(ids[row, start : start + lengths[row]].tolist())
+
+    return prompt
 
 
-def _new_tokens(
-    model: Any, config: Any, config_given: Any, given: Mapping[str, Any], width: int
+def _max_new_tokens(
+    model: Any, config: Any, config_argument: Any, arguments: Mapping[str, Any], width: int
 ) -> int:
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     explicit = (
-        given.get("max_length")
-        or getattr(config_given, "max_length", None)
+        arguments.get("max_length")
+        or getattr(config_argument, "max_length", None)
         or model.generation_config.max_length
     )
-    return config.max_length - width if explicit is not None else config.max_length
+    if explicit is None:
+        return config.max_length  # transformers' default counts new tokens only
+    return config.max_length - width
 
 
-def _first(ids: Any) -> int | None:
-    return None if ids is None else int(torch.as_tensor(ids).flatten()[0])
+def _token_ids(ids: Any) -> list[int]:
+    """Token ids as a list: a configuration has None, a number, a list or a tensor."""
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
-def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same keywords, with the compilation of decoding steps off: a compiled step would not see the hooks."""
+def _pad_token(pad: int | None, eos: list[int]) -> int | None:
+    if pad is not None:
+        return pad
+    return int(eos[0]) if eos else None
+
+
+def _has_other_stops(config: Any, stopping_criteria: Any) -> bool:
+    return bool(stopping_criteria) or config.stop_strings is not None or config.max_time is not None
+
+
+def without_compilation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the same keywords, with the compilation of decoding steps off.
+
+    A compiled step would not call the hooks.
+    """
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     if config is None:
         return {**kwargs, "disable_compile": True}
@@ -193,177 +228,202 @@ def eager(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "generation_config": config}
 
 
+# ---- from step to step
+
+
 @runtime_checkable
-class Listener(Protocol):
-    """Who is told of each step: a tracer."""
+class StepListener(Protocol):
+    """What is called at each step of a generation: a `Tracer`."""
 
     def processed(self, scores: Tensor) -> Tensor:
-        """What the logits processors made of the logits [row, vocab], and what decoding is to go on with."""
+        """Called with the output of the logits processors [row, vocab]; returns what to use."""
         ...
 
     def drawn(self, tokens: Tensor, done: Tensor) -> None:
-        """The tokens that were chosen [row], and which rows end with them."""
+        """Called with the chosen tokens [row], and which rows end with them."""
 
 
 @dataclass(eq=False)
-class Watch:
-    """Watches a call of `generate` from inside: what each row has read, and at which column it ended."""
+class GenerationWatch:
+    """Follows a call of `generate`: what each row has read, and the column at which it ended.
 
-    listener: Listener | None = None
+    Owned by the `DispatchState` that runs the call.
+    """
+
+    listener: StepListener | None = None
     decisions: Decisions | None = None
-    tokens: Tensor | None = None  # what every row has read, before a forward
-    ended: Tensor | None = None  # for each row the columns that it has, or 0 while it goes on
-    before: Tensor | None = None  # what every row had read before the forward before
-    drawn: tuple[Tensor, Tensor] | None = (
-        None  # the rows, or candidates for beams, of the last step, and who is done
-    )
-    due: bool | None = (
-        None  # the next forward is a step of it; None where the model does not prepare its forwards
-    )
+    tokens: Tensor | None = None  # [row, column], what each row has read before this forward
+    previous_tokens: Tensor | None = None  # the same before the previous forward
+    ended: Tensor | None = None  # [row], the columns of a row that has ended, else 0
+    # the rows (of beams the candidates) of the last step, and which of them are done
+    last_step: tuple[Tensor, Tensor] | None = None
+    # True if the next forward is a step; None if the model does not prepare its forwards
+    step_is_due: bool | None = None
 
     def begins_step(self) -> bool:
-        """True for a forward that `generate` has prepared; false for others, such as those of a logits processor."""
-        due = self.due is not False
-        self.due = None if self.due is None else False
-        return due
+        """True for a forward that `generate` has prepared; false for one of a logits processor."""
+        if self.step_is_due is None:
+            return True
+        is_due, self.step_is_due = self.step_is_due, False
+        return is_due
 
-    def prepared(self, inner: Any, /, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's `prepare_inputs_for_generation`, noting what every row has read."""
-        self.before, self.tokens = self.tokens, input_ids
-        prepared = inner(input_ids, *args, **kwargs)
-        self.due = True
-        return prepared
+    def prepare_inputs(self, inner: Any, /, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of `prepare_inputs_for_generation`; notes what each row has read."""
+        self.previous_tokens, self.tokens = self.tokens, input_ids
+        inputs = inner(input_ids, *args, **kwargs)
+        self.step_is_due = True
+        return inputs
 
-    def stopping(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """The model's `_get_stopping_criteria`, noting what they decide: pad tokens alone do not tell who ended."""
+    def get_stopping_criteria(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of `_get_stopping_criteria`; notes which rows the criteria end.
+
+        Padding alone does not show this: the pad token may be generated.
+        """
         from transformers import StoppingCriteriaList
 
         watch = self
-        stopping = inner(*args, **kwargs)  # called as it is: that of an outer block notes too
+        criteria = inner(*args, **kwargs)  # if they are those of an outer block, these note too
 
-        class Noted(StoppingCriteriaList):
+        class WatchedCriteria(StoppingCriteriaList):
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                done = stopping(input_ids, scores, **kwargs)
-                watch.note(done, input_ids.shape[1])
-                watch.drawn = input_ids, done
-                if watch.listener is not None:
-                    watch.listener.drawn(input_ids[:, -1], done)
+                done = criteria(input_ids, scores, **kwargs)
+                watch.note_step(input_ids, done)
                 return done
 
-        return Noted(stopping)
+        return WatchedCriteria(criteria)
 
-    def processing(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """The model's `_get_logits_processor`, whose rules heed decisions and tell the listener what they make of the
-        logits."""
+    def get_logits_processor(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of `_get_logits_processor`; adds the decisions and the listener."""
         return heeding(inner(*args, **kwargs), kwargs, self.decisions, self.listener)
 
-    def note(self, done: Tensor, width: int) -> None:
-        """Some rows are done, after so many columns."""
+    def note_step(self, input_ids: Tensor, done: Tensor) -> None:
+        """Notes the rows after a step, and which of them are done."""
         if self.ended is None or self.ended.shape != done.shape:
             self.ended = torch.zeros_like(done, dtype=torch.long)
-        self.ended = torch.where((self.ended == 0) & done, width, self.ended)
+        ends_now = (self.ended == 0) & done
+        self.ended = torch.where(ends_now, input_ids.shape[1], self.ended)
+        self.last_step = input_ids, done
+        if self.listener is not None:
+            self.listener.drawn(input_ids[:, -1], done)
 
     def ended_rows(self) -> list[int]:
-        """The model rows of the forward before whose text ended with what they chose. Of beams, those of which some
-        candidate ended."""
-        if self.drawn is None or self.before is None:
+        """Returns the model rows of the previous forward that ended with the token they chose.
+
+        Of beams, those of which some candidate ended.
+        """
+        if self.last_step is None or self.previous_tokens is None:
             return []
-        candidates, done = self.drawn
+        candidates, done = self.last_step
         if not bool(done.any()):
             return []
-        if self.ended is not None and len(candidates) == len(self.before):
+        if self.ended is not None and len(candidates) == len(self.previous_tokens):
             return (self.ended == candidates.shape[1]).nonzero().flatten().tolist()
-        rows = []
+        rows: set[int] = set()
         for number in done.nonzero().flatten().tolist():
-            same = (self.before == candidates[number, :-1]).all(dim=1).nonzero().flatten().tolist()
-            rows += same
-        return sorted(set(rows))
+            same = (self.previous_tokens == candidates[number, :-1]).all(dim=1)
+            rows.update(same.nonzero().flatten().tolist())
+        return sorted(rows)
 
 
 @contextmanager
-def watched(
+def watch_generate(
     model: Any,
-    listener: Listener | None = None,
+    listener: StepListener | None = None,
     decisions: Decisions | None = None,
     acts: Callable[[], bool] | None = None,
-) -> Iterator[Watch]:
-    """A block in which the model's own steps of `generate` tell a Watch, and a listener, what they do, and take the
-    tokens that were decided on.
+) -> Iterator[GenerationWatch]:
+    """A context in which a `GenerationWatch` follows the model's own steps of `generate`.
 
-    `acts` says which calls are meant; left out, those of this thread.
+    `acts` is true for the calls that belong to it; by default, for those of this thread.
     """
-    watch = Watch(listener, decisions)
+    watch = GenerationWatch(listener, decisions)
     with Lent() as lent:
         if listener is not None or decisions is not None:
-            lent.around(model, "_get_logits_processor", watch.processing, acts)
-        lent.around(model, "_get_stopping_criteria", watch.stopping, acts)
-        lent.around(model, "prepare_inputs_for_generation", watch.prepared, acts)
+            lent.around(model, "_get_logits_processor", watch.get_logits_processor, acts)
+        lent.around(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)
+        lent.around(model, "prepare_inputs_for_generation", watch.prepare_inputs, acts)
         yield watch
 
 
+# ---- after the last token
+
+
 def final_rows(
-    generation: Generation, text: SequenceBatch, sequences: Tensor, watch: Watch
+    generation: Generation, text: SequenceBatch, sequences: Tensor, watch: GenerationWatch
 ) -> list[list[int]]:
-    """The tokens of each returned sequence, its prompt included, without padding and what follows its end."""
-    prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
-    ended = (
-        watch.ended.tolist()
-        if watch.ended is not None and generation.beams == 1
-        else [0] * len(prompts)
-    )
+    """Returns the tokens of each returned sequence, prompt included, without padding."""
+    prompts = _prompt_of_each_sequence(generation, text)
+    ended = [0] * len(prompts)
+    if watch.ended is not None and generation.beams == 1:
+        ended = watch.ended.tolist()
+    prompt_width = 0 if generation.embeddings else generation.width
     rows = []
-    for prompt, row, columns in zip(prompts, sequences.tolist(), ended, strict=True):
-        new = row if generation.embeddings else row[generation.width :]
-        end = (
-            columns - (0 if generation.embeddings else generation.width)
-            if columns
-            else _end_of(new, generation)
-        )
+    for prompt, sequence, columns in zip(prompts, sequences.tolist(), ended, strict=True):
+        new = sequence[prompt_width:]
+        end = columns - prompt_width if columns else _end_of(new, generation)
         rows.append([*text.prompt(prompt), *new[:end]])
     return rows
 
 
+def _prompt_of_each_sequence(generation: Generation, text: SequenceBatch) -> list[int]:
+    prompts: list[int] = []
+    for prompt in range(len(text.lengths)):
+        prompts += [prompt] * generation.returned
+    return prompts
+
+
 def _end_of(new: list[int], generation: Generation) -> int | None:
-    """Where a beam ended: behind its first end token, or, where other rules end rows too, before the padding."""
+    """Where a beam ended: after its first end token, or before its padding; None at its width."""
     for count, token in enumerate(new, start=1):
         if token in generation.eos:
             return count
-    fill = next((n for n, token in enumerate(reversed(new)) if token != generation.pad), len(new))
-    return len(new) - fill if generation.other_stops else None
+    if not generation.other_stops:
+        return None
+    end = len(new)
+    while end and new[end - 1] == generation.pad:
+        end -= 1
+    return end
 
 
-def ending(
+def text_ending(
     generation: Generation,
     text: SequenceBatch,
     sequences: Tensor,
     rows: Sequence[Sequence[int]],
     histories: dict[int, Tensor | None],
 ) -> SequenceEnd:
-    """How the text ended. The last token of a row was chosen and never read, so its position does not count."""
-    prompts = [number for number in range(len(text.lengths)) for _ in range(generation.returned)]
+    """Returns how the text ended.
+
+    The last token of a row was chosen and never read, so its position does not count.
+    """
+    prompts = _prompt_of_each_sequence(generation, text)
     lineage = None
     if generation.beams > 1:
         lineage = {
-            call: _ancestors(seen, sequences, prompts, text.expand)
-            for call, seen in histories.items()
+            forward: _ancestors(history, sequences, prompts, text.expand)
+            for forward, history in histories.items()
         }
     return SequenceEnd(prompts, [len(row) - 1 for row in rows], lineage, text.expand)
 
 
 def _ancestors(
-    seen: Tensor | None, sequences: Tensor, prompts: Sequence[int], expand: int
+    history: Tensor | None, sequences: Tensor, prompts: Sequence[int], expand: int
 ) -> list[int]:
-    """For each final row, the model row whose tokens so far were its own; -1 where its beam had ended."""
-    if seen is None:
-        return [prompt * expand for prompt in prompts]  # all beams of a prompt are the same so far
-    length = seen.shape[1]
-    found = []
+    """For each final row, the model row that had its tokens; -1 if its beam had ended.
+
+    `history` has the tokens [row, column] before a forward; None while the prompt was read.
+    """
+    if history is None:
+        return [prompt * expand for prompt in prompts]  # all beams of a prompt are the same
+    width = history.shape[1]
+    ancestors = []
     for row, prompt in enumerate(prompts):
-        beams = seen[prompt * expand : (prompt + 1) * expand]
-        same = (
-            (beams == sequences[row, :length].to(beams.device)).all(dim=1)
-            if length <= sequences.shape[1]
-            else []
-        )
-        found.append(next((prompt * expand + beam for beam, equal in enumerate(same) if equal), -1))
-    return found
+        first = prompt * expand
+        ancestor = -1
+        if width <= sequences.shape[1]:
+            beams = history[first : first + expand]
+            same = (beams == sequences[row, :width].to(beams.device)).all(dim=1).nonzero()
+            if len(same):
+                ancestor = first + int(same[0])
+        ancestors.append(ancestor)
+    return ancestors

@@ -1,7 +1,7 @@
-"""Caches of keys and values, or of states, that are handed from one forward to the next: how much of a text each has,
-and which text it is of.
+"""Caches of keys and values, or of states, that one forward passes to the next.
 
-A cache is known by the object itself, or by the tensors in a tuple of them. A copy is known by what it holds.
+`Caches` knows of each cache which text it belongs to and how many columns of it it has. A cache is
+recognised by the object itself, or by the tensors in a tuple; a copy of a cache by its values.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..models.batch_positions import SequenceBatch
 
-NAMES = (
+ARGUMENT_NAMES = (
     "past_key_values",
     "cache_params",
     "past_key_value",
@@ -24,78 +24,91 @@ NAMES = (
     "mems",
     "state",
 )
-HOLDS = (
-    "keys",
-    "recurrent_states",
-    "ssm_states",
-    "conv_states",
-)  # what a layer of a cache may have
+LAYER_TENSORS = ("keys", "recurrent_states", "ssm_states", "conv_states")  # of a cache's layer
 
 
 @dataclass(eq=False)
 class Caches:
-    """The caches that the forwards of a block were given or gave, each with its text and the columns that it had."""
+    """The caches that the forwards of a block were called with, or returned.
 
-    _known: dict[int, tuple[weakref.ref[Any], SequenceBatch, int]] = field(default_factory=dict)
-    _marks: dict[tuple[SequenceBatch, int], Tensor] = field(default_factory=dict)
+    Owned by the block's `PositionTracker`.
+    """
+
+    # by id: the cache, its text, and the columns that it had
+    _entries: dict[int, tuple[weakref.ref[Any], SequenceBatch, int]] = field(default_factory=dict)
+    _fingerprints: dict[tuple[SequenceBatch, int], Tensor] = field(default_factory=dict)
 
     def note(self, cache: Any, text: SequenceBatch, columns: int) -> None:
-        """A forward of this text has left the cache with so many columns."""
-        keeper = _keeper(cache)
-        if keeper is None:
+        """Notes that a cache has this many columns of a text."""
+        identity = _identity(cache)
+        if identity is None:
             return
-        self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
-        self._known[id(keeper)] = weakref.ref(keeper), text, columns
-        mark = _mark(cache, columns)
-        if mark is not None:
-            self._marks[text, columns] = mark
+        self._entries = {
+            key: entry for key, entry in self._entries.items() if entry[0]() is not None
+        }
+        self._entries[id(identity)] = weakref.ref(identity), text, columns
+        fingerprint = _fingerprint(cache, columns)
+        if fingerprint is not None:
+            self._fingerprints[text, columns] = fingerprint
 
     def text_of(self, cache: Any) -> tuple[SequenceBatch, int] | None:
-        """The text of a cache that a forward of the block has left, and the columns that it had then."""
-        keeper = _keeper(cache)
-        entry = self._known.get(id(keeper))
-        if keeper is None or entry is None or entry[0]() is not keeper:
+        """Returns the text of a cache that the block knows, and the columns that it had."""
+        identity = _identity(cache)
+        entry = self._entries.get(id(identity))
+        if identity is None or entry is None:
             return None
-        return entry[1], entry[2]
+        reference, text, columns = entry
+        return (text, columns) if reference() is identity else None
 
     def copied_from(self, cache: Any, columns: int) -> SequenceBatch | None:
-        """The text of which a cache holds a copy."""
-        mark = _mark(cache, columns)
-        for (text, length), other in reversed(self._marks.items()):
-            if length == columns and mark is not None and _equal(mark, other):
+        """Returns the text of which a cache holds a copy."""
+        fingerprint = _fingerprint(cache, columns)
+        if fingerprint is None:
+            return None
+        for (text, text_columns), other in reversed(self._fingerprints.items()):
+            if text_columns == columns and _equal(fingerprint, other):
                 return text
         return None
 
     def could_be_copy(self, cache: Any, columns: int) -> bool:
-        """True where that cannot be told."""
-        return _mark(cache, columns) is None and any(
-            text.seen >= columns for _, text, _ in self._known.values()
-        )
+        """True if a cache may be a copy, and has no values by which that can be decided."""
+        if _fingerprint(cache, columns) is not None:
+            return False
+        return any(text.seen >= columns for _, text, _ in self._entries.values())
 
     def unchanged(self, cache: Any, text: SequenceBatch, columns: int) -> bool:
-        """False if the rows of a cache are others than those that the last forward left."""
-        mark, other = _mark(cache, columns), self._marks.get((text, columns))
-        return mark is None or other is None or _equal(mark, other)
+        """False if the rows of a cache are not those that the last forward left in it."""
+        fingerprint, other = _fingerprint(cache, columns), self._fingerprints.get((text, columns))
+        return fingerprint is None or other is None or _equal(fingerprint, other)
 
 
-def cache_in(given: Mapping[str, Any]) -> Any:
-    """The cache that a forward is given, None where it has none."""
-    return next((given[name] for name in NAMES if given.get(name) is not None), None)
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """Returns the cache among the arguments of a forward; None if there is none."""
+    for name in ARGUMENT_NAMES:
+        cache = arguments.get(name)
+        if cache is not None:
+            return cache
+    return None
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a forward gives, None where it gives none."""
-    for name in NAMES:
-        found = getattr(output, name, None)
-        if found is not None:
-            return found
+    """Returns the cache in the output of a forward; None if there is none."""
+    for name in ARGUMENT_NAMES:
+        cache = getattr(output, name, None)
+        if cache is not None:
+            return cache
     if isinstance(output, tuple):
-        return next((item for item in output if _is_cache(item)), None)
+        for item in output:
+            if _is_cache(item):
+                return item
     return None
 
 
 def columns_in(cache: Any, known: tuple[SequenceBatch, int] | None) -> int:
-    """How many columns of a text a cache has, or `Unsupported`. `known` is what `Caches` knows of it."""
+    """Returns how many columns of a text a cache has, or raises `Unsupported`.
+
+    `known` is what `Caches.text_of` returns for it.
+    """
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -113,8 +126,9 @@ def columns_in(cache: Any, known: tuple[SequenceBatch, int] | None) -> int:
             return lengths.pop()
     if known is None:
         raise Unsupported(
-            f"this forward goes on from a {type(cache).__name__} that no forward of the block has filled, and it does "
-            "not say how many tokens it has read: fill it in the block, or run the whole text"
+            f"this forward goes on from a {type(cache).__name__} that no forward of the block has "
+            "filled, and it does not say how many tokens it has read: fill it in the block, or run "
+            "the whole text"
         )
     return known[1]
 
@@ -122,13 +136,17 @@ def columns_in(cache: Any, known: tuple[SequenceBatch, int] | None) -> int:
 def _is_cache(item: Any) -> bool:
     if hasattr(item, "get_seq_length"):
         return True
-    layers = isinstance(item, tuple | list) and len(item) > 0
-    return layers and all(
-        isinstance(layer, tuple | list) and any(_tensors(layer)) for layer in item
-    )
+    if not isinstance(item, tuple | list) or not item:
+        return False
+    return all(isinstance(layer, tuple | list) and _has_tensor(layer) for layer in item)
+
+
+def _has_tensor(layer: Any) -> bool:
+    return next(_tensors(layer), None) is not None
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
+    """The tensors in a cache that is made of tuples."""
     if isinstance(cache, Tensor):
         yield cache
     elif isinstance(cache, tuple | list):
@@ -136,8 +154,8 @@ def _tensors(cache: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _keeper(cache: Any) -> Any:
-    """The object by which a cache is known."""
+def _identity(cache: Any) -> Any:
+    """The object by which a cache is recognised."""
     if cache is None or isinstance(cache, tuple | list):
         return next(_tensors(cache), None)
     try:
@@ -147,23 +165,27 @@ def _keeper(cache: Any) -> Any:
     return cache
 
 
-def _mark(cache: Any, columns: int) -> Tensor | None:
-    """What the last layer holds of the last column: the same in a copy, and in no other text's cache."""
+def _fingerprint(cache: Any, columns: int) -> Tensor | None:
+    """The last layer's values at the last column: equal in a copy, different for another text."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         tensors = [tensor for tensor in _tensors(cache) if tensor.ndim == 4]
-        return tensors[-1][..., -1, :].detach().clone() if tensors else None
+        if not tensors:
+            return None
+        return tensors[-1][..., -1, :].detach().clone()
     for layer in reversed(layers):
-        for name in HOLDS:
-            held = getattr(layer, name, None)
-            if not isinstance(held, Tensor) or held.ndim < 3 or not held.numel():
+        for name in LAYER_TENSORS:
+            values = getattr(layer, name, None)
+            if not isinstance(values, Tensor) or values.ndim < 3 or not values.numel():
                 continue
             if name != "keys":
-                return held.detach().clone()
-            last = columns - 1 if columns <= held.shape[-2] else -1
-            return held[..., last, :].detach().clone()
+                return values.detach().clone()
+            last = columns - 1 if columns <= values.shape[-2] else -1
+            return values[..., last, :].detach().clone()
     return None
 
 
-def _equal(mark: Tensor, other: Tensor) -> bool:
-    return mark.shape == other.shape and torch.equal(mark, other.to(mark.device))
+def _equal(fingerprint: Tensor, other: Tensor) -> bool:
+    if fingerprint.shape != other.shape:
+        return False
+    return torch.equal(fingerprint, other.to(fingerprint.device))

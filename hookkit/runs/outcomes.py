@@ -1,11 +1,13 @@
-"""What hooks wished for, held against what a text can give and what happened.
+"""What the hooks of a block were to do, and what they did.
 
-What the hooks of a block have done: the captures of the text that runs and of those that ended, and what fired.
+Before a forward, `check_possible` and `check_cached` compare the positions of hooks with those
+that a text can have. During forwards, a `CaptureStore` holds the captures and the firings of each
+text. Afterwards it raises for a hook that never fired, and gives the log.
 """
 
-import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import pandas as pd
@@ -31,330 +33,424 @@ from .generation import Generation
 from .taps import BoundHook
 
 Firing: TypeAlias = tuple[BoundHook, int, Selection | None, torch.Size, Tensor | None]
-"""One hook at one site in one forward: the action, the forward's number, the cells, the shape of one cell (of the whole
-tensor where it has no cells), and for an edit how many numbers it changed in each cell."""
+"""One hook at one site in one forward.
+
+The bound hook, the forward's number, the selection, the shape of one cell (of the whole tensor if
+there is no selection), and for an edit how many numbers it changed in each cell.
+"""
+
+LOG_COLUMNS = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
+
+
+# ---- checks before a forward
 
 
 def check_possible(
-    actions: Iterable[BoundHook],
+    bound_hooks: Iterable[BoundHook],
     text: SequenceBatch,
-    call: ForwardPass,
+    forward_pass: ForwardPass,
     generation: Generation | None,
 ) -> None:
-    """Raise before the forward if a wish names a place that this text cannot have, or selects nothing in a row.
+    """Raises if a hook names a position that the text cannot have, or selects nothing in a row.
 
     Only for a text whose length is known: one forward of prompts, or a `generate`.
     """
-    end = (
-        call.past + call.width if generation is None else generation.max_width - 1
-    )  # the last token is never read
-    for action in _one_of_each(actions):
-        first = (
-            0
-            if not action.head
-            else call.past + call.head.start
-            if generation is None
-            else text.head or 0
-        )
-        for row, wanted in enumerate(text.wishes(action.where)):
-            if wanted is None:
+    for bound_hook in _one_per_selection(bound_hooks):
+        first, end = _columns_read(bound_hook, text, forward_pass, generation)
+        for row, positions in enumerate(text.wishes(bound_hook.where)):
+            if positions is None:
                 continue
-            there = _positions(text, row, first, end)
-            if isinstance(wanted, tuple) and not (wanted[0] in there and wanted[-1] in there):
-                missing = next(place for place in wanted if place not in there)
-                raise OutOfRange(_no_such_place(action, text, row, missing, there, generation))
-            if isinstance(wanted, range) and not _meets(wanted, there):
+            possible = _positions_in(text, row, first, end)
+            if isinstance(positions, tuple):
+                if positions[0] in possible and positions[-1] in possible:
+                    continue
+                missing = [position for position in positions if position not in possible]
+                raise OutOfRange(
+                    _out_of_range(bound_hook, text, row, missing[0], possible, generation)
+                )
+            if not _overlaps(positions, possible):
+                at_logits = " at the logits" if bound_hook.head else ""
                 raise EmptySelection(
-                    f"{action.hook} selects nothing in row {row}, which has positions {_range(there)}"
-                    f"{' at the logits' if action.head else ''}: choose others, or leave the row out with rows="
+                    f"{bound_hook.hook} selects nothing in row {row}, which has positions "
+                    f"{_first_to_last(possible)}{at_logits}: choose others, or leave the row out "
+                    "with rows="
                 )
 
 
-def check_cached(actions: Iterable[BoundHook], text: SequenceBatch) -> None:
-    """Raise for a hook that means positions which are in a cache already, and at which it did not act.
+def check_cached(bound_hooks: Iterable[BoundHook], text: SequenceBatch) -> None:
+    """Raises for a hook at positions that are in a cache already, at which it did not act.
 
-    A capture of all positions is let be: it says which ones it has.
+    A capture of all positions is allowed: it holds the positions that it has.
     """
     if not text.start:
         return
-    for action in actions:
-        everywhere = action.where.pos is None and action.where.step is None
-        if action.head or (everywhere and action.change is None):
+    for bound_hook in bound_hooks:
+        everywhere = bound_hook.where.pos is None and bound_hook.where.step is None
+        if bound_hook.head or (everywhere and bound_hook.change is None):
             continue
         for row in range(len(text.lengths)):
-            place = text.missed(action.where, row)
-            if place is not None:
-                raise (Unsupported if everywhere else OutOfRange)(
-                    f"{action.hook} at {action.site} means position {place} of row {row}, and the forward goes on from "
-                    f"a cache that has columns 0 to {text.start - 1}: they are not read again, and the hook did not "
-                    f"act there when the cache was filled. Run the whole text, say pos=slice({text.start}, None), or "
-                    "fill the cache inside the same block"
-                )
+            position = text.missed(bound_hook.where, row)
+            if position is None:
+                continue
+            error = Unsupported if everywhere else OutOfRange
+            raise error(
+                f"{bound_hook.hook} at {bound_hook.site} means position {position} of row {row}, "
+                f"and the forward goes on from a cache that has columns 0 to {text.start - 1}: "
+                "they are not read again, and the hook did not act there when the cache was "
+                f"filled. Run the whole text, say pos=slice({text.start}, None), or fill the cache "
+                "inside the same block"
+            )
 
 
-def _one_of_each(actions: Iterable[BoundHook]) -> Iterable[BoundHook]:
-    """One action for every different wish: a hook at thirty sites wishes for the same positions at each."""
-    return {(id(action.where), action.head): action for action in actions}.values()
+def _one_per_selection(bound_hooks: Iterable[BoundHook]) -> Iterable[BoundHook]:
+    """One bound hook for each different selection: a hook selects the same at all its sites."""
+    by_selection = {
+        (id(bound_hook.where), bound_hook.head): bound_hook for bound_hook in bound_hooks
+    }
+    return by_selection.values()
 
 
-def _positions(text: SequenceBatch, row: int, first: int, end: int) -> range:
-    length = text.lengths[row]
-    last = bisect_left(text.columns[row], end)
-    return range(
-        bisect_left(text.columns[row], first), last if text.generating else min(last, length)
-    )
+def _columns_read(
+    bound_hook: BoundHook,
+    text: SequenceBatch,
+    forward_pass: ForwardPass,
+    generation: Generation | None,
+) -> tuple[int, int]:
+    """The first column at which a hook can act, and the end of the columns that are read."""
+    first = 0
+    if generation is None:
+        end = forward_pass.past + forward_pass.width
+        if bound_hook.head:
+            first = forward_pass.past + forward_pass.head.start
+        return first, end
+    if bound_hook.head:
+        first = text.head or 0
+    return first, generation.max_width - 1  # the last token is never read
 
 
-def _meets(wanted: range, there: range) -> bool:
-    first = (
-        wanted.start
-        if wanted.start >= there.start
-        else wanted.start + -(-(there.start - wanted.start) // wanted.step) * wanted.step
-    )
-    return first < min(wanted.stop, there.stop)
+def _positions_in(text: SequenceBatch, row: int, first: int, end: int) -> range:
+    """The positions of a row in the columns from `first` to before `end`."""
+    columns = text.columns[row]
+    last = bisect_left(columns, end)
+    if not text.generating:
+        last = min(last, text.lengths[row])
+    return range(bisect_left(columns, first), last)
 
 
-def _no_such_place(
-    action: BoundHook,
+def _overlaps(positions: range, possible: range) -> bool:
+    first = positions.start
+    if first < possible.start:
+        steps = -(-(possible.start - first) // positions.step)  # rounded up
+        first += steps * positions.step
+    return first < min(positions.stop, possible.stop)
+
+
+def _out_of_range(
+    bound_hook: BoundHook,
     text: SequenceBatch,
     row: int,
-    place: int,
-    there: range,
+    position: int,
+    possible: range,
     generation: Generation | None,
 ) -> str:
-    length, step = text.lengths[row], action.where.step
-    asked = f"{action.hook} means position {place} of row {row}"
-    if step is not None:
-        asked = f"{action.hook} means step {place - length + 1} of row {row}"
+    """The message for a position that a row does not have."""
+    length = text.lengths[row]
+    if bound_hook.where.step is not None:
+        meaning = f"{bound_hook.hook} means step {position - length + 1} of row {row}"
         if generation is None:
-            return f"{asked}, and a forward of the prompt has step 0 only: use generate for later steps"
-        return f"{asked}, and at most {generation.max_width - generation.width} tokens are generated: steps count from 0"
-    if action.head and place < there.start:
-        return f"{asked}, where no logits are computed; they are at positions {_range(there)} (forward with logits='all')"
-    if generation is None:
-        return f"{asked}, which has {length} tokens: positions 0 to {length - 1}"
-    new = generation.max_width - generation.width
-    return f"{asked}, and with {new} new tokens the model reads positions {_range(there)}"
-
-
-def unreached(actions: Iterable[BoundHook], text: SequenceBatch, ending: SequenceEnd) -> str | None:
-    """The first place that a hook named and the text did not come to, in words; None if all were reached."""
-    for action in _one_of_each(actions):
-        wishes = text.wishes(action.where)
-        for number, prompt in enumerate(ending.prompts):
-            wanted = wishes[prompt // text.expand if ending.limits is None else prompt]
-            there = (
-                text.reached(prompt, head=action.head)
-                if ending.limits is None
-                else range(ending.limits[number])
+            return (
+                f"{meaning}, and a forward of the prompt has step 0 only: use generate for later "
+                "steps"
             )
-            if isinstance(wanted, tuple) and wanted[-1] not in there:
+        new_tokens = generation.max_width - generation.width
+        return f"{meaning}, and at most {new_tokens} tokens are generated: steps count from 0"
+    meaning = f"{bound_hook.hook} means position {position} of row {row}"
+    if bound_hook.head and position < possible.start:
+        return (
+            f"{meaning}, where no logits are computed; they are at positions "
+            f"{_first_to_last(possible)} (forward with logits='all')"
+        )
+    if generation is None:
+        return f"{meaning}, which has {length} tokens: positions 0 to {length - 1}"
+    new_tokens = generation.max_width - generation.width
+    return (
+        f"{meaning}, and with {new_tokens} new tokens the model reads positions "
+        f"{_first_to_last(possible)}"
+    )
+
+
+# ---- hooks that did not fire
+
+
+def unreached_position(
+    bound_hooks: Iterable[BoundHook], text: SequenceBatch, ending: SequenceEnd
+) -> str | None:
+    """The message for the first position of a hook that the text did not reach; None if none."""
+    for bound_hook in _one_per_selection(bound_hooks):
+        positions_by_prompt = text.wishes(bound_hook.where)
+        for number, row in enumerate(ending.prompts):
+            if ending.limits is None:
+                positions = positions_by_prompt[row // text.expand]
+                reached = text.reached(row, head=bound_hook.head)
+            else:
+                positions = positions_by_prompt[row]
+                reached = range(ending.limits[number])
+            if isinstance(positions, tuple) and positions[-1] not in reached:
                 return (
-                    f"{action.hook} at {action.site} means position {wanted[-1]} of row {prompt}, and the text ended "
-                    f"before it came there (positions {_range(there)})"
+                    f"{bound_hook.hook} at {bound_hook.site} means position {positions[-1]} of row "
+                    f"{row}, and the text ended before it came there (positions "
+                    f"{_first_to_last(reached)})"
                 )
     return None
 
 
-def never_fired(action: BoundHook, forwards: int) -> str:
-    """Why nothing came of a hook, in words."""
-    asked = f"{action.hook} never fired at {action.site}"
+def never_fired(bound_hook: BoundHook, forwards: int) -> str:
+    """The message for a hook that did nothing in this number of forwards."""
+    subject = f"{bound_hook.hook} never fired at {bound_hook.site}"
     if not forwards:
-        return f"{asked}: no forward of the model ran inside the block"
-    ran = f"{forwards} forward{'s' if forwards > 1 else ''} ran"
-    if action.fired:
+        return f"{subject}: no forward of the model ran inside the block"
+    ran = "1 forward ran" if forwards == 1 else f"{forwards} forwards ran"
+    if bound_hook.fired:
         return (
-            f"{asked} before a row's end, though {ran}: the rows that it means had ended before they came to its "
-            "positions or steps. Look at run.log, and at the lengths of the rows; leave those rows out with rows="
+            f"{subject} before a row's end, though {ran}: the rows that it means had ended before "
+            "they came to its positions or steps. Look at run.log, and at the lengths of the rows; "
+            "leave those rows out with rows="
         )
     return (
-        f"{asked}, though {ran}: either its positions, rows or steps did not come, or the model never calls this "
-        "module (some are bypassed by fused code). Look at run.log, and at lm.describe() for the sites"
+        f"{subject}, though {ran}: either its positions, rows or steps did not come, or the model "
+        "never calls this module (some are bypassed by fused code). Look at run.log, and at "
+        "lm.describe() for the sites"
     )
 
 
-def firing_log(firings: Sequence[Firing], limits: dict[SequenceBatch, SequenceEnd]) -> pd.DataFrame:
-    """One row for each hook, site, forward and row of the batch in which it fired.
+# ---- firings
 
-    Columns: hook (its number, in the order given), do, site, forward, row, positions ("0-14"), numbers (how many it
-    read or wrote) and changed (how many of those an edit changed; 0 for a capture).
+
+def firing_log(
+    firings: Iterable[Firing], endings: Mapping[SequenceBatch, SequenceEnd]
+) -> pd.DataFrame:
+    """Returns one row for each hook, site, forward and row of the batch in which the hook fired.
+
+    Columns: hook (its number, in the order in which the hooks were passed), do, site, forward,
+    row, positions ("0-14"), numbers (how many the hook read or wrote) and changed (how many of
+    those an edit changed; 0 for a capture). Observers are left out.
     """
-    rows = []
-    for action, call, cells, cell, changed in firings:
-        common = {
-            "hook": action.number,
-            "do": str(action.hook),
-            "site": str(action.site),
-            "forward": call,
-        }
-        if cells is None:
-            total = 0 if changed is None else int(changed)
-            rows.append(
-                common | {"row": -1, "positions": "", "numbers": cell.numel(), "changed": total}
-            )
+    rows: list[dict[str, object]] = []
+    for firing in firings:
+        bound_hook, forward_number, selection, shape, changed = firing
+        if bound_hook.observer:
             continue
-        counts = [[0]] * len(cells.rows) if changed is None else changed.tolist()
-        for row, prompt, places, count in zip(
-            cells.rows, cells.prompts, cells.places, counts, strict=True
-        ):
-            places = _before_end(places, row, limits.get(cells.text))
-            if places:
-                seen = {
+        common = {
+            "hook": bound_hook.number,
+            "do": str(bound_hook.hook),
+            "site": str(bound_hook.site),
+            "forward": forward_number,
+        }
+        if selection is None:
+            total = 0 if changed is None else int(changed)
+            numbers = {"row": -1, "positions": "", "numbers": shape.numel(), "changed": total}
+            rows.append(common | numbers)
+        else:
+            ending = endings.get(selection.text)
+            for numbers in _selection_rows(selection, ending, shape.numel(), changed):
+                rows.append(common | numbers)
+    return pd.DataFrame(rows, columns=LOG_COLUMNS)
+
+
+def _selection_rows(
+    selection: Selection, ending: SequenceEnd | None, cell_size: int, changed: Tensor | None
+) -> list[dict[str, object]]:
+    """The log's last four columns, for each row of a selection that has positions that count."""
+    counts = [[0]] * len(selection.rows)
+    if changed is not None:
+        counts = changed.tolist()
+    rows: list[dict[str, object]] = []
+    cells = zip(selection.rows, selection.prompts, selection.places, counts, strict=True)
+    for row, prompt, all_positions, changed_counts in cells:
+        positions = _before_end(all_positions, row, ending)
+        if positions:
+            rows.append(
+                {
                     "row": prompt,
-                    "positions": _compact(places),
-                    "numbers": len(places) * cell.numel(),
+                    "positions": _positions_text(positions),
+                    "numbers": len(positions) * cell_size,
+                    "changed": sum(changed_counts[: len(positions)]),
                 }
-                rows.append(common | seen | {"changed": sum(count[: len(places)])})
-    columns = ["hook", "do", "site", "forward", "row", "positions", "numbers", "changed"]
-    return pd.DataFrame(rows, columns=columns)
+            )
+    return rows
 
 
-def _before_end(places: PositionRange, row: int, ending: SequenceEnd | None) -> PositionRange:
-    """The places that count: a row that has ended is fed padding while the others go on."""
+def _before_end(positions: PositionRange, row: int, ending: SequenceEnd | None) -> PositionRange:
+    """The positions before the end of a model row.
+
+    A row that has ended is fed padding while the other rows go on.
+    """
     limit = None if ending is None else ending.limit(row)
-    return places if limit is None else places[: bisect_left(places, limit)]
+    if limit is None:
+        return positions
+    return positions[: bisect_left(positions, limit)]
 
 
-def counted(
-    firings: Iterable[Firing], limits: Mapping[SequenceBatch, SequenceEnd]
+def hooks_that_fired(
+    firings: Iterable[Firing], endings: Mapping[SequenceBatch, SequenceEnd]
 ) -> set[BoundHook]:
-    """The actions that did something before the end of some row."""
-    acted: set[BoundHook] = set()
-    for action, _, cells, _, _ in firings:
-        if action not in acted and (cells is None or counts(cells, limits.get(cells.text))):
-            acted.add(action)
-    return acted
+    """Returns the bound hooks that did something before the end of some row."""
+    fired: set[BoundHook] = set()
+    for bound_hook, _, selection, _, _ in firings:
+        if bound_hook in fired:
+            continue
+        if selection is None or has_cell_before_end(selection, endings.get(selection.text)):
+            fired.add(bound_hook)
+    return fired
 
 
-def counts(cells: Selection, ending: SequenceEnd | None) -> bool:
-    """True if one of the cells stands before the end of its row."""
+def has_cell_before_end(selection: Selection, ending: SequenceEnd | None) -> bool:
+    """True if a cell of the selection is before the end of its row."""
     if ending is None or ending.limits is None:
         return True
-    pairs = zip(cells.rows, cells.places, strict=True)
-    return any(_before_end(places, row, ending) for row, places in pairs)
+    for row, positions in zip(selection.rows, selection.places, strict=True):
+        if _before_end(positions, row, ending):
+            return True
+    return False
 
 
-def _compact(places: PositionRange) -> str:
-    """Positions as words: "3", "0-14", "2,5,7"."""
-    if len(places) > 1 and places[-1] - places[0] == len(places) - 1:
-        return f"{places[0]}-{places[-1]}"
-    return ",".join(map(str, places))
+def _positions_text(positions: PositionRange) -> str:
+    """Positions as text: "3", "0-14", "2,5,7"."""
+    if len(positions) > 1 and positions[-1] - positions[0] == len(positions) - 1:
+        return f"{positions[0]}-{positions[-1]}"
+    return ",".join(map(str, positions))
 
 
-def _range(there: range) -> str:
-    return f"{there[0]} to {there[-1]}" if there else "none"
+def _first_to_last(positions: range) -> str:
+    return f"{positions[0]} to {positions[-1]}" if positions else "none"
+
+
+# ---- captures
 
 
 class CaptureStore:
-    """What came of these actions since the block was entered."""
+    """The captures and firings of the bound hooks of one block, by text.
 
-    def __init__(self, actions: Sequence[BoundHook]) -> None:
-        self.actions = actions
-        self.running: SequenceBatch | None = (
-            None  # the text of the last forward, which its captures belong to
-        )
+    Owned by the manager of the block. It also owns the state in the bound hooks: their `pieces`
+    are those of the current text.
+    """
+
+    def __init__(self, bound_hooks: Sequence[BoundHook]) -> None:
+        self.bound_hooks = bound_hooks
+        self.current_text: SequenceBatch | None = None  # the text of the last forward
         self.firings: list[Firing] = []
-        self._pieces: dict[
-            SequenceBatch, list[list[CapturedChunk]]
-        ] = {}  # of every text, in the order in which they began, by action
+        # of each text in the order in which the texts began: a list for each bound hook
+        self._chunks: dict[SequenceBatch, list[list[CapturedChunk]]] = {}
+        self._endings: dict[SequenceBatch, SequenceEnd] = {}  # of the texts that have ended
         self._finished: dict[SequenceBatch, Captures] = {}
-        self._endings: dict[SequenceBatch, SequenceEnd] = {}
         self._problem: str | None = None
-        for action in actions:
-            action.pieces, action.fired, action.last = [], 0, None
+        for bound_hook in bound_hooks:
+            bound_hook.pieces, bound_hook.fired, bound_hook.last_pass = [], 0, None
 
     def turn_to(self, text: SequenceBatch) -> None:
-        """What the captures keep from now on is of this text."""
-        if text is self.running:
+        """Makes this text the one to which captures are added."""
+        if text is self.current_text:
             return
-        self.running = text
-        pieces = self._pieces.setdefault(text, [[] for _ in self.actions])
-        for action, mine in zip(self.actions, pieces, strict=True):
-            action.pieces = mine
+        self.current_text = text
+        if text not in self._chunks:
+            self._chunks[text] = [[] for _ in self.bound_hooks]
+        for bound_hook, chunks in zip(self.bound_hooks, self._chunks[text], strict=True):
+            bound_hook.pieces = chunks
 
     def finish(self, text: SequenceBatch, ending: SequenceEnd) -> None:
-        """Hold what the captures of a text kept, to be joined when it is asked for."""
-        if text not in self._pieces or text in self._finished:
+        """Ends a text. Its captures are joined when they are first asked for."""
+        if text not in self._chunks or text in self._finished:
             return
         self._endings[text] = ending
-        self._finished[text] = self._kept(text, ending)
-        self._problem = self._problem or unreached(self.actions, text, ending)
-        if text is self.running:
-            self._leave()
+        self._finished[text] = self._captures(text, ending)
+        if self._problem is None:
+            self._problem = unreached_position(self.bound_hooks, text, ending)
+        if text is self.current_text:
+            self._leave_text()
+
+    def finish_all(self, ending_of: Callable[[SequenceBatch], SequenceEnd]) -> None:
+        """Ends each text that has not ended."""
+        for text in list(self._chunks):
+            if text not in self._finished:
+                self.finish(text, ending_of(text))
 
     def forget(self, text: SequenceBatch) -> None:
-        """A text was broken off: nothing of it counts."""
-        self._pieces.pop(text, None)
-        self._leave()
+        """Drops a text that was interrupted."""
+        self._chunks.pop(text, None)
+        self._leave_text()
 
-    def _leave(self) -> None:
-        self.running = None
-        for action in self.actions:
-            action.pieces = []
+    def _leave_text(self) -> None:
+        self.current_text = None
+        for bound_hook in self.bound_hooks:
+            bound_hook.pieces = []
 
-    def finish_all(self, ending: Callable[[SequenceBatch], SequenceEnd]) -> None:
-        """The same for every text that has no end yet."""
-        for text in list(self._pieces):
-            if text not in self._finished:
-                self.finish(text, ending(text))
+    def texts(self, ending_of: Callable[[SequenceBatch], SequenceEnd]) -> list[Captures]:
+        """Returns the captures of the user's hooks, one `Captures` for each text.
 
-    def texts(self, ending: Callable[[SequenceBatch], SequenceEnd]) -> list[Captures]:
-        """What was kept, a text each; of those that may go on, what `ending` says if they ended now."""
-        return [
-            self._finished[text] if text in self._finished else self._kept(text, ending(text))
-            for text in self._pieces
-            if text in self._finished or not text.generating
-        ]
+        A text that may go on is given as if it ended now, with the ending of `ending_of`.
+        """
+        texts = []
+        for text in self._chunks:
+            if text in self._finished:
+                texts.append(self._finished[text])
+            elif not text.generating:
+                texts.append(self._captures(text, ending_of(text)))
+        return texts
 
-    def _kept(self, text: SequenceBatch, ending: SequenceEnd) -> Captures:
+    def observed(self) -> Captures:
+        """Returns the captures of the observers in the first text, after its end."""
+        text = next(iter(self._chunks))
+        return self._captures(text, self._endings[text], observers=True)
+
+    def _captures(
+        self, text: SequenceBatch, ending: SequenceEnd, *, observers: bool = False
+    ) -> Captures:
         slots, ended = [], []
-        for action, pieces in zip(self.actions, self._pieces[text], strict=True):
-            if not isinstance(action.hook, Capture) or not pieces:
+        for bound_hook, chunks in zip(self.bound_hooks, self._chunks[text], strict=True):
+            hook, site = bound_hook.hook, bound_hook.site
+            if bound_hook.observer is not observers or not isinstance(hook, Capture) or not chunks:
                 continue
-            if not any(piece.cells is None or counts(piece.cells, ending) for piece in pieces):
-                ended.append(action.site)  # all that it read is the padding of rows that had ended
+            if not _any_before_end(chunks, ending):
+                ended.append(site)  # all that was captured is the padding of rows that had ended
                 continue
-            make = functools.partial(
-                _captured, action.hook, action.site, list(pieces), text, ending
-            )
-            slots.append(LazyCapture(action.site, action.hook.name, make))
+            join = partial(_join_chunks, hook, site, list(chunks), text, ending)
+            slots.append(LazyCapture(site, hook.name, join))
         return Captures(tuple(slots), tuple(dict.fromkeys(ended)))
 
     def check_fired(self, forwards: int) -> None:
-        """Raise `NeverFired` for the first hook that did nothing, or not all that it was to do."""
-        acted = counted(self.firings, self._endings)
-        for action in self.actions:
-            if not action.fired or action not in acted:
-                raise NeverFired(never_fired(action, forwards))
+        """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
+        fired = hooks_that_fired(self.firings, self._endings)
+        for bound_hook in self.bound_hooks:
+            if not bound_hook.fired or bound_hook not in fired:
+                raise NeverFired(never_fired(bound_hook, forwards))
         if self._problem is not None:
             raise NeverFired(self._problem)
 
     def log(self) -> pd.DataFrame:
-        """Where each hook fired: one row for each hook, site, forward and row of the batch."""
+        """Returns one row for each hook, site, forward and row of the batch where a hook fired."""
         return firing_log(self.firings, self._endings)
 
 
-def _captured(
+def _any_before_end(chunks: list[CapturedChunk], ending: SequenceEnd) -> bool:
+    return any(chunk.cells is None or has_cell_before_end(chunk.cells, ending) for chunk in chunks)
+
+
+def _join_chunks(
     hook: Capture,
     site: AnySite,
-    pieces: list[CapturedChunk],
+    chunks: list[CapturedChunk],
     text: SequenceBatch,
     ending: SequenceEnd,
 ) -> Captured:
-    """What one capture kept of a text, in one piece."""
-    if pieces[0].cells is None:
-        return Captured(site, hook.where, pieces[0].values, None, (), (), hook.name)
-    scores = isinstance(site, Site) and site.name == "scores"
-    values, positions, rows = joined(pieces, ending, unseen_value(pieces[0].values.dtype, scores))
-    values = in_order(site, values) if pieces[0].leaf is None else pieces[0].leaf
-    return Captured(site, hook.where, values, positions, *_origins(rows, text, ending), hook.name)
-
-
-def _origins(
-    rows: list[int], text: SequenceBatch, ending: SequenceEnd
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The prompt that each final row is of, and its tokens."""
-    prompts = tuple(
-        ending.prompts[row] // (text.expand if ending.limits is None else 1) for row in rows
-    )
-    return prompts, tuple(map(text.prompt, prompts))
+    """Joins the chunks that one capture has of a text."""
+    first = chunks[0]
+    if first.cells is None:
+        return Captured(site, hook.where, first.values, None, (), (), hook.name)
+    is_scores = isinstance(site, Site) and site.name == "scores"
+    fill = unseen_value(first.values.dtype, is_scores)
+    values, positions, final_rows = joined(chunks, ending, fill)
+    values = in_order(site, values) if first.leaf is None else first.leaf
+    rows_per_prompt = text.expand if ending.limits is None else 1
+    rows = tuple(ending.prompts[row] // rows_per_prompt for row in final_rows)
+    prompts = tuple(map(text.prompt, rows))
+    return Captured(site, hook.where, values, positions, rows, prompts, hook.name)

@@ -1,11 +1,13 @@
-"""One forward for many cells: a batch that grows as it passes the blocks, each cell's hooks on its own rows.
+"""SharedForward: one forward for many cells of a sweep; each cell's hooks act on its own rows.
 
-A row joins at the first block where its cell differs from the unedited row, with what the unedited row has there. Each
-cell's hooks see its rows alone, as they would in a forward of their own.
+The batch grows as it passes the blocks. A row joins at the first block where its cell differs from
+the unedited row, with the hidden state that the unedited row has there. The hooks of each cell see
+its rows alone, as they would in a forward of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from typing import Any, TypeAlias
 
@@ -18,21 +20,27 @@ from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
 from ..models.overrides import Lent, Work
 from ..models.sites import AnySite
-from .acting import act
-from .manager import Border, HookManager
+from .acting import apply_hook
+from .dispatch import replace_input
+from .manager import ForwardBoundary, HookManager
 from .taps import BoundHook, HookPoint, input_of
 
 Path: TypeAlias = tuple[Any, ...]
+"""Where a value is among the arguments of a block: indices and keywords."""
+
 Factors: TypeAlias = Mapping[tuple[int, Path], int]
-"""Of what each block is given, by path: how many entries of axis 0 there are for each row; 0 where it has no rows."""
+"""By block and path: the entries of axis 0 that an argument has for each row; 0 without rows."""
 
 
 class NotByRow(Unsupported):
-    """A tensor that cannot be told apart by rows, so that cells cannot share a forward. `sites` has its places."""
+    """A tensor that has no axis of rows, so that cells cannot share a forward.
 
-    def __init__(self, message: str, tap: HookPoint | None = None) -> None:
+    `hook_point` is where it is.
+    """
+
+    def __init__(self, message: str, hook_point: HookPoint | None = None) -> None:
         super().__init__(message)
-        self.tap = tap
+        self.hook_point = hook_point
 
 
 @dataclass(eq=False)
@@ -45,40 +53,47 @@ class CellRows:
     call: ForwardPass
 
 
+HooksByCell: TypeAlias = dict[HookPoint, list[tuple[CellRows, list[BoundHook]]]]
+"""For each hook point the hooks of each cell there."""
+
+
 @dataclass(frozen=True, eq=False)
 class JoinSchedule:
     """How the batch grows.
 
-    first   the first block that runs; those before it are passed by
-    counts  how many rows there are in each block
-    states  what the unedited rows that join at a block have there: block -> [row, pos, d_model]
-    skipped what the blocks that are passed by give out: "tensor", or how many values
-    factors which of the things that a block is given have rows
+    first    the first block that runs; those before it are skipped
+    counts   the number of rows in each block
+    states   the hidden states of the unedited rows that join: block -> [row, pos, d_model]
+    prompts  for each row, the index of a row that the model itself is called with
+    base     the number of rows that the model itself is called with
+    kinds    the output of each skipped block: 0 for a tensor, or the number of values
+    factors  which arguments of a block have rows
     """
 
     first: int
     counts: Sequence[int]
     states: Callable[[int], Tensor]
-    prompts: Sequence[int]  # of each row, the number of the row that the model itself was given
-    base: int  # rows that the model itself was given
+    prompts: Sequence[int]
+    base: int
     kinds: Sequence[int]
     factors: Factors
 
 
 @dataclass(eq=False)
 class Recorder:
-    """Keeps what enters some blocks, the last `width` positions of it."""
+    """Stores the input of some blocks at the last `width` positions. Owned by the caller."""
 
     blocks: Sequence[int]
     width: int
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def note(self, block: int, hidden: Tensor) -> None:
+        """Stores a copy of the input of a block."""
         self.states[block] = hidden[:, -self.width :].detach().clone()
 
 
 class SharedForward(HookManager):
-    """A forward in which each lane has hooks of its own. Used once."""
+    """A forward in which each cell has hooks of its own. Used once."""
 
     def __init__(
         self,
@@ -92,76 +107,71 @@ class SharedForward(HookManager):
     ) -> None:
         super().__init__(lm, ())
         self.growth, self.recorder = growth, recorder
-        self.count = rows  # the rows that are there by now
+        self.count = rows  # the number of rows at this moment
         self.width = width
-        self.taps: list[HookPoint] = []
-        self.work: dict[HookPoint, list[tuple[CellRows, list[BoundHook]]]] = {}
-        self.work_before: dict[
-            HookPoint, list[tuple[CellRows, list[BoundHook]]]
-        ] = {}  # what acts before a batch begins to grow
-        self._grows = growth is not None  # and has not begun to
-        self._merge(lanes, self.work)
-        self._shown = ForwardPass(
-            SequenceBatch([], [], lambda row: (), lambda ids, at: ()),
-            0,
-            0,
-            rows,
-            width,
-            range(width),
-            0,
-        )
-        self._spreads: dict[int, tuple[Tensor, Tensor]] = {}
+        self.hook_points: list[HookPoint] = []
+        self._hooks: HooksByCell = {}
+        self._hooks_before: HooksByCell = {}  # those that act before the batch begins to grow
+        self._before_growth = growth is not None
+        self._add_cells(lanes, self._hooks)
+        text = SequenceBatch([], [], lambda row: (), lambda ids, at: ())
+        self._whole_pass = ForwardPass(text, 0, 0, rows, width, range(width), 0)
+        # by id, a tensor that all blocks share and its expansion to all rows; the tensor is stored
+        # so that its id is not used again
+        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def act_before_the_blocks(self, lane: CellRows, taps: Sequence[HookPoint]) -> None:
-        """Let these act on the rows that the model is given, until the first block that runs; none of them joins."""
-        self._merge([(lane, taps)], self.work_before)
+    def act_before_the_blocks(self, lane: CellRows, hook_points: Sequence[HookPoint]) -> None:
+        """Lets these hooks act on the rows of the model itself, until the first block runs."""
+        self._add_cells([(lane, hook_points)], self._hooks_before)
 
-    def _merge(
-        self,
-        lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]],
-        into: dict[HookPoint, list[tuple[CellRows, list[BoundHook]]]],
+    def _add_cells(
+        self, lanes: Sequence[tuple[CellRows, Sequence[HookPoint]]], hooks_by_cell: HooksByCell
     ) -> None:
-        """One tap for each place, with the work of every lane there."""
-        taps: dict[ModuleLocation, HookPoint] = {tap.place: tap for tap in self.taps}
-        for lane, own in lanes:
-            for each in own:
-                tap = taps.get(each.place)
-                if tap is None:
-                    tap = taps[each.place] = HookPoint(
-                        each.module, each.place, [], only_looks=False
-                    )
-                tap.reads_input |= each.reads_input
-                work = into.setdefault(tap, [])
-                if work and work[-1][0] is lane:
-                    work[-1][1].extend(each.actions)
+        """Adds the hooks of cells; the hook points of all cells at one location become one."""
+        merged: dict[ModuleLocation, HookPoint] = {
+            hook_point.place: hook_point for hook_point in self.hook_points
+        }
+        for lane, hook_points in lanes:
+            for hook_point in hook_points:
+                location = hook_point.place
+                shared = merged.get(location)
+                if shared is None:
+                    shared = HookPoint(hook_point.module, location, [], copies_output=False)
+                    merged[location] = shared
+                shared.reads_input |= hook_point.reads_input
+                cells = hooks_by_cell.setdefault(shared, [])
+                if cells and cells[-1][0] is lane:
+                    cells[-1][1].extend(hook_point.actions)
                 else:
-                    work.append((lane, list(each.actions)))
-        self.taps = sorted(taps.values(), key=lambda tap: not tap.place.shared)
+                    cells.append((lane, list(hook_point.actions)))
+        self.hook_points = sorted(
+            merged.values(), key=lambda hook_point: not hook_point.place.shared
+        )
 
-    # ---- around the blocks
+    # ---- at the blocks
 
     def _register(self, lent: Lent) -> None:
         super()._register(lent)
-        growth = self.growth
-        for number in (
-            range(self.lm.n_layers) if growth is not None or self.recorder is not None else ()
-        ):
+        growth, recorder = self.growth, self.recorder
+        if growth is None and recorder is None:
+            return
+        for number in range(self.lm.n_layers):
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
                 lent.around(block, "forward", passed_by(growth.kinds[number]))
-            elif growth is not None or (
-                self.recorder is not None and number in self.recorder.blocks
-            ):
-                self._put_first(lent, block, Border(self._entering, number))
+            elif growth is not None or (recorder is not None and number in recorder.blocks):
+                hook = ForwardBoundary(self._on_block_input, number)
+                self._register_first(lent, block, hook)
 
-    def _entering(
+    def _on_block_input(
         self,
         number: int,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if self._thread != get_ident():
+        """Records the input of a block, and lets rows join there."""
+        if self._forward_thread != get_ident():
             return None
         assert kwargs is not None
         hidden, key = input_of(args, kwargs, 0, f"block {number}")
@@ -169,141 +179,158 @@ class SharedForward(HookManager):
             self.recorder.note(number, hidden)
         if self.growth is None:
             return None
-        hidden = self._grown(self.growth, number, hidden)
-        spread_args, spread_kwargs = self._spread(number, args, kwargs)
-        if isinstance(key, str):
-            return spread_args, spread_kwargs | {key: hidden}
-        return (*spread_args[:key], hidden, *spread_args[key + 1 :]), spread_kwargs
-
-    def _grown(self, growth: JoinSchedule, number: int, hidden: Tensor) -> Tensor:
-        """The rows in a block: those that were there before it, and those that join at it."""
-        before, now = (
-            (0 if number == growth.first else growth.counts[number - 1]),
-            growth.counts[number],
+        hidden = self._with_joining_rows(self.growth, number, hidden)
+        args = tuple(
+            self._for_all_rows(self.growth, number, (index,), value)
+            for index, value in enumerate(args)
         )
-        self.count, self._grows = now, False
-        if now == before:
+        kwargs = {
+            name: self._for_all_rows(self.growth, number, (name,), value)
+            for name, value in kwargs.items()
+        }
+        return replace_input(args, kwargs, key, hidden)
+
+    def _with_joining_rows(self, growth: JoinSchedule, number: int, hidden: Tensor) -> Tensor:
+        """The rows of a block: those of the block before, then those that join at this block."""
+        before = 0
+        if number > growth.first:
+            before = growth.counts[number - 1]
+        self.count, self._before_growth = growth.counts[number], False
+        if self.count == before:
             return hidden
         joining = growth.states(number).to(hidden.device)
         return torch.cat([hidden, joining]) if before else joining
 
-    def _spread(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """What a block is given, with a row of it for each row that is there."""
-        assert self.growth is not None
-        growth = self.growth
+    def _for_all_rows(self, growth: JoinSchedule, number: int, path: Path, value: Any) -> Any:
+        """An argument of a block, with an entry for each row at this moment."""
+        if isinstance(value, Tensor):
+            return self._expand_rows(growth, number, path, value)
+        if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+            return type(value)(
+                self._for_all_rows(growth, number, (*path, index), item)
+                for index, item in enumerate(value)
+            )
+        if type(value) is dict:
+            return {
+                name: self._for_all_rows(growth, number, (*path, name), item)
+                for name, item in value.items()
+            }
+        return value
 
-        def spread(value: Any, path: Path) -> Any:
-            if isinstance(value, Tensor):
-                return self._rows_of(growth, number, path, value)
-            if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-                return type(value)(spread(each, (*path, place)) for place, each in enumerate(value))
-            if type(value) is dict:
-                return {name: spread(each, (*path, name)) for name, each in value.items()}
-            return value
-
-        return tuple(spread(each, (place,)) for place, each in enumerate(args)), spread(kwargs, ())
-
-    def _rows_of(self, growth: JoinSchedule, number: int, path: Path, value: Tensor) -> Tensor:
+    def _expand_rows(self, growth: JoinSchedule, number: int, path: Path, tensor: Tensor) -> Tensor:
         factor = growth.factors.get((number, path))
         if factor is None:
             raise NotByRow(
-                f"block {number} is given a tensor {list(value.shape)} at {path}, which no trial showed"
+                f"block {number} is given a tensor {list(tensor.shape)} at {path}, which no trial "
+                "showed"
             )
-        if factor == 0 or value.shape[0] != factor * growth.base:
-            return value
-        if (
-            id(value) not in self._spreads
-        ):  # what all blocks share is spread once, over all the rows that there will be
-            rows = torch.tensor(growth.prompts, device=value.device)
-            wide = value.unflatten(0, (growth.base, factor)).index_select(0, rows).flatten(0, 1)
-            self._spreads[id(value)] = (
-                value,
-                wide,
-            )  # the tensor is kept alive, and its number with it
-        return self._spreads[id(value)][1][: self.count * factor]
+        if factor == 0 or tensor.shape[0] != factor * growth.base:
+            return tensor
+        if id(tensor) not in self._expanded:
+            # what all blocks share is expanded once, to all the rows that will join
+            prompts = torch.tensor(growth.prompts, device=tensor.device)
+            by_row = tensor.unflatten(0, (growth.base, factor))
+            expanded = by_row.index_select(0, prompts).flatten(0, 1)
+            self._expanded[id(tensor)] = tensor, expanded
+        _, expanded = self._expanded[id(tensor)]
+        return expanded[: self.count * factor]
 
-    # ---- what the hooks do
+    # ---- at the hook points
 
-    def _begun(
+    def _begin_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ForwardPass:
-        return self._shown
+        return self._whole_pass
 
-    def _site(self, tap: HookPoint) -> AnySite:
-        return (self.work.get(tap) or self.work_before[tap])[0][1][0].site
+    def _site(self, hook_point: HookPoint) -> AnySite:
+        cells = self._hooks.get(hook_point) or self._hooks_before[hook_point]
+        _, bound_hooks = cells[0]
+        return bound_hooks[0].site
 
-    def _whole(
-        self, tap: HookPoint, call: ForwardPass, found: Tensor, before: Tensor | None
-    ) -> Tensor:
-        out = found
-        self._busy = self._thread
-        try:
-            for lane, actions in (self.work_before if self._grows else self.work).get(tap, ()):
-                if lane.stop > self.count:
-                    continue  # it joins later, with all of this in what it joins with
-                part = new = self._part(tap, out, lane)
-                own = None if before is None else self._part(tap, before, lane)
-                for action in actions:
-                    new = self._done_by(action, tap, lane, new, own)
-                if new is not part:
-                    out = self._put(tap, out, found, lane, new)
-        finally:
-            self._busy = 0
-        return out
-
-    def _done_by(
+    def _apply_to_whole(
         self,
-        action: BoundHook,
-        tap: HookPoint,
-        lane: CellRows,
-        given: Tensor,
-        before: Tensor | None,
+        hook_point: HookPoint,
+        forward_pass: ForwardPass,
+        tensor: Tensor,
+        module_input: Tensor | None,
     ) -> Tensor:
+        hooks_by_cell = self._hooks_before if self._before_growth else self._hooks
+        result = tensor
+        self._hook_thread = self._forward_thread
         try:
-            return act(action, tap, lane.call, given, before)[1]
-        except Exception as error:
-            error.add_note(f"in {action.hook} at {action.site}, in a sweep")
-            raise
+            for lane, bound_hooks in hooks_by_cell.get(hook_point, ()):
+                if lane.stop > self.count:
+                    continue  # it joins later, with a state in which these edits are done
+                part = new = self._rows_of(lane, hook_point, result)
+                input_part = None
+                if module_input is not None:
+                    input_part = self._rows_of(lane, hook_point, module_input)
+                for bound_hook in bound_hooks:
+                    new = _apply_hook_of_cell(bound_hook, hook_point, lane, new, input_part)
+                if new is not part:
+                    if result is tensor and lane.stop - lane.start != self.count:
+                        result = self._copy_by_row(tensor)
+                    result = self._with_rows(lane, hook_point, result, new)
+        finally:
+            self._hook_thread = 0
+        return result
 
-    def _part(self, tap: HookPoint, full: Tensor, lane: CellRows) -> Tensor:
-        """A lane's rows of a tensor."""
+    def _rows_of(self, lane: CellRows, hook_point: HookPoint, tensor: Tensor) -> Tensor:
+        """The rows of a cell in a tensor."""
         if lane.stop - lane.start == self.count:
-            return full  # it has the forward to itself
-        if full.ndim and full.shape[0] == self.count:
-            return full[lane.start : lane.stop]
-        if (
-            full.ndim
-            and full.shape[0] == self.count * self.width
-            and (tap.place.flat or full.ndim == 2)
-        ):
-            return full[lane.start * self.width : lane.stop * self.width]
-        if full.ndim > 1 and full.shape[0] == 1:
-            return full
+            return tensor  # no other cell is in the forward
+        length = tensor.shape[0] if tensor.ndim else 0
+        if tensor.ndim and length == self.count:
+            return tensor[lane.start : lane.stop]
+        is_flat = hook_point.place.flat or tensor.ndim == 2
+        if tensor.ndim and length == self.count * self.width and is_flat:
+            return tensor[lane.start * self.width : lane.stop * self.width]
+        if tensor.ndim > 1 and length == 1:
+            return tensor
         raise NotByRow(
-            f"{tap.place.path} has a tensor {list(full.shape)}, and {self.count} rows ran", tap
+            f"{hook_point.place.path} has a tensor {list(tensor.shape)}, and {self.count} rows ran",
+            hook_point,
         )
 
-    def _put(
-        self, tap: HookPoint, out: Tensor, found: Tensor, lane: CellRows, new: Tensor
+    def _copy_by_row(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor, with an entry for each row."""
+        if tensor.shape[0] == 1 and self.count > 1:
+            return tensor.expand(self.count, *tensor.shape[1:]).clone()
+        return tensor.clone()
+
+    def _with_rows(
+        self, lane: CellRows, hook_point: HookPoint, tensor: Tensor, new: Tensor
     ) -> Tensor:
-        """The tensor with a lane's rows replaced; a copy, the first time."""
+        """Writes the rows of a cell into a copy; returns them alone if there are no other rows."""
         if lane.stop - lane.start == self.count:
             return new
-        if out is found:
-            one_for_all = found.shape[0] == 1 and self.count > 1
-            out = (
-                found.expand(self.count, *found.shape[1:]).clone() if one_for_all else found.clone()
-            )
-        self._part(tap, out, lane).copy_(new)
-        return out
+        self._rows_of(lane, hook_point, tensor).copy_(new)
+        return tensor
+
+
+def _apply_hook_of_cell(
+    bound_hook: BoundHook,
+    hook_point: HookPoint,
+    lane: CellRows,
+    tensor: Tensor,
+    module_input: Tensor | None,
+) -> Tensor:
+    try:
+        _, new = apply_hook(bound_hook, hook_point, lane.call, tensor, module_input)
+    except Exception as error:
+        error.add_note(f"in {bound_hook.hook} at {bound_hook.site}, in a sweep")
+        raise
+    return new
 
 
 def passed_by(kind: int) -> Work:
-    """In place of a block's forward, one that gives out what it was given: a tensor, or so many values of which it is
-    the first."""
+    """Returns what runs in place of a block's forward, to skip the block: it returns its input.
 
-    def forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-        hidden = input_of(args, kwargs, 0, "a block")[0]
-        return hidden if not kind else (hidden, *[None] * (kind - 1))
+    `kind` is 0 if the block returns a tensor, or the number of values that it returns.
+    """
+    return partial(_return_input, kind)
 
-    return forward
+
+def _return_input(kind: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    hidden, _ = input_of(args, kwargs, 0, "a block")
+    return (hidden, *[None] * (kind - 1)) if kind else hidden

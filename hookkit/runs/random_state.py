@@ -1,7 +1,7 @@
-"""The random numbers of a generate: those of a seed of its own, or those that torch draws next.
+"""The random numbers of a generate: those of its seed, or those that torch draws next.
 
-torch has one generator for the whole process. Runs that draw take turns, so that the draws of one thread do not change
-those of another; code that is not hookkit's is not held back.
+torch has one generator for the whole process. Runs that draw take turns, so that the draws of one
+thread do not change those of another. Code that is not hookkit's does not wait.
 """
 
 import threading
@@ -16,20 +16,20 @@ from ..models.lm import LM
 from ..models.scopes import PROGRESS
 
 _TURN = threading.RLock()
-PATIENCE = 20.0  # seconds without any forward after which nobody is waited for any more
+PATIENCE = 20.0  # seconds without a forward in any thread after which waiting ends
 
 
 class Draws:
-    """A block whose draws start from a seed, after which torch's generators are as they were.
+    """A context in which draws start from a seed; afterwards torch's generators are as before.
 
-    Without a seed they are torch's own; `sampling` says whether there are any. The ranks of a model that is split draw
-    the same.
+    Without a seed the draws are torch's own; `sampling` says whether there are any. All processes
+    that hold a split model draw the same.
     """
 
     def __init__(self, lm: LM, seed: int | None, *, sampling: bool = False) -> None:
         self.lm, self.seed, self.sampling = lm, seed, sampling
-        self._turns = 0
-        self._outside: Any = None
+        self._turns = 0  # how often this object has acquired the lock
+        self._outer_states: Any = None  # of torch's generators outside the context
 
     def __enter__(self) -> None:
         seed = self.seed
@@ -40,7 +40,7 @@ class Draws:
         try:
             self._take_turn()
             if seed is not None:
-                self._outside = _states()
+                self._outer_states = _generator_states()
                 torch.manual_seed(seed)
         except BaseException:
             self._end()
@@ -50,39 +50,39 @@ class Draws:
         try:
             self._end()
         except BaseException:
-            self._end()
+            self._end()  # Ctrl-C may have come in the midst of it
             raise
 
     def _end(self) -> None:
-        if self._outside is not None:
-            _set_states(self._outside)
-            self._outside = None
+        if self._outer_states is not None:
+            _set_generator_states(self._outer_states)
+            self._outer_states = None
         self._give_turn()
 
     @contextmanager
     def put_aside(self) -> Iterator[None]:
-        """A block in the midst of it in which others draw, without a change to what this one draws next."""
-        inside = None if self._outside is None else _states()
-        turns = self._turns
-        if self._outside is not None:
-            _set_states(self._outside)
+        """A context inside this one in which others may draw; it does not change the next draw."""
+        turns, inner_states = self._turns, None
+        if self._outer_states is not None:
+            inner_states = _generator_states()
+            _set_generator_states(self._outer_states)
         self._give_turn()
         try:
             yield
         finally:
             if turns:
                 self._take_turn()
-            if inside is not None:
-                self._outside = _states()
-                _set_states(inside)
+            if inner_states is not None:
+                self._outer_states = _generator_states()
+                _set_generator_states(inner_states)
 
     def _take_turn(self) -> None:
         forwards = -1
         while not _TURN.acquire(timeout=PATIENCE):
             if forwards == PROGRESS.forwards:
                 raise Unsupported(
-                    "another thread draws random numbers in a generate that does not go on: torch has one "
-                    "generator for all threads, so let one generate end before the next"
+                    "another thread draws random numbers in a generate that does not go on: torch "
+                    "has one generator for all threads, so let one generate end before the next"
                 )
             forwards = PROGRESS.forwards
         self._turns += 1
@@ -93,8 +93,8 @@ class Draws:
             _TURN.release()
 
 
-def _states() -> dict[str, Any]:
-    """The states of torch's generators."""
+def _generator_states() -> dict[str, Any]:
+    """The states of torch's generators, by device type."""
     states: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -105,7 +105,7 @@ def _states() -> dict[str, Any]:
     return states
 
 
-def _set_states(states: dict[str, Any]) -> None:
+def _set_generator_states(states: dict[str, Any]) -> None:
     for kind, state in states.items():
         if kind == "cpu":
             torch.set_rng_state(state)

@@ -1,6 +1,6 @@
-"""Run: all that came of one forward or one generate.
+"""Run: the result of one `hk.forward` or one `hk.generate`.
 
-What forward and generate are asked alike: which logits to keep, of a model that they can run.
+Also what both of them check in the same way: the logits= option, and the kind of model.
 """
 
 import copy
@@ -31,15 +31,17 @@ from .trace import Recorded
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """What one forward or generate gave.
+    """The result of one forward or one generate.
 
-    tokens          [row, pos]   ids, the generated ones included; a shorter row is filled up at its end
+    tokens          [row, pos]   ids, with the generated ones; shorter rows are padded at the end
     mask            [row, pos]   True for real tokens
-    prompt_rows     the prompt that each row is of (several rows are of one prompt where several sequences return)
-    prompt_lengths  how many tokens of each row are its prompt
+    prompt_rows     the prompt of each row (several rows have one prompt if num_return_sequences is
+                    more than 1)
+    prompt_lengths  the number of tokens of each row that are its prompt
     output          what transformers returned
-    arguments       what generate was given for transformers
-    recorded        the record of each step of a generate with trace=, for `decoding` and `decisions`
+    arguments       the arguments of generate that were passed on to transformers
+    recorded        the record of each step of a generate with trace=, for `decoding` and
+                    `decisions`
     """
 
     lm: LM
@@ -52,18 +54,21 @@ class Run:
     kept_logits: Captured | None
     settings: Mapping[str, Any]
     output: Any
-    _keeping: CaptureStore | None
+    _captures: CaptureStore | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     recorded: Recorded | None = None
 
     @property
     def logits(self) -> Float[Tensor, "row pos vocab"]:
-        """The logits that the model returned, every edit in them: [row, pos, vocab] of a forward, one position for
-        logits="last"; of a generate [row, step, vocab], those that chose each generated token."""
+        """The logits that the model returned, after every edit.
+
+        Of a forward [row, pos, vocab], with one position for logits="last". Of a generate
+        [row, step, vocab]: the logits that chose each generated token.
+        """
         return self.captured_logits().values
 
     def captured_logits(self) -> Captured:
-        """The logits, with the position at which each stands. `NotCaptured` where the run did not keep them."""
+        """Returns the logits with their positions; `NotCaptured` if the run has none."""
         if self.kept_logits is None:
             raise NotCaptured(
                 "this run kept no logits: it was made with logits=False; make it with logits='all'"
@@ -72,30 +77,33 @@ class Run:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """How many tokens each row has."""
+        """The number of tokens of each row."""
         return self.mask.sum(dim=1).tolist()
 
     @cached_property
     def text(self) -> list[str]:
-        """Each row as text, special tokens included."""
-        return [
-            self.lm.text(row[:length])
-            for row, length in zip(self.tokens.tolist(), self.lengths, strict=True)
-        ]
+        """Each row as text, with special tokens."""
+        rows = zip(self.tokens.tolist(), self.lengths, strict=True)
+        return [self.lm.text(row[:length]) for row, length in rows]
 
     @cached_property
     def generated(self) -> list[str]:
-        """What the model wrote behind each prompt, as text, so that the prompt's text and it are `text`; empty for a
-        forward."""
+        """The text that the model wrote after each prompt; empty for a forward.
+
+        The prompt's text, followed by this, is `text`.
+        """
         rows = zip(self.tokens.tolist(), self.prompt_lengths, self.lengths, strict=True)
         return [self.lm.added(row[:start], row[start:end]) for row, start, end in rows]
 
     def __getitem__(self, key: str | AnySite | tuple[str | AnySite, str]) -> Tensor:
-        """The captured values at a site [row, pos, ...]; `run[site, name]` where several captures kept it."""
+        """The captured values at a site [row, pos, ...].
+
+        `run[site, name]` if several captures were at the site.
+        """
         return self.kept[key]
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
-        """The captured values at a site, with their rows and positions."""
+        """Returns the captured values at a site, with their rows and positions."""
         return self.kept.captured(site, name)
 
     @property
@@ -104,29 +112,37 @@ class Run:
         return self.kept.sites
 
     def stack(self, name: str) -> Tensor:
-        """The captured values of every layer of a site, such as "resid_post": [layer, row, pos, ...]."""
+        """Returns the values of every captured layer of a site: [layer, row, pos, ...].
+
+        `name` is the site without its layer, such as "resid_post".
+        """
         return self.kept.stack(name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The captured values by site, and by site and name where several captures kept a site."""
-        captured = self.kept.all
-        return {
-            f"{each.site}/{each.name}" if each.name else str(each.site): each.values
-            for each in captured
-        }
+        """Returns the captured values by site, or by site and name if the capture has a name."""
+        tensors = {}
+        for captured in self.kept.all:
+            key = str(captured.site)
+            if captured.name:
+                key = f"{key}/{captured.name}"
+            tensors[key] = captured.values
+        return tensors
 
     def tensor_words(self) -> dict[str, str]:
-        """How the run was made, as a text that a file of tensors holds; the same run gives the same text."""
+        """Returns how the run was made, as text for a file of tensors.
+
+        The same run gives the same text.
+        """
         facts = {name: value for name, value in self.about.items() if name != "seconds"}
         return {"about": json.dumps(facts)}
 
     def save_tensors(
         self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
     ) -> Path:
-        """Writes the captured values to a safetensors file, with how the run was made, and returns the file's path.
+        """Writes the captured values to a safetensors file and returns the file's path.
 
-        `about` adds texts of the user's own. `hk.load_tensors` reads the values back. Of the processes that hold a
-        split model together, the first one alone writes.
+        The file also holds how the run was made, and the texts in `about`. `hk.load_tensors` reads
+        the values back. If several processes hold a split model together, only the first writes.
         """
         if not self.lm.is_writer:
             return Path(path)
@@ -134,29 +150,31 @@ class Run:
 
     @cached_property
     def log(self) -> pd.DataFrame:
-        """Where each hook fired. Columns: hook, do, site, forward, row, positions, numbers, changed."""
-        assert self._keeping is not None
-        log = self._keeping.log()
+        """Where each hook fired.
+
+        Columns: hook, do, site, forward, row, positions, numbers, changed.
+        """
+        assert self._captures is not None
+        log = self._captures.log()
+        # a run that `dataclasses.replace` made may have fewer hooks than those that acted
         return pd.DataFrame(log[log["hook"] < len(self.hooks)]).reset_index(drop=True)
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """How the run was made: model, versions, prompts, hooks, settings; plain values, ready for JSON."""
+        """How the run was made: model, versions, prompts, hooks and settings, ready for JSON."""
         from ..models.provenance import about_model
 
-        prompts = [
-            self.lm.text(row[:end])
-            for row, end in zip(self.tokens.tolist(), self.prompt_lengths, strict=True)
-        ]
+        rows = zip(self.tokens.tolist(), self.prompt_lengths, strict=True)
+        prompts = [self.lm.text(row[:length]) for row, length in rows]
         hooks = [hook.to_json(tensors="digest") for hook in self.hooks]
         return {**about_model(self.lm), "prompts": prompts, "hooks": hooks, **self.settings}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: all but the way to the log, which is written."""
-        return {**self.__dict__, "log": self.log, "_keeping": None}
+        """The state of a copy, which has the log itself and not the firings."""
+        return {**self.__dict__, "log": self.log, "_captures": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
-        """A run with values of its own, of the same model and the same hooks."""
+        """A run with values of its own, and the same model and hooks."""
         for shared in (self.lm, self.hooks):
             memo[id(shared)] = shared
         new = object.__new__(type(self))
@@ -167,47 +185,55 @@ class Run:
             if "deepcopy protocol" not in str(error):
                 raise
             raise Unsupported(
-                "this run's values are on the path of a gradient, which torch cannot copy: copy what you need of it, "
-                "such as run.logits.detach().clone()"
+                "this run's values are on the path of a gradient, which torch cannot copy: copy "
+                "what you need of it, such as run.logits.detach().clone()"
             ) from error
         return new
 
     def _ipython_key_completions_(self) -> list[str]:
-        """What a notebook offers behind `run["`."""
+        """The keys that a notebook offers after `run["`."""
         return [str(site) for site in self.sites]
 
     def _repr_html_(self) -> str:
         facts: dict[str, object] = {}
         if self.kept_logits is not None:
             facts["logits"] = str(list(self.kept_logits.values.shape))
-        facts |= {"hooks": "; ".join(map(str, self.hooks))} if self.hooks else {}
-        facts |= {"captured": f"{self.sites}"} if len(self.sites) else {}
+        if self.hooks:
+            facts["hooks"] = "; ".join(map(str, self.hooks))
+        if len(self.sites):
+            facts["captured"] = f"{self.sites}"
         rows: list[dict[str, object]] = []
         for row, text in enumerate(self.text):
-            written = {"written": repr(self.generated[row])} if any(self.generated) else {}
-            rows.append({"row": row, "tokens": self.lengths[row], "text": repr(text), **written})
+            cells: dict[str, object] = {
+                "row": row,
+                "tokens": self.lengths[row],
+                "text": repr(text),
+            }
+            if any(self.generated):
+                cells["written"] = repr(self.generated[row])
+            rows.append(cells)
         return shown(f"Run: {self.settings.get('verb', '')}", facts, rows)
 
     def __repr__(self) -> str:
-        rows = f"{len(self.lengths)} row{'s' if len(self.lengths) > 1 else ''} of up to {max(self.lengths)} tokens"
-        logits = (
-            "no logits"
-            if self.kept_logits is None
-            else f"logits {list(self.kept_logits.values.shape)}"
-        )
-        return f"Run({rows}; {logits}; captured {self.sites})"
+        rows = "1 row" if len(self.lengths) == 1 else f"{len(self.lengths)} rows"
+        logits = "no logits"
+        if self.kept_logits is not None:
+            logits = f"logits {list(self.kept_logits.values.shape)}"
+        return f"Run({rows} of up to {max(self.lengths)} tokens; {logits}; captured {self.sites})"
 
 
-Logits: TypeAlias = Literal["all", "last", "none"] | bool | None
+LogitsOption: TypeAlias = Literal["all", "last", "none"]
+Logits: TypeAlias = LogitsOption | bool | None
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, whose tensors autograd can use later, also where it is called in torch.inference_mode.
+    """Makes a function return tensors that autograd can use, also in torch.inference_mode.
 
-    Whether gradients are on is afterwards as it was, also where Ctrl-C came while torch.no_grad was left.
+    The function leaves gradients on or off as they were, also after a Ctrl-C that came while
+    torch.no_grad was left.
     """
 
     @functools.wraps(function)
@@ -226,16 +252,16 @@ def outside_inference_mode(function: Callable[Arguments, Result]) -> Callable[Ar
 
 
 def refuse_two_texts(lm: LM) -> None:
-    """Raise `Unsupported` for a model that reads one text and writes another."""
+    """Raises `Unsupported` for an encoder-decoder."""
     if lm.two_texts:
         raise Unsupported(
-            f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes another: run it yourself "
-            "in a block of hk.attach, with hooks at hk.module(path)"
+            f"{type(lm.root).__name__} is an encoder-decoder, which reads one text and writes "
+            "another: run it yourself in a block of hk.attach, with hooks at hk.module(path)"
         )
 
 
-def wanted_logits(logits: Logits) -> Literal["all", "last", "none"]:
-    """Which logits a run is to keep."""
+def read_logits_option(logits: Logits) -> LogitsOption:
+    """Returns which logits a run keeps; True means "all", False and None mean "none"."""
     if logits in ("all", True):
         return "all"
     if logits in ("none", False, None):

@@ -1,12 +1,15 @@
-"""From hooks to taps: which module, which side of it, which part of the tensor, and what to do there in which order.
+"""Hook points: from the user's hooks to the modules at which they act.
 
-Everything that can be checked without a forward is checked here. Nothing is registered on the model.
+`planned` turns hooks into `HookPoint`s: one for each side of a module at which something is done,
+with the bound hooks that act there in their order. All that can be checked without a forward is
+checked here. Nothing is registered on the model here.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,189 +27,273 @@ from ..models.training import refuse_no_gradient
 from ..models.views import SiteView, form_of
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
+"""A function that captures sites on the prompts of a reference."""
+
+HIDDEN_STATES_KEYWORDS = ("hidden_states", "input", "x")
 
 
 @dataclass(eq=False, slots=True)
 class BoundHook:
-    """One hook at one site, and what came of it."""
+    """One hook at one site, and what it has captured or changed.
 
-    number: int  # the hook's place in the order given
+    The fields from `pieces` on are state. They are owned by the `CaptureStore` of the manager.
+    """
+
+    number: int  # index of the hook in the order in which the hooks were passed
     hook: Hook
     site: AnySite
-    where: Where  # the hook's, with a phrase's steps written out
-    form: SiteView  # how the site stands in the module's tensor
+    where: Where  # the positions of the hook; the steps of a phrase are written out
+    view: SiteView  # where the site is in the tensor of the module
     change: Change | None  # None for a capture
-    head: bool  # at the unembedding, which may compute fewer positions than the rest of the model
-    pieces: list[CapturedChunk] = field(default_factory=list)  # of the text that is running
-    fired: int = 0  # forwards in which it did something
-    doubts: list[Tensor] = field(
-        default_factory=list
-    )  # whether results of the forward that runs are refused
-    last: Any = None  # the forward in which it did so last
+    head: bool  # True at the unembedding, which may compute fewer positions than the blocks
+    observer: bool = False  # True for a hook of hookkit's own, which the user does not see
+    pieces: list[CapturedChunk] = field(default_factory=list)  # of the current text
+    fired: int = 0  # number of forwards in which the hook did something
+    overflow_flags: list[Tensor] = field(default_factory=list)  # of the current forward
+    last_pass: Any = None  # the last forward in which the hook did something
 
 
 @dataclass(eq=False)
 class HookPoint:
-    """One side of one module, with all that happens there, in the order of the hooks."""
+    """One side of one module, with the bound hooks that act there in the order of the hooks."""
 
     module: nn.Module
     place: ModuleLocation
     actions: list[BoundHook]
-    reads_input: bool = False  # an edit needs what the module was given, beside what it gives
-    only_looks: bool = (
-        True  # all that is to be done is to copy the output of a module inside the model as it is
-    )
+    reads_input: bool = False  # True if an edit of the output also needs the module's input
+    copies_output: bool = True  # True if all that is done is to copy a whole output tensor
 
     @property
     def key(self) -> tuple[str, str, int | str]:
-        """The tensor, in words."""
+        """The path, the side and the item, which identify the tensor."""
         return self.place.path, self.place.side, self.place.item
 
 
-def planned(lm: LM, hooks: Sequence[Hook], reference: Reference) -> list[HookPoint]:
-    """The taps for these hooks, each checked against the model. `reference` captures sites on a reference's prompts."""
-    taps: dict[ModuleLocation, HookPoint] = {}
+def planned(
+    lm: LM, hooks: Sequence[Hook], reference: Reference, observers: Sequence[Hook] = ()
+) -> list[HookPoint]:
+    """Returns the hook points of these hooks, each checked against the model.
+
+    `reference` captures sites on the prompts of a reference. `observers` are hooks of hookkit's
+    own. They act after the user's hooks.
+    """
+    hook_points: dict[ModuleLocation, HookPoint] = {}
     for number, hook in enumerate(hooks):
-        if not isinstance(hook, Hook):
-            raise BadHook(
-                f"{hook!r} is a {type(hook).__name__} and no hook: make one with hk.capture, hk.steer, hk.force …"
-            )
-        if isinstance(hook, Capture) and hook.device is not None:
-            check_device(hook.device)
-        located = lm.located(hook.sites)
-        referred = _once(lambda prompts, sites=tuple(located): reference(sites, prompts))
-        edits = hook if isinstance(hook, EditHook) else None
-        if isinstance(hook, Capture) and hook.grad:
-            refuse_no_gradient(lm)
-        looks = isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
-        reads_input = edits is not None and edits.reads_input
-        where = hook.placed(lm)
-        for site, place in located.items():
-            change = _change(lm, edits, site, referred) if edits is not None else None
-            where_at = place.tensor  # parts of one tensor share a tap
-            tap = taps.get(where_at)
-            if tap is None:
-                tap = taps[where_at] = HookPoint(lm.submodule(place.path), where_at, [])
-            tap.reads_input |= reads_input
-            at_head = isinstance(site, Site) and site.name in LOGITS
-            form = form_of(lm.layout, site, place)
-            simple = form.plain and place.item == 0 and not place.shared
-            tap.only_looks = (
-                looks and not at_head and simple and not tap.actions and lm.ranks is None
-            )
-            tap.actions.append(BoundHook(number, hook, site, where, form, change, at_head))
-    # the first one registered acts first: what the stream is comes before what reads it
-    return sorted(taps.values(), key=lambda tap: not tap.place.shared)
+        _add_hook(lm, hook_points, hook, number, reference)
+    for number, hook in enumerate(observers, start=len(hooks)):
+        _add_hook(lm, hook_points, hook, number, reference, observer=True)
+    # torch calls the hook that was registered first first: hooks that write into a shared input
+    # have to act before the hooks that read it
+    return sorted(hook_points.values(), key=lambda hook_point: not hook_point.place.shared)
 
 
-def logits_tap(lm: LM, taps: list[HookPoint]) -> HookPoint:
-    """The tap at the logits that the model returns, added where no hook asks for it. `Unsupported` if they are edited
-    before they are there."""
-    for tap in taps:
-        for action in tap.actions:
-            if action.change is not None and action.head and action.site != Site("logits"):
-                raise Unsupported(
-                    f"{action.hook} acts at {action.site}, before the logits that a trace reads as the model's own: "
-                    "let it act at 'logits', or leave trace= out"
-                )
-    place = lm.place(Site("logits"))
-    found = next((tap for tap in taps if tap.place == place), None)
-    if found is None:
-        found = HookPoint(lm.submodule(place.path), place, [], only_looks=False)
-        taps.append(found)
-    return found
+def _add_hook(
+    lm: LM,
+    hook_points: dict[ModuleLocation, HookPoint],
+    hook: Hook,
+    number: int,
+    reference: Reference,
+    *,
+    observer: bool = False,
+) -> None:
+    """Binds one hook to each of its sites and adds it to the hook points there."""
+    _check_hook(lm, hook)
+    locations = lm.located(hook.sites)
+    reference_values = _ReferenceValues(tuple(locations), reference)
+    edit = hook if isinstance(hook, EditHook) else None
+    where = hook.placed(lm)
+    for site, location in locations.items():
+        change = None
+        if edit is not None:
+            change = _bind_edit(lm, edit, site, reference_values)
+        hook_point = _hook_point_at(lm, hook_points, location.tensor)
+        if edit is not None and edit.reads_input:
+            hook_point.reads_input = True
+        view = form_of(lm.layout, site, location)
+        at_head = isinstance(site, Site) and site.name in LOGITS
+        hook_point.copies_output = (
+            _copies_unchanged(hook)
+            and not at_head
+            and view.plain
+            and location.item == 0
+            and not location.shared
+            and not hook_point.actions
+            and lm.ranks is None
+        )
+        bound_hook = BoundHook(number, hook, site, where, view, change, at_head, observer)
+        hook_point.actions.append(bound_hook)
 
 
-def reader(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
-    """The module that reads a site, as a function of all of it, also where this process has a part of its weights."""
-    place = lm.place(site)
-    forward = lm.submodule(place.path).forward
-    ranks = lm.ranks
-    split = None if ranks is None else ranks.splits.get((place.path, place.side, place.item))
-    if ranks is None or split is None:
-        return forward
-    return lambda given: forward(ranks.part(given, replace(split, axis=given.ndim - 1)))
-
-
-def check_device(name: str) -> None:
-    """Raises `BadHook` where this machine has no such device, before anything runs."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+def _check_hook(lm: LM, hook: object) -> None:
+    if not isinstance(hook, Hook):
         raise BadHook(
-            f"device={name!r} is not on this machine: {str(error).splitlines()[0]}"
-        ) from error
+            f"{hook!r} is a {type(hook).__name__} and no hook: make one with hk.capture, hk.steer, "
+            "hk.force …"
+        )
+    if isinstance(hook, Capture):
+        if hook.device is not None:
+            check_device(hook.device)
+        if hook.grad:
+            refuse_no_gradient(lm)
 
 
-def _change(lm: LM, hook: EditHook, site: AnySite, referred: Callable[[Any], Any]) -> Change:
+def _copies_unchanged(hook: Hook) -> bool:
+    """True for a capture that neither converts nor moves values, and needs no gradients."""
+    return isinstance(hook, Capture) and hook.dtype is hook.device is None and not hook.grad
+
+
+def _hook_point_at(
+    lm: LM, hook_points: dict[ModuleLocation, HookPoint], location: ModuleLocation
+) -> HookPoint:
+    """Returns the hook point of a whole tensor, which all sites in the tensor share."""
+    hook_point = hook_points.get(location)
+    if hook_point is None:
+        hook_point = HookPoint(lm.submodule(location.path), location, [])
+        hook_points[location] = hook_point
+    return hook_point
+
+
+@dataclass(eq=False)
+class _ReferenceValues:
+    """The values of a hook's sites on its reference prompts, captured at the first request.
+
+    Owned by the bound edits of one hook.
+    """
+
+    sites: tuple[AnySite, ...]
+    capture_sites: Reference
+    values: dict[AnySite, Captured] | None = None
+
+    def at(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
+        if self.values is None:
+            self.values = self.capture_sites(self.sites, prompts)
+        return self.values[site]
+
+
+def _bind_edit(lm: LM, edit: EditHook, site: AnySite, reference_values: _ReferenceValues) -> Change:
     try:
-        return hook.change(Binding(lm, site, lambda prompts: referred(prompts)[site]))
+        return edit.change(Binding(lm, site, partial(reference_values.at, site)))
     except Exception as error:
-        error.add_note(f"in {hook}")
+        error.add_note(f"in {edit}")
         raise
 
 
-def _once(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    known: list[Any] = []
-
-    def computed(prompts: Any) -> Any:
-        if not known:
-            known.append(compute(prompts))
-        return known[0]
-
-    return computed
+def check_device(name: str) -> None:
+    """Raises `BadHook` if this machine has no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadHook(f"device={name!r} is not on this machine: {reason}") from error
 
 
-def picked(output: Any, place: ModuleLocation) -> Tensor:
-    """The tensor at a module's output, or one of several; `BadEdit` where there is none."""
-    item = place.item
-    models_own = (
-        item == "logits" and not place.path
-    )  # a model may give its logits by themselves, or first
-    found = None
+def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
+    """Returns the hook point at the logits that the model returns; adds it if no hook acts there.
+
+    Raises `Unsupported` if an edit changes the logits before a trace can read them.
+    """
+    for hook_point in hook_points:
+        for bound_hook in hook_point.actions:
+            is_edit = bound_hook.change is not None
+            if is_edit and bound_hook.head and bound_hook.site != Site("logits"):
+                raise Unsupported(
+                    f"{bound_hook.hook} acts at {bound_hook.site}, before the logits that a trace "
+                    "reads as the model's own: let it act at 'logits', or leave trace= out"
+                )
+    location = lm.place(Site("logits"))
+    for hook_point in hook_points:
+        if hook_point.place == location:
+            return hook_point
+    hook_point = HookPoint(lm.submodule(location.path), location, [], copies_output=False)
+    hook_points.append(hook_point)
+    return hook_point
+
+
+def reader(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
+    """Returns the forward of the module that reads a site, as a function of the whole site.
+
+    This also holds where each process of a split model has a part of the module's weights.
+    """
+    location = lm.place(site)
+    forward = lm.submodule(location.path).forward
+    ranks = lm.ranks
+    if ranks is None:
+        return forward
+    split = ranks.splits.get((location.path, location.side, location.item))
+    if split is None:
+        return forward
+
+    def forward_of_part(values: Tensor) -> Tensor:
+        return forward(ranks.part(values, replace(split, axis=values.ndim - 1)))
+
+    return forward_of_part
+
+
+def pick_output(output: Any, location: ModuleLocation) -> Tensor:
+    """Returns the tensor of a module's output, or one of several; `BadEdit` if it is no tensor."""
+    item = location.item
+    # a model may return its logits alone, or as the first item of a tuple
+    is_model_logits = item == "logits" and not location.path
+    tensor = None
     if isinstance(output, Tensor):
-        found = output if item == 0 or models_own else None
+        if item == 0 or is_model_logits:
+            tensor = output
     else:
-        key: Any = 0 if models_own and isinstance(output, tuple) else item
+        key: Any = item
+        if is_model_logits and isinstance(output, tuple):
+            key = 0
         with suppress(KeyError, IndexError, TypeError):
-            found = output[key]
-    if not isinstance(found, Tensor):
-        there = type(output).__name__ + (
-            f" of {len(output)}" if isinstance(output, tuple | list) else ""
-        )
-        raise BadEdit(
-            f"{place.path or 'the model'} gives a {there}, and item {item!r} of it is no tensor: "
-            "say which is meant, hk.module(path, item=…)"
-        )
-    return found
+            tensor = output[key]
+    if isinstance(tensor, Tensor):
+        return tensor
+    kind = type(output).__name__
+    if isinstance(output, tuple | list):
+        kind += f" of {len(output)}"
+    raise BadEdit(
+        f"{location.path or 'the model'} gives a {kind}, and item {item!r} of it is no tensor: "
+        "say which is meant, hk.module(path, item=…)"
+    )
 
 
-def repacked(output: Any, item: int | str, new: Tensor) -> Any:
-    """The same output with one tensor replaced, of the module's own kind: what reads it finds what it expects."""
+def replace_output(output: Any, item: int | str, new: Tensor) -> Any:
+    """Returns the same output with one tensor replaced; its type is the type of the output."""
     if isinstance(output, Tensor):
         return new
     if isinstance(output, tuple | list):
-        place = item if isinstance(item, int) else 0
-        items = [new if number == place else each for number, each in enumerate(output)]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    changed = copy.copy(output)  # a dict, or a ModelOutput, which is one and takes an index too
-    changed[item if item in output or not isinstance(item, int) else list(output)[item]] = new
+        items = list(output)
+        items[item if isinstance(item, int) else 0] = new
+        if hasattr(output, "_fields"):  # a named tuple
+            return type(output)(*items)
+        return type(output)(items)
+    changed = copy.copy(output)  # a dict, or a ModelOutput, which is a dict that has indices too
+    key = item
+    if isinstance(item, int) and item not in output:
+        key = list(output)[item]
+    changed[key] = new
     return changed
 
 
 def input_of(
     args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, where: str
 ) -> tuple[Tensor, int | str]:
-    """The tensor that a module was given, and under which index or keyword."""
-    if isinstance(item, str):
-        key: int | str = item
-    else:
-        named = next((name for name in ("hidden_states", "input", "x") if name in kwargs), None)
-        key = named if item == 0 and not args and named is not None else item
-    found = args[key] if isinstance(key, int) and len(args) > key else kwargs.get(key)  # pyright: ignore
-    if not isinstance(found, Tensor):
+    """Returns a tensor that a module was called with, and its index or keyword.
+
+    `where` names the module in the error message.
+    """
+    key = item
+    if item == 0 and not args:
+        for name in HIDDEN_STATES_KEYWORDS:
+            if name in kwargs:
+                key = name
+                break
+    tensor = kwargs.get(key) if isinstance(key, str) else None
+    if isinstance(key, int) and len(args) > key:
+        tensor = args[key]
+    if not isinstance(tensor, Tensor):
+        keywords = ", ".join(kwargs) or "none"
         raise BadEdit(
-            f"{where} was given {len(args)} positional values and the keywords {', '.join(kwargs) or 'none'}, and "
-            f"{item!r} is no tensor among them: say which is meant, hk.module(path, side='input', item=…)"
+            f"{where} was given {len(args)} positional values and the keywords {keywords}, and "
+            f"{item!r} is no tensor among them: say which is meant, "
+            "hk.module(path, side='input', item=…)"
         )
-    return found, key
+    return tensor, key

@@ -1,11 +1,12 @@
-"""The record of a generation: at each step what the model wanted, what became of it, and what was drawn.
+"""The record of a generation: at each step the model's logits, every change to them, and the draw.
 
     run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(top=5, watch=(" tea",)))
 
-Of every step three stages are read: `model`, the logits before any edit of logits (edits further inside have acted);
-`edited`, after them; `processed`, after transformers' decoding rules (temperature, top_p …) and the user's own logits
-processors. Of each stage only the top tokens, the watched, named and drawn ones are kept, with a few sums over the
-vocabulary: never the vocabulary times the steps.
+Each step has three stages: `model`, the logits before any edit of logits (edits further inside the
+model have acted); `edited`, after them; `processed`, after transformers' decoding rules
+(temperature, top_p …) and the user's own logits processors. Of each stage only the top tokens, the
+watched, named and drawn ones are stored, with a few sums over the vocabulary: never the vocabulary
+times the steps.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,9 +38,8 @@ class Trace:
 
     def __post_init__(self) -> None:
         meaning = "how many tokens of each stage to keep,"
-        object.__setattr__(
-            self, "top", whole_number(self.top, "top", least=1, meaning=meaning, error=BadHook)
-        )
+        top = whole_number(self.top, "top", least=1, meaning=meaning, error=BadHook)
+        object.__setattr__(self, "top", top)
         object.__setattr__(self, "watch", read_tokens(self.watch, "watch"))
 
     def _repr_html_(self) -> str:
@@ -48,7 +48,9 @@ class Trace:
 
 @checks_arguments
 def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
-    """Record every step of `generate(..., trace=trace())`: the `top` tokens of each stage and the watched ones.
+    """Returns what `generate(..., trace=trace())` records of every step.
+
+    `top` is the number of tokens of each stage; the tokens in `watch` are recorded too.
 
     >>> trace(watch=" coffee")
     Trace(top=5, watch=(' coffee',))
@@ -56,9 +58,12 @@ def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
     return Trace(top, read_tokens(watch, "watch"))
 
 
+# ---- the record
+
+
 @dataclass(eq=False, slots=True)
 class Stage:
-    """One stage of one step: of the kept tokens [row, token], and of the whole distribution [row]."""
+    """One stage of one step: numbers of the stored tokens, and of the whole distribution."""
 
     logits: Float[Tensor, "row token"]
     logprobs: Float[Tensor, "row token"]
@@ -67,34 +72,45 @@ class Stage:
     entropy: Float[Tensor, " row"]
     varentropy: Float[Tensor, " row"]
     margin: Float[Tensor, " row"]
-    candidates: Int[Tensor, " row"]  # tokens whose logit is not -inf
+    candidates: Int[Tensor, " row"]  # the number of tokens whose logit is not -inf
 
     def cpu(self) -> "Stage":
-        """The same in memory."""
+        """Returns the same stage in main memory."""
         return Stage(*(getattr(self, name).cpu() for name in Stage.__slots__))
 
 
 @dataclass(eq=False, slots=True)
 class Changed:
-    """What one hook changed in one step: in which rows, and the ranks of the kept tokens after it."""
+    """What one hook changed in one step: the rows, and the ranks of the stored tokens after it."""
 
     hook: Hook
     rows: Bool[Tensor, " row"]
     ranks: Int[Tensor, "row token"]
 
     def cpu(self) -> "Changed":
-        """The same in memory."""
+        """Returns the same change in main memory."""
         return Changed(self.hook, self.rows.cpu(), self.ranks.cpu())
 
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """All that is kept of one step, by model row."""
+    """All that is stored of one step, by model row."""
 
-    call: int
+    call: int  # the number of the forward
     ids: Int[Tensor, "row token"]
     stages: dict[str, Stage]
-    changes: list[Changed]  # by hooks on logits, in their order
+    changes: list[Changed]  # by the hooks on logits, in their order
+
+    def cpu(self) -> "Step":
+        """Returns the same step in main memory. Stages that are one object stay one."""
+        copies = {id(stage): stage.cpu() for stage in self.stages.values()}
+        stages = {name: copies[id(stage)] for name, stage in self.stages.items()}
+        return Step(self.call, self.ids.cpu(), stages, [change.cpu() for change in self.changes])
+
+    def decision(self, row: int, step: int, length: int, token: int, model_row: int) -> "Decision":
+        """Returns the choice of a token in a row whose prompt has this length."""
+        hooks = tuple(change.hook for change in self.changes if change.rows[model_row])
+        return Decision(row, step, length - 1 + step, token, model_row, self, hooks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +119,11 @@ class Decision:
 
     row: int
     step: int
-    pos: int  # where the logits stand that chose it
+    pos: int  # the position of the logits that chose the token
     token: int
     model_row: int
     record: Step
-    hooks: tuple[Hook, ...]  # that changed the logits here
+    hooks: tuple[Hook, ...]  # the hooks that changed the logits here
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,99 +138,143 @@ class Recorded:
     decisions: tuple[Decision, ...]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: the prompts themselves, in place of the function that reads them."""
+        """The state of a copy, which has the prompts and not the function that reads them."""
         prompts = [self.generation.prompt(row) for row in range(len(self.generation.lengths))]
         return {**self.__dict__, "generation": replace(self.generation, prompt=prompts.__getitem__)}
 
 
+# ---- recording
+
+
+@dataclass(eq=False)
+class _OpenStep:
+    """The logits [row, vocab] of the step that is being recorded. Owned by the `Tracer`."""
+
+    call: int = -1
+    model: Tensor | None = None
+    edited: Tensor | None = None
+    processed: Tensor | None = None
+    # by each hook that changed them: the rows in which it did, and the logits after it
+    changes: list[tuple[Hook, Tensor, Tensor]] = field(default_factory=list)
+
+    def stages(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Returns the different logits, and for each stage the name under which it is there."""
+        assert self.model is not None and self.edited is not None and self.processed is not None
+        different = {"model": self.model}
+        names = dict.fromkeys(STAGES, "model")  # a stage that changes nothing is the one before it
+        if self.edited is not self.model:
+            different["edited"] = self.edited
+            names["edited"] = names["processed"] = "edited"
+        if not torch.equal(self.edited, self.processed):
+            different["processed"] = self.processed
+            names["processed"] = "processed"
+        return different, names
+
+
 @dataclass(eq=False)
 class Tracer:
-    """Takes the record while `generate` runs. It is told of each stage, and of what was drawn."""
+    """Records the steps of a `generate`. The caller of one `generate` owns it.
+
+    `listener` is called after each step, with the chosen tokens and which rows are done.
+    """
 
     lm: LM
     asked: Trace
     hooks: Sequence[Hook]
-    listener: Callable[[Tensor, Tensor], None] | None = (
-        None  # is told, with each step, of the tokens and who is done
-    )
+    listener: Callable[[Tensor, Tensor], None] | None = None
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._watched = [self.lm.token(token) for token in self.asked.watch]
-        self._named = list(
-            dict.fromkeys(
-                i for h in self.hooks if isinstance(h, LogitEdit) for i in h.named(self.lm)
-            )
-        )
-        self._extra = list(dict.fromkeys([*self._watched, *self._named]))
+        named: list[int] = []
+        for hook in self.hooks:
+            if isinstance(hook, LogitEdit):
+                named += hook.named(self.lm)
+        self._named = list(dict.fromkeys(named))
+        self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self._generation: Generation | None = None
         self.recorded: Recorded | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._call = -1
-        self._found: dict[str, Tensor] = {}
-        self._changes: list[tuple[Hook, Tensor, Tensor]] = []
+        self._open_step = _OpenStep()
 
     def begin(self, generation: Generation) -> None:
-        """A call of `generate` starts."""
+        """Called at the start of a `generate`."""
         if generation.mode == "beam_sample":
             raise Unsupported(
-                "beam sampling draws among beams, and its draws leave no trace: leave trace= out, or do_sample"
+                "beam sampling draws among beams, and its draws leave no trace: leave trace= out, "
+                "or do_sample"
             )
         self.steps, self._generation, self.recorded = [], generation, None
-        self._keep = self.asked.top
+        self._top_count = self.asked.top
         if generation.beams > 1:  # the beams take their tokens from this many of the first
-            self._keep = max(self._keep, max(2, 1 + len(generation.eos)) * generation.beams)
-        self._beams = generation.beams
-        self._forget()
+            candidates = max(2, 1 + len(generation.eos)) * generation.beams
+            self._top_count = max(self._top_count, candidates)
+        self._open_step = _OpenStep()
 
     def before(self, call: int, logits: Tensor) -> None:
-        """A forward has given its logits [row, pos, vocab]."""
-        self._forget()
-        self._call, self._found["model"] = call, logits[:, -1].float()
+        """Called with the logits [row, pos, vocab] of a forward, before any edit."""
+        self._open_step = _OpenStep(call, logits[:, -1].float())
 
     def changed(self, hook: Hook, before: Tensor, after: Tensor) -> None:
-        """A hook has made one of the other."""
-        self._changes.append(
-            (hook, (before[:, -1] != after[:, -1]).any(dim=-1), after[:, -1].float())
-        )
+        """Called after each hook that has edited the logits."""
+        rows = (before[:, -1] != after[:, -1]).any(dim=-1)
+        self._open_step.changes.append((hook, rows, after[:, -1].float()))
 
     def after(self, logits: Tensor) -> None:
-        """All edits have acted on them."""
-        self._found["edited"] = logits[:, -1].float() if self._changes else self._found["model"]
+        """Called with the logits after all edits."""
+        step = self._open_step
+        step.edited = logits[:, -1].float() if step.changes else step.model
 
     def processed(self, scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-        """What the logits processors made of the logits, and what decoding goes on with."""
-        self._found["processed"] = scores.float()
+        """Called with the output of the logits processors; returns it."""
+        self._open_step.processed = scores.float()
         return scores
 
     def drawn(self, tokens: Int[Tensor, " row"], done: Bool[Tensor, " row"]) -> None:
-        """The step is over: these tokens were chosen (of beams, those that go on), and some rows are done with them."""
-        if "processed" not in self._found or "model" not in self._found:
+        """Called with the chosen tokens (of beams, those that go on) and which rows are done."""
+        if self._open_step.processed is None or self._open_step.model is None:
             return
-        step = self._step(None if self._beams > 1 else tokens)
-        self.steps.append(step)
-        self._forget()
+        self.steps.append(self._step(None if self.generation.beams > 1 else tokens))
+        self._open_step = _OpenStep()
         if self.listener is not None:
             self.listener(tokens, done)
 
     @property
     def generation(self) -> Generation:
-        """The call of `generate` that runs."""
+        """The current call of `generate`."""
         assert self._generation is not None
         return self._generation
 
     def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> Recorded:
-        """The record of the newest step alone, in which each of these rows chose a token."""
-        number = len(self.steps) - 1
-        decisions = [
-            _decision(self.steps[-1], row, number, lengths[row], token, row)
-            for row, token in tokens.items()
-        ]
-        return self._recorded(decisions)
+        """Returns the record of the newest step alone.
 
-    def _recorded(self, decisions: list[Decision]) -> Recorded:
+        `tokens` are the tokens that rows chose in it, `lengths` the lengths of their prompts.
+        """
+        number, step = len(self.steps) - 1, self.steps[-1]
+        decisions = [
+            step.decision(row, number, lengths[row], token, row) for row, token in tokens.items()
+        ]
+        return self._record_of(decisions)
+
+    def finish(
+        self,
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        sources: Callable[[int], Sequence[int]],
+    ) -> None:
+        """Called at the end, with the tokens of the final rows and the lengths of their prompts.
+
+        `sources` returns for a forward the model row in which each final row was.
+        """
+        steps = [step.cpu() for step in self.steps]
+        decisions = []
+        for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
+            for number, token in enumerate(tokens[length:]):
+                step = steps[number]
+                model_row = sources(step.call)[row]
+                decisions.append(step.decision(row, number, length, token, model_row))
+        self.recorded = self._record_of(decisions)
+
+    def _record_of(self, decisions: list[Decision]) -> Recorded:
         return Recorded(
             self.lm,
             self.asked,
@@ -224,97 +284,65 @@ class Tracer:
             tuple(decisions),
         )
 
-    def _step(self, drawn: Int[Tensor, " row"] | None) -> Step:
-        real = self.lm.n_tokens or None
-        found, seen = self._found, {"model": self._found["model"]}
-        of = dict.fromkeys(STAGES, "model")  # a stage that changes nothing is the one before it
-        if found["edited"] is not found["model"]:
-            seen["edited"], of["edited"], of["processed"] = found["edited"], "edited", "edited"
-        if not torch.equal(found["edited"], found["processed"]):
-            seen["processed"], of["processed"] = found["processed"], "processed"
-        keep = min(self._keep, found["model"][:, :real].shape[1])
-        tops = {name: values[:, :real].topk(keep, dim=-1) for name, values in seen.items()}
-        ids = [top.indices for top in tops.values()]
-        ids += (
-            [torch.tensor(self._extra, device=ids[0].device).expand(len(ids[0]), -1)]
-            if self._extra
-            else []
-        )
-        ids += [drawn[:, None].to(ids[0].device)] if drawn is not None else []
-        kept = torch.cat(ids, dim=1)
-        stages = {
-            name: _stage(values, kept, tops[name], self.asked.top, real)
-            for name, values in seen.items()
+    def _step(self, tokens: Int[Tensor, " row"] | None) -> Step:
+        """The step that is open; `tokens` are the chosen ones, where each row chose one."""
+        logits_by_stage, names = self._open_step.stages()
+        real = self.lm.n_tokens or None  # the vocabulary without padding
+        count = min(self._top_count, logits_by_stage["model"][:, :real].shape[1])
+        tops = {
+            name: logits[:, :real].topk(count, dim=-1) for name, logits in logits_by_stage.items()
         }
-        changes = [
-            Changed(hook, rows, _ranks(after[:, :real], after.gather(1, kept)))
-            for hook, rows, after in self._changes
-        ]
-        return Step(self._call, kept, {name: stages[of[name]] for name in STAGES}, changes)
-
-    def finish(
-        self,
-        rows: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        sources: Callable[[int], Sequence[int]],
-    ) -> None:
-        """Put the record in the order of the final rows, of which the tokens, and how many are prompt, are given.
-
-        `sources` says for a forward which model row each final row was in.
-        """
-        steps = [
-            Step(s.call, s.ids.cpu(), _on_cpu(s.stages), [c.cpu() for c in s.changes])
-            for s in self.steps
-        ]
-        decisions = []
-        for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
-            for step, token in enumerate(tokens[length:]):
-                model_row = sources(steps[step].call)[row]
-                decisions.append(_decision(steps[step], row, step, length, token, model_row))
-        self.recorded = self._recorded(decisions)
-
-
-def _decision(
-    record: Step, row: int, step: int, length: int, token: int, model_row: int
-) -> Decision:
-    hooks = tuple(changed.hook for changed in record.changes if changed.rows[model_row])
-    return Decision(row, step, length - 1 + step, token, model_row, record, hooks)
-
-
-def _on_cpu(stages: dict[str, Stage]) -> dict[str, Stage]:
-    moved = {id(stage): stage.cpu() for stage in stages.values()}
-    return {name: moved[id(stage)] for name, stage in stages.items()}
+        parts = [top.indices for top in tops.values()]
+        device, row_count = parts[0].device, len(parts[0])
+        if self._always_stored:
+            parts.append(torch.tensor(self._always_stored, device=device).expand(row_count, -1))
+        if tokens is not None:
+            parts.append(tokens[:, None].to(device))
+        ids = torch.cat(parts, dim=1)
+        stages = {
+            name: _stage(logits, ids, tops[name], self.asked.top, real)
+            for name, logits in logits_by_stage.items()
+        }
+        changes = []
+        for hook, rows, after in self._open_step.changes:
+            ranks = _ranks(after[:, :real], after.gather(1, ids))
+            changes.append(Changed(hook, rows, ranks))
+        named_stages = {name: stages[names[name]] for name in STAGES}
+        return Step(self._open_step.call, ids, named_stages, changes)
 
 
 def _ranks(
-    inside: Float[Tensor, "row vocab"], mine: Float[Tensor, "row token"]
+    vocabulary: Float[Tensor, "row vocab"], logits: Float[Tensor, "row token"]
 ) -> Int[Tensor, "row token"]:
-    return torch.stack([rank_among(inside, mine[:, n]) for n in range(mine.shape[1])], dim=1)
+    columns = range(logits.shape[1])
+    return torch.stack([rank_among(vocabulary, logits[:, column]) for column in columns], dim=1)
 
 
 def _stage(
-    values: Float[Tensor, "row vocab"],
+    logits: Float[Tensor, "row vocab"],
     ids: Int[Tensor, "row token"],
     top: Any,
-    shown: int,
+    stored_top: int,
     real: int | None,
 ) -> Stage:
-    logprobs = values.log_softmax(dim=-1)
+    logprobs = logits.log_softmax(dim=-1)
     probs = logprobs.exp()
     entropy = torch.special.entr(probs).sum(dim=-1)
-    surprise = (
-        logprobs.clamp(min=-1e4) + entropy[:, None]
-    )  # where the probability is 0 its logarithm does not matter
-    inside = values[:, :real]
-    mine = values.gather(1, ids)
-    second = top.values[:, 1] if top.values.shape[1] > 1 else inside.topk(2, dim=-1).values[:, 1]
+    # the logarithm of a probability of 0 does not matter, but must not be -inf
+    surprise = logprobs.clamp(min=-1e4) + entropy[:, None]
+    real_logits = logits[:, :real]
+    token_logits = logits.gather(1, ids)
+    if top.values.shape[1] > 1:
+        second = top.values[:, 1]
+    else:
+        second = real_logits.topk(2, dim=-1).values[:, 1]
     return Stage(
-        logits=mine,
+        logits=token_logits,
         logprobs=logprobs.gather(1, ids),
-        ranks=_ranks(inside, mine),
-        top=top.indices[:, :shown],
+        ranks=_ranks(real_logits, token_logits),
+        top=top.indices[:, :stored_top],
         entropy=entropy,
         varentropy=(probs * surprise.square()).sum(dim=-1),
         margin=top.values[:, 0] - second,
-        candidates=torch.isfinite(inside).sum(dim=-1),
+        candidates=torch.isfinite(real_logits).sum(dim=-1),
     )

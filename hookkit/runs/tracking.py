@@ -1,8 +1,13 @@
-"""Following the model: from each forward's arguments to the text and the columns that it works on."""
+"""PositionTracker: from each forward's arguments to the text and the columns that it works on.
+
+A forward says only its ids or embeddings, a mask and a cache. The tracker finds out from them
+which text the forward belongs to (a new one, or one that goes on from a cache), and which columns
+of the text it reads.
+"""
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,154 +23,161 @@ from .generation import Generation
 from .kv_cache import Caches, cache_in, cache_of, columns_in
 
 
+@dataclass(eq=False, slots=True)
+class _ForwardArguments:
+    """What the arguments of one forward say: `past` columns in a cache, then `width` new ones."""
+
+    ids: Any
+    mask: Any
+    cache: Any
+    past: int
+    rows: int
+    width: int
+
+
 @dataclass(eq=False)
 class PositionTracker:
-    """Knows which text is flowing through the model, from the arguments of one forward after the other."""
+    """Finds the text of each forward of a block. Owned by the block's `DispatchState`."""
 
-    find: Callable[[Sequence[int], At], tuple[int, ...]]
+    find: Callable[[Sequence[int], At], tuple[int, ...]]  # the positions of a phrase in ids
     takes_logits_to_keep: bool
     two_texts: bool = False  # an encoder-decoder, in which a position may be of either text
-    text: SequenceBatch | None = None  # the one that is running, or ran last
+    text: SequenceBatch | None = None  # the text of the last forward
     forwards: int = 0
     generation: Generation | None = None  # while `generate` runs
-    histories: dict[int, Tensor | None] = field(
-        default_factory=dict
-    )  # for beams: each forward's tokens so far, by row
-    expected: SequenceBatch | None = None  # a text whose layout is known before its forward
+    # for beams: the tokens of each model row before each forward
+    histories: dict[int, Tensor | None] = field(default_factory=dict)
+    expected: SequenceBatch | None = None  # a text whose columns are known before its forward
     caches: Caches = field(default_factory=Caches)
 
-    def call(self, given: Mapping[str, Any]) -> tuple[ForwardPass, bool]:
-        """The forward that these arguments start, and whether it begins a new text."""
+    def begin_forward(self, arguments: Mapping[str, Any]) -> tuple[ForwardPass, bool]:
+        """Returns the forward that begins with these arguments; True if it begins a new text."""
         if self.two_texts:
-            given = {
-                "input_ids": next(
-                    (each for each in given.values() if isinstance(each, Tensor)), None
-                )
-            }
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        tensor = ids if ids is not None else embeds
-        if not isinstance(tensor, Tensor):
-            tensor = next((value for value in given.values() if isinstance(value, Tensor)), None)
-        if tensor is None or tensor.ndim == 0:
-            raise Unsupported(
-                "a forward was given no tensor, so its rows and positions cannot be told"
-            )
-        rows, width = tensor.shape[0], tensor.shape[1] if tensor.ndim > 1 else 1
-        cache = None if self.two_texts else cache_in(given)
-        known = self.caches.text_of(cache)
-        past = columns_in(cache, known)
-        text = self._text(given, cache, ids, past, rows, width)
-        begins, self.text = not text.begun, text
-        if begins:
+            arguments = {"input_ids": _first_tensor(arguments.values())}
+        rows, width = _rows_and_width(arguments)
+        cache = None if self.two_texts else cache_in(arguments)
+        past = columns_in(cache, self.caches.text_of(cache))
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        text = self._text_of(_ForwardArguments(ids, mask, cache, past, rows, width))
+        is_new_text = not text.begun
+        self.text = text
+        if is_new_text:
             text.begun, text.start, text.seen = True, past, past
         if cache is not None:
             self.caches.note(cache, text, past)
-        head = self._head(given.get("logits_to_keep", 0), width)
+        head = self._head(arguments.get("logits_to_keep", 0), width)
         if text.head is None and head:
             text.head = past + head.start
-        call = ForwardPass(
+        forward_pass = ForwardPass(
             text, self.forwards, past, rows, width, head, text.seen, placed=not self.two_texts
         )
         text.seen = max(text.seen, past + width)
         self.forwards += 1
-        return call, begins
+        return forward_pass, is_new_text
 
-    def gave(self, call: ForwardPass, output: Any) -> None:
-        """A forward is over: from the cache that it gives, a later one may go on."""
-        cache = None if self.two_texts or not call.text.begun else cache_of(output)
+    def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
+        """Notes the cache that a forward returned, from which a later one may go on."""
+        if self.two_texts or not forward_pass.text.begun:
+            return
+        cache = cache_of(output)
         if cache is not None:
-            self.caches.note(cache, call.text, call.past + call.width)
+            self.caches.note(cache, forward_pass.text, forward_pass.past + forward_pass.width)
 
     def expect(self, batch: Batch) -> None:
-        """The next forward reads these prompts and nothing goes on from it."""
-        pads = [
-            batch.ids.shape[1] - length if batch.side == "left" else 0 for length in batch.lengths
-        ]
+        """Tells that the next forward reads these prompts, and that no forward goes on from it."""
+        pads = [0] * len(batch.lengths)
+        if batch.side == "left":
+            pads = [batch.ids.shape[1] - length for length in batch.lengths]
         columns = contiguous(batch.lengths, pads, open_end=False)
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )
 
-    def remember(self, call: ForwardPass, tokens: Tensor | None) -> None:
-        """Keep what the beams have read before this forward; None while they all read the prompt."""
+    def remember_beams(self, forward_pass: ForwardPass, tokens: Tensor | None) -> None:
+        """Stores the tokens of each beam before this forward; None while it reads the prompt."""
         assert self.generation is not None
-        reads_prompt = call.past + call.width <= self.generation.width
-        self.histories[call.number] = None if reads_prompt else tokens
+        reads_prompt = forward_pass.past + forward_pass.width <= self.generation.width
+        self.histories[forward_pass.number] = None if reads_prompt else tokens
 
-    def _head(self, keep: Any, width: int) -> range:
+    def _head(self, logits_to_keep: Any, width: int) -> range:
+        """The columns of a forward for which logits are computed."""
         if not self.takes_logits_to_keep:
             return range(width)
-        if isinstance(keep, int):
-            return range(max(0, width - keep) if keep else 0, width)
-        places = [int(place) % width for place in torch.as_tensor(keep).flatten()]
-        if torch.as_tensor(keep).ndim != 1 or places != list(
-            range(places[0], places[0] + len(places))
-        ):
+        if isinstance(logits_to_keep, int):
+            first = max(0, width - logits_to_keep) if logits_to_keep else 0
+            return range(first, width)
+        indices = torch.as_tensor(logits_to_keep)
+        columns = [int(index) % width for index in indices.flatten()]
+        if indices.ndim != 1 or columns != list(range(columns[0], columns[0] + len(columns))):
             raise Unsupported(
-                "logits_to_keep chooses scattered positions: give a number of last positions, or a run of them"
+                "logits_to_keep chooses scattered positions: give a number of last positions, or a "
+                "run of them"
             )
-        return range(places[0], places[-1] + 1)
+        return range(columns[0], columns[-1] + 1)
 
-    def _text(
-        self, given: Mapping[str, Any], cache: Any, ids: Any, past: int, rows: int, width: int
-    ) -> SequenceBatch:
+    # ---- the text of a forward
+
+    def _text_of(self, call: _ForwardArguments) -> SequenceBatch:
         if self.generation is not None:
             text = self.text
             assert text is not None
-            text.expand = rows // len(text.lengths)
-            if past and not text.begun:
-                self._goes_on(text, self._source(cache, past), rows)
+            text.expand = call.rows // len(text.lengths)
+            if call.past and not text.begun:
+                self._note_source(text, self._source_of(call), call.rows)
             return text
         if self.expected is not None:
             text, self.expected = self.expected, None
             return text
-        mask = given.get("attention_mask")
-        if not past:
-            return self._plain(mask, ids, past, rows, width)
-        source, itself = self._source(cache, past), self.caches.text_of(cache) is not None
-        if source is not None and not source.generating and rows == len(source.lengths):
-            if itself and not self.caches.unchanged(cache, source, past):
-                raise Unsupported(
-                    "the cache has other rows than the last forward left in it (reordered, or replaced), so whose "
-                    "positions these are cannot be told: run each text in a block of its own, or call generate"
-                )
-            if itself and source.seen == past:
-                return self._continued(source)
-            if all(
-                source.columns[row][length - 1] < past for row, length in enumerate(source.lengths)
-            ):
-                return self._branch(
-                    self._continued(source)
-                )  # it goes on from the same prompt a second time
-        text = self._plain(mask, ids, past, rows, width)
-        self._goes_on(text, source, rows)
+        if not call.past:
+            return self._new_text(call)
+        source = self._source_of(call)
+        if source is not None and not source.generating and call.rows == len(source.lengths):
+            text = self._continued_text(call, source)
+            if text is not None:
+                return text
+        text = self._new_text(call)
+        self._note_source(text, source, call.rows)
         return text
 
-    def _source(self, cache: Any, past: int) -> SequenceBatch | None:
-        """The text of the block that has filled a cache, or the original of it; None where it came from outside."""
-        known = self.caches.text_of(cache)
-        if known is not None:
-            return known[0] if past <= known[0].seen else None
-        if self.caches.could_be_copy(cache, past):
-            raise Unsupported(
-                f"this forward goes on from a {type(cache).__name__} that no forward of the block has left as it is, "
-                "and hookkit cannot tell whether it is a copy: go on from the cache that the forward gave, or run the "
-                "whole text"
-            )
-        return self.caches.copied_from(cache, past)
+    def _source_of(self, call: _ForwardArguments) -> SequenceBatch | None:
+        """The text that has filled a cache, or of whose cache it is a copy.
 
-    def _goes_on(self, text: SequenceBatch, source: SequenceBatch | None, rows: int) -> None:
-        """Note which text's cache a text begins with, where its rows are those of that text."""
-        if source is None or source.expand > 1 or source.beams > 1 or text.expand > 1:
-            return
-        if len(source.lengths) in (1, rows):
-            text.before, text.before_rows = (
-                source,
-                range(rows) if len(source.lengths) == rows else [0] * rows,
+        None if no forward of the block has filled it.
+        """
+        known = self.caches.text_of(call.cache)
+        if known is not None:
+            text, _ = known
+            return text if call.past <= text.seen else None
+        if self.caches.could_be_copy(call.cache, call.past):
+            raise Unsupported(
+                f"this forward goes on from a {type(call.cache).__name__} that no forward of the "
+                "block has left as it is, and hookkit cannot tell whether it is a copy: go on from "
+                "the cache that the forward gave, or run the whole text"
             )
+        return self.caches.copied_from(call.cache, call.past)
+
+    def _continued_text(
+        self, call: _ForwardArguments, source: SequenceBatch
+    ) -> SequenceBatch | None:
+        """The text of a forward in a decoding loop; None if its cache ends inside the prompts."""
+        if self.caches.text_of(call.cache) is not None:
+            if not self.caches.unchanged(call.cache, source, call.past):
+                raise Unsupported(
+                    "the cache has other rows than the last forward left in it (reordered, or "
+                    "replaced), so whose positions these are cannot be told: run each text in a "
+                    "block of its own, or call generate"
+                )
+            if source.seen == call.past:
+                _check_open_ends(source)
+                return source
+        for row, length in enumerate(source.lengths):
+            if source.columns[row][length - 1] >= call.past:
+                return None
+        _check_open_ends(source)
+        return self._branch(source)
 
     def _branch(self, source: SequenceBatch) -> SequenceBatch:
-        """The same prompts once more, from a cache that has less than was read, or a copy."""
+        """The same prompts once more, from a cache that was cut off, or copied."""
         rows = range(len(source.lengths))
         return SequenceBatch(
             source.columns,
@@ -176,54 +188,90 @@ class PositionTracker:
             before_rows=rows,
         )
 
-    def _continued(self, text: SequenceBatch) -> SequenceBatch:
-        """A decoding loop of the user's own goes on where the last forward ended."""
-        if not text.generating and any(
-            not isinstance(row, range) or row.stop != OPEN for row in text.columns
-        ):
-            raise Unsupported(
-                "this forward goes on after rows that end in padding: pad on the left to decode a batch"
-            )
-        return text
+    def _note_source(self, text: SequenceBatch, source: SequenceBatch | None, rows: int) -> None:
+        """Notes with which text's cache a text begins, if its rows are the rows of that text."""
+        if source is None or source.expand > 1 or source.beams > 1 or text.expand > 1:
+            return
+        if len(source.lengths) == rows:
+            text.before, text.before_rows = source, range(rows)
+        elif len(source.lengths) == 1:
+            text.before, text.before_rows = source, [0] * rows
 
-    def _plain(self, mask: Any, ids: Any, past: int, rows: int, width: int) -> SequenceBatch:
-        end = past + width
+    def _new_text(self, call: _ForwardArguments) -> SequenceBatch:
+        """A text whose rows are laid out by the mask of its first forward."""
+        rows, past, ids, mask = call.rows, call.past, call.ids, call.mask
+        end = past + call.width
         if mask is None:
-            columns, lengths = contiguous([end] * rows, [0] * rows, open_end=True), [end] * rows
+            lengths = [end] * rows
+            columns = contiguous(lengths, [0] * rows, open_end=True)
         elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (rows, end):
             columns, lengths = masked(mask.bool(), generating=False)
         else:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise Unsupported(
-                f"attention_mask is {shape}: positions are counted from a mask of shape [{rows}, {end}]"
+                f"attention_mask is {shape}: positions are counted from a mask of shape "
+                f"[{rows}, {end}]"
             )
 
         def prompt(row: int) -> tuple[int, ...]:
-            chosen = columns[row][: lengths[row]]
+            """The ids of a row; -1 where they are not known."""
+            length = lengths[row]
             if ids is None:
-                return (-1,) * lengths[row]
-            read = [column - past for column in chosen if column >= past]
-            return (*(-1,) * (lengths[row] - len(read)), *ids[row, read].tolist())
+                return (-1,) * length
+            new = [column - past for column in columns[row][:length] if column >= past]
+            return (*(-1,) * (length - len(new)), *ids[row, new].tolist())
 
         return SequenceBatch(columns, lengths, prompt, self.find)
 
 
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _rows_and_width(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """The number of rows and of columns that a forward is called with."""
+    tensor = arguments.get("input_ids")
+    if tensor is None:
+        tensor = arguments.get("inputs_embeds")
+    if not isinstance(tensor, Tensor):
+        tensor = _first_tensor(arguments.values())
+    if tensor is None or tensor.ndim == 0:
+        raise Unsupported("a forward was given no tensor, so its rows and positions cannot be told")
+    return tensor.shape[0], tensor.shape[1] if tensor.ndim > 1 else 1
+
+
+def _check_open_ends(text: SequenceBatch) -> None:
+    """Raises `Unsupported` if a row of a text ends in padding, so that no forward can go on."""
+    if text.generating:
+        return
+    for columns in text.columns:
+        if not isinstance(columns, range) or columns.stop != OPEN:
+            raise Unsupported(
+                "this forward goes on after rows that end in padding: pad on the left to decode a "
+                "batch"
+            )
+
+
 def plain_ending(text: SequenceBatch) -> SequenceEnd:
-    """How a text ended that no `generate` made."""
+    """Returns the ending of a text that no `generate` has made."""
     return SequenceEnd(range(len(text.lengths) * text.expand))
 
 
-def named(
+def arguments_by_name(
     module: nn.Module, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the model, or one that wraps it, was given, by the names of its arguments."""
-    return {**dict(zip(_arguments(type(module), type(root)), args, strict=False)), **kwargs}
+    """Returns the arguments of the model, or of a wrapper of it, by their names."""
+    names = _parameter_names(type(module), type(root))
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _arguments(kind: type[nn.Module], root: type[nn.Module]) -> tuple[str, ...]:
-    """The names of a module's positional arguments; those of the model for a wrapper that passes all on."""
+def _parameter_names(kind: type[nn.Module], root: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a module's parameters; those of the model for a wrapper that passes all on."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     if kind is not root and parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
-        return _arguments(root, root)
+        return _parameter_names(root, root)
     return tuple(parameter.name for parameter in parameters)

@@ -1,13 +1,15 @@
-"""A function in a thread of its own that takes turns with the one that reads what it gives: only one of them runs.
+"""Turns: runs a function in a thread of its own and yields the values that it gives.
 
-It is a generator for functions that cannot yield, since what gives the values is called deep inside of them. The thread
-has what torch keeps for each thread as it was where the reading began: autocast, modes, devices.
+It is a generator for functions that cannot yield, because their values are given by code that they
+call. The thread and the reader take turns: only one of them runs. The thread has torch's state of
+the thread in which the reading began: autocast, modes, devices.
 """
 
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,16 +21,18 @@ from ..models.scopes import adopt
 
 Value = TypeVar("Value")
 
-
-START = 0.5  # seconds within which a thread begins, or was never started: Ctrl-C came before
+START_TIMEOUT = 0.5  # seconds within which a thread starts, unless Ctrl-C came before its start
 
 
 class Closed(BaseException):
-    """Nobody reads any more. Raised where the function gives its next value."""
+    """Raised in the function where it gives a value that nobody reads any more."""
 
 
 class Turns(Generic[Value]):
-    """What a function gives, value by value. `close` ends the function at its next value, and waits for it."""
+    """Iterates over the values of a function.
+
+    `close` ends the function at its next value, and waits until it has ended.
+    """
 
     def __init__(self, function: Callable[[], object], *, name: str) -> None:
         self._function = function
@@ -39,11 +43,11 @@ class Turns(Generic[Value]):
         self._begun, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._context: contextvars.Context | None = None
-        self._torch: list[Callable[[], AbstractContextManager[Any]]] = []
+        self._torch_state: list[Callable[[], AbstractContextManager[Any]]] = []
 
     def __iter__(self) -> Iterator[Value]:
         adopt()
-        self._context, self._torch = contextvars.copy_context(), state_of_torch()
+        self._context, self._torch_state = contextvars.copy_context(), state_of_torch()
         self._starting = True
         self._thread.start()
         while True:
@@ -57,7 +61,7 @@ class Turns(Generic[Value]):
             raise error
 
     def give(self, value: Value) -> None:
-        """Hand a value over and wait until the next one is asked for. Called by the function."""
+        """Called by the function: gives a value to the reader and waits until it wants the next."""
         if self._closed:
             raise Closed
         self._value.append(value)
@@ -67,29 +71,33 @@ class Turns(Generic[Value]):
             raise Closed
 
     def close(self) -> None:
-        """End the function, if it has not ended, and wait until it has cleaned up behind itself."""
-        raised: BaseException | None = None
+        """Ends the function, if it has not ended, and waits until it has cleaned up."""
+        first_error: BaseException | None = None
         while True:
             try:
                 self._closed = True
                 self._writer.release()
                 self._wait()
                 break
-            except BaseException as error:  # noqa: BLE001  Ctrl-C waits until the model is as it was
-                raised = error if raised is None else raised
-        if raised is not None:
-            raise raised
+            except BaseException as error:  # noqa: BLE001  Ctrl-C waits until the model is restored
+                if first_error is None:
+                    first_error = error
+        if first_error is not None:
+            raise first_error
 
     def _wait(self) -> None:
-        if not self._begun.wait(START if self._starting else 0):
-            return  # should it begin after all, it finds that all is over, and touches nothing
+        if not self._begun.wait(START_TIMEOUT if self._starting else 0):
+            return  # if the thread starts after all, it sees that it is closed and changes nothing
         while not self._ended.wait(1.0):
             if locked_here():
-                return  # closed by the garbage collector in the midst of what the function needs: it ends by itself
+                # the garbage collector closes it while this thread holds a lock that the function
+                # needs: the function ends by itself
+                return
         while self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
     def _work(self) -> None:
+        """What the thread runs."""
         try:
             self._begun.set()
             if not self._closed:
@@ -106,43 +114,41 @@ class Turns(Generic[Value]):
 
     def _run(self) -> None:
         with ExitStack() as stack:
-            for state in self._torch:
-                stack.enter_context(state())
+            for make_context in self._torch_state:
+                stack.enter_context(make_context())
             self._function()
 
 
 def state_of_torch() -> list[Callable[[], AbstractContextManager[Any]]]:
-    """What makes torch in another thread work as it does in this one: autocast, modes, gradients, device and stream."""
-    states: list[Callable[[], AbstractContextManager[Any]]] = []
-    states += [
-        lambda mode=mode: _entered(TorchDispatchMode, mode)
-        for mode in _get_current_dispatch_mode_stack()
-    ]
-    states += [
-        lambda mode=mode: _entered(TorchFunctionMode, mode)
-        for mode in _get_current_function_mode_stack()
-    ]
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    states.append(lambda: torch.inference_mode(inference))
-    states.append(lambda: torch.set_grad_enabled(grad))
-    cached = torch.is_autocast_cache_enabled()
+    """Returns functions that make context managers; in them torch works as in this thread.
+
+    They restore autocast, modes, gradients, device and stream.
+    """
+    contexts: list[Callable[[], AbstractContextManager[Any]]] = []
+    for mode in _get_current_dispatch_mode_stack():
+        contexts.append(partial(_entered, TorchDispatchMode, mode))
+    for mode in _get_current_function_mode_stack():
+        contexts.append(partial(_entered, TorchFunctionMode, mode))
+    contexts.append(partial(torch.inference_mode, torch.is_inference_mode_enabled()))
+    contexts.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     for device in _devices():
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        states.append(
-            lambda d=device, e=enabled, t=dtype: torch.autocast(
-                d, dtype=t, enabled=e, cache_enabled=cached
-            )
+        autocast = partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=torch.is_autocast_cache_enabled(),
         )
+        contexts.append(autocast)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        number, stream = torch.cuda.current_device(), torch.cuda.current_stream()
-        states.append(lambda: torch.cuda.device(number))
-        states.append(lambda: torch.cuda.stream(stream))
-    return states
+        contexts.append(partial(torch.cuda.device, torch.cuda.current_device()))
+        contexts.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
+    return contexts
 
 
 @contextmanager
 def _entered(kind: Any, mode: Any) -> Iterator[None]:
-    """A block in which a mode acts. What its own class does when a user enters it is left out."""
+    """A context in which a mode acts, without what its own class does when it is entered."""
     kind.__enter__(mode)
     try:
         yield
@@ -151,8 +157,10 @@ def _entered(kind: Any, mode: Any) -> Iterator[None]:
 
 
 def _devices() -> list[str]:
-    """The kinds of device on which there may be autocast."""
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    """The types of device on which autocast may be on."""
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            devices.append(accelerator.type)
+    return devices

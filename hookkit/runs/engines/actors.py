@@ -1,12 +1,14 @@
-"""The crew: actors that hold the model each, and steps whose units they compute.
+"""Crew: Ray actors that hold the model each, and compute the units of steps.
 
-Ray places the actors, sends them the model and the units, and says which have died. What is left to say here is an
-order: results are taken in the order of the steps, as in one process, so that what is written is the same, byte for
-byte. Ray Data has no source that reads a Python iterator as it goes (it takes in a whole one, or has tasks read
-files), and a harvest's texts are read once, here, no further ahead than is computed; nor does it know bfloat16.
+Ray places the actors, sends them the model and the units, and says which have died. This file adds
+an order: results are taken in the order of the steps, as in one process, so that all that is
+written is the same, byte for byte. Ray Data cannot be used here: it has no source that reads a
+Python iterator as it goes (it takes in a whole iterator, or has tasks that read files), while a
+harvest's texts are read once, here, and no further ahead than is computed; nor does it know
+bfloat16.
 
-Units are in flight, or wait for an earlier one, up to `AHEAD` for each actor. A unit whose actor died is computed by
-another one, from the beginning: it gives the same. Its results are taken once, whoever computed it.
+Up to `AHEAD` units for each actor are in flight, or wait for an earlier one. If an actor dies,
+another one computes its unit from the beginning, with the same result. Each result is taken once.
 """
 
 import pickle
@@ -35,12 +37,12 @@ from .transport import (
 from .work import Step, Steps, Work, computed_here
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
-LOOK = 10  # seconds between looks at whether there is still a node to wait for
-LOSSES = 5  # so often an actor may die at a unit, or actors in a row before they were ready
+CHECK_INTERVAL = 10  # seconds between checks whether a node with room is left
+LOSSES = 5  # how often actors may die at one unit, or in a row before they were ready
 
 
 def computed(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
-    """Take all steps in their order, their units computed by an engine, or here where there is none."""
+    """Runs all steps in their order. Units are computed by the engine, or here if it is None."""
     if engine is None:
         computed_here(work, steps)
         return
@@ -48,109 +50,115 @@ def computed(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
         crew.run(steps)
 
 
-@dataclass(frozen=True, eq=False)
-class Failure:
-    """An error of the user's, as it can be sent: the error, or what it is made of."""
-
-    error: bytes
-    words: str
-
-    def raised(self, unit: Any) -> BaseException:
-        error: BaseException = pickle.loads(self.error)
-        error.add_note(f"in {unit}, on an actor of Ray")
-        error.add_note(self.words)
-        return error
+# ---- in the process of an actor
 
 
 class Actor:
     """The model in a process of Ray's, and the work that it does there."""
 
-    def __init__(self, threads: int, precision: str, places: list[str]) -> None:
-        sys.path += [
-            place for place in places if place not in sys.path
-        ]  # of the modules of the user's functions
+    def __init__(self, threads: int, precision: str, paths: list[str]) -> None:
+        # the modules of the user's functions are imported from these paths
+        sys.path += [path for path in paths if path not in sys.path]
         self.threads, self.precision = threads, precision
         self.work: Any = None
 
-    def ready(self, model: Packed, work: Packed) -> Failure | None:
-        """Take in the model and the work."""
+    def ready(self, model: Packed, work: Packed) -> "Failure | None":
+        """Unpacks the model and the work."""
         try:
             self.work = unpacked_work(work, unpacked_model(model))
-            torch.set_num_threads(
-                self.threads
-            )  # behind the imports of the user's modules, which may say otherwise
+            # after the imports of the user's modules, which may set other values
+            torch.set_num_threads(self.threads)
             torch.set_float32_matmul_precision(self.precision)
-        except Exception as error:  # noqa: BLE001  it is raised where the user is
+        except Exception as error:  # noqa: BLE001  it is raised in the user's process
             return _failure(error)
         return None
 
-    def compute(self, unit: Any) -> Packed | Failure:
-        """What comes of a unit, or how it failed."""
+    def compute(self, unit: Any) -> "Packed | Failure":
+        """Returns the result of a unit, or its error."""
         try:
             return packed_result(self.work.compute(unit))
-        except Exception as error:  # noqa: BLE001  it is raised where the user is
+        except Exception as error:  # noqa: BLE001  it is raised in the user's process
             return _failure(error)
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """An error in a form that can be sent: pickled, with its traceback as text."""
+
+    error: bytes
+    traceback: str
+
+    def to_error(self, unit: Any) -> BaseException:
+        """Returns the error, with the unit and the traceback as notes."""
+        error: BaseException = pickle.loads(self.error)
+        error.add_note(f"in {unit}, on an actor of Ray")
+        error.add_note(self.traceback)
+        return error
 
 
 def _failure(error: Exception) -> Failure:
     from ray.cloudpickle import dumps  # pyright: ignore[reportAttributeAccessIssue]
 
-    words = "".join(traceback.format_exception(error)).rstrip()
+    text = "".join(traceback.format_exception(error)).rstrip()
     kind, state = type(error), dict(vars(error))
-    for made in (
-        lambda: error,
-        lambda: _Remade(kind, error.args, state),
-        lambda: _Remade(kind, (str(error),), {}),
-    ):
+    forms = (
+        error,
+        _ErrorParts(kind, error.args, state),
+        _ErrorParts(kind, (str(error),), {}),
+    )
+    for form in forms:
         try:
-            found = dumps(made())
-            pickle.loads(found)
-        except Exception:  # noqa: BLE001  what an error holds may be anything
+            data = dumps(form)
+            pickle.loads(data)
+        except Exception:  # noqa: BLE001  an error may hold any value
             continue
-        return Failure(found, words)
-    return Failure(dumps(RuntimeError(f"{kind.__name__}: {error}")), words)
+        return Failure(data, text)
+    return Failure(dumps(RuntimeError(f"{kind.__name__}: {error}")), text)
 
 
-class _Remade:
-    """Stands for an error that cannot be made by calling its class with its arguments."""
+class _ErrorParts:
+    """Is unpickled as an error that cannot be made by calling its class with its arguments."""
 
     def __init__(self, kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> None:
         self.parts = kind, args, state
 
     def __reduce__(self) -> Any:
-        return _remade, self.parts
+        return _make_error, self.parts
 
 
-def _remade(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+def _make_error(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
     error = kind.__new__(kind, *args)
     error.args = args
     vars(error).update(state)
     return error
 
 
-@dataclass(eq=False)
-class Member:
-    """An actor, and the steps it was given that did not come back. It computes them one by one, in this order."""
-
-    handle: Any
-    ready: bool = False
-    given: "list[Held]" = field(default_factory=list)
-    gone: bool = False
+# ---- in the user's process
 
 
 @dataclass(eq=False)
-class Held:
-    """A step on its way: its result, once it is there."""
+class Task:
+    """A step and its result. Owned by the `Crew`."""
 
     step: Step
     done: bool
-    found: Any = None
-    lost: int = 0
+    result: Any = None
+    losses: int = 0  # how many actors have died at it
+
+
+@dataclass(eq=False)
+class Member:
+    """An actor and its tasks. It computes them one by one, in this order. Owned by the `Crew`."""
+
+    handle: Any
+    ready: bool = False
+    tasks: list[Task] = field(default_factory=list)
+    lost: bool = False
 
 
 @dataclass(eq=False)
 class Crew:
-    """Actors that do some work. They are started for the first unit, and end with the block."""
+    """Actors that do some work. They start with the first unit, and end with the context."""
 
     engine: Ray
     lm: LM
@@ -158,10 +166,11 @@ class Crew:
     members: list[Member] = field(default_factory=list)
     count: int = 1
     _stack: ExitStack = field(default_factory=ExitStack)
-    _sent: Any = None  # the model and the work, in Ray's store
+    _packed: Any = None  # the model and the work, in Ray's store
+    # by Ray's reference: what is being computed
     _starting: dict[Any, Member] = field(default_factory=dict)
-    _flying: dict[Any, tuple[Held, Member]] = field(default_factory=dict)
-    _never_ready: int = 0
+    _in_flight: dict[Any, tuple[Task, Member]] = field(default_factory=dict)
+    _losses_at_start: int = 0  # in a row
 
     def __enter__(self) -> "Crew":
         return self
@@ -170,83 +179,112 @@ class Crew:
         self._stack.close()
 
     def run(self, steps: Steps) -> None:
-        """Take steps in their order. What was computed before an error is taken first, as if all had run here."""
-        queue: deque[Held] = deque()
-        todo: deque[Held] = deque()
-        more, failed = True, None
-        while more or queue:
-            while more and sum(held.step.unit is not None for held in queue) < AHEAD * self.count:
+        """Runs steps in their order.
+
+        What was computed before an error is taken first, as if all had run in this process.
+        """
+        queue: deque[Task] = deque()  # in the order of the steps
+        waiting: deque[Task] = deque()  # those that no actor has
+        has_next, error = True, None
+        while has_next or queue:
+            while has_next and self._has_capacity(queue):
                 try:
                     step = next(steps, None)
-                except Exception as error:  # noqa: BLE001  it is raised below, behind what came before it
-                    step, failed = None, error
-                more = step is not None
-                if step is not None:
-                    queue.append(Held(step, done=step.unit is None))
-                    todo += [queue[-1]] if step.unit is not None else []
-                    self._give(todo)
-                    self._take(queue)
+                except Exception as raised:  # noqa: BLE001  it is raised after the steps before it
+                    step, error = None, raised
+                if step is None:
+                    has_next = False
+                    break
+                task = Task(step, done=step.unit is None)
+                queue.append(task)
+                if step.unit is not None:
+                    waiting.append(task)
+                self._assign(waiting)
+                self._take_results(queue)
             if queue:
-                todo.extendleft(self._back())
-                self._give(todo)
-                self._take(queue)
-        if failed is not None:
-            raise failed
+                waiting.extendleft(self._wait_for_actor())
+                self._assign(waiting)
+                self._take_results(queue)
+        if error is not None:
+            raise error
 
-    def _take(self, queue: deque[Held]) -> None:
+    def _has_capacity(self, queue: deque[Task]) -> bool:
+        units = sum(task.step.unit is not None for task in queue)
+        return units < AHEAD * self.count
+
+    def _take_results(self, queue: deque[Task]) -> None:
+        """Takes the results that are next in the order."""
         while queue and queue[0].done:
-            held = queue.popleft()
-            if isinstance(held.found, Failure):
-                raise held.found.raised(held.step.unit) from None
-            held.step.then(held.found)
+            task = queue.popleft()
+            if isinstance(task.result, Failure):
+                raise task.result.to_error(task.step.unit) from None
+            task.step.then(task.result)
 
-    def _give(self, todo: deque[Held]) -> None:
-        """Give units to the actors that are ready, those with the least to do first."""
-        if todo and self._sent is None:
+    def _assign(self, waiting: deque[Task]) -> None:
+        """Gives tasks to the actors that are ready, those with the fewest tasks first."""
+        if waiting and self._packed is None:
             self._start()
-        while todo:
-            free = [member for member in self.members if member.ready and len(member.given) < AHEAD]
+        while waiting:
+            free = [member for member in self.members if member.ready and len(member.tasks) < AHEAD]
             if not free:
                 return
-            member, held = min(free, key=lambda member: len(member.given)), todo.popleft()
-            member.given.append(held)
-            self._flying[member.handle.compute.remote(held.step.unit)] = held, member
+            member, task = min(free, key=lambda member: len(member.tasks)), waiting.popleft()
+            member.tasks.append(task)
+            self._in_flight[member.handle.compute.remote(task.step.unit)] = task, member
 
-    def _back(self) -> list[Held]:
-        """Wait for an actor; the units that have to be computed again."""
+    def _wait_for_actor(self) -> list[Task]:
+        """Waits for a result or a start; returns the tasks that have to be computed again."""
         import ray
-        from ray.exceptions import RayError, RayTaskError
 
-        again: list[Held] = []
-        done, _ = ray.wait([*self._starting, *self._flying], num_returns=1, timeout=LOOK)
-        if not done and not self._flying and not room(self.engine):
+        pending = [*self._starting, *self._in_flight]
+        done, _ = ray.wait(pending, num_returns=1, timeout=CHECK_INTERVAL)
+        if not done and not self._in_flight and not room(self.engine):
             raise ActorLost(
                 "no node that is left has room for an actor: what was done before it is kept"
             )
-        for ref in done:
-            starting, (held, member) = (
-                self._starting.pop(ref, None),
-                self._flying.pop(ref, (None, None)),
-            )
-            try:
-                found = ray.get(ref)
-            except RayTaskError:
-                raise
-            except RayError as error:  # the actor died, or its node, with what it had computed
-                self._lost(starting or member, error)
-                again += [] if held is None else [held]
-                continue
-            if starting is not None:
-                if isinstance(found, Failure):
-                    raise found.raised("an actor's start") from None
-                starting.ready, self._never_ready = True, 0
-            elif held is not None and member is not None:
-                held.found, held.done = (
-                    found if isinstance(found, Failure) else unpacked_result(found),
-                    True,
-                )
-                member.given.remove(held)
+        again: list[Task] = []
+        for reference in done:
+            if reference in self._starting:
+                self._finish_start(reference)
+            elif reference in self._in_flight:
+                task = self._finish_task(reference)
+                if task is not None:
+                    again.append(task)
         return again[::-1]
+
+    def _finish_start(self, reference: Any) -> None:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        member = self._starting.pop(reference)
+        try:
+            failure = ray.get(reference)
+        except RayTaskError:
+            raise
+        except RayError as error:  # the actor died, or its node
+            self._replace(member, error)
+            return
+        if isinstance(failure, Failure):
+            raise failure.to_error("an actor's start") from None
+        member.ready, self._losses_at_start = True, 0
+
+    def _finish_task(self, reference: Any) -> Task | None:
+        """Stores the result of a task; returns the task if its actor has died."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        task, member = self._in_flight.pop(reference)
+        try:
+            result = ray.get(reference)
+        except RayTaskError:
+            raise
+        except RayError as error:  # the actor died, or its node, with what it had computed
+            self._replace(member, error)
+            return task
+        task.result = result if isinstance(result, Failure) else unpacked_result(result)
+        task.done = True
+        member.tasks.remove(task)
+        return None
 
     # ---- the actors
 
@@ -255,13 +293,13 @@ class Crew:
 
         self._stack.enter_context(joined(self.engine))
         self.count = actors_of(self.engine)
-        self._sent = ray.put(packed_model(self.lm)), ray.put(packed_work(self.work, self.lm))
-        self._stack.enter_context(self._ended())
+        self._packed = ray.put(packed_model(self.lm)), ray.put(packed_work(self.work, self.lm))
+        self._stack.enter_context(self._killed_at_the_end())
         for _ in range(self.count):
-            self._another()
+            self._start_actor()
 
-    def _another(self) -> None:
-        """Start an actor. Units are given to it once it is ready."""
+    def _start_actor(self) -> None:
+        """Starts an actor. It gets tasks once it is ready."""
         import ray
 
         engine = self.engine
@@ -269,53 +307,56 @@ class Crew:
             "num_cpus": engine.cpus,
             "num_gpus": engine.gpus,
             "scheduling_strategy": "SPREAD",
+            "max_restarts": 0,
+            "max_task_retries": 0,
         }
-        options |= {} if engine.memory is None else {"memory": engine.memory}
-        kind: Any = ray.remote(**options, max_restarts=0, max_task_retries=0)(Actor)
-        member = Member(kind.remote(engine.threads, torch.get_float32_matmul_precision(), sys.path))
+        if engine.memory is not None:
+            options["memory"] = engine.memory
+        remote_actor: Any = ray.remote(**options)(Actor)
+        precision = torch.get_float32_matmul_precision()
+        member = Member(remote_actor.remote(engine.threads, precision, sys.path))
         self.members.append(member)
-        self._starting[member.handle.ready.remote(*self._sent)] = member
+        self._starting[member.handle.ready.remote(*self._packed)] = member
 
-    def _lost(self, member: Member | None, error: BaseException) -> None:
-        """Another actor takes the place of one that died. `ActorLost` where that happens over and over.
+    def _replace(self, member: Member, error: BaseException) -> None:
+        """Starts another actor for one that died; `ActorLost` if that happens again and again.
 
-        The unit that it was at is held to have killed it, not those that waited behind that one.
+        The first of its tasks counts as the one that killed it, not those that waited after it.
         """
         import ray
 
-        if member is None or member.gone:
+        if member.lost:
             return
-        member.gone = True
+        member.lost = True
         self.members.remove(member)
         with suppress(Exception):
             ray.kill(member.handle)
-        held = member.given[0] if member.given else None
-        if held is not None:
-            held.lost += 1
-        self._never_ready += not member.ready
-        if self._never_ready > LOSSES or (held is not None and held.lost > LOSSES):
-            what = (
-                "an actor before it had the model"
-                if held is None
-                else f"the actors that computed {held.step.unit}"
-            )
+        subject, losses = "an actor before it had the model", 0
+        if member.tasks:
+            task = member.tasks[0]
+            task.losses += 1
+            subject, losses = f"the actors that computed {task.step.unit}", task.losses
+        if not member.ready:
+            self._losses_at_start += 1
+        if self._losses_at_start > LOSSES or losses > LOSSES:
+            reason = str(error).strip().splitlines()[0]
             raise ActorLost(
-                f"{what} died {LOSSES + 1} times: is the memory enough? What was done before it is kept. Ray said: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"{subject} died {LOSSES + 1} times: is the memory enough? What was done before it "
+                f"is kept. Ray said: {reason}"
             ) from error
-        self._another()
+        self._start_actor()
 
     @contextmanager
-    def _ended(self) -> Iterator[None]:
-        """A block behind which no actor is left, whether Ray is or not."""
+    def _killed_at_the_end(self) -> Iterator[None]:
+        """A context after which no actor is left, whether Ray goes on or not."""
         import ray
 
         try:
             yield
         finally:
-            self._flying.clear()
+            self._in_flight.clear()
             self._starting.clear()
             for member in self.members:
                 with suppress(Exception):
                     ray.kill(member.handle)
-            self._sent = None
+            self._packed = None

@@ -1,4 +1,7 @@
-"""hk.Ray: which actors compute, and on which cluster. Ray is imported where it is used, and only there."""
+"""hk.Ray: how many actors compute, and on which cluster.
+
+Ray is imported inside functions, so that hookkit does not need it otherwise.
+"""
 
 import logging
 import os
@@ -13,24 +16,26 @@ from ...errors import BadHook, MissingExtra, Unsupported
 from ...models.lm import LM
 from .transport import check_travels
 
-ANY = ("auto", "local")  # addresses that mean no cluster in particular
-LEAST = (2, 59)  # the first version whose local cluster asks everybody for a token
+ANY_CLUSTER = ("auto", "local")  # addresses that name no cluster in particular
+OLDEST_VERSION = (2, 59)  # the first version whose local cluster requires a token
 AUTH_MODE = "RAY_AUTH_MODE"
+USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ray:
-    """Actors of Ray that hold the model each: `engine=hk.Ray(actors=4)`; `engine="ray"` is `hk.Ray()`.
+    """Ray actors that hold the model each: `engine=hk.Ray(actors=4)`; "ray" means `hk.Ray()`.
 
-    actors   how many; as many as the cluster has room for, where left out
+    actors   how many; by default as many as the cluster has room for
     cpus     of each actor; torch has as many threads there, and at least one
     gpus     of each actor; 1 for a model on a GPU
-    memory   bytes of each actor, which Ray sets aside; nothing where left out
+    memory   bytes that Ray reserves for each actor; none by default
     address  of a cluster to join, such as "auto" for the one of this machine or "10.0.0.1:6379"
 
-    A Ray that the program initialised is used as it is. Else the cluster at `address` is joined, or the one that the
-    environment variable RAY_ADDRESS names; and where neither says one, Ray is started on this machine and ended again.
-    It then listens to this machine alone (127.0.0.1), and asks for a token, unless RAY_AUTH_MODE says otherwise.
+    If the program has initialised Ray, it is used as it is. Otherwise the cluster at `address` is
+    joined, or the one that the environment variable RAY_ADDRESS names. If neither names one, Ray is
+    started on this machine and ended afterwards. It then listens to this machine alone (127.0.0.1),
+    and requires a token, unless RAY_AUTH_MODE says otherwise.
 
     >>> Ray(actors=2, cpus=4)
     Ray(actors=2, cpus=4, gpus=0, memory=None, address=None)
@@ -43,73 +48,78 @@ class Ray:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        for word, value, least in (
-            ("actors", self.actors, 1),
-            ("cpus", self.cpus, 0),
-            ("gpus", self.gpus, 0),
-        ):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (
-                not (whole or (word != "actors" and isinstance(value, float))) or value < least
-            ):
-                raise BadHook(f"Ray({word}={value!r}): give a number from {least} on")
+        if self.actors is not None:
+            _check_number("actors", self.actors, least=1, types=int)
+        _check_number("cpus", self.cpus, least=0, types=int | float)
+        _check_number("gpus", self.gpus, least=0, types=int | float)
         if self.memory is not None and self.memory < 1:
             raise BadHook(f"Ray(memory={self.memory!r}): give bytes, or leave it out")
 
     @property
     def threads(self) -> int:
-        """How many threads torch has in an actor."""
+        """The number of torch's threads in an actor."""
         return max(1, int(self.cpus))
 
     @property
     def needs(self) -> dict[str, float]:
-        """What an actor takes of a node, in Ray's words for it."""
-        found = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory or 0}
-        return {name: value for name, value in found.items() if value}
+        """The resources of an actor, by Ray's names for them."""
+        resources = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory or 0}
+        return {name: value for name, value in resources.items() if value}
+
+
+def _check_number(name: str, value: Any, *, least: int, types: Any) -> None:
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or value < least:
+        raise BadHook(f"Ray({name}={value!r}): give a number from {least} on")
 
 
 EngineLike: TypeAlias = Ray | Literal["ray"] | None
 
 
 def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
-    """The engine that is meant; None for this process.
+    """Returns the engine; None means this process.
 
-    `MissingExtra` where Ray is not installed, `Unsupported` for a model that cannot be on an actor.
+    Raises `MissingExtra` if Ray is not installed, `Unsupported` if the model cannot be on an actor.
     """
     if engine is None:
         return None
-    found = Ray() if engine == "ray" else engine
-    if not isinstance(found, Ray):
+    if engine == "ray":
+        engine = Ray()
+    if not isinstance(engine, Ray):
         raise BadHook(
-            f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this process"
+            f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this "
+            "process"
         )
     check_installed()
-    check_travels(lm, found.gpus)
-    return found
+    check_travels(lm, engine.gpus)
+    return engine
+
+
+# ---- the installation
 
 
 def check_installed() -> None:
-    """Raise `MissingExtra` where Ray cannot be imported."""
+    """Raises `MissingExtra` if Ray cannot be imported, or is too old."""
     try:
-        found = (
-            find_spec("ray.actor") is not None
-        )  # a folder that happens to be called ray has no such module
+        # a folder that happens to be called ray has no module ray.actor
+        is_installed = find_spec("ray.actor") is not None
     except (ImportError, ValueError):
-        found = False
-    if not found:
+        is_installed = False
+    if not is_installed:
         raise MissingExtra(
             "engine='ray' needs Ray, which is not installed: pip install 'hookkit[ray]'"
         )
     installed = _installed_version()
-    if installed is not None and installed < LEAST:
+    if installed is not None and installed < OLDEST_VERSION:
+        oldest, current = (".".join(map(str, numbers)) for numbers in (OLDEST_VERSION, installed))
         raise MissingExtra(
-            f"engine='ray' needs ray>={LEAST[0]}.{LEAST[1]}, and {installed[0]}.{installed[1]} is installed, whose "
-            "clusters let any process that reaches them run code: pip install --upgrade 'hookkit[ray]'"
+            f"engine='ray' needs ray>={oldest}, and {current} is installed, whose clusters let any "
+            "process that reaches them run code: pip install --upgrade 'hookkit[ray]'"
         )
 
 
 def _installed_version() -> tuple[int, int] | None:
-    """The first two numbers of Ray's version; None where they cannot be read, as of a build of one's own."""
+    """The first two numbers of Ray's version; None if they cannot be read, as of a local build."""
     try:
         major, minor = version("ray").split(".")[:2]
         return int(major), int(minor)
@@ -117,9 +127,12 @@ def _installed_version() -> tuple[int, int] | None:
         return None
 
 
+# ---- the cluster
+
+
 @contextmanager
 def joined(engine: Ray) -> Iterator[None]:
-    """A block in which Ray is initialised. What was started or joined for it is left again, whatever happens."""
+    """A context in which Ray is initialised; at its end, what was started or joined is left."""
     import ray
 
     if ray.is_initialized():
@@ -128,7 +141,7 @@ def joined(engine: Ray) -> Iterator[None]:
         return
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
-        with _nothing_reported():
+        with _without_usage_reports():
             if address == "local":
                 _start()
             else:
@@ -139,39 +152,40 @@ def joined(engine: Ray) -> Iterator[None]:
 
 
 def _start() -> None:
-    """Start Ray on this machine, for this machine alone."""
+    """Starts Ray on this machine, for this machine alone."""
     import ray
 
-    chosen = os.environ.get(AUTH_MODE)
+    mode_before = os.environ.get(AUTH_MODE)
     try:
         with _this_machine_alone():
             ray.init(address="local", logging_level=logging.ERROR, include_dashboard=False)
     except Exception as error:  # Ray raises plain Exceptions
         raise Unsupported(f"Ray could not be started on this machine: {error}") from error
-    # where the mode is not chosen, Ray turns the token on; setting it here would come too late for a Ray that is loaded
-    if chosen is None and os.environ.get(AUTH_MODE, "").lower() != "token":
+    # if the mode is not set, Ray requires a token and sets the mode; setting it here would be too
+    # late if Ray is imported already
+    if mode_before is None and os.environ.get(AUTH_MODE, "").lower() != "token":
         raise Unsupported(
-            "this Ray starts a cluster that asks nobody for a token, so that others could run code in it: upgrade Ray, "
-            f"or set {AUTH_MODE}=token before Python is started"
+            "this Ray starts a cluster that asks nobody for a token, so that others could run code "
+            f"in it: upgrade Ray, or set {AUTH_MODE}=token before Python is started"
         )
 
 
 def _join(address: str) -> None:
-    """Join a cluster."""
     import ray
 
     try:
         ray.init(address=address, logging_level=logging.ERROR)
     except Exception as error:  # no answer, another version of Ray or Python, no token
         raise Unsupported(
-            f"no Ray cluster answers at {address!r}: start one with `ray start --head`, or leave address= out to start "
-            f"Ray on this machine; where the cluster has a token, set {AUTH_MODE}=token here too. {error}"
+            f"no Ray cluster answers at {address!r}: start one with `ray start --head`, or leave "
+            "address= out to start Ray on this machine; where the cluster has a token, set "
+            f"{AUTH_MODE}=token here too. {error}"
         ) from error
 
 
 @contextmanager
 def _this_machine_alone() -> Iterator[None]:
-    """A block in which a Ray that is started listens on 127.0.0.1, as it does by itself on macOS and Windows."""
+    """A context in which Ray starts listening on 127.0.0.1, its default on macOS and Windows."""
     from ray._private import ray_constants
 
     constants: Any = ray_constants
@@ -184,57 +198,60 @@ def _this_machine_alone() -> Iterator[None]:
 
 
 @contextmanager
-def _nothing_reported() -> Iterator[None]:
-    """A block in which a Ray that is started sends nobody a report of its use, unless the user said otherwise."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    if name in os.environ:
+def _without_usage_reports() -> Iterator[None]:
+    """A context in which Ray, if started, reports its use to nobody, unless the user wants it."""
+    if USAGE_STATS in os.environ:
         yield
         return
-    os.environ[name] = "0"
+    os.environ[USAGE_STATS] = "0"
     try:
         yield
     finally:
-        del os.environ[name]
+        del os.environ[USAGE_STATS]
 
 
 def _check_address(engine: Ray) -> None:
-    """Raise where another cluster is asked for than the one that the program is in."""
+    """Raises `Unsupported` if the program has joined another cluster than the engine names."""
     import ray
 
-    if engine.address is None or engine.address in ANY:
+    if engine.address is None or engine.address in ANY_CLUSTER:
         return
-    there = ray.get_runtime_context().gcs_address
-    if engine.address != there:
+    current = ray.get_runtime_context().gcs_address
+    if engine.address != current:
         raise Unsupported(
-            f"address={engine.address!r} was asked for, and this program has initialised Ray at {there!r}: leave "
-            "address= out, or call ray.shutdown() first"
+            f"address={engine.address!r} was asked for, and this program has initialised Ray at "
+            f"{current!r}: leave address= out, or call ray.shutdown() first"
         )
 
 
 def room(engine: Ray) -> int:
-    """For how many actors the cluster has room, were it free. A node has it or not: an actor is not spread."""
+    """Returns for how many actors the cluster has room, if nothing else runs on it.
+
+    An actor is on one node.
+    """
     import ray
 
-    return sum(_room(node["Resources"], engine.needs) for node in ray.nodes() if node["Alive"])
+    return sum(_room_on(node["Resources"], engine.needs) for node in ray.nodes() if node["Alive"])
 
 
-def _room(there: Mapping[str, float], needs: Mapping[str, float]) -> int:
+def _room_on(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
     if not needs:
-        return max(1, int(there.get("CPU", 0)))
-    return min(int(there.get(name, 0) / value + 1e-9) for name, value in needs.items())
+        return max(1, int(resources.get("CPU", 0)))
+    return min(int(resources.get(name, 0) / value + 1e-9) for name, value in needs.items())
 
 
 def actors_of(engine: Ray) -> int:
-    """How many actors there are to be. `Unsupported` where the cluster has no room for them."""
+    """Returns how many actors to start, or raises `Unsupported` if the cluster has no room."""
     import ray
 
-    there, fit = ray.cluster_resources(), room(engine)
+    resources, fit = ray.cluster_resources(), room(engine)
     if fit < (engine.actors or 1):
-        words = ", ".join(f"{value:g} {name}" for name, value in engine.needs.items())
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        has = ", ".join(f"{there.get(name, 0):g} {name}" for name in engine.needs)
+        needs = ", ".join(f"{value:g} {name}" for name, value in engine.needs.items())
+        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in engine.needs)
+        count = sum(node["Alive"] for node in ray.nodes())
+        nodes = "1 node" if count == 1 else f"{count} nodes"
         raise Unsupported(
-            f"{engine.actors or 1} actors of {words} each were asked for, and the cluster has {has} on {nodes} "
-            f"node{'' if nodes == 1 else 's'}, room for {fit}: give fewer actors, or less to each"
+            f"{engine.actors or 1} actors of {needs} each were asked for, and the cluster has "
+            f"{has} on {nodes}, room for {fit}: give fewer actors, or less to each"
         )
     return engine.actors or fit

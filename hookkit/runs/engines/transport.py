@@ -1,11 +1,12 @@
-"""A model as bytes, and work that speaks of it: what an actor is sent.
+"""The model and its work as bytes, which are sent to actors.
 
-The model itself travels, not its name: an actor then has the weights, the configuration and the adapters that this
-process has, also those that were changed after loading, and needs neither a Hub nor this machine's folders. The numbers
-of its weights stand beside the bytes, each storage once. Ray keeps them in shared memory, and the actors of a node
-compute with that memory, without a copy.
+The model itself is sent, not its name. An actor then has the weights, the configuration and the
+adapters of this process, with all changes after loading, and needs neither a Hub nor the folders of
+this machine. The numbers of the weights are beside the bytes, each storage once. Ray keeps them in
+shared memory, and the actors of a node compute with that memory, without a copy.
 
-Work is pickled for itself, with the model's modules by their paths, so that it finds them again in the actor's model.
+Work is pickled without the model. It names the model's modules by their paths, and so finds them in
+the actor's model.
 """
 
 import io
@@ -27,7 +28,10 @@ from ..manager import hooks_of_others
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Something as bytes, with the numbers of its tensors beside them. `shared` ones are read and never written."""
+    """A value as bytes, with the storages of its tensors beside them.
+
+    A storage that is `shared` is only read, never written to.
+    """
 
     data: bytes
     storages: Sequence[np.ndarray]
@@ -36,26 +40,11 @@ class Packed:
 
 
 def check_travels(lm: LM, gpus: float) -> None:
-    """Raise `Unsupported` for a model that cannot be had twice."""
+    """Raises `Unsupported` for a model that cannot be sent to an actor with so many GPUs."""
     root, kind = lm.root, type(lm.root).__name__
-    devices = {weight.device.type for weight in root.parameters()}
-    users = hooks_of_others(lm.model)
-    if users:
-        raise Unsupported(
-            f"the model carries hooks that are not hookkit's (on {users[0] or 'the model'}), which cannot go with it "
-            "to an actor: remove them, or leave engine= out"
-        )
-    if lm.ranks is not None:
-        raise Unsupported(
-            f"this {kind} is held by {lm.ranks.count} processes together, and every actor holds a whole model: load it "
-            "without tp_plan, or leave engine= out"
-        )
-    if "meta" in devices or any(hasattr(module, "_hf_hook") for module in root.modules()):
-        raise Unsupported(
-            f"this {kind} is offloaded or spread by accelerate, and every actor holds a whole model: load it without "
-            "device_map, or leave engine= out"
-        )
-    if len({weight.device for weight in root.parameters()}) > 1:
+    _check_whole_model(lm)
+    devices = {weight.device for weight in root.parameters()}
+    if len(devices) > 1:
         raise Unsupported(
             f"this {kind} is on several devices, and an actor's model is on one: leave engine= out"
         )
@@ -67,87 +56,127 @@ def check_travels(lm: LM, gpus: float) -> None:
         raise Unsupported(
             f"this {kind} has quantised weights, which do not travel: leave engine= out"
         )
-    if ("cuda" in devices) != (gpus > 0):
-        has = "a GPU" if "cuda" in devices else f"the {''.join(sorted(devices)) or 'cpu'}"
+    device_type = next(iter(devices)).type if devices else "cpu"
+    if (device_type == "cuda") != (gpus > 0):
+        device_name = "a GPU" if device_type == "cuda" else f"the {device_type}"
         raise Unsupported(
-            f"the model is on {has}, and its actors have gpus={gpus:g}: an actor computes where this process does, so "
-            "load the model there, or change gpus="
+            f"the model is on {device_name}, and its actors have gpus={gpus:g}: an actor computes "
+            "where this process does, so load the model there, or change gpus="
         )
 
 
+def _check_whole_model(lm: LM) -> None:
+    """Raises `Unsupported` for a model with hooks of the user's, or which is not all here."""
+    root, kind = lm.root, type(lm.root).__name__
+    hooked_paths = hooks_of_others(lm.model)
+    if hooked_paths:
+        raise Unsupported(
+            "the model carries hooks that are not hookkit's (on "
+            f"{hooked_paths[0] or 'the model'}), which cannot go with it to an actor: remove them, "
+            "or leave engine= out"
+        )
+    if lm.ranks is not None:
+        raise Unsupported(
+            f"this {kind} is held by {lm.ranks.count} processes together, and every actor holds a "
+            "whole model: load it without tp_plan, or leave engine= out"
+        )
+    is_offloaded = any(weight.device.type == "meta" for weight in root.parameters())
+    if is_offloaded or any(hasattr(module, "_hf_hook") for module in root.modules()):
+        raise Unsupported(
+            f"this {kind} is offloaded or spread by accelerate, and every actor holds a whole "
+            "model: load it without device_map, or leave engine= out"
+        )
+
+
+# ---- models, work and results
+
+
 def packed_model(lm: LM) -> Packed:
-    """The model with its tokenizer, name and row of the families' table."""
+    """Returns the model with its tokenizer, its name and its row of the families' table."""
     weights = frozenset(weight.untyped_storage().data_ptr() for weight in lm.model.parameters())
-    return _packed([lm.model, lm.tokenizer, lm.name, lm.row, weights_hash(lm)], {}, weights)
+    return _pack([lm.model, lm.tokenizer, lm.name, lm.row, weights_hash(lm)], {}, weights)
 
 
 def unpacked_model(packed: Packed) -> LM:
-    """The model in an actor. `OtherModel` where its weights are not those that were sent."""
-    model, tokenizer, name, row, digest = _unpacked(packed, {})
+    """Returns the model in an actor; `OtherModel` if its weights are not those that were sent."""
+    model, tokenizer, name, row, sent_hash = _unpack(packed, {})
     lm = LM(model, tokenizer, name, row)
-    found = weights_hash(lm)
-    if found != digest:
+    own_hash = weights_hash(lm)
+    if own_hash != sent_hash:
         raise OtherModel(
-            f"the weights in the actor have the sha256 {found}, and {digest} was sent: report this"
+            f"the weights in the actor have the sha256 {own_hash}, and {sent_hash} was sent: "
+            "report this"
         )
     return lm
 
 
 def packed_work(work: Any, lm: LM) -> Packed:
-    """Work for a model, without the model."""
-    known = {id(module): ("module", path) for path, module in lm.model.named_modules()}
-    return _packed(work, known | {id(lm): ("lm", "")}, frozenset())
+    """Returns work for a model, without the model."""
+    references = {id(module): ("module", path) for path, module in lm.model.named_modules()}
+    references[id(lm)] = ("lm", "")
+    return _pack(work, references, frozenset())
 
 
 def unpacked_work(packed: Packed, lm: LM) -> Any:
-    """Work for a model, on this copy of it."""
-    known: dict[tuple[str, str], Any] = {
+    """Returns work for a model, with the modules of this copy of the model."""
+    referents: dict[tuple[str, str], Any] = {
         ("module", path): module for path, module in lm.model.named_modules()
     }
-    return _unpacked(packed, known | {("lm", ""): lm})
+    referents["lm", ""] = lm
+    return _unpack(packed, referents)
 
 
 def packed_result(value: Any) -> Packed:
-    """What came of a unit, with its tensors where Ray shares them."""
-    packed = _packed(value, {}, frozenset())
+    """Returns the result of a unit; its tensors will be in Ray's shared memory."""
+    packed = _pack(value, {}, frozenset())
     return Packed(packed.data, packed.storages, packed.devices, [True] * len(packed.storages))
 
 
 def unpacked_result(packed: Packed) -> Any:
-    """What came of a unit. Its tensors are for reading."""
-    return _unpacked(packed, {})
+    """Returns the result of a unit. Its tensors must not be written to."""
+    return _unpack(packed, {})
 
 
-def _packed(value: Any, known: Mapping[int, tuple[str, str]], shared: frozenset[int]) -> Packed:
-    # functions of the user's go by their code
+# ---- pickling
+
+
+def _pack(
+    value: Any, references: Mapping[int, tuple[str, str]], read_only: frozenset[int]
+) -> Packed:
+    """Pickles a value.
+
+    `references` has, by id, the objects that are only named; `read_only` the addresses of storages
+    that nothing writes to.
+    """
+    # cloudpickle sends the user's functions by their code
     from ray.cloudpickle import CloudPickler  # pyright: ignore[reportAttributeAccessIssue]
 
-    numbers = _Storages(shared)
+    storages = _Storages(read_only)
 
     class Pickler(CloudPickler):
         def persistent_id(self, obj: Any) -> Any:
-            if id(obj) in known:
-                return known[id(obj)]
-            return numbers.told(obj) if isinstance(obj, torch.TypedStorage) else None
+            if id(obj) in references:
+                return references[id(obj)]
+            return storages.add(obj) if isinstance(obj, torch.TypedStorage) else None
 
     file = io.BytesIO()
     try:
         Pickler(file, protocol=5).dump(value)
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
         raise Unsupported(
-            f"something in the model, a hook or a metric cannot go to an actor ({error}): a function may use values "
-            "and modules, and no open file, lock or connection"
+            f"something in the model, a hook or a metric cannot go to an actor ({error}): a "
+            "function may use values and modules, and no open file, lock or connection"
         ) from error
-    return Packed(file.getvalue(), numbers.arrays, numbers.devices, numbers.shared)
+    return Packed(file.getvalue(), storages.arrays, storages.devices, storages.shared)
 
 
-def _unpacked(packed: Packed, known: Mapping[tuple[str, str], Any]) -> Any:
+def _unpack(packed: Packed, referents: Mapping[tuple[str, str], Any]) -> Any:
     storages: dict[int, torch.UntypedStorage] = {}
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
-            if pid in known:
-                return known[pid]
+            if pid in referents:
+                return referents[pid]
             _, number, dtype = pid
             if number not in storages:
                 storages[number] = _storage(packed, number)
@@ -158,38 +187,42 @@ def _unpacked(packed: Packed, known: Mapping[tuple[str, str], Any]) -> Any:
 
 def _storage(packed: Packed, number: int) -> torch.UntypedStorage:
     array = packed.storages[number]
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # that the memory is read-only, which a shared one has to be
-        found = torch.from_numpy(array) if len(array) else torch.empty(0, dtype=torch.uint8)
+    if len(array):
+        with warnings.catch_warnings():
+            # torch warns that the memory is read-only, which shared memory has to be
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.from_numpy(array)
+    else:
+        tensor = torch.empty(0, dtype=torch.uint8)
     device = packed.devices[number]
     if device != "cpu":
-        return found.to(device).untyped_storage()
-    return (found if packed.shared[number] else found.clone()).untyped_storage()
+        return tensor.to(device).untyped_storage()
+    if not packed.shared[number]:
+        tensor = tensor.clone()
+    return tensor.untyped_storage()
 
 
 @dataclass(eq=False)
 class _Storages:
-    """The numbers of tensors, each storage once. `own` are the addresses of those that nothing writes into."""
+    """The storages of the tensors in a value, each once. Owned by one call of `_pack`."""
 
-    own: frozenset[int]
+    read_only: frozenset[int]
     arrays: list[np.ndarray] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
     shared: list[bool] = field(default_factory=list)
-    _known: dict[tuple[int, int], int] = field(default_factory=dict)
-    _held: list[Any] = field(
-        default_factory=list
-    )  # so that no address is given out twice meanwhile
+    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    # the storages are kept alive, so that no address is used twice
+    _added: list[torch.TypedStorage] = field(default_factory=list)
 
-    def told(self, storage: torch.TypedStorage) -> tuple[str, int, torch.dtype]:
-        plain = storage._untyped_storage
-        key = plain.data_ptr(), plain.nbytes()
-        if key not in self._known or not plain.nbytes():
-            self._known[key] = len(self.arrays)
-            whole = torch.empty(0, dtype=torch.uint8, device=plain.device).set_(plain)  # pyright: ignore
+    def add(self, storage: torch.TypedStorage) -> tuple[str, int, torch.dtype]:
+        """Adds a storage and returns its persistent id."""
+        untyped = storage._untyped_storage
+        key = untyped.data_ptr(), untyped.nbytes()
+        if key not in self._numbers or not untyped.nbytes():
+            self._numbers[key] = len(self.arrays)
+            whole = torch.empty(0, dtype=torch.uint8, device=untyped.device).set_(untyped)  # pyright: ignore
             self.arrays.append(whole.cpu().numpy())
-            self.devices.append(plain.device.type)
-            self.shared.append(plain.data_ptr() in self.own)
-            self._held.append(storage)
-        return "storage", self._known[key], storage.dtype
+            self.devices.append(untyped.device.type)
+            self.shared.append(untyped.data_ptr() in self.read_only)
+            self._added.append(storage)
+        return "storage", self._numbers[key], storage.dtype

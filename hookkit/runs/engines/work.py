@@ -1,4 +1,4 @@
-"""Steps: what has to be computed, and what is done here with what came of it, one after the other."""
+"""Steps: units that are computed in some process, and what is done here with each result."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeAlias
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A unit that is computed somewhere, which may be nothing, and `then`, which is given what came of it, here.
+    """A unit, or None if nothing is to be computed, and `then`, which is called with its result.
 
-    A unit prints as what a user knows it by: the texts, or the cells, that are in it.
+    A unit prints as the user knows it: the texts, or the cells, that are in it.
     """
 
     unit: Any
@@ -20,12 +20,12 @@ Steps: TypeAlias = Iterator[Step]
 
 
 class Work(Protocol):
-    """What computes units. It gives the same for a unit whenever and wherever it is asked."""
+    """Computes units. The result of a unit is the same whenever and wherever it is computed."""
 
     def compute(self, unit: Any, /) -> Any: ...
 
 
 def computed_here(work: Work, steps: Steps) -> None:
-    """Take steps one after the other, each to its end before the next is asked for."""
+    """Runs steps in this process, each to its end before the next is requested."""
     for step in steps:
         step.then(None if step.unit is None else work.compute(step.unit))
