@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..hooks.captured_values import CapturedChunk, Captures
+from ..hooks.captured_values import CapturedChunk
 from ..hooks.decided_tokens import Decisions
 from ..hooks.logits import Force
 from ..models.batch_positions import ForwardPass
@@ -42,7 +42,7 @@ from .outcomes import CaptureStore, check_cached, check_possible
 from .overflow import forget, settle
 from .taps import BoundHook, HookPoint, input_of, logits_hook_point, pick_output, replace_output
 from .trace import Tracer
-from .tracking import PositionTracker, arguments_by_name, plain_ending
+from .tracking import PositionTracker, arguments_by_name
 
 
 class DispatchState:
@@ -55,7 +55,7 @@ class DispatchState:
         )
         self.captures = CaptureStore(bound_hooks)
         self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
-        self._watch = GenerationWatch()
+        self.watch = GenerationWatch()
 
     @property
     def generating(self) -> bool:
@@ -73,10 +73,10 @@ class DispatchState:
         if is_new_text:
             self._check_positions(forward_pass)
         if self.generating:
-            text.history = self._watch.tokens
-            text.ended_rows = self._watch.ended_rows
+            text.history = self.watch.tokens
+            text.ended_rows = self.watch.ended_rows
             if text.beams > 1:  # beams change rows from step to step
-                self.tracker.remember_beams(forward_pass, self._watch.tokens)
+                self.tracker.remember_beams(forward_pass, self.watch.tokens)
         return forward_pass
 
     def _check_positions(self, forward_pass: ForwardPass) -> None:
@@ -87,23 +87,6 @@ class DispatchState:
         selections = {id(bound_hook.where): bound_hook.where for bound_hook in self.bound_hooks}
         for where in selections.values():
             text.wishes(where)  # raises for a phrase that is not in the text, or a position below 0
-
-    def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
-        """Notes the cache that a forward returned."""
-        self.tracker.end_forward(forward_pass, output)
-
-    def finish(self) -> None:
-        """Ends the texts that no `generate` has ended."""
-        self.captures.finish_all(plain_ending)
-
-    def check_fired(self) -> None:
-        """Raises `NeverFired` for a hook that did nothing, or not all that it was to do."""
-        self.captures.check_fired(self.tracker.forwards)
-
-    @property
-    def texts(self) -> list[Captures]:
-        """The captures of each text."""
-        return self.captures.texts(plain_ending)
 
     def plan_generation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
         """Returns what a call of `generate` will do, or raises `Unsupported` with the reason."""
@@ -123,10 +106,6 @@ class DispatchState:
         if all(bound_hook.head for bound_hook in self.bound_hooks):
             return kwargs
         return {**kwargs, "logits_to_keep": keep}
-
-    def begins_step(self) -> bool:
-        """True if the forward that begins is a step of the current `generate`."""
-        return self._watch.begins_step()
 
     def generate(
         self,
@@ -149,11 +128,11 @@ class DispatchState:
         if any(_decides(bound_hook) for bound_hook in self.bound_hooks):
             decisions = Decisions(text, plan.width if plan.embeddings else 0)
         try:
-            with watch_generate(self.lm.root, self.tracer, decisions, acts) as self._watch:
+            with watch_generate(self.lm.root, self.tracer, decisions, acts) as self.watch:
                 keywords = without_compilation(args, self._with_every_position(kwargs))
                 output = original(*args, **keywords)
             sequences = output if isinstance(output, Tensor) else output.sequences
-            self.rows = final_rows(plan, text, sequences, self._watch)
+            self.rows = final_rows(plan, text, sequences, self.watch)
             ending = text_ending(plan, text, sequences, self.rows, self.tracker.histories)
             self.captures.finish(text, ending)
             if self.tracer is not None:
@@ -303,7 +282,7 @@ class HookDispatcher:
         return order(self._entered) < order(module)
 
     def _is_generate_step(self) -> bool:
-        return self._generate_thread == get_ident() and self._state.begins_step()
+        return self._generate_thread == get_ident() and self._state.watch.begins_step()
 
     # ---- one forward
 
@@ -332,7 +311,7 @@ class HookDispatcher:
             return
         if self._forward_thread == get_ident() and not self._hook_thread:
             if self._pass is not None:
-                self._state.end_forward(self._pass, output)
+                self._state.tracker.end_forward(self._pass, output)
             self._clear_forward()
             settle(self.bound_hooks)
 

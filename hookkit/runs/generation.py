@@ -34,21 +34,10 @@ NEUTRAL = {
     "eta_cutoff": 0.0,
 }
 # arguments of `generate` that are no part of its configuration, and do not change the plan
-PASSED_ON = (
-    "logits_processor",
-    "prefix_allowed_tokens_fn",
-    "synced_gpus",
-    "streamer",
-    "tokenizer",
-)
+PASSED_ON = ("logits_processor", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer")
 ONE_FORWARD_PER_TOKEN = "hooks need one forward of this model for each token: leave it out"
 OTHER_MODELS = ("assistant_model", "custom_generate", "negative_prompt_ids")
-SPECULATIVE = (
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "dola_layers",
-    "token_healing",
-)
+SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers", "token_healing")
 
 
 # ---- before the first token

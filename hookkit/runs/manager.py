@@ -9,7 +9,7 @@ Compiled code runs uncompiled while a block is open: what was compiled before wo
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from threading import get_ident
@@ -124,8 +124,8 @@ class HookManager(HookDispatcher):
             self.close()  # Ctrl-C may have come before the first hook was removed
             raise
         if kind is None and was_open:
-            self._state.finish()
-            self._state.check_fired()
+            self.captures.finish_all()
+            self.captures.check_fired(self._state.tracker.forwards)
         if (
             isinstance(error, RuntimeError)
             and "mutated during iteration" in str(error)
@@ -254,7 +254,17 @@ class HookManager(HookDispatcher):
 
     def refuse_checkpoints(self) -> None:
         """Raises `Unsupported` for a hook in a block that runs again in backward()."""
-        refuse_checkpoints(self.lm.root, self.hook_points)
+        root = self.lm.root
+        if not root.training:
+            return
+        for hook_point in self.hook_points:
+            if in_checkpointed_block(root, hook_point.place.path):
+                raise Unsupported(
+                    f"{hook_point.actions[0].hook} stands in a block with gradient checkpointing, "
+                    "which runs again in backward(), without the hook: call "
+                    "model.gradient_checkpointing_disable() or model.eval(), or run the model and "
+                    "backward() inside a block of hk.attach"
+                )
 
     # ---- the texts that run
 
@@ -316,7 +326,7 @@ class HookManager(HookDispatcher):
 
         A text is one forward with the decoding steps that go on from it, or one `generate`.
         """
-        return self._state.texts
+        return self.captures.texts()
 
     def captured(self, site: str | AnySite, name: str | None = None) -> Captured:
         """Returns the values at a site, with their rows and positions, if one text has run."""
@@ -346,7 +356,7 @@ class HookManager(HookDispatcher):
     @property
     def log(self) -> pd.DataFrame:
         """Where each hook fired: one row for each hook, site, forward and row of the batch."""
-        return self._state.captures.log()
+        return self.captures.log()
 
 
 # ---- hooks on modules
@@ -402,20 +412,6 @@ def _restore_modes(thread: int, before: list[Any]) -> None:
 
 
 # ---- gradient checkpointing
-
-
-def refuse_checkpoints(root: nn.Module, hook_points: Iterable[HookPoint]) -> None:
-    """Raises `Unsupported` for a hook in a block that runs again after the hooks are removed."""
-    if not root.training:
-        return
-    for hook_point in hook_points:
-        if in_checkpointed_block(root, hook_point.place.path):
-            raise Unsupported(
-                f"{hook_point.actions[0].hook} stands in a block with gradient checkpointing, "
-                "which runs again in backward(), without the hook: call "
-                "model.gradient_checkpointing_disable() or model.eval(), or run the model and "
-                "backward() inside a block of hk.attach"
-            )
 
 
 def with_recomputation(

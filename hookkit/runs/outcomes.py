@@ -6,7 +6,7 @@ text. Afterwards it raises for a hook that never fired, and gives the log.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -226,37 +226,6 @@ def never_fired(bound_hook: BoundHook, forwards: int) -> str:
 # ---- firings
 
 
-def firing_log(
-    firings: Iterable[Firing], endings: Mapping[SequenceBatch, SequenceEnd]
-) -> pd.DataFrame:
-    """Returns one row for each hook, site, forward and row of the batch in which the hook fired.
-
-    Columns: hook (its number, in the order in which the hooks were passed), do, site, forward,
-    row, positions ("0-14"), numbers (how many the hook read or wrote) and changed (how many of
-    those an edit changed; 0 for a capture). Observers are left out.
-    """
-    rows: list[dict[str, object]] = []
-    for firing in firings:
-        bound_hook, forward_number, selection, shape, changed = firing
-        if bound_hook.observer:
-            continue
-        common = {
-            "hook": bound_hook.number,
-            "do": str(bound_hook.hook),
-            "site": str(bound_hook.site),
-            "forward": forward_number,
-        }
-        if selection is None:
-            total = 0 if changed is None else int(changed)
-            numbers = {"row": -1, "positions": "", "numbers": shape.numel(), "changed": total}
-            rows.append(common | numbers)
-        else:
-            ending = endings.get(selection.text)
-            for numbers in _selection_rows(selection, ending, shape.numel(), changed):
-                rows.append(common | numbers)
-    return pd.DataFrame(rows, columns=LOG_COLUMNS)
-
-
 def _selection_rows(
     selection: Selection, ending: SequenceEnd | None, cell_size: int, changed: Tensor | None
 ) -> list[dict[str, object]]:
@@ -289,19 +258,6 @@ def _before_end(positions: PositionRange, row: int, ending: SequenceEnd | None) 
     if limit is None:
         return positions
     return positions[: bisect_left(positions, limit)]
-
-
-def hooks_that_fired(
-    firings: Iterable[Firing], endings: Mapping[SequenceBatch, SequenceEnd]
-) -> set[BoundHook]:
-    """Returns the bound hooks that did something before the end of some row."""
-    fired: set[BoundHook] = set()
-    for bound_hook, _, selection, _, _ in firings:
-        if bound_hook in fired:
-            continue
-        if selection is None or has_cell_before_end(selection, endings.get(selection.text)):
-            fired.add(bound_hook)
-    return fired
 
 
 def has_cell_before_end(selection: Selection, ending: SequenceEnd | None) -> bool:
@@ -368,11 +324,10 @@ class CaptureStore:
         if text is self.current_text:
             self._leave_text()
 
-    def finish_all(self, ending_of: Callable[[SequenceBatch], SequenceEnd]) -> None:
-        """Ends each text that has not ended."""
+    def finish_all(self) -> None:
+        """Ends each text that no `generate` has ended."""
         for text in list(self._chunks):
-            if text not in self._finished:
-                self.finish(text, ending_of(text))
+            self.finish(text, _plain_ending(text))
 
     def forget(self, text: SequenceBatch) -> None:
         """Drops a text that was interrupted."""
@@ -384,17 +339,14 @@ class CaptureStore:
         for bound_hook in self.bound_hooks:
             bound_hook.pieces = []
 
-    def texts(self, ending_of: Callable[[SequenceBatch], SequenceEnd]) -> list[Captures]:
-        """Returns the captures of the user's hooks, one `Captures` for each text.
-
-        A text that may go on is given as if it ended now, with the ending of `ending_of`.
-        """
+    def texts(self) -> list[Captures]:
+        """Returns the captures of the user's hooks by text; open texts as if they ended now."""
         texts = []
         for text in self._chunks:
             if text in self._finished:
                 texts.append(self._finished[text])
             elif not text.generating:
-                texts.append(self._captures(text, ending_of(text)))
+                texts.append(self._captures(text, _plain_ending(text)))
         return texts
 
     def observed(self) -> Captures:
@@ -419,16 +371,52 @@ class CaptureStore:
 
     def check_fired(self, forwards: int) -> None:
         """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
-        fired = hooks_that_fired(self.firings, self._endings)
+        fired: set[BoundHook] = set()  # before the end of some row
+        for bound_hook, _, selection, _, _ in self.firings:
+            if bound_hook not in fired and self._counts(selection):
+                fired.add(bound_hook)
         for bound_hook in self.bound_hooks:
             if not bound_hook.fired or bound_hook not in fired:
                 raise NeverFired(never_fired(bound_hook, forwards))
         if self._problem is not None:
             raise NeverFired(self._problem)
 
+    def _counts(self, selection: Selection | None) -> bool:
+        if selection is None:
+            return True
+        return has_cell_before_end(selection, self._endings.get(selection.text))
+
     def log(self) -> pd.DataFrame:
-        """Returns one row for each hook, site, forward and row of the batch where a hook fired."""
-        return firing_log(self.firings, self._endings)
+        """Returns one row for each hook, site, forward and row of the batch where a hook fired.
+
+        Columns: hook (its number, in the order in which the hooks were passed), do, site, forward,
+        row, positions ("0-14"), numbers (how many the hook read or wrote) and changed (how many of
+        those an edit changed; 0 for a capture). Observers are left out.
+        """
+        rows: list[dict[str, object]] = []
+        for bound_hook, forward, selection, shape, changed in self.firings:
+            if bound_hook.observer:
+                continue
+            common = {
+                "hook": bound_hook.number,
+                "do": str(bound_hook.hook),
+                "site": str(bound_hook.site),
+                "forward": forward,
+            }
+            if selection is None:
+                total = 0 if changed is None else int(changed)
+                numbers = {"row": -1, "positions": "", "numbers": shape.numel(), "changed": total}
+                rows.append(common | numbers)
+                continue
+            ending = self._endings.get(selection.text)
+            for numbers in _selection_rows(selection, ending, shape.numel(), changed):
+                rows.append(common | numbers)
+        return pd.DataFrame(rows, columns=LOG_COLUMNS)
+
+
+def _plain_ending(text: SequenceBatch) -> SequenceEnd:
+    """The ending of a text that no `generate` has made."""
+    return SequenceEnd(range(len(text.lengths) * text.expand))
 
 
 def _any_before_end(chunks: list[CapturedChunk], ending: SequenceEnd) -> bool:

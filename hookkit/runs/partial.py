@@ -267,10 +267,14 @@ class SharedForward(HookManager):
                     input_part = self._rows_of(lane, hook_point, module_input)
                 for bound_hook in bound_hooks:
                     new = _apply_hook_of_cell(bound_hook, hook_point, lane, new, input_part)
-                if new is not part:
-                    if result is tensor and lane.stop - lane.start != self.count:
-                        result = self._copy_by_row(tensor)
-                    result = self._with_rows(lane, hook_point, result, new)
+                if new is part:
+                    continue
+                if lane.stop - lane.start == self.count:
+                    result = new
+                    continue
+                if result is tensor:
+                    result = self._copy_by_row(tensor)
+                self._rows_of(lane, hook_point, result).copy_(new)
         finally:
             self._hook_thread = 0
         return result
@@ -297,15 +301,6 @@ class SharedForward(HookManager):
         if tensor.shape[0] == 1 and self.count > 1:
             return tensor.expand(self.count, *tensor.shape[1:]).clone()
         return tensor.clone()
-
-    def _with_rows(
-        self, lane: CellRows, hook_point: HookPoint, tensor: Tensor, new: Tensor
-    ) -> Tensor:
-        """Writes the rows of a cell into a copy; returns them alone if there are no other rows."""
-        if lane.stop - lane.start == self.count:
-            return new
-        self._rows_of(lane, hook_point, tensor).copy_(new)
-        return tensor
 
 
 def _apply_hook_of_cell(

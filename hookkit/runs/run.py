@@ -204,11 +204,7 @@ class Run:
             facts["captured"] = f"{self.sites}"
         rows: list[dict[str, object]] = []
         for row, text in enumerate(self.text):
-            cells: dict[str, object] = {
-                "row": row,
-                "tokens": self.lengths[row],
-                "text": repr(text),
-            }
+            cells: dict[str, object] = {"row": row, "tokens": self.lengths[row], "text": repr(text)}
             if any(self.generated):
                 cells["written"] = repr(self.generated[row])
             rows.append(cells)

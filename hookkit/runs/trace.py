@@ -161,7 +161,8 @@ class _OpenStep:
         """Returns the different logits, and for each stage the name under which it is there."""
         assert self.model is not None and self.edited is not None and self.processed is not None
         different = {"model": self.model}
-        names = dict.fromkeys(STAGES, "model")  # a stage that changes nothing is the one before it
+        # a stage that changes nothing is the one before it
+        names: dict[str, str] = dict.fromkeys(STAGES, "model")
         if self.edited is not self.model:
             different["edited"] = self.edited
             names["edited"] = names["processed"] = "edited"

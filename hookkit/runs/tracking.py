@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..hooks.captured_values import SequenceEnd
 from ..models.batch_positions import ForwardPass, SequenceBatch, contiguous, masked
 from ..models.positions import OPEN, At
 from ..models.prompts import Batch
@@ -253,11 +252,6 @@ def _check_open_ends(text: SequenceBatch) -> None:
                 "this forward goes on after rows that end in padding: pad on the left to decode a "
                 "batch"
             )
-
-
-def plain_ending(text: SequenceBatch) -> SequenceEnd:
-    """Returns the ending of a text that no `generate` has made."""
-    return SequenceEnd(range(len(text.lengths) * text.expand))
 
 
 def arguments_by_name(

@@ -101,11 +101,7 @@ def _failure(error: Exception) -> Failure:
 
     text = "".join(traceback.format_exception(error)).rstrip()
     kind, state = type(error), dict(vars(error))
-    forms = (
-        error,
-        _ErrorParts(kind, error.args, state),
-        _ErrorParts(kind, (str(error),), {}),
-    )
+    forms = (error, _ErrorParts(kind, error.args, state), _ErrorParts(kind, (str(error),), {}))
     for form in forms:
         try:
             data = dumps(form)
@@ -258,7 +254,7 @@ class Crew:
 
         member = self._starting.pop(reference)
         try:
-            failure = ray.get(reference)
+            failure: Any = ray.get(reference)
         except RayTaskError:
             raise
         except RayError as error:  # the actor died, or its node
@@ -275,7 +271,7 @@ class Crew:
 
         task, member = self._in_flight.pop(reference)
         try:
-            result = ray.get(reference)
+            result: Any = ray.get(reference)
         except RayTaskError:
             raise
         except RayError as error:  # the actor died, or its node, with what it had computed
