@@ -1,4 +1,5 @@
-"""Causal tracing: the subject is blurred by noise, and one clean state at a time is put back (Meng et al. 2022)."""
+"""Causal tracing: noise blurs the subject, and one clean state at a time is restored (Meng et al.
+2022)."""
 
 import hashlib
 import math
@@ -21,10 +22,11 @@ from ..models.prompts import Prompts, Row, as_batch, as_rows, cover
 from ..models.sites import WHOLE_MODEL, Site
 from ..runs.forward import forward
 from .cells import as_hooks, listed
-from .grids import Metrics, Positions, positions_of
+from .grids import GridPositions, Metrics, Positions, RowPositions, grid_positions
 from .sweep import Settings, sweep
 
-TOGETHER, WIDTH = 64, 64  # rows of one forward, and tokens of a row, while embeddings are read
+# Rows of one forward and tokens of a row, while embeddings are read.
+BATCH, WIDTH = 64, 64
 
 
 @checks_arguments
@@ -44,88 +46,108 @@ def causal_tracing(
     seed: int = 0,
     **settings: Unpack[Settings],
 ) -> pd.DataFrame:
-    """How much of what noise on the subject destroys comes back when one clean state is restored (Meng et al. 2022).
+    """Returns how much of the metric comes back when one clean state is restored under noise on the
+    subject (Meng et al. 2022).
 
-    Normal noise is added to the embeddings of the subject's tokens, `noise` times as large as the standard deviation of
-    embeddings, drawn `samples` times for each prompt. The standard deviation is one number for a model: that of the
-    embeddings of the whole vocabulary, or of the tokens of `noise_over` (texts or ids; the paper takes the subjects of
-    a thousand facts). Then the clean value of `site` is put back at each layer and position, in `window` layers around
-    it (the paper takes 1 for the stream and 10 for attn_out and mlp_out; at the ends there are fewer). The effect is 0
-    where the noise stands and 1 where the clean value came back. A prompt has the same noise alone and among others.
+    Normal noise is added to the embeddings of the subject's tokens, drawn `samples` times for each
+    prompt. Its standard deviation is `noise` times that of embeddings, which is one number for a
+    model: over the embeddings of the whole vocabulary, or of the tokens of `noise_over` (texts or
+    ids; the paper uses the subjects of a thousand facts). Then the clean value of `site` is
+    restored at each layer and position, in `window` layers around it (the paper uses 1 for the
+    residual stream and 10 for attn_out and mlp_out; near the ends there are fewer). The effect is 0
+    if the noise has its full effect and 1 if the clean value came back. A prompt has the same noise
+    alone and in a batch.
 
-    `subject` is the text of the subject, or one for each prompt. Columns: layer, pos, row, those of `sweep`, prompt and
-    sample: `row` counts prompts times samples, and `prompt` and `sample` say which it is. `attrs["noise_std"]` is the
-    standard deviation of the noise.
+    `subject` is the text of the subject, or one for each prompt. Columns: layer, pos, row, those of
+    `sweep`, prompt and sample: `row` counts prompts times samples, and `prompt` and `sample` say
+    which one it is. `attrs["noise_std"]` is the standard deviation of the noise.
     """
     batch = as_batch(lm, prompts)
-    items = items_of(subject)
-    names: list[Any] = [subject] * len(batch.rows) if items is None else items
-    for name in names:
-        if not isinstance(name, str | At):
-            raise BadPrompt(
-                f"subject={described(name)}: give its text, hk.at(text), or a list with one for each prompt"
-            )
-    if len(names) != len(batch.rows):
-        raise BadPrompt(
-            f"{len(names)} subjects were given, and there are {len(batch.rows)} prompts: give as many, or one"
-        )
+    subjects = _check_subjects(subject, len(batch.rows))
     if samples < 1 or window < 1:
         raise BadHook(f"samples={samples} and window={window}: both count from 1")
     finite_number(noise, "noise", above=0.0, meaning="how many standard deviations are added,")
     if site in WHOLE_MODEL:
         raise BadHook(f"{site!r} is there once, and causal tracing restores a site layer by layer")
-    chosen = list(
-        lm.sites(site) if layers is None else lm.sites(site, layers=listed(layers, "layers"))
-    )
-    there = {each.layer: each for each in lm.sites(site) if isinstance(each, Site)}
-    rows = [list(row) for row in batch.rows for _ in range(samples)]
-    spans = [
-        cover(lm, row, at(name) if isinstance(name, str) else name)
-        for row, name in zip(batch.rows, names, strict=True)
-    ]
-    found = positions_of(batch.lengths, [site], pos)
-    if found is None:
+    sites = {item.layer: item for item in lm.sites(site) if isinstance(item, Site)}
+    restored_layers = list(sites)
+    if layers is not None:
+        selected = lm.sites(site, layers=listed(layers, "layers"))
+        restored_layers = [item.layer for item in selected if isinstance(item, Site)]
+    spans = [cover(lm, row, item) for row, item in zip(batch.rows, subjects, strict=True)]
+    positions = grid_positions(batch.lengths, [site], pos)
+    if positions is None:
         raise BadHook(
-            f"{site!r} has heads, all of which are restored together: say at which positions, with pos="
+            f"{site!r} has heads, all of which are restored together: say at which positions, "
+            "with pos="
         )
-    places = {
-        name: [(where, _each(some, samples)) for where, some in given]
-        for name, given in found.items()
-    }
-    under = as_hooks(settings.get("under", ()))
-    clean = forward(lm, rows, *under, capture(lm.sites(site)))
+    positions = _positions_of_samples(positions, samples)
+    rows: list[list[int]] = []
+    for row in batch.rows:
+        rows += [list(row)] * samples
+    base_hooks = as_hooks(settings.get("under", ()))
+    clean = forward(lm, rows, *base_hooks, capture(lm.sites(site)))
 
     def hooks(layer: int, pos: object) -> list[Hook]:
         first = layer - window // 2
-        around = [there[each] for each in range(first, first + window) if each in there]
-        return [patch(around, clean, pos=where, rows=some) for where, some in places[pos]]
+        around = [sites[near] for near in range(first, first + window) if near in sites]
+        return [
+            patch(around, clean, pos=position, rows=sample_rows)
+            for position, sample_rows in positions[pos]
+        ]
 
-    size = number(noise, "noise") * embedding_std(lm, noise_over)
-    settings["under"] = [*under, *_noise(lm, batch.rows, spans, samples, size, seed)]
-    table = sweep(
-        lm,
-        rows,
-        {"layer": [each.layer for each in chosen if isinstance(each, Site)], "pos": list(places)},
-        hooks,
-        metrics,
-        target=clean,
-        **settings,
-    )
+    noise_std = number(noise, "noise") * embedding_std(lm, noise_over)
+    noise_hooks = _noise_hooks(lm, batch.rows, spans, samples, noise_std, seed)
+    settings["under"] = [*base_hooks, *noise_hooks]
+    axes = {"layer": restored_layers, "pos": list(positions)}
+    table = sweep(lm, rows, axes, hooks, metrics, target=clean, **settings)
     table["prompt"], table["sample"] = table["row"] // samples, table["row"] % samples
-    table.attrs["noise_std"] = size
+    table.attrs["noise_std"] = noise_std
     return table
 
 
+def _check_subjects(subject: str | At | Sequence[str | At], count: int) -> list[At]:
+    """Returns the subject of each prompt."""
+    items = items_of(subject)
+    subjects: list[Any] = [subject] * count if items is None else items
+    for item in subjects:
+        if not isinstance(item, str | At):
+            raise BadPrompt(
+                f"subject={described(item)}: give its text, hk.at(text), or a list with one for "
+                "each prompt"
+            )
+    if len(subjects) != count:
+        raise BadPrompt(
+            f"{len(subjects)} subjects were given, and there are {count} prompts: give as many, "
+            "or one"
+        )
+    return [at(item) if isinstance(item, str) else item for item in subjects]
+
+
+def _positions_of_samples(positions: GridPositions, samples: int) -> GridPositions:
+    """Returns the positions with a row for each sample of a prompt."""
+    expanded: dict[Any, RowPositions] = {}
+    for name, row_positions in positions.items():
+        expanded[name] = []
+        for position, prompts in row_positions:
+            rows: CountLike = prompts
+            if isinstance(prompts, list):
+                rows = []
+                for prompt in prompts:
+                    rows += range(prompt * samples, (prompt + 1) * samples)
+            expanded[name].append((position, rows))
+    return expanded
+
+
 def embedding_std(lm: LM, over: Prompts | None = None) -> float:
-    """The standard deviation of all numbers of the embeddings: of the whole vocabulary, or of the tokens of `over`."""
-    rows = _vocabulary_in_rows(lm) if over is None else as_rows(lm, over)
+    """Returns the standard deviation of all numbers of the embeddings, of the whole vocabulary or
+    of the tokens of `over`."""
+    rows = _vocabulary_rows(lm) if over is None else as_rows(lm, over)
     count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(rows), TOGETHER):
-        group = rows[start : start + TOGETHER]
-        embeddings = forward(lm, [list(row) for row in group], capture("embed"), logits=False)[
-            "embed"
-        ]
-        for row, values in zip(group, embeddings, strict=True):
+    for start in range(0, len(rows), BATCH):
+        batch = [list(row) for row in rows[start : start + BATCH]]
+        run = forward(lm, batch, capture("embed"), logits=False)
+        for row, values in zip(batch, run["embed"], strict=True):
             numbers = values[: len(row)].double()
             count += numbers.numel()
             total += float(numbers.sum())
@@ -133,44 +155,40 @@ def embedding_std(lm: LM, over: Prompts | None = None) -> float:
     return math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
 
 
-def _vocabulary_in_rows(lm: LM) -> list[Row]:
-    """Every token of the vocabulary once, in rows of which the last may be shorter."""
+def _vocabulary_rows(lm: LM) -> list[Row]:
+    """Returns every token of the vocabulary once, in rows of which the last may be shorter."""
     if not lm.n_tokens:
         raise BadHook(
-            "the size of this model's vocabulary is not known: give texts or ids, over whose embeddings the standard "
-            "deviation is taken, as noise_over="
+            "the size of this model's vocabulary is not known: give texts or ids, over whose "
+            "embeddings the standard deviation is taken, as noise_over="
         )
     width = min(WIDTH, lm.context or WIDTH)
     starts = range(0, lm.n_tokens, width)
     return [tuple(range(start, min(start + width, lm.n_tokens))) for start in starts]
 
 
-def _each(prompts: CountLike, samples: int) -> CountLike:
-    """The rows of some prompts, of which there is one for each sample."""
-    if not isinstance(prompts, list):
-        return prompts
-    return [prompt * samples + sample for prompt in prompts for sample in range(samples)]
-
-
-def _noise(
-    lm: LM, prompts: Sequence[Row], spans: Sequence[Row], samples: int, size: float, seed: int
+def _noise_hooks(
+    lm: LM, prompts: Sequence[Row], spans: Sequence[Row], samples: int, std: float, seed: int
 ) -> list[Hook]:
-    """The hooks that add noise to the subject's embeddings, one for the rows whose subject stands at one place."""
+    """Returns the hooks that add noise to the subject's embeddings, one for the rows whose subject
+    is at the same positions."""
     width = lm.shape(Site("embed"))[-1]
-    by_place: dict[Row, dict[int, Tensor]] = {}
+    noise_by_span: dict[Row, dict[int, Tensor]] = {}
     for index, (prompt, span) in enumerate(zip(prompts, spans, strict=True)):
         for sample in range(samples):
-            drawn = torch.randn(len(span), width, generator=_draws(seed, prompt, sample))
-            by_place.setdefault(span, {})[index * samples + sample] = size * drawn
+            generator = noise_generator(seed, prompt, sample)
+            noise = std * torch.randn(len(span), width, generator=generator)
+            noise_by_span.setdefault(span, {})[index * samples + sample] = noise
     hooks: list[Hook] = []
-    for span, drawn in by_place.items():
+    for span, noise_by_row in noise_by_span.items():
+        rows = list(noise_by_row)
         vectors = torch.zeros(len(prompts) * samples, len(span), width)
-        vectors[list(drawn)] = torch.stack(list(drawn.values()))
-        hooks.append(steer("embed", vectors, pos=list(span), rows=list(drawn)))
+        vectors[rows] = torch.stack(list(noise_by_row.values()))
+        hooks.append(steer("embed", vectors, pos=list(span), rows=rows))
     return hooks
 
 
-def _draws(seed: int, prompt: Row, sample: int) -> torch.Generator:
-    """A generator that depends on the seed, the prompt's tokens and the sample's number alone."""
-    words = hashlib.sha256(repr((seed, prompt, sample)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
+def noise_generator(seed: int, prompt: Row, sample: int) -> torch.Generator:
+    """Returns a generator that depends only on the seed, the prompt's tokens and the sample."""
+    digest = hashlib.sha256(repr((seed, prompt, sample)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,12 +1,11 @@
-"""From what a model says to the metrics of cells.
+"""The metrics of cells: from logits to numbers.
 
-What the metrics are at a sweep's target, from which the effect is counted.
-
-Cells of a sweep, drawn by chance and run once more by themselves.
+Also the metrics of a sweep's target, to which effects are relative, and the check that runs some
+cells again by themselves.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,166 +16,161 @@ from torch import Tensor
 from ..errors import BadHook, Unsupported
 from ..models.prompts import Prompts, as_batch
 from ..runs.run import Run
-from ..tables.metrics import Loss, Measure, Metric, Said, last_logits
+from ..tables.metrics import Loss, Measure, Said, last_logits
 from .cells import check_reached
-from .forwards import BaseForward, run_trunk
+from .forwards import BaseForward, run_base
 from .inputs import SweepInputs, read
 from .plan import Plan
 from .shortcuts import LIMITS
 
 Values: TypeAlias = dict[tuple[int, int], list[float]]
-"""What the metrics gave, by the cell's number and the prompt's."""
+"""The values of the metrics, by cell number and row."""
 
-UNEDITED = -1  # stands for a cell: the prompt without any cell's edits
+UNEDITED = -1  # the cell number of the prompts without any cell's edits
 
-Before: TypeAlias = Mapping[int, Float[Tensor, " vocab"]]
-"""What the model says of each prompt without a cell's edits, where the metric looks."""
+UneditedLogits: TypeAlias = Mapping[int, Float[Tensor, " vocab"]]
+"""For each row the logits without a cell's edits, at the metric's position."""
 
 
 @dataclass(frozen=True, eq=False)
 class CellMetrics:
-    """The metrics of a reading. `before` is there where one of them compares."""
+    """The metrics of the prompts of a sweep. `before` is there if a metric compares with it."""
 
-    reading: SweepInputs
+    inputs: SweepInputs
     measures: Sequence[Measure]
-    before: Before | None = None
+    before: UneditedLogits | None = None
 
     def values(
         self, keys: Sequence[tuple[int, int]], logits: Float[Tensor, "row look vocab"]
     ) -> Values:
-        """The metrics of these cells and prompts."""
-        found: Values = {}
-        part = max(
-            1, 2**26 // max(1, logits[0].numel())
-        )  # rows at a time, since a metric makes copies
-        for start in range(0, len(keys), part):
-            some = keys[start : start + part]
-            found |= self.measured(
-                some, self.said([row for _, row in some], logits[start : start + part])
-            )
-        return found
+        """Returns the metrics of these cells and rows, in parts because metrics make copies."""
+        values: Values = {}
+        size = max(1, 2**26 // max(1, logits[0].numel()))
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            said = self.said([row for _, row in part], logits[start : start + size])
+            values |= self.measure(part, said)
+        return values
 
-    def measured(self, keys: Sequence[tuple[int, int]], said: Said) -> Values:
-        """The metrics of what was said."""
+    def measure(self, keys: Sequence[tuple[int, int]], said: Said) -> Values:
+        """Returns the metrics of these logits."""
         columns = [measure(said).double().tolist() for measure in self.measures]
         return {key: list(values) for key, *values in zip(keys, *columns, strict=True)}
 
-    def earlier(self, rows: Sequence[int]) -> Float[Tensor, "row vocab"] | None:
-        """What the model says of these prompts without an edit, where a metric compares with it."""
-        return (
-            None if self.before is None else torch.stack([self.before[row] for row in rows]).float()
-        )
+    def before_logits(self, rows: Sequence[int]) -> Float[Tensor, "row vocab"] | None:
+        """Returns the unedited logits of these rows; None if no metric compares with them."""
+        if self.before is None:
+            return None
+        return torch.stack([self.before[row] for row in rows]).float()
 
     def said(self, rows: Sequence[int], logits: Float[Tensor, "row look vocab"]) -> Said:
-        """What the model says of these prompts, where the metrics look."""
-        looks = self.reading.looks
-        if max(looks) == 1 and not self.reading.continues:
-            return Said(logits[:, -1].float(), rows, self.earlier(rows))
-        first = torch.stack([each[-looks[row]] for each, row in zip(logits, rows, strict=True)])
-        after = [each[-looks[row] :].float() for each, row in zip(logits, rows, strict=True)]
-        return Said(first.float(), rows, self.earlier(rows), after)
+        """Returns what the metrics read of these rows."""
+        looks = self.inputs.looks
+        if max(looks) == 1 and not self.inputs.has_continuation:
+            return Said(logits[:, -1].float(), rows, self.before_logits(rows))
+        first, after = [], []
+        for row, row_logits in zip(rows, logits, strict=True):
+            first.append(row_logits[-looks[row]])
+            after.append(row_logits[-looks[row] :].float())
+        return Said(torch.stack(first).float(), rows, self.before_logits(rows), after)
 
 
-def unedited(reading: SweepInputs, trunk: BaseForward, metrics: Sequence[Metric]) -> Before | None:
-    """What the unedited rows say; None where no metric compares with it."""
-    if not any(metric.compares for metric in metrics):
+def unedited_logits(plan: Plan, forward: BaseForward) -> UneditedLogits | None:
+    """Returns the logits of unedited rows; None if no metric compares with them."""
+    if not plan.compares:
         return None
-    each = zip(trunk.rows, trunk.logits, strict=True)
-    return {row: logits[-reading.looks[row]] for row, logits in each}
+    looks = plan.inputs.looks
+    pairs = zip(forward.rows, forward.logits, strict=True)
+    return {row: logits[-looks[row]] for row, logits in pairs}
 
 
-Part = tuple[int, ...]
+def _cell_metrics(plan: Plan, rows: tuple[int, ...]) -> CellMetrics:
+    """Returns the metrics of some prompts, which are run if a metric compares with them."""
+    before = None
+    if plan.compares:
+        before = unedited_logits(plan, _run_unedited(plan, plan.inputs, rows))
+    return CellMetrics(plan.inputs, plan.measures, before)
 
 
-def aims(made: Plan, target: Run | Prompts, pos: int) -> list[list[float]]:
-    """The metrics of each prompt's target: a run, or prompts, which are run under the hooks of every cell."""
-    measured = (
-        _of_run(made, target, pos) if isinstance(target, Run) else _of_prompts(made, target, pos)
-    )
-    found: Values = {}
-    for rows in made.chunks():
-        before = None
-        if any(metric.compares for metric in made.metrics):
-            before = unedited(made.reading, _trunk(made, made.reading, rows), made.metrics)
-        found |= measured(rows, CellMetrics(made.reading, made.measures, before))
-    return [found[UNEDITED, row] for row in range(len(made.reading))]
+def _run_unedited(plan: Plan, inputs: SweepInputs, rows: tuple[int, ...]) -> BaseForward:
+    return run_base(inputs, rows, plan.base_hook_points, (), 1, cache=False)
 
 
-def _of_run(made: Plan, run: Run, pos: int) -> Callable[[Part, CellMetrics], Values]:
-    if any(isinstance(metric, Loss) for metric in made.metrics):
+def target_values(plan: Plan, target: Run | Prompts, pos: int) -> list[list[float]]:
+    """Returns the metrics of each prompt's target: of a run, or of prompts, which are run with the
+    base hooks."""
+    if isinstance(target, Run):
+        values = _values_of_run(plan, target, pos)
+    else:
+        values = _values_of_prompts(plan, target, pos)
+    return [values[UNEDITED, row] for row in range(len(plan.inputs))]
+
+
+def _values_of_run(plan: Plan, run: Run, pos: int) -> Values:
+    if any(isinstance(metric, Loss) for metric in plan.metrics):
         raise Unsupported(
             "a run has not read the continuation whose loss is meant: give prompts as the target"
         )
-    logits, count = last_logits(run, pos), len(made.reading)
-    _check(len(logits), count)
+    count = len(plan.inputs)
+    logits = last_logits(run, pos)
+    _check_count(len(logits), count)
     logits = logits.expand(count, -1)
-
-    def measured(rows: Part, saying: CellMetrics) -> Values:
-        earlier = saying.earlier(rows)
-        said = Said(logits[list(rows)], rows, None if earlier is None else earlier.cpu())
-        return saying.measured([(UNEDITED, row) for row in rows], said)
-
-    return measured
-
-
-def _of_prompts(made: Plan, prompts: Prompts, pos: int) -> Callable[[Part, CellMetrics], Values]:
-    rows, count = as_batch(made.lm, prompts).rows, len(made.reading)
-    _check(len(rows), count)
-    theirs = read(
-        made.lm,
-        [list(row) for row in (rows if len(rows) == count else rows * count)],
-        made.metrics,
-        pos,
-    )
-    check_reached(made.under, theirs)
-
-    def measured(rows: Part, saying: CellMetrics) -> Values:
-        logits = _trunk(made, theirs, rows).logits
-        return CellMetrics(theirs, made.measures, saying.before).values(
-            [(UNEDITED, row) for row in rows], logits
-        )
-
-    return measured
+    values: Values = {}
+    for rows in plan.chunks():
+        cell_metrics = _cell_metrics(plan, rows)
+        before = cell_metrics.before_logits(rows)
+        if before is not None:
+            before = before.cpu()
+        said = Said(logits[list(rows)], rows, before)
+        values |= cell_metrics.measure([(UNEDITED, row) for row in rows], said)
+    return values
 
 
-def _check(found: int, count: int) -> None:
-    if found not in (1, count):
+def _values_of_prompts(plan: Plan, prompts: Prompts, pos: int) -> Values:
+    count = len(plan.inputs)
+    target_rows = as_batch(plan.lm, prompts).rows
+    _check_count(len(target_rows), count)
+    if len(target_rows) != count:
+        target_rows = target_rows * count
+    inputs = read(plan.lm, [list(row) for row in target_rows], plan.metrics, pos)
+    check_reached(plan.base_hook_points, inputs)
+    values: Values = {}
+    for rows in plan.chunks():
+        before = _cell_metrics(plan, rows).before
+        logits = _run_unedited(plan, inputs, rows).logits
+        cell_metrics = CellMetrics(inputs, plan.measures, before)
+        values |= cell_metrics.values([(UNEDITED, row) for row in rows], logits)
+    return values
+
+
+def _check_count(target_count: int, count: int) -> None:
+    if target_count not in (1, count):
         raise BadHook(
-            f"the target has {found} rows, and there are {count} prompts: give as many, or one"
+            f"the target has {target_count} rows, and there are {count} prompts: give as many, "
+            "or one"
         )
 
 
-def _trunk(made: Plan, reading: SweepInputs, rows: Part) -> BaseForward:
-    return run_trunk(reading, rows, made.under, (), 1, cache=False)
+def verify_cells(plan: Plan, values: Values, count: int) -> None:
+    """Runs some random cells by themselves. Raises `Unsupported` if one has other values."""
+    cells = sorted({cell for cell, _ in values} - {UNEDITED})
+    for cell in random.Random(0).sample(cells, min(count, len(cells))):
+        for rows in plan.chunks():
+            forward = run_base(plan.inputs, rows, plan.hook_points[cell], (), 1, cache=False)
+            cell_metrics = _cell_metrics(plan, rows)
+            keys = [(cell, row) for row in rows]
+            _compare(plan, values, cell_metrics.values(keys, forward.logits))
 
 
-def verify(made: Plan, values: Values, count: int) -> None:
-    """Run some cells by themselves, from beginning to end, and raise `Unsupported` if one has other values."""
-    done = sorted({cell for cell, _ in values} - {UNEDITED})
-    for number in random.Random(0).sample(done, min(count, len(done))):
-        for rows in made.chunks():
-            alone = run_trunk(made.reading, rows, made.taps[number], (), 1, cache=False)
-            before = None
-            if any(metric.compares for metric in made.metrics):
-                trunk = run_trunk(made.reading, rows, made.under, (), 1, cache=False)
-                before = unedited(made.reading, trunk, made.metrics)
-            said = CellMetrics(made.reading, made.measures, before)
-            _compare(made, values, said.values([(number, row) for row in rows], alone.logits))
-
-
-def _compare(made: Plan, values: Values, wanted: Values) -> None:
-    for (number, row), expected in wanted.items():
-        for metric, now, was in zip(
-            made.metrics, values.get((number, row), expected), expected, strict=True
-        ):
-            if abs(now - was) > _allowed(made, was):
+def _compare(plan: Plan, values: Values, expected_values: Values) -> None:
+    dtype = getattr(plan.lm.root, "dtype", torch.float64)
+    limit = 5 * LIMITS.get(dtype, LIMITS[torch.float64])
+    for (cell, row), expected in expected_values.items():
+        actual = values.get((cell, row), expected)
+        for metric, value, alone in zip(plan.metrics, actual, expected, strict=True):
+            if abs(value - alone) > limit * max(1.0, abs(alone)):
                 raise Unsupported(
-                    f"the cell {made.cells[number]} of prompt {row} has {metric.name} {now:.6g}, and {was:.6g} "
-                    "when it is run by itself: a shortcut does not hold for this model. Please report it; until "
-                    "then run the cells with hk.forward"
+                    f"the cell {plan.cells[cell]} of prompt {row} has {metric.name} {value:.6g}, "
+                    f"and {alone:.6g} when it is run by itself: a shortcut does not hold for this "
+                    "model. Please report it; until then run the cells with hk.forward"
                 )
-
-
-def _allowed(made: Plan, value: float) -> float:
-    limit = LIMITS.get(getattr(made.lm.root, "dtype", None), LIMITS[next(iter(LIMITS))])  # pyright: ignore
-    return 5 * limit * max(1.0, abs(value))

@@ -1,11 +1,11 @@
-"""The cells of a sweep: each point of the grid with the hooks that act there.
+"""The cells of a sweep: the points of the grid with their hooks, and the controls of the cells.
 
-Controls: the same cell with an edit that says nothing of the hypothesis.
+A control is the same cell with an edit that says nothing about the hypothesis: a change of the same
+size in a random direction, or a patch from an unrelated prompt.
 """
 
 import hashlib
 import inspect
-import itertools
 from collections.abc import (
     Callable,
     Hashable,
@@ -17,6 +17,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -38,67 +39,98 @@ from ..runs.manager import HookManager
 from ..runs.outcomes import check_possible
 from ..runs.taps import BoundHook, HookPoint, planned
 from .inputs import SweepInputs
+from .reach import bound_hooks_of
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]]
 HooksAt: TypeAlias = Callable[..., Hook | Sequence[Hook] | None]
-"""From a value of each dimension, by name, to the hooks of the cell; None where the grid has no such cell."""
+"""Takes a value of each dimension, by name. Returns the hooks of the cell, or None for no cell."""
 
-TAKEN = ("row", "control")  # columns that the table has of its own
+RESERVED = ("row", "control")  # columns that every table may have
 
 
 @dataclass(eq=False)
 class Cell:
-    """One point of the grid: its coordinates, its hooks, and what they do where."""
+    """One point of the grid with its hooks. `alone` is set by the plan.
+
+    point        the value of each dimension
+    hook_points  where the hooks act
+    draw         the number of the draw, in a control
+    alone        why the cell cannot share a forward; empty if it can
+    """
 
     number: int
-    at: dict[str, Any]
+    point: dict[str, Any]
     hooks: tuple[Hook, ...]
-    taps: list[HookPoint]
+    hook_points: list[HookPoint]
     control: bool = False
-    draw: int = 0  # which draw of a control
-    alone: str = ""  # why it has to be run by itself
+    draw: int = 0
+    alone: str = ""
 
     @property
-    def actions(self) -> list[BoundHook]:
-        """All that is done."""
-        return [action for tap in self.taps for action in tap.actions]
+    def bound_hooks(self) -> list[BoundHook]:
+        """The hooks at each of their sites."""
+        return bound_hooks_of(self.hook_points)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.at.items())
+        return point_name(self.point)
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """Returns the name of a point of the grid in messages."""
+    return ", ".join(f"{name}={value!r}" for name, value in point.items())
 
 
 @dataclass(eq=False)
 class References:
-    """Values of other prompts, for hooks that put in means or draws: each layer of a site is captured once."""
+    """Captures values of other prompts, for hooks that insert means or draws of them.
+
+    It owns `captures`: all layers of a site are captured at once, and only once.
+    """
 
     lm: LM
-    known: dict[tuple[Any, str], dict[AnySite, Captured]] = field(default_factory=dict)
+    captures: dict[tuple[Any, str], dict[AnySite, Captured]] = field(default_factory=dict)
 
     def __call__(
         self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
     ) -> dict[AnySite, Captured]:
-        return {site: self._at(site, prompts) for site in sites}
+        return {site: self._capture(site, prompts) for site in sites}
 
-    def _at(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
-        name = site.name if isinstance(site, Site) else str(site)
-        whole: AnySite = Site(site.name, site.layer) if isinstance(site, Site) else site
-        if (prompts, name) not in self.known:
-            asked = self.lm.expand(name if isinstance(site, Site) else [site])
-            self.known[prompts, name] = HookManager(self.lm, ()).reference(asked, prompts)
-        found = self.known[prompts, name][whole]
-        return found.head(site.head) if isinstance(site, Site) and site.head is not None else found
+    def _capture(self, site: AnySite, prompts: tuple[Any, ...]) -> Captured:
+        if not isinstance(site, Site):
+            return self._capture_layers(str(site), [site], prompts)[site]
+        captures = self._capture_layers(site.name, site.name, prompts)
+        captured = captures[Site(site.name, site.layer)]
+        if site.head is None:
+            return captured
+        return captured.head(site.head)
+
+    def _capture_layers(
+        self, name: str, sites: str | list[AnySite], prompts: tuple[Any, ...]
+    ) -> dict[AnySite, Captured]:
+        key = prompts, name
+        if key not in self.captures:
+            expanded = self.lm.expand(sites)
+            self.captures[key] = HookManager(self.lm, ()).reference(expanded, prompts)
+        return self.captures[key]
 
 
-def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: SweepInputs) -> list[Cell]:
-    """Every cell of the grid, the last dimension fastest, its hooks checked against the model and the prompts."""
-    axes = _axes(grid)
+def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> list[Cell]:
+    """Returns every cell of the grid, the last dimension fastest. Checks the hooks against the
+    model and the prompts."""
+    axes = _check_axes(grid)
     references = References(lm)
     cells: list[Cell] = []
-    for values in itertools.product(*axes.values()):
-        at = dict(zip(axes, values, strict=True))
-        made = hooks_at(hooks, at)
-        if made is not None:
-            cells.append(_cell(lm, len(cells), at, made, reading, references))
+    for values in product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        cell_hooks = hooks_at(hooks, point)
+        if cell_hooks is None:
+            continue
+        try:
+            hook_points = bind_hooks(lm, cell_hooks, inputs, references)
+        except Exception as error:
+            error.add_note(f"in the sweep's cell {point_name(point)}")
+            raise
+        cells.append(Cell(len(cells), point, cell_hooks, hook_points))
     if not cells:
         raise EmptySelection(
             "the function gave None for every point of the grid: give hooks for at least one"
@@ -106,21 +138,23 @@ def cells_of(lm: LM, grid: Grid, hooks: HooksAt, reading: SweepInputs) -> list[C
     return cells
 
 
-def _axes(grid: Grid) -> dict[str, list[Any]]:
-    """The values of each dimension of a grid, checked."""
+def _check_axes(grid: Grid) -> dict[str, list[Any]]:
+    """Returns the values of each dimension of a grid."""
     if not isinstance(grid, Mapping):
         raise BadHook(
-            f"the grid is a {type(grid).__name__}: give a dictionary from the name of each dimension to its values, "
-            "such as {'layer': range(lm.n_layers)}"
+            f"the grid is a {type(grid).__name__}: give a dictionary from the name of each "
+            "dimension to its values, such as {'layer': range(lm.n_layers)}"
         )
     for name in grid:
         if not isinstance(name, str):
             raise BadHook(
-                f"the grid has a dimension {name!r}: name it with a text, as the function's parameter"
+                f"the grid has a dimension {name!r}: name it with a text, as the function's "
+                "parameter"
             )
-        if name in TAKEN:
+        if name in RESERVED:
             raise BadHook(
-                f"the grid has a dimension {name!r}, which is a column of the table: give it another name"
+                f"the grid has a dimension {name!r}, which is a column of the table: give it "
+                "another name"
             )
     axes = {name: listed(values, f"the grid's dimension {name!r}") for name, values in grid.items()}
     for name, values in axes.items():
@@ -133,77 +167,80 @@ def _axes(grid: Grid) -> dict[str, list[Any]]:
     return axes
 
 
-def listed(given: Any, word: str) -> list[Any]:
-    """The values of a dimension, numbers of numpy, pandas and torch as Python's own.
+def listed(values: Any, name: str) -> list[Any]:
+    """Returns the values of a dimension as a list; numbers of numpy, pandas and torch as Python's.
 
-    `BadHook` for one value where several are meant, for what has no order and for a value that is there twice.
+    Raises `BadHook` for a single value, for a collection without an order, and for a value that
+    occurs twice. `name` names the dimension in messages.
     """
-    scalar = getattr(given, "ndim", None) == 0
-    if isinstance(given, str | bytes) or scalar or not isinstance(given, Iterable):
+    is_scalar = getattr(values, "ndim", None) == 0
+    if isinstance(values, str | bytes) or is_scalar or not isinstance(values, Iterable):
         raise BadHook(
-            f"{word} is {described(given)}, one value, and a grid has a list of them: [{described(given)}]"
+            f"{name} is {described(values)}, one value, and a grid has a list of them: "
+            f"[{described(values)}]"
         )
-    if isinstance(given, Mapping | Set | pd.DataFrame) and not isinstance(
-        given, KeysView | ValuesView
-    ):
+    is_view = isinstance(values, KeysView | ValuesView)
+    if isinstance(values, Mapping | Set | pd.DataFrame) and not is_view:
         raise BadHook(
-            f"{word} is a {type(given).__name__}: give its values as a list, in the order that is meant"
+            f"{name} is a {type(values).__name__}: give its values as a list, in the order that "
+            "is meant"
         )
-    values = [_plain(value) for value in given]
-    known = set()
-    for value in values:
-        if not isinstance(value, Hashable) or isinstance(value, Tensor):
+    items = [_as_python(value) for value in values]
+    unique = set()
+    for item in items:
+        if not isinstance(item, Hashable) or isinstance(item, Tensor):
             continue
-        if value in known:
-            raise BadHook(f"{word} has {value!r} twice: name each value once")
-        known.add(value)
-    return values
+        if item in unique:
+            raise BadHook(f"{name} has {item!r} twice: name each value once")
+        unique.add(item)
+    return items
 
 
-def _plain(value: Any) -> Any:
-    """A number, truth value or text of numpy or torch as Python's own; anything else as it is."""
-    if isinstance(value, np.generic) or (
-        isinstance(value, np.ndarray | Tensor) and value.ndim == 0
-    ):
+def _as_python(value: Any) -> Any:
+    """Returns a scalar of numpy or torch as Python's own, and anything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 0:
         return value.item()
     return value
 
 
-def hooks_at(hooks: HooksAt, at: Mapping[str, Any]) -> tuple[Hook, ...] | None:
-    """What a function of the grid's values gives at a point, as hooks."""
-    check_takes(hooks, at)
+def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
+    """Calls a function of the grid's values at a point. Returns the hooks; None for no cell."""
+    check_takes(hooks, point)
     try:
-        given = hooks(**at)
+        result = hooks(**point)
     except Exception as error:
-        error.add_note(
-            f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}"
-        )
+        error.add_note(f"in the sweep's cell {point_name(point)}")
         raise
-    return None if given is None else as_hooks(given)
+    return None if result is None else as_hooks(result)
 
 
-def check_takes(hooks: HooksAt, at: Mapping[str, Any]) -> None:
-    """Raises `BadHook` where a function cannot be called with the grid's dimensions by name."""
+def check_takes(hooks: HooksAt, point: Mapping[str, Any]) -> None:
+    """Raises `BadHook` if a function cannot be called with the grid's dimensions by name."""
+    dimensions = ", ".join(point)
     if not callable(hooks):
         raise BadHook(
-            f"hooks={described(hooks)}: give a function of the grid's values, lambda {', '.join(at)}: …"
+            f"hooks={described(hooks)}: give a function of the grid's values, "
+            f"lambda {dimensions}: …"
         )
     try:
-        inspect.signature(hooks).bind(**at)
-    except ValueError:  # a function written in C does not say what it takes
+        inspect.signature(hooks).bind(**point)
+    except ValueError:  # a function written in C has no signature
         return
-    except TypeError as mistake:
+    except TypeError as error:
         raise BadHook(
-            f"the function that gives the hooks cannot be called with the grid's dimensions {', '.join(at)}: {mistake}"
+            "the function that gives the hooks cannot be called with the grid's dimensions "
+            f"{dimensions}: {error}"
         ) from None
 
 
-def as_hooks(given: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
-    """One hook or several, as several."""
-    if isinstance(given, Hook):
-        return (given,)
-    items = items_of(given)
-    for item in (given,) if items is None else items:
+def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
+    """Returns one hook or several as a tuple."""
+    if isinstance(hooks, Hook):
+        return (hooks,)
+    items = items_of(hooks)
+    for item in (hooks,) if items is None else items:
         if not isinstance(item, Hook):
             raise BadHook(
                 f"{described(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …"
@@ -211,44 +248,27 @@ def as_hooks(given: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     return tuple(items or ())
 
 
-def _cell(
-    lm: LM,
-    number: int,
-    at: dict[str, Any],
-    hooks: tuple[Hook, ...],
-    reading: SweepInputs,
-    references: References,
-) -> Cell:
-    try:
-        return Cell(number, at, hooks, checked(lm, hooks, reading, references))
-    except Exception as error:
-        error.add_note(
-            f"in the sweep's cell {', '.join(f'{name}={value!r}' for name, value in at.items())}"
-        )
-        raise
-
-
-def checked(
-    lm: LM, hooks: Sequence[Hook], reading: SweepInputs, references: References
+def bind_hooks(
+    lm: LM, hooks: Sequence[Hook], inputs: SweepInputs, references: References
 ) -> list[HookPoint]:
-    """The taps of hooks that can act on these prompts."""
+    """Returns where hooks act. Raises if one cannot act on these prompts."""
     for hook in hooks:
         if isinstance(hook, Capture):
             raise BadHook(f"{hook} in a sweep: a sweep keeps metrics only; capture with hk.forward")
-    taps = planned(lm, hooks, references)
-    check_reached(taps, reading)
-    return taps
+    hook_points = planned(lm, hooks, references)
+    check_reached(hook_points, inputs)
+    return hook_points
 
 
-def check_reached(taps: Sequence[HookPoint], reading: SweepInputs) -> None:
-    """Raise where something is to be done at a place that these prompts do not have."""
-    text = reading.full
-    width = max(text.lengths)
-    whole = ForwardPass(text, 0, 0, len(reading), width, range(width), 0)
-    check_possible([action for tap in taps for action in tap.actions], text, whole, None)
+def check_reached(hook_points: Sequence[HookPoint], inputs: SweepInputs) -> None:
+    """Raises if a hook names positions that these prompts do not have."""
+    batch = inputs.full
+    width = max(batch.lengths)
+    whole = ForwardPass(batch, 0, 0, len(inputs), width, range(width), 0)
+    check_possible(bound_hooks_of(hook_points), batch, whole, None)
 
 
-DRAWS = 10  # of a control, unless the user says how many
+DRAWS = 10  # of a control, by default
 SEEDS = 1_000_003  # more than the draws of any control, so that two seeds share none
 
 Control: TypeAlias = Literal["random", "resample"] | HooksAt
@@ -256,7 +276,7 @@ Control: TypeAlias = Literal["random", "resample"] | HooksAt
 
 @dataclass(frozen=True)
 class Randomised(EditHook):
-    """Change what it finds by as much as another hook would, in a random direction."""
+    """Changes the values by as much as another hook would, in a random direction."""
 
     of: EditHook
     seed: int = 0
@@ -290,113 +310,122 @@ class Randomised(EditHook):
         return self.of.placed(lm)
 
     def change(self, binding: Binding) -> Change:
-        inner = self.of.change(binding)
+        change = self.of.change(binding)
 
         def apply(values: Tensor, here: Here) -> Tensor:
-            by = (inner(values, here) - values).float()
-            if bool(here.real_cells(~by.isfinite()).any()):
+            difference = (change(values, here) - values).float()
+            if bool(here.real_cells(~difference.isfinite()).any()):
                 raise BadEdit(
                     f"{self.of} changes numbers without end, which no random change is as large as"
                 )
             axes = tuple(range(2, values.ndim))
             noise = self._noise(values, here)
-            size = by.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)
+            size = difference.norm(dim=axes, keepdim=True) / noise.norm(dim=axes, keepdim=True)
             return values + (noise * size).to(values.dtype)
 
         return apply
 
     def _noise(self, values: Tensor, here: Here) -> Tensor:
-        """Normal draws that depend on the seed, the site, the prompt's tokens and the position alone."""
+        """Returns normal draws that depend only on the seed, the site, the prompt's tokens and the
+        position."""
         noise = torch.ones(values.shape)
-        for number, (row, places) in enumerate(zip(here.rows, here.cells.places, strict=True)):
-            for column, place in enumerate(places):
-                words = repr((self.seed, str(here.site), here.cells.text.prompt(row), place))
-                seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
-                drawn = torch.randn(values.shape[2:], generator=torch.Generator().manual_seed(seed))
-                noise[number, column] = drawn
+        site = str(here.site)
+        for index, (row, positions) in enumerate(zip(here.rows, here.cells.places, strict=True)):
+            for column, position in enumerate(positions):
+                key = repr((self.seed, site, here.cells.text.prompt(row), position))
+                seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+                generator = torch.Generator().manual_seed(seed)
+                noise[index, column] = torch.randn(values.shape[2:], generator=generator)
         return noise.to(values.device)
 
 
-def controlled(
+def create_controls(
     lm: LM,
     cells: Sequence[Cell],
     control: Control,
-    reading: SweepInputs,
+    inputs: SweepInputs,
     *,
     draws: int | None = None,
     seed: int | None = None,
 ) -> list[Cell]:
-    """The control of each cell: once with the hooks of a function, else once for each draw."""
+    """Returns the controls of the cells: one if a function gives the hooks, else one per draw."""
     if not callable(control) and control not in ("random", "resample"):
         raise BadHook(
-            f"control={control!r} is unknown: say 'random', 'resample', or give a function of the grid's values"
+            f"control={control!r} is unknown: say 'random', 'resample', or give a function of the "
+            "grid's values"
         )
     if callable(control) and draws is not None:
         raise BadHook(
-            f"draws={draws!r} goes with control='random' or 'resample': a function gives one control"
+            f"draws={draws!r} goes with control='random' or 'resample': a function gives one "
+            "control"
         )
     if control != "random" and seed is not None:
         raise BadHook(f"control_seed={seed!r} goes with control='random': nothing else is drawn")
-    references, made = References(lm), []
-    for draw in range(_count(cells, control, draws)):
+    references = References(lm)
+    controls: list[Cell] = []
+    for draw in range(_count_draws(cells, control, draws)):
         for cell in cells:
-            hooks = _hooks(cell, control, draw, seed or 0)
+            hooks = _control_hooks(cell, control, draw, seed or 0)
             if hooks is None:
                 continue
-            taps = checked(lm, hooks, reading, references)
-            made.append(Cell(len(cells) + len(made), cell.at, hooks, taps, control=True, draw=draw))
-    return made
+            hook_points = bind_hooks(lm, hooks, inputs, references)
+            number = len(cells) + len(controls)
+            controls.append(Cell(number, cell.point, hooks, hook_points, control=True, draw=draw))
+    return controls
 
 
-def _hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[Hook, ...] | None:
-    """The hooks of one draw of a cell's control; None where a function leaves the cell out."""
+def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[Hook, ...] | None:
+    """Returns the hooks of one draw of a control; None if a function leaves the cell out."""
     if callable(control):
-        return hooks_at(control, cell.at)
+        return hooks_at(control, cell.point)
     if control == "random":
-        return tuple(_random(hook, seed * SEEDS + draw) for hook in cell.hooks)
-    return tuple(_resampled(hook, draw) for hook in cell.hooks)
+        return tuple(_randomise(hook, seed * SEEDS + draw) for hook in cell.hooks)
+    return tuple(_resample(hook, draw) for hook in cell.hooks)
 
 
-def _count(cells: Sequence[Cell], control: Control, draws: int | None) -> int:
-    """How many draws a control has."""
+def _count_draws(cells: Sequence[Cell], control: Control, draws: int | None) -> int:
     if callable(control):
         return 1
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
         raise BadHook(f"draws={draws!r}: give how many times a control is drawn, at least 1")
     if control == "random":
         return draws or DRAWS
-    most = min(_others(hook) for cell in cells for hook in cell.hooks)
+    hooks = chain.from_iterable(cell.hooks for cell in cells)
+    most = min(_count_other_prompts(hook) for hook in hooks)
     if draws is not None and draws > most:
         raise BadHook(
-            f"draws={draws}, and a prompt has {most} other{'s' if most > 1 else ''} of its length to patch from: "
-            "ask for no more, or give more prompts"
+            f"draws={draws}, and a prompt has {most} other{'s' if most > 1 else ''} of its length "
+            "to patch from: ask for no more, or give more prompts"
         )
     return draws or min(DRAWS, most)
 
 
-def _random(hook: Hook, seed: int) -> Hook:
+def _randomise(hook: Hook, seed: int) -> Hook:
     assert isinstance(hook, EditHook)
     not_square(hook.sites, "control='random' needs vectors, and changes")
     return Randomised(hook.sites, hook.where, hook, seed)
 
 
 def _sources(hook: Hook) -> tuple[Captured, ...]:
-    """What a patch puts in; raises for another hook, and where there is no other prompt."""
+    """Returns what a patch inserts. Raises for another hook, and if there is no other prompt."""
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
         raise BadHook(
-            f"control='resample' patches from another prompt, and {hook} is no patch: say control='random'"
+            f"control='resample' patches from another prompt, and {hook} is no patch: say "
+            "control='random'"
         )
     for source in hook.to.sources:
         if len(source.rows) < 2 or source.positions is None:
             raise BadHook(
-                f"control='resample' patches from an unrelated prompt, and the source of {source.site} has one prompt "
-                "only: give several prompts, or say control='random'"
+                "control='resample' patches from an unrelated prompt, and the source of "
+                f"{source.site} has one prompt only: give several prompts, or say "
+                "control='random'"
             )
     return tuple(hook.to.sources)
 
 
-def _others(hook: Hook) -> int:
-    """How many draws of other prompts a patch allows: the fewest that a prompt has of its length, or 1."""
+def _count_other_prompts(hook: Hook) -> int:
+    """Returns the fewest other prompts of the same length that a prompt of a patch has, at least
+    1."""
     counts = []
     for source in _sources(hook):
         lengths = [len(prompt) for prompt in source.prompts]
@@ -404,28 +433,31 @@ def _others(hook: Hook) -> int:
     return max(1, min(counts))
 
 
-def _resampled(hook: Hook, draw: int) -> Hook:
-    """The same patch with the values of a later prompt of its source, of the same length where there is one."""
+def _resample(hook: Hook, draw: int) -> Hook:
+    """Returns the same patch with each prompt's values from a later prompt of its source."""
     sources = _sources(hook)
     assert isinstance(hook, Ablate)
-    return replace(hook, to=FromRun(tuple(_rolled(source, draw) for source in sources)))
+    return replace(hook, to=FromRun(tuple(_shift_prompts(source, draw) for source in sources)))
 
 
-def _rolled(source: Captured, draw: int) -> Captured:
-    others = _next_of_length([len(prompt) for prompt in source.prompts], draw)
+def _shift_prompts(source: Captured, draw: int) -> Captured:
+    indices = _next_of_same_length([len(prompt) for prompt in source.prompts], draw)
     return replace(
         source,
-        values=source.values[others],
-        positions=source.positions[others],  # pyright: ignore[reportOptionalSubscript]
-        prompts=tuple(source.prompts[other] for other in others),
+        values=source.values[indices],
+        positions=source.positions[indices],  # pyright: ignore[reportOptionalSubscript]
+        prompts=tuple(source.prompts[index] for index in indices),
     )
 
 
-def _next_of_length(lengths: Sequence[int], draw: int) -> list[int]:
-    """For each prompt the next one around that has as many tokens (the draw says which), or any where none has."""
-    count, chosen = len(lengths), []
+def _next_of_same_length(lengths: Sequence[int], draw: int) -> list[int]:
+    """Returns for each prompt a later one of the same length, cyclically; the draw says which.
+    If no other prompt has this length, all other prompts count."""
+    count = len(lengths)
+    indices = []
     for row in range(count):
-        around = [(row + step) % count for step in range(1, count)]
-        alike = [other for other in around if lengths[other] == lengths[row]] or around
-        chosen.append(alike[draw % len(alike)])
-    return chosen
+        candidates = [(row + step) % count for step in range(1, count)]
+        same_length = [index for index in candidates if lengths[index] == lengths[row]]
+        candidates = same_length or candidates
+        indices.append(candidates[draw % len(candidates)])
+    return indices

@@ -1,12 +1,14 @@
-"""Running a plan: the unedited rows once, then the jobs, with what is found kept as it comes.
+"""Runs the plan of a sweep.
 
-What a sweep has to compute: forwards of some cells, each by itself, here or elsewhere.
-
-Whether a patch puts in what the model itself has, up to where its text differs: looked at, and never assumed.
+For each group of prompts the unedited prompts run once. Then the forwards of the cells are computed
+as tasks, in this process or by an engine, and their values are stored as they come. The sources of
+patches are first compared with the model's own values: only a source that agrees allows to skip the
+positions before the first different token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -21,50 +23,57 @@ from ..runs.engines.actors import computed
 from ..runs.engines.ray import Ray
 from ..runs.engines.work import Step, Steps
 from ..runs.taps import BoundHook, planned
-from .cell_metrics import UNEDITED, CellMetrics, Values, unedited
+from .cell_metrics import UNEDITED, CellMetrics, Values, unedited_logits
 from .cells import Cell
-from .forwards import BaseForward, CellPrompt, run_trunk, run_units
+from .forwards import BaseForward, CellPrompt, run_base, run_cell_prompts
 from .journal import Journal
 from .plan import Job, Plan
-from .reach import INPUT, FirstEffect, source_of
-from .shortcuts import LIMITS, is_called
+from .reach import INPUT, FirstEffect, bound_hooks_of, patch_source
+from .shortcuts import LIMITS, is_called, no_reference
 
-WITHOUT_MEMORY = (
-    "not enough memory",
-    "out of memory",
-    "can't allocate memory",
-)  # in errors of torch
-NAMED = 4  # so many cells are named in an error
+# Parts of torch's error messages that mean too little memory.
+MEMORY_ERRORS = ("not enough memory", "out of memory", "can't allocate memory")
+
+MAX_CELL_NAMES = 4  # cells that are named in an error
 
 
 @dataclass(frozen=True)
-class Base:
-    """Some prompts, and what is kept of their unedited rows for the forwards that start from them.
+class BaseSettings:
+    """Some prompts, and what their unedited forward has to store for later forwards.
 
-    trusted  patches' sources were seen to be the model's own
-    blocks, width, cache  those of `run_trunk`
+    sources_match  True if patches have the model's own values (see `FirstEffect`)
+    blocks, width, cache  arguments of `run_base`
     """
 
     rows: tuple[int, ...]
-    trusted: bool
+    sources_match: bool
     blocks: tuple[int, ...]
     width: int
     cache: bool
 
-
-def base_of(plan: Plan, rows: tuple[int, ...], jobs: Sequence[Job], *, trusted: bool) -> Base:
-    """What these forwards start from."""
-    columns = max(plan.reading.lengths[row] for row in rows)
-    blocks = sorted({unit.start.block for job in jobs for unit in job.units} - {INPUT})
-    width = max((job.width for job in jobs), default=1)
-    return Base(rows, trusted, tuple(blocks), width, cache=any(job.width < columns for job in jobs))
+    @classmethod
+    def of_jobs(
+        cls, plan: Plan, rows: tuple[int, ...], jobs: Sequence[Job], *, sources_match: bool
+    ) -> "BaseSettings":
+        """Returns the settings that these forwards need."""
+        columns = max(plan.inputs.lengths[row] for row in rows)
+        blocks: set[int] = set()
+        for job in jobs:
+            blocks |= {cell_prompt.start.block for cell_prompt in job.cell_prompts}
+        blocks.discard(INPUT)
+        width = max((job.width for job in jobs), default=1)
+        cache = any(job.width < columns for job in jobs)
+        return cls(rows, sources_match, tuple(sorted(blocks)), width, cache)
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A forward: a job, or the number of a cell that runs alone. `names` are those of its first cells."""
+    """One forward: a job, or the number of a cell that runs alone.
 
-    base: Base
+    `names` are the names of its first cells, for error messages.
+    """
+
+    base: BaseSettings
     work: Job | int
     names: tuple[str, ...]
 
@@ -73,349 +82,397 @@ class Task:
 
     @property
     def keys(self) -> list[tuple[int, int]]:
-        """The cells, by number, and the prompts that it has the values of."""
-        if isinstance(self.work, Job):
-            return [(unit.cell, unit.row) for unit in self.work.units]
-        return [(self.work, row) for row in self.base.rows]
+        """The cell numbers and rows whose values it computes."""
+        return _keys(self.base, self.work)
 
 
-def task(plan: Plan, base: Base, work: Job | int) -> Task:
-    """A task with the names of its cells."""
-    cells = list(dict.fromkeys(cell for cell, _ in Task(base, work, ()).keys))
-    more = (f"and {len(cells) - NAMED} more",) if len(cells) > NAMED else ()
-    return Task(base, work, (*(str(plan.cells[cell]) for cell in cells[:NAMED]), *more))
+def _keys(base: BaseSettings, work: Job | int) -> list[tuple[int, int]]:
+    if isinstance(work, Job):
+        return [(cell_prompt.cell, cell_prompt.row) for cell_prompt in work.cell_prompts]
+    return [(work, row) for row in base.rows]
+
+
+def create_task(plan: Plan, base: BaseSettings, work: Job | int) -> Task:
+    """Returns a task with the names of its cells."""
+    cells = list(dict.fromkeys(cell for cell, _ in _keys(base, work)))
+    names = [str(plan.cells[cell]) for cell in cells[:MAX_CELL_NAMES]]
+    if len(cells) > MAX_CELL_NAMES:
+        names.append(f"and {len(cells) - MAX_CELL_NAMES} more")
+    return Task(base, work, tuple(names))
 
 
 @dataclass(frozen=True, eq=False)
 class TaskResult:
-    """The values of a task, those of each forward together, and how often it was halved for want of memory."""
+    """The values of a task, one entry for each forward that it took, and how often it was split
+    in half because memory ran out."""
 
     values: list[Values]
-    halved: int = 0
+    halvings: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """The results of one unedited forward, and what the worker derives from them."""
+
+    settings: BaseSettings
+    forward: BaseForward
+    first_effect: FirstEffect
+    cell_metrics: CellMetrics
 
 
 @dataclass(eq=False)
 class SweepWorker:
-    """What computes the tasks of a plan. It holds one base at a time."""
+    """Computes the tasks of a plan. It owns the results of one unedited forward at a time."""
 
     plan: Plan
-    _held: tuple[Base, BaseForward, FirstEffect, CellMetrics] | None = field(
-        default=None, init=False
-    )
+    _base: LoadedBase | None = field(default=None, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": replace(self.plan), "_held": None}  # without what was worked out meanwhile
+        # The copy of the plan has none of the cached properties.
+        return {"plan": replace(self.plan), "_base": None}
 
-    def hold(self, base: Base, trunk: BaseForward) -> CellMetrics:
-        """Take in what forwards start from; what says the metrics of these prompts."""
+    def load(self, settings: BaseSettings, forward: BaseForward) -> CellMetrics:
+        """Takes the results of an unedited forward. Returns the metrics of its prompts."""
         plan = self.plan
-        said = CellMetrics(plan.reading, plan.measures, unedited(plan.reading, trunk, plan.metrics))
-        self._held = base, trunk, plan.reach(trusted=base.trusted), said
-        return said
+        before = unedited_logits(plan, forward)
+        cell_metrics = CellMetrics(plan.inputs, plan.measures, before)
+        first_effect = plan.first_effect(sources_match=settings.sources_match)
+        self._base = LoadedBase(settings, forward, first_effect, cell_metrics)
+        return cell_metrics
 
     def release(self) -> None:
-        """Let go of it."""
-        self._held = None
+        """Frees the results of the unedited forward."""
+        self._base = None
 
     def compute(self, task: Task) -> TaskResult:
-        """The values of a task."""
-        base, plan = task.base, self.plan
-        if self._held is None or self._held[0] != base:
+        """Returns the values of a task."""
+        if self._base is None or self._base.settings != task.base:
             self.release()
-            self.hold(
-                base,
-                run_trunk(
-                    plan.reading, base.rows, plan.under, base.blocks, base.width, cache=base.cache
-                ),
-            )
-        return (
-            self._job(task.work)
-            if isinstance(task.work, Job)
-            else self._alone(plan.cells[task.work])
-        )
+            self._load_base(task.base)
+        assert self._base is not None
+        if isinstance(task.work, Job):
+            return self._run_job(self._base, task.work)
+        return self._run_alone(self._base, self.plan.cells[task.work])
 
-    def _alone(self, cell: Cell) -> TaskResult:
-        assert self._held is not None
-        base, _, reach, said = self._held
-        trunk = run_trunk(
-            self.plan.reading, base.rows, self.plan.taps[cell.number], (), 1, cache=False
+    def _load_base(self, settings: BaseSettings) -> None:
+        plan = self.plan
+        forward = run_base(
+            plan.inputs,
+            settings.rows,
+            plan.base_hook_points,
+            settings.blocks,
+            settings.width,
+            cache=settings.cache,
         )
-        _check_fired(cell, base.rows, reach)
-        return TaskResult([said.values([(cell.number, row) for row in base.rows], trunk.logits)])
+        self.load(settings, forward)
 
-    def _job(self, job: Job) -> TaskResult:
-        assert self._held is not None
-        _, trunk, reach, said = self._held
+    def _run_alone(self, base: LoadedBase, cell: Cell) -> TaskResult:
+        rows = base.settings.rows
+        hook_points = self.plan.hook_points[cell.number]
+        forward = run_base(self.plan.inputs, rows, hook_points, (), 1, cache=False)
+        _check_fired(cell, rows, base.first_effect)
+        keys = [(cell.number, row) for row in rows]
+        return TaskResult([base.cell_metrics.values(keys, forward.logits)])
+
+    def _run_job(self, base: LoadedBase, job: Job) -> TaskResult:
         plan = self.plan
         try:
-            logits = run_units(
-                trunk, plan.reading, job.units, plan.taps, job.width, plan.may, plan.under
+            logits = run_cell_prompts(
+                base.forward,
+                plan.inputs,
+                job.cell_prompts,
+                plan.hook_points,
+                job.width,
+                plan.shortcuts,
+                plan.base_hook_points,
             )
-            found = said.values([(unit.cell, unit.row) for unit in job.units], logits)
+            values = base.cell_metrics.values(_keys(base.settings, job), logits)
         except RuntimeError as error:
-            if not out_of_memory(error, plan.lm):
+            if not is_out_of_memory(error, plan.lm):
                 raise
-            if len(job.units) == 1:
+            if len(job.cell_prompts) == 1:
                 raise too_little_memory(plan, error) from error
             del error
-            half = len(job.units) // 2
-            first = self._job(Job(job.width, job.units[:half]))
-            second = self._job(Job(job.width, job.units[half:]))
-            return TaskResult(first.values + second.values, 1 + first.halved + second.halved)
-        for unit in job.units:
-            _check_fired(plan.cells[unit.cell], (unit.row,), reach)
-        return TaskResult([found])
+            half = len(job.cell_prompts) // 2
+            first = self._run_job(base, Job(job.width, job.cell_prompts[:half]))
+            second = self._run_job(base, Job(job.width, job.cell_prompts[half:]))
+            return TaskResult(first.values + second.values, 1 + first.halvings + second.halvings)
+        for cell_prompt in job.cell_prompts:
+            _check_fired(plan.cells[cell_prompt.cell], (cell_prompt.row,), base.first_effect)
+        return TaskResult([values])
 
 
-def _check_fired(cell: Cell, rows: Sequence[int], reach: FirstEffect) -> None:
-    """Raise `NeverFired` for an edit that was to change what these rows say, and did nothing."""
-    for action in cell.actions:
-        if action.change is not None and never_fired(action, rows, reach):
+def _check_fired(cell: Cell, rows: Sequence[int], first_effect: FirstEffect) -> None:
+    """Raises `NeverFired` for an edit that had to change these rows and did nothing."""
+    for bound in cell.bound_hooks:
+        if bound.change is not None and never_fired(bound, rows, first_effect):
             raise NeverFired(
-                f"{action.hook} never fired at {action.site} in the sweep's cell {cell}: the model never calls "
-                "this module (some are bypassed by fused code). See lm.describe() for the sites"
+                f"{bound.hook} never fired at {bound.site} in the sweep's cell {cell}: the model "
+                "never calls this module (some are bypassed by fused code). See lm.describe() for "
+                "the sites"
             )
 
 
-def never_fired(action: BoundHook, rows: Sequence[int], reach: FirstEffect) -> bool:
-    """True for an action that did nothing in these rows, and would have done nothing in forwards of whole prompts.
+def never_fired(bound: BoundHook, rows: Sequence[int], first_effect: FirstEffect) -> bool:
+    """True if a hook did nothing in these rows and would do nothing in forwards of whole prompts.
 
-    An edit may be idle because it acts only where the metric cannot see it. At a module that the model never calls,
-    it is idle everywhere.
+    An edit may be idle because it acts only where the metric cannot see it. At a module that the
+    model never calls, it is idle everywhere.
     """
-    if action.fired:
+    if bound.fired:
         return False
-    if any(reach.of(action, row) is not None for row in rows):
+    if any(first_effect.start_of(bound, row) is not None for row in rows):
         return True
-    return isinstance(action.site, ModuleSite) and not is_called(reach.lm, action.site)
+    return isinstance(bound.site, ModuleSite) and not is_called(first_effect.lm, bound.site)
 
 
 def too_little_memory(plan: Plan, error: BaseException) -> TooLittleMemory:
-    """What to raise where a forward of one row does not fit."""
-    return TooLittleMemory(
-        f"a forward of one prompt of up to {max(plan.reading.lengths)} tokens does not fit into the memory that is "
-        f"free: free some, give shorter prompts, or load the model in a smaller dtype. {error}".split(
-            "\n"
-        )[0]
+    """Returns the error for a forward of one row that does not fit."""
+    message = (
+        f"a forward of one prompt of up to {max(plan.inputs.lengths)} tokens does not fit into "
+        "the memory that is free: free some, give shorter prompts, or load the model in a smaller "
+        f"dtype. {error}"
     )
+    return TooLittleMemory(message.split("\n")[0])
 
 
-def out_of_memory(error: BaseException, lm: LM) -> bool:
-    """True for an error that means that there was too little memory, which this process alone can make good."""
+def is_out_of_memory(error: BaseException, lm: LM) -> bool:
+    """True if an error means too little memory, and this process alone can react to it."""
     if lm.ranks is not None:
         return False
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in WITHOUT_MEMORY)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in MEMORY_ERRORS)
 
 
 Sources: TypeAlias = dict[AnySite, list[tuple[BoundHook, Captured]]]
-"""Patches with their sources, by the site without its head; each source once."""
+"""Patches with their sources, by site without head; each source once."""
 
 
-def sources_of(plan: Plan) -> Sources:
-    """The patches whose source is taken to be this model's own up to where the texts differ."""
-    found: Sources = {}
-    known = set()
+def collect_sources(plan: Plan) -> Sources:
+    """Returns the patches whose sources have to be compared with the model's own values."""
+    sources: Sources = {}
+    keys = set()
     for cell in plan.cells:
-        for action in cell.actions:
-            source = source_of(action)
-            if source is None or cell.alone:
+        if cell.alone:
+            continue
+        for bound in cell.bound_hooks:
+            source = patch_source(bound)
+            if source is None:
                 continue
             values = source.values
-            same = (
-                action.site,
-                values.data_ptr(),
-                values.shape,
-                values.stride(),
-                source.rows,
-                source.prompts,
-            )
-            if same not in known:
-                known.add(same)
-                found.setdefault(_whole(action.site), []).append((action, source))
-    return found
+            tensor = values.data_ptr(), values.shape, values.stride()
+            key = bound.site, tensor, source.rows, source.prompts
+            if key not in keys:
+                keys.add(key)
+                sources.setdefault(_without_head(bound.site), []).append((bound, source))
+    return sources
 
 
-def _whole(site: AnySite) -> AnySite:
+def _without_head(site: AnySite) -> AnySite:
     return Site(site.name, site.layer) if isinstance(site, Site) else site
 
 
-def not_its_own(
-    reach: FirstEffect, sources: Sources, pieces: dict[AnySite, CapturedChunk], rows: Sequence[int]
+def find_foreign_source(
+    first_effect: FirstEffect,
+    sources: Sources,
+    chunks: Mapping[AnySite, CapturedChunk],
+    rows: Sequence[int],
 ) -> str:
-    """The first patch whose source has, where the texts are the same, other values than this model; empty if none has.
+    """Returns the first patch whose source differs from the model's own values although the tokens
+    are the same; an empty string if there is none.
 
     A source may come from another model, from before a change of weights, or from a run with edits.
     """
     for site, patches in sources.items():
-        piece = pieces[site]
-        assert piece.cells is not None
-        sizes = _sizes(piece)
-        for action, source in patches:
-            head = action.site.head if isinstance(action.site, Site) else None
-            for number, row in enumerate(rows):
+        chunk = chunks[site]
+        sizes = _sizes(chunk)
+        for bound, source in patches:
+            for index, row in enumerate(rows):
                 if len(source.rows) > 1 and row not in source.rows:
-                    continue  # the patch leaves it alone
-                until = reach.common(source, row)
-                places = {
-                    place: column
-                    for column, place in enumerate(piece.cells.places[number])
-                    if place < until
-                }
-                values = piece.values[number] if head is None else piece.values[number][:, head]
-                if not _same(source, source.row(row), places, values, sizes[number]):
-                    return str(action.hook)
+                    continue  # the patch does not act on this row
+                shared = first_effect.common_prefix(source, row)
+                if not _source_matches(source, row, bound.site, chunk, index, shared, sizes[index]):
+                    return str(bound.hook)
     return ""
 
 
-def _sizes(piece: CapturedChunk) -> Tensor:
-    """The largest value at each row and position, over all heads; what is hidden from a query does not count."""
-    values = piece.values.float()
-    values = values.masked_fill(values.abs() > torch.finfo(piece.values.dtype).max / 16, 0)
+def _sizes(chunk: CapturedChunk) -> Tensor:
+    """Returns the largest value at each row and position, over all heads. Masked scores do not
+    count."""
+    values = chunk.values.float()
+    values = values.masked_fill(values.abs() > torch.finfo(chunk.values.dtype).max / 16, 0)
     return values.abs().flatten(2).amax(-1)
 
 
-def _same(
-    source: Captured, theirs: int, places: Mapping[int, int], values: Tensor, sizes: Tensor
+def _source_matches(
+    source: Captured,
+    row: int,
+    site: AnySite,
+    chunk: CapturedChunk,
+    index: int,
+    shared: int,
+    sizes: Tensor,
 ) -> bool:
-    """True if a source has in its row `theirs` what `values` [column, ...] has in the columns of these places.
+    """True if a source agrees with row `index` of a chunk at the first `shared` positions.
 
-    Each position is held against its own size: the first one's is often a thousand times that of the others.
+    Each position is compared with its own size: the first one's is often a thousand times that of
+    the other ones.
     """
-    assert source.positions is not None
-    found = [
-        (n, places[place])
-        for n, place in enumerate(source.positions[theirs].tolist())
-        if place in places
-    ]
-    if not found:
+    assert source.positions is not None and chunk.cells is not None
+    column_of = {}
+    for column, position in enumerate(chunk.cells.places[index]):
+        if position < shared:
+            column_of[position] = column
+    source_row = source.row(row)
+    source_columns, columns = [], []
+    for source_column, position in enumerate(source.positions[source_row].tolist()):
+        if position in column_of:
+            source_columns.append(source_column)
+            columns.append(column_of[position])
+    if not columns:
         return True
-    there, columns = map(list, zip(*found, strict=True))
-    was = source.by_place[theirs, there].float()
-    now = values[columns].float().to(was.device)
-    if was.ndim > 1 and was.shape[-1] != now.shape[-1]:  # queries look at as many keys as there are
-        width = min(was.shape[-1], now.shape[-1])
-        was, now = was[..., :width], now[..., :width]
-    apart = (was - now).abs().flatten(1).amax(-1)
+    values = chunk.values[index]
+    if isinstance(site, Site) and site.head is not None:
+        values = values[:, site.head]
+    source_values = source.by_place[source_row, source_columns].float()
+    model_values = values[columns].float().to(source_values.device)
+    if source_values.ndim > 1 and source_values.shape[-1] != model_values.shape[-1]:
+        # Scores and patterns of texts with different numbers of keys.
+        width = min(source_values.shape[-1], model_values.shape[-1])
+        source_values, model_values = source_values[..., :width], model_values[..., :width]
+    differences = (source_values - model_values).abs().flatten(1).amax(-1)
     limit = LIMITS.get(source.values.dtype, LIMITS[torch.float32])
-    return bool((apart <= limit * sizes[columns].to(was.device).clamp(min=1e-9)).all())
+    allowed = limit * sizes[columns].to(source_values.device).clamp(min=1e-9)
+    return bool((differences <= allowed).all())
 
 
 @dataclass(eq=False)
-class Running:
-    """A plan while it runs. `tell` is told how many cells, counted for each prompt, have come to be known.
+class PlanRun:
+    """Runs a plan. It owns `budget` and `foreign_sources`, which change while it runs.
 
-    Which cells run together depends on the plan alone, and on what memory there is: a plan that goes on where an
-    earlier run was killed makes the same forwards, but for those that were finished, and so does any engine.
+    on_progress      is called with the number of cells that were finished, counted for each prompt
+    foreign_sources  patches whose source has other values than this model
+
+    Which cells run together depends only on the plan and on the memory. So a sweep that continues
+    after it was killed runs the same forwards, except those that were finished, and so does any
+    engine.
     """
 
     plan: Plan
     journal: Journal
-    tell: Callable[[int], Any]
+    on_progress: Callable[[int], Any]
     budget: int
     engine: Ray | None = None
-    checked: list[str] = field(
-        default_factory=list
-    )  # sources that turned out to be no values of this model
+    foreign_sources: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        """Run all that is not known yet."""
-        if self.engine is not None:
-            working = SweepWorker(self.plan)
-            steps = (step for rows in self.plan.chunks() for step in self._steps(rows, working))
-            computed(self.engine, self.plan.lm, working, steps)
+        """Runs all forwards whose values are not in the journal."""
+        if self.engine is None:
+            for rows in self.plan.chunks():
+                self._run_here(rows)
             return
-        for rows in self.plan.chunks():
-            self._here(rows)
+        worker = SweepWorker(self.plan)
+        steps = (self._steps(rows, worker) for rows in self.plan.chunks())
+        computed(self.engine, self.plan.lm, worker, chain.from_iterable(steps))
 
-    def _here(self, rows: tuple[int, ...]) -> None:
-        working = SweepWorker(self.plan)
+    def _run_here(self, rows: tuple[int, ...]) -> None:
+        worker = SweepWorker(self.plan)
         try:
-            computed(None, self.plan.lm, working, self._steps(rows, working))
+            computed(None, self.plan.lm, worker, self._steps(rows, worker))
         except RuntimeError as error:
-            if not out_of_memory(error, self.plan.lm):
+            if not is_out_of_memory(error, self.plan.lm):
                 raise
             if len(rows) == 1:
                 raise too_little_memory(self.plan, error) from error
-            working.release()
+            worker.release()
             half = len(rows) // 2
-            self._here(rows[:half])
-            self._here(rows[half:])
+            self._run_here(rows[:half])
+            self._run_here(rows[half:])
 
-    def _steps(self, rows: tuple[int, ...], working: SweepWorker) -> Steps:
-        """What is known without a cell's forward, and then the forwards."""
+    def _steps(self, rows: tuple[int, ...], worker: SweepWorker) -> Steps:
+        """Yields the values that need no forward of a cell, and then the forwards."""
         plan = self.plan
-        base, trunk, jobs, units = self._base(rows)
-        self._check_under(rows)
-        found = working.hold(base, trunk).values([(UNEDITED, row) for row in rows], trunk.logits)
-        del trunk
+        settings, forward, jobs, cell_prompts = self._run_base(rows)
+        self._check_base_hooks(rows)
+        cell_metrics = worker.load(settings, forward)
+        values = cell_metrics.values([(UNEDITED, row) for row in rows], forward.logits)
+        del forward
         if self.engine is not None:
-            working.release()
-        before = {key: self.journal.values.get(key, values) for key, values in found.items()}
-        yield Step(None, lambda _: self._keep(before))
-        yield Step(None, lambda _: self._keep(self._filled(rows, units, before)))
+            worker.release()
+        for key in values:
+            values[key] = self.journal.values.get(key, values[key])
+        yield Step(None, lambda _: self._store(values))
+        yield Step(None, lambda _: self._store(self._unchanged(rows, cell_prompts, values)))
         for work in (*(cell.number for cell in plan.alone), *jobs):
-            todo = task(plan, base, work)
-            if not all(key in self.journal.values for key in todo.keys):
-                yield Step(todo, self._take)
+            task = create_task(plan, settings, work)
+            if not all(key in self.journal.values for key in task.keys):
+                yield Step(task, self._store_result)
 
-    def _base(
+    def _run_base(
         self, rows: tuple[int, ...]
-    ) -> tuple[Base, BaseForward, Sequence[Job], Sequence[CellPrompt]]:
-        """What the forwards of some prompts start from, and which they are."""
+    ) -> tuple[BaseSettings, BaseForward, Sequence[Job], Sequence[CellPrompt]]:
+        """Runs the unedited prompts. Returns the results, and the forwards that start from them."""
         plan = self.plan
-        sources = {} if self.checked else sources_of(plan)
-        reach = plan.reach(trusted=not self.checked)
-        units = plan.units(rows, reach)
-        jobs = plan.jobs(rows, units, self.budget)
-        base = base_of(plan, rows, jobs, trusted=not self.checked)
-        trunk, pieces = self._trunk(base, list(sources))
-        if wrong := not_its_own(reach, sources, pieces, rows):
-            self.checked.append(wrong)
-            return self._base(rows)
-        return base, trunk, jobs, units
+        sources_match = not self.foreign_sources
+        sources = collect_sources(plan) if sources_match else {}
+        first_effect = plan.first_effect(sources_match=sources_match)
+        cell_prompts = plan.cell_prompts(rows, first_effect)
+        jobs = plan.jobs(rows, cell_prompts, self.budget)
+        settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
+        forward, chunks = self._run_with_captures(settings, list(sources))
+        foreign = find_foreign_source(first_effect, sources, chunks, rows)
+        if foreign:
+            self.foreign_sources.append(foreign)
+            return self._run_base(rows)
+        return settings, forward, jobs, cell_prompts
 
-    def _trunk(
-        self, base: Base, sites: Sequence[AnySite]
+    def _run_with_captures(
+        self, settings: BaseSettings, sites: Sequence[AnySite]
     ) -> tuple[BaseForward, dict[AnySite, CapturedChunk]]:
         plan = self.plan
-        looking = planned(plan.lm, [capture(site) for site in sites], _no_reference)
-        taps = [*plan.under, *looking]
-        trunk = run_trunk(plan.reading, base.rows, taps, base.blocks, base.width, cache=base.cache)
-        pieces = {action.site: action.pieces[0] for tap in looking for action in tap.actions}
-        return trunk, pieces
+        captures = planned(plan.lm, [capture(site) for site in sites], no_reference)
+        forward = run_base(
+            plan.inputs,
+            settings.rows,
+            [*plan.base_hook_points, *captures],
+            settings.blocks,
+            settings.width,
+            cache=settings.cache,
+        )
+        chunks = {bound.site: bound.pieces[0] for bound in bound_hooks_of(captures)}
+        return forward, chunks
 
-    def _filled(self, rows: Sequence[int], units: Sequence[CellPrompt], before: Values) -> Values:
-        """The cells that cannot matter have the value that there is without them."""
-        run = {(unit.cell, unit.row) for unit in units}
-        cells = [cell.number for cell in self.plan.cells if not cell.alone]
-        return {
-            (cell, row): before[UNEDITED, row]
-            for cell in cells
-            for row in rows
-            if (cell, row) not in run
-        }
+    def _unchanged(
+        self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], unedited: Values
+    ) -> Values:
+        """Returns the values of the cells that cannot matter: those of the unedited prompts."""
+        running = {(cell_prompt.cell, cell_prompt.row) for cell_prompt in cell_prompts}
+        values: Values = {}
+        for cell in self.plan.cells:
+            if cell.alone:
+                continue
+            for row in rows:
+                if (cell.number, row) not in running:
+                    values[cell.number, row] = unedited[UNEDITED, row]
+        return values
 
-    def _take(self, found: TaskResult) -> None:
-        self.budget = max(1, self.budget // 2**found.halved)  # for what comes later
-        for values in found.values:
-            self._keep(values)
+    def _store_result(self, result: TaskResult) -> None:
+        self.budget = max(1, self.budget // 2**result.halvings)  # for later prompts
+        for values in result.values:
+            self._store(values)
 
-    def _keep(self, found: Values) -> None:
-        new = {key: values for key, values in found.items() if key not in self.journal.values}
+    def _store(self, values: Values) -> None:
+        stored = self.journal.values
+        new = {key: numbers for key, numbers in values.items() if key not in stored}
         if new:
             self.journal.add(new)
-        self.tell(sum(cell != UNEDITED for cell, _ in new))
+        self.on_progress(sum(cell != UNEDITED for cell, _ in new))
 
-    def _check_under(self, rows: Sequence[int]) -> None:
-        reach = self.plan.reach(trusted=False)
-        for action in (action for tap in self.plan.under for action in tap.actions):
-            if never_fired(action, rows, reach):
+    def _check_base_hooks(self, rows: Sequence[int]) -> None:
+        first_effect = self.plan.first_effect(sources_match=False)
+        for bound in first_effect.base:
+            if never_fired(bound, rows, first_effect):
                 raise NeverFired(
-                    f"{action.hook}, which is to act under every cell, never fired at {action.site}"
+                    f"{bound.hook}, which is to act under every cell, never fired at {bound.site}"
                 )
-
-
-def _no_reference(sites: Any, prompts: Any) -> Any:
-    raise AssertionError("a capture has no reference")

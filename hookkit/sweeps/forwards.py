@@ -1,8 +1,9 @@
-"""The forwards of a sweep: the unedited rows once, then many cells at a time.
+"""The forwards of a sweep: the unedited prompts once, then many cells in one batch.
 
-The positions before the first that an edit reaches: their keys and values, computed once, shared by all rows.
-
-Behind the last attention no position reads another: there only those where the metric looks have to run.
+Three things save work. The positions before the first edit have the keys and values of the
+unedited prompts, which are computed once and shared by all rows. A row joins the batch at the block
+at which it begins to differ. After the last attention no position reads another, so that only the
+positions that the metric reads are computed there.
 """
 
 from bisect import bisect_left, bisect_right
@@ -18,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, cat
 
 from ..errors import Unsupported
-from ..hooks.captured_values import CapturedChunk
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
 from ..models.overrides import Lent
@@ -27,28 +27,42 @@ from ..models.sites import AnySite, Site
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
 from ..runs.taps import BoundHook, HookPoint
 from .inputs import SweepInputs
-from .reach import BEHIND_ATTENTION, INPUT, Start, inside_a_block, together
+from .reach import (
+    AFTER_ATTENTION,
+    INPUT,
+    Start,
+    bound_hooks_of,
+    is_inside_block,
+    needs_all_positions,
+)
 
 KeysAndValues = Sequence[tuple[Tensor, Tensor] | None]
-"""For each layer of a cache its keys and values [row, head, pos, d_head]; None where a layer keeps nothing."""
+"""For each layer its keys and values [row, head, pos, d_head]; None if the layer has none."""
 
 
-def kept(cache: Any) -> KeysAndValues:
-    """What transformers' cache holds after a forward."""
-    return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+def keys_and_values(cache: Any) -> KeysAndValues:
+    """Returns the contents of a cache of transformers after a forward."""
+    layers: list[tuple[Tensor, Tensor] | None] = []
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layers.append((layer.keys, layer.values))
+        else:
+            layers.append(None)
+    return layers
 
 
-def prefix(known: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> Any:
-    """A cache of transformers that has the first `columns` columns of what is known.
+def prefix_cache(contents: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> Any:
+    """Returns a cache of transformers that holds the first `columns` columns of `contents`.
 
-    It keeps nothing: each layer's update gives the prefix of the rows that are there at that moment, `rows()`, with
-    the new keys and values behind it. So the batch may grow from layer to layer, and a prefix is never stored twice.
+    The cache stores nothing new. Each update of a layer returns the prefix of the rows that are in
+    the batch at that moment, `rows()`, followed by the new keys and values. So the batch can grow
+    from layer to layer, and no prefix is stored twice.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    class Prefix(DynamicLayer):
-        """One layer of it."""
+    class PrefixLayer(DynamicLayer):
+        """The prefix in one layer."""
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
@@ -59,81 +73,87 @@ def prefix(known: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> An
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
             assert self.keys is not None and self.values is not None
-            return _behind(self.keys, rows(), key_states), _behind(
-                self.values, rows(), value_states
-            )
+            keys = _append(self.keys, rows(), key_states)
+            values = _append(self.values, rows(), value_states)
+            return keys, values
 
     cache: Any = DynamicCache()
-    cache.layers = [DynamicLayer() if each is None else Prefix(*each) for each in known]
+    cache.layers = []
+    for layer in contents:
+        cache.layers.append(DynamicLayer() if layer is None else PrefixLayer(*layer))
     return cache
 
 
-def _behind(known: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    """New keys or values behind those that are known, of which some rows are meant."""
-    alone = len(known) == 1  # and need not be copied twice
-    first = (
-        known.expand(len(rows), *known.shape[1:])
-        if alone
-        else known.index_select(0, rows.to(known.device))
-    )
-    return cat([first, new], dim=-2)
+def _append(prefix: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """Returns the new keys or values after the prefix of these rows."""
+    if len(prefix) == 1:  # one row needs no second copy
+        selected = prefix.expand(len(rows), *prefix.shape[1:])
+    else:
+        selected = prefix.index_select(0, rows.to(prefix.device))
+    return cat([selected, new], dim=-2)
 
 
-ENTERED = (
-    "z",
-    "mlp_in",
-)  # what the last block's modules are given that work on each position by itself
-INSIDE = frozenset(
-    {"mlp_pre", "mlp_post", "router_logits", "experts", "expert_weights"}
-)  # such modules
+# Inputs of modules of the last block that work on each position by itself.
+NARROWED_INPUTS = ("z", "mlp_in")
+
+# Sites inside those modules.
+INSIDE_NARROWED = frozenset({"mlp_pre", "mlp_post", "router_logits", "experts", "expert_weights"})
 
 
-def may_narrow(lm: LM, taps: Sequence[HookPoint]) -> bool:
-    """True where nothing that is done needs the last block's other positions behind its attention."""
-    return all(_may(lm, action) for tap in taps for action in tap.actions)
+def can_narrow(lm: LM, hook_points: Sequence[HookPoint]) -> bool:
+    """True if no hook needs the other positions of the last block after its attention."""
+    return all(_allows_narrowing(lm, bound) for bound in bound_hooks_of(hook_points))
 
 
-def _may(lm: LM, action: BoundHook) -> bool:
-    site: AnySite = action.site
+def _allows_narrowing(lm: LM, bound: BoundHook) -> bool:
+    site: AnySite = bound.site
     if not isinstance(site, Site):
         return False
     if site.layer is not None and site.layer < lm.n_layers - 1:
         return True
-    return site.name not in INSIDE and not (site.name in BEHIND_ATTENTION and together(action))
+    if site.name in INSIDE_NARROWED:
+        return False
+    return not (site.name in AFTER_ATTENTION and needs_all_positions(bound))
 
 
 @contextmanager
-def narrowed(lm: LM, looks: int) -> Iterator[None]:
-    """A block in which those modules run over the last `looks` positions only, and give zeros for the others."""
+def narrow_last_block(lm: LM, width: int) -> Iterator[None]:
+    """Inside this context those modules compute the last `width` positions and return zeros for
+    the other ones."""
     with Lent() as lent:
-        for name in ENTERED:
-            place = lm.layout.find(name, lm.n_layers - 1)
-            if place is not None and place.side == "input":
-                lent.around(lm.submodule(place.path), "forward", partial(_over_the_last, looks))
+        for name in NARROWED_INPUTS:
+            location = lm.layout.find(name, lm.n_layers - 1)
+            if location is not None and location.side == "input":
+                module = lm.submodule(location.path)
+                lent.around(module, "forward", partial(_compute_last_positions, width))
         yield
 
 
-def _over_the_last(looks: int, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _compute_last_positions(
+    width: int, inner: Any, /, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     shape = hidden.shape[:2]
     if hidden.ndim != 3:
         raise Unsupported(
-            f"what the last block's modules are given is no [batch, pos, d]: {list(hidden.shape)}"
+            "a module of the last block has an input that is not [batch, pos, d]: "
+            f"{list(hidden.shape)}"
         )
 
-    def cut(value: Any) -> Any:
+    def crop(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[:2] != shape:
             return value
-        return value[:, -looks:].contiguous()  # modules may take a view of what they are given
+        return value[:, -width:].contiguous()  # modules may make a view of their input
 
-    output = inner(
-        cut(hidden), *map(cut, args), **{name: cut(value) for name, value in kwargs.items()}
-    )
-    found, *others = output if isinstance(output, tuple) else (output,)
-    if not isinstance(found, Tensor) or found.shape[:2] != (shape[0], looks):
-        raise Unsupported("what the last block's modules give is no [batch, pos, d]")
-    whole = found.new_zeros(*shape, found.shape[-1])
-    whole[:, -looks:] = found
-    return (whole, *others) if isinstance(output, tuple) else whole
+    cropped_kwargs = {name: crop(value) for name, value in kwargs.items()}
+    output = inner(crop(hidden), *map(crop, args), **cropped_kwargs)
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, Tensor) or first.shape[:2] != (shape[0], width):
+        raise Unsupported("a module of the last block has an output that is not [batch, pos, d]")
+    full = first.new_zeros(*shape, first.shape[-1])
+    full[:, -width:] = first
+    if isinstance(output, tuple):
+        return (full, *output[1:])
+    return full
 
 
 @dataclass(frozen=True)
@@ -146,39 +166,42 @@ class CellPrompt:
 
     @property
     def order(self) -> tuple[int, int, int]:
+        """The key by which cell prompts are sorted for a forward."""
         return self.start.block, self.cell, self.row
 
 
 @dataclass(frozen=True, eq=False)
 class BaseForward:
-    """The unedited rows: what later forwards start from.
+    """The results of the unedited prompts, from which later forwards start.
 
-    known   keys and values of every position; None where they were not kept
-    states  what enters the blocks at which a row may join: the last `width` positions
-    logits  [row, look, vocab]
+    cache   keys and values of every position; None if they were not stored
+    states  the inputs of the blocks at which a row may join: the last `width` positions
+    logits  the logits that the metrics read
     """
 
     rows: tuple[int, ...]
     columns: int
-    known: KeysAndValues | None
+    cache: KeysAndValues | None
     states: Mapping[int, Tensor]
     logits: Float[Tensor, "row look vocab"]
 
-    def places(self, units: Sequence[CellPrompt]) -> list[int]:
-        """The number, among its rows, of each unit's prompt."""
-        number = {row: place for place, row in enumerate(self.rows)}
-        return [number[unit.row] for unit in units]
+    def row_indices(self, cell_prompts: Sequence[CellPrompt]) -> list[int]:
+        """Returns the index in `rows` of each cell prompt's row."""
+        indices = {row: index for index, row in enumerate(self.rows)}
+        return [indices[cell_prompt.row] for cell_prompt in cell_prompts]
 
 
 @dataclass(frozen=True, eq=False)
 class Shortcuts:
-    """What a model was seen to allow, and the facts that this needs.
+    """The shortcuts that a model allows, and the facts that they need.
 
-    batch   cells may share a forward, each on rows of its own
-    grow    rows may join at the block where they begin to differ
-    prefix  positions before the first that differs may come from a cache
-    last    behind the last attention only the metric's positions need to run
-    why     for each that is not allowed, the reason
+    batch    cells can share a forward, each with its own rows
+    grow     rows can join at the block at which they begin to differ
+    prefix   positions before the first that differs can come from a cache
+    last     after the last attention only the metric's positions have to be computed
+    why      for each shortcut that is not allowed, the reason
+    factors  which inputs of the blocks have rows (see `JoinSchedule`)
+    kinds    what each block returns: 0 for a tensor, or the length of a tuple
     """
 
     batch: bool
@@ -190,140 +213,160 @@ class Shortcuts:
     kinds: Sequence[int]
 
 
-def run_trunk(
-    reading: SweepInputs,
+def run_base(
+    inputs: SweepInputs,
     rows: Sequence[int],
-    taps: Sequence[HookPoint],
+    hook_points: Sequence[HookPoint],
     blocks: Sequence[int],
     width: int,
     *,
     cache: bool,
 ) -> BaseForward:
-    """Run some prompts without a cell's edits. `taps` act on all of them; the last `width` positions are recorded."""
+    """Runs some prompts from the first token to the last, with the same hooks on all of them.
+
+    The inputs of `blocks` at the last `width` positions are recorded, and with `cache` all keys
+    and values.
+    """
     from transformers import DynamicCache
 
-    columns = max(reading.lengths[row] for row in rows)
-    computed = reading.logits_of(rows, columns)
-    lane = _lane(reading.text(columns), tuple(rows), 0, 0, columns, computed)
+    columns = max(inputs.lengths[row] for row in rows)
+    n_logits = inputs.count_logits(rows, columns)
+    cell_rows = _cell_rows(inputs.padded_batch(columns), tuple(rows), 0, 0, columns, n_logits)
     recorder = Recorder(blocks, width)
-    given: dict[str, Any] = {"past_key_values": DynamicCache()} if cache else {}
-    wave = SharedForward(
-        reading.lm, [(lane, taps)], recorder=recorder, rows=len(rows), width=columns
+    kwargs: dict[str, Any] = {}
+    if cache:
+        kwargs["past_key_values"] = DynamicCache()
+    shared_forward = SharedForward(
+        inputs.lm, [(cell_rows, hook_points)], recorder=recorder, rows=len(rows), width=columns
     )
-    logits = _called(wave, reading, rows, columns, columns, given, rows)
-    known = kept(given["past_key_values"]) if cache else None
-    return BaseForward(tuple(rows), columns, known, recorder.states, logits)
+    logits = _run_model(shared_forward, inputs, rows, columns, columns, kwargs, rows)
+    contents = None
+    if cache:
+        contents = keys_and_values(kwargs["past_key_values"])
+    return BaseForward(tuple(rows), columns, contents, recorder.states, logits)
 
 
-def run_units(
-    trunk: BaseForward,
-    reading: SweepInputs,
-    units: Sequence[CellPrompt],
-    taps: Sequence[Sequence[HookPoint]],
+def run_cell_prompts(
+    base: BaseForward,
+    inputs: SweepInputs,
+    cell_prompts: Sequence[CellPrompt],
+    hook_points: Sequence[Sequence[HookPoint]],
     width: int,
-    may: Shortcuts,
-    under: Sequence[HookPoint] = (),
+    shortcuts: Shortcuts,
+    base_hook_points: Sequence[HookPoint] = (),
 ) -> Float[Tensor, "row look vocab"]:
-    """Run units, sorted by `CellPrompt.order`, over the last `width` columns.
+    """Runs cell prompts, sorted by `CellPrompt.order`, over the last `width` columns.
 
-    `taps` are those of each cell, and `under` those of them that act in every cell: what the blocks read beside the
-    stream (the per-layer inputs of Gemma, say) may be made of what these change before the blocks.
+    `hook_points` are those of each cell. `base_hook_points` are those among them that act in every
+    cell: what they change before the blocks may also reach the blocks beside the residual stream
+    (the per-layer inputs of Gemma, for example).
     """
-    past, places, looked = trunk.columns - width, trunk.places(units), [unit.row for unit in units]
-    grows = may.grow and units[0].start.block > INPUT
-    rows = trunk.rows if grows else looked
-    computed = reading.logits_of(looked, width)
+    past = base.columns - width
+    row_indices = base.row_indices(cell_prompts)
+    prompt_rows = [cell_prompt.row for cell_prompt in cell_prompts]
+    grows = shortcuts.grow and cell_prompts[0].start.block > INPUT
+    rows = base.rows if grows else prompt_rows
+    n_logits = inputs.count_logits(prompt_rows, width)
     lanes = [
-        (lane, taps[cell]) for cell, lane in _lanes(reading, units, trunk.columns, width, computed)
+        (cell_rows, hook_points[cell])
+        for cell, cell_rows in _rows_by_cell(inputs, cell_prompts, base.columns, width, n_logits)
     ]
-    growth = _growth(trunk, reading.lm, units, places, width, may) if grows else None
-    wave = SharedForward(reading.lm, lanes, growth, rows=len(rows), width=width)
-    if grows and under:
-        lane = _lane(reading.text(trunk.columns), trunk.rows, 0, past, width, computed)
-        wave.act_before_the_blocks(lane, _outside_the_blocks(reading.lm, under))
-    given: dict[str, Any] = {}
+    schedule = None
+    if grows:
+        schedule = _join_schedule(base, inputs.lm, cell_prompts, row_indices, width, shortcuts)
+    shared_forward = SharedForward(inputs.lm, lanes, schedule, rows=len(rows), width=width)
+    if grows and base_hook_points:
+        batch = inputs.padded_batch(base.columns)
+        cell_rows = _cell_rows(batch, base.rows, 0, past, width, n_logits)
+        outside = _outside_the_blocks(inputs.lm, base_hook_points)
+        shared_forward.act_before_the_blocks(cell_rows, outside)
+    kwargs: dict[str, Any] = {}
     if past:
-        assert trunk.known is not None
-        numbers = torch.tensor(places)
-        given["past_key_values"] = prefix(trunk.known, past, lambda: numbers[: wave.count])
-    narrow = (
-        may.last and computed < width and all(may_narrow(reading.lm, taps) for _, taps in lanes)
-    )
-    with narrowed(reading.lm, computed) if narrow else nullcontext():
-        return _called(wave, reading, rows, trunk.columns, width, given, looked)
+        assert base.cache is not None
+        indices = torch.tensor(row_indices)
+        kwargs["past_key_values"] = prefix_cache(
+            base.cache, past, lambda: indices[: shared_forward.count]
+        )
+    narrows = shortcuts.last and n_logits < width
+    narrows = narrows and all(can_narrow(inputs.lm, points) for _, points in lanes)
+    with narrow_last_block(inputs.lm, n_logits) if narrows else nullcontext():
+        return _run_model(shared_forward, inputs, rows, base.columns, width, kwargs, prompt_rows)
 
 
-def _called(
-    wave: SharedForward,
-    reading: SweepInputs,
+def _run_model(
+    shared_forward: SharedForward,
+    inputs: SweepInputs,
     rows: Sequence[int],
     columns: int,
     width: int,
-    given: dict[str, Any],
-    looked: Sequence[int],
+    kwargs: dict[str, Any],
+    prompt_rows: Sequence[int],
 ) -> Float[Tensor, "row look vocab"]:
-    """The logits of a forward that is given `rows`, and gives something of the rows `looked`."""
-    lm, looks = reading.lm, max(reading.looks[row] for row in looked)
-    computed = reading.logits_of(looked, width)
-    known = lm.accepted(use_cache=bool(given), return_dict=True, logits_to_keep=computed)
-    inputs = reading.inputs(rows, columns, width)
-    with torch.no_grad(), wave:
-        output = lm.model(**inputs, **known, **given)
-    logits = logits_of(output)[:, -looks:]
-    return logits.clone() if looks < computed else logits  # the others are not kept
+    """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
+    lm = inputs.lm
+    n_read = max(inputs.looks[row] for row in prompt_rows)
+    n_computed = inputs.count_logits(prompt_rows, width)
+    settings = lm.accepted(use_cache=bool(kwargs), return_dict=True, logits_to_keep=n_computed)
+    model_inputs = inputs.model_inputs(rows, columns, width)
+    with torch.no_grad(), shared_forward:
+        output = lm.model(**model_inputs, **settings, **kwargs)
+    logits = logits_of(output)[:, -n_read:]
+    if n_read < n_computed:
+        return logits.clone()  # so that the other positions are freed
+    return logits
 
 
-def _lanes(
-    reading: SweepInputs, units: Sequence[CellPrompt], columns: int, width: int, computed: int
+def _rows_by_cell(
+    inputs: SweepInputs,
+    cell_prompts: Sequence[CellPrompt],
+    columns: int,
+    width: int,
+    n_logits: int,
 ) -> Iterator[tuple[int, CellRows]]:
-    """The rows of each cell, those that join at one block together."""
-    start, text = (
-        0,
-        reading.text(columns),
-    )  # what hooks wish of the prompts is worked out once for all lanes
-    for (_, cell), found in groupby(units, key=lambda unit: (unit.start.block, unit.cell)):
-        rows = tuple(unit.row for unit in found)
-        yield cell, _lane(text, rows, start, columns - width, width, computed)
+    """Yields the rows of each cell; those that join at the same block are together."""
+    batch = inputs.padded_batch(columns)  # one for all cells: it caches the positions of the hooks
+    start = 0
+    for (_, cell), group in groupby(cell_prompts, key=lambda item: (item.start.block, item.cell)):
+        rows = tuple(cell_prompt.row for cell_prompt in group)
+        yield cell, _cell_rows(batch, rows, start, columns - width, width, n_logits)
         start += len(rows)
 
 
-def _lane(
-    text: SequenceBatch, rows: tuple[int, ...], start: int, past: int, width: int, computed: int
+def _cell_rows(
+    batch: SequenceBatch, rows: tuple[int, ...], start: int, past: int, width: int, n_logits: int
 ) -> CellRows:
-    """Some rows in a forward that computes the logits of the last `computed` positions."""
-    head = range(width - computed, width)
-    call = ForwardPass(replace(text, numbers=rows), 0, past, len(rows), width, head, past)
-    return CellRows(rows, start, start + len(rows), call)
+    """Returns some rows of a forward that computes the logits of the last `n_logits` positions."""
+    head = range(width - n_logits, width)
+    forward_pass = ForwardPass(replace(batch, numbers=rows), 0, past, len(rows), width, head, past)
+    return CellRows(rows, start, start + len(rows), forward_pass)
 
 
-def _outside_the_blocks(lm: LM, taps: Sequence[HookPoint]) -> list[HookPoint]:
-    return [tap for tap in taps if not inside_a_block(lm, tap.place.path)]
+def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
+    return [point for point in hook_points if not is_inside_block(lm, point.place.path)]
 
 
-def _growth(
-    trunk: BaseForward,
+def _join_schedule(
+    base: BaseForward,
     lm: LM,
-    units: Sequence[CellPrompt],
-    places: list[int],
+    cell_prompts: Sequence[CellPrompt],
+    row_indices: list[int],
     width: int,
-    may: Shortcuts,
+    shortcuts: Shortcuts,
 ) -> JoinSchedule:
-    blocks = [unit.start.block for unit in units]
-    counts = [bisect_right(blocks, number) for number in range(lm.n_layers)]
+    blocks = [cell_prompt.start.block for cell_prompt in cell_prompts]
+    counts = [bisect_right(blocks, block) for block in range(lm.n_layers)]
 
-    def states(number: int) -> Tensor:
-        found = trunk.states[number]
-        joining = places[bisect_left(blocks, number) : bisect_right(blocks, number)]
-        return found[torch.tensor(joining, device=found.device), -width:]
+    def joining_states(block: int) -> Tensor:
+        states = base.states[block]
+        joining = row_indices[bisect_left(blocks, block) : bisect_right(blocks, block)]
+        return states[torch.tensor(joining, device=states.device), -width:]
 
-    return JoinSchedule(blocks[0], counts, states, places, len(trunk.rows), may.kinds, may.factors)
-
-
-def run_captures(
-    reading: SweepInputs, rows: Sequence[int], taps: Sequence[HookPoint]
-) -> dict[BoundHook, CapturedChunk]:
-    """What the captures among these taps keep of some prompts."""
-    run_trunk(reading, rows, taps, (), 1, cache=False)
-    return {
-        action: action.pieces[0] for tap in taps for action in tap.actions if action.change is None
-    }
+    return JoinSchedule(
+        blocks[0],
+        counts,
+        joining_states,
+        row_indices,
+        len(base.rows),
+        shortcuts.kinds,
+        shortcuts.factors,
+    )

@@ -1,12 +1,14 @@
 """The standard grids, each in one call: patching, ablation, steering dose.
 
-hk.patching(lm, clean, corrupted, "resid_pre", hk.logit_diff(" Mary", " John"))     # layer x pos
-hk.patching(lm, clean, corrupted, "z", metric)                                      # layer x head
-hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)                     # layer x head
+hk.patching(lm, clean, corrupted, "resid_pre", hk.logit_diff(" Mary", " John"))  # layer x pos
+hk.patching(lm, clean, corrupted, "z", metric)                                   # layer x head
+hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)                  # layer x head
 hk.dose(lm, prompts, "resid_post.12", vector, metric, scales=[0, 2, 4])
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
@@ -28,10 +30,15 @@ from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
 Positions: TypeAlias = Iterable[PosLike] | Mapping[str, PosLike | Sequence[int]] | None
-"""The positions of a grid: a list of them, or names for them, each with one position or one for every prompt."""
+"""The positions of a grid: a list, or names for them, each with one position or one per prompt."""
 
-Places: TypeAlias = Mapping[Any, list[tuple[Pos, CountLike]]]
-"""The positions of a grid by name, each as hooks say them: where, and in which rows."""
+RowPositions: TypeAlias = list[tuple[Pos, CountLike]]
+"""The positions at a point of a grid, as `pos` and `rows` of one hook or several."""
+
+GridPositions: TypeAlias = Mapping[Any, RowPositions]
+"""The positions of a grid, by their value in the dimension `pos`."""
+
+ALL_POSITIONS: RowPositions = [(None, None)]
 
 
 @checks_arguments
@@ -48,62 +55,63 @@ def patching(
     pos: Positions = None,
     **settings: Unpack[Settings],
 ) -> pd.DataFrame:
-    """Activation patching of a whole site: what each place carries that the metric needs (Vig et al. 2020; Meng et al.
-    2022; Heimersheim and Nanda 2024).
+    """Returns the effect of activation patching at every layer and position, or layer and head, of
+    a site (Vig et al. 2020; Meng et al. 2022; Heimersheim and Nanda 2024).
 
-    "denoise" runs the corrupted prompts with what the clean ones have at one place: it finds what is enough. "noise"
-    runs the clean prompts with what the corrupted ones have: it finds what is needed. The effect is 0 where nothing
-    changed and 1 where the metric came to be that of the prompts patched from.
+    "denoise" runs the corrupted prompts with the clean value at one site and position: it finds
+    what is sufficient. "noise" runs the clean prompts with the corrupted value: it finds what is
+    necessary. The effect is 0 if nothing changed and 1 if the metric became that of the prompts
+    patched from.
 
-    A site without heads is patched at each layer and position, one with heads at each layer and head, at all positions
-    at once; with `pos`, at each of those. Clean and corrupted prompts are as many, and as long as one another. Other
-    settings are those of `sweep`. Columns: site where several were given, layer, head, pos, and those of `sweep`.
+    A site without heads is patched at each layer and position. A site with heads is patched at each
+    layer and head, at all positions at once, or with `pos` at each of those. There are as many
+    clean as corrupted prompts, of the same lengths. Other settings are those of `sweep`. Columns:
+    site if there are several, layer, head, pos, and those of `sweep`.
 
-    >>> table = patching(lm, clean, corrupted, "attn_out", logit_diff(" Mary", " John"), layers=[9], pos=[-1])
+    >>> metric = logit_diff(" Mary", " John")
+    >>> table = patching(lm, clean, corrupted, "attn_out", metric, layers=[9], pos=[-1])
     >>> list(table.columns)[:4]
     ['layer', 'pos', 'row', 'logit_diff']
     """
     if direction not in ("denoise", "noise"):
         raise BadHook(f"direction={direction!r} is unknown: say 'denoise' or 'noise'")
-    names = names_of(sites)
-    to, of = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    lengths = check_pairs(lm, of, to)
-    grid, hooks_at = grid_of(lm, names, layers, heads, positions_of(lengths, names, pos))
-    each = [Site(name, layer) for name in names for layer in grid.get("layer", [None])]
-    places = [site for site in each if lm.layout.find(site.name, site.layer)]
-    source = forward(lm, of, *as_hooks(settings.get("under", ())), capture(places), logits=False)
+    names = site_names(sites)
+    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    lengths = check_pairs(lm, source, target)
+    grid = create_site_grid(lm, names, layers, heads, grid_positions(lengths, names, pos))
+    base_hooks = as_hooks(settings.get("under", ()))
+    run = forward(lm, source, *base_hooks, capture(grid.sites()), logits=False)
 
-    def hooks(**at: Any) -> Sequence[Hook] | None:
-        chosen = hooks_at(at)
-        return (
-            None
-            if chosen is None
-            else [patch(chosen[0], source, pos=p, rows=r) for p, r in chosen[1]]
-        )
+    def hooks(**point: Any) -> Sequence[Hook] | None:
+        selection = grid.at(point)
+        if selection is None:
+            return None
+        site, row_positions = selection
+        return [patch(site, run, pos=pos, rows=rows) for pos, rows in row_positions]
 
-    return sweep(lm, to, grid, hooks, metrics, target=of, **settings)
+    return sweep(lm, target, grid.axes, hooks, metrics, target=source, **settings)
 
 
-def names_of(sites: str | Sequence[str]) -> list[str]:
-    """The names of a grid's sites; `BadHook` for none, or for what is no name."""
+def site_names(sites: str | Sequence[str]) -> list[str]:
+    """Returns the names of a grid's sites. Raises `BadHook` if there are none."""
     items = [sites] if isinstance(sites, str) else items_of(sites)
     if not items:
         raise BadHook(f"sites={described(sites)}: name a site, such as 'z', or several in a list")
-    return [
-        text_of(item, "sites", meaning="the name of a site, such as 'z'", error=BadHook)
-        for item in items
-    ]
+    meaning = "the name of a site, such as 'z'"
+    return [text_of(item, "sites", meaning=meaning, error=BadHook) for item in items]
 
 
-def check_pairs(lm: LM, of: Prompts, to: Prompts) -> list[int]:
-    """The lengths of prompts in pairs. Raises where they are not as many, or not as long as one another."""
-    source, run = as_batch(lm, of).lengths, as_batch(lm, to).lengths
-    if source != run:
+def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:
+    """Returns the lengths of prompts in pairs. Raises if numbers or lengths differ."""
+    source_lengths = as_batch(lm, source).lengths
+    target_lengths = as_batch(lm, target).lengths
+    if source_lengths != target_lengths:
         raise BadPrompt(
-            f"prompts of {source} tokens are to be patched into prompts of {run} tokens: patching pairs positions, so "
-            "give as many clean as corrupted ones, as long as one another"
+            f"prompts of {source_lengths} tokens are to be patched into prompts of "
+            f"{target_lengths} tokens: patching pairs positions, so give as many clean as "
+            "corrupted ones, as long as one another"
         )
-    return run
+    return target_lengths
 
 
 @checks_arguments
@@ -121,52 +129,59 @@ def ablations(
     pos: Positions = None,
     **settings: Unpack[Settings],
 ) -> pd.DataFrame:
-    """Each head, neuron or block taken out by itself: what the metric loses without it.
+    """Returns what the metric loses without each head, neuron or block.
 
-    `what` is a site: one with heads is ablated head by head ("z"), "mlp_post" neuron by neuron where `units` names
-    them (for each layer, or for every layer), any other in each layer; "block" leaves each block out. `to` and `over`
-    are those of `ablate`: zeros, the mean or a draw of other prompts, a run. All positions at once, or each of `pos`.
+    `what` is a site. A site with heads is ablated head by head ("z"), "mlp_post" neuron by neuron
+    if `units` names them (for each layer, or for all layers), and any other site layer by layer.
+    "block" skips each block. `to` and `over` are those of `ablate`: zeros, the mean or a draw of
+    other prompts, or a run. All positions are ablated at once, or each of `pos`.
     """
     if what == "block":
-        if to != "zero" or any(given is not None for given in (over, pos, heads, units)):
+        if to != "zero" or any(option is not None for option in (over, pos, heads, units)):
             raise BadHook(
-                "a block is left out as a whole: leave to=, over=, pos=, heads= and units= out, or ablate 'attn_out' "
-                "and 'mlp_out'"
+                "a block is left out as a whole: leave to=, over=, pos=, heads= and units= out, or "
+                "ablate 'attn_out' and 'mlp_out'"
             )
-        chosen = range(lm.n_layers) if layers is None else layers
-        return sweep(
-            lm, prompts, {"layer": chosen}, lambda layer: skip_block(layer), metrics, **settings
-        )
-    positions = None if pos is None else positions_of(as_batch(lm, prompts).lengths, [what], pos)
-    grid, hooks_at = grid_of(lm, [what], layers, heads, positions)
-    wanted = _units(units, list(grid.get("layer", [])))
-    grid |= {"unit": sorted({unit for each in wanted.values() for unit in each})} if wanted else {}
+        axes = {"layer": range(lm.n_layers) if layers is None else layers}
+        return sweep(lm, prompts, axes, lambda layer: skip_block(layer), metrics, **settings)
+    positions = None
+    if pos is not None:
+        positions = grid_positions(as_batch(lm, prompts).lengths, [what], pos)
+    grid = create_site_grid(lm, [what], layers, heads, positions)
+    units_by_layer = _units_by_layer(units, list(grid.axes.get("layer", [])))
+    axes = dict(grid.axes)
+    if units_by_layer:
+        axes["unit"] = sorted(set().union(*units_by_layer.values()))
 
-    def hooks(**at: Any) -> Sequence[Hook] | None:
-        unit = at.pop("unit", None)
-        chosen = hooks_at(at)
-        if chosen is None or (unit is not None and unit not in wanted[at["layer"]]):
+    def hooks(**point: Any) -> Sequence[Hook] | None:
+        selection = grid.at(point)
+        if selection is None:
             return None
-        given: Any = {} if unit is None else {"units": [unit]}
-        return [ablate(chosen[0], to=to, over=over, pos=p, rows=r, **given) for p, r in chosen[1]]
+        site, row_positions = selection
+        ablated_units = None
+        if "unit" in point:
+            if point["unit"] not in units_by_layer[point["layer"]]:
+                return None
+            ablated_units = [point["unit"]]
+        edits = []
+        for pos, rows in row_positions:
+            edits.append(ablate(site, to=to, over=over, pos=pos, rows=rows, units=ablated_units))
+        return edits
 
-    return sweep(lm, prompts, grid, hooks, metrics, **settings)
+    return sweep(lm, prompts, axes, hooks, metrics, **settings)
 
 
-def _units(
+def _units_by_layer(
     units: Mapping[int, Iterable[int]] | Iterable[int] | None, layers: Sequence[int]
 ) -> dict[int, list[int]]:
     if units is None:
         return {}
-    if isinstance(units, Mapping):
-        gone = [layer for layer in units if layer not in layers]
-        if gone:
-            raise BadHook(
-                f"units= names layer {gone[0]}, and the grid has the layers {list(layers)}"
-            )
-        return {layer: listed(units.get(layer, ()), f"units[{layer}]") for layer in layers}
-    every = listed(units, "units")
-    return dict.fromkeys(layers, every)
+    if not isinstance(units, Mapping):
+        return dict.fromkeys(layers, listed(units, "units"))
+    for layer in units:
+        if layer not in layers:
+            raise BadHook(f"units= names layer {layer}, and the grid has the layers {list(layers)}")
+    return {layer: listed(units.get(layer, ()), f"units[{layer}]") for layer in layers}
 
 
 @checks_arguments
@@ -181,107 +196,150 @@ def dose(
     pos: PosLike = None,
     **settings: Unpack[Settings],
 ) -> pd.DataFrame:
-    """A steering vector at several strengths: the metrics at each scale. Columns: scale, and those of `sweep`."""
-    return sweep(
-        lm,
-        prompts,
-        {"scale": scales},
-        lambda scale: steer(site, vector, scale=scale, pos=pos),
-        metrics,
-        **settings,
-    )
+    """Returns the metrics with a steering vector at each scale.
+
+    Columns: scale, and those of `sweep`.
+    """
+
+    def hooks(scale: float) -> Hook:
+        return steer(site, vector, scale=scale, pos=pos)
+
+    return sweep(lm, prompts, {"scale": scales}, hooks, metrics, **settings)
 
 
-def _layers(lm: LM, name: str, layers: Iterable[int] | None) -> list[int | None]:
-    if name in WHOLE_MODEL:
-        lm.place(Site(name))
-        return [None]
-    lm.sites(name)  # raises where the model has none
-    there = lm.layout.layers(name) or []
-    return (
-        list(there)
-        if layers is None
-        else [layer for layer in layers if lm.place(Site(name, layer))]
-    )
+@dataclass(frozen=True, eq=False)
+class SiteGrid:
+    """A grid over sites: its dimensions, and the site and positions at each of its points.
+
+    axes       the values of each dimension: site if there are several, layer, head, pos
+    layers     the layers of each site; [None] for a site that is not in the blocks
+    all_heads  True if the heads are those of each layer, of which some layers may have fewer
+    positions  None if all positions are meant at once
+    """
+
+    lm: LM
+    names: Sequence[str]
+    axes: dict[str, list[Any]]
+    layers: dict[str, list[int | None]]
+    all_heads: bool
+    positions: GridPositions | None
+
+    def at(self, point: Mapping[str, Any]) -> tuple[Site, RowPositions] | None:
+        """Returns the site and the positions at a point; None if the model has no such site."""
+        name = point.get("site", self.names[0])
+        layer, head = point.get("layer"), point.get("head")
+        if layer not in self.layers[name]:
+            return None
+        if self.all_heads and head is not None and head >= _count_heads(self.lm, name, layer):
+            return None
+        site = Site(name, layer, head)
+        if self.positions is None:
+            return site, ALL_POSITIONS
+        return site, self.positions[point["pos"]]
+
+    def sites(self) -> list[Site]:
+        """Returns all sites of the grid, with all heads."""
+        sites = []
+        for name in self.names:
+            for layer in self.axes.get("layer", [None]):
+                if self.lm.layout.find(name, layer):
+                    sites.append(Site(name, layer))
+        return sites
 
 
-def grid_of(
+def create_site_grid(
     lm: LM,
     names: Sequence[str],
     layers: Iterable[int] | None,
     heads: Iterable[int] | None,
-    positions: Places | None,
-) -> tuple[dict[str, list[Any]], Any]:
-    """The dimensions of a grid over sites, and what gives the site and the positions at a point of it."""
-    layers = None if layers is None else listed(layers, "layers")
-    heads = None if heads is None else listed(heads, "heads")
-    headed, whole = {name in HEADED for name in names}, {name in WHOLE_MODEL for name in names}
-    for both, word in ((headed, "heads"), (whole, "no layers")):
-        if len(both) > 1:
-            raise Unsupported(
-                f"of {', '.join(names)} some have {word} and some do not: make a grid of each"
-            )
-    for given, there, word in (
-        (heads, headed == {True}, "heads"),
-        (layers, whole == {False}, "layers"),
-    ):
-        if given is not None and not there:
-            raise BadHook(f"{word}={given}: {', '.join(names)} has no {word}; leave {word}= out")
-    found = {name: _layers(lm, name, layers) for name in names}
-    grid: dict[str, list[Any]] = {"site": list(names)} if len(names) > 1 else {}
-    each = sorted({layer for some in found.values() for layer in some if layer is not None})
-    grid |= {"layer": each} if each else {}
-    if headed == {True}:
-        counts = [_heads(lm, name, layer) for name in names for layer in each]
-        grid["head"] = list(range(max(counts))) if heads is None else list(heads)
+    positions: GridPositions | None,
+) -> SiteGrid:
+    """Returns the grid over sites. Raises if some of them have heads or layers and some do not."""
+    layer_values = None if layers is None else listed(layers, "layers")
+    head_values = None if heads is None else listed(heads, "heads")
+    has_heads = _same_for_all(names, [name in HEADED for name in names], "heads")
+    no_layers = _same_for_all(names, [name in WHOLE_MODEL for name in names], "no layers")
+    if head_values is not None and not has_heads:
+        raise BadHook(f"heads={head_values}: {', '.join(names)} has no heads; leave heads= out")
+    if layer_values is not None and no_layers:
+        raise BadHook(f"layers={layer_values}: {', '.join(names)} has no layers; leave layers= out")
+    site_layers = {name: _layers_of_site(lm, name, layer_values) for name in names}
+    axes: dict[str, list[Any]] = {}
+    if len(names) > 1:
+        axes["site"] = list(names)
+    all_layers = set().union(*site_layers.values()) - {None}
+    if all_layers:
+        axes["layer"] = sorted(all_layers)
+    if head_values is not None:
+        axes["head"] = head_values
+    elif has_heads:
+        pairs = product(names, axes["layer"])
+        axes["head"] = list(range(max(_count_heads(lm, name, layer) for name, layer in pairs)))
     if positions is not None:
-        grid["pos"] = list(positions)
-
-    def at_point(at: Mapping[str, Any]) -> tuple[Site, list[tuple[Pos, CountLike]]] | None:
-        name, layer, head = at.get("site", names[0]), at.get("layer"), at.get("head")
-        if layer not in found[name] or (
-            heads is None and head is not None and head >= _heads(lm, name, layer)
-        ):
-            return None
-        return Site(name, layer, head), [(None, None)] if positions is None else positions[
-            at["pos"]
-        ]
-
-    return grid, at_point
+        axes["pos"] = list(positions)
+    return SiteGrid(lm, names, axes, site_layers, head_values is None, positions)
 
 
-def _heads(lm: LM, name: str, layer: int | None) -> int:
+def _same_for_all(names: Sequence[str], has_property: Sequence[bool], word: str) -> bool:
+    """Returns whether all sites have a property. Raises if some have it and some do not."""
+    if len(set(has_property)) > 1:
+        raise Unsupported(
+            f"of {', '.join(names)} some have {word} and some do not: make a grid of each"
+        )
+    return all(has_property)
+
+
+def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int | None]:
+    if name in WHOLE_MODEL:
+        lm.place(Site(name))
+        return [None]
+    lm.sites(name)  # raises if the model has none
+    if layers is None:
+        return list(lm.layout.layers(name) or [])
+    return [layer for layer in layers if lm.place(Site(name, layer))]
+
+
+def _count_heads(lm: LM, name: str, layer: int | None) -> int:
     return lm.layout.sizes_of(layer)["kv_head" if name in KEY_HEADED else "head"] or 0
 
 
-def positions_of(lengths: Sequence[int], names: Sequence[str], pos: Positions) -> Places | None:
-    """The positions of a grid; None where a site with heads is meant at all positions at once."""
+def grid_positions(
+    lengths: Sequence[int], names: Sequence[str], pos: Positions
+) -> GridPositions | None:
+    """Returns the positions of a grid; None for sites with heads without `pos`."""
     if pos is None:
-        if names[0] in HEADED:
-            return None
-        shortest = min(lengths)
-        same = len(set(lengths)) == 1
-        return {
-            place: [(place, None)] for place in (range(shortest) if same else range(-shortest, 0))
-        }
+        return None if names[0] in HEADED else _all_positions(lengths)
+    positions: dict[Any, RowPositions] = {}
     if isinstance(pos, Mapping):
-        found: Places = {name: _named(name, where, len(lengths)) for name, where in pos.items()}
+        for name, value in pos.items():
+            positions[name] = _named_position(name, value, len(lengths))
     else:
-        found = {place: [(place, None)] for place in map(as_pos, listed(pos, "pos"))}
-    if not found:
+        for value in listed(pos, "pos"):
+            position = as_pos(value)
+            positions[position] = [(position, None)]
+    if not positions:
         raise EmptySelection("the grid's dimension 'pos' is empty: give at least one position")
-    return found
+    return positions
 
 
-def _named(name: Any, where: Any, count: int) -> list[tuple[Pos, CountLike]]:
-    """A named position as hooks: one for all prompts, or each prompt's own, those of one place together."""
-    if not isinstance(where, list | tuple):
-        return [(as_pos(where), None)]
-    if len(where) != count:
+def _all_positions(lengths: Sequence[int]) -> GridPositions:
+    """Returns every position that all prompts have, counted from the end if lengths differ."""
+    shortest = min(lengths)
+    positions = range(shortest)
+    if len(set(lengths)) > 1:
+        positions = range(-shortest, 0)
+    return {position: [(position, None)] for position in positions}
+
+
+def _named_position(name: Any, value: Any, count: int) -> RowPositions:
+    """Returns a named position: one for all prompts, or one of each prompt, grouped."""
+    if not isinstance(value, list | tuple):
+        return [(as_pos(value), None)]
+    if len(value) != count:
         raise BadPrompt(
-            f"the position {name!r} is given for {len(where)} prompts, and there are {count}"
+            f"the position {name!r} is given for {len(value)} prompts, and there are {count}"
         )
     rows: dict[Pos, list[int]] = {}
-    for row, place in enumerate(where):
-        rows.setdefault(as_pos(place), []).append(row)
+    for row, position in enumerate(value):
+        rows.setdefault(as_pos(position), []).append(row)
     return list(rows.items())

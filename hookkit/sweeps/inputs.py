@@ -1,4 +1,8 @@
-"""What a sweep reads: its prompts, as far as the metric looks, and with the continuation that it looks at."""
+"""The prompts of a sweep as model inputs.
+
+A prompt is run up to the position that the metric reads, or with the continuation whose loss is
+measured.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,63 +23,67 @@ from ..tables.metrics import Loss, Metric
 
 @dataclass(frozen=True, eq=False)
 class SweepInputs:
-    """The rows of a sweep.
+    """The prompts of a sweep.
 
-    rows    the tokens of each prompt
-    fed     what is run of each: up to where the metric looks, and a continuation
-    looks   how many of the last positions of each count; the metric looks at the first of them, a loss at all
-    every   whether the logits of every position are computed, for a user's function that is given them
+    rows              the tokens of each prompt
+    fed               the tokens that are run: up to the metric's position, or with a continuation
+    looks             for each prompt, how many of its last run positions a metric reads: the
+                      metric's position first; a loss reads all of them
+    has_continuation  True if a loss reads a continuation; if that has one token, only the prompt
+                      is run
+    all_logits        True if a user's function receives the logits of all positions
     """
 
     lm: LM
     rows: tuple[Row, ...]
     fed: tuple[Row, ...]
     looks: tuple[int, ...]
-    continues: bool = False  # a continuation is read, be it of one token, whose prompt alone is run
-    every: bool = False
+    has_continuation: bool = False
+    all_logits: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def cropped(self) -> bool:
-        """True where prompts go on behind the position at which the metric looks, and are not run there."""
+        """True if a prompt has tokens after the metric's position, which are not run."""
         return any(len(fed) < len(row) for fed, row in zip(self.fed, self.rows, strict=True))
 
-    def whole(self) -> "SweepInputs":
-        """The same with all of each prompt run."""
-        ends = zip(self.rows, self.fed, strict=True)
-        return replace(
-            self, fed=self.rows, looks=tuple(len(row) - len(fed) + 1 for row, fed in ends)
-        )
+    def uncropped(self) -> "SweepInputs":
+        """Returns the same inputs with all tokens of each prompt run."""
+        pairs = zip(self.rows, self.fed, strict=True)
+        looks = tuple(len(row) - len(fed) + 1 for row, fed in pairs)
+        return replace(self, fed=self.rows, looks=looks)
 
-    def logits_of(self, rows: Iterable[int], width: int) -> int:
-        """How many of the last positions have their logits computed, where the last `width` of these rows run."""
-        return width if self.every else max(self.looks[row] for row in rows)
+    def count_logits(self, rows: Iterable[int], width: int) -> int:
+        """Returns for how many of the last `width` positions logits are computed."""
+        if self.all_logits:
+            return width
+        return max(self.looks[row] for row in rows)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """How many tokens are run of each row."""
+        """How many tokens of each prompt are run."""
         return [len(row) for row in self.fed]
 
     @cached_property
     def full(self) -> SequenceBatch:
-        """The prompts by themselves, without padding, for what hooks wish of them."""
-        return self._text([range(len(row)) for row in self.rows])
+        """The whole prompts without padding, in which hooks look up their positions."""
+        return self._sequence_batch([range(len(row)) for row in self.rows])
 
-    def text(self, columns: int) -> SequenceBatch:
-        """The rows that are run, padded on the left to so many columns."""
-        return self._text([range(columns - length, columns) for length in self.lengths])
+    def padded_batch(self, columns: int) -> SequenceBatch:
+        """Returns the rows that are run, padded on the left to this number of columns."""
+        return self._sequence_batch([range(columns - length, columns) for length in self.lengths])
 
-    def _text(self, columns: Sequence[range]) -> SequenceBatch:
+    def _sequence_batch(self, columns: Sequence[range]) -> SequenceBatch:
         lengths = [len(row) for row in self.rows]
-        return SequenceBatch(
-            list(columns), lengths, self.rows.__getitem__, partial(cover, self.lm), final=True
-        )
+        find = partial(cover, self.lm)
+        return SequenceBatch(list(columns), lengths, self.rows.__getitem__, find, final=True)
 
-    def inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:
-        """The arguments of a forward over the last `width` of so many columns of these rows."""
-        lm, lengths = self.lm, [self.lengths[row] for row in rows]
+    def model_inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:
+        """Returns the arguments of a forward over the last `width` of `columns` columns."""
+        lm = self.lm
+        lengths = [self.lengths[row] for row in rows]
         ids = padded([self.fed[row] for row in rows], pad_id(lm), "left")
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
         ids = ids.to(lm.device)
@@ -86,35 +94,39 @@ class SweepInputs:
 
 
 def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
-    """The prompts of a sweep whose metrics look at position `pos`."""
+    """Returns the inputs of a sweep whose metrics read position `pos` of each prompt."""
     if as_whole(pos) is None:
         raise BadHook(
             f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number"
         )
     rows = as_batch(lm, prompts).rows
-    ends = [_end(number, len(row), pos) for number, row in enumerate(rows)]
-    continued: list[Loss] = []
+    ends = [_metric_position(number, len(row), pos) for number, row in enumerate(rows)]
+    losses: list[Loss] = []
     for metric in metrics:
-        if isinstance(metric, Loss) and metric not in continued:
-            continued.append(metric)
-    if not continued:
+        if isinstance(metric, Loss) and metric not in losses:
+            losses.append(metric)
+    if not losses:
         fed = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
         return SweepInputs(lm, rows, fed, (1,) * len(rows))
-    if len(continued) > 1 or pos != -1:
+    if len(losses) > 1 or pos != -1:
         raise Unsupported(
-            f"loss reads a continuation behind the prompt, and {len(continued)} were asked for with pos={pos}: "
-            "ask for one, at pos=-1"
+            f"loss reads a continuation after the prompt, and {len(losses)} were asked for with "
+            f"pos={pos}: ask for one, at pos=-1"
         )
-    behind = continued.pop().tokens(lm, len(rows))
-    fed = tuple((*row, *more[:-1]) for row, more in zip(rows, behind, strict=True))
-    fed = as_batch(lm, [list(row) for row in fed]).rows
-    return SweepInputs(lm, rows, fed, tuple(map(len, behind)), continues=True)
+    continuations = losses[0].tokens(lm, len(rows))
+    joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
+    fed = as_batch(lm, joined).rows
+    looks = tuple(len(tokens) for tokens in continuations)
+    return SweepInputs(lm, rows, fed, looks, has_continuation=True)
 
 
-def _end(number: int, length: int, pos: Any) -> int:
-    place = pos if pos >= 0 else length + pos
-    if not 0 <= place < length:
+def _metric_position(row: int, length: int, pos: Any) -> int:
+    position = pos
+    if pos < 0:
+        position = length + pos
+    if not 0 <= position < length:
         raise OutOfRange(
-            f"the metric looks at position {pos}, and prompt {number} has {length} tokens: -{length} to {length - 1}"
+            f"the metric looks at position {pos}, and prompt {row} has {length} tokens: "
+            f"-{length} to {length - 1}"
         )
-    return place
+    return position

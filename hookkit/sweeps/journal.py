@@ -1,7 +1,8 @@
-"""What a sweep has found so far, on disk: killed at any moment, it goes on where it was.
+"""The journal of a sweep: its values on disk, so that a killed sweep continues.
 
-A folder has `sweep.json`, which says what the sweep is, and `cells.jsonl`, a line for each forward that was finished;
-and `table.csv` when all are, whose sha256 is a line of `cells.jsonl`, by which it is known later as the sweep's own.
+A folder has `sweep.json`, which describes the sweep, and `cells.jsonl`, with a line for each
+finished forward. When all are finished, `table.csv` is written. The sha256 of the table is a line
+of `cells.jsonl` too, which shows later that the table is the sweep's own.
 """
 
 import hashlib
@@ -38,47 +39,53 @@ from ..tables.metrics import Metric, columns
 from .cell_metrics import UNEDITED, Values
 from .plan import Plan
 
-ABOUT, CELLS, TABLE = "sweep.json", "cells.jsonl", "table.csv"
-ADDRESS = re.compile(
-    r" at 0x[0-9a-f]+"
-)  # in how Python shows a function: another one in every process
+DESCRIPTION, CELLS, TABLE = "sweep.json", "cells.jsonl", "table.csv"
+
+# The address in Python's text for a function, which is another one in every process.
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(eq=False)
 class Journal:
-    """The file in which values are kept as they come. Without a folder, nothing is written."""
+    """Stores the values of a sweep as they come. Without a folder nothing is written.
+
+    values  the values that are known; this object owns them
+    tables  the sha256 of each table that was written
+    """
 
     folder: Path | None = None
-    values: Values = field(default_factory=dict)  # what is known already
+    values: Values = field(default_factory=dict)
     file: IO[bytes] | None = None
-    tables: set[str] = field(default_factory=set)  # the sha256 of tables that were written
+    tables: set[str] = field(default_factory=set)
 
     @property
     def done(self) -> int:
-        """How many cells, counted for each prompt, are known."""
+        """How many cells are known, counted for each prompt."""
         return sum(cell != UNEDITED for cell, _ in self.values)
 
-    def add(self, found: Values) -> None:
-        """Keep values, on disk before this returns."""
-        self._add_line([[*key, *values] for key, values in found.items()])
-        self.values |= found
+    def add(self, values: Values) -> None:
+        """Stores values. They are on disk when this returns."""
+        self._add_line([[*key, *numbers] for key, numbers in values.items()])
+        self.values |= values
 
     def write(self, table: pd.DataFrame) -> None:
-        """Write the table beside the values, and note that it is this sweep's own."""
+        """Writes the table, and stores its hash."""
         if self.folder is None:
             return
-        path, data = self.folder / TABLE, table.to_csv(index=False, lineterminator="\n").encode()
-        value = hashlib.sha256(data).hexdigest()
+        path = self.folder / TABLE
+        data = table.to_csv(index=False, lineterminator="\n").encode()
+        digest = hashlib.sha256(data).hexdigest()
         if os.path.lexists(path):
-            own = {value, *self.tables}
-            if path.is_symlink() or not path.is_file() or sha256(path) not in own:
+            is_file = path.is_file() and not path.is_symlink()
+            if not is_file or sha256(path) not in {digest, *self.tables}:
                 raise BadFile(
-                    f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep again"
+                    f"{str(path)!r} is not as the sweep wrote it: move it away and call the sweep "
+                    "again"
                 )
-        if value not in self.tables:
-            self._add_line({"table": value})
-            self.tables.add(value)
-        if not path.exists() or sha256(path) != value:
+        if digest not in self.tables:
+            self._add_line({"table": digest})
+            self.tables.add(digest)
+        if not path.exists() or sha256(path) != digest:
             write_bytes(path, data)
 
     def _add_line(self, value: Any) -> None:
@@ -87,44 +94,58 @@ class Journal:
 
 
 @contextmanager
-def journal(
+def open_journal(
     folder: str | os.PathLike[str] | None, plan: Plan, settings: Mapping[str, Any]
 ) -> Iterator[Journal]:
-    """A block with the journal of a sweep and what an earlier run of it has found; another sweep's folder raises."""
+    """Opens the journal of a sweep, with the values of its earlier runs.
+
+    Raises `BadHook` if the folder holds another sweep.
+    """
     if folder is None:
         yield Journal()
         return
-    path, ranks = folder_of(folder, "save"), plan.lm.ranks
+    path = folder_of(folder, "save")
+    ranks = plan.lm.ranks
     if ranks is not None and ranks.rank:
-        _about(plan, settings)  # weights are read by all ranks
-        yield Journal(values=ranks.first(None))  # what the first one knows
+        _describe_sweep(plan, settings)  # all ranks take part in reading the weights
+        yield Journal(values=ranks.first(None))  # the values that the first rank has
         return
     with locked(path, "is running the sweep"):
-        about, target = _about(plan, settings), inside(path, ABOUT)
-        for name in (CELLS, TABLE):
-            if not target.exists() and os.path.lexists(path / name):
-                raise BadFile(
-                    f"{path} has a {name} and no {ABOUT}, so it is no sweep's: give a folder of its own"
-                )
-        if not target.exists():
-            write_text(target, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        known = mapping_of(json_in(target, finite=False), f"{ABOUT} of {path}")
-        differ = [name for name in about if name != "name" and known.get(name) != about[name]]
-        if differ:
-            raise BadHook(
-                f"{path} holds another sweep: it differs in {', '.join(differ)}. Give this one a folder of its own, or "
-                "remove that one"
-            )
+        _check_description(path, _describe_sweep(plan, settings))
         remove_leftovers(path)
         cut_to_whole_lines(path / CELLS)
-        values, tables = _read(path / CELLS, len(columns(plan.metrics)))
-        values = values if ranks is None else ranks.first(values)
+        values, tables = _read_cells(path / CELLS, len(columns(plan.metrics)))
+        if ranks is not None:
+            values = ranks.first(values)
         with added_to(path / CELLS) as file:
             yield Journal(path, values, file, tables)
 
 
-def _read(path: Path, count: int) -> tuple[Values, set[str]]:
-    """What the finished lines say: the values of each cell, `count` of them, and the hashes of tables."""
+def _check_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes the description of a sweep, or raises if the folder has another one."""
+    path = inside(folder, DESCRIPTION)
+    for name in (CELLS, TABLE):
+        if not path.exists() and os.path.lexists(folder / name):
+            raise BadFile(
+                f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a folder "
+                "of its own"
+            )
+    if not path.exists():
+        write_text(path, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    stored = mapping_of(json_in(path, finite=False), f"{DESCRIPTION} of {folder}")
+    differing = []
+    for name, value in description.items():
+        if name != "name" and stored.get(name) != value:
+            differing.append(name)
+    if differing:
+        raise BadHook(
+            f"{folder} holds another sweep: it differs in {', '.join(differing)}. Give this one a "
+            "folder of its own, or remove that one"
+        )
+
+
+def _read_cells(path: Path, count: int) -> tuple[Values, set[str]]:
+    """Reads the finished lines: the `count` values of each cell, and the hashes of tables."""
     values: Values = {}
     tables: set[str] = set()
     for number, line in enumerate(whole_lines(path), start=1):
@@ -143,60 +164,56 @@ def _read(path: Path, count: int) -> tuple[Values, set[str]]:
 
 
 def _is_cell(entry: Any, count: int) -> bool:
-    """True for the number of a cell, of a row, and as many values as there are."""
-    if (
-        not isinstance(entry, list)
-        or len(entry) != count + 2
-        or not all(type(number) is int for number in entry[:2])
-    ):
+    """True for a list of a cell number, a row and `count` values."""
+    if not isinstance(entry, list) or len(entry) != count + 2:
+        return False
+    if not all(type(number) is int for number in entry[:2]):
         return False
     return all(type(value) in (int, float) for value in entry[2:])
 
 
-def _about(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a sweep this one: the model with its weights, the prompts, every cell's hooks, the metrics."""
+def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes a sweep: the model with its weights, the prompts, every cell's hooks, the metrics.
+
+    `name` is for the reader only: the weights identify the model.
+    """
     lm = plan.lm
-    hashes = {
+    model = {
+        **about_model(lm),
         "weights_sha256": weights_hash(lm),
         "config_sha256": config_hash(lm),
         "tokenizer_sha256": tokenizer_hash(lm),
+        "adapters": adapters_in_use(lm.root),
     }
-    model = {**about_model(lm), **hashes}
-    model["adapters"] = adapters_in_use(lm.root)
     del model["versions"]
     cells = hashlib.sha256()
     for cell in plan.cells:
         hooks = [hook.to_json(tensors="digest") for hook in cell.hooks]
         cells.update(json.dumps([ADDRESS.sub("", str(cell)), cell.control, hooks]).encode())
     return {
-        "name": [
-            model.pop("model"),
-            model.pop("revision"),
-        ],  # for the reader: the weights say what it is
+        "name": [model.pop("model"), model.pop("revision")],
         "model": model,
-        "prompts": [list(row) for row in plan.reading.rows],
+        "prompts": [list(row) for row in plan.inputs.rows],
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},
-        "metrics": [_metric(metric) for metric in plan.metrics],
+        "metrics": [_metric_as_json(metric) for metric in plan.metrics],
         **settings,
     }
 
 
-def _metric(metric: Metric) -> dict[str, Any]:
-    """A metric as values of JSON: its function's source, the numbers of its reference."""
-    return {"metric": type(metric).__name__} | {
-        each.name: _told(getattr(metric, each.name)) for each in fields(metric)
-    }
+def _metric_as_json(metric: Metric) -> dict[str, Any]:
+    """Returns a metric as JSON: the source of its function, a digest of its reference."""
+    entry: dict[str, Any] = {"metric": type(metric).__name__}
+    for parameter in fields(metric):
+        entry[parameter.name] = _value_as_json(getattr(metric, parameter.name))
+    return entry
 
 
-def _told(value: Any) -> Any:
+def _value_as_json(value: Any) -> Any:
     if isinstance(value, Run):
-        kept = value.captured_logits()
-        return {
-            "tokens": value.tokens.tolist(),
-            "logits": codec.tensor_as_json(kept.values, "digest"),
-        }
+        logits = codec.tensor_as_json(value.captured_logits().values, "digest")
+        return {"tokens": value.tokens.tolist(), "logits": logits}
     if isinstance(value, list | tuple):
-        return [_told(each) for each in value]
+        return [_value_as_json(item) for item in value]
     if callable(value):
         return codec.function_as_json(value)
     return value

@@ -2,16 +2,18 @@
 
 (Wang et al. 2022; Goldowsky-Dill et al. 2023.) On the clean prompts,
 
-1. a sender has the value that it has on the corrupted prompts, and every other component behind it is held at its clean
-   value, so that the receivers read the sender's change and nothing that others made of it;
-2. what the receivers then read is put into them in a second run, in which all else is free.
+1. a sender has its value on the corrupted prompts, and every later component that writes into the
+   residual stream is frozen at its clean value. So the receivers read the sender's change, and
+   nothing that other components made of it;
+2. the values that the receivers then read are patched into a second run, in which nothing is
+   frozen.
 
-With no receivers the logits themselves are what receives.
+Without receivers, the logits receive.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import pandas as pd
 
@@ -28,14 +30,20 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from ..runs.taps import planned
 from ..tables.token_metrics import logit
-from .cells import as_hooks
-from .execute import Running
-from .grids import Metrics, Places, Positions, check_pairs, grid_of, positions_of
+from .cells import Cell, as_hooks
+from .execute import PlanRun
+from .grids import ALL_POSITIONS, Metrics, Positions, check_pairs, create_site_grid, grid_positions
 from .journal import Journal
 from .plan import Plan
+from .shortcuts import no_reference
 from .sweep import Settings, plan, sweep
 
-ORDER = ("z", "attn_out", "mlp_out")  # of what adds to the stream, within a block
+# The components that write into the residual stream, in the order within a block.
+COMPONENTS = ("z", "attn_out", "mlp_out")
+
+ReceivedValues: TypeAlias = tuple[Captures | None, int]
+"""What the receivers read in one cell, and the first position at which it may differ from the clean
+run; None if no receiver reads a change."""
 
 
 @checks_arguments
@@ -53,125 +61,144 @@ def path_patching(
     pos: Positions = None,
     **settings: Unpack[Settings],
 ) -> pd.DataFrame:
-    """What each sender does to the receivers directly: the metric when only that path carries corrupted values.
+    """Returns the direct effect of each sender on the receivers: the metric when only that path
+    carries corrupted values.
 
     senders     a site: each of its heads ("z"), or each layer of it ("mlp_out")
-    receivers   what heads read, such as lm.sites("q", layers=[9], heads=[3]); left out, the logits
-    freeze      what is held at its clean value: ("z",) lets the MLPs pass the change on, as in the paper on indirect
-                objects; ("z", "mlp_out") leaves the residual stream alone
-    pos         positions at which the sender is patched; left out, all at once
+    receivers   what blocks read, such as lm.sites("q", layers=[9], heads=[3]); by default the
+                logits
+    freeze      what is frozen at its clean value: with ("z",) the MLPs pass the change on, as in
+                the paper on indirect objects; with ("z", "mlp_out") only the residual stream does
+    pos         positions at which the sender is patched; by default all at once
 
-    The prompts that run are the clean ones; the effect is 0 where nothing changed and 1 where the metric came to be
-    that of the corrupted prompts. Columns: layer, head, pos, and those of `sweep`.
+    The clean prompts run. The effect is 0 if nothing changed and 1 if the metric became that of the
+    corrupted prompts. Columns: layer, head, pos, and those of `sweep`.
     """
-    for name in (senders, *freeze):
-        if name not in ORDER:
-            raise BadHook(
-                f"{name!r} adds nothing to the residual stream by itself: name some of {', '.join(ORDER)}"
-            )
-    wanted = Sites(()) if receivers is None else lm.expand(receivers)
-    if not freeze and not wanted:
+    _check_components(senders, *freeze)
+    receiver_sites = Sites(()) if receivers is None else lm.expand(receivers)
+    if not freeze and not receiver_sites:
         raise BadHook(
             "freeze=() holds nothing, so that every path carries the change: that is hk.patching"
         )
-    whole = list(dict.fromkeys(_whole(site) for site in wanted))
-    held = [Site(name, layer) for name in freeze for layer in lm.layout.layers(name) or []]
+    read_sites = list(dict.fromkeys(_check_receiver(site) for site in receiver_sites))
+    frozen: list[Site] = []
+    for name in freeze:
+        frozen += [Site(name, layer) for layer in lm.layout.layers(name) or []]
     lengths = check_pairs(lm, corrupted, clean)
-    under = as_hooks(settings.get("under", ()))
-    run = forward(lm, clean, *under, capture(list(dict.fromkeys([*held, *whole]))), logits=False)
-    other = forward(lm, corrupted, *under, capture(lm.sites(senders)), logits=False)
-    everywhere: Places = {None: [(None, None)]}
-    places = everywhere if pos is None else positions_of(lengths, [senders], pos) or everywhere
-    grid, _ = grid_of(lm, [senders], layers, heads, places if pos is not None else None)
+    base_hooks = as_hooks(settings.get("under", ()))
+    captured_sites = list(dict.fromkeys([*frozen, *read_sites]))
+    clean_run = forward(lm, clean, *base_hooks, capture(captured_sites), logits=False)
+    corrupted_run = forward(lm, corrupted, *base_hooks, capture(lm.sites(senders)), logits=False)
+    positions = None
+    if pos is not None:
+        positions = grid_positions(lengths, [senders], pos)
+    grid = create_site_grid(lm, [senders], layers, heads, positions)
 
-    def sent(layer: int, head: int | None = None, pos: Any = None) -> list[Hook]:
-        behind = [site for site in held if _behind(site, senders, layer)]
-        patches = [patch(Site(senders, layer, head), other, pos=p, rows=r) for p, r in places[pos]]
-        return [*([patch(behind, run)] if behind else []), *patches]
+    def sender_hooks(layer: int, head: int | None = None, pos: Any = None) -> list[Hook]:
+        hooks: list[Hook] = []
+        later = [site for site in frozen if _is_later(site, senders, layer)]
+        if later:
+            hooks.append(patch(later, clean_run))
+        sender = Site(senders, layer, head)
+        for position, rows in ALL_POSITIONS if positions is None else positions[pos]:
+            hooks.append(patch(sender, corrupted_run, pos=position, rows=rows))
+        return hooks
 
-    if not wanted:
-        return sweep(lm, clean, grid, sent, metrics, target=corrupted, **settings)
-    first_run = plan(lm, clean, grid, sent, logit(0), under=under, memory=settings.get("memory"))
-    read = _received(first_run, run, whole)
+    if not receiver_sites:
+        return sweep(lm, clean, grid.axes, sender_hooks, metrics, target=corrupted, **settings)
+    memory = settings.get("memory")
+    first_plan = plan(lm, clean, grid.axes, sender_hooks, logit(0), under=base_hooks, memory=memory)
+    received = _read_receivers(first_plan, clean_run, read_sites)
 
-    def received(**at: Any) -> list[Hook]:
-        source, first = read[tuple(at.values())]
+    def receiver_hooks(**point: Any) -> list[Hook]:
+        source, first = received[tuple(point.values())]
         if source is None:
             return []
         return [
-            patch(wanted, source, pos=slice(first, length), rows=rows)
-            for length, rows in _by_length(lengths, first)
+            patch(receiver_sites, source, pos=slice(first, length), rows=rows)
+            for length, rows in _rows_by_length(lengths, first)
         ]
 
-    return sweep(lm, clean, grid, received, metrics, target=corrupted, **settings)
+    return sweep(lm, clean, grid.axes, receiver_hooks, metrics, target=corrupted, **settings)
 
 
-def _by_length(lengths: Sequence[int], longer: int) -> list[tuple[int, list[int]]]:
-    """The rows of each length that is larger than a number."""
-    found = sorted({length for length in lengths if length > longer})
-    return [
-        (length, [row for row, each in enumerate(lengths) if each == length]) for length in found
-    ]
+def _check_components(*names: str) -> None:
+    for name in names:
+        if name not in COMPONENTS:
+            raise BadHook(
+                f"{name!r} adds nothing to the residual stream by itself: name some of "
+                f"{', '.join(COMPONENTS)}"
+            )
 
 
-def _whole(site: AnySite) -> Site:
-    if not isinstance(site, Site) or site.layer is None or site.name in ORDER:
+def _rows_by_length(lengths: Sequence[int], minimum: int) -> list[tuple[int, list[int]]]:
+    """Returns the rows of each length that is larger than `minimum`, in ascending order."""
+    rows: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        if length > minimum:
+            rows.setdefault(length, []).append(row)
+    return sorted(rows.items())
+
+
+def _check_receiver(site: AnySite) -> Site:
+    """Returns the site of a receiver, with all of its heads."""
+    if not isinstance(site, Site) or site.layer is None or site.name in COMPONENTS:
         raise BadHook(
             f"{site} is no receiver: name what a block reads, such as 'q.9.3' or 'mlp_in.12'"
         )
     return Site(site.name, site.layer)
 
 
-def _behind(site: Site, senders: str, layer: int) -> bool:
-    """True where a site adds to the stream after the sender in this layer."""
+def _is_later(site: Site, sender: str, layer: int) -> bool:
+    """True if a site adds to the residual stream after the sender in this layer."""
     assert site.layer is not None
-    return (site.layer, ORDER.index(site.name)) > (layer, ORDER.index(senders)) and not (
-        site.layer == layer and site.name in ("z", "attn_out") and senders in ("z", "attn_out")
-    )
+    attention = ("z", "attn_out")  # one addition
+    if site.layer == layer and site.name in attention and sender in attention:
+        return False
+    order = COMPONENTS.index(site.name), COMPONENTS.index(sender)
+    return (site.layer, order[0]) > (layer, order[1])
 
 
-def _received(
-    made: Plan, run: Run, whole: Sequence[Site]
-) -> Mapping[tuple[Any, ...], tuple[Captures | None, int]]:
-    """What the receivers read in each cell, and from which position on it is something else than in the clean run."""
-    for cell in made.cells:
-        cell.taps = [*cell.taps, *planned(made.lm, [capture(whole)], _no_reference)]
-    Running(made, Journal(), lambda count: None, made.budget).run()
-    found: dict[tuple[Any, ...], tuple[Captures | None, int]] = {}
-    for cell in made.cells:
-        looking = {action.site: action.pieces for action in cell.actions if action.change is None}
-        places = [
-            place for pieces in looking.values() for piece in pieces for place in _places(piece)
-        ]
-        slots = [
-            LazyCapture(site, None, None, _with(run.captured(site), pieces))
-            for site, pieces in looking.items()
-        ]
-        found[tuple(cell.at.values())] = (
-            (Captures(tuple(slots)), min(places)) if places else (None, 0)
-        )
-    return found
+def _read_receivers(
+    first_plan: Plan, clean_run: Run, read_sites: Sequence[Site]
+) -> Mapping[tuple[Any, ...], ReceivedValues]:
+    """Runs the first plan. Returns what the receivers read in each cell."""
+    for cell in first_plan.cells:
+        captures = planned(first_plan.lm, [capture(read_sites)], no_reference)
+        cell.hook_points = [*cell.hook_points, *captures]
+    PlanRun(first_plan, Journal(), lambda count: None, first_plan.budget).run()
+    return {
+        tuple(cell.point.values()): _received_values(cell, clean_run) for cell in first_plan.cells
+    }
 
 
-def _places(piece: CapturedChunk) -> list[int]:
-    assert piece.cells is not None
-    return [places[0] for places in piece.cells.places]
+def _received_values(cell: Cell, clean_run: Run) -> ReceivedValues:
+    """Returns the values that the captures of a cell have, and their first position."""
+    slots: list[LazyCapture] = []
+    first_positions: list[int] = []
+    for bound in cell.bound_hooks:
+        if bound.change is not None:
+            continue
+        values = _replace_values(clean_run.captured(bound.site), bound.pieces)
+        slots.append(LazyCapture(bound.site, None, None, values))
+        for chunk in bound.pieces:
+            assert chunk.cells is not None
+            first_positions += [positions[0] for positions in chunk.cells.places]
+    if not first_positions:
+        return None, 0
+    return Captures(tuple(slots)), min(first_positions)
 
 
-def _with(clean: Captured, pieces: Sequence[CapturedChunk]) -> Captured:
-    """A capture of the clean prompts with what some rows had at some positions instead."""
+def _replace_values(clean: Captured, chunks: Sequence[CapturedChunk]) -> Captured:
+    """Returns a capture of the clean prompts with the values of some rows and positions replaced.
+
+    Its prompts are unknown (token -1), because the values are not those of the tokens.
+    """
     values = clean.values.clone()
-    for piece in pieces:
-        assert piece.cells is not None
-        for number, (prompt, places) in enumerate(
-            zip(piece.cells.prompts, piece.cells.places, strict=True)
-        ):
-            values[clean.row(prompt), list(places)] = piece.values[number, : len(places)]
-    unknown = tuple(
-        (-1,) * len(prompt) for prompt in clean.prompts
-    )  # it is no longer what these tokens say
+    for chunk in chunks:
+        assert chunk.cells is not None
+        pairs = zip(chunk.cells.prompts, chunk.cells.places, strict=True)
+        for index, (prompt, positions) in enumerate(pairs):
+            values[clean.row(prompt), list(positions)] = chunk.values[index, : len(positions)]
+    unknown = tuple((-1,) * len(prompt) for prompt in clean.prompts)
     return replace(clean, values=values, prompts=unknown)
-
-
-def _no_reference(sites: Any, prompts: Any) -> Any:
-    raise AssertionError("a capture has no reference")

@@ -1,6 +1,7 @@
-"""The plan of a sweep: what has to run, what need not, and what it will cost.
+"""The plan of a sweep: which forwards run, which cells need none, and the cost.
 
-Which units run together: by how many of the last positions they need, and by how much memory there is.
+Which cell prompts share a forward depends on how many of the last positions they need, and on how
+much memory there is.
 """
 
 from collections import Counter
@@ -18,211 +19,236 @@ from ..tables.metrics import Loss, Measure, Metric
 from .cells import Cell
 from .forwards import CellPrompt, Shortcuts
 from .inputs import SweepInputs
-from .reach import INPUT, FirstEffect, Start
+from .reach import INPUT, FirstEffect, Start, bound_hooks_of
 
-FORWARD = {
-    "cpu": 40,
-    "cuda": 256,
-}  # what a block costs beside its tokens, in tokens: reading its weights, calling it
-BUDGET = (
-    128 * 2**20
-)  # bytes, where the memory cannot be asked for: larger tensors are mapped anew each time
+# The fixed cost of running a block (reading its weights, calling it), in tokens.
+BLOCK_COST = {"cpu": 40, "cuda": 256}
+
+# Bytes, where the free memory is unknown. Larger tensors would be mapped anew each time.
+DEFAULT_BUDGET = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class Job:
-    """Units that run in one forward, over the last `width` positions."""
+    """Cell prompts that run in one forward, over the last `width` positions."""
 
     width: int
-    units: tuple[CellPrompt, ...]
+    cell_prompts: tuple[CellPrompt, ...]
 
     def layer_tokens(self, n_layers: int, *, grow: bool) -> int:
-        """How many tokens pass through a block, counted for each block."""
+        """Returns how many tokens pass through a block, summed over the blocks."""
         if not grow:
-            return len(self.units) * self.width * n_layers
-        return sum(n_layers - max(0, unit.start.block) for unit in self.units) * self.width
+            return len(self.cell_prompts) * self.width * n_layers
+        blocks = sum(_count_blocks(n_layers, prompt) for prompt in self.cell_prompts)
+        return blocks * self.width
+
+    def split(self, row_bytes: int, budget: int) -> list["Job"]:
+        """Returns jobs of the same cell prompts that fit the budget."""
+        rows = max(1, budget // row_bytes)
+        starts = range(0, len(self.cell_prompts), rows)
+        return [Job(self.width, self.cell_prompts[start : start + rows]) for start in starts]
 
 
-def grouped(
-    lm: LM, units: Sequence[CellPrompt], needs: Sequence[int], columns: int, *, prefix: bool
+def _count_blocks(n_layers: int, cell_prompt: CellPrompt) -> int:
+    """Returns through how many blocks a cell prompt has to run."""
+    return n_layers - max(0, cell_prompt.start.block)
+
+
+def group_into_jobs(
+    lm: LM,
+    cell_prompts: Sequence[CellPrompt],
+    needs: Sequence[int],
+    columns: int,
+    *,
+    prefix: bool,
 ) -> list[Job]:
-    """Jobs for units of which each needs so many of the last positions; the cheapest way to cut them into widths.
+    """Returns the cheapest jobs for cell prompts that each need so many of the last positions.
 
-    More widths mean fewer tokens and more forwards, and a forward costs something beside its tokens.
+    More widths mean fewer tokens but more forwards, and a forward has a fixed cost.
     """
-    if not units:
+    if not cell_prompts:
         return []
     if not prefix:
-        return [Job(columns, tuple(sorted(units, key=lambda unit: unit.order)))]
+        return [_sorted_job(columns, cell_prompts)]
     by_need: dict[int, list[CellPrompt]] = {}
-    for unit, need in zip(units, needs, strict=True):
-        by_need.setdefault(need, []).append(unit)
+    for cell_prompt, need in zip(cell_prompts, needs, strict=True):
+        by_need.setdefault(need, []).append(cell_prompt)
     widths = sorted(by_need)
-    layers = [
-        sum(lm.n_layers - max(0, unit.start.block) for unit in by_need[width]) for width in widths
-    ]
-    deepest = [
-        lm.n_layers - max(0, min(unit.start.block for unit in by_need[width])) for width in widths
-    ]
+    blocks, deepest = [], []
+    for width in widths:
+        counts = [_count_blocks(lm.n_layers, prompt) for prompt in by_need[width]]
+        blocks.append(sum(counts))
+        deepest.append(max(counts))
+    fixed = BLOCK_COST.get(lm.device.type, BLOCK_COST["cuda"])
     jobs = []
-    for first, last in _cheapest(
-        widths, layers, deepest, FORWARD.get(lm.device.type, FORWARD["cuda"])
-    ):
-        together = [unit for width in widths[first : last + 1] for unit in by_need[width]]
-        jobs.append(Job(widths[last], tuple(sorted(together, key=lambda unit: unit.order))))
+    for first, last in _cheapest_split(widths, blocks, deepest, fixed):
+        group: list[CellPrompt] = []
+        for width in widths[first : last + 1]:
+            group += by_need[width]
+        jobs.append(_sorted_job(widths[last], group))
     return jobs
 
 
-def _cheapest(
-    widths: list[int], layers: list[int], deepest: list[int], fixed: int
+def _sorted_job(width: int, cell_prompts: Sequence[CellPrompt]) -> Job:
+    return Job(width, tuple(sorted(cell_prompts, key=lambda prompt: prompt.order)))
+
+
+def _cheapest_split(
+    widths: list[int], blocks: list[int], deepest: list[int], fixed: int
 ) -> list[tuple[int, int]]:
-    """The cut of ascending widths into runs with the least cost: a run costs its tokens at its largest width, and a
-    forward through its blocks."""
+    """Returns the cheapest split of ascending widths into ranges, as first and last index.
+
+    A range costs its tokens at its largest width, and the fixed cost of each block that it runs.
+    """
     best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
     for last in range(len(widths)):
         options = []
         for first in range(last + 1):
-            cost = sum(layers[first : last + 1]) * widths[last] + fixed * max(
-                deepest[first : last + 1]
-            )
+            tokens = sum(blocks[first : last + 1]) * widths[last]
+            cost = tokens + fixed * max(deepest[first : last + 1])
             options.append((best[first][0] + cost, [*best[first][1], (first, last)]))
         best.append(min(options, key=lambda option: option[0]))
     return best[-1][1]
 
 
-def cut(job: Job, row: int, budget: int) -> list[Job]:
-    """A job in parts that fit the budget, where a row takes so many bytes."""
-    rows = max(1, budget // row)
-    return [
-        Job(job.width, job.units[start : start + rows]) for start in range(0, len(job.units), rows)
-    ]
-
-
-def row_bytes(lm: LM, width: int, columns: int, looks: int) -> int:
-    """About how much memory a row of a forward takes at its peak: its activations in a block, the keys and values that
-    it reads, the mask, and its logits three times."""
+def row_bytes(lm: LM, width: int, columns: int, n_logits: int) -> int:
+    """Returns about how much memory a row of a forward takes at its peak: its activations in a
+    block, the keys and values that it reads, the mask, and its logits three times."""
     sizes = {name: size or 0 for name, size in lm.sizes.items()}
-    number = torch.finfo(getattr(lm.root, "dtype", torch.float32)).bits // 8
     mlp = sizes.get("d_mlp") or 4 * sizes["d_model"]
-    inside = width * (8 * sizes["d_model"] + 3 * mlp)
+    activations = width * (8 * sizes["d_model"] + 3 * mlp)
     heads = sizes.get("head") or 1
     attention = columns * 4 * sizes["d_model"] + heads * width * columns
-    return number * (inside + attention) + 12 * looks * (sizes["vocab"] or 0)
+    return _number_bytes(lm) * (activations + attention) + 12 * n_logits * (sizes["vocab"] or 0)
 
 
-def trunk_bytes(lm: LM, columns: int) -> int:
-    """About how much memory is kept of an unedited row: keys and values, and what enters each block."""
-    number = torch.finfo(getattr(lm.root, "dtype", torch.float32)).bits // 8
-    return number * columns * lm.n_layers * 3 * (lm.sizes["d_model"] or 0)
+def base_row_bytes(lm: LM, columns: int) -> int:
+    """Returns about how much memory the results of an unedited row take: keys and values, and the
+    inputs of each block."""
+    return _number_bytes(lm) * columns * lm.n_layers * 3 * (lm.sizes["d_model"] or 0)
 
 
-def memory_budget(lm: LM, asked: int | None) -> int:
-    """The bytes that a sweep may use beside the model: what was asked for, or a quarter of what a GPU has free."""
-    if asked is not None:
+def _number_bytes(lm: LM) -> int:
+    return torch.finfo(getattr(lm.root, "dtype", torch.float32)).bits // 8
+
+
+def memory_budget(lm: LM, memory: int | None) -> int:
+    """Returns the bytes that a sweep may use beside the model: `memory`, or a quarter of what a
+    GPU has free."""
+    if memory is not None:
         return whole_number(
-            asked, "memory", least=1, meaning="the bytes that it may use beside the model,"
+            memory, "memory", least=1, meaning="the bytes that it may use beside the model,"
         )
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0] // 4
         return free if lm.ranks is None else lm.ranks.least(free)
-    return BUDGET
+    return DEFAULT_BUDGET
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """What a sweep is going to do; print it. `hk.plan` makes one, `hk.sweep` runs one."""
+    """What a sweep will do; print it. `hk.plan` returns one, `hk.sweep` runs one."""
 
     lm: LM
     cells: tuple[Cell, ...]
-    reading: SweepInputs
+    inputs: SweepInputs
     metrics: tuple[Metric, ...]
-    under: tuple[HookPoint, ...]
-    may: Shortcuts
+    base_hook_points: tuple[HookPoint, ...]
+    shortcuts: Shortcuts
     budget: int
 
     @cached_property
-    def taps(self) -> list[list[HookPoint]]:
-        """All that is done in each cell, what acts in every cell first."""
-        return [[*self.under, *cell.taps] for cell in self.cells]
+    def hook_points(self) -> list[list[HookPoint]]:
+        """All hook points of each cell, those of the base hooks first."""
+        return [[*self.base_hook_points, *cell.hook_points] for cell in self.cells]
 
     @cached_property
     def measures(self) -> list[Measure]:
-        """The metrics for this model's tokens."""
-        return [metric.bound(self.lm, len(self.reading)) for metric in self.metrics]
+        """The metrics, bound to this model and these prompts."""
+        return [metric.bound(self.lm, len(self.inputs)) for metric in self.metrics]
+
+    @property
+    def compares(self) -> bool:
+        """True if a metric compares a cell with the unedited prompts."""
+        return any(metric.compares for metric in self.metrics)
 
     def chunks(self) -> Iterator[tuple[int, ...]]:
-        """The prompts, a part at a time, so that what is kept of them fits half the budget, and their forward too."""
-        columns = max(self.reading.lengths)
-        row = max(trunk_bytes(self.lm, columns), self._row_bytes(columns, columns))
-        room = max(1, self.budget // 2 // max(1, row))
-        for start in range(0, len(self.reading), room):
-            yield tuple(range(start, min(start + room, len(self.reading))))
+        """Yields groups of prompts whose results, and whose forward, fit half the budget."""
+        columns = max(self.inputs.lengths)
+        row = max(base_row_bytes(self.lm, columns), self._row_bytes(columns, columns))
+        size = max(1, self.budget // 2 // max(1, row))
+        for start in range(0, len(self.inputs), size):
+            yield tuple(range(start, min(start + size, len(self.inputs))))
 
-    def reach(self, *, trusted: bool = True) -> FirstEffect:
-        """The argument about what can change; `trusted` where sources were seen to be this model's own."""
-        actions = tuple(action for tap in self.under for action in tap.actions)
-        return FirstEffect(self.lm, self.reading, trusted, actions)
+    def first_effect(self, *, sources_match: bool = True) -> FirstEffect:
+        """Returns what decides which cells can matter; see `FirstEffect` for `sources_match`."""
+        base = tuple(bound_hooks_of(self.base_hook_points))
+        return FirstEffect(self.lm, self.inputs, sources_match, base)
 
-    def units(self, rows: Sequence[int], reach: FirstEffect) -> list[CellPrompt]:
-        """The units of some prompts that have to run with others; the rest cannot matter, or runs alone."""
-        key = tuple(rows), reach.trusted
-        if key not in self._units:
-            found = self._units[key] = []
-            for cell in self.cells:
-                actions = [] if cell.alone else cell.actions
-                starts = ((row, reach.start(actions, row)) for row in rows)
-                found += [
-                    CellPrompt(cell.number, row, start)
-                    for row, start in starts
-                    if start is not None
-                ]
-        return self._units[key]
+    def cell_prompts(self, rows: Sequence[int], first_effect: FirstEffect) -> list[CellPrompt]:
+        """Returns the cell prompts of some prompts that have to run and can share a forward."""
+        key = tuple(rows), first_effect.sources_match
+        if key not in self._cell_prompts:
+            self._cell_prompts[key] = list(self._find_cell_prompts(rows, first_effect))
+        return self._cell_prompts[key]
 
     @cached_property
-    def _units(self) -> dict[tuple[tuple[int, ...], bool], list[CellPrompt]]:
+    def _cell_prompts(self) -> dict[tuple[tuple[int, ...], bool], list[CellPrompt]]:
+        """Cache of `cell_prompts`, owned by this plan."""
         return {}
 
-    def jobs(self, rows: Sequence[int], units: Sequence[CellPrompt], budget: int) -> list[Job]:
-        """The forwards that run these units."""
-        reading, columns = self.reading, max(self.reading.lengths[row] for row in rows)
-        needs = [
-            max(reading.looks[unit.row], reading.lengths[unit.row] - unit.start.pos)
-            for unit in units
-        ]
+    def _find_cell_prompts(
+        self, rows: Sequence[int], first_effect: FirstEffect
+    ) -> Iterator[CellPrompt]:
+        for cell in self.cells:
+            if cell.alone:
+                continue
+            bound_hooks = cell.bound_hooks
+            for row in rows:
+                start = first_effect.first_start(bound_hooks, row)
+                if start is not None:
+                    yield CellPrompt(cell.number, row, start)
+
+    def jobs(
+        self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
+    ) -> list[Job]:
+        """Returns the forwards that run these cell prompts."""
+        columns = max(self.inputs.lengths[row] for row in rows)
+        from_input: list[CellPrompt] = []  # these cannot be in a batch that grows
+        joining: list[CellPrompt] = []
+        for cell_prompt in cell_prompts:
+            start = cell_prompt.start
+            if self.shortcuts.grow and start.block > INPUT:
+                joining.append(cell_prompt)
+            else:
+                start = Start(INPUT, start.pos)
+                from_input.append(CellPrompt(cell_prompt.cell, cell_prompt.row, start))
         jobs = []
-        for joining in (
-            False,
-            True,
-        ):  # rows that begin with the input are no part of a batch that grows
-            chosen = [
-                n
-                for n, unit in enumerate(units)
-                if (self.may.grow and unit.start.block > INPUT) is joining
-            ]
-            some = _from_input([units[n] for n in chosen], keep=joining)
-            jobs += grouped(
-                self.lm, some, [needs[n] for n in chosen], columns, prefix=self.may.prefix
-            )
-        return [
-            part
-            for job in jobs
-            for part in cut(job, self._row_bytes(job.width, columns), budget // 2)
-        ]
+        for group in (from_input, joining):
+            needs = [self._needed_width(cell_prompt) for cell_prompt in group]
+            jobs += group_into_jobs(self.lm, group, needs, columns, prefix=self.shortcuts.prefix)
+        parts = []
+        for job in jobs:
+            parts += job.split(self._row_bytes(job.width, columns), budget // 2)
+        return parts
+
+    def _needed_width(self, cell_prompt: CellPrompt) -> int:
+        row = cell_prompt.row
+        return max(self.inputs.looks[row], self.inputs.lengths[row] - cell_prompt.start.pos)
 
     @property
     def alone(self) -> list[Cell]:
-        """The cells that run by themselves."""
+        """The cells that cannot share a forward."""
         return [cell for cell in self.cells if cell.alone]
 
     @cached_property
     def all_jobs(self) -> list[Job]:
         """The forwards of all prompts."""
-        reach = self.reach()
-        return [
-            job
-            for rows in self.chunks()
-            for job in self.jobs(rows, self.units(rows, reach), self.budget)
-        ]
+        first_effect = self.first_effect()
+        jobs = []
+        for rows in self.chunks():
+            jobs += self.jobs(rows, self.cell_prompts(rows, first_effect), self.budget)
+        return jobs
 
     @property
     def forwards(self) -> int:
@@ -232,111 +258,95 @@ class Plan:
 
     @cached_property
     def layer_tokens(self) -> int:
-        """How many tokens will pass through a block, counted for each block: those of the unedited rows and what fills
-        up shorter rows are included."""
-        lengths = self.reading.lengths
-        whole = (
-            sum(len(rows) * max(lengths[row] for row in rows) for rows in self.chunks())
-            * self.lm.n_layers
-        )
-        run = sum(job.layer_tokens(self.lm.n_layers, grow=self.may.grow) for job in self.all_jobs)
-        return whole * (1 + len(self.alone)) + run
+        """How many tokens will pass through a block, summed over the blocks. The unedited prompts
+        and padding are included."""
+        n_layers, lengths = self.lm.n_layers, self.inputs.lengths
+        columns = 0
+        for rows in self.chunks():
+            columns += len(rows) * max(lengths[row] for row in rows)
+        grow = self.shortcuts.grow
+        shared = sum(job.layer_tokens(n_layers, grow=grow) for job in self.all_jobs)
+        return columns * n_layers * (1 + len(self.alone)) + shared
 
     @property
     def naive_layer_tokens(self) -> int:
         """The same for one whole forward of each prompt in each cell."""
-        return sum(map(len, self.reading.rows)) * self.lm.n_layers * len(self.cells)
+        tokens = sum(len(row) for row in self.inputs.rows)
+        return tokens * self.lm.n_layers * len(self.cells)
 
     @property
     def running(self) -> int:
-        """How many cells, counted for each prompt, have to run."""
-        return sum(len(job.units) for job in self.all_jobs) + len(self.alone) * len(self.reading)
+        """How many cells have to run, counted once for each prompt."""
+        shared = sum(len(job.cell_prompts) for job in self.all_jobs)
+        return shared + len(self.alone) * len(self.inputs)
 
     @property
     def filled(self) -> int:
-        """How many need not run, since their edit cannot change what the metric sees."""
-        return len(self.cells) * len(self.reading) - self.running
+        """How many cells need not run, because their edit cannot change what the metric reads."""
+        return len(self.cells) * len(self.inputs) - self.running
 
     @property
     def memory(self) -> int:
-        """About how many bytes it will take at its peak, beside the model."""
-        reading = self.reading
-        columns = max(reading.lengths)
-        rows = max(map(len, self.chunks()))
-        waves = [len(job.units) * self._row_bytes(job.width, columns) for job in self.all_jobs]
-        return rows * trunk_bytes(self.lm, columns) + max(
-            [*waves, rows * self._row_bytes(columns, columns)]
-        )
+        """About how many bytes the sweep takes at its peak, beside the model."""
+        columns = max(self.inputs.lengths)
+        rows = max(len(chunk) for chunk in self.chunks())
+        peaks = [rows * self._row_bytes(columns, columns)]
+        for job in self.all_jobs:
+            peaks.append(len(job.cell_prompts) * self._row_bytes(job.width, columns))
+        return rows * base_row_bytes(self.lm, columns) + max(peaks)
 
     def _row_bytes(self, width: int, columns: int) -> int:
-        """About how much memory a row takes in a forward over the last `width` of so many columns."""
-        computed = self.reading.logits_of(range(len(self.reading)), width)
-        return row_bytes(self.lm, width, columns, computed)
+        n_logits = self.inputs.count_logits(range(len(self.inputs)), width)
+        return row_bytes(self.lm, width, columns, n_logits)
 
     def _repr_html_(self) -> str:
         return shown("Plan of a sweep", text=repr(self))
 
     def __repr__(self) -> str:
-        prompts = len(self.reading)
         share = self.layer_tokens / max(1, self.naive_layer_tokens)
         widths = [job.width for job in self.all_jobs]
-        over = f", over {_range(widths)} of {max(self.reading.lengths)} positions" if widths else ""
+        positions = ""
+        if widths:
+            positions = f", over {_range(widths)} of {max(self.inputs.lengths)} positions"
+        tokens = f"{self.layer_tokens:,} instead of {self.naive_layer_tokens:,} ({share:.1%})"
         lines = [
-            f"{len(self.cells):,} cells x {_count(prompts, 'prompt')}",
+            f"{len(self.cells):,} cells x {_count(len(self.inputs), 'prompt')}",
             f"  cannot matter   {self.filled:,}: filled with the unedited value",
-            f"  to run          {self.running:,} in {_count(self.forwards, 'forward')}{over}",
-            f"  layer-tokens    {self.layer_tokens:,} instead of {self.naive_layer_tokens:,} ({share:.1%})",
+            f"  to run          {self.running:,} in {_count(self.forwards, 'forward')}{positions}",
+            f"  layer-tokens    {tokens}",
             f"  memory          about {self.memory / 2**20:,.0f} MB beside the model",
-            *(f"  {name:<15} {words}" for name, words in self._reductions()),
         ]
+        lines += [f"  {name:<15} {words}" for name, words in self._reductions()]
         return "\n".join(lines)
 
     def _reductions(self) -> Iterator[tuple[str, str]]:
-        why = self.may.why
+        """Yields the name and the description of each reduction of the work."""
         yield "stop", self._stop()
-        yield "share", "cells share forwards" if self.may.batch else f"no: {why['batch']}"
-        yield (
-            "start",
-            "at the block where a cell first differs" if self.may.grow else f"no: {why['grow']}",
-        )
-        yield (
-            "prefix",
-            "positions before the edit come from a cache"
-            if self.may.prefix
-            else f"no: {why['prefix']}",
-        )
-        yield (
-            "last block",
-            "behind its attention at the metric's position only"
-            if self.may.last
-            else f"no: {why['last']}",
-        )
-        yield (
-            "head",
-            "at the metric's position only"
-            if "logits_to_keep" in self.lm.takes
-            else "no: the model takes no logits_to_keep",
-        )
+        yield "share", self._shortcut("batch", "cells share forwards")
+        yield "start", self._shortcut("grow", "at the block where a cell first differs")
+        yield "prefix", self._shortcut("prefix", "positions before the edit come from a cache")
+        after_attention = "after its attention at the metric's position only"
+        yield "last block", self._shortcut("last", after_attention)
+        if "logits_to_keep" in self.lm.takes:
+            yield "head", "at the metric's position only"
+        else:
+            yield "head", "no: the model takes no logits_to_keep"
         for reason, count in Counter(cell.alone for cell in self.alone).items():
             yield "alone", f"{_count(count, 'cell')}: {reason}"
+
+    def _shortcut(self, name: str, description: str) -> str:
+        if getattr(self.shortcuts, name):
+            return description
+        return f"no: {self.shortcuts.why[name]}"
 
     def _stop(self) -> str:
         if any(isinstance(metric, Loss) for metric in self.metrics):
             return "at the end of the continuation"
-        if self.reading.cropped:
+        if self.inputs.cropped:
             return "at the position where the metric looks"
-        if max(self.reading.looks) > 1:
-            return "no: a function is given positions behind the one where the metric looks"
+        if max(self.inputs.looks) > 1:
+            return "no: a function receives positions after the one where the metric looks"
         return "at the last position, where the metric looks"
-
-
-def _from_input(units: Sequence[CellPrompt], *, keep: bool) -> Sequence[CellPrompt]:
-    """The same units, to be run from the input on unless their own start is to be kept."""
-    return (
-        units
-        if keep
-        else [CellPrompt(unit.cell, unit.row, Start(INPUT, unit.start.pos)) for unit in units]
-    )
 
 
 def _count(number: int, word: str) -> str:

@@ -1,19 +1,23 @@
-"""What a cell can change: the first block and the first position at which its rows differ from the unedited ones.
+"""Where the rows of a cell begin to differ from the unedited rows: the first block and position.
 
-Everything here is an argument, and no measurement:
+Four arguments decide it; nothing is measured.
 
-causal      what is at a position depends on nothing behind it, so an edit changes nothing before its own position
-last block  behind the attention of the last block no position reads another, so an edit there that is not where the
-            metric looks changes nothing that it sees
-together    a user's function is given all the positions that it wants, so that it may look from one at another
-same text   a patch puts in what is there already, up to the first token in which the source's prompt differs (the
-            sweep holds the source's values against the model's own before it believes this)
+causal           A position depends on no later position, so an edit changes nothing before its own
+                 position.
+last block       After the attention of the last block no position reads another. An edit there
+                 matters only at the positions that the metric reads.
+all positions    A user's function receives all of its positions together, so what it does at one
+                 may depend on the other ones.
+shared prefix    A patch changes nothing up to the first token in which the source's prompt
+                 differs. The sweep compares the source with the model's own values before it
+                 relies on this.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from ..hooks.ablation import Ablate, FromRun
 from ..hooks.base import EditHook
@@ -22,31 +26,20 @@ from ..models.lm import LM
 from ..models.positions import At, PositionRange, Where, wish
 from ..models.prompts import cover
 from ..models.sites import AnySite, ModuleSite, Site
-from ..runs.taps import BoundHook
+from ..runs.taps import BoundHook, HookPoint
 from .inputs import SweepInputs
 
-INPUT = -1  # before the first block
+INPUT = -1  # the block number of what is before the first block
 
-# What stands behind the attention of its block: it reaches other positions through later blocks only.
-BEHIND_ATTENTION = frozenset(
-    {
-        "scores",
-        "pattern",
-        "z",
-        "attn_out",
-        "resid_mid",
-        "mlp_in",
-        "router_logits",
-        "experts",
-        "expert_weights",
-    }
-    | {"mlp_pre", "mlp_post", "mlp_out", "resid_post", "final_norm", "lm_head", "logits"}
-)
+# Sites after the attention of their block. They reach other positions through later blocks only.
+AFTER_ATTENTION = {"scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in"}
+AFTER_ATTENTION |= {"router_logits", "experts", "expert_weights", "mlp_pre", "mlp_post", "mlp_out"}
+AFTER_ATTENTION |= {"resid_post", "final_norm", "lm_head", "logits"}
 
 
 @dataclass(frozen=True, order=True)
 class Start:
-    """Where a row of a cell begins to differ from the unedited row."""
+    """The block and the position at which a row of a cell begins to differ."""
 
     block: int
     pos: int
@@ -54,132 +47,158 @@ class Start:
 
 @dataclass(frozen=True)
 class FirstEffect:
-    """The argument for one model and one reading. `trusted`: patches of the same text put in what is there already."""
+    """Finds where edits begin to change a row of the inputs.
+
+    sources_match  True if the sources of patches were compared with the model's own values
+    base           hooks that act in every row, edited or not
+    """
 
     lm: LM
-    reading: SweepInputs
-    trusted: bool = True
-    under: tuple[BoundHook, ...] = ()  # acts in every row, edited or not
+    inputs: SweepInputs
+    sources_match: bool = True
+    base: tuple[BoundHook, ...] = ()
 
     @cached_property
     def _mixing(self) -> list[BoundHook]:
-        """What may carry something from a position to one before it, in every row."""
-        return [action for action in self.under if together(action)]
+        """Base hooks that may carry a change from a position to an earlier one."""
+        return [bound for bound in self.base if needs_all_positions(bound)]
 
-    def start(self, actions: Iterable[BoundHook], row: int) -> Start | None:
-        """Where a row begins to differ under these actions; None where it cannot matter."""
-        edits = (action for action in actions if action.change is not None)
-        found = [start for action in edits if (start := self.of(action, row)) is not None]
-        if not found:
+    def first_start(self, bound_hooks: Iterable[BoundHook], row: int) -> Start | None:
+        """Returns where a row begins to differ under these hooks; None if it cannot matter."""
+        starts = []
+        for bound in bound_hooks:
+            start = None
+            if bound.change is not None:
+                start = self.start_of(bound, row)
+            if start is not None:
+                starts.append(start)
+        if not starts:
             return None
-        also = [self._first_of(action, row) for action in self._mixing]
-        return Start(min(each.block for each in found), min([*(each.pos for each in found), *also]))
+        positions = [start.pos for start in starts]
+        positions += [self._first_position(bound, row) for bound in self._mixing]
+        return Start(min(start.block for start in starts), min(positions))
 
-    def of(self, action: BoundHook, row: int) -> Start | None:
-        """Where one action begins to change a row, as far as the metric can see."""
-        wanted = self.reading.full.wishes(action.where)[row]
-        if wanted is None:
+    def start_of(self, bound: BoundHook, row: int) -> Start | None:
+        """Returns where one hook begins to change a row, as far as the metric can see."""
+        positions = self.inputs.full.wishes(bound.where)[row]
+        if positions is None:
             return None
+        length = self.inputs.lengths[row]
         first = 0
-        if self.last_block(action.site) and not together(action) and not self._mixed_behind(action):
-            first = self.reading.lengths[row] - self.reading.looks[row]
-        if self.trusted:
-            first = max(first, self.same_until(action, row))
-        place = _first(wanted, first)
-        if place is None or place >= self.reading.lengths[row]:
+        stays_in_place = not needs_all_positions(bound) and not self._is_mixed_later(bound)
+        if self.is_after_last_attention(bound.site) and stays_in_place:
+            first = length - self.inputs.looks[row]
+        if self.sources_match:
+            first = max(first, self._shared_prefix(bound, row))
+        position = _first_at_least(positions, first)
+        if position is None or position >= length:
             return None
-        return Start(self.block(action.site), place)
+        return Start(self.block_of(bound.site), position)
 
-    def _mixed_behind(self, action: BoundHook) -> bool:
-        """True where something behind an action of the last block may carry it to other positions."""
-        if not action.head:
+    def _is_mixed_later(self, bound: BoundHook) -> bool:
+        """True if a base hook after a hook of the last block may carry its change elsewhere."""
+        if not bound.head:
             return bool(self._mixing)
-        return any(each.head or isinstance(each.site, ModuleSite) for each in self._mixing)
+        return any(mixing.head or isinstance(mixing.site, ModuleSite) for mixing in self._mixing)
 
-    def block(self, site: AnySite) -> int:
-        """The block in which a site is; the last one for what comes behind all blocks, `INPUT` for the rest."""
+    def block_of(self, site: AnySite) -> int:
+        """Returns the block of a site: the last one for sites after all blocks, `INPUT` for the
+        embedding and for modules outside the blocks."""
         last = self.lm.n_layers - 1
         if isinstance(site, Site):
-            return (
-                INPUT
-                if site.name in ("embed", "pos_embed")
-                else last
-                if site.layer is None
-                else site.layer
-            )
-        path = self.lm.family.block
-        inside = (
-            n for n in range(last + 1) if f"{site.path}.".startswith(path.format(layer=n) + ".")
-        )
-        return next(inside, INPUT)
+            if site.name in ("embed", "pos_embed"):
+                return INPUT
+            return last if site.layer is None else site.layer
+        for layer in range(last + 1):
+            if _is_inside(site.path, self.lm.family.block.format(layer=layer)):
+                return layer
+        return INPUT
 
-    def last_block(self, site: AnySite) -> bool:
-        """True where a site is behind the last attention."""
-        if not isinstance(site, Site) or site.name not in BEHIND_ATTENTION:
+    def is_after_last_attention(self, site: AnySite) -> bool:
+        """True if no later attention reads a site."""
+        if not isinstance(site, Site) or site.name not in AFTER_ATTENTION:
             return False
         return site.layer is None or site.layer == self.lm.n_layers - 1
 
-    def same_until(self, action: BoundHook, row: int) -> int:
-        """The first position at which a patch may put in something else than is there; 0 for what is no patch."""
-        source = source_of(action)
-        if source is None or not self._same_places(
-            action.where, row, source.prompts[source.row(row)]
-        ):
+    def _shared_prefix(self, bound: BoundHook, row: int) -> int:
+        """Returns the first position at which a patch may change a value; 0 for other hooks."""
+        source = patch_source(bound)
+        if source is None:
             return 0
-        return self.common(source, row)
+        source_ids = source.prompts[source.row(row)]
+        if not self._has_same_positions(bound.where, row, source_ids):
+            return 0
+        return self.common_prefix(source, row)
 
-    def common(self, source: Captured, row: int) -> int:
-        """The first position at which a source's prompt differs from one of these, or at which something acts on it."""
+    def common_prefix(self, source: Captured, row: int) -> int:
+        """Returns the first position at which a source's prompt differs from a prompt of the
+        sweep, or at which a base hook acts."""
         if source.positions is None:
             return 0
         key = id(source.prompts), source.row(row), row
-        if key not in self._known:
-            self._known[key] = source, self._common(source.prompts[source.row(row)], row)
-        return self._known[key][1]
+        if key not in self._common_prefixes:
+            length = self._compare_with(source.prompts[source.row(row)], row)
+            self._common_prefixes[key] = source, length
+        return self._common_prefixes[key][1]
 
     @cached_property
-    def _known(self) -> dict[tuple[int, int, int], tuple[Captured, int]]:
-        return {}  # the source is kept alive, and its number with it
+    def _common_prefixes(self) -> dict[tuple[int, int, int], tuple[Captured, int]]:
+        """Cache of `common_prefix`, owned by this object. It keeps the source alive, because its
+        id is part of the key."""
+        return {}
 
-    def _common(self, ids: tuple[int, ...], row: int) -> int:
-        mine = self.reading.rows[row]
-        pairs = enumerate(zip(ids, mine, strict=False))
-        differ = next(
-            (place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(mine))
-        )
-        return min([differ, *(self._first_of(each, row) for each in self.under)])
+    def _compare_with(self, source_ids: tuple[int, ...], row: int) -> int:
+        ids = self.inputs.rows[row]
+        length = min(len(source_ids), len(ids))
+        for position in range(length):
+            if source_ids[position] != ids[position]:
+                length = position
+                break
+        return min([length, *(self._first_position(bound, row) for bound in self.base)])
 
-    def _same_places(self, where: Where, row: int, ids: tuple[int, ...]) -> bool:
-        if len(ids) == len(self.reading.rows[row]) and not isinstance(where.pos, At):
+    def _has_same_positions(self, where: Where, row: int, source_ids: tuple[int, ...]) -> bool:
+        """True if a hook's positions are the same in the source's prompt and in a row."""
+        if len(source_ids) == len(self.inputs.rows[row]) and not isinstance(where.pos, At):
             return True
-        theirs = wish(where, len(ids), lambda at: cover(self.lm, ids, at))
-        return theirs == self.reading.full.wishes(where)[row]
+        positions = wish(where, len(source_ids), lambda at: cover(self.lm, source_ids, at))
+        return positions == self.inputs.full.wishes(where)[row]
 
-    def _first_of(self, action: BoundHook, row: int) -> int:
-        wanted = self.reading.full.wishes(action.where)[row]
-        return len(self.reading.rows[row]) if not wanted else wanted[0]
-
-
-def inside_a_block(lm: LM, path: str) -> bool:
-    """True for a block of a model, and for a module in one."""
-    blocks = (lm.family.block.format(layer=number) for number in range(lm.n_layers))
-    return any(f"{path}.".startswith(f"{block}.") for block in blocks)
+    def _first_position(self, bound: BoundHook, row: int) -> int:
+        positions = self.inputs.full.wishes(bound.where)[row]
+        if not positions:
+            return len(self.inputs.rows[row])
+        return positions[0]
 
 
-def together(action: BoundHook) -> bool:
-    """True where what is done at a position may depend on the others that are wanted: they have to be there."""
-    return isinstance(action.hook, EditHook) and action.hook.together
+def bound_hooks_of(hook_points: Iterable[HookPoint]) -> list[BoundHook]:
+    """Returns the hooks at all hook points."""
+    return list(chain.from_iterable(hook_point.actions for hook_point in hook_points))
 
 
-def source_of(action: BoundHook) -> Captured | None:
-    """What a patch puts in at its site; None for any other hook."""
-    hook = action.hook
+def is_inside_block(lm: LM, path: str) -> bool:
+    """True for a block of the model and for a module in one."""
+    blocks = (lm.family.block.format(layer=layer) for layer in range(lm.n_layers))
+    return any(_is_inside(path, block) for block in blocks)
+
+
+def _is_inside(path: str, block: str) -> bool:
+    return f"{path}.".startswith(f"{block}.")
+
+
+def needs_all_positions(bound: BoundHook) -> bool:
+    """True if what a hook does at a position may depend on its other positions."""
+    return isinstance(bound.hook, EditHook) and bound.hook.together
+
+
+def patch_source(bound: BoundHook) -> Captured | None:
+    """Returns the values that a patch inserts at its site; None for any other hook."""
+    hook = bound.hook
     if not isinstance(hook, Ablate) or not isinstance(hook.to, FromRun):
         return None
-    return next(source for source in hook.to.sources if source.site == action.site)
+    return next(source for source in hook.to.sources if source.site == bound.site)
 
 
-def _first(wanted: PositionRange, least: int) -> int | None:
-    """The first wanted position that is at least so much."""
-    place = bisect_left(wanted, least)
-    return wanted[place] if place < len(wanted) else None
+def _first_at_least(positions: PositionRange, minimum: int) -> int | None:
+    """Returns the first of the positions that is at least `minimum`."""
+    index = bisect_left(positions, minimum)
+    return positions[index] if index < len(positions) else None

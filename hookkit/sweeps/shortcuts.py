@@ -1,11 +1,11 @@
-"""Which shortcuts a model allows: found out once, by a trial of a few tokens, and never assumed.
+"""Which shortcuts a model allows. A trial of a few tokens decides it, once for each model.
 
-A small sweep is run with each shortcut and compared with one plain forward. What does not give the same logits, or does
-not run at all, is left out, with the reason.
+The trial runs a small sweep with each shortcut and compares it with one plain forward. A shortcut
+that gives other logits, or that fails, is not used, and the reason is stored.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -20,95 +20,110 @@ from ..runs.forward import forward
 from ..runs.manager import HookManager
 from ..runs.partial import Path
 from ..runs.taps import planned
-from .forwards import CellPrompt, Shortcuts, kept, prefix, run_trunk, run_units
+from .forwards import (
+    CellPrompt,
+    Shortcuts,
+    keys_and_values,
+    prefix_cache,
+    run_base,
+    run_cell_prompts,
+)
 from .inputs import SweepInputs
 from .reach import Start
 
-LENGTHS = (5, 3, 4)
+LENGTHS = (5, 3, 4)  # of the trial's prompts, in tokens
+POSITIONS = (-1, -2)  # at which the trial edits
+
+# By how much the values of two forwards may differ, relative to the largest value.
 LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-PLACES = (-1, -2)
 
 
 def shortcuts(lm: LM) -> Shortcuts:
-    """What this model allows, as it is now."""
-    config = lm.config
-    key = (
-        "shortcuts",
-        getattr(config, "_attn_implementation", None),
-        lm.root.training,
-        getattr(lm.root, "dtype", None),
-    )
+    """Returns what this model allows, with its current settings."""
+    attention = getattr(lm.config, "_attn_implementation", None)
+    key = "shortcuts", attention, lm.root.training, _dtype(lm)
     if key not in lm.learnt:
-        lm.learnt[key] = _tried(lm)
+        lm.learnt[key] = _try_shortcuts(lm)
     return lm.learnt[key]
 
 
 def reads_ahead(lm: LM) -> bool:
-    """True if what the model says at a position depends on a token behind it: then no position can be left out."""
+    """True if the logits at a position depend on a later token; then no position can be skipped."""
     key = "reads_ahead", lm.root.training
     if key not in lm.learnt:
-        first = list(_reading(lm).rows[0])
-        other = [*first[:-1], (first[-1] + 1) % lm.n_tokens]
-        one, again, another = forward(lm, [first, first, other]).logits[:, :-1].float()
-        limit = LIMITS.get(_dtype(lm), 2e-5) * float(one.abs().max())
-        steady = float((one - again).abs().max()) <= limit  # with dropout nothing can be told
-        lm.learnt[key] = steady and float((one - another).abs().max()) > limit
+        ids = list(_trial_inputs(lm).rows[0])
+        changed_ids = [*ids[:-1], (ids[-1] + 1) % lm.n_tokens]
+        first, repeated, changed = forward(lm, [ids, ids, changed_ids]).logits[:, :-1].float()
+        limit = LIMITS.get(_dtype(lm), 2e-5) * float(first.abs().max())
+        # With dropout the same row gives different logits, and nothing can be concluded.
+        is_stable = float((first - repeated).abs().max()) <= limit
+        lm.learnt[key] = is_stable and float((first - changed).abs().max()) > limit
     return lm.learnt[key]
 
 
-def by_row(lm: LM, site: ModuleSite) -> bool:
-    """True if the tensor at a module's side is [batch, pos, ...] whatever the batch."""
-    key = "by_row", site
+def has_rows(lm: LM, site: ModuleSite) -> bool:
+    """True if the tensor of a module site is [batch, pos, ...] for every batch size."""
+    key = "has_rows", site
     if key not in lm.learnt:
         lm.learnt[key] = all(
-            _shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3)
+            _trial_shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3)
         )
     return lm.learnt[key]
 
 
 def is_called(lm: LM, site: ModuleSite) -> bool:
-    """True if a forward calls the module; some are bypassed by fused code, or left out while the model evaluates."""
+    """True if a forward calls the module. Fused code bypasses some modules, and evaluation skips
+    some."""
     key = "is_called", site.path, lm.root.training
     if key not in lm.learnt:
-        watch = _Watch(lm, {0: lm.submodule(site.path)})
-        _run(watch, lm, _reading(lm), range(len(LENGTHS)))
-        lm.learnt[key] = 0 in watch.kinds
+        recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
+        _run_trial(recorder, lm, _trial_inputs(lm), range(len(LENGTHS)))
+        lm.learnt[key] = 0 in recorder.shapes.kinds
     return lm.learnt[key]
 
 
-def _shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
-    """The shape of the tensor in a trial of so many rows; empty where it is none, or the module does not run."""
-    watch = _Watch(lm, {0: lm.submodule(site.path)})
-    _run(watch, lm, _reading(lm), range(count))
+def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
+    """Returns the shape of a module site's tensor with `count` rows; () if there is no tensor, or
+    if the module does not run."""
+    recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
+    _run_trial(recorder, lm, _trial_inputs(lm), range(count))
+    shapes = recorder.shapes
     if site.side == "output":
-        return watch.gives.get((0, site.item), ())
-    names = [site.item, "hidden_states", "input", "x"] if site.item == 0 else [site.item]
-    return next((watch.given[0, (name,)] for name in names if (0, (name,)) in watch.given), ())
+        return shapes.outputs.get((0, site.item), ())
+    names: list[int | str] = [site.item]
+    if site.item == 0:
+        names += ["hidden_states", "input", "x"]
+    for name in names:
+        if (0, (name,)) in shapes.inputs:
+            return shapes.inputs[0, (name,)]
+    return ()
 
 
-def _tried(lm: LM) -> Shortcuts:
+def _try_shortcuts(lm: LM) -> Shortcuts:
     if not lm.n_layers or "resid_pre" not in lm.layout.names:
         return no_shortcuts("the model's blocks are not known")
-    reading = _reading(lm)
+    inputs = _trial_inputs(lm)
     try:
-        factors, kinds = _watched(lm, reading)
-        expected = _expected(lm, reading)
-    except Exception as error:  # noqa: BLE001  whatever a model refuses, it can still be run cell by cell
-        return no_shortcuts(_raised(error))
+        factors, kinds = _inspect_blocks(lm, inputs)
+        expected = _expected_logits(lm, inputs)
+    except Exception as error:  # noqa: BLE001  whatever fails, cells can still run one by one
+        return no_shortcuts(_describe_error(error))
+    allowed = Shortcuts(True, True, False, True, {}, factors, kinds)
     why: dict[str, str] = {}
-    may = Shortcuts(True, True, False, True, why, factors, kinds)
     for grow, last in product((True, False), repeat=2):
-        may = replace(may, grow=grow, last=last)
-        if not (reason := _differs(lm, reading, may, expected)):
+        allowed = replace(allowed, grow=grow, last=last)
+        reason = _difference(lm, inputs, allowed, expected)
+        if not reason:
             break
         why["last" if last else "grow"] = reason
     else:
         return no_shortcuts(why["grow"])
-    why = {name: each for name, each in why.items() if not getattr(may, name)}
-    whole = replace(may, prefix=True)
-    if reason := _differs(lm, reading, whole, expected):
-        why |= {"prefix": reason}
-    return replace(may if reason else whole, why=why)
+    why = {name: reason for name, reason in why.items() if not getattr(allowed, name)}
+    with_prefix = replace(allowed, prefix=True)
+    reason = _difference(lm, inputs, with_prefix, expected)
+    if reason:
+        return replace(allowed, why={**why, "prefix": reason})
+    return replace(with_prefix, why=why)
 
 
 def _dtype(lm: LM) -> Any:
@@ -116,167 +131,174 @@ def _dtype(lm: LM) -> Any:
 
 
 def no_shortcuts(reason: str) -> Shortcuts:
-    """Every cell by itself, for this reason."""
-    return Shortcuts(
-        False,
-        False,
-        False,
-        False,
-        dict.fromkeys(("batch", "grow", "prefix", "last"), reason),
-        {},
-        [],
-    )
+    """Returns shortcuts none of which is allowed, for this reason."""
+    why = dict.fromkeys(("batch", "grow", "prefix", "last"), reason)
+    return Shortcuts(False, False, False, False, why, {}, [])
 
 
-def _raised(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"a trial raised {type(error).__name__}: {error}".split("\n")[0]
 
 
-def _reading(lm: LM) -> SweepInputs:
-    tokens = lm.n_tokens
-    numbers = iter(range(3, 3 + sum(LENGTHS)))
-    rows = tuple(
-        tuple(next(numbers) ** 3 * 7919 % tokens for _ in range(length)) for length in LENGTHS
-    )
-    return SweepInputs(lm, rows, rows, (1,) * len(rows))
+def _trial_inputs(lm: LM) -> SweepInputs:
+    number = 3
+    rows = []
+    for length in LENGTHS:
+        ids = [n**3 * 7919 % lm.n_tokens for n in range(number, number + length)]
+        rows.append(tuple(ids))
+        number += length
+    return SweepInputs(lm, tuple(rows), tuple(rows), (1,) * len(rows))
 
 
-def _cells(lm: LM) -> list[tuple[int, int]]:
-    """The blocks and positions at which the trial's rows are edited."""
+def _trial_cells(lm: LM) -> list[tuple[int, int]]:
+    """Returns the blocks and positions at which the trial edits."""
     layers = lm.layout.layers("resid_pre") or []
-    return [
-        (layer, pos)
-        for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-        for pos in PLACES
-    ]
+    edited = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    return list(product(edited, POSITIONS))
 
 
-def _edit(lm: LM, layer: int, pos: int, rows: Any = None) -> Any:
+def _trial_edit(lm: LM, layer: int, pos: int, rows: Any = None) -> Any:
     site = Site("resid_pre", layer)
     vector = torch.randn(lm.shape(site), generator=torch.Generator().manual_seed(layer - pos))
     return steer(site, vector, pos=pos, rows=rows)
 
 
-def _expected(lm: LM, reading: SweepInputs) -> Tensor:
-    """The last logits of each cell and prompt [cell row, vocab], in one plain forward."""
-    count = len(reading)
-    cells = _cells(lm)
-    prompts = [list(row) for _ in cells for row in reading.rows]
-    edits = [
-        _edit(lm, layer, pos, rows=list(range(number * count, (number + 1) * count)))
-        for number, (layer, pos) in enumerate(cells)
-    ]
+def _expected_logits(lm: LM, inputs: SweepInputs) -> Tensor:
+    """Returns the last logits of each cell and prompt [cell row, vocab], from a plain forward."""
+    count = len(inputs)
+    prompts, edits = [], []
+    for number, (layer, pos) in enumerate(_trial_cells(lm)):
+        prompts += [list(row) for row in inputs.rows]
+        rows = list(range(number * count, (number + 1) * count))
+        edits.append(_trial_edit(lm, layer, pos, rows=rows))
     return forward(lm, prompts, *edits, logits="last").logits[:, -1]
 
 
-def _differs(lm: LM, reading: SweepInputs, may: Shortcuts, expected: Tensor) -> str:
-    """Why a shortcut does not do for this model; empty if it gives the same logits."""
-    count, width = len(reading), -min(PLACES) if may.prefix else max(LENGTHS)
-    cells = _cells(lm)
-    taps = [planned(lm, [_edit(lm, layer, pos)], _no_reference) for layer, pos in cells]
-    units = [
-        CellPrompt(number, row, Start(layer, reading.lengths[row] + pos))
-        for number, (layer, pos) in enumerate(cells)
-        for row in range(count)
-    ]
-    units.sort(key=lambda unit: unit.order)
+def _difference(lm: LM, inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> str:
+    """Returns why these shortcuts do not work for this model; an empty string if they do."""
+    count = len(inputs)
+    width = -min(POSITIONS) if allowed.prefix else max(LENGTHS)
+    cells = _trial_cells(lm)
+    hook_points, cell_prompts = [], []
+    for number, (layer, pos) in enumerate(cells):
+        hook_points.append(planned(lm, [_trial_edit(lm, layer, pos)], no_reference))
+        for row in range(count):
+            start = Start(layer, inputs.lengths[row] + pos)
+            cell_prompts.append(CellPrompt(number, row, start))
+    cell_prompts.sort(key=lambda cell_prompt: cell_prompt.order)
+    layers = [layer for layer, _ in cells]
     try:
-        trunk = run_trunk(
-            reading, range(count), [], [layer for layer, _ in cells], width, cache=may.prefix
-        )
-        logits = run_units(trunk, reading, units, taps, width, may)[:, -1]
-    except Exception as error:  # noqa: BLE001  a model that cannot be run so raises what it likes
-        return _raised(error)
-    wanted = expected[[unit.cell * count + unit.row for unit in units]]
-    apart = float(
-        (logits.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9)
-    )
+        base = run_base(inputs, range(count), [], layers, width, cache=allowed.prefix)
+        logits = run_cell_prompts(base, inputs, cell_prompts, hook_points, width, allowed)[:, -1]
+    except Exception as error:  # noqa: BLE001  a model that cannot run this way raises anything
+        return _describe_error(error)
+    rows = [cell_prompt.cell * count + cell_prompt.row for cell_prompt in cell_prompts]
+    target = expected[rows].float()
+    largest = target.abs().max().clamp(min=1e-9)
+    difference = float((logits.float() - target).abs().max() / largest)
     limit = LIMITS.get(expected.dtype, LIMITS[torch.float32])
-    return (
-        ""
-        if apart <= limit
-        else f"a trial gave other logits (by {apart:.1g} of the largest; {limit:.1g} is allowed)"
-    )
+    if difference <= limit:
+        return ""
+    return f"a trial gave other logits (by {difference:.1g} of the largest; {limit:.1g} is allowed)"
 
 
-def _no_reference(sites: Any, prompts: Any) -> Any:
-    raise AssertionError("the trial's edits have no reference")
+def no_reference(sites: Any, prompts: Any) -> Any:
+    """Stands for the reference values of hooks that need none."""
+    raise AssertionError("these hooks need no reference values")
 
 
-def _items(output: Any) -> Iterable[tuple[int | str, Any]]:
-    """What a module gives, with the word or number of each."""
+def _output_items(output: Any) -> Iterable[tuple[int | str, Any]]:
+    """Returns the values of a module's output, each with its key or index."""
     if isinstance(output, dict):
         return output.items()
-    return enumerate(output) if isinstance(output, tuple | list) else [(0, output)]
+    if isinstance(output, tuple | list):
+        return enumerate(output)
+    return [(0, output)]
 
 
-class _Watch(HookManager):
-    """Notes the shapes of what some modules are given, and what they give."""
+@dataclass(eq=False)
+class _Shapes:
+    """The shapes of inputs and outputs of numbered modules, filled by a `_ShapeRecorder`.
+
+    kinds  0 for a module that returns a tensor, or the length of its tuple
+    """
+
+    inputs: dict[tuple[int, Path], tuple[int, ...]] = field(default_factory=dict)
+    outputs: dict[tuple[int, int | str], tuple[int, ...]] = field(default_factory=dict)
+    kinds: dict[int, int] = field(default_factory=dict)
+
+
+class _ShapeRecorder(HookManager):
+    """Records the shapes of the inputs and outputs of some modules. It owns `shapes`."""
 
     def __init__(self, lm: LM, modules: dict[int, nn.Module]) -> None:
         super().__init__(lm, ())
         self.modules = modules
-        self.given: dict[tuple[int, Path], tuple[int, ...]] = {}
-        self.gives: dict[tuple[int, int | str], tuple[int, ...]] = {}
-        self.kinds: dict[int, int] = {}
+        self.shapes = _Shapes()
 
     def _register(self, lent: Lent) -> None:
         super()._register(lent)
         for number, module in self.modules.items():
-            lent.around(module, "forward", self._seen(number))
+            lent.around(module, "forward", self._recording_forward(number))
 
-    def _seen(self, number: int) -> Any:
-        def seen(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-            self._note(number, args, ())
-            self._note(number, kwargs, ())
+    def _recording_forward(self, number: int) -> Any:
+        def recording_forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+            self._record_inputs(number, args, ())
+            self._record_inputs(number, kwargs, ())
             output = inner(*args, **kwargs)
-            shapes = {
-                (number, item): tuple(each.shape)
-                for item, each in _items(output)
-                if isinstance(each, Tensor)
-            }
-            self.gives |= shapes
-            self.kinds[number] = len(output) if isinstance(output, tuple) else 0
+            for item, value in _output_items(output):
+                if isinstance(value, Tensor):
+                    self.shapes.outputs[number, item] = tuple(value.shape)
+            self.shapes.kinds[number] = len(output) if isinstance(output, tuple) else 0
             return output
 
-        return seen
+        return recording_forward
 
-    def _note(self, number: int, value: Any, path: Path) -> None:
+    def _record_inputs(self, number: int, value: Any, path: Path) -> None:
         if isinstance(value, Tensor):
-            self.given[number, path] = tuple(value.shape)
+            self.shapes.inputs[number, path] = tuple(value.shape)
         elif isinstance(value, tuple | list):
-            for place, each in enumerate(value):
-                self._note(number, each, (*path, place))
+            for index, item in enumerate(value):
+                self._record_inputs(number, item, (*path, index))
         elif type(value) is dict:
-            for name, each in value.items():
-                self._note(number, each, (*path, name))
+            for name, item in value.items():
+                self._record_inputs(number, item, (*path, name))
 
 
-def _watched(lm: LM, reading: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
-    """Which of the things that blocks are given have rows, seen with two sizes of batch, with and without a cache."""
-    blocks = {
-        number: lm.submodule(lm.family.block.format(layer=number)) for number in range(lm.n_layers)
-    }
-    seen: dict[tuple[int, Path], list[set[int]]] = {}
+def _inspect_blocks(lm: LM, inputs: SweepInputs) -> tuple[dict[tuple[int, Path], int], list[int]]:
+    """Returns which inputs of the blocks have rows, and what the blocks return.
+
+    The blocks are inspected with batches of two and of three rows, with and without a cache.
+    """
+    blocks = {}
+    for layer in range(lm.n_layers):
+        blocks[layer] = lm.submodule(lm.family.block.format(layer=layer))
+    lengths: dict[tuple[int, Path], tuple[set[int], set[int]]] = {}  # of axis 0
     kinds: list[int] = []
     for turn, count in enumerate((2, 3)):
         for cached in (False, True):
-            watch = _Watch(lm, blocks)
+            recorder = _ShapeRecorder(lm, blocks)
             try:
-                _run(watch, lm, reading, range(count), cached=cached)
+                _run_trial(recorder, lm, inputs, range(count), cached=cached)
             except Exception:
                 if not cached:
                     raise
-            for place, shape in watch.given.items():
-                seen.setdefault(place, [set(), set()])[turn].add(shape[0] if shape else 0)
-            kinds = kinds or [watch.kinds[number] for number in blocks]
-    factors = {place: _factor(*found) for place, found in seen.items() if all(found)}
-    return {place: factor for place, factor in factors.items() if factor is not None}, kinds
+            for path, shape in recorder.shapes.inputs.items():
+                lengths.setdefault(path, (set(), set()))[turn].add(shape[0] if shape else 0)
+            if not kinds:
+                kinds = [recorder.shapes.kinds[layer] for layer in blocks]
+    factors = {}
+    for path, (of_two, of_three) in lengths.items():
+        factor = _row_factor(of_two, of_three) if of_two and of_three else None
+        if factor is not None:
+            factors[path] = factor
+    return factors, kinds
 
 
-def _factor(of_two: set[int], of_three: set[int]) -> int | None:
-    """How many entries a row has, from the lengths of axis 0 with two rows and with three; None where it varies."""
-    of_two, of_three = of_two - {1}, of_three - {1}  # one for all rows
+def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
+    """Returns how many entries of axis 0 a row has, from the lengths of axis 0 with two rows and
+    with three; 0 if it has no rows, None if it varies."""
+    of_two, of_three = of_two - {1}, of_three - {1}  # 1 is one entry for all rows
     if not of_two and not of_three:
         return 0
     if len(of_two) != 1 or len(of_three) != 1:
@@ -284,26 +306,36 @@ def _factor(of_two: set[int], of_three: set[int]) -> int | None:
     two, three = of_two.pop(), of_three.pop()
     if two == three:
         return 0
-    return two // 2 if two % 2 == 0 and two // 2 * 3 == three else None
+    if two % 2 == 0 and two // 2 * 3 == three:
+        return two // 2
+    return None
 
 
-def _run(
-    watch: _Watch, lm: LM, reading: SweepInputs, rows: Sequence[int], *, cached: bool = False
+def _run_trial(
+    recorder: _ShapeRecorder,
+    lm: LM,
+    inputs: SweepInputs,
+    rows: Sequence[int],
+    *,
+    cached: bool = False,
 ) -> None:
-    """A forward of some rows of the trial, the last two positions of it where a cache has the others."""
+    """Runs some rows of the trial; with `cached` only the last two positions, after a cache."""
     from transformers import DynamicCache
 
-    columns = max(reading.lengths[row] for row in rows)
-    given: dict[str, Any] = {}
+    columns = max(inputs.lengths[row] for row in rows)
+    kwargs: dict[str, Any] = {}
     width = columns
     settings = lm.accepted(use_cache=cached, return_dict=True)
     if cached:
-        given = {"past_key_values": DynamicCache()}
+        cache = DynamicCache()
         with torch.no_grad():
-            lm.model(**reading.inputs(rows, columns, columns), **settings, **given)
+            lm.model(
+                **inputs.model_inputs(rows, columns, columns), **settings, past_key_values=cache
+            )
         width = 2
-        known = kept(given["past_key_values"])
-        given = {"past_key_values": prefix(known, columns - width, lambda: torch.arange(len(rows)))}
-    inputs = reading.inputs(rows, columns, width)
-    with torch.no_grad(), watch:
-        lm.model(**inputs, **settings, **given)
+        contents = keys_and_values(cache)
+        indices = torch.arange(len(rows))
+        kwargs["past_key_values"] = prefix_cache(contents, columns - width, lambda: indices)
+    model_inputs = inputs.model_inputs(rows, columns, width)
+    with torch.no_grad(), recorder:
+        lm.model(**model_inputs, **settings, **kwargs)

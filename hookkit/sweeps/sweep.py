@@ -4,7 +4,7 @@
                      lambda layer, pos: hk.patch(hk.Site("resid_post", layer), clean, pos=pos),
                      hk.logit_diff(" Mary", " John"))
 
-Every cell means one forward with its hooks, and has that forward's numbers; how they come about is the plan's business.
+Every cell has the numbers of one forward with its hooks. The plan decides how they are computed.
 """
 
 import os
@@ -26,33 +26,32 @@ from ..models.training import levels_to_the_user, warn_of_dropout
 from ..runs.engines.ray import EngineLike, Ray, as_engine
 from ..runs.manager import hooks_of_others
 from ..runs.run import Run
-from ..runs.taps import BoundHook
+from ..runs.taps import BoundHook, HookPoint
 from ..tables.metrics import MetricLike, as_metrics, columns
-from .cell_metrics import UNEDITED, aims
-from .cell_metrics import verify as verified
+from .cell_metrics import UNEDITED, target_values, verify_cells
 from .cells import (
-    TAKEN,
+    RESERVED,
     Cell,
     Control,
     Grid,
     HooksAt,
     References,
     as_hooks,
-    cells_of,
-    checked,
-    controlled,
+    bind_hooks,
+    create_cells,
+    create_controls,
 )
-from .execute import Running
+from .execute import PlanRun
 from .forwards import Shortcuts
 from .inputs import SweepInputs, read
-from .journal import Journal, journal
+from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
-from .reach import inside_a_block, together
-from .shortcuts import by_row, no_shortcuts, reads_ahead, shortcuts
+from .reach import bound_hooks_of, is_inside_block, needs_all_positions
+from .shortcuts import has_rows, no_shortcuts, reads_ahead, shortcuts
 
 
 class Settings(TypedDict, total=False):
-    """What the standard grids pass on to `sweep`."""
+    """The keywords that the standard grids pass to `sweep`."""
 
     under: Hook | Sequence[Hook]
     control: Control | None
@@ -80,97 +79,119 @@ def plan(
     control_seed: int | None = None,
     memory: int | None = None,
 ) -> Plan:
-    """What a sweep with the same arguments is going to do and to cost; nothing is run but a trial of a few tokens, and
-    the texts of which a hook takes the mean or a draw.
+    """Returns what a sweep with the same arguments will do, and its cost.
 
-    >>> plan(lm, prompt, {"layer": range(30)}, lambda layer: ablate(Site("attn_out", layer)), prob(" coffee")).forwards
+    Nothing is run except a trial of a few tokens, and the texts of which a hook takes the mean or
+    a draw.
+
+    >>> hooks = lambda layer: ablate(Site("attn_out", layer))
+    >>> plan(lm, prompt, {"layer": range(30)}, hooks, prob(" coffee")).forwards
     2
     """
     if lm.two_texts or lm.config is None:
         raise Unsupported(
             f"a sweep needs a causal language model, and this is a {type(lm.root).__name__}"
         )
-    found = as_metrics(metrics)
-    reading = read(lm, prompts, found, pos)
-    for metric in found:
-        metric.bound(lm, len(reading))  # raises before anything runs
-    cells = cells_of(lm, grid, hooks, reading)
+    metric_values = as_metrics(metrics)
+    inputs = read(lm, prompts, metric_values, pos)
+    for metric in metric_values:
+        metric.bound(lm, len(inputs))  # raises before anything runs
+    cells = create_cells(lm, grid, hooks, inputs)
     if control is not None:
-        cells += controlled(lm, cells, control, reading, draws=draws, seed=control_seed)
+        cells += create_controls(lm, cells, control, inputs, draws=draws, seed=control_seed)
     elif draws is not None or control_seed is not None:
         raise BadHook(
-            f"draws={draws!r} and control_seed={control_seed!r} are of a control: say control='random'"
+            f"draws={draws!r} and control_seed={control_seed!r} are of a control: say "
+            "control='random'"
         )
-    always = tuple(checked(lm, as_hooks(under), reading, References(lm)))
-    actions = [action for tap in always for action in tap.actions] + [
-        each for cell in cells for each in cell.actions
-    ]
-    if any(_looks_on(action, reading) for action in actions):
-        reading = reading.whole()
-    if any(_reads_logits(lm, action) for action in actions):
-        reading = replace(reading, every=True)
-    _check_names(cells[0], columns(found), ["draw"] if isinstance(control, str) else [])
+    base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, References(lm)))
+    inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
+    _check_names(cells[0], columns(metric_values), ["draw"] if isinstance(control, str) else [])
     if reads_ahead(lm):
         raise Unsupported(
-            "this model reads ahead: what it says at a position depends on later tokens; use hk.forward"
+            "this model reads ahead: what it says at a position depends on later tokens; use "
+            "hk.forward"
         )
-    may = _shortcuts(lm)
-    _leave_alone(lm, cells, "" if may.batch else may.why["batch"])
-    return Plan(lm, tuple(cells), reading, found, always, may, memory_budget(lm, memory))
+    allowed = _allowed_shortcuts(lm)
+    _mark_cells_alone(lm, cells, "" if allowed.batch else allowed.why["batch"])
+    budget = memory_budget(lm, memory)
+    return Plan(lm, tuple(cells), inputs, metric_values, base_hook_points, allowed, budget)
 
 
-def _looks_on(action: BoundHook, reading: SweepInputs) -> bool:
-    """True where a user's function is given a position behind the one at which the metric looks."""
-    if not reading.cropped or not together(action):
+def _extend_inputs(
+    lm: LM, inputs: SweepInputs, cells: Sequence[Cell], base_hook_points: Sequence[HookPoint]
+) -> SweepInputs:
+    """Returns the inputs with all positions and logits that the hooks have to receive."""
+    bound_hooks = bound_hooks_of(base_hook_points)
+    for cell in cells:
+        bound_hooks += cell.bound_hooks
+    if any(_needs_cropped_positions(bound, inputs) for bound in bound_hooks):
+        inputs = inputs.uncropped()
+    if any(_needs_all_logits(lm, bound) for bound in bound_hooks):
+        inputs = replace(inputs, all_logits=True)
+    return inputs
+
+
+def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
+    """True if a user's function receives a position after the metric's position."""
+    if not inputs.cropped or not needs_all_positions(bound):
         return False
-    rows = zip(reading.full.wishes(action.where), reading.fed, reading.rows, strict=True)
-    return any(
-        wanted is not None and any(place in wanted for place in range(len(fed), len(row)))
-        for wanted, fed, row in rows
-    )
+    rows = zip(inputs.full.wishes(bound.where), inputs.fed, inputs.rows, strict=True)
+    for positions, fed, row in rows:
+        if positions is None:
+            continue
+        if any(position in positions for position in range(len(fed), len(row))):
+            return True
+    return False
 
 
-def _reads_logits(lm: LM, action: BoundHook) -> bool:
-    """True where something may be done with the logits of other positions than those at which the metric looks."""
-    if isinstance(action.site, ModuleSite):
-        return not inside_a_block(lm, action.site.path)
-    return action.head and together(action)
+def _needs_all_logits(lm: LM, bound: BoundHook) -> bool:
+    """True if a hook may use the logits of other positions than the metric's."""
+    if isinstance(bound.site, ModuleSite):
+        return not is_inside_block(lm, bound.site.path)
+    return bound.head and needs_all_positions(bound)
 
 
-def _check_names(cell: Cell, names: Sequence[str], more: Sequence[str]) -> None:
-    """Raise where two columns of the table would have one name."""
-    for name in more:
-        if name in cell.at:
+def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Sequence[str]) -> None:
+    """Raises if two columns of the table would have the same name."""
+    for name in control_columns:
+        if name in cell.point:
             raise BadHook(
-                f"the grid has a dimension {name!r}, which is a column of the control: give it another name"
+                f"the grid has a dimension {name!r}, which is a column of the control: give it "
+                "another name"
             )
-    for name in names:
-        own = [name, *(f"{name}_{end}" for end in ("before", "delta", "target", "effect"))]
-        twice = [each for each in (*cell.at, *TAKEN, *more) if each in own]
-        if twice:
-            raise BadHook(
-                f"the table has a column {twice[0]!r} of the grid's or its own, and the metric {name} makes one of "
-                "that name: give the dimension, or the metric's function, another name"
-            )
+    for metric in metric_names:
+        suffixes = ("before", "delta", "target", "effect")
+        metric_columns = [metric, *(f"{metric}_{suffix}" for suffix in suffixes)]
+        for name in (*cell.point, *RESERVED, *control_columns):
+            if name in metric_columns:
+                raise BadHook(
+                    f"the table has a column {name!r} of the grid's or its own, and the metric "
+                    f"{metric} makes one of that name: give the dimension, or the metric's "
+                    "function, another name"
+                )
 
 
-def _shortcuts(lm: LM) -> Shortcuts:
-    """What the model allows; nothing, and nothing is tried, where it carries hooks of the user's."""
-    users = hooks_of_others(lm.model)
-    if not users:
+def _allowed_shortcuts(lm: LM) -> Shortcuts:
+    """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
+    modules = hooks_of_others(lm.model)
+    if not modules:
         return shortcuts(lm)
     return no_shortcuts(
-        f"the model carries hooks that are not hookkit's (on {users[0] or 'the model'}), which see whole batches"
+        f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), which "
+        "see whole batches"
     )
 
 
-def _leave_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
-    """Mark the cells that cannot share a forward."""
+def _mark_cells_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
+    """Sets `Cell.alone` of the cells that cannot share a forward."""
     for cell in cells:
         cell.alone = reason
-        for action in cell.actions if not reason else ():
-            site = action.site
-            if isinstance(site, ModuleSite) and not by_row(lm, site):
+        if reason:
+            continue
+        for bound in cell.bound_hooks:
+            site = bound.site
+            if isinstance(site, ModuleSite) and not has_rows(lm, site):
                 cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
 
 
@@ -194,50 +215,58 @@ def sweep(
     verify: int = 0,
     engine: EngineLike = None,
 ) -> pd.DataFrame:
-    """The metrics of every cell of a grid, for every prompt: one row each.
+    """Returns the metrics of every cell of a grid, for every prompt: one row each.
 
-    `grid` maps the name of each dimension to its values; `hooks` is called with a value of each, by name, and gives a
-    hook or several. `metrics` look at position `pos` of each prompt.
+    `grid` maps the name of each dimension to its values. `hooks` is called with a value of each
+    dimension, by name, and returns a hook or several. `metrics` read position `pos` of each prompt.
 
-    under       hooks that act in every cell, in the unedited rows that cells are compared with, and in the target's
-    target      prompts, or a run as it is, by which the effect is measured: 0 where nothing changed, 1 where the metric
-                came to be what it is there
-    control     every cell again with edits that should not matter: "random", changes as large in random directions,
-                of its own at each position of each prompt (random vectors that are the same everywhere are in
-                `dose_response`); "resample", patches from other prompts of the same length; or a function of the
-                grid's values that gives the control's hooks
-    draws       how many times such a control is drawn, 10 unless told otherwise, or as many as there are other
-                prompts. Each is a cell that is run; one draw is no control
-    control_seed  of the random directions, 0 unless told otherwise
-    save        a folder in which values are kept as they come; a sweep that was killed goes on there
-    progress    True or False; left out, a bar is shown in a terminal
-    memory      bytes that it may use beside the model
-    verify      so many cells, drawn by chance, are run once more by themselves, and `Unsupported` is raised if one of
-                them has other values
-    engine      "ray", or `Ray(…)`: the forwards run on actors that hold the model each; the table is the same
+    under         hooks that act in every cell, in the unedited prompts that cells are compared
+                  with, and in the target's prompts
+    target        prompts, or a run, by which the effect is measured: 0 if nothing changed, 1 if the
+                  metric became what it is there
+    control       adds every cell again with edits that should not matter. "random": changes of the
+                  same size in random directions, one for each position of each prompt
+                  (`dose_response` has random vectors that are the same everywhere). "resample":
+                  patches from other prompts of the same length. Or a function of the grid's values
+                  that returns the control's hooks
+    draws         how many times such a control is drawn: 10 by default, or as many as there are
+                  other prompts. Each draw is a cell that is run
+    control_seed  seed of the random directions, 0 by default
+    save          a folder in which values are stored as they come; a sweep that was killed
+                  continues there
+    progress      True or False; by default a bar is shown in a terminal
+    memory        bytes that the sweep may use beside the model
+    verify        so many random cells are run again by themselves, and `Unsupported` is raised if
+                  one of them has other values
+    engine        "ray", or `Ray(…)`: the forwards run on actors that each hold the model; the table
+                  is the same
 
-    Columns: the grid's dimensions, row (the prompt), control where one was asked for, and draw where it is drawn
-    (`over_prompts` has the control's mean over its draws, with its interval); and for each metric its value,
-    `_before` (without the cell's hooks), `_delta` (after minus before), and with a target `_target` (the metric there)
-    and `_effect` (NaN for a prompt whose metric is the same there; `over_prompts` has the ratio of the means). Ctrl-C
-    gives the rows that are done, with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
+    Columns: the grid's dimensions; row (the prompt); control if one was asked for, and draw if it
+    is drawn (`over_prompts` has the control's mean over its draws, with its interval). For each
+    metric its value, `_before` (without the cell's hooks) and `_delta` (after minus before); with a
+    target also `_target` (the metric there) and `_effect` (NaN for a prompt whose metric is the
+    same there; `over_prompts` has the ratio of the means). Ctrl-C returns the rows that are done,
+    with an `Interrupted` warning; `table.attrs["complete"]` says whether all are there.
 
-    A user's function, in an edit, is given the rows of one cell at a time, perhaps not all of them, and the cells come
-    in an order of the plan's own: what it gives for a prompt may depend on nothing but that prompt.
+    A user's function in an edit receives the rows of one cell at a time, perhaps not all of them,
+    and cells run in an order that the plan chooses. So its result for a prompt must depend on
+    nothing but that prompt.
 
-    Values are those of a forward up to rounding: what runs together depends on `memory`. With the same memory, a sweep
-    that was killed and goes on gives the same table to the bit on the same machine; where memory ran out in between,
-    the last digits may differ. `NeverFired` is raised for an edit that did nothing.
+    Values equal those of a forward up to rounding, because `memory` decides what runs together.
+    With the same memory and machine, a sweep that was killed and continues returns the same table
+    to the bit; if memory ran out in between, the last digits may differ. An edit that did nothing
+    raises `NeverFired`.
 
-    >>> table = sweep(lm, prompt, {"layer": range(30)}, lambda layer: ablate(Site("attn_out", layer)), prob(" coffee"))
+    >>> hooks = lambda layer: ablate(Site("attn_out", layer))
+    >>> table = sweep(lm, prompt, {"layer": range(30)}, hooks, prob(" coffee"))
     >>> list(table.columns)
     ['layer', 'row', 'prob', 'prob_before', 'prob_delta']
     """
     whole_number(
         verify, "verify", least=0, meaning="how many cells are run once more by themselves,"
     )
-    chosen = as_engine(engine, lm)
-    made = plan(
+    ray = as_engine(engine, lm)
+    sweep_plan = plan(
         lm,
         prompts,
         grid,
@@ -252,70 +281,80 @@ def sweep(
     )
     warn_of_dropout(lm)
     settings = {"pos": pos, "under": [hook.to_json(tensors="digest") for hook in as_hooks(under)]}
-    with journal(save, made, settings) as kept:
-        aimed = None if target is None else aims(made, target, pos)
-        checks, complete = _run(made, kept, progress, chosen)
+    with open_journal(save, sweep_plan, settings) as journal:
+        targets = None
+        if target is not None:
+            targets = target_values(sweep_plan, target, pos)
+        foreign_sources, complete = _run_plan(sweep_plan, journal, progress, ray)
         if verify:
-            verified(made, kept.values, verify)
-        table = _table(made, kept, aimed, drawn=isinstance(control, str))
-        table.attrs |= {
-            "complete": complete,
-            "plan": repr(made),
-            "sources_not_the_models_own": checks,
-        }
+            verify_cells(sweep_plan, journal.values, verify)
+        table = _table(sweep_plan, journal, targets, drawn=isinstance(control, str))
+        table.attrs["complete"] = complete
+        table.attrs["plan"] = repr(sweep_plan)
+        table.attrs["sources_not_the_models_own"] = foreign_sources
         if complete:
-            kept.write(table)
+            journal.write(table)
     return table
 
 
-def _run(
-    made: Plan, kept: Journal, progress: bool | None, engine: Ray | None
+def _run_plan(
+    sweep_plan: Plan, journal: Journal, progress: bool | None, engine: Ray | None
 ) -> tuple[list[str], bool]:
-    """Run what is not known yet: sources that turned out to be no values of the model, and whether all is done."""
-    total = len(made.cells) * len(made.reading)
-    shown = None if progress is None else not progress
-    with tqdm(total=total, initial=kept.done, unit="cell", disable=shown) as bar:
-        running = Running(made, kept, bar.update, made.budget, engine)
+    """Runs what the journal lacks. Returns the patches whose source is not the model's own, and
+    whether all cells are done."""
+    total = len(sweep_plan.cells) * len(sweep_plan.inputs)
+    disable = None if progress is None else not progress
+    with tqdm(total=total, initial=journal.done, unit="cell", disable=disable) as bar:
+        plan_run = PlanRun(sweep_plan, journal, bar.update, sweep_plan.budget, engine)
         try:
-            running.run()
+            plan_run.run()
         except KeyboardInterrupt:
-            words = (
-                "and with save= it could go on from there"
-                if kept.folder is None
-                else "call it again to go on"
-            )
+            advice = "call it again to go on"
+            if journal.folder is None:
+                advice = "and with save= it could go on from there"
             warnings.warn(
-                f"the sweep was interrupted: {kept.done} of {total} cells are done; {words}",
+                f"the sweep was interrupted: {journal.done} of {total} cells are done; {advice}",
                 Interrupted,
                 stacklevel=levels_to_the_user(),
             )
-            return running.checked, False
-    return running.checked, True
+            return plan_run.foreign_sources, False
+    return plan_run.foreign_sources, True
 
 
 def _table(
-    made: Plan, kept: Journal, aimed: Sequence[Sequence[float]] | None, *, drawn: bool
+    sweep_plan: Plan,
+    journal: Journal,
+    targets: Sequence[Sequence[float]] | None,
+    *,
+    drawn: bool,
 ) -> pd.DataFrame:
-    names = columns(made.metrics)
-    controls = any(cell.control for cell in made.cells)
-    rows: list[dict[str, Any]] = []
-    for cell in made.cells:
-        for row in range(len(made.reading)):
-            if (cell.number, row) not in kept.values:
+    metric_names = columns(sweep_plan.metrics)
+    control_columns = ["control"] if any(cell.control for cell in sweep_plan.cells) else []
+    if drawn:
+        control_columns.append("draw")
+    records: list[dict[str, Any]] = []
+    for cell in sweep_plan.cells:
+        for row in range(len(sweep_plan.inputs)):
+            if (cell.number, row) not in journal.values:
                 continue
-            found: dict[str, Any] = {**cell.at, "row": row} | (
-                {"control": cell.control} if controls else {}
-            )
-            found |= {"draw": cell.draw} if drawn else {}
-            for place, name in enumerate(names):
-                now, was = kept.values[cell.number, row][place], kept.values[UNEDITED, row][place]
-                found |= {name: now, f"{name}_before": was, f"{name}_delta": now - was}
-                if aimed is not None:
-                    way = aimed[row][place] - was
-                    found[f"{name}_target"] = aimed[row][place]
-                    found[f"{name}_effect"] = (now - was) / way if way else float("nan")
-            rows.append(found)
-    own = (["control"] if controls else []) + (["draw"] if drawn else [])
-    parts = ["", "_before", "_delta"] + ([] if aimed is None else ["_target", "_effect"])
-    wanted = [*made.cells[0].at, "row", *own, *(name + part for name in names for part in parts)]
-    return pd.DataFrame(rows, columns=wanted)
+            record: dict[str, Any] = {**cell.point, "row": row}
+            record |= {name: getattr(cell, name) for name in control_columns}
+            values = journal.values[cell.number, row]
+            before = journal.values[UNEDITED, row]
+            for index, name in enumerate(metric_names):
+                delta = values[index] - before[index]
+                record[name] = values[index]
+                record[f"{name}_before"] = before[index]
+                record[f"{name}_delta"] = delta
+                if targets is not None:
+                    distance = targets[row][index] - before[index]
+                    record[f"{name}_target"] = targets[row][index]
+                    record[f"{name}_effect"] = delta / distance if distance else float("nan")
+            records.append(record)
+    names = [*sweep_plan.cells[0].point, "row", *control_columns]
+    suffixes = ["", "_before", "_delta"]
+    if targets is not None:
+        suffixes += ["_target", "_effect"]
+    for name in metric_names:
+        names += [name + suffix for suffix in suffixes]
+    return pd.DataFrame(records, columns=names)

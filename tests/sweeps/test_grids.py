@@ -25,7 +25,7 @@ from hookkit.errors import (
     UnknownKeyword,
     Unsupported,
 )
-from hookkit.sweeps import causal_tracing
+from hookkit.sweeps.causal_tracing import embedding_std, noise_generator
 from hookkit.sweeps.cells import Randomised
 
 METRIC = hk.logit_diff(5, 7)
@@ -464,7 +464,7 @@ def test_causal_tracing_restores_clean_states_under_noise_on_the_subject(lm, sit
 def blur(lm: hk.LM, prompt: int, ids: list[int], sample: int, noise: float):
     """The hook by hand that adds the noise of a sample to the subject's embeddings."""
     span = [n for n in range(len(ids)) if covers(lm, ids, n, SUBJECTS[prompt])]
-    kept = causal_tracing._draws(4, tuple(ids), sample)
+    kept = noise_generator(4, tuple(ids), sample)
     size = noise * lm.model.get_input_embeddings().weight[: lm.n_tokens].std()
     drawn = size * torch.randn(len(span), 32, generator=kept)
 
@@ -556,7 +556,7 @@ def test_the_noise_of_causal_tracing_is_one_number_for_a_model(llama):
 def test_the_noise_of_a_scaled_embedding_is_that_of_what_the_model_reads():
     lm = hk.tiny("gemma")  # its embedding module multiplies by the root of d_model
     read = lm.model.model.embed_tokens(torch.arange(lm.n_tokens)).detach().double()
-    assert causal_tracing.embedding_std(lm) == pytest.approx(float(read.std()), rel=1e-6)
+    assert embedding_std(lm) == pytest.approx(float(read.std()), rel=1e-6)
 
 
 def test_causal_tracing_under_other_hooks_and_at_named_positions(llama):

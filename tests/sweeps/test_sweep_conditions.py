@@ -444,7 +444,7 @@ def test_a_function_that_looks_from_one_position_at_another_is_given_all_that_it
         pos=look,
     )
     assert table["logit_diff"][0] == pytest.approx(float(logits[5] - logits[7]), abs=1e-4)
-    words = "a function is given positions behind" if look == -3 else "where the metric looks"
+    words = "a function receives positions after" if look == -3 else "where the metric looks"
     assert words in table.attrs["plan"]
 
 

@@ -153,7 +153,7 @@ def test_a_wrong_cannot_matter_is_caught(lm, monkeypatch):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=18)
-    monkeypatch.setattr(FirstEffect, "last_block", lambda self, site: True)
+    monkeypatch.setattr(FirstEffect, "is_after_last_attention", lambda self, site: True)
     with pytest.raises(hk.errors.Unsupported, match="a shortcut does not hold"):
         hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=18)
 
@@ -163,8 +163,8 @@ def test_as_many_cells_are_verified_as_were_asked_for(lm, monkeypatch):
 
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
-    alone, run = [], cell_metrics.run_trunk
-    monkeypatch.setattr(cell_metrics, "run_trunk", lambda *a, **k: alone.append(a) or run(*a, **k))
+    alone, run = [], cell_metrics.run_base
+    monkeypatch.setattr(cell_metrics, "run_base", lambda *a, **k: alone.append(a) or run(*a, **k))
     for count, expected in ((0, 0), (2, 2), (500, 18)):
         alone.clear()
         hk.sweep(lm, corrupted, grid, hooks, METRICS[0], verify=count)
@@ -302,7 +302,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
     clean, corrupted = texts(lm)
     _, grid, hooks = patch_grid(lm, clean)
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
-    real, refused = working.run_units, []
+    real, refused = working.run_cell_prompts, []
 
     def scarce(trunk, reading, units, *others):
         if len(units) > 3:
@@ -310,7 +310,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lm, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(trunk, reading, units, *others)
 
-    monkeypatch.setattr(working, "run_units", scarce)
+    monkeypatch.setattr(working, "run_cell_prompts", scarce)
     found = hk.sweep(lm, corrupted, grid, hooks, METRICS)
     assert refused and found["logit_diff"].tolist() == pytest.approx(
         wanted["logit_diff"].tolist(), abs=1e-5
@@ -356,7 +356,7 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
 def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
     ids = texts(lm)[0][0]
     hooks = {
-        name: hk.hook(name)
+        name: hk.parse_hook(name)
         for name in ("ablate:z.1.0", "ablate:z.2.0", "scale:mlp_in.2*3", "ablate:mlp_post.2")
     }
     hooks["mixed"] = hk.edit(
