@@ -1,9 +1,11 @@
-"""Queries and keys through their own softmax: the QK fix of AtP* (Kramár et al. 2024, section 3.1.1).
+"""Queries and keys through their own softmax: the QK fix of AtP* (Kramár et al. 2024, section
+3.1.1).
 
-A query acts on the metric through its pattern alone. The gradient at the query takes the softmax for a straight line,
-which it is not where one key has all of the attention. Here the pattern that the other prompt's query (or key) would
-give is computed from the site `scores`, and what that moves is multiplied by the gradient at the pattern: one forward
-and one backward still. What products of queries and keys are multiplied by is read off the scores of the two runs.
+A query acts on the metric through its pattern alone. The gradient at the query treats the softmax
+as linear, which is wrong where one key has all of the attention. Here the pattern that the other
+prompt's query (or key) would give is computed from the site `scores`, and the change of the pattern
+is multiplied by the gradient there. It still takes one forward and one backward. The factor of the
+products of queries and keys is computed from the scores of the two runs.
 """
 
 from collections.abc import Sequence
@@ -22,38 +24,43 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.sites import KEY_HEADED, AnySite, Site
 from ..models.views import hidden
-from .backward import OWN, Question, derived, wide
+from .backward import CAPTURE_NAME, PromptMetric, as_float, compute_gradients
 
-FIXED = ("q", "k", "q_rot", "k_rot")
-LIMITS = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-3,
-}  # of scores computed from queries and keys, beside the largest
-READABLE = 0.05  # of a query's attention, from which the score of a sink is read
+QK_SITES = ("q", "k", "q_rot", "k_rot")
+
+# By how much scores computed from queries and keys may differ, relative to the largest.
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+# The share of a query's attention above which the score of a sink can be computed from it.
+MIN_SINK_SHARE = 0.05
 
 
-def check_fixed(names: Sequence[str]) -> None:
-    """Raise `BadHook` for a site that has no softmax of its own behind it."""
-    if others := [name for name in names if name not in FIXED]:
-        raise BadHook(
-            f"method='qk_fix' is of queries and keys ({', '.join(FIXED)}), and {others[0]!r} is neither"
-        )
+def check_qk_sites(names: Sequence[str]) -> None:
+    """Raises `BadHook` for a site that is neither queries nor keys."""
+    for name in names:
+        if name not in QK_SITES:
+            raise BadHook(
+                f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {name!r} is "
+                "neither"
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
-    """One block's attention in one of the two runs, with a key for each query head: those of a group share theirs.
+class AttentionRun:
+    """One block's attention in one of the two runs, with a key for each query head: the heads of a
+    group share one.
 
-    `seen` is true where a query sees a key.
+    `visible` is True where a query sees a key.
     """
 
     query: Float[Tensor, "row head pos d_qk"]
     key: Float[Tensor, "row head pos d_qk"]
     scores: Float[Tensor, "row head query key"]
-    seen: Bool[Tensor, "row head query key"]
+    visible: Bool[Tensor, "row head query key"]
 
     @cached_property
     def products(self) -> Float[Tensor, "row head query key"]:
+        """The products of queries and keys."""
         return self.query @ self.key.mT
 
 
@@ -69,185 +76,200 @@ class SoftCap:
 class Attention:
     """One block's attention in both runs.
 
-    `gradient` is the metric's at the pattern of the run that is patched into, `lacking` [row, head, query] what that
-    pattern lacks of 1, which a sink takes.
+    target    the run of the prompts that are patched
+    source    the run of the prompts that they are patched from
+    gradient  the metric's gradient at the target's pattern
+    missing   [row, head, query]: 1 minus the sum of the pattern, which a sink takes
+    cap       the soft-cap of the scores, if there is one
     """
 
-    here: Side
-    other: Side
+    target: AttentionRun
+    source: AttentionRun
     gradient: Float[Tensor, "row head query key"]
-    lacking: Float[Tensor, "row head query"]
+    missing: Float[Tensor, "row head query"]
     cap: SoftCap | None
 
     @cached_property
     def scale(self) -> float:
-        """What products of queries and keys are multiplied by.
+        """The factor of products of queries and keys in the scores.
 
-        Where there is no soft-cap it is the slope of the change of the scores between the two runs: masks and position
-        biases, which are the same in both, cancel out, and so does what all keys of a query share.
+        Without a soft-cap it is the slope of the change of the scores between the two runs. Masks
+        and position biases, which are the same in both, cancel out, and so does what all keys of a
+        query share.
         """
         if self.cap is not None:
             return self.cap.scaling
-        seen = self.here.seen & self.other.seen
-        changes = centred(self.other.scores - self.here.scores, seen)
-        products = centred(self.other.products - self.here.products, seen)
+        visible = self.target.visible & self.source.visible
+        changes = center(self.source.scores - self.target.scores, visible)
+        products = center(self.source.products - self.target.products, visible)
         square = float((products * products).sum())
-        return (
-            float((products * changes).sum()) / square
-            if square
-            else self.here.query.shape[-1] ** -0.5
-        )
+        if not square:
+            return self.target.query.shape[-1] ** -0.5
+        return float((products * changes).sum()) / square
 
-    def of_queries(self, masks: Float[Tensor, "place row pos"]) -> Float[Tensor, "place row head"]:
-        """What the other prompt's queries would do: each moves its own row of the pattern."""
-        products = (self.other.query - self.here.query) @ self.here.key.mT
+    def query_effects(
+        self, masks: Float[Tensor, "place row pos"]
+    ) -> Float[Tensor, "place row head"]:
+        """Returns the effect of the source's queries: each changes its own row of the pattern."""
+        products = (self.source.query - self.target.query) @ self.target.key.mT
         return torch.einsum("nrq,rhq->nrh", masks, self._effect(products).sum(-1))
 
-    def of_keys(self, masks: Float[Tensor, "place row pos"]) -> Float[Tensor, "place row head"]:
-        """What the other prompt's keys would do, those of a place together: each moves every later query's row."""
-        products = self.here.query @ (self.other.key - self.here.key).mT
-        return torch.stack(
-            [self._effect(products * mask[:, None, None, :]).sum((-2, -1)) for mask in masks]
-        )
+    def key_effects(self, masks: Float[Tensor, "place row pos"]) -> Float[Tensor, "place row head"]:
+        """Returns the effect of the source's keys, those of a mask together: each changes the rows
+        of all later queries."""
+        products = self.target.query @ (self.source.key - self.target.key).mT
+        effects = []
+        for mask in masks:
+            effects.append(self._effect(products * mask[:, None, None, :]).sum((-2, -1)))
+        return torch.stack(effects)
 
     def _effect(self, products: Tensor) -> Float[Tensor, "row head query key"]:
-        """What a change of the products of queries and keys does to the metric, by way of the pattern alone."""
-        before = softmax(self.here.scores, self.here.seen, self._sink_score)
-        after = softmax(self.here.scores + self._moved(products), self.here.seen, self._sink_score)
+        """Returns the effect of a change of the products on the metric, through the pattern."""
+        scores, visible = self.target.scores, self.target.visible
+        before = softmax(scores, visible, self._sink_scores)
+        after = softmax(scores + self._score_changes(products), visible, self._sink_scores)
         return self.gradient * (after - before)
 
-    def _moved(self, products: Tensor) -> Float[Tensor, "row head query key"]:
-        """The change of the scores when the products of queries and keys change by so much."""
-        by = self.scale * products
+    def _score_changes(self, products: Tensor) -> Float[Tensor, "row head query key"]:
+        """Returns the change of the scores for a change of the products of queries and keys."""
+        change = self.scale * products
         if self.cap is None:
-            return by
-        raw, largest = self.scale * self.here.products, self.cap.largest
-        return largest * (((raw + by) / largest).tanh() - (raw / largest).tanh())
+            return change
+        raw, largest = self.scale * self.target.products, self.cap.largest
+        return largest * (((raw + change) / largest).tanh() - (raw / largest).tanh())
 
     @cached_property
-    def _sink_score(self) -> Float[Tensor, "row head query"]:
-        """The score of a head's sink, beside each query's scores; minus infinity where it has none.
+    def _sink_scores(self) -> Float[Tensor, "row head query"]:
+        """The score of each head's sink, relative to each query's scores; minus infinity for a head
+        without a sink.
 
-        A sink's score is one number for a head. It is read where the sink takes a good part of the attention, and holds
-        for the queries of which it takes too little to be read.
+        A sink's score is one number for a head. It is computed from the queries whose attention it
+        takes a good part of, and used for all queries.
         """
-        totals = self.here.scores.masked_fill(~self.here.seen, -torch.inf).logsumexp(-1)
-        offsets = torch.where(
-            self.here.seen, self.here.scores - self.scale * self.here.products, 0.0
-        ).sum(-1)
-        offsets = offsets / self.here.seen.sum(-1).clamp(
-            min=1
-        )  # what the model adds to all scores of a query
-        readable = (
-            (self.lacking > READABLE) & (self.lacking < 1 - READABLE) & self.here.seen.any(-1)
-        )
-        scores = totals + self.lacking.logit() - offsets
-        heads = (
-            torch.where(readable, scores, torch.nan).transpose(0, 1).flatten(1).nanmedian(-1).values
-        )
+        run = self.target
+        totals = run.scores.masked_fill(~run.visible, -torch.inf).logsumexp(-1)
+        # What the model adds to all scores of a query.
+        offsets = torch.where(run.visible, run.scores - self.scale * run.products, 0.0).sum(-1)
+        offsets = offsets / run.visible.sum(-1).clamp(min=1)
+        readable = (self.missing > MIN_SINK_SHARE) & (self.missing < 1 - MIN_SINK_SHARE)
+        readable = readable & run.visible.any(-1)
+        scores = totals + self.missing.logit() - offsets
+        scores = torch.where(readable, scores, torch.nan)
+        heads = scores.transpose(0, 1).flatten(1).nanmedian(-1).values
         return torch.where(heads.isnan(), -torch.inf, heads)[None, :, None] + offsets
 
     def check(self, site: AnySite, limit: float) -> None:
-        """Raise `Unsupported` where queries and keys do not make the scores that the model has."""
-        seen = self.here.seen & self.other.seen
-        made = self.here.scores + self._moved(self.other.products - self.here.products)
-        apart = float(centred(made - self.other.scores, seen).abs().max())
-        largest = max(
-            float(torch.where(seen, side.scores, 0.0).abs().max())
-            for side in (self.here, self.other)
-        )
-        if not apart <= limit * max(1.0, largest):
+        """Raises `Unsupported` if queries and keys do not explain the scores of the model."""
+        visible = self.target.visible & self.source.visible
+        changes = self._score_changes(self.source.products - self.target.products)
+        computed = self.target.scores + changes
+        difference = float(center(computed - self.source.scores, visible).abs().max())
+        largest = 0.0
+        for run in (self.target, self.source):
+            largest = max(largest, float(torch.where(visible, run.scores, 0.0).abs().max()))
+        if not difference <= limit * max(1.0, largest):
             raise Unsupported(
-                f"{site} are not scaled products of queries and keys with a bias that is the same for both prompts "
-                f"(off by {apart:.2g}, where the largest is {largest:.2g}: a hook on the way, a rotation inside the "
-                "attention, or a bias made of the tokens), so that method='qk_fix' does not hold: take "
-                "method='gradient' or 'integrated'"
+                f"{site} are not scaled products of queries and keys with a bias that is the same "
+                f"for both prompts (off by {difference:.2g}, where the largest is {largest:.2g}: a "
+                "hook on the way, a rotation inside the attention, or a bias made of the tokens), "
+                "so that method='qk_fix' does not hold: take method='gradient' or 'integrated'"
             )
 
 
-def centred(
-    values: Float[Tensor, "row head query key"], seen: Bool[Tensor, "row head query key"]
+def center(
+    values: Float[Tensor, "row head query key"], visible: Bool[Tensor, "row head query key"]
 ) -> Float[Tensor, "row head query key"]:
-    """Each query's values less their mean over the keys that it sees, which a softmax ignores; 0 at the others."""
-    shown = torch.where(seen, values, 0.0)
-    mean = shown.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(seen, shown - mean, 0.0)
+    """Returns each query's values minus their mean over the keys that it sees, which a softmax
+    ignores; 0 at the other keys."""
+    masked = torch.where(visible, values, 0.0)
+    mean = masked.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(visible, masked - mean, 0.0)
 
 
 def softmax(
     scores: Float[Tensor, "row head query key"],
-    seen: Bool[Tensor, "row head query key"],
+    visible: Bool[Tensor, "row head query key"],
     sink: Float[Tensor, "row head query"],
 ) -> Float[Tensor, "row head query key"]:
-    """The pattern of these scores; zero for a query that sees no key."""
-    shown = scores.masked_fill(~seen, -torch.inf)
-    pattern = torch.cat([shown, sink[..., None]], dim=-1).softmax(-1)[..., :-1]
-    return pattern.masked_fill(~seen, 0)
+    """Returns the pattern of these scores; zero for a query that sees no key."""
+    masked = scores.masked_fill(~visible, -torch.inf)
+    pattern = torch.cat([masked, sink[..., None]], dim=-1).softmax(-1)[..., :-1]
+    return pattern.masked_fill(~visible, 0)
 
 
-def softmaxed(
-    to: Question,
-    of: Question,
+def qk_effects(
+    target: PromptMetric,
+    source: PromptMetric,
     rows: range,
     sites: Sequence[Site],
-    under: Sequence[Hook],
-    masks: Tensor,
+    base_hooks: Sequence[Hook],
+    masks: Float[Tensor, "place row pos"],
 ) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "place row head"]]]:
-    """For each of these prompts the metric without and with all of the other one, and the estimate at each site."""
-    lm = to.lm
+    """Returns the metric of the target's and of the source's prompts, and the effect of each site
+    at the positions of each mask."""
+    lm = target.lm
     layers = sorted({site.layer for site in sites if site.layer is not None})
-    patterns = {layer: Site("pattern", layer) for layer in layers}
-    scores = {layer: Site("scores", layer) for layer in layers}
-    made_of = {
-        layer: (_turned(lm, "q", layer), _turned(lm, "k", layer), scores[layer]) for layer in layers
-    }
-    looks = capture([site for group in made_of.values() for site in group], name=f"{OWN}.made_of")
-    other = of.run(rows, *under, looks)
-    here = derived(to, rows, list(patterns.values()), (*under, looks))
+    captured_sites: list[Site] = []
+    for layer in layers:
+        captured_sites += _attention_sites(lm, layer)
+    captures = capture(captured_sites, name=f"{CAPTURE_NAME}.qk")
+    source_run = source.run(rows, *base_hooks, captures)
+    patterns = [Site("pattern", layer) for layer in layers]
+    result = compute_gradients(target, rows, patterns, (*base_hooks, captures))
+    limit = LIMITS.get(getattr(lm.root, "dtype", torch.float32), 0.03)
     effects: dict[AnySite, Tensor] = {}
-    for layer, pattern in patterns.items():
-        sides = []
-        for run in (here.run, other):
-            query, key, score = (run.captured(site, looks.name) for site in made_of[layer])
-            sides.append(_side(query, key, score))
-        dtype = getattr(lm.root, "dtype", torch.float32)
-        lacking = 1 - wide(here.run.captured(pattern, OWN).values.detach()).sum(-1)
-        gradient = wide(here.gradient[pattern]).to(sides[0].scores)
-        attention = Attention(sides[0], sides[1], gradient, lacking.to(gradient), _cap(lm, pattern))
-        attention.check(scores[layer], LIMITS.get(dtype, 0.03))
-        shown = masks[:, rows.start : rows.stop, : attention.gradient.shape[-1]].to(
-            attention.gradient
-        )
-        for site in (site for site in sites if site.layer == layer):
-            headed = "kv_head" if site.name in KEY_HEADED else "head"
-            effect = (
-                attention.of_keys(shown) if headed == "kv_head" else attention.of_queries(shown)
-            )
-            count = lm.layout.sizes_of(layer)[headed] or effect.shape[-1]
-            effects[site] = (
-                effect.unflatten(-1, (count, -1)).sum(-1).to(device="cpu", dtype=torch.float64)
-            )
-    return here.metric, of.asked_of(other, rows), effects
+    for layer, pattern in zip(layers, patterns, strict=True):
+        runs = []
+        for run in (result.run, source_run):
+            values = [run.captured(site, captures.name) for site in _attention_sites(lm, layer)]
+            runs.append(_attention_run(*values))
+        gradient = as_float(result.gradient[pattern]).to(runs[0].scores)
+        captured_pattern = result.run.captured(pattern, CAPTURE_NAME).values.detach()
+        missing = (1 - as_float(captured_pattern).sum(-1)).to(gradient)
+        attention = Attention(runs[0], runs[1], gradient, missing, _soft_cap(lm, pattern))
+        attention.check(Site("scores", layer), limit)
+        row_masks = masks[:, rows.start : rows.stop, : gradient.shape[-1]].to(gradient)
+        for site in sites:
+            if site.layer == layer:
+                effects[site] = _site_effect(lm, attention, site, row_masks)
+    return result.metric, source.of_run(source_run, rows), effects
 
 
-def _side(query: Captured, key: Captured, scores: Captured) -> Side:
-    """Queries, keys and scores of one run in one dtype, the widest of them."""
-    square = wide(scores.values.detach())
-    heads = [wide(captured.by_place.detach()).transpose(1, 2) for captured in (query, key)]
-    dtype = torch.promote_types(square.dtype, torch.promote_types(heads[0].dtype, heads[1].dtype))
-    group = square.shape[1] // heads[1].shape[1]
-    keys = heads[1].repeat_interleave(group, dim=1)
-    seen = ~hidden(scores.values.detach())
-    return Side(heads[0].to(dtype), keys.to(dtype), square.to(dtype), seen)
+def _site_effect(
+    lm: LM, attention: Attention, site: Site, masks: Float[Tensor, "place row pos"]
+) -> Float[Tensor, "place row head"]:
+    """Returns the effect of a site, summed over the query heads that share a key head."""
+    if site.name in KEY_HEADED:
+        effect, axis = attention.key_effects(masks), "kv_head"
+    else:
+        effect, axis = attention.query_effects(masks), "head"
+    count = lm.layout.sizes_of(site.layer)[axis] or effect.shape[-1]
+    return effect.unflatten(-1, (count, -1)).sum(-1).to(device="cpu", dtype=torch.float64)
 
 
-def _cap(lm: LM, pattern: Site) -> SoftCap | None:
-    """The soft-cap of a block's scores, under the names that transformers gives it and their multiplier."""
+def _attention_run(query: Captured, key: Captured, scores: Captured) -> AttentionRun:
+    """Returns queries, keys and scores of one run in one dtype, the widest of them."""
+    score_values = as_float(scores.values.detach())
+    queries = as_float(query.by_place.detach()).transpose(1, 2)
+    keys = as_float(key.by_place.detach()).transpose(1, 2)
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    dtype = torch.promote_types(score_values.dtype, dtype)
+    keys = keys.repeat_interleave(score_values.shape[1] // keys.shape[1], dim=1)
+    visible = ~hidden(scores.values.detach())
+    return AttentionRun(queries.to(dtype), keys.to(dtype), score_values.to(dtype), visible)
+
+
+def _soft_cap(lm: LM, pattern: Site) -> SoftCap | None:
+    """Returns the soft-cap of a block's scores, by the names that transformers uses."""
     module: Any = lm.root.get_submodule(lm.place(pattern).path)
     largest = getattr(module, "attn_logit_softcapping", None)
     return None if largest is None else SoftCap(float(largest), float(module.scaling))
 
 
-def _turned(lm: LM, name: str, layer: int) -> Site:
-    """The queries or keys that the products are of: behind the rotation, where there is one."""
-    return Site(f"{name}_rot" if lm.layout.find(f"{name}_rot", layer) else name, layer)
+def _attention_sites(lm: LM, layer: int) -> list[Site]:
+    """Returns the sites of queries, keys and scores: after the rotation, if there is one."""
+    sites = []
+    for name in ("q", "k"):
+        rotated = f"{name}_rot"
+        sites.append(Site(rotated if lm.layout.find(rotated, layer) else name, layer))
+    return [*sites, Site("scores", layer)]

@@ -107,7 +107,6 @@ def causal_tracing(
 
 
 def _check_subjects(subject: str | At | Sequence[str | At], count: int) -> list[At]:
-    """Returns the subject of each prompt."""
     items = items_of(subject)
     subjects: list[Any] = [subject] * count if items is None else items
     for item in subjects:

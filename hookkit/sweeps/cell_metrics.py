@@ -32,6 +32,11 @@ UneditedLogits: TypeAlias = Mapping[int, Float[Tensor, " vocab"]]
 """For each row the logits without a cell's edits, at the metric's position."""
 
 
+def cell_keys(cell: int, rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the keys of a cell's values."""
+    return [(cell, row) for row in rows]
+
+
 @dataclass(frozen=True, eq=False)
 class CellMetrics:
     """The metrics of the prompts of a sweep. `before` is there if a metric compares with it."""
@@ -122,7 +127,7 @@ def _values_of_run(plan: Plan, run: Run, pos: int) -> Values:
         if before is not None:
             before = before.cpu()
         said = Said(logits[list(rows)], rows, before)
-        values |= cell_metrics.measure([(UNEDITED, row) for row in rows], said)
+        values |= cell_metrics.measure(cell_keys(UNEDITED, rows), said)
     return values
 
 
@@ -139,7 +144,7 @@ def _values_of_prompts(plan: Plan, prompts: Prompts, pos: int) -> Values:
         before = _cell_metrics(plan, rows).before
         logits = _run_unedited(plan, inputs, rows).logits
         cell_metrics = CellMetrics(inputs, plan.measures, before)
-        values |= cell_metrics.values([(UNEDITED, row) for row in rows], logits)
+        values |= cell_metrics.values(cell_keys(UNEDITED, rows), logits)
     return values
 
 
@@ -158,8 +163,8 @@ def verify_cells(plan: Plan, values: Values, count: int) -> None:
         for rows in plan.chunks():
             forward = run_base(plan.inputs, rows, plan.hook_points[cell], (), 1, cache=False)
             cell_metrics = _cell_metrics(plan, rows)
-            keys = [(cell, row) for row in rows]
-            _compare(plan, values, cell_metrics.values(keys, forward.logits))
+            alone = cell_metrics.values(cell_keys(cell, rows), forward.logits)
+            _compare(plan, values, alone)
 
 
 def _compare(plan: Plan, values: Values, expected_values: Values) -> None:

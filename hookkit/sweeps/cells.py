@@ -139,7 +139,6 @@ def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> lis
 
 
 def _check_axes(grid: Grid) -> dict[str, list[Any]]:
-    """Returns the values of each dimension of a grid."""
     if not isinstance(grid, Mapping):
         raise BadHook(
             f"the grid is a {type(grid).__name__}: give a dictionary from the name of each "
@@ -428,7 +427,7 @@ def _count_other_prompts(hook: Hook) -> int:
     1."""
     counts = []
     for source in _sources(hook):
-        lengths = [len(prompt) for prompt in source.prompts]
+        lengths = list(map(len, source.prompts))
         counts += [lengths.count(length) - 1 for length in lengths]
     return max(1, min(counts))
 
@@ -441,7 +440,7 @@ def _resample(hook: Hook, draw: int) -> Hook:
 
 
 def _shift_prompts(source: Captured, draw: int) -> Captured:
-    indices = _next_of_same_length([len(prompt) for prompt in source.prompts], draw)
+    indices = _next_of_same_length(list(map(len, source.prompts)), draw)
     return replace(
         source,
         values=source.values[indices],

@@ -23,7 +23,7 @@ from ..runs.engines.actors import computed
 from ..runs.engines.ray import Ray
 from ..runs.engines.work import Step, Steps
 from ..runs.taps import BoundHook, planned
-from .cell_metrics import UNEDITED, CellMetrics, Values, unedited_logits
+from .cell_metrics import UNEDITED, CellMetrics, Values, cell_keys, unedited_logits
 from .cells import Cell
 from .forwards import BaseForward, CellPrompt, run_base, run_cell_prompts
 from .journal import Journal
@@ -56,7 +56,7 @@ class BaseSettings:
         cls, plan: Plan, rows: tuple[int, ...], jobs: Sequence[Job], *, sources_match: bool
     ) -> "BaseSettings":
         """Returns the settings that these forwards need."""
-        columns = max(plan.inputs.lengths[row] for row in rows)
+        columns = plan.inputs.count_columns(rows)
         blocks: set[int] = set()
         for job in jobs:
             blocks |= {cell_prompt.start.block for cell_prompt in job.cell_prompts}
@@ -83,22 +83,19 @@ class Task:
     @property
     def keys(self) -> list[tuple[int, int]]:
         """The cell numbers and rows whose values it computes."""
-        return _keys(self.base, self.work)
-
-
-def _keys(base: BaseSettings, work: Job | int) -> list[tuple[int, int]]:
-    if isinstance(work, Job):
-        return [(cell_prompt.cell, cell_prompt.row) for cell_prompt in work.cell_prompts]
-    return [(work, row) for row in base.rows]
+        if isinstance(self.work, Job):
+            return self.work.keys
+        return cell_keys(self.work, self.base.rows)
 
 
 def create_task(plan: Plan, base: BaseSettings, work: Job | int) -> Task:
     """Returns a task with the names of its cells."""
-    cells = list(dict.fromkeys(cell for cell, _ in _keys(base, work)))
+    task = Task(base, work, ())
+    cells = list(dict.fromkeys(cell for cell, _ in task.keys))
     names = [str(plan.cells[cell]) for cell in cells[:MAX_CELL_NAMES]]
     if len(cells) > MAX_CELL_NAMES:
         names.append(f"and {len(cells) - MAX_CELL_NAMES} more")
-    return Task(base, work, tuple(names))
+    return replace(task, names=tuple(names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +168,7 @@ class SweepWorker:
         hook_points = self.plan.hook_points[cell.number]
         forward = run_base(self.plan.inputs, rows, hook_points, (), 1, cache=False)
         _check_fired(cell, rows, base.first_effect)
-        keys = [(cell.number, row) for row in rows]
+        keys = cell_keys(cell.number, rows)
         return TaskResult([base.cell_metrics.values(keys, forward.logits)])
 
     def _run_job(self, base: LoadedBase, job: Job) -> TaskResult:
@@ -186,7 +183,7 @@ class SweepWorker:
                 plan.shortcuts,
                 plan.base_hook_points,
             )
-            values = base.cell_metrics.values(_keys(base.settings, job), logits)
+            values = base.cell_metrics.values(job.keys, logits)
         except RuntimeError as error:
             if not is_out_of_memory(error, plan.lm):
                 raise
@@ -396,7 +393,7 @@ class PlanRun:
         settings, forward, jobs, cell_prompts = self._run_base(rows)
         self._check_base_hooks(rows)
         cell_metrics = worker.load(settings, forward)
-        values = cell_metrics.values([(UNEDITED, row) for row in rows], forward.logits)
+        values = cell_metrics.values(cell_keys(UNEDITED, rows), forward.logits)
         del forward
         if self.engine is not None:
             worker.release()
@@ -447,7 +444,7 @@ class PlanRun:
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], unedited: Values
     ) -> Values:
         """Returns the values of the cells that cannot matter: those of the unedited prompts."""
-        running = {(cell_prompt.cell, cell_prompt.row) for cell_prompt in cell_prompts}
+        running = {cell_prompt.key for cell_prompt in cell_prompts}
         values: Values = {}
         for cell in self.plan.cells:
             if cell.alone:

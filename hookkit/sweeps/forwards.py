@@ -165,6 +165,11 @@ class CellPrompt:
     start: Start
 
     @property
+    def key(self) -> tuple[int, int]:
+        """The cell number and the row."""
+        return self.cell, self.row
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """The key by which cell prompts are sorted for a forward."""
         return self.start.block, self.cell, self.row
@@ -229,7 +234,7 @@ def run_base(
     """
     from transformers import DynamicCache
 
-    columns = max(inputs.lengths[row] for row in rows)
+    columns = inputs.count_columns(rows)
     n_logits = inputs.count_logits(rows, columns)
     cell_rows = _cell_rows(inputs.padded_batch(columns), tuple(rows), 0, 0, columns, n_logits)
     recorder = Recorder(blocks, width)

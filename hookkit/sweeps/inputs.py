@@ -64,7 +64,11 @@ class SweepInputs:
     @cached_property
     def lengths(self) -> list[int]:
         """How many tokens of each prompt are run."""
-        return [len(row) for row in self.fed]
+        return list(map(len, self.fed))
+
+    def count_columns(self, rows: Iterable[int]) -> int:
+        """Returns how many tokens the longest of these rows has."""
+        return max(self.lengths[row] for row in rows)
 
     @cached_property
     def full(self) -> SequenceBatch:
@@ -76,7 +80,7 @@ class SweepInputs:
         return self._sequence_batch([range(columns - length, columns) for length in self.lengths])
 
     def _sequence_batch(self, columns: Sequence[range]) -> SequenceBatch:
-        lengths = [len(row) for row in self.rows]
+        lengths = list(map(len, self.rows))
         find = partial(cover, self.lm)
         return SequenceBatch(list(columns), lengths, self.rows.__getitem__, find, final=True)
 
@@ -116,7 +120,7 @@ def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> Sweep
     continuations = losses[0].tokens(lm, len(rows))
     joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
     fed = as_batch(lm, joined).rows
-    looks = tuple(len(tokens) for tokens in continuations)
+    looks = tuple(map(len, continuations))
     return SweepInputs(lm, rows, fed, looks, has_continuation=True)
 
 

@@ -35,6 +35,11 @@ class Job:
     width: int
     cell_prompts: tuple[CellPrompt, ...]
 
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """The cell number and the row of each cell prompt."""
+        return [cell_prompt.key for cell_prompt in self.cell_prompts]
+
     def layer_tokens(self, n_layers: int, *, grow: bool) -> int:
         """Returns how many tokens pass through a block, summed over the blocks."""
         if not grow:
@@ -50,7 +55,6 @@ class Job:
 
 
 def _count_blocks(n_layers: int, cell_prompt: CellPrompt) -> int:
-    """Returns through how many blocks a cell prompt has to run."""
     return n_layers - max(0, cell_prompt.start.block)
 
 
@@ -213,7 +217,7 @@ class Plan:
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
     ) -> list[Job]:
         """Returns the forwards that run these cell prompts."""
-        columns = max(self.inputs.lengths[row] for row in rows)
+        columns = self.inputs.count_columns(rows)
         from_input: list[CellPrompt] = []  # these cannot be in a batch that grows
         joining: list[CellPrompt] = []
         for cell_prompt in cell_prompts:
@@ -260,10 +264,10 @@ class Plan:
     def layer_tokens(self) -> int:
         """How many tokens will pass through a block, summed over the blocks. The unedited prompts
         and padding are included."""
-        n_layers, lengths = self.lm.n_layers, self.inputs.lengths
+        n_layers = self.lm.n_layers
         columns = 0
         for rows in self.chunks():
-            columns += len(rows) * max(lengths[row] for row in rows)
+            columns += len(rows) * self.inputs.count_columns(rows)
         grow = self.shortcuts.grow
         shared = sum(job.layer_tokens(n_layers, grow=grow) for job in self.all_jobs)
         return columns * n_layers * (1 + len(self.alone)) + shared
@@ -271,7 +275,7 @@ class Plan:
     @property
     def naive_layer_tokens(self) -> int:
         """The same for one whole forward of each prompt in each cell."""
-        tokens = sum(len(row) for row in self.inputs.rows)
+        tokens = sum(map(len, self.inputs.rows))
         return tokens * self.lm.n_layers * len(self.cells)
 
     @property
@@ -289,7 +293,7 @@ class Plan:
     def memory(self) -> int:
         """About how many bytes the sweep takes at its peak, beside the model."""
         columns = max(self.inputs.lengths)
-        rows = max(len(chunk) for chunk in self.chunks())
+        rows = max(map(len, self.chunks()))
         peaks = [rows * self._row_bytes(columns, columns)]
         for job in self.all_jobs:
             peaks.append(len(job.cell_prompts) * self._row_bytes(job.width, columns))

@@ -322,7 +322,7 @@ def _run_trial(
     """Runs some rows of the trial; with `cached` only the last two positions, after a cache."""
     from transformers import DynamicCache
 
-    columns = max(inputs.lengths[row] for row in rows)
+    columns = inputs.count_columns(rows)
     kwargs: dict[str, Any] = {}
     width = columns
     settings = lm.accepted(use_cache=cached, return_dict=True)

@@ -97,8 +97,6 @@ def over_prompts(
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of the intervals."""
-
     confidence: float
     resamples: int
     seed: int
@@ -130,7 +128,6 @@ def _column_names(
 
 
 def _metric_columns(table: pd.DataFrame) -> list[str]:
-    """Returns the columns of the metrics of a sweep."""
     metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
     names = []
     for name in table.columns:
@@ -447,7 +444,6 @@ def strongest(
 
 
 def _default_value(value_names: Sequence[str]) -> str:
-    """Returns the first effect, else the first delta, else the first column."""
     for suffix in ("_effect", "_delta"):
         for name in value_names:
             if name.endswith(suffix):

@@ -135,9 +135,7 @@ def test_prompts_of_several_lengths_and_in_several_batches_give_what_each_gives_
         found = together[together["row"] == row]["logit_diff_delta"].tolist()
         assert found == pytest.approx(alone["logit_diff_delta"].tolist(), abs=1e-4)
     for size in (2, 1):
-        monkeypatch.setattr(
-            sys.modules["hookkit.attributions.attribution_patching"], "TOGETHER", size
-        )
+        monkeypatch.setattr(sys.modules["hookkit.attributions.attribution_patching"], "BATCH", size)
         split = hk.attribution(llama, CLEAN, CORRUPTED, "z", DIFF)
         assert split["logit_diff_delta"].tolist() == pytest.approx(
             together["logit_diff_delta"].tolist(), abs=1e-4
@@ -262,7 +260,7 @@ def test_the_qk_fix_is_the_gradient_where_prompts_hardly_differ(family):
 def test_the_qk_fix_in_several_batches_is_that_in_one(llama, monkeypatch):
     given = (llama, CLEAN, CORRUPTED, ["q", "k"], DIFF)
     together = hk.attribution(*given, method="qk_fix", pos=[-1, 1])
-    monkeypatch.setattr(sys.modules["hookkit.attributions.attribution_patching"], "TOGETHER", 2)
+    monkeypatch.setattr(sys.modules["hookkit.attributions.attribution_patching"], "BATCH", 2)
     split = hk.attribution(*given, method="qk_fix", pos=[-1, 1])
     assert split["logit_diff_delta"].tolist() == pytest.approx(
         together["logit_diff_delta"].tolist(), abs=1e-4
