@@ -140,7 +140,7 @@ def _check_neurons(by: str, names: Sequence[str]) -> None:
     for name in names:
         if name in HEADED:
             raise BadHook(
-                f"by='neuron' takes sites without heads, and {name!r} has them: leave by= out"
+                f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
             )
 
 
