@@ -383,7 +383,7 @@ def _value_column(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None
     if value is None:
         deltas = [name for name in shared if name.endswith("_delta")]
         value = deltas[0] if deltas else None
-    if value not in shared:
+    if value is None or value not in shared:
         raise BadHook(
             f"the tables share {', '.join(shared) or 'no column'}, and not "
             f"{value or 'a _delta'}: say value="

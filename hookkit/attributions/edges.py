@@ -132,7 +132,9 @@ def _score_edges(
     captured_sites = [*sites, EMBED] if steps > 1 else sites
     captures = capture(captured_sites, name=CAPTURE_NAME)
     source_run = pair.source.run(rows, *pair.base_hooks, captures)
-    source = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
+    source: dict[AnySite, Captured] = {}
+    for site in captured_sites:
+        source[site] = source_run.captured(site, CAPTURE_NAME)
     result = compute_gradients(pair.target, rows, captured_sites, pair.base_hooks, keep_graph=True)
     check_stream_is_sum(lm, result)
     senders = compute_senders(lm, result, source)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import BadHook, Unsupported
 from ..models.prompts import Prompts, as_batch
 from ..runs.run import Run
-from ..tables.metrics import Loss, Measure, Said, last_logits
+from ..tables.metrics import Measure, Said, last_logits
 from .cells import check_reached
 from .forwards import BaseForward, run_base
 from .inputs import SweepInputs, read
@@ -112,7 +112,7 @@ def target_values(plan: Plan, target: Run | Prompts, pos: int) -> list[list[floa
 
 
 def _values_of_run(plan: Plan, run: Run, pos: int) -> Values:
-    if any(isinstance(metric, Loss) for metric in plan.metrics):
+    if plan.inputs.has_continuation:
         raise Unsupported(
             "a run has not read the continuation whose loss is meant: give prompts as the target"
         )

@@ -22,7 +22,7 @@ from ..models.sites import AnySite, ModuleSite, Site
 from ..runs.engines.actors import computed
 from ..runs.engines.ray import Ray
 from ..runs.engines.work import Step, Steps
-from ..runs.taps import BoundHook, planned
+from ..runs.taps import BoundHook, HookPoint, planned
 from .cell_metrics import UNEDITED, CellMetrics, Values, cell_keys, unedited_logits
 from .cells import Cell
 from .forwards import BaseForward, CellPrompt, run_base, run_cell_prompts
@@ -64,6 +64,13 @@ class BaseSettings:
         width = max((job.width for job in jobs), default=1)
         cache = any(job.width < columns for job in jobs)
         return cls(rows, sources_match, tuple(sorted(blocks)), width, cache)
+
+    def run(self, plan: Plan, captures: Sequence[HookPoint] = ()) -> BaseForward:
+        """Runs the unedited prompts, with some captures beside the base hooks."""
+        hook_points = [*plan.base_hook_points, *captures]
+        return run_base(
+            plan.inputs, self.rows, hook_points, self.blocks, self.width, cache=self.cache
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,23 +152,11 @@ class SweepWorker:
         """Returns the values of a task."""
         if self._base is None or self._base.settings != task.base:
             self.release()
-            self._load_base(task.base)
+            self.load(task.base, task.base.run(self.plan))
         assert self._base is not None
         if isinstance(task.work, Job):
             return self._run_job(self._base, task.work)
         return self._run_alone(self._base, self.plan.cells[task.work])
-
-    def _load_base(self, settings: BaseSettings) -> None:
-        plan = self.plan
-        forward = run_base(
-            plan.inputs,
-            settings.rows,
-            plan.base_hook_points,
-            settings.blocks,
-            settings.width,
-            cache=settings.cache,
-        )
-        self.load(settings, forward)
 
     def _run_alone(self, base: LoadedBase, cell: Cell) -> TaskResult:
         rows = base.settings.rows
@@ -417,28 +412,14 @@ class PlanRun:
         cell_prompts = plan.cell_prompts(rows, first_effect)
         jobs = plan.jobs(rows, cell_prompts, self.budget)
         settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
-        forward, chunks = self._run_with_captures(settings, list(sources))
+        captures = planned(plan.lm, [capture(site) for site in sources], no_reference)
+        forward = settings.run(plan, captures)
+        chunks = {bound.site: bound.pieces[0] for bound in bound_hooks_of(captures)}
         foreign = find_foreign_source(first_effect, sources, chunks, rows)
         if foreign:
             self.foreign_sources.append(foreign)
             return self._run_base(rows)
         return settings, forward, jobs, cell_prompts
-
-    def _run_with_captures(
-        self, settings: BaseSettings, sites: Sequence[AnySite]
-    ) -> tuple[BaseForward, dict[AnySite, CapturedChunk]]:
-        plan = self.plan
-        captures = planned(plan.lm, [capture(site) for site in sites], no_reference)
-        forward = run_base(
-            plan.inputs,
-            settings.rows,
-            [*plan.base_hook_points, *captures],
-            settings.blocks,
-            settings.width,
-            cache=settings.cache,
-        )
-        chunks = {bound.site: bound.pieces[0] for bound in bound_hooks_of(captures)}
-        return forward, chunks
 
     def _unchanged(
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], unedited: Values

@@ -15,7 +15,7 @@ from ..arguments import whole_number
 from ..display import shown
 from ..models.lm import LM
 from ..runs.taps import HookPoint
-from ..tables.metrics import Loss, Measure, Metric
+from ..tables.metrics import Measure, Metric
 from .cells import Cell
 from .forwards import CellPrompt, Shortcuts
 from .inputs import SweepInputs
@@ -344,7 +344,7 @@ class Plan:
         return f"no: {self.shortcuts.why[name]}"
 
     def _stop(self) -> str:
-        if any(isinstance(metric, Loss) for metric in self.metrics):
+        if self.inputs.has_continuation:
             return "at the end of the continuation"
         if self.inputs.cropped:
             return "at the position where the metric looks"

@@ -5,7 +5,7 @@ that gives other logits, or that fails, is not used, and the reason is stored.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -78,7 +78,7 @@ def is_called(lm: LM, site: ModuleSite) -> bool:
     if key not in lm.learnt:
         recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
         _run_trial(recorder, lm, _trial_inputs(lm), range(len(LENGTHS)))
-        lm.learnt[key] = 0 in recorder.shapes.kinds
+        lm.learnt[key] = 0 in recorder.kinds
     return lm.learnt[key]
 
 
@@ -87,15 +87,14 @@ def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
     if the module does not run."""
     recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
     _run_trial(recorder, lm, _trial_inputs(lm), range(count))
-    shapes = recorder.shapes
     if site.side == "output":
-        return shapes.outputs.get((0, site.item), ())
+        return recorder.outputs.get((0, site.item), ())
     names: list[int | str] = [site.item]
     if site.item == 0:
         names += ["hidden_states", "input", "x"]
     for name in names:
-        if (0, (name,)) in shapes.inputs:
-            return shapes.inputs[0, (name,)]
+        if (0, (name,)) in recorder.inputs:
+            return recorder.inputs[0, (name,)]
     return ()
 
 
@@ -132,7 +131,7 @@ def _dtype(lm: LM) -> Any:
 
 def no_shortcuts(reason: str) -> Shortcuts:
     """Returns shortcuts none of which is allowed, for this reason."""
-    why = dict.fromkeys(("batch", "grow", "prefix", "last"), reason)
+    why: dict[str, str] = dict.fromkeys(("batch", "grow", "prefix", "last"), reason)
     return Shortcuts(False, False, False, False, why, {}, [])
 
 
@@ -216,25 +215,18 @@ def _output_items(output: Any) -> Iterable[tuple[int | str, Any]]:
     return [(0, output)]
 
 
-@dataclass(eq=False)
-class _Shapes:
-    """The shapes of inputs and outputs of numbered modules, filled by a `_ShapeRecorder`.
+class _ShapeRecorder(HookManager):
+    """Records the shapes of the inputs and outputs of some numbered modules, and owns them.
 
     kinds  0 for a module that returns a tensor, or the length of its tuple
     """
 
-    inputs: dict[tuple[int, Path], tuple[int, ...]] = field(default_factory=dict)
-    outputs: dict[tuple[int, int | str], tuple[int, ...]] = field(default_factory=dict)
-    kinds: dict[int, int] = field(default_factory=dict)
-
-
-class _ShapeRecorder(HookManager):
-    """Records the shapes of the inputs and outputs of some modules. It owns `shapes`."""
-
     def __init__(self, lm: LM, modules: dict[int, nn.Module]) -> None:
         super().__init__(lm, ())
         self.modules = modules
-        self.shapes = _Shapes()
+        self.inputs: dict[tuple[int, Path], tuple[int, ...]] = {}
+        self.outputs: dict[tuple[int, int | str], tuple[int, ...]] = {}
+        self.kinds: dict[int, int] = {}
 
     def _register(self, lent: Lent) -> None:
         super()._register(lent)
@@ -248,15 +240,15 @@ class _ShapeRecorder(HookManager):
             output = inner(*args, **kwargs)
             for item, value in _output_items(output):
                 if isinstance(value, Tensor):
-                    self.shapes.outputs[number, item] = tuple(value.shape)
-            self.shapes.kinds[number] = len(output) if isinstance(output, tuple) else 0
+                    self.outputs[number, item] = tuple(value.shape)
+            self.kinds[number] = len(output) if isinstance(output, tuple) else 0
             return output
 
         return recording_forward
 
     def _record_inputs(self, number: int, value: Any, path: Path) -> None:
         if isinstance(value, Tensor):
-            self.shapes.inputs[number, path] = tuple(value.shape)
+            self.inputs[number, path] = tuple(value.shape)
         elif isinstance(value, tuple | list):
             for index, item in enumerate(value):
                 self._record_inputs(number, item, (*path, index))
@@ -283,10 +275,10 @@ def _inspect_blocks(lm: LM, inputs: SweepInputs) -> tuple[dict[tuple[int, Path],
             except Exception:
                 if not cached:
                     raise
-            for path, shape in recorder.shapes.inputs.items():
+            for path, shape in recorder.inputs.items():
                 lengths.setdefault(path, (set(), set()))[turn].add(shape[0] if shape else 0)
             if not kinds:
-                kinds = [recorder.shapes.kinds[layer] for layer in blocks]
+                kinds = [recorder.kinds[layer] for layer in blocks]
     factors = {}
     for path, (of_two, of_three) in lengths.items():
         factor = _row_factor(of_two, of_three) if of_two and of_three else None

@@ -453,14 +453,13 @@ def _default_value(value_names: Sequence[str]) -> str:
 
 def _prompt_column(table: pd.DataFrame) -> str:
     """Returns the column that identifies the prompt. Raises for fewer than 4 prompts."""
+    name = "prompt" if "prompt" in table.columns else "row"
     count = 0
-    for name in ("prompt", "row"):
-        if name in table.columns:
-            count = int(table[name].nunique())
-            if count >= 4:
-                return name
-            break
-    raise OutOfRange(
-        f"{count} prompts: cells are chosen on one half of the prompts and measured on the other, "
-        "so give at least 4"
-    )
+    if name in table.columns:
+        count = len(table[name].drop_duplicates())
+    if count < 4:
+        raise OutOfRange(
+            f"{count} prompts: cells are chosen on one half of the prompts and measured on the "
+            "other, so give at least 4"
+        )
+    return name
