@@ -456,7 +456,8 @@ def _prompt_column(table: pd.DataFrame) -> str:
     name = "prompt" if "prompt" in table.columns else "row"
     count = 0
     if name in table.columns:
-        count = len(table[name].drop_duplicates())
+        prompts: Any = table[name]
+        count = int(prompts.nunique())
     if count < 4:
         raise OutOfRange(
             f"{count} prompts: cells are chosen on one half of the prompts and measured on the "

@@ -356,7 +356,7 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
 def test_behind_the_last_attention_only_the_metrics_position_runs(lm):
     ids = texts(lm)[0][0]
     hooks = {
-        name: hk.parse_hook(name)
+        name: hk.hook(name)
         for name in ("ablate:z.1.0", "ablate:z.2.0", "scale:mlp_in.2*3", "ablate:mlp_post.2")
     }
     hooks["mixed"] = hk.edit(
