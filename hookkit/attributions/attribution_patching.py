@@ -108,18 +108,15 @@ def attribution(
     points = points or "start"
     path_points(steps, points)  # raises
     names = [sites] if isinstance(sites, str) else list(sites)
-    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    lengths = check_pairs(lm, source, target)
+    pair = PromptPair.create(lm, clean, corrupted, metric, direction, under)
     if by is not None:
         _check_neurons(by, names)
     if method == "qk_fix":
         check_qk_sites(names)
     positions = None
     if by is None or pos is not None:
-        positions = grid_positions(lengths, names, pos)
+        positions = grid_positions(list(map(len, pair.target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
-    base_hooks = tuple(as_hooks(under))
-    pair = PromptPair(bind_metric(lm, target, metric), bind_metric(lm, source, metric), base_hooks)
     masks = position_masks(pair.target, positions)
     if method == "qk_fix":
         scores = pair.qk_scores(grid.sites(), masks)
@@ -156,7 +153,7 @@ class SiteScores:
     target: Float[Tensor, " row"]
     estimates: Mapping[AnySite, Tensor]
 
-    def summed(self, masks: Float[Tensor, "place row pos"], by_neuron: bool) -> "SiteScores":
+    def summed(self, masks: Float[Tensor, "mask row pos"], by_neuron: bool) -> "SiteScores":
         """Returns the estimates summed over the positions of each mask, and without `by_neuron`
         over the last axis."""
         sums: dict[AnySite, Tensor] = {}
@@ -176,12 +173,29 @@ class PromptPair:
     source: PromptMetric
     base_hooks: tuple[Hook, ...]
 
-    def __post_init__(self) -> None:
-        if self.target.reads_continuation:
+    @classmethod
+    def create(
+        cls,
+        lm: LM,
+        clean: Prompts,
+        corrupted: Prompts,
+        metric: MetricLike,
+        direction: str,
+        base_hooks: Hook | Sequence[Hook],
+    ) -> "PromptPair":
+        """Returns the pair for a direction: "denoise" runs the corrupted prompts, "noise" the clean
+        ones."""
+        target, source = clean, corrupted
+        if direction == "denoise":
+            target, source = corrupted, clean
+        check_pairs(lm, source, target)
+        target_metric = bind_metric(lm, target, metric)
+        if target_metric.reads_continuation:
             raise Unsupported(
                 "loss reads a continuation, and attribution is of prompts in pairs: take "
                 "hk.logprob of its first token"
             )
+        return cls(target_metric, bind_metric(lm, source, metric), as_hooks(base_hooks))
 
     def batches(self, size: int) -> list[range]:
         """Returns the prompts that run together: all of them if hooks may name rows."""
@@ -247,8 +261,9 @@ def _first_order_change(source: Captured, target: Captured, gradient: Tensor) ->
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Returns batches of different widths as one, padded with zeros at the end of each row."""
-    widest = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
-    joined = parts[0].new_zeros(sum(len(part) for part in parts), *widest)
+    shapes = torch.tensor([part.shape for part in parts])
+    widest = shapes[:, 1:].amax(0).tolist()
+    joined = parts[0].new_zeros(sum(map(len, parts)), *widest)
     start = 0
     for part in parts:
         sizes = [slice(size) for size in part.shape[1:]]
@@ -259,9 +274,9 @@ def _concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 def position_masks(
     prompt_metric: PromptMetric, positions: GridPositions | None
-) -> Float[Tensor, "place row pos"]:
+) -> Float[Tensor, "mask row pos"]:
     """Returns for each value of the dimension `pos` its positions in each prompt, as 1 and 0."""
-    lengths = [len(row) for row in prompt_metric.inputs.rows]
+    lengths = list(map(len, prompt_metric.inputs.rows))
     named = positions or {None: ALL_POSITIONS}
     masks = torch.zeros(len(named), len(lengths), max(lengths), dtype=torch.float64)
     for number, (name, row_positions) in enumerate(named.items()):

@@ -186,7 +186,7 @@ def _check_gradient(
         if is_edited:  # an edit after the site may insert values that do not depend on it
             return torch.zeros_like(leaf)
         raise Unsupported(
-            f"the metric does not depend on {site}: nothing that it is made of reads this place"
+            f"the metric does not depend on {site}: nothing that it is made of reads this site"
         )
     if not bool(gradient.isfinite().all()):
         raise Unsupported(

@@ -31,11 +31,9 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import AnySite, Site
-from ..sweeps.cells import as_hooks
-from ..sweeps.grids import check_pairs
 from ..tables.metrics import MetricLike
 from .attribution_patching import PromptPair
-from .backward import CAPTURE_NAME, SiteGradients, bind_metric, check_choice, compute_gradients
+from .backward import CAPTURE_NAME, SiteGradients, check_choice, compute_gradients
 from .interpolation import EMBED, EmbeddingPath, Points, check_path_end, path_points
 
 HEAD_INPUTS = ("q", "k", "v")
@@ -100,10 +98,7 @@ def edge_attribution(
         )
     points = points or "start"
     path_points(steps, points)  # raises
-    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    check_pairs(lm, source, target)
-    base_hooks = tuple(as_hooks(under))
-    pair = PromptPair(bind_metric(lm, target, metric), bind_metric(lm, source, metric), base_hooks)
+    pair = PromptPair.create(lm, clean, corrupted, metric, direction, under)
     sites = required_sites(lm)
     count = len(pair.target)
     batch_scores: list[Float[Tensor, "sender receiver"]] = []

@@ -107,14 +107,12 @@ class Attention:
             return self.target.query.shape[-1] ** -0.5
         return float((products * changes).sum()) / square
 
-    def query_effects(
-        self, masks: Float[Tensor, "place row pos"]
-    ) -> Float[Tensor, "place row head"]:
+    def query_effects(self, masks: Float[Tensor, "mask row pos"]) -> Float[Tensor, "mask row head"]:
         """Returns the effect of the source's queries: each changes its own row of the pattern."""
         products = (self.source.query - self.target.query) @ self.target.key.mT
         return torch.einsum("nrq,rhq->nrh", masks, self._effect(products).sum(-1))
 
-    def key_effects(self, masks: Float[Tensor, "place row pos"]) -> Float[Tensor, "place row head"]:
+    def key_effects(self, masks: Float[Tensor, "mask row pos"]) -> Float[Tensor, "mask row head"]:
         """Returns the effect of the source's keys, those of a mask together: each changes the rows
         of all later queries."""
         products = self.target.query @ (self.source.key - self.target.key).mT
@@ -203,8 +201,8 @@ def qk_effects(
     rows: range,
     sites: Sequence[Site],
     base_hooks: Sequence[Hook],
-    masks: Float[Tensor, "place row pos"],
-) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "place row head"]]]:
+    masks: Float[Tensor, "mask row pos"],
+) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "mask row head"]]]:
     """Returns the metric of the target's and of the source's prompts, and the effect of each site
     at the positions of each mask."""
     lm = target.lm
@@ -236,8 +234,8 @@ def qk_effects(
 
 
 def _site_effect(
-    lm: LM, attention: Attention, site: Site, masks: Float[Tensor, "place row pos"]
-) -> Float[Tensor, "place row head"]:
+    lm: LM, attention: Attention, site: Site, masks: Float[Tensor, "mask row pos"]
+) -> Float[Tensor, "mask row head"]:
     """Returns the effect of a site, summed over the query heads that share a key head."""
     if site.name in KEY_HEADED:
         effect, axis = attention.key_effects(masks), "kv_head"

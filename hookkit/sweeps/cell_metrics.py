@@ -46,7 +46,7 @@ class CellMetrics:
     before: UneditedLogits | None = None
 
     def values(
-        self, keys: Sequence[tuple[int, int]], logits: Float[Tensor, "row look vocab"]
+        self, keys: Sequence[tuple[int, int]], logits: Float[Tensor, "row pos vocab"]
     ) -> Values:
         """Returns the metrics of these cells and rows, in parts because metrics make copies."""
         values: Values = {}
@@ -68,7 +68,7 @@ class CellMetrics:
             return None
         return torch.stack([self.before[row] for row in rows]).float()
 
-    def said(self, rows: Sequence[int], logits: Float[Tensor, "row look vocab"]) -> Said:
+    def said(self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]) -> Said:
         """Returns what the metrics read of these rows."""
         looks = self.inputs.looks
         if max(looks) == 1 and not self.inputs.has_continuation:

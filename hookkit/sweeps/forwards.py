@@ -188,7 +188,7 @@ class BaseForward:
     columns: int
     cache: KeysAndValues | None
     states: Mapping[int, Tensor]
-    logits: Float[Tensor, "row look vocab"]
+    logits: Float[Tensor, "row pos vocab"]
 
     def row_indices(self, cell_prompts: Sequence[CellPrompt]) -> list[int]:
         """Returns the index in `rows` of each cell prompt's row."""
@@ -259,7 +259,7 @@ def run_cell_prompts(
     width: int,
     shortcuts: Shortcuts,
     base_hook_points: Sequence[HookPoint] = (),
-) -> Float[Tensor, "row look vocab"]:
+) -> Float[Tensor, "row pos vocab"]:
     """Runs cell prompts, sorted by `CellPrompt.order`, over the last `width` columns.
 
     `hook_points` are those of each cell. `base_hook_points` are those among them that act in every
@@ -306,7 +306,7 @@ def _run_model(
     width: int,
     kwargs: dict[str, Any],
     prompt_rows: Sequence[int],
-) -> Float[Tensor, "row look vocab"]:
+) -> Float[Tensor, "row pos vocab"]:
     """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
     lm = inputs.lm
     n_read = max(inputs.looks[row] for row in prompt_rows)

@@ -12,7 +12,7 @@ Without receivers, the logits receive.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, Unpack
 
 import pandas as pd
@@ -32,7 +32,15 @@ from ..runs.taps import planned
 from ..tables.token_metrics import logit
 from .cells import Cell, as_hooks
 from .execute import PlanRun
-from .grids import ALL_POSITIONS, Metrics, Positions, check_pairs, create_site_grid, grid_positions
+from .grids import (
+    ALL_POSITIONS,
+    GridPositions,
+    Metrics,
+    Positions,
+    check_pairs,
+    create_site_grid,
+    grid_positions,
+)
 from .journal import Journal
 from .plan import Plan
 from .shortcuts import no_reference
@@ -93,17 +101,8 @@ def path_patching(
     if pos is not None:
         positions = grid_positions(lengths, [senders], pos)
     grid = create_site_grid(lm, [senders], layers, heads, positions)
-
-    def sender_hooks(layer: int, head: int | None = None, pos: Any = None) -> list[Hook]:
-        hooks: list[Hook] = []
-        later = [site for site in frozen if _is_later(site, senders, layer)]
-        if later:
-            hooks.append(patch(later, clean_run))
-        sender = Site(senders, layer, head)
-        for position, rows in ALL_POSITIONS if positions is None else positions[pos]:
-            hooks.append(patch(sender, corrupted_run, pos=position, rows=rows))
-        return hooks
-
+    hook_positions = positions or {None: ALL_POSITIONS}
+    sender_hooks = _SenderHooks(senders, frozen, clean_run, corrupted_run, hook_positions).at
     if not receiver_sites:
         return sweep(lm, clean, grid.axes, sender_hooks, metrics, target=corrupted, **settings)
     memory = settings.get("memory")
@@ -120,6 +119,28 @@ def path_patching(
         ]
 
     return sweep(lm, clean, grid.axes, receiver_hooks, metrics, target=corrupted, **settings)
+
+
+@dataclass(frozen=True, eq=False)
+class _SenderHooks:
+    """The hooks of the first run: the sender is corrupted, and later components are frozen."""
+
+    sender: str
+    frozen: Sequence[Site]
+    clean_run: Run
+    corrupted_run: Run
+    positions: GridPositions
+
+    def at(self, layer: int, head: int | None = None, pos: Any = None) -> list[Hook]:
+        """Returns the hooks of one cell."""
+        hooks: list[Hook] = []
+        later = [site for site in self.frozen if _is_later(site, self.sender, layer)]
+        if later:
+            hooks.append(patch(later, self.clean_run))
+        sender = Site(self.sender, layer, head)
+        for position, rows in self.positions[pos]:
+            hooks.append(patch(sender, self.corrupted_run, pos=position, rows=rows))
+        return hooks
 
 
 def _check_components(*names: str) -> None:
