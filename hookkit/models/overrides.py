@@ -55,25 +55,19 @@ class WrappedMethod:
 
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
-            return _call(tuple(wrappers), original, args, kwargs)
+            return _call(tuple(wrappers), original, *args, **kwargs)
 
         function.__dict__["wrapped_method"] = self
         self.function = function
 
 
-def _call(wrappers: tuple[MethodWrapper, ...], original: Any, args: Any, kwargs: Any) -> Any:
+def _call(wrappers: tuple[MethodWrapper, ...], original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Calls a method through the wrappers that apply, the newest first."""
     for number in range(len(wrappers) - 1, -1, -1):
         if wrappers[number].applies():
-            inner = functools.partial(_call_inner, wrappers[:number], original)
+            inner = functools.partial(_call, wrappers[:number], original)
             return wrappers[number].work(inner, *args, **kwargs)
     return original(*args, **kwargs)
-
-
-def _call_inner(
-    wrappers: tuple[MethodWrapper, ...], original: Any, /, *args: Any, **kwargs: Any
-) -> Any:
-    return _call(wrappers, original, args, kwargs)
 
 
 class _SharedAttribute:

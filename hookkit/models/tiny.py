@@ -52,7 +52,7 @@ SLIDING: dict[str, Any] = {
     "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
-
+GRANITE = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
 STATE_SPACE_PARAMETERS = ("A_log", "dt_bias", "dt_proj.bias", ".D")  # keep their initial values
 
 # What a family needs besides the sizes. None removes a setting.
@@ -91,18 +91,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {**EXPERTS, **SLIDING, "head_dim": 8},
     "gptj": {"rotary_dim": 4},
-    "granite": {
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 4.0,
-        "attention_multiplier": 0.4,
-    },
-    "granitemoe": {
-        **EXPERTS,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 4.0,
-    },
+    "granite": {**GRANITE, "attention_multiplier": 0.4},
+    "granitemoe": {**EXPERTS, **GRANITE},
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "lfm2": {
