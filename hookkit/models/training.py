@@ -148,8 +148,8 @@ def in_checkpointed_block(root: nn.Module, path: str) -> bool:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Sets `requires_grad` of all weights to False inside a `with` block.
 
-    Afterwards each weight has its own value again.
-    Weights are identified by name, because offloaded weights are new objects after every forward.
+    Afterwards each weight has its previous setting again. Weights are identified by name, because
+    offloaded weights are new objects after every forward.
     """
     trainable = {name for name, weight in _weights(model) if weight.requires_grad}
     try:
