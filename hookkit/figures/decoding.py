@@ -34,8 +34,8 @@ from .style import (
     cut,
     finished,
     fitted,
+    label_point,
     plain,
-    pointer,
     rank_axis,
     readable,
     spread,
@@ -65,8 +65,6 @@ MOST_LINES = 12  # that can be told apart
 
 @dataclass(frozen=True)
 class _Cell:
-    """One step of the strip."""
-
     step: int
     token: str
     value: float  # surprisal or margin; inf where no other token was possible
@@ -374,8 +372,6 @@ def prob_against(
 
 @dataclass(frozen=True, eq=False)
 class _Line:
-    """One line over the steps."""
-
     name: str
     steps: np.ndarray
     values: np.ndarray
@@ -419,16 +415,9 @@ def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
                 axes.plot(line.steps[mask], line.values[mask], mark, ms=size, **style)
     heights = _label_heights(axes, [line.values[-1] for line in lines])
     for line, height in zip(lines, heights, strict=True):
-        axes.annotate(
-            line.name,
-            (line.steps[-1], line.values[-1]),
-            xytext=(1.025, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8.5,
-            color=line.colour,
-            arrowprops=pointer(0, shrink=(1, 4)),
-        )
+        end = (line.steps[-1], line.values[-1])
+        style = {"textcoords": "axes fraction", "color": line.colour}
+        label_point(axes, line.name, end, (1.025, height), shrink=(1, 4), **style)
     legend = ["● chosen here"] if has_choice else []
     if has_zero:
         legend.append("× probability 0")
@@ -484,7 +473,6 @@ def _label_steps(axes: Axes, table: pd.DataFrame, label: str) -> None:
 
 
 def _label_baseline_tokens(axes: Axes, table: pd.DataFrame) -> None:
-    """Write the tokens that the baseline chose above the axes."""
     top_axis = axes.secondary_xaxis("top")
     steps, names = _step_labels(table)
     top_axis.set_xticks(steps, names, rotation=60, ha="left", rotation_mode="anchor")

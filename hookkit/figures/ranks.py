@@ -25,10 +25,11 @@ from .style import (
     PAPER,
     POINT,
     UP,
+    annotate_bar,
     change_colour,
     drawable,
     finished,
-    pointer,
+    label_point,
     rank_axis,
     spread,
 )
@@ -119,24 +120,14 @@ def _draw_rank_label(axes: Axes, token: dict[Hashable, Any], side: int, height: 
 
     `side` is 0 for the rank before, at the left, and 1 for the rank after, at the right.
     """
-    name = drawable(token["token"])
+    name, is_edited = drawable(token["token"]), "edited" in token["why"]
+    style: dict[str, Any] = {"shrink": (2, 3), "bold": is_edited, "color": INK}
     if side == 0:
         rank = token["rank_before"]
-        text, x, alignment = f"{rank:,}  {name}", -0.12, "right"
+        label_point(axes, f"{rank:,}  {name}", (0, rank), (-0.12, height), align="right", **style)
     else:
         rank = token["rank_after"]
-        text, x, alignment = f"{name}  {rank:,}", 1.12, "left"
-    axes.annotate(
-        text,
-        (side, rank),
-        xytext=(x, height),
-        ha=alignment,
-        va="center",
-        fontsize=8.5,
-        color=INK,
-        fontweight="bold" if "edited" in token["why"] else "normal",
-        arrowprops=pointer(1 - side, shrink=(2, 3)),
-    )
+        label_point(axes, f"{name}  {rank:,}", (1, rank), (1.12, height), **style)
 
 
 @checks_arguments
@@ -159,7 +150,10 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     colours = [UP if delta > 0 else DOWN for delta in deltas]
     axes.barh(positions, lengths, color=colours, height=0.7)
     for position, (delta, length) in enumerate(zip(deltas, lengths, strict=True)):
-        _annotate_delta(axes, delta, length, position)
+        if np.isfinite(delta):
+            annotate_bar(axes, f"{delta:+.2f}", length, position)
+        else:
+            annotate_bar(axes, "+∞" if delta > 0 else "−∞", length, position, inside=True)
     names = [drawable(str(token)) for token in ordered["token"]]
     axes.set_yticks(positions, names, fontsize=8.5)
     axes.invert_yaxis()
@@ -169,27 +163,6 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     axes.set_xlim(-limit * left_margin, limit * right_margin)
     axes.set_xlabel("Δ log-probability (nats, after minus before)")
     return finished(figure, title or "What became more and less likely")
-
-
-def _annotate_delta(axes: Axes, delta: float, length: float, position: int) -> None:
-    """Write a delta outside the end of its bar, or an infinite one inside."""
-    direction = 1 if length >= 0 else -1
-    if np.isfinite(delta):
-        text, offset, colour, is_left_aligned = f"{delta:+.2f}", 4, INK, direction > 0
-    else:
-        text, offset, colour, is_left_aligned = "−∞", -4, PAPER, direction < 0
-        if delta > 0:
-            text = "+∞"
-    axes.annotate(
-        text,
-        (length, position),
-        xytext=(offset * direction, 0),
-        textcoords="offset points",
-        ha="left" if is_left_aligned else "right",
-        va="center",
-        fontsize=8,
-        color=colour,
-    )
 
 
 def _draw_scatter(
@@ -225,22 +198,11 @@ def _draw_named_token(
     *,
     is_watched: bool,
 ) -> None:
-    if is_watched:
-        colour, size, weight = MARK, 6, "bold"
-    else:
-        colour, size, weight = INK, 3.5, "normal"
+    colour, size = (MARK, 6) if is_watched else (INK, 3.5)
     point = (token["token_id"], token[column])
+    text = f"{drawable(token['token'])}  {token['rank']:,}"
     axes.plot(*point, "o", ms=size, color=colour, mec=PAPER, mew=0.7, zorder=3)
-    axes.annotate(
-        f"{drawable(token['token'])}  {token['rank']:,}",
-        point,
-        xytext=label_position,
-        va="center",
-        fontsize=8.5,
-        color=colour,
-        fontweight=weight,
-        arrowprops=pointer(0, shrink=(2, 4)),
-    )
+    label_point(axes, text, point, label_position, shrink=(2, 4), bold=is_watched, color=colour)
 
 
 def _check_one_position(table: pd.DataFrame, column: str) -> None:

@@ -26,8 +26,8 @@ from .style import (
     cut,
     draw_signed_bars,
     finished,
+    label_point,
     plain,
-    pointer,
     rank_axis,
     readable,
     spread,
@@ -127,16 +127,9 @@ def _draw_token(
     name = plain(cut(readable(token["token"]), 0.9, 8.5))
     colour = change_colour(token["shift"])
     axes.plot(*point, "o", ms=5.5, color=colour, mec=GRID, mew=0.6, zorder=3)
-    axes.annotate(
-        f"{name}  {token['rank_before']:,} → {token['rank_after']:,}",
-        point,
-        xytext=label_position,
-        va="center",
-        fontsize=8,
-        color=INK,
-        fontweight="bold" if is_requested else "normal",
-        arrowprops=pointer(0, shrink=(1, 4)),
-    )
+    text = f"{name}  {token['rank_before']:,} → {token['rank_after']:,}"
+    style: dict[str, Any] = {"fontsize": 8, "bold": is_requested, "color": INK}
+    label_point(axes, text, point, label_position, shrink=(1, 4), **style)
 
 
 def _spread_ranks(ranks: np.ndarray, gap: float, lowest: float) -> np.ndarray:
@@ -182,15 +175,9 @@ def _name_line_ends(
     ranks = np.array([rank for _, rank, _ in ordered])
     heights = _spread_ranks(ranks, 0.065 * np.log10(lowest / 0.85), lowest)
     for (token, rank, colour), height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            f"{plain(cut(readable(token), 1.0, 8.5))}  {rank:,.0f}",
-            (last_layer, rank),
-            xytext=(last_layer * 1.03 + 0.4, height),
-            va="center",
-            fontsize=8.5,
-            color=colour,
-            arrowprops=pointer(0, shrink=(1, 1)),
-        )
+        text = f"{plain(cut(readable(token), 1.0, 8.5))}  {rank:,.0f}"
+        position = (last_layer * 1.03 + 0.4, height)
+        label_point(axes, text, (last_layer, rank), position, shrink=(1, 1), color=colour)
 
 
 def component_bars(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
@@ -202,8 +189,7 @@ def component_bars(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Fig
     figure, panels = _make_panels(list(parts), height, left=1.5)
     for axes, table in zip(panels, parts.values(), strict=True):
         values = table["logit_delta"].to_numpy(float)
-        draw_signed_bars(axes, values)
-        axes.set_yticks(np.arange(len(values)), table["component"].tolist(), fontsize=8.5)
+        draw_signed_bars(axes, table["component"].tolist(), values.tolist())
         limit = 1.28 * (float(np.abs(values).max()) or 1.0)
         axes.set_xlim(-limit, limit)
         axes.set_xlabel("change of the logit, after minus before")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -85,45 +85,56 @@ def change_colour(change: float) -> str:
     return DOWN if change < 0 else MUTED
 
 
-def pointer(label_side: float, shrink: tuple[float, float]) -> dict[str, Any]:
-    """The thin line from a label to its point, as `arrowprops` of `Axes.annotate`.
+def label_point(
+    axes: Axes,
+    text: str,
+    point: tuple[float, float],
+    label_position: tuple[float, float],
+    *,
+    shrink: tuple[float, float],
+    align: Literal["left", "right"] = "left",
+    bold: bool = False,
+    **style: Any,
+) -> None:
+    """Write a label beside a point, with a thin line from one to the other.
 
-    `label_side` is the x of the label's box where the line begins (0 left, 1 right).
-    `shrink` is the gap at the label and at the point, in points.
+    `shrink` is the gap between the line and the label, and between the line and the point, in
+    points. `style` is passed to `Axes.annotate`.
     """
-    return {
-        "arrowstyle": "-",
-        "color": GRID,
-        "lw": 0.9,
-        "shrinkA": shrink[0],
-        "shrinkB": shrink[1],
-        "relpos": (label_side, 0.5),
-    }
+    line = {"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": shrink[0], "shrinkB": shrink[1]}
+    line["relpos"] = (0 if align == "left" else 1, 0.5)
+    style = {"fontsize": 8.5, "fontweight": "bold" if bold else "normal", **style}
+    axes.annotate(
+        text, point, xytext=label_position, ha=align, va="center", arrowprops=line, **style
+    )
 
 
-def draw_signed_bars(axes: Axes, values: np.ndarray | list[float]) -> None:
+def draw_signed_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
     """Draw horizontal bars with their values, from the top down. The last bar is the sum."""
     colours = [UP if value >= 0 else DOWN for value in values[:-1]]
     positions = np.arange(len(values))
     axes.barh(positions, values, color=[*colours, INK], height=0.7)
     for position, value in enumerate(values):
-        annotate_bar(axes, f"{value:+.2f}", float(value), position)
+        annotate_bar(axes, f"{value:+.2f}", value, position)
+    axes.set_yticks(positions, names, fontsize=8.5)
     axes.invert_yaxis()
     axes.axvline(0, color=MUTED, lw=0.8)
 
 
-def annotate_bar(axes: Axes, text: str, value: float, position: int) -> None:
-    """Write a text at the outer end of a horizontal bar."""
-    offset, alignment = (4, "left") if value >= 0 else (-4, "right")
+def annotate_bar(
+    axes: Axes, text: str, value: float, position: int, *, inside: bool = False
+) -> None:
+    """Write a text beyond the end of a horizontal bar, or `inside` it."""
+    is_right = (value >= 0) != inside
     axes.annotate(
         text,
         (value, position),
-        xytext=(offset, 0),
+        xytext=(4 if is_right else -4, 0),
         textcoords="offset points",
-        ha=alignment,
+        ha="left" if is_right else "right",
         va="center",
         fontsize=8,
-        color=INK,
+        color=PAPER if inside else INK,
     )
 
 

@@ -69,9 +69,7 @@ def heat_map(
                 "Say x= and y=."
             )
     assert x is not None
-    parts: dict[Any, Any] = {None: table}
-    if "site" in table.columns:
-        parts = {site: table[table["site"] == site] for site in dict.fromkeys(table["site"])}
+    parts = _split_by_site(table)
     grids = [_build_grid(part, value, x, y).sort_index() for part in parts.values()]
     if limit is None:
         limit = max(float(np.nanmax(np.abs(grid.to_numpy()))) for grid in grids) or 1.0
@@ -91,6 +89,13 @@ def heat_map(
     first_part = next(iter(parts.values()))
     style_colour_bar(bar, f"{value.replace('_', ' ')}{_describe_mean(first_part)}")
     return figure
+
+
+def _split_by_site(table: pd.DataFrame) -> dict[Any, Any]:
+    """The rows of each site; one part without a name if the table has no sites."""
+    if "site" not in table.columns:
+        return {None: table}
+    return {site: table[table["site"] == site] for site in dict.fromkeys(table["site"])}
 
 
 def _first_column(table: pd.DataFrame, names: Sequence[str]) -> str | None:

@@ -106,5 +106,4 @@ def _draw_vectors(
 
 
 def _select_doses(table: Any, vector: str, is_positive: bool) -> Any:
-    """The rows of one vector whose doses have one sign."""
     return table[(table["vector"] == vector) & ((table["dose"] > 0) == is_positive)]

@@ -1,1 +1,1 @@
-"""What is shown to others: pages, records of experiments, galleries, and reports."""
+"""Pages, records of experiments, galleries of results, and reports on edits and models."""

@@ -1,4 +1,4 @@
-"""The index of a folder of results: of each its question, its answer and a picture, and the way to its page."""
+"""The index of a folder of results: the question, the answer and a picture of each, with links."""
 
 import base64
 import io
@@ -15,17 +15,18 @@ from ..files.atomic import write_text
 from ..files.untrusted import inside, is_bare_name, json_in, strings_of
 from .page import is_own_page, rendered
 
-WIDTH, HEIGHT = 640, 360  # of a picture on the index, in pixels at most
-LARGEST = 80_000_000  # pixels of a picture that is read
+PICTURE_SIZE = 640, 360  # pixels, the largest width and height of a picture on the index
+MOST_PIXELS = 80_000_000  # of a picture that is read
 COLUMNS = ["result", "title", "question", "answer", "made", "page"]
 
 
 @checks_arguments
 def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
-    """The results in a folder, and in folders below it: one row for each page that is there.
+    """The results in a folder and in the folders below it, one row for each page.
 
-    Columns: result, its folder · title · question · answer · made, the command and how it ended · page. Raises
-    `BadHook` for a folder that is not there, or has no results, and `BadFile` for an about.json that cannot be read.
+    Columns: result, its folder · title · question · answer · made, the command and how it ended ·
+    page. Raises `BadHook` for a folder that does not exist or has no results, and `BadFile` for an
+    about.json that cannot be read.
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")
@@ -36,74 +37,71 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     top = Path(folder)
     if not top.is_dir():
         raise BadHook(f"there is no folder {str(folder)!r}: name one with results in it")
-    found = [
-        _result(page.relative_to(top), top)
-        for page in sorted(top.rglob("report.html"))
-        if _shown(page, top)
-    ]
-    if not found:
+    records = []
+    for page in sorted(top.rglob("report.html")):
+        relative = page.relative_to(top)
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if page.parent != top and not is_hidden:
+            records.append(_read_result(relative, top))
+    if not records:
         raise BadHook(
-            f"{str(folder)!r} has no results: a result is a folder with a report.html, as hk.record makes it"
+            f"{str(folder)!r} has no results: a result is a folder with a report.html, as "
+            "hk.record makes it"
         )
-    return pd.DataFrame(found, columns=COLUMNS)
+    return pd.DataFrame(records, columns=COLUMNS)
 
 
 @checks_arguments
 def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
-    """Write index.html into a folder of results: of each the question, the answer and a picture; the page's path.
+    """Write index.html into a folder of results. Returns its path.
 
-    The picture is the first figure of a result; results that ask nothing stand at the end. The page is self-contained,
-    and links to the pages of the results.
-    Raises what `results` raises; and `BadFile` where the folder has an index.html that hookkit did not write, and for a
-    picture that cannot be read.
+    The page has the question, the answer and the first figure of each result, and links to its
+    page. Results without a question are at the end. The page is self-contained. Raises what
+    `results` raises, and `BadFile` if the folder has an index.html that hookkit did not write, or
+    for a picture that cannot be read.
 
     >>> with record("results/oat_milk", question="What comes next?", lm=lm) as oat_milk:
     ...     oat_milk.answer("Coffee.")
     >>> index("results").name
     'index.html'
     """
-    rows: list[Any] = sorted(
-        results(folder).to_dict("records"), key=lambda row: not row["question"]
-    )
-    from ..models.tensor_parallel import (
-        is_writing_process,  # which brings torch, and results that are only listed need none
-    )
+    rows: list[Any] = results(folder).to_dict("records")
+    rows.sort(key=lambda row: not row["question"])
+    # This import brings torch, which results that are only listed do not need.
+    from ..models.tensor_parallel import is_writing_process
 
     page = Path(folder) / "index.html"
     if os.path.lexists(page) and not is_own_page(page):
         raise BadFile(
-            f"{str(page)!r} was not written by hk.index: move it away, or make the index of another folder"
+            f"{str(page)!r} was not written by hk.index: move it away, or make the index of "
+            "another folder"
         )
-    shown = []
     for row in rows:
-        address = quote(row["page"])  # the name of a folder may begin as "javascript:" does
-        shown.append(row | {"picture": _picture(Path(folder) / row["result"]), "address": address})
+        row["picture"] = _encode_picture(Path(folder) / row["result"])
+        row["address"] = quote(row["page"])  # a folder's name may begin with "javascript:"
     if is_writing_process():
-        write_text(page, rendered("gallery.html", title=title, results=shown))
+        write_text(page, rendered("gallery.html", title=title, results=rows))
     return page
 
 
-def _shown(page: Path, top: Path) -> bool:
-    return (
-        not any(part.startswith(".") for part in page.relative_to(top).parts) and page.parent != top
-    )
-
-
-def _result(page: Path, top: Path) -> dict[str, str]:
-    about = _about(top / page.parent)
+def _read_result(page: Path, top: Path) -> dict[str, str]:
+    """The row of one result. `page` is relative to the folder `top`."""
+    about = _read_about(top / page.parent)
+    command = about.get("command", "")
     ended = about.get("ended", "finished")
-    made = about.get("command", "") + ("" if ended == "finished" else f" ({ended})")
-    title = about.get("title") or page.parent.name.replace("_", " ").capitalize()
-    words = {
-        "title": title,
+    if ended != "finished":
+        command += f" ({ended})"
+    return {
+        "result": page.parent.as_posix(),
+        "title": about.get("title") or page.parent.name.replace("_", " ").capitalize(),
         "question": about.get("question", ""),
         "answer": about.get("answer", ""),
-        "made": made,
+        "made": command,
+        "page": page.as_posix(),
     }
-    return {"result": page.parent.as_posix(), **words, "page": page.as_posix()}
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> dict[str, Any]:
     path = inside(folder, "about.json")
     if not path.exists():
         return {}
@@ -111,36 +109,41 @@ def _about(folder: Path) -> dict[str, Any]:
     return dict(strings_of(json_in(path, finite=False), names, repr(str(path))))
 
 
-def _picture(folder: Path) -> str:
-    """The first figure of a result, made small, as an address that holds it; nothing if there is none."""
-    from PIL import Image
-
-    files = _about(folder).get("files", ())
-    named = [name for name in files if is_bare_name(name)] if isinstance(files, list) else []
-    names = [*named, *sorted(path.name for path in folder.glob("*.png"))]
-    pictures = [inside(folder, name) for name in names if name.endswith(".png")]
-    path = next((path for path in pictures if path.is_file()), None)
+def _encode_picture(folder: Path) -> str:
+    """The first figure of a result as a small data URL, "" if it has no figure."""
+    path = _first_picture(folder)
     if path is None:
         return ""
+    from PIL import Image
+
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > LARGEST:
+            if image.width * image.height > MOST_PIXELS:
                 raise BadFile(
-                    f"{str(path)!r} is a picture of {image.width} x {image.height} pixels, and is not shown"
+                    f"{str(path)!r} is a picture of {image.width} x {image.height} pixels, and is "
+                    "not shown"
                 )
             small = image.convert("RGB")
-            small.thumbnail((WIDTH, HEIGHT))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # PIL has no error of its own
-        if isinstance(error, BadFile):
-            raise
+            small.thumbnail(PICTURE_SIZE)
+    except BadFile:
+        raise
+    # PIL has no error class of its own.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadFile(
             f"{str(path)!r} is no picture in PNG that can be read: {error}; make the result again"
         ) from error
-    words = io.BytesIO()
-    small.save(words, "WEBP", quality=80, method=6)
-    return f"data:image/webp;base64,{base64.b64encode(words.getvalue()).decode()}"
+    output = io.BytesIO()
+    small.save(output, "WEBP", quality=80, method=6)
+    return f"data:image/webp;base64,{base64.b64encode(output.getvalue()).decode()}"
+
+
+def _first_picture(folder: Path) -> Path | None:
+    """The first PNG in the order of about.json, else by name."""
+    files = _read_about(folder).get("files", ())
+    names = [name for name in files if is_bare_name(name)] if isinstance(files, list) else []
+    names += sorted(path.name for path in folder.glob("*.png"))
+    paths = [inside(folder, name) for name in names if name.endswith(".png")]
+    for path in paths:
+        if path.is_file():
+            return path
+    return None

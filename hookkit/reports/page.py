@@ -1,10 +1,12 @@
-"""Reports: one self-contained page from texts, tables and figures, with the tables' CSV and figures' PNG beside it.
+"""Reports: one self-contained page of texts, tables and figures, with the files beside it.
 
-    hk.report("Oat milk", "What moved?", shift, hk.rank_bump(shift)).write("results/oat_milk")
+    figure = hk.figures.rank_bump(shift)
+    hk.report("Oat milk", "What moved?", shift, figure).write("results/oat_milk")
 
-The page needs no network, follows the reader's light or dark theme, fits a phone, and can be printed. Everything that
-comes from a model or a user is escaped: a token may be "<script>". The one script on it, which sorts tables, is named
-by its hash in the page's policy, so that the browser runs no other.
+Each table is also written as CSV, each figure as PNG. The page needs no network, follows the
+reader's light or dark theme, fits a phone, and can be printed. All text from a model or a user is
+escaped: a token may be "<script>". The only script on the page sorts tables; the page's policy
+names it by its hash, so that the browser runs no other.
 """
 
 import base64
@@ -14,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from html import unescape
 from importlib.resources import files
@@ -35,38 +37,34 @@ from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, w
 from ..files.untrusted import is_bare_name, json_of, strings_of
 from .typesetting import as_json, as_latex, as_markdown, kind_of, written
 
-ROWS_SHOWN = 60  # of a longer table the page shows the beginning, and the CSV has all
-ROWS_OF_LONGER = 24
+MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
+FIRST_ROWS = 24  # of a longer table; its CSV has all rows
+MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
+SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
+PROSE_LETTERS = 40  # a longer text in a cell may break into lines
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
-SORTED = 3  # rows that a table has at least for the reader to sort it
-SIGNED = {
-    "logit_delta": 1,
-    "logprob_delta": 1,
-    "prob_delta": 1,
-    "shift": 1,
-    "rank_delta": -1,
-}  # 1: more is green
-PAPER_ROWS = 200  # of a longer table there is no Markdown and no LaTeX
-LONG = 40  # letters of a text that goes on in the next line
+# The columns that are coloured by their sign: with 1 positive numbers are green, with -1 negative.
+SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}
 FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
     "json": as_json,
     "md": as_markdown,
     "tex": as_latex,
 }
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
-PLACES = ("row", "pos", "step")
+INDEX_COLUMNS = ("row", "pos", "step")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PAGE = "report.html"
-OWN = b'<meta name="generator" content="hookkit">'  # in the head of every page
+GENERATOR = b'<meta name="generator" content="hookkit">'  # in the head of every page
 HASHES = re.compile(rb'<meta name="hookkit-files" content="([^"]*)">')
-LONGEST_HEAD = 2**20  # bytes of a page in which its head stands
+LONGEST_HEAD = 2**20  # bytes at the beginning of a page that contain its head
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A table or a figure with its name, which is the name of its file, and a caption.
+    """A table or a figure with its name, which is also the name of its file, and a caption.
 
-    `file` is the name of the part whose file has these rows as well; a part with one is written to no file of its own.
+    If `file` is the name of another part, that part's file has these rows too, and this part is not
+    written to a file of its own.
     """
 
     content: pd.DataFrame | Figure
@@ -77,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Folded:
-    """A text as it stands, line by line, that is folded away behind its summary."""
+    """A preformatted text that the reader unfolds by its summary."""
 
     summary: str
     text: str
@@ -88,11 +86,11 @@ Content: TypeAlias = str | pd.DataFrame | Figure | Part | Folded
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """A page that is not written yet. Made by `report`, and by `shift_report`.
+    """A page that is not written yet. Made by `report` and by `shift_report`.
 
-    data     tables that are written beside the page and do not stand on it
+    data     tables that are written beside the page and are not on it
     formats  how tables are written: "csv", "json", "md" (Markdown), "tex" (LaTeX)
-    files    other texts that are written beside it, by name
+    files    other texts that are written beside the page, by name
     """
 
     title: str
@@ -105,326 +103,384 @@ class Report:
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the names of their files."""
-        named = [
-            part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file
-        ]
-        return {part.name: part.content for part in named if isinstance(part.content, pd.DataFrame)}
+        return {
+            part.name: part.content
+            for part in self._written_parts()
+            if isinstance(part.content, pd.DataFrame)
+        }
+
+    def _written_parts(self) -> list[Part]:
+        """The parts that have a file of their own."""
+        parts = (*self.parts, *self.data)
+        return [part for part in parts if isinstance(part, Part) and not part.file]
 
     def html(self) -> str:
         """The page as text."""
-        return self._page({})
+        return self._render({})
 
-    def _page(self, hashes: Mapping[str, str]) -> str:
-        """The page, and in it the sha256 of the files beside it, by which a later report knows them as its own."""
-        parts = [_rendered(part, self.formats) for part in self.parts]
-        sorts = any(part.get("sorts") for part in parts)
-        script = _source("report.js") if sorts else ""
-        return rendered(
-            "report.html", script, title=self.title, footer=self.footer, parts=parts,
-            data=[_listed(part, self.formats) for part in self.data], files=list(self.files),
-            hashes=json.dumps(hashes) if hashes else "",
-        )  # fmt: skip
+    def _render(self, hashes: Mapping[str, str]) -> str:
+        """The page, with the sha256 of the files beside it.
 
-    def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html, and beside it NAME.csv for every table and NAME.png for every figure; the page's path.
-
-        What an earlier report wrote in the folder is replaced. Raises `BadFile`, before anything is written, where a
-        file has one of these names that no report wrote, or that was changed since.
+        By these hashes a later report recognizes the files as written by a report.
         """
-        target = Path(folder)
-        page = target / PAGE
-        from ..models.tensor_parallel import (
-            is_writing_process,  # which brings torch, and a page that is only read needs none
+        parts = [_render_part(part, self.formats) for part in self.parts]
+        has_sortable = any(part.get("sorts") for part in parts)
+        return rendered(
+            "report.html",
+            _read_template("report.js") if has_sortable else "",
+            title=self.title,
+            footer=self.footer,
+            parts=parts,
+            data=[_list_files(part, self.formats) for part in self.data],
+            files=list(self.files),
+            hashes=json.dumps(hashes) if hashes else "",
         )
 
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write report.html, NAME.csv for every table and NAME.png for every figure.
+
+        Returns the page's path. What an earlier report wrote in the folder is replaced. Raises
+        `BadFile`, before anything is written, if a file with one of these names was not written by
+        a report, or was changed since.
+        """
+        # These imports bring torch, which a page that is only read does not need.
+        from ..models.tensor_parallel import is_writing_process
+
+        target = Path(folder)
+        page = target / PAGE
         if not is_writing_process():
             return page
-        data = self._files()
-        _check_own(target, data)
+        data = self._build_files()
+        _check_files(target, data)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
         make_folder(target)
         remove_leftovers(target)
         for name, content in data.items():
             write_bytes(target / name, content)
-        write_text(page, self._page(hashes))
+        write_text(page, self._render(hashes))
         return page
 
     def write_page(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html alone, into a folder that has the files of its tables and figures already; its path."""
+        """Write report.html alone, into a folder that has the files already. Returns its path."""
         from ..models.tensor_parallel import is_writing_process
 
         page = Path(folder) / PAGE
         if is_writing_process():
-            _check_own(page.parent, {})
+            _check_files(page.parent, {})
             make_folder(page.parent)
             write_text(page, self.html())
         return page
 
-    def _files(self) -> dict[str, bytes]:
-        """What is written beside the page, by the names of the files."""
+    def _build_files(self) -> dict[str, bytes]:
         data: dict[str, bytes] = {}
-        for part in (*self.parts, *self.data):
-            if isinstance(part, Part) and not part.file:
-                check_name(part.name)
-                data |= part_files(part, self.formats)
+        for part in self._written_parts():
+            check_name(part.name)
+            data |= part_files(part, self.formats)
         for name, text in self.files.items():
             if not is_bare_name(name) or name == PAGE or name in data:
                 raise BadHook(
-                    f"{name!r} cannot name a file of a report: names stand once, and lead to no other folder"
+                    f"{name!r} cannot name a file of a report: names stand once, and lead to no "
+                    "other folder"
                 )
-            data[name] = text.encode("utf-8", errors="backslashreplace")
+            data[name] = _encode(text)
         return data
 
     def _repr_html_(self) -> str:
-        named = [
-            part for part in (*self.parts, *self.data) if isinstance(part, Part) and not part.file
-        ]
-        rows = [{"name": part.name, "what": _kind(part), "caption": part.caption} for part in named]
-        return shown(
-            f"Report: {self.title}",
-            {"to see it": "write(folder), which gives the page's path"},
-            rows,
-        )
+        rows = []
+        for part in self._written_parts():
+            kind = "figure"
+            if isinstance(part.content, pd.DataFrame):
+                kind = f"table of {len(part.content)} rows"
+            rows.append({"name": part.name, "what": kind, "caption": part.caption})
+        facts = {"to see it": "write(folder), which gives the page's path"}
+        return shown(f"Report: {self.title}", facts, rows)
 
 
 @checks_arguments
 def report(title: str, *parts: Content, footer: str = "") -> Report:
-    """A page of these parts, in order: text, tables, figures, or `Part(content, name, caption)` to name their files.
+    """A page of these parts, in order: texts, tables, figures, or `Part(content, name, caption)`.
 
-    A text that begins with "# " is a heading, one with "## " a smaller one. Unnamed parts are table_1, figure_1 and so
-    on. Names that stand twice, or that are no file names, raise `BadHook`.
+    A text that begins with "# " is a heading, one with "## " a smaller one. A `Part` names the file
+    of its table or figure; without it they are named table_1, figure_1 and so on. Raises `BadHook`
+    for names that are used twice, or that cannot name a file.
 
     >>> report("Oat milk", "# Before", ranks(run)).write("results/oat_milk").name
     'report.html'
     """
-    named: list[str | Part | Folded] = []
+    page_parts: list[str | Part | Folded] = []
+    names: list[str] = []
     for part in parts:
         if isinstance(part, pd.DataFrame | Figure):
             kind = "table" if isinstance(part, pd.DataFrame) else "figure"
-            count = sum(isinstance(p, Part) and p.name.startswith(f"{kind}_") for p in named)
+            count = sum(name.startswith(f"{kind}_") for name in names)
             part = Part(part, f"{kind}_{count + 1}")
         if not isinstance(part, str | Part | Folded):
             raise BadHook(
                 f"a report has texts, tables and figures, and was given a {type(part).__name__}"
             )
-        named.append(part)
-    names = [part.name for part in named if isinstance(part, Part)]
+        if isinstance(part, Part):
+            names.append(part.name)
+        page_parts.append(part)
     for name in names:
         if names.count(name) > 1 or not NAME.fullmatch(name):
             raise BadHook(
-                f"{name!r} cannot name a part: names stand once, and are letters, digits, '-' and '_'"
+                f"{name!r} cannot name a part: names stand once, and are letters, digits, '-' and "
+                "'_'"
             )
-    return Report(title, tuple(named), footer)
+    return Report(title, tuple(page_parts), footer)
 
 
-def _kind(part: Part) -> str:
-    return (
-        f"table of {len(part.content)} rows" if isinstance(part.content, pd.DataFrame) else "figure"
-    )
+def add_files(
+    page: Report,
+    tables: Mapping[str, pd.DataFrame],
+    captions: Mapping[str, str],
+    about: Mapping[str, Any],
+) -> Report:
+    """The page with about.json and the captioned tables beside it, the tables in all formats."""
+    data = []
+    for name, caption in captions.items():
+        if name in tables and not tables[name].empty:
+            data.append(Part(tables[name], name, caption))
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    return replace(page, data=tuple(data), formats=("csv", *FORMATS), files={"about.json": text})
 
 
 def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
-    """One table as CSV, and in the other formats, or one figure as PNG; the same content gives the same bytes."""
+    """The files of a part: a table as CSV and in the other formats, or a figure as PNG.
+
+    The same content always gives the same bytes.
+    """
     if isinstance(part.content, Figure):
-        drawing = io.BytesIO()
-        part.content.savefig(drawing, format="png", dpi=150, metadata={"Software": None})
-        return {f"{part.name}.png": drawing.getvalue()}
-    files = {
-        f"{part.name}.csv": part.content.to_csv(
-            index=False, float_format="%.6g", lineterminator="\n"
-        )
-    }
-    for kind in written_as(part.content, formats):
+        png = io.BytesIO()
+        part.content.savefig(png, format="png", dpi=150, metadata={"Software": None})
+        return {f"{part.name}.png": png.getvalue()}
+    table = part.content
+    csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    data = {f"{part.name}.csv": _encode(csv)}
+    for kind in written_as(table, formats):
         if kind != "csv":
-            files[f"{part.name}.{kind}"] = FORMATS[kind](part.content).rstrip("\n") + "\n"
-    return {name: text.encode("utf-8", errors="backslashreplace") for name, text in files.items()}
+            data[f"{part.name}.{kind}"] = _encode(FORMATS[kind](table).rstrip("\n") + "\n")
+    return data
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def check_name(name: str) -> None:
-    """Raise `BadHook` for what cannot name a file without its ending."""
+    """Raises `BadHook` for a name that cannot be the name of a file without its suffix."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadHook(f"{name!r} cannot name a file here: use letters, digits, '-' and '_'")
 
 
-def _check_own(folder: Path, data: Mapping[str, bytes]) -> None:
-    """Raise `BadFile` where a file would be overwritten that is no report's."""
+def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
+    """Raises `BadFile` if a file that no report wrote would be overwritten."""
     page = folder / PAGE
-    known = _hashes(page)
-    foreign = [PAGE] if os.path.lexists(page) and not is_own_page(page) else []
+    hashes = _read_hashes(page)
+    foreign = []
+    if os.path.lexists(page) and not is_own_page(page):
+        foreign.append(PAGE)
     for name, content in data.items():
         path = folder / name
-        own = known.get(name), hashlib.sha256(content).hexdigest()
-        if os.path.lexists(path) and (
-            path.is_symlink() or not path.is_file() or sha256(path) not in own
-        ):
+        allowed = hashes.get(name), hashlib.sha256(content).hexdigest()
+        if os.path.lexists(path) and not _has_hash(path, allowed):
             foreign.append(name)
     if foreign:
         raise BadFile(
-            f"{str(folder)!r} has {', '.join(foreign)}, which no report wrote, or which was changed since: give "
-            "another folder, or move that away"
+            f"{str(folder)!r} has {', '.join(foreign)}, which no report wrote, or which was "
+            "changed since: give another folder, or move that away"
         )
 
 
+def _has_hash(path: Path, hashes: tuple[str | None, ...]) -> bool:
+    """True for a regular file with one of these sha256."""
+    return path.is_file() and not path.is_symlink() and sha256(path) in hashes
+
+
 def is_own_page(path: Path) -> bool:
-    """True for a page that hookkit wrote, which says so at its beginning."""
+    """True for a page that hookkit wrote: its head says so."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        return OWN in file.read(LONGEST_HEAD)
+        return GENERATOR in file.read(LONGEST_HEAD)
 
 
-def _hashes(page: Path) -> Mapping[str, str]:
-    """The sha256 of the files beside a page, as an earlier report noted them."""
+def _read_hashes(page: Path) -> Mapping[str, str]:
+    """The sha256 of the files beside a page, as an earlier report noted them on it."""
     if not is_own_page(page):
         return {}
     with page.open("rb") as file:
-        noted = HASHES.search(file.read(LONGEST_HEAD))
+        match = HASHES.search(file.read(LONGEST_HEAD))
+    if match is None:
+        return {}
     try:
-        return strings_of(json_of(unescape(noted[1].decode()), PAGE), (), PAGE) if noted else {}
+        return strings_of(json_of(unescape(match[1].decode()), PAGE), (), PAGE)
     except BadFile:
         return {}
 
 
-def _listed(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
-    kinds = written_as(part.content, formats) if isinstance(part.content, pd.DataFrame) else ["png"]
-    return {"files": [f"{part.name}.{kind}" for kind in kinds], "caption": part.caption}
-
-
 def written_as(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
-    """Those of the formats that a table is written in."""
-    return [kind for kind in formats if kind in ("csv", "json") or len(table) <= PAPER_ROWS]
+    """The formats in which a table is written: a long one is not written as Markdown or LaTeX."""
+    if len(table) <= MOST_PAPER_ROWS:
+        return list(formats)
+    return [kind for kind in formats if kind in ("csv", "json")]
 
 
-def _rendered(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
+def _list_files(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
+    suffixes = ["png"]
+    if isinstance(part.content, pd.DataFrame):
+        suffixes = written_as(part.content, formats)
+    return {"files": [f"{part.name}.{suffix}" for suffix in suffixes], "caption": part.caption}
+
+
+def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(part, str):
-        marks = {"# ": "heading", "## ": "smaller"}
-        mark = next((mark for mark in marks if part.startswith(mark)), "")
-        return {"kind": marks.get(mark, "text"), "text": part.removeprefix(mark)}
+        for mark, kind in (("# ", "heading"), ("## ", "smaller")):
+            if part.startswith(mark):
+                return {"kind": kind, "text": part.removeprefix(mark)}
+        return {"kind": "text", "text": part}
     if isinstance(part, Folded):
         return {"kind": "folded", "summary": part.summary, "text": part.text}
     if isinstance(part.content, Figure):
-        return {
-            "kind": "figure",
-            "name": part.name,
-            "caption": part.caption,
-            "svg": Markup(_svg(part)),
-        }
-    if part.file:  # all of the file's formats are named among the files
+        svg = Markup(_render_svg(part.content, part.name))
+        return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
+    if part.file:  # the part with this file links the other formats
         formats = ("csv",)
-    files = [f"{part.file or part.name}.{kind}" for kind in written_as(part.content, formats)]
-    return {"kind": "table", "name": part.name, "files": files} | _cells(part.content, part.caption)
+    links = [f"{part.file or part.name}.{kind}" for kind in written_as(part.content, formats)]
+    table = _render_table(part.content, part.caption)
+    return {"kind": "table", "name": part.name, "files": links, **table}
 
 
-def _cells(table: pd.DataFrame, caption: str) -> dict[str, Any]:
-    shown = table if len(table) <= ROWS_SHOWN else table.head(ROWS_OF_LONGER)
+def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
+    """The header, the cells and the caption of a table for the template."""
+    visible = table if len(table) <= MOST_ROWS else table.head(FIRST_ROWS)
+    # Empty columns, such as the intervals of a mean over one prompt, are only in the CSV.
     empty = [name for name in table if len(table) and bool(table[name].isna().all())]
-    if (
-        len(empty) < table.shape[1]
-    ):  # such as the intervals of a mean over one prompt; the CSV has them
-        shown = shown.drop(columns=empty)
-    same = [
-        name for name in PLACES if name in table and len(table) > 1 and len(set(table[name])) == 1
-    ]
-    if same and len(same) < shown.shape[1]:  # said once, there is room for the others
-        caption = f"{caption} {', '.join(f'{name} {table[name].iloc[0]}' for name in same).capitalize()}.".strip()
-        shown = shown.drop(columns=same)
-    names = [str(name) for name in shown.columns]
-    styles = [kind_of(name, kind) for name, kind in zip(names, shown.dtypes, strict=True)]
-    rows = [
-        [_cell(value, name, style) for value, name, style in zip(row, names, styles, strict=True)]
-        for row in shown.itertuples(index=False)
-    ]
-    if len(table) > len(shown):
-        caption = f"{caption} The first {len(shown)} of {len(table)} rows.".strip()
-    header = _header(names, list(styles))
-    return {"header": header, "rows": rows, "caption": caption, "sorts": len(rows) >= SORTED}
+    if len(empty) < table.shape[1]:
+        visible = visible.drop(columns=empty)
+    # The caption names an index column with one value, which leaves room for the other columns.
+    constant = _constant_columns(table)
+    if constant and len(constant) < visible.shape[1]:
+        words = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant).capitalize()
+        caption = f"{caption} {words}.".strip()
+        visible = visible.drop(columns=constant)
+    if len(table) > len(visible):
+        caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
+    names = [str(name) for name in visible.columns]
+    styles = list(map(kind_of, names, visible.dtypes))
+    rows = []
+    for row in visible.itertuples(index=False):
+        rows.append(list(map(_render_cell, row, names, styles)))
+    is_sortable = len(rows) >= SORTABLE_ROWS
+    header = _render_header(names, list(styles))
+    return {"header": header, "rows": rows, "caption": caption, "sorts": is_sortable}
 
 
-def _cell(value: Any, name: str, style: str) -> dict[str, Any]:
+def _constant_columns(table: pd.DataFrame) -> list[str]:
+    if len(table) < 2:
+        return []
+    return [name for name in INDEX_COLUMNS if name in table and len(set(table[name])) == 1]
+
+
+def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
     text = written(value)
-    if style == "number":
-        rises = SIGNED.get(name, 0) * value if text else 0
-        sign = " up" if rises > 0 else " down" if rises < 0 else ""
-        return {"text": text, "style": f"number{sign}", "value": f"{value:.12g}" if text else ""}
-    return {"text": text, "style": style or ("prose" if len(text) > LONG else ""), "value": None}
+    if style != "number":
+        if not style and len(text) > PROSE_LETTERS:
+            style = "prose"
+        return {"text": text, "style": style, "value": None}
+    if not text:
+        return {"text": text, "style": style, "value": ""}
+    direction = SIGNED.get(name, 0) * value
+    if direction > 0:
+        style = "number up"
+    elif direction < 0:
+        style = "number down"
+    return {"text": text, "style": style, "value": f"{value:.12g}"}
 
 
-def _header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
-    """The header cells of a table in one line, or in two where columns come as NAME_before, NAME_after, NAME_delta."""
-    first: list[dict[str, Any]] = []
-    second: list[dict[str, Any]] = []
+def _render_header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
+    """The header cells of a table, in one line or two.
+
+    Columns NAME_before, NAME_after and NAME_delta in this order share a cell in the first line.
+    """
     columns = list(zip(names, styles, strict=True))
-    while columns:
-        place = len(names) - len(columns)
-        (name, style), group = columns[0], columns[0][0].removesuffix("_before")
-        parts = [part for part in COMPARED if (f"{group}_{part}", style) in columns[:3]]
-        if name != group and len(parts) == 3:
-            first.append({"text": group, "style": "group", "columns": 3, "lines": 1, "place": None})
-            for number, part in enumerate(parts):
-                second.append(
-                    {
-                        "text": COMPARED[part],
-                        "style": style,
-                        "columns": 1,
-                        "lines": 1,
-                        "place": place + number,
-                    }
-                )
-            columns = columns[3:]
+    first_line: list[dict[str, Any]] = []
+    second_line: list[dict[str, Any]] = []
+    index = 0
+    while index < len(columns):
+        name, style = columns[index]
+        group = name.removesuffix("_before")
+        compared = [(f"{group}_{part}", style) for part in COMPARED]
+        if name != group and columns[index : index + 3] == compared:
+            first_line.append(_header_cell(group, "group", None, columns=3))
+            for number, text in enumerate(COMPARED.values()):
+                second_line.append(_header_cell(text, style, index + number))
+            index += 3
         else:
-            first.append({"text": name, "style": style, "columns": 1, "lines": 2, "place": place})
-            columns = columns[1:]
-    return [first, second] if second else [[cell | {"lines": 1} for cell in first]]
+            first_line.append(_header_cell(name, style, index))
+            index += 1
+    if not second_line:
+        return [first_line]
+    for cell in first_line:
+        if cell["columns"] == 1:
+            cell["lines"] = 2
+    return [first_line, second_line]
 
 
-def _svg(part: Part) -> str:
-    """A figure as SVG whose ink and paper follow the page's theme. matplotlib escapes the texts in it."""
-    assert isinstance(part.content, Figure)
-    words = io.StringIO()
-    # the salt keeps ids apart between figures of one page, and the same from run to run
-    with rc_context(
-        {"svg.hashsalt": part.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    ):
-        part.content.savefig(words, format="svg", metadata={"Date": None, "Creator": None})
-    drawing = words.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    for colour, name in THEMED.items():
-        drawing = drawing.replace(colour, f"var({name})")
-    drawing = drawing.replace(
+def _header_cell(text: str, style: str, place: int | None, *, columns: int = 1) -> dict[str, Any]:
+    """A header cell. `place` is the column's index, by which the page's script sorts."""
+    return {"text": text, "style": style, "columns": columns, "lines": 1, "place": place}
+
+
+def _render_svg(figure: Figure, name: str) -> str:
+    """A figure as SVG whose ink and paper follow the page's theme. matplotlib escapes its texts."""
+    output = io.StringIO()
+    # The salt makes ids different between the figures of a page, and equal in every run.
+    settings = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    with rc_context(settings):
+        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+    svg = output.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in THEMED.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = svg.replace(
         "font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif"
     )
-    inches = part.content.get_figwidth()
-    widths = (
-        f"min-width: {max(34, 4.3 * inches):g}rem; max-width: {min(76, max(56, 6.7 * inches)):g}rem"
-    )
-    sized = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{widths}"', sized, count=1)
+    inches = figure.get_figwidth()
+    min_width = max(34, 4.3 * inches)
+    max_width = min(76, max(56, 6.7 * inches))
+    style = f"min-width: {min_width:g}rem; max-width: {max_width:g}rem"
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{style}"', svg, count=1)
 
 
 def rendered(template: str, script: str = "", **values: Any) -> str:
-    """A page in the house's style, on which the browser may run this script and no other."""
-    style, script = Markup(_source("page.css")), Markup(script)
-    return _template(template).render(style=style, script=script, policy=_policy(script), **values)
+    """A page from a template, on which the browser may run this script and no other."""
+    style, script = Markup(_read_template("page.css")), Markup(script)
+    policy = _content_policy(script)
+    return _load_template(template).render(style=style, script=script, policy=policy, **values)
 
 
 @cache
-def _template(name: str) -> Template:
+def _load_template(name: str) -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(_source(name))
+    return environment.from_string(_read_template(name))
 
 
 @cache
-def _source(name: str) -> str:
+def _read_template(name: str) -> str:
     return files("hookkit.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _policy(script: str) -> str:
+def _content_policy(script: str) -> str:
     """What the browser may do with the page: show it, and run this one script."""
-    runs = (
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        if script
-        else "'none'"
+    source = "'none'"
+    if script:
+        digest = hashlib.sha256(script.encode()).digest()
+        source = f"'sha256-{base64.b64encode(digest).decode()}'"
+    return (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
+        f"script-src {source}; base-uri 'none'"
     )
-    return f"default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; script-src {runs}; base-uri 'none'"

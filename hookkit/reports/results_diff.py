@@ -1,7 +1,7 @@
-"""Against: what moved between two runs of one experiment, table by table.
+"""`hk.moved`: what changed between two runs of one experiment, table by table.
 
 hk.moved("results/oat_milk", "elsewhere/oat_milk")      # two folders
-hk.moved("results/oat_milk@HEAD", "results/oat_milk")   # what is committed, and what stands there now
+hk.moved("results/oat_milk@HEAD", "results/oat_milk")   # the commit, and the files on disk
 """
 
 import io
@@ -28,146 +28,159 @@ Tables: TypeAlias = "str | os.PathLike[str] | Mapping[str, pd.DataFrame]"
 
 @checks_arguments
 def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
-    """What differs between the tables of two results: one row for each table that either of them has.
+    """The differences between the tables of two results, one row for each table.
 
-    before, after  folders, of which every CSV counts, in folders below too; "FOLDER@REVISION" is a folder as git has
-                   it; or mappings from names to tables
-    tolerance      two numbers a and b are the same where |a - b| is at most tolerance x max(1, |a|, |b|): absolute for
-                   small numbers, relative for large ones. Texts are the same letter by letter, and so are rows and
-                   columns by their order
+    before, after  folders, with every CSV in them and in folders below; "FOLDER@REVISION" is a
+                   folder as git has it; or mappings from names to tables
+    tolerance      two numbers a and b are the same if |a - b| is at most tolerance x max(1, |a|,
+                   |b|): absolute for small numbers, relative for large ones. Texts are compared
+                   letter by letter, rows and columns in their order
 
-    Columns: table · same · cells, that were compared · moved, those that differ · largest, the largest difference
-    between two numbers, also where it is within the tolerance · column, in which it is · note, on tables that only one
-    side has or that have other rows or columns. Raises `BadHook` for a folder or a revision that is not there, and
-    `BadFile` for a table that cannot be read.
+    Columns: table · same · cells, the number compared · moved, the number that differ · largest,
+    the largest difference between two numbers, also if it is within the tolerance · column, where
+    that is · note, for tables that only one side has or that have other rows or columns. Raises
+    `BadHook` for a folder or a revision that does not exist, and `BadFile` for a table that cannot
+    be read.
 
     >>> moved({"ranks": ranks(run)}, {"ranks": ranks(run)})[["table", "same", "moved"]]
        table  same  moved
     0  ranks  True      0
     """
-    old, new = _tables(before), _tables(after)
-    rows = [
-        _compared(name, old.get(name), new.get(name), tolerance)
-        for name in dict.fromkeys([*old, *new])
-    ]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    old_tables, new_tables = _read_tables(before), _read_tables(after)
+    records = []
+    for name in dict.fromkeys([*old_tables, *new_tables]):
+        changes = _compare(old_tables.get(name), new_tables.get(name), tolerance)
+        records.append({"table": name, **changes})
+    return pd.DataFrame(records, columns=COLUMNS)
 
 
 def in_words(table: pd.DataFrame) -> str:
-    """What `moved` found, in one line."""
+    """The result of `moved` in one line."""
     if table.empty:
         return "there are no tables"
-    other: Any = table[~table["same"]]
-    found: list[Any] = other.to_dict("records")
-    if not found:
+    changed: Any = table[~table["same"]]
+    n_same = len(table) - len(changed)
+    if changed.empty:
         return f"{len(table)} tables are the same"
-    said = [f"{each['table']}: {each['note'] or _cells(each)}" for each in found]
-    rest = len(table) - len(found)
-    return "; ".join([*said, f"{rest} other tables are the same"] if rest else said)
+    words = [
+        f"{row['table']}: {row['note'] or _describe_cells(row)}"
+        for row in changed.to_dict("records")
+    ]
+    if n_same:
+        words.append(f"{n_same} other tables are the same")
+    return "; ".join(words)
 
 
-def _cells(row: Mapping[str, Any]) -> str:
-    most = f", {row['column']} by {row['largest']:.3g}" if row["column"] else ""
-    return f"{row['moved']} of {row['cells']} cells moved{most}"
+def _describe_cells(row: Mapping[str, Any]) -> str:
+    text = f"{row['moved']} of {row['cells']} cells moved"
+    if row["column"]:
+        text += f", {row['column']} by {row['largest']:.3g}"
+    return text
 
 
-def _tables(source: Tables) -> dict[str, pd.DataFrame]:
+def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
     if isinstance(source, Mapping):
         return dict(source)
     folder, at, revision = os.fspath(source).rpartition("@")
     if at and folder and not Path(source).exists():
-        return _committed(Path(folder), revision)
+        return _read_committed(Path(folder), revision)
     if not Path(source).is_dir():
         raise BadHook(
             f"there is no folder {os.fspath(source)!r} to compare: name a folder of results"
         )
     tables: dict[str, pd.DataFrame] = {}
     for path in sorted(Path(source).rglob("*.csv")):
-        within = path.relative_to(source)
-        if LAST not in within.parts and path.is_file():
-            tables[_name(within)] = table_of(inside(path.parent, path.name))
+        relative = path.relative_to(source)
+        if LAST not in relative.parts and path.is_file():
+            tables[_table_name(relative)] = table_of(inside(path.parent, path.name))
     return tables
 
 
-def _committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
-    """The tables of a folder as they stand in a commit; it may be gone from the disk since."""
+def _read_committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
+    """The tables of a folder in a commit. The folder may be gone from the disk since."""
     if revision.startswith("-"):
         raise BadHook(f"{revision!r} is no revision of git: give a commit, a branch or a tag")
-    here = next((str(place) for place in folder.resolve().parents if place.is_dir()), ".")
+    full = folder.resolve()
+    existing = [str(parent) for parent in full.parents if parent.is_dir()]
     try:
-        top = Path(_git(here, "rev-parse", "--show-toplevel").decode().strip())
-        packed = _git(
-            str(top),
-            "archive",
-            f"{revision}:{folder.resolve().relative_to(top.resolve()).as_posix()}",
-        )
+        top = _git(existing[0] if existing else ".", "rev-parse", "--show-toplevel")
+        root = Path(top.decode().strip())
+        relative = full.relative_to(root.resolve()).as_posix()
+        archive = _git(str(root), "archive", f"{revision}:{relative}")
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
+        output = getattr(error, "stderr", b"") or str(error).encode()
         raise BadHook(
-            f"git has no {str(folder)!r} at {revision!r}: {said.decode().strip()}"
+            f"git has no {str(folder)!r} at {revision!r}: {output.decode().strip()}"
         ) from None
-    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
-        members = [
-            member
-            for member in files.getmembers()
-            if member.name.endswith(".csv") and member.isreg()
-        ]
-        return {
-            _name(Path(member.name)): table_of(_opened(files, member), member.name)
-            for member in members
-        }
+    tables = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        for member in files.getmembers():
+            if member.name.endswith(".csv") and member.isreg():
+                data = files.extractfile(member)
+                content = io.BytesIO(data.read() if data else b"")
+                tables[_table_name(Path(member.name))] = table_of(content, member.name)
+    return tables
 
 
-def _git(where: str, *words: str) -> bytes:
-    return subprocess.run(["git", "-C", where, *words], capture_output=True, check=True).stdout
+def _git(folder: str, *words: str) -> bytes:
+    return subprocess.run(["git", "-C", folder, *words], capture_output=True, check=True).stdout
 
 
-def _opened(files: tarfile.TarFile, member: tarfile.TarInfo) -> io.BytesIO:
-    found = files.extractfile(member)
-    return io.BytesIO(found.read() if found else b"")
-
-
-def _name(path: Path) -> str:
+def _table_name(path: Path) -> str:
     return path.with_suffix("").as_posix()
 
 
-def _compared(
-    name: str, old: pd.DataFrame | None, new: pd.DataFrame | None, tolerance: float
+def _compare(
+    old: pd.DataFrame | None, new: pd.DataFrame | None, tolerance: float
 ) -> dict[str, Any]:
-    note = ""
-    if old is None or new is None:
-        note = "is new" if old is None else "is gone"
-    elif list(old.columns) != list(new.columns):
+    """The columns of a row of `moved`, without the table's name."""
+    note = _describe_shape(old, new)
+    result: dict[str, Any] = {"same": False, "cells": 0, "moved": 0, "largest": float("nan")}
+    result |= {"column": "", "note": note}
+    if note or old is None or new is None:
+        return result
+    result |= {"cells": old.size, "largest": 0.0}
+    for index, title in enumerate(old.columns):
+        count, largest = _compare_columns(old.iloc[:, index], new.iloc[:, index], tolerance)
+        result["moved"] += count
+        if largest > result["largest"]:
+            result["largest"] = largest
+            result["column"] = str(title)
+    result["same"] = result["moved"] == 0
+    return result
+
+
+def _describe_shape(old: pd.DataFrame | None, new: pd.DataFrame | None) -> str:
+    """Why two tables cannot be compared cell by cell; "" if they can."""
+    if old is None:
+        return "is new"
+    if new is None:
+        return "is gone"
+    if list(old.columns) != list(new.columns):
         changed = sorted(set(map(str, old.columns)) ^ set(map(str, new.columns)))
-        note = (
-            f"has other columns: {', '.join(changed)}"
-            if changed
-            else "has its columns in another order"
-        )
-    elif len(old) != len(new):
-        note = f"has {len(new)} rows, and had {len(old)}"
-    if old is None or new is None or note:
-        return dict(zip(COLUMNS, (name, False, 0, 0, float("nan"), "", note), strict=True))
-    cells, largest, column = 0, 0.0, ""
-    for place, title in enumerate(old.columns):
-        differs, by = _column(old.iloc[:, place], new.iloc[:, place], tolerance)
-        cells += differs
-        if by > largest:
-            largest, column = by, str(title)
-    return dict(zip(COLUMNS, (name, cells == 0, old.size, cells, largest, column, ""), strict=True))
+        if changed:
+            return f"has other columns: {', '.join(changed)}"
+        return "has its columns in another order"
+    if len(old) != len(new):
+        return f"has {len(new)} rows, and had {len(old)}"
+    return ""
 
 
-def _column(old: Any, new: Any, tolerance: float) -> tuple[int, float]:
-    """How many cells of a column moved, and by how much at most."""
-    numbers = all(pd.api.types.is_numeric_dtype(each) and each.dtype != bool for each in (old, new))
-    if not numbers:
-        return int((old.astype("string").fillna("") != new.astype("string").fillna("")).sum()), 0.0
+def _compare_columns(old: Any, new: Any, tolerance: float) -> tuple[int, float]:
+    """The number of cells of a column that changed, and the largest change of a number."""
+    if not (_is_numeric(old) and _is_numeric(new)):
+        differs = old.astype("string").fillna("") != new.astype("string").fillna("")
+        return int(differs.sum()), 0.0
     a, b = old.to_numpy(float, na_value=np.nan), new.to_numpy(float, na_value=np.nan)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    is_equal = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
-        by = np.where(same, 0.0, np.abs(a - b))
-        near = by <= tolerance * np.maximum(1.0, np.maximum(np.abs(a), np.abs(b)))
-    finite = by[np.isfinite(by)]
-    return int((~(same | (near & np.isfinite(by)))).sum()), float(
-        finite.max()
-    ) if finite.size else 0.0
+        change = np.where(is_equal, 0.0, np.abs(a - b))
+        is_near = change <= tolerance * np.maximum(1.0, np.maximum(np.abs(a), np.abs(b)))
+    is_finite = np.isfinite(change)
+    count = int((~(is_equal | (is_near & is_finite))).sum())
+    largest = float(change[is_finite].max(initial=0.0))
+    return count, largest
+
+
+def _is_numeric(column: Any) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and column.dtype != bool

@@ -1,7 +1,8 @@
-"""Tables as other programs read them: Markdown, LaTeX and JSON. No torch.
+"""Tables for other programs: Markdown, LaTeX and JSON. No torch.
 
-A token stands in a table as a Python literal, `' coffee'`; what a character means to Markdown or LaTeX is escaped, so
-that a token may be "|", "$" or "<script>". Numbers have four digits on paper, and all that they have in JSON.
+A token is written as a Python literal, `' coffee'`. Characters with a meaning in Markdown or LaTeX
+are escaped, so that a token may be "|", "$" or "<script>". Numbers have four digits in Markdown and
+LaTeX, and all digits in JSON.
 """
 
 import json
@@ -13,96 +14,102 @@ import pandas as pd
 
 Kind: TypeAlias = Literal["number", "token", ""]
 
-MEANT = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "−": "$-$", "∞": r"$\infty$", "Δ": r"$\Delta$", "‖": r"$\Vert$", "×": r"$\times$", "–": "--",
+# The LaTeX of characters that have a meaning there, and of hookkit's characters beyond ASCII.
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "−": "$-$",
+    "∞": r"$\infty$", "Δ": r"$\Delta$", "‖": r"$\Vert$", "×": r"$\times$", "–": "--",
     "…": r"\ldots{}", "“": "``", "”": "''", "→": r"$\to$", "┊": r"\textbar{}",
 }  # fmt: skip
 
 
 def kind_of(name: str, dtype: Any) -> Kind:
-    """How a column is set: a number to the right, a token in letters of one width."""
+    """The kind of a column: numbers are aligned right, tokens are in a monospaced font."""
     if pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype):
         return "number"
     return "token" if name.startswith(("token", "top1", "read")) else ""
 
 
 def written(value: Any) -> str:
-    """A value as a page shows it; nothing where there is none."""
-    if (
-        value is None
-        or value is pd.NA
-        or (isinstance(value, float | np.floating) and np.isnan(value))
-    ):
+    """A value as a page shows it, "" for a missing value."""
+    if value is None or value is pd.NA:
         return ""
-    if isinstance(value, float | np.floating):
-        return "−∞" if value == -np.inf else "∞" if value == np.inf else f"{value:.4g}"
-    return str(value)
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    if np.isnan(value):
+        return ""
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.4g}"
 
 
 def as_json(table: pd.DataFrame) -> str:
-    """A list of records, one a row. An infinite number is the text "Infinity" or "-Infinity", a missing one null.
+    """A list of records, one for each row.
+
+    An infinite number is the text "Infinity" or "-Infinity", a missing one null.
 
     >>> as_json(pd.DataFrame({"token": ["' a'"], "logit": [-float("inf")]}))
     '[\\n{"token": "\\' a\\'", "logit": "-Infinity"}\\n]\\n'
     """
     names = [str(name) for name in table.columns]
-    rows = [
-        json.dumps(
-            dict(zip(names, map(_plain, row), strict=True)), ensure_ascii=False, allow_nan=False
-        )
-        for row in table.itertuples(index=False, name=None)
-    ]
-    return "[\n" + ",\n".join(rows) + "\n]\n"
+    lines = []
+    for row in table.itertuples(index=False, name=None):
+        record = dict(zip(names, map(_json_value, row), strict=True))
+        lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
+def _json_value(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or value is pd.NA or value != value:
         return None
     if isinstance(value, float) and np.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
-    return value if isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table of GitHub's Markdown; tokens are code.
+    """A table in GitHub's Markdown; tokens are code.
 
     >>> print(as_markdown(pd.DataFrame({"token": ["' a|b'"], "rank": [3]})))
     | token | rank |
     | :--- | ---: |
     | `' a\\|b'` | 3 |
     """
-    kinds = _kinds(table)
-    lines = [
-        [_words(name) for name in kinds],
-        ["---:" if kind == "number" else ":---" for kind in kinds.values()],
-    ]
+    kinds = _column_kinds(table)
+    rule = ["---:" if kind == "number" else ":---" for kind in kinds.values()]
+    lines = [[_escape_markdown(name) for name in kinds], rule]
     for row in table.itertuples(index=False, name=None):
         cells = zip(row, kinds.values(), strict=True)
-        lines.append(
-            [_code(written(v)) if kind == "token" else _words(written(v)) for v, kind in cells]
-        )
+        lines.append([_markdown_cell(written(value), kind) for value, kind in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _words(text: str) -> str:
+def _markdown_cell(text: str, kind: Kind) -> str:
+    return _markdown_code(text) if kind == "token" else _escape_markdown(text)
+
+
+def _escape_markdown(text: str) -> str:
     escaped = re.sub(r"([\\`*_\[\]<>|#&~!$])", r"\\\1", text)
     return escaped.replace("\r", "").replace("\n", " ⏎ ")
 
 
-def _code(text: str) -> str:
-    """A span of code. GitHub splits a row at | first, so that it is escaped in code as well."""
+def _markdown_code(text: str) -> str:
+    """A code span. GitHub splits a row at | before it reads code, so that | is escaped too."""
     if not text:
         return ""
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    room = " " if "`" in text else ""
-    return f"{fence}{room}{text}{room}{fence}".replace("|", "\\|").replace("\n", " ⏎ ")
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    padding = " " if "`" in text else ""
+    return f"{fence}{padding}{text}{padding}{fence}".replace("|", "\\|").replace("\n", " ⏎ ")
 
 
 def as_latex(table: pd.DataFrame) -> str:
-    """A tabular that needs no package, and no other letters than ASCII; a space in a token is shown as ␣.
+    """A tabular in ASCII that needs no package; a space in a token is written as ␣.
 
     >>> print(as_latex(pd.DataFrame({"token": ["' $5'"], "rank": [3]})))
     \\begin{tabular}{lr}
@@ -113,35 +120,38 @@ def as_latex(table: pd.DataFrame) -> str:
     \\hline
     \\end{tabular}
     """
-    kinds = _kinds(table)
-    lines = [" & ".join(_tex(name) for name in kinds) + r" \\", r"\hline"]
+    kinds = _column_kinds(table)
+    columns = "".join("r" if kind == "number" else "l" for kind in kinds.values())
+    header = " & ".join(_escape_latex(name) for name in kinds)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", header + r" \\", r"\hline"]
     for row in table.itertuples(index=False, name=None):
         cells = zip(row, kinds.values(), strict=True)
-        lines.append(" & ".join(_set(written(value), kind) for value, kind in cells) + r" \\")
-    columns = "".join("r" if kind == "number" else "l" for kind in kinds.values())
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", *lines, r"\hline", r"\end{tabular}"]
-    )
+        lines.append(
+            " & ".join(_latex_cell(written(value), kind) for value, kind in cells) + r" \\"
+        )
+    return "\n".join([*lines, r"\hline", r"\end{tabular}"])
 
 
-def _set(text: str, kind: Kind) -> str:
-    if kind != "token":
-        return _tex(text)
-    return r"\texttt{" + _tex(text).replace(" ", r"\textvisiblespace{}") + "}" if text else ""
+def _latex_cell(text: str, kind: Kind) -> str:
+    escaped = _escape_latex(text)
+    if text and kind == "token":
+        return r"\texttt{" + escaped.replace(" ", r"\textvisiblespace{}") + "}"
+    return escaped
 
 
-def _tex(text: str) -> str:
-    """Text as LaTeX sets it; a letter beyond ASCII as its code."""
-    found = []
+def _escape_latex(text: str) -> str:
+    """Text for LaTeX. A letter beyond ASCII that LATEX does not have is written as its code."""
+    letters = []
     for letter in text:
-        if letter in MEANT:
-            found.append(MEANT[letter])
+        if letter in LATEX:
+            letters.append(LATEX[letter])
         elif " " <= letter <= "~":
-            found.append(letter)
+            letters.append(letter)
         else:
-            found.append(r"\textbackslash{}" + letter.encode("unicode_escape").decode("ascii")[1:])
-    return "".join(found)
+            code = letter.encode("unicode_escape").decode("ascii")[1:]
+            letters.append(r"\textbackslash{}" + code)
+    return "".join(letters)
 
 
-def _kinds(table: pd.DataFrame) -> dict[str, Kind]:
+def _column_kinds(table: pd.DataFrame) -> dict[str, Kind]:
     return {str(name): kind_of(str(name), kind) for name, kind in table.dtypes.items()}

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from hookkit.reports.typesetting import MEANT, as_json, as_latex, as_markdown
+from hookkit.reports.typesetting import LATEX, as_json, as_latex, as_markdown
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -78,7 +78,7 @@ def test_latex_is_ascii_and_can_be_read_back():
         inner = row[0].removeprefix(r"\texttt{").removesuffix("}")
         assert " " not in inner
         inner = inner.replace(r"\textvisiblespace{}", " ")
-        back = {tex: letter for letter, tex in MEANT.items() if letter.isascii()}
+        back = {tex: letter for letter, tex in LATEX.items() if letter.isascii()}
         inner = re.sub(
             "|".join(re.escape(tex) for tex in sorted(back, key=len, reverse=True)),
             lambda m, back=back: back[m[0]],

@@ -19,8 +19,9 @@ from ...models.positions import PosLike, Where, as_pos
 from ...models.prompts import Prompts, shortened
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, Site, SitesLike, parse
-from ..page import Content, Folded, Part, Report, report
+from ..page import Content, Folded, Part, Report, add_files, report
 from ..shift.named_edits import Hooks, as_edit_hooks, tokens_named_by
+from ..shift.shift_page import SHIFT_COLUMNS
 from .model_runs import DiffRequest, PairedRuns
 from .pairing import (
     CKA_SITES,
@@ -33,10 +34,6 @@ from .pairing import (
     shared_sites,
 )
 
-FORMATS = ("csv", "json", "md", "tex")
-SHIFT_COLUMNS = ["pos", "token", "logit_before", "logit_after", "logit_delta",
-                 "prob_before", "prob_after", "prob_delta",
-                 "rank_before", "rank_after", "rank_delta", "why", "token_id"]  # fmt: skip
 TOKEN_COLUMNS = ["pos", "read", "kl", "js", "entropy_before", "entropy_after", "entropy_delta",
                  "loss_before", "loss_after", "loss_delta",
                  "top1_before", "top1_after"]  # fmt: skip
@@ -156,7 +153,6 @@ class Difference:
 
 
 def _build_page(difference: Difference, *, title: str, question: str, drawn: int) -> Report:
-    """The page, with the tables as its files."""
     prompts = difference.prompts
     answer = _write_answer(difference)
     parts: list[Content] = [question] if question else []
@@ -172,18 +168,12 @@ def _build_page(difference: Difference, *, title: str, question: str, drawn: int
     footer = f"Before is {before}, after is {after}; deltas are after minus before."
     title = title or f"{before} and {after}"
     page = report(title, *parts, footer=footer)
-    data = []
-    for name, caption in CAPTIONS.items():
-        table = prompts if name == "prompts" else getattr(difference, name)
-        if not table.empty:
-            data.append(Part(table, name, caption))
+    tables = {name: getattr(difference, name) for name in CAPTIONS if name != "prompts"}
     about = {"title": title, "question": question, "answer": answer, **difference.about}
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    return Report(page.title, page.parts, page.footer, tuple(data), FORMATS, {"about.json": text})
+    return add_files(page, {"prompts": prompts, **tables}, CAPTIONS, about)
 
 
 def _write_answer(difference: Difference) -> str:
-    """The result, in sentences."""
     tokens = difference.tokens
     n_prompts = tokens["row"].nunique()
     plural = "s" if n_prompts > 1 else ""
@@ -271,7 +261,7 @@ def _write_prompt(difference: Difference, row: int, *, drawn: bool) -> Iterable[
     yield Part(table, f"said_{row}", "Entropy and loss in nats.", file="tokens")
     if not shifts.empty:
         caption = "The first tokens of each, the largest movers, and why each is here."
-        table = pd.DataFrame(shifts[SHIFT_COLUMNS])
+        table = pd.DataFrame(shifts[["pos", *SHIFT_COLUMNS]])
         yield Part(table, f"shifts_{row}", caption, file="shifts")
     if drawn:
         figure = stream_map(stream, title="The stream behind each layer")
@@ -436,7 +426,6 @@ def _default_names(before: LM, after: LM) -> tuple[str, str]:
 
 
 def _build_about(runs: PairedRuns) -> dict[str, Any]:
-    """How the comparison was made, for JSON."""
     request = runs.request
     return {
         "before": _about_side(runs.before),

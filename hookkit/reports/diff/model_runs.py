@@ -205,8 +205,7 @@ class PairedRuns:
 
     def groups(self, batches: Sequence[Sequence[int]]) -> list[Sites]:
         """The sites in groups that fit into the memory, in the order of computation."""
-        batch_sizes = [len(batch) * max(len(self.rows[row]) for row in batch) for batch in batches]
-        most_tokens = max(batch_sizes)
+        most_tokens = max(map(self._padded_size, batches))
         groups: list[list[AnySite]] = []
         free = 0  # bytes
         for site in self.shared.sites:
@@ -219,6 +218,10 @@ class PairedRuns:
             groups[-1].append(site)
             free -= needed
         return [Sites(tuple(group)) for group in groups]
+
+    def _padded_size(self, batch: Sequence[int]) -> int:
+        """The tokens of a batch with its padding."""
+        return len(batch) * max(len(self.rows[row]) for row in batch)
 
     def _read_batch(self, batch: Sequence[int], sites: Sites, *, logits: bool) -> None:
         rows = [self.rows[row] for row in batch]
@@ -248,11 +251,8 @@ class PairedRuns:
         self.logit_distances.append((tokens, token_differences))
         tokens, index = self._tokens(batch, request.rank_where)
         if tokens:
-            logits_before, logits_after = (
-                _select_logits(before, index),
-                _select_logits(after, index),
-            )
-            self.shift_tables.append(self._rank_shifts(logits_before, logits_after, tokens))
+            pair = _select_logits(before, index), _select_logits(after, index)
+            self.shift_tables.append(self._rank_shifts(*pair, tokens))
 
     def _rank_shifts(self, before: Logits, after: Logits, tokens: Tokens) -> pd.DataFrame:
         """The table of `rank_shift` after these tokens, with parts of characters as bytes."""
@@ -358,7 +358,6 @@ def _concatenate(tables: list[pd.DataFrame], order: list[str]) -> pd.DataFrame:
 
 
 def _select_values(run: Run, site: AnySite, index: tuple[Tensor, Tensor]) -> Tensor:
-    """The values at a site for these rows and columns of the batch."""
     values = run.captured(site, NAME).values
     return values[index[0].to(values.device), index[1].to(values.device)]
 

@@ -16,6 +16,7 @@ from ...models.prompts import Prompts, Row, as_batch, shortened
 from ...models.sites import AXES, LOGITS, AnySite, Site, Sites, SitesLike, as_sites
 from ...runs.forward import forward
 from ...runs.run import Run
+from ..shift.before_after import first_difference
 
 Around: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -69,8 +70,8 @@ def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
         prompts = [list(row) for row in rows]
     other_rows = as_batch(other, prompts).rows
     for number, (row, other_row) in enumerate(zip(rows, other_rows, strict=True)):
-        if row != other_row:
-            position = _first_difference(row, other_row)
+        position = first_difference(row, other_row)
+        if position is not None:
             token = _describe_token(reader, row, position)
             other_token = _describe_token(reader, other_row, position)
             raise OtherVocabulary(
@@ -79,13 +80,6 @@ def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
                 "tokenizer, or give token ids"
             )
     return rows
-
-
-def _first_difference(row: Row, other_row: Row) -> int:
-    for position, (token, other_token) in enumerate(zip(row, other_row, strict=False)):
-        if token != other_token:
-            return position
-    return min(len(row), len(other_row))
 
 
 def _describe_token(reader: LM, row: Row, position: int) -> str:
@@ -160,21 +154,7 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
             "the two models have no site in common: name some with sites=, such as hk.module(path) "
             "in both"
         )
-    probed_before = probed(before, Sites(tuple(common)), "hk.diff")
-    probed_after = probed(after, Sites(tuple(common)), "hk.diff")
-    kinds: dict[AnySite, tuple[Kind, Kind]] = {}
-    whole_numbers = []
-    for site in common:
-        pair = probed_before[site], probed_after[site]
-        if pair[0].dtype.is_floating_point and pair[1].dtype.is_floating_point:
-            kinds[site] = pair
-        else:
-            whole_numbers.append(site)
-    if whole_numbers and sites is not None:
-        raise BadHook(
-            f"{Sites(tuple(whole_numbers))} hold whole numbers, which have no cosine: leave them "
-            "out"
-        )
+    kinds = _probe_kinds(before, after, Sites(tuple(common)), named=sites is not None)
     if sites is None:
         left_out += _list_skipped(before, after)
     resized = [site for site, (one, other) in kinds.items() if one.shape != other.shape]
@@ -187,6 +167,31 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
     if no_order:
         left_out.append({"what": FIRST_PARTING, "why": no_order})
     return SharedSites(tuple(kinds), kinds, left_out, no_order)
+
+
+def _probe_kinds(
+    before: LM, after: LM, sites: Sites, *, named: bool
+) -> dict[AnySite, tuple[Kind, Kind]]:
+    """What the sites hold in the two models.
+
+    Whole numbers have no cosine: `named` sites that hold them raise `BadHook`, others are left out.
+    """
+    probed_before = probed(before, sites, "hk.diff")
+    probed_after = probed(after, sites, "hk.diff")
+    kinds = {}
+    whole_numbers = []
+    for site in sites:
+        pair = probed_before[site], probed_after[site]
+        if pair[0].dtype.is_floating_point and pair[1].dtype.is_floating_point:
+            kinds[site] = pair
+        else:
+            whole_numbers.append(site)
+    if whole_numbers and named:
+        raise BadHook(
+            f"{Sites(tuple(whole_numbers))} hold whole numbers, which have no cosine: leave them "
+            "out"
+        )
+    return kinds
 
 
 def _write_size(kind: Kind) -> str:

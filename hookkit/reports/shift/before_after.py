@@ -200,7 +200,6 @@ class NextTokenLogits:
         return rank_among(self._real_logits, _pick(self.logits, ids))
 
     def distribution(self, row: int) -> Distribution:
-        """The distribution after one prompt."""
         position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
         return Distribution(self.lm, position, self.logits[row])
 
@@ -358,7 +357,7 @@ def texts_of(
 
 def _compare_texts(lm: LM, before: Run, after: Run, row: int) -> dict[str, object]:
     tokens_before, tokens_after = _generated_tokens(before, row), _generated_tokens(after, row)
-    parts_at = _first_difference(tokens_before, tokens_after)
+    parts_at = first_difference(tokens_before, tokens_after)
     common = tokens_before[:parts_at]
     then_before, then_after = "", ""
     if parts_at is not None:
@@ -374,7 +373,8 @@ def _compare_texts(lm: LM, before: Run, after: Run, row: int) -> dict[str, objec
     }
 
 
-def _first_difference(first: list[int], second: list[int]) -> int | None:
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """The index of the first token that differs, None if the sequences are equal."""
     if first == second:
         return None
     for index, (one, other) in enumerate(zip(first, second, strict=False)):

@@ -29,7 +29,7 @@ from ...sweeps.summary import over_prompts
 from ...tables.distributions import Distribution
 from ...tables.intervals import DRAWN
 from ...tables.rank_tables import shift_of
-from ..page import Content, Folded, Part, Report, report
+from ..page import Content, Folded, Part, Report, add_files, report
 from ..typesetting import written
 from .before_after import (
     NextTokenLogits,
@@ -63,7 +63,6 @@ NORM_NOTE = (
 )
 COMPONENTS = 10  # that are shown by name
 MOVERS = 5  # tokens that moved most, in the table of shifts
-FORMATS = ("csv", "json", "md", "tex")
 DEFAULT_DRAWS = 5  # of a random control, each a forward over all prompts
 LONGEST_JSON = 200_000  # letters of a hook in JSON; a longer one has its tensors as digests
 CHANGES = ["logit_delta", "logprob_delta", "prob_delta", "decades"]
@@ -72,8 +71,8 @@ CAPTIONS = {
     "shifts": "first tokens before and after, and movers",
     "watched": "watched tokens of every prompt",
     "distances": "how far every prompt's distribution moved",
-    "layers": "the logit lens before and after",
     "why": "the logit's parts before and after",
+    "layers": "the logit lens before and after",
     "texts": "what was written",
     "summary": "means of the watched tokens",
     "summary_distances": "means of the distances",
@@ -420,7 +419,7 @@ def shift_report(
         parts += write_prompt(measured, row, drawn=row < drawn)
     parts += write_settings(measured, about)
     page = report(title, *parts, footer="Deltas are after minus before. Rank 1 is the likeliest.")
-    return _add_files(page, measured, about)
+    return add_files(page, measured.tables, CAPTIONS, about)
 
 
 def _check_draws(draws: int | None, controls: Controls) -> int:
@@ -437,8 +436,6 @@ def _check_draws(draws: int | None, controls: Controls) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """What to measure, with checked arguments."""
-
     lm: LM
     rows: tuple[Row, ...]
     base_hooks: tuple[Hook, ...]
@@ -494,7 +491,6 @@ def _measure(request: _Request) -> ShiftTables:
 
 
 def _all_ranks(before: Distribution, after: Distribution) -> tuple[Any, Any]:
-    """The ranks of all tokens before and after."""
     ids = torch.arange(before.lm.n_tokens or len(before.logits))
     return before.ranks(ids).numpy(), after.ranks(ids).numpy()
 
@@ -555,12 +551,3 @@ def _json_of(hook: Hook) -> Any:
     if len(text) > LONGEST_JSON:
         text = hook.to_json(tensors="digest")
     return json.loads(text)
-
-
-def _add_files(page: Report, measured: ShiftTables, about: dict[str, Any]) -> Report:
-    data = []
-    for name, table in measured.tables.items():
-        if name in CAPTIONS and not table.empty:
-            data.append(Part(table, name, CAPTIONS[name]))
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    return Report(page.title, page.parts, page.footer, tuple(data), FORMATS, {"about.json": text})
