@@ -13,7 +13,18 @@ from matplotlib.figure import Figure
 
 from ..arguments import checks_arguments
 from ..errors import EmptySelection
-from .style import DASHES, DOWN, GRID, INK, MUTED, POINT, UP, check_columns, finished, plain
+from .style import (
+    DASHES,
+    DOWN,
+    GRID,
+    INK,
+    MUTED,
+    POINT,
+    UP,
+    check_columns,
+    escape_dollars,
+    finished,
+)
 
 LINES = (UP, POINT, "#b07a1e", "#a565c4", DOWN)  # visible on light and on dark paper
 CALIBRATION_COLUMNS = ("low", "high", "count", "confidence", "accuracy", "gap", "error")
@@ -83,7 +94,7 @@ def roc_curves(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure
             false_rates,
             true_rates,
             lw=1.8,
-            label=plain(f"{name}  {area:.3f}"),
+            label=escape_dollars(f"{name}  {area:.3f}"),
             color=LINES[number % len(LINES)],
             ls=DASHES[number % len(DASHES)],
         )

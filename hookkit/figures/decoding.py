@@ -31,15 +31,14 @@ from .style import (
     MUTED,
     UP,
     check_columns,
-    cut,
+    escape_missing_glyphs,
     finished,
-    fitted,
+    fit_text,
     label_point,
-    plain,
     rank_axis,
-    readable,
-    spread,
-    width_of,
+    short_label,
+    spread_apart,
+    text_width,
 )
 
 STAGES = {
@@ -95,7 +94,7 @@ def decision_strip(
         raise BadHook(
             f"colour={colour!r} is not one of {', '.join(COLOURS)}{did_you_mean(colour, COLOURS)}"
         )
-    cells = _build_cells(of_row(decoding_table, row, stage), colour)
+    cells = _build_cells(select_row(decoding_table, row, stage), colour)
     width = _cell_width(cells)
     n_lines = ceil(len(cells) / floor(LINE_WIDTH / width))
     per_line = ceil(len(cells) / n_lines)
@@ -109,7 +108,7 @@ def decision_strip(
     caption_lines = wrap(caption, int(span / 0.062))
     height = 0.42 + n_lines * pitch + 0.6 + 0.15 * len(caption_lines)
     figure = Figure(figsize=(span, height))
-    axes = sheet(figure)
+    axes = add_sheet(figure)
     finite_values = [cell.value for cell in cells if cell.value < inf]
     largest = max([*finite_values, 1.0])  # at least 1, so that a text of sure tokens stays pale
     for number, cell in enumerate(cells):
@@ -119,7 +118,7 @@ def decision_strip(
         _draw_cell(axes, cell, corner, width - 0.05, share, COLOURS[colour][0])
     draw_caption(axes, "\n".join(caption_lines))
     finished(figure, title or f"What each token was chosen from, {STAGES[stage]}")
-    colour_bar(figure, 0.42 + n_lines * pitch, largest, *COLOURS[colour])
+    draw_opacity_bar(figure, 0.42 + n_lines * pitch, largest, *COLOURS[colour])
     return figure
 
 
@@ -127,10 +126,12 @@ def _build_cells(table: pd.DataFrame, colour: str) -> list[_Cell]:
     cells = []
     for step, part in table.groupby("step"):
         ordered = part.sort_values(["logit", "token_id"], ascending=[False, True])
-        tokens = [token | {"token": name_of(token)} for token in ordered.to_dict("records")]
+        tokens = [token | {"token": token_name(token)} for token in ordered.to_dict("records")]
         (choice,) = [token for token in tokens if token["drawn"]]
         candidates = [
-            token for token in tokens if has(token["why"], "top") and np.isfinite(token["logit"])
+            token
+            for token in tokens
+            if has_reason(token["why"], "top") and np.isfinite(token["logit"])
         ]
         candidates = candidates[:CANDIDATES]
         if choice not in candidates:
@@ -143,7 +144,7 @@ def _build_cells(table: pd.DataFrame, colour: str) -> list[_Cell]:
 
 def _margin(ordered: pd.DataFrame) -> float:
     """The largest logit minus the second. Raises `NotCaptured` if the table lacks one of them."""
-    if sum(has(why, "top") for why in ordered["why"]) < 2:
+    if sum(has_reason(why, "top") for why in ordered["why"]) < 2:
         raise NotCaptured(
             "a margin needs the two first tokens of each step: record them with trace(top=2) or "
             "more"
@@ -156,13 +157,15 @@ def _cell_width(cells: list[_Cell]) -> float:
     """The width in inches that the longest token needs, within CELL_WIDTHS."""
     token_width, candidate_width = 0.0, 0.0
     for cell in cells:
-        token_width = max(token_width, width_of(readable(cell.token), 9.5))
+        token_width = max(token_width, text_width(escape_missing_glyphs(cell.token), 9.5))
         for token in cell.candidates:
-            candidate_width = max(candidate_width, width_of(readable(token["token"]), 7))
+            candidate_width = max(
+                candidate_width, text_width(escape_missing_glyphs(token["token"]), 7)
+            )
     return float(np.clip(max(token_width + 0.16, candidate_width + 0.52), *CELL_WIDTHS))
 
 
-def sheet(figure: Figure) -> Axes:
+def add_sheet(figure: Figure) -> Axes:
     """Axes over the whole figure, in inches from the top left corner, without a frame."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, figure.get_figwidth())
@@ -190,7 +193,7 @@ def draw_caption(axes: Axes, text: str) -> None:
     axes.text(0.1, y, text, fontsize=7.5, color=MUTED, va="bottom")
 
 
-def written_number(value: float, digits: int) -> str:
+def format_number(value: float, digits: int) -> str:
     """A number with some decimals, ∞ for infinity."""
     return f"{value:.{digits}f}" if value < inf else "∞"
 
@@ -202,21 +205,21 @@ def _draw_cell(
     draw_box(axes, corner, width, colour, share)
     small = {"fontsize": 6.5, "color": INK, "va": "center"}
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
-    axes.text(x + width - 0.04, y + 0.085, written_number(cell.value, 2), ha="right", **small)
-    name, size = fitted(cell.token, width - 0.1, 9.5)
+    axes.text(x + width - 0.04, y + 0.085, format_number(cell.value, 2), ha="right", **small)
+    name, size = fit_text(cell.token, width - 0.1, 9.5)
     axes.text(x + width / 2, y + 0.27, name, fontsize=size, color=INK, ha="center", va="center")
     for number, token in enumerate(cell.candidates):
         text_y = y + 0.52 + 0.135 * number
         style: dict[str, Any] = {"color": INK if token["drawn"] else MUTED, "va": "center"}
-        name, size = fitted(token["token"], width - 0.47, 7)
-        prob = written_prob(token["prob"])
+        name, size = fit_text(token["token"], width - 0.47, 7)
+        prob = format_prob(token["prob"])
         if token["drawn"]:
             axes.text(x, text_y, "▸", fontsize=7, color=colour, va="center")
         axes.text(x + 0.09, text_y, name, fontsize=size, **style)
         axes.text(x + width - 0.04, text_y, prob, fontsize=7, ha="right", **style)
 
 
-def written_prob(prob: float) -> str:
+def format_prob(prob: float) -> str:
     """A probability in at most five characters, never rounded to 0 or 1."""
     if prob in (0, 1):
         return f"{prob:.0f}"
@@ -225,7 +228,9 @@ def written_prob(prob: float) -> str:
     return ">0.99" if prob > 0.99 else f"{prob:.2f}"
 
 
-def colour_bar(figure: Figure, offset: float, largest: float, colour: str, label: str) -> None:
+def draw_opacity_bar(
+    figure: Figure, offset: float, largest: float, colour: str, label: str
+) -> None:
     """Draw the scale of the opacities, `offset` inches under the top edge."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0.2 / width, 1 - (offset + 0.11) / height, 2.6 / width, 0.11 / height))
@@ -241,7 +246,7 @@ def colour_bar(figure: Figure, offset: float, largest: float, colour: str, label
         spine.set_color(GRID)
 
 
-def of_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
+def select_row(table: pd.DataFrame, row: int, stage: str) -> pd.DataFrame:
     """One row of the batch at one stage, ordered by step, with one chosen token in each step.
 
     Raises `BadHook` for another table or stage, and `OutOfRange` for a row that does not exist.
@@ -274,14 +279,14 @@ def _list_rows(rows: list[int]) -> str:
     return f"{noun} {', '.join(map(str, rows))}"
 
 
-def name_of(token: dict[Any, Any]) -> str:
+def token_name(token: dict[Any, Any]) -> str:
     """A token's text, with its id where it is a part of a character: such parts look all alike."""
     if "\ufffd" in token["token"]:
         return f"{token['token']} {token['token_id']}"
     return token["token"]
 
 
-def has(why: str, reason: str) -> bool:
+def has_reason(why: str, reason: str) -> bool:
     """True if this is one of the reasons for which a token is in the table."""
     return reason in why.split(", ")
 
@@ -305,7 +310,7 @@ def rank_lines(
     `OutOfRange` for a row that is not in the table, and `NotCaptured` for a token that was not
     recorded at every step.
     """
-    table = of_row(decoding_table, row, stage)
+    table = select_row(decoding_table, row, stage)
     lines = []
     for number, token in enumerate(_select_watched(table, watch)):
         part = _select_token(table, token)
@@ -345,8 +350,8 @@ def prob_against(
         raise BadHook(
             f"scale={scale!r} is not one of log, linear{did_you_mean(scale, ('log', 'linear'))}"
         )
-    edited = of_row(edited_table, row, stage)
-    baseline = of_row(baseline_table, row if baseline_row is None else baseline_row, stage)
+    edited = select_row(edited_table, row, stage)
+    baseline = select_row(baseline_table, row if baseline_row is None else baseline_row, stage)
     baseline_part = _select_token(baseline, token)
     edited_part = _select_token(edited, token)
     lines = [  # the edited run's line is drawn over the baseline's
@@ -366,7 +371,7 @@ def prob_against(
         _label_steps(axes, edited, "step, and the token chosen in the edited run")
         axes.axvline(parting_step + 0.5, color=MUTED, lw=1.2, ls=":")
         _label_baseline_tokens(axes, baseline)
-    name = readable(baseline_part["token"].iloc[0])
+    name = escape_missing_glyphs(baseline_part["token"].iloc[0])
     return finished(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
 
 
@@ -383,7 +388,7 @@ class _Line:
 
 def _build_line(part: pd.DataFrame, column: str, number: int, last_value: str) -> _Line:
     is_zero = np.isneginf(part["logit"].to_numpy(float))
-    name = plain(cut(readable(name_of(part.iloc[0].to_dict())), 1.7, 8.5))
+    name = short_label(token_name(part.iloc[0].to_dict()), 1.7)
     return _Line(
         f"{name}  {'×' if is_zero[-1] else last_value}",
         part["step"].to_numpy(int),
@@ -428,7 +433,7 @@ def _label_heights(axes: Axes, values: list[float]) -> np.ndarray:
     """Heights for the names of lines that end at these values, in shares of the axes' height."""
     pixels = axes.transData.transform([(0, value) for value in values])
     shares, gap = axes.transAxes.inverted().transform(pixels)[:, 1], 0.07
-    heights = -spread(-shares, gap)
+    heights = -spread_apart(-shares, gap)
     n_lower_labels = np.argsort(np.argsort(heights, kind="stable"), kind="stable")
     return np.maximum(heights, gap * n_lower_labels)
 
@@ -488,7 +493,7 @@ def _step_labels(table: pd.DataFrame) -> tuple[list[int], list[str]]:
     labelled = drawn.iloc[::stride]
     steps = labelled["step"].tolist()
     labels = [
-        f"{plain(cut(readable(token), 1.2, 8.5))}  {step}"
+        f"{short_label(token, 1.2)}  {step}"
         for token, step in zip(labelled["token"], steps, strict=True)
     ]
     return steps, labels
@@ -500,9 +505,10 @@ def _figure_width(steps: int) -> float:
 
 def _parting_step(edited: pd.DataFrame, baseline: pd.DataFrame) -> int | None:
     """The first step at which the two runs chose different tokens, or None."""
-    edited, baseline = edited[edited["drawn"]], baseline[baseline["drawn"]]
-    baseline_tokens = dict(zip(baseline["step"], baseline["token_id"], strict=True))
-    for step, token in zip(edited["step"], edited["token_id"], strict=True):
+    choices = edited[edited["drawn"]]
+    baseline_choices = baseline[baseline["drawn"]]
+    baseline_tokens = dict(zip(baseline_choices["step"], baseline_choices["token_id"], strict=True))
+    for step, token in zip(choices["step"], choices["token_id"], strict=True):
         if baseline_tokens.get(step, token) != token:
             return int(step)
     return None
@@ -514,7 +520,9 @@ def _select_watched(
     """The watched tokens, or all that were recorded because they were watched or named."""
     tokens: list[str | int] = [watch] if isinstance(watch, str | int) else list(watch)
     if not tokens:
-        is_watched = [has(why, "watched") or has(why, "named") for why in table["why"]]
+        is_watched = [
+            has_reason(why, "watched") or has_reason(why, "named") for why in table["why"]
+        ]
         tokens = list(dict.fromkeys(int(token) for token in table["token_id"][is_watched]))
     if not tokens:
         raise NotCaptured(

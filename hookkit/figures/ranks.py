@@ -31,7 +31,7 @@ from .style import (
     finished,
     label_point,
     rank_axis,
-    spread,
+    spread_apart,
 )
 
 LABELLED = 6  # the most likely tokens that get their names
@@ -100,7 +100,9 @@ def rank_bump(
     lowest = max(float(shift[columns].to_numpy().max()), 10.0) * 1.25
     # A label needs 0.2 inches of the height inside the frame.
     gap = np.log(lowest / 0.85) * 0.2 / (figure_height - 0.9)
-    label_heights = [np.exp(spread(np.log(shift[name].to_numpy(float)), gap)) for name in columns]
+    label_heights = [
+        np.exp(spread_apart(np.log(shift[name].to_numpy(float)), gap)) for name in columns
+    ]
     rank_axis(axes, max(lowest, float(np.max(label_heights)) * 1.1))
     tokens = shift.to_dict("records")
     for side, heights in enumerate(label_heights):
@@ -179,7 +181,7 @@ def _draw_scatter(
     highest, lowest = values.max(), values.min()
     extent = (highest - lowest) or 1.0
     axes.set_ylim(lowest - 0.06 * extent, highest + 0.08 * extent)
-    heights = -spread(-named[column].to_numpy(float), 0.062 * extent)
+    heights = -spread_apart(-named[column].to_numpy(float), 0.062 * extent)
     width = table["token_id"].to_numpy(float).max() or 1.0
     watched_ids = set(watched["token_id"])
     for token, height in zip(named.to_dict("records"), heights, strict=True):

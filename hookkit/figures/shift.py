@@ -23,14 +23,11 @@ from .style import (
     POINT,
     UP,
     change_colour,
-    cut,
     draw_signed_bars,
     finished,
     label_point,
-    plain,
     rank_axis,
-    readable,
-    spread,
+    spread_apart,
 )
 
 PANELS = 4  # edits that are drawn
@@ -67,7 +64,7 @@ def _make_panels(
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
-        axes.set_title(cut(plain(readable(name)), 4.4, 9.5), fontsize=9.5, color=INK, loc="left")
+        axes.set_title(short_label(name, 4.4, 9.5), fontsize=9.5, color=INK, loc="left")
     return figure, panels[: len(names)]
 
 
@@ -124,7 +121,7 @@ def _draw_token(
 ) -> None:
     point = (float(token["rank_before"]), float(token["rank_after"]))
     is_requested = "watched" in token["why"] or "edited" in token["why"]
-    name = plain(cut(readable(token["token"]), 0.9, 8.5))
+    name = short_label(token["token"], 0.9)
     colour = change_colour(token["shift"])
     axes.plot(*point, "o", ms=5.5, color=colour, mec=GRID, mew=0.6, zorder=3)
     text = f"{name}  {token['rank_before']:,} → {token['rank_after']:,}"
@@ -134,7 +131,7 @@ def _draw_token(
 
 def _spread_ranks(ranks: np.ndarray, gap: float, lowest: float) -> np.ndarray:
     """The ranks at which labels stand: `gap` decades apart, and none below the rank `lowest`."""
-    heights = spread(np.log10(ranks), gap)
+    heights = spread_apart(np.log10(ranks), gap)
     n_labels_below = np.arange(len(heights))[::-1]
     heights = np.minimum(heights, np.log10(lowest) - gap * (0.5 + n_labels_below))
     return np.array([10.0**height for height in heights])
@@ -175,7 +172,7 @@ def _name_line_ends(
     ranks = np.array([rank for _, rank, _ in ordered])
     heights = _spread_ranks(ranks, 0.065 * np.log10(lowest / 0.85), lowest)
     for (token, rank, colour), height in zip(ordered, heights, strict=True):
-        text = f"{plain(cut(readable(token), 1.0, 8.5))}  {rank:,.0f}"
+        text = f"{short_label(token, 1.0)}  {rank:,.0f}"
         position = (last_layer * 1.03 + 0.4, height)
         label_point(axes, text, (last_layer, rank), position, shrink=(1, 1), color=colour)
 
@@ -206,7 +203,7 @@ def mean_changes(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "
     names = list(dict.fromkeys(finite["watched"]))[:PANELS]
     edits = list(dict.fromkeys(zip(finite["edit"], finite["control"], strict=True)))
     figure, panels = _make_panels(names, 0.3 * len(edits) + 1.2, left=2.2)
-    labels = [cut(plain(readable(edit)), 1.9, 8.5) for edit, _ in edits]
+    labels = [short_label(edit, 1.9) for edit, _ in edits]
     has_few_prompts = bool((summary["n"] < DRAWN).all())
     for axes, name in zip(panels, names, strict=True):
         means = finite[finite["watched"] == name].set_index("edit")

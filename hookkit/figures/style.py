@@ -45,7 +45,7 @@ def finished(figure: Figure, title: str) -> Figure:
             label.set_color(INK)
             label.set_fontsize(9)
     if title:
-        lines = textwrap.fill(plain(title), int(TITLE_LETTERS * figure.get_figwidth()))
+        lines = textwrap.fill(escape_dollars(title), int(TITLE_LETTERS * figure.get_figwidth()))
         figure.suptitle(lines, fontsize=11, color=INK, x=0.01, ha="left")
     return figure
 
@@ -101,7 +101,8 @@ def label_point(
     `shrink` is the gap between the line and the label, and between the line and the point, in
     points. `style` is passed to `Axes.annotate`.
     """
-    line = {"arrowstyle": "-", "color": GRID, "lw": 0.9, "shrinkA": shrink[0], "shrinkB": shrink[1]}
+    line: dict[str, Any] = {"arrowstyle": "-", "color": GRID, "lw": 0.9}
+    line |= {"shrinkA": shrink[0], "shrinkB": shrink[1]}
     line["relpos"] = (0 if align == "left" else 1, 0.5)
     style = {"fontsize": 8.5, "fontweight": "bold" if bold else "normal", **style}
     axes.annotate(
@@ -138,7 +139,7 @@ def annotate_bar(
     )
 
 
-def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
     """The heights of labels in the same order, moved up until neighbours are `gap` apart."""
     order = np.argsort(heights, kind="stable")
     spread_heights = heights.astype(float)
@@ -148,11 +149,16 @@ def spread(heights: np.ndarray, gap: float) -> np.ndarray:
 
 
 def drawable(token: str) -> str:
-    """A token as matplotlib can draw it."""
-    return plain(readable(token))
+    """A token as matplotlib can draw it: without dollars and characters that the font lacks."""
+    return escape_dollars(escape_missing_glyphs(token))
 
 
-def readable(token: str) -> str:
+def short_label(text: str, room: float, size: float = 8.5) -> str:
+    """A text as matplotlib can draw it, shortened to fit into `room` inches."""
+    return escape_dollars(cut_to_width(escape_missing_glyphs(text), room, size))
+
+
+def escape_missing_glyphs(token: str) -> str:
     """A token in which the characters that the font lacks are written as their codes."""
     characters = _font_characters()
     letters = []
@@ -163,7 +169,7 @@ def readable(token: str) -> str:
     return "".join(letters)
 
 
-def plain(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """A text that matplotlib draws unchanged: it would read text between dollars as mathematics."""
     return text.replace("$", r"\$")
 
@@ -173,28 +179,28 @@ def _font_characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
-def width_of(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
     """The width of a text in inches, at a font size in points."""
     width, _, _ = text_to_path.get_text_width_height_descent(
-        plain(text), FontProperties(size=size), False
+        escape_dollars(text), FontProperties(size=size), False
     )
     return width * 1.04 / 72
 
 
-def fitted(token: str, room: float, size: float) -> tuple[str, float]:
+def fit_text(token: str, room: float, size: float) -> tuple[str, float]:
     """A token's text and the font size at which it fits into `room` inches.
 
     The font is made smaller by at most a fifth; a token that needs more loses its middle.
     """
-    word = readable(token)
-    size *= float(np.clip(room / width_of(word, size), 0.8, 1.0))
-    return plain(cut(word, room, size)), size
+    word = escape_missing_glyphs(token)
+    size *= float(np.clip(room / text_width(word, size), 0.8, 1.0))
+    return short_label(token, room, size), size
 
 
-def cut(word: str, room: float, size: float) -> str:
+def cut_to_width(word: str, room: float, size: float) -> str:
     """The word, or its beginning and end with … between them, to fit into `room` inches."""
     short, length = word, len(word) - 1
-    while width_of(short, size) > room * 1.001 and length > 3:
+    while text_width(short, size) > room * 1.001 and length > 3:
         short = f"{word[: ceil(length / 2)]}…{word[-(length // 2) :]}"
         length -= 1
     return short

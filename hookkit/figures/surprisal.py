@@ -13,14 +13,14 @@ from ..arguments import checks_arguments
 from ..errors import OutOfRange
 from .decoding import (
     LINE_WIDTH,
-    colour_bar,
+    add_sheet,
     draw_box,
     draw_caption,
-    name_of,
-    sheet,
-    written_number,
+    draw_opacity_bar,
+    format_number,
+    token_name,
 )
-from .style import INK, MARK, MUTED, check_columns, finished, fitted, width_of
+from .style import INK, MARK, MUTED, check_columns, finished, fit_text, text_width
 
 COLUMNS = ("row", "pos", "token", "token_id", "loss", "rank")
 MOST_TOKENS = 600  # tokens of a text that can be read in one figure
@@ -47,19 +47,19 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     # The title and the caption need at least 6.5 inches.
     span = max(6.5, max(x + width for x, _, width in boxes) + 0.1)
     figure = Figure(figsize=(span, 0.42 + n_lines * PITCH + 0.8))
-    axes = sheet(figure)
+    axes = add_sheet(figure)
     small: dict[str, Any] = {"fontsize": 6.5, "va": "center"}
     for cell, (x, line, width) in zip(cells, boxes, strict=True):
         y = 0.42 + line * PITCH
         draw_box(axes, (x, y), width, MARK, min(1.0, cell["loss"] / largest))
-        name, size = fitted(cell["token"], width - 0.08, 9)
+        name, size = fit_text(cell["token"], width - 0.08, 9)
         axes.text(x + width / 2, y + 0.14, name, fontsize=size, color=INK, ha="center", va="center")
-        axes.text(x + 0.04, y + 0.32, written_number(cell["loss"], 1), color=INK, **small)
+        axes.text(x + 0.04, y + 0.32, format_number(cell["loss"], 1), color=INK, **small)
         rank = f"{cell['rank']:,}"
         axes.text(x + width - 0.04, y + 0.32, rank, color=MUTED, ha="right", **small)
     draw_caption(axes, CAPTION)
     finished(figure, title or "What each token cost the model")
-    colour_bar(figure, 0.42 + n_lines * PITCH, largest, MARK, "loss of the token (nats)")
+    draw_opacity_bar(figure, 0.42 + n_lines * PITCH, largest, MARK, "loss of the token (nats)")
     return figure
 
 
@@ -74,7 +74,7 @@ def _select_row(table: pd.DataFrame, row: int) -> list[dict]:
             f"row {row} has {len(part):,} tokens, and {MOST_TOKENS} can be read: draw a part, "
             "table[table.pos < 300]"
         )
-    return [cell | {"token": name_of(cell)} for cell in part.to_dict("records")]
+    return [cell | {"token": token_name(cell)} for cell in part.to_dict("records")]
 
 
 def _place_cells(cells: list[dict]) -> tuple[list[tuple[float, int, float]], int]:
@@ -82,7 +82,7 @@ def _place_cells(cells: list[dict]) -> tuple[list[tuple[float, int, float]], int
     boxes, x, line = [], 0.1, 0
     for cell in cells:
         n_digits = len(f"{cell['loss']:.1f}") + len(f"{cell['rank']:,}")
-        width = max(width_of(cell["token"], 9) + 0.12, 0.055 * n_digits + 0.16)
+        width = max(text_width(cell["token"], 9) + 0.12, 0.055 * n_digits + 0.16)
         width = min(CELL_WIDTHS[1], max(CELL_WIDTHS[0], width))
         if x + width > LINE_WIDTH and x > 0.1:
             x, line = 0.1, line + 1

@@ -253,8 +253,8 @@ def interval_lines(
         colour = LINES[number % len(LINES)]
         style = {"lw": 1.8, "marker": "o", "ms": 3.5, "label": _series_label(series, name)}
         axes.plot(line[x], line[value], color=colour, **style)
-        band(axes, line, x, value, colour)
-        if prompts is not None and few(line, value):
+        draw_band(axes, line, x, value, colour)
+        if prompts is not None and has_few_prompts(line, value):
             points = prompts if series is None else prompts[prompts[series] == name]
             draw_prompts(axes, points, x, value, colour)
     axes.axhline(0, color=MUTED, lw=0.8)
@@ -272,15 +272,15 @@ def _default_series(summary: pd.DataFrame, x: str) -> str | None:
     return None
 
 
-def few(summary: pd.DataFrame, value: str) -> bool:
+def has_few_prompts(summary: pd.DataFrame, value: str) -> bool:
     """True if the means are over too few prompts for an interval to be drawn."""
     count = f"{value}_n" if f"{value}_n" in summary.columns else "n"
     return count in summary.columns and bool((summary[count] < DRAWN).all())
 
 
-def band(axes: Axes, summary: pd.DataFrame, x: str, value: str, colour: str) -> None:
+def draw_band(axes: Axes, summary: pd.DataFrame, x: str, value: str, colour: str) -> None:
     """Draw the intervals of a line as a band, unless they are over too few prompts."""
-    if f"{value}_low" in summary.columns and not few(summary, value):
+    if f"{value}_low" in summary.columns and not has_few_prompts(summary, value):
         low, high = summary[f"{value}_low"], summary[f"{value}_high"]
         axes.fill_between(summary[x], low, high, color=colour, alpha=0.2, lw=0)
 

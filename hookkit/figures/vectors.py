@@ -10,7 +10,7 @@ from ..arguments import checks_arguments
 from ..errors import BadHook, did_you_mean
 from ..steering.controls import DAMAGE, over_doses
 from .style import DASHES, INK, MUTED, drawable, finished
-from .sweeps import LINES, band, draw_prompts, few
+from .sweeps import LINES, draw_band, draw_prompts, has_few_prompts
 
 UNITS = {
     "damage_kl": "damage: KL on neutral text (nats per token)",
@@ -89,7 +89,8 @@ def _draw_vectors(
     prompts: Any = table[~table["control"]]
     means: Any = over_doses(table)
     means = means[~means["control"]]
-    for number, name in enumerate(dict.fromkeys(means["vector"])):
+    names: list[str] = list(dict.fromkeys(means["vector"]))
+    for number, name in enumerate(names):
         colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
         label: str | None = drawable(labels.get(name, name))
         for is_positive in (True, False):
@@ -99,10 +100,10 @@ def _draw_vectors(
             style: dict[str, Any] = {"color": colour, "ls": dashes, "label": label}
             axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, **style)
             label = None
-            if few(line, value):
+            if has_few_prompts(line, value):
                 draw_prompts(axes, _select_doses(prompts, name, is_positive), by, value, colour)
             else:
-                band(axes, line, by, value, colour)
+                draw_band(axes, line, by, value, colour)
 
 
 def _select_doses(table: Any, vector: str, is_positive: bool) -> Any:

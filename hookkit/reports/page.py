@@ -436,8 +436,8 @@ def _render_svg(figure: Figure, name: str) -> str:
     """A figure as SVG whose ink and paper follow the page's theme. matplotlib escapes its texts."""
     output = io.StringIO()
     # The salt makes ids different between the figures of a page, and equal in every run.
-    settings = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    with rc_context(settings):
+    fonts: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    with rc_context({"svg.hashsalt": name, **fonts}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     svg = output.getvalue()
     svg = svg[svg.index("<svg") :]

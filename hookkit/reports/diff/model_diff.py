@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ...arguments import checks_arguments, finite_number, read_tokens, whole_number
@@ -122,7 +123,8 @@ class Difference:
             table[name] = groups[name].mean()
         table = table.reset_index()
         if not self.parting.empty:
-            table["parts_at"] = table["row"].map(self.parting.set_index("row")["site"])
+            sites = dict(zip(self.parting["row"], self.parting["site"], strict=True))
+            table["parts_at"] = table["row"].map(sites)
         return table
 
     def page(self, *, title: str = "", question: str = "", drawn: int = 1) -> Report:
@@ -185,7 +187,7 @@ def _write_answer(difference: Difference) -> str:
         f"{sum(tokens['top1_changed'])} of them ({tokens['top1_changed'].mean():.1%})."
     )
     losses = tokens[["loss_before", "loss_after"]].mean()
-    if losses.notna().all():
+    if not np.isnan(losses.to_numpy(float)).any():
         text += (
             f" What follows costs {losses.iloc[0]:.3f} nats a token before and "
             f"{losses.iloc[1]:.3f} after."
