@@ -149,7 +149,7 @@ def spread_apart(heights: np.ndarray, gap: float) -> np.ndarray:
 
 
 def drawable(token: str) -> str:
-    """A token as matplotlib can draw it: without dollars and characters that the font lacks."""
+    """A token as matplotlib can draw it."""
     return escape_dollars(escape_missing_glyphs(token))
 
 

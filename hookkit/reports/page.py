@@ -257,7 +257,7 @@ def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, byt
     table = part.content
     csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     data = {f"{part.name}.csv": _encode(csv)}
-    for kind in written_as(table, formats):
+    for kind in table_formats(table, formats):
         if kind != "csv":
             data[f"{part.name}.{kind}"] = _encode(FORMATS[kind](table).rstrip("\n") + "\n")
     return data
@@ -319,7 +319,7 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
         return {}
 
 
-def written_as(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
+def table_formats(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
     """The formats in which a table is written: a long one is not written as Markdown or LaTeX."""
     if len(table) <= MOST_PAPER_ROWS:
         return list(formats)
@@ -329,7 +329,7 @@ def written_as(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
 def _list_files(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
     suffixes = ["png"]
     if isinstance(part.content, pd.DataFrame):
-        suffixes = written_as(part.content, formats)
+        suffixes = table_formats(part.content, formats)
     return {"files": [f"{part.name}.{suffix}" for suffix in suffixes], "caption": part.caption}
 
 
@@ -346,7 +346,7 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
         return {"kind": "figure", "name": part.name, "caption": part.caption, "svg": svg}
     if part.file:  # the part with this file links the other formats
         formats = ("csv",)
-    links = [f"{part.file or part.name}.{kind}" for kind in written_as(part.content, formats)]
+    links = [f"{part.file or part.name}.{kind}" for kind in table_formats(part.content, formats)]
     table = _render_table(part.content, part.caption)
     return {"kind": "table", "name": part.name, "files": links, **table}
 

@@ -18,7 +18,7 @@ import hookkit as hk
 from hookkit.errors import BadArgument, BadHook, OutOfRange
 from hookkit.figures.shift import mean_changes
 from hookkit.reports.shift import before_after as resuming
-from hookkit.reports.shift.before_after import with_deltas
+from hookkit.reports.shift.before_after import add_deltas
 from hookkit.reports.shift.inside import most_moved
 from hookkit.reports.shift.named_edits import literal
 from hookkit.reports.shift.shift_page import ShiftTables
@@ -147,8 +147,8 @@ def test_decades_are_powers_of_ten_between_the_ranks(llama):
     ranks = pd.DataFrame({"rank_before": [100, 1, 7, 3], "rank_after": [10, 1000, 7, 1]})
     for name in ("logit", "logprob", "prob"):
         ranks[f"{name}_before"] = ranks[f"{name}_after"] = 0.0
-    assert with_deltas(ranks)["decades"].tolist() == pytest.approx([1, -3, 0, 0.47712125], abs=1e-8)
-    assert with_deltas(ranks)["shift"].tolist() == [90, -999, 0, 2]
+    assert add_deltas(ranks)["decades"].tolist() == pytest.approx([1, -3, 0, 0.47712125], abs=1e-8)
+    assert add_deltas(ranks)["shift"].tolist() == [90, -999, 0, 2]
     made = hk.shift_report(llama, PROMPTS, hk.ablate(hk.Site("z", *HEAD)), watch=(3, 40), drawn=0)
     watched = made.tables["watched"]
     wanted = [

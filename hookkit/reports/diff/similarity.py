@@ -35,14 +35,14 @@ def linear_cka(before: Vectors, after: Float[Tensor, "token e"]) -> float:
     >>> round(linear_cka(x, 3 * x @ rotation + 1), 6), linear_cka(x, torch.ones(20, 7))
     (1.0, nan)
     """
-    x, y = centred(exact(before)), centred(exact(after))
+    x, y = subtract_mean(exact(before)), subtract_mean(exact(after))
     if len(x) >= x.shape[1] + y.shape[1]:
         return _ratio((x.T @ y).square(), (x.T @ x).square(), (y.T @ y).square())
     k, m = x @ x.T, y @ y.T
     return _ratio(k * m, k * k, m * m)
 
 
-def centred(rows: Vectors) -> Vectors:
+def subtract_mean(rows: Vectors) -> Vectors:
     """The rows minus their mean."""
     return rows - rows.mean(0)
 

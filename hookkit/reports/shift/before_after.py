@@ -277,7 +277,7 @@ def watched_of(
         columns |= _numbers_of(before, tokens, "before")
         columns |= _numbers_of(after, tokens, "after")
         parts.append(pd.DataFrame(columns))
-    table = with_deltas(pd.concat(parts, ignore_index=True))
+    table = add_deltas(pd.concat(parts, ignore_index=True))
     return table.sort_values("row", kind="stable", ignore_index=True)
 
 
@@ -292,7 +292,7 @@ def _numbers_of(outcome: NextTokenLogits, tokens: list[int], when: str) -> dict[
     }
 
 
-def with_deltas(table: pd.DataFrame) -> pd.DataFrame:
+def add_deltas(table: pd.DataFrame) -> pd.DataFrame:
     """The table with after minus before of all compared numbers, and with columns in order."""
     numbers = []
     for name in COMPARED:

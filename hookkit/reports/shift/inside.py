@@ -161,7 +161,9 @@ def why_of(
     try:
         if tuple(tokens) not in decompositions:
             decompositions[tuple(tokens)] = decomposed(before.run, row_tokens)
-        table = joined(decompositions[tuple(tokens)], decomposed(after.run, row_tokens))
+        table = join_decompositions(
+            decompositions[tuple(tokens)], decomposed(after.run, row_tokens)
+        )
     except HookkitError as error:
         return pd.DataFrame(), str(error)
     ids = [tokens[row] for row in table["row"]]
@@ -175,7 +177,7 @@ def _is_finite(outcome: NextTokenLogits, tokens: Sequence[int]) -> bool:
     return all(np.isfinite(float(outcome.logits[row, i])) for row, i in enumerate(tokens))
 
 
-def joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Two decompositions side by side. A component that only one of them has is 0 in the other."""
     keys = ["row", "component", "kind", "layer", "head"]
     table: Any = before[[*keys, "logit"]].merge(

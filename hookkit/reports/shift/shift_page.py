@@ -33,12 +33,12 @@ from ..page import Content, Folded, Part, Report, add_files, report
 from ..typesetting import written
 from .before_after import (
     NextTokenLogits,
+    add_deltas,
     distances_of,
     plan_resuming,
     run_prompts,
     texts_of,
     watched_of,
-    with_deltas,
 )
 from .inside import layers_of, lens_sites, most_moved, why_of
 from .named_edits import (
@@ -509,7 +509,7 @@ def _build_shifts(
     named_tokens = edit.named_tokens(after.lm)
     table = shift_of(pairs, request.top, MOVERS, request.watch, named_tokens)
     literals = [literal(after.lm, token) for token in table["token_id"]]
-    table = with_deltas(table.assign(edit=edit.name, token=literals))
+    table = add_deltas(table.assign(edit=edit.name, token=literals))
     keys = ["row", "pos", "edit"]
     columns = [name for name in table if name not in (*keys, "why")]
     return pd.DataFrame(table[[*keys, *columns, "why"]])
