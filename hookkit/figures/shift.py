@@ -27,6 +27,7 @@ from .style import (
     finished,
     label_point,
     rank_axis,
+    short_label,
     spread_apart,
 )
 

@@ -124,7 +124,7 @@ class Difference:
         table = table.reset_index()
         if not self.parting.empty:
             sites = dict(zip(self.parting["row"], self.parting["site"], strict=True))
-            table["parts_at"] = table["row"].map(sites)
+            table["parts_at"] = [sites[row] for row in table["row"]]
         return table
 
     def page(self, *, title: str = "", question: str = "", drawn: int = 1) -> Report:
@@ -177,7 +177,7 @@ def _build_page(difference: Difference, *, title: str, question: str, drawn: int
 
 def _write_answer(difference: Difference) -> str:
     tokens = difference.tokens
-    n_prompts = tokens["row"].nunique()
+    n_prompts = len(set(tokens["row"]))
     plural = "s" if n_prompts > 1 else ""
     furthest = tokens.loc[tokens["kl"].idxmax()]
     text = (
