@@ -1,1 +1,1 @@
-"""What can be looked into: a model, its sites, positions and prompts."""
+"""What hookkit reads of a model: its sites, modules, tokens, positions and prompts."""

@@ -1,4 +1,7 @@
-"""A row of the families' table made by hand: for a model whose family hookkit does not know, or has found out wrongly.
+"""Rows of the table of families that users write.
+
+They are for a model whose family hookkit does not know, or for which the dry run derived a wrong
+row.
 
 row = hk.family("mine", like=lm, places={"attn_out": hk.place(".post_norm")})
 lm = hk.LM(model, tokenizer, row=row)
@@ -9,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from ..arguments import checks_arguments
 from ..errors import BadHook, UnknownSite, did_you_mean
-from .families.schema import Family, ModuleLocation
+from .families.schema import Family, ModuleLocation, Sizes
 from .families.table import FAMILIES
 from .layout import Layout
 from .lm import LM
@@ -49,10 +52,11 @@ def place(
     over: str = "",
     layers: tuple[int, ...] = (),
 ) -> ModuleLocation:
-    """Where a site is, for `hk.family`: a module, one of its sides, and the part of its tensor.
+    """Returns the location of a site for `hk.family`: a module, a side, and a part of its tensor.
 
-    A path that begins with a dot is counted from the block, "." being the block itself. The other words are those of
-    `ModuleLocation`. `BadHook` for a side, an item or a cut that no place has.
+    A path that begins with a dot is relative to the block, and "." is the block itself. The other
+    arguments are the fields of `ModuleLocation`. Raises `BadHook` for a side, an item or a cut that
+    does not exist.
 
     >>> place(".self_attn.q_proj", cut="head d_head").path
     '.self_attn.q_proj'
@@ -66,7 +70,8 @@ def place(
     for word in cut.replace("|", " ").replace(":", " ").split():
         if not word.isdecimal() and word not in WORDS:
             raise BadHook(
-                f"cut={cut!r} has the word {word!r}{did_you_mean(word, WORDS)} The words: {', '.join(WORDS)}."
+                f"cut={cut!r} has the word {word!r}{did_you_mean(word, WORDS)} "
+                f"The words: {', '.join(WORDS)}."
             )
     parts = cut.rpartition(":")[2].count("|") + 1
     if not 0 <= part < parts:
@@ -86,45 +91,49 @@ def family(
     sizes: Mapping[str, int] | None = None,
     exceptions: Mapping[str, str] | None = None,
 ) -> Family:
-    """A row of the families' table, to be given as `hk.LM(model, tokenizer, row=row)`.
+    """Returns a row of the table of families, for `hk.LM(model, tokenizer, row=row)`.
 
-    `like` is the row to begin with: a model type of the table, another row, or a model with its row, whose modules the
-    new places are then checked against. `places` are added to it, and `missing` takes sites away, each with the reason.
-    `block` is the path of the blocks, with `{layer}` for the number; `sizes` corrects what the configuration says of
-    d_head, kv_head and so on. `UnknownSite` for a name that is no site, or a path that the model does not have.
+    `like` is the row to begin with: a model type of the table, another row, or a model. `places`
+    are added to this row, and checked against the modules of `like` if it is a model. `missing`
+    removes sites, each with a reason. `block` is the path of the blocks, with `{layer}` for the
+    number. `sizes` corrects the sizes in the configuration: d_head, kv_head and so on. Raises
+    `UnknownSite` for a name that is no site, or a path that the model does not have.
 
     >>> row = family("mine", like="llama", places={"attn_out": place(".post_norm")})
     >>> row.places["attn_out"].path
     '.post_norm'
     """
-    begun = _row(like)
-    given, gone = dict(places or {}), dict(missing or {})
-    _check_sites(given, gone)
+    base = _base_row(like)
+    added, removed = dict(places or {}), dict(missing or {})
+    _check_sites(added, removed)
     if block is not None and "{layer}" not in block:
         raise BadHook(
-            f"block={block!r} does not say where the number stands: write for example 'model.layers.{{layer}}'"
+            f"block={block!r} does not say where the number stands: write for example "
+            "'model.layers.{layer}'"
         )
     if attention not in (None, "interface", "own"):
         raise BadHook(
-            f"attention={attention!r}: it is reached through transformers' 'interface', or in its 'own' code"
+            f"attention={attention!r}: it is reached through transformers' 'interface', or in its "
+            "'own' code"
         )
-    kept = {site: at for site, at in begun.places.items() if site not in gone} | given
+    locations = {site: value for site, value in base.places.items() if site not in removed}
+    reasons = {site: reason for site, reason in base.missing.items() if site not in added}
     row = Family(
         name,
-        kept,
-        {site: why for site, why in begun.missing.items() if site not in given} | gone,
-        block=block or begun.block,
-        attention=attention or begun.attention,
-        sizes=begun.sizes if sizes is None else _corrected(begun, sizes),
-        exceptions={**begun.exceptions, **(exceptions or {})},
+        locations | added,
+        reasons | removed,
+        block=block or base.block,
+        attention=attention or base.attention,
+        sizes=base.sizes if sizes is None else _correct_sizes(base, sizes),
+        exceptions={**base.exceptions, **(exceptions or {})},
     )
     if isinstance(like, LM):
-        _check_paths(like, row, given)
+        _check_paths(like, row, added)
     return row
 
 
-def _row(like: str | Family | LM | None) -> Family:
-    """The row to begin with."""
+def _base_row(like: str | Family | LM | None) -> Family:
+    """Returns the row to begin with."""
     if like is None:
         return Family("", {"logits": ModuleLocation("", item="logits")})
     if isinstance(like, LM):
@@ -132,10 +141,10 @@ def _row(like: str | Family | LM | None) -> Family:
     if isinstance(like, Family):
         return like
     if not isinstance(like, str) or like not in FAMILIES:
-        known = did_you_mean(like, FAMILIES) if isinstance(like, str) else "."
+        hint = did_you_mean(like, FAMILIES) if isinstance(like, str) else "."
         raise BadHook(
-            f"like={like!r} is no model type of hookkit's table{known} Give one of {', '.join(FAMILIES)}; "
-            "or a row; or the model, hk.LM(model)"
+            f"like={like!r} is no model type of hookkit's table{hint} Give one of "
+            f"{', '.join(FAMILIES)}; or a row; or the model, hk.LM(model)"
         )
     row = FAMILIES[like]
     if isinstance(row, Family):
@@ -145,45 +154,44 @@ def _row(like: str | Family | LM | None) -> Family:
     )
 
 
-def _check_sites(given: Mapping[str, Any], gone: Mapping[str, str]) -> None:
-    for site in (*given, *gone):
+def _check_sites(added: Mapping[str, Any], removed: Mapping[str, str]) -> None:
+    for site in (*added, *removed):
         if site not in AXES:
             raise UnknownSite(
-                f"there is no site {site!r}{did_you_mean(site, AXES)} The sites are: {', '.join(AXES)}."
+                f"there is no site {site!r}{did_you_mean(site, AXES)} "
+                f"The sites are: {', '.join(AXES)}."
             )
-    for site, at in given.items():
-        if site in gone:
-            raise BadHook(f"{site!r} is given a place and said to be missing: say one of them")
-        if (
-            not all(
-                isinstance(each, ModuleLocation)
-                for each in (at if isinstance(at, tuple) else (at,))
-            )
-            or at == ()
-        ):
+    for site, value in added.items():
+        if site in removed:
+            raise BadHook(f"{site!r} is in places= and in missing=: say one of them")
+        locations = value if isinstance(value, tuple) else (value,)
+        if not locations or not all(isinstance(item, ModuleLocation) for item in locations):
             raise BadHook(
-                f"the place of {site!r} is {at!r}: make one with hk.place(path, side=…), or a tuple of them"
+                f"the place of {site!r} is {value!r}: make one with hk.place(path, side=…), or a "
+                "tuple of them"
             )
-    for site, why in gone.items():
-        if not isinstance(why, str) or not why:
-            raise BadHook(f"the reason why {site!r} is missing is {why!r}: give a sentence")
+    for site, reason in removed.items():
+        if not isinstance(reason, str) or not reason:
+            raise BadHook(f"the reason why {site!r} is missing is {reason!r}: give a sentence")
 
 
-def _corrected(begun: Family, sizes: Mapping[str, int]) -> Any:
-    for word, size in sizes.items():
+def _correct_sizes(base: Family, corrections: Mapping[str, int]) -> Sizes:
+    for word, size in corrections.items():
         if word not in WORDS or isinstance(size, bool) or not isinstance(size, int):
             raise BadHook(
                 f"sizes={{{word!r}: {size!r}}}: give whole numbers for {', '.join(WORDS)}"
             )
-    return lambda config, layer: {**begun.sizes(config, layer), **sizes}
+
+    def sizes(config: Any, layer: int | None) -> Mapping[str, int | None]:
+        return {**base.sizes(config, layer), **corrections}
+
+    return sizes
 
 
-def _check_paths(lm: LM, row: Family, given: Mapping[str, PlaceLike]) -> None:
-    """`UnknownSite` for a place that no block of the model has."""
+def _check_paths(lm: LM, row: Family, added: Mapping[str, PlaceLike]) -> None:
+    """Raises `UnknownSite` for a location that no block of the model has."""
     layout = Layout(lm.root, lm.config, row)
-    for site in given:
+    for site in added:
         if layout.layers(site) == []:
-            layout.submodule(row.at(site, 0)[0].path)  # raises, with the paths that are near
-            raise UnknownSite(
-                f"no block of the model has the module that {site!r} is said to be at"
-            )
+            layout.submodule(row.at(site, 0)[0].path)  # raises, with similar paths
+            raise UnknownSite(f"no block of the model has the module at the place of {site!r}")

@@ -1,1 +1,1 @@
-"""Where each model family has its sites. No module here imports torch."""
+"""The table of model families: where each has its sites. No module here imports torch."""

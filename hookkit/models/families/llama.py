@@ -1,4 +1,4 @@
-"""Families that are built like llama, and what each of them does otherwise."""
+"""Families with the module tree of llama, and how each of them differs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,70 +16,75 @@ from .shared import (
     ROTARY,
     ROUTER_ELSEWHERE,
     STREAM,
-    as_many,
-    attention,
-    fused,
+    attention_sites,
+    fused_qkv,
+    input_of,
     inside,
-    into,
-    mlp,
-    out,
-    routed,
-    separate,
-    turned,
+    mlp_sites,
+    multi_head_sizes,
+    output_of,
+    rotary_sites,
+    router_sites,
+    separate_qkv,
 )
 
-LLAMA_PLACES: dict[str, ModuleLocation] = {
-    "embed": out("model.embed_tokens"),
+LLAMA_SITES: dict[str, ModuleLocation] = {
+    "embed": output_of("model.embed_tokens"),
     **STREAM,
-    **attention(".self_attn"),
-    **separate(".self_attn"),
-    **turned(".self_attn"),
-    "resid_mid": into(".post_attention_layernorm", shared=True),
+    **attention_sites(".self_attn"),
+    **separate_qkv(".self_attn"),
+    **rotary_sites(".self_attn"),
+    "resid_mid": input_of(".post_attention_layernorm", shared=True),
     **GATED,
-    "final_norm": out("model.norm"),
+    "final_norm": output_of("model.norm"),
     **HEAD,
 }
 LLAMA_MISSING = {**ROTARY, **DENSE}
-LLAMA = Family("llama", LLAMA_PLACES, LLAMA_MISSING)
+LLAMA = Family("llama", LLAMA_SITES, LLAMA_MISSING)
 
-# Norms behind attention and MLP: what they give is what is added to the stream.
-POST_NORMED = LLAMA_PLACES | {
-    "attn_out": out(".post_attention_layernorm"),
-    "resid_mid": into(".pre_feedforward_layernorm", shared=True),
-    "mlp_out": out(".post_feedforward_layernorm"),
+# Norms after attention and MLP: their outputs are added to the residual stream.
+POST_NORMED = LLAMA_SITES | {
+    "attn_out": output_of(".post_attention_layernorm"),
+    "resid_mid": input_of(".pre_feedforward_layernorm", shared=True),
+    "mlp_out": output_of(".post_feedforward_layernorm"),
 }
-ONLY_POST_NORMED = POST_NORMED | {"resid_mid": into(".mlp", shared=True)}
+ONLY_POST_NORMED = POST_NORMED | {"resid_mid": input_of(".mlp", shared=True)}
 SCALED = {
-    name: out(LLAMA_PLACES[name].path, times="residual_multiplier")
+    name: output_of(LLAMA_SITES[name].path, times="residual_multiplier")
     for name in ("attn_out", "mlp_out")
 }
-WITHOUT_MID = {name: place for name, place in LLAMA_PLACES.items() if name != "resid_mid"}
+WITHOUT_MID = {site: location for site, location in LLAMA_SITES.items() if site != "resid_mid"}
 
 
-def mixture(
-    name: str, places: Mapping[str, ModuleLocation] | None = None, router: str = ".mlp.gate"
+def mixture_of_experts(
+    name: str, sites: Mapping[str, ModuleLocation] = LLAMA_SITES, router: str = ".mlp.gate"
 ) -> Family:
-    """A router and its experts in the place of the MLP, in some blocks or in all."""
+    """Returns a family with a router and experts instead of the MLP, in some blocks or in all."""
     return Family(
         name,
-        {**(places or LLAMA_PLACES), **routed(router)},
+        {**sites, **router_sites(router)},
         {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE},
     )
 
 
-def latent(name: str, places: Mapping[str, ModuleLocation], missing: Mapping[str, str]) -> Family:
-    """Multi-head latent attention (DeepSeek-AI 2024): keys and values are expanded from a latent."""
-    given = {
-        **places,
+def latent_attention(
+    name: str, sites: Mapping[str, ModuleLocation], missing: Mapping[str, str]
+) -> Family:
+    """Returns a family with multi-head latent attention (DeepSeek-AI 2024).
+
+    Keys and values are expanded from a latent.
+    """
+    locations = {
+        **sites,
         "q": (
-            out(".self_attn.q_proj", cut="head d_qk"),
-            out(".self_attn.q_b_proj", cut="head d_qk"),
+            output_of(".self_attn.q_proj", cut="head d_qk"),
+            output_of(".self_attn.q_b_proj", cut="head d_qk"),
         ),
         "v": inside(".self_attn", "value"),
-        "z": into(".self_attn.o_proj", cut="head d_v"),
+        "z": input_of(".self_attn.o_proj", cut="head d_v"),
     }
-    given.pop("k")
-    return Family(name, given, {**missing, **LATENT_KEYS}, sizes=_latent_sizes)
+    locations.pop("k")
+    return Family(name, locations, {**missing, **LATENT_KEYS}, sizes=_latent_sizes)
 
 
 def _latent_sizes(config: Any, layer: int | None) -> dict[str, int]:
@@ -95,46 +100,45 @@ PHI = Family(
     "phi",
     {
         **WITHOUT_MID,
-        **attention(".self_attn", "dense"),
-        **mlp(".mlp", "fc1", "fc2"),
-        "final_norm": out("model.final_layernorm"),
+        **attention_sites(".self_attn", "dense"),
+        **mlp_sites(".mlp", "fc1", "fc2"),
+        "final_norm": output_of("model.final_layernorm"),
     },
     {**LLAMA_MISSING, **PARALLEL},
 )
 PHI3 = Family(
-    "phi3", {**LLAMA_PLACES, **fused(".self_attn.qkv_proj"), **GATED_TOGETHER}, LLAMA_MISSING
+    "phi3", {**LLAMA_SITES, **fused_qkv(".self_attn.qkv_proj"), **GATED_TOGETHER}, LLAMA_MISSING
 )
 PERSIMMON = Family(
     "persimmon",
     {
-        **LLAMA_PLACES,
-        **attention(".self_attn", "dense"),
-        **fused(".self_attn.query_key_value", BY_HEAD),
-        **mlp(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        "final_norm": out("model.final_layernorm"),
+        **LLAMA_SITES,
+        **attention_sites(".self_attn", "dense"),
+        **fused_qkv(".self_attn.query_key_value", BY_HEAD),
+        **mlp_sites(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        "final_norm": output_of("model.final_layernorm"),
     },
     LLAMA_MISSING,
-    sizes=as_many,
+    sizes=multi_head_sizes,
 )
 
 
 def stablelm(config: Any) -> Family:
-    """Attention and MLP in parallel, or in turn."""
+    """Returns the row for attention and MLP in parallel, or one after the other."""
     if config.use_parallel_residual:
         return Family("stablelm", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL})
-    return Family("stablelm", LLAMA_PLACES, LLAMA_MISSING)
+    return Family("stablelm", LLAMA_SITES, LLAMA_MISSING)
 
 
 QWEN3_NEXT = Family(
     "qwen3_next",
     {
-        **LLAMA_PLACES,
-        "attn_in": (into(".self_attn"), into(".linear_attn")),
-        "attn_out": (out(".self_attn"), out(".linear_attn")),
-        "q": out(
-            ".self_attn.q_proj", cut="head: d_head | d_head"
-        ),  # each head's query, then the gate of its output
-        **routed(),
+        **LLAMA_SITES,
+        "attn_in": (input_of(".self_attn"), input_of(".linear_attn")),
+        "attn_out": (output_of(".self_attn"), output_of(".linear_attn")),
+        # The query of each head, then the gate of its output.
+        "q": output_of(".self_attn.q_proj", cut="head: d_head | d_head"),
+        **router_sites(),
     },
     {
         **ROTARY,
@@ -142,7 +146,8 @@ QWEN3_NEXT = Family(
         **ROUTER_ELSEWHERE,
         **dict.fromkeys(
             ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z"),
-            "this block's attention is linear (a gated delta rule), which has no pattern and no heads of this kind",
+            "this block's attention is linear (a gated delta rule), which has no pattern and no "
+            "heads of this kind",
         ),
     },
 )
@@ -154,7 +159,7 @@ PER_LAYER_INPUT = (
 
 
 def gemma4(config: Any) -> Family:
-    """Some blocks may take their keys and values from earlier ones."""
+    """Returns the row for blocks that may take keys and values from earlier blocks."""
     missing = {
         **LLAMA_MISSING,
         "k": "this block takes its keys from an earlier one",
@@ -164,13 +169,13 @@ def gemma4(config: Any) -> Family:
     return Family("gemma4_text", POST_NORMED, missing, exceptions=exceptions)
 
 
-MINICPM3 = latent(
+MINICPM3 = latent_attention(
     "minicpm3",
     {
-        **LLAMA_PLACES,
-        "attn_out": out(".self_attn", times="residual_scale"),
-        "mlp_out": out(".mlp", times="residual_scale"),
-        "final_norm": out("model.norm", over="logits_scaling"),
+        **LLAMA_SITES,
+        "attn_out": output_of(".self_attn", times="residual_scale"),
+        "mlp_out": output_of(".mlp", times="residual_scale"),
+        "final_norm": output_of("model.norm", over="logits_scaling"),
     },
     LLAMA_MISSING,
 )
@@ -178,13 +183,13 @@ MINICPM3 = latent(
 LFM2 = Family(
     "lfm2",
     {
-        **LLAMA_PLACES,
-        **attention(".self_attn", "out_proj"),
-        "attn_in": (into(".self_attn"), into(".conv")),
-        "attn_out": (out(".self_attn"), out(".conv")),
-        "resid_mid": into(".ffn_norm", shared=True),
-        **mlp(".feed_forward", "w1", "w2"),
-        "final_norm": out("model.embedding_norm"),
+        **LLAMA_SITES,
+        **attention_sites(".self_attn", "out_proj"),
+        "attn_in": (input_of(".self_attn"), input_of(".conv")),
+        "attn_out": (output_of(".self_attn"), output_of(".conv")),
+        "resid_mid": input_of(".ffn_norm", shared=True),
+        **mlp_sites(".feed_forward", "w1", "w2"),
+        "final_norm": output_of("model.embedding_norm"),
     },
     {
         **LLAMA_MISSING,

@@ -1,4 +1,4 @@
-"""Families with a module tree of their own: GPT-2 and what came of it, and models without attention."""
+"""Families with other module trees: GPT-2 and its descendants, and models without attention."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,39 +16,39 @@ from .shared import (
     ROTARY,
     STREAM,
     UNTURNED,
-    as_many,
-    attention,
-    fused,
-    into,
-    mlp,
-    out,
-    separate,
-    turned,
+    attention_sites,
+    fused_qkv,
+    input_of,
+    mlp_sites,
+    multi_head_sizes,
+    output_of,
+    rotary_sites,
+    separate_qkv,
 )
 
-GPT2_PLACES: Mapping[str, ModuleLocation] = {
-    "embed": out("transformer.wte"),
-    "pos_embed": out("transformer.wpe"),
+GPT2_SITES: Mapping[str, ModuleLocation] = {
+    "embed": output_of("transformer.wte"),
+    "pos_embed": output_of("transformer.wpe"),
     **STREAM,
-    **attention(".attn", "c_proj"),
-    **fused(".attn.c_attn"),
-    "resid_mid": into(".ln_2", shared=True),
-    **mlp(".mlp", "c_fc", "c_proj"),
-    "final_norm": out("transformer.ln_f"),
+    **attention_sites(".attn", "c_proj"),
+    **fused_qkv(".attn.c_attn"),
+    "resid_mid": input_of(".ln_2", shared=True),
+    **mlp_sites(".mlp", "c_fc", "c_proj"),
+    "final_norm": output_of("transformer.ln_f"),
     **HEAD,
 }
 GPT2 = Family(
-    "gpt2", GPT2_PLACES, {**UNTURNED, **DENSE}, block="transformer.h.{layer}", sizes=as_many
+    "gpt2", GPT2_SITES, {**UNTURNED, **DENSE}, block="transformer.h.{layer}", sizes=multi_head_sizes
 )
 
 
 def gpt_bigcode(config: Any) -> Family:
-    """One key-value head behind all queries, or the old layout, head by head."""
+    """Returns the row for one key-value head after all queries, or for one head after another."""
     cut = FUSED if config.multi_query else BY_HEAD
     sizes = {"kv_head": 1 if config.multi_query else config.num_attention_heads}
     return Family(
         "gpt_bigcode",
-        {**GPT2_PLACES, **fused(".attn.c_attn", cut)},
+        {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)},
         GPT2.missing,
         block=GPT2.block,
         sizes=lambda config, layer: sizes,
@@ -57,97 +57,108 @@ def gpt_bigcode(config: Any) -> Family:
 
 GPT_NEO = Family(
     "gpt_neo",
-    GPT2_PLACES | attention(".attn.attention", "out_proj") | separate(".attn.attention"),
+    {
+        **GPT2_SITES,
+        **attention_sites(".attn.attention", "out_proj"),
+        **separate_qkv(".attn.attention"),
+    },
     GPT2.missing,
     block=GPT2.block,
     attention="own",
-    sizes=as_many,
+    sizes=multi_head_sizes,
 )
 
-GPTJ_PLACES: Mapping[str, ModuleLocation] = {
-    "embed": out("transformer.wte"),
+GPTJ_SITES: Mapping[str, ModuleLocation] = {
+    "embed": output_of("transformer.wte"),
     **STREAM,
-    **attention(".attn", "out_proj"),
-    **separate(".attn"),
-    **mlp(".mlp", "fc_in", "fc_out"),
-    "final_norm": out("transformer.ln_f"),
+    **attention_sites(".attn", "out_proj"),
+    **separate_qkv(".attn"),
+    **mlp_sites(".mlp", "fc_in", "fc_out"),
+    "final_norm": output_of("transformer.ln_f"),
     **HEAD,
 }
 GPTJ = Family(
     "gptj",
-    GPTJ_PLACES,
+    GPTJ_SITES,
     {**ROTARY, **PARALLEL, **OWN, **DENSE},
     block="transformer.h.{layer}",
     attention="own",
-    sizes=as_many,
+    sizes=multi_head_sizes,
 )
+FOUR_SLICES = "4: quarter d_head | quarter d_head | quarter d_head"
 CODEGEN = Family(
     "codegen",
-    # four slices, made for as many devices, each with its heads' queries, values and keys
-    GPTJ_PLACES
-    | fused(".attn.qkv_proj", "4: quarter d_head | quarter d_head | quarter d_head", order="qvk"),
+    # The projection has four slices, for four devices: the queries, values and keys of their heads.
+    {**GPTJ_SITES, **fused_qkv(".attn.qkv_proj", FOUR_SLICES, order="qvk")},
     GPTJ.missing,
     block=GPTJ.block,
     attention="own",
-    sizes=as_many,
+    sizes=multi_head_sizes,
 )
 
 
 def gpt_neox(config: Any) -> Family:
-    """Attention and MLP in parallel, or in turn."""
-    parallel = config.use_parallel_residual
-    places = {
-        "embed": out("gpt_neox.embed_in"),
+    """Returns the row for attention and MLP in parallel, or one after the other."""
+    sites = {
+        "embed": output_of("gpt_neox.embed_in"),
         **STREAM,
-        **attention(".attention", "dense"),
-        **fused(".attention.query_key_value", BY_HEAD),
-        **turned(".attention"),
-        **mlp(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        "final_norm": out("gpt_neox.final_layer_norm"),
+        **attention_sites(".attention", "dense"),
+        **fused_qkv(".attention.query_key_value", BY_HEAD),
+        **rotary_sites(".attention"),
+        **mlp_sites(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        "final_norm": output_of("gpt_neox.final_layer_norm"),
         **HEAD,
     }
-    if not parallel:
-        places["resid_mid"] = into(".post_attention_layernorm", shared=True)
-    missing = {**ROTARY, **DENSE, **(PARALLEL if parallel else {})}
-    return Family("gpt_neox", places, missing, block="gpt_neox.layers.{layer}", sizes=as_many)
+    missing = {**ROTARY, **DENSE}
+    if config.use_parallel_residual:
+        missing |= PARALLEL
+    else:
+        sites["resid_mid"] = input_of(".post_attention_layernorm", shared=True)
+    return Family(
+        "gpt_neox", sites, missing, block="gpt_neox.layers.{layer}", sizes=multi_head_sizes
+    )
 
 
-NORMED_STREAM = "this OPT normalises the stream itself after attention and after the MLP (do_layer_norm_before=False)"
+NORMED_STREAM = (
+    "this OPT normalises the stream itself after attention and after the MLP "
+    "(do_layer_norm_before=False)"
+)
 
 
 def opt(config: Any) -> Family:
-    """Norms before attention and MLP, or on the stream behind them."""
-    before = config.do_layer_norm_before
-    places: dict[str, ModuleLocation | tuple[ModuleLocation, ...]] = {
-        "embed": out("model.decoder.embed_tokens"),
-        "pos_embed": out("model.decoder.embed_positions"),
+    """Returns the row for norms before attention and MLP, or on the stream after them."""
+    sites: dict[str, ModuleLocation | tuple[ModuleLocation, ...]] = {
+        "embed": output_of("model.decoder.embed_tokens"),
+        "pos_embed": output_of("model.decoder.embed_positions"),
         **STREAM,
-        **attention(".self_attn", "out_proj"),
-        **separate(".self_attn"),
-        "mlp_in": into(".fc1", flat=True),
-        "mlp_pre": out(".fc1", flat=True),
-        "mlp_post": into(".fc2", flat=True),
-        "mlp_out": out(".fc2", flat=True),
-        "final_norm": (out("model.decoder.project_out"), out("model.decoder.final_layer_norm")),
+        **attention_sites(".self_attn", "out_proj"),
+        **separate_qkv(".self_attn"),
+        "mlp_in": input_of(".fc1", flat=True),
+        "mlp_pre": output_of(".fc1", flat=True),
+        "mlp_post": input_of(".fc2", flat=True),
+        "mlp_out": output_of(".fc2", flat=True),
+        "final_norm": (
+            output_of("model.decoder.project_out"),
+            output_of("model.decoder.final_layer_norm"),
+        ),
         **HEAD,
     }
     missing = {**UNTURNED, **DENSE}
-    if before:
-        places["resid_mid"] = into(".final_layer_norm", shared=True, flat=True)
-        return Family("opt", places, missing, block="model.decoder.layers.{layer}", sizes=as_many)
-    missing |= {
-        "resid_mid": NORMED_STREAM,
-        "final_norm": NORMED_STREAM + ": the last block's output is read as it is",
-    }
+    exceptions: dict[str, str] = {}
+    if config.do_layer_norm_before:
+        sites["resid_mid"] = input_of(".final_layer_norm", shared=True, flat=True)
+    else:
+        missing["resid_mid"] = NORMED_STREAM
+        missing["final_norm"] = NORMED_STREAM + ": the last block's output is read as it is"
+        laws = ("sum", "one stream attn_out", "one stream mlp_out")
+        exceptions = dict.fromkeys(laws, NORMED_STREAM)
     return Family(
         "opt",
-        places,
+        sites,
         missing,
         block="model.decoder.layers.{layer}",
-        sizes=as_many,
-        exceptions=dict.fromkeys(
-            ("sum", "one stream attn_out", "one stream mlp_out"), NORMED_STREAM
-        ),
+        sizes=multi_head_sizes,
+        exceptions=exceptions,
     )
 
 
@@ -155,64 +166,67 @@ AFTER_NORM = "this BLOOM adds to the normed stream (apply_residual_connection_po
 
 
 def bloom(config: Any) -> Family:
-    """The stream goes on as it was before the norm, or normed."""
-    places = {
-        "embed": out("transformer.word_embeddings"),
+    """Returns the row for a residual stream that is not normed, or that is normed."""
+    sites = {
+        "embed": output_of("transformer.word_embeddings"),
         **STREAM,
-        **attention(".self_attention", "dense"),
-        "attn_out": out(
-            ".self_attention.dense"
-        ),  # the attention's own output has the stream added to it already
-        **fused(".self_attention.query_key_value", BY_HEAD),
-        "resid_mid": into(".post_attention_layernorm", shared=True),
-        **mlp(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        "mlp_out": out(".mlp.dense_4h_to_h"),  # the same of the MLP
-        "final_norm": out("transformer.ln_f"),
+        **attention_sites(".self_attention", "dense"),
+        # The outputs of the attention and the MLP modules have the stream added to them already.
+        "attn_out": output_of(".self_attention.dense"),
+        **fused_qkv(".self_attention.query_key_value", BY_HEAD),
+        "resid_mid": input_of(".post_attention_layernorm", shared=True),
+        **mlp_sites(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        "mlp_out": output_of(".mlp.dense_4h_to_h"),
+        "final_norm": output_of("transformer.ln_f"),
         **HEAD,
     }
     missing = {**ALIBI, **UNTURNED, **DENSE}
     exceptions: dict[str, str] = {}
     if config.apply_residual_connection_post_layernorm:
-        places.pop("resid_mid")
+        sites.pop("resid_mid")
         missing["resid_mid"] = AFTER_NORM
-        exceptions |= dict.fromkeys(("sum", "one stream attn_out"), AFTER_NORM)
+        exceptions = dict.fromkeys(("sum", "one stream attn_out"), AFTER_NORM)
     return Family(
         "bloom",
-        places,
+        sites,
         missing,
         block="transformer.h.{layer}",
         attention="own",
-        sizes=as_many,
+        sizes=multi_head_sizes,
         exceptions=exceptions,
     )
 
 
 def falcon(config: Any) -> Family:
-    """Three layouts of queries and keys; attention and MLP in parallel, or in turn; rotary positions, or ALiBi."""
+    """Returns the row of a configuration.
+
+    Falcon has three layouts of queries and keys, attention and MLP in parallel or one after the
+    other, and rotary positions or ALiBi.
+    """
     parallel = config.parallel_attn or config.new_decoder_architecture
     if config.new_decoder_architecture:
         cut, kv_heads = "kv_head: share d_head | d_head | d_head", config.num_kv_heads
+    elif config.multi_query:
+        cut, kv_heads = FUSED, 1
     else:
-        cut, kv_heads = (FUSED, 1) if config.multi_query else (BY_HEAD, config.num_attention_heads)
-    places = {
-        "embed": out("transformer.word_embeddings"),
+        cut, kv_heads = BY_HEAD, config.num_attention_heads
+    sites = {
+        "embed": output_of("transformer.word_embeddings"),
         **STREAM,
-        **attention(".self_attention", "dense"),
-        **fused(".self_attention.query_key_value", cut),
-        **mlp(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        "final_norm": out("transformer.ln_f"),
+        **attention_sites(".self_attention", "dense"),
+        **fused_qkv(".self_attention.query_key_value", cut),
+        **mlp_sites(".mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        "final_norm": output_of("transformer.ln_f"),
         **HEAD,
     }
-    if not parallel:
-        places["resid_mid"] = into(".post_attention_layernorm", shared=True)
-    missing = {
-        **(ALIBI | UNTURNED if config.alibi else ROTARY | OWN),
-        **DENSE,
-        **(PARALLEL if parallel else {}),
-    }
+    missing = {**DENSE, **ALIBI, **UNTURNED} if config.alibi else {**DENSE, **ROTARY, **OWN}
+    if parallel:
+        missing |= PARALLEL
+    else:
+        sites["resid_mid"] = input_of(".post_attention_layernorm", shared=True)
     return Family(
         "falcon",
-        places,
+        sites,
         missing,
         block="transformer.h.{layer}",
         attention="own",
@@ -221,32 +235,38 @@ def falcon(config: Any) -> Family:
 
 
 COUNTED_BACK = (
-    "ALiBi is counted back from the last column of the batch: scores are known up to a number for each query and head, "
-    "which the softmax takes out"
+    "ALiBi is counted back from the last column of the batch: scores are known up to a number for "
+    "each query and head, which the softmax takes out"
 )
 MPT = Family(
     "mpt",
     {
-        "embed": out("transformer.wte"),
+        "embed": output_of("transformer.wte"),
         **STREAM,
-        **attention(".attn", "out_proj"),
-        **fused(".attn.Wqkv"),
-        "resid_mid": into(".norm_2", shared=True),
-        **mlp(".ffn", "up_proj", "down_proj"),
-        "mlp_out": out(".ffn.down_proj"),  # the MLP's own output has the stream added to it already
-        "final_norm": out("transformer.norm_f"),
+        **attention_sites(".attn", "out_proj"),
+        **fused_qkv(".attn.Wqkv"),
+        "resid_mid": input_of(".norm_2", shared=True),
+        **mlp_sites(".ffn", "up_proj", "down_proj"),
+        # The output of the MLP module has the stream added to it already.
+        "mlp_out": output_of(".ffn.down_proj"),
+        "final_norm": output_of("transformer.norm_f"),
         **HEAD,
     },
     {**ALIBI, **UNTURNED, **DENSE},
     block="transformer.blocks.{layer}",
     attention="own",
-    sizes=as_many,
+    sizes=multi_head_sizes,
     exceptions=dict.fromkeys(("batch scores", "writing scores"), COUNTED_BACK),
 )
 
 MAMBA = Family(
     "mamba",
-    {"embed": out("backbone.embeddings"), **STREAM, "final_norm": out("backbone.norm_f"), **HEAD},
+    {
+        "embed": output_of("backbone.embeddings"),
+        **STREAM,
+        "final_norm": output_of("backbone.norm_f"),
+        **HEAD,
+    },
     {
         "pos_embed": "a state-space model has no positions: it reads the text in order",
         **NO_ATTENTION,

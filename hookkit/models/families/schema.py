@@ -1,8 +1,9 @@
-"""What a row of the families' table is made of: places in the module tree, and the reasons why one is missing.
+"""The types of the table of families: module locations, and a row with the facts of one family.
 
-Nothing here knows torch.
+Nothing here imports torch.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,20 +14,23 @@ Side: TypeAlias = Literal["input", "output", "inside"]
 
 @dataclass(frozen=True)
 class ModuleLocation:
-    """Where a site is: a module, one of its sides, and the part of the tensor there.
+    """Where a site is: a module, one of its sides, and the part of the tensor.
 
-    path    the module; one that begins with a dot is counted from the block, "." being the block itself
-    side    "input", "output", or "inside": a tensor in the midst of its forward, which `item` names
-    item    which of several tensors: an index or a keyword; inside: query, key, value, scores, pattern or router
-    cut     what the last axis is made of, in names of sizes: "head d_head" are heads, "head d_head | kv_head d_head"
-            two parts behind one another, "head: d_head | d_head" two parts for each head in turn
-    part    which of those parts is meant
-    shared  an input that the block goes on using beside the module: an edit is written into the tensor itself, since a
-            replacement would reach the module only
-    flat    rows and positions are one axis
-    times   the block's attribute by which what the module gives is multiplied before it is added to the stream
-    over    the configuration's word by which it is divided before the head reads it
-    layers  the numbers of the blocks in which it is there; empty: all that have the module
+    path    the module; a path that begins with a dot is relative to the block, and "." is the block
+    side    "input", "output", or "inside": a tensor inside its forward, which `item` names
+    item    which of several tensors: an index or a keyword; inside: query, key, value, scores,
+            pattern or router
+    cut     the structure of the last axis, in names of sizes: "head d_head" are heads, "head d_head
+            | kv_head d_head" two parts one after the other, "head: d_head | d_head" two parts per
+            head
+    part    the index of the part that is the site
+    shared  True for an input that the block uses after the module too: an edit is written into the
+            tensor itself, because a replacement would reach the module only
+    flat    True if rows and positions are one axis
+    times   the block's attribute by which the module's output is multiplied before it is added to
+            the residual stream
+    over    the configuration's attribute by which it is divided before the head reads it
+    layers  the blocks that have the site here; empty: all blocks that have the module
     """
 
     path: str
@@ -42,14 +46,17 @@ class ModuleLocation:
 
     @cached_property
     def tensor(self) -> "ModuleLocation":
-        """The place of the whole tensor, which sites that are parts of it share."""
+        """The location of the whole tensor, which sites that are parts of it share."""
         return replace(self, cut="", part=0, times="", over="")
 
 
 @dataclass(frozen=True)
 class AxisSplit:
-    """A `ModuleLocation.cut` in numbers: `outer` groups of `total` numbers each, of which those from `start` to `stop` are
-    `inner` heads of `width`. `inner` is None where the part has no heads."""
+    """A `ModuleLocation.cut` in numbers.
+
+    The axis has `outer` groups of `total` numbers. In each group, the numbers from `start` to
+    `stop` are `inner` heads of `width`. `inner` is None if the part has no heads.
+    """
 
     outer: int
     total: int
@@ -60,54 +67,50 @@ class AxisSplit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of the site's axes behind batch and pos."""
+        """The sizes of the site's axes after batch and pos."""
         return (self.width,) if self.inner is None else (self.outer * self.inner, self.width)
 
 
-def cut(place: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
-    """The numbers that a place's cut stands for, with these sizes."""
-    group, _, rest = place.cut.rpartition(":")
-    parts = [
-        [int(word) if word.isdecimal() else sizes[word] or 0 for word in part.split()]
-        for part in rest.split("|")
-    ]
-    lengths = [_product(part) for part in parts]
-    start = sum(lengths[: place.part])
-    chosen = parts[place.part]
-    outer = _product(
-        [int(word) if word.isdecimal() else sizes[word] or 0 for word in group.split()]
-    )
-    headed = len(chosen) > 1 or bool(group)
-    inner = _product(chosen[:-1]) if headed else None
-    return AxisSplit(outer, sum(lengths), start, start + lengths[place.part], inner, chosen[-1])
+def cut(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
+    """Returns the numbers of a location's `cut` with these sizes."""
+    group, _, text = location.cut.rpartition(":")
+    parts = [_numbers(words, sizes) for words in text.split("|")]
+    lengths = [math.prod(part) for part in parts]
+    start = sum(lengths[: location.part])
+    stop = start + lengths[location.part]
+    *heads, width = parts[location.part]
+    inner = math.prod(heads) if heads or group else None
+    return AxisSplit(math.prod(_numbers(group, sizes)), sum(lengths), start, stop, inner, width)
 
 
-def _product(numbers: list[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
+def _numbers(words: str, sizes: Mapping[str, int | None]) -> list[int]:
+    """Returns each word of a `cut` as a number: the number itself, or the size of that name."""
+    numbers: list[int] = []
+    for word in words.split():
+        numbers.append(int(word) if word.isdecimal() else sizes[word] or 0)
+    return numbers
 
 
 Places: TypeAlias = Mapping[str, ModuleLocation | tuple[ModuleLocation, ...]]
-"""Places by site. Of several, the first whose module a block has is its place: blocks of one model may differ."""
+"""Locations by site. Of several, a block uses the first whose module it has."""
 
 Sizes: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None]]
-"""From a configuration and a block's number (None: any) to the sizes that its row corrects."""
+"""Returns size corrections for a configuration and a block's number (None: any block)."""
 
 
 @dataclass(frozen=True)
 class Family:
     """The facts about one family.
 
-    places      where each site is
-    missing     why a site is not there, or not in every block
+    places      the locations of each site
+    missing     the reason why the family, or some of its blocks, does not have a site
     block       the path of the blocks; `{layer}` stands for the number
-    attention   how `scores` and `pattern` are reached: through transformers' attention "interface", or in the
-                family's "own" arithmetic
-    sizes       sizes that the configuration says in another way than most
-    exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold here, each with the reason
-    found       whether the row was found out by a dry run of the model, and is none of the table's
+    attention   where `scores` and `pattern` are computed: in transformers' attention "interface",
+                or in the family's "own" code
+    sizes       sizes for which the family's configuration has other names than most
+    exceptions  laws ("sum"), or laws at one site ("batch scores"), that do not hold for the family,
+                with the reasons
+    found       True if the row was derived by a dry run of the model and is not in the table
     """
 
     name: str
@@ -120,23 +123,23 @@ class Family:
     found: bool = False
 
     def at(self, site: str, layer: int | None) -> list[ModuleLocation]:
-        """The places that a site may have in a block, with their paths written out."""
-        found = self.places.get(site, ())
+        """Returns the possible locations of a site in a block, with full paths."""
+        locations = self.places.get(site, ())
+        if isinstance(locations, ModuleLocation):
+            locations = (locations,)
         block = self.block.format(layer=layer)
-        return [
-            replace(
-                place,
-                path=f"{block}{place.path}".removesuffix(".")
-                if place.path[:1] == "."
-                else place.path,
-                layers=(),
-            )
-            for place in (found if isinstance(found, tuple) else (found,))
-            if not place.layers or layer in place.layers
-        ]
+        in_block: list[ModuleLocation] = []
+        for location in locations:
+            if location.layers and layer not in location.layers:
+                continue
+            path = location.path
+            if path.startswith("."):
+                path = f"{block}{path}".removesuffix(".")
+            in_block.append(replace(location, path=path, layers=()))
+        return in_block
 
     def why_missing(self, site: str) -> str:
-        """The reason why the family has no such site, in words for the user."""
+        """Returns the reason why the family does not have a site."""
         return self.missing.get(
             site, f"hookkit's table has no place for it in the {self.name} family"
         )

@@ -1,6 +1,7 @@
-"""Parts that rows of the families' table share: the stream, attention, the MLP and a router, as most have them.
+"""Parts that rows of the table of families share.
 
-Why a site is not there: the reasons that several rows of the families' table give, by site.
+First the locations of the residual stream, attention, the MLP and a router, as most families have
+them. Then the reasons why a site is missing, by site.
 """
 
 from collections.abc import Mapping
@@ -9,90 +10,94 @@ from typing import Any
 from .schema import ModuleLocation
 
 
-def out(path: str, **facts: Any) -> ModuleLocation:
-    """What a module gives."""
+def output_of(path: str, **facts: Any) -> ModuleLocation:
+    """Returns the location of a module's output."""
     return ModuleLocation(path, "output", **facts)
 
 
-def into(path: str, **facts: Any) -> ModuleLocation:
-    """What a module is given."""
+def input_of(path: str, **facts: Any) -> ModuleLocation:
+    """Returns the location of a module's input."""
     return ModuleLocation(path, "input", **facts)
 
 
-def inside(path: str, what: str, **facts: Any) -> ModuleLocation:
-    """What is told of in the midst of a module's forward."""
-    return ModuleLocation(path, "inside", what, **facts)
+def inside(path: str, item: str, **facts: Any) -> ModuleLocation:
+    """Returns the location of a tensor inside a module's forward."""
+    return ModuleLocation(path, "inside", item, **facts)
 
 
-HEAD: Mapping[str, ModuleLocation] = {"lm_head": out("lm_head"), "logits": out("", item="logits")}
-STREAM: Mapping[str, ModuleLocation] = {"resid_pre": into("."), "resid_post": out(".")}
+HEAD: Mapping[str, ModuleLocation] = {
+    "lm_head": output_of("lm_head"),
+    "logits": output_of("", item="logits"),
+}
+STREAM: Mapping[str, ModuleLocation] = {"resid_pre": input_of("."), "resid_post": output_of(".")}
 HEADS, KEY_HEADS = "head d_head", "kv_head d_head"
 FUSED = "head d_head | kv_head d_head | kv_head d_head"  # all queries, all keys, all values
-BY_HEAD = "head: d_head | d_head | d_head"  # query, key and value of each head in turn
+BY_HEAD = "head: d_head | d_head | d_head"  # query, key and value of one head after another
 
 
-def attention(path: str, projection: str = "o_proj") -> dict[str, ModuleLocation]:
-    """What every attention has, whatever it is called."""
+def attention_sites(path: str, projection: str = "o_proj") -> dict[str, ModuleLocation]:
+    """Returns the sites that every attention module has."""
     return {
-        "attn_in": into(path),
+        "attn_in": input_of(path),
         "scores": inside(path, "scores"),
         "pattern": inside(path, "pattern"),
-        "z": into(f"{path}.{projection}", cut=HEADS),
-        "attn_out": out(path),
+        "z": input_of(f"{path}.{projection}", cut=HEADS),
+        "attn_out": output_of(path),
     }
 
 
-def turned(path: str) -> dict[str, ModuleLocation]:
-    """Queries and keys after the rotation, as the attention interface is given them."""
+def rotary_sites(path: str) -> dict[str, ModuleLocation]:
+    """Returns queries and keys after the rotation, as the attention interface receives them."""
     return {"q_rot": inside(path, "query"), "k_rot": inside(path, "key")}
 
 
-def separate(path: str) -> dict[str, ModuleLocation]:
-    """A projection each for queries, keys and values."""
+def separate_qkv(path: str) -> dict[str, ModuleLocation]:
+    """Returns the sites of separate projections of queries, keys and values."""
     return {
-        "q": out(f"{path}.q_proj", cut=HEADS),
-        "k": out(f"{path}.k_proj", cut=KEY_HEADS),
-        "v": out(f"{path}.v_proj", cut=KEY_HEADS),
+        "q": output_of(f"{path}.q_proj", cut=HEADS),
+        "k": output_of(f"{path}.k_proj", cut=KEY_HEADS),
+        "v": output_of(f"{path}.v_proj", cut=KEY_HEADS),
     }
 
 
-def fused(path: str, cut: str = FUSED, order: str = "qkv") -> dict[str, ModuleLocation]:
-    """One projection for queries, keys and values, which its output has behind one another in this order."""
-    return {name: out(path, cut=cut, part=order.index(name)) for name in "qkv"}
+def fused_qkv(path: str, cut: str = FUSED, order: str = "qkv") -> dict[str, ModuleLocation]:
+    """Returns the sites of one projection whose output has queries, keys and values in `order`."""
+    return {name: output_of(path, cut=cut, part=order.index(name)) for name in "qkv"}
 
 
-def mlp(path: str, pre: str, post: str) -> dict[str, ModuleLocation]:
-    """An MLP, with the projection before its neurons and the one behind them."""
+def mlp_sites(path: str, pre: str, post: str) -> dict[str, ModuleLocation]:
+    """Returns the sites of an MLP with a projection before its neurons and one after them."""
     return {
-        "mlp_in": into(path),
-        "mlp_pre": out(f"{path}.{pre}"),
-        "mlp_post": into(f"{path}.{post}"),
-        "mlp_out": out(path),
+        "mlp_in": input_of(path),
+        "mlp_pre": output_of(f"{path}.{pre}"),
+        "mlp_post": input_of(f"{path}.{post}"),
+        "mlp_out": output_of(path),
     }
 
 
-GATED = mlp(".mlp", "gate_proj", "down_proj")
-GATED_TOGETHER = GATED | {"mlp_pre": out(".mlp.gate_up_proj", cut="d_mlp | d_mlp")}
-PLAIN = mlp(".mlp", "up_proj", "down_proj")
+GATED = mlp_sites(".mlp", "gate_proj", "down_proj")
+GATED_TOGETHER = GATED | {"mlp_pre": output_of(".mlp.gate_up_proj", cut="d_mlp | d_mlp")}
+PLAIN = mlp_sites(".mlp", "up_proj", "down_proj")
 
 
-def routed(router: str = ".mlp.gate") -> dict[str, ModuleLocation]:
-    """What a router says of each token. Where a block has a plain MLP in its place, the paths are not there."""
+def router_sites(router: str = ".mlp.gate") -> dict[str, ModuleLocation]:
+    """Returns the sites of a router. A block with a plain MLP does not have these modules."""
     return {
         "router_logits": inside(router, "router", flat=True),
-        "experts": out(router, item=2, flat=True),
-        "expert_weights": out(router, item=1, flat=True),
+        "experts": output_of(router, item=2, flat=True),
+        "expert_weights": output_of(router, item=1, flat=True),
     }
 
 
-def as_many(config: Any, layer: int | None) -> dict[str, int]:
-    """As many key-value heads as heads."""
+def multi_head_sizes(config: Any, layer: int | None) -> dict[str, int]:
+    """Returns as many key-value heads as heads."""
     return {"kv_head": config.num_attention_heads}
 
 
 ROTARY = {"pos_embed": "positions are rotary: they turn q and k and are never added to the stream"}
 ALIBI = {
-    "pos_embed": "positions are ALiBi, a slope added to the attention scores, and are never added to the stream"
+    "pos_embed": "positions are ALiBi, a slope added to the attention scores, and are never added "
+    "to the stream"
 }
 UNTURNED = {
     "q_rot": "positions are not rotary: q is what goes into attention",
@@ -111,14 +116,15 @@ OWN = dict.fromkeys(
 )
 NEURONS = dict.fromkeys(
     ("mlp_pre", "mlp_post"),
-    "the block's MLP is a mixture of experts: each token's neurons are those of the experts that it chose, and their "
-    "code computes an expert's tokens together; see router_logits, experts, expert_weights and mlp_out",
+    "the block's MLP is a mixture of experts: each token's neurons are those of the experts that "
+    "it chose, and their code computes an expert's tokens together; see router_logits, experts, "
+    "expert_weights and mlp_out",
 )
 NO_ATTENTION = dict.fromkeys(
     ("attn_in", "q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z", "attn_out", "resid_mid"),
     "a state-space block has no attention; its mixer is hk.module('backbone.layers.L.mixer')",
 )
 LATENT_KEYS = {
-    "k": "each head's keys are expanded, in the attention's own code, from a latent that all heads share and a rotary "
-    "part; see k_rot"
+    "k": "each head's keys are expanded, in the attention's own code, from a latent that all heads "
+    "share and a rotary part; see k_rot"
 }

@@ -1,7 +1,8 @@
-"""One row per model family: where each site is in the module tree, and why one is missing. Nothing here knows torch.
+"""The table of families, one row each: where each site is in the module tree, or why it is missing.
 
-A row holds facts about the code in transformers. tests/test_laws.py proves each of them on a tiny random model, and
-`hk.doctor` proves them on the user's own. Families that are built alike share the part of the row that says so.
+A row holds facts about the code in transformers. tests/checks/test_every_family.py checks them on
+a tiny random model of each family, and `hk.doctor` on the user's own model. Families with the same
+structure share parts of their rows. Nothing here imports torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from .llama import (
     LFM2,
     LLAMA,
     LLAMA_MISSING,
-    LLAMA_PLACES,
+    LLAMA_SITES,
     MINICPM3,
     ONLY_POST_NORMED,
     PERSIMMON,
@@ -22,8 +23,8 @@ from .llama import (
     SCALED,
     WITHOUT_MID,
     gemma4,
-    latent,
-    mixture,
+    latent_attention,
+    mixture_of_experts,
     stablelm,
 )
 from .others import (
@@ -47,14 +48,14 @@ from .shared import (
     PLAIN,
     ROTARY,
     ROUTER_ELSEWHERE,
-    into,
-    mlp,
-    out,
-    routed,
+    input_of,
+    mlp_sites,
+    output_of,
+    router_sites,
 )
 
 Row: TypeAlias = Family | Callable[[Any], Family]
-"""A family, or the function that makes it of a configuration where that decides."""
+"""A family, or a function that returns the family of a configuration."""
 
 FAMILIES: Mapping[str, Row] = {
     **dict.fromkeys(
@@ -87,16 +88,18 @@ FAMILIES: Mapping[str, Row] = {
     "phi": PHI,
     "phi3": PHI3,
     "persimmon": PERSIMMON,
-    "nemotron": Family("nemotron", LLAMA_PLACES | PLAIN, LLAMA_MISSING),
-    "arcee": Family("arcee", LLAMA_PLACES | PLAIN, LLAMA_MISSING),
+    "nemotron": Family("nemotron", LLAMA_SITES | PLAIN, LLAMA_MISSING),
+    "arcee": Family("arcee", LLAMA_SITES | PLAIN, LLAMA_MISSING),
     "stablelm": stablelm,
-    "starcoder2": Family("starcoder2", LLAMA_PLACES | mlp(".mlp", "c_fc", "c_proj"), LLAMA_MISSING),
-    "mixtral": mixture("mixtral"),
-    "qwen2_moe": mixture("qwen2_moe"),
-    "qwen3_moe": mixture("qwen3_moe"),
-    "olmoe": mixture("olmoe"),
+    "starcoder2": Family(
+        "starcoder2", LLAMA_SITES | mlp_sites(".mlp", "c_fc", "c_proj"), LLAMA_MISSING
+    ),
+    "mixtral": mixture_of_experts("mixtral"),
+    "qwen2_moe": mixture_of_experts("qwen2_moe"),
+    "qwen3_moe": mixture_of_experts("qwen3_moe"),
+    "olmoe": mixture_of_experts("olmoe"),
     "qwen3_next": QWEN3_NEXT,
-    "gpt_oss": mixture("gpt_oss", router=".mlp.router"),
+    "gpt_oss": mixture_of_experts("gpt_oss", router=".mlp.router"),
     "gemma2": Family("gemma2", POST_NORMED, LLAMA_MISSING),
     "gemma3_text": Family("gemma3_text", POST_NORMED, LLAMA_MISSING),
     "gemma4_text": gemma4,
@@ -105,38 +108,38 @@ FAMILIES: Mapping[str, Row] = {
     "exaone4": Family("exaone4", ONLY_POST_NORMED, LLAMA_MISSING),
     "cohere": Family("cohere", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL}),
     "cohere2": Family("cohere2", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL}),
-    "granite": Family("granite", LLAMA_PLACES | SCALED, LLAMA_MISSING),
-    "granitemoe": mixture(
+    "granite": Family("granite", LLAMA_SITES | SCALED, LLAMA_MISSING),
+    "granitemoe": mixture_of_experts(
         "granitemoe",
         {
-            **LLAMA_PLACES,
+            **LLAMA_SITES,
             "attn_out": SCALED["attn_out"],
-            "mlp_in": into(".block_sparse_moe"),
-            "mlp_out": out(".block_sparse_moe", times="residual_multiplier"),
+            "mlp_in": input_of(".block_sparse_moe"),
+            "mlp_out": output_of(".block_sparse_moe", times="residual_multiplier"),
         },
         router=".block_sparse_moe.router",
     ),
-    "deepseek_v2": latent(
-        "deepseek_v2", LLAMA_PLACES | routed(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
+    "deepseek_v2": latent_attention(
+        "deepseek_v2", LLAMA_SITES | router_sites(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
     ),
-    "deepseek_v3": latent(
-        "deepseek_v3", LLAMA_PLACES | routed(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
+    "deepseek_v3": latent_attention(
+        "deepseek_v3", LLAMA_SITES | router_sites(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
     ),
     "minicpm3": MINICPM3,
-    "glm": Family("glm", LLAMA_PLACES | GATED_TOGETHER, LLAMA_MISSING),
+    "glm": Family("glm", LLAMA_SITES | GATED_TOGETHER, LLAMA_MISSING),
     "glm4": Family(
         "glm4",
         {
-            **LLAMA_PLACES,
+            **LLAMA_SITES,
             **GATED_TOGETHER,
-            "attn_out": out(".post_self_attn_layernorm"),
-            "mlp_out": out(".post_mlp_layernorm"),
+            "attn_out": output_of(".post_self_attn_layernorm"),
+            "mlp_out": output_of(".post_mlp_layernorm"),
         },
         LLAMA_MISSING,
     ),
     "apertus": Family(
         "apertus",
-        {**LLAMA_PLACES, **PLAIN, "resid_mid": into(".feedforward_layernorm", shared=True)},
+        {**LLAMA_SITES, **PLAIN, "resid_mid": input_of(".feedforward_layernorm", shared=True)},
         LLAMA_MISSING,
     ),
     "lfm2": LFM2,
