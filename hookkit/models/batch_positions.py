@@ -133,7 +133,9 @@ class SequenceBatch:
         With `head=True`, returns those for which logits were computed.
         """
         columns = self.columns[row]
-        first = self.head or 0 if head else 0
+        first = 0
+        if head and self.head is not None:
+            first = self.head
         return range(bisect_left(columns, first), bisect_left(columns, self.seen))
 
 
@@ -284,7 +286,9 @@ class ForwardPass:
     def whole(self, where: Where) -> Selection | None:
         """Returns the cached selection of a capture if it covers the whole tensor, else None."""
         cells = self._selections.get((id(where), False, True))
-        return cells if cells is not None and cells.whole else None
+        if cells is None or not cells.whole:
+            return None
+        return cells
 
     def cells(self, where: Where, head: bool, new: bool) -> Selection | None:
         """Returns the cells that a hook selects in this forward, or None if there are none.
@@ -326,17 +330,17 @@ class ForwardPass:
         first = columns[0]
         consecutive_rows = len(rows) == rows[-1] - rows[0] + 1
         same_columns = all(row_columns == first for row_columns in columns)
-        consecutive_columns = isinstance(first, range) and first.step == 1
-        if consecutive_rows and same_columns and consecutive_columns:
+        is_rectangle = consecutive_rows and same_columns
+        if is_rectangle and isinstance(first, range) and first.step == 1:
             rectangle = slice(rows[0], rows[-1] + 1), slice(first.start, first.stop)
             whole = len(rows) == self.rows and len(first) == width
             return Selection(self.text, rows, positions, rectangle, None, whole)
         index = torch.tensor(rows)[:, None], _padded_tensor(columns, 0)
         widths = torch.tensor([[len(row_columns)] for row_columns in columns])
-        valid = torch.arange(index[1].shape[1]) < widths
-        return Selection(
-            self.text, rows, positions, index, None if valid.all() else valid, whole=False
-        )
+        valid: Tensor | None = torch.arange(index[1].shape[1]) < widths
+        if valid.all():
+            valid = None
+        return Selection(self.text, rows, positions, index, valid, whole=False)
 
 
 def contiguous(lengths: Sequence[int], pads: Sequence[int], *, open_end: bool) -> list[Columns]:
@@ -373,8 +377,10 @@ def masked(mask: Bool[Tensor, "batch pos"], *, generating: bool) -> tuple[list[C
             )
         if has_gaps:
             columns.append(tuple(real))
+        elif ends_in_padding:
+            columns.append(range(real[0], real[-1] + 1))
         else:
-            columns.append(range(real[0], real[-1] + 1 if ends_in_padding else OPEN))
+            columns.append(range(real[0], OPEN))
         lengths.append(len(real))
     return columns, lengths
 

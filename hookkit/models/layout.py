@@ -71,8 +71,10 @@ class Layout:
     def _embedding_rows(self) -> int | None:
         """Returns the number of embeddings, for a configuration that does not say it."""
         find = getattr(self.root, "get_input_embeddings", None)
+        if not callable(find):
+            return None
         try:
-            rows = getattr(find(), "num_embeddings", None) if callable(find) else None
+            rows = getattr(find(), "num_embeddings", None)
         except NotImplementedError:  # a transformers model without token embeddings
             return None
         return rows if isinstance(rows, int) else None
@@ -104,7 +106,7 @@ class Layout:
     def layers(self, name: str) -> list[int] | None:
         """Returns the blocks that have a site; None for a site that exists once in the model."""
         if name in WHOLE_MODEL:
-            return None if self.find(name, None) is not None else []
+            return [] if self.find(name, None) is None else None
         return [layer for layer in range(self.n_layers) if self.find(name, layer) is not None]
 
     def find(self, name: str, layer: int | None) -> ModuleLocation | None:
@@ -228,18 +230,18 @@ class Layout:
             "module": "",
             "side": "",
             "editable": name in self.names,
-            "missing": "" if name in self.names else self.family.why_missing(name),
+            "missing": "",
         }
         if name not in self.names:
-            return row
+            return row | {"missing": self.family.why_missing(name)}
         layers = self.layers(name)
-        location = self.find(name, layers[0] if layers else None)
-        assert location is not None
-        module = location.path or "(the model)"
-        if layers:
-            module = location.path.replace(f".{layers[0]}", ".{layer}", 1)
-        layer_count = 1 if layers is None else len(layers)
-        return row | {"layers": layer_count, "module": module, "side": location.side}
+        if layers is None:
+            location = self.place(Site(name))
+            module = location.path or "(the model)"
+            return row | {"layers": 1, "module": module, "side": location.side}
+        location = self.place(Site(name, layers[0]))
+        module = location.path.replace(f".{layers[0]}", ".{layer}", 1)
+        return row | {"layers": len(layers), "module": module, "side": location.side}
 
 
 MODULES = "name its modules with hk.module(path)"

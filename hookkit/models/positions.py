@@ -124,7 +124,7 @@ def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
     if isinstance(count, Span):
         value = _read_span(count, word)
         numbers = [end for end in (value.start, value.stop) if end is not None]
-    elif _is_several(count):
+    elif isinstance(count, Iterable) and _holds_numbers(count):
         value = _read_several(count, word)
         numbers = list(value)
     else:
@@ -135,17 +135,15 @@ def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
     return value
 
 
-def _is_several(count: object) -> bool:
-    if as_whole(count) is not None or isinstance(count, NO_NUMBERS):
-        return False
-    return isinstance(count, Iterable)
+def _holds_numbers(values: Iterable[object]) -> bool:
+    """True for a list and the like; False for a text, a mapping or an array that is one number."""
+    return as_whole(values) is None and not isinstance(values, NO_NUMBERS)
 
 
 def _read_span(span: Span, word: str) -> Span:
     """Returns a slice with whole numbers. Raises `EmptySelection` if it is always empty."""
-    start = None if span.start is None else _read_whole(span.start, word)
-    stop = None if span.stop is None else _read_whole(span.stop, word)
-    step = None if span.step is None else _read_whole(span.step, word)
+    start, stop = _read_end(span.start, word), _read_end(span.stop, word)
+    step = _read_end(span.step, word)
     if step is not None and step < 1:
         raise BadHook(
             f"{word}={span!r} steps backwards: positions are taken in the order of the text"
@@ -155,6 +153,12 @@ def _read_span(span: Span, word: str) -> Span:
     if stop is not None and same_sign and stop <= first:
         raise EmptySelection(f"{word}={span!r} selects nothing: its end is not after its start")
     return Span(start, stop, step)
+
+
+def _read_end(end: object, word: str) -> int | None:
+    if end is None:
+        return None
+    return _read_whole(end, word)
 
 
 def _read_several(count: Iterable[object], word: str) -> tuple[int, ...]:
@@ -219,13 +223,13 @@ def chosen(rows: Count, count: int) -> list[int]:
 
 
 def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
-    """Returns the numbers of a value, where negative numbers count back from `length`."""
+    """Returns the numbers of a value, counted from the start of a row of `length` tokens."""
     if isinstance(count, Span):
         start = _resolve_end(count.start, length, default=0)
         stop = _resolve_end(count.stop, length, default=OPEN)
         return range(start, stop, count.step or 1)
     numbers = (count,) if isinstance(count, int) else count
-    positions = sorted(number if number >= 0 else length + number for number in numbers)
+    positions = sorted(_from_start(number, length) for number in numbers)
     if positions[0] < 0:
         raise OutOfRange(
             f"position {min(numbers)} was asked for, and the prompt has {length} tokens: "
@@ -239,10 +243,14 @@ def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
 
 
 def _resolve_end(end: int | None, length: int, default: int) -> int:
-    """Returns one end of a slice as a number that is not negative."""
     if end is None:
         return default
-    return end if end >= 0 else max(0, length + end)
+    return max(0, _from_start(end, length))
+
+
+def _from_start(number: int, length: int) -> int:
+    """Returns a number where negative numbers count back from `length`."""
+    return number if number >= 0 else length + number
 
 
 def _shift(positions: PositionRange, offset: int) -> PositionRange:

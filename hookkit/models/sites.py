@@ -262,20 +262,14 @@ def as_sites(sites: SitesLike) -> Sites:
     Raises `EmptySelection` for an empty one, `BadHook` for one that names a site twice, and
     `UnknownSite` for values that are not sites.
     """
-    is_one = isinstance(sites, str | Site | ModuleSite)
     if not isinstance(sites, Iterable | Site | ModuleSite) or isinstance(sites, bytes | Mapping):
         raise UnknownSite(
             f"{described(sites)} is not a site: give a name such as 'resid_post.6', "
             "hk.Site('resid_post', 6), or a list"
         )
-    items = [sites] if is_one else list(sites)
-    selected = tuple(parse(item) if isinstance(item, str) else item for item in items)
-    for site in selected:
-        if not isinstance(site, Site | ModuleSite):
-            raise UnknownSite(
-                f"{described(site)} is not a site: give a name such as 'resid_post.6', or "
-                "hk.Site('resid_post', 6)"
-            )
+    if isinstance(sites, str | Site | ModuleSite):
+        sites = [sites]
+    selected = tuple(_as_site(item) for item in sites)
     if not selected:
         raise EmptySelection(
             "no site was given: name at least one, such as 'resid_post.6' or lm.sites('z')"
@@ -284,3 +278,14 @@ def as_sites(sites: SitesLike) -> Sites:
         repeated = [site for site in selected if selected.count(site) > 1]
         raise BadHook(f"{repeated[0]} is named twice in one hook: name each site once")
     return Sites(selected)
+
+
+def _as_site(item: object) -> AnySite:
+    if isinstance(item, str):
+        return parse(item)
+    if not isinstance(item, Site | ModuleSite):
+        raise UnknownSite(
+            f"{described(item)} is not a site: give a name such as 'resid_post.6', or "
+            "hk.Site('resid_post', 6)"
+        )
+    return item

@@ -41,7 +41,9 @@ class SiteView:
 
     def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         """Returns the values of the site [row, pos, ...] from these cells of the view."""
-        return raw if self.factor == 1.0 else raw * self.factor
+        if self.factor == 1.0:
+            return raw
+        return raw * self.factor
 
     def write(
         self, new: Tensor, old: Tensor | None, raw: Tensor, cells: Selection, forward: ForwardPass
@@ -61,7 +63,9 @@ class FlatView(SiteView):
     """A site whose tensor has rows and positions on one axis: [(batch pos), ...]."""
 
     def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
-        return tensor if tensor.ndim > 2 else tensor.view(forward.rows, -1, tensor.shape[-1])
+        if tensor.ndim > 2:
+            return tensor
+        return tensor.view(forward.rows, -1, tensor.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ class FusedView(SiteView):
             return heads[:, :, self.head // cut.inner, self.head % cut.inner]
         if cut.inner == 1:
             return heads[..., 0, :]
-        return heads[:, :, 0] if cut.outer == 1 else heads
+        if cut.outer == 1:
+            return heads[:, :, 0]
+        return heads
 
     def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         return raw.flatten(2, 3) if raw.ndim == 5 else raw
@@ -107,11 +113,13 @@ class HeadFirstView(SiteView):
         return forward.over_keys(tensor.shape[2]) if self.keys else forward
 
     def view(self, full: Tensor) -> Tensor:
-        return full if self.head is None else full[:, :, self.head]
+        if self.head is None:
+            return full
+        return full[:, :, self.head]
 
 
 @dataclass(frozen=True)
-class AttentionView(SiteView):
+class AttentionView(HeadFirstView):
     """Scores or pattern: [batch, head, query, key] in the module, with batch columns as keys.
 
     The values of the site are [row, query, head, key]. Keys are each row's own positions, up to
@@ -120,12 +128,6 @@ class AttentionView(SiteView):
     """
 
     scores: bool = False
-
-    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
-        return tensor.transpose(1, 2)
-
-    def view(self, full: Tensor) -> Tensor:
-        return full if self.head is None else full[:, :, self.head]
 
     def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         unseen = unseen_value(raw.dtype, self.scores)
@@ -156,8 +158,9 @@ def hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
     float64 the limit is float32's, because some families always compute scores in float32.
     """
     dtype = masks or scores.dtype
-    limit_dtype = torch.float32 if dtype == torch.float64 else dtype
-    return scores <= torch.finfo(limit_dtype).min / 16
+    if dtype == torch.float64:
+        dtype = torch.float32
+    return scores <= torch.finfo(dtype).min / 16
 
 
 def unseen_value(dtype: torch.dtype, scores: bool) -> float:

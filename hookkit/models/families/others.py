@@ -44,8 +44,9 @@ GPT2 = Family(
 
 def gpt_bigcode(config: Any) -> Family:
     """Returns the row for one key-value head after all queries, or for one head after another."""
-    cut = FUSED if config.multi_query else BY_HEAD
-    sizes = {"kv_head": 1 if config.multi_query else config.num_attention_heads}
+    cut, sizes = BY_HEAD, {"kv_head": config.num_attention_heads}
+    if config.multi_query:
+        cut, sizes = FUSED, {"kv_head": 1}
     return Family(
         "gpt_bigcode",
         {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)},
@@ -219,7 +220,9 @@ def falcon(config: Any) -> Family:
         "final_norm": output_of("transformer.ln_f"),
         **HEAD,
     }
-    missing = {**DENSE, **ALIBI, **UNTURNED} if config.alibi else {**DENSE, **ROTARY, **OWN}
+    missing = {**DENSE, **ROTARY, **OWN}
+    if config.alibi:
+        missing = {**DENSE, **ALIBI, **UNTURNED}
     if parallel:
         missing |= PARALLEL
     else:
