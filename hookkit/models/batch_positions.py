@@ -248,7 +248,7 @@ class ForwardPass:
         self.shape = self.rows, self.width  # of the tensors inside the model
         self.inference = torch.is_inference_mode_enabled()
 
-    def over_keys(self, count: int) -> "ForwardPass":
+    def with_keys(self, count: int) -> "ForwardPass":
         """Returns this forward with the columns that attention's keys have.
 
         Keys are all columns that the cache holds. A sliding window keeps the last ones only, and a

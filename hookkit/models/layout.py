@@ -45,10 +45,8 @@ class Layout:
         config = _block_config(self.config, layer)
         corrections = {} if config is None else self.family.sizes(config, layer)
         heads, d_model = _read_int(config, "num_attention_heads"), _read_int(config, "hidden_size")
-        d_head = _read_int(config, "head_dim")
-        if not d_head and d_model and heads:
-            d_head = d_model // heads
-        d_head = corrections.get("d_head", d_head or None)
+        d_head = _read_int(config, "head_dim") or _divide(d_model, heads)
+        d_head = corrections.get("d_head", d_head)
         sizes: dict[str, int | None] = {
             "d_model": d_model,
             "head": heads,
@@ -62,10 +60,9 @@ class Layout:
             "vocab": _read_int(config, "vocab_size") or self._embedding_rows(),
             **corrections,
         }
-        heads, key_heads = sizes["head"], sizes["kv_head"]
         # `share` is the number of query heads per key-value head.
-        sizes["share"] = heads // key_heads if heads and key_heads else None
-        sizes["quarter"] = heads // 4 if heads else None
+        sizes["share"] = _divide(sizes["head"], sizes["kv_head"])
+        sizes["quarter"] = _divide(sizes["head"], 4)
         return sizes
 
     def _embedding_rows(self) -> int | None:
@@ -106,7 +103,9 @@ class Layout:
     def layers(self, name: str) -> list[int] | None:
         """Returns the blocks that have a site; None for a site that exists once in the model."""
         if name in WHOLE_MODEL:
-            return [] if self.find(name, None) is None else None
+            if self.find(name, None) is None:
+                return []
+            return None
         return [layer for layer in range(self.n_layers) if self.find(name, layer) is not None]
 
     def find(self, name: str, layer: int | None) -> ModuleLocation | None:
@@ -315,6 +314,13 @@ def _read_int(config: Any, *names: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
+
+
+def _divide(size: int | None, parts: int | None) -> int | None:
+    """Returns the size of each part, or None if a number is not known."""
+    if not size or not parts:
+        return None
+    return size // parts
 
 
 def _block_config(config: Any, layer: int | None) -> Any:

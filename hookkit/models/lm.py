@@ -100,13 +100,14 @@ def sites(
             names = [name for name in names if name not in WHOLE_MODEL]
     selected: list[AnySite] = []
     for named_site in as_sites(names):
-        in_layers = [named_site] if layers is None else _in_layers(named_site, layers)
-        for site in of._expand(in_layers):
-            selected += [site] if heads is None else _in_heads(site, heads)
+        for site in of._expand(_in_layers(named_site, layers)):
+            selected += _in_heads(site, heads)
     return of._expand(selected)
 
 
-def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:
+def _in_layers(site: AnySite, layers: Iterable[int] | None) -> list[AnySite]:
+    if layers is None:
+        return [site]
     if not isinstance(site, Site) or site.layer is not None:
         raise BadHook(
             f"layers= does not apply to {site}: leave layers= out, or give the site's name alone"
@@ -114,7 +115,9 @@ def _in_layers(site: AnySite, layers: Iterable[int]) -> list[AnySite]:
     return [Site(site.name, layer) for layer in layers]
 
 
-def _in_heads(site: AnySite, heads: Iterable[int]) -> list[AnySite]:
+def _in_heads(site: AnySite, heads: Iterable[int] | None) -> list[AnySite]:
+    if heads is None:
+        return [site]
     if not isinstance(site, Site) or site.head is not None:
         raise BadHook(
             f"heads= does not apply to {site}: leave heads= out, or give the site's name alone"
@@ -314,12 +317,14 @@ class LM:
     def device(self) -> torch.device:
         """The device on which token ids have to be."""
         device = device_of(self._embedding)
-        return getattr(self.root, "device", device) if device.type == "meta" else device
+        if device.type == "meta":
+            return getattr(self.root, "device", device)
+        return device
 
     @cached_property
     def _embedding(self) -> nn.Module:
-        find = getattr(self.root, "get_input_embeddings", None)
-        return find() if callable(find) else self.root  # pyright: ignore[reportReturnType]
+        embedding = _call_method(self.root, "get_input_embeddings")
+        return self.root if embedding is None else embedding
 
     @cached_property
     def takes(self) -> frozenset[str]:
@@ -352,8 +357,9 @@ class LM:
         blocks at the last positions only, and hooks at the other positions would never fire. With a
         list of positions it restricts the logits alone.
         """
-        shares_keys = getattr(self.config, "num_kv_shared_layers", 0)
-        return list(range(-last, 0)) if shares_keys and last else last
+        if last and getattr(self.config, "num_kv_shared_layers", 0):
+            return list(range(-last, 0))
+        return last
 
     def __repr__(self) -> str:
         name = self.name or type(self.root).__name__
@@ -361,8 +367,10 @@ class LM:
         if self.family.found:
             family += " (found out by a dry run)"
         size = f"{self.n_layers} layers, {count(self.root) / 1e6:.1f} M parameters"
-        adapters = f"; adapters: {', '.join(self.adapters)}" if self.adapters else ""
-        return f"LM({name}: {family}, {size}, on {self.device}{adapters})"
+        text = f"{name}: {family}, {size}, on {self.device}"
+        if self.adapters:
+            text += f"; adapters: {', '.join(self.adapters)}"
+        return f"LM({text})"
 
     def _repr_html_(self) -> str:
         axes = ("d_model", "head", "kv_head", "d_head", "d_mlp", "expert", "vocab")

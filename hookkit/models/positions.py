@@ -201,8 +201,10 @@ def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> P
         return range(OPEN)
     if isinstance(pos, At):
         return cover(pos)
-    if isinstance(pos, Part):
-        return range(length) if pos is PROMPT else range(length, OPEN)
+    if pos is Part.PROMPT:
+        return range(length)
+    if pos is Part.GENERATED:
+        return range(length, OPEN)
     return _resolve(pos, length)
 
 
@@ -255,6 +257,8 @@ def _from_start(number: int, length: int) -> int:
 
 def _shift(positions: PositionRange, offset: int) -> PositionRange:
     if isinstance(positions, range):
-        stop = positions.stop if positions.stop == OPEN else positions.stop + offset
+        stop = positions.stop
+        if stop != OPEN:
+            stop += offset
         return range(positions.start + offset, stop, positions.step)
     return tuple(position + offset for position in positions)

@@ -55,7 +55,9 @@ class SiteView:
         if self.factor == 1.0:
             return new
         scaled = new / self.factor
-        return scaled if old is None else torch.where(new == old, raw, scaled)
+        if old is None:
+            return scaled
+        return torch.where(new == old, raw, scaled)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class HeadFirstView(SiteView):
         return tensor.transpose(1, 2)
 
     def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:
-        return forward.over_keys(tensor.shape[2]) if self.keys else forward
+        return forward.with_keys(tensor.shape[2]) if self.keys else forward
 
     def view(self, full: Tensor) -> Tensor:
         if self.head is None:

@@ -68,7 +68,9 @@ class AxisSplit:
     @property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the site's axes after batch and pos."""
-        return (self.width,) if self.inner is None else (self.outer * self.inner, self.width)
+        if self.inner is None:
+            return (self.width,)
+        return self.outer * self.inner, self.width
 
 
 def cut(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:

@@ -10,19 +10,19 @@ from typing import Any
 from .schema import ModuleLocation
 
 
-def output_of(path: str, **facts: Any) -> ModuleLocation:
+def output_of(path: str, **fields: Any) -> ModuleLocation:
     """Returns the location of a module's output."""
-    return ModuleLocation(path, "output", **facts)
+    return ModuleLocation(path, "output", **fields)
 
 
-def input_of(path: str, **facts: Any) -> ModuleLocation:
+def input_of(path: str, **fields: Any) -> ModuleLocation:
     """Returns the location of a module's input."""
-    return ModuleLocation(path, "input", **facts)
+    return ModuleLocation(path, "input", **fields)
 
 
-def inside(path: str, item: str, **facts: Any) -> ModuleLocation:
+def inside(path: str, item: str, **fields: Any) -> ModuleLocation:
     """Returns the location of a tensor inside a module's forward."""
-    return ModuleLocation(path, "inside", item, **facts)
+    return ModuleLocation(path, "inside", item, **fields)
 
 
 HEAD: Mapping[str, ModuleLocation] = {
