@@ -198,7 +198,9 @@ def _limits_in_words(least: int | None, most: int | None) -> str:
         return f" from {least} to {most}"
     if least is not None:
         return f" from {least} upwards"
-    return "" if most is None else f" up to {most}"
+    if most is not None:
+        return f" up to {most}"
+    return ""
 
 
 def whole_numbers(
@@ -241,7 +243,7 @@ def finite_number(
     meaning: str = "",
     error: Error = BadHook,
 ) -> float:
-    """Returns a finite number within the limits, where `above` and `below` are not allowed."""
+    """Returns a finite number from `least` to `most`, strictly between `above` and `below`."""
     number = as_real(value)
     if number is None or not math.isfinite(number):
         about = f"{meaning.rstrip(',')}, " if meaning else ""
@@ -283,10 +285,11 @@ def flag(value: object, name: str, *, error: Error = BadArgument) -> bool:
 
 def choice(value: object, name: str, names: Iterable[str], *, error: Error = BadHook) -> str:
     """Returns one of the names."""
-    names = list(names)
-    if isinstance(value, str) and value in names:
-        return str(value)
-    hint = did_you_mean(value, names) if isinstance(value, str) else "."
+    names, hint = list(names), "."
+    if isinstance(value, str):
+        if value in names:
+            return str(value)
+        hint = did_you_mean(value, names)
     options = ", ".join(map(repr, names))
     raise error(f"{name}={described(value)} is unknown{hint} Give one of {options}.")
 
@@ -377,10 +380,10 @@ def read_tokens(
     if items is None:
         read_token(values, name)
         return ()
-    tokens: list[Any] = []
-    for item in items:
-        tokens.append(item if isinstance(item, also) else read_token(item, name))
-    return tuple(tokens)
+    for index, item in enumerate(items):
+        if not isinstance(item, also):
+            items[index] = read_token(item, name)
+    return tuple(items)
 
 
 # ---- prompts
@@ -418,8 +421,9 @@ def one_prompt(item: object, number: int) -> str | Row:
     refuse_container(item)
     ids = items_of(item)
     if ids is None:
-        is_missing = item is None or item != item  # NaN is not equal to itself
-        hint = f"; {described(item)} is missing" if is_missing else ""
+        hint = ""
+        if item is None or item != item:  # NaN is not equal to itself
+            hint = f"; {described(item)} is missing"
         raise BadPrompt(
             f"prompt {number} is {described(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
         )

@@ -104,14 +104,11 @@ class Pairs:
             )
         fields: dict[str, Any] = {}
         for name in FIELDS:
-            values = getattr(self, name)
-            fields[name] = [values[row] for row in rows]
+            fields[name] = _take(getattr(self, name), rows)
         labels: dict[str, tuple[int, ...]] = {}
         for name, positions in self.labels.items():
-            labels[name] = tuple(positions[row] for row in rows)
-        checksums = self.checksums
-        if checksums:
-            checksums = tuple(checksums[row] for row in rows)
+            labels[name] = tuple(_take(positions, rows))
+        checksums = tuple(_take(self.checksums, rows)) if self.checksums else ()
         return replace(self, **fields, labels=labels, checksums=checksums)
 
     def _rows(self, which: int | slice | Sequence[int]) -> list[int]:
@@ -245,6 +242,10 @@ class Pairs:
                     "give two prompts of one length"
                 )
         return answers, wrong
+
+
+def _take(values: Sequence[Any], rows: list[int]) -> list[Any]:
+    return [values[row] for row in rows]
 
 
 def _check_field(name: str, value: Any) -> list[Any]:

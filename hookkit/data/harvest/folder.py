@@ -251,7 +251,7 @@ def append_to_index(folder: Path, entry: Shard | End) -> None:
 
 
 def finish_index(folder: Path, end: End) -> None:
-    """Adds the last line to the index, and removes shards that are not in it."""
+    """Removes shards that are not in the index, and adds its last line."""
     shards, _ = read_index(folder)
     names = {shard.file for shard in shards}
     for path in _shard_paths(folder):
