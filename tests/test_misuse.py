@@ -1,7 +1,9 @@
-"""Mistakes that users make, as calls: each raises an error of hookkit whose message has a given word, and no other.
+"""Mistakes that users make, as calls: each raises an error of hookkit whose message has a given
+word, and no other.
 
-Every call is a line of Python in a table, by subject, with a word of the message that it has to raise. `ACCEPTED` has
-the calls that look like mistakes and are none, each with the value that it gives.
+Every call is a line of Python in a table, by subject, with a word of the message that it has to
+raise. `ACCEPTED` has the calls that look like mistakes and are none, each with the value that it
+gives.
 """
 
 import math
@@ -468,7 +470,7 @@ CALLS = {
     "hk.ranks(run, watch=5.5)": "whole number",
     "hk.ranks(run, watch=[None])": "no token",
     "hk.ranks(run, pos=99)": "99",
-    "hk.ranks(run, pos=1, step=1)": "say one",
+    "hk.ranks(run, pos=1, step=1)": "give one of them",
     "hk.ranks(run, rows=5)": "row",
     "hk.ranks(run, position=1)": "no keyword",
     "hk.rank_shift(run)": "after",
@@ -504,7 +506,7 @@ CALLS = {
     "hk.calibration([0.5], [1, 0])": "1",
     "hk.calibration([1.5], [1])": "0 to 1|between",
     "hk.calibration([0.5], [1], bins=0)": "bins",
-    "hk.calibration(5, [1])": "in a list",
+    "hk.calibration(5, [1])": "give a list",
     "hk.roc([0.5, 'a'], [1, 0])": "number",
     "hk.roc([], [])": "at least|nothing|no ",
     "hk.attention_view(run, 'one')": "layer",
