@@ -3,7 +3,7 @@
 Four arguments decide it; nothing is measured.
 
 causal           A position depends on no later position, so an edit changes nothing before its own
-                 position.
+                 position. Where an edit of scores or a pattern may break this, whole prompts run.
 last block       After the attention of the last block no position reads another. An edit there
                  matters only at the positions that the metric reads.
 all positions    A user's function receives all of its positions together, so what it does at one
@@ -22,10 +22,11 @@ from itertools import chain
 from ..hooks.ablation import Ablate, FromRun
 from ..hooks.base import EditHook
 from ..hooks.captured_values import Captured
+from ..hooks.edits import Edit
 from ..models.lm import LM
 from ..models.positions import At, PositionRange, Where, wish
 from ..models.prompts import cover
-from ..models.sites import AnySite, ModuleSite, Site
+from ..models.sites import SQUARE, AnySite, ModuleSite, Site
 from ..runs.taps import BoundHook, HookPoint
 from .inputs import SweepInputs
 
@@ -186,8 +187,24 @@ def _is_inside(path: str, block: str) -> bool:
 
 
 def needs_all_positions(bound: BoundHook) -> bool:
-    """True if what a hook does at a position may depend on its other positions."""
+    """True if what a hook does at a position may depend on other positions."""
+    if weights_later_keys(bound):
+        return True
     return isinstance(bound.hook, EditHook) and bound.hook.together
+
+
+def weights_later_keys(bound: BoundHook) -> bool:
+    """True if a query may attend to later positions after an edit of its scores or pattern.
+
+    A user's function may change the values of keys that the query does not see, and so does a
+    score of zero, since an unseen key's score is -inf. Other edits leave unseen keys unseen.
+    """
+    if not isinstance(bound.site, Site) or bound.site.name not in SQUARE:
+        return False
+    if isinstance(bound.hook, Edit):
+        return True
+    zeroed = isinstance(bound.hook, Ablate) and bound.hook.to == "zero"
+    return zeroed and bound.site.name == "scores"
 
 
 def patch_source(bound: BoundHook) -> Captured | None:

@@ -46,7 +46,7 @@ from .forwards import Shortcuts
 from .inputs import SweepInputs, read
 from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
-from .reach import bound_hooks_of, is_inside_block, needs_all_positions
+from .reach import bound_hooks_of, is_inside_block, needs_all_positions, weights_later_keys
 from .shortcuts import has_rows, no_shortcuts, reads_ahead, shortcuts
 
 
@@ -133,13 +133,15 @@ def _extend_inputs(
 
 
 def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
-    """True if a user's function receives a position after the metric's position."""
+    """True if a hook receives a position after the metric's, or lets a query attend to it."""
     if not inputs.cropped or not needs_all_positions(bound):
         return False
     rows = zip(inputs.full.wishes(bound.where), inputs.fed, inputs.rows, strict=True)
     for positions, fed, row in rows:
         if positions is None:
             continue
+        if weights_later_keys(bound) and len(fed) < len(row):
+            return True
         if any(position in positions for position in range(len(fed), len(row))):
             return True
     return False

@@ -415,3 +415,26 @@ def test_random_grids_give_what_forwards_with_their_hooks_give():
 
     names = random.Random(0).sample(sorted(FAMILIES), 8)
     assert not [words for name in names for words in differences(name, range(3))]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("under", [False, True])
+def test_a_query_that_attends_to_later_keys_does_so_in_a_sweep_too(family, under):
+    """The metric looks at -2, and the edited pattern of query 0 has weight on the last key."""
+    lm = hk.tiny(family)
+    more = lambda pattern: pattern * 0.7 + 0.1  # noqa: E731
+    attending = [hk.edit("pattern.0", more, pos=0), hk.ablate("scores.0", pos=0)]
+    other = hk.scale(hk.Site("mlp_out", 0), 0.5, pos=-1)
+    for hook in attending:
+        for prompts in ([LONG], [LONG, SHORT * 2]):
+            base, own = ([hook], [other]) if under else ([], [hook])
+            table = hk.sweep(
+                lm, prompts, {"n": [0]}, lambda n, own=own: own, hk.logit(7), pos=-2,
+                under=base, progress=False, verify=1,
+            )  # fmt: skip
+            runs = [hk.forward(lm, [ids], *base, *own) for ids in prompts]
+            expected = [float(run.logits[0, -2, 7]) for run in runs]
+            assert table["logit"].tolist() == pytest.approx(expected, abs=1e-5)
+    first = hk.forward(lm, [LONG], attending[0]).logits[0, 0]
+    cropped = hk.forward(lm, [LONG[:-1]], attending[0]).logits[0, 0]
+    assert not torch.allclose(first, cropped, atol=1e-4), "the last key matters"
