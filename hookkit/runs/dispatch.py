@@ -160,9 +160,9 @@ class Stop(BaseException):
 
 
 ELSEWHERE = (
-    "a block of hk.attach is open on this model in another thread or task, and whether this "
-    "forward is meant to be in it cannot be told: leave the block first, give this code a block of "
-    "its own, use hk.forward or hk.generate, or run it in the block's context, as "
+    "a block of hk.attach is open on this model in another thread or task, and hookkit cannot know "
+    "whether its hooks are to act in this forward: leave the block first, give this code a block "
+    "of its own, use hk.forward or hk.generate, or run it in the block's context, as "
     "asyncio.to_thread does and "
     "threading.Thread(target=contextvars.copy_context().run, args=(model.generate,))"
 )
@@ -327,7 +327,7 @@ class HookDispatcher:
         if self._scope in HERE.get() and not unseen():
             raise Unsupported(
                 f"{hook_point.place.path!r} was called by itself, outside a forward of "
-                f"{type(self.lm.root).__name__}: its rows and positions cannot be told. Call the "
+                f"{type(self.lm.root).__name__}: its rows and positions are unknown. Call the "
                 "model, or attach to the module that is called"
             )
 

@@ -104,10 +104,10 @@ def cache_of(output: Any) -> Any:
     return None
 
 
-def columns_in(cache: Any, known: tuple[SequenceBatch, int] | None) -> int:
+def columns_in(cache: Any, entry: tuple[SequenceBatch, int] | None) -> int:
     """Returns how many columns of a text a cache has, or raises `Unsupported`.
 
-    `known` is what `Caches.text_of` returns for it.
+    `entry` is what `Caches.text_of` returns for it.
     """
     if cache is None:
         return 0
@@ -117,20 +117,20 @@ def columns_in(cache: Any, known: tuple[SequenceBatch, int] | None) -> int:
         except ValueError:  # a state-space model's cache does not count
             if not cache.has_previous_state():
                 return 0
-    elif known is None:
+    elif entry is None:
         tensors = list(_tensors(cache))
         if not tensors:
             return 0
         lengths = {tensor.shape[-2] for tensor in tensors if tensor.ndim == 4}
         if len(lengths) == 1 and all(tensor.ndim == 4 for tensor in tensors):
             return lengths.pop()
-    if known is None:
+    if entry is None:
         raise Unsupported(
             f"this forward goes on from a {type(cache).__name__} that no forward of the block has "
             "filled, and it does not say how many tokens it has read: fill it in the block, or run "
             "the whole text"
         )
-    return known[1]
+    return entry[1]
 
 
 def _is_cache(item: Any) -> bool:

@@ -66,7 +66,7 @@ def check_possible(
                     continue
                 missing = [position for position in positions if position not in possible]
                 raise OutOfRange(
-                    _out_of_range(bound_hook, text, row, missing[0], possible, generation)
+                    _out_of_range_message(bound_hook, text, row, missing[0], possible, generation)
                 )
             if not _overlaps(positions, possible):
                 at_logits = " at the logits" if bound_hook.head else ""
@@ -145,7 +145,7 @@ def _overlaps(positions: range, possible: range) -> bool:
     return first < min(positions.stop, possible.stop)
 
 
-def _out_of_range(
+def _out_of_range_message(
     bound_hook: BoundHook,
     text: SequenceBatch,
     row: int,
@@ -182,7 +182,7 @@ def _out_of_range(
 # ---- hooks that did not fire
 
 
-def unreached_position(
+def _unreached_message(
     bound_hooks: Iterable[BoundHook], text: SequenceBatch, ending: SequenceEnd
 ) -> str | None:
     """The message for the first position of a hook that the text did not reach; None if none."""
@@ -204,7 +204,7 @@ def unreached_position(
     return None
 
 
-def never_fired(bound_hook: BoundHook, forwards: int) -> str:
+def _never_fired_message(bound_hook: BoundHook, forwards: int) -> str:
     """The message for a hook that did nothing in this number of forwards."""
     subject = f"{bound_hook.hook} never fired at {bound_hook.site}"
     if not forwards:
@@ -260,7 +260,7 @@ def _before_end(positions: PositionRange, row: int, ending: SequenceEnd | None) 
     return positions[: bisect_left(positions, limit)]
 
 
-def has_cell_before_end(selection: Selection, ending: SequenceEnd | None) -> bool:
+def _has_cell_before_end(selection: Selection, ending: SequenceEnd | None) -> bool:
     """True if a cell of the selection is before the end of its row."""
     if ending is None or ending.limits is None:
         return True
@@ -320,7 +320,7 @@ class CaptureStore:
         self._endings[text] = ending
         self._finished[text] = self._captures(text, ending)
         if self._problem is None:
-            self._problem = unreached_position(self.bound_hooks, text, ending)
+            self._problem = _unreached_message(self.bound_hooks, text, ending)
         if text is self.current_text:
             self._leave_text()
 
@@ -373,18 +373,18 @@ class CaptureStore:
         """Raises `NeverFired` for the first hook that did nothing, or not all that it was to do."""
         fired: set[BoundHook] = set()  # before the end of some row
         for bound_hook, _, selection, _, _ in self.firings:
-            if bound_hook not in fired and self._counts(selection):
+            if bound_hook not in fired and self._acts_before_end(selection):
                 fired.add(bound_hook)
         for bound_hook in self.bound_hooks:
             if not bound_hook.fired or bound_hook not in fired:
-                raise NeverFired(never_fired(bound_hook, forwards))
+                raise NeverFired(_never_fired_message(bound_hook, forwards))
         if self._problem is not None:
             raise NeverFired(self._problem)
 
-    def _counts(self, selection: Selection | None) -> bool:
+    def _acts_before_end(self, selection: Selection | None) -> bool:
         if selection is None:
             return True
-        return has_cell_before_end(selection, self._endings.get(selection.text))
+        return _has_cell_before_end(selection, self._endings.get(selection.text))
 
     def log(self) -> pd.DataFrame:
         """Returns one row for each hook, site, forward and row of the batch where a hook fired.
@@ -420,7 +420,7 @@ def _plain_ending(text: SequenceBatch) -> SequenceEnd:
 
 
 def _any_before_end(chunks: list[CapturedChunk], ending: SequenceEnd) -> bool:
-    return any(chunk.cells is None or has_cell_before_end(chunk.cells, ending) for chunk in chunks)
+    return any(chunk.cells is None or _has_cell_before_end(chunk.cells, ending) for chunk in chunks)
 
 
 def _join_chunks(

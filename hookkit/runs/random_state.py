@@ -99,7 +99,8 @@ def _generator_states() -> dict[str, Any]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     elif torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type  # pyright: ignore[reportOptionalMemberAccess]
+        accelerator = torch.accelerator.current_accelerator()
+        kind = "cuda" if accelerator is None else accelerator.type
         if kind != "cuda":
             states[kind] = torch.get_device_module(kind).get_rng_state()
     return states

@@ -1,4 +1,4 @@
-"""The record of a generation: at each step the model's logits, every change to them, and the draw.
+"""The record of a generation: at each step the logits, every change to them, and the draw.
 
     run = hk.generate(lm, prompt, hk.ban(" coffee"), trace=hk.trace(top=5, watch=(" tea",)))
 

@@ -143,15 +143,15 @@ class PositionTracker:
 
         None if no forward of the block has filled it.
         """
-        known = self.caches.text_of(call.cache)
-        if known is not None:
-            text, _ = known
+        entry = self.caches.text_of(call.cache)
+        if entry is not None:
+            text, _ = entry
             return text if call.past <= text.seen else None
         if self.caches.could_be_copy(call.cache, call.past):
             raise Unsupported(
                 f"this forward goes on from a {type(call.cache).__name__} that no forward of the "
-                "block has left as it is, and hookkit cannot tell whether it is a copy: go on from "
-                "the cache that the forward gave, or run the whole text"
+                "block has returned, and hookkit cannot tell whether it is a copy of one: go on "
+                "from the cache that the forward returned, or run the whole text"
             )
         return self.caches.copied_from(call.cache, call.past)
 
@@ -163,7 +163,7 @@ class PositionTracker:
             if not self.caches.unchanged(call.cache, source, call.past):
                 raise Unsupported(
                     "the cache has other rows than the last forward left in it (reordered, or "
-                    "replaced), so whose positions these are cannot be told: run each text in a "
+                    "replaced), so the positions of its rows are unknown: run each text in a "
                     "block of its own, or call generate"
                 )
             if source.seen == call.past:
@@ -238,7 +238,7 @@ def _rows_and_width(arguments: Mapping[str, Any]) -> tuple[int, int]:
     if not isinstance(tensor, Tensor):
         tensor = _first_tensor(arguments.values())
     if tensor is None or tensor.ndim == 0:
-        raise Unsupported("a forward was given no tensor, so its rows and positions cannot be told")
+        raise Unsupported("a forward was given no tensor, so its rows and positions are unknown")
     return tensor.shape[0], tensor.shape[1] if tensor.ndim > 1 else 1
 
 

@@ -87,8 +87,8 @@ def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
         engine = Ray()
     if not isinstance(engine, Ray):
         raise BadHook(
-            f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for this "
-            "process"
+            f"engine={engine!r} is unknown: say 'ray', or hk.Ray(actors=…); leave it out for "
+            "this process"
         )
     check_installed()
     check_travels(lm, engine.gpus)

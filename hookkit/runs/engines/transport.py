@@ -220,8 +220,9 @@ class _Storages:
         key = untyped.data_ptr(), untyped.nbytes()
         if key not in self._numbers or not untyped.nbytes():
             self._numbers[key] = len(self.arrays)
-            whole = torch.empty(0, dtype=torch.uint8, device=untyped.device).set_(untyped)  # pyright: ignore
-            self.arrays.append(whole.cpu().numpy())
+            numbers = torch.empty(0, dtype=torch.uint8, device=untyped.device)
+            numbers.set_(untyped)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            self.arrays.append(numbers.cpu().numpy())
             self.devices.append(untyped.device.type)
             self.shared.append(untyped.data_ptr() in self.read_only)
             self._added.append(storage)
