@@ -67,7 +67,7 @@ def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
 
 
 class HookManager(HookDispatcher):
-    """The hooks of one block: registers them, and gives their captures and their log.
+    """Registers the hooks of one block on the model, and returns their captures and their log.
 
     The hooks of one block act in the order in which they were passed. Blocks can be nested: the
     hooks of an outer block act first. A block can be entered again after it was left; it then
@@ -153,7 +153,7 @@ class HookManager(HookDispatcher):
                 "outside"
             )
         raise Unsupported(
-            "a block cannot be copied: make another with hk.attach; what it kept are manager.texts"
+            "a block cannot be copied: make another with hk.attach; its captures are manager.texts"
         )
 
     # ---- what is registered on the model
