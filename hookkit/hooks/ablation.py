@@ -26,14 +26,14 @@ from .base import (
     EditHook,
     Here,
     as_constant,
+    as_where,
     check_constant,
-    inner,
     not_square,
     put,
 )
 from .captured_values import Captured
-from .rounding import converted
-from .values import check_shape, fitting, moved
+from .rounding import convert_like
+from .values import check_shape, fit_to_values, moved
 
 Per: TypeAlias = Literal["position", "all"]
 TO = "give 'zero', 'mean', 'resample', a tensor, statistics or a run"
@@ -52,7 +52,7 @@ def _patch_from(source: Captured, where: Where, binding: Binding) -> Change:
         rows = [source.row(prompt) for prompt in here.rows]
         columns = _source_columns(source, where, rows, here, binding)
         new = source.by_place[torch.tensor(rows)[:, None], columns]
-        new = converted(new, values, f"what the source has at {source.site}")
+        new = convert_like(new, values, f"what the source has at {source.site}")
         if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
             _check_sizes(source, new.shape[2:], values.shape[2:])
             return new
@@ -130,7 +130,7 @@ def _mean(source: Captured, per: Per) -> Change:
             _check_reference_length(means, positions, source)
             cells = [means[position] for position in positions]
             rows.append(torch.stack(cells + [zero] * (width - len(cells))))
-        return converted(torch.stack(rows), values, name)
+        return convert_like(torch.stack(rows), values, name)
 
     return apply
 
@@ -174,7 +174,7 @@ def _resample(source: Captured, per: Per, seed: int) -> Change:
             index = torch.tensor([draw(ids, position) for position in positions])
             drawn = source.values[index[:, 0], index[:, 1]]
             name = f"what the reference has at {source.site}"
-            new[row, : len(positions)] = converted(drawn, values, name)
+            new[row, : len(positions)] = convert_like(drawn, values, name)
         return new
 
     return apply
@@ -390,7 +390,7 @@ class Ablate(EditHook):
 
 def _replace_by(tensor: Constant, binding: Binding) -> Change:
     check_shape(tensor, binding, "the tensor")
-    fit = fitting(tensor, "the tensor")
+    fit = fit_to_values(tensor, "the tensor")
     return lambda values, here: fit(values, here).expand_as(values).clone()
 
 
@@ -457,9 +457,8 @@ def ablate(
     >>> print(ablate("z.9.3"), ablate("mlp_post.12", units=[7, 1001]), sep="; ")
     ablate(z.9.3); ablate(mlp_post.12, units=(7, 1001))
     """
-    selected = as_sites(sites)
-    where = inner(pos, rows, None, selected)
-    return _with_units(_ablation(selected, where, to, over, per, seed), units)
+    hook = _ablation(as_sites(sites), as_where(pos, rows), to, over, per, seed)
+    return _with_units(hook, units)
 
 
 def _ablation(
@@ -525,7 +524,7 @@ def patch(
     last axis that are replaced, such as neurons of mlp_post; by default all of them.
     """
     selected = as_sites(sites)
-    where = inner(pos, rows, None, selected)
+    where = as_where(pos, rows)
     if isinstance(source, str):
         if where.pos is None:
             where = replace(where, pos=PROMPT)
@@ -539,7 +538,9 @@ def patch(
 
 
 def _with_units(hook: Any, units: CountLike) -> Any:
-    return hook if units is None else replace(hook, units=_as_units(units, hook.sites))
+    if units is None:
+        return hook
+    return replace(hook, units=_as_units(units, hook.sites))
 
 
 def _as_units(units: CountLike, sites: Sites) -> tuple[int, ...]:

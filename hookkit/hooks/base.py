@@ -72,9 +72,9 @@ def as_constant(tensor: object, name: str) -> Constant:
 def _as_floating_point(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         single = tensor.float()
-        # float32 represents every integer up to 2**24 only
-        is_exact = torch.equal(single.to(tensor.dtype), tensor)
-        return single if is_exact else tensor.double()
+        if torch.equal(single.to(tensor.dtype), tensor):
+            return single
+        return tensor.double()  # float32 represents every integer up to 2**24 only
     if tensor.element_size() == 1:
         return tensor.float()  # float8 has no arithmetic
     return tensor
@@ -95,6 +95,11 @@ def check_constant(value: object, name: str) -> None:
     """Raises `BadHook` if a hook's field is not a `Constant`."""
     if not isinstance(value, Constant):
         raise BadHook(f"{name} is {described(value)}, and a tensor of numbers is needed")
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Returns a tuple as it is, and any other value as a tuple of one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def put(value: Any, name: str, new: object) -> None:
@@ -178,7 +183,7 @@ class Here:
         for row, prompt in enumerate(self.rows):
             hook_positions = positions_of_prompt[prompt]
             assert hook_positions is not None
-            row_indices = [hook_positions.index(position) for position in self.cells.places[row]]
+            row_indices = list(map(hook_positions.index, self.cells.places[row]))
             indices[row, : len(row_indices)] = torch.tensor(row_indices)
         return indices
 
@@ -232,7 +237,7 @@ class Hook:
         """Normalizes and checks every field, after JSON and `dataclasses.replace` too."""
         put(self, "sites", as_sites(self.sites))
         self.check_sites()
-        put(self, "where", checked_where(self.where, self.sites))
+        put(self, "where", normalize_where(self.where, self.sites))
         if self.where.step is not None and not self.takes_step:
             raise BadHook(
                 f"{self.verb} acts at positions and takes no step={self.where.step!r}: "
@@ -258,23 +263,21 @@ class Hook:
             is_keyword = field.name not in ("sites", "where", *self.bare)
             if is_keyword and value != field.default:
                 arguments.append(f"{field.name}={_argument_text(value)}")
-        where = self._where_arguments()
-        if self.bare and self.where.step == EVERY_STEP:
-            del where["step"]
-        arguments += [f"{name}={value}" for name, value in where.items()]
+        for name, value in self._where_arguments().items():
+            if not (name == "step" and self.bare and self.where.step == EVERY_STEP):
+                arguments.append(f"{name}={value}")
         return f"{self.verb}({', '.join(arguments)})"
 
     def _positional_arguments(self) -> list[str]:
-        is_default_site = self.bare and str(self.sites[0]) == "logits"
-        arguments = [] if is_default_site else [self._sites()]
+        arguments = []
+        if not self.bare or str(self.sites[0]) != "logits":
+            arguments.append(self._sites())
         for name in self.bare:
-            value = getattr(self, name)
-            values = value if isinstance(value, tuple) else (value,)
-            arguments += map(_argument_text, values)
+            arguments += map(_argument_text, as_tuple(getattr(self, name)))
         return arguments
 
     def _where_arguments(self) -> dict[str, str]:
-        values = {name: getattr(self.where, name) for name in ("pos", "rows", "step")}
+        values = {"pos": self.where.pos, "rows": self.where.rows, "step": self.where.step}
         return {name: repr(value) for name, value in values.items() if value is not None}
 
     def _repr_html_(self) -> str:
@@ -296,7 +299,9 @@ class Hook:
 def _argument_text(value: object) -> str:
     if isinstance(value, Hook):
         return str(value)
-    return getattr(value, "__name__", "function") if callable(value) else repr(value)
+    if callable(value):
+        return getattr(value, "__name__", "function")
+    return repr(value)
 
 
 @dataclass(frozen=True)
@@ -328,7 +333,7 @@ class EditHook(Hook):
         raise AssertionError(f"{type(self).__name__} does not define change()")
 
 
-def as_where(pos: PosLike, rows: CountLike, step: CountLike) -> Where:
+def as_where(pos: PosLike, rows: CountLike = None, step: CountLike = None) -> Where:
     """Returns positions, rows and steps in their normalized form."""
     return Where(
         as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
@@ -337,10 +342,10 @@ def as_where(pos: PosLike, rows: CountLike, step: CountLike) -> Where:
 
 def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
     """Returns where a hook acts. Raises `BadHook` for a step at other sites than logits."""
-    return checked_where(as_where(pos, rows, step), sites)
+    return normalize_where(as_where(pos, rows, step), sites)
 
 
-def checked_where(where: Where, sites: Sites) -> Where:
+def normalize_where(where: Where, sites: Sites) -> Where:
     """Returns `where` in its normalized form. Raises `BadHook` for a step away from the logits."""
     if not isinstance(where, Where):
         raise BadHook(

@@ -9,7 +9,7 @@ from ..arguments import checks_keywords, described, flag, text_of
 from ..errors import BadHook
 from ..models.positions import CountLike, PosLike
 from ..models.sites import Site, Sites, SitesLike, as_sites
-from .base import Hook, inner, put
+from .base import Hook, as_where, put
 
 INTEGER_SITES = frozenset({"experts"})  # the sites whose values are integers
 
@@ -108,8 +108,10 @@ def capture(
     >>> print(capture("resid_post.6", pos=-1))
     capture(resid_post.6, pos=-1)
     """
-    selected = as_sites(sites)
-    dtype_text = None if dtype is None else str(dtype)
-    device_text = None if device is None else str(device)
-    where = inner(pos, rows, step, selected)
-    return Capture(selected, where, name, grad, dtype_text, device_text)
+    where = as_where(pos, rows, step)
+    dtype_text, device_text = _text_or_none(dtype), _text_or_none(device)
+    return Capture(as_sites(sites), where, name, grad, dtype_text, device_text)
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -111,8 +111,9 @@ def in_order(site: AnySite, values: Tensor) -> Tensor:
 
     The model's view is [row, query, head, key], the user's [row, head, query, key].
     """
-    has_heads = isinstance(site, Site) and site.name in SQUARE and site.head is None
-    return values.transpose(1, 2) if has_heads else values
+    if isinstance(site, Site) and site.name in SQUARE and site.head is None:
+        return values.transpose(1, 2)
+    return values
 
 
 @dataclass(eq=False, slots=True)
@@ -173,9 +174,10 @@ class Captures:
             )
         if slot := self._slot(key, name, key):
             return slot.captured()
-        has_head = isinstance(key, Site) and key.head is not None
-        if has_head and (slot := self._slot(Site(key.name, key.layer), name, key)):
-            return slot.captured().head(key.head)
+        if isinstance(key, Site) and key.head is not None:
+            all_heads = self._slot(Site(key.name, key.layer), name, key)
+            if all_heads is not None:
+                return all_heads.captured().head(key.head)
         label = str(key) if name is None else f"{key} named {name!r}"
         if key in self.ended:
             raise NotCaptured(
@@ -228,7 +230,7 @@ class Captures:
         return torch.stack([self[site].to(device) for site in sites])
 
     def _ipython_key_completions_(self) -> list[str]:
-        return [str(site) for site in self.sites]
+        return list(map(str, self.sites))
 
 
 @dataclass(eq=False, slots=True)
@@ -308,18 +310,19 @@ def joined(
     if len(chunks) == 1 and ending.limits is None:
         cells = _cells(chunks[0])
         return chunks[0].values, cells.positions, cells.rows
-    parts = [_for_final_rows(chunk, ending.sources(chunk.call)) for chunk in chunks]
-    width = max(values.shape[-1] for values, _ in parts)
-    padded = []
-    for values, _ in parts:
+    width = max(chunk.values.shape[-1] for chunk in chunks)
+    all_values, all_positions = [], []
+    for chunk in chunks:
+        values, chunk_positions = _for_final_rows(chunk, ending.sources(chunk.call))
         missing = width - values.shape[-1]
         if missing:
             values = nn.functional.pad(values, (0, missing), value=unseen)
-        padded.append(values)
-    positions = torch.cat([positions for _, positions in parts], dim=1)
+        all_values.append(values)
+        all_positions.append(chunk_positions)
+    positions = torch.cat(all_positions, dim=1)
     if ending.limits is not None:
         positions = positions.masked_fill(positions >= torch.tensor(ending.limits)[:, None], -1)
-    return _without_gaps(torch.cat(padded, dim=1), positions)
+    return _without_gaps(torch.cat(all_values, dim=1), positions)
 
 
 def _for_final_rows(chunk: CapturedChunk, sources: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -344,8 +347,7 @@ def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, li
     rows = is_real.any(dim=1).nonzero().flatten().tolist()
     width = int(is_real.sum(dim=1).max()) if rows else 0
     if len(rows) == len(is_real) and bool(is_real[:, :width].all()):
-        values = values[:, :width] if width < values.shape[1] else values
-        return values, positions[:, :width], rows
+        return values[:, :width], positions[:, :width], rows
     order = torch.argsort(is_real.long(), dim=1, descending=True, stable=True)[rows, :width]
     row_index = torch.tensor(rows)[:, None]
     positions = positions[row_index, order]

@@ -234,17 +234,15 @@ class Phrase:
     words: str | tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        words = str(self.words) if self._is_text else read_tokens(self.words, "phrase")
-        if not words:
+        if isinstance(self.words, str):
+            put(self, "words", str(self.words))
+        else:
+            put(self, "words", read_tokens(self.words, "phrase"))
+        if not self.words:
             raise BadHook("phrase() has no token: give a text, or tokens")
-        put(self, "words", words)
-
-    @property
-    def _is_text(self) -> bool:
-        return isinstance(self.words, str)
 
     def __repr__(self) -> str:
-        words = self.words if self._is_text else list(self.words)
+        words = self.words if isinstance(self.words, str) else list(self.words)
         return f"phrase({words!r})"
 
     def ids(self, lm: LM) -> list[int]:
@@ -305,5 +303,6 @@ class PhraseStarts:
     def _next_offset(self, previous: int, step: int, holds: bool) -> int:
         if 0 <= previous < self.length - 1:
             return previous + 1
-        begins = holds and (self.steps is None or step in self.steps)
-        return 0 if begins else -1
+        if holds and (self.steps is None or step in self.steps):
+            return 0
+        return -1

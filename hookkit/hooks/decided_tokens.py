@@ -67,8 +67,10 @@ class Decisions:
             return {}
         rows, tokens = _rows_and_tokens(decided, scores.device)
         is_first = (scores[rows, tokens] >= scores[rows].amax(dim=-1)).tolist()
-        rows_first = [row for row, first in zip(decided, is_first, strict=True) if first]
-        return {row: decided[row] for row in rows_first}
+        for row, first in zip(list(decided), is_first, strict=True):
+            if not first:
+                del decided[row]
+        return decided
 
     def _check_possible(
         self, before: Scores | None, after: Scores, decided: Mapping[int, Decided], name: str

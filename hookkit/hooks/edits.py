@@ -19,14 +19,14 @@ from .base import (
     EditHook,
     Here,
     as_constant,
+    as_where,
     check_constant,
-    inner,
     not_square,
     put,
 )
 from .captured_values import in_order
-from .rounding import scaled
-from .values import check_shape, checked_result, fitting, moved
+from .rounding import scale_tensor
+from .values import check_result, check_shape, fit_to_values, moved
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Edit(EditHook):
             old = in_order(here.site, values)
             argument = old.clone()  # the function may write into its argument
             new = self.fn(argument, here) if takes_here else self.fn(argument)
-            return in_order(here.site, checked_result(new, old, function_name))
+            return in_order(here.site, check_result(new, old, function_name))
 
         return apply
 
@@ -114,8 +114,7 @@ def edit(
     >>> print(edit("mlp_out.3", torch.relu, pos=-1))
     edit(mlp_out.3, relu, pos=-1)
     """
-    sites = as_sites(site)
-    return Edit(sites, inner(pos, rows, step, sites), fn)
+    return Edit(as_sites(site), as_where(pos, rows, step), fn)
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class Steer(EditHook):
 
     def change(self, binding: Binding) -> Change:
         check_shape(self.vector, binding, "the vector")
-        product = Constant(scaled(self.vector.tensor, self.scale, "the vector"))
-        vector = fitting(product, "scale times the vector")
+        product = Constant(scale_tensor(self.vector.tensor, self.scale, "the vector"))
+        vector = fit_to_values(product, "scale times the vector")
         return lambda values, here: values + vector(values, here)
 
 
@@ -152,9 +151,8 @@ def steer(
     >>> print(steer("resid_post.6", torch.ones(576), scale=2.0))
     steer(resid_post.6, tensor[576], scale=2.0)
     """
-    sites = not_square(as_sites(site), "steer adds a vector to")
-    where = inner(pos, rows, None, sites)
-    return Steer(sites, where, as_constant(vector, "the vector"), finite_number(scale, "scale"))
+    addend = as_constant(vector, "the vector")
+    return Steer(as_sites(site), as_where(pos, rows), addend, scale)
 
 
 @dataclass(frozen=True)
@@ -180,8 +178,7 @@ def scale(site: SitesLike, factor: float, *, pos: PosLike = None, rows: CountLik
     >>> print(scale("z.9.3", 0.5))
     scale(z.9.3, 0.5)
     """
-    sites = as_sites(site)
-    return Scale(sites, inner(pos, rows, None, sites), finite_number(factor, "factor"))
+    return Scale(as_sites(site), as_where(pos, rows), factor)
 
 
 @dataclass(frozen=True)
@@ -251,9 +248,8 @@ def project_out(
     >>> print(project_out("resid_post.6", torch.ones(576)))
     project_out(resid_post.6, tensor[576])
     """
-    sites = not_square(as_sites(site), "project_out takes a direction out of")
-    where = inner(pos, rows, None, sites)
-    return ProjectOut(sites, where, as_constant(direction, "the direction"))
+    removed = as_constant(direction, "the direction")
+    return ProjectOut(as_sites(site), as_where(pos, rows), removed)
 
 
 @dataclass(frozen=True)
@@ -300,4 +296,4 @@ def skip_block(
     """
     layers = whole_numbers(layer, "layer", least=0, meaning="the blocks, counted from 0,")
     sites = as_sites([Site("resid_post", number) for number in layers])
-    return SkipBlock(sites, inner(pos, rows, None, sites))
+    return SkipBlock(sites, as_where(pos, rows))

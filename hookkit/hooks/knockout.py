@@ -1,5 +1,6 @@
 """The hook that cuts attention between tokens: `knockout`."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,9 +10,9 @@ from torch import Tensor
 from ..arguments import checks_keywords, whole_numbers
 from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange
 from ..models.positions import CountLike, Pos, PosLike, Where, as_pos, wish
-from ..models.sites import Site, Sites, as_sites
+from ..models.sites import Site, as_sites
 from ..models.views import hidden, unseen_value
-from .base import Binding, Change, EditHook, Here, inner, put
+from .base import Binding, Change, EditHook, Here, as_where, put
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Knockout(EditHook):
                 new[index, ..., self._keys(here, row, values.shape[-1])] = masked
             blind = here.real_cells(hidden(new).all(-1) & ~hidden(values).all(-1))
             if bool(blind.any()):
-                index, column = (int(number) for number in blind.nonzero()[0][:2])
+                index, column = blind.nonzero()[0][:2].tolist()
                 raise BadEdit(
                     f"{self} leaves the query at position {int(here.positions[index, column])} of "
                     f"row {here.rows[index]} nothing to see: name the queries, such as "
@@ -69,13 +70,13 @@ class Knockout(EditHook):
         return [position for position in positions if position < n_keys]
 
     def __str__(self) -> str:
-        sites = [site for site in self.sites if isinstance(site, Site)]
-        layers = list(dict.fromkeys(site.layer for site in sites))
-        heads = list(dict.fromkeys(site.head for site in sites))
         arguments = []
-        for indices in (layers, heads):
-            if indices != [None]:
-                arguments.append(str(indices[0] if len(indices) == 1 else indices))
+        for name in ("layer", "head"):
+            indices = list(dict.fromkeys(getattr(site, name) for site in self.sites))
+            if len(indices) > 1:
+                arguments.append(str(indices))
+            elif indices != [None]:
+                arguments.append(str(indices[0]))
         keywords = {"query": self.where.pos, "key": self.key, "rows": self.where.rows}
         for name, value in keywords.items():
             if value is not None:
@@ -127,8 +128,5 @@ def knockout(
     heads: list[int | None] = [None]
     if head is not None:
         heads = [*whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")]
-    scores = []
-    for layer_index in layers:
-        scores += [Site("scores", layer_index, head_index) for head_index in heads]
-    sites: Sites = as_sites(scores)
-    return Knockout(sites, inner(query, rows, None, sites), as_pos(key))
+    scores = [Site("scores", *indices) for indices in itertools.product(layers, heads)]
+    return Knockout(as_sites(scores), as_where(query, rows), as_pos(key))

@@ -22,7 +22,7 @@ from ..models.tokens import Token
 from .base import Binding, Change, Here, put
 from .conditions import When
 from .logits import LogitEdit, Logits, at_logits, check_inside, flatten_tokens, token_ids
-from .rounding import fitted_number, next_above, next_below, rounded_down
+from .rounding import fitted_number, next_above, next_below, round_down
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Boost(LogitEdit):
         return text.replace("by=0.0", f"by={amounts}", 1)
 
     def _amounts(self) -> tuple[float, ...]:
-        return self.by if isinstance(self.by, tuple) else (self.by,) * len(self.tokens)
+        if isinstance(self.by, tuple):
+            return self.by
+        return (self.by,) * len(self.tokens)
 
     def _check_changed(self, old: Logits, new: Logits, here: Here) -> None:
         """Raises `BadEdit` if no logit changes, since a small dtype rounds the amounts away."""
@@ -131,11 +133,11 @@ def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
             f"{path} is no table of amounts: it needs a line for each token, under token (or "
             "token_id) and by"
         )
-    has_ids = "token_id" in columns
-    tokens, amounts = [], []
+    tokens: list[Token] = []
+    amounts = []
     try:
         for row in rows:
-            tokens.append(int(row["token_id"]) if has_ids else row["token"])
+            tokens.append(int(row["token_id"]) if "token_id" in columns else row["token"])
             amounts.append(float(row["by"]))
     except (TypeError, ValueError) as error:
         raise BadHook(f"{path} has a value that is no number: {error}") from error
@@ -187,9 +189,9 @@ class Cap(LogitEdit):
             exact = capped.to(torch.promote_types(capped.dtype, torch.float32))
             if self.logit is not None:
                 limit = fitted_number(self.logit, logits.dtype, "logit")
-                new[..., tokens] = rounded_down(exact.clamp(max=limit), logits.dtype)
+                new[..., tokens] = round_down(exact.clamp(max=limit), logits.dtype)
                 return new
-            new[..., tokens] = rounded_down(exact + self._shift(logits, tokens), logits.dtype)
+            new[..., tokens] = round_down(exact + self._shift(logits, tokens), logits.dtype)
             if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
                 raise BadEdit(
                     f"{self} cannot be at {here.site}: no other token can be chosen, so these have "
@@ -202,10 +204,10 @@ class Cap(LogitEdit):
     def _shift(self, logits: Logits, tokens: list[int]) -> Float[Tensor, "row pos _"]:
         """Returns the change of the tokens' logits, at most 0, that brings them to `prob`."""
         assert self.prob is not None
-        others = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        capped = others[..., tokens]
-        others[..., tokens] = -math.inf
-        odds = capped.logsumexp(dim=-1, keepdim=True) - others.logsumexp(dim=-1, keepdim=True)
+        other_logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        capped = other_logits[..., tokens]
+        other_logits[..., tokens] = -math.inf
+        odds = capped.logsumexp(dim=-1, keepdim=True) - other_logits.logsumexp(dim=-1, keepdim=True)
         return (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
 
 
@@ -318,17 +320,17 @@ class SetRank(LogitEdit):
 
         def apply(logits: Logits, here: Here) -> Logits:
             check_inside(logits, here, token)
-            others = logits[..., :vocab_size].clone()
-            count = others.shape[-1]
+            other_logits = logits[..., :vocab_size].clone()
+            count = other_logits.shape[-1]
             if self.rank > count:
                 raise OutOfRange(
                     f"rank {self.rank} was asked for, and the vocabulary has {count} tokens"
                 )
-            others[..., token] = -math.inf
-            logit = _logit_for_rank(others, self.rank)
+            other_logits[..., token] = -math.inf
+            logit = _logit_for_rank(other_logits, self.rank)
             new = logits.clone()
             new[..., token] = logit
-            n_larger = (others > logit[..., None]).sum(dim=-1)
+            n_larger = (other_logits > logit[..., None]).sum(dim=-1)
             if bool(here.real_cells((n_larger != self.rank - 1) | logit.isnan()).any()):
                 raise BadEdit(
                     f"{self} cannot be: the tokens that would stand before and after it have the "
@@ -339,10 +341,10 @@ class SetRank(LogitEdit):
         return apply
 
 
-def _logit_for_rank(others: Logits, rank: int) -> Float[Tensor, "row pos"]:
+def _logit_for_rank(other_logits: Logits, rank: int) -> Float[Tensor, "row pos"]:
     """Returns a logit below exactly `rank - 1` others, unless two of them are equal there."""
-    size = others.shape[-1]
-    ordered = others.topk(min(rank, size - 1), dim=-1).values  # without the token itself
+    size = other_logits.shape[-1]
+    ordered = other_logits.topk(min(rank, size - 1), dim=-1).values  # without the token itself
     if rank == 1:
         return torch.maximum(ordered[..., 0] + 1, next_above(ordered[..., 0]))
     above = ordered[..., rank - 2]
@@ -366,8 +368,8 @@ def set_rank(
 ) -> SetRank:
     """Gives a token this rank: its logit is midway between its new neighbours.
 
-    Rank 1 is the most likely token; its logit is one above all others, at the last rank one below.
-    All other logits stay the same.
+    Rank 1 is the most likely token; its logit is one above all others, at the last rank one
+    below. All other logits stay the same.
 
     >>> print(set_rank(" coffee", 3))
     set_rank(' coffee', 3)

@@ -21,7 +21,7 @@ from ..models.lm import LM
 from ..models.positions import CountLike, PosLike, Span, Where
 from ..models.sites import LOGITS, AnySite, ModuleSite, Sites, as_sites
 from ..models.tokens import Token
-from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_where, put
+from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_tuple, as_where, put
 from .conditions import Condition, Phrase, PhraseStarts, When, bind_condition, check_when
 from .rounding import fitted_number, next_above
 
@@ -65,7 +65,9 @@ class LogitEdit(EditHook):
                 )
         if isinstance(value, tuple):
             return tokens
-        return value if isinstance(value, Phrase) else read_token(value, self.verb)
+        if isinstance(value, Phrase):
+            return value
+        return read_token(value, self.verb)
 
     @property
     def together(self) -> bool:
@@ -75,9 +77,11 @@ class LogitEdit(EditHook):
         """Returns the ids of the tokens that the hook names, in its order."""
         ids: list[int] = []
         for name in self.names:
-            value = getattr(self, name)
-            for token in value if isinstance(value, tuple) else (value,):
-                ids += token.ids(lm) if isinstance(token, Phrase) else [lm.token(token)]
+            for token in as_tuple(getattr(self, name)):
+                if isinstance(token, Phrase):
+                    ids += token.ids(lm)
+                else:
+                    ids.append(lm.token(token))
         return ids
 
     def change(self, binding: Binding) -> Change:
@@ -290,7 +294,7 @@ class Force(LogitEdit):
         forced = logits.gather(-1, index)[..., 0]
         failed = due & ~((forced > largest_other) & (forced < math.inf))
         if bool(failed.any()):
-            row, column = (int(number) for number in failed.nonzero()[0])
+            row, column = failed.nonzero()[0].tolist()
             largest = float(largest_other[row, column])
             size = "NaN" if math.isnan(largest) else f"up to {largest:g}"
             raise BadEdit(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import BadEdit, BadHook
 
 
-def converted(tensor: Tensor, like: Tensor, name: str) -> Tensor:
+def convert_like(tensor: Tensor, like: Tensor, name: str) -> Tensor:
     """Returns the tensor in the dtype and on the device of `like`. Raises as `narrowed` does."""
     return narrowed(tensor, like.dtype, name).to(like.device)
 
@@ -30,7 +30,7 @@ def fitted_number(value: float, dtype: torch.dtype, name: str) -> float:
     return value
 
 
-def scaled(tensor: Tensor, scale: float, name: str) -> Tensor:
+def scale_tensor(tensor: Tensor, scale: float, name: str) -> Tensor:
     """Returns `scale` times the tensor. Raises `BadHook` if its dtype cannot hold a product."""
     product = scale * tensor
     is_finite = torch.isfinite(product)
@@ -58,7 +58,7 @@ def next_below(values: Tensor) -> Tensor:
     return -next_above(-values)
 
 
-def rounded_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
+def round_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the numbers in another dtype, each at most the exact one."""
     new = exact.to(dtype)
     return torch.where(new.to(exact.dtype) > exact, next_below(new), new)

@@ -110,11 +110,11 @@ def _encode_fields(value: Any, tensors: str) -> dict[str, Any]:
 def _decode_fields(cls: Any, encoded: dict[str, Any], name: str) -> Any:
     """Returns a hook, or a value inside one, from its encoded fields."""
     fields = dataclasses.fields(cls)
-    known = {field.name for field in fields}
+    field_names = {field.name for field in fields}
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if not required <= set(encoded) <= known:
+    if not required <= set(encoded) <= field_names:
         raise BadHook(
-            f"a {name} has the fields {', '.join(sorted(known))}, and this has "
+            f"a {name} has the fields {', '.join(sorted(field_names))}, and this has "
             f"{', '.join(sorted(encoded)) or 'none'}"
         )
     try:
@@ -134,7 +134,7 @@ def _encode(value: Any, tensors: str) -> Any:
         case None | bool() | int() | float() | str():
             return value
         case Sites():
-            return {"$sites": [str(site) for site in value]}
+            return {"$sites": list(map(str, value))}
         case Site() | ModuleSite():
             return {"$site": str(value)}
         case Part():
@@ -223,8 +223,10 @@ def _value_as_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tensor_as_json(value, "digest")
     if isinstance(value, tuple):
-        return [_value_as_json(item) for item in value]
-    return repr(value) if isinstance(value, bool | int | float | str) else None
+        return list(map(_value_as_json, value))
+    if isinstance(value, bool | int | float | str):
+        return repr(value)
+    return None
 
 
 def _decode(value: Any) -> Any:
@@ -268,7 +270,7 @@ def _decode_site(encoded: Any) -> Site | ModuleSite:
 
 
 def _decode_sites(encoded: Any) -> Sites:
-    return as_sites([_decode_site(site) for site in encoded])
+    return as_sites(list(map(_decode_site, encoded)))
 
 
 def _decode_hook(encoded: Any) -> Any:

@@ -3,6 +3,7 @@
 `load_hooks` reads the hooks of a file. `text_grammar` has the grammar.
 """
 
+import itertools
 import json
 import os
 import re
@@ -14,16 +15,23 @@ from ..arguments import checks_arguments
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
 from ..files.untrusted import SHORT, hooks_listed
 from ..models.lm import LM
-from ..models.sites import Site
 from .ablation import Ablate, FromPrompt, Patch, Reference, ablate, patch
-from .base import EVERY_STEP, Hook
+from .base import EVERY_STEP, Hook, as_tuple
 from .capture import Capture, capture
 from .conditions import Phrase, phrase
 from .edits import Scale, SkipBlock, project_out, scale, skip_block, steer
 from .knockout import Knockout, knockout
 from .logit_shifts import Boost, SetRank, boost, cap, set_rank, swap
 from .logits import LogitEdit, ban, force, restrict
-from .text_grammar import Spelling, amount_of, parts_of, sites_of, split, token_of, tokens_of
+from .text_grammar import (
+    Spelling,
+    parse_amount,
+    parse_parts,
+    parse_sites,
+    parse_token,
+    parse_tokens,
+    split,
+)
 from .vector import Vector, load_vector
 
 MAX_DIGITS = 9  # of the number of a layer or a head
@@ -47,18 +55,18 @@ def parse_hook(text: str, *, lm: LM | None = None) -> Hook:
     """
     if text.lstrip().startswith("{"):
         return Hook.from_json(text)
-    spelled = parts_of(text)
-    if spelled.verb == "edit":
+    spelling = parse_parts(text)
+    if spelling.verb == "edit":
         raise BadHook(
             f"{text!r}: an edit needs a function, which no text holds: make it in Python, "
             "hk.edit(site, fn)"
         )
-    if spelled.verb not in PARSERS:
+    if spelling.verb not in PARSERS:
         raise BadHook(
-            f"{text!r}: there is no hook {spelled.verb!r}{did_you_mean(spelled.verb, PARSERS)} "
+            f"{text!r}: there is no hook {spelling.verb!r}{did_you_mean(spelling.verb, PARSERS)} "
             f"There are: {', '.join(PARSERS)}."
         )
-    return PARSERS[spelled.verb](spelled, lm)
+    return PARSERS[spelling.verb](spelling, lm)
 
 
 @checks_arguments
@@ -79,11 +87,11 @@ def check_hook(text: Any) -> None:
     """Raises for a hook's text that is wrong with every model. JSON is checked later."""
     if not isinstance(text, str) or text.lstrip().startswith("{"):
         return
-    spelled = parts_of(text)
-    if spelled.verb not in ("steer", "project_out"):
+    spelling = parse_parts(text)
+    if spelling.verb not in ("steer", "project_out"):
         parse_hook(text)
         return
-    _, path, _ = _sites_and_file(spelled)
+    _, path, _ = _sites_and_file(spelling)
     if not os.path.isfile(path):
         raise BadFile(
             f"{text!r}: {path!r} is no file of a vector that can be read: there is no such file"
@@ -112,65 +120,62 @@ def _hook_of_item(item: Any, lm: LM | None, path: str) -> Hook:
 Parser = Callable[[Spelling, LM | None], Hook]
 
 
-def _settings(spelled: Spelling, place_name: str = "pos") -> dict[str, Any]:
-    """Returns the keywords of the hook's function; the place is the one with this name."""
-    place = {} if spelled.place is None else {place_name: spelled.place}
-    return place | spelled.settings
+def _settings(spelling: Spelling, position_name: str = "pos") -> dict[str, Any]:
+    """Returns the keywords of the hook's function, with the position or step under this name."""
+    if spelling.position_or_step is None:
+        return dict(spelling.settings)
+    return {position_name: spelling.position_or_step, **spelling.settings}
 
 
-def _step_settings(spelled: Spelling) -> dict[str, Any]:
-    return _settings(spelled, "step")
-
-
-def _parse_sites(function: Callable[..., Hook]) -> Parser:
-    def parse(spelled: Spelling, lm: LM | None) -> Hook:
-        sites, after = sites_of(spelled)
+def _sites_parser(function: Callable[..., Hook]) -> Parser:
+    def parse(spelling: Spelling, lm: LM | None) -> Hook:
+        sites, after = parse_sites(spelling)
         if after:
             raise BadHook(
-                f"{spelled.text!r} has {after!r} after its sites, where only @ and settings may "
+                f"{spelling.text!r} has {after!r} after its sites, where only @ and settings may "
                 "stand: @pos=-1"
             )
-        return function(sites, **_settings(spelled))
+        return function(sites, **_settings(spelling))
 
     return parse
 
 
-def _parse_scale(spelled: Spelling, lm: LM | None) -> Hook:
-    what, factor = amount_of(spelled.what, "*", spelled)
-    sites, _ = sites_of(Spelling(spelled.text, spelled.verb, what))
-    return scale(sites, factor, **_settings(spelled))
+def _parse_scale(spelling: Spelling, lm: LM | None) -> Hook:
+    what, factor = parse_amount(spelling.what, "*", spelling)
+    sites, _ = parse_sites(Spelling(spelling.text, spelling.verb, what))
+    return scale(sites, factor, **_settings(spelling))
 
 
-def _parse_skip_block(spelled: Spelling, lm: LM | None) -> Hook:
-    layers = [layer for layer, _ in _layers_and_heads(spelled)]
-    return skip_block(layers, **_settings(spelled))
+def _parse_skip_block(spelling: Spelling, lm: LM | None) -> Hook:
+    layers = [layer for layer, _ in _layers_and_heads(spelling)]
+    return skip_block(layers, **_settings(spelling))
 
 
-def _parse_knockout(spelled: Spelling, lm: LM | None) -> Hook:
-    pairs = _layers_and_heads(spelled)
+def _parse_knockout(spelling: Spelling, lm: LM | None) -> Hook:
+    pairs = _layers_and_heads(spelling)
     layers = list(dict.fromkeys(layer for layer, _ in pairs))
-    heads = list(dict.fromkeys(head for _, head in pairs))
-    grid = [(layer, head) for layer in layers for head in heads]
-    if grid != pairs:
+    heads: Any = list(dict.fromkeys(head for _, head in pairs))
+    if list(itertools.product(layers, heads)) != pairs:
         raise BadHook(
-            f"{spelled.text!r} names heads that are no grid of layers and heads: give a hook for "
+            f"{spelling.text!r} names heads that are no grid of layers and heads: give a hook for "
             "each layer"
         )
-    settings = {"key": None, **_settings(spelled, "query")}
-    return knockout(layers, None if heads == [None] else heads, **settings)
+    if heads == [None]:
+        heads = None
+    return knockout(layers, heads, **{"key": None, **_settings(spelling, "query")})
 
 
-def _layers_and_heads(spelled: Spelling) -> list[tuple[int, int | None]]:
+def _layers_and_heads(spelling: Spelling) -> list[tuple[int, int | None]]:
     """Returns layers, such as 3, or for knockout layers and heads, such as 9.3."""
-    takes_heads = spelled.verb == "knockout"
+    takes_heads = spelling.verb == "knockout"
     pairs: list[tuple[int, int | None]] = []
-    for item in spelled.what.split(","):
+    for item in spelling.what.split(","):
         layer, dot, head = item.strip().partition(".")
         is_valid = _is_index(layer) and (not dot or (takes_heads and _is_index(head)))
         if not is_valid:
             example = "knockout:9.3@query=-1,key=0" if takes_heads else "skip_block:3"
             raise BadHook(
-                f"{spelled.text!r} has {item!r} where a block's number is meant: write {example}"
+                f"{spelling.text!r} has {item!r} where a block's number is meant: write {example}"
             )
         pairs.append((int(layer), int(head) if dot else None))
     return pairs
@@ -180,73 +185,73 @@ def _is_index(text: str) -> bool:
     return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
-def _parse_steer(spelled: Spelling, lm: LM | None) -> Hook:
-    sites, path, factor = _sites_and_file(spelled)
-    settings = _settings(spelled)
+def _parse_steer(spelling: Spelling, lm: LM | None) -> Hook:
+    sites, path, factor = _sites_and_file(spelling)
+    settings = _settings(spelling)
     if factor is not None:
         if "dose" in settings or "scale" in settings:
             raise BadHook(
-                f"{spelled.text!r} says twice how much: *{factor:g}, and a dose or a scale"
+                f"{spelling.text!r} says twice how much: *{factor:g}, and a dose or a scale"
             )
         settings["scale"] = factor
-    vector = _load_vector(path, lm, spelled)
+    vector = _load_vector(path, lm, spelling)
     if sites is None or sites == [str(vector.site)]:
         return vector.steer(**settings)
     if "dose" in settings:
         raise BadHook(
-            f"{spelled.text!r}: a dose is of the stream's length at {vector.site}: leave "
+            f"{spelling.text!r}: a dose is of the stream's length at {vector.site}: leave "
             f"{sites[0]} out"
         )
     return steer(sites, vector.tensor, **settings)
 
 
-def _parse_project_out(spelled: Spelling, lm: LM | None) -> Hook:
-    sites, path, factor = _sites_and_file(spelled)
+def _parse_project_out(spelling: Spelling, lm: LM | None) -> Hook:
+    sites, path, factor = _sites_and_file(spelling)
     if factor is not None:
-        raise BadHook(f"{spelled.text!r}: a direction has no size: leave *{factor:g} out")
-    vector = _load_vector(path, lm, spelled)
-    return project_out(sites or [str(vector.site)], vector.tensor, **_settings(spelled))
+        raise BadHook(f"{spelling.text!r}: a direction has no size: leave *{factor:g} out")
+    vector = _load_vector(path, lm, spelling)
+    return project_out(sites or [str(vector.site)], vector.tensor, **_settings(spelling))
 
 
-def _sites_and_file(spelled: Spelling) -> tuple[list[str] | None, str, float | None]:
+def _sites_and_file(spelling: Spelling) -> tuple[list[str] | None, str, float | None]:
     """Returns the sites (None for the vector's own), the file, and the number after the last *."""
-    what, factor = spelled.what, None
+    what, factor = spelling.what, None
     if "*" in what:
-        what, factor = amount_of(what, "*", spelled)
+        what, factor = parse_amount(what, "*", spelling)
     if os.path.isfile(what.strip()):  # False for names that are too long for a file
         return None, what.strip(), factor
-    sites, after = sites_of(Spelling(spelled.text, spelled.verb, what))
+    sites, after = parse_sites(Spelling(spelling.text, spelling.verb, what))
     if not after.startswith(":"):
         raise BadHook(
-            f"{spelled.text!r}: there is no file {what.strip()!r}: write {spelled.verb}:FILE, or "
-            f"{spelled.verb}:SITE:FILE, with a file that Vector.save wrote"
+            f"{spelling.text!r}: there is no file {what.strip()!r}: write {spelling.verb}:FILE, or "
+            f"{spelling.verb}:SITE:FILE, with a file that Vector.save wrote"
         )
     return sites, after[1:].strip(), factor
 
 
-def _load_vector(path: str, lm: LM | None, spelled: Spelling) -> Vector:
+def _load_vector(path: str, lm: LM | None, spelling: Spelling) -> Vector:
     if lm is None:
         raise BadHook(
-            f"{spelled.text!r} reads a vector that is checked against a model: "
+            f"{spelling.text!r} reads a vector that is checked against a model: "
             "hk.hook(text, lm=lm)"
         )
     try:
         return load_vector(lm, path)
     except BadFile as error:
         raise BadFile(
-            f"{spelled.text!r}: {path!r} is no file of a vector that can be read: {error}"
+            f"{spelling.text!r}: {path!r} is no file of a vector that can be read: {error}"
         ) from error
 
 
-def _parse_patch(spelled: Spelling, lm: LM | None) -> Hook:
-    sites, prompt = sites_of(spelled)
+def _parse_patch(spelling: Spelling, lm: LM | None) -> Hook:
+    sites, prompt = parse_sites(spelling)
     prompt = prompt.removeprefix(":")
     if not prompt.strip():
         raise BadHook(
-            f"{spelled.text!r} has no prompt to patch from: write "
+            f"{spelling.text!r} has no prompt to patch from: write "
             "patch:resid_post.6:She takes tea with@-1"
         )
-    return patch(sites, prompt, **_settings(spelled))
+    return patch(sites, prompt, **_settings(spelling))
 
 
 def _as_phrase(token: Any, lm: LM | None) -> Any:
@@ -259,69 +264,69 @@ def _as_phrase(token: Any, lm: LM | None) -> Any:
     return token
 
 
-def _parse_force(spelled: Spelling, lm: LM | None) -> Hook:
-    token = _as_phrase(token_of(spelled.what, spelled), lm)
-    return force(token, **_step_settings(spelled))
+def _parse_force(spelling: Spelling, lm: LM | None) -> Hook:
+    token = _as_phrase(parse_token(spelling.what, spelling), lm)
+    return force(token, **_settings(spelling, "step"))
 
 
-def _parse_ban(spelled: Spelling, lm: LM | None) -> Hook:
-    tokens = [_as_phrase(token, lm) for token in tokens_of(spelled)]
-    return ban(tokens, **_step_settings(spelled))
+def _parse_ban(spelling: Spelling, lm: LM | None) -> Hook:
+    tokens = [_as_phrase(token, lm) for token in parse_tokens(spelling)]
+    return ban(tokens, **_settings(spelling, "step"))
 
 
-def _parse_tokens(function: Callable[..., Hook]) -> Parser:
-    def parse(spelled: Spelling, lm: LM | None) -> Hook:
-        return function(*tokens_of(spelled), **_step_settings(spelled))
+def _tokens_parser(function: Callable[..., Hook]) -> Parser:
+    def parse(spelling: Spelling, lm: LM | None) -> Hook:
+        return function(*parse_tokens(spelling), **_settings(spelling, "step"))
 
     return parse
 
 
-def _parse_boost(spelled: Spelling, lm: LM | None) -> Hook:
-    settings = _step_settings(spelled)
+def _parse_boost(spelling: Spelling, lm: LM | None) -> Hook:
+    settings = _settings(spelling, "step")
     if "by" in settings:
-        return boost(*tokens_of(spelled), **settings)  # pyright: ignore
+        return boost(*parse_tokens(spelling), **settings)  # pyright: ignore
     tokens: list[Any] = []
     amounts = []
-    for item in split(spelled.what):
-        text, amount = amount_of(item, "=", spelled)
-        tokens.append(token_of(text, spelled))
+    for item in split(spelling.what):
+        text, amount = parse_amount(item, "=", spelling)
+        tokens.append(parse_token(text, spelling))
         amounts.append(amount)
     if len(tokens) == 1:
         return boost(tokens[0], by=amounts[0], **settings)
     return boost(by=dict(zip(tokens, amounts, strict=True)), **settings)
 
 
-def _parse_swap(spelled: Spelling, lm: LM | None) -> Hook:
-    tokens: list[Any] = list(tokens_of(spelled))
+def _parse_swap(spelling: Spelling, lm: LM | None) -> Hook:
+    tokens: list[Any] = list(parse_tokens(spelling))
     if len(tokens) != 2:
         raise BadHook(
-            f"{spelled.text!r} names {len(tokens)} tokens, and two change places: write "
+            f"{spelling.text!r} names {len(tokens)} tokens, and two change places: write "
             "swap: coffee, tea"
         )
-    return swap(*tokens, **_step_settings(spelled))
+    return swap(*tokens, **_settings(spelling, "step"))
 
 
-def _parse_set_rank(spelled: Spelling, lm: LM | None) -> Hook:
-    text, rank = amount_of(spelled.what, "=", spelled)
-    token: Any = token_of(text, spelled)
+def _parse_set_rank(spelling: Spelling, lm: LM | None) -> Hook:
+    text, rank = parse_amount(spelling.what, "=", spelling)
+    token: Any = parse_token(text, spelling)
     rank_value: Any = int(rank) if rank.is_integer() else rank
-    return set_rank(token, rank_value, **_step_settings(spelled))
+    return set_rank(token, rank_value, **_settings(spelling, "step"))
 
 
 PARSERS: dict[str, Parser] = {
-    "ablate": _parse_sites(ablate),
+    "ablate": _sites_parser(ablate),
     "patch": _parse_patch,
     "steer": _parse_steer,
     "project_out": _parse_project_out,
     "scale": _parse_scale,
     "skip_block": _parse_skip_block,
     "knockout": _parse_knockout,
-    "capture": _parse_sites(capture),
+    "capture": _sites_parser(capture),
     "force": _parse_force,
     "ban": _parse_ban,
-    "restrict": _parse_tokens(restrict),
+    "restrict": _tokens_parser(restrict),
     "boost": _parse_boost,
-    "cap": _parse_tokens(cap),
+    "cap": _tokens_parser(cap),
     "swap": _parse_swap,
     "set_rank": _parse_set_rank,
 }
@@ -355,8 +360,13 @@ def _short_text(hook: Hook) -> str | None:
     what = _format_what(hook)
     if what is None:
         return None
-    settings = [f"{name}={_format_value(value)}" for name, value in _settings_of(hook).items()]
-    return f"{hook.verb}:{what}" + (f"@{','.join(settings)}" if settings else "")
+    settings = []
+    for name, value in _settings_of(hook).items():
+        if isinstance(value, tuple):
+            value = list(value)
+        settings.append(f"{name}={value!r}")
+    text = f"{hook.verb}:{what}"
+    return f"{text}@{','.join(settings)}" if settings else text
 
 
 def _format_what(hook: Hook) -> str | None:
@@ -365,10 +375,7 @@ def _format_what(hook: Hook) -> str | None:
         is_at_logits = len(hook.sites) == 1 and str(hook.sites[0]) == "logits"
         return _format_tokens(hook) if is_at_logits else None
     if isinstance(hook, SkipBlock | Knockout):
-        indices = [(site.layer, site.head) for site in hook.sites if isinstance(site, Site)]
-        return ",".join(
-            f"{layer}" if head is None else f"{layer}.{head}" for layer, head in indices
-        )
+        return ",".join(map(_format_indices, hook.sites))
     sites = ",".join(map(str, hook.sites))
     if isinstance(hook, Scale):
         return f"{sites}*{hook.factor!r}"
@@ -377,20 +384,30 @@ def _format_what(hook: Hook) -> str | None:
     return sites if isinstance(hook, Capture) else None
 
 
+def _format_indices(site: Any) -> str:
+    if site.head is None:
+        return str(site.layer)
+    return f"{site.layer}.{site.head}"
+
+
 def _format_ablation(hook: Ablate, sites: str) -> str | None:
-    if isinstance(hook.to, FromPrompt):
-        is_patch_from_text = isinstance(hook, Patch) and isinstance(hook.to.prompt, str)
-        return f"{sites}:{hook.to.prompt}" if is_patch_from_text else None
-    has_prompts = isinstance(hook.to, Reference) and not hook.to.sources
-    return sites if hook.to == "zero" or has_prompts else None
+    match hook.to:
+        case "zero":
+            return sites
+        case Reference() if not hook.to.sources:
+            return sites
+        case FromPrompt(prompt=str(prompt)) if isinstance(hook, Patch):
+            return f"{sites}:{prompt}"
+        case _:
+            return None
 
 
 def _format_tokens(hook: LogitEdit) -> str:
     words = []
     for name in hook.names:
-        words += [spelled_token(token) for token in _as_tuple(getattr(hook, name))]
+        words += map(spelled_token, as_tuple(getattr(hook, name)))
     if isinstance(hook, Boost) and _has_amount_for_each(hook):
-        amounts = _as_tuple(hook.by)
+        amounts = as_tuple(hook.by)
         words = [f"{word}={amount!r}" for word, amount in zip(words, amounts, strict=True)]
     if isinstance(hook, SetRank):
         words = [f"{words[0]}={hook.rank}"]
@@ -398,11 +415,7 @@ def _format_tokens(hook: LogitEdit) -> str:
 
 
 def _has_amount_for_each(hook: Boost) -> bool:
-    return len(_as_tuple(hook.by)) == len(hook.tokens)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return len(as_tuple(hook.by)) == len(hook.tokens)
 
 
 def spelled_token(token: Any) -> str:
@@ -411,7 +424,8 @@ def spelled_token(token: Any) -> str:
         return repr(token)
     if isinstance(token, int):
         return f"id({token})"
-    return token if PLAIN_TOKEN.fullmatch(token.removeprefix(" ")) else repr(token)
+    needs_no_quotes = PLAIN_TOKEN.fullmatch(token.removeprefix(" "))
+    return token if needs_no_quotes else repr(token)
 
 
 def _settings_of(hook: Hook) -> dict[str, Any]:
@@ -442,10 +456,6 @@ def _where_settings(hook: Hook) -> dict[str, Any]:
     if isinstance(hook, Knockout):
         settings["query"] = settings.pop("pos")
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _format_value(value: Any) -> str:
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
 hook, spell = parse_hook, format_hook  # the names in `hk`

@@ -1,7 +1,7 @@
 """The grammar of hooks as short texts: VERB:WHAT@WHERE.
 
-`parts_of` splits a text into a `Spelling`; WHAT holds sites or tokens, WHERE a position or step and
-settings. Values are numbers, texts, lists, slices, and calls such as at('store').
+`parse_parts` splits a text into a `Spelling`; WHAT holds sites or tokens, WHERE a position or step
+and settings. Values are numbers, texts, lists, slices, and calls such as at('store').
 """
 
 import ast
@@ -47,19 +47,19 @@ class _NoValueError(Exception):
 class Spelling:
     """The parts of a hook's text.
 
-    `text` is shown in messages. `place` is the WHERE without a name: the position or the step.
+    `text` is shown in messages. `position_or_step` is the WHERE without a name.
     """
 
     text: str
     verb: str
     what: str
-    place: Any = None
+    position_or_step: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def parts_of(text: str) -> Spelling:
+def parse_parts(text: str) -> Spelling:
     """Splits VERB:WHAT@WHERE. The first @ with values after it ends WHAT."""
-    verb, colon, rest = text.partition(":")
+    verb, colon, after_verb = text.partition(":")
     verb = verb.strip()
     shown_text = shortened(text, SHOWN)
     if not colon or not re.fullmatch(r"[a-z_]+", verb):
@@ -68,18 +68,18 @@ def parts_of(text: str) -> Spelling:
             "'force: coffee@0' or 'steer:resid_post.12:mood.safetensors*3'; or what Hook.to_json() "
             "writes"
         )
-    for match in re.finditer("@", rest):
-        after = rest[match.end() :]
+    for match in re.finditer("@", after_verb):
+        after = after_verb[match.end() :]
         has_quote = any(quote in after for quote in QUOTES)
         # a value contains another @ only in quotes
         if len(after) > MAX_LENGTH or ("@" in after and not has_quote):
             continue
         try:
-            place, settings = _parse_where(after)
+            position_or_step, settings = _parse_where(after)
         except _NoValueError:
             continue
-        return Spelling(shown_text, verb, rest[: match.start()], place, settings)
-    return Spelling(shown_text, verb, rest)
+        return Spelling(shown_text, verb, after_verb[: match.start()], position_or_step, settings)
+    return Spelling(shown_text, verb, after_verb)
 
 
 def place_of(text: str, what: str = "a position") -> Any:
@@ -96,15 +96,15 @@ def place_of(text: str, what: str = "a position") -> Any:
 
 
 def _parse_where(text: str) -> tuple[Any, dict[str, Any]]:
-    place, settings = None, {}
+    position_or_step, settings = None, {}
     for number, item in enumerate(split(text)):
         if setting := SETTING.fullmatch(item):
             settings[setting[1]] = _parse_setting(setting[2])
         elif number == 0:
-            place = _parse_value(item)
+            position_or_step = _parse_value(item)
         else:
             raise _NoValueError
-    return place, settings
+    return position_or_step, settings
 
 
 def _parse_setting(text: str) -> Any:
@@ -118,14 +118,17 @@ def _parse_setting(text: str) -> Any:
 def _parse_value(text: str) -> Any:
     text = text.strip()
     if match := SLICE.fullmatch(text):
-        start, stop, step = (int(end) if end else None for end in match.groups())
-        return slice(start, stop, step)
+        return slice(*map(_parse_end, match.groups()))
     if _is_too_complex(text):
         raise _NoValueError
     try:
         return _evaluate(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
         raise _NoValueError from None
+
+
+def _parse_end(text: str | None) -> int | None:
+    return int(text) if text else None
 
 
 def _is_too_complex(text: str) -> bool:
@@ -154,7 +157,7 @@ def _evaluate(node: ast.expr) -> Any:
             if isinstance(value, int | float):
                 return -value
         case ast.List() | ast.Tuple():
-            return [_evaluate(item) for item in node.elts]
+            return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
             return NAMES[name]
         case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
@@ -163,9 +166,11 @@ def _evaluate(node: ast.expr) -> Any:
 
 
 def _call(function: Callable[..., Any], node: ast.Call) -> Any:
-    named = [keyword for keyword in node.keywords if keyword.arg is not None]
-    keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in named}
-    arguments = [_evaluate(argument) for argument in node.args]
+    keywords = {}
+    for keyword in node.keywords:
+        if keyword.arg is not None:
+            keywords[keyword.arg] = _evaluate(keyword.value)
+    arguments = list(map(_evaluate, node.args))
     try:
         return function(*arguments, **keywords)
     except TypeError as error:
@@ -196,30 +201,30 @@ def split(text: str) -> list[str]:
     return [*items, text[start:]]
 
 
-def sites_of(spelled: Spelling) -> tuple[list[str], str]:
+def parse_sites(spelling: Spelling) -> tuple[list[str], str]:
     """Returns the sites at the start of WHAT, and the text after them, which begins with : or *."""
-    match = SITES.match(spelled.what)
+    match = SITES.match(spelling.what)
     sites = match[0] if match else ""
-    after = spelled.what[len(sites) :]
+    after = spelling.what[len(sites) :]
     if not sites or (after and after[0] not in ":*"):
         raise BadHook(
-            f"{spelled.text!r} names no site where one is meant: write "
-            f"{spelled.verb}:resid_post.6 or z.9.3"
+            f"{spelling.text!r} names no site where one is meant: write "
+            f"{spelling.verb}:resid_post.6 or z.9.3"
         )
-    return [site.strip() for site in sites.split(",")], after
+    return list(map(str.strip, sites.split(","))), after
 
 
-def tokens_of(spelled: Spelling) -> list[Token | Phrase]:
+def parse_tokens(spelling: Spelling) -> list[Token | Phrase]:
     """Returns the tokens of WHAT, in order."""
-    return [token_of(text, spelled) for text in split(spelled.what)]
+    return [parse_token(text, spelling) for text in split(spelling.what)]
 
 
-def token_of(text: str, spelled: Spelling) -> Token | Phrase:
+def parse_token(text: str, spelling: Spelling) -> Token | Phrase:
     """Returns a token of WHAT. Raises `BadHook` for an empty text."""
     if not text:
         raise BadHook(
-            f"{spelled.text!r} names an empty token: write {spelled.verb}: coffee, where the space "
-            "is part of the token"
+            f"{spelling.text!r} names an empty token: write {spelling.verb}: coffee, where the "
+            "space is part of the token"
         )
     return word_of(text)
 
@@ -239,7 +244,7 @@ def word_of(text: str) -> Token | Phrase:
     return text
 
 
-def amount_of(text: str, sign: str, spelled: Spelling) -> tuple[str, float]:
+def parse_amount(text: str, sign: str, spelling: Spelling) -> tuple[str, float]:
     """Splits a text at its last sign. Returns the text before it and the number after it."""
     what, _, number = text.rpartition(sign)
     try:
@@ -247,6 +252,6 @@ def amount_of(text: str, sign: str, spelled: Spelling) -> tuple[str, float]:
     except ValueError:
         example = {"=": " tea=2.5", "*": "mlp_out.4*0.5"}[sign]
         raise BadHook(
-            f"{spelled.text!r} is no amount for {shortened(text, SHOWN)!r}: write "
-            f"{spelled.verb}:{example}"
+            f"{spelling.text!r} is no amount for {shortened(text, SHOWN)!r}: write "
+            f"{spelling.verb}:{example}"
         ) from None

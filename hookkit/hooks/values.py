@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import BadEdit, BadHook
 from .base import Binding, Constant, Here
-from .rounding import converted
+from .rounding import convert_like
 
 
 def moved(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
@@ -24,13 +24,13 @@ def moved(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
         nonlocal cached
         if cached.device != values.device or cached.dtype != values.dtype:
             with torch.inference_mode(False):  # a later forward may need gradients
-                cached = converted(tensor, values, name)
+                cached = convert_like(tensor, values, name)
         return cached
 
     return convert
 
 
-def fitting(value: Constant, name: str) -> Callable[[Tensor, Here], Tensor]:
+def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, Here], Tensor]:
     """Returns a function that gives a constant in a shape that broadcasts over some values.
 
     The constant may have the axes of the site, or [pos, ...] for the hook's positions, or
@@ -75,7 +75,7 @@ def check_shape(value: Constant, binding: Binding, name: str) -> None:
         )
 
 
-def checked_result(new: Any, old: Tensor, name: str) -> Tensor:
+def check_result(new: Any, old: Tensor, name: str) -> Tensor:
     """Returns the result of a user's function. Raises `BadEdit` if it cannot replace `old`."""
     shape = list(old.shape)
     if new is None:

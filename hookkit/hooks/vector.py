@@ -182,9 +182,10 @@ class Vector:
                 f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale "
                 "keeps it"
             )
-        if dose is None:
-            factor = 1.0 if scale is None else scale
-            return steer(self.site, self.tensor, scale=factor, pos=pos, rows=rows)
+        if scale is None and dose is None:
+            scale = 1.0
+        if scale is not None:
+            return steer(self.site, self.tensor, scale=scale, pos=pos, rows=rows)
         # later digits of the norm depend on the processor that measured it
         length = float(f"{finite_number(dose, 'dose') * self.norm:.6g}")
         return steer(self.site, self.unit().tensor, scale=length, pos=pos, rows=rows)
@@ -312,7 +313,7 @@ class Vectors(Sequence[Vector]):
         return iter(self.all)
 
     def _ipython_key_completions_(self) -> list[str]:
-        return [str(site) for site in self.sites]
+        return list(map(str, self.sites))
 
     def _repr_html_(self) -> str:
         rows = [
