@@ -68,7 +68,7 @@ def _ids_of_modules(blocks: Sequence[torch.nn.Module]) -> set[int]:
     """Returns the `id` of every module inside the blocks."""
     ids: set[int] = set()
     for block in blocks:
-        ids |= {id(module) for module in block.modules()}
+        ids.update(map(id, block.modules()))
     return ids
 
 

@@ -55,14 +55,19 @@ def collect_statistics(
     """Returns the statistics of each of these sites at some positions of each prompt."""
     whole_number(batch, "batch", least=1, meaning="how many prompts run together,", error=BadHook)
     selected = not_square(lm.expand(sites), "a steering vector is a mean of")
-    parts: dict[AnySite, list[SiteStatistics]] = {site: [] for site in selected}
+    prompts: dict[AnySite, list[tuple[Tensor, int, Tensor]]] = {site: [] for site in selected}
     for start in range(0, len(rows), batch):
-        run = forward(
-            lm, list(rows[start : start + batch]), capture(selected, pos=pos), logits=False
-        )
+        texts = list(rows[start : start + batch])
+        run = forward(lm, texts, capture(selected, pos=pos), logits=False)
         for site in selected:
-            parts[site].append(_statistics(list(_values_of_prompts(run.captured(site)))))
-    return {site: _join(parts_of_site) for site, parts_of_site in parts.items()}
+            for values in _values_of_prompts(run.captured(site)):
+                prompts[site].append((values.mean(0), len(values), values.norm(dim=-1)))
+    statistics = {}
+    for site in selected:
+        means, counts, lengths = zip(*prompts[site], strict=True)
+        means, lengths = torch.stack(means), torch.cat(lengths)
+        statistics[site] = SiteStatistics(means, torch.tensor(counts), lengths)
+    return statistics
 
 
 def _values_of_prompts(captured: Captured) -> Iterator[Float[Tensor, "pos d"]]:
@@ -75,18 +80,6 @@ def _values_of_prompts(captured: Captured) -> Iterator[Float[Tensor, "pos d"]]:
         )
     for values, positions in zip(captured.values, captured.positions, strict=True):
         yield values[(positions >= 0).to(values.device)].cpu().double()
-
-
-def _statistics(prompts: Sequence[Float[Tensor, "pos d"]]) -> SiteStatistics:
-    means = torch.stack([values.mean(0) for values in prompts])
-    counts = torch.tensor(list(map(len, prompts)))
-    return SiteStatistics(means, counts, torch.cat([values.norm(dim=-1) for values in prompts]))
-
-
-def _join(parts: Sequence[SiteStatistics]) -> SiteStatistics:
-    means = torch.cat([part.means for part in parts])
-    counts = torch.cat([part.counts for part in parts])
-    return SiteStatistics(means, counts, torch.cat([part.lengths for part in parts]))
 
 
 def median_length(*lengths: Float[Tensor, " token"]) -> float:

@@ -83,11 +83,10 @@ def damages(
             before = _logprobs(lm, texts, base_hooks)
             for index, hooks in enumerate(edits):
                 after = _logprobs(lm, texts, [*base_hooks, *hooks])
-                sums = [_damage_sums(*row) for row in zip(texts, before, after, strict=True)]
-                totals[index] += sum(sums)
+                totals[index] += sum(map(_damage_sums, texts, before, after))
                 bar.update(len(texts))
-    tokens = sum(len(row) - 1 for row in rows)
-    return [Damage(*values) for values in (totals / tokens).tolist()]
+    tokens = sum(map(len, rows)) - len(rows)
+    return list(itertools.starmap(Damage, (totals / tokens).tolist()))
 
 
 def _logprobs(
@@ -178,9 +177,10 @@ def dose_response(
 
 def _damage_table(cells: Sequence[Cell], costs: Sequence[Damage]) -> pd.DataFrame:
     table = pd.DataFrame(cells, columns=["vector", "dose", "sample"])
-    table["damage_kl"] = [damage.kl for damage in costs]
-    table["damage_loss"] = [damage.loss - damage.before for damage in costs]
-    table["perplexity"] = np.exp([damage.loss for damage in costs])
+    damage = pd.DataFrame(costs)
+    table["damage_kl"] = damage["kl"]
+    table["damage_loss"] = damage["loss"] - damage["before"]
+    table["perplexity"] = np.exp(damage["loss"])
     return table
 
 
