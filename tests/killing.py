@@ -6,6 +6,7 @@ printed is how often the child was killed before it ended by itself.
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -53,8 +54,12 @@ def main(folder: str, seed: str, kills: str) -> None:
     harvest(Path(folder) / "again")  # without the imports
     whole = time.monotonic() - started
     drawn, count = random.Random(int(seed)), 0
-    while count < int(kills) and killed(Path(folder) / "killed", drawn.uniform(0.02, 0.3) * whole):
-        count += 1
+    while count < int(kills):
+        if killed(Path(folder) / "killed", drawn.uniform(0.02, 0.3) * whole):
+            count += 1
+            continue
+        shutil.rmtree(Path(folder) / "killed")  # it ended between the kills: begin again, faster
+        whole *= 0.7
     if count == int(kills):
         harvest(Path(folder) / "killed")
     print(count)

@@ -208,11 +208,14 @@ def test_what_is_no_stream_of_texts_is_refused_before_a_folder_is_made(tmp_path,
             "I like oat milk",
             r"'I like oat milk' is no file of texts: .* or for one text the list \[text\]",
         ),
-        (7, "texts is a int: give a list"),
-        ({"text": WORDS}, "texts is a dict: give a list"),
+        (7, "texts=7: give a list"),
+        ({"text": WORDS}, "texts=a dict: give a list"),
     ):
         with pytest.raises(BadPrompt, match=words):
             harvest(llama, tmp_path / "none", given)
+    for size in (0, -1):
+        with pytest.raises(BadHook, match=f"shard_size={size}"):
+            harvest(llama, tmp_path / "none", shard_size=size)
     assert not (tmp_path / "none").exists()
 
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ...arguments import is_one_row, one_prompt, prompt_rows, refuse_container
+from ...arguments import described, is_one_row, one_prompt, prompt_rows, refuse_container
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import json_of
 from ...models.lm import LM
@@ -180,7 +180,7 @@ def iterate_texts(texts: TextsLike) -> Iterator[Any]:
         return iter(prompt_rows(texts))
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise BadPrompt(
-            f"texts is a {type(texts).__name__}: give a list or another iterable of texts or of "
+            f"texts={described(texts)}: give a list or another iterable of texts or of "
             "rows of token ids, or the path of a file with a text a line (.txt, .jsonl)"
         )
     refuse_container(texts, rows=True)

@@ -104,7 +104,7 @@ def harvest(
     context = resolve_context(lm, context)
     rules = Rules(Where(as_pos(pos)), context, long, unfit)
     kinds = _stored_kinds(probed(lm, sites, "a harvest"), dtype)
-    if not shard_size:
+    if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
     for name, value in (("batch_tokens", batch_tokens), ("shard_size", shard_size)):
         if value < 1:
