@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.ranks import MUTED, UP, finished
+from hookkit.figures.style import MUTED, UP, finished
 
 SEED, COUNT = 0, 12  # pairs
 STEPS = 5  # of the integrated gradients

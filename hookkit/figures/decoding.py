@@ -351,7 +351,9 @@ def prob_against(
             f"scale={scale!r} is not one of log, linear{did_you_mean(scale, ('log', 'linear'))}"
         )
     edited = select_row(edited_table, row, stage)
-    baseline = select_row(baseline_table, row if baseline_row is None else baseline_row, stage)
+    if baseline_row is None:
+        baseline_row = row
+    baseline = select_row(baseline_table, baseline_row, stage)
     baseline_part = _select_token(baseline, token)
     edited_part = _select_token(edited, token)
     lines = [  # the edited run's line is drawn over the baseline's
@@ -423,10 +425,9 @@ def _draw_lines(axes: Axes, lines: list[_Line], *notes: str) -> None:
         end = (line.steps[-1], line.values[-1])
         style = {"textcoords": "axes fraction", "color": line.colour}
         label_point(axes, line.name, end, (1.025, height), shrink=(1, 4), **style)
-    legend = ["● chosen here"] if has_choice else []
-    if has_zero:
-        legend.append("× probability 0")
-    axes.set_title("     ".join([*legend, *notes]), fontsize=8, color=MUTED, loc="left")
+    legend = {"● chosen here": has_choice, "× probability 0": has_zero}
+    marks = [text for text, is_used in legend.items() if is_used]
+    axes.set_title("     ".join([*marks, *notes]), fontsize=8, color=MUTED, loc="left")
 
 
 def _label_heights(axes: Axes, values: list[float]) -> np.ndarray:
@@ -544,10 +545,9 @@ def _select_token(table: pd.DataFrame, token: str | int) -> pd.DataFrame:
             f"{token!r} is the text of several tokens here: give the id of one, "
             f"{' or '.join(map(str, ids))}"
         )
-    token_id = ids[0] if ids else -1
     if isinstance(token, int):
-        token_id = token
-    part = pd.DataFrame(table[table["token_id"] == token_id])
+        ids = [token]
+    part = pd.DataFrame(table[table["token_id"].isin(ids)])
     n_steps = len(set(table["step"]))
     if len(part) < n_steps:
         complete = [

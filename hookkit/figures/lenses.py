@@ -50,7 +50,7 @@ def lens_map(
     prediction is the uppermost row.
     """
     check_columns(lens, ("row", "pos", "site", "token", "rank", value), "logit_lens(lm, prompts)")
-    table: Any = lens if row is None else lens[lens["row"] == row]
+    table = _select_row(lens, row)
     n_rows = table["row"].nunique()
     if table.empty or n_rows > 1:
         raise EmptySelection(
@@ -89,6 +89,12 @@ def lens_map(
     return figure
 
 
+def _select_row(table: pd.DataFrame, row: int | None) -> Any:
+    if row is None:
+        return table
+    return table[table["row"] == row]
+
+
 def _write_token(axes: Axes, word: str, x: int, y: int) -> None:
     size = WORD_SIZE
     if len(word) > WORD_LETTERS:
@@ -106,7 +112,7 @@ def logit_bars(
     summed in one bar. The bars sum to the logit, which is the last bar.
     """
     check_columns(parts, ("row", "pos", "component", "logit"), "direct_logits(run, token)")
-    table: Any = parts if row is None else parts[parts["row"] == row]
+    table = _select_row(parts, row)
     if len(table[["row", "pos"]].drop_duplicates()) != 1:
         raise EmptySelection(
             "the table has several rows and positions, and these bars are of one: say row=, and "

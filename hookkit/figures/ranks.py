@@ -18,19 +18,18 @@ from matplotlib.figure import Figure
 from ..arguments import checks_arguments
 from ..errors import BadHook, EmptySelection
 from .style import (
-    DOWN,
     INK,
     MARK,
     MUTED,
     PAPER,
     POINT,
-    UP,
     annotate_bar,
     change_colour,
     drawable,
     finished,
     label_point,
     rank_axis,
+    sign_colour,
     spread_apart,
 )
 
@@ -143,14 +142,13 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     ordered = shift.sort_values("logprob_delta", ascending=False)
     deltas = ordered["logprob_delta"].to_numpy(float)
     finite = np.abs(deltas[np.isfinite(deltas)])
-    largest = float(finite.max()) if len(finite) else 1.0
-    limit = 1.15 * max(1e-3, largest)
+    largest = finite.max() if len(finite) else 1.0
+    limit = 1.15 * max(1e-3, float(largest))
     lengths = np.clip(deltas, -limit, limit)
     positions = np.arange(len(lengths))
     figure = Figure(figsize=(7, max(2.4, 0.27 * len(ordered) + 1)), layout="constrained")
     axes = figure.subplots()
-    colours = [UP if delta > 0 else DOWN for delta in deltas]
-    axes.barh(positions, lengths, color=colours, height=0.7)
+    axes.barh(positions, lengths, color=list(map(sign_colour, deltas)), height=0.7)
     for position, (delta, length) in enumerate(zip(deltas, lengths, strict=True)):
         if np.isfinite(delta):
             annotate_bar(axes, f"{delta:+.2f}", length, position)

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from ..tables.intervals import DRAWN
 from .style import (
-    DOWN,
     GRID,
     INK,
     MARK,
@@ -28,6 +27,7 @@ from .style import (
     label_point,
     rank_axis,
     short_label,
+    sign_colour,
     spread_apart,
 )
 
@@ -226,9 +226,7 @@ def _draw_mean(
 ) -> None:
     """Draw a mean with its interval, or with its prompts where they are few."""
     mean = float(summary["logprob_delta"])
-    colour = UP if mean > 0 else DOWN
-    if is_control:
-        colour = MUTED
+    colour = MUTED if is_control else sign_colour(mean)
     if float(summary["n"]) < DRAWN:
         values: Any = points.groupby("row")["logprob_delta"].mean()
         values = values[np.isfinite(values)]

@@ -85,6 +85,11 @@ def change_colour(change: float) -> str:
     return DOWN if change < 0 else MUTED
 
 
+def sign_colour(value: float) -> str:
+    """The colour of a bar or cell by its sign. 0 and NaN have the colour of negative numbers."""
+    return UP if value > 0 else DOWN
+
+
 def label_point(
     axes: Axes,
     text: str,
@@ -112,7 +117,7 @@ def label_point(
 
 def draw_signed_bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
     """Draw horizontal bars with their values, from the top down. The last bar is the sum."""
-    colours = [UP if value >= 0 else DOWN for value in values[:-1]]
+    colours = [sign_colour(value) for value in values[:-1]]
     positions = np.arange(len(values))
     axes.barh(positions, values, color=[*colours, INK], height=0.7)
     for position, value in enumerate(values):

@@ -21,7 +21,6 @@ from ..arguments import checks_arguments
 from ..errors import BadHook, EmptySelection, did_you_mean
 from ..tables.intervals import DRAWN
 from .style import (
-    DOWN,
     GRID,
     INK,
     MARK,
@@ -31,6 +30,7 @@ from .style import (
     UP,
     drawable,
     finished,
+    sign_colour,
     style_colour_bar,
 )
 
@@ -156,8 +156,7 @@ def _colour_map() -> ListedColormap:
     """From red over nothing to green, by opacity, so that it can stand on paper of any colour."""
     colours = []
     for share in np.linspace(-1, 1, SHADES):
-        colour = UP if share > 0 else DOWN
-        colours.append((*to_rgb(colour), abs(share) ** 0.8))
+        colours.append((*to_rgb(sign_colour(share)), abs(share) ** 0.8))
     return ListedColormap(colours)
 
 

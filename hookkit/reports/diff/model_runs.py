@@ -291,15 +291,15 @@ class PairedRuns:
         """Keep the differences of the stream after each block for the shown prompts."""
         if not isinstance(site, Site) or site.name != "resid_post":
             return
-        shown = [number for number, row in enumerate(tokens.row) if row < self.request.shown]
-        if shown:
+        numbers = [number for number, row in enumerate(tokens.row) if row < self.request.shown]
+        if numbers:
             columns = {
-                "row": [tokens.row[number] for number in shown],
-                "pos": [tokens.pos[number] for number in shown],
-                "read": [literal(self.reader, tokens.ids[number]) for number in shown],
+                "row": [tokens.row[number] for number in numbers],
+                "pos": [tokens.pos[number] for number in numbers],
+                "read": [literal(self.reader, tokens.ids[number]) for number in numbers],
                 "layer": site.layer,
-                "difference": token_differences.difference[shown].tolist(),
-                "cosine": token_differences.cosine[shown].tolist(),
+                "difference": token_differences.difference[numbers].tolist(),
+                "cosine": token_differences.cosine[numbers].tolist(),
             }
             self.stream_tables.append(pd.DataFrame(columns))
 
