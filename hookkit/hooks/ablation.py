@@ -464,18 +464,10 @@ def ablate(
 def _ablation(
     sites: Sites, where: Where, to: Any, over: Any, per: Per | None, seed: int | None
 ) -> Ablate:
-    if seed is not None and not (isinstance(to, str) and to == "resample"):
-        raise BadHook(
-            f"seed= draws for to='resample', and to={described(to)} draws nothing: leave seed out"
-        )
+    _check_reference_options(to, over, per, seed)
     if isinstance(to, str) and to in ("mean", "resample"):
         not_square(sites, f"to={to!r} puts in")
         return _reference_ablation(sites, where, to, over, per or "position", seed or 0)
-    for name, value in (("over", over), ("per", per)):
-        if value is not None:
-            raise BadHook(
-                f"{name}= goes with to='mean' or to='resample', and to={described(to)} was given"
-            )
     if isinstance(to, HasCaptures):
         return _from_captures(Ablate, sites, to, where)
     if isinstance(to, HasMeans):
@@ -488,6 +480,19 @@ def _ablation(
         return Ablate(sites, where)
     not_square(sites, "to=tensor puts in")
     return Ablate(sites, where, as_constant(to, "the tensor"))
+
+
+def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | None) -> None:
+    name = to if isinstance(to, str) else None
+    if seed is not None and name != "resample":
+        raise BadHook(
+            f"seed= draws for to='resample', and to={described(to)} draws nothing: leave seed out"
+        )
+    for option, value in (("over", over), ("per", per)):
+        if value is not None and name not in ("mean", "resample"):
+            raise BadHook(
+                f"{option}= goes with to='mean' or to='resample', and to={described(to)} was given"
+            )
 
 
 def _reference_ablation(
