@@ -159,7 +159,7 @@ class HookManager(HookDispatcher):
     # ---- what is registered on the model
 
     def _register(self, lent: Lent) -> None:
-        """Registers everything. `lent` takes it off again; each step is noted there first."""
+        """Registers all hooks. Each is noted first in `lent`, which removes it at the end."""
         lent.later(partial(_restore_modes, get_ident(), modes()))
         refuse_virtual_tokens(self.lm.wrapping)
         if "torch._dynamo" in sys.modules:
@@ -234,7 +234,7 @@ class HookManager(HookDispatcher):
             )
 
     def _register_checkpointing(self, lent: Lent) -> None:
-        """Lets the hooks act in checkpointed blocks when these run again in the backward pass."""
+        """Makes the hooks act when a checkpointed block runs again in the backward pass."""
         paths = (hook_point.place.path for hook_point in self.hook_points)
         for module in checkpointing(self.lm.root, paths):
             work = with_recomputation(self._recomputation)
@@ -305,7 +305,7 @@ class HookManager(HookDispatcher):
         return {site: merged(captured) for site, captured in parts.items()}
 
     def expect(self, batch: Batch) -> None:
-        """Tells the prompts of the next forward, so that nothing is read back from the device."""
+        """Sets the prompts of the next forward, so that they are not read back from the device."""
         self._state.tracker.expect(batch)
 
     # ---- the results

@@ -121,7 +121,7 @@ class SharedForward(HookManager):
         self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def act_before_the_blocks(self, lane: CellRows, hook_points: Sequence[HookPoint]) -> None:
-        """Lets these hooks act on the rows of the model itself, until the first block runs."""
+        """Adds hooks that act on the rows of the model itself, until the first block runs."""
         self._add_cells([(lane, hook_points)], self._hooks_before)
 
     def _add_cells(

@@ -83,7 +83,7 @@ class PositionTracker:
             self.caches.note(cache, forward_pass.text, forward_pass.past + forward_pass.width)
 
     def expect(self, batch: Batch) -> None:
-        """Tells that the next forward reads these prompts, and that no forward goes on from it."""
+        """Sets the prompts of the next forward. No later forward goes on from it."""
         pads = [0] * len(batch.lengths)
         if batch.side == "left":
             pads = [batch.ids.shape[1] - length for length in batch.lengths]
