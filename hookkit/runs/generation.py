@@ -72,7 +72,8 @@ def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Returns what a call of `model.generate` will do, or raises `Unsupported` with the reason."""
     arguments = dict(kwargs)
     inputs = args[0] if args else arguments.pop("inputs", None)
-    config_argument = arguments.pop("generation_config", args[1] if len(args) > 1 else None)
+    config_argument = _config_argument(args, kwargs)
+    arguments.pop("generation_config", None)
     _refuse_arguments(arguments)
     stopping_criteria = arguments.pop("stopping_criteria", None)
     for name in PASSED_ON:
@@ -102,11 +103,19 @@ def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         other_stops=_has_other_stops(config, stopping_criteria),
         embeddings=has_embeddings,
         mode=config.get_generation_mode().value,
-        rules=_rules_text(config) if config.do_sample else "",
+        rules=_rules_text(config),
     )
 
 
+def _config_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if "generation_config" in kwargs:
+        return kwargs["generation_config"]
+    return args[1] if len(args) > 1 else None
+
+
 def _rules_text(config: Any) -> str:
+    if not config.do_sample:
+        return ""
     rules = []
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
@@ -207,7 +216,7 @@ def without_compilation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 
     A compiled step would not call the hooks.
     """
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    config = _config_argument(args, kwargs)
     if config is None:
         return {**kwargs, "disable_compile": True}
     if len(args) > 1:

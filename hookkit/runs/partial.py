@@ -199,7 +199,9 @@ class SharedForward(HookManager):
         if self.count == before:
             return hidden
         joining = growth.states(number).to(hidden.device)
-        return torch.cat([hidden, joining]) if before else joining
+        if not before:
+            return joining
+        return torch.cat([hidden, joining])
 
     def _for_all_rows(self, growth: JoinSchedule, number: int, path: Path, value: Any) -> Any:
         """An argument of a block, with an entry for each row at this moment."""
@@ -328,4 +330,6 @@ def passed_by(kind: int) -> Work:
 
 def _return_input(kind: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
     hidden, _ = input_of(args, kwargs, 0, "a block")
-    return (hidden, *[None] * (kind - 1)) if kind else hidden
+    if not kind:
+        return hidden
+    return (hidden, *[None] * (kind - 1))

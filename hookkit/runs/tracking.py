@@ -239,7 +239,9 @@ def _rows_and_width(arguments: Mapping[str, Any]) -> tuple[int, int]:
         tensor = _first_tensor(arguments.values())
     if tensor is None or tensor.ndim == 0:
         raise Unsupported("a forward was given no tensor, so its rows and positions are unknown")
-    return tensor.shape[0], tensor.shape[1] if tensor.ndim > 1 else 1
+    if tensor.ndim == 1:
+        return len(tensor), 1
+    return tensor.shape[0], tensor.shape[1]
 
 
 def _check_open_ends(text: SequenceBatch) -> None:
