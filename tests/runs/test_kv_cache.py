@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import hookkit as hk
 from hookkit.errors import HookkitError, OutOfRange, Unsupported
+from hookkit.runs.kv_cache import cache_of
 
 SITE = "resid_post.1"
 ROW, OTHER = [5, 9, 13, 17, 21], [11, 12, 14, 15, 16]
@@ -210,3 +211,9 @@ def random_loop(lm, seed):
         assert torch.allclose(
             kept.values, whole[SITE], atol=1e-3 * float(whole[SITE].abs().max())
         ), (lm, seed)
+
+
+def test_a_tuple_of_keys_and_values_in_a_models_output_is_its_cache():
+    keys = torch.ones(1, 2, 3, 4)
+    cache = ((keys, keys), (keys, keys))
+    assert cache_of((torch.ones(1), cache)) is cache
