@@ -17,7 +17,7 @@ from ..arguments import checks_keywords, choice, described, prompt_rows, seed_of
 from ..errors import BadHook, BadPrompt, NotCaptured, OutOfRange
 from ..models.positions import PROMPT, CountLike, PosLike, Where, wish
 from ..models.prompts import cover
-from ..models.sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike, as_sites
+from ..models.sites import SQUARE, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
 from ..models.views import unseen_value
 from .base import (
     Binding,
@@ -593,7 +593,7 @@ def _expand_layers(sites: Sites, source: HasCaptures | HasMeans) -> tuple[AnySit
         if not site.every_layer:
             expanded.append(site)
             continue
-        layers: list[AnySite] = [s for s in source.sites if s.name == site.name]  # pyright: ignore
+        layers = [s for s in source.sites if isinstance(s, Site) and s.name == str(site)]
         if not layers:
             raise NotCaptured(f"the source captured no {site}: it has {source.sites}")
         expanded += layers

@@ -363,6 +363,20 @@ def test_a_patch_that_cannot_be_is_refused(llama, make, error, words):
         )
 
 
+def test_a_run_that_has_modules_too_is_a_source_of_each_of_its_layers(llama):
+    gate = hk.module("model.layers.0.mlp.gate_proj")
+    source = hk.forward(llama, PROMPTS[0], hk.capture("resid_post"), hk.capture(gate))
+    plain = hk.forward(llama, PROMPTS[0])
+    for hook in (hk.patch("resid_post", source), hk.ablate("resid_post", to=source)):
+        assert len(hook.sites) == llama.n_layers
+        assert torch.equal(hk.forward(llama, PROMPTS[0], hook).logits, plain.logits)
+    mean = hk.ablate("resid_post", to="mean", over=source)
+    assert len(mean.sites) == llama.n_layers
+    assert source.stack("resid_post").shape[0] == llama.n_layers
+    with pytest.raises(NotCaptured, match="the source captured no z"):
+        hk.patch("z", source)
+
+
 # ---- at the logits
 
 
