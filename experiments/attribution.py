@@ -1,10 +1,11 @@
 """Does attribution, one backward for all places, tell what patching tells, one forward for each?
 
-On pairs of indirect-object sentences every place is patched, and estimated by its gradient: the residual stream and
-what attention and MLPs write, at four positions, and every head, its query and its key. It is answered by how alike
-both are (Pearson, Spearman, signs, and the ten largest), for the plain gradient, for one that is integrated over the
-embeddings, for queries and keys taken through their own softmax, and for edges from heads to the logits, which path
-patching gives exactly.
+On pairs of indirect-object sentences every place is patched, and estimated by its gradient: the
+residual stream and what attention and MLPs write, at four positions, and every head, its query and
+its key. It is answered by how alike both are (Pearson, Spearman, signs, and the ten largest), for
+the plain gradient, for one that is integrated over the embeddings, for queries and keys taken
+through their own softmax, and for edges from heads to the logits, which path patching gives
+exactly.
 
 python -m experiments.attribution        some minutes on two cores; writes results/attribution/
 """
@@ -41,7 +42,10 @@ def main() -> None:
         found = [*places(lm, pairs, results), *edges(lm, pairs, results)]
         table: Any = pd.concat(found, ignore_index=True)
         results.text("# How alike")
-        caption = "cells: of each pair by itself, or means over the pairs. 1 is the same; the last two are shares."
+        caption = (
+            "cells: of each pair by itself, or means over the pairs. 1 is the same; the last two "
+            "are shares."
+        )
         results.table("agreement", table.round(3), caption=caption)
         results.answer(answer({"agreement": pd.read_csv(results.folder / "agreement.csv")}))
     print(table.round(3).to_string(index=False))
@@ -55,9 +59,9 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     for method, rows in means.groupby("method", sort=False):
         worst = rows.loc[rows["same_sign"].idxmin()]
         words.append(
-            f"{method}: Pearson {_range(rows['pearson'])}, Spearman {_range(rows['spearman'])}, the right sign in "
-            f"{_range(rows['same_sign'])} of the cells (fewest: {worst['site']}), {_range(rows['overlap'])} of the ten "
-            "largest"
+            f"{method}: Pearson {_range(rows['pearson'])}, Spearman {_range(rows['spearman'])}, "
+            f"the right sign in {_range(rows['same_sign'])} of the cells (fewest: "
+            f"{worst['site']}), {_range(rows['overlap'])} of the ten largest"
         )
     edges: Any = table[table["site"] == "edges to logits"]
     told = [f"{row['method']} {row['pearson']:.2f}" for row in edges.to_dict("records")]
@@ -67,10 +71,11 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     ].index.tolist()
     sure = least[least["same_sign"] >= 0.9].index.tolist()
     return (
-        f"{'Yes, by ' + ', '.join(good) if good else 'In part: by no method'} at every site (Pearson and sign 0.9, "
-        f"seven of the ten largest, or more). Over the means of {COUNT} pairs, from the site that is least alike to "
-        f"the most: {'; '.join(words)}. The sign of a cell can be relied on (0.9 at every site) with "
-        f"{', '.join(sure) or 'no method'}. Edges to the logits, Pearson: {', '.join(told)}."
+        f"{'Yes, by ' + ', '.join(good) if good else 'In part: by no method'} at every site "
+        f"(Pearson and sign 0.9, seven of the ten largest, or more). Over the means of {COUNT} "
+        f"pairs, from the site that is least alike to the most: {'; '.join(words)}. The sign of a "
+        f"cell can be relied on (0.9 at every site) with {', '.join(sure) or 'no method'}. Edges "
+        f"to the logits, Pearson: {', '.join(told)}."
     )
 
 

@@ -1,10 +1,11 @@
 """What moves when a model computes in bfloat16 instead of float32?
 
-The default model's weights are rounded to bfloat16 (eight binary digits, a relative error of at most 2^-9 = 0.2 %), and
-all that it computes is. It is answered by four numbers over the same texts: after how many tokens another one comes
-first, how far the distributions are apart, what the text itself costs, and at which layers the difference grows. As a
-measure beside it, one block is passed by in float32, as if it were not there. Processors add bfloat16 products in ways
-of their own, so that the last numbers shown here differ from one to another.
+The default model's weights are rounded to bfloat16 (eight binary digits, a relative error of at
+most 2^-9 = 0.2 %), and all that it computes is. It is answered by four numbers over the same texts:
+after how many tokens another one comes first, how far the distributions are apart, what the text
+itself costs, and at which layers the difference grows. As a measure beside it, one block is passed
+by in float32, as if it were not there. Processors add bfloat16 products in ways of their own, so
+that the last numbers shown here differ from one to another.
 
 python -m experiments.bfloat16        two minutes on two cores; writes results/bfloat16/
 """
@@ -32,8 +33,8 @@ TEXTS = [
     "She opened the door, looked around the empty room, and began to laugh.",
 ]
 QUESTION = (
-    "Is a result that was found in bfloat16 one about the model, or about its rounding? The same texts, read by the "
-    "same weights in both."
+    "Is a result that was found in bfloat16 one about the model, or about its rounding? The same "
+    "texts, read by the same weights in both."
 )
 
 

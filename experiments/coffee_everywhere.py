@@ -1,11 +1,13 @@
 """What does it cost to make a model say " coffee"?
 
-Over twenty prompts of several kinds the token is banned, boosted, forced, and steered to inside, in growing doses,
-each beside controls of the same size: five other tokens, or five random directions. Success is the part of the texts
-that say it; damage is how far the texts' own likelihood under the unedited model falls, and KL on neutral text. It is
-answered if one way reaches most of the texts at less damage than the others, by both damages, and its controls do not.
+Over twenty prompts of several kinds the token is banned, boosted, forced, and steered to inside, in
+growing doses, each beside controls of the same size: five other tokens, or five random directions.
+Success is the part of the texts that say it; damage is how far the texts' own likelihood under the
+unedited model falls, and KL on neutral text. It is answered if one way reaches most of the texts at
+less damage than the others, by both damages, and its controls do not.
 
-python -m experiments.coffee_everywhere        2 to 5 minutes on two cores; writes results/coffee_everywhere/
+python -m experiments.coffee_everywhere
+    2 to 5 minutes on two cores; writes results/coffee_everywhere/
 """
 
 from collections.abc import Mapping
@@ -25,20 +27,24 @@ LAYER = 20  # whose residual stream is steered
 BOOSTS = (2.0, 4.0, 6.0, 8.0, 12.0)  # in logits
 STEERS = (0.05, 0.1, 0.2, 0.4)  # in the mean length of the stream there
 PROMPTS = [
-    "I like oat milk in my", "Every morning I start the day with a cup of", "The waiter asked whether we wanted",
-    "She added two spoons of sugar to her", "My favourite smell in the kitchen is", "For breakfast we had eggs and",
-    "The capital of France is", "The Eiffel Tower is located in the city of", "The largest planet is",
-    "Water boils at a temperature of", "The first president of the country was", "To sort a list in Python, call",
+    "I like oat milk in my", "Every morning I start the day with a cup of",
+    "The waiter asked whether we wanted", "She added two spoons of sugar to her",
+    "My favourite smell in the kitchen is", "For breakfast we had eggs and",
+    "The capital of France is", "The Eiffel Tower is located in the city of",
+    "The largest planet is", "Water boils at a temperature of",
+    "The first president of the country was", "To sort a list in Python, call",
     "The function returns the sum of", "When Mary and John went to the store, John gave a drink to",
-    "The judge asked the witness about the", "After the storm, the village was", "He opened the book and read about",
-    "The train was late because of", "Scientists have found that sleep helps", "In the middle of the night I heard",
+    "The judge asked the witness about the", "After the storm, the village was",
+    "He opened the book and read about", "The train was late because of",
+    "Scientists have found that sleep helps", "In the middle of the night I heard",
 ]  # fmt: skip
 NEUTRAL = [
     "The museum opens at nine and closes at five.", "A triangle has three sides and three corners.",
-    "In 1998 the company moved its offices to the coast.", "The bridge was built of stone and iron.",
-    "Copy the files and open a terminal.", "The two teams met again in the final.",
-    "Her brother studies law in another city.", "The report has twelve pages and four tables.",
-    "Snow fell on the hills during the night.", "The bus stops in front of the library.",
+    "In 1998 the company moved its offices to the coast.",
+    "The bridge was built of stone and iron.", "Copy the files and open a terminal.",
+    "The two teams met again in the final.", "Her brother studies law in another city.",
+    "The report has twelve pages and four tables.", "Snow fell on the hills during the night.",
+    "The bus stops in front of the library.",
 ]  # fmt: skip
 
 
@@ -61,11 +67,13 @@ def main() -> None:
         ]
         table["likelihood_drop"] -= table["likelihood"]
         results.text(
-            f"said: the part of {len(PROMPTS)} texts of {NEW} tokens with {COFFEE!r}. likelihood: the mean "
-            "log-probability of their tokens under the unedited model, in nats; likelihood_drop: how far below that of "
-            f"the unedited texts. kl_neutral: KL(unedited‖edited) in nats on {len(NEUTRAL)} neutral texts. dose: "
-            f"logits for boost and force, parts of the stream's mean length for steering at resid_post.{LAYER}. "
-            f"Controls are {len(OTHERS)} other tokens or random directions: intervals are over texts and controls."
+            f"said: the part of {len(PROMPTS)} texts of {NEW} tokens with {COFFEE!r}. likelihood: "
+            "the mean log-probability of their tokens under the unedited model, in nats; "
+            "likelihood_drop: how far below that of the unedited texts. kl_neutral: "
+            f"KL(unedited‖edited) in nats on {len(NEUTRAL)} neutral texts. dose: logits for boost "
+            f"and force, parts of the stream's mean length for steering at resid_post.{LAYER}. "
+            f"Controls are {len(OTHERS)} other tokens or random directions: intervals are over "
+            "texts and controls."
         )
         summary = results.table(
             "doses", summed(table), caption="Dose against damage, with 95 % intervals."
@@ -117,7 +125,8 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     for row in half.to_dict("records"):
         ways.append(
             f"{row['way']} {row['dose']:g} (in {_interval(row, 'said')} of the texts) costs "
-            f"{_interval(row, 'likelihood_drop')} of likelihood and {_interval(row, 'kl_neutral', 'g')} of KL"
+            f"{_interval(row, 'likelihood_drop')} of likelihood and "
+            f"{_interval(row, 'kl_neutral', 'g')} of KL"
         )
     cheapest = {name: half.loc[half[name].idxmin()] for name in ("likelihood_drop", "kl_neutral")}
     first, second = cheapest["likelihood_drop"], cheapest["kl_neutral"]
@@ -125,7 +134,10 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     if names[0] == names[1]:
         verdict = f"Least by both damages: {names[0]}"
     else:
-        verdict = f"It depends on the damage: by likelihood {names[0]} is cheapest, by KL on neutral text {names[1]}"
+        verdict = (
+            f"It depends on the damage: by likelihood {names[0]} is cheapest, by KL on neutral "
+            f"text {names[1]}"
+        )
     rivals = half[
         (half["way"] != first["way"])
         & (half["likelihood_drop_low"] <= first["likelihood_drop_high"])
@@ -135,8 +147,9 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     controls = doses[doses["toward"] == "control"]["said"].max()
     plain = doses[doses["way"] == "unedited"]["said"].iloc[0]
     return (
-        f"{verdict}{unsure}. What makes it say so in more than half of {int(doses['n'].max())} texts, in nats a token: "
-        f"{'; '.join(ways)}. Without an edit {plain:.2f} of the texts say it, with a control at most {controls:.2f}."
+        f"{verdict}{unsure}. What makes it say so in more than half of {int(doses['n'].max())} "
+        f"texts, in nats a token: {'; '.join(ways)}. Without an edit {plain:.2f} of the texts say "
+        f"it, with a control at most {controls:.2f}."
     )
 
 
@@ -185,7 +198,7 @@ def edits(lm: hk.LM):
 
 
 def measured(lm: hk.LM, make) -> pd.DataFrame:
-    """What one edit does: which texts say it, how likely each is to the unedited model, KL on each neutral text."""
+    """Returns, for one edit, which texts say it, how likely they were, and KL on neutral texts."""
     hooks = [] if make is None else [make()]
     run = hk.generate(lm, PROMPTS, *hooks, max_new_tokens=NEW, do_sample=False, logits=False)
     rows = [row[:length].tolist() for row, length in zip(run.tokens, run.lengths, strict=True)]

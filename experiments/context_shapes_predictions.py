@@ -1,10 +1,12 @@
-"""How can one token be likely after one text and unlikely after another, when its row of the unembedding is the same?
+"""How can a token be likely after one text and not after another, when its unembedding is the same?
 
-A token's logit is its row of W times the last hidden state h. W does not change from text to text, so all that a
-context can do is turn h. The claim is tested word by word in two texts that end alike: W h by hand is the model's logit
-everywhere, and moving nothing but h from one text to the other moves the whole ranking with it, exactly.
+A token's logit is its row of W times the last hidden state h. W does not change from text to text,
+so all that a context can do is turn h. The claim is tested word by word in two texts that end
+alike: W h by hand is the model's logit everywhere, and moving nothing but h from one text to the
+other moves the whole ranking with it, exactly.
 
-python -m experiments.context_shapes_predictions        20 seconds; writes results/context_shapes_predictions/
+python -m experiments.context_shapes_predictions
+    20 seconds; writes results/context_shapes_predictions/
 """
 
 from typing import Any
@@ -25,7 +27,10 @@ WATCH = (" water", " fish", " trees", " money", " building", " clock")
 
 def main() -> None:
     lm = hk.load(device="cpu")
-    question = "How can one token be likely after one text and unlikely after another, when its row of W is the same?"
+    question = (
+        "How can one token be likely after one text and unlikely after another, when its row of W "
+        "is the same?"
+    )
     with hk.record(
         "results/context_shapes_predictions", question=question, lm=lm, seed=SEED
     ) as results:
@@ -41,7 +46,7 @@ def main() -> None:
 
 
 def words(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
-    """One forward gives every beginning of a text at once, since no position sees those behind it."""
+    """Every beginning of a text from one forward, since no position sees those after it."""
     parts = []
     for name, run in runs.items():
         read = [repr(lm.string(token)) for token in run.tokens[0].tolist()]
@@ -67,7 +72,8 @@ def words(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
         caption="The same, in numbers.",
     )
     results.text(
-        f"Everywhere the logit is the token's row of W times h: the largest difference is {off:.0e}."
+        "Everywhere the logit is the token's row of W times h: the largest difference is "
+        f"{off:.0e}."
     )
 
 
@@ -83,7 +89,8 @@ def endings(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> None:
     turned, lengths = torch.cosine_similarity(here, there, dim=0), (here.norm(), there.norm())
     results.text("# At the end: the same rows, another h")
     results.text(
-        f"h is {lengths[0]:.1f} long after one text and {lengths[1]:.1f} after the other; cosine {turned:.3f}."
+        f"h is {lengths[0]:.1f} long after one text and {lengths[1]:.1f} after the other; cosine "
+        f"{turned:.3f}."
     )
     caption = "A logit is the row's length × the length of h × the cosine of the two."
     results.table("endings", pd.DataFrame(found).round(4), caption=caption)
@@ -103,8 +110,9 @@ def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFram
     patched = hk.forward(lm, TEXTS["river"], hk.patch("final_norm", source, pos=-1))
     same = hk.shift_summary(runs["city"], patched)
     results.answer(
-        "With the last position's h from the city text and all weights as they are, the river text's distribution is "
-        f"that of the city text: KL = {same['kl'].max():.1e} nats. So h carries all that the context did."
+        "With the last position's h from the city text and all weights as they are, the river "
+        f"text's distribution is that of the city text: KL = {same['kl'].max():.1e} nats. So h "
+        "carries all that the context did."
     )
     rows = []
     for layer in range(lm.n_layers):
@@ -124,7 +132,10 @@ def moved(lm: hk.LM, runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFram
             }
         )
     results.text("# From which layer on is the last position's h already turned?")
-    caption = "The last position's residual stream after a layer, from the city text: KL(city‖patched), and ranks."
+    caption = (
+        "The last position's residual stream after a layer, from the city text: KL(city‖patched), "
+        "and ranks."
+    )
     return results.table("layers", pd.DataFrame(rows), caption=caption)
 
 

@@ -1,10 +1,11 @@
 """Does the default model solve the datasets that ship?
 
-Pairs of every dataset in its default configuration, and the other way to corrupt the indirect objects. A pair is solved
-where the answer's logit is above that of the wrong answer after the clean prompt. A dataset is fit to be patched on if
-at least nine of ten pairs are solved, and if the corrupted prompts take the difference away or turn it round.
+Pairs of every dataset in its default configuration, and the other way to corrupt the indirect
+objects. A pair is solved where the answer's logit is above that of the wrong answer after the clean
+prompt. A dataset is fit to be patched on if at least nine of ten pairs are solved, and if the
+corrupted prompts take the difference away or turn it round.
 
-python -m experiments.datasets        a quarter of an hour on two busy cores; writes results/datasets/
+python -m experiments.datasets    a quarter of an hour on two busy cores; writes results/datasets/
 """
 
 import pandas as pd
@@ -38,12 +39,14 @@ def main() -> None:
         checks = {name: pairs[name].check(lm) for name in tqdm(pairs, disable=None)}
         table = pd.DataFrame([summed(name, pairs[name], checks[name]) for name in pairs])
         results.text(
-            "accuracy: the part of the pairs whose answer has a larger logit than the wrong answer after the clean "
-            "prompt. top1: whose answer is the most likely of all tokens; many years are right in greater_than. diff: "
-            "logit of the answer minus that of the wrong one, mean and 5th percentile; diff_corrupted: its mean after "
-            "the corrupted prompt; turned: the part of the pairs where it is below 0 there. prompts: how many of the "
-            "clean prompts differ. Templates, and for landmarks the subjects, were chosen with this model in view: the "
-            "numbers say that the model is fit for the datasets, not how much it knows."
+            "accuracy: the part of the pairs whose answer has a larger logit than the wrong answer "
+            "after the clean prompt. top1: whose answer is the most likely of all tokens; many "
+            "years are right in greater_than. diff: logit of the answer minus that of the wrong "
+            "one, mean and 5th percentile; diff_corrupted: its mean after the corrupted prompt; "
+            "turned: the part of the pairs where it is below 0 there. prompts: how many of the "
+            "clean prompts differ. Templates, and for landmarks the subjects, were chosen with "
+            "this model in view: the numbers say that the model is fit for the datasets, not how "
+            "much it knows."
         )
         results.table("table", table, caption=f"{N} pairs of each dataset.")
         results.figure(

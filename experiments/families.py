@@ -1,8 +1,9 @@
 """Which sites has each model family, and do the names mean there what they mean everywhere?
 
-A tiny random model of every family in hookkit's table is made from its configuration class, and the laws are run on
-it: a site is proved where all that name it hold in every block tried. It is answered if nothing is left that is there
-and not proved, but for the exceptions that the table gives a reason for.
+A tiny random model of every family in hookkit's table is made from its configuration class, and the
+laws are run on it: a site is proved where all that name it hold in every block tried. It is
+answered if nothing is left that is there and not proved, but for the exceptions that the table
+gives a reason for.
 
 python -m experiments.families        three minutes on two cores; writes results/families/
 """
@@ -39,9 +40,9 @@ def main() -> None:
         table = pd.concat([rows_of(model_type, checkup) for model_type, checkup in checked.items()])
         summary = summed(table, checked)
         results.text(
-            f"{len(FAMILIES)} model types of transformers {transformers.__version__}, each as a random model of three "
-            "blocks in float32. The largest difference is a part of the largest value at the site, over all laws that "
-            "compare two ways to compute it."
+            f"{len(FAMILIES)} model types of transformers {transformers.__version__}, each as a "
+            "random model of three blocks in float32. The largest difference is a part of the "
+            "largest value at the site, over all laws that compare two ways to compute it."
         )
         results.answer(
             " · ".join(

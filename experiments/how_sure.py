@@ -1,11 +1,13 @@
 """Can one see from a single forward whether the model's answer is right?
 
-Of each answer only the next-token distribution is looked at: its entropy, margins, first probabilities. A router, a
-logistic regression on these numbers, is trained on some subjects and asked about others. The answer is yes if right and
-wrong answers are told apart clearly better than by chance (area under the ROC curve above 0.7). The router earns its
-place if it orders or calibrates them better than the first token's probability, or a regression on that one number.
+Of each answer only the next-token distribution is looked at: its entropy, margins, first
+probabilities. A router, a logistic regression on these numbers, is trained on some subjects and
+asked about others. The answer is yes if right and wrong answers are told apart clearly better than
+by chance (area under the ROC curve above 0.7). The router earns its place if it orders or
+calibrates them better than the first token's probability, or a regression on that one number.
 
-python -m experiments.how_sure        two minutes on two busy cores; writes results/how_sure/; needs .[experiments]
+python -m experiments.how_sure
+    two minutes on two busy cores; writes results/how_sure/; needs .[experiments]
 """
 
 from typing import Any
@@ -21,8 +23,9 @@ import hookkit as hk
 
 QUESTION, SEED = "Can one see from a single forward whether the model's answer is right?", 0
 TEXT = (
-    "The capital of France is Paris, and the capital of Italy is Rome. When I was a child, my grandmother told me that "
-    "one should never put milk in green tea. She lived in New York, on the third floor of a house with a red door."
+    "The capital of France is Paris, and the capital of Italy is Rome. When I was a child, my "
+    "grandmother told me that one should never put milk in green tea. She lived in New York, on "
+    "the third floor of a house with a red door."
 )
 DATASETS = {
     "indirect_object": 60,
@@ -145,7 +148,10 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
         | {"ece": tables[name].attrs["ece"] if name in tables else None}
         for name, curve in curves.items()
     ]
-    caption = "auc: area under the ROC curve; auc_within: its mean over the datasets, each alone; ece: calibration error."
+    caption = (
+        "auc: area under the ROC curve; auc_within: its mean over the datasets, each alone; ece: "
+        "calibration error."
+    )
     summary = results.table("summary", pd.DataFrame(rows).round(3), caption=caption)
     results.figure(
         "roc",
@@ -168,15 +174,16 @@ def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
     )
     alone, one, unseen = "top-1 probability", "router of one number", "router, unseen dataset"
     results.answer(
-        f"As an order, what does the router gain? Its area is {area['router']}, the first probability's {area[alone]}. "
-        f"As a probability? Its calibration error is {error['router']}, the first probability's {error[alone]}, and of "
-        f"a regression on this one number {error[one]}. On a dataset it never saw: {area[unseen]} and {error[unseen]}."
+        f"As an order, what does the router gain? Its area is {area['router']}, the first "
+        f"probability's {area[alone]}. As a probability? Its calibration error is "
+        f"{error['router']}, the first probability's {error[alone]}, and of a regression on this "
+        f"one number {error[one]}. On a dataset it never saw: {area[unseen]} and {error[unseen]}."
     )
     return summary
 
 
 def within(answers: pd.DataFrame, score: np.ndarray) -> float:
-    """The mean area over the datasets, each alone: telling the datasets apart does not help here."""
+    """The mean area over the datasets, each alone: no credit for telling the datasets apart."""
     right = answers["right"].to_numpy()
     parts = [
         part for part in answers.groupby("dataset").indices.values() if 0 < right[part].mean() < 1

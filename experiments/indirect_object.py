@@ -1,12 +1,13 @@
 """Which parts of the model find out who is given the drink, and in which order?
 
-"When Mary and John went to the store, John gave a drink to" is answered " Mary". The corrupted prompt has the other
-name at its second mention (S2), and is answered " John". A place matters if its clean value, put into the corrupted
-run, brings the answer back. It is answered if the effect moves from S2 to the end of the prompt, if few heads carry it,
-and if their effect is far above that of the same patch from an unrelated pair: twice as large or more. Heads are chosen
-on one half of the pairs and measured on the other.
+"When Mary and John went to the store, John gave a drink to" is answered " Mary". The corrupted
+prompt has the other name at its second mention (S2), and is answered " John". A place matters if
+its clean value, put into the corrupted run, brings the answer back. It is answered if the effect
+moves from S2 to the end of the prompt, if few heads carry it, and if their effect is far above that
+of the same patch from an unrelated pair: twice as large or more. Heads are chosen on one half of
+the pairs and measured on the other.
 
-python -m experiments.indirect_object        some minutes on two cores; writes results/indirect_object/
+python -m experiments.indirect_object    some minutes on two cores; writes results/indirect_object/
 """
 
 from collections.abc import Mapping
@@ -57,8 +58,9 @@ def solved(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     checked = pairs.check(lm)
     results.text("# Does the model do it at all?")
     results.text(
-        f"{pairs.note}. In these the right name is ahead by {checked['logit_diff_clean'].mean():.2f} logits; after the "
-        f"corrupted prompts the other one by {-checked['logit_diff_corrupted'].mean():.2f}."
+        f"{pairs.note}. In these the right name is ahead by "
+        f"{checked['logit_diff_clean'].mean():.2f} logits; after the corrupted prompts the other "
+        f"one by {-checked['logit_diff_corrupted'].mean():.2f}."
     )
     results.table(
         "pairs",
@@ -88,8 +90,9 @@ def where(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> None:
     by_layer: Any = stream.pivot_table(index="layer", columns="pos", values="logit_diff_effect")
     moved = int((by_layer["end"] > by_layer["S2"]).idxmax())
     results.text(
-        f"Until block {moved - 1} the clean stream at S2 brings back more than that at the end; from block {moved} on "
-        "it is the other way round. IO and S1 come before the token that differs, and can bring back nothing."
+        f"Until block {moved - 1} the clean stream at S2 brings back more than that at the end; "
+        f"from block {moved} on it is the other way round. IO and S1 come before the token that "
+        "differs, and can bring back nothing."
     )
 
 
@@ -116,7 +119,10 @@ def which_heads(lm: hk.LM, pairs: hk.Pairs, results: hk.Record) -> pd.DataFrame:
     control = hk.sweep(lm, pairs.corrupted, *patched, metric, control="resample", target=source)
     other_half: Any = control[control["row"] % 2 == 1]  # the pairs that had no part in the choice
     held = hk.over_prompts(other_half, by=["head", "control"])
-    caption = "The same heads on the same half: from their own pair, and from other pairs of the same length (control)."
+    caption = (
+        "The same heads on the same half: from their own pair, and from other pairs of the same "
+        "length (control)."
+    )
     results.table("control", held, caption=caption)
     rest = hk.over_prompts(beyond(other_half), by=["head"])
     results.table("beyond", rest, caption="What their own pair brings back beyond other pairs.")
@@ -157,7 +163,10 @@ def readers(lm: hk.LM, pairs: hk.Pairs, heads: pd.DataFrame, results: hk.Record)
     paths: Any = pd.concat(
         [told.assign(site=str(site)) for told, site in zip(found, read, strict=True)]
     )
-    caption = f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} reads."
+    caption = (
+        f"From the heads of blocks {', '.join(map(str, senders))} to what head {layer}.{head} "
+        "reads."
+    )
     results.figure("readers_map", hk.heat_map(paths, named=TOP, title=TAKES), caption=caption)
     by = ["site", "layer", "head"]
     results.table("readers", hk.over_prompts(paths, by=by), caption=caption)
@@ -185,8 +194,8 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
         own, other, rest = held.loc[(name, False)], held.loc[(name, True)], rests.loc[name]
         against = " (against the answer)" if own["logit_diff_effect"] < 0 else ""
         words.append(
-            f"{name} {_interval(own)}{against}, from other pairs {other['logit_diff_effect']:+.2f}, "
-            f"beyond them {_interval(rest)}"
+            f"{name} {_interval(own)}{against}, from other pairs "
+            f"{other['logit_diff_effect']:+.2f}, beyond them {_interval(rest)}"
         )
         ratios.append(other["logit_diff_effect"] / own["logit_diff_effect"])
     far = sum(ratio < 0.5 for ratio in ratios)
@@ -195,13 +204,14 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     many = int((heads["logit_diff_effect"].abs() > 0.1).sum())
     one, way = writer.iloc[0], path.iloc[0]
     return (
-        f"{verdict}. The effect moves from S2 to the end at block {moved}, and {many} of {len(heads)} "
-        f"heads bring back more than 0.1 of it, in size. The control brings back {min(ratios):.2f} to "
-        f"{max(ratios):.2f} of what the strongest heads do, and the effect of {far} of {len(ratios)} is far above it. "
-        f"Chosen on one half of the pairs and measured on the other (n = {int(best['n'].max())}): {'; '.join(words)}. "
-        f"Head {int(one['layer'])}.{int(one['head'])} writes the most by itself, {_interval(one)} of the way; the "
-        f"largest path into what it reads is from head {int(way['layer'])}.{int(way['head'])} to {way['site']}, "
-        f"{_interval(way, 3)}."
+        f"{verdict}. The effect moves from S2 to the end at block {moved}, and {many} of "
+        f"{len(heads)} heads bring back more than 0.1 of it, in size. The control brings back "
+        f"{min(ratios):.2f} to {max(ratios):.2f} of what the strongest heads do, and the effect of "
+        f"{far} of {len(ratios)} is far above it. Chosen on one half of the pairs and measured on "
+        f"the other (n = {int(best['n'].max())}): {'; '.join(words)}. Head "
+        f"{int(one['layer'])}.{int(one['head'])} writes the most by itself, {_interval(one)} of "
+        "the way; the largest path into what it reads is from head "
+        f"{int(way['layer'])}.{int(way['head'])} to {way['site']}, {_interval(way, 3)}."
     )
 
 

@@ -1,9 +1,10 @@
 """When does the model come to say Paris, and can a state in its midst be read before that?
 
-The residual stream at the last token is read after every block: by the model's own final norm and head (logit lens),
-through an affine translator trained for each layer (tuned lens), and by the model itself, with the state put into
-another prompt (patchscope). It is answered if the answer's rank falls to 1 at some block and stays there, over many
-landmarks; the claim that is tested is Belrose et al. 2023: that a tuned lens predicts earlier and more faithfully.
+The residual stream at the last token is read after every block: by the model's own final norm and
+head (logit lens), through an affine translator trained for each layer (tuned lens), and by the
+model itself, with the state put into another prompt (patchscope). It is answered if the answer's
+rank falls to 1 at some block and stays there, over many landmarks; the claim that is tested is
+Belrose et al. 2023: that a tuned lens predicts earlier and more faithfully.
 
 python -m experiments.lens_of_paris        three minutes on two cores; writes results/lens_of_paris/
 """
@@ -39,7 +40,8 @@ def main() -> None:
         )
         better = (history["kl_after"] < history["kl_before"]).sum()
         results.text(
-            f"# Tuned\n\nThe tuned lens is nearer to the model's prediction at {better} of {len(history)} layers."
+            f"# Tuned\n\nThe tuned lens is nearer to the model's prediction at {better} of "
+            f"{len(history)} layers."
         )
         many_landmarks(lm, results, tuned)
         said_by_the_model(lm, results)
@@ -60,7 +62,10 @@ def one_prompt(lm: hk.LM, results: hk.Record) -> None:
         "lens", lens[lens["pos"] == len(tokens) - 1], caption="The lens at the last token."
     )
     leading: Any = lens[lens["rank"] == 1]
-    words = "What each block would say, after reading each token; the uppermost row is what the model says."
+    words = (
+        "What each block would say, after reading each token; the uppermost row is what the model "
+        "says."
+    )
     results.figure("lens_map", hk.lens_map(leading, labels=tokens), caption=words)
     found = hk.lens_summary(last).set_index("token").loc[repr(CITY)]
     results.answer(
@@ -99,7 +104,8 @@ def many_landmarks(lm: hk.LM, results: hk.Record, tuned: hk.TunedLens) -> None:
 
 def said_by_the_model(lm: hk.LM, results: hk.Record) -> None:
     results.text(
-        "# Said by the model itself\n\nThe last token's state, put into a prompt that asks to repeat a word."
+        "# Said by the model itself\n\nThe last token's state, put into a prompt that asks to "
+        "repeat a word."
     )
     scope: Any = hk.patchscope(lm, PROMPT, sites="resid_post")
     results.table(

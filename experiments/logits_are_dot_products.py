@@ -1,12 +1,14 @@
 """Where does a logit come from?
 
-From `W @ h + b`: one row of weights, one hidden state, and everything that wrote it. The logit of " coffee" after
-"I like oat milk in my" is taken apart three times: by the numbers of the hidden state, by the components that wrote it,
-and by heads. It is answered if each sum gives the logit. A researcher then asks of many prompts which components write
-the answer's lead over a rival, and tests the claim by ablating them: a direct share is what a component would take away
-if nothing behind it had read it.
+From `W @ h + b`: one row of weights, one hidden state, and everything that wrote it. The logit of "
+coffee" after "I like oat milk in my" is taken apart three times: by the numbers of the hidden
+state, by the components that wrote it, and by heads. It is answered if each sum gives the logit. A
+researcher then asks of many prompts which components write the answer's lead over a rival, and
+tests the claim by ablating them: a direct share is what a component would take away if nothing
+behind it had read it.
 
-python -m experiments.logits_are_dot_products        a minute on two cores; writes results/logits_are_dot_products/
+python -m experiments.logits_are_dot_products
+    a minute on two cores; writes results/logits_are_dot_products/
 """
 
 from typing import Any
@@ -49,8 +51,9 @@ def by_number(lm: hk.LM, results: hk.Record) -> None:
     logits = (run["final_norm"][:, 0] @ weights).tolist()
     said = terms["product"].tolist()[-1]
     results.answer(
-        f"The {len(weights)} products sum to {said:.3f}, the logit of {TOKEN!r}. The weights are the same in every "
-        f"context; after {OTHER!r} the hidden state is another, and the same row gives {logits[1]:.3f}."
+        f"The {len(weights)} products sum to {said:.3f}, the logit of {TOKEN!r}. The weights are "
+        f"the same in every context; after {OTHER!r} the hidden state is another, and the same row "
+        f"gives {logits[1]:.3f}."
     )
 
 
@@ -103,9 +106,10 @@ def over_many_prompts(lm: hk.LM, results: hk.Record) -> None:
         f"{layer}.{head} ({share:+.2f}, {taken:+.2f})" for layer, head, share, taken in each
     )
     results.text(
-        f"The heads that add most (direct share, and what zeroing them takes away): {named}. Over all {len(both)} "
-        f"heads the two go together with r = {both['logit'].corr(both['taken']):.2f}: where they part, other "
-        "components read the head, or make up for it."
+        f"The heads that add most (direct share, and what zeroing them takes away): {named}. Over "
+        f"all {len(both)} heads the two go together with r = "
+        f"{both['logit'].corr(both['taken']):.2f}: where they part, other components read the "
+        "head, or make up for it."
     )
 
 

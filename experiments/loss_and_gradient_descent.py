@@ -1,10 +1,12 @@
-"""What does gradient descent do to a model, step by step, when it learns to say "we love deep learning"?
+"""What does gradient descent do to a model, step by step, as it learns "we love deep learning"?
 
-A tiny Llama, made from its configuration a moment ago, is trained in front of the reader: forward, loss, backward, a
-step. Claims: it starts as unsure as a guess and ends sure; a small step lowers the loss by step size times the squared
-length of the gradient; what one sentence taught is lost where the next one contradicts it, and kept where they agree.
+A tiny Llama, made from its configuration a moment ago, is trained in front of the reader: forward,
+loss, backward, a step. Claims: it starts as unsure as a guess and ends sure; a small step lowers
+the loss by step size times the squared length of the gradient; what one sentence taught is lost
+where the next one contradicts it, and kept where they agree.
 
-python -m experiments.loss_and_gradient_descent        half a minute; writes results/loss_and_gradient_descent/
+python -m experiments.loss_and_gradient_descent
+    half a minute; writes results/loss_and_gradient_descent/
 """
 
 import math
@@ -39,7 +41,7 @@ def main() -> None:
 
 
 def made() -> hk.LM:
-    """A model of two blocks that has learnt nothing, and a tokenizer with a token for each of ten words."""
+    """A model of two blocks that has learnt nothing, and a tokenizer with one token per word."""
     torch.manual_seed(SEED)
     sizes: Any = {
         "hidden_size": 32,
@@ -60,7 +62,7 @@ def made() -> hk.LM:
 
 
 def step(lm: Any, text: str, size: float) -> tuple[float, float]:
-    """The loop's body. Gives the loss before the step (nats), and the squared length of the gradient."""
+    """One step of training. Returns the loss before it (nats) and the gradient's squared length."""
     model, ids = lm.model, torch.tensor([lm.tokenizer.encode(text)])
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss  # forward
@@ -91,9 +93,10 @@ def learn(lm: hk.LM, results: hk.Record) -> pd.DataFrame:
     start = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
     before, curve, guess = hk.forward(lm, SENTENCE), trained(lm, SENTENCE), math.log(len(WORDS))
     results.answer(
-        f"{STEPS} steps of {STEP_SIZE:g} take the loss from {loss:.3f} nats to {curve['loss'].iloc[-1]:.4f}; guessing "
-        f"costs ln {len(WORDS)} = {guess:.3f}. A step of {SMALL:g} should lower it by {SMALL:g} × |gradient|² = "
-        f"{SMALL * squared:.6f}, and lowered it by {drop:.6f}."
+        f"{STEPS} steps of {STEP_SIZE:g} take the loss from {loss:.3f} nats to "
+        f"{curve['loss'].iloc[-1]:.4f}; guessing costs ln {len(WORDS)} = {guess:.3f}. A step of "
+        f"{SMALL:g} should lower it by {SMALL:g} × |gradient|² = {SMALL * squared:.6f}, and "
+        f"lowered it by {drop:.6f}."
     )
     results.figure(
         "loss",

@@ -1,8 +1,9 @@
 """Where do the words after "I like oat milk in my" come from, and what does it take to change them?
 
-A logit is one number for each token. This goes through what becomes of them on a real model: what softmax does to them,
-how the next token is drawn, and how forcing, banning and ablating move the ranking. It is answered if the forced token
-wins, the banned one has probability 0, and the model is at the end what it was at the beginning.
+A logit is one number for each token. This goes through what becomes of them on a real model: what
+softmax does to them, how the next token is drawn, and how forcing, banning and ablating move the
+ranking. It is answered if the forced token wins, the banned one has probability 0, and the model is
+at the end what it was at the beginning.
 
 python -m experiments.oat_milk        half a minute on two cores; writes results/oat_milk/
 """
@@ -32,7 +33,8 @@ def main() -> None:
         shift = change_the_logits(lm, before, results)
         change_the_inside(lm, before, results)
         results.answer(
-            f"From the largest logits: {COFFEE!r} comes from rank {shift['rank_before'][0]} by force alone."
+            f"From the largest logits: {COFFEE!r} comes from rank {shift['rank_before'][0]} by "
+            "force alone."
         )
         same = torch.equal(before.logits, hk.forward(lm, MILK).logits)
         results.text(
@@ -59,7 +61,10 @@ def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
         ranks = hk.ranks(run, pos=pos, top=1, watch=came)
         real = ranks.set_index("token_id").loc[came, ["token", "logit", "prob", "rank"]]
         rows.append({"pos": pos, "read": read[pos], "token_predicted": ranks["token"][0], **real})
-    caption = "What the model expected behind each token that it read, and the token that came, with its rank."
+    caption = (
+        "What the model expected behind each token that it read, and the token that came, with its "
+        "rank."
+    )
     results.table(
         "predictions",
         pd.DataFrame(rows).rename(columns={"token": "token_that_came"}),
@@ -69,10 +74,12 @@ def look_at_a_sentence(lm: hk.LM, results: hk.Record) -> None:
     logits = run.logits[0, -1] * 10
     written, shifted = (x.exp() / x.exp().sum() for x in (logits, logits - logits.max()))
     results.text(
-        f"Softmax as it is written, exp(x) / Σ exp(x), on the last logits times 10 (as at temperature 0.1) gives "
-        f"{int(written.isnan().sum()):,} NaN of {len(logits):,}, since exp({logits.max():.0f}) overflows in float32. "
-        f"A shift of all logits changes no probability: with the largest subtracted, the sum is {shifted.sum():.5f}, "
-        f"and no value is further than {(shifted - logits.softmax(-1)).abs().max():.0e} from torch's own softmax."
+        "Softmax as it is written, exp(x) / Σ exp(x), on the last logits times 10 (as at "
+        f"temperature 0.1) gives {int(written.isnan().sum()):,} NaN of {len(logits):,}, since "
+        f"exp({logits.max():.0f}) overflows in float32. A shift of all logits changes no "
+        f"probability: with the largest subtracted, the sum is {shifted.sum():.5f}, and no value "
+        f"is further than {(shifted - logits.softmax(-1)).abs().max():.0e} from torch's own "
+        "softmax."
     )
 
 
@@ -108,7 +115,10 @@ def look_at_draws(lm: hk.LM, before: hk.Run, results: hk.Record) -> None:
         step_by_step(lm, lambda logits: torch.multinomial(logits.softmax(-1), 1))
         == draws[0].tokens[0].tolist()
     )
-    caption = "Greedy decoding step by step. A loop of forwards wrote the same, and one that samples the first draw."
+    caption = (
+        "Greedy decoding step by step. A loop of forwards wrote the same, and one that samples the "
+        "first draw."
+    )
     results.table("greedy_steps", hk.ranks(greedy, step=slice(STEPS), top=1), caption=caption)
 
 

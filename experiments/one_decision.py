@@ -1,8 +1,9 @@
 """How does one token come to be chosen, from the prompt to the draw?
 
-One step of one text, as a learner would read it: the tokens that the model reads, the hidden state that they end in,
-the logits as W h, what softmax makes of them, what the decoding rules leave, and which candidate the dice take. It is
-answered if every number follows from the one before it, and transformers' own generate draws the same token.
+One step of one text, as a learner would read it: the tokens that the model reads, the hidden state
+that they end in, the logits as W h, what softmax makes of them, what the decoding rules leave, and
+which candidate the dice take. It is answered if every number follows from the one before it, and
+transformers' own generate draws the same token.
 
 python -m experiments.one_decision        half a minute on two cores; writes results/one_decision/
 """
@@ -55,10 +56,10 @@ def computed(lm: hk.LM, results: hk.Record) -> torch.Tensor:
     by_hand = weights @ hidden
     results.text("# 2. Score")
     results.text(
-        f"The last token's hidden state h has {len(hidden)} numbers. A token's logit is the sum of h times the token's "
-        f"row of W ({weights.shape[0]:,} rows): for {WATCH!r}, {by_hand[lm.token(WATCH)]:.4f}. The model says "
-        f"{logits[lm.token(WATCH)]:.4f}; over the whole vocabulary the two differ by at most "
-        f"{(by_hand - logits).abs().max():.0e}."
+        f"The last token's hidden state h has {len(hidden)} numbers. A token's logit is the sum of "
+        f"h times the token's row of W ({weights.shape[0]:,} rows): for {WATCH!r}, "
+        f"{by_hand[lm.token(WATCH)]:.4f}. The model says {logits[lm.token(WATCH)]:.4f}; over the "
+        f"whole vocabulary the two differ by at most {(by_hand - logits).abs().max():.0e}."
     )
     largest = (weights[lm.token(WATCH)] * hidden).abs().topk(5).indices
     parts = {
@@ -92,15 +93,17 @@ def drawn(lm: hk.LM, results: hk.Record, logits: torch.Tensor) -> hk.Run:
     chosen = int(run.tokens[0, run.prompt_lengths[0]])
     left = (logits[kept] / RULES["temperature"]).softmax(dim=-1)[kept == chosen].item()
     results.answer(
-        f"Temperature {RULES['temperature']} divides the logits; top_p = {RULES['top_p']} keeps the most likely tokens "
-        f"until they make up {RULES['top_p']:.0%}: {len(kept)} of {len(logits):,}. Of these {lm.string(chosen)!r} has "
-        f"p = {left:.4f}. The record of the run says: {hk.decisions(run)['why'][0]}."
+        f"Temperature {RULES['temperature']} divides the logits; top_p = {RULES['top_p']} keeps "
+        f"the most likely tokens until they make up {RULES['top_p']:.0%}: {len(kept)} of "
+        f"{len(logits):,}. Of these {lm.string(chosen)!r} has p = {left:.4f}. The record of the "
+        f"run says: {hk.decisions(run)['why'][0]}."
     )
     torch.manual_seed(SEED)
     model: Any = lm.model
     plain = model.generate(run.tokens[:, : run.prompt_lengths[0]], **settings)
     results.text(
-        f"Is it what transformers' own generate draws with this seed? {torch.equal(plain, run.tokens)}."
+        "Is it what transformers' own generate draws with this seed? "
+        f"{torch.equal(plain, run.tokens)}."
     )
     first = hk.decoding(run).query("step == 0 and stage != 'edited'").drop(columns=["row", "step"])
     results.table(

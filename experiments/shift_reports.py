@@ -1,8 +1,9 @@
 """What moved, and why: how do three edits of three kinds look on one page each?
 
-A token forced at the logits, and the same token steered to inside; two heads that name the indirect object taken out;
-a word that the last token may no longer see. Each beside a control. It is answered if the watched token moves further
-than under the control, the 95 % intervals over the prompts lying apart, and each change is the sum of its parts.
+A token forced at the logits, and the same token steered to inside; two heads that name the indirect
+object taken out; a word that the last token may no longer see. Each beside a control. It is
+answered if the watched token moves further than under the control, the 95 % intervals over the
+prompts lying apart, and each change is the sum of its parts.
 
 python -m experiments.shift_reports        three minutes on two cores; writes results/shift_reports/
 """
@@ -16,8 +17,11 @@ SEED = 0
 SHOWN: dict[str, Any] = {"shown": 2}  # prompts with tables of their own
 FOLDER = Path("results/shift_reports")
 COFFEE, TEA = " coffee", " tea"
-TEAS = ["The English are known for their love of", "He put the kettle on and made some", "Sencha is a kind of Japanese",
-        "Every afternoon at five she drinks a cup of green", "With the scones they served a pot of"]  # fmt: skip
+TEAS = [
+    "The English are known for their love of", "He put the kettle on and made some",
+    "Sencha is a kind of Japanese", "Every afternoon at five she drinks a cup of green",
+    "With the scones they served a pot of",
+]  # fmt: skip
 LAYER, DOSE = 20, 0.2  # where it is steered, and by how much of the stream's length
 DRINKS = [["I drink coffee", "A cup of coffee"], ["I drink tea", "A cup of tea"]]
 HEADS = [
@@ -53,7 +57,8 @@ def coffee(lm: hk.LM) -> hk.Report:
     )
     settings: dict[str, Any] = {"watch": (COFFEE, TEA), "generate": 8, "seed": SEED}
     return hk.shift_report(
-        lm, TEAS, edits, controls="random", title="Coffee over tea", question=question, **settings, **SHOWN,
+        lm, TEAS, edits, controls="random", title="Coffee over tea", question=question,
+        **settings, **SHOWN,
     )  # fmt: skip
 
 
@@ -68,13 +73,16 @@ def indirect_object(lm: hk.LM) -> hk.Report:
         "seed": SEED,
     }
     return hk.shift_report(
-        lm, GIVEN, edits, watch=(" Mary", " John"), title="Without the heads that name Mary", question=question,
-        **settings, **SHOWN,
+        lm, GIVEN, edits, watch=(" Mary", " John"), title="Without the heads that name Mary",
+        question=question, **settings, **SHOWN,
     )  # fmt: skip
 
 
 def eiffel(lm: hk.LM) -> hk.Report:
-    question = "Does the last token look at “Eiffel” itself, or has the rest of the sentence already heard of it?"
+    question = (
+        "Does the last token look at “Eiffel” itself, or has the rest of the sentence already "
+        "heard of it?"
+    )
     every, tower = range(lm.n_layers), hk.at(" Eiffel Tower")
     cuts = {
         f"blind to it from block {start}": hk.knockout(every[start:], query=-1, key=tower)
@@ -88,7 +96,7 @@ def eiffel(lm: hk.LM) -> hk.Report:
 
 
 def apart(page: hk.Report) -> str:
-    """The first watched token under each edit and control, and by how much the sums miss the change of the logits."""
+    """Returns the first watched token per edit and control, and the largest error of the sums."""
     summary, why = page.tables["summary"], page.tables["why"]
     first: Any = summary[summary["watched"] == summary["watched"].iloc[0]]
     columns = ["edit", "watched", "logprob_delta", "logprob_delta_low", "logprob_delta_high"]

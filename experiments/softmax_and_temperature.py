@@ -1,11 +1,13 @@
 """What do softmax, temperature, top-k and top-p each do to one list of logits?
 
-Claims to test on two positions, one where the model is sure and one where it is not: a difference of two logits is the
-logarithm of how many times likelier one token is; temperature changes how far the tokens are apart and never their
-order; top-k keeps as many where the model is sure as where it is not, top-p does not. They hold if numbers that are
-predicted from the logits alone are those that transformers' own rules give, and draws fall as the table says.
+Claims to test on two positions, one where the model is sure and one where it is not: a difference
+of two logits is the logarithm of how many times likelier one token is; temperature changes how far
+the tokens are apart and never their order; top-k keeps as many where the model is sure as where it
+is not, top-p does not. They hold if numbers that are predicted from the logits alone are those that
+transformers' own rules give, and draws fall as the table says.
 
-python -m experiments.softmax_and_temperature        half a minute on two cores; writes results/softmax_and_temperature/
+python -m experiments.softmax_and_temperature
+    half a minute on two cores; writes results/softmax_and_temperature/
 """
 
 import math
@@ -53,9 +55,9 @@ def softmax(run: hk.Run, results: hk.Record) -> None:
     logits = run.logits[0, -1]
     off = ((logits + 100).softmax(-1) - logits.softmax(-1)).abs().max()
     results.text(
-        f"Softmax is exp(x) / Σ exp(x). The largest error of the predicted ratios is "
-        f"{(found['predicted_ratio'] / found['ratio'] - 1).abs().max():.0e}. Adding 100 to all {len(logits):,} logits "
-        f"changes no probability by more than {off:.0e}."
+        "Softmax is exp(x) / Σ exp(x). The largest error of the predicted ratios is "
+        f"{(found['predicted_ratio'] / found['ratio'] - 1).abs().max():.0e}. Adding 100 to all "
+        f"{len(logits):,} logits changes no probability by more than {off:.0e}."
     )
 
 
@@ -73,7 +75,8 @@ def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
         (hot["rank"] != hot.groupby(["position", "token"])["rank"].transform("first")).sum()
     )
     results.text(
-        f"# Temperature, top-k, top-p: sure after “{PROMPTS['sure']}”, unsure after “{PROMPTS['unsure']}”"
+        f"# Temperature, top-k, top-p: sure after “{PROMPTS['sure']}”, unsure after "
+        f"“{PROMPTS['unsure']}”"
     )
     results.figure(
         "figure",
@@ -90,8 +93,9 @@ def settings(runs: dict[str, hk.Run], results: hk.Record) -> pd.DataFrame:
     }
     counts = [int(kept[name][setting]) for setting in ("top_k=50", "top_p=0.9") for name in PROMPTS]
     results.answer(
-        f"{moved} of {len(hot)} ranks change with the temperature. Top-k 50 keeps {counts[0]} tokens where the model "
-        f"is sure and {counts[1]} where it is not; top-p 0.9 keeps {counts[2]} and {counts[3]}."
+        f"{moved} of {len(hot)} ranks change with the temperature. Top-k 50 keeps {counts[0]} "
+        f"tokens where the model is sure and {counts[1]} where it is not; top-p 0.9 keeps "
+        f"{counts[2]} and {counts[3]}."
     )
     return summary
 

@@ -1,12 +1,13 @@
-"""Can the mood of a text be steered, and does a vector that was read or learnt do it better than a random one?
+"""Can the mood of a text be steered, and does a vector that was read or learnt beat a random one?
 
-Two vectors are read from happy and unhappy sentences, and gradient descent finds two with all weights frozen: for
-words of mood after short openings, and for happy continuations. Layer and vectors never see the openings and words by
-which the effect is measured. It is answered if a vector moves the mood further than random ones that damage neutral
-text equally much: the interval of its gain, over openings and random vectors, lies above 0. The four vectors are asked
-together, so that each interval is one of 98.75 % (Bonferroni).
+Two vectors are read from happy and unhappy sentences, and gradient descent finds two with all
+weights frozen: for words of mood after short openings, and for happy continuations. Layer and
+vectors never see the openings and words by which the effect is measured. It is answered if a vector
+moves the mood further than random ones that damage neutral text equally much: the interval of its
+gain, over openings and random vectors, lies above 0. The four vectors are asked together, so that
+each interval is one of 98.75 % (Bonferroni).
 
-python -m experiments.steer_a_mood        under three minutes on two cores; writes results/steer_a_mood/
+python -m experiments.steer_a_mood    under three minutes on two cores; writes results/steer_a_mood/
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,10 @@ LAYERS, TRIED = range(2, 29, 4), 0.2  # where the mean difference is tried, and 
 DOSES = [0.05, 0.1, 0.2, 0.4]  # in the stream's median length
 LEVEL = 0.1  # nats a token of KL on neutral text: the damage at which vectors are compared
 STEPS, LR = 12, 0.03  # of gradient descent; a step in the same unit
-QUESTION = "Can the mood of a text be steered, and does a vector that was read or learnt beat a random one?"
+QUESTION = (
+    "Can the mood of a text be steered, and does a vector that was read or learnt beat a random "
+    "one?"
+)
 SEEN = ((" good", " great", " wonderful", " amazing"), (" bad", " terrible", " awful", " horrible"))
 HELD_OUT = (
     (" lovely", " excellent", " beautiful", " perfect"),
@@ -49,14 +53,21 @@ UNHAPPY = [
 ]
 OPENINGS = [f"I think the {thing} was" for thing in THINGS]
 ENDINGS = [" a joy, and I loved every minute.", " all that I had hoped for!"]
-NEW = ["The weather this morning is", "My sister's new house looks", "The view from the train window was",
-       "Our neighbour's dog is", "The soup at the restaurant tasted", "Working with them has been", "Our museum is",
-       "His first week at school was", "The speech that she gave sounded", "Living in this town is", "The chair is",
-       "When I opened the letter, I felt", "The room that they gave us was", "People say that the new mayor is",
-       "The painting on the wall looks", "The last chapter of the story is"]  # fmt: skip
-NEUTRAL = ["The museum opens at nine and closes at five.", "To install it, copy the files and open a terminal.",
-           "A triangle has three sides and three corners, and its angles add up to half a turn.",
-           "In 1998 the company moved its offices from the city to the coast."]  # fmt: skip
+NEW = [
+    "The weather this morning is", "My sister's new house looks",
+    "The view from the train window was", "Our neighbour's dog is",
+    "The soup at the restaurant tasted", "Working with them has been", "Our museum is",
+    "His first week at school was", "The speech that she gave sounded", "Living in this town is",
+    "The chair is", "When I opened the letter, I felt", "The room that they gave us was",
+    "People say that the new mayor is", "The painting on the wall looks",
+    "The last chapter of the story is",
+]  # fmt: skip
+NEUTRAL = [
+    "The museum opens at nine and closes at five.",
+    "To install it, copy the files and open a terminal.",
+    "A triangle has three sides and three corners, and its angles add up to half a turn.",
+    "In 1998 the company moved its offices from the city to the coast.",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -121,7 +132,10 @@ def make(lm: hk.LM, site: str, results: hk.Record) -> dict[str, hk.Vector]:
 
 def dose_and_damage(lm: hk.LM, vectors: dict[str, hk.Vector], results: hk.Record) -> pd.DataFrame:
     results.text("# What a dose does, and what it damages")
-    words = "A dose is a part of the stream's length. Damage: KL(without ‖ with) on neutral text, nats a token."
+    words = (
+        "A dose is a part of the stream's length. Damage: KL(without ‖ with) on neutral text, nats "
+        "a token."
+    )
     results.text(f"{words} A line that hides another has its direction: see the cosines.")
     given: dict[str, Any] = {"doses": DOSES, "neutral": NEUTRAL, "seed": SEED, "progress": False}
     samples = {
@@ -150,7 +164,10 @@ def compare(table: pd.DataFrame, results: hk.Record) -> None:
     there = hk.at_damage(table, LEVEL)
     count = len(set(there[~there["control"]]["vector"]))
     means = hk.over_prompts(there, by=["vector", "control"], confidence=1 - 0.05 / count)
-    caption = "gain: beyond the mean random vector. Intervals are of 95 % for all vectors together; in the control's "
+    caption = (
+        "gain: beyond the mean random vector. Intervals are of 95 % for all vectors together; in "
+        "the control's "
+    )
     caption += "gain, where one more random vector would lie."
     results.table("equal_damage", means, caption=caption)
     results.answer(answer({"equal_damage": means}))
@@ -175,15 +192,15 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
         )
         verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told from"
         words.append(
-            f"{name} {moved:+.2f} logits, {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean random vector, "
-            f"{verdict} a random one"
+            f"{name} {moved:+.2f} logits, {gain:+.2f} [{low:+.2f}, {high:+.2f}] beyond the mean "
+            f"random vector, {verdict} a random one"
         )
     random = table[table["control"]].iloc[0]
     better = sum("better than a random one" in word for word in words)
     return (
-        f"Yes for {better} of {len(words)} vectors, at equal damage: {'; '.join(words)}. A random vector moves it by "
-        f"{random['logit_diff_delta']:+.2f}, and one more would lie within {random['logit_diff_gain_high']:.2f} "
-        "of that."
+        f"Yes for {better} of {len(words)} vectors, at equal damage: {'; '.join(words)}. A random "
+        f"vector moves it by {random['logit_diff_delta']:+.2f}, and one more would lie within "
+        f"{random['logit_diff_gain_high']:.2f} of that."
     )
 
 

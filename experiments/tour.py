@@ -1,10 +1,12 @@
 # %% [markdown]
 """# What can one see and change in a language model, in five steps?
 
-From a list of next tokens to the heads that make it: the founding example, the logit lens, a logit as a sum, patching,
-and steering. Every step ends in a table; it is answered if each says what the sentence before it claims.
+From a list of next tokens to the heads that make it: the founding example, the logit lens, a logit
+as a sum, patching, and steering. Every step ends in a table; it is answered if each says what the
+sentence before it claims.
 
-Open this file in VS Code or Jupyter as a notebook (its cells begin with `# %%`), or run `python -m experiments.tour`.
+Open this file in VS Code or Jupyter as a notebook (its cells begin with `# %%`), or run `python -m
+experiments.tour`.
 """
 
 # %%
@@ -16,8 +18,9 @@ print(lm)
 # %% [markdown]
 """## 1. What comes next, and what does it take to change that?
 
-After "I like oat milk in my" the model says " coffee", as expected; after "The capital of France is" it is nowhere, at
-rank 8,827 of 49,152. `hk.force` raises its logit above all others; every other token keeps its own.
+After "I like oat milk in my" the model says " coffee", as expected; after "The capital of France
+is" it is nowhere, at rank 8,827 of 49,152. `hk.force` raises its logit above all others; every
+other token keeps its own.
 """
 
 # %%
@@ -37,8 +40,8 @@ print(shift[columns].round(2).to_string(index=False))
 # %% [markdown]
 """## 2. When does it come to say so?
 
-The logit lens puts the stream behind each block through the model's own end. " Paris" is not among the likely tokens
-until the last blocks: `since` is the block from which on it leads.
+The logit lens puts the stream behind each block through the model's own end. " Paris" is not among
+the likely tokens until the last blocks: `since` is the block from which on it leads.
 """
 
 # %%
@@ -50,8 +53,9 @@ print(said.round(2).to_string(index=False))
 # %% [markdown]
 """## 3. Who says it?
 
-The logit is one row of the head times one hidden state, and that is a sum over all blocks. So the difference between
-two tokens is a sum too, and it can be read which attention layer or MLP spoke for the one and which for the other.
+The logit is one row of the head times one hidden state, and that is a sum over all blocks. So the
+difference between two tokens is a sum too, and it can be read which attention layer or MLP spoke
+for the one and which for the other.
 """
 
 # %%
@@ -64,9 +68,9 @@ print(parts.nlargest(3, "logit")[["component", "logit"]].round(2).to_string(inde
 # %% [markdown]
 """## 4. Where is it kept?
 
-Take a prompt in which Mary gives and John gets. Put into its run, one place at a time, what the clean run had there:
-where the answer comes back (effect 1), the place carries who is given the drink. At first that is the second name, in
-the end the last token.
+Take a prompt in which Mary gives and John gets. Put into its run, one place at a time, what the
+clean run had there: where the answer comes back (effect 1), the place carries who is given the
+drink. At first that is the second name, in the end the last token.
 """
 
 # %%
@@ -83,8 +87,8 @@ hk.heat_map(table, labels=tokens, title="What each place carries")
 # %% [markdown]
 """## 5. Can it be pushed?
 
-The difference of means over happy and unhappy sentences is a direction. Added to the stream with three tenths of its
-length, it turns the text that follows; taken away, it turns it the other way.
+The difference of means over happy and unhappy sentences is a direction. Added to the stream with
+three tenths of its length, it turns the text that follows; taken away, it turns it the other way.
 """
 
 # %%
@@ -101,8 +105,9 @@ print(mood, texts, sep="\n")
 # %% [markdown]
 """## And on
 
-In a notebook, `lm`, `run` and `mood` alone on a line show what they are; `run["` and `lm.sites.` are completed by the
-tab key; `hk.attention_view(run, 23)` draws the pattern that was captured above, where circuitsvis is installed.
+In a notebook, `lm`, `run` and `mood` alone on a line show what they are; `run["` and `lm.sites.`
+are completed by the tab key; `hk.attention_view(run, 23)` draws the pattern that was captured
+above, where circuitsvis is installed.
 """
 
 # %%

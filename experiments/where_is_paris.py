@@ -1,11 +1,12 @@
-"""Where does the model keep which city a landmark is in, and when does the last token come to know it?
+"""Where is a landmark's city in the model, and when does the last token come to know it?
 
-The subject's tokens are blurred with noise, so that the city is lost; then one clean state at a time is put back
-(causal tracing, Meng et al. 2022). It is answered if two places bring the city back: the MLPs early at the subject's
-last token, and attention late at the end of the prompt; and if the state of a landmark brings its own city with it.
-Each of the three is found if it brings back more than half.
+The subject's tokens are blurred with noise, so that the city is lost; then one clean state at a
+time is put back (causal tracing, Meng et al. 2022). It is answered if two places bring the city
+back: the MLPs early at the subject's last token, and attention late at the end of the prompt; and
+if the state of a landmark brings its own city with it. Each of the three is found if it brings back
+more than half.
 
-python -m experiments.where_is_paris        some minutes on two cores; writes results/where_is_paris/
+python -m experiments.where_is_paris    some minutes on two cores; writes results/where_is_paris/
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ SEED, SAMPLES, NOISE = 0, 10, 3.0  # draws of noise, in standard deviations of t
 PROMPT, SUBJECT, CITY = "The Eiffel Tower is located in the city of", "Eiffel Tower", " Paris"
 COUNT, WINDOW = 30, 5  # pairs of landmarks; blocks that are restored together
 TABLES = ("mlp_out", "attn_out", "swapped")  # those of which the answer is made
-QUESTION = "Where does the model keep which city a landmark is in, and when does the last token come to know it?"
+QUESTION = (
+    "Where does the model keep which city a landmark is in, and when does the last token come to "
+    "know it?"
+)
 
 
 def main() -> None:
@@ -69,8 +73,9 @@ def traced(lm: hk.LM, results: hk.Record) -> None:
         )
         best = means.loc[means["prob_delta"].idxmax()]
         results.text(
-            f"{site}: p({CITY!r}) is {hk.prob(CITY)(clean).item():.3f} clean and {best['prob_before']:.3f} blurred; "
-            f"the best place, block {int(best['layer'])} at {tokens[int(best['pos'])]}, makes it {best['prob']:.3f}."
+            f"{site}: p({CITY!r}) is {hk.prob(CITY)(clean).item():.3f} clean and "
+            f"{best['prob_before']:.3f} blurred; the best place, block {int(best['layer'])} at "
+            f"{tokens[int(best['pos'])]}, makes it {best['prob']:.3f}."
         )
 
 
@@ -105,8 +110,8 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
         verdicts.append(best["prob_effect"] > 0.5)
         where = "the subject's last token" if place == "subject" else "the end"
         parts.append(
-            f"{name} of {WINDOW} blocks at {where} bring back at most {best['prob_effect']:.2f} of the city, "
-            f"around block {int(best['layer'])}"
+            f"{name} of {WINDOW} blocks at {where} bring back at most {best['prob_effect']:.2f} of "
+            f"the city, around block {int(best['layer'])}"
         )
     swaps = tables["swapped"]
     stream: Any = swaps[swaps["site"] == "resid_post"].set_index("pos")
@@ -119,10 +124,11 @@ def answer(tables: Mapping[str, pd.DataFrame]) -> str:
     mean, low, high = (best[f"logit_diff_effect{end}"] for end in ("", "_low", "_high"))
     verdict = {0: "No", len(verdicts): "Yes"}.get(sum(verdicts), "In part")
     return (
-        f"{verdict}: {sum(verdicts)} of the three came out. After noise on one prompt (no interval), "
-        f"{' and '.join(parts)}. Another landmark's state at the subject's last token brings its city by at most "
-        f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] of the way, in block {int(best['layer'])} (n = {int(best['n'])}); the "
-        f"interval is above half in {_span(half['subject'])} there, and in {_span(half['end'])} at the end."
+        f"{verdict}: {sum(verdicts)} of the three came out. After noise on one prompt (no "
+        f"interval), {' and '.join(parts)}. Another landmark's state at the subject's last token "
+        f"brings its city by at most {mean:+.2f} [{low:+.2f}, {high:+.2f}] of the way, in block "
+        f"{int(best['layer'])} (n = {int(best['n'])}); the interval is above half in "
+        f"{_span(half['subject'])} there, and in {_span(half['end'])} at the end."
     )
 
 

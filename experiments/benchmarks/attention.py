@@ -1,10 +1,14 @@
-"""What does it cost to see one layer's attention pattern? At most that layer's attention, computed step by step.
+"""What does it cost to see one layer's attention pattern?
 
-A model runs with fused attention (sdpa), which never has the pattern. One layer's is told of by computing it beside.
-The model here is one block of SmolLM2's sizes, since in thirty the cost of one is lost in the noise; the limit is what
-the block's own step-by-step attention takes alone, with the queries, keys and values of this forward and its mask.
+At most that layer's attention, computed step by step.
 
-python -m experiments.benchmarks.attention        a minute on two cores; writes results/benchmarks_attention/
+A model runs with fused attention (sdpa), which never has the pattern. One layer's is told of by
+computing it beside. The model here is one block of SmolLM2's sizes, since in thirty the cost of one
+is lost in the noise; the limit is what the block's own step-by-step attention takes alone, with the
+queries, keys and values of this forward and its mask.
+
+python -m experiments.benchmarks.attention
+    a minute on two cores; writes results/benchmarks_attention/
 """
 
 import sys
@@ -36,7 +40,10 @@ def main() -> None:
     lm = hk.tiny("llama", config=SIZES)
     with hk.record("results/benchmarks_attention", title="What a pattern costs", lm=lm) as results:
         table = pd.concat([measured(lm, *shape) for shape in SHAPES], ignore_index=True)
-        caption = f"Medians of {ROUNDS} rounds in turn, {THREADS} threads. added_ms: to plain transformers, by round."
+        caption = (
+            f"Medians of {ROUNDS} rounds in turn, {THREADS} threads. added_ms: to plain "
+            "transformers, by round."
+        )
         results.table("attention", table, caption=caption)
     print(table.round(2).to_string(index=False))
 
@@ -60,7 +67,7 @@ def measured(lm: hk.LM, rows: int, width: int) -> pd.DataFrame:
 
 
 def alone(lm: hk.LM, ids: torch.Tensor) -> Any:
-    """The block's step-by-step attention, of its own modelling file, on what this forward gives it."""
+    """The block's step-by-step attention, from its modelling file, on this forward's inputs."""
     run = hk.forward(
         lm, ids, hk.capture([f"{name}.0" for name in ("q_rot", "k_rot", "v")]), logits=False
     )

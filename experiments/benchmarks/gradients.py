@@ -1,10 +1,11 @@
 """What does attribution cost? Beside one plain forward, and beside the same written by hand.
 
-All of resid_pre on the indirect-object prompt: the values and the gradient of the logit difference at 30 layers and 14
-positions. It is answered by ratios to a plain forward of the same round, the workloads in turn and in a new order each
-round, since the machine's speed drifts.
+All of resid_pre on the indirect-object prompt: the values and the gradient of the logit difference
+at 30 layers and 14 positions. It is answered by ratios to a plain forward of the same round, the
+workloads in turn and in a new order each round, since the machine's speed drifts.
 
-python -m experiments.benchmarks.gradients        2 minutes on two cores; writes results/benchmarks_gradients/
+python -m experiments.benchmarks.gradients
+    2 minutes on two cores; writes results/benchmarks_gradients/
 """
 
 import random
@@ -37,12 +38,15 @@ def main() -> None:
         same = float(
             (work["gradients"]().stack("resid_pre") - work["gradients by hand"]()[1]).abs().max()
         )
-        caption = f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio: to the plain forward, round by round."
+        caption = (
+            f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio: to the plain forward, round by "
+            "round."
+        )
         table = results.table("gradients", compared(work), caption=caption)
         ratios = table.set_index("workload")["ratio"]
         results.text(
-            f"hk.gradients and the backward by hand differ by {same:.1e} at most. Attribution takes "
-            f"{ratios['attribution']:.2f} plain forwards (aimed at: {GOAL} or less), "
+            f"hk.gradients and the backward by hand differ by {same:.1e} at most. Attribution "
+            f"takes {ratios['attribution']:.2f} plain forwards (aimed at: {GOAL} or less), "
             f"{ratios['attribution by hand']:.2f} by hand: a forward of each prompt and a backward."
         )
     print(table.round(2).to_string(index=False))

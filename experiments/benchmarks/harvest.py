@@ -1,15 +1,19 @@
-"""Does harvesting pay for its writing? Yes, if it is faster than the plain forwards over the same texts.
+"""Does harvesting pay for its writing?
 
-Layers 5, 15 and 25 of 30 are kept, for every token, in float32: the model runs no further than block 25, and what that
-saves has to pay for copies, shards, checksums and fsync. A plain forward computes all logits, as calling the model
-does; beside it stands the one that computes those of the last position only. The limit is the same forward with a hook
-by hand that stops behind block 25, of which nothing is kept.
+Yes, if it is faster than the plain forwards over the same texts.
 
-Rounds in turn, each in a new order, of some of the texts; and all 512 texts of 128 tokens once. One thread computes,
-and speeds are compared in seconds of the processor, all threads together: on a machine that others use too, those of
-the clock say more about the others.
+Layers 5, 15 and 25 of 30 are kept, for every token, in float32: the model runs no further than
+block 25, and what that saves has to pay for copies, shards, checksums and fsync. A plain forward
+computes all logits, as calling the model does; beside it stands the one that computes those of the
+last position only. The limit is the same forward with a hook by hand that stops behind block 25, of
+which nothing is kept.
 
-python -m experiments.benchmarks.harvest        half an hour on two cores; writes results/benchmarks_harvest/
+Rounds in turn, each in a new order, of some of the texts; and all 512 texts of 128 tokens once. One
+thread computes, and speeds are compared in seconds of the processor, all threads together: on a
+machine that others use too, those of the clock say more about the others.
+
+python -m experiments.benchmarks.harvest
+    half an hour on two cores; writes results/benchmarks_harvest/
 """
 
 import random
@@ -53,8 +57,9 @@ def main() -> None:
         chosen = ("plain forward, all logits", "harvest")
         once = compared({label: work[label] for label in chosen}, ids, 1, warm=False)
         caption = (
-            f"Medians of rounds, {THREADS} thread, batches of {BATCH}. speed: tokens a second of the processor, beside "
-            "the plain forward with all logits in the same round; by_clock: the same by the clock."
+            f"Medians of rounds, {THREADS} thread, batches of {BATCH}. speed: tokens a second of "
+            "the processor, beside the plain forward with all logits in the same round; by_clock: "
+            "the same by the clock."
         )
         table = results.table(
             "harvest", pd.concat([rounds, once], ignore_index=True), caption=caption
@@ -103,7 +108,7 @@ def compared(
     rounds: int,
     warm: bool = True,
 ) -> pd.DataFrame:
-    """How long each workload takes, and how its speed compares with the first one's in the same round."""
+    """Returns how long each workload takes, and its speed relative to the first one's, by round."""
     taken: dict[str, list[tuple[float, float]]] = {label: [] for label in work}
     for number in range(rounds + warm):
         for label in random.Random(number).sample(list(work), len(work)):
@@ -131,7 +136,7 @@ def compared(
 
 
 def costs(lm: hk.LM, folder: Path) -> pd.DataFrame:
-    """What is done beside the forwards: once, and for each shard of 128 MiB in a thread of its own."""
+    """The work beside the forwards: once, and for each shard of 128 MiB in a thread of its own."""
     values = {site: torch.randn(2**25 // 3 // 576, 576) for site in SITES}
     parts: Work = {
         "sha256 of the weights, once": lambda: weights_hash(lm),

@@ -1,11 +1,13 @@
-"""What does it cost to read every layer? The lens of all layers and positions, beside a forward and a lens by hand.
+"""What does it cost to read every layer?
 
-It is answered by ratios in one run, in turn and in a new order each round. By hand: hooks that keep 30 residual
-streams, the final norm and the head over all of them at once, and torch.topk: the least that the first five tokens of
-each can cost. hookkit's table has their probabilities, entropy and divergence too. Peak memory is that of a process of
-its own, over 8 x 128 tokens.
+The lens of all layers and positions, beside a forward and a lens by hand.
 
-python -m experiments.benchmarks.lenses        two minutes on two cores; writes results/benchmarks_lenses/
+It is answered by ratios in one run, in turn and in a new order each round. By hand: hooks that keep
+30 residual streams, the final norm and the head over all of them at once, and torch.topk: the least
+that the first five tokens of each can cost. hookkit's table has their probabilities, entropy and
+divergence too. Peak memory is that of a process of its own, over 8 x 128 tokens.
+
+python -m experiments.benchmarks.lenses  two minutes on two cores; writes results/benchmarks_lenses/
 """
 
 import json
@@ -42,7 +44,10 @@ def main() -> None:
         "direct_logits, heads": lambda: hk.direct_logits(run, " Mary", heads=True),
     }
     with hk.record("results/benchmarks_lenses", title="What a lens costs", lm=lm) as results:
-        caption = f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio and added_ms: to plain transformers, by round."
+        caption = (
+            f"Medians of {ROUNDS} rounds, {THREADS} threads. ratio and added_ms: to plain "
+            "transformers, by round."
+        )
         table = results.table("lenses", compared("15 tokens", work, ROUNDS), caption=caption)
         peaks = results.table(
             "memory", memory(), caption="Peak of 8 x 128 tokens beside the loaded model, MB."
@@ -68,7 +73,8 @@ def by_hand(model: Any, ids: torch.Tensor) -> Any:
 
 def memory() -> pd.DataFrame:
     words = [sys.executable, "-m", "experiments.benchmarks.lenses", "--peak"]
-    # glibc's own threshold moves, and with it a third of the peak, by chance; fixed, every tensor is given back at once
+    # glibc's own threshold moves by chance, and a third of the peak with it; where it is fixed,
+    # every tensor is freed at once
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     names = ("plain forward with logits", "logit_lens, all layers and positions, top 5")
     runs = [

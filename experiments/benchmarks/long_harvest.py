@@ -1,12 +1,16 @@
-"""Does a corpus of any length fit? Yes, if memory from a tenth of the way to the end stays the same to 5 %.
+"""Does a corpus of any length fit?
 
-Two million tokens of text from a generator, which are never in memory together: harvested, summed up by hk.statistics
-without a harvest, and read again from the disk, in order and shuffled. A random model of 3 blocks gives the numbers,
-since memory is what counts here and not what they are; the default model runs over a part of the text beside it.
-What is sampled, whenever a text or a batch is taken, is the memory of the whole process (RSS), and its own part of it,
-without pages of files that are mapped, which the system takes back when it needs them.
+Yes, if memory from a tenth of the way to the end stays the same to 5 %.
 
-python -m experiments.benchmarks.long_harvest        eleven minutes; writes results/benchmarks_long_harvest/
+Two million tokens of text from a generator, which are never in memory together: harvested, summed
+up by hk.statistics without a harvest, and read again from the disk, in order and shuffled. A random
+model of 3 blocks gives the numbers, since memory is what counts here and not what they are; the
+default model runs over a part of the text beside it. What is sampled, whenever a text or a batch is
+taken, is the memory of the whole process (RSS), and its own part of it, without pages of files that
+are mapped, which the system takes back when it needs them.
+
+python -m experiments.benchmarks.long_harvest
+    eleven minutes; writes results/benchmarks_long_harvest/
 """
 
 import random
@@ -69,9 +73,9 @@ def main() -> None:
 
 
 CAPTION = (
-    "rss_mb: the median from a tenth of the way to the end; rss_apart: the largest less the smallest there, as a part "
-    "of it; own_: without the pages of files that are mapped. constant: rss_apart, or own_apart for the shuffled pass, "
-    "which has all files open, is under 5 %."
+    "rss_mb: the median from a tenth of the way to the end; rss_apart: the largest less the "
+    "smallest there, as a part of it; own_: without the pages of files that are mapped. constant: "
+    "rss_apart, or own_apart for the shuffled pass, which has all files open, is under 5 %."
 )
 
 
@@ -156,7 +160,7 @@ def resident(word: str) -> float:
 
 
 def drawn(ways: list[Way]) -> Figure:
-    """Memory along the way, a panel for each pass: its own part, and all of it with mapped files."""
+    """Draws memory along the way, a panel per pass: its own part, and all with mapped files."""
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True).flatten()
     for panel, way in zip(axes, ways, strict=False):
@@ -182,7 +186,8 @@ def drawn(ways: list[Way]) -> Figure:
     axes[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="lower left")
     axes[0].set_ylim(bottom=0)
     figure.supxlabel(
-        "part of the texts, or batches, that were taken (the first tenth is grey and does not count)",
+        "part of the texts, or batches, that were taken (the first tenth is grey and does not "
+        "count)",
         size=9,
     )
     figure.supylabel("memory of the process (MB)", size=9)

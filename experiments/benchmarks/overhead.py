@@ -1,7 +1,8 @@
 """What do hooks cost? Each workload beside plain transformers and beside hooks written by hand.
 
-It is answered by ratios of medians in one run, the workloads in turn and in a new order each round: the machine's speed
-drifts, so that seconds of different runs do not compare. Peak memory is that of a process of its own.
+It is answered by ratios of medians in one run, the workloads in turn and in a new order each round:
+the machine's speed drifts, so that seconds of different runs do not compare. Peak memory is that of
+a process of its own.
 
 python -m experiments.benchmarks.overhead        10 minutes on two cores; writes results/benchmarks/
 """
@@ -41,7 +42,10 @@ def main() -> None:
     lm = hk.load(device="cpu")
     with hk.record("results/benchmarks", title="What hooks cost", lm=lm) as results:
         table = pd.concat([forwards(lm), generation(lm), tiny()], ignore_index=True)
-        caption = f"Medians, {THREADS} threads. ratio and added_ms: to plain transformers, round by round."
+        caption = (
+            f"Medians, {THREADS} threads. ratio and added_ms: to plain transformers, round by "
+            "round."
+        )
         results.table("overhead", table, caption=caption)
         peaks = results.table(
             "memory", memory(), caption="Peak of one forward over the loaded model."
@@ -170,9 +174,10 @@ def tiny() -> pd.DataFrame:
 
 
 def memory() -> pd.DataFrame:
-    """Peaks of a process each, and what is beyond the values kept, as a part of the plain forward's."""
+    """Returns the peak of each process, and its excess over the captures, relative to plain."""
     words = [sys.executable, "-m", "experiments.benchmarks.overhead", "--peak"]
-    # glibc's own threshold moves, and with it a third of the peak, by chance; fixed, every tensor is given back at once
+    # glibc's own threshold moves by chance, and a third of the peak with it; where it is fixed,
+    # every tensor is freed at once
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     runs = [
         subprocess.run([*words, each], env=settings, capture_output=True, text=True, check=True)

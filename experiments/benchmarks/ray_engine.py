@@ -1,13 +1,17 @@
-"""Does a harvest on Ray cost more than one in this process? No, if one actor is at most a tenth slower.
+"""Does a harvest on Ray cost more than one in this process?
 
-The texts and layers are those of the benchmark of harvesting: 512 texts of 128 tokens, layers 5, 15 and 25 of 30, in
-float32. One actor of one CPU stands beside one thread here; both are measured by the clock, since most of what Ray does
-is done by processes of its own. Ray runs before the first round, as it does on a cluster; an actor's start, with its
-imports and the model, is counted. Rounds in turn, each in a new order.
+No, if one actor is at most a tenth slower.
 
-More actors are set beside one actor: on as many cores as there are actors, twice as many should be near twice as fast.
+The texts and layers are those of the benchmark of harvesting: 512 texts of 128 tokens, layers 5, 15
+and 25 of 30, in float32. One actor of one CPU stands beside one thread here; both are measured by
+the clock, since most of what Ray does is done by processes of its own. Ray runs before the first
+round, as it does on a cluster; an actor's start, with its imports and the model, is counted. Rounds
+in turn, each in a new order.
 
-python -m experiments.benchmarks.ray_engine        an hour on two cores; writes results/benchmarks_ray/
+More actors are set beside one actor: on as many cores as there are actors, twice as many should be
+near twice as fast.
+
+python -m experiments.benchmarks.ray_engine    an hour on two cores; writes results/benchmarks_ray/
 """
 
 import argparse
@@ -62,9 +66,9 @@ def main() -> None:
             seconds = in_turn(workloads(lm, ids, Path(folder), actors), given.rounds)
             same = all(equal(Path(folder) / "here", Path(folder) / f"{count}") for count in actors)
             caption = (
-                f"{given.texts} texts of {WIDTH} tokens, medians of {given.rounds} rounds, {cores} cores. times: as "
-                f"long as in this process, in the same round; at most {LIMIT} is wanted of one actor. Files the same, "
-                f"byte for byte? {same}."
+                f"{given.texts} texts of {WIDTH} tokens, medians of {given.rounds} rounds, {cores} "
+                f"cores. times: as long as in this process, in the same round; at most {LIMIT} is "
+                f"wanted of one actor. Files the same, byte for byte? {same}."
             )
             table = results.table("ray", compared(seconds, given.texts * WIDTH), caption=caption)
     finally:

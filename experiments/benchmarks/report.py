@@ -1,10 +1,12 @@
 """What does a report cost beside the forwards that it needs?
 
-100 prompts and five edits need six forwards over all prompts. They are done bare, by plain transformers with the last
-logits only; with the hooks by hk.forward; and as a report with its figures, made and written. In turn, in a new order
-each round, behind one that warms up. It is answered by the ratio to the bare forwards, which should be at most 1.2.
+100 prompts and five edits need six forwards over all prompts. They are done bare, by plain
+transformers with the last logits only; with the hooks by hk.forward; and as a report with its
+figures, made and written. In turn, in a new order each round, behind one that warms up. It is
+answered by the ratio to the bare forwards, which should be at most 1.2.
 
-python -m experiments.benchmarks.report        five minutes on two cores; writes results/benchmarks_report/
+python -m experiments.benchmarks.report
+    five minutes on two cores; writes results/benchmarks_report/
 """
 
 import tempfile
@@ -17,7 +19,10 @@ import hookkit as hk
 from .overhead import THREADS, Work, compared
 
 ROUNDS, PROMPTS, WORDS = 3, 100, 24  # WORDS: tokens of a prompt, about
-TEXT = "The museum in the old town opens at nine and closes at five, and on the day before the holiday it is full of"
+TEXT = (
+    "The museum in the old town opens at nine and closes at five, and on the day before the "
+    "holiday it is full of"
+)
 
 
 def main() -> None:
@@ -26,8 +31,9 @@ def main() -> None:
     prompts = [lm.encode(f"{number}. {TEXT}")[:WORDS] for number in range(PROMPTS)]
     vector = torch.randn(576, generator=torch.Generator().manual_seed(0))
     edits = {
-        "force": hk.force(" tourists"), "boost": hk.boost(" visitors", by=3), "head": hk.ablate("z.23.3"),
-        "steer": hk.steer("resid_post.16", vector, scale=2), "block": hk.skip_block(17),
+        "force": hk.force(" tourists"), "boost": hk.boost(" visitors", by=3),
+        "head": hk.ablate("z.23.3"), "steer": hk.steer("resid_post.16", vector, scale=2),
+        "block": hk.skip_block(17),
     }  # fmt: skip
     with hk.record("results/benchmarks_report", title="What a report costs", lm=lm) as results:
         work: Work = {
@@ -38,7 +44,10 @@ def main() -> None:
             "shift_report": lambda: reported(lm, prompts, edits),
         }
         table = compared(f"{PROMPTS} prompts, {len(edits)} edits", work, ROUNDS)
-        caption = f"Medians, {THREADS} threads. ratio and added_ms: to plain transformers, round by round."
+        caption = (
+            f"Medians, {THREADS} threads. ratio and added_ms: to plain transformers, round by "
+            "round."
+        )
         results.table("report", table, caption=caption)
     print(table.to_string(index=False))
 

@@ -1,8 +1,11 @@
-"""What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what would fail first?
+"""What would a model of 70 billion parameters and a corpus of ten billion tokens take?
 
-Measured here: tokens a second, bytes of each site, what putting parts of a tensor together costs, what writing costs,
-what an actor of Ray costs. Assumed, and said so: what the devices of a cluster can do. The forecast is arithmetic on
-both, and the page says which number comes from where. It is answered by the slowest part of each plan.
+And what would fail first?
+
+Measured here: tokens a second, bytes of each site, what putting parts of a tensor together costs,
+what writing costs, what an actor of Ray costs. Assumed, and said so: what the devices of a cluster
+can do. The forecast is arithmetic on both, and the page says which number comes from where. It is
+answered by the slowest part of each plan.
 
 python -m experiments.benchmarks.scale        three minutes on two cores; writes results/scale/
 """
@@ -25,7 +28,10 @@ import hookkit as hk
 from hookkit.files.atomic import write_tensors
 from hookkit.models.tensor_parallel import Split
 
-QUESTION = "What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what fails first?"
+QUESTION = (
+    "What would a model of 70 billion parameters and a corpus of ten billion tokens take, and what "
+    "fails first?"
+)
 SHAPE: dict[str, Any] = {  # of Llama 3 70B
     "hidden_size": 8192,
     "num_hidden_layers": 80,
@@ -102,7 +108,7 @@ def computing(lm: hk.LM) -> dict[str, float]:
 
 
 def gathering() -> dict[str, float]:
-    """Putting one tensor together, on two processes over gloo: what it costs at all, and each byte."""
+    """Measures putting a tensor together on two processes over gloo: at all, and for each byte."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +218,7 @@ def sites(small: hk.LM, large: hk.LM) -> pd.DataFrame:
 
 
 def forecast(lm: hk.LM, found: dict[str, float]) -> pd.DataFrame:
-    """Hours of each part of the work, were it alone, for 8 and 64 GPUs; tensor parallelism within a node."""
+    """Returns the hours of each part of the work alone, on 8 and 64 GPUs."""
     weights = sum(weight.numel() for weight in lm.model.parameters())
     node, writer = (
         int(ASSUMED["GPUs of a node"]),
@@ -297,12 +303,11 @@ def plan(measured: pd.DataFrame, table: pd.DataFrame, found: dict[str, float]) -
 
 
 def sweeping() -> dict[str, float]:
-    """A sweep of every layer and position over a thousand prompts of a hundred tokens: layer-tokens, and GPU hours."""
+    """Returns layer-tokens and GPU hours of a sweep over 1,000 prompts of 100 tokens."""
     layers, width, prompts = SHAPE["num_hidden_layers"], 100, 1000
     naive = layers * width * prompts * layers * width
-    planned = (
-        naive / 4
-    )  # a cell starts at its layer and position: half of the layers, half of the positions
+    # A cell starts at its layer and position: half of the layers, half of the positions
+    planned = naive / 4
     flops = 2 * 70e9 / layers
     speed = ASSUMED["a GPU, bfloat16, FLOP/s"] * ASSUMED["share of it that a forward reaches"]
     return {

@@ -1,16 +1,20 @@
-"""What do sweeps cost? Beside loops and batches by hand, TransformerLens and nnsight, and beside the plan.
+"""What do sweeps cost?
 
-    a  the residual stream patched at every layer and position; nine of fourteen positions come before the first token
-       that differs
+Beside loops and batches by hand, TransformerLens and nnsight, and beside the plan.
+
+    a  the residual stream patched at every layer and position; nine of fourteen positions come
+       before the first token that differs
     b  the same with prompts that differ from the first token on
     c  each of 270 heads zeroed
 
-It is answered by ratios in one run: every way in turn and in a new order each round, each between two runs of
-hk.sweep. A way that takes long runs a part of the cells, drawn anew each round, and its seconds are scaled up. Every
-value is held against hk.sweep's, and the loop by hand runs all cells once. Other libraries run in environments of
-their own, made with pip at the first run; where that fails, the row says why.
+It is answered by ratios in one run: every way in turn and in a new order each round, each between
+two runs of hk.sweep. A way that takes long runs a part of the cells, drawn anew each round, and its
+seconds are scaled up. Every value is held against hk.sweep's, and the loop by hand runs all cells
+once. Other libraries run in environments of their own, made with pip at the first run; where that
+fails, the row says why.
 
-python -m experiments.benchmarks.sweeps        half an hour on two cores; writes results/benchmarks_sweeps/
+python -m experiments.benchmarks.sweeps
+    half an hour on two cores; writes results/benchmarks_sweeps/
 """
 
 import sys
@@ -29,10 +33,11 @@ from .against.workloads import workloads
 ROUNDS = 3
 THREADS = 2
 TEXT = (
-    f"Medians of {ROUNDS} rounds, {THREADS} threads. ran: the cells of a round; seconds are scaled up to all cells. "
-    "times: how much longer than hk.sweep, round by round, by the clock, and in seconds of the processor, which say "
-    "less about others on the machine. apart: the largest difference of a cell from hk.sweep's. by hand, one by one: "
-    "the loop of whole forwards; batched: the cells of a layer in one forward, logits at the last position only."
+    f"Medians of {ROUNDS} rounds, {THREADS} threads. ran: the cells of a round; seconds are scaled "
+    "up to all cells. times: how much longer than hk.sweep, round by round, by the clock, and in "
+    "seconds of the processor, which say less about others on the machine. apart: the largest "
+    "difference of a cell from hk.sweep's. by hand, one by one: the loop of whole forwards; "
+    "batched: the cells of a layer in one forward, logits at the last position only."
 )
 
 
@@ -53,7 +58,10 @@ def main() -> None:
         reached = results.table(
             "goals", goals(table, peaks), caption="What was aimed at, and what this run found."
         )
-        caption = "Patching every layer and position. loop_s_computed: a whole forward's seconds for each cell."
+        caption = (
+            "Patching every layer and position. loop_s_computed: a whole forward's seconds for "
+            "each cell."
+        )
         grown = results.table("growth", growing(lm), caption=caption)
         results.figure(
             "growth_figure",

@@ -1,4 +1,4 @@
-"""The same sweeps with plain transformers and hooks written by hand: a forward for each cell, or for each layer's."""
+"""The same sweeps with plain transformers and hooks by hand: one forward per cell or per layer."""
 
 from itertools import groupby
 from typing import Any

@@ -9,7 +9,7 @@ MEMORY = 2.0  # times the batch's by hand
 
 
 def goals(table: pd.DataFrame, peaks: pd.DataFrame) -> pd.DataFrame:
-    """One row for each goal: what was wanted, what was found by the clock and by the processor, and if it was met."""
+    """Returns one row per goal: its limit, the ratios in wall-clock and CPU time, whether met."""
     found = []
     for letter, whose, how, wanted in SPEED:
         rows = table[
@@ -26,6 +26,9 @@ def goals(table: pd.DataFrame, peaks: pd.DataFrame) -> pd.DataFrame:
     sweeps = peaks[peaks["run"] == "hk.sweep"]
     for column in ("ratio_process", "ratio_beside_model"):
         most = sweeps[column].max()
-        goal = f"memory under {MEMORY:g} times the batch's by hand, {column.removeprefix('ratio_').replace('_', ' ')}"
+        goal = (
+            f"memory under {MEMORY:g} times the batch's by hand, "
+            f"{column.removeprefix('ratio_').replace('_', ' ')}"
+        )
         found.append([goal, MEMORY, most, most, most < MEMORY])
     return pd.DataFrame(found, columns=["goal", "wanted", "found", "found_processor", "met"])

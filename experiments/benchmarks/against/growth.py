@@ -1,4 +1,7 @@
-"""Does a sweep's cost grow as its plan says? More prompts, longer prompts: seconds beside the plan's layer-tokens."""
+"""Does a sweep's cost grow as its plan says?
+
+The prompts become more and longer; seconds are set beside the layer-tokens of the plan.
+"""
 
 import statistics
 import time
@@ -26,8 +29,8 @@ NAMES = [
     " Sarah",
 ]
 BEFORE = (
-    "The museum opens at nine and closes at five. On Sundays it stays open until late in the evening. "
-    * 20
+    "The museum opens at nine and closes at five. On Sundays it stays open until late in the "
+    "evening. " * 20
 )
 COLOURS = dict(zip(WIDTHS, ("#4c72b0", "#1f9e89", "#e0522d"), strict=True))
 
@@ -35,7 +38,7 @@ COLOURS = dict(zip(WIDTHS, ("#4c72b0", "#1f9e89", "#e0522d"), strict=True))
 def growing(
     lm: hk.LM, counts: tuple[int, ...] = PAIRS, widths: tuple[int, ...] = WIDTHS
 ) -> pd.DataFrame:
-    """The residual stream patched at every layer and position, for each number and length of prompts."""
+    """Patches the residual stream at every layer and position, for each number and length."""
     found = []
     for width in widths:
         forward = one_forward(lm, width)
@@ -43,9 +46,10 @@ def growing(
             clean, corrupted, right, wrong = pairs(lm, count, width)
             started, used = time.perf_counter(), time.process_time()
             source = hk.forward(lm, clean, hk.capture("resid_pre"), logits=False)
-            hooks = lambda layer, pos, source=source: hk.patch(
-                hk.Site("resid_pre", layer), source, pos=pos
-            )  # noqa: E731
+
+            def hooks(layer: int, pos: int, source: hk.Run = source) -> hk.Hook:
+                return hk.patch(hk.Site("resid_pre", layer), source, pos=pos)
+
             given = (
                 lm,
                 corrupted,
@@ -78,7 +82,7 @@ def growing(
 def pairs(
     lm: hk.LM, count: int, width: int
 ) -> tuple[list[list[int]], list[list[int]], list[Any], list[Any]]:
-    """Prompts of so many tokens, a text before them; the corrupted ones have another name in the last clause."""
+    """Returns prompts of one width; the corrupted ones have another name in the last clause."""
     before, clean, corrupted, right, wrong = lm.encode(BEFORE), [], [], [], []
     for one, other in islice(permutations(NAMES, 2), count):
         for prompts, giver in ((clean, other), (corrupted, one)):
@@ -101,7 +105,7 @@ def one_forward(lm: hk.LM, width: int) -> float:
 
 
 def drawn(table: pd.DataFrame) -> Figure:
-    """Seconds against tokens that pass through a block: what the sweeps ran, and what a loop would run."""
+    """Draws seconds against the tokens that pass through a block, for the sweeps and for a loop."""
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.subplots()
     for width, part in table.groupby("tokens"):

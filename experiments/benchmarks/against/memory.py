@@ -1,4 +1,7 @@
-"""How much memory a sweep takes: the peak of a process of its own, over one plain forward, a batch by hand, a sweep."""
+"""How much memory does a sweep take?
+
+The peak of a process of its own for one plain forward, for a batch by hand, and for a sweep.
+"""
 
 import json
 import os
@@ -20,8 +23,9 @@ RUNS = ("one forward by hand", "batch by hand", "hk.sweep")
 
 
 def memory() -> pd.DataFrame:
-    """Peaks in MB, and how they compare with the batch by hand: of the process, and of what is beside the model."""
-    # glibc's own threshold moves, and with it a third of the peak, by chance; fixed, every tensor is given back at once
+    """Returns peaks in MB and their ratios to the batch by hand: in all, and beyond the model."""
+    # glibc's own threshold moves by chance, and a third of the peak with it; where it is fixed,
+    # every tensor is freed at once
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     found = []
     for letter in ("a", "b", "c"):

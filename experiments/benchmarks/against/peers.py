@@ -1,7 +1,7 @@
 """Other libraries, each in a virtual environment and a process of its own, asked a line at a time.
 
-The environments are made once, with pip, in the folder that HOOKKIT_PEERS names, or in the cache of hookkit. Where pip
-takes a build of torch for other machines, install torch there first.
+The environments are made once, with pip, in the folder that HOOKKIT_PEERS names, or in the cache of
+hookkit. Where pip takes a build of torch for other machines, install torch there first.
 """
 
 import json

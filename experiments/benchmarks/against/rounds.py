@@ -1,4 +1,7 @@
-"""Ways to sweep, in turn: each between two runs of hk.sweep, so that a drift of the machine's speed hits both."""
+"""Ways to sweep, in turn.
+
+Each way runs between two runs of hk.sweep, so that a drift of the machine's speed affects both.
+"""
 
 import random
 import statistics
@@ -47,7 +50,7 @@ class Way:
     apart: float = 0.0  # the largest difference of a cell from hk.sweep's
 
     def some(self, cells: Cells, draw: random.Random) -> Cells:
-        """The part of the cells that a round runs: whole layers, where those are what runs together."""
+        """The part of the cells that a round runs: whole layers, where those run together."""
         layers = sorted({layer for layer, _ in cells})
         if self.how == "one by one":
             return sorted(draw.sample(list(cells), max(1, len(cells) // PARTS[self.how])))
@@ -124,7 +127,7 @@ def _round(
     *,
     whole: bool = False,
 ) -> list[tuple[float, float]]:
-    """Every way once, in a new order; in the round that warms up, the loop by hand over `whole` of the cells."""
+    """Runs every way once, in a new order; a warm-up loop by hand runs `whole` of the cells."""
     ours = [_seconds(sweep())]
     for way in draw.sample(list(ways), len(ways)):
         some = cells if whole and way is ways[0] else way.some(cells, draw)

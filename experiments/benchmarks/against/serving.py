@@ -1,6 +1,9 @@
-"""What every way to sweep is asked and answers, and how a library in an environment of its own is asked: a line each.
+"""The task that every way to sweep gets, and the answer that it returns.
 
-A cell is (layer, position) where the stream of another prompt is patched in, and (layer, head) where a head is zeroed.
+A library in an environment of its own reads each task, and writes each answer, as one line.
+
+A cell is (layer, position) where the stream of another prompt is patched in, and (layer, head)
+where a head is zeroed.
 """
 
 import json
@@ -21,7 +24,7 @@ class Task(TypedDict):
 
 
 class Answer(TypedDict):
-    """[by the clock, of the processor] in seconds: what is patched in, and the cells; and the metric of each cell."""
+    """[wall-clock, CPU] seconds of the source and of the cells, and the metric of each cell."""
 
     source: tuple[float, float]
     cells: tuple[float, float]
