@@ -69,11 +69,8 @@ def causal_tracing(
     finite_number(noise, "noise", above=0.0, meaning="how many standard deviations are added,")
     if site in WHOLE_MODEL:
         raise BadHook(f"{site!r} is there once, and causal tracing restores a site layer by layer")
-    sites = {item.layer: item for item in lm.sites(site) if isinstance(item, Site)}
-    restored_layers = list(sites)
-    if layers is not None:
-        selected = lm.sites(site, layers=listed(layers, "layers"))
-        restored_layers = [item.layer for item in selected if isinstance(item, Site)]
+    sites = _sites_by_layer(lm, site, None)
+    restored_layers = list(_sites_by_layer(lm, site, layers))
     spans = [cover(lm, row, item) for row, item in zip(batch.rows, subjects, strict=True)]
     positions = grid_positions(batch.lengths, [site], pos)
     if positions is None:
@@ -104,6 +101,13 @@ def causal_tracing(
     table["prompt"], table["sample"] = table["row"] // samples, table["row"] % samples
     table.attrs["noise_std"] = noise_std
     return table
+
+
+def _sites_by_layer(lm: LM, name: str, layers: Iterable[int] | None) -> dict[int | None, Site]:
+    sites = lm.sites(name)
+    if layers is not None:
+        sites = lm.sites(name, layers=listed(layers, "layers"))
+    return {site.layer: site for site in sites if isinstance(site, Site)}
 
 
 def _check_subjects(subject: str | At | Sequence[str | At], count: int) -> list[At]:

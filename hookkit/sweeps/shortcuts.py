@@ -5,6 +5,7 @@ that gives other logits, or that fails, is not used, and the reason is stored.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -262,29 +263,33 @@ def _inspect_blocks(lm: LM, inputs: SweepInputs) -> tuple[dict[tuple[int, Path],
 
     The blocks are inspected with batches of two and of three rows, with and without a cache.
     """
-    blocks = {}
-    for layer in range(lm.n_layers):
-        blocks[layer] = lm.submodule(lm.family.block.format(layer=layer))
-    lengths: dict[tuple[int, Path], tuple[set[int], set[int]]] = {}  # of axis 0
-    kinds: list[int] = []
-    for turn, count in enumerate((2, 3)):
-        for cached in (False, True):
-            recorder = _ShapeRecorder(lm, blocks)
-            try:
-                _run_trial(recorder, lm, inputs, range(count), cached=cached)
-            except Exception:
-                if not cached:
-                    raise
-            for path, shape in recorder.inputs.items():
-                lengths.setdefault(path, (set(), set()))[turn].add(shape[0] if shape else 0)
-            if not kinds:
-                kinds = [recorder.kinds[layer] for layer in blocks]
+    of_two, kinds = _lengths_of_axis_0(lm, inputs, 2)
+    of_three, _ = _lengths_of_axis_0(lm, inputs, 3)
     factors = {}
-    for path, (of_two, of_three) in lengths.items():
-        factor = _row_factor(of_two, of_three) if of_two and of_three else None
+    for path in of_two.keys() & of_three.keys():
+        factor = _row_factor(of_two[path], of_three[path])
         if factor is not None:
             factors[path] = factor
     return factors, kinds
+
+
+def _lengths_of_axis_0(
+    lm: LM, inputs: SweepInputs, count: int
+) -> tuple[dict[tuple[int, Path], set[int]], list[int]]:
+    """Returns the lengths of axis 0 of all inputs of the blocks, with `count` rows, and what the
+    blocks return."""
+    blocks = {}
+    for layer in range(lm.n_layers):
+        blocks[layer] = lm.submodule(lm.family.block.format(layer=layer))
+    plain, cached = _ShapeRecorder(lm, blocks), _ShapeRecorder(lm, blocks)
+    _run_trial(plain, lm, inputs, range(count))
+    with suppress(Exception):  # a model that takes no cache runs without one
+        _run_trial(cached, lm, inputs, range(count), cached=True)
+    lengths: dict[tuple[int, Path], set[int]] = {}
+    for recorder in (plain, cached):
+        for path, shape in recorder.inputs.items():
+            lengths.setdefault(path, set()).add(shape[0] if shape else 0)
+    return lengths, [plain.kinds[layer] for layer in blocks]
 
 
 def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
