@@ -257,7 +257,8 @@ def sweep(
     Values equal those of a forward up to rounding, because `memory` decides what runs together.
     With the same memory and machine, a sweep that was killed and continues returns the same table
     to the bit; if memory ran out in between, the last digits may differ. An edit that did nothing
-    raises `NeverFired`.
+    raises `NeverFired`. Positions after the metric's do not run where they cannot matter, so an
+    edit that could not be made there, such as a `restrict` without a token left, raises nothing.
 
     >>> hooks = lambda layer: ablate(Site("attn_out", layer))
     >>> table = sweep(lm, prompt, {"layer": range(30)}, hooks, prob(" coffee"))
