@@ -1,10 +1,8 @@
-"""Laws of a model that is only looked at.
+"""hk.prove: checks on a model that hookkit keeps its laws.
 
-Laws of a model that is edited.
-
-Laws of a model that reads batches and writes.
-
-hk.prove: every law, tried on a model.
+The laws come in three groups: a model that is only observed, a model that is edited, and a model
+that reads batches and generates. The function of a law yields a `Finding` for every site that it
+checks. `LAWS` lists the laws, and `prove` runs them all.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,342 +25,343 @@ from ..models.sites import AXES, LOGITS, SQUARE, Site
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
-from .study import Finding, Law, Study, apart, compared, law, of_each_kind, some_prompts
+from .study import (
+    Finding,
+    Law,
+    Study,
+    default_prompts,
+    law,
+    relative_difference,
+    representative_layers,
+    site_difference,
+)
+
+OUTPUTS = (("z", "attn_out"), ("mlp_post", "mlp_out"))  # a projection's input, and its output
+
+
+def _bitwise_difference(actual: Tensor, expected: Tensor) -> float:
+    """Returns 0 if the tensors are equal bit for bit, else their relative difference."""
+    if torch.equal(actual, expected):
+        return 0.0
+    return relative_difference(actual, expected)
+
+
+# A model that is only observed.
 
 
 @law("nothing", "logits")
-def _nothing(study: Study) -> Iterator[Finding]:
-    """Without hooks, logits are those of plain transformers, to the bit."""
+def _no_hooks(study: Study) -> Iterator[Finding]:
+    """Without hooks, the logits equal those of plain transformers, bit for bit."""
     batch = as_batch(study.lm, study.prompts)
     with torch.no_grad():
         expected = study.lm.model(**batch.inputs(study.lm), use_cache=False).logits
-    found = study.plain.logits
-    same = [
-        torch.equal(found[row, :length], expected[row, :length])
-        for row, length in enumerate(batch.lengths)
-    ]
-    worst = max(
-        apart(found[row, :length], expected[row, :length])
-        for row, length in enumerate(batch.lengths)
-    )
-    yield Finding("logits", worst if not all(same) else 0.0, 0.0)
+    actual = study.plain_run.logits
+    differences: list[float] = []
+    all_equal = True
+    for row, length in enumerate(batch.lengths):
+        actual_row, expected_row = actual[row, :length], expected[row, :length]
+        all_equal = all_equal and torch.equal(actual_row, expected_row)
+        differences.append(relative_difference(actual_row, expected_row))
+    yield Finding("logits", 0.0 if all_equal else max(differences), 0.0)
 
 
 @law("looking", "logits")
-def _looking(study: Study) -> Iterator[Finding]:
-    """Capturing every site changes nothing, to the bit."""
-    same = torch.equal(study.run.logits, study.plain.logits)
-    yield Finding("logits", 0.0 if same else apart(study.run.logits, study.plain.logits), 0.0)
+def _captures(study: Study) -> Iterator[Finding]:
+    """Capturing every site does not change the logits, bit for bit."""
+    yield Finding("logits", _bitwise_difference(study.run.logits, study.plain_run.logits), 0.0)
 
 
 @law("sum", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-def _sum(study: Study) -> Iterator[Finding]:
-    """What attention and the MLP add to the stream that enters a block is the stream that leaves it."""
+def _residual_sum(study: Study) -> Iterator[Finding]:
+    """resid_pre + attn_out + mlp_out is resid_post, and resid_pre + attn_out is resid_mid."""
     run = study.run
-    for layer in study.having("attn_out", "mlp_out"):
+    for layer in study.layers_with("attn_out", "mlp_out"):
         total = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"] + run[f"mlp_out.{layer}"]
-        difference = apart(total, run[f"resid_post.{layer}"])
+        difference = relative_difference(total, run[f"resid_post.{layer}"])
         for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
-            yield Finding(name, difference, study.limit)
-    for layer in study.having("attn_out", "resid_mid"):
+            yield Finding(name, difference, study.tolerance)
+    for layer in study.layers_with("attn_out", "resid_mid"):
         middle = run[f"resid_pre.{layer}"] + run[f"attn_out.{layer}"]
-        yield Finding("resid_mid", apart(middle, run[f"resid_mid.{layer}"]), study.limit)
+        difference = relative_difference(middle, run[f"resid_mid.{layer}"])
+        yield Finding("resid_mid", difference, study.tolerance)
 
 
 @law("projection", "z", "mlp_post")
-def _projection(study: Study) -> Iterator[Finding]:
-    """z and the MLP's neurons, through the projection behind them, give what is added to the stream."""
-    for name, added in (("z", "attn_out"), ("mlp_post", "mlp_out")):
-        for layer in study.having(name, added):
-            source, target = Site(name, layer), Site(added, layer)
+def _output_projection(study: Study) -> Iterator[Finding]:
+    """The output projection of z is attn_out, and that of mlp_post is mlp_out."""
+    for name, output_name in OUTPUTS:
+        for layer in study.layers_with(name, output_name):
+            source, target = Site(name, layer), Site(output_name, layer)
             values = study.run[source]
-            values = values.flatten(2) if name == "z" else values
-            for row, length in enumerate(
-                study.run.lengths
-            ):  # a row is padded with zeros, which a bias moves
-                written = study.written(values[row : row + 1, :length], source, target)
-                yield Finding(
-                    name, apart(written, study.run[target][row : row + 1, :length]), study.limit
-                )
+            if name == "z":
+                values = values.flatten(2)
+            # Each row by itself: padding is zero, and a bias would change it.
+            for row, length in enumerate(study.run.lengths):
+                projected = study.project_to_stream(values[row : row + 1, :length], source, target)
+                expected = study.run[target][row : row + 1, :length]
+                yield Finding(name, relative_difference(projected, expected), study.tolerance)
 
 
 @law("unembedding", "final_norm")
 def _unembedding(study: Study) -> Iterator[Finding]:
-    """The head, given what final_norm has, gives what lm_head has."""
+    """The unembedding of final_norm is lm_head."""
     if {"final_norm", "lm_head"} <= set(study.lm.layout.names):
         head = study.lm.submodule(study.lm.place(Site("lm_head")).path)
         for row, length in enumerate(study.run.lengths):
             with torch.no_grad():
-                found = head(study.run["final_norm"][row : row + 1, :length])
+                actual = head(study.run["final_norm"][row : row + 1, :length])
             expected = study.run["lm_head"][row : row + 1, :length]
-            yield Finding("final_norm", apart(found.float(), expected.float()), study.limit)
+            difference = relative_difference(actual.float(), expected.float())
+            yield Finding("final_norm", difference, study.tolerance)
 
 
 @law("pattern", "pattern")
-def _pattern(study: Study) -> Iterator[Finding]:
-    """A query's pattern sums to 1, or to less where a sink takes a part, and no query sees a later key."""
-    for layer in study.having("pattern"):
+def _attention_pattern(study: Study) -> Iterator[Finding]:
+    """A pattern sums to 1 (to less with an attention sink) and is 0 at keys after the query."""
+    for layer in study.layers_with("pattern"):
         pattern = study.run[f"pattern.{layer}"].float()
-        later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1)[
-            : pattern.shape[-2], : pattern.shape[-1]
-        ]
-        yield Finding(
-            "pattern", float(pattern.masked_select(later.to(pattern.device)).abs().sum()), 0.0
-        )
-        sums = pattern.sum(-1).cpu()[study.run.mask.cpu()[:, None].expand(-1, pattern.shape[1], -1)]
-        yield Finding("pattern", max(0.0, float(sums.max()) - 1), study.limit)
+        is_later = torch.ones(pattern.shape[-2:], dtype=torch.bool).triu(1).to(pattern.device)
+        yield Finding("pattern", float(pattern.masked_select(is_later).abs().sum()), 0.0)
+        is_text = study.run.mask.cpu()[:, None].expand(-1, pattern.shape[1], -1)
+        sums = pattern.sum(-1).cpu()[is_text]
+        yield Finding("pattern", max(0.0, float(sums.max()) - 1), study.tolerance)
         yield Finding("pattern", float(sums.min()), 0.0, at_least=True)
 
 
-REACHES = 1e-6  # of the largest logit: what an edit has to change at least
+# A model that is edited.
+
+MIN_CHANGE = 1e-6  # the smallest change of the logits by an edit, as a fraction of the largest one
 STEERED = tuple(name for name in AXES if name not in SQUARE and name != "experts")
 
 
 @law("identity", *AXES)
-def _identity(study: Study) -> Iterator[Finding]:
-    """A run patched with its own values is the same run, to the bit."""
-    study = study.few
+def _patch_with_itself(study: Study) -> Iterator[Finding]:
+    """Patching a run with its own values does not change it, bit for bit."""
+    study = study.without_first_prompt
     for site in study.sites:
-        found = study.logits(patch(site, study.run))
-        same = torch.equal(found, study.plain.logits)
-        yield Finding(site.name, 0.0 if same else apart(found, study.plain.logits), 0.0)
+        patched = study.logits(patch(site, study.run))
+        yield Finding(site.name, _bitwise_difference(patched, study.plain_run.logits), 0.0)
 
 
 @law("reaches", *AXES)
-def _reaches(study: Study) -> Iterator[Finding]:
-    """Zeroing a site changes the output (halving scores; for chosen experts, the next ones)."""
-    study = study.few
+def _edit_has_effect(study: Study) -> Iterator[Finding]:
+    """Zeroing a site changes the logits. Scores are halved; experts are replaced by the next."""
+    study = study.without_first_prompt
     for site in study.sites:
-        change: Hook = ablate(site)
+        hook: Hook = ablate(site)
         if site.name == "scores":
-            change = scale(site, 0.5)
+            hook = scale(site, 0.5)
         elif site.name == "experts":
-            experts = study.lm.sizes["expert"] or 2
-            change = edit(site, lambda chosen, experts=experts: (chosen + 1) % experts)
-        yield Finding(
-            site.name, apart(study.logits(change), study.plain.logits), REACHES, at_least=True
-        )
+            n_experts = study.lm.sizes["expert"] or 2
+            hook = edit(site, lambda indices, count=n_experts: (indices + 1) % count)
+        difference = relative_difference(study.logits(hook), study.plain_run.logits)
+        yield Finding(site.name, difference, MIN_CHANGE, at_least=True)
 
 
 @law("there and back", *STEERED)
-def _back(study: Study) -> Iterator[Finding]:
-    """Steered by a vector and by its opposite, a model says what it said."""
-    study = study.few
+def _opposite_vectors(study: Study) -> Iterator[Finding]:
+    """Steering by a vector and by its opposite gives the original logits."""
+    study = study.without_first_prompt
     for site in study.sites:
         if site.name in STEERED:
-            vector = study.vector(site)
-            found = study.logits(steer(site, vector), steer(site, -vector))
-            yield Finding(site.name, apart(found, study.plain.logits), 5 * study.limit)
+            vector = study.random_vector(site)
+            actual = study.logits(steer(site, vector), steer(site, -vector))
+            difference = relative_difference(actual, study.plain_run.logits)
+            yield Finding(site.name, difference, 5 * study.tolerance)
 
 
 @law("one stream", "attn_out", "mlp_out", "resid_post")
-def _one_stream(study: Study) -> Iterator[Finding]:
-    """A vector added to what attention or the MLP gives is a vector added to the stream behind it."""
-    study = study.few
-
-    def same(first: Site, second: Site) -> Finding:
-        vector = study.vector(Site("resid_post", first.layer))
-        found, expected = study.logits(steer(first, vector)), study.logits(steer(second, vector))
-        return Finding(first.name, apart(found, expected), 5 * study.limit)
-
-    for layer in study.having("attn_out", "resid_mid"):
-        yield same(Site("attn_out", layer), Site("resid_mid", layer))
-    for layer in study.having("mlp_out"):
-        yield same(Site("mlp_out", layer), Site("resid_post", layer))
-        if "resid_mid" not in study.lm.layout.names and study.having("attn_out"):
-            yield same(Site("attn_out", layer), Site("resid_post", layer))
+def _steered_stream(study: Study) -> Iterator[Finding]:
+    """Steering attn_out or mlp_out is the same as steering the residual stream after it."""
+    study = study.without_first_prompt
+    pairs: list[tuple[Site, Site]] = []
+    for layer in study.layers_with("attn_out", "resid_mid"):
+        pairs.append((Site("attn_out", layer), Site("resid_mid", layer)))
+    for layer in study.layers_with("mlp_out"):
+        pairs.append((Site("mlp_out", layer), Site("resid_post", layer)))
+        if "resid_mid" not in study.lm.layout.names and study.layers_with("attn_out"):
+            pairs.append((Site("attn_out", layer), Site("resid_post", layer)))
     for layer in range(study.lm.n_layers - 1):
         if layer in study.layers:
-            yield same(Site("resid_post", layer), Site("resid_pre", layer + 1))
+            pairs.append((Site("resid_post", layer), Site("resid_pre", layer + 1)))
+    for first, second in pairs:
+        vector = study.random_vector(Site("resid_post", first.layer))
+        actual, expected = study.logits(steer(first, vector)), study.logits(steer(second, vector))
+        yield Finding(first.name, relative_difference(actual, expected), 5 * study.tolerance)
 
 
 @law("all heads", "z", "mlp_post")
 def _all_heads(study: Study) -> Iterator[Finding]:
-    """Zeroing every head, or every neuron, leaves of what is added to the stream what a projection makes of zero."""
-    study = study.few
-    for name, added in (("z", "attn_out"), ("mlp_post", "mlp_out")):
-        for layer in study.having(name, added):
-            source, target = Site(name, layer), Site(added, layer)
-            values = study.run[source]
-            nothing = torch.zeros_like(values.flatten(2) if name == "z" else values)[:1, :1]
-            rest = study.written(nothing, source, target)[0, 0]
-            heads = values.shape[2] if name == "z" else 0
-            off = (
-                [ablate([Site(name, layer, head) for head in range(heads)])]
-                if heads
-                else [ablate(source)]
-            )
-            expected = study.logits(ablate(target, to=rest))
-            yield Finding(name, apart(study.logits(*off), expected), 5 * study.limit)
+    """Zeroing all heads, or all neurons, leaves only the projection of zero: its bias."""
+    study = study.without_first_prompt
+    for name, output_name in OUTPUTS:
+        for layer in study.layers_with(name, output_name):
+            source, target = Site(name, layer), Site(output_name, layer)
+            values, sites = study.run[source], [source]
+            if name == "z":
+                sites = [Site(name, layer, head) for head in range(values.shape[2])]
+                values = values.flatten(2)
+            bias = study.project_to_stream(torch.zeros_like(values)[:1, :1], source, target)[0, 0]
+            expected = study.logits(ablate(target, to=bias))
+            difference = relative_difference(study.logits(ablate(sites)), expected)
+            yield Finding(name, difference, 5 * study.tolerance)
 
 
 @law("one head", "pattern")
 def _one_head(study: Study) -> Iterator[Finding]:
-    """Zeroing one head's pattern is zeroing its z."""
-    study = study.few
-    for layer in study.having("pattern", "z"):
-        found = study.logits(ablate(Site("pattern", layer, 1)))
+    """Zeroing the pattern of a head is the same as zeroing its z."""
+    study = study.without_first_prompt
+    for layer in study.layers_with("pattern", "z"):
+        actual = study.logits(ablate(Site("pattern", layer, 1)))
         expected = study.logits(ablate(Site("z", layer, 1)))
-        yield Finding("pattern", apart(found, expected), 5 * study.limit)
+        yield Finding("pattern", relative_difference(actual, expected), 5 * study.tolerance)
 
 
-NEW = 3  # tokens that are generated
-READ = 10  # times the limit: what reading in another shape may cost, since a pattern makes much of little
-BY_ROW = tuple(
-    name for name in AXES if name != "experts"
-)  # a tie may fall either way; their weights are compared
-WRITTEN = tuple(
-    name for name in BY_ROW if name not in LOGITS
-)  # generate asks these for a prompt's last position only
-EDITED_WRITING = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
+# A model that reads batches and generates.
+
+GENERATION = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+# Inputs of another shape cost accuracy, which a pattern amplifies: so many times the tolerance.
+SHAPE_FACTOR = 10
+# A tie between experts may be resolved either way; expert_weights are compared instead.
+BY_ROW = tuple(name for name in AXES if name != "experts")
+# generate computes the other sites at the last position of the prompt only.
+GENERATED_SITES = tuple(name for name in BY_ROW if name not in LOGITS)
+CACHED_EDITS = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
 
 
 @law("batch", *BY_ROW)
-def _batch(study: Study) -> Iterator[Finding]:
-    """A row alone is the row in a batch, padded on the right or on the left, at every site."""
+def _padded_batch(study: Study) -> Iterator[Finding]:
+    """A row has the same values alone and in a batch padded on the right or left, at every site."""
     sites = study.sites
-    left = {"input_ids": [], "attention_mask": []}
     rows = as_batch(study.lm, study.prompts).rows
-    width = max(map(len, rows))
-    for row in rows:
-        left["input_ids"].append([0] * (width - len(row)) + list(row))
-        left["attention_mask"].append([0] * (width - len(row)) + [1] * len(row))
-    padded_left = _left(study, left, sites)
+    left_padded = _left_padded_values(study, rows)
     for number, row in enumerate(rows):
         alone = forward(study.lm, [list(row)], capture(sites))
         for site in sites:
             if site.name not in BY_ROW:
                 continue
             expected = alone.captured(site).by_place[0]
-            for together in (study.run[site], padded_left[site]):
-                whole_square = site.name in SQUARE
-                found = (together.transpose(1, 2) if whole_square else together)[
-                    number, : expected.shape[0]
-                ]
-                yield Finding(site.name, compared(site, found, expected), READ * study.limit)
+            for batch_values in (study.run[site], left_padded[site]):
+                if site.name in SQUARE:
+                    batch_values = batch_values.transpose(1, 2)
+                actual = batch_values[number, : expected.shape[0]]
+                difference = site_difference(site, actual, expected)
+                yield Finding(site.name, difference, SHAPE_FACTOR * study.tolerance)
 
 
-def _left(study: Study, batch: dict[str, list[list[int]]], sites: list[Site]) -> dict[Site, Tensor]:
-    """What a forward by plain transformers of a batch padded on the left has at every site."""
-    ids, mask = (
-        torch.tensor(batch[name], device=study.lm.device)
-        for name in ("input_ids", "attention_mask")
-    )
-    given = {"input_ids": ids, "attention_mask": mask}
+def _left_padded_values(study: Study, rows: Iterable[Iterable[int]]) -> dict[Site, Tensor]:
+    """Returns the captured values of a left-padded batch in a call of the plain model."""
+    token_rows = [list(row) for row in rows]
+    width = max(map(len, token_rows))
+    ids = [[0] * (width - len(row)) + row for row in token_rows]
+    attended = [[0] * (width - len(row)) + [1] * len(row) for row in token_rows]
+    mask = torch.tensor(attended, device=study.lm.device)
+    inputs = {"input_ids": torch.tensor(ids, device=study.lm.device), "attention_mask": mask}
     if "position_ids" in study.lm.takes:
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    with attach(study.lm, capture(sites)) as manager, torch.no_grad():
-        study.lm.model(**given, use_cache=False)
-    return {site: manager[site] for site in sites}
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with attach(study.lm, capture(study.sites)) as manager, torch.no_grad():
+        study.lm.model(**inputs, use_cache=False)
+    return {site: manager[site] for site in study.sites}
 
 
-@law("writing", *WRITTEN, "logits")
-def _writing(study: Study) -> Iterator[Finding]:
-    """While generating, with the cache, every site has what a forward over the whole text has there."""
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    written = generate(study.lm, study.prompts, capture(study.sites), **settings)
-    for row, length in enumerate(written.lengths):
-        text = forward(study.lm, [written.tokens[row, : length - 1].tolist()], capture(study.sites))
+@law("writing", *GENERATED_SITES, "logits")
+def _generated_values(study: Study) -> Iterator[Finding]:
+    """With the cache, generation has the values of a forward pass over the text, at every site."""
+    limit = SHAPE_FACTOR * study.tolerance
+    generated = generate(study.lm, study.prompts, capture(study.sites), **GENERATION)
+    for row, length in enumerate(generated.lengths):
+        ids = generated.tokens[row, : length - 1].tolist()
+        alone = forward(study.lm, [ids], capture(study.sites))
         for site in study.sites:
-            if site.name not in WRITTEN:
+            if site.name not in GENERATED_SITES:
                 continue
-            expected = text.captured(site).by_place[0]
-            found = written.captured(site).by_place[row, : expected.shape[0]]
-            yield Finding(site.name, compared(site, found, expected), READ * study.limit)
-        start = written.prompt_lengths[row] - 1
-        yield Finding(
-            "logits", apart(written.logits[row], text.logits[0, start:]), READ * study.limit
-        )
+            expected = alone.captured(site).by_place[0]
+            actual = generated.captured(site).by_place[row, : expected.shape[0]]
+            yield Finding(site.name, site_difference(site, actual, expected), limit)
+        start = generated.prompt_lengths[row] - 1
+        difference = relative_difference(generated.logits[row], alone.logits[0, start:])
+        yield Finding("logits", difference, limit)
 
 
-@law("without cache", *EDITED_WRITING)
-def _without_cache(study: Study) -> Iterator[Finding]:
-    """An edit of the prompt, of what is written, or of k and v gives the same logits with the cache and without."""
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+@law("without cache", *CACHED_EDITS)
+def _edit_without_cache(study: Study) -> Iterator[Finding]:
+    """An edit of the prompt and the new text gives the same logits with and without the cache."""
     layer = study.layers[len(study.layers) // 2]
-    for name in EDITED_WRITING:
+    for name in CACHED_EDITS:
         if name in study.lm.layout.names and study.lm.layout.find(name, layer):
-            edits = [scale(Site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
-            found = generate(study.lm, study.prompts, *edits, use_cache=True, **settings)
-            expected = generate(study.lm, study.prompts, *edits, use_cache=False, **settings)
-            real = torch.arange(found.logits.shape[-1]) != 0
-            yield Finding(
-                name, apart(found.logits[..., real], expected.logits[..., real]), 5 * study.limit
+            hooks = [scale(Site(name, layer), 1.5, pos=slice(0, -1)), ban(0)]
+            cached = generate(study.lm, study.prompts, *hooks, use_cache=True, **GENERATION)
+            uncached = generate(study.lm, study.prompts, *hooks, use_cache=False, **GENERATION)
+            is_finite = torch.arange(cached.logits.shape[-1]) != 0  # token 0 is banned
+            difference = relative_difference(
+                cached.logits[..., is_finite], uncached.logits[..., is_finite]
             )
+            yield Finding(name, difference, 5 * study.tolerance)
 
 
 @law("rows", "resid_post")
-def _rows(study: Study) -> Iterator[Finding]:
-    """Rows with different hooks in one batch are single runs."""
-    layer = study.layers[len(study.layers) // 2]
-    site = Site("resid_post", layer)
-    vector = study.vector(site)
-    edits: list[Callable[[int], Hook]] = [
+def _hooks_by_row(study: Study) -> Iterator[Finding]:
+    """Rows with different hooks in one batch have the logits of single runs."""
+    site = Site("resid_post", study.layers[len(study.layers) // 2])
+    vector = study.random_vector(site)
+    makers: list[Callable[[int], Hook]] = [
         lambda row: steer(site, vector, rows=row, pos=-1),
         lambda row: ablate(site, rows=row, pos=0),
         lambda row: force(5, rows=row),
     ]
-    together = study.logits(*(make(row) for row, make in enumerate(edits)))
-    for row, make in enumerate(edits):
-        length = study.plain.lengths[row]
-        alone = forward(study.lm, [study.plain.tokens[row, :length].tolist()], make(0))
-        yield Finding("resid_post", apart(together[row, :length], alone.logits[0]), 3 * study.limit)
+    batch_logits = study.logits(*(make(row) for row, make in enumerate(makers)))
+    for row, make in enumerate(makers):
+        length = study.plain_run.lengths[row]
+        alone = forward(study.lm, [study.plain_run.tokens[row, :length].tolist()], make(0))
+        difference = relative_difference(batch_logits[row, :length], alone.logits[0])
+        yield Finding("resid_post", difference, 3 * study.tolerance)
 
 
 @law("left as found")
-def _left_as_found(study: Study) -> Iterator[Finding]:
-    """After a return and after an exception the model has the hooks and attributes that it had."""
+def _model_is_restored(study: Study) -> Iterator[Finding]:
+    """After an exception the model has the hooks and attributes that it had before."""
 
-    class Ended(Exception):
+    class Stop(Exception):
         pass
 
-    def end(values: Tensor) -> Tensor:
-        raise Ended
+    def stop(values: Tensor) -> Tensor:
+        raise Stop
 
-    before = _belongings(study.lm)
-    with suppress(Ended):
-        study.logits(capture(study.sites), edit(Site("resid_post", study.layers[-1]), end))
-    yield Finding("", float(_belongings(study.lm) != before), 0.0)
+    before = _module_state(study.lm)
+    with suppress(Stop):
+        study.logits(capture(study.sites), edit(Site("resid_post", study.layers[-1]), stop))
+    yield Finding("", float(_module_state(study.lm) != before), 0.0)
 
 
-def _belongings(lm: LM) -> list[tuple[int, ...]]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return [
-        (*(len(getattr(module, kind)) for kind in kinds), *sorted(map(hash, module.__dict__)))
-        for module in lm.root.modules()
-    ]
+def _module_state(lm: LM) -> list[tuple[int, ...]]:
+    """Returns the number of hooks and the names of the attributes (hashed) of every module."""
+    states: list[tuple[int, ...]] = []
+    for module in lm.root.modules():
+        n_hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
+        states.append((*n_hooks, *sorted(map(hash, module.__dict__))))
+    return states
 
 
 LAWS: list[Law] = [
-    _nothing,
-    _looking,
-    _sum,
-    _projection,
+    _no_hooks,
+    _captures,
+    _residual_sum,
+    _output_projection,
     _unembedding,
-    _pattern,
-    _identity,
-    _reaches,
-    _back,
-    _one_stream,
+    _attention_pattern,
+    _patch_with_itself,
+    _edit_has_effect,
+    _opposite_vectors,
+    _steered_stream,
     _all_heads,
     _one_head,
-    _batch,
-    _writing,
-    _without_cache,
-    _rows,
-    _left_as_found,
+    _padded_batch,
+    _generated_values,
+    _edit_without_cache,
+    _hooks_by_row,
+    _model_is_restored,
 ]
-UNTRIED = "this law ended in an error, and was not tried here to its end"
-
-
-def _blocks(lm: LM, layers: Iterable[int] | None) -> list[int] | None:
-    """The blocks to try, each of which the model has."""
-    if layers is None:
-        return None
-    blocks = whole_numbers(layers, "layers", least=0, meaning="the blocks to try,")
-    for block in blocks:
-        lm.place(Site("resid_post", block))  # raises where there is none
-    return blocks
+UNFINISHED = "this law ended in an error, and was not checked at this site to the end"
 
 
 @checks_arguments
@@ -372,56 +371,80 @@ def prove(
     prompts: "list[list[int]] | list[str] | None" = None,
     layers: Iterable[int] | None = None,
 ) -> pd.DataFrame:
-    """The laws on a model, one row for each law and site (the worst of the blocks that were tried).
+    """Returns the laws checked on a model, one row for each law and site: the worst of its layers.
 
-    Columns: law, site, difference (a part of the largest value there), limit, holds, note (the reason, where the family
-    is an exception, or what was raised). A law that raised was not tried to its end, and holds at none of the sites
-    that it names. `prompts` are three or more of different lengths; ids from the whole vocabulary if left out.
-    `layers` are the blocks to try: the first, middle and last of each kind if left out.
+    Columns: law, site, difference (a fraction of the largest value), limit, holds, note (the reason
+    of the family's exception, or the error that was raised). A law that raised an error holds at
+    none of its sites.
+    `prompts` are three or more of different lengths; by default ids from the whole vocabulary.
+    `layers` are the layers to check; by default the first, middle and last of each kind.
 
     >>> prove(tiny("gpt_neox"))["holds"].all()
     np.True_
     """
-    study = Study(
-        lm, some_prompts(lm) if prompts is None else prompts, of_each_kind(lm, _blocks(lm, layers))
-    )
+    if prompts is None:
+        prompts = default_prompts(lm)
+    if layers is None:
+        numbers = representative_layers(lm)
+    else:
+        numbers = whole_numbers(layers, "layers", least=0, meaning="the blocks to try,")
+        for layer in numbers:
+            lm.place(Site("resid_post", layer))  # raises for a layer that the model does not have
+    study = Study(lm, prompts, numbers)
     rows = []
-    for one in LAWS:
-        found = _checked(one, study)
-        for site in dict.fromkeys(each.site for each in found):
-            worst = max((each for each in found if each.site == site), key=_badness)
-            excused = lm.family.exceptions.get(one.name) or lm.family.exceptions.get(
-                f"{one.name} {site}"
-            )
-            rows.append(
-                {
-                    "law": one.name,
-                    "site": site,
-                    "difference": worst.difference,
-                    "limit": worst.limit,
-                    "holds": worst.holds,
-                    "note": f"exception: {excused}" if excused and not worst.holds else worst.note,
-                }
-            )
+    for current_law in LAWS:
+        worst_at: dict[str, Finding] = {}
+        for finding in _check_law(current_law, study):
+            worst = worst_at.get(finding.site)
+            if worst is None or _severity(finding) > _severity(worst):
+                worst_at[finding.site] = finding
+        rows += [_table_row(lm, current_law, finding) for finding in worst_at.values()]
     return pd.DataFrame(rows, columns=["law", "site", "difference", "limit", "holds", "note"])
 
 
-def _badness(finding: Finding) -> tuple[bool, float]:
-    number = finding.difference if finding.difference == finding.difference else float("inf")
-    return not finding.holds, -number if finding.at_least else number
+def _table_row(lm: LM, checked_law: Law, finding: Finding) -> dict[str, object]:
+    exceptions = lm.family.exceptions
+    reason = exceptions.get(checked_law.name) or exceptions.get(
+        f"{checked_law.name} {finding.site}"
+    )
+    note = finding.note
+    if reason and not finding.holds:
+        note = f"exception: {reason}"
+    return {
+        "law": checked_law.name,
+        "site": finding.site,
+        "difference": finding.difference,
+        "limit": finding.limit,
+        "holds": finding.holds,
+        "note": note,
+    }
 
 
-def _checked(law: Law, study: Study) -> list[Finding]:
-    """What a law finds. If it raises, it holds nowhere: of a site that it came to, some block or row may be untried."""
-    found: list[Finding] = []
+def _severity(finding: Finding) -> tuple[bool, float]:
+    """Returns a value that is larger for a worse finding; nan counts as infinite."""
+    difference = finding.difference
+    if difference != difference:
+        difference = float("inf")
+    if finding.at_least:
+        difference = -difference
+    return not finding.holds, difference
+
+
+def _check_law(checked_law: Law, study: Study) -> list[Finding]:
+    """Returns the findings of a law.
+
+    A law that raises an error holds at none of its sites, since some layer or row may be unchecked.
+    """
+    findings: list[Finding] = []
     try:
-        found.extend(law.check(study))
+        findings.extend(checked_law.check(study))
     except (HookkitError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        said = str(error).split("\n")[0][:300]
-        found.append(
-            Finding("", float("nan"), 0.0, f"could not be tried: {type(error).__name__}: {said}")
-        )
-        failed = {each.site for each in found if not each.holds}
-        there = {site.name for site in study.sites} - failed
-        found += [Finding(site, float("nan"), 0.0, UNTRIED) for site in law.sites if site in there]
-    return found
+        reason = str(error).split("\n")[0][:300]
+        note = f"could not be tried: {type(error).__name__}: {reason}"
+        findings.append(Finding("", float("nan"), 0.0, note))
+        failed = {finding.site for finding in findings if not finding.holds}
+        unfinished = {site.name for site in study.sites} - failed
+        for name in checked_law.sites:
+            if name in unfinished:
+                findings.append(Finding(name, float("nan"), 0.0, UNFINISHED))
+    return findings

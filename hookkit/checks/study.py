@@ -1,6 +1,8 @@
-"""What the laws are tried on: a model with prompts, some of its blocks, and what its forward gives at every site.
+"""The inputs of the laws, and the values that describe a law and its result.
 
-What a law is: a way to try it on a model, the sites of which it says something, and what it finds at each.
+A `Study` holds a model, prompts and the layers to check, and computes the forward passes that
+several laws share. A `Law` has a name and the function that checks it. A `Finding` is the result of
+a law at one site.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,138 +23,151 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from ..runs.taps import reader
 
-LENGTHS = (7, 2, 5)  # of the prompts, in tokens
-LIMITS = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Of the largest value: how far two ways to compute one thing may differ in a dtype."""
+PROMPT_LENGTHS = (7, 2, 5)  # of the default prompts, in tokens
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""The largest difference allowed in each dtype, as a fraction of the largest value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A model with prompts, and what its forward gives at every site of the blocks that are tried."""
+    """A model with prompts, the layers to check, and the runs that several laws read.
+
+    A call of `prove` owns it. Its runs are computed when they are first read, and kept.
+    """
 
     lm: LM
     prompts: list
     layers: list[int]
 
     @cached_property
-    def few(self) -> "Study":
-        """The same with the shorter prompts alone, for laws that take a forward for every site."""
+    def without_first_prompt(self) -> "Study":
+        """The same study without the first prompt, for laws with a forward pass for every site."""
         return Study(self.lm, self.prompts[1:], self.layers)
 
     @cached_property
     def sites(self) -> list[Site]:
-        """The sites that are tried."""
-        found = [site for site in self.lm.sites() if isinstance(site, Site)]
-        return [site for site in found if site.layer is None or site.layer in self.layers]
+        """The sites of the whole model and of the layers to check."""
+        sites = [site for site in self.lm.sites() if isinstance(site, Site)]
+        return [site for site in sites if site.layer is None or site.layer in self.layers]
 
-    def having(self, *names: str) -> list[int]:
-        """The blocks that have all these sites."""
-        return [
-            layer
-            for layer in self.layers
-            if all(self.lm.layout.find(name, layer) for name in names)
-        ]
+    def has_sites(self, names: Iterable[str], layer: int) -> bool:
+        """True if a layer has all these sites."""
+        return all(self.lm.layout.find(name, layer) for name in names)
+
+    def layers_with(self, *names: str) -> list[int]:
+        """Returns the layers to check that have all these sites."""
+        return [layer for layer in self.layers if self.has_sites(names, layer)]
 
     @cached_property
-    def plain(self) -> Run:
-        """The forward of the prompts with nothing attached."""
+    def plain_run(self) -> Run:
+        """A forward pass over the prompts without hooks."""
         return forward(self.lm, self.prompts)
 
     @cached_property
     def run(self) -> Run:
-        """The same with every site captured."""
+        """A forward pass over the prompts that captures every site."""
         return forward(self.lm, self.prompts, capture(self.sites))
 
     @cached_property
-    def limit(self) -> float:
-        """How far two ways to compute one thing may differ in this model's dtype."""
-        return LIMITS.get(self.run[self.sites[0]].dtype, LIMITS[torch.float32])
+    def tolerance(self) -> float:
+        """The largest relative difference allowed in the model's dtype."""
+        return TOLERANCES.get(self.run[self.sites[0]].dtype, TOLERANCES[torch.float32])
 
-    def logits(self, *edits: Hook) -> Tensor:
-        """The logits under these hooks."""
-        return forward(self.lm, self.prompts, *edits).logits
+    def logits(self, *hooks: Hook) -> Tensor:
+        """Returns the logits of the prompts under these hooks."""
+        return forward(self.lm, self.prompts, *hooks).logits
 
-    def vector(self, site: Site) -> Tensor:
-        """A random vector as large as what is at a site."""
+    def random_vector(self, site: Site) -> Tensor:
+        """Returns a random vector with the standard deviation of the values at a site."""
         size = float(self.run[site].float().std()) or 1.0
         return size * torch.randn(self.lm.shape(site), generator=torch.Generator().manual_seed(0))
 
-    def written(self, value: Tensor, source: Site, target: Site) -> Tensor:
-        """What the block adds to the stream for values at `source` (z or mlp_post): projection, norm, multiplier."""
+    def project_to_stream(self, values: Tensor, source: Site, target: Site) -> Tensor:
+        """Returns what the layer adds to the residual stream at `target` for values of `source`.
+
+        `source` is z or mlp_post. Applies the output projection, the norm after it if there is one,
+        and the multiplier.
+        """
         inner, outer = self.lm.place(source).path, self.lm.place(target).path
         with torch.no_grad():
-            given = reader(self.lm, source)(value)
-            if not f"{inner}.".startswith(f"{outer}."):  # a norm stands behind it
-                given = self.lm.submodule(outer)(given)
-        return given * self.lm.layout.factor(target)
+            output = reader(self.lm, source)(values)
+            if not f"{inner}.".startswith(f"{outer}."):  # a norm follows the projection
+                output = self.lm.submodule(outer)(output)
+        return output * self.lm.layout.factor(target)
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest value expected."""
-    if found.shape != expected.shape:
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference as a fraction of the largest expected value.
+
+    It is nan if the shapes differ.
+    """
+    if actual.shape != expected.shape:
         return float("nan")
-    if not found.numel():
+    if not actual.numel():
         return 0.0
     size = max(float(expected.abs().max()), 1e-3)
-    return float((found.double() - expected.double()).abs().max()) / size
+    return float((actual.double() - expected.double()).abs().max()) / size
 
 
-def _squares(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores or patterns of one text that were captured with more keys and with fewer, as far as both have them.
+def site_difference(site: Site, actual: Tensor, expected: Tensor) -> float:
+    """Returns the `relative_difference` of the values at a site.
 
-    Keys that are not seen are left at zero."""
-    width = min(found.shape[-1], expected.shape[-1])
-    found, expected = found[..., :width], expected[..., :width]
-    return found.masked_fill(hidden(found), 0), expected.masked_fill(hidden(expected), 0)
-
-
-def compared(site: Site, found: Tensor, expected: Tensor) -> float:
-    """The same of what is at a site."""
-    return (
-        apart(*_squares(found, expected))
-        if site.name in SQUARE
-        else apart(found.float(), expected.float())
+    Scores and patterns may have different numbers of keys. The keys that both have are compared,
+    and those that the query cannot see count as zero.
+    """
+    if site.name not in SQUARE:
+        return relative_difference(actual.float(), expected.float())
+    width = min(actual.shape[-1], expected.shape[-1])
+    actual, expected = actual[..., :width], expected[..., :width]
+    return relative_difference(
+        actual.masked_fill(hidden(actual), 0), expected.masked_fill(hidden(expected), 0)
     )
 
 
-def some_prompts(lm: LM) -> list[list[int]]:
-    """Three prompts of token ids spread over the vocabulary, the same every time."""
-    tokens = lm.n_tokens
-    if not tokens:
+def default_prompts(lm: LM) -> list[list[int]]:
+    """Returns three prompts of token ids that are spread over the vocabulary, always the same."""
+    n_tokens = lm.n_tokens
+    if not n_tokens:
         raise BadPrompt(f"the vocabulary of {lm!r} is not known: give prompts, rows of token ids")
-    numbers = iter(range(3, 3 + sum(LENGTHS)))
-    return [[next(numbers) ** 3 * 7919 % tokens for _ in range(length)] for length in LENGTHS]
+    numbers = iter(range(3, 3 + sum(PROMPT_LENGTHS)))
+    prompts = []
+    for length in PROMPT_LENGTHS:
+        prompts.append([next(numbers) ** 3 * 7919 % n_tokens for _ in range(length)])
+    return prompts
 
 
-def of_each_kind(lm: LM, layers: Iterable[int] | None) -> list[int]:
-    """The first, middle and last block of each kind, blocks being of one kind if they have the same sites."""
-    if layers is not None:
-        return list(layers)
-    kinds: dict[tuple[str, ...], list[int]] = {}
+def representative_layers(lm: LM) -> list[int]:
+    """Returns the first, middle and last layer of each kind.
+
+    Layers of one kind have the same sites.
+    """
+    layers_of_kind: dict[tuple[str, ...], list[int]] = {}
+    names = [name for name in lm.layout.names if name not in WHOLE_MODEL]
     for layer in range(lm.n_layers):
-        names = tuple(
-            name
-            for name in lm.layout.names
-            if name not in WHOLE_MODEL and lm.layout.find(name, layer)
-        )
-        kinds.setdefault(names, []).append(layer)
-    return sorted({each[place] for each in kinds.values() for place in (0, len(each) // 2, -1)})
+        kind = tuple(name for name in names if lm.layout.find(name, layer))
+        layers_of_kind.setdefault(kind, []).append(layer)
+    selected: set[int] = set()
+    for layers in layers_of_kind.values():
+        selected.update((layers[0], layers[len(layers) // 2], layers[-1]))
+    return sorted(selected)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How one law stands at one site: the difference, as a part of the largest value, and what it may be at most."""
+    """The result of a law at one site: the relative difference and its limit."""
 
     site: str
     difference: float
     limit: float
     note: str = ""
-    at_least: bool = False  # the difference has to be larger than the limit
+    at_least: bool = False  # True: the difference has to be larger than the limit
 
     @property
     def holds(self) -> bool:
-        """True where the law holds; never for a difference that is not a number."""
-        return self.difference > self.limit if self.at_least else self.difference <= self.limit
+        """True if the law holds; False for a difference that is not a number."""
+        if self.at_least:
+            return self.difference > self.limit
+        return self.difference <= self.limit
 
 
 Check: TypeAlias = Callable[[Study], Iterator[Finding]]
@@ -160,7 +175,7 @@ Check: TypeAlias = Callable[[Study], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Law:
-    """A law: its name, how it is tried, and every site of which it may find something."""
+    """A law: its name, the function that checks it, and every site that it may report."""
 
     name: str
     check: Check
@@ -168,5 +183,5 @@ class Law:
 
 
 def law(name: str, *sites: str) -> Callable[[Check], Law]:
-    """Make a law of the function that tries it."""
+    """Returns a decorator that makes a `Law` of the function that checks it."""
     return lambda check: Law(name, check, sites)

@@ -1,5 +1,5 @@
-# ruff: noqa: I001 - commands stand in the help in the order in which they are imported
-"""The command line. What was asked for goes to standard output, messages to standard error.
+# ruff: noqa: I001 - the help lists the commands in the order of these imports
+"""The command line. Results go to standard output, messages to standard error.
 
     hookkit scan "The Eiffel Tower is in the city of"
     hookkit shift "I like oat milk in my" --force " coffee" --ablate z.9.3
@@ -7,8 +7,8 @@
     hookkit diff default ./tuned "I like oat milk in my"
 
 app             the program, and how its commands end
-options         which model, prompts, hooks and generation; where a command computes
-output          tables, clean text, CSV, JSON, pages
+options         the options that commands share: model, prompts, hooks, generation, engine
+output          tables, plain text, CSV, JSON and pages
 scan            hookkit scan
 inspect_prompt  hookkit ranks, lens, direct, surprisal
 intervene       hookkit shift, patch, sweep, diff

@@ -1,6 +1,7 @@
-"""The program itself, and how its commands end: done, with a wish that cannot be met, by Ctrl-C, or unread.
+"""The program of the command line: how commands are declared, and how they end.
 
-Options that stand together: a command takes a dataclass, and the command line has an option for each field of it.
+A command can take a dataclass, and then has an option for each of its fields. A command ends with
+an exit status. An error becomes a message on standard error instead of a traceback.
 """
 
 import functools
@@ -8,98 +9,52 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import Parameter, Signature
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 
-
-def gathered(
-    function: Callable[..., None], within: Callable[[], AbstractContextManager[None]]
-) -> Callable[..., None]:
-    """The function as typer is to see it: with the fields of its dataclasses written out. It runs `within` a block."""
-    hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-    parameters: list[Parameter] = []
-    for name, given in inspect.signature(function).parameters.items():
-        parameters += (
-            _of(groups[name]) if name in groups else [given.replace(annotation=hints[name])]
-        )
-
-    @functools.wraps(function)
-    def called(**given: Any) -> None:
-        made = {
-            name: kind(**{each.name: given.pop(each.name) for each in fields(kind)})
-            for name, kind in groups.items()
-        }
-        with within():
-            function(**given, **made)
-
-    written_out: Any = called
-    written_out.__signature__ = Signature(
-        [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
-    )
-    written_out.__annotations__ = {each.name: each.annotation for each in parameters}
-    del written_out.__wrapped__  # or the annotations are looked up there
-    return called
-
-
-def _of(kind: Any) -> list[Parameter]:
-    """The fields of a dataclass as parameters."""
-    hints = get_type_hints(kind, include_extras=True)
-    given = {
-        each.name: Parameter.empty if each.default is MISSING else each.default
-        for each in fields(kind)
-    }
-    return [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=hints[name])
-        for name, value in given.items()
-    ]
-
-
 DONE = 0
-UNHEALTHY = (
-    1  # the exit status of a model in which something does not hold, and of a result that moved
-)
-WRONG = 2  # that of a wish that cannot be met
-INTERRUPTED = 130  # that of a program that Ctrl-C ended
+FAILED = 1  # a model has a problem, an experiment failed, or a result changed
+REFUSED = 2  # the request cannot be met
+INTERRUPTED = 130  # Ctrl-C ended the program
 
-TRACEBACK = "HOOKKIT_TRACEBACK"  # set, it shows where in the program a fault is
+TRACEBACK = "HOOKKIT_TRACEBACK"  # environment variable: show the traceback of unexpected errors
 
-STATUS = (
-    "Exit status: 0 done; 1 doctor found what does not work, or what was run failed or moved; 2 a wish that cannot be "
-    "met; 130 ended by Ctrl-C."
+STATUS_HELP = (
+    "Exit status: 0 done; 1 doctor found a problem, or what was run failed or changed; "
+    "2 the request cannot be met; 130 ended by Ctrl-C."
 )
 
 
 def is_terminal(stream: Any) -> bool:
-    """True for a stream that a person reads; False for one that is closed."""
+    """True for a stream to a terminal; False for a closed one."""
     try:
         return stream is not None and stream.isatty()
-    except ValueError:  # closed later on
+    except ValueError:  # the stream was closed
         return False
 
 
-PIPED = not is_terminal(sys.stdout)  # help and refusals are then plain text, without frames
+PIPED = not is_terminal(sys.stdout)  # help and errors are then plain text, without frames
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def program(**settings: Any) -> typer.Typer:
-    """The program, or a group of commands in it."""
+def create_program(**settings: Any) -> typer.Typer:
+    """Returns a program, or a group of commands in it."""
     mode = None if PIPED else "rich"
     return typer.Typer(
         no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=mode, **settings
     )
 
 
-app = program(add_completion=True, epilog=STATUS)
+app = create_program(add_completion=True, epilog=STATUS_HELP)
 
 
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"hookkit {version('hookkit')}")
@@ -111,40 +66,88 @@ def main(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_say_version, is_eager=True, help="Say which hookkit this is."
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
-    """See and change what a language model computes. A model is SmolLM2-135M-Instruct unless --model names another."""
-    if sys.stdout is None:
-        _refuse("standard output is closed, and there is nowhere to say anything: leave >&- out")
-    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8" and hasattr(
-        sys.stdout, "reconfigure"
-    ):
-        wide: Any = sys.stdout
-        wide.reconfigure(**({"errors": "backslashreplace"} if not PIPED else {"encoding": "utf-8"}))
+    """See and change what a language model computes.
+
+    The model is SmolLM2-135M-Instruct unless --model names another.
+    """
+    stdout: Any = sys.stdout
+    if stdout is None:
+        _refuse("standard output is closed, and there is nowhere to print results: leave >&- out")
+    is_utf8 = (stdout.encoding or "").lower().replace("-", "") == "utf8"
+    if not is_utf8 and hasattr(stdout, "reconfigure"):
+        if PIPED:
+            stdout.reconfigure(encoding="utf-8")
+        else:
+            stdout.reconfigure(errors="backslashreplace")
 
 
 def command(
     example: str, *, panel: str, within: typer.Typer = app, name: str | None = None
-) -> Callable[..., Any]:
-    """What makes a function a command, whose endings are all clean. `panel` is its heading in the program's help."""
+) -> Callable[[Function], Function]:
+    """Returns a decorator that makes a function a command. `panel` is its heading in the help."""
 
-    def made(function: Function) -> Function:
-        words = (
-            f"Example: {example}" if not PIPED else f"\b\nExample:\n  {example}"
-        )  # \b keeps its lines
-        within.command(name, epilog=words, rich_help_panel=panel)(gathered(function, endings_said))
+    def add_command(function: Function) -> Function:
+        epilog = f"Example: {example}"
+        if PIPED:
+            epilog = f"\b\nExample:\n  {example}"  # \b keeps the line ends
+        within.command(name, epilog=epilog, rich_help_panel=panel)(_with_options(function))
         return function
 
-    return made
+    return add_command
+
+
+def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Returns the function with a keyword for each field of its dataclasses, and errors handled."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in groups:
+            parameters += _field_parameters(groups[name])
+        else:
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=Parameter.KEYWORD_ONLY)
+            )
+
+    @functools.wraps(function)
+    def run_command(**arguments: Any) -> None:
+        options = {}
+        for name, group in groups.items():
+            values = {field.name: arguments.pop(field.name) for field in fields(group)}
+            options[name] = group(**values)
+        with exit_cleanly():
+            function(**arguments, **options)
+
+    wrapper: Any = run_command
+    wrapper.__signature__ = Signature(parameters)
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del wrapper.__wrapped__  # else typer reads the annotations of the function
+    return wrapper
+
+
+def _field_parameters(group: Any) -> list[Parameter]:
+    """Returns the fields of a dataclass as keyword parameters."""
+    hints = get_type_hints(group, include_extras=True)
+    parameters: list[Parameter] = []
+    for field in fields(group):
+        default = Parameter.empty if field.default is MISSING else field.default
+        parameter = Parameter(
+            field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+        )
+        parameters.append(parameter)
+    return parameters
 
 
 @contextmanager
-def endings_said(left: str = "") -> Iterator[None]:
-    """A block that ends the program with its status and a word, where a wish cannot be met, and at Ctrl-C.
+def exit_cleanly(kept_results: str = "") -> Iterator[None]:
+    """Ends the program with a status and a message after an error in the `with` block or Ctrl-C.
 
-    Where nobody reads on (`| head`), it ends quietly. `left` says what an interrupted program leaves.
+    Ends silently if nobody reads the output (`| head`). `kept_results` says what an interrupted
+    program leaves.
     """
     from ..errors import HookkitError
 
@@ -157,51 +160,51 @@ def endings_said(left: str = "") -> Iterator[None]:
     except HookkitError as error:
         _refuse(str(error))
     except KeyboardInterrupt:
-        _say("interrupted" + (f"; {left}" if left else ""))
+        _print_error("interrupted" + (f"; {kept_results}" if kept_results else ""))
         _flush()
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        _silence()
+        _discard_output()
         raise typer.Exit(DONE) from None
     except OSError as error:
-        where = f": {error.filename}" if error.filename is not None else ""
-        _refuse(f"{error.strerror or error}{where}")
+        location = f": {error.filename}" if error.filename is not None else ""
+        _refuse(f"{error.strerror or error}{location}")
     except MemoryError:
         _refuse("there is not enough memory: give fewer or shorter prompts, or a smaller model")
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
         _refuse(
-            f"{type(error).__name__}: {error}. This is a fault of hookkit, or of a library that it uses; with "
-            f"{TRACEBACK}=1 in the environment the same command shows where"
+            f"{type(error).__name__}: {error}. This is a fault of hookkit, or of a library that it "
+            f"uses; with {TRACEBACK}=1 in the environment the same command shows where"
         )
 
 
-def _refuse(text: str) -> NoReturn:
-    """End the program with the reason why a wish cannot be met."""
-    _say(text)
+def _refuse(reason: str) -> NoReturn:
+    """Ends the program with the reason why the request cannot be met."""
+    _print_error(reason)
     _flush()
-    raise typer.Exit(WRONG) from None
+    raise typer.Exit(REFUSED) from None
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     from ..display import printable_lines
 
-    with suppress(OSError):  # standard error may be full, too
+    with suppress(OSError):  # the disk of standard error may be full, too
         typer.echo(f"hookkit: {printable_lines(text)}", err=True)
 
 
 def _flush() -> None:
-    """Bring out what was said so far; where that cannot be, so that Python does not try again at its end."""
+    """Flushes standard output. If that fails, discards it, so that Python does not try again."""
     if sys.stdout is None:
         return
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        _silence()
+        _discard_output()
 
 
-def _silence() -> None:
-    """What Python still flushes goes nowhere."""
+def _discard_output() -> None:
+    """Redirects what Python still has to flush to the null device."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,8 @@
-"""hookkit new: an experiment that runs, with its test, to be rewritten.
+"""Commands about experiments and their results.
 
-hookkit run: experiments, one after the other, and what moved. hookkit show: a result, or all of them.
+hookkit new    writes an experiment that runs, with its test, as a starting point
+hookkit run    runs experiments, and compares their results with earlier ones
+hookkit show   prints a result, or lists a folder of results
 """
 
 import keyword
@@ -14,15 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .app import UNHEALTHY, command
-from .output import Form, Shown, tell, tell_aside, tell_text
+from .app import FAILED, command
+from .output import OutputOptions, TableView, print_message, print_text, write_result
 
 if TYPE_CHECKING:
     import pandas as pd
 
+PANEL = "Experiments"
 
 EXPERIMENT = '''\
-"""{said}
+"""{docstring}
 
 It is answered if … (say here what would count as an answer, before you look).
 
@@ -39,15 +42,19 @@ def main() -> None:
     lm = hk.load({model})
     layer = lm.n_layers // 2
     settings = {{"prompt": PROMPT, "token": TOKEN, "layer": layer}}
-    with hk.record("results/{name}", question=QUESTION, lm=lm, seed=SEED, settings=settings) as results:
+    with hk.record(
+        "results/{name}", question=QUESTION, lm=lm, seed=SEED, settings=settings
+    ) as results:
         before = results.run("before", hk.forward(lm, PROMPT))
         after = results.run("after", hk.forward(lm, PROMPT, hk.ablate(f"mlp_out.{{layer}}")))
-        shift = results.table("shift", hk.rank_shift(before, after, watch=[TOKEN]), caption="After minus before.")
+        table = hk.rank_shift(before, after, watch=[TOKEN])
+        shift = results.table("shift", table, caption="After minus before.")
         results.figure("bump", hk.rank_bump(shift), caption="Ranks before and after.")
         token = shift[shift["token_id"] == lm.token(TOKEN)].iloc[0]
         results.answer(
-            f"Without block {{layer}}'s MLP, {{token['token']}} goes from rank {{token['rank_before']}} "
-            f"to {{token['rank_after']}}; its logit moves by {{token['logit_delta']:+.2f}}."
+            f"Without block {{layer}}'s MLP, {{token['token']}} goes from rank "
+            f"{{token['rank_before']}} to {{token['rank_after']}}; "
+            f"its logit moves by {{token['logit_delta']:+.2f}}."
         )
     print(results.answered)
 
@@ -57,7 +64,7 @@ if __name__ == "__main__":
 '''
 
 TEST = '''\
-"""{said}"""
+"""{docstring}"""
 
 import importlib
 
@@ -77,14 +84,10 @@ def test_{name}_gives_the_same_table_twice(tmp_path, monkeypatch):
 '''
 
 
-@command(
-    'hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"', panel="Experiments"
-)
+@command('hookkit new oat_milk --prompt "I like oat milk in my" --token " coffee"', panel=PANEL)
 def new(
-    name: Annotated[
-        str, typer.Argument(help="What the experiment is called: letters, digits and _.")
-    ],
-    question: Annotated[str, typer.Option(help="What it asks.")] = "",
+    name: Annotated[str, typer.Argument(help="The name of the experiment: letters, digits and _.")],
+    question: Annotated[str, typer.Option(help="The question that it asks.")] = "",
     prompt: Annotated[
         str, typer.Option(help="The prompt that it begins with.")
     ] = "I like oat milk in my",
@@ -93,10 +96,10 @@ def new(
         str | None, typer.Option(help="A Hugging Face id, a folder or a .gguf file.")
     ] = None,
     folder: Annotated[
-        Path, typer.Option(help="Where experiments/ and tests/ are, or shall be.")
+        Path, typer.Option(help="The folder that has, or will have, experiments/ and tests/.")
     ] = Path(),
 ) -> None:
-    """Write a running experiment of some thirty lines, and its test."""
+    """Write an experiment of some thirty lines that runs, and its test."""
     from ..errors import BadHook
     from ..files.atomic import write_new
 
@@ -104,72 +107,69 @@ def new(
         raise BadHook(
             f"{name!r} cannot name an experiment: use small letters, digits and _, as in oat_milk"
         )
-    asked = (
-        " ".join(question.split())
-        or f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
-    )
-    if not asked.endswith("?"):
+    question = " ".join(question.split())
+    if not question:
+        question = f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
+    if not question.endswith("?"):
         raise BadHook(
-            f"{asked!r} is no question: an experiment asks one, and it ends in a question mark"
+            f"{question!r} is no question: an experiment asks one, and it ends in a question mark"
         )
-    words = {
+    values = {
         "name": name,
-        "question": asked,
-        "said": _said(asked),
+        "question": question,
+        "docstring": question.replace("\\", "\\\\").replace('"""', "'''"),
         "prompt": prompt,
         "token": token,
+        "model": _model_argument(model),
     }
-    words["model"] = (
-        "" if model is None else repr(str(Path(model).resolve()) if Path(model).exists() else model)
-    )
-    files = {
-        folder / "experiments" / f"{name}.py": EXPERIMENT,
-        folder / "tests" / f"test_{name}.py": TEST,
-    }
-    there = [str(path) for path in files if os.path.lexists(path)]
-    if there:
+    script = folder / "experiments" / f"{name}.py"
+    test = folder / "tests" / f"test_{name}.py"
+    existing = [str(path) for path in (script, test) if os.path.lexists(path)]
+    if existing:
         raise BadHook(
-            f"{' and '.join(there)} stand there already: choose another name, or move them away"
+            f"{' and '.join(existing)} stand there already: choose another name, or move them away"
         )
-    for path, template in files.items():
-        write_new(path, template.format(**words))
-    for path in files:
-        tell_text(f"{path}\n")
-    run, test = files
-    tell_aside(f"run it with `hookkit run {run}`, and test it with `python -m pytest {test}`")
+    write_new(script, EXPERIMENT.format(**values))
+    write_new(test, TEST.format(**values))
+    print_text(f"{script}\n")
+    print_text(f"{test}\n")
+    print_message(f"run it with `hookkit run {script}`, and test it with `python -m pytest {test}`")
 
 
-def _said(question: str) -> str:
-    """A question as it stands in a docstring."""
-    return question.replace("\\", "\\\\").replace('"""', "'''")
+def _model_argument(model: str | None) -> str:
+    """Returns the argument of `hk.load` in the experiment: empty for the default model."""
+    if model is None:
+        return ""
+    path = Path(model)
+    return repr(str(path.resolve()) if path.exists() else model)
 
 
-STANDARD_ERROR = 2  # its number, for what an experiment prints
+STANDARD_ERROR = 2  # the file descriptor for what an experiment prints
 
 Against: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Compare with: last, the run before; a revision of git; or a folder."),
 ]
 Tolerance: TypeAlias = Annotated[
-    float, typer.Option(help="With --against: how far numbers may lie apart.")
+    float, typer.Option(help="With --against: the largest difference of two numbers.")
 ]
 
 
-@command("hookkit run experiments/oat_milk.py --against HEAD", panel="Experiments")
+@command("hookkit run experiments/oat_milk.py --against HEAD", panel=PANEL)
 def run(
     scripts: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="Experiments: files of Python.")
     ],
-    form: Form,
+    output: OutputOptions,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
-    folder: Annotated[Path, typer.Option(help="Where the results are written.")] = Path("results"),
+    folder: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("results"),
 ) -> None:
-    """Run experiments, each in a process of its own, write the index of the results, and say what moved.
+    """Run experiments, each in its own process, write the index of results, and print what changed.
 
-    Ends with status 1 if one of them failed, or if with --against a table moved.
+    Ends with status 1 if an experiment failed, or if with --against a table changed.
     """
-    _ = form.kind
+    output.check()
     import pandas as pd
 
     from ..errors import BadFile
@@ -177,102 +177,106 @@ def run(
     missing = [str(path) for path in scripts if not path.is_file()]
     if missing:
         raise BadFile(f"there is no file {', '.join(missing)}: name experiments by their files")
-    table = pd.DataFrame(
-        [_ran(form, path, folder / path.stem, against, tolerance) for path in scripts]
-    )
-    _indexed(form, folder)
-    tell(form, "Experiments", {"experiments": Shown(table)})
-    if set(table["ended"]) != {"finished"} or (
-        against is not None and not all(table["same"].tolist())
-    ):
-        raise typer.Exit(UNHEALTHY)
+    rows = []
+    for path in scripts:
+        row = _run_experiment(output, path)
+        if against is not None and row["ended"] == FINISHED:
+            row |= _compare(output, path, folder / path.stem, against, tolerance)
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    _write_index(output, folder)
+    write_result(output, "Experiments", {"experiments": TableView(table)})
+    if set(table["ended"]) != {FINISHED}:
+        raise typer.Exit(FAILED)
+    if against is not None and not all(table["same"].tolist()):
+        raise typer.Exit(FAILED)
 
 
-def _ran(
-    form: Form, path: Path, folder: Path, against: str | None, tolerance: float
+FINISHED = "finished"
+
+
+def _run_experiment(output: OutputOptions, path: Path) -> dict[str, Any]:
+    """Runs an experiment and returns its name, its time in seconds, and how it ended."""
+    output.note(str(path))
+    start = time.perf_counter()
+    arguments = [sys.executable, *_python_arguments(path)]
+    status = subprocess.run(arguments, check=False, stdout=STANDARD_ERROR).returncode
+    return {
+        "experiment": path.stem,
+        "seconds": round(time.perf_counter() - start),
+        "ended": f"status {status}" if status else FINISHED,
+    }
+
+
+def _compare(
+    output: OutputOptions, path: Path, folder: Path, against: str, tolerance: float
 ) -> dict[str, Any]:
-    """Run one experiment: its time, how it ended, and what moved."""
-    form.note(str(path))
-    started = time.perf_counter()
-    status = subprocess.run(
-        [sys.executable, *_words(path)], check=False, stdout=STANDARD_ERROR
-    ).returncode
-    row = {"experiment": path.stem, "seconds": round(time.perf_counter() - started)}
-    row["ended"] = "finished" if status == 0 else f"status {status}"
-    if against is None or status:
-        return row
+    """Compares the results of an experiment: number of tables, all the same, largest difference."""
     from ..errors import BadHook
     from ..reports.results_diff import in_words
 
     if not folder.is_dir():
-        form.note(f"{path} writes no {folder}")
-        return row | {"tables": 0, "same": True, "largest": 0.0}
+        output.note(f"{path} writes no {folder}")
+        return {"tables": 0, "same": True, "largest": 0.0}
     try:
-        table = _moved(folder, against, tolerance)
-    except BadHook as error:  # there is nothing to compare with; the others go on
-        form.note(str(error))
-        return row | {"tables": 0, "same": False, "largest": float("nan")}
-    form.note(f"{folder} against {against}: {in_words(table)}")
-    return row | {
-        "tables": len(table),
-        "same": bool(table["same"].all()),
-        "largest": table["largest"].max(),
-    }
+        table = _compare_results(folder, against, tolerance)
+    except BadHook as error:  # there is nothing to compare with; other experiments still run
+        output.note(str(error))
+        return {"tables": 0, "same": False, "largest": float("nan")}
+    output.note(f"{folder} against {against}: {in_words(table)}")
+    is_same, largest = bool(table["same"].all()), table["largest"].max()
+    return {"tables": len(table), "same": is_same, "largest": largest}
 
 
-def _words(path: Path) -> list[str]:
-    """How Python is asked to run a file: as a module where it lies below the folder one works in."""
-    inside = (
-        path.resolve().relative_to(Path.cwd())
-        if path.resolve().is_relative_to(Path.cwd())
-        else None
-    )
-    parts = inside.with_suffix("").parts if inside else ()
-    return (
-        ["-m", ".".join(parts)]
-        if parts and all(part.isidentifier() for part in parts)
-        else [str(path)]
-    )
+def _python_arguments(path: Path) -> list[str]:
+    """Returns the arguments of Python for a file: as a module if it is in the current folder."""
+    full_path = path.resolve()
+    if full_path.is_relative_to(Path.cwd()):
+        parts = full_path.relative_to(Path.cwd()).with_suffix("").parts
+        if all(part.isidentifier() for part in parts):
+            return ["-m", ".".join(parts)]
+    return [str(path)]
 
 
-def _indexed(form: Form, folder: Path) -> None:
+def _write_index(output: OutputOptions, folder: Path) -> None:
     from ..errors import BadHook
     from ..reports.gallery import index
 
     try:
-        form.note(f"the index is {index(folder)}")
-    except BadHook as error:  # an experiment need not record anything
-        form.note(f"no index: {error}")
+        output.note(f"the index is {index(folder)}")
+    except BadHook as error:  # an experiment does not have to record anything
+        output.note(f"no index: {error}")
 
 
-@command("hookkit show results/oat_milk --against last", panel="Experiments")
+@command("hookkit show results/oat_milk --against last", panel=PANEL)
 def show(
     folder: Annotated[Path, typer.Argument(help="A result, or a folder of results.")],
-    form: Form,
+    output: OutputOptions,
     against: Against = None,
     tolerance: Tolerance = 1e-4,
     rows: Annotated[int, typer.Option(min=1, help="How many rows of each table to show.")] = 12,
 ) -> None:
-    """Show a result: question, answer, tables; or list a folder of results; or say what moved.
+    """Show a result: question, answer, tables; or list a folder of results; or what changed.
 
-    Ends with status 1 if with --against a table moved.
+    Ends with status 1 if with --against a table changed.
     """
-    kind = form.kind
+    output_format = output.format
     from ..reports.gallery import results
 
     if against is not None:
-        table = _moved(folder, against, tolerance)
-        tell(form, "What moved", {"moved": Shown(table)})
+        table = _compare_results(folder, against, tolerance)
+        write_result(output, "What moved", {"moved": TableView(table)})
         if not all(table["same"].tolist()):
-            raise typer.Exit(UNHEALTHY)
+            raise typer.Exit(FAILED)
     elif (folder / "report.html").is_file():
-        tell(form, folder.name, _result(folder, kind, rows))
+        write_result(output, folder.name, _read_result(folder, output_format, rows))
     else:
-        table = results(folder)
-        tell(form, "Results", {"results": Shown(table, ("result", "question", "answer"))})
+        view = TableView(results(folder), ("result", "question", "answer"))
+        write_result(output, "Results", {"results": view})
 
 
-def _moved(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
+def _compare_results(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
+    """Returns the differences between a result and the one that --against names."""
     from ..errors import BadHook
     from ..reports.results_diff import LAST, moved
 
@@ -286,8 +290,8 @@ def _moved(folder: Path, against: str, tolerance: float) -> "pd.DataFrame":
     return moved(before, folder, tolerance=tolerance)
 
 
-def _result(folder: Path, kind: str, rows: int) -> dict[str, Shown | str]:
-    """What a result says, and its tables; so many rows of each for a reader."""
+def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, TableView | str]:
+    """Returns the texts and the tables of a result; a reader sees the first rows of each table."""
     import pandas as pd
 
     from ..errors import BadFile
@@ -299,13 +303,17 @@ def _result(folder: Path, kind: str, rows: int) -> dict[str, Shown | str]:
         about = strings_of(json_in(path, finite=False), names, repr(str(path)))
     except BadFile as error:
         raise BadFile(f"{error}; run the experiment again") from error
-    said = {name: about[name] for name in names if about.get(name)}
-    parts: dict[str, Shown | str] = (
-        {"about": Shown(pd.DataFrame([said]))} if kind == "json" else {**said}
-    )
+    texts = {name: about[name] for name in names if about.get(name)}
+    parts: dict[str, TableView | str] = {}
+    if output_format == "json":
+        parts["about"] = TableView(pd.DataFrame([texts]))
+    else:
+        parts.update(texts)
     for path in sorted(folder.glob("*.csv")):
         table = table_of(inside(folder, path.name))
-        cut = not kind and len(table) > rows
-        caption = path.stem + (f", the first {rows} of {len(table)} rows" if cut else "")
-        parts[path.stem] = Shown(table, caption=caption, reader=table.head(rows) if cut else None)
+        if output_format or len(table) <= rows:
+            parts[path.stem] = TableView(table, caption=path.stem)
+        else:
+            caption = f"{path.stem}, the first {rows} of {len(table)} rows"
+            parts[path.stem] = TableView(table, caption=caption, reader_table=table.head(rows))
     return parts

@@ -1,134 +1,147 @@
-"""hookkit generate, compare, steer: what a model writes, edited, beside its unedited twin, and along a direction.
+"""Commands that generate text.
 
-hookkit trace: generate, and show of every token what the model wanted and what became of it.
+hookkit generate  the text of a model under hooks
+hookkit compare   generation with and without hooks, side by side
+hookkit steer     generation along a direction, at several doses
+hookkit trace     each generated token, with the model's candidates and the reason of the choice
 """
 
+import json
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import command
-from .options import Edits, Generation, Texts, Top, Watch, Which, watched
-from .output import Form, Shown, said, tell
-
-if TYPE_CHECKING:
-    from ..hooks.vector import Vector
-    from ..models.lm import LM
-import json
-import sys
-from typing import TYPE_CHECKING
-
 from ..display import printable
-from .app import endings_said, is_terminal
-from .options import Prompt, one_prompt
-from .output import records, tell_text
+from .app import command, exit_cleanly, is_terminal
+from .options import (
+    GenerationOptions,
+    HookOptions,
+    ModelOptions,
+    Prompt,
+    PromptOptions,
+    Top,
+    Watch,
+    read_prompt,
+    token_ids,
+)
+from .output import (
+    OutputOptions,
+    TableView,
+    print_line,
+    print_text,
+    rows_as_dicts,
+    write_result,
+)
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Group
 
-    from ..hooks.base import Hook
+    from ..hooks.vector import Vector
     from ..models.lm import LM
     from ..tables.streaming import StreamStep
 
 
-WRITE = "Write"
+PANEL = "Write"
+SUMMARY_COLUMNS = (
+    "row",
+    "step",
+    "kl",
+    "top1_before",
+    "top1_after",
+    "entropy_before",
+    "entropy_after",
+    "kept",
+)
 
 
 @command(
-    'hookkit generate "I like oat milk in my" --ban " coffee" --max-new-tokens 12', panel=WRITE
+    'hookkit generate "I like oat milk in my" --ban " coffee" --max-new-tokens 12', panel=PANEL
 )
 def generate(
-    texts: Texts,
-    which: Which,
-    edits: Edits,
-    generation: Generation,
-    form: Form,
+    prompts: PromptOptions,
+    model: ModelOptions,
+    hooks: HookOptions,
+    generation: GenerationOptions,
+    output: OutputOptions,
     only_new: Annotated[
-        bool, typer.Option("--only-new", help="Without the prompt before it.")
+        bool, typer.Option("--only-new", help="Print the generated text without the prompt.")
     ] = False,
 ) -> None:
-    """Let the model go on from each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
-    prompts, settings, kind = texts.read(), generation.arguments(), form.kind
-    edits.check()
+    """Continue each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
+    texts, settings, output_format = prompts.read(), generation.arguments(), output.format
+    hooks.check()
     import pandas as pd
 
-    from ..runs.generate import generate as generated
+    from ..runs.generate import generate as run_generation
 
-    lm = which.load(quiet=form.quiet)
-    run = generated(lm, prompts, *edits.read(lm, form.note), logits=False, **settings)
-    if not kind:
-        for prompt, text in zip(prompts, run.generated, strict=True):
-            said(text if only_new else prompt + text)
+    lm = model.load(quiet=output.quiet)
+    edits = hooks.read(lm, output.note)
+    run = run_generation(lm, texts, *edits, logits=False, **settings)
+    if not output_format:
+        for prompt, generated in zip(texts, run.generated, strict=True):
+            print_line(generated if only_new else prompt + generated)
         return
-    table = pd.DataFrame(
-        {"row": range(len(prompts)), "prompt": prompts, "generated": run.generated}
-    )
-    tell(form, "Generated", {"generated": Shown(table)})
+    table = pd.DataFrame({"row": range(len(texts)), "prompt": texts, "generated": run.generated})
+    write_result(output, "Generated", {"generated": TableView(table)})
 
 
 @command(
-    'hookkit compare "I like oat milk in my" --ablate mlp_out.12 --max-new-tokens 8', panel=WRITE
+    'hookkit compare "I like oat milk in my" --ablate mlp_out.12 --max-new-tokens 8', panel=PANEL
 )
 def compare(
-    texts: Texts,
-    which: Which,
-    edits: Edits,
-    generation: Generation,
-    form: Form,
+    prompts: PromptOptions,
+    model: ModelOptions,
+    hooks: HookOptions,
+    generation: GenerationOptions,
+    output: OutputOptions,
     along: Annotated[
-        str, typer.Option(help="Along whose text steps are compared: baseline or edited.")
+        str, typer.Option(help="The text along which steps are compared: baseline or edited.")
     ] = "baseline",
     top: Top = 5,
     watch: Watch = None,
 ) -> None:
-    """Generate with hooks and without them, with the same random numbers: where the texts part, and how far.
+    """Generate with and without hooks, with the same random numbers: where and how the texts part.
 
     CSV has the shift of each token at each step; JSON also the texts and the distances.
     """
-    form.check()
-    prompts, settings = texts.read(), generation.arguments()
-    edits.check(needed="a comparison is of a text with hooks and one without")
-    from ..tables.comparison import compare as compared
+    output.check()
+    texts, settings = prompts.read(), {**generation.arguments(), "along": along}
+    hooks.check(purpose="a comparison is of a text with hooks and one without")
+    from ..tables.comparison import compare as compare_generations
 
-    lm = which.load(quiet=form.quiet)
-    ids = watched(lm, watch)
-    hooks = edits.read(lm, form.note)
-    both = compared(lm, prompts, *hooks, along=along, top=top, watch=ids, **settings)  # pyright: ignore
-    names = (
-        "row",
-        "step",
-        "kl",
-        "top1_before",
-        "top1_after",
-        "entropy_before",
-        "entropy_after",
-        "kept",
-    )
-    parts: dict[str, Shown | str] = {
-        "texts": Shown(_quoted(both.texts), caption=" + ".join(map(str, hooks))),
-        "summary": Shown(both.summary, names, f"at each step of the {along} text (nats)"),
-        "shifts": Shown(both.shifts, caption="every token's shift"),
-    }
-    if not form.kind:
-        del parts["shifts"]
-    tell(
-        form,
-        "Comparison",
-        parts if not form.kind else parts | {"texts": Shown(both.texts)},
-        main="shifts",
-    )
+    lm = model.load(quiet=output.quiet)
+    watched_ids = token_ids(lm, watch)
+    edits = hooks.read(lm, output.note)
+    comparison = compare_generations(lm, texts, *edits, top=top, watch=watched_ids, **settings)
+    caption = f"at each step of the {along} text (nats)"
+    summary = TableView(comparison.summary, SUMMARY_COLUMNS, caption)
+    if output.format:
+        parts = {
+            "texts": TableView(comparison.texts),
+            "summary": summary,
+            "shifts": TableView(comparison.shifts, caption="every token's shift"),
+        }
+    else:
+        table = comparison.texts
+        for name in ("baseline", "edited"):
+            table = _quote_column(table, name)
+        parts = {"texts": TableView(table, caption=" + ".join(map(str, edits))), "summary": summary}
+    write_result(output, "Comparison", parts, main="shifts")
 
 
-def _quoted(table: Any) -> Any:
-    """The texts as literals, so that a space at an end is seen."""
-    return table.assign(**{name: table[name].map(repr) for name in ("baseline", "edited")})
+def _quote_column(table: Any, name: str) -> "pd.DataFrame":
+    """Returns the table with a column's texts as literals, so that a space at an end is visible."""
+    return table.assign(**{name: table[name].map(repr)})
 
 
 @dataclass(frozen=True)
-class Direction:
-    """Along which direction: of a file, or from one kind of texts to another."""
+class DirectionOptions:
+    """The options for a direction: from a file, or the mean difference between texts."""
 
     vector: Annotated[
         Path | None, typer.Option(help="A file that Vector.save, or --save, wrote.")
@@ -138,51 +151,55 @@ class Direction:
         list[str] | None, typer.Option(help="A text that has the opposite; repeatable.")
     ] = None
     site: Annotated[
-        str | None, typer.Option(help="Where it is read and added; a middle layer if left out.")
+        str | None,
+        typer.Option(help="Where it is read and added; the middle layer if left out."),
     ] = None
     save: Annotated[
-        Path | None, typer.Option(help="Where the vector is kept, as .safetensors.")
+        Path | None, typer.Option(help="A .safetensors file to which the vector is saved.")
     ] = None
 
     def check(self) -> None:
-        """Raise what can be said before a model is loaded."""
+        """Raises the errors that can be found without a model."""
         from ..errors import BadFile, BadHook
 
-        made = bool(self.toward or self.away)
-        if made == (self.vector is not None) or (made and not (self.toward and self.away)):
+        from_texts = bool(self.toward or self.away)
+        has_both_texts = bool(self.toward and self.away)
+        has_file = self.vector is not None
+        if from_texts == has_file or (from_texts and not has_both_texts):
             raise BadHook(
                 "a direction is --vector FILE, or --toward TEXT and --away TEXT: give one of them"
             )
-        if self.site is not None and not made:
+        if self.site is not None and not from_texts:
             raise BadHook(
                 "--site goes with --toward and --away: a file says itself where its vector stands"
             )
         if self.vector is not None and not self.vector.is_file():
             raise BadFile(
-                f"{str(self.vector)!r} is no file of a vector that can be read: there is no such file"
+                f"{str(self.vector)!r} is no file of a vector that can be read: "
+                "there is no such file"
             )
 
-    def found(self, lm: "LM") -> "Vector":
-        """The vector, read from its file or from the texts."""
-        found = self._of_file(lm) if self.vector is not None else self._between(lm)
+    def build(self, lm: "LM") -> "Vector":
+        """Returns the vector, after saving it where --save says."""
+        vector = self._load(lm) if self.vector is not None else self._fit(lm)
         if self.save is not None:
-            self._keep(found)
-        return found
+            self._save(vector)
+        return vector
 
-    def _between(self, lm: "LM") -> "Vector":
+    def _fit(self, lm: "LM") -> "Vector":
+        from ..errors import BadHook
         from ..steering.directions import mean_difference
 
         site = self.site or f"resid_post.{lm.n_layers // 2}"
-        found = mean_difference(lm, self.toward or [], self.away or [], site)
-        if len(found) > 1:
-            from ..errors import BadHook
-
+        vectors = mean_difference(lm, self.toward or [], self.away or [], site)
+        if len(vectors) > 1:
             raise BadHook(
-                f"--site {site} is one place in every layer: name a layer, such as {found[0].site}"
+                f"--site {site} is one place in every layer: "
+                f"name a layer, such as {vectors[0].site}"
             )
-        return found[0]
+        return vectors[0]
 
-    def _of_file(self, lm: "LM") -> "Vector":
+    def _load(self, lm: "LM") -> "Vector":
         from ..errors import BadFile
         from ..hooks.vector import load_vector
 
@@ -193,7 +210,7 @@ class Direction:
                 f"{str(self.vector)!r} is no file of a vector that can be read: {error}"
             ) from error
 
-    def _keep(self, vector: "Vector") -> None:
+    def _save(self, vector: "Vector") -> None:
         from ..errors import BadFile
 
         try:
@@ -207,118 +224,124 @@ class Direction:
 
 
 @command(
-    'hookkit steer "I think the film was" --toward "I love it" --away "I hate it" --site resid_post.16',
-    panel=WRITE,
+    'hookkit steer "I think the film was" --toward "I love it" --away "I hate it" '
+    "--site resid_post.16",
+    panel=PANEL,
 )
 def steer(
-    texts: Texts,
-    which: Which,
-    direction: Direction,
-    generation: Generation,
-    form: Form,
+    prompts: PromptOptions,
+    model: ModelOptions,
+    direction: DirectionOptions,
+    generation: GenerationOptions,
+    output: OutputOptions,
     dose: Annotated[
         list[float] | None,
-        typer.Option(help="How much, as a part of the stream's own length; repeatable."),
+        typer.Option(help="The dose, as a fraction of the stream's norm; repeatable."),
     ] = None,
 ) -> None:
-    """What the model writes with a direction added to its stream, at several doses; a negative one is the opposite."""
-    form.check()
+    """Generate with a direction added to the stream, at several doses.
+
+    A negative dose adds the opposite direction.
+    """
+    output.check()
     direction.check()
-    prompts, settings = texts.read(), generation.arguments()
+    texts, settings = prompts.read(), generation.arguments()
     import pandas as pd
 
-    from ..runs.generate import generate as generated
+    from ..runs.generate import generate as run_generation
 
-    lm = which.load(quiet=form.quiet)
-    vector = direction.found(lm)
-    form.note(str(vector))
+    lm = model.load(quiet=output.quiet)
+    vector = direction.build(lm)
+    output.note(str(vector))
     if direction.save is not None:
-        form.note(f"wrote {direction.save}")
-    found = []
-    for each in dose or (-0.4, -0.2, 0.0, 0.2, 0.4):
-        hooks = [vector.steer(dose=each)] if each else []
-        run = generated(lm, prompts, *hooks, logits=False, **settings)
-        found += [
-            {"row": row, "dose": each, "generated": text} for row, text in enumerate(run.generated)
-        ]
-    table = pd.DataFrame(found).sort_values(["row", "dose"], ignore_index=True, kind="stable")
-    shown = table if form.kind else table.assign(generated=table["generated"].map(repr))
-    tell(form, "Steering", {"steering": Shown(shown)})
+        output.note(f"wrote {direction.save}")
+    rows = []
+    for amount in dose or (-0.4, -0.2, 0.0, 0.2, 0.4):
+        edits = [vector.steer(dose=amount)] if amount else []
+        run = run_generation(lm, texts, *edits, logits=False, **settings)
+        for row, generated in enumerate(run.generated):
+            rows.append({"row": row, "dose": amount, "generated": generated})
+    table = pd.DataFrame(rows).sort_values(["row", "dose"], ignore_index=True, kind="stable")
+    if not output.format:
+        table = _quote_column(table, "generated")
+    write_result(output, "Steering", {"steering": TableView(table)})
 
 
-BAR = 30  # characters of a bar that stands for probability 1
+BAR_WIDTH = 30  # characters of the bar for probability 1
 
 
 @command(
     'hookkit trace "I like oat milk in my" --ban " coffee" --watch " tea" --max-new-tokens 12',
-    panel="Write",
+    panel=PANEL,
 )
 def trace(
     prompt: Prompt,
-    which: Which,
-    edits: Edits,
-    generation: Generation,
+    model: ModelOptions,
+    hooks: HookOptions,
+    generation: GenerationOptions,
     top: Top = 5,
     watch: Watch = None,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each step.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
 ) -> None:
-    """Generate, and show of every token what the model wanted, what became of it, and why it was chosen."""
-    with endings_said("what stands above was recorded"):
-        note = Form(quiet=quiet).note
-        settings, text = generation.arguments(), one_prompt(prompt)
-        edits.check()
-        lm = which.load(quiet=quiet)
-        _show(lm, text, edits.read(lm, note), settings, top, watched(lm, watch), as_json)
+    """Generate, and show for each token the model's candidates and why it was chosen."""
+    with exit_cleanly("what stands above was recorded"):
+        settings, text = generation.arguments(), read_prompt(prompt)
+        hooks.check()
+        from ..runs.trace import trace as record
+        from ..tables.streaming import stream
+
+        lm = model.load(quiet=quiet)
+        edits = hooks.read(lm, OutputOptions(quiet=quiet).note)
+        recording = record(top=top, watch=token_ids(lm, watch))
+        steps = stream(lm, text, *edits, trace=recording, **settings)
+        if as_json:
+            for step in steps:
+                print_text(f"{_step_as_json(step)}\n")
+        elif is_terminal(sys.stdout):
+            _show_live(steps)
+        else:
+            for step in steps:
+                print_text(f"{_step_as_line(step)}\n")
 
 
-def _show(
-    lm: "LM",
-    prompt: str,
-    hooks: list["Hook"],
-    settings: Any,
-    top: int,
-    watch: list[int],
-    as_json: bool,
-) -> None:
+def _show_live(steps: "Iterable[StreamStep]") -> None:
+    """Shows the text and the last step's candidates while the model generates."""
     from rich.console import Console
     from rich.live import Live
 
-    from ..runs.trace import trace as record
-    from ..tables.streaming import stream
-
-    steps = stream(lm, prompt, *hooks, trace=record(top=top, watch=watch), **settings)
-    if as_json or not is_terminal(sys.stdout):
-        for now in steps:
-            tell_text(f"{_as_json(now) if as_json else _as_line(now)}\n")
-        return
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
-        for now in steps:
-            live.update(_as_panel(now), refresh=True)
-            console.print(_line(now), highlight=False, markup=False, emoji=False)
+        for step in steps:
+            live.update(_step_as_panel(step), refresh=True)
+            console.print(_decision_line(step), highlight=False, markup=False, emoji=False)
 
 
-def _as_json(now: "StreamStep") -> str:
-    shown = records(now.candidates.drop(columns=["row", "step", "pos"]))
-    return json.dumps(
-        {**records(now.decisions)[0], "text": now.text[0], "candidates": shown}, ensure_ascii=False
-    )
+def _candidates(step: "StreamStep", stage: str) -> list[dict[str, Any]]:
+    """Returns the candidates of a step as the model gave them, or after the hooks and sampling."""
+    return rows_as_dicts(step.candidates[step.candidates["stage"] == stage])
 
 
-def _line(now: "StreamStep") -> str:
-    (decision,) = records(now.decisions)
+def _step_as_json(step: "StreamStep") -> str:
+    (decision,) = rows_as_dicts(step.decisions)
+    candidates = rows_as_dicts(step.candidates.drop(columns=["row", "step", "pos"]))
+    contents = {**decision, "text": step.text[0], "candidates": candidates}
+    return json.dumps(contents, ensure_ascii=False)
+
+
+def _decision_line(step: "StreamStep") -> str:
+    (decision,) = rows_as_dicts(step.decisions)
     return f"{decision['step']:>4}  {decision['token']:<16} {decision['why']}"
 
 
-def _as_line(now: "StreamStep") -> str:
-    last = records(now.candidates.query("stage == 'processed'"))
-    shown = ", ".join(f"{found['token']} {found['prob']:.3f}" for found in last)
-    return f"{_line(now)}  [{shown}]"
+def _step_as_line(step: "StreamStep") -> str:
+    candidates = _candidates(step, "processed")
+    texts = [f"{candidate['token']} {candidate['prob']:.3f}" for candidate in candidates]
+    return f"{_decision_line(step)}  [{', '.join(texts)}]"
 
 
-def _as_panel(now: "StreamStep") -> "Group":
-    """The text so far, and the last step's candidates as bars, the chosen one marked."""
+def _step_as_panel(step: "StreamStep") -> "Group":
+    """Returns the text so far, and the step's candidates as bars, with the drawn one marked."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -327,16 +350,17 @@ def _as_panel(now: "StreamStep") -> "Group":
     table = Table(box=None, header_style="dim")
     for name in ("", "token", "p model", "p now", ""):
         table.add_column(name, justify="right" if name.startswith("p") else "left")
-    model = {
-        found["token_id"]: found["prob"]
-        for found in records(now.candidates.query("stage == 'model'"))
-    }
-    for found in records(now.candidates.query("stage == 'processed'")):
-        drawn, was = found["drawn"], model.get(found["token_id"])
-        bar = Text("█" * round(BAR * found["prob"]), style="green" if drawn else "blue")
-        numbers = ("" if was is None else f"{was:.4f}", f"{found['prob']:.4f}")
-        table.add_row(
-            "→" if drawn else "", Text(found["token"]), *numbers, bar, style="bold" if drawn else ""
-        )
-    text = "\n".join(map(printable, now.text[0].split("\n")))
+    model_probs: dict[int, str] = {}
+    for candidate in _candidates(step, "model"):
+        model_probs[candidate["token_id"]] = f"{candidate['prob']:.4f}"
+    for candidate in _candidates(step, "processed"):
+        marker, bar_style, row_style = "", "blue", ""
+        if candidate["drawn"]:
+            marker, bar_style, row_style = "→", "green", "bold"
+        prob = candidate["prob"]
+        bar = Text("█" * round(BAR_WIDTH * prob), style=bar_style)
+        model_prob = model_probs.get(candidate["token_id"], "")
+        token = Text(candidate["token"])
+        table.add_row(marker, token, model_prob, f"{prob:.4f}", bar, style=row_style)
+    text = "\n".join(map(printable, step.text[0].split("\n")))
     return Group(Panel(Text(text), title="text", title_align="left"), table)

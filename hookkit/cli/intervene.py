@@ -1,8 +1,9 @@
-"""hookkit shift: which tokens rose and fell under an edit, as tables or as the page on what moved, and why.
+"""Commands that change what a model computes and print the differences.
 
-hookkit sweep: a standard grid of edits, as a table; hookkit patch: the most usual one, for a reader.
-
-hookkit diff: two models on the same prompts, and what differs.
+hookkit shift     which tokens rise and fall under hooks
+hookkit sweep     ablations or patching over a grid of sites, as a table
+hookkit patch     patching between two prompts, with the strongest effects for a reader
+hookkit diff      the differences between two models on the same prompts
 """
 
 import warnings
@@ -13,23 +14,33 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .app import INTERRUPTED, app, command, program
+from .app import INTERRUPTED, app, command, create_program
 from .options import (
-    Edits,
-    Engine,
+    Device,
+    EngineOptions,
     Head,
+    HookOptions,
     Layer,
+    ModelOptions,
     Position,
+    PromptOptions,
     Seed,
-    Texts,
     Top,
     Watch,
-    Which,
-    one_prompt,
-    watched,
-    word,
+    parse_token,
+    read_prompt,
+    token_ids,
 )
-from .output import Form, Shown, strongest, tell, tell_aside, tell_page, tell_text, write_out
+from .output import (
+    OutputOptions,
+    TableView,
+    largest_rows,
+    print_message,
+    print_text,
+    write_file,
+    write_page,
+    write_result,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,19 +48,48 @@ if TYPE_CHECKING:
     from ..models.lm import LM
     from ..tables.metrics import Metric
 
-
-from .options import Device
+SHIFT_COLUMNS = (
+    "row",
+    "rank_before",
+    "rank_after",
+    "shift",
+    "token",
+    "prob_before",
+    "prob_after",
+    "logit_delta",
+    "why",
+)
+SUMMARY_COLUMNS = (
+    "row",
+    "top1_before",
+    "top1_after",
+    "kl",
+    "entropy_before",
+    "entropy_after",
+    "kept",
+)
+EFFECT_COLUMNS = (
+    "site",
+    "layer",
+    "head",
+    "pos",
+    "token",
+    "logit_diff_before",
+    "logit_diff",
+    "logit_diff_effect",
+)
 
 
 @command(
-    'hookkit shift "I like oat milk in my" --force " coffee" --ablate z.9.3 --watch " tea" --out moved',
+    'hookkit shift "I like oat milk in my" --force " coffee" --ablate z.9.3 --watch " tea" '
+    "--out moved",
     panel="Change",
 )
 def shift(
-    texts: Texts,
-    which: Which,
-    edits: Edits,
-    form: Form,
+    prompts: PromptOptions,
+    model: ModelOptions,
+    hooks: HookOptions,
+    output: OutputOptions,
     top: Top = 10,
     watch: Watch = None,
     movers: Annotated[
@@ -63,75 +103,74 @@ def shift(
     ] = 0,
     seed: Seed = 0,
 ) -> None:
-    """The next token's ranking without and with edits: the first ones, the largest movers, the watched ones.
+    """The next token's ranking without and with hooks: top tokens, largest movers, watched tokens.
 
-    CSV and JSON have these tables. --html, and --out FOLDER, are the whole page: layers, parts, controls.
+    CSV and JSON have these tables. --html, and --out FOLDER, are the whole page: layers, parts,
+    controls.
     """
-    prompts, kind = texts.read(), form.kind
-    if kind not in ("html", "folder") and (random or generate):
+    texts, as_page = prompts.read(), output.format in ("html", "folder")
+    if not as_page and (random or generate):
         from ..errors import BadHook
 
         raise BadHook("--random and --generate are of the page: add --html, or --out FOLDER")
-    edits.check(needed="a shift is from a run without hooks to one with them")
-    lm = which.load(quiet=form.quiet)
-    ids = watched(lm, watch)
-    hooks = edits.read(lm, form.note)
-    if kind in ("html", "folder"):
+    hooks.check(purpose="a shift is from a run without hooks to one with them")
+    lm = model.load(quiet=output.quiet)
+    watched_ids = token_ids(lm, watch)
+    edits = hooks.read(lm, output.note)
+    title = " + ".join(map(str, edits))
+    if as_page:
         from ..reports.shift.shift_page import shift_report
 
-        controls = "random" if random else None
         page = shift_report(
-            lm, prompts, *hooks, controls=controls, watch=ids, top=top, generate=generate, seed=seed,
-            title=f"What moved: {' + '.join(map(str, hooks))}"[:120],
-        )  # fmt: skip
-        tell_page(form, page)
+            lm,
+            texts,
+            *edits,
+            controls="random" if random else None,
+            watch=watched_ids,
+            top=top,
+            generate=generate,
+            seed=seed,
+            title=f"What moved: {title}"[:120],
+        )
+        write_page(output, page)
         return
     from ..runs.forward import forward
     from ..tables.rank_tables import rank_shift, shift_summary
 
-    before, after = forward(lm, prompts, logits="last"), forward(lm, prompts, *hooks, logits="last")
-    moved = rank_shift(before, after, top=top, movers=movers, watch=ids)
-    columns = (
-        "row",
-        "rank_before",
-        "rank_after",
-        "shift",
-        "token",
-        "prob_before",
-        "prob_after",
-        "logit_delta",
-        "why",
-    )
-    names = ("row", "top1_before", "top1_after", "kl", "entropy_before", "entropy_after", "kept")
+    before, after = forward(lm, texts, logits="last"), forward(lm, texts, *edits, logits="last")
+    shifts = rank_shift(before, after, top=top, movers=movers, watch=watched_ids)
+    summary = shift_summary(before, after, top=top)
     parts = {
-        "shifts": Shown(moved, columns, " + ".join(map(str, hooks))),
-        "summary": Shown(
-            shift_summary(before, after, top=top), names, "how far all of it moved (nats)"
-        ),
+        "shifts": TableView(shifts, SHIFT_COLUMNS, title),
+        "summary": TableView(summary, SUMMARY_COLUMNS, "how far all of it moved (nats)"),
     }
-    tell(form, "Shift", parts, main="shifts")
+    write_result(output, "Shift", parts, main="shifts")
 
 
-GRIDS = "Grids and corpora"
-grids = program()
-app.add_typer(grids, name="sweep", help="A grid of edits and what each does to a token: a table as CSV.",
-              rich_help_panel=GRIDS)  # fmt: skip
+GRIDS_PANEL = "Grids and corpora"
+grids = create_program()
+app.add_typer(
+    grids,
+    name="sweep",
+    help="A grid of edits and the effect of each on a token: a table as CSV.",
+    rich_help_panel=GRIDS_PANEL,
+)
 
 Clean: TypeAlias = Annotated[str, typer.Argument(help="The prompt that is patched from.")]
 Corrupted: TypeAlias = Annotated[
     str, typer.Argument(help="The prompt that is patched, of as many tokens.")
 ]
 Direction: TypeAlias = Annotated[
-    str, typer.Option(help="denoise, or noise: clean prompts with what is corrupted.")
+    str, typer.Option(help="denoise, or noise: patch the clean prompt from the corrupted one.")
 ]
 Save: TypeAlias = Annotated[
-    Path | None, typer.Option(help="A folder in which it goes on if it is ended.")
+    Path | None, typer.Option(help="A folder from which an interrupted sweep continues.")
 ]
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What is measured."""
+class MetricOptions:
+    """The options for the metric of a sweep."""
 
     token: Annotated[str, typer.Option(help="The token that is measured, such as ' coffee'.")]
     against: Annotated[
@@ -139,70 +178,74 @@ class Measure:
     ] = None
 
     def metric(self) -> "Metric":
+        """Returns the token's probability, or its logit minus that of the other token."""
         from ..tables.token_metrics import logit_diff, prob
 
-        return (
-            prob(word(self.token))
-            if self.against is None
-            else logit_diff(word(self.token), word(self.against))
-        )
+        if self.against is None:
+            return prob(parse_token(self.token))
+        return logit_diff(parse_token(self.token), parse_token(self.against))
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Which places; all of each dimension that is left out."""
+class GridOptions:
+    """The options for the cells of a sweep; all along each dimension that is left out."""
 
     layer: Layer = None
     head: Head = None
     pos: Position = None
     save: Save = None
 
-    def settings(self) -> dict[str, Any]:
+    def arguments(self, output: OutputOptions) -> dict[str, Any]:
+        """Returns the arguments of a sweep, or raises `BadFile` if --save names a file."""
         from ..errors import BadFile
 
         if self.save is not None and self.save.exists() and not self.save.is_dir():
             raise BadFile(
-                f"--save {str(self.save)!r} is a file: give a folder, or the name of one that is to be made"
+                f"--save {str(self.save)!r} is a file: "
+                "give a folder, or the name of one that is to be made"
             )
-        places = {"layers": self.layer or None, "heads": self.head or None, "pos": self.pos or None}
-        return {**places, "save": self.save}
+        return {
+            "layers": self.layer or None,
+            "heads": self.head or None,
+            "pos": self.pos or None,
+            "save": self.save,
+            "progress": output.progress,
+        }
 
 
 @command(
-    'hookkit sweep ablations "I like oat milk in my" z --token " coffee"', panel=GRIDS, within=grids
+    'hookkit sweep ablations "I like oat milk in my" z --token " coffee"',
+    panel=GRIDS_PANEL,
+    within=grids,
 )
 def ablations(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     what: Annotated[str, typer.Argument(help="A site such as z or mlp_out, or block.")],
-    measure: Measure,
-    grid: Grid,
-    which: Which,
-    engine: Engine,
-    form: Form,
-    to: Annotated[str, typer.Option(help="What is put in: zero, mean or resample.")] = "zero",
+    metric: MetricOptions,
+    grid: GridOptions,
+    model: ModelOptions,
+    engine: EngineOptions,
+    output: OutputOptions,
+    to: Annotated[str, typer.Option(help="The replacement: zero, mean or resample.")] = "zero",
     over: Annotated[
         list[str] | None, typer.Option(help="A prompt of the mean or the draw; repeatable.")
     ] = None,
 ) -> None:
-    """Each head, layer or block taken out by itself: what the token loses without it."""
-    from ..sweeps.grids import ablations as swept
+    """Each head, layer or block ablated by itself: what the token loses without it."""
+    from ..sweeps.grids import ablations as run_ablations
 
-    form.check()
-    text = one_prompt(prompt)
-    given: dict[str, Any] = {
-        "to": to,
-        "over": over or None,
-        **grid.settings(),
-        "progress": form.progress,
-    }
-    given["engine"] = engine.chosen()
-    lm = which.load(quiet=form.quiet)
-    _say(lambda: swept(lm, [text], what, measure.metric(), **given), grid, form)
+    output.check()
+    text = read_prompt(prompt)
+    arguments = grid.arguments(output)
+    arguments |= {"to": to, "over": over or None, "engine": engine.create()}
+    lm = model.load(quiet=output.quiet)
+    _run_sweep(lambda: run_ablations(lm, [text], what, metric.metric(), **arguments), grid, output)
 
 
 @command(
-    'hookkit sweep patching "Mary gave tea to" "John gave tea to" resid_pre --token " John" --against " Mary"',
-    panel=GRIDS,
+    'hookkit sweep patching "Mary gave tea to" "John gave tea to" resid_pre --token " John" '
+    '--against " Mary"',
+    panel=GRIDS_PANEL,
     within=grids,
 )
 def patching(
@@ -211,95 +254,105 @@ def patching(
     site: Annotated[
         list[str], typer.Argument(help="A site such as resid_pre or z; several are compared.")
     ],
-    measure: Measure,
-    grid: Grid,
-    which: Which,
-    engine: Engine,
-    form: Form,
+    metric: MetricOptions,
+    grid: GridOptions,
+    model: ModelOptions,
+    engine: EngineOptions,
+    output: OutputOptions,
     direction: Direction = "denoise",
 ) -> None:
-    """What each place of a clean prompt carries: put into the corrupted one, how much of the token comes back."""
-    from ..sweeps.grids import patching as swept
+    """Each site of a clean prompt patched into the corrupted one: how much of the token returns."""
+    from ..sweeps.grids import patching as run_patching
 
-    form.check()
-    given: dict[str, Any] = {"direction": direction, **grid.settings(), "progress": form.progress}
-    given["engine"] = engine.chosen()
-    lm = which.load(quiet=form.quiet)
-    _say(lambda: swept(lm, [clean], [corrupted], site, measure.metric(), **given), grid, form)
+    output.check()
+    arguments = grid.arguments(output)
+    arguments |= {"direction": direction, "engine": engine.create()}
+    lm = model.load(quiet=output.quiet)
+    _run_sweep(
+        lambda: run_patching(lm, [clean], [corrupted], site, metric.metric(), **arguments),
+        grid,
+        output,
+    )
 
 
 @command(
-    'hookkit patch "Mary and John met; John thanked" "Mary and John met; Mary thanked"', panel=GRIDS
+    'hookkit patch "Mary and John met; John thanked" "Mary and John met; Mary thanked"',
+    panel=GRIDS_PANEL,
 )
 def patch(
     clean: Clean,
     corrupted: Corrupted,
-    grid: Grid,
-    which: Which,
-    form: Form,
+    grid: GridOptions,
+    model: ModelOptions,
+    output: OutputOptions,
     site: Annotated[str, typer.Option(help="resid_pre, attn_out, mlp_out, z …")] = "resid_pre",
     token: Annotated[
-        str | None, typer.Option(help="What is measured; the clean prompt's first if left out.")
+        str | None, typer.Option(help="The token; the clean prompt's first if left out.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Against which; the corrupted one's first if left out.")
+        str | None, typer.Option(help="Another token; the corrupted one's first if left out.")
     ] = None,
     direction: Direction = "denoise",
     top: Annotated[
-        int, typer.Option(min=1, help="How many places to show, the strongest first.")
+        int, typer.Option(min=1, help="How many cells to show, the strongest first.")
     ] = 10,
     figure: Annotated[
         Path | None, typer.Option(help="A file for the figure: .png, .svg or .pdf.")
     ] = None,
 ) -> None:
-    """Where a clean prompt has what a corrupted one lacks: the strongest places. CSV and JSON have all of them.
+    """The strongest effects of patching a clean prompt into a corrupted one. CSV and JSON have all.
 
-    The effect is 0 where a place changed nothing, and 1 where it brought all of the clean prompt's answer. Of one pair
-    there is no interval, and the largest of many places is larger than it would be on another: hk.strongest chooses on
-    half of several pairs and measures on the other half.
+    The effect is 0 if the patch changed nothing, and 1 if it restored the clean prompt's answer.
+    One pair has no confidence interval, and the largest of many effects would be smaller on
+    another pair: hk.strongest selects on half of several pairs and measures on the other half.
     """
-    from ..sweeps.grids import patching as swept
+    from ..sweeps.grids import patching as run_patching
     from ..tables.token_metrics import logit_diff
 
     _check_figure(figure)
-    form.check()
-    lm = which.load(quiet=form.quiet)
-    right, wrong = _answers(lm, clean, corrupted, token, against)
-    form.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
+    output.check()
+    lm = model.load(quiet=output.quiet)
+    right, wrong = _answers(lm, (clean, corrupted), (token, against))
+    output.note(f"the logit of {lm.string(right)!r} minus that of {lm.string(wrong)!r}")
     metric = logit_diff(right, wrong)
-    given: dict[str, Any] = {"direction": direction, **grid.settings(), "progress": form.progress}
+    arguments = {"direction": direction, **grid.arguments(output)}
 
-    def tell_it(table: "pd.DataFrame") -> None:
-        tokens = (
-            [repr(lm.string(each)) for each in lm.tokenizer.encode(corrupted)]
-            if lm.tokenizer
-            else None
-        )
-        _tell_places(form, table, tokens, top, figure)
+    def write(table: "pd.DataFrame") -> None:
+        tokens = None
+        if lm.tokenizer:
+            tokens = [repr(lm.string(token_id)) for token_id in lm.tokenizer.encode(corrupted)]
+        _write_patching(output, table, tokens, top, figure)
 
-    _say(lambda: swept(lm, [clean], [corrupted], site, metric, **given), grid, form, tell_it)
+    _run_sweep(
+        lambda: run_patching(lm, [clean], [corrupted], site, metric, **arguments),
+        grid,
+        output,
+        write,
+    )
 
 
 def _answers(
-    lm: "LM", clean: str, corrupted: str, token: str | None, against: str | None
+    lm: "LM", prompts: tuple[str, str], tokens: tuple[str | None, str | None]
 ) -> tuple[int, int]:
-    """The two tokens whose logits are compared: those named, else the first of each prompt."""
+    """Returns the two tokens whose logits are compared: the given ones, or the most likely ones."""
     from ..errors import BadHook
     from ..runs.forward import forward
     from ..tables.rank_tables import ranks
 
-    named = [None if each is None else lm.token(word(each)) for each in (token, against)]
-    first = [
-        int(ranks(forward(lm, text, logits="last"), top=1)["token_id"].iloc[0])
-        if one is None
-        else one
-        for text, one in zip((clean, corrupted), named, strict=True)
-    ]
-    if first[0] == first[1]:
+    named_ids = [None if token is None else lm.token(parse_token(token)) for token in tokens]
+    answers: list[int] = []
+    for prompt, token_id in zip(prompts, named_ids, strict=True):
+        if token_id is None:
+            table = ranks(forward(lm, prompt, logits="last"), top=1)
+            token_id = int(table["token_id"].iloc[0])
+        answers.append(token_id)
+    first, second = answers
+    if first == second:
         raise BadHook(
-            f"both prompts are answered with {lm.string(first[0])!r}: say what is measured, --token and --against"
+            f"both prompts are answered with {lm.string(first)!r}: "
+            "say what is measured, --token and --against"
         )
-    return first[0], first[1]
+    return first, second
 
 
 def _check_figure(path: Path | None) -> None:
@@ -309,71 +362,68 @@ def _check_figure(path: Path | None) -> None:
         raise BadFile(f"--figure {path}: give a file that ends in .png, .svg or .pdf")
 
 
-def _tell_places(
-    form: Form, table: "pd.DataFrame", tokens: list[str] | None, top: int, figure: Path | None
+def _write_patching(
+    output: OutputOptions,
+    table: "pd.DataFrame",
+    tokens: list[str] | None,
+    top: int,
+    figure: Path | None,
 ) -> None:
-    """The places by their effect, the positions with their tokens."""
-    from ..errors import BadFile
+    """Writes the effects of patching; `tokens` label the positions."""
     from ..figures.sweeps import heat_map
 
-    labels = tokens if tokens is not None and "pos" in table and "head" not in table else None
+    labels = tokens if "pos" in table and "head" not in table else None
     if figure is not None:
-        try:
-            drawing, kind = heat_map(table, labels=labels), figure.suffix.removeprefix(".")
-            write_out(figure, lambda making: drawing.savefig(making, dpi=150, format=kind))
-        except BadFile:
-            raise
-        except OSError as error:
-            raise BadFile(
-                f"{str(figure)!r} cannot be written: {error.strerror or error}"
-            ) from error
-        form.note(f"wrote {figure}")
-    shown = strongest(table, "logit_diff_effect", top)
-    if tokens is not None and "pos" in shown:
-        shown["token"] = [tokens[int(place)] for place in shown["pos"]]
-    columns = (
-        "site",
-        "layer",
-        "head",
-        "pos",
-        "token",
-        "logit_diff_before",
-        "logit_diff",
-        "logit_diff_effect",
+        _save_figure(figure, heat_map(table, labels=labels))
+        output.note(f"wrote {figure}")
+    reader_table = largest_rows(table, "logit_diff_effect", top)
+    if tokens is not None and "pos" in reader_table:
+        reader_table["token"] = [tokens[int(pos)] for pos in reader_table["pos"]]
+    view = TableView(
+        table, EFFECT_COLUMNS, "", reader_table, lambda: heat_map(table, labels=labels)
     )
-    tell(
-        form,
-        "Patching",
-        {"patching": Shown(table, columns, "", shown, lambda: heat_map(table, labels=labels))},
-    )
+    write_result(output, "Patching", {"patching": view})
 
 
-def _say(
-    sweep: Callable[[], "pd.DataFrame"],
-    grid: Grid,
-    form: Form,
-    tell_it: "Callable[[pd.DataFrame], None] | None" = None,
+def _save_figure(path: Path, drawing: Any) -> None:
+    from ..errors import BadFile
+
+    file_format = path.suffix.removeprefix(".")
+    try:
+        write_file(path, lambda target: drawing.savefig(target, dpi=150, format=file_format))
+    except BadFile:
+        raise
+    except OSError as error:
+        raise BadFile(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _run_sweep(
+    sweep: "Callable[[], pd.DataFrame]",
+    grid: GridOptions,
+    output: OutputOptions,
+    write: "Callable[[pd.DataFrame], None] | None" = None,
 ) -> None:
-    """Say the table, as CSV unless told otherwise, also one that Ctrl-C ended."""
+    """Runs a sweep and writes its table, by default as CSV; after Ctrl-C, the cells so far."""
     from ..errors import Interrupted
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Interrupted)  # it is said below
+        warnings.simplefilter("ignore", Interrupted)  # reported below
         try:
             table: pd.DataFrame | None = sweep()
         except KeyboardInterrupt:  # before the first cell
             table = None
-    if table is not None and tell_it is not None:
-        tell_it(table)
-    elif table is not None and form.kind:
-        tell(form, "Sweep", {"sweep": Shown(table)})
-    elif table is not None:
-        tell_text(table.to_csv(index=False, lineterminator="\n"))
+    if table is not None:
+        if write is not None:
+            write(table)
+        elif output.format:
+            write_result(output, "Sweep", {"sweep": TableView(table)})
+        else:
+            print_text(table.to_csv(index=False, lineterminator="\n"))
     if table is None or not table.attrs["complete"]:
-        on = (
-            "with --save FOLDER it could go on" if grid.save is None else "the same command goes on"
-        )
-        tell_aside(f"interrupted; {on}")
+        advice = "the same command goes on"
+        if grid.save is None:
+            advice = "with --save FOLDER it could go on"
+        print_message(f"interrupted; {advice}")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -386,8 +436,8 @@ def diff(
         ),
     ],
     after: Annotated[str, typer.Argument(metavar="MODEL_B", help="One of the same vocabulary.")],
-    texts: Texts,
-    form: Form,
+    prompts: PromptOptions,
+    output: OutputOptions,
     watch: Watch = None,
     site: Annotated[
         list[str] | None, typer.Option(help="Such as resid_post; repeatable. All if left out.")
@@ -407,31 +457,33 @@ def diff(
     ] = None,
     revision_after: Annotated[str | None, typer.Option(help="Of the second.")] = None,
 ) -> None:
-    """Compare two models on the same prompts: KL after each token, and the site where they part first."""
-    prompts, kind = texts.read(), form.kind
-    from ..reports.diff.model_diff import diff as compared
+    """Compare two models on prompts: KL after each token, and the first site where they part."""
+    texts, output_format = prompts.read(), output.format
+    from ..reports.diff.model_diff import diff as compare_models
 
-    first = Which(_named(before), revision, device, dtype).load(quiet=form.quiet)
-    second = Which(_named(after), revision_after, device, dtype_after or dtype).load(
-        quiet=form.quiet
-    )
-    found = compared(
+    first_model = ModelOptions(_name_or_none(before), revision, device, dtype)
+    second_model = ModelOptions(_name_or_none(after), revision_after, device, dtype_after or dtype)
+    first = first_model.load(quiet=output.quiet)
+    second = second_model.load(quiet=output.quiet)
+    comparison = compare_models(
         first,
         second,
-        prompts,
+        texts,
         sites=site or None,
-        watch=watched(first, watch) or (),
+        watch=token_ids(first, watch) or (),
         tolerance=tolerance,
     )
-    form.note(repr(found))
-    if kind in ("html", "folder"):
-        tell_page(form, found.page())
+    output.note(repr(comparison))
+    if output_format in ("html", "folder"):
+        write_page(output, comparison.page())
         return
     columns = ("row", "pos", "read", "kl", "top1_before", "top1_after")
-    names = ("prompts", "shifts", "sites", "parting", "left_out")
-    rest = {name: Shown(getattr(found, name)) for name in names} if kind == "json" else {}
-    tell(form, "Two models", {"tokens": Shown(found.tokens, columns), **rest}, main="tokens")
+    parts = {"tokens": TableView(comparison.tokens, columns)}
+    if output_format == "json":
+        for name in ("prompts", "shifts", "sites", "parting", "left_out"):
+            parts[name] = TableView(getattr(comparison, name))
+    write_result(output, "Two models", parts, main="tokens")
 
 
-def _named(model: str) -> str | None:
+def _name_or_none(model: str) -> str | None:
     return None if model == "default" else model

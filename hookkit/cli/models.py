@@ -1,93 +1,103 @@
-"""hookkit sites and doctor: where a model can be looked into; what works on it, and what will not and why.
+"""Commands about models and harvests.
 
-hookkit models: those on this machine; to fetch one, and to remove one.
-
-hookkit harvest: what is at some sites, for every text of a file, into a folder.
+hookkit sites     the sites of a model
+hookkit doctor    what works with a model, what does not, and why
+hookkit models    the models on this machine: list, fetch, remove
+hookkit harvest   the activations of every text of a file, written to a folder
 """
 
+import json
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..display import printable
-from .app import DONE, UNHEALTHY, command
-from .options import Device, Which
-from .output import Form, Shown, records, tell, tell_text
+from .app import DONE, FAILED, app, command, create_program, exit_cleanly, is_terminal
+from .options import Device, EngineOptions, ModelOptions
+from .output import (
+    OutputOptions,
+    TableView,
+    print_line,
+    print_message,
+    print_table,
+    print_text,
+    rows_as_dicts,
+    write_result,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..checks.doctor import Checkup
     from ..models.lm import LM
-import json
-import os
-import sys
 
-from .app import app, endings_said, is_terminal, program
-from .options import Engine
-from .output import tell_aside
-
-MODELS = "Models"
+PANEL = "Models"
 
 
-@command("hookkit sites 'resid*' --model HuggingFaceTB/SmolLM2-135M", panel=MODELS)
+@command("hookkit sites 'resid*' --model HuggingFaceTB/SmolLM2-135M", panel=PANEL)
 def sites(
-    which: Which,
-    form: Form,
+    model: ModelOptions,
+    output: OutputOptions,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Names or patterns such as 'mlp_*'; z.9.3 for one place alone."),
+        typer.Argument(help="Names or patterns such as 'mlp_*'; z.9.3 for a single site."),
     ] = None,
     missing: Annotated[
-        bool, typer.Option("--missing", help="Those alone that the model lacks, and why.")
+        bool, typer.Option("--missing", help="Only the sites that the model lacks, and why.")
     ] = False,
 ) -> None:
-    """The named places of a model: axes, sizes, modules, what can be edited there, and why one is missing."""
-    form.check()
-    lm = which.load(quiet=form.quiet)
-    table: Any = _chosen(lm, names or [])
+    """The sites of a model: axes, sizes, modules, what can be edited, why one is missing."""
+    output.check()
+    lm = model.load(quiet=output.quiet)
+    table: Any = _describe_sites(lm, names or [])
     if missing:
         table = table[table["missing"] != ""]
-    tell(form, "Sites", {"sites": Shown(table.reset_index(drop=True))})
+    write_result(output, "Sites", {"sites": TableView(table.reset_index(drop=True))})
 
 
-def _chosen(lm: "LM", names: list[str]) -> "pd.DataFrame":
-    """The rows of the table of sites that are asked for, one place alone with its own module."""
+def _describe_sites(lm: "LM", names: list[str]) -> "pd.DataFrame":
+    """Returns the rows of the table of sites that match the names; all rows without names."""
     from fnmatch import fnmatchcase
 
     import pandas as pd
 
-    from ..models.sites import Site, parse
-
-    table = lm.describe()
+    table: Any = lm.describe()
+    if not names:
+        return table
     parts = []
     for name in names:
-        found: Any = table[[fnmatchcase(each, name) for each in table["site"]]]
-        if found.empty:
-            site = parse(name)  # raises for what is no site
-            place = lm.place(site)
-            found = table[table["site"] == getattr(site, "name", "")].assign(
-                site=str(site), module=place.path
-            )
-            if isinstance(site, Site):
-                found = found.assign(axes=site.axes, sizes=_sizes(lm, site), layers=1)
-            if found.empty:
-                found = pd.DataFrame(
-                    [{"site": str(site), "module": place.path, "side": place.side, "missing": ""}]
-                )
-        parts.append(found)
-    return pd.concat(parts, ignore_index=True).drop_duplicates("site") if parts else table
+        matches = table[[fnmatchcase(site, name) for site in table["site"]]]
+        if matches.empty:
+            matches = _describe_site(lm, table, name)
+        parts.append(matches)
+    return pd.concat(parts, ignore_index=True).drop_duplicates("site")
 
 
-def _sizes(lm: "LM", site: Any) -> str:
-    from ..models.sites import SQUARE
+def _describe_site(lm: "LM", table: Any, name: str) -> Any:
+    """Returns a table of one row, for a single site such as z.9.3 or a module."""
+    import pandas as pd
 
-    if site.name in SQUARE:
-        return site.axes
-    return " ".join(["batch", "pos", *map(str, lm.shape(site))])
+    from ..models.sites import SQUARE, Site, parse
+
+    site = parse(name)  # raises for a text that is not a site
+    location = lm.place(site)
+    row = table[table["site"] == getattr(site, "name", "")].assign(
+        site=str(site), module=location.path
+    )
+    if isinstance(site, Site):
+        sizes = site.axes
+        if site.name not in SQUARE:
+            sizes = " ".join(["batch", "pos", *map(str, lm.shape(site))])
+        row = row.assign(axes=site.axes, sizes=sizes, layers=1)
+    if row.empty:
+        columns = {"site": str(site), "module": location.path, "side": location.side}
+        row = pd.DataFrame([columns | {"missing": ""}])
+    return row
 
 
-@command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=MODELS)
+@command("hookkit doctor HuggingFaceTB/SmolLM2-135M --dtype bfloat16", panel=PANEL)
 def doctor(
     model: Annotated[
         str | None, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")
@@ -97,7 +107,7 @@ def doctor(
     ] = None,
     device: Device = None,
     device_map: Annotated[
-        str | None, typer.Option(help="auto, to spread the model over what there is.")
+        str | None, typer.Option(help="auto, to spread the model over the available devices.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …")] = None,
     attn_implementation: Annotated[
@@ -106,85 +116,88 @@ def doctor(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
-    layer: Annotated[list[int] | None, typer.Option(help="A block to try; repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
+    layer: Annotated[list[int] | None, typer.Option(help="A layer to check; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
 ) -> None:
-    """Prove the laws on a model, and say what will not work and why. Exit status 1 where something does not."""
-    from ..checks.doctor import doctor as examined
+    """Check the laws on a model, and print what does not work and why.
 
-    more = {"device_map": device_map, "attn_implementation": attn_implementation}
-    more |= {"trust_remote_code": trust_remote_code or None}
-    lm = Which(model, revision, device, dtype).load(quiet=quiet, **more)
-    found = examined(lm, layers=layer or None)
+    Ends with status 1 if there is a problem.
+    """
+    from ..checks.doctor import doctor as check_model
+
+    settings: dict[str, Any] = {}
+    if device_map is not None:
+        settings["device_map"] = device_map
+    if attn_implementation is not None:
+        settings["attn_implementation"] = attn_implementation
+    if trust_remote_code:
+        settings["trust_remote_code"] = True
+    lm = ModelOptions(model, revision, device, dtype).load(quiet=quiet, **settings)
+    checkup = check_model(lm, layers=layer or None)
     if as_json:
-        tell_text(found.to_json() + "\n")
+        print_text(checkup.to_json() + "\n")
     else:
-        _print_checkup(found)
-    raise typer.Exit(DONE if found.healthy else UNHEALTHY)
+        _print_checkup(checkup)
+    raise typer.Exit(DONE if checkup.healthy else FAILED)
 
 
-def _print_checkup(found: "Checkup") -> None:
-    from .output import said, show
+def _print_checkup(checkup: "Checkup") -> None:
+    width = max(map(len, checkup.facts))
+    facts = [f"{name:<{width}}  {value}" for name, value in checkup.facts.items()]
+    print_line("\n".join(facts) + "\n")
+    print_table(_readable_sites(checkup))
+    for note in checkup.notes:
+        print_line(f"note: {printable(note)}")
+    for problem in checkup.problems:
+        print_line(f"problem: {printable(problem)}", bold=True)
+    if checkup.healthy:
+        print_line("nothing was found that does not work")
 
-    width = max(map(len, found.facts))
-    said("\n".join(f"{name:<{width}}  {value}" for name, value in found.facts.items()) + "\n")
-    show(_readable(found))
-    for title, notes in (("note", found.notes), ("problem", found.problems)):
-        for words in notes:
-            said(f"{title}: {printable(words)}", style="bold" if title == "problem" else "")
-    if found.healthy:
-        said("nothing was found that does not work")
 
-
-def _readable(found: "Checkup") -> "pd.DataFrame":
-    """The sites with words for what holds, and nothing where a site is missing."""
+def _readable_sites(checkup: "Checkup") -> "pd.DataFrame":
+    """Returns the table of sites with yes and no, and with empty cells for missing sites."""
     import pandas as pd
 
     rows = []
-    for row in records(found.sites):
-        there = row["blocks"] != ""
-        marks = {
-            name: ("yes" if row[name] else "no") if there else "" for name in ("editable", "proved")
-        }
-        number = "" if row["difference"] is None else f"{row['difference']:.1e}"
-        rows.append(
-            {
-                "site": row["site"],
-                "blocks": row["blocks"],
-                **marks,
-                "difference": number,
-                "why": row["why"],
-            }
-        )
+    for site in rows_as_dicts(checkup.sites):
+        row = {"site": site["site"], "blocks": site["blocks"], "editable": "", "proved": ""}
+        if site["blocks"]:
+            row["editable"] = "yes" if site["editable"] else "no"
+            row["proved"] = "yes" if site["proved"] else "no"
+        row["difference"] = ""
+        if site["difference"] is not None:
+            row["difference"] = f"{site['difference']:.1e}"
+        row["why"] = site["why"]
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-models = program()
-app.add_typer(models, name="models", help="The models on this machine.", rich_help_panel="Models")
+models = create_program()
+app.add_typer(models, name="models", help="The models on this machine.", rich_help_panel=PANEL)
 
-PANEL = "Commands"
+COMMANDS_PANEL = "Commands"
 
 
-@command("hookkit models list --json", panel=PANEL, within=models, name="list")
-def list_models(form: Form) -> None:
-    """The models that are kept here, with their revisions and sizes."""
-    form.check()
+@command("hookkit models list --json", panel=COMMANDS_PANEL, within=models, name="list")
+def list_models(output: OutputOptions) -> None:
+    """The models on this machine, with their revisions and sizes."""
+    output.check()
     from ..models.cache import stored
 
-    tell(form, "Models", {"models": Shown(stored())})
+    write_result(output, "Models", {"models": TableView(stored())})
 
 
-@command("hookkit models where", panel=PANEL, within=models)
-def where(form: Form) -> None:
-    """The folders in which models are kept, and what sets them."""
-    form.check()
+@command("hookkit models where", panel=COMMANDS_PANEL, within=models)
+def where(output: OutputOptions) -> None:
+    """The folders in which models are stored, and what sets them."""
+    output.check()
     from ..models.cache import places
 
-    tell(form, "Where models are kept", {"where": Shown(places())})
+    write_result(output, "Where models are kept", {"where": TableView(places())})
 
 
-@command("hookkit models fetch HuggingFaceTB/SmolLM2-135M", panel=PANEL, within=models)
+@command("hookkit models fetch HuggingFaceTB/SmolLM2-135M", panel=COMMANDS_PANEL, within=models)
 def fetch(
     model: Annotated[
         str | None, typer.Argument(help="A Hugging Face id; the default model if left out.")
@@ -193,31 +206,33 @@ def fetch(
         str | None, typer.Option(help="A branch, tag or commit of the model.")
     ] = None,
 ) -> None:
-    """Bring a model onto this machine, without loading it; prints its folder."""
-    from ..models.cache import fetch as fetched
+    """Download a model to this machine without loading it, and print its folder."""
+    from ..models.cache import fetch as fetch_model
 
-    tell_text(f"{fetched(model, revision)}\n")
+    print_text(f"{fetch_model(model, revision)}\n")
 
 
-@command("hookkit models remove HuggingFaceTB/SmolLM2-135M --yes", panel=PANEL, within=models)
+@command(
+    "hookkit models remove HuggingFaceTB/SmolLM2-135M --yes", panel=COMMANDS_PANEL, within=models
+)
 def remove(
-    model: Annotated[str, typer.Argument(help="Its name, as `hookkit models list` has it.")],
+    model: Annotated[str, typer.Argument(help="Its name, as in `hookkit models list`.")],
     revision: Annotated[str | None, typer.Option(help="A commit; every one if left out.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a model from this machine. Asks first."""
     from ..errors import ModelNotFound
-    from ..models.cache import remove as removed
+    from ..models.cache import remove as remove_model
     from ..models.cache import stored
 
     if model not in set(stored()["model"]):
-        removed(model, revision)  # raises
+        remove_model(model, revision)  # raises
     if not yes:
         if not is_terminal(sys.stdin):
             raise ModelNotFound(f"{model!r} is not removed without a word: add --yes")
         if not typer.confirm(f"Delete {model} from this machine?", err=True):
             return
-    tell_aside(f"removed {model}, {removed(model, revision):g} MB")
+    print_message(f"removed {model}, {remove_model(model, revision):g} MB")
 
 
 @command(
@@ -230,11 +245,11 @@ def harvest(
         list[str],
         typer.Argument(help="The sites, such as resid_post.6; resid_post means every layer."),
     ],
-    out: Annotated[str, typer.Option(help="The folder; one that was begun is gone on with.")],
-    which: Which,
-    engine: Engine,
+    out: Annotated[str, typer.Option(help="The folder; an unfinished harvest is continued.")],
+    model: ModelOptions,
+    engine: EngineOptions,
     keep_as: Annotated[
-        str | None, typer.Option(help="The dtype of what is kept; the model's if left out.")
+        str | None, typer.Option(help="The dtype of the stored values; the model's if left out.")
     ] = None,
     pos: Annotated[
         int | None, typer.Option(help="One position of each text, such as -1; all if left out.")
@@ -243,27 +258,25 @@ def harvest(
         int | None, typer.Option(help="How many tokens of a text are read at most.")
     ] = None,
     long: Annotated[
-        str, typer.Option(help="What becomes of a longer text: error, truncate or split.")
+        str, typer.Option(help="What to do with a longer text: error, truncate or split.")
     ] = "error",
     unfit: Annotated[
-        str, typer.Option(help="What becomes of a text that cannot be harvested: error or skip.")
+        str, typer.Option(help="What to do with a text that cannot be harvested: error or skip.")
     ] = "error",
     batch_tokens: Annotated[int, typer.Option(min=1, help="How many tokens run together.")] = 2048,
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Rows of a shard; 128 MiB if left out.")
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No line that says how far it is.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
-    """Write what is at some sites, for every text of a file, to a folder; prints what it has, as JSON."""
-    _check_files(texts, out)
-    from ..data.harvest.writing import harvest as harvested
+    """Write the activations of every text of a file to a folder, and print a summary as JSON."""
+    _check_paths(texts, out)
+    from ..data.harvest.writing import harvest as run_harvest
 
-    with endings_said(f"what is in {out} stays, and the same command goes on"):
-        where = engine.chosen()
-        found = harvested(
-            which.load(quiet=quiet),
+    with exit_cleanly(f"what is in {out} stays, and the same command goes on"):
+        compute_engine = engine.create()
+        results = run_harvest(
+            model.load(quiet=quiet),
             texts,
             sites,
             out,
@@ -275,16 +288,20 @@ def harvest(
             batch_tokens=batch_tokens,
             shard_size=shard_size,
             progress=not quiet,
-            engine=where,
+            engine=compute_engine,
         )
-    said = {"folder": out, "rows": len(found), "texts": found.texts, "left_out": found.left_out}
-    tell_text(
-        json.dumps(said | {"sites": [str(site) for site in found.sites]}, ensure_ascii=False) + "\n"
-    )
+    summary = {
+        "folder": out,
+        "rows": len(results),
+        "texts": results.texts,
+        "left_out": results.left_out,
+        "sites": [str(site) for site in results.sites],
+    }
+    print_text(json.dumps(summary, ensure_ascii=False) + "\n")
 
 
-def _check_files(texts: str, out: str) -> None:
-    """Raise for a file of texts that is not there and a folder that is a file, before anything is loaded."""
+def _check_paths(texts: str, out: str) -> None:
+    """Raises for a missing file of texts, and for a folder that is a file."""
     from ..errors import BadFile, BadPrompt
 
     if not os.path.isfile(texts):

@@ -1,6 +1,7 @@
-"""The options that commands share, each written once: which model, which prompts, which hooks, how it is generated.
+"""The options that several commands share: model, prompts, hooks, generation and engine.
 
-The options of a command that say where it computes.
+Each dataclass is a group of options, with a field for each option. Its methods check the options
+before a model is loaded, and turn them into the objects of the library.
 """
 
 import sys
@@ -11,26 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .output import passing
+from .output import show_status
 
 if TYPE_CHECKING:
     from ..hooks.base import Hook
     from ..models.lm import LM
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
     from ..runs.engines.ray import EngineLike
 
 
 Top: TypeAlias = Annotated[int, typer.Option(min=1, help="How many tokens to show.")]
 Watch: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(metavar="TOKEN", help="A token, or id(28), to show wherever it stands."),
+    typer.Option(metavar="TOKEN", help="A token, or id(28), to show at any rank; repeatable."),
 ]
 Pos: TypeAlias = Annotated[
-    str, typer.Option(metavar="POS", help="Where: -1 the last token, 3, 1:4, all, \"at('store')\".")
+    str,
+    typer.Option(
+        metavar="POS", help="The positions: -1 the last token, 3, 1:4, all, \"at('store')\"."
+    ),
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="Of the random draws.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="The seed of the random draws.")]
 Layer: TypeAlias = Annotated[
     list[int] | None, typer.Option(help="A layer; repeatable. All if left out.")
 ]
@@ -45,13 +46,13 @@ Prompt: TypeAlias = Annotated[
 ]
 Device: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda, mps; the best there is if left out."),
+    typer.Option(metavar="DEVICE", help="cpu, cuda, mps; the best available if left out."),
 ]
 
 
 @dataclass(frozen=True)
-class Which:
-    """Which model."""
+class ModelOptions:
+    """The options for the model."""
 
     model: Annotated[
         str | None,
@@ -63,26 +64,32 @@ class Which:
     device: Device = None
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="In which the model computes: float32, bfloat16 …"),
+        typer.Option(metavar="DTYPE", help="The dtype of the computation: float32, bfloat16 …"),
     ] = None
 
-    def load(self, *, quiet: bool = False, **more: Any) -> "LM":
-        """The model that these words mean, the default one where they say nothing."""
+    def load(self, *, quiet: bool = False, **settings: Any) -> "LM":
+        """Loads the model, or the default model if none is named."""
         if not quiet:
-            passing(f"loading {self.model or 'the default model'} …")
+            show_status(f"loading {self.model or 'the default model'} …")
         from ..models.loading import load
 
-        given = {"revision": self.revision, "device": self.device, "dtype": self.dtype, **more}
-        given = {name: value for name, value in given.items() if value is not None}
+        arguments = _options_set(self, "revision", "device", "dtype")
+        arguments |= settings
         try:
-            return load(**given) if self.model is None else load(self.model, **given)
+            return load(**arguments) if self.model is None else load(self.model, **arguments)
         finally:
-            passing("")
+            show_status("")
+
+
+def _options_set(group: Any, *names: str) -> dict[str, Any]:
+    """Returns the options of a group with these names, without those that are left out."""
+    values = {name: getattr(group, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Which prompts; several are a batch."""
+class PromptOptions:
+    """The options for the prompts; several prompts are a batch."""
 
     prompt: Annotated[
         list[str] | None,
@@ -95,28 +102,33 @@ class Texts:
     ] = None
 
     def read(self) -> list[str]:
-        """The prompts, in the order: arguments, file."""
+        """Returns the prompts: those of the arguments, then those of the file."""
         from ..errors import BadPrompt
 
-        found: list[str] = []
-        for each in self.prompt or []:
-            found += _lines(standard_input()) if each == "-" else [readable(each)]
+        prompts: list[str] = []
+        for argument in self.prompt or []:
+            if argument == "-":
+                prompts += _split_lines(_read_standard_input())
+            else:
+                prompts.append(_check_utf8(argument))
         if self.prompts is not None:
-            found += _lines(text_of(self.prompts))
-        if not found:
+            prompts += _split_lines(_read_prompt_file(self.prompts))
+        if not prompts:
             raise BadPrompt(
                 "there is no prompt: give a text, --prompts FILE, or - for standard input"
             )
-        return found
+        return prompts
 
 
-def one_prompt(prompt: str) -> str:
-    """The prompt, all of standard input where it is -."""
-    return standard_input().removesuffix("\n") if prompt == "-" else readable(prompt)
+def read_prompt(prompt: str) -> str:
+    """Returns the prompt, or the whole standard input for "-"."""
+    if prompt == "-":
+        return _read_standard_input().removesuffix("\n")
+    return _check_utf8(prompt)
 
 
-def standard_input() -> str:
-    """The text that comes on standard input, or `BadPrompt`."""
+def _read_standard_input() -> str:
+    """Returns the text of standard input, or raises `BadPrompt`."""
     from ..errors import BadPrompt
     from ..files.untrusted import decoded
 
@@ -131,8 +143,8 @@ def standard_input() -> str:
     return decoded(data, "standard input", error=BadPrompt).replace("\r\n", "\n")
 
 
-def readable(text: str) -> str:
-    """A text of the command line, or `BadPrompt` where its bytes are no UTF-8."""
+def _check_utf8(text: str) -> str:
+    """Returns a text of the command line, or raises `BadPrompt` if its bytes are not UTF-8."""
     from ..errors import BadPrompt
 
     try:
@@ -142,38 +154,30 @@ def readable(text: str) -> str:
     return text
 
 
-def _lines(text: str) -> list[str]:
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+def _split_lines(text: str) -> list[str]:
+    if not text:
+        return []
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def text_of(path: Path) -> str:
-    """What is in a file, or `BadFile`."""
+def _read_prompt_file(path: Path) -> str:
     from ..errors import BadFile
-    from ..files.untrusted import reason
-    from ..files.untrusted import text_of as read
+    from ..files.untrusted import reason, text_of
 
     try:
-        return read(path).replace("\r\n", "\n")
+        return text_of(path).replace("\r\n", "\n")
     except BadFile as error:
-        why = reason(error.__cause__ or error)
-        raise BadFile(f"{str(path)!r} is no file of prompts that can be read: {why}") from error
+        cause = reason(error.__cause__ or error)
+        raise BadFile(f"{str(path)!r} is no file of prompts that can be read: {cause}") from error
 
 
-SHORT = (
-    "ablate",
-    "scale",
-    "skip_block",
-    "steer",
-    "patch",
-    "force",
-    "ban",
-    "boost",
-)  # in this order they act
+# The verbs that are options, in the order in which their hooks act.
+VERBS = ("ablate", "scale", "skip_block", "steer", "patch", "force", "ban", "boost")
 
 
 @dataclass(frozen=True)
-class Edits:
-    """Which hooks: of a file, as short texts, and the most usual ones by their verb."""
+class HookOptions:
+    """The options for the hooks: from a file, as short texts, and the most common ones by verb."""
 
     hook: Annotated[
         list[str] | None,
@@ -201,7 +205,7 @@ class Edits:
     ] = None
     patch: Annotated[
         list[str] | None,
-        typer.Option(metavar="SITE:TEXT", help="SITE:TEXT, with what that text has there."),
+        typer.Option(metavar="SITE:TEXT", help="SITE:TEXT, with the values of that text."),
     ] = None
     force: Annotated[
         list[str] | None,
@@ -211,24 +215,34 @@ class Edits:
     ] = None
     ban: Annotated[
         list[str] | None,
-        typer.Option(metavar="TOKEN", help="A token, or a phrase, that is never to be said."),
+        typer.Option(metavar="TOKEN", help="A token, or a phrase, that is never generated."),
     ] = None
     boost: Annotated[
         list[str] | None,
         typer.Option(metavar="TOKEN=AMOUNT", help="TOKEN=AMOUNT in logits; repeatable."),
     ] = None
 
-    def check(self, *, needed: str = "") -> None:
-        """Raise what can be said of the hooks without a model. `needed` says what there is to do only with one."""
+    def _texts(self) -> list[str]:
+        """Returns the hooks of the command line as texts."""
+        texts = [*(self.hook or [])]
+        for verb in VERBS:
+            texts += [f"{verb}:{value}" for value in getattr(self, verb) or []]
+        return texts
+
+    def check(self, *, purpose: str = "") -> None:
+        """Raises the errors that can be found without a model.
+
+        With `purpose`, which says what the hooks are for, at least one hook is required.
+        """
         from ..errors import BadHook
         from ..files.untrusted import hooks_listed
 
         texts = [] if self.hooks is None else hooks_listed(self.hooks)
-        texts += self.hook or []
-        texts += [f"{verb}:{words}" for verb in SHORT for words in getattr(self, verb) or []]
-        if needed and not texts:
+        texts += self._texts()
+        if purpose and not texts:
             raise BadHook(
-                f"there is no hook, and {needed}: give --force ' coffee', --ablate z.9.3, --hook, --hooks …"
+                f"there is no hook, and {purpose}: "
+                "give --force ' coffee', --ablate z.9.3, --hook, --hooks …"
             )
         if texts:
             from ..hooks.text import check_hook
@@ -237,141 +251,121 @@ class Edits:
                 check_hook(text)
 
     def read(self, lm: "LM", note: Callable[[str], None]) -> list["Hook"]:
-        """The hooks, those of the file first."""
+        """Returns the hooks, those of the file first. `note` receives hints for the user."""
         from ..hooks.text import load_hooks, parse_hook
 
-        found = [] if self.hooks is None else load_hooks(self.hooks, lm=lm)
-        found += [parse_hook(text, lm=lm) for text in self.hook or []]
-        found += [
-            parse_hook(f"{verb}:{words}", lm=lm)
-            for verb in SHORT
-            for words in getattr(self, verb) or []
-        ]
-        for each in found:
-            _note_phrases(lm, each, note)
-        return found
+        hooks = [] if self.hooks is None else load_hooks(self.hooks, lm=lm)
+        hooks += [parse_hook(text, lm=lm) for text in self._texts()]
+        for hook in hooks:
+            _note_phrases(lm, hook, note)
+        return hooks
 
 
 def _note_phrases(lm: "LM", hook: "Hook", note: Callable[[str], None]) -> None:
-    """A word on a phrase that would be one token with a space before it, which is what is mostly meant."""
+    """Notes a phrase that is one token with a space before it, which is what users often mean."""
     from ..errors import NotOneToken
     from ..hooks.conditions import Phrase
 
-    for each in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
-        if (
-            not isinstance(each, Phrase)
-            or not isinstance(each.words, str)
-            or each.words.startswith(" ")
-        ):
+    for phrase in [*getattr(hook, "tokens", ()), getattr(hook, "token", None)]:
+        if not isinstance(phrase, Phrase) or not isinstance(phrase.words, str):
             continue
-        spaced = f" {each.words}"
+        if phrase.words.startswith(" "):
+            continue
+        spaced = f" {phrase.words}"
         try:
             lm.token(spaced)
         except NotOneToken:
             continue
         note(
-            f"{each.words!r} is {len(each.ids(lm))} tokens here, and taken as a phrase; {spaced!r} is one token"
+            f"{phrase.words!r} is {len(phrase.ids(lm))} tokens here, and taken as a phrase; "
+            f"{spaced!r} is one token"
         )
 
 
 @dataclass(frozen=True)
-class Generation:
-    """How it goes on from a prompt."""
+class GenerationOptions:
+    """The options for the generation of text."""
 
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="How many tokens to generate at most.")
     ] = 20
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw, instead of the most likely token each time.")
+        bool, typer.Option("--sample", help="Sample, instead of the most likely token each time.")
     ] = False
     temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None
     top_k: Annotated[int | None, typer.Option(help="With --sample.")] = None
     top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None
-    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None
+    seed: Annotated[int | None, typer.Option(help="The seed of the sampling.")] = None
 
     def arguments(self) -> dict[str, Any]:
-        """What generate is given."""
+        """Returns the arguments of `generate`."""
         from ..errors import BadHook
 
-        rules = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        given = {name: value for name, value in rules.items() if value is not None}
-        if given and not self.sample:
+        sampling = _options_set(self, "temperature", "top_k", "top_p")
+        if sampling and not self.sample:
             raise BadHook("--temperature, --top-k and --top-p are rules of drawing: add --sample")
-        _check_rules(given)
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.sample,
-            "seed": self.seed,
-            **given,
-        }
+        for name, value in sampling.items():
+            limit = "more than 0"
+            is_valid = value > 0
+            if name == "top_p":
+                limit = "more than 0, at most 1"
+                is_valid = 0 < value <= 1
+            if not is_valid:  # transformers would end in a traceback
+                option = name.replace("_", "-")
+                raise BadHook(f"--{option} {value} is no rule of drawing: give a number {limit}")
+        length = self.max_new_tokens
+        return {"max_new_tokens": length, "do_sample": self.sample, "seed": self.seed, **sampling}
 
 
-def _check_rules(given: dict[str, Any]) -> None:
-    """Raise `BadHook` for what no draw can follow; transformers would end in a traceback."""
-    from ..errors import BadHook
-
-    fine = {"temperature": lambda t: t > 0, "top_k": lambda k: k > 0, "top_p": lambda p: 0 < p <= 1}
-    for name, value in given.items():
-        if not fine[name](value):
-            limit = "more than 0, at most 1" if name == "top_p" else "more than 0"
-            raise BadHook(
-                f"--{name.replace('_', '-')} {value} is no rule of drawing: give a number {limit}"
-            )
-
-
-def place(text: str) -> Any:
-    """The positions that --pos means; all of them for "all"."""
+def parse_positions(text: str) -> Any:
+    """Returns the positions of a --pos option; a full slice for "all"."""
     from ..hooks.text_grammar import place_of
 
-    found = place_of(text, "--pos")
-    return slice(None) if found is None else found
+    positions = place_of(text, "--pos")
+    return slice(None) if positions is None else positions
 
 
-def word(text: str) -> "str | int":
-    """The token that an option names: as it stands, in quotes, or by its id(28)."""
+def parse_token(text: str) -> "str | int":
+    """Returns the token of an option: a plain text, a text in quotes, or an id such as id(28)."""
     from ..hooks.text_grammar import word_of
 
-    found: Any = word_of(text)
-    return found if isinstance(found, str | int) else text
+    token: Any = word_of(text)
+    return token if isinstance(token, str | int) else text
 
 
-def watched(lm: "LM", watch: list[str] | None) -> list[int]:
-    """The ids of the watched tokens; raises before anything runs."""
-    return [lm.token(word(each)) for each in watch or []]
+def token_ids(lm: "LM", tokens: list[str] | None) -> list[int]:
+    """Returns the ids of the tokens of an option, before anything runs."""
+    return [lm.token(parse_token(text)) for text in tokens or []]
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Where it is computed: in this process, or by Ray's actors."""
+class EngineOptions:
+    """The options for the engine: this process, or Ray's actors."""
 
     engine: Annotated[str | None, typer.Option(help="ray; this process if left out.")] = None
     actors: Annotated[
-        int | None, typer.Option(min=1, help="With ray: how many; as many as fit if left out.")
+        int | None,
+        typer.Option(min=1, help="With ray: how many actors; as many as fit if left out."),
     ] = None
     cpus: Annotated[
-        float | None, typer.Option(min=0, help="With ray: of each actor; 1 if left out.")
+        float | None, typer.Option(min=0, help="With ray: CPUs of each actor; 1 if left out.")
     ] = None
     gpus: Annotated[
-        float | None, typer.Option(min=0, help="With ray: of each actor; 0 if left out.")
+        float | None, typer.Option(min=0, help="With ray: GPUs of each actor; 0 if left out.")
     ] = None
-    address: Annotated[str | None, typer.Option(help="With ray: of a cluster to join.")] = None
+    address: Annotated[str | None, typer.Option(help="With ray: address of a cluster.")] = None
 
-    def chosen(self) -> "EngineLike":
-        """The engine that these options mean."""
+    def create(self) -> "EngineLike":
+        """Returns the engine, or None for this process."""
         from ..errors import BadHook
         from ..runs.engines.ray import Ray, check_installed
 
-        words = {
-            "actors": self.actors,
-            "cpus": self.cpus,
-            "gpus": self.gpus,
-            "address": self.address,
-        }
-        given = {name: value for name, value in words.items() if value is not None}
+        settings = _options_set(self, "actors", "cpus", "gpus", "address")
         if self.engine not in (None, "ray"):
             raise BadHook(f"--engine {self.engine!r} is unknown: say ray, or leave it out")
-        if given and self.engine is None:
-            raise BadHook(f"--{next(iter(given))} is of Ray's actors: add --engine ray")
-        if self.engine is not None:
-            check_installed()
-        return None if self.engine is None else Ray(**given)  # pyright: ignore[reportArgumentType]
+        if self.engine is None:
+            if settings:
+                raise BadHook(f"--{next(iter(settings))} is of Ray's actors: add --engine ray")
+            return None
+        check_installed()
+        return Ray(**settings)

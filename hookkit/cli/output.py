@@ -1,7 +1,8 @@
-"""What a command says: tables for a reader, clean text for a pipe, CSV, JSON or a page for other programs.
+"""How a command prints its results: tables for a reader, or CSV, JSON and pages for programs.
 
-What was asked for goes to standard output, and messages to standard error. Tokens stand as Python literals, and a
-character that cannot be printed as its escape: nothing that a model says can break a table or reach the terminal.
+Results go to standard output, and messages to standard error. Tokens are printed as Python
+literals, and characters that cannot be printed as escapes: no text of a model can break a table or
+control the terminal.
 """
 
 import json
@@ -22,277 +23,299 @@ if TYPE_CHECKING:
 
     from ..reports.page import Report
 
-KINDS = ("csv", "json", "html", "md", "tex")
-PLACES = ("row", "pos", "step")
+FORMATS = ("csv", "json", "html", "md", "tex")
+INDEX_COLUMNS = ("row", "pos", "step")
 
 
 @dataclass(frozen=True)
-class Form:
-    """In what form it is said, and where."""
+class OutputOptions:
+    """The options for the format and the destination of a result."""
 
-    csv: Annotated[bool, typer.Option("--csv", help="The table, as CSV.")] = False
-    json: Annotated[bool, typer.Option("--json", help="All that was found, as JSON.")] = False
-    html: Annotated[bool, typer.Option("--html", help="A page, in HTML.")] = False
+    csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False
+    html: Annotated[bool, typer.Option("--html", help="Print a page in HTML.")] = False
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Where to: a .csv, .json, .html, .md or .tex file, or a folder for all of it."
+            help="Write to a .csv, .json, .html, .md or .tex file, or all results to a folder."
         ),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress.")] = (
-        False
-    )
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no messages and no progress.")
+    ] = False
 
     @property
-    def kind(self) -> str:
-        """What is asked for: one of `KINDS`, "folder", or "" for a reader."""
+    def format(self) -> str:
+        """The requested format: one of `FORMATS`, "folder", or "" for a table for readers."""
         from ..errors import BadHook
 
-        flags = [name for name in ("csv", "json", "html") if getattr(self, name)]
-        suffix = self.out.suffix.removeprefix(".").lower() if self.out is not None else ""
-        found = {*flags, *([suffix] if suffix in KINDS else [])}
-        if len(found) > 1:
-            raise BadHook(f"{', '.join(sorted(found))} were asked for at once: say one of them")
-        if suffix and not found:
+        formats = {name for name in ("csv", "json", "html") if getattr(self, name)}
+        suffix = ""
+        if self.out is not None:
+            suffix = self.out.suffix.removeprefix(".").lower()
+        if suffix in FORMATS:
+            formats.add(suffix)
+        if len(formats) > 1:
+            names = ", ".join(sorted(formats))
+            raise BadHook(f"{names} were asked for at once: say one of them")
+        if formats:
+            return formats.pop()
+        if suffix:
             raise BadHook(
-                f"--out {self.out} ends in .{suffix}: say .csv, .json, .html, .md or .tex, or a folder"
+                f"--out {self.out} ends in .{suffix}: "
+                "say .csv, .json, .html, .md or .tex, or a folder"
             )
-        return found.pop() if found else "folder" if self.out is not None else ""
+        return "" if self.out is None else "folder"
 
     def check(self, *, several: bool = False) -> None:
-        """Raise `BadHook` for a form that cannot be, before anything runs; of `several` tables, one that holds one."""
+        """Raises `BadHook` for contradictions, and with `several` tables for a format of one."""
         from ..errors import BadHook
 
-        kind = self.kind
-        if several and kind in ("csv", "md", "tex"):
+        output_format = self.format
+        if several and output_format in ("csv", "md", "tex"):
             raise BadHook(
-                f"these are several tables, and {kind} holds one: say --json, or --out FOLDER for all"
+                f"these are several tables, and {output_format} holds one: "
+                "say --json, or --out FOLDER for all"
             )
 
     def note(self, text: str) -> None:
-        """A message on standard error."""
+        """Prints a message on standard error, unless --quiet is set."""
         if not self.quiet:
-            tell_aside(text)
+            print_message(text)
 
     @property
     def progress(self) -> bool | None:
-        """What a sweep is told: no line where it is to be quiet, else as it finds right."""
+        """The `progress` argument of a sweep: False with --quiet, else None, its default."""
         return False if self.quiet else None
 
 
-def tell_text(text: str) -> None:
-    """A text on standard output as it is; in a terminal without what would move its cursor, colour it or turn it."""
+def print_text(text: str) -> None:
+    """Prints a text on standard output; on a terminal, control characters become escapes."""
     typer.echo(printable_lines(text) if is_terminal(sys.stdout) else text, nl=False)
 
 
-def tell_aside(text: str) -> None:
-    """A line on standard error, in which nothing moves the cursor of a terminal."""
+def print_line(text: str, *, bold: bool = False) -> None:
+    """Prints a line on standard output, as `print_text` does; bold on a terminal only."""
+    if is_terminal(sys.stdout):
+        text = printable_lines(text)
+        if bold:
+            text = typer.style(text, bold=True)
+    typer.echo(text)
+
+
+def print_message(text: str) -> None:
+    """Prints a line on standard error, in which control characters become escapes."""
     typer.echo(f"hookkit: {printable_lines(text)}", err=True)
 
 
-def passing(text: str) -> None:
-    """A message on a terminal that the next one takes the place of."""
+def show_status(text: str) -> None:
+    """Shows a message on a terminal until the next message replaces it."""
     if is_terminal(sys.stderr):
         sys.stderr.write(f"\r\x1b[2K{printable(text)}\r")
         sys.stderr.flush()
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """A table. A reader is shown these columns (all unless named), of `reader` where that is given."""
+class TableView:
+    """A table, and what a reader sees of it: these columns (by default all) of `reader_table`."""
 
     table: "pd.DataFrame"
     columns: tuple[str, ...] = ()
     caption: str = ""
-    reader: "pd.DataFrame | None" = None
+    reader_table: "pd.DataFrame | None" = None
     figure: "Callable[[], Figure] | None" = None
 
     def for_reader(self) -> "pd.DataFrame":
-        """What a reader is shown; a place that is the same in all rows is left out."""
-        table: Any = self.table if self.reader is None else self.reader
-        names = [name for name in (self.columns or table.columns) if name in table]
-        whole: Any = self.table
-        same = {name for name in PLACES if name in whole and whole[name].nunique() <= 1}
-        return table[[name for name in names if name not in same]]
+        """Returns the table for a reader, without a row, pos or step that never changes."""
+        table: Any = self.table
+        constant = {name for name in INDEX_COLUMNS if name in table and table[name].nunique() <= 1}
+        reader_table: Any = table if self.reader_table is None else self.reader_table
+        names = [name for name in self.columns or reader_table.columns if name in reader_table]
+        return reader_table[[name for name in names if name not in constant]]
 
 
-def tell(
-    form: Form, title: str, parts: "Mapping[str, Shown | str]", *, main: str | None = None
+Parts = Mapping[str, TableView | str]
+
+
+def write_result(
+    options: OutputOptions, title: str, parts: Parts, *, main: str | None = None
 ) -> None:
-    """Say it in the form asked for. CSV, Markdown and LaTeX have one table, `main`; a text is for readers alone."""
-    kind = form.kind
-    if kind == "":
-        _to_reader(parts)
-    elif kind in ("html", "folder"):
-        tell_page(form, _page(title, parts))
+    """Writes tables and texts in the requested format.
+
+    CSV, Markdown and LaTeX have one table: `main`, or the first. Only readers and pages get texts.
+    """
+    output_format = options.format
+    if output_format == "":
+        _print_parts(parts)
+    elif output_format in ("html", "folder"):
+        write_page(options, _build_page(title, parts))
     else:
-        _text(form, _as_text(kind, parts, main))
+        _write_text(options, _format_tables(output_format, parts, main))
 
 
-def tell_page(form: Form, page: "Report") -> None:
-    """A page: on standard output or in a file, or in a folder with its tables beside it."""
-    if form.kind == "folder":
-        _written(form, lambda path: str(page.write(path)))
+def write_page(options: OutputOptions, page: "Report") -> None:
+    """Writes a page to standard output, to a file, or with its tables to a folder."""
+    if options.format == "folder":
+        _write_to_out(options, lambda path: str(page.write(path)))
     else:
-        _text(form, page.html())
+        _write_text(options, page.html())
 
 
-def _text(form: Form, text: str) -> None:
-    if form.out is None:
-        tell_text(text)
+def _write_text(options: OutputOptions, text: str) -> None:
+    if options.out is None:
+        print_text(text)
     else:
-        _written(form, lambda path: _write(path, text))
+        _write_to_out(options, lambda path: _write_text_file(path, text))
 
 
-def _written(form: Form, write: Callable[[Path], str]) -> None:
+def _write_to_out(options: OutputOptions, write: Callable[[Path], str]) -> None:
     from ..errors import BadFile
 
-    assert form.out is not None
+    assert options.out is not None
     try:
-        path = write(form.out)
+        path = write(options.out)
     except BadFile:
         raise
     except OSError as error:
-        raise BadFile(f"{str(form.out)!r} cannot be written: {error.strerror or error}") from error
-    form.note(f"wrote {path}")
+        raise BadFile(
+            f"{str(options.out)!r} cannot be written: {error.strerror or error}"
+        ) from error
+    options.note(f"wrote {path}")
 
 
-def _write(path: Path, text: str) -> str:
-    write_out(path, lambda making: making.write_text(text, encoding="utf-8", newline="\n"))
+def _write_text_file(path: Path, text: str) -> str:
+    write_file(path, lambda target: target.write_text(text, encoding="utf-8", newline="\n"))
     return str(path)
 
 
-def write_out(path: Path, write: Callable[[Path], object]) -> None:
-    """Write the file that an option names, whole; a pipe or a device, such as /dev/stdout, is written into."""
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file completely or not at all; writes directly to a device such as /dev/stdout."""
     from ..files.atomic import whole_file
 
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)
         return
-    with whole_file(path) as making:
-        write(making)
+    with whole_file(path) as temporary_path:
+        write(temporary_path)
 
 
-def _as_text(kind: str, parts: "Mapping[str, Shown | str]", main: str | None) -> str:
+def _format_tables(output_format: str, parts: Parts, main: str | None) -> str:
     from ..reports.typesetting import as_json, as_latex, as_markdown
 
-    tables = {name: part.table for name, part in parts.items() if isinstance(part, Shown)}
-    if kind == "json" and len(tables) > 1:
-        return (
-            "{\n"
-            + ",\n".join(f"{json.dumps(name)}: {as_json(t).strip()}" for name, t in tables.items())
-            + "\n}\n"
-        )
+    tables = {name: part.table for name, part in parts.items() if isinstance(part, TableView)}
+    if output_format == "json" and len(tables) > 1:
+        entries = [f"{json.dumps(name)}: {as_json(t).strip()}" for name, t in tables.items()]
+        return "{\n" + ",\n".join(entries) + "\n}\n"
     table = tables[main] if main is not None else next(iter(tables.values()))
-    if kind == "csv":
+    if output_format == "csv":
         return table.to_csv(index=False, lineterminator="\n")
-    return {"json": as_json, "md": as_markdown, "tex": as_latex}[kind](table).rstrip("\n") + "\n"
+    formatters = {"json": as_json, "md": as_markdown, "tex": as_latex}
+    return formatters[output_format](table).rstrip("\n") + "\n"
 
 
-def _page(title: str, parts: "Mapping[str, Shown | str]") -> "Report":
+def _build_page(title: str, parts: Parts) -> "Report":
     from ..reports.page import Part, report
 
-    found: list[Any] = []
+    page_parts: list[Any] = []
     for name, part in parts.items():
         if isinstance(part, str):
-            found += [f"# {name}", *(line for line in part.splitlines() if line)]
+            page_parts.append(f"# {name}")
+            page_parts += [line for line in part.splitlines() if line]
             continue
-        found += [f"# {part.caption}"] if part.caption else []
-        found += [Part(part.figure(), f"{name}_figure")] if part.figure is not None else []
-        found.append(Part(part.table, name))
-    return report(title, *found)
+        if part.caption:
+            page_parts.append(f"# {part.caption}")
+        if part.figure is not None:
+            page_parts.append(Part(part.figure(), f"{name}_figure"))
+        page_parts.append(Part(part.table, name))
+    return report(title, *page_parts)
 
 
-def _to_reader(parts: "Mapping[str, Shown | str]") -> None:
+def _print_parts(parts: Parts) -> None:
     for number, (name, part) in enumerate(parts.items()):
         heading = name if isinstance(part, str) else part.caption
         if heading and len(parts) > 1:
-            said(("\n" if number else "") + heading, style="bold")
+            print_line(f"\n{heading}" if number else heading, bold=True)
         if isinstance(part, str):
-            said(part)
+            print_line(part)
         else:
-            show(part.for_reader())
+            print_table(part.for_reader())
 
 
-def said(text: str, *, style: str = "") -> None:
-    """A text on standard output; in a terminal without what would move its cursor or colour it."""
-    if is_terminal(sys.stdout):
-        text = printable_lines(text)
-        text = typer.style(text, bold=True) if style else text
-    typer.echo(text)
-
-
-def show(table: "pd.DataFrame") -> None:
-    """A table on standard output: by rich in a terminal, else as lines as long as they have to be."""
+def print_table(table: "pd.DataFrame") -> None:
+    """Prints a table: drawn by rich on a terminal, else in aligned lines of any length."""
     from ..reports.typesetting import kind_of
 
-    names = [printable(str(name)) for name in table.columns]
-    right = [
-        kind_of(str(name), kind) == "number"
-        for name, kind in zip(table.columns, table.dtypes, strict=True)
-    ]
-    columns = [
-        _cells(table[name], number) for name, number in zip(table.columns, right, strict=True)
-    ]
+    names, columns, is_number = [], [], []
+    for name in table.columns:
+        column: Any = table[name]
+        numeric = kind_of(str(name), column.dtype) == "number"
+        names.append(printable(str(name)))
+        columns.append(_format_cells(column, numeric))
+        is_number.append(numeric)
     rows = [list(row) for row in zip(*columns, strict=True)]
     if is_terminal(sys.stdout):
-        _by_rich(names, rows, right)
+        _draw_table(names, rows, is_number)
     else:
-        typer.echo(aligned([names, *rows], right))
+        typer.echo(align_columns([names, *rows], is_number))
 
 
-def _cells(column: Any, number: bool) -> list[str]:
-    """The cells of a column: numbers with as many digits behind the point as one another."""
+def _format_cells(column: Any, is_number: bool) -> list[str]:
+    """Returns the cells of a column as texts; floats have the same number of decimals."""
     from ..reports.typesetting import written
 
-    if not number or column.dtype.kind != "f":
+    if not is_number or column.dtype.kind != "f":
         return [printable(written(value)) for value in column]
-    digits = 4 if (column.dropna().abs() <= 1).all() else 2
-    least = 0.5 * 10**-digits
-    return [
-        f"{v:.1e}" if 0 < abs(v) < least else f"{v:.{digits}f}" if abs(v) < 1e9 else written(v)
-        for v in column
-    ]
+    decimals = 4 if (column.dropna().abs() <= 1).all() else 2
+    cells = []
+    for value in column:
+        if 0 < abs(value) < 0.5 * 10**-decimals:
+            cells.append(f"{value:.1e}")
+        elif abs(value) < 1e9:
+            cells.append(f"{value:.{decimals}f}")
+        else:
+            cells.append(written(value))
+    return cells
 
 
-def _by_rich(names: list[str], rows: list[list[str]], right: list[bool]) -> None:
+def _draw_table(names: list[str], rows: list[list[str]], is_number: list[bool]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name, number in zip(names, right, strict=True):
-        table.add_column(
-            Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+    for name, numeric in zip(names, is_number, strict=True):
+        justify = "right" if numeric else "left"
+        table.add_column(Text(name), justify=justify, no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # a token may be "[red]" or ":smile:"
     Console(highlight=False).print(table)
 
 
-def aligned(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
-    """Lines of cells, each column as wide as its widest cell; a wide character counts as two."""
+def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+    """Returns lines of cells, padded to the widest cell of each column, flushed right where asked.
+
+    A wide character counts as two.
+    """
     from rich.cells import cell_len
 
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-    found = []
+    aligned_lines = []
     for line in lines:
-        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
-        cells = [
-            gap + cell if end else cell + gap
-            for cell, gap, end in zip(line, gaps, right, strict=True)
-        ]
-        found.append("  ".join(cells).rstrip())
-    return "\n".join(found)
+        cells = []
+        for cell, width, flush_right in zip(line, widths, right, strict=True):
+            padding = " " * (width - cell_len(cell))
+            cells.append(padding + cell if flush_right else cell + padding)
+        aligned_lines.append("  ".join(cells).rstrip())
+    return "\n".join(aligned_lines)
 
 
-def strongest(table: "pd.DataFrame", name: str, count: int) -> "pd.DataFrame":
-    """The rows with the largest values of a column, whatever their sign, the largest first."""
+def largest_rows(table: "pd.DataFrame", name: str, count: int) -> "pd.DataFrame":
+    """Returns the rows with the largest absolute values of a column, in descending order."""
     values: Any = table[name]
     order = values.abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].head(count).reset_index(drop=True)
 
 
-def records(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table as plain values; what is no finite number is None."""
+def rows_as_dicts(table: Any) -> list[dict[str, Any]]:
+    """Returns the rows of a table as plain values; a number that is not finite is None."""
     return json.loads(table.to_json(orient="records"))

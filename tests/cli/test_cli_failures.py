@@ -141,11 +141,13 @@ def test_standard_input_that_is_no_text_or_closed_is_said(name, no_model, monkey
     ):
         standing(monkeypatch, content)
         with pytest.raises(hk.errors.BadPrompt, match=words):
-            options.one_prompt("-") if name == "trace" else options.Texts(prompt=["-"]).read()
+            options.read_prompt("-") if name == "trace" else options.PromptOptions(
+                prompt=["-"]
+            ).read()
     standing(monkeypatch, b"\xef\xbb\xbftea\r\nmilk\r\n")
-    assert options.Texts(prompt=["-"]).read() == ["tea", "milk"]
+    assert options.PromptOptions(prompt=["-"]).read() == ["tea", "milk"]
     with pytest.raises(hk.errors.BadPrompt, match="no text in UTF-8"):
-        options.one_prompt("\udcff")
+        options.read_prompt("\udcff")
 
 
 FAULTS = [

@@ -5,7 +5,7 @@ import io
 import pandas as pd
 
 from hookkit.cli import output
-from hookkit.cli.scan import leading
+from hookkit.cli.scan import leading_tokens
 
 NASTY = [
     "'[red]hot[/red]'",
@@ -37,7 +37,7 @@ def in_a_terminal(monkeypatch) -> io.StringIO:
 
 def test_a_token_stands_as_it_is_in_a_terminal(monkeypatch):
     terminal = in_a_terminal(monkeypatch)
-    output.show(pd.DataFrame({"token": NASTY, "rank": range(len(NASTY))}))
+    output.print_table(pd.DataFrame({"token": NASTY, "rank": range(len(NASTY))}))
     said = terminal.getvalue()
     assert (
         "[red]hot[/red]" in said
@@ -53,7 +53,7 @@ def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
     table = pd.DataFrame(
         {"token": NASTY, "why": ["x" * 300] * len(NASTY), "rank": range(len(NASTY))}
     )
-    output.show(table)
+    output.print_table(table)
     from rich.cells import cell_len
 
     lines = capsys.readouterr().out.splitlines()
@@ -63,7 +63,7 @@ def test_columns_are_aligned_by_the_width_of_letters_and_are_never_cut(capsys):
 
 def test_numbers_of_a_column_have_as_many_digits_and_small_ones_an_exponent(capsys):
     nan, inf = float("nan"), float("inf")
-    output.show(
+    output.print_table(
         pd.DataFrame({"prob": [0.5, 1e-7, 0.0], "logit": [20.375, nan, -inf], "rank": [1, 2, 3]})
     )
     assert capsys.readouterr().out.splitlines() == [
@@ -72,12 +72,12 @@ def test_numbers_of_a_column_have_as_many_digits_and_small_ones_an_exponent(caps
 
 def test_a_text_reaches_a_terminal_without_what_would_move_it(monkeypatch):
     terminal = in_a_terminal(monkeypatch)
-    output.said("one\ntwo\x1b[2J\r")
+    output.print_line("one\ntwo\x1b[2J\r")
     assert terminal.getvalue() == "one\ntwo\\x1b[2J\\r\n"
 
 
 def test_a_place_that_is_the_same_everywhere_is_left_out_for_a_reader():
-    shown = output.Shown(pd.DataFrame({"row": [0, 0], "pos": [1, 2], "token": ["a", "b"]}))
+    shown = output.TableView(pd.DataFrame({"row": [0, 0], "pos": [1, 2], "token": ["a", "b"]}))
     assert list(shown.for_reader().columns) == ["pos", "token"]
 
 
@@ -85,13 +85,20 @@ def test_the_strongest_rows_are_the_largest_whatever_their_sign():
     table = pd.DataFrame(
         {"place": list("abcdef"), "effect": [0.5, -3.0, 1.0, -0.25, 2.0, float("nan")]}
     )
-    assert output.strongest(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
-    assert output.strongest(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], (
+    assert output.largest_rows(table, "effect", 3)["place"].tolist() == ["b", "e", "c"]
+    assert output.largest_rows(table, "effect", 3)["effect"].tolist() == [-3.0, 2.0, 1.0], (
         "and keep their sign"
     )
-    assert output.strongest(table, "effect", 9)["place"].tolist() == ["b", "e", "c", "a", "d", "f"]
+    assert output.largest_rows(table, "effect", 9)["place"].tolist() == [
+        "b",
+        "e",
+        "c",
+        "a",
+        "d",
+        "f",
+    ]
     tied = pd.DataFrame({"place": list("abc"), "effect": [-1.0, 1.0, -1.0]})
-    assert output.strongest(tied, "effect", 2)["place"].tolist() == ["a", "b"], (
+    assert output.largest_rows(tied, "effect", 2)["place"].tolist() == ["a", "b"], (
         "of equals the first"
     )
 
@@ -108,7 +115,7 @@ def test_layers_in_which_one_token_leads_stand_together():
     ]
     lens = pd.DataFrame(rows, columns=["site", "layer", "token_id", "rank"])
     lens = lens.assign(token=lens["token_id"].astype(str), prob=lens["layer"] / 10)
-    found = leading(lens, 8)
+    found = leading_tokens(lens, 8)
     assert found["layers"].tolist() == ["0 to 1", "2", "3"]
     assert found["token"].tolist() == ["5", "8", "5"] and found["prob"].tolist() == [0.1, 0.2, 0.3]
     assert found["rank"].tolist() == ["7 to 4", "1", "2"], "of the token that is asked for"
