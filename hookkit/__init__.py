@@ -1,16 +1,17 @@
-"""hookkit: see and change what a language model computes, at any place in it, at any token.
+"""hookkit: see and change what a language model computes, at any layer and at any token.
 
     import hookkit as hk
 
-    lm = hk.load()                                              # or hk.LM(model, tokenizer), hk.load("gpt2")
+    lm = hk.load()                    # or hk.LM(model, tokenizer), hk.load("gpt2")
     run = hk.forward(lm, "I like oat milk in my", hk.capture("resid_post.6"))
-    hk.ranks(run, watch=" coffee")                              # a DataFrame
+    hk.ranks(run, watch=" coffee")    # a DataFrame
 
     baseline = hk.forward(lm, "The capital of France is")
     forced = hk.forward(lm, "The capital of France is", hk.force(" coffee"))
-    hk.rank_shift(baseline, forced)                             # how every token moved, and why it is shown
+    hk.rank_shift(baseline, forced)   # how the rank of each token changed
 
-Names are loaded when they are first used, so that the import is light. The catalogue is in `__init__.pyi`.
+Names are imported when they are first used, which keeps `import hookkit` fast. `__init__.pyi` lists
+all of them.
 """
 
 import lazy_loader

@@ -1,9 +1,9 @@
-"""hookkit, page by page. Every example on these pages runs in the tests, on the default model.
+"""The documentation of hookkit. The tests run every example on these pages, on the default model.
 
-first_steps    load a model, look, change, compare
-places         sites, positions, steps, rows: how to say where
-logits         where a logit comes from, how sure the model is, what it expected
-causes         which part does it: ablation, patching, sweeps, attribution
-coming_from    TransformerLens, nnsight, pyvene, baukit: their idioms, and hookkit's
-symptoms       "my edit did nothing", "the batch differs", "out of memory": what is the matter
+first_steps    load a model, look at its activations, change them, compare two runs
+places         sites, positions, steps and rows: how to select what a hook acts on
+logits         what a logit is made of, how certain the model is, what it predicted
+causes         which component is responsible: ablation, patching, sweeps, attribution
+coming_from    idioms of TransformerLens, nnsight, pyvene and baukit, and those of hookkit
+symptoms       "my edit did nothing", "the batch differs", "out of memory": causes and remedies
 """

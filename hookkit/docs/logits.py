@@ -1,9 +1,10 @@
-"""Logits: where one comes from, how sure the model is, what it expected.
+"""Logits: what a logit is made of, how certain the model is, and what it predicted.
 
 # A logit is a sum
 
-`W @ h + b`: the token's row of the unembedding times the last hidden state. The products are there to be looked at,
-and so are the parts of the model that wrote them; both sums give the logit.
+A logit is `W @ h + b`: the dot product of the token's row of the unembedding with the last hidden
+state. `hk.logit_terms` returns the products. `hk.direct_logits` returns the contribution of each
+component of the model. Both sums equal the logit.
 
 >>> run = hk.forward(lm, "The Eiffel Tower is located in the city of", hk.capture("final_norm"))
 >>> terms = hk.logit_terms(run, " Paris", top=2)
@@ -15,20 +16,22 @@ True
 
 # Layer by layer
 
-The logit lens reads each layer's residual stream through the model's own final norm and head.
+The logit lens applies the model's final norm and unembedding to the residual stream of each layer.
 
->>> lens = hk.logit_lens(lm, "The Eiffel Tower is located in the city of", top=1, watch=" Paris")
+>>> prompt = "The Eiffel Tower is located in the city of"
+>>> lens = hk.logit_lens(lm, prompt, top=1, watch=" Paris")
 >>> hk.lens_summary(lens).set_index("token")["first"].loc["' Paris'"]
 'resid_post.27'
 
-# How sure
+# How certain the model is
 
 >>> hk.uncertainty(run)[["entropy", "top1_prob"]].tail(1).round(2).values.tolist()
 [[1.81, 0.7]]
 
-# What it expected
+# What the model predicted
 
-Surprisal is the loss token by token; its mean is the loss of the text, and the exponential of that the perplexity.
+Surprisal is the loss of a single token. Its mean over a text is the loss of the text, and the
+exponential of the mean is the perplexity.
 
 >>> hk.surprisal(hk.forward(lm, "I like oat milk in my coffee"))[["token", "rank"]].tail(1)
         token  rank

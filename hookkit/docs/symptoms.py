@@ -1,27 +1,31 @@
-r"""Symptoms: what one sees, what is the matter, and what to do.
+r"""Symptoms: what you see, its cause, and what to do about it.
 
 # "My edit did nothing"
 
-hookkit raises where it can know: an unknown site, a hook that never fired, an edit that gave nothing back. What is
-left:
+hookkit raises where it can detect this: an unknown site, a hook that never fired, an edit that
+returned None. Other causes:
 
-- **The edit is elsewhere than you think.** Logit edits act at the prompt's last position and on each generated token;
-  edits inside act at all positions. Say `pos=`. `run.log` says which hook acted where.
-- **It moved what you do not look at.** Look at logits, not at the first token: an edit can move a logit by 5 and leave
-  the ranking as it was. `hk.rank_shift(before, after, watch=[" coffee"])` has a row for the token wherever it is.
-- **The model makes up for it.** Later heads do what the head did that you took out: `hk.direct_logits` before and after
-  shows which. A direct effect (`hk.path_patching`) holds them still.
-- **It was a capture before the edit.** Hooks at one site act in the order given: a capture after the edit sees it.
+- **The edit acts at other positions than you think.** Edits of logits act at the prompt's last
+  position and on each generated token. Edits of other sites act at all positions. Set `pos=`.
+  `run.log` lists where each hook acted.
+- **The edit changed something else than the first token.** An edit can change a logit by 5 and
+  leave the ranking as it was. `hk.rank_shift(before, after, watch=[" coffee"])` always has a row
+  for the watched token.
+- **The model compensates.** Later heads can take over the function of an ablated head. Compare
+  `hk.direct_logits` before and after to see which heads do. `hk.path_patching` measures the direct
+  effect, with later components held fixed.
+- **The capture comes before the edit.** Hooks at the same site act in the order in which they are
+  passed. A capture after the edit returns the edited values.
 
->>> looks = [hk.capture("z.9.3", name=name) for name in ("before", "after")]
->>> run = hk.forward(lm, prompt, looks[0], hk.ablate("z.9.3"), looks[1])
+>>> captures = [hk.capture("z.9.3", name=name) for name in ("before", "after")]
+>>> run = hk.forward(lm, prompt, captures[0], hk.ablate("z.9.3"), captures[1])
 >>> bool(run["z.9.3", "before"].any()), bool(run["z.9.3", "after"].any())
 (True, False)
 
 # "The token is not found", or is three tokens
 
-Most words begin with a space: `" coffee"`, not `"coffee"`. The error shows the pieces and the nearest spellings; for
-several tokens in a row there is `hk.phrase`.
+Most words begin with a space: write `" coffee"`, not `"coffee"`. The error lists the tokens of the
+text and the nearest spellings. For several tokens in a row, use `hk.phrase`.
 
 >>> hk.forward(lm, prompt, hk.force("coffee"))
 Traceback (most recent call last):
@@ -29,47 +33,57 @@ hookkit.errors.NotOneToken: 'coffee' is 3 tokens here ...
 
 # "The batch differs from the single run"
 
-By rounding, yes: another shape is computed in another order, and logits differ by about 1e-5. By more, never by
-padding: positions are counted in each row's own text, on whichever side it is padded. If it is more, look for dropout
-(`lm.model.train()`; hookkit warns), for half precision, where rounding is a hundred times coarser, and for your own
-edit function, which is given the padded batch: `hk.Here` tells it what each row is.
+A difference of about 1e-5 in the logits is rounding: tensors of another shape are summed in another
+order. Padding is never the cause, because positions are counted in each row's own text, whichever
+side is padded. If the difference is larger, check three things: dropout (after `lm.model.train()`;
+hookkit warns about it); half precision, in which rounding is a hundred times coarser; and your own
+edit function, which receives the padded batch. `hk.Here` tells the function the rows and positions
+of its values.
 
 >>> alone = hk.ranks(hk.forward(lm, "Tea with milk"), top=5)
->>> batch = hk.ranks(hk.forward(lm, ["Tea with milk", "I like oat milk in my coffee"]), top=5).query("row == 0")
->>> bool((alone["logit"] - batch["logit"]).abs().max() < 1e-4)
+>>> batch = hk.forward(lm, ["Tea with milk", "I like oat milk in my coffee"])
+>>> batched = hk.ranks(batch, top=5).query("row == 0")
+>>> bool((alone["logit"] - batched["logit"]).abs().max() < 1e-4)
 True
 
 # "The run differs from the one before"
 
-Greedy text is the same each time; draws need `seed=`. Between machines and versions the last digits differ, and where
-two tokens are almost as likely, so does the text. `about.json` in a result's folder has what to compare: versions,
-the hash of the weights, dtype, attention.
+Greedy decoding returns the same text each time; sampling needs `seed=`. The last digits differ
+between machines and versions, and where two tokens are almost equally likely, the text differs too.
+Compare `about.json` in the folders of the two results: it has the versions, the hash of the
+weights, the dtype and the attention implementation.
 
 # "Out of memory"
 
-- Logits are most of it: 8 x 1,024 tokens of a vocabulary of 128,000 are 4 GB. Say `logits="last"` or `logits=False`.
-- Captures keep what they are told to: `pos=-1` keeps a token in place of all.
-- Sweeps and lenses work in batches that fit, and halve them where they do not: `hk.plan` says beforehand what it takes.
-- A corpus does not fit in memory at all: `hk.harvest` writes it as it goes.
-- A model that does not fit: `hk.load(name, device_map="auto")`, or in parts under torchrun, `tp_plan="auto"`.
+- Logits take most of it: 8 x 1,024 tokens of a vocabulary of 128,000 are 4 GB. Pass
+  `logits="last"` or `logits=False`.
+- Captures hold every position by default. `pos=-1` holds one token per prompt.
+- Sweeps and lenses run in batches that fit, and halve a batch that does not. `hk.plan` returns the
+  cost of a sweep before it runs.
+- The activations of a corpus do not fit in memory: `hk.harvest` writes them to disk in shards.
+- If the model does not fit, use `hk.load(name, device_map="auto")`, or `tp_plan="auto"` under
+  torchrun for tensor parallelism.
 
->>> hk.forward(lm, prompt, hk.capture("resid_post.5", pos=-1), logits=False)["resid_post.5"].shape
+>>> capture = hk.capture("resid_post.5", pos=-1)
+>>> hk.forward(lm, prompt, capture, logits=False)["resid_post.5"].shape
 torch.Size([1, 1, 576])
 
 # "It is slow"
 
-Nothing attached costs nothing. `pattern` and `scores` make their layers compute attention in the open: name the
-layers that you look at. `logits=False` ends the forward behind the last block that is looked at. A loop of forwards
-over a grid is what `hk.sweep` is for.
+A model without hooks runs at its usual speed. Hooks at `pattern` and `scores` make their layers
+compute attention step by step instead of fused: select only the layers that you need.
+`logits=False` ends the forward pass after the last block that has a hook. Instead of a loop of
+forward passes over a grid, use `hk.sweep`.
 
 # "The site is missing"
 
-The error says why, for this family. `lm.describe()` lists all sites, and `hookkit doctor MODEL` proves on the model
-itself that each means what it says.
+The error gives the reason for this model family. `lm.describe()` lists all sites, and
+`hookkit doctor MODEL` checks on the model itself that each site is what its name says.
 
 # "NaN"
 
-float16 ends at 65,504, and some models' streams are longer: use bfloat16 or float32. An edit that makes an infinite
-number or NaN of a finite one raises `BadEdit`, so NaN in a table is the model's own: no token has a rank, a probability
-or an entropy there, and none is named as the most likely one.
+float16 ends at 65,504, and the residual streams of some models exceed it: use bfloat16 or float32.
+An edit that turns a finite number into an infinite one or NaN raises `BadEdit`, so NaN in a table
+comes from the model itself. At such a position no token has a rank or a probability, the entropy is
+NaN, and no token is named as the most likely one.
 """
