@@ -96,7 +96,7 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
             laws = prove(lm, layers=layers)
         except HookkitError as error:
             problems.append(str(error))
-    law_rows = _rows_of(laws)
+    law_rows: Any = laws.to_dict(orient="records")
     for law in law_rows:
         if law["holds"] or law["note"] == UNFINISHED:  # another row reports the error itself
             continue
@@ -105,11 +105,6 @@ def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
         else:
             problems.append(_describe_failure(law))
     return Checkup(_site_table(lm, law_rows), laws, facts(lm), notes, problems)
-
-
-def _rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
-    names = [str(name) for name in table.columns]
-    return [dict(zip(names, values, strict=True)) for values in table.itertuples(index=False)]
 
 
 def _is_exception(law: dict[str, Any]) -> bool:
@@ -288,7 +283,7 @@ def _tokenizer_notes(lm: LM) -> list[str]:
 
 
 def _list_layers(layers: list[int]) -> str:
-    numbers = [str(layer) for layer in layers]
+    numbers = list(map(str, layers))
     if len(numbers) >= 6:
         numbers = [*numbers[:3], "…", numbers[-1]]
     return ", ".join(numbers)

@@ -5,7 +5,7 @@ that reads batches and generates. The function of a law yields a `Finding` for e
 checks. `LAWS` lists the laws, and `prove` runs them all.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import pandas as pd
@@ -249,12 +249,14 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
                 yield Finding(site.name, difference, SHAPE_FACTOR * study.tolerance)
 
 
-def _left_padded_values(study: Study, rows: Iterable[Iterable[int]]) -> dict[Site, Tensor]:
+def _left_padded_values(study: Study, rows: Sequence[Sequence[int]]) -> dict[Site, Tensor]:
     """Returns the captured values of a left-padded batch in a call of the plain model."""
-    token_rows = [list(row) for row in rows]
-    width = max(map(len, token_rows))
-    ids = [[0] * (width - len(row)) + row for row in token_rows]
-    attended = [[0] * (width - len(row)) + [1] * len(row) for row in token_rows]
+    width = max(map(len, rows))
+    ids, attended = [], []
+    for row in rows:
+        padding = [0] * (width - len(row))
+        ids.append([*padding, *row])
+        attended.append(padding + [1] * len(row))
     mask = torch.tensor(attended, device=study.lm.device)
     inputs = {"input_ids": torch.tensor(ids, device=study.lm.device), "attention_mask": mask}
     if "position_ids" in study.lm.takes:

@@ -111,9 +111,7 @@ def new(
     if not question:
         question = f"What does the middle block's MLP do for {token!r} after {prompt!r}?"
     if not question.endswith("?"):
-        raise BadHook(
-            f"{question!r} is no question: an experiment asks one, and it ends in a question mark"
-        )
+        raise BadHook(f"{question!r} is not a question: a question ends in a question mark")
     values = {
         "name": name,
         "question": question,
@@ -127,7 +125,7 @@ def new(
     existing = [str(path) for path in (script, test) if os.path.lexists(path)]
     if existing:
         raise BadHook(
-            f"{' and '.join(existing)} stand there already: choose another name, or move them away"
+            f"{' and '.join(existing)} already exist: give another name, or move them away"
         )
     write_new(script, EXPERIMENT.format(**values))
     write_new(test, TEST.format(**values))
@@ -282,9 +280,7 @@ def _compare_results(folder: Path, against: str, tolerance: float) -> "pd.DataFr
 
     if against == "last":
         if not (folder / LAST).is_dir():
-            raise BadHook(
-                f"{folder} keeps no run before this one: run the experiment again, and it will"
-            )
+            raise BadHook(f"{folder} has no run before this one: run the experiment again first")
         return moved(folder / LAST, folder, tolerance=tolerance)
     before = against if Path(against).is_dir() else f"{folder}@{against}"
     return moved(before, folder, tolerance=tolerance)

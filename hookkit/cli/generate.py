@@ -111,7 +111,7 @@ def compare(
     """
     output.check()
     texts, settings = prompts.read(), {**generation.arguments(), "along": along}
-    hooks.check(purpose="a comparison is of a text with hooks and one without")
+    hooks.check(purpose="a comparison needs a text with hooks and a text without")
     from ..tables.comparison import compare as compare_generations
 
     lm = model.load(quiet=output.quiet)
@@ -171,11 +171,11 @@ class DirectionOptions:
             )
         if self.site is not None and not from_texts:
             raise BadHook(
-                "--site goes with --toward and --away: a file says itself where its vector stands"
+                "--site goes with --toward and --away: the file of a vector names its site"
             )
         if self.vector is not None and not self.vector.is_file():
             raise BadFile(
-                f"{str(self.vector)!r} is no file of a vector that can be read: "
+                f"{str(self.vector)!r} cannot be read as the file of a vector: "
                 "there is no such file"
             )
 
@@ -194,8 +194,7 @@ class DirectionOptions:
         vectors = mean_difference(lm, self.toward or [], self.away or [], site)
         if len(vectors) > 1:
             raise BadHook(
-                f"--site {site} is one place in every layer: "
-                f"name a layer, such as {vectors[0].site}"
+                f"--site {site} is a site in every layer: name a layer, such as {vectors[0].site}"
             )
         return vectors[0]
 
@@ -207,7 +206,7 @@ class DirectionOptions:
             return load_vector(lm, str(self.vector))
         except BadFile as error:
             raise BadFile(
-                f"{str(self.vector)!r} is no file of a vector that can be read: {error}"
+                f"{str(self.vector)!r} cannot be read as the file of a vector: {error}"
             ) from error
 
     def _save(self, vector: "Vector") -> None:
@@ -285,7 +284,7 @@ def trace(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
 ) -> None:
     """Generate, and show for each token the model's candidates and why it was chosen."""
-    with exit_cleanly("what stands above was recorded"):
+    with exit_cleanly("the steps above were recorded"):
         settings, text = generation.arguments(), read_prompt(prompt)
         hooks.check()
         from ..runs.trace import trace as record

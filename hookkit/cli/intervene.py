@@ -112,8 +112,10 @@ def shift(
     if not as_page and (random or generate):
         from ..errors import BadHook
 
-        raise BadHook("--random and --generate are of the page: add --html, or --out FOLDER")
-    hooks.check(purpose="a shift is from a run without hooks to one with them")
+        raise BadHook(
+            "--random and --generate are options of the page: add --html, or --out FOLDER"
+        )
+    hooks.check(purpose="a shift compares a run without hooks with a run with them")
     lm = model.load(quiet=output.quiet)
     watched_ids = token_ids(lm, watch)
     edits = hooks.read(lm, output.note)
@@ -200,10 +202,7 @@ class GridOptions:
         from ..errors import BadFile
 
         if self.save is not None and self.save.exists() and not self.save.is_dir():
-            raise BadFile(
-                f"--save {str(self.save)!r} is a file: "
-                "give a folder, or the name of one that is to be made"
-            )
+            raise BadFile(f"--save {str(self.save)!r} is a file: give the name of a folder")
         return {
             "layers": self.layer or None,
             "heads": self.head or None,
@@ -350,7 +349,7 @@ def _answers(
     if first == second:
         raise BadHook(
             f"both prompts are answered with {lm.string(first)!r}: "
-            "say what is measured, --token and --against"
+            "give the tokens to measure, --token and --against"
         )
     return first, second
 
@@ -420,9 +419,9 @@ def _run_sweep(
         else:
             print_text(table.to_csv(index=False, lineterminator="\n"))
     if table is None or not table.attrs["complete"]:
-        advice = "the same command goes on"
+        advice = "the same command continues the sweep"
         if grid.save is None:
-            advice = "with --save FOLDER it could go on"
+            advice = "with --save FOLDER the sweep can be continued"
         print_message(f"interrupted; {advice}")
         raise typer.Exit(INTERRUPTED)
 

@@ -229,7 +229,7 @@ def remove(
         remove_model(model, revision)  # raises
     if not yes:
         if not is_terminal(sys.stdin):
-            raise ModelNotFound(f"{model!r} is not removed without a word: add --yes")
+            raise ModelNotFound(f"{model!r} is not removed without confirmation: add --yes")
         if not typer.confirm(f"Delete {model} from this machine?", err=True):
             return
     print_message(f"removed {model}, {remove_model(model, revision):g} MB")
@@ -273,7 +273,7 @@ def harvest(
     _check_paths(texts, out)
     from ..data.harvest.writing import harvest as run_harvest
 
-    with exit_cleanly(f"what is in {out} stays, and the same command goes on"):
+    with exit_cleanly(f"the results in {out} are kept, and the same command continues"):
         compute_engine = engine.create()
         results = run_harvest(
             model.load(quiet=quiet),
@@ -306,9 +306,7 @@ def _check_paths(texts: str, out: str) -> None:
 
     if not os.path.isfile(texts):
         raise BadPrompt(
-            f"{texts!r} is no file of texts: give the path of one with a text a line (.txt, .jsonl)"
+            f"{texts!r} is not a file of texts: give a file with one text a line (.txt, .jsonl)"
         )
     if os.path.exists(out) and not os.path.isdir(out):
-        raise BadFile(
-            f"--out {out!r} is a file: give a folder, or the name of one that is to be made"
-        )
+        raise BadFile(f"--out {out!r} is a file: give the name of a folder")

@@ -168,7 +168,7 @@ def _read_prompt_file(path: Path) -> str:
         return text_of(path).replace("\r\n", "\n")
     except BadFile as error:
         cause = reason(error.__cause__ or error)
-        raise BadFile(f"{str(path)!r} is no file of prompts that can be read: {cause}") from error
+        raise BadFile(f"{str(path)!r} cannot be read as a file of prompts: {cause}") from error
 
 
 # The verbs that are options, in the order in which their hooks act.
@@ -303,7 +303,9 @@ class GenerationOptions:
 
         sampling = _options_set(self, "temperature", "top_k", "top_p")
         if sampling and not self.sample:
-            raise BadHook("--temperature, --top-k and --top-p are rules of drawing: add --sample")
+            raise BadHook(
+                "--temperature, --top-k and --top-p are options of sampling: add --sample"
+            )
         for name, value in sampling.items():
             limit = "more than 0"
             is_valid = value > 0
@@ -312,7 +314,7 @@ class GenerationOptions:
                 is_valid = 0 < value <= 1
             if not is_valid:  # transformers would end in a traceback
                 option = name.replace("_", "-")
-                raise BadHook(f"--{option} {value} is no rule of drawing: give a number {limit}")
+                raise BadHook(f"--{option} {value} is out of range: give a number {limit}")
         length = self.max_new_tokens
         return {"max_new_tokens": length, "do_sample": self.sample, "seed": self.seed, **sampling}
 
@@ -365,7 +367,9 @@ class EngineOptions:
             raise BadHook(f"--engine {self.engine!r} is unknown: say ray, or leave it out")
         if self.engine is None:
             if settings:
-                raise BadHook(f"--{next(iter(settings))} is of Ray's actors: add --engine ray")
+                raise BadHook(
+                    f"--{next(iter(settings))} is an option of Ray's actors: add --engine ray"
+                )
             return None
         check_installed()
         return Ray(**settings)

@@ -57,13 +57,13 @@ class OutputOptions:
             formats.add(suffix)
         if len(formats) > 1:
             names = ", ".join(sorted(formats))
-            raise BadHook(f"{names} were asked for at once: say one of them")
+            raise BadHook(f"{names} were requested at once: give one of them")
         if formats:
             return formats.pop()
         if suffix:
             raise BadHook(
                 f"--out {self.out} ends in .{suffix}: "
-                "say .csv, .json, .html, .md or .tex, or a folder"
+                "give .csv, .json, .html, .md or .tex, or a folder"
             )
         return "" if self.out is None else "folder"
 

@@ -51,7 +51,7 @@ def scan(
     for name, table in tables.items():
         parts[name] = VIEWS[name](prompt_scan, table)
     if refusals:
-        parts["Not to be had here"] = "\n".join(refusals)
+        parts["Not available here"] = "\n".join(refusals)
     suggestions = _suggest_commands(prompt_scan, model, tables, has_refusals=bool(refusals))
     parts["What to ask next"] = "\n".join(suggestions)
     write_result(output, f"Scan: {text}"[:120], parts)
@@ -316,7 +316,7 @@ def _suggest_commands(
         words = ["hookkit", "doctor", *_model_words(model)]
         if model.model is not None:
             words.remove("--model")  # the model is an argument of doctor
-        lines += ["Why is something not to be had?", f"    {shlex.join(words)}"]
+        lines += ["Why is something not available?", f"    {shlex.join(words)}"]
     return lines
 
 

@@ -120,7 +120,7 @@ def test_patching_takes_two_prompts_and_names_a_wish_that_cannot_be_met(hookkit)
         == "layer,pos,row,prob,prob_before,prob_delta,prob_target,prob_effect"
     )
     for more, said in (
-        (["--actors", "2"], "hookkit: --actors is of Ray's actors: add --engine ray"),
+        (["--actors", "2"], "hookkit: --actors is an option of Ray's actors: add --engine ray"),
         (["--engine", "dask"], "hookkit: --engine 'dask' is unknown: say ray, or leave it out"),
     ):
         done = hookkit("sweep", "patching", *words, *more)

@@ -119,7 +119,7 @@ BAD = [
     (
         "no file",
         ["ranks", "--prompts", "nowhere.txt"],
-        "'nowhere.txt' is no file of prompts that can be read: No such",
+        "'nowhere.txt' cannot be read as a file of prompts: No such",
     ),
     ("pos", ["ranks", MILK, "--pos", "last"], "'last' is no place for --pos: write a number"),
     ("far", ["ranks", MILK, "--pos", "99"], "99"),
@@ -127,27 +127,27 @@ BAD = [
     (
         "forms",
         ["ranks", MILK, "--csv", "--json"],
-        "csv, json were asked for at once: say one of them",
+        "csv, json were requested at once: give one of them",
     ),
     (
         "ending",
         ["ranks", MILK, "--out", "ranks.xlsx"],
-        "ends in .xlsx: say .csv, .json, .html, .md or .tex, or a folder",
+        "ends in .xlsx: give .csv, .json, .html, .md or .tex, or a folder",
     ),
     (
         "form and ending",
         ["ranks", MILK, "--csv", "--out", "a.json"],
-        "csv, json were asked for at once",
+        "csv, json were requested at once",
     ),
     ("site", ["lens", MILK, "--site", "resid_pots"], "did you mean 'resid_post'"),
     ("no state", ["lens", MILK, "--site", "z"], "a lens reads states of the residual stream"),
     ("token", ["direct", MILK, "--token", "coffee"], "'coffee' is 2 tokens here"),
     ("one token", ["surprisal", "I"], "there is no token that logits predict"),
-    ("no hook", ["shift", MILK], "there is no hook, and a shift is from a run without hooks"),
+    ("no hook", ["shift", MILK], "there is no hook, and a shift compares a run without hooks"),
     (
         "page only",
         ["shift", MILK, "--ban", " tea", "--random"],
-        "--random and --generate are of the page",
+        "--random and --generate are options of the page",
     ),
     (
         "hook",
@@ -180,10 +180,10 @@ BAD = [
     (
         "temperature",
         ["generate", MILK, "--sample", "--temperature", "0"],
-        "--temperature 0.0 is no rule of drawing",
+        "--temperature 0.0 is out of range",
     ),
     ("top-p", ["trace", MILK, "--sample", "--top-p", "7"], "give a number more than 0, at most 1"),
-    ("unhooked", ["compare", MILK], "there is no hook, and a comparison is"),
+    ("unhooked", ["compare", MILK], "there is no hook, and a comparison needs"),
     ("along", ["compare", MILK, "--ban", " tea", "--along", "x"], "along='x' is unknown"),
     (
         "direction",
@@ -199,7 +199,7 @@ BAD = [
     (
         "vector",
         ["steer", MILK, "--vector", "none.safetensors"],
-        "'none.safetensors' is no file of a vector",
+        "'none.safetensors' cannot be read as the file of a vector",
     ),
     ("lengths", ["patch", MILK, "Tea"], "as long as one another"),
     ("one answer", ["patch", MILK, MILK], "both prompts are answered with"),
@@ -302,7 +302,7 @@ def test_a_real_ctrl_c_leaves_what_was_said(smol):
         assert "' coffee'" in running.stdout.readline()
         running.send_signal(signal.SIGINT)
         assert running.wait(60) == 130
-        assert running.stderr.read() == "hookkit: interrupted; what stands above was recorded\n"
+        assert running.stderr.read() == "hookkit: interrupted; the steps above were recorded\n"
 
 
 def test_a_pipe_that_is_closed_is_no_error(smol):

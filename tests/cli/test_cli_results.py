@@ -74,10 +74,10 @@ def test_a_new_experiment_takes_another_model(tmp_path, monkeypatch):
 
 def test_new_overwrites_nothing_and_wants_a_name_and_a_question(place):
     for words, said in (
-        (("plain",), "experiments/plain.py stand there already"),
+        (("plain",), "experiments/plain.py already exist"),
         (("Plain Tea",), "'Plain Tea' cannot name an experiment"),
         (("class",), "'class' cannot name an experiment"),
-        (("tea", "--question", "Tea."), "'Tea.' is no question"),
+        (("tea", "--question", "Tea."), "'Tea.' is not a question"),
     ):
         assert said in hookkit("new", *words, status=2).stderr
     assert (place / "experiments" / "plain.py").read_text() == SCRIPT
@@ -101,7 +101,7 @@ def test_run_and_show_tell_what_moved_and_end_with_1(place):
         "run", "experiments/plain.py", "experiments/silent.py", "--against", "last", status=1
     )
     assert (
-        "keeps no run before this one" in first.stderr
+        "has no run before this one" in first.stderr
         and "writes no results/silent" in first.stderr
     )
     assert [line.split()[3:5] for line in first.stdout.splitlines()[1:]] == [
@@ -109,7 +109,7 @@ def test_run_and_show_tell_what_moved_and_end_with_1(place):
         ["0", "True"],
     ]
     assert (
-        "keeps no run before this one"
+        "has no run before this one"
         in hookkit("show", "results/plain", "--against", "last", status=2).stderr
     )
     same = hookkit("run", "experiments/plain.py", "--against", "last")
