@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
+from hookkit.figures.style import INK, finished
 
 SEED = 0
 COFFEE = " coffee"
@@ -262,9 +263,9 @@ def damage(table: pd.DataFrame) -> Figure:
             )
         axes.set_xlabel(f"part of the texts that say {COFFEE!r}")
         axes.set_ylabel(unit)
-        axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.axes[1].set_yscale("symlog", linthresh=1e-3)
-    return hk.figures.finished(figure, "What it costs to be heard")
+    return finished(figure, "What it costs to be heard")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
+from hookkit.figures.style import INK, finished, rank_axis
 
 SEED = 0
 TEXTS = {
@@ -148,16 +149,14 @@ def drawn(table: Any) -> Figure:
         for token, style in zip(WATCH, styles, strict=True):
             part = mine[mine["token"] == repr(token)]
             axes.plot(part["pos"], part["rank"], label=repr(token), **style)
-        hk.figures.rank_axis(axes, low)
+        rank_axis(axes, low)
         reads = mine.drop_duplicates("pos")
         axes.set_xticks(reads["pos"], reads["read"], rotation=60, ha="right")
-        axes.set_title(TEXTS[name], fontsize=9, color=hk.figures.INK)
+        axes.set_title(TEXTS[name], fontsize=9, color=INK)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        *handles, frameon=False, fontsize=9, labelcolor=hk.figures.INK, loc="outside right center"
-    )
+    figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, loc="outside right center")
     figure.axes[1].set_ylabel("")
-    return hk.figures.finished(figure, "")
+    return finished(figure, "")
 
 
 if __name__ == "__main__":

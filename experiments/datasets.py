@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hookkit as hk
+from hookkit.figures.style import DOWN, INK, MUTED, UP, finished
 
 SEED = 0
 N = 100  # pairs of each dataset
@@ -112,7 +113,7 @@ def missed_of(name: str, pairs: hk.Pairs, check: pd.DataFrame) -> pd.DataFrame:
 def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(8, 0.85 * len(checks) + 1), layout="constrained")
     rows = figure.subplots(len(checks), 1, sharex=True)
-    both = {"clean": hk.figures.UP, "corrupted": hk.figures.DOWN}
+    both = {"clean": UP, "corrupted": DOWN}
     found: list[float] = [
         diff for check in checks.values() for side in both for diff in check[f"logit_diff_{side}"]
     ]
@@ -123,16 +124,16 @@ def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
             axes.hist(
                 diffs, bins=bins, color=colour, alpha=0.55, lw=0, label=f"after {side} prompts"
             )
-        axes.axvline(0, color=hk.figures.MUTED, lw=0.8)
+        axes.axvline(0, color=MUTED, lw=0.8)
         solved = f"{name.replace('_', ' ')}\n{check['right'].mean():.1%} solved"
         axes.set_ylabel(solved, rotation=0, ha="right", va="center")
         axes.set_yticks([])
         axes.tick_params(length=0)
-    rows[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="upper right")
+    rows[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     rows[-1].set_xlabel(
         "logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred"
     )
-    return hk.figures.finished(figure, "How clearly the model prefers the answer")
+    return finished(figure, "How clearly the model prefers the answer")
 
 
 if __name__ == "__main__":

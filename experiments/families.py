@@ -19,13 +19,14 @@ from matplotlib.patches import Patch
 from tqdm import tqdm
 
 import hookkit as hk
+from hookkit.figures.style import GRID, INK, PAPER
 from hookkit.models.families.table import FAMILIES
 
 STATES = {  # and the colour of each
     "proved": "#3b7a57",
     "proved, in some blocks": "#8fbf9f",
     "proved, with an exception": "#d9a441",
-    "not there": hk.figures.GRID,
+    "not there": GRID,
     "not proved": "#c0392b",
 }
 
@@ -111,7 +112,7 @@ def coverage(table: pd.DataFrame) -> Figure:
         cmap=ListedColormap([*STATES.values()]),
         vmin=0,
         vmax=len(states),
-        edgecolors=hk.figures.PAPER,
+        edgecolors=PAPER,
         lw=1,
     )
     axes.set_xticks(
@@ -125,7 +126,7 @@ def coverage(table: pd.DataFrame) -> Figure:
     axes.tick_params(
         length=0,
         labelsize=8,
-        labelcolor=hk.figures.INK,
+        labelcolor=INK,
         top=True,
         labeltop=True,
         bottom=False,
@@ -141,7 +142,7 @@ def coverage(table: pd.DataFrame) -> Figure:
         ncols=len(used),
         frameon=False,
         fontsize=8,
-        labelcolor=hk.figures.INK,
+        labelcolor=INK,
     )
     return figure
 

@@ -123,9 +123,8 @@ def answered(lm: hk.LM, name: str, n: int) -> pd.DataFrame:
 def judged(answers: pd.DataFrame, results: hk.Record) -> pd.DataFrame:
     right, numbers = answers["right"].to_numpy(), answers[NUMBERS].to_numpy()
     router: Any = make_pipeline(StandardScaler(), LogisticRegression())
-    told = (
-        answers["dataset"] + answers["answer"]
-    )  # an answer that is asked about is not among those trained on
+    # An answer that is asked about is not among those trained on
+    told = answers["dataset"] + answers["answer"]
     first = answers[["top1_prob"]].to_numpy()
     folds: Any = {
         "router": (numbers, GroupKFold(FOLDS), told),

@@ -19,15 +19,8 @@ import hookkit as hk
 
 SEED, COUNT = 0, 22  # pairs; of each length more than one, for the control
 SITES = ["resid_pre", "attn_out", "mlp_out"]
-TABLES = (
-    "places",
-    "heads",
-    "strongest",
-    "control",
-    "beyond",
-    "writer",
-    "path",
-)  # those of which the answer is made
+# Those of which the answer is made
+TABLES = ("places", "heads", "strongest", "control", "beyond", "writer", "path")
 TOP = 5  # heads that are looked at more closely
 BACK = "What one clean value brings back: 0 nothing, 1 all of it"
 TAKES = "What one corrupted output does on one path alone: 1 is as corrupted"

@@ -19,10 +19,8 @@ import hookkit as hk
 
 SEED, COUNT = 0, 40  # landmarks
 PROMPT, CITY = "The Eiffel Tower is located in the city of", " Paris"
-LETTERS, STEPS = (
-    24_000,
-    20,
-)  # of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
+# Of the text that the tuned lens is trained on (Python's own manual), and steps of Adam
+LETTERS, STEPS = 24_000, 20
 QUESTION = (
     "When does the model come to say Paris, and can a state in its midst be read before that?"
 )

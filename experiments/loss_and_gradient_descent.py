@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hookkit as hk
+from hookkit.figures.style import DOWN, INK, MUTED, finished
 
 SEED = 0
 SENTENCE, OTHER = "we love deep learning", "we love oat milk"
@@ -150,14 +151,14 @@ def expect(lm: hk.LM, results: hk.Record) -> None:
 
 def drawn(curve: pd.DataFrame) -> Figure:
     left, right = (figure := Figure(figsize=(10, 3.8), layout="constrained")).subplots(1, 2)
-    left.plot(curve["step"], curve["loss"], color=hk.figures.DOWN, lw=2)
-    left.axhline(math.log(len(WORDS)), color=hk.figures.MUTED, ls="--", lw=0.9)
+    left.plot(curve["step"], curve["loss"], color=DOWN, lw=2)
+    left.axhline(math.log(len(WORDS)), color=MUTED, ls="--", lw=0.9)
     for name, style in zip(curve.columns[4:], ("-", "--", ":"), strict=True):
         right.plot(curve["step"], curve[name], ls=style, lw=2, label=name)
     left.set(xlabel="step", ylabel="loss (nats; dashed: guessing)")
     right.set(xlabel="step", ylabel="probability of the word")
-    right.legend(frameon=False, fontsize=9, labelcolor=hk.figures.INK)
-    return hk.figures.finished(figure, f"Learning to say “{SENTENCE}”")
+    right.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return finished(figure, f"Learning to say “{SENTENCE}”")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
+from hookkit.figures.style import DOWN, INK, MUTED, UP, drawable, finished
 
 SEED = 0
 PROMPTS = {"sure": "The Eiffel Tower is in the city of", "unsure": "I like oat milk in my"}
@@ -106,21 +107,19 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
     for axes, (name, table) in zip((left, middle), tables.items(), strict=True):
         hot = table[table["setting"].str.startswith("temperature")]
         for number, (token, part) in enumerate(hot.groupby("token", sort=False)):
-            name_of = hk.figures.drawable(str(token))
+            name_of = drawable(str(token))
             axes.plot(
                 TEMPERATURES, part["prob"], label=name_of, marker="os^Dv"[number], ms=4, lw=1.4
             )
-        axes.axvline(1, color=hk.figures.MUTED, lw=0.8, ls="--")
+        axes.axvline(1, color=MUTED, lw=0.8, ls="--")
         axes.set_xscale("log")
         axes.set_xticks(TEMPERATURES, [f"{t:g}" for t in TEMPERATURES])
         axes.minorticks_off()
         axes.set(xlabel="temperature (1: as it is)", ylabel="probability")
-        axes.set_title(f"Where the model is {name}", fontsize=10, color=hk.figures.INK)
-        axes.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)
+        axes.set_title(f"Where the model is {name}", fontsize=10, color=INK)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     names = [f"top_k={k}" for k in TOP_K] + [f"top_p={p:g}" for p in TOP_P]
-    for shift, colour, (name, table) in zip(
-        (-0.2, 0.2), (hk.figures.UP, hk.figures.DOWN), tables.items(), strict=True
-    ):
+    for shift, colour, (name, table) in zip((-0.2, 0.2), (UP, DOWN), tables.items(), strict=True):
         counts = table.drop_duplicates("setting").set_index("setting")["tokens_kept"][names]
         bars = right.barh(
             [place + shift for place in range(len(names))],
@@ -129,14 +128,12 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
             color=colour,
             label=name,
         )
-        right.bar_label(
-            bars, [f"{count:,}" for count in counts], fontsize=8, padding=2, color=hk.figures.INK
-        )
+        right.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8, padding=2, color=INK)
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.set(xscale="log", xlim=(0.8, 3e4), xlabel="tokens left to draw from (log axis)")
-    right.legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK)
-    return hk.figures.finished(figure, "")
+    right.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return finished(figure, "")
 
 
 def drawn(lm: hk.LM, run: hk.Run, results: hk.Record) -> None:

@@ -25,6 +25,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
+from hookkit.figures.style import INK, finished
 
 TEXTS, SOME = 16_400, 240  # of about 123 tokens each; those of the default model
 SHARD, SOME_SHARD = 20_000, 2_000  # rows: 2.5 MB of the small model, 4.6 MB of the default one
@@ -183,7 +184,7 @@ def drawn(ways: list[Way]) -> Figure:
         )
     for unused in axes[len(ways) :]:
         unused.set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=hk.figures.INK, loc="lower left")
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
     axes[0].set_ylim(bottom=0)
     figure.supxlabel(
         "part of the texts, or batches, that were taken (the first tenth is grey and does not "
@@ -191,7 +192,7 @@ def drawn(ways: list[Way]) -> Figure:
         size=9,
     )
     figure.supylabel("memory of the process (MB)", size=9)
-    return hk.figures.finished(figure, "Memory does not grow with the length of a corpus")
+    return finished(figure, "Memory does not grow with the length of a corpus")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,8 @@ class Way:
     how: str
     ask: Callable[[Task, Cells], Answer]
     ran: int = 0  # cells of a round
-    taken: list[Sequence[float]] = field(
-        default_factory=list
-    )  # seconds by clock and processor, and times hk.sweep's
+    # Seconds by clock and processor, and times hk.sweep's
+    taken: list[Sequence[float]] = field(default_factory=list)
     apart: float = 0.0  # the largest difference of a cell from hk.sweep's
 
     def some(self, cells: Cells, draw: random.Random) -> Cells:
@@ -67,9 +66,8 @@ def compared(
     ways += [
         Way(name, how, partial(peer, how)) for name, peer in peers.items() for how in peer.ways
     ]
-    started = answered(
-        *swept(hk.LM(lm.model, lm.tokenizer)), task, cells
-    )  # with the trial of the model
+    # With the trial of the model
+    started = answered(*swept(hk.LM(lm.model, lm.tokenizer)), task, cells)
     values = dict(zip(cells, started["values"], strict=True))
     ours = [_seconds(answered(*swept(lm), task, cells)) for _ in range(2)][1:]
     _round(
