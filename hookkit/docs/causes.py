@@ -7,9 +7,9 @@
 >>> round(metric(before).item(), 1), round(metric(after).item(), 1)
 (6.1, 3.1)
 
-`hk.ablate` writes zeros by default. A head never outputs zeros on real text, so zero can be an
-unusual input for the layers that follow. `to="mean", over=texts` writes the mean of the site over
-texts, and `to="resample"` writes its value on another prompt.
+`hk.ablate` writes zeros by default. Zero is far from any usual output of a head, and so an unusual
+input for the layers that follow. `to="mean", over=texts` writes the mean of the site over texts,
+and `to="resample"` writes its value on another prompt.
 
 # Patch it from another prompt
 

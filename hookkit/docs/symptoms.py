@@ -84,6 +84,6 @@ The error gives the reason for this model family. `lm.describe()` lists all site
 
 float16 ends at 65,504, and the residual streams of some models exceed it: use bfloat16 or float32.
 An edit that turns a finite number into an infinite one or NaN raises `BadEdit`, so NaN in a table
-comes from the model itself. At such a position no token has a rank or a probability, the entropy is
-NaN, and no token is named as the most likely one.
+comes from the model itself. At such a position no token has a rank or a probability, there is no
+entropy, and no token is named as the most likely one.
 """
