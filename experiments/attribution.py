@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import MUTED, UP, finished
+from hookkit.figures.style import MUTED, UP, apply_style
 
 SEED, COUNT = 0, 12  # pairs
 STEPS = 5  # of the integrated gradients
@@ -166,7 +166,7 @@ def scatter(estimate: pd.DataFrame, truth: pd.DataFrame, method: str) -> Figure:
     axes.scatter(two, one, s=10, color=UP, alpha=0.6, lw=0)
     axes.set_xlabel("patched: change of the logit difference")
     axes.set_ylabel(f"estimated ({method})")
-    return finished(figure, "Attribution against patching")
+    return apply_style(figure, "Attribution against patching")
 
 
 if __name__ == "__main__":

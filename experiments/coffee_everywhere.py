@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, finished
+from hookkit.figures.style import INK, apply_style
 
 SEED = 0
 COFFEE = " coffee"
@@ -265,7 +265,7 @@ def damage(table: pd.DataFrame) -> Figure:
         axes.set_ylabel(unit)
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.axes[1].set_yscale("symlog", linthresh=1e-3)
-    return finished(figure, "What it costs to be heard")
+    return apply_style(figure, "What it costs to be heard")
 
 
 if __name__ == "__main__":

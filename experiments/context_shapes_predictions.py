@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, finished, rank_axis
+from hookkit.figures.style import INK, apply_style, rank_axis
 
 SEED = 0
 TEXTS = {
@@ -156,7 +156,7 @@ def drawn(table: Any) -> Figure:
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, loc="outside right center")
     figure.axes[1].set_ylabel("")
-    return finished(figure, "")
+    return apply_style(figure, "")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hookkit as hk
-from hookkit.figures.style import DOWN, INK, MUTED, UP, finished
+from hookkit.figures.style import DOWN, INK, MUTED, UP, apply_style
 
 SEED = 0
 N = 100  # pairs of each dataset
@@ -133,7 +133,7 @@ def distribution(checks: dict[str, pd.DataFrame]) -> Figure:
     rows[-1].set_xlabel(
         "logit of the answer minus logit of the wrong answer; right of 0 the answer is preferred"
     )
-    return finished(figure, "How clearly the model prefers the answer")
+    return apply_style(figure, "How clearly the model prefers the answer")
 
 
 if __name__ == "__main__":

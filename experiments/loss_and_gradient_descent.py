@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hookkit as hk
-from hookkit.figures.style import DOWN, INK, MUTED, finished
+from hookkit.figures.style import DOWN, INK, MUTED, apply_style
 
 SEED = 0
 SENTENCE, OTHER = "we love deep learning", "we love oat milk"
@@ -158,7 +158,7 @@ def drawn(curve: pd.DataFrame) -> Figure:
     left.set(xlabel="step", ylabel="loss (nats; dashed: guessing)")
     right.set(xlabel="step", ylabel="probability of the word")
     right.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return finished(figure, f"Learning to say “{SENTENCE}”")
+    return apply_style(figure, f"Learning to say “{SENTENCE}”")
 
 
 if __name__ == "__main__":

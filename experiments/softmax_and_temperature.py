@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import DOWN, INK, MUTED, UP, drawable, finished
+from hookkit.figures.style import DOWN, INK, MUTED, UP, apply_style, drawable
 
 SEED = 0
 PROMPTS = {"sure": "The Eiffel Tower is in the city of", "unsure": "I like oat milk in my"}
@@ -133,7 +133,7 @@ def drawing(tables: dict[str, pd.DataFrame]) -> Figure:
     right.invert_yaxis()
     right.set(xscale="log", xlim=(0.8, 3e4), xlabel="tokens left to draw from (log axis)")
     right.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return finished(figure, "")
+    return apply_style(figure, "")
 
 
 def drawn(lm: hk.LM, run: hk.Run, results: hk.Record) -> None:

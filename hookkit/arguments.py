@@ -8,7 +8,7 @@ argument:
     whole_number(value, "top", least=1)   finite_number(value, "scale")   choice(value, "per", KEYS)
     read_token(value)   read_tokens(values, "ban")   prompt_rows(prompts)   path_of(value, "path")
 
-`checks_arguments` decorates public functions. It checks each argument by its annotation: `int` is a
+`check_arguments` decorates public functions. It checks each argument by its annotation: `int` is a
 whole number, `bool` is True or False, `Literal` is one of its names, and `Run` is a run.
 
 Integers of numpy and pandas and tensors without axes count as whole numbers; True and False never
@@ -67,21 +67,21 @@ PROMPT_FORMS = "give texts, or rows of token ids"
 # ---- values in messages
 
 
-def shortened(text: str, most: int = 80) -> str:
+def shorten(text: str, most: int = 80) -> str:
     """Returns the text, with its middle left out where it is longer than `most` characters."""
     if len(text) <= most:
         return text
     return f"{text[: most - 30]}…{text[-25:]}"
 
 
-def described(value: Any) -> str:
+def describe(value: Any) -> str:
     """Returns a value as messages show it: short values as code, others by their type and shape."""
     if _is_huge(value):
         return "an integer of more than 30 digits"
     shape: Any = getattr(value, "shape", None)
     has_shape = isinstance(shape, tuple) and hasattr(value, "dtype")
     if (has_shape and not shape) or _is_short(value):
-        return shortened(repr(value))
+        return shorten(repr(value))
     type_name = type(value).__name__
     article = "an" if type_name[:1].lower() in "aeio" else "a"
     if has_shape:
@@ -106,7 +106,7 @@ def _is_short(value: Any) -> bool:
 # ---- conversions: the value, or None for an object of another kind
 
 
-def as_whole(value: object) -> int | None:
+def as_integer(value: object) -> int | None:
     """Returns a whole number of Python, numpy, pandas or a tensor without axes as an int."""
     if isinstance(value, bool | str | bytes):
         return None
@@ -118,7 +118,7 @@ def as_whole(value: object) -> int | None:
         return None
 
 
-def as_real(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """Returns a real number, which may be infinite or NaN, as a float."""
     if isinstance(value, bool | str | bytes | complex):
         return None
@@ -134,7 +134,7 @@ def as_real(value: object) -> float | None:
         return None
 
 
-def as_flag(value: object) -> bool | None:
+def as_bool(value: object) -> bool | None:
     """Returns True or False of Python or numpy as a bool."""
     if isinstance(value, bool):
         return value
@@ -144,7 +144,7 @@ def as_flag(value: object) -> bool | None:
     return None
 
 
-def items_of(values: Any) -> list[Any] | None:
+def as_items(values: Any) -> list[Any] | None:
     """Returns the items of a collection as a list. Items of arrays and tensors become numbers."""
     if isinstance(values, str | bytes | bytearray | type) or _is_mapping(values):
         return None
@@ -170,7 +170,7 @@ def _is_mapping(value: object) -> bool:
 # ---- numbers
 
 
-def whole_number(
+def check_integer(
     value: object,
     name: str,
     *,
@@ -181,11 +181,11 @@ def whole_number(
 ) -> int:
     """Returns a whole number from `least` to `most`. `meaning` tells the user what it counts."""
     meaning = meaning.rstrip(",")
-    number = as_whole(value)
+    number = as_integer(value)
     if number is None:
         about = f"{meaning}, " if meaning else ""
         limits = _limits_in_words(least, most)
-        raise error(f"{name}={described(value)}: give {about}a whole number{limits}")
+        raise error(f"{name}={describe(value)}: give {about}a whole number{limits}")
     if least is not None and number < least:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at least {least}")
     if most is not None and number > most:
@@ -203,7 +203,7 @@ def _limits_in_words(least: int | None, most: int | None) -> str:
     return ""
 
 
-def whole_numbers(
+def check_integers(
     values: object,
     name: str,
     *,
@@ -212,27 +212,27 @@ def whole_numbers(
     error: Error = OutOfRange,
 ) -> list[int]:
     """Returns one whole number or several as a list. Raises `BadHook` if a number occurs twice."""
-    if as_whole(values) is not None:
-        return [whole_number(values, name, least=least, meaning=meaning, error=error)]
-    items = items_of(values)
+    if as_integer(values) is not None:
+        return [check_integer(values, name, least=least, meaning=meaning, error=error)]
+    items = as_items(values)
     if items is None:
         raise error(
-            f"{name}={described(values)}: give {meaning or name}, a whole number or a list of them"
+            f"{name}={describe(values)}: give {meaning or name}, a whole number or a list of them"
         )
     if not items:
         raise EmptySelection(
-            f"{name}={described(values)} selects nothing: name at least one, or leave {name} out"
+            f"{name}={describe(values)} selects nothing: name at least one, or leave {name} out"
         )
     result: list[int] = []
     for item in items:
-        result.append(whole_number(item, name, least=least, meaning=meaning, error=error))
+        result.append(check_integer(item, name, least=least, meaning=meaning, error=error))
     for number in result:
         if result.count(number) > 1:
             raise BadHook(f"{name} names {number} twice: name each once")
     return result
 
 
-def finite_number(
+def check_number(
     value: object,
     name: str,
     *,
@@ -244,11 +244,11 @@ def finite_number(
     error: Error = BadHook,
 ) -> float:
     """Returns a finite number from `least` to `most`, strictly between `above` and `below`."""
-    number = as_real(value)
+    number = as_number(value)
     if number is None or not math.isfinite(number):
         about = f"{meaning.rstrip(',')}, " if meaning else ""
         raise error(
-            f"{name}={described(value)} is not a finite number: "
+            f"{name}={describe(value)} is not a finite number: "
             f"give {about}a real number such as 2.0"
         )
     is_allowed = (
@@ -260,30 +260,28 @@ def finite_number(
     if not is_allowed:
         limits = {"above": above, "at least": least, "at most": most, "below": below}
         words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
-        raise error(
-            f"{name}={described(value)}: give {meaning or 'a number'} {' and '.join(words)}"
-        )
+        raise error(f"{name}={describe(value)}: give {meaning or 'a number'} {' and '.join(words)}")
     return number
 
 
-def seed_of(value: object, name: str = "seed") -> int:
+def check_seed(value: object, name: str = "seed") -> int:
     """Returns a seed: a whole number from 0 upwards that fits into 63 bits."""
     meaning = "a seed, so that the same draws can be made again,"
-    return whole_number(value, name, least=0, most=LARGEST_SEED, meaning=meaning)
+    return check_integer(value, name, least=0, most=LARGEST_SEED, meaning=meaning)
 
 
-def flag(value: object, name: str, *, error: Error = BadArgument) -> bool:
+def check_flag(value: object, name: str, *, error: Error = BadArgument) -> bool:
     """Returns True or False. Other values, such as 0 and 1, are not converted."""
-    answer = as_flag(value)
+    answer = as_bool(value)
     if answer is None:
-        raise error(f"{name}={described(value)}: give True or False")
+        raise error(f"{name}={describe(value)}: give True or False")
     return answer
 
 
 # ---- names, texts and paths
 
 
-def choice(value: object, name: str, names: Iterable[str], *, error: Error = BadHook) -> str:
+def check_choice(value: object, name: str, names: Iterable[str], *, error: Error = BadHook) -> str:
     """Returns one of the names."""
     names, hint = list(names), "."
     if isinstance(value, str):
@@ -291,33 +289,33 @@ def choice(value: object, name: str, names: Iterable[str], *, error: Error = Bad
             return str(value)
         hint = did_you_mean(value, names)
     options = ", ".join(map(repr, names))
-    raise error(f"{name}={described(value)} is unknown{hint} Give one of {options}.")
+    raise error(f"{name}={describe(value)} is unknown{hint} Give one of {options}.")
 
 
-def text_of(
+def check_text(
     value: object, name: str, *, meaning: str = "a text", error: Error = BadArgument
 ) -> str:
     """Returns a text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise error(f"{name}={described(value)}: give {meaning}")
+        raise error(f"{name}={describe(value)}: give {meaning}")
     return str(value)
 
 
-def path_of(
+def check_path(
     value: object, name: str = "path", *, error: Error = BadArgument
 ) -> str | os.PathLike[str]:
     """Returns the path of a file or folder, a text or a `pathlib.Path`, as it was passed."""
     if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
         return value
     raise error(
-        f"{name}={described(value)} is no path: give the path of a file or folder, "
+        f"{name}={describe(value)} is no path: give the path of a file or folder, "
         "as a text or a pathlib.Path"
     )
 
 
-def file_of(value: object, name: str = "path") -> Path:
+def check_file(value: object, name: str = "path") -> Path:
     """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
-    path = Path(path_of(value, name))
+    path = Path(check_path(value, name))
     if path.is_dir():
         raise BadFile(
             f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it"
@@ -327,9 +325,9 @@ def file_of(value: object, name: str = "path") -> Path:
     return path
 
 
-def folder_of(value: object, name: str = "folder") -> Path:
+def check_folder(value: object, name: str = "folder") -> Path:
     """Returns the path of a folder that may not exist. Raises `BadFile` if part of it is a file."""
-    path = Path(path_of(value, name))
+    path = Path(check_path(value, name))
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise BadFile(
@@ -342,16 +340,16 @@ def folder_of(value: object, name: str = "folder") -> Path:
 # ---- tokens
 
 
-def read_token(value: object, name: str = "token") -> str | int:
+def check_token(value: object, name: str = "token") -> str | int:
     """Returns one token: its text, or its id as an int."""
     if isinstance(value, str):
         if not value:
             raise NotOneToken(f"{name}='' is no token: give its text, such as ' coffee', or its id")
         return str(value)
-    number = as_whole(value)
+    number = as_integer(value)
     if number is None:
         raise NotOneToken(
-            f"{name}={described(value)} is no token: give its text, such as ' coffee', "
+            f"{name}={describe(value)} is no token: give its text, such as ' coffee', "
             f"or its id{_token_hint(value)}"
         )
     if number < 0:
@@ -363,33 +361,33 @@ def _token_hint(value: object) -> str:
     """Returns the end of the message about a value that is no token."""
     if isinstance(value, bytes):
         return "; bytes are no text: decode them first, value.decode()"
-    if as_real(value) is not None:
+    if as_number(value) is not None:
         return "; an id is a whole number, int(value)"
-    if items_of(value) is not None:
+    if as_items(value) is not None:
         return "; several are given where one token is meant"
     return ""
 
 
-def read_tokens(
+def check_tokens(
     values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
 ) -> tuple[Any, ...]:
     """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
-    if isinstance(values, (str, bytes, bool, *also)) or as_whole(values) is not None:
+    if isinstance(values, (str, bytes, bool, *also)) or as_integer(values) is not None:
         values = [values]
-    items = items_of(values)
+    items = as_items(values)
     if items is None:
-        read_token(values, name)
+        check_token(values, name)
         return ()
     for index, item in enumerate(items):
         if not isinstance(item, also):
-            items[index] = read_token(item, name)
+            items[index] = check_token(item, name)
     return tuple(items)
 
 
 # ---- prompts
 
 
-def prompt_rows(prompts: object) -> list[str | Row]:
+def check_prompts(prompts: object) -> list[str | Row]:
     """Returns the prompts as a list of texts and of tuples of token ids without padding.
 
     `prompts` is a text, several texts, the token ids of one row or of several rows, or a mapping
@@ -401,48 +399,48 @@ def prompt_rows(prompts: object) -> list[str | Row]:
         return [str(prompts)]
     if _is_mapping(prompts):
         return _rows_of_mapping(prompts)
-    refuse_container(prompts)
-    items = items_of(prompts)
+    refuse_non_prompts(prompts)
+    items = as_items(prompts)
     if items is None:
-        raise BadPrompt(f"{described(prompts)} is no prompt: {PROMPT_FORMS}")
+        raise BadPrompt(f"{describe(prompts)} is no prompt: {PROMPT_FORMS}")
     if not items:
         raise BadPrompt("no prompt was given: give a text, a list of texts, or token ids")
     if _are_whole(items):
         return [_row_of_ids(items, 0)]
-    return [one_prompt(item, number) for number, item in enumerate(items)]
+    return [check_prompt(item, number) for number, item in enumerate(items)]
 
 
-def one_prompt(item: object, number: int) -> str | Row:
+def check_prompt(item: object, number: int) -> str | Row:
     """Returns the text or the token ids of one of several prompts. `number` is its row."""
     if isinstance(item, str):
         return str(item)
     if _is_mapping(item):
         return _row_of_mapping(item, number)
-    refuse_container(item)
-    ids = items_of(item)
+    refuse_non_prompts(item)
+    ids = as_items(item)
     if ids is None:
         hint = ""
         if item is None or item != item:  # NaN is not equal to itself
-            hint = f"; {described(item)} is missing"
+            hint = f"; {describe(item)} is missing"
         raise BadPrompt(
-            f"prompt {number} is {described(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
+            f"prompt {number} is {describe(item)}, which is no prompt: {PROMPT_FORMS}{hint}"
         )
     return _row_of_ids(ids, number)
 
 
-def is_one_row(prompts: object) -> bool:
+def is_token_row(prompts: object) -> bool:
     """True for a collection of whole numbers, which are the token ids of one row."""
     if not isinstance(prompts, list | tuple) and not hasattr(prompts, "dtype"):
         return False
-    items = items_of(prompts)
+    items = as_items(prompts)
     return bool(items) and _are_whole(items)
 
 
 def _are_whole(items: Iterable[object]) -> bool:
-    return all(as_whole(item) is not None for item in items)
+    return all(as_integer(item) is not None for item in items)
 
 
-def refuse_container(prompts: Any, *, rows: bool = False) -> None:
+def refuse_non_prompts(prompts: Any, *, rows: bool = False) -> None:
     """Raises `BadPrompt` for an object that can be iterated over but does not hold prompts.
 
     With `rows`, a data set whose rows are mappings is allowed.
@@ -494,13 +492,13 @@ def _refuse_object_of_hookkit(prompts: Any, kind: str) -> None:
 def _row_of_ids(ids: Sequence[object], number: int) -> Row:
     row: list[int] = []
     for token_id in ids:
-        whole = as_whole(token_id)
+        whole = as_integer(token_id)
         if whole is None:
             hint = ""
-            if items_of(token_id) is not None:
+            if as_items(token_id) is not None:
                 hint = ", several prompts are given where one is meant"
             raise BadPrompt(
-                f"prompt {number} has {described(token_id)} where a token id is meant{hint}: "
+                f"prompt {number} has {describe(token_id)} where a token id is meant{hint}: "
                 "token ids are whole numbers; give texts, or rows of token ids"
             )
         row.append(whole)
@@ -525,7 +523,7 @@ def _row_of_mapping(item: Any, number: int) -> Row:
 def _rows_of_mapping(inputs: Any) -> list[Any]:
     """Returns the rows of ids, without padding, of a mapping that a tokenizer returned."""
     _check_keys(inputs)
-    rows = prompt_rows(inputs["input_ids"])
+    rows = check_prompts(inputs["input_ids"])
     if any(isinstance(row, str) for row in rows):
         raise BadPrompt(
             "input_ids are texts: give token ids there, or the texts themselves as the prompts"
@@ -533,12 +531,12 @@ def _rows_of_mapping(inputs: Any) -> list[Any]:
     mask = inputs.get("attention_mask")
     if mask is None:
         return rows
-    mask_rows = items_of(mask)
+    mask_rows = as_items(mask)
     if mask_rows is None:
         raise BadPrompt(
-            f"attention_mask is {described(mask)}: give 1 for each real token and 0 for padding"
+            f"attention_mask is {describe(mask)}: give 1 for each real token and 0 for padding"
         )
-    if all(items_of(mask_row) is None for mask_row in mask_rows):
+    if all(as_items(mask_row) is None for mask_row in mask_rows):
         mask_rows = [mask_rows]
     if len(mask_rows) != len(rows):
         raise BadPrompt(
@@ -566,9 +564,9 @@ def _check_keys(inputs: Any) -> None:
 
 def _without_padding(row: Any, mask: object, number: int) -> Row:
     """Returns a row of ids without its padding, which may be before or after the text."""
-    values = items_of(mask)
+    values = as_items(mask)
     if values is None or len(values) != len(row):
-        count = described(mask) if values is None else f"{len(values)} numbers"
+        count = describe(mask) if values is None else f"{len(values)} numbers"
         raise BadPrompt(
             f"row {number} has {len(row)} input_ids, and its attention_mask has {count}: "
             "give one shape"
@@ -590,8 +588,8 @@ def _without_padding(row: Any, mask: object, number: int) -> Row:
 
 
 def _mask_bit(value: object) -> float | None:
-    is_text = as_flag(value)
-    return as_real(value) if is_text is None else float(is_text)
+    is_text = as_bool(value)
+    return as_number(value) if is_text is None else float(is_text)
 
 
 # ---- kinds of values by annotations
@@ -680,11 +678,11 @@ def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
 
 def _kinds_of_class(kind: type) -> list[Kind] | None:
     if kind is int:
-        return [Kind("a whole number", lambda value: as_whole(value) is not None, as_whole)]
+        return [Kind("a whole number", lambda value: as_integer(value) is not None, as_integer)]
     if kind is float:
-        return [Kind("a number", _is_real_number, as_real)]
+        return [Kind("a number", _is_real_number, as_number)]
     if kind is bool:
-        return [Kind("True or False", lambda value: as_flag(value) is not None, as_flag)]
+        return [Kind("True or False", lambda value: as_bool(value) is not None, as_bool)]
     if kind is str:
         return [Kind("a text", lambda value: isinstance(value, str), str)]
     package = kind.__module__.split(".")[0]
@@ -695,7 +693,7 @@ def _kinds_of_class(kind: type) -> list[Kind] | None:
 
 
 def _is_real_number(value: object) -> bool:
-    number = as_real(value)
+    number = as_number(value)
     return number is not None and not math.isnan(number)
 
 
@@ -714,9 +712,9 @@ def read_as(kinds: Sequence[Kind], value: Any, function: str, name: str) -> Any:
         names += kind.names
     if names and isinstance(value, str):
         hint = did_you_mean(value, names)
-        raise BadArgument(f"{name}={described(value)} is unknown: say {words}{hint}")
+        raise BadArgument(f"{name}={describe(value)} is unknown: say {words}{hint}")
     hint = _hint_for_mistake(kinds, value)
-    raise BadArgument(f"{function}() has {name}={described(value)}: give {words}{hint}")
+    raise BadArgument(f"{function}() has {name}={describe(value)}: give {words}{hint}")
 
 
 def _hint_for_mistake(kinds: Sequence[Kind], value: Any) -> str:
@@ -739,7 +737,7 @@ def _hint_for_mistake(kinds: Sequence[Kind], value: Any) -> str:
 # ---- decorators of public functions and classes
 
 
-def checks_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def check_arguments(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Returns the function, whose arguments are checked by their annotations before it runs.
 
     Raises `UnknownKeyword` for a keyword that the function does not take, and `BadArgument` for a
@@ -749,12 +747,12 @@ def checks_arguments(function: Callable[Arguments, Result]) -> Callable[Argument
     return _wrap(function, checks_values=True)
 
 
-def checks_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def check_keywords(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Returns the function, whose keywords are checked, for dataclasses that check the values."""
     return _wrap(function, checks_values=False)
 
 
-def checks_construction(kind: Class) -> Class:
+def check_fields(kind: Class) -> Class:
     """Returns the dataclass. Its constructor raises errors that name a missing or unknown field."""
     kind.__init__ = _wrap(kind.__init__, checks_values=False, title=kind.__name__)
     return kind

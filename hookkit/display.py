@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-MOST = 12  # rows of a table
-LONG = 160  # characters of a cell
+MAX_ROWS = 12  # rows of a table
+MAX_CHARACTERS = 160  # characters of a cell
 LINE = "border-bottom:1px solid rgba(128,128,128,.35);padding:.15em .6em"
 CELL = f"{LINE};text-align:left;vertical-align:top;white-space:pre-wrap;unicode-bidi:isolate"
 FAINT = "opacity:.7"
 
 
-def shown(
+def render_html(
     title: str,
     facts: Mapping[str, object] | None = None,
     rows: Iterable[Mapping[str, object]] = (),
     *,
     text: str = "",
-    most: int = MOST,
+    most: int = MAX_ROWS,
 ) -> str:
     """Returns HTML of a title, of facts by their names, of a table's first rows and of a text.
 
@@ -31,7 +31,7 @@ def shown(
     parts = [f"<div><b>{escape(title)}</b></div>"]
     for name, value in (facts or {}).items():
         label = f'<span style="{FAINT}">{escape(name)}</span>'
-        parts.append(f"<div>{label} {escape(written(value))}</div>")
+        parts.append(f"<div>{label} {escape(format_value(value))}</div>")
     parts += _table(list(rows), most)
     if text:
         style = "margin:.3em 0;background:none;color:inherit"
@@ -47,7 +47,7 @@ def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     heads = [f'<th style="{style}">{escape(str(name))}</th>' for name in rows[0]]
     lines: list[str] = []
     for row in rows[:most]:
-        cells = [f'<td style="{CELL}">{escape(written(value))}</td>' for value in row.values()]
+        cells = [f'<td style="{CELL}">{escape(format_value(value))}</td>' for value in row.values()]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     style = "border-collapse:collapse;margin:.4em 0;background:none;color:inherit"
     head = f"<thead><tr>{''.join(heads)}</tr></thead>"
@@ -59,12 +59,12 @@ def _table(rows: Sequence[Mapping[str, object]], most: int) -> list[str]:
     return [table, f'<div style="{FAINT}">and {hidden} more</div>']
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Returns a short text of a value: numbers with four digits, and "" for a missing value."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     if value is None or text in ("nan", "<NA>", "NaT"):
         return ""
-    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
 
 
 def count_of(number: int, noun: str) -> str:
@@ -72,10 +72,10 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def records(table: Any, *names: str, most: int = MOST) -> list[dict[str, object]]:
-    """Returns the first rows of a DataFrame, of these columns or of all, for `shown`.
+def first_rows(table: Any, *names: str, most: int = MAX_ROWS) -> list[dict[str, object]]:
+    """Returns the first rows of a DataFrame, of these columns or of all, for `render_html`.
 
-    The remaining rows are empty dicts, so that `shown` counts them.
+    The remaining rows are empty dicts, so that `render_html` counts them.
     """
     if names:
         table = table[list(names)]

@@ -14,7 +14,7 @@ import torch
 from conftest import tokenizer
 
 import hookkit as hk
-from hookkit.display import LONG, MOST, records, shown, written
+from hookkit.display import MAX_CHARACTERS, MAX_ROWS, first_rows, format_value, render_html
 from hookkit.errors import MissingExtra, NotCaptured, OutOfRange, UnknownKeyword
 
 NASTY = ["<script>alert(1)</script>", "\n\t", " שלום", '"><img src=x onerror=y>', "$x$"]
@@ -105,13 +105,13 @@ def test_everything_that_a_notebook_shows_is_small_and_escaped(nasty):
 
 def test_a_long_table_says_how_much_more_there_is(nasty):
     rows = [{"n": n} for n in range(40)]
-    assert f"and {40 - MOST} more" in shown("t", rows=rows)
+    assert f"and {40 - MAX_ROWS} more" in render_html("t", rows=rows)
     table = hk.ranks(hk.forward(nasty, [[5]]), top=30)
-    assert len(records(table)) == 30 and list(records(table, "rank")[0]) == ["rank"]
+    assert len(first_rows(table)) == 30 and list(first_rows(table, "rank")[0]) == ["rank"]
     assert (
-        len(written("x" * 999)) == LONG
-        and written(float("nan")) == ""
-        and written(0.123456) == "0.1235"
+        len(format_value("x" * 999)) == MAX_CHARACTERS
+        and format_value(float("nan")) == ""
+        and format_value(0.123456) == "0.1235"
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import hookkit as hk
-from hookkit.arguments import checks_arguments
+from hookkit.arguments import check_arguments
 from hookkit.errors import OutOfRange, UnknownKeyword, did_you_mean
 
 
@@ -19,7 +19,7 @@ def test_the_nearest_words_are_offered_or_none():
 
 
 def test_an_unknown_keyword_is_answered_with_the_known_ones():
-    @checks_arguments
+    @check_arguments
     def act(thing: str, *, pos: int = 0) -> int:
         return pos
 

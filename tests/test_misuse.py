@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.models.sites import parse
+from hookkit.models.sites import parse_site
 
 P = "I like oat milk in my"
 
@@ -820,7 +820,7 @@ def names(llama: hk.LM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, o
         "torch": torch,
         "math": math,
         "Path": Path,
-        "parse": parse,
+        "parse": parse_site,
         "P": P,
         "Processor": Processor,
         "OrderedDict": OrderedDict,

@@ -863,10 +863,14 @@ def test_what_has_no_meaning_in_an_encoder_decoder_is_refused():
         hk.capture(hk.module("decoder.block.1"), pos=-1),
         hk.force(3, site=hk.module("lm_head")),
     ):
-        with pytest.raises(
-            BadHook,
-            match="an encoder-decoder reads two texts, so a position at .* may be of either",
-        ), hk.attach(model, hook), torch.no_grad():
+        with (
+            pytest.raises(
+                BadHook,
+                match="an encoder-decoder reads two texts, so a position at .* may be of either",
+            ),
+            hk.attach(model, hook),
+            torch.no_grad(),
+        ):
             model(**given)
     layer = hk.capture(hk.module("decoder.block.1"))
     with (

@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, finished
+from hookkit.figures.style import INK, apply_style
 
 TEXTS, SOME = 16_400, 240  # of about 123 tokens each; those of the default model
 SHARD, SOME_SHARD = 20_000, 2_000  # rows: 2.5 MB of the small model, 4.6 MB of the default one
@@ -192,7 +192,7 @@ def drawn(ways: list[Way]) -> Figure:
         size=9,
     )
     figure.supylabel("memory of the process (MB)", size=9)
-    return finished(figure, "Memory does not grow with the length of a corpus")
+    return apply_style(figure, "Memory does not grow with the length of a corpus")
 
 
 if __name__ == "__main__":

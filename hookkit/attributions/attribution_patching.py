@@ -22,15 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange, Unsupported, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, in_order
+from ..hooks.captured_values import Captured, swap_head_and_query
 from ..models.lm import LM
-from ..models.positions import PositionRange, Where, as_count
+from ..models.positions import PositionRange, Where, read_indices
 from ..models.prompts import Prompts
-from ..models.sites import HEADED, AnySite, Site
+from ..models.sites import SITES_WITH_HEADS, AnySite, Site
 from ..sweeps.cells import as_hooks
 from ..sweeps.grids import (
     ALL_POSITIONS,
@@ -49,7 +49,7 @@ from .qk import check_qk_sites, qk_effects
 BATCH = 16  # prompts of one backward: the graph of each is in memory until then
 
 
-@checks_arguments
+@check_arguments
 def attribution(
     lm: LM,
     clean: Prompts,
@@ -135,7 +135,7 @@ def attribution(
 def _check_neurons(by: str, names: Sequence[str]) -> None:
     check_choice("by", by, "neuron")
     for name in names:
-        if name in HEADED:
+        if name in SITES_WITH_HEADS:
             raise BadHook(
                 f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
             )
@@ -255,7 +255,7 @@ def _first_order_change(source: Captured, target: Captured, gradient: Tensor) ->
     """Returns the change of the metric [row, pos, ...] for each value, on the CPU. For scores and
     pattern it is [row, query, head, key]."""
     difference = source.by_place - target.by_place.detach()
-    product = difference * in_order(target.site, gradient)
+    product = difference * swap_head_and_query(target.site, gradient)
     return product.to(device="cpu", dtype=torch.float64)
 
 
@@ -281,7 +281,7 @@ def position_masks(
     masks = torch.zeros(len(named), len(lengths), max(lengths), dtype=torch.float64)
     for number, (name, row_positions) in enumerate(named.items()):
         for pos, rows in row_positions:
-            where = Where(pos, as_count(rows, "row"))
+            where = Where(pos, read_indices(rows, "row"))
             for row, selected in enumerate(prompt_metric.inputs.full.wishes(where)):
                 if selected is not None:
                     masks[number, row, _clip(selected, lengths[row], row, name)] = 1
@@ -344,7 +344,7 @@ def _table(metric: str, grid: SiteGrid, scores: SiteScores, by_neuron: bool) -> 
 COUNTS = ("row", "prompt", "sample", "n", "control", "interval")
 
 
-@checks_arguments
+@check_arguments
 def agreement(
     estimate: pd.DataFrame,
     truth: pd.DataFrame,

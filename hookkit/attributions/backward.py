@@ -15,19 +15,19 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..arguments import checks_arguments
-from ..display import shown
+from ..arguments import check_arguments
+from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import EditHook, Hook
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, Captures, LazyCapture
 from ..models.lm import LM
 from ..models.prompts import Prompts
-from ..models.sites import LOGITS, AnySite, Site, Sites, SitesLike
-from ..models.training import frozen
+from ..models.sites import LOGIT_SITES, AnySite, Site, Sites, SitesLike
+from ..models.training import freeze_weights
 from ..runs.forward import forward
 from ..runs.run import Run
-from ..sweeps.inputs import SweepInputs, read
+from ..sweeps.inputs import SweepInputs, read_inputs
 from ..tables.metrics import Loss, Measure, Metric, MetricLike, Said, as_metrics
 
 # The name of the captures that the attributions make, beside those of the user.
@@ -99,7 +99,7 @@ def bind_metric(lm: LM, prompts: Prompts, metric: MetricLike, pos: int = -1) -> 
         raise BadHook(
             f"{len(metrics)} metrics were given, and a gradient is of one: call it once for each"
         )
-    inputs = read(lm, prompts, metrics, pos)
+    inputs = read_inputs(lm, prompts, metrics, pos)
     return PromptMetric(lm, metrics[0], metrics[0].bound(lm, len(inputs)), inputs)
 
 
@@ -129,7 +129,7 @@ def compute_gradients(
     lm = prompt_metric.lm
     all_sites = _check_sites(lm.expand(sites))
     captures = capture(all_sites, grad=True, name=CAPTURE_NAME)
-    with torch.inference_mode(False), torch.enable_grad(), frozen(lm.model):
+    with torch.inference_mode(False), torch.enable_grad(), freeze_weights(lm.model):
         run = prompt_metric.run(rows, *hooks, captures)
         metric = prompt_metric.of_run(run, rows)
         values = {site: run.captured(site, CAPTURE_NAME) for site in all_sites}
@@ -148,7 +148,7 @@ def compute_gradients(
 
 
 def _is_logits(site: AnySite) -> bool:
-    return isinstance(site, Site) and site.name in LOGITS
+    return isinstance(site, Site) and site.name in LOGIT_SITES
 
 
 def _check_sites(sites: Sites) -> Sites:
@@ -245,14 +245,14 @@ class Gradients:
 
     def _repr_html_(self) -> str:
         numbers = {f"row {row}": value for row, value in enumerate(self.metric.tolist())}
-        return shown("Gradients of a metric", numbers | {"at": self.sites})
+        return render_html("Gradients of a metric", numbers | {"at": self.sites})
 
     def __repr__(self) -> str:
         metric = [round(value, 4) for value in self.metric.tolist()]
         return f"Gradients(metric {metric}; at {self.sites})"
 
 
-@checks_arguments
+@check_arguments
 def gradients(
     lm: LM, prompts: Prompts, metric: MetricLike, sites: SitesLike, *hooks: Hook, pos: int = -1
 ) -> Gradients:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
@@ -53,7 +53,7 @@ class EdgeEnd:
     vector: Float[Tensor, "row pos d_model"]
 
 
-@checks_arguments
+@check_arguments
 def edge_attribution(
     lm: LM,
     clean: Prompts,

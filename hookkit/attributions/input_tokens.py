@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, Unsupported
 from ..hooks.capture import capture
 from ..models.lm import LM, Token
@@ -19,7 +19,7 @@ from .backward import CAPTURE_NAME, PromptMetric, bind_metric, check_choice, com
 from .interpolation import EMBED, EmbeddingPath, mean_gradient, path_points, set_embeddings
 
 
-@checks_arguments
+@check_arguments
 def token_attribution(
     lm: LM,
     prompts: Prompts,

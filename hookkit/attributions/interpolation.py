@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..arguments import whole_number
+from ..arguments import check_integer
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.edits import edit
@@ -34,7 +34,7 @@ def path_points(steps: int, points: Points = "middle") -> list[float]:
     1 / steps².
     """
     check_choice("points", points, "start", "middle")
-    whole_number(steps, "steps", least=1, meaning="how many parts of the way,", error=BadHook)
+    check_integer(steps, "steps", least=1, meaning="how many parts of the way,", error=BadHook)
     offset = 0.5 if points == "middle" else 0.0
     return [(number + offset) / steps for number in range(steps)]
 

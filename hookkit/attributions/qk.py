@@ -22,8 +22,8 @@ from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
-from ..models.sites import KEY_HEADED, AnySite, Site
-from ..models.views import hidden
+from ..models.sites import SITES_WITH_KEY_HEADS, AnySite, Site
+from ..models.views import is_hidden
 from .backward import CAPTURE_NAME, PromptMetric, as_float, compute_gradients
 
 QK_SITES = ("q", "k", "q_rot", "k_rot")
@@ -237,7 +237,7 @@ def _site_effect(
     lm: LM, attention: Attention, site: Site, masks: Float[Tensor, "mask row pos"]
 ) -> Float[Tensor, "mask row head"]:
     """Returns the effect of a site, summed over the query heads that share a key head."""
-    if site.name in KEY_HEADED:
+    if site.name in SITES_WITH_KEY_HEADS:
         effect, axis = attention.key_effects(masks), "kv_head"
     else:
         effect, axis = attention.query_effects(masks), "head"
@@ -253,7 +253,7 @@ def _attention_run(query: Captured, key: Captured, scores: Captured) -> Attentio
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     dtype = torch.promote_types(score_values.dtype, dtype)
     keys = keys.repeat_interleave(score_values.shape[1] // keys.shape[1], dim=1)
-    visible = ~hidden(scores.values.detach())
+    visible = ~is_hidden(scores.values.detach())
     return AttentionRun(queries.to(dtype), keys.to(dtype), score_values.to(dtype), visible)
 
 

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..arguments import checks_arguments
-from ..display import records, shown
+from ..arguments import check_arguments
+from ..display import first_rows, render_html
 from ..errors import HookkitError
-from ..models.devices import count
+from ..models.devices import count_parameters
 from ..models.lm import LM
 from ..models.sites import AXES
 from .laws import UNFINISHED, prove
@@ -63,7 +63,9 @@ class Checkup:
         facts = dict(self.facts)
         for number, problem in enumerate(self.problems, 1):
             facts[f"problem {number}"] = problem
-        return shown(title, facts, records(self.sites, "site", "blocks", "editable", "proved"))
+        return render_html(
+            title, facts, first_rows(self.sites, "site", "blocks", "editable", "proved")
+        )
 
     def __repr__(self) -> str:
         width = max(map(len, self.facts))
@@ -75,7 +77,7 @@ class Checkup:
         return "\n".join(lines)
 
 
-@checks_arguments
+@check_arguments
 def doctor(lm: LM, *, layers: list[int] | None = None) -> Checkup:
     """Returns a checkup of a model: the laws, and its dtype, device, attention and tokenizer.
 
@@ -173,7 +175,7 @@ def facts(lm: LM) -> dict[str, Any]:
         "class": type(lm.root).__name__,
         "family": lm.family.name,
         "blocks": lm.n_layers,
-        "parameters": count(lm.root),
+        "parameters": count_parameters(lm.root),
         "dtype": ", ".join(dtypes),
         "device": ", ".join(sorted(_devices(lm))),
         "processes": processes,

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments, whole_numbers
+from ..arguments import check_arguments, check_integers
 from ..errors import HookkitError
 from ..hooks.ablation import ablate, patch
 from ..hooks.base import Hook
@@ -21,7 +21,7 @@ from ..hooks.edits import edit, scale, steer
 from ..hooks.logits import ban, force
 from ..models.lm import LM
 from ..models.prompts import as_batch
-from ..models.sites import AXES, LOGITS, SQUARE, Site
+from ..models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES, Site
 from ..runs.forward import forward
 from ..runs.generate import generate
 from ..runs.manager import attach
@@ -131,7 +131,7 @@ def _attention_pattern(study: Study) -> Iterator[Finding]:
 # A model that is edited.
 
 MIN_CHANGE = 1e-6  # the smallest change of the logits by an edit, as a fraction of the largest one
-STEERED = tuple(name for name in AXES if name not in SQUARE and name != "experts")
+STEERED = tuple(name for name in AXES if name not in QUERY_KEY_SITES and name != "experts")
 
 
 @law("identity", *AXES)
@@ -225,7 +225,7 @@ SHAPE_FACTOR = 10
 # A tie between experts may be resolved either way; expert_weights are compared instead.
 BY_ROW = tuple(name for name in AXES if name != "experts")
 # generate computes the other sites at the last position of the prompt only.
-GENERATED_SITES = tuple(name for name in BY_ROW if name not in LOGITS)
+GENERATED_SITES = tuple(name for name in BY_ROW if name not in LOGIT_SITES)
 CACHED_EDITS = ("resid_post", "k", "v", "k_rot", "q_rot", "z")
 
 
@@ -242,7 +242,7 @@ def _padded_batch(study: Study) -> Iterator[Finding]:
                 continue
             expected = alone.captured(site).by_place[0]
             for batch_values in (study.run[site], left_padded[site]):
-                if site.name in SQUARE:
+                if site.name in QUERY_KEY_SITES:
                     batch_values = batch_values.transpose(1, 2)
                 actual = batch_values[number, : expected.shape[0]]
                 difference = site_difference(site, actual, expected)
@@ -366,7 +366,7 @@ LAWS: list[Law] = [
 UNFINISHED = "this law ended in an error, and was not checked at this site to the end"
 
 
-@checks_arguments
+@check_arguments
 def prove(
     lm: LM,
     *,
@@ -389,7 +389,7 @@ def prove(
     if layers is None:
         numbers = representative_layers(lm)
     else:
-        numbers = whole_numbers(layers, "layers", least=0, meaning="the blocks to try,")
+        numbers = check_integers(layers, "layers", least=0, meaning="the blocks to try,")
         for layer in numbers:
             lm.place(Site("resid_post", layer))  # raises for a layer that the model does not have
     study = Study(lm, prompts, numbers)

@@ -17,11 +17,11 @@ from ..errors import BadPrompt
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..models.lm import LM
-from ..models.sites import SQUARE, WHOLE_MODEL, Site
-from ..models.views import hidden
+from ..models.sites import QUERY_KEY_SITES, SITES_WITHOUT_LAYER, Site
+from ..models.views import is_hidden
 from ..runs.forward import forward
 from ..runs.run import Run
-from ..runs.taps import reader
+from ..runs.taps import forward_of_site
 
 PROMPT_LENGTHS = (7, 2, 5)  # of the default prompts, in tokens
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -90,7 +90,7 @@ class Study:
         """
         inner, outer = self.lm.place(source).path, self.lm.place(target).path
         with torch.no_grad():
-            output = reader(self.lm, source)(values)
+            output = forward_of_site(self.lm, source)(values)
             if not f"{inner}.".startswith(f"{outer}."):  # a norm follows the projection
                 output = self.lm.submodule(outer)(output)
         return output * self.lm.layout.factor(target)
@@ -115,12 +115,12 @@ def site_difference(site: Site, actual: Tensor, expected: Tensor) -> float:
     Scores and patterns may have different numbers of keys. The keys that both have are compared,
     and those that the query cannot see count as zero.
     """
-    if site.name not in SQUARE:
+    if site.name not in QUERY_KEY_SITES:
         return relative_difference(actual.float(), expected.float())
     width = min(actual.shape[-1], expected.shape[-1])
     actual, expected = actual[..., :width], expected[..., :width]
     return relative_difference(
-        actual.masked_fill(hidden(actual), 0), expected.masked_fill(hidden(expected), 0)
+        actual.masked_fill(is_hidden(actual), 0), expected.masked_fill(is_hidden(expected), 0)
     )
 
 
@@ -142,7 +142,7 @@ def representative_layers(lm: LM) -> list[int]:
     Layers of one kind have the same sites.
     """
     layers_of_kind: dict[tuple[str, ...], list[int]] = {}
-    names = [name for name in lm.layout.names if name not in WHOLE_MODEL]
+    names = [name for name in lm.layout.names if name not in SITES_WITHOUT_LAYER]
     for layer in range(lm.n_layers):
         kind = tuple(name for name in names if lm.layout.find(name, layer))
         layers_of_kind.setdefault(kind, []).append(layer)

@@ -211,7 +211,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Compares the results of an experiment: number of tables, all the same, largest difference."""
     from ..errors import BadHook
-    from ..reports.results_diff import in_words
+    from ..reports.results_diff import describe_changes
 
     if not folder.is_dir():
         output.note(f"{path} writes no {folder}")
@@ -221,7 +221,7 @@ def _compare(
     except BadHook as error:  # there is nothing to compare with; other experiments still run
         output.note(str(error))
         return {"tables": 0, "same": False, "largest": float("nan")}
-    output.note(f"{folder} against {against}: {in_words(table)}")
+    output.note(f"{folder} against {against}: {describe_changes(table)}")
     is_same, largest = bool(table["same"].all()), table["largest"].max()
     return {"tables": len(table), "same": is_same, "largest": largest}
 
@@ -291,12 +291,12 @@ def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, Table
     import pandas as pd
 
     from ..errors import BadFile
-    from ..files.untrusted import inside, json_in, strings_of, table_of
+    from ..files.untrusted import check_strings, path_inside, read_json, read_table
 
     names = ("title", "question", "answer", "command")
-    path = inside(folder, "about.json")
+    path = path_inside(folder, "about.json")
     try:
-        about = strings_of(json_in(path, finite=False), names, repr(str(path)))
+        about = check_strings(read_json(path, finite=False), names, repr(str(path)))
     except BadFile as error:
         raise BadFile(f"{error}; run the experiment again") from error
     texts = {name: about[name] for name in names if about.get(name)}
@@ -306,7 +306,7 @@ def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, Table
     else:
         parts.update(texts)
     for path in sorted(folder.glob("*.csv")):
-        table = table_of(inside(folder, path.name))
+        table = read_table(path_inside(folder, path.name))
         if output_format or len(table) <= rows:
             parts[path.stem] = TableView(table, caption=path.stem)
         else:

@@ -79,16 +79,16 @@ def _describe_site(lm: "LM", table: Any, name: str) -> Any:
     """Returns a table of one row, for a single site such as z.9.3 or a module."""
     import pandas as pd
 
-    from ..models.sites import SQUARE, Site, parse
+    from ..models.sites import QUERY_KEY_SITES, Site, parse_site
 
-    site = parse(name)  # raises for a text that is not a site
+    site = parse_site(name)  # raises for a text that is not a site
     location = lm.place(site)
     row = table[table["site"] == getattr(site, "name", "")].assign(
         site=str(site), module=location.path
     )
     if isinstance(site, Site):
         sizes = site.axes
-        if site.name not in SQUARE:
+        if site.name not in QUERY_KEY_SITES:
             sizes = " ".join(["batch", "pos", *map(str, lm.shape(site))])
         row = row.assign(axes=site.axes, sizes=sizes, layers=1)
     if row.empty:
@@ -183,18 +183,18 @@ COMMANDS_PANEL = "Commands"
 def list_models(output: OutputOptions) -> None:
     """The models on this machine, with their revisions and sizes."""
     output.check()
-    from ..models.cache import stored
+    from ..models.cache import stored_models
 
-    write_result(output, "Models", {"models": TableView(stored())})
+    write_result(output, "Models", {"models": TableView(stored_models())})
 
 
 @command("hookkit models where", panel=COMMANDS_PANEL, within=models)
 def where(output: OutputOptions) -> None:
     """The folders in which models are stored, and what sets them."""
     output.check()
-    from ..models.cache import places
+    from ..models.cache import model_folders
 
-    write_result(output, "Where models are kept", {"where": TableView(places())})
+    write_result(output, "Where models are kept", {"where": TableView(model_folders())})
 
 
 @command("hookkit models fetch HuggingFaceTB/SmolLM2-135M", panel=COMMANDS_PANEL, within=models)
@@ -207,7 +207,7 @@ def fetch(
     ] = None,
 ) -> None:
     """Download a model to this machine without loading it, and print its folder."""
-    from ..models.cache import fetch as fetch_model
+    from ..models.cache import fetch_model as fetch_model
 
     print_text(f"{fetch_model(model, revision)}\n")
 
@@ -222,10 +222,10 @@ def remove(
 ) -> None:
     """Delete a model from this machine. Asks first."""
     from ..errors import ModelNotFound
-    from ..models.cache import remove as remove_model
-    from ..models.cache import stored
+    from ..models.cache import remove_model as remove_model
+    from ..models.cache import stored_models
 
-    if model not in set(stored()["model"]):
+    if model not in set(stored_models()["model"]):
         remove_model(model, revision)  # raises
     if not yes:
         if not is_terminal(sys.stdin):

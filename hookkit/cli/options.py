@@ -130,7 +130,7 @@ def read_prompt(prompt: str) -> str:
 def _read_standard_input() -> str:
     """Returns the text of standard input, or raises `BadPrompt`."""
     from ..errors import BadPrompt
-    from ..files.untrusted import decoded
+    from ..files.untrusted import decode_text
 
     if sys.stdin is None or sys.stdin.closed:
         raise BadPrompt(
@@ -140,7 +140,7 @@ def _read_standard_input() -> str:
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise BadPrompt(f"standard input cannot be read: {error.strerror or error}") from error
-    return decoded(data, "standard input", error=BadPrompt).replace("\r\n", "\n")
+    return decode_text(data, "standard input", error=BadPrompt).replace("\r\n", "\n")
 
 
 def _check_utf8(text: str) -> str:
@@ -162,12 +162,12 @@ def _split_lines(text: str) -> list[str]:
 
 def _read_prompt_file(path: Path) -> str:
     from ..errors import BadFile
-    from ..files.untrusted import reason, text_of
+    from ..files.untrusted import error_message, read_text
 
     try:
-        return text_of(path).replace("\r\n", "\n")
+        return read_text(path).replace("\r\n", "\n")
     except BadFile as error:
-        cause = reason(error.__cause__ or error)
+        cause = error_message(error.__cause__ or error)
         raise BadFile(f"{str(path)!r} cannot be read as a file of prompts: {cause}") from error
 
 
@@ -235,9 +235,9 @@ class HookOptions:
         With `purpose`, which says what the hooks are for, at least one hook is required.
         """
         from ..errors import BadHook
-        from ..files.untrusted import hooks_listed
+        from ..files.untrusted import read_hook_list
 
-        texts = [] if self.hooks is None else hooks_listed(self.hooks)
+        texts = [] if self.hooks is None else read_hook_list(self.hooks)
         texts += self._texts()
         if purpose and not texts:
             raise BadHook(
@@ -321,17 +321,17 @@ class GenerationOptions:
 
 def parse_positions(text: str) -> Any:
     """Returns the positions of a --pos option; a full slice for "all"."""
-    from ..hooks.text_grammar import place_of
+    from ..hooks.text_grammar import parse_place
 
-    positions = place_of(text, "--pos")
+    positions = parse_place(text, "--pos")
     return slice(None) if positions is None else positions
 
 
 def parse_token(text: str) -> "str | int":
     """Returns the token of an option: a plain text, a text in quotes, or an id such as id(28)."""
-    from ..hooks.text_grammar import word_of
+    from ..hooks.text_grammar import parse_bare_token
 
-    token: Any = word_of(text)
+    token: Any = parse_bare_token(text)
     return token if isinstance(token, str | int) else text
 
 

@@ -190,12 +190,12 @@ def _write_text_file(path: Path, text: str) -> str:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file completely or not at all; writes directly to a device such as /dev/stdout."""
-    from ..files.atomic import whole_file
+    from ..files.atomic import atomic_file
 
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)
         return
-    with whole_file(path) as temporary_path:
+    with atomic_file(path) as temporary_path:
         write(temporary_path)
 
 
@@ -243,12 +243,12 @@ def _print_parts(parts: Parts) -> None:
 
 def print_table(table: "pd.DataFrame") -> None:
     """Prints a table: drawn by rich on a terminal, else in aligned lines of any length."""
-    from ..reports.typesetting import kind_of
+    from ..reports.typesetting import column_kind
 
     names, columns, is_number = [], [], []
     for name in table.columns:
         column: Any = table[name]
-        numeric = kind_of(str(name), column.dtype) == "number"
+        numeric = column_kind(str(name), column.dtype) == "number"
         names.append(printable(str(name)))
         columns.append(_format_cells(column, numeric))
         is_number.append(numeric)
@@ -261,10 +261,10 @@ def print_table(table: "pd.DataFrame") -> None:
 
 def _format_cells(column: Any, is_number: bool) -> list[str]:
     """Returns the cells of a column as texts; floats have the same number of decimals."""
-    from ..reports.typesetting import written
+    from ..reports.typesetting import format_value
 
     if not is_number or column.dtype.kind != "f":
-        return [printable(written(value)) for value in column]
+        return [printable(format_value(value)) for value in column]
     decimals = 4 if (column.dropna().abs() <= 1).all() else 2
     cells = []
     for value in column:
@@ -273,7 +273,7 @@ def _format_cells(column: Any, is_number: bool) -> list[str]:
         elif abs(value) < 1e9:
             cells.append(f"{value:.{decimals}f}")
         else:
-            cells.append(written(value))
+            cells.append(format_value(value))
     return cells
 
 

@@ -323,14 +323,14 @@ def _suggest_commands(
 def _option_text(lm: "LM", token_id: int) -> str:
     """Returns a token as an option reads it: its text, or its id if the text is not this token."""
     from ..errors import NotOneToken
-    from ..hooks.text import spelled_token
+    from ..hooks.text import format_token
 
     text = lm.string(token_id)
     try:
         is_this_token = lm.token(text) == token_id
     except NotOneToken:
         is_this_token = False
-    return spelled_token(text if is_this_token else token_id)
+    return format_token(text if is_this_token else token_id)
 
 
 def _command_line(name: str, prompt: str, arguments: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import MissingExtra, NotCaptured, OutOfRange
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class AttentionView:
         return f"AttentionView({self.title}; show it in a notebook, or write its .html)"
 
 
-@checks_arguments
+@check_arguments
 def attention_view(
     run: "Run", layer: int, *, row: int = 0, heads: Collection[int] | None = None, cdn: bool = False
 ) -> AttentionView:

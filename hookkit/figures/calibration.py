@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import EmptySelection
 from .style import (
     DASHES,
@@ -21,9 +21,9 @@ from .style import (
     MUTED,
     POINT,
     UP,
+    apply_style,
     check_columns,
     escape_dollars,
-    finished,
 )
 
 LINES = (UP, POINT, "#b07a1e", "#a565c4", DOWN)  # visible on light and on dark paper
@@ -31,7 +31,7 @@ CALIBRATION_COLUMNS = ("low", "high", "count", "confidence", "accuracy", "gap", 
 ROC_COLUMNS = ("false_positive_rate", "true_positive_rate")
 
 
-@checks_arguments
+@check_arguments
 def reliability_diagram(table: pd.DataFrame, *, title: str = "") -> Figure:
     """The accuracy of the answers of each confidence against that confidence, and their counts.
 
@@ -70,10 +70,10 @@ def reliability_diagram(table: pd.DataFrame, *, title: str = "") -> Figure:
         f"expected calibration error {table['error'].sum():.3f} "
         f"({len(table)} bins, {table['count'].sum():,} answers)"
     )
-    return finished(figure, f"{title}\n{error}" if title else error.capitalize())
+    return apply_style(figure, f"{title}\n{error}" if title else error.capitalize())
 
 
-@checks_arguments
+@check_arguments
 def roc_curves(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
     """ROC curves: the share of right answers that are trusted, against that of wrong ones.
 
@@ -107,4 +107,4 @@ def roc_curves(curves: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure
         frameon=False, fontsize=8.5, labelcolor=INK, loc="lower right", title="area under the curve"
     )
     legend.get_title().set(color=MUTED, fontsize=8)
-    return finished(figure, title or "Which answers to trust")
+    return apply_style(figure, title or "Which answers to trust")

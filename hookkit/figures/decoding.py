@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, NotCaptured, OutOfRange, did_you_mean
 from .style import (
     GRID,
@@ -30,9 +30,9 @@ from .style import (
     MARK,
     MUTED,
     UP,
+    apply_style,
     check_columns,
     escape_missing_glyphs,
-    finished,
     fit_text,
     label_point,
     rank_axis,
@@ -70,7 +70,7 @@ class _Cell:
     candidates: list[dict[Any, Any]]
 
 
-@checks_arguments
+@check_arguments
 def decision_strip(
     decoding_table: pd.DataFrame,
     *,
@@ -117,7 +117,7 @@ def decision_strip(
         share = min(cell.value / largest, 1.0)
         _draw_cell(axes, cell, corner, width - 0.05, share, COLOURS[colour][0])
     draw_caption(axes, "\n".join(caption_lines))
-    finished(figure, title or f"What each token was chosen from, {STAGES[stage]}")
+    apply_style(figure, title or f"What each token was chosen from, {STAGES[stage]}")
     draw_opacity_bar(figure, 0.42 + n_lines * pitch, largest, *COLOURS[colour])
     return figure
 
@@ -291,7 +291,7 @@ def has_reason(why: str, reason: str) -> bool:
     return reason in why.split(", ")
 
 
-@checks_arguments
+@check_arguments
 def rank_lines(
     decoding_table: pd.DataFrame,
     *,
@@ -321,10 +321,10 @@ def rank_lines(
     rank_axis(axes, 1.25 * lowest)
     _draw_lines(axes, lines)
     _label_steps(axes, table, "step, and the token chosen there")
-    return finished(figure, title or f"Ranks at each step, {STAGES[stage]}")
+    return apply_style(figure, title or f"Ranks at each step, {STAGES[stage]}")
 
 
-@checks_arguments
+@check_arguments
 def prob_against(
     edited_table: pd.DataFrame,
     baseline_table: pd.DataFrame,
@@ -374,7 +374,7 @@ def prob_against(
         axes.axvline(parting_step + 0.5, color=MUTED, lw=1.2, ls=":")
         _label_baseline_tokens(axes, baseline)
     name = escape_missing_glyphs(baseline_part["token"].iloc[0])
-    return finished(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
+    return apply_style(figure, title or f"Probability of {name} at each step, {STAGES[stage]}")
 
 
 @dataclass(frozen=True, eq=False)

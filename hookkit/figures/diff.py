@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import GRID, INK, MARK, MUTED, POINT, annotate_bar, drawable, finished
+from .style import GRID, INK, MARK, MUTED, POINT, annotate_bar, apply_style, drawable
 from .sweeps import LINES, heat_map
 
 MOST_TOKENS = 60  # tokens of a prompt that are drawn
@@ -37,7 +37,7 @@ def through_layers(sites: pd.DataFrame, tolerance: float, *, title: str = "") ->
         axes.set_ylabel(label)
         if table is difference:
             axes.axhline(tolerance, color=MUTED, lw=0.9, ls="--")
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _positive(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +77,7 @@ def token_bars(tokens: pd.DataFrame, *, title: str = "") -> Figure:
     axes.set_xlim(0, largest * 1.12)
     axes.set_xlabel("KL after the token (nats); red: another token is first")
     axes.spines["left"].set_color(GRID)
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _token_labels(table: pd.DataFrame) -> list[str]:

@@ -16,17 +16,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import EmptySelection
 from .style import (
     GRID,
     INK,
     SHADES,
     UP,
+    apply_style,
     check_columns,
     draw_signed_bars,
     drawable,
-    finished,
     style_colour_bar,
 )
 
@@ -34,7 +34,7 @@ WORD_SIZE = 7.5  # points, of a token of at most WORD_LETTERS letters
 WORD_LETTERS = 11
 
 
-@checks_arguments
+@check_arguments
 def lens_map(
     lens: pd.DataFrame,
     *,
@@ -82,7 +82,7 @@ def lens_map(
     rotation: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(np.arange(len(positions)) + 0.5, names, **rotation)
     axes.set_yticks(np.arange(len(sites)) + 0.5, sites)
-    finished(figure, title)
+    apply_style(figure, title)
     axes.grid(visible=False)
     colours = ScalarMappable(Normalize(0, largest), shades)
     style_colour_bar(figure.colorbar(colours, ax=axes, fraction=0.03, pad=0.01), value)
@@ -102,7 +102,7 @@ def _write_token(axes: Axes, word: str, x: int, y: int) -> None:
     axes.text(x + 0.5, y + 0.45, word, ha="center", va="center", fontsize=size, color=INK)
 
 
-@checks_arguments
+@check_arguments
 def logit_bars(
     parts: pd.DataFrame, *, top: int = 20, row: int | None = None, title: str = ""
 ) -> Figure:
@@ -133,4 +133,4 @@ def logit_bars(
     draw_signed_bars(axes, names, values)
     axes.margins(x=0.14)
     axes.set_xlabel("what it adds to the logit")
-    return finished(figure, title)
+    return apply_style(figure, title)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection
 from .style import (
     INK,
@@ -24,9 +24,9 @@ from .style import (
     PAPER,
     POINT,
     annotate_bar,
+    apply_style,
     change_colour,
     drawable,
-    finished,
     label_point,
     rank_axis,
     sign_colour,
@@ -41,7 +41,7 @@ PANELS = (
 )
 
 
-@checks_arguments
+@check_arguments
 def logit_scatter(
     table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = ""
 ) -> Figure:
@@ -55,10 +55,10 @@ def logit_scatter(
     axes = figure.subplots()
     _draw_scatter(axes, table, "logit", _select_watched(table, watch), labelled=LABELLED)
     axes.set_ylabel("logit (raw)")
-    return finished(figure, title or "Every token's logit")
+    return apply_style(figure, title or "Every token's logit")
 
 
-@checks_arguments
+@check_arguments
 def logit_panels(
     table: pd.DataFrame, *, watch: "Iterable[str | int] | str | int" = (), title: str = ""
 ) -> Figure:
@@ -74,10 +74,10 @@ def logit_panels(
         _draw_scatter(axes, table, column, watched, labelled=labelled)
         axes.set_ylabel(unit)
         axes.set_title(name, fontsize=10, color=INK)
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
-@checks_arguments
+@check_arguments
 def rank_bump(
     shift: pd.DataFrame, *, title: str = "", names: tuple[str, str] = ("before", "after")
 ) -> Figure:
@@ -113,7 +113,7 @@ def rank_bump(
         axes.plot([0, 1], ranks, color=change_colour(token["shift"]), lw=width, marker="o", ms=4)
     axes.set_xlim(-0.75, 1.75)
     axes.set_xticks([0, 1], names)
-    return finished(figure, title or "How the ranking moved")
+    return apply_style(figure, title or "How the ranking moved")
 
 
 def _draw_rank_label(axes: Axes, token: dict[Hashable, Any], side: int, height: float) -> None:
@@ -131,7 +131,7 @@ def _draw_rank_label(axes: Axes, token: dict[Hashable, Any], side: int, height: 
         label_point(axes, f"{name}  {rank:,}", (1, rank), (1.12, height), **style)
 
 
-@checks_arguments
+@check_arguments
 def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     """The change of each token's log-probability as bars, risen tokens first.
 
@@ -162,7 +162,7 @@ def delta_bars(shift: pd.DataFrame, *, title: str = "") -> Figure:
     right_margin = 1.12 if (deltas > 0).any() else 0.05
     axes.set_xlim(-limit * left_margin, limit * right_margin)
     axes.set_xlabel("Δ log-probability (nats, after minus before)")
-    return finished(figure, title or "What became more and less likely")
+    return apply_style(figure, title or "What became more and less likely")
 
 
 def _draw_scatter(

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from ..tables.intervals import DRAWN
+from ..tables.intervals import MIN_FOR_INTERVAL
 from .style import (
     GRID,
     INK,
@@ -21,9 +21,9 @@ from .style import (
     MUTED,
     POINT,
     UP,
+    apply_style,
     change_colour,
     draw_signed_bars,
-    finished,
     label_point,
     rank_axis,
     short_label,
@@ -89,7 +89,7 @@ def rank_against_rank(
         axes.set_xlabel("rank before (log axis)")
         axes.set_ylabel("rank after (log axis; 1 is the most likely)")
         _name_tokens(axes, table, lowest)
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _draw_density(axes: Axes, before: np.ndarray, after: np.ndarray, lowest: float) -> None:
@@ -162,7 +162,7 @@ def through_layers(layers: pd.DataFrame, edits: Sequence[str], *, title: str = "
         axes.set_xticks(range(0, last_layer + 1, max(1, ceil(last_layer / 8))))
         axes.set_xlabel("layer (the stream behind it)")
         _name_line_ends(axes, line_ends, last_layer, lowest)
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _name_line_ends(
@@ -191,7 +191,7 @@ def component_bars(parts: Mapping[str, pd.DataFrame], *, title: str = "") -> Fig
         limit = 1.28 * (float(np.abs(values).max()) or 1.0)
         axes.set_xlim(-limit, limit)
         axes.set_xlabel("change of the logit, after minus before")
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def mean_changes(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "") -> Figure:
@@ -205,7 +205,7 @@ def mean_changes(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "
     edits = list(dict.fromkeys(zip(finite["edit"], finite["control"], strict=True)))
     figure, panels = _make_panels(names, 0.3 * len(edits) + 1.2, left=2.2)
     labels = [short_label(edit, 1.9) for edit, _ in edits]
-    has_few_prompts = bool((summary["n"] < DRAWN).all())
+    has_few_prompts = bool((summary["n"] < MIN_FOR_INTERVAL).all())
     for axes, name in zip(panels, names, strict=True):
         means = finite[finite["watched"] == name].set_index("edit")
         for position, (edit, control) in enumerate(edits):
@@ -218,7 +218,7 @@ def mean_changes(summary: pd.DataFrame, watched: pd.DataFrame, *, title: str = "
         axes.set_ylim(len(edits) - 0.5, -0.5)
         words = "prompts" if has_few_prompts else "95 % interval"
         axes.set_xlabel(f"Δ log-probability (nats), mean and {words}")
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _draw_mean(
@@ -227,7 +227,7 @@ def _draw_mean(
     """Draw a mean with its interval, or with its prompts where they are few."""
     mean = float(summary["logprob_delta"])
     colour = MUTED if is_control else sign_colour(mean)
-    if float(summary["n"]) < DRAWN:
+    if float(summary["n"]) < MIN_FOR_INTERVAL:
         values: Any = points.groupby("row")["logprob_delta"].mean()
         values = values[np.isfinite(values)]
         heights = np.full(len(values), position)

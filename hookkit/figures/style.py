@@ -30,7 +30,7 @@ TITLE_LETTERS = 12.5  # letters of a title in one inch
 SHADES = 256  # colours of a colour map
 
 
-def finished(figure: Figure, title: str) -> Figure:
+def apply_style(figure: Figure, title: str) -> Figure:
     """Returns the figure with hookkit's colours and font sizes, and with its title."""
     figure.set_facecolor(PAPER)
     for axes in figure.axes:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import OutOfRange
 from .decoding import (
     LINE_WIDTH,
@@ -20,7 +20,7 @@ from .decoding import (
     format_number,
     token_name,
 )
-from .style import INK, MARK, MUTED, check_columns, finished, fit_text, text_width
+from .style import INK, MARK, MUTED, apply_style, check_columns, fit_text, text_width
 
 COLUMNS = ("row", "pos", "token", "token_id", "loss", "rank")
 MOST_TOKENS = 600  # tokens of a text that can be read in one figure
@@ -32,7 +32,7 @@ CAPTION = (
 )
 
 
-@checks_arguments
+@check_arguments
 def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Figure:
     """The tokens of a text in order, each in a cell with its loss and rank.
 
@@ -58,7 +58,7 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
         rank = f"{cell['rank']:,}"
         axes.text(x + width - 0.04, y + 0.32, rank, color=MUTED, ha="right", **small)
     draw_caption(axes, CAPTION)
-    finished(figure, title or "What each token cost the model")
+    apply_style(figure, title or "What each token cost the model")
     draw_opacity_bar(figure, 0.42 + n_lines * PITCH, largest, MARK, "loss of the token (nats)")
     return figure
 

@@ -17,9 +17,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, did_you_mean
-from ..tables.intervals import DRAWN
+from ..tables.intervals import MIN_FOR_INTERVAL
 from .style import (
     GRID,
     INK,
@@ -28,8 +28,8 @@ from .style import (
     POINT,
     SHADES,
     UP,
+    apply_style,
     drawable,
-    finished,
     sign_colour,
     style_colour_bar,
 )
@@ -38,7 +38,7 @@ LINES = (UP, MARK, POINT, "#b8862b", "#8a5bb5", MUTED)  # colours of lines, in t
 WORDS = {"layer": "layer", "pos": "position", "head": "head", "unit": "neuron", "scale": "scale"}
 
 
-@checks_arguments
+@check_arguments
 def heat_map(
     table: pd.DataFrame,
     *,
@@ -81,7 +81,7 @@ def heat_map(
         _label_grid(axes, grid, x, y, labels)
         if site is not None:
             axes.set_title(str(site), fontsize=10, color=INK)
-    finished(figure, title)
+    apply_style(figure, title)
     for axes in panels:
         axes.grid(visible=False)
     colours = ScalarMappable(Normalize(-limit, limit), _colour_map())
@@ -212,7 +212,7 @@ def _column_labels(columns: Sequence[Any], labels: Any) -> list[str]:
     return texts
 
 
-@checks_arguments
+@check_arguments
 def interval_lines(
     summary: pd.DataFrame,
     *,
@@ -261,7 +261,7 @@ def interval_lines(
     axes.set_ylabel(f"{value.replace('_', ' ')}{_describe_mean(summary)}")
     if series is not None:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _default_series(summary: pd.DataFrame, x: str) -> str | None:
@@ -274,7 +274,7 @@ def _default_series(summary: pd.DataFrame, x: str) -> str | None:
 def has_few_prompts(summary: pd.DataFrame, value: str) -> bool:
     """True if the means are over too few prompts for an interval to be drawn."""
     count = f"{value}_n" if f"{value}_n" in summary.columns else "n"
-    return count in summary.columns and bool((summary[count] < DRAWN).all())
+    return count in summary.columns and bool((summary[count] < MIN_FOR_INTERVAL).all())
 
 
 def draw_band(axes: Axes, summary: pd.DataFrame, x: str, value: str, colour: str) -> None:

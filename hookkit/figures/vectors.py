@@ -6,10 +6,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, did_you_mean
 from ..steering.controls import DAMAGE, over_doses
-from .style import DASHES, INK, MUTED, drawable, finished
+from .style import DASHES, INK, MUTED, apply_style, drawable
 from .sweeps import LINES, draw_band, draw_prompts, has_few_prompts
 
 UNITS = {
@@ -20,7 +20,7 @@ UNITS = {
 COLOURS = LINES[:-1]  # the last colour is that of the random vectors
 
 
-@checks_arguments
+@check_arguments
 def damage_curves(
     table: pd.DataFrame,
     *,
@@ -67,7 +67,7 @@ def damage_curves(
         axes.set_title(str(site) if len(sites) > 1 else "", fontsize=10, color=INK)
     panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
     panels[0].legend(frameon=False, fontsize=8.5, labelcolor=INK)
-    return finished(figure, title)
+    return apply_style(figure, title)
 
 
 def _draw_random(axes: Axes, table: pd.DataFrame, value: str, by: str) -> None:

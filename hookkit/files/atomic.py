@@ -37,14 +37,14 @@ Ready: TypeAlias = Callable[[Path], object]
 
 
 @contextmanager
-def whole_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> Iterator[Path]:
+def atomic_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames that file to `path` at the end of the block.
 
     If the block raises, `path` is not changed. `tidy` removes temporary files of this file that
     killed programs left. `ready` is called with the complete temporary file before it is renamed.
     Raises `BadFile` if the file cannot be written.
     """
-    with writing_to(path):
+    with disk_errors_as_bad_file(path):
         make_folder(path.parent)
         if path.is_dir() and not path.is_symlink():
             raise BadFile(
@@ -55,7 +55,7 @@ def whole_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> 
         temporary = path.with_name(f"{_prefix(path.name)}{secrets.token_hex(4)}{SUFFIX}")
         descriptor = os.open(temporary, CREATE, 0o666)  # the umask takes permissions away
     try:
-        with writing_to(path):
+        with disk_errors_as_bad_file(path):
             _lock(descriptor)  # shows that the file is still being written
             _copy_mode(path, descriptor)
             yield temporary
@@ -74,7 +74,7 @@ def whole_file(path: Path, *, tidy: bool = True, ready: Ready | None = None) -> 
 
 def write_bytes(path: Path, data: bytes, *, tidy: bool = True, ready: Ready | None = None) -> None:
     """Writes a file atomically."""
-    with whole_file(path, tidy=tidy, ready=ready) as temporary:
+    with atomic_file(path, tidy=tidy, ready=ready) as temporary:
         temporary.write_bytes(data)
 
 
@@ -101,7 +101,7 @@ def write_tensors(
 
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header = _safetensors_header(ordered, about)
-    with whole_file(path, tidy=tidy, ready=ready) as temporary:
+    with atomic_file(path, tidy=tidy, ready=ready) as temporary:
         with temporary.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for _, tensor in ordered:
@@ -137,7 +137,7 @@ def _safetensors_header(
 
 def write_new(path: Path, text: str) -> None:
     """Writes a text to a new file. Raises `BadFile` if the name exists, also as a broken link."""
-    with writing_to(path):
+    with disk_errors_as_bad_file(path):
         make_folder(path.parent)
         try:
             descriptor = os.open(path, CREATE, 0o666)
@@ -154,9 +154,9 @@ def write_new(path: Path, text: str) -> None:
 
 
 @contextmanager
-def added_to(path: Path) -> Iterator[IO[bytes]]:
+def open_to_append(path: Path) -> Iterator[IO[bytes]]:
     """Yields a file for `add_line`. Links are refused, because their targets are not hookkit's."""
-    with writing_to(path):
+    with disk_errors_as_bad_file(path):
         descriptor = _open_plain_file(path, APPEND)
     with open(path, "ab", buffering=0, opener=lambda *_: descriptor) as file:
         yield file
@@ -164,14 +164,14 @@ def added_to(path: Path) -> Iterator[IO[bytes]]:
 
 def add_line(file: IO[bytes], line: str) -> None:
     """Adds a line to a file, and returns when it is on the disk."""
-    with writing_to(Path(file.name)):
+    with disk_errors_as_bad_file(Path(file.name)):
         data = memoryview(line.encode() + b"\n")
         while data:
             data = data[file.write(data) :]
         os.fsync(file.fileno())
 
 
-def whole_lines(path: Path) -> list[bytes]:
+def read_complete_lines(path: Path) -> list[bytes]:
     """Returns the complete lines of a file. There are none if the file does not exist."""
     try:
         data = path.read_bytes()
@@ -182,11 +182,11 @@ def whole_lines(path: Path) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
-def cut_to_whole_lines(path: Path) -> None:
+def remove_partial_line(path: Path) -> None:
     """Removes an incomplete last line, which a killed process was writing."""
     if not os.path.lexists(path):
         return
-    with writing_to(path):
+    with disk_errors_as_bad_file(path):
         descriptor = _open_plain_file(path, os.O_RDWR | PLAIN)
         with os.fdopen(descriptor, "rb+") as file:
             data = file.read()
@@ -229,7 +229,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, work: str) -> Iterator[None]:
+def lock_folder(folder: Path, work: str) -> Iterator[None]:
     """Locks a folder against other processes that write into it. The lock ends with the process.
 
     `work` says in the message what the other process does: "is writing the harvest".
@@ -244,7 +244,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
         )
     lock = FileLock(path, timeout=0)
     try:
-        with writing_to(path):
+        with disk_errors_as_bad_file(path):
             lock.acquire()
     except Timeout:
         raise Unsupported(
@@ -259,7 +259,7 @@ def locked(folder: Path, work: str) -> Iterator[None]:
 
 
 @contextmanager
-def writing_to(path: Path) -> Iterator[None]:
+def disk_errors_as_bad_file(path: Path) -> Iterator[None]:
     """Raises errors of the disk in the block as `BadFile`, with the name of the file."""
     try:
         yield

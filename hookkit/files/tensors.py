@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments, described, file_of, folder_of, path_of
+from ..arguments import check_arguments, check_file, check_folder, check_path, describe
 from ..errors import BadArgument, BadFile, BadHook
 from .atomic import Ready, write_tensors
-from .untrusted import opened_tensors, tensors_in
+from .untrusted import open_tensors, read_tensors
 
 MADE_BY = "made_by"  # the key in the metadata of files that hookkit wrote
 
@@ -25,7 +25,7 @@ class SavesTensors(Protocol):
     ) -> Path: ...
 
 
-@checks_arguments
+@check_arguments
 def save_tensors(
     tensors: Mapping[str, Tensor] | SavesTensors,
     path: str | os.PathLike[str],
@@ -43,10 +43,10 @@ def save_tensors(
     """
     if isinstance(tensors, SavesTensors):
         return tensors.save_tensors(path, about=about)
-    target = Path(path_of(path))
+    target = Path(check_path(path))
     if target.is_dir():
         raise BadFile(f"path={str(target)!r} is a folder: give the path of the file to write")
-    folder_of(target.parent, "the folder of path")
+    check_folder(target.parent, "the folder of path")
     named, texts = _check_tensors(tensors, about)
     check_own(target)
     write_tensors(target, named, texts)
@@ -67,7 +67,7 @@ def _check_tensors(
     """Returns the tensors and the texts about them as they are written."""
     if not isinstance(tensors, Mapping):
         raise BadArgument(
-            f"tensors={described(tensors)}: give a mapping of tensors by name, or a run"
+            f"tensors={describe(tensors)}: give a mapping of tensors by name, or a run"
         )
     named = dict(tensors)
     if not named:
@@ -75,7 +75,7 @@ def _check_tensors(
     for name, tensor in named.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise BadArgument(
-                f"tensors has {described(name)}: {described(tensor)}; give tensors by name"
+                f"tensors has {describe(name)}: {describe(tensor)}; give tensors by name"
             )
     texts = {**(about or {}), MADE_BY: "hookkit"}
     for name, text in texts.items():
@@ -119,7 +119,7 @@ def check_own(path: Path) -> None:
     if path.is_symlink() or not path.exists():  # a link is replaced, its target is not changed
         return
     try:
-        with opened_tensors(path) as file:
+        with open_tensors(path) as file:
             texts = file.metadata() or {}
     except BadFile:
         texts = {}
@@ -130,7 +130,7 @@ def check_own(path: Path) -> None:
         )
 
 
-@checks_arguments
+@check_arguments
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file by name, on the CPU.
 
@@ -140,4 +140,4 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     >>> load_tensors(path)["resid_post.6"].shape
     torch.Size([1, 6, 576])
     """
-    return tensors_in(file_of(path))[0]
+    return read_tensors(check_file(path))[0]

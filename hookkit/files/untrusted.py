@@ -29,7 +29,7 @@ LARGEST_YAML = 4 * 2**20  # characters; YAML is read a hundred times more slowly
 LARGEST_TABLE = 2**31  # bytes of a CSV file
 DEEPEST = 64  # nested lists and mappings
 MAX_DIGITS = 40  # of a whole number
-SHORT = 120  # characters of another library's message
+MAX_MESSAGE = 120  # characters of another library's message
 
 Error: TypeAlias = type[HookkitError]
 
@@ -37,7 +37,9 @@ Error: TypeAlias = type[HookkitError]
 # ---- bytes and texts
 
 
-def bytes_of(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> bytes:
+def read_bytes(
+    path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST
+) -> bytes:
     """Returns the bytes of a file. A file larger than `most` is refused before it is read."""
     name = os.fspath(path)
     try:
@@ -49,7 +51,7 @@ def bytes_of(path: str | os.PathLike[str], *, error: Error = BadFile, most: int 
     except HookkitError:
         raise
     except (OSError, ValueError) as raised:  # ValueError: a name with a null byte
-        raise error(f"{name!r} cannot be read: {reason(raised)}") from raised
+        raise error(f"{name!r} cannot be read: {error_message(raised)}") from raised
     if len(data) > most:
         raise error(_too_large(name, most))
     return data
@@ -59,12 +61,12 @@ def _too_large(name: str, most: int) -> str:
     return f"{name!r} has more than {most / 2**20:,.0f} MB, and is not read: give a smaller file"
 
 
-def text_of(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> str:
+def read_text(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> str:
     """Returns the text of a file in UTF-8, without a byte order mark."""
-    return decoded(bytes_of(path, error=error, most=most), repr(os.fspath(path)), error=error)
+    return decode_text(read_bytes(path, error=error, most=most), repr(os.fspath(path)), error=error)
 
 
-def decoded(data: bytes, name: str, *, error: Error = BadFile) -> str:
+def decode_text(data: bytes, name: str, *, error: Error = BadFile) -> str:
     """Returns the text that bytes encode in UTF-8."""
     try:
         return data.decode("utf-8-sig")
@@ -78,13 +80,13 @@ def decoded(data: bytes, name: str, *, error: Error = BadFile) -> str:
 # ---- JSON
 
 
-def json_of(text: str | bytes, name: str, *, error: Error = BadFile, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, name: str, *, error: Error = BadFile, finite: bool = True) -> Any:
     """Returns the value of a text in JSON.
 
     `finite` refuses NaN and Infinity, which are not JSON, and numbers that overflow, such as 1e999.
     """
     if isinstance(text, bytes):
-        text = decoded(text, name, error=error)
+        text = decode_text(text, name, error=error)
     parsers: dict[str, Any] = {"parse_int": _parse_integer}
     if finite:
         parsers |= {"parse_float": _parse_finite, "parse_constant": _refuse_constant}
@@ -93,33 +95,36 @@ def json_of(text: str | bytes, name: str, *, error: Error = BadFile, finite: boo
     except RecursionError:
         raise error(_too_deep(name)) from None
     except ValueError as raised:
-        raise error(f"{name} is no JSON that can be read: {reason(raised)}") from raised
+        raise error(f"{name} is no JSON that can be read: {error_message(raised)}") from raised
     if _is_deep(value):
         raise error(_too_deep(name))
     return value
 
 
-def json_in(path: str | os.PathLike[str], *, error: Error = BadFile, finite: bool = True) -> Any:
+def read_json(path: str | os.PathLike[str], *, error: Error = BadFile, finite: bool = True) -> Any:
     """Returns the value of a JSON file."""
-    return json_of(text_of(path, error=error), repr(os.fspath(path)), error=error, finite=finite)
+    return parse_json(
+        read_text(path, error=error), repr(os.fspath(path)), error=error, finite=finite
+    )
 
 
-def mapping_of(value: Any, name: str, *, error: Error = BadFile) -> dict[str, Any]:
+def check_mapping(value: Any, name: str, *, error: Error = BadFile) -> dict[str, Any]:
     """Returns the value if it is a mapping, and raises `error` otherwise."""
     if not isinstance(value, dict):
         raise error(f"{name} holds a {type(value).__name__}, where names and values are meant")
     return value
 
 
-def strings_of(
+def check_strings(
     value: Any, names: tuple[str, ...], what: str, *, error: Error = BadFile
 ) -> Mapping[str, Any]:
     """Returns the mapping. Raises `error` if one of these names has a value that is not a text."""
-    mapping = mapping_of(value, what, error=error)
+    mapping = check_mapping(value, what, error=error)
     for name in names:
         if name in mapping and not isinstance(mapping[name], str):
             raise error(
-                f"{what} has {str(mapping[name])[:SHORT]!r} as its {name}, where a text is meant"
+                f"{what} has {str(mapping[name])[:MAX_MESSAGE]!r} as its {name}, where a text is "
+                "meant"
             )
     return mapping
 
@@ -133,7 +138,7 @@ def _parse_integer(digits: str) -> int:
 def _parse_finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise ValueError(f"{digits[:SHORT]} is larger than any number")
+        raise ValueError(f"{digits[:MAX_MESSAGE]} is larger than any number")
     return number
 
 
@@ -146,7 +151,7 @@ def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
-            raise ValueError(f"the key {key[:SHORT]!r} occurs twice")
+            raise ValueError(f"the key {key[:MAX_MESSAGE]!r} occurs twice")
         mapping[key] = value
     return mapping
 
@@ -181,7 +186,7 @@ YAML_PATTERNS = (  # a type, its pattern, and the first characters of its values
 )
 
 
-def yaml_of(text: str, name: str, *, error: Error = BadFile) -> Any:
+def parse_yaml(text: str, name: str, *, error: Error = BadFile) -> Any:
     """Returns the value of a text in YAML, of the types that JSON has.
 
     Anchors and aliases are refused, since a few of them can stand for more than the memory holds,
@@ -199,22 +204,24 @@ def yaml_of(text: str, name: str, *, error: Error = BadFile) -> Any:
     except RecursionError:
         raise error(_too_deep(name)) from None
     except (yaml.YAMLError, ValueError, OverflowError) as raised:
-        raise error(f"{name} is no YAML that can be read: {reason(raised)}") from raised
+        raise error(f"{name} is no YAML that can be read: {error_message(raised)}") from raised
 
 
-def hooks_listed(path: str | os.PathLike[str]) -> list[Any]:
+def read_hook_list(path: str | os.PathLike[str]) -> list[Any]:
     """Returns the list in a file of hooks, in YAML, or in JSON if its name ends in .json.
 
     The entries of the list are not checked.
     """
     name = os.fspath(path)
     try:
-        text = text_of(path)
+        text = read_text(path)
     except BadFile as raised:
         cause = raised.__cause__ or raised
-        raise BadFile(f"{name!r} is no file of hooks that can be read: {reason(cause)}") from raised
+        raise BadFile(
+            f"{name!r} is no file of hooks that can be read: {error_message(cause)}"
+        ) from raised
     try:
-        hooks = json_of(text, name) if name.endswith(".json") else yaml_of(text, name)
+        hooks = parse_json(text, name) if name.endswith(".json") else parse_yaml(text, name)
     except BadFile as raised:
         raise BadHook(f"{name!r} is neither YAML nor JSON: {raised}") from raised
     if not isinstance(hooks, list) or not hooks:
@@ -248,7 +255,7 @@ def _json_loader() -> Any:
             for key, value in node.value:
                 name = self.construct_object(key, deep=True)
                 if not isinstance(name, str):
-                    raise yaml.YAMLError(f"the key {str(name)[:SHORT]!r} is no text")
+                    raise yaml.YAMLError(f"the key {str(name)[:MAX_MESSAGE]!r} is no text")
                 pairs.append((name, self.construct_object(value, deep=deep)))
             return _mapping_of_pairs(pairs)
 
@@ -271,17 +278,17 @@ def _yaml_tag(name: str) -> str:
 # ---- tensors and tables
 
 
-def tensors_in(
+def read_tensors(
     path: str | os.PathLike[str], *, error: Error = BadFile
 ) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Returns the tensors of a safetensors file by name, mapped into memory, and its metadata."""
-    with opened_tensors(path, error=error) as file:
+    with open_tensors(path, error=error) as file:
         names = file.keys()
         return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 @contextmanager
-def opened_tensors(path: str | os.PathLike[str], *, error: Error = BadFile) -> Iterator[Any]:
+def open_tensors(path: str | os.PathLike[str], *, error: Error = BadFile) -> Iterator[Any]:
     """Yields an open safetensors file. safetensors itself checks sizes and offsets."""
     from safetensors import SafetensorError, safe_open
 
@@ -295,10 +302,10 @@ def opened_tensors(path: str | os.PathLike[str], *, error: Error = BadFile) -> I
         raise
     except (OSError, ValueError, SafetensorError, AttributeError, KeyError, RuntimeError) as raised:
         # AttributeError, KeyError and RuntimeError: a dtype that this torch does not have
-        raise error(f"{name!r} cannot be read as safetensors: {reason(raised)}") from raised
+        raise error(f"{name!r} cannot be read as safetensors: {error_message(raised)}") from raised
 
 
-def table_of(
+def read_table(
     source: str | os.PathLike[str] | IO[bytes], name: str = "", *, error: Error = BadFile
 ) -> "pd.DataFrame":
     """Returns the table of a CSV file. `source` is a path or an open file."""
@@ -306,11 +313,13 @@ def table_of(
 
     if isinstance(source, str | os.PathLike):
         name = name or repr(os.fspath(source))
-        source = io.BytesIO(bytes_of(source, error=error, most=LARGEST_TABLE))
+        source = io.BytesIO(read_bytes(source, error=error, most=LARGEST_TABLE))
     try:
         return pd.read_csv(source)
     except (ValueError, OverflowError, csv.Error) as raised:  # pandas raises ValueErrors
-        raise error(f"{name} is no table in CSV that can be read: {reason(raised)}") from raised
+        raise error(
+            f"{name} is no table in CSV that can be read: {error_message(raised)}"
+        ) from raised
 
 
 # ---- names and numbers in files
@@ -323,11 +332,11 @@ def is_bare_name(name: Any) -> bool:
     return PurePosixPath(name).name == name == PureWindowsPath(name).name and ":" not in name
 
 
-def inside(folder: Path, name: Any, *, error: Error = BadFile) -> Path:
+def path_inside(folder: Path, name: Any, *, error: Error = BadFile) -> Path:
     """Returns the path of a file in a folder. Names and links that lead out of it are refused."""
     if not is_bare_name(name):
         raise error(
-            f"{str(folder)!r} names the file {str(name)[:SHORT]!r}, "
+            f"{str(folder)!r} names the file {str(name)[:MAX_MESSAGE]!r}, "
             "which is no name of a file in that folder"
         )
     path = folder / name
@@ -339,14 +348,14 @@ def inside(folder: Path, name: Any, *, error: Error = BadFile) -> Path:
     return path
 
 
-def plain_whole(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     """True for an int from 0 upwards that fits into a tensor."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def reason(raised: BaseException) -> str:
+def error_message(raised: BaseException) -> str:
     """Returns the message of an error in one short line."""
     message = getattr(raised, "strerror", None) if isinstance(raised, OSError) else None
     message = message or str(raised) or type(raised).__name__
     line = " ".join(message.split())
-    return line if len(line) <= SHORT else f"{line[:SHORT]}…"
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"

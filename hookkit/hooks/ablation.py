@@ -13,11 +13,18 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checks_keywords, choice, described, prompt_rows, seed_of, whole_numbers
+from ..arguments import (
+    check_choice,
+    check_integers,
+    check_keywords,
+    check_prompts,
+    check_seed,
+    describe,
+)
 from ..errors import BadHook, BadPrompt, NotCaptured, OutOfRange
-from ..models.positions import PROMPT, CountLike, PosLike, Where, wish
-from ..models.prompts import cover
-from ..models.sites import SQUARE, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
+from ..models.positions import PROMPT, IndicesLike, PosLike, Where, resolve_positions
+from ..models.prompts import positions_of_text
+from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
 from ..models.views import unseen_value
 from .base import (
     Binding,
@@ -28,12 +35,12 @@ from .base import (
     as_constant,
     as_where,
     check_constant,
-    not_square,
-    put,
+    require_vectors,
+    set_field,
 )
 from .captured_values import Captured
 from .rounding import convert_like
-from .values import check_shape, fit_to_values, moved
+from .values import check_shape, convert_once, fit_to_values
 
 Per: TypeAlias = Literal["position", "all"]
 TO = "give 'zero', 'mean', 'resample', a tensor, statistics or a run"
@@ -53,7 +60,7 @@ def _patch_from(source: Captured, where: Where, binding: Binding) -> Change:
         columns = _source_columns(source, where, rows, here, binding)
         new = source.by_place[torch.tensor(rows)[:, None], columns]
         new = convert_like(new, values, f"what the source has at {source.site}")
-        if isinstance(source.site, ModuleSite) or source.site.name not in SQUARE:
+        if isinstance(source.site, ModuleSite) or source.site.name not in QUERY_KEY_SITES:
             _check_sizes(source, new.shape[2:], values.shape[2:])
             return new
         _check_sizes(source, new.shape[2:-1], values.shape[2:-1])
@@ -94,7 +101,9 @@ def _source_columns(
         ids = source.prompts[row]
         positions = positions_of_prompt[prompt]
         assert positions is not None
-        source_positions = wish(where, len(ids), lambda at, ids=ids: cover(binding.lm, ids, at))
+        source_positions = resolve_positions(
+            where, len(ids), lambda at, ids=ids: positions_of_text(binding.lm, ids, at)
+        )
         length = here.cells.text.lengths[prompt]
         is_unpaired = where.pos is None and length != len(ids)
         if is_unpaired or len(positions) != len(source_positions):
@@ -116,7 +125,7 @@ def _mean(source: Captured, per: Per) -> Change:
     assert source.positions is not None
     name = f"the reference's mean at {source.site}"
     if per == "all":
-        overall = moved(source.values[source.positions >= 0].double().mean(0), name)
+        overall = convert_once(source.values[source.positions >= 0].double().mean(0), name)
         return lambda values, here: overall(values).expand_as(values).clone()
     means = {}
     for position in sorted(set(source.positions.flatten().tolist()) - {-1}):
@@ -234,7 +243,7 @@ class FromPrompt:
 
     def __post_init__(self) -> None:
         prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
-        put(self, "prompt", _reference_prompts([prompt])[0])
+        set_field(self, "prompt", _reference_prompts([prompt])[0])
 
     def __repr__(self) -> str:
         return repr(self.prompt)
@@ -251,9 +260,9 @@ class Reference:
     prompts: tuple[tuple[int, ...] | str, ...] = ()
 
     def __post_init__(self) -> None:
-        choice(self.how, "to", ("mean", "resample"))
-        choice(self.per, "per", ("position", "all"))
-        put(self, "seed", seed_of(self.seed))
+        check_choice(self.how, "to", ("mean", "resample"))
+        check_choice(self.per, "per", ("position", "all"))
+        set_field(self, "seed", check_seed(self.seed))
         if self.how == "mean" and self.seed:
             raise BadHook(
                 "seed= draws for to='resample', and to='mean' draws nothing: leave seed out"
@@ -261,7 +270,7 @@ class Reference:
         if bool(self.sources) == bool(self.prompts):
             raise BadHook(f"to={self.how!r} needs a reference: say over=run, or over=[prompts]")
         if self.prompts:
-            put(self, "prompts", _reference_prompts(self.prompts))
+            set_field(self, "prompts", _reference_prompts(self.prompts))
             return
         for source in _nonempty_tuple(self.sources, "a reference"):
             _check_captured(source)
@@ -274,27 +283,27 @@ class Reference:
 
 def _nonempty_tuple(values: object, name: str) -> tuple[Any, ...]:
     if not isinstance(values, tuple) or not values:
-        raise BadHook(f"{name}: {described(values)} is no tuple of at least one")
+        raise BadHook(f"{name}: {describe(values)} is no tuple of at least one")
     return values
 
 
 def _reference_prompts(over: Any) -> tuple[tuple[int, ...] | str, ...]:
     try:
-        return tuple(prompt_rows(over))
+        return tuple(check_prompts(over))
     except BadPrompt as error:
         raise BadHook(
-            f"over={described(over)} has no prompt to take a reference from: {error}"
+            f"over={describe(over)} has no prompt to take a reference from: {error}"
         ) from error
 
 
 def _check_captured(source: object) -> None:
     """Raises `BadHook` if captured values do not have the rows and positions that they name."""
     if not isinstance(source, Captured):
-        raise BadHook(f"a hook holds {described(source)} where values of a run are meant")
+        raise BadHook(f"a hook holds {describe(source)} where values of a run are meant")
     values = source.values
     if not isinstance(values, Tensor) or values.ndim < 1 or not isinstance(source.prompts, tuple):
         raise BadHook(
-            f"the values of a run at {source.site} are {described(values)}, and no tensor of rows"
+            f"the values of a run at {source.site} are {describe(values)}, and no tensor of rows"
         )
     if source.positions is None:
         return
@@ -327,7 +336,7 @@ class Ablate(EditHook):
                 "say pos= instead"
             )
         if isinstance(self.to, str):
-            choice(self.to, "to", ("zero",))
+            check_choice(self.to, "to", ("zero",))
         elif isinstance(self.to, Means | FromRun):
             count = len(self.to.tensors if isinstance(self.to, Means) else self.to.sources)
             if count != len(self.sites):
@@ -336,13 +345,13 @@ class Ablate(EditHook):
                     "give as many"
                 )
         elif not isinstance(self.to, Constant | FromPrompt | Reference):
-            raise BadHook(f"to={described(self.to)} is unknown: {TO}")
+            raise BadHook(f"to={describe(self.to)} is unknown: {TO}")
         if isinstance(self.to, Constant):
-            not_square(self.sites, "to=tensor puts in")
+            require_vectors(self.sites, "to=tensor puts in")
         elif isinstance(self.to, Reference | Means):
-            not_square(self.sites, "to='mean' or 'resample' puts in")
+            require_vectors(self.sites, "to='mean' or 'resample' puts in")
         if self.units is not None:
-            put(self, "units", _as_units(self.units, self.sites))
+            set_field(self, "units", _as_units(self.units, self.sites))
 
     @property
     def puts_in(self) -> bool:
@@ -419,13 +428,13 @@ class Patch(Ablate):
     def check(self) -> None:
         if not isinstance(self.to, FromRun | FromPrompt):
             raise BadHook(
-                f"patch puts in the values of a run, and to={described(self.to)}: for others use "
+                f"patch puts in the values of a run, and to={describe(self.to)}: for others use "
                 "ablate"
             )
         super().check()
 
 
-@checks_keywords
+@check_keywords
 def ablate(
     sites: SitesLike,
     *,
@@ -433,9 +442,9 @@ def ablate(
     over: Any = None,
     per: Per | None = None,
     seed: int | None = None,
-    units: CountLike = None,
+    units: IndicesLike = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
 ) -> Ablate:
     """Replaces the values at these sites by values that carry no information about the prompt.
 
@@ -466,7 +475,7 @@ def _ablation(
 ) -> Ablate:
     _check_reference_options(to, over, per, seed)
     if isinstance(to, str) and to in ("mean", "resample"):
-        not_square(sites, f"to={to!r} puts in")
+        require_vectors(sites, f"to={to!r} puts in")
         return _reference_ablation(sites, where, to, over, per or "position", seed or 0)
     if isinstance(to, HasCaptures):
         return _from_captures(Ablate, sites, to, where)
@@ -478,7 +487,7 @@ def _ablation(
         if to != "zero":
             raise BadHook(f"to={to!r} is unknown: {TO}")
         return Ablate(sites, where)
-    not_square(sites, "to=tensor puts in")
+    require_vectors(sites, "to=tensor puts in")
     return Ablate(sites, where, as_constant(to, "the tensor"))
 
 
@@ -486,12 +495,12 @@ def _check_reference_options(to: Any, over: Any, per: Per | None, seed: int | No
     name = to if isinstance(to, str) else None
     if seed is not None and name != "resample":
         raise BadHook(
-            f"seed= draws for to='resample', and to={described(to)} draws nothing: leave seed out"
+            f"seed= draws for to='resample', and to={describe(to)} draws nothing: leave seed out"
         )
     for option, value in (("over", over), ("per", per)):
         if value is not None and name not in ("mean", "resample"):
             raise BadHook(
-                f"{option}= goes with to='mean' or to='resample', and to={described(to)} was given"
+                f"{option}= goes with to='mean' or to='resample', and to={describe(to)} was given"
             )
 
 
@@ -500,7 +509,7 @@ def _reference_ablation(
 ) -> Ablate:
     if over is None:
         raise BadHook(f"to={how!r} needs a reference: say over=run, or over=[prompts]")
-    choice(per, "per", ("position", "all"))
+    check_choice(per, "per", ("position", "all"))
     if not isinstance(over, HasCaptures):
         prompts = _reference_prompts(over)
         return Ablate(sites, where, Reference(how, per, seed, prompts=prompts))
@@ -508,14 +517,14 @@ def _reference_ablation(
     return Ablate(_sites_of(sources), where, Reference(how, per, seed, sources))
 
 
-@checks_keywords
+@check_keywords
 def patch(
     sites: SitesLike,
     source: HasCaptures | str,
     *,
-    units: CountLike = None,
+    units: IndicesLike = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
 ) -> Patch:
     """Replaces the values at these sites by those of another run (Vig et al. 2020).
 
@@ -542,16 +551,16 @@ def patch(
     return _with_units(_from_captures(Patch, selected, source, where), units)
 
 
-def _with_units(hook: Any, units: CountLike) -> Any:
+def _with_units(hook: Any, units: IndicesLike) -> Any:
     if units is None:
         return hook
     return replace(hook, units=_as_units(units, hook.sites))
 
 
-def _as_units(units: CountLike, sites: Sites) -> tuple[int, ...]:
-    not_square(sites, "units= chooses")
+def _as_units(units: IndicesLike, sites: Sites) -> tuple[int, ...]:
+    require_vectors(sites, "units= chooses")
     meaning = "numbers of the last axis, counted from 0,"
-    return tuple(whole_numbers(units, "units", least=0, meaning=meaning))
+    return tuple(check_integers(units, "units", least=0, meaning=meaning))
 
 
 def _from_captures(hook_type: type[Any], sites: Sites, source: HasCaptures, where: Where) -> Any:

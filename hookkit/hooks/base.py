@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from ..arguments import described, finite_number
-from ..display import shown
+from ..arguments import check_number, describe
+from ..display import render_html
 from ..errors import BadEdit, BadHook, Unsupported
 from ..models.batch_positions import Selection
 from ..models.lm import LM
-from ..models.positions import CountLike, PosLike, Span, Where, as_count, as_pos
-from ..models.sites import LOGITS, SQUARE, AnySite, ModuleSite, Sites, as_sites
+from ..models.positions import IndicesLike, PosLike, Span, Where, read_indices, read_position
+from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Sites, as_sites
 from . import serialization
 from .captured_values import Captured
 
-number = finite_number
+number = check_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +34,7 @@ class Constant:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, Tensor):
-            raise BadHook(f"a constant holds a tensor, and was given {described(self.tensor)}")
+            raise BadHook(f"a constant holds a tensor, and was given {describe(self.tensor)}")
         _check_real_and_finite(self.tensor, "a constant")
 
     def __eq__(self, other: object) -> bool:
@@ -94,7 +94,7 @@ def _check_real_and_finite(tensor: Tensor, name: str) -> None:
 def check_constant(value: object, name: str) -> None:
     """Raises `BadHook` if a hook's field is not a `Constant`."""
     if not isinstance(value, Constant):
-        raise BadHook(f"{name} is {described(value)}, and a tensor of numbers is needed")
+        raise BadHook(f"{name} is {describe(value)}, and a tensor of numbers is needed")
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def put(value: Any, name: str, new: object) -> None:
+def set_field(value: Any, name: str, new: object) -> None:
     """Sets a field of a frozen dataclass during its construction."""
     object.__setattr__(value, name, new)
 
@@ -214,7 +214,7 @@ class Binding:
     @property
     def shape(self) -> tuple[int, ...] | None:
         """The sizes of the site's axes after batch and pos; None if only a forward can tell."""
-        if isinstance(self.site, ModuleSite) or self.site.name in SQUARE:
+        if isinstance(self.site, ModuleSite) or self.site.name in QUERY_KEY_SITES:
             return None
         return self.lm.shape(self.site)
 
@@ -235,9 +235,9 @@ class Hook:
 
     def __post_init__(self) -> None:
         """Normalizes and checks every field, after JSON and `dataclasses.replace` too."""
-        put(self, "sites", as_sites(self.sites))
+        set_field(self, "sites", as_sites(self.sites))
         self.check_sites()
-        put(self, "where", normalize_where(self.where, self.sites))
+        set_field(self, "where", normalize_where(self.where, self.sites))
         if self.where.step is not None and not self.takes_step:
             raise BadHook(
                 f"{self.verb} acts at positions and takes no step={self.where.step!r}: "
@@ -281,7 +281,7 @@ class Hook:
         return {name: repr(value) for name, value in values.items() if value is not None}
 
     def _repr_html_(self) -> str:
-        return shown(str(self), {"sites": self._sites(), **self._where_arguments()})
+        return render_html(str(self), {"sites": self._sites(), **self._where_arguments()})
 
     def _sites(self) -> str:
         return ", ".join(map(str, self.sites)) if len(self.sites) <= 3 else repr(self.sites)
@@ -333,14 +333,16 @@ class EditHook(Hook):
         raise AssertionError(f"{type(self).__name__} does not define change()")
 
 
-def as_where(pos: PosLike, rows: CountLike = None, step: CountLike = None) -> Where:
+def as_where(pos: PosLike, rows: IndicesLike = None, step: IndicesLike = None) -> Where:
     """Returns positions, rows and steps in their normalized form."""
     return Where(
-        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
+        read_position(pos),
+        read_indices(rows, "row", negative=False),
+        read_indices(step, "step", negative=False),
     )
 
 
-def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where:
+def inner(pos: PosLike, rows: IndicesLike, step: IndicesLike, sites: Sites) -> Where:
     """Returns where a hook acts. Raises `BadHook` for a step at other sites than logits."""
     return normalize_where(as_where(pos, rows, step), sites)
 
@@ -348,9 +350,7 @@ def inner(pos: PosLike, rows: CountLike, step: CountLike, sites: Sites) -> Where
 def normalize_where(where: Where, sites: Sites) -> Where:
     """Returns `where` in its normalized form. Raises `BadHook` for a step away from the logits."""
     if not isinstance(where, Where):
-        raise BadHook(
-            f"a hook's `where` is {described(where)}: it must be a Where(pos, rows, step)"
-        )
+        raise BadHook(f"a hook's `where` is {describe(where)}: it must be a Where(pos, rows, step)")
     if where.step is not None:
         _check_step(where, sites)
     return as_where(where.pos, where.rows, where.step)
@@ -360,17 +360,17 @@ def _check_step(where: Where, sites: Sites) -> None:
     if where.pos is not None:
         raise BadHook(f"pos={where.pos!r} and step={where.step!r} were both given: say one of them")
     for site in sites:
-        if not isinstance(site, ModuleSite) and site.name not in LOGITS:
+        if not isinstance(site, ModuleSite) and site.name not in LOGIT_SITES:
             raise BadHook(
                 f"step={where.step!r} at {site}: a step counts generated tokens and exists at "
                 "lm_head and logits only; say pos= instead (hk.GENERATED for every generated token)"
             )
 
 
-def not_square(sites: Sites, action: str) -> Sites:
+def require_vectors(sites: Sites, action: str) -> Sites:
     """Returns the sites. Raises `BadHook` for attention's scores or pattern."""
     for site in sites:
-        if not isinstance(site, ModuleSite) and site.name in SQUARE:
+        if not isinstance(site, ModuleSite) and site.name in QUERY_KEY_SITES:
             raise BadHook(
                 f"{action} values at each position, and {site} has a number for each query and "
                 "key, more with every token: use hk.edit, hk.scale, hk.ablate(to='zero'), hk.patch "

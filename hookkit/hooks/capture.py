@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import torch
 
-from ..arguments import checks_keywords, described, flag, text_of
+from ..arguments import check_flag, check_keywords, check_text, describe
 from ..errors import BadHook
-from ..models.positions import CountLike, PosLike
+from ..models.positions import IndicesLike, PosLike
 from ..models.sites import Site, Sites, SitesLike, as_sites
-from .base import Hook, as_where, put
+from .base import Hook, as_where, set_field
 
 INTEGER_SITES = frozenset({"experts"})  # the sites whose values are integers
 
@@ -29,17 +29,17 @@ class Capture(Hook):
     def check(self) -> None:
         if self.name is not None:
             meaning = "a name that tells two captures of one site apart"
-            text_of(self.name, "name", meaning=meaning, error=BadHook)
-        put(self, "grad", flag(self.grad, "grad", error=BadHook))
+            check_text(self.name, "name", meaning=meaning, error=BadHook)
+        set_field(self, "grad", check_flag(self.grad, "grad", error=BadHook))
         if self.grad and (self.dtype is not None or self.device is not None):
             raise BadHook(
                 "capture(grad=True) keeps the very tensor of the computation: leave dtype and "
                 "device out"
             )
         if self.dtype is not None:
-            put(self, "dtype", dtype_name(self.dtype, self.sites))
+            set_field(self, "dtype", dtype_name(self.dtype, self.sites))
         if self.device is not None:
-            put(self, "device", device_name(self.device))
+            set_field(self, "device", device_name(self.device))
 
 
 def dtype_name(dtype: object, sites: Sites) -> str:
@@ -48,7 +48,7 @@ def dtype_name(dtype: object, sites: Sites) -> str:
     torch_dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype | str) or not isinstance(torch_dtype, torch.dtype):
         raise BadHook(
-            f"dtype={described(dtype)} is no dtype of torch: say torch.float16, or 'float16'"
+            f"dtype={describe(dtype)} is no dtype of torch: say torch.float16, or 'float16'"
         )
     has_real_numbers = all(
         isinstance(site, Site) and site.name not in INTEGER_SITES for site in sites
@@ -67,7 +67,7 @@ def device_name(device: object) -> str:
         torch_device = torch.device(str(device))
     except RuntimeError as error:
         raise BadHook(
-            f"device={described(device)} is no device of torch: say 'cpu' or 'cuda:0'"
+            f"device={describe(device)} is no device of torch: say 'cpu' or 'cuda:0'"
         ) from error
     if torch_device.type == "meta":
         raise BadHook(
@@ -84,13 +84,13 @@ class CaptureLast(Capture):
     """
 
 
-@checks_keywords
+@check_keywords
 def capture(
     sites: SitesLike,
     *,
     pos: PosLike = None,
-    rows: CountLike = None,
-    step: CountLike = None,
+    rows: IndicesLike = None,
+    step: IndicesLike = None,
     name: str | None = None,
     grad: bool = False,
     dtype: torch.dtype | str | None = None,

@@ -1,7 +1,8 @@
 """The values that captures keep, and how the chunks of several forwards are joined.
 
-A forward gives a `CapturedChunk` to each capture. `joined` joins the chunks of one text into the
-tensors of a `Captured`. `Captures` holds all of them by site; each is joined when it is first read.
+A forward gives a `CapturedChunk` to each capture. `join_chunks` joins the chunks of one text into
+the tensors of a `Captured`. `Captures` holds all of them by site; each is joined when it is first
+read.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +14,12 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from ..arguments import described
-from ..display import shown
+from ..arguments import describe
+from ..display import render_html
 from ..errors import NotCaptured
 from ..models.batch_positions import Selection
 from ..models.positions import Where
-from ..models.sites import SQUARE, AnySite, ModuleSite, Site, Sites, parse
+from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, parse_site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +57,7 @@ class Captured:
 
     def _repr_html_(self) -> str:
         shape, dtype, rows = list(self.values.shape), self.values.dtype, list(self.rows)
-        return shown(f"captured {self.site}", {"shape": shape, "dtype": dtype, "rows": rows})
+        return render_html(f"captured {self.site}", {"shape": shape, "dtype": dtype, "rows": rows})
 
     def __repr__(self) -> str:
         return f"Captured({self.site}, {list(self.values.shape)}, rows {list(self.rows)})"
@@ -64,7 +65,7 @@ class Captured:
     @property
     def by_place(self) -> Shaped[Tensor, "row pos ..."]:
         """The values with row and position as the first two axes, for scores and patterns too."""
-        return in_order(self.site, self.values)
+        return swap_head_and_query(self.site, self.values)
 
     def head(self, head: int) -> "Captured":
         """Returns the values of one head of a site that was captured with all of its heads."""
@@ -105,13 +106,13 @@ class Captured:
         return columns[position]
 
 
-def in_order(site: AnySite, values: Tensor) -> Tensor:
+def swap_head_and_query(site: AnySite, values: Tensor) -> Tensor:
     """Swaps the axes head and query of the values of scores or a pattern; returns others as they
     are.
 
     The model's view is [row, query, head, key], the user's [row, head, query, key].
     """
-    if isinstance(site, Site) and site.name in SQUARE and site.head is None:
+    if isinstance(site, Site) and site.name in QUERY_KEY_SITES and site.head is None:
         return values.transpose(1, 2)
     return values
 
@@ -166,10 +167,10 @@ class Captures:
 
         `name` is the capture's name, which is needed if several captures kept the site.
         """
-        key = parse(site) if isinstance(site, str) else site
+        key = parse_site(site) if isinstance(site, str) else site
         if not isinstance(key, Site | ModuleSite):
             raise NotCaptured(
-                f"{described(site)} is no site: ask for [site] or [site, name], such as "
+                f"{describe(site)} is no site: ask for [site] or [site, name], such as "
                 f"['resid_post.6']. It has {self.sites}."
             )
         if slot := self._slot(key, name, key):
@@ -213,7 +214,7 @@ class Captures:
             return self.captured(key).values
         if len(key) != 2:
             raise NotCaptured(
-                f"{described(key)} is no key: ask for [site] or [site, name], such as "
+                f"{describe(key)} is no key: ask for [site] or [site, name], such as "
                 "['resid_post.6']"
             )
         return self.captured(*key).values
@@ -299,7 +300,7 @@ class SequenceEnd:
         return range(len(self.prompts)) if self.lineage is None else self.lineage[call]
 
 
-def joined(
+def join_chunks(
     chunks: list[CapturedChunk], ending: SequenceEnd, unseen: float
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Joins the chunks of a text: values [row, pos, ...], positions [row, pos], and the final rows.
@@ -358,7 +359,7 @@ def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, li
     return values.masked_fill(padding, 0), positions, rows
 
 
-def merged(parts: Sequence[Captured]) -> Captured:
+def merge_captures(parts: Sequence[Captured]) -> Captured:
     """Joins captures of one site from several batches, whose rows are numbered on."""
     width = max(part.values.shape[1] for part in parts)
     values, positions, prompts = [], [], []

@@ -18,18 +18,18 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..arguments import (
-    checks_keywords,
-    choice,
-    finite_number,
-    read_token,
-    read_tokens,
-    whole_number,
+    check_choice,
+    check_integer,
+    check_keywords,
+    check_number,
+    check_token,
+    check_tokens,
 )
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.tokens import Token, rank_among, shown_ranks
-from .base import Here, put
+from ..models.tokens import Token, rank_among, ranks_for_table
+from .base import Here, set_field
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
 BoundCondition: TypeAlias = Callable[[Logits, Here], Bool[Tensor, "row pos"]]
@@ -59,22 +59,22 @@ class Condition:
     limit: float
 
     def __post_init__(self) -> None:
-        choice(self.quantity, "a condition's quantity", LIMITS)
-        choice(self.compare, f"a condition of {self.quantity}", COMPARE)
+        check_choice(self.quantity, "a condition's quantity", LIMITS)
+        check_choice(self.compare, f"a condition of {self.quantity}", COMPARE)
         limit_name = self.compare
         if self.quantity in ("rank", "prob"):
-            put(self, "token", read_token(self.token))
+            set_field(self, "token", check_token(self.token))
         elif self.token is not None:
             raise BadHook(
                 f"a condition of {self.quantity} is of no token, and names {self.token!r}"
             )
         else:
             limit_name = UNITS[self.quantity]
-        limit = finite_number(self.limit, limit_name)
+        limit = check_number(self.limit, limit_name)
         if self.quantity == "rank":
-            limit = whole_number(self.limit, limit_name, meaning="a rank", error=BadHook)
+            limit = check_integer(self.limit, limit_name, meaning="a rank", error=BadHook)
         self._check_possible(limit)
-        put(self, "limit", limit)
+        set_field(self, "limit", limit)
 
     def _check_possible(self, limit: float) -> None:
         """Raises `BadHook` if the condition can never hold, whatever the logits are."""
@@ -130,7 +130,7 @@ def _measure(
     if quantity == "prob":
         return logprobs[..., token].exp()
     assert quantity == "rank" and token is not None
-    return shown_ranks(rank_among(logits[..., :vocab_size], logits[..., token]))
+    return ranks_for_table(rank_among(logits[..., :vocab_size], logits[..., token]))
 
 
 def bind_condition(when: When, lm: LM) -> BoundCondition:
@@ -168,35 +168,35 @@ def check_when(when: When | None) -> None:
         )
 
 
-@checks_keywords
+@check_keywords
 def entropy_above(nats: float) -> Condition:
     """True where the entropy of the next-token distribution is above `nats`.
 
     >>> entropy_above(2.0)
     entropy_above(2.0)
     """
-    return Condition("entropy", None, "above", finite_number(nats, "nats"))
+    return Condition("entropy", None, "above", check_number(nats, "nats"))
 
 
-@checks_keywords
+@check_keywords
 def entropy_below(nats: float) -> Condition:
     """True where the entropy of the next-token distribution is below `nats`."""
-    return Condition("entropy", None, "below", finite_number(nats, "nats"))
+    return Condition("entropy", None, "below", check_number(nats, "nats"))
 
 
-@checks_keywords
+@check_keywords
 def margin_above(logits: float) -> Condition:
     """True where the largest logit is more than `logits` above the second largest."""
-    return Condition("margin", None, "above", finite_number(logits, "logits"))
+    return Condition("margin", None, "above", check_number(logits, "logits"))
 
 
-@checks_keywords
+@check_keywords
 def margin_below(logits: float) -> Condition:
     """True where the largest logit is less than `logits` above the second largest."""
-    return Condition("margin", None, "below", finite_number(logits, "logits"))
+    return Condition("margin", None, "below", check_number(logits, "logits"))
 
 
-@checks_keywords
+@check_keywords
 def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = None) -> Condition:
     """True where a token's rank is within the limit; 1 is the most likely token.
 
@@ -206,7 +206,7 @@ def rank_of(token: Token, *, at_most: int | None = None, at_least: int | None = 
     return _of("rank", token, at_most, at_least)
 
 
-@checks_keywords
+@check_keywords
 def prob_of(
     token: Token, *, at_most: float | None = None, at_least: float | None = None
 ) -> Condition:
@@ -235,9 +235,9 @@ class Phrase:
 
     def __post_init__(self) -> None:
         if isinstance(self.words, str):
-            put(self, "words", str(self.words))
+            set_field(self, "words", str(self.words))
         else:
-            put(self, "words", read_tokens(self.words, "phrase"))
+            set_field(self, "words", check_tokens(self.words, "phrase"))
         if not self.words:
             raise BadHook("phrase() has no token: give a text, or tokens")
 
@@ -256,7 +256,7 @@ class Phrase:
         return lm.continuation(self.words)
 
 
-@checks_keywords
+@check_keywords
 def phrase(words: str | Sequence[Token]) -> Phrase:
     """Several tokens in a row, for `force` and `ban`: a text, tokenized as it stands, or tokens.
 

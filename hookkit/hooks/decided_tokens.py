@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import BadEdit
-from ..models.batch_positions import Decided, SequenceBatch
+from ..models.batch_positions import DecidedToken, SequenceBatch
 
 Scores = Float[Tensor, "row vocab"]
 
@@ -55,7 +55,9 @@ class Decisions:
             self._check_possible(None, scores, decided, name)
         return _keep_only_decided(scores, decided)
 
-    def _current(self, input_ids: Int[Tensor, "row column"], scores: Scores) -> dict[int, Decided]:
+    def _current(
+        self, input_ids: Int[Tensor, "row column"], scores: Scores
+    ) -> dict[int, DecidedToken]:
         """Returns the decision for each row, unless a later hook has put another token first."""
         current_column = self.offset + input_ids.shape[1] - 1
         decided = {}
@@ -73,7 +75,7 @@ class Decisions:
         return decided
 
     def _check_possible(
-        self, before: Scores | None, after: Scores, decided: Mapping[int, Decided], name: str
+        self, before: Scores | None, after: Scores, decided: Mapping[int, DecidedToken], name: str
     ) -> None:
         """Raises `BadEdit` for a decided token that the caller's rule makes impossible.
 
@@ -90,7 +92,7 @@ class Decisions:
                 )
 
 
-def heeding(
+def follow_decisions(
     rules: Any, keywords: Mapping[str, Any], decisions: Decisions | None, listener: Any
 ) -> Any:
     """Returns the rules of a call of `generate`, changed so that they follow decisions.
@@ -136,13 +138,13 @@ def _name(rule: Any) -> str:
 
 
 def _rows_and_tokens(
-    decided: Mapping[int, Decided], device: torch.device
+    decided: Mapping[int, DecidedToken], device: torch.device
 ) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
     tokens = [decision.token for decision in decided.values()]
     return torch.tensor(list(decided), device=device), torch.tensor(tokens, device=device)
 
 
-def _keep_only_decided(scores: Scores, decided: Mapping[int, Decided]) -> Scores:
+def _keep_only_decided(scores: Scores, decided: Mapping[int, DecidedToken]) -> Scores:
     """Sets all other scores of the decided rows to -inf, and an impossible decided token's to 0."""
     rows, tokens = _rows_and_tokens(decided, scores.device)
     decided_scores = scores[rows, tokens]

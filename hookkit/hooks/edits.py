@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..arguments import checks_keywords, finite_number, whole_numbers
+from ..arguments import check_integers, check_keywords, check_number
 from ..errors import BadHook
-from ..models.positions import CountLike, PosLike
+from ..models.positions import IndicesLike, PosLike
 from ..models.sites import Site, SitesLike, as_sites
 from .base import (
     Binding,
@@ -21,12 +21,12 @@ from .base import (
     as_constant,
     as_where,
     check_constant,
-    not_square,
-    put,
+    require_vectors,
+    set_field,
 )
-from .captured_values import in_order
+from .captured_values import swap_head_and_query
 from .rounding import scale_tensor
-from .values import check_result, check_shape, fit_to_values, moved
+from .values import check_result, check_shape, convert_once, fit_to_values
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Edit(EditHook):
         function_name = f"the function of {self}"
 
         def apply(values: Tensor, here: Here) -> Tensor:
-            old = in_order(here.site, values)
+            old = swap_head_and_query(here.site, values)
             argument = old.clone()  # the function may write into its argument
             new = self.fn(argument, here) if takes_here else self.fn(argument)
-            return in_order(here.site, check_result(new, old, function_name))
+            return swap_head_and_query(here.site, check_result(new, old, function_name))
 
         return apply
 
@@ -93,14 +93,14 @@ def _count_arguments(fn: Callable[..., Any]) -> int:
     return len(required)
 
 
-@checks_keywords
+@check_keywords
 def edit(
     site: SitesLike,
     fn: Callable[..., Any],
     *,
     pos: PosLike = None,
-    rows: CountLike = None,
-    step: CountLike = None,
+    rows: IndicesLike = None,
+    step: IndicesLike = None,
 ) -> Edit:
     """Replaces the values at a site by `fn(values)`, or by `fn(values, here)` if it takes two.
 
@@ -128,9 +128,9 @@ class Steer(EditHook):
     bare: ClassVar[tuple[str, ...]] = ("vector",)
 
     def check(self) -> None:
-        not_square(self.sites, "steer adds a vector to")
+        require_vectors(self.sites, "steer adds a vector to")
         check_constant(self.vector, "the vector")
-        put(self, "scale", finite_number(self.scale, "scale"))
+        set_field(self, "scale", check_number(self.scale, "scale"))
 
     def change(self, binding: Binding) -> Change:
         check_shape(self.vector, binding, "the vector")
@@ -139,9 +139,14 @@ class Steer(EditHook):
         return lambda values, here: values + vector(values, here)
 
 
-@checks_keywords
+@check_keywords
 def steer(
-    site: SitesLike, vector: Any, *, scale: float = 1.0, pos: PosLike = None, rows: CountLike = None
+    site: SitesLike,
+    vector: Any,
+    *,
+    scale: float = 1.0,
+    pos: PosLike = None,
+    rows: IndicesLike = None,
 ) -> Steer:
     """Adds `scale` times a vector to the values at a site (Turner et al. 2023).
 
@@ -165,14 +170,16 @@ class Scale(EditHook):
     bare: ClassVar[tuple[str, ...]] = ("factor",)
 
     def check(self) -> None:
-        put(self, "factor", finite_number(self.factor, "factor"))
+        set_field(self, "factor", check_number(self.factor, "factor"))
 
     def change(self, binding: Binding) -> Change:
         return lambda values, here: values * self.factor
 
 
-@checks_keywords
-def scale(site: SitesLike, factor: float, *, pos: PosLike = None, rows: CountLike = None) -> Scale:
+@check_keywords
+def scale(
+    site: SitesLike, factor: float, *, pos: PosLike = None, rows: IndicesLike = None
+) -> Scale:
     """Multiplies the values at a site by a number.
 
     >>> print(scale("z.9.3", 0.5))
@@ -191,7 +198,7 @@ class ProjectOut(EditHook):
     bare: ClassVar[tuple[str, ...]] = ("direction",)
 
     def check(self) -> None:
-        not_square(self.sites, "project_out takes a direction out of")
+        require_vectors(self.sites, "project_out takes a direction out of")
         check_constant(self.direction, "the direction")
         tensor = self.direction.tensor
         if tensor.ndim not in (1, 2) or not tensor.numel():
@@ -212,7 +219,7 @@ class ProjectOut(EditHook):
                 f"the direction has {width} numbers, and the last axis of {binding.site} has "
                 f"{binding.shape[-1]}"
             )
-        fit = moved(_orthonormal_basis(self.direction.tensor), "the direction")
+        fit = convert_once(_orthonormal_basis(self.direction.tensor), "the direction")
 
         def apply(values: Tensor, here: Here) -> Tensor:
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -236,9 +243,9 @@ def _orthonormal_basis(directions: Tensor) -> Tensor:
     return basis
 
 
-@checks_keywords
+@check_keywords
 def project_out(
-    site: SitesLike, direction: Any, *, pos: PosLike = None, rows: CountLike = None
+    site: SitesLike, direction: Any, *, pos: PosLike = None, rows: IndicesLike = None
 ) -> ProjectOut:
     """Removes the part along a direction: x - (x·d) d / |d|² (Ravfogel et al. 2020).
 
@@ -282,9 +289,9 @@ class SkipBlock(EditHook):
         return apply
 
 
-@checks_keywords
+@check_keywords
 def skip_block(
-    layer: int | Iterable[int], *, pos: PosLike = None, rows: CountLike = None
+    layer: int | Iterable[int], *, pos: PosLike = None, rows: IndicesLike = None
 ) -> SkipBlock:
     """Makes blocks leave the residual stream unchanged: `resid_post.L` becomes `resid_pre.L`.
 
@@ -294,6 +301,6 @@ def skip_block(
     >>> print(skip_block(7))
     skip_block(resid_post.7)
     """
-    layers = whole_numbers(layer, "layer", least=0, meaning="the blocks, counted from 0,")
+    layers = check_integers(layer, "layer", least=0, meaning="the blocks, counted from 0,")
     sites = as_sites([Site("resid_post", number) for number in layers])
     return SkipBlock(sites, as_where(pos, rows))

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..arguments import checks_keywords, whole_numbers
+from ..arguments import check_integers, check_keywords
 from ..errors import BadEdit, BadHook, EmptySelection, OutOfRange
-from ..models.positions import CountLike, Pos, PosLike, Where, as_pos, wish
+from ..models.positions import IndicesLike, Pos, PosLike, Where, read_position, resolve_positions
 from ..models.sites import Site, as_sites
-from ..models.views import hidden, unseen_value
-from .base import Binding, Change, EditHook, Here, as_where, put
+from ..models.views import is_hidden, unseen_value
+from .base import Binding, Change, EditHook, Here, as_where, set_field
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Knockout(EditHook):
             raise EmptySelection(
                 "knockout needs the keys that are not to be seen: key=0, key=hk.at('Mary')"
             )
-        put(self, "key", as_pos(self.key))
+        set_field(self, "key", read_position(self.key))
         _check_visible(self.key, self.where.pos)
 
     def change(self, binding: Binding) -> Change:
@@ -42,7 +42,7 @@ class Knockout(EditHook):
             new = values.clone()
             for index, row in enumerate(here.rows):
                 new[index, ..., self._keys(here, row, values.shape[-1])] = masked
-            blind = here.real_cells(hidden(new).all(-1) & ~hidden(values).all(-1))
+            blind = here.real_cells(is_hidden(new).all(-1) & ~is_hidden(values).all(-1))
             if bool(blind.any()):
                 index, column = blind.nonzero()[0][:2].tolist()
                 raise BadEdit(
@@ -59,7 +59,9 @@ class Knockout(EditHook):
         sequences = here.cells.text
         length = sequences.lengths[row]
         prompt = sequences.prompt(row)
-        positions = wish(Where(self.key), length, lambda at: sequences.find(prompt, at))
+        positions = resolve_positions(
+            Where(self.key), length, lambda at: sequences.find(prompt, at)
+        )
         if isinstance(positions, range):
             return list(range(positions.start, min(positions.stop, n_keys), positions.step))
         if sequences.final and positions[-1] >= length:
@@ -105,14 +107,14 @@ def _bounds(positions: Pos) -> tuple[int, int] | None:
     return min(numbers), max(numbers)
 
 
-@checks_keywords
+@check_keywords
 def knockout(
     layer: int | Iterable[int],
     head: int | Iterable[int] | None = None,
     *,
     key: PosLike,
     query: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
 ) -> Knockout:
     """Cuts attention from the tokens `query` to the tokens `key` (Geva et al. 2023).
 
@@ -124,9 +126,9 @@ def knockout(
     >>> print(knockout(9, 3, query=-1, key=at("Mary")))
     knockout(9, 3, query=-1, key=at('Mary'))
     """
-    layers = whole_numbers(layer, "layer", least=0, meaning="the layers, counted from 0,")
+    layers = check_integers(layer, "layer", least=0, meaning="the layers, counted from 0,")
     heads: list[int | None] = [None]
     if head is not None:
-        heads = [*whole_numbers(head, "head", least=0, meaning="the heads, counted from 0,")]
+        heads = [*check_integers(head, "head", least=0, meaning="the heads, counted from 0,")]
     scores = [Site("scores", *indices) for indices in itertools.product(layers, heads)]
-    return Knockout(as_sites(scores), as_where(query, rows), as_pos(key))
+    return Knockout(as_sites(scores), as_where(query, rows), read_position(key))

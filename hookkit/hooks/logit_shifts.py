@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import as_whole, checks_keywords, described, finite_number
+from ..arguments import as_integer, check_keywords, check_number, describe
 from ..errors import BadEdit, BadFile, BadHook, OutOfRange
-from ..files.untrusted import reason, text_of
-from ..models.positions import CountLike, PosLike
+from ..files.untrusted import error_message, read_text
+from ..models.positions import IndicesLike, PosLike
 from ..models.sites import AnySite
 from ..models.tokens import Token
-from .base import Binding, Change, Here, put
+from .base import Binding, Change, Here, set_field
 from .conditions import When
 from .logits import LogitEdit, Logits, at_logits, check_inside, flatten_tokens, token_ids
 from .rounding import fitted_number, next_above, next_below, round_down
@@ -39,14 +39,16 @@ class Boost(LogitEdit):
     def check(self) -> None:
         super().check()
         if not isinstance(self.by, tuple):
-            put(self, "by", finite_number(self.by, "by"))
+            set_field(self, "by", check_number(self.by, "by"))
             return
         if len(self.by) != len(self.tokens):
             raise BadHook(
                 f"boost has {len(self.by)} amounts for {len(self.tokens)} tokens: give one for each"
             )
         amounts = zip(self.tokens, self.by, strict=True)
-        put(self, "by", tuple(finite_number(amount, f"by[{token!r}]") for token, amount in amounts))
+        set_field(
+            self, "by", tuple(check_number(amount, f"by[{token!r}]") for token, amount in amounts)
+        )
 
     def __str__(self) -> str:
         if not isinstance(self.by, tuple):
@@ -89,14 +91,14 @@ class Boost(LogitEdit):
         return apply
 
 
-@checks_keywords
+@check_keywords
 def boost(
     *tokens: Token | Iterable[Token],
     by: float | Mapping[Token, float] | str | PathLike[str],
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> Boost:
     """Adds `by` to the logits of these tokens: their odds grow by the factor e^by.
@@ -121,11 +123,12 @@ def boost(
 def _read_amounts(path: str | PathLike[str]) -> dict[Token, float]:
     """Reads the amount for each token from a CSV file. Leading spaces of tokens are kept."""
     try:
-        rows = list(csv.DictReader(io.StringIO(text_of(path), newline="")))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     except (BadFile, csv.Error) as error:
+        reason = error_message(error.__cause__ or error)
         raise BadHook(
-            f"by={str(path)!r} is no file that can be read ({reason(error.__cause__ or error)}); "
-            "by= is a number, amounts, or a path"
+            f"by={str(path)!r} is no file that can be read ({reason}); by= is a number, "
+            "amounts, or a path"
         ) from error
     columns = rows[0] if rows else {}
     if "by" not in columns or not {"token", "token_id"} & set(columns):
@@ -169,14 +172,14 @@ class Cap(LogitEdit):
         if (self.logit is None) == (self.prob is None):
             raise BadHook("cap() needs one limit: logit= or prob=")
         if self.logit is not None:
-            put(self, "logit", finite_number(self.logit, "logit"))
+            set_field(self, "logit", check_number(self.logit, "logit"))
             return
-        if not 0 < finite_number(self.prob, "prob") < 1:
+        if not 0 < check_number(self.prob, "prob") < 1:
             raise BadHook(
                 f"prob={self.prob!r} is no limit: give a probability between 0 and 1, or ban the "
                 "tokens"
             )
-        put(self, "prob", finite_number(self.prob, "prob"))
+        set_field(self, "prob", check_number(self.prob, "prob"))
 
     def edit(self, binding: Binding) -> Change:
         tokens = token_ids(binding, *self.tokens)
@@ -211,15 +214,15 @@ class Cap(LogitEdit):
         return (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
 
 
-@checks_keywords
+@check_keywords
 def cap(
     *tokens: Token | Iterable[Token],
     logit: float | None = None,
     prob: float | None = None,
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> Cap:
     """Lowers these tokens to a limit: each to a `logit`, or all together to a `prob` (0 to 1).
@@ -269,15 +272,15 @@ class Swap(LogitEdit):
         return apply
 
 
-@checks_keywords
+@check_keywords
 def swap(
     a: Token,
     b: Token,
     *,
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> Swap:
     """Exchanges the logits of two tokens. All other logits, probabilities and ranks stay the same.
@@ -301,13 +304,12 @@ class SetRank(LogitEdit):
 
     def check(self) -> None:
         super().check()
-        rank = as_whole(self.rank)
+        rank = as_integer(self.rank)
         if rank is None or rank < 1:
             raise OutOfRange(
-                f"rank={described(self.rank)}: ranks are whole numbers from 1, the most likely "
-                "token"
+                f"rank={describe(self.rank)}: ranks are whole numbers from 1, the most likely token"
             )
-        put(self, "rank", rank)
+        set_field(self, "rank", rank)
 
     def edit(self, binding: Binding) -> Change:
         (token,) = token_ids(binding, self.token)
@@ -355,15 +357,15 @@ def _logit_for_rank(other_logits: Logits, rank: int) -> Float[Tensor, "row pos"]
     return torch.where(middle < above, middle, below)
 
 
-@checks_keywords
+@check_keywords
 def set_rank(
     token: Token,
     rank: int,
     *,
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> SetRank:
     """Gives a token this rank: its logit is midway between its new neighbours.

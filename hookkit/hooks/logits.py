@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import checks_keywords, finite_number, read_token, read_tokens
+from ..arguments import check_keywords, check_number, check_token, check_tokens
 from ..errors import BadEdit, BadHook, NotOneToken
-from ..models.batch_positions import Decided
+from ..models.batch_positions import DecidedToken
 from ..models.lm import LM
-from ..models.positions import CountLike, PosLike, Span, Where
-from ..models.sites import LOGITS, AnySite, ModuleSite, Sites, as_sites
+from ..models.positions import IndicesLike, PosLike, Span, Where
+from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, Sites, as_sites
 from ..models.tokens import Token
-from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_tuple, as_where, put
+from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_tuple, as_where, set_field
 from .conditions import Condition, Phrase, PhraseStarts, When, bind_condition, check_when
 from .rounding import fitted_number, next_above
 
@@ -40,7 +40,7 @@ class LogitEdit(EditHook):
 
     def check_sites(self) -> None:
         for site in self.sites:
-            if not isinstance(site, ModuleSite) and site.name not in LOGITS:
+            if not isinstance(site, ModuleSite) and site.name not in LOGIT_SITES:
                 raise BadHook(
                     f"an edit of logits cannot act at {site}, which holds no logits: it acts at "
                     "'logits', at 'lm_head' (before a soft-cap), or at the module that makes the "
@@ -49,14 +49,14 @@ class LogitEdit(EditHook):
 
     def check(self) -> None:
         if self.where.pos is None and self.where.step is None:
-            put(self, "where", Where(None, self.where.rows, EVERY_STEP))
+            set_field(self, "where", Where(None, self.where.rows, EVERY_STEP))
         check_when(self.when)
         for name in self.names:
-            put(self, name, self._read_tokens(getattr(self, name)))
+            set_field(self, name, self._read_tokens(getattr(self, name)))
 
     def _read_tokens(self, value: object) -> object:
         """Returns the token or the tuple of tokens of a field, normalized."""
-        tokens = read_tokens(value, self.verb, also=(Phrase,))
+        tokens = check_tokens(value, self.verb, also=(Phrase,))
         _check_not_empty(tokens, self.verb)
         for token in tokens:
             if isinstance(token, Phrase) and not self.phrases:
@@ -67,7 +67,7 @@ class LogitEdit(EditHook):
             return tokens
         if isinstance(value, Phrase):
             return value
-        return read_token(value, self.verb)
+        return check_token(value, self.verb)
 
     @property
     def together(self) -> bool:
@@ -103,7 +103,7 @@ class LogitEdit(EditHook):
 
 
 def at_logits(
-    site: str | AnySite, pos: PosLike, rows: CountLike, step: CountLike
+    site: str | AnySite, pos: PosLike, rows: IndicesLike, step: IndicesLike
 ) -> tuple[Sites, Where]:
     """Returns the sites of a hook on logits and where it acts; by default at every step."""
     sites, where = as_sites(site), as_where(pos, rows, step)
@@ -121,7 +121,7 @@ def flatten_tokens(
     """Returns the tokens of a call, which were given one by one or in lists."""
     tokens: list[AnyToken] = []
     for argument in arguments:
-        tokens += read_tokens(argument, verb, also=(Phrase,))
+        tokens += check_tokens(argument, verb, also=(Phrase,))
     _check_not_empty(tokens, verb)
     return tuple(tokens)
 
@@ -171,11 +171,11 @@ class Force(LogitEdit):
     def check(self) -> None:
         super().check()
         if self.margin is not None:
-            if self.margin != math.inf and finite_number(self.margin, "margin") <= 0:
+            if self.margin != math.inf and check_number(self.margin, "margin") <= 0:
                 raise BadHook(
                     f"margin={self.margin!r} does not put the token first: give a number above 0"
                 )
-            put(self, "margin", float(self.margin))
+            set_field(self, "margin", float(self.margin))
         step = self.where.step
         is_span = isinstance(step, Span) and step != EVERY_STEP
         if isinstance(self.token, Phrase) and (self.where.pos is not None or is_span):
@@ -315,19 +315,19 @@ class Force(LogitEdit):
             columns = sequences.columns[sequences.of(row)]
             for cell, position in enumerate(here.cells.places[index]):
                 if is_due[index][cell]:
-                    decision = Decided(token_at[index][cell], str(self))
+                    decision = DecidedToken(token_at[index][cell], str(self))
                     sequences.decided[row, columns[position]] = decision
 
 
-@checks_keywords
+@check_keywords
 def force(
     token: Token | Phrase,
     *,
     margin: float | None = None,
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> Force:
     """Makes `generate` choose a token: its logit becomes the largest one plus 10.
@@ -400,13 +400,13 @@ def _cells_before_last(phrase_ids: list[int], here: Here) -> list[tuple[int, int
     return cells
 
 
-@checks_keywords
+@check_keywords
 def ban(
     *tokens: Token | Phrase | Iterable[Token | Phrase],
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> Ban:
     """Sets the logits of these tokens to -inf: their probability is exactly 0.
@@ -451,13 +451,13 @@ class Restrict(LogitEdit):
         return apply
 
 
-@checks_keywords
+@check_keywords
 def restrict(
     *tokens: Token | Iterable[Token],
-    step: CountLike = None,
+    step: IndicesLike = None,
     when: When | None = None,
     pos: PosLike = None,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     site: str | AnySite = "logits",
 ) -> Restrict:
     """Sets the logits of all other tokens to -inf: one of these is chosen, by its own odds.

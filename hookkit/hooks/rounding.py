@@ -9,11 +9,11 @@ from ..errors import BadEdit, BadHook
 
 
 def convert_like(tensor: Tensor, like: Tensor, name: str) -> Tensor:
-    """Returns the tensor in the dtype and on the device of `like`. Raises as `narrowed` does."""
-    return narrowed(tensor, like.dtype, name).to(like.device)
+    """Returns the tensor in the dtype and on the device of `like`, as `convert_dtype` does."""
+    return convert_dtype(tensor, like.dtype, name).to(like.device)
 
 
-def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def convert_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Returns the tensor in another dtype. Raises `BadEdit` for numbers that it cannot hold."""
     new = tensor.to(dtype=dtype)
     if dtype.is_floating_point and torch.finfo(dtype).max < _largest(tensor.dtype):

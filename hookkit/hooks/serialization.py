@@ -18,11 +18,11 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..arguments import choice, described
+from ..arguments import check_choice, describe
 from ..errors import BadHook, HookkitError
-from ..files.untrusted import json_of, reason
-from ..models.positions import Part
-from ..models.sites import ModuleSite, Site, Sites, as_sites, parse
+from ..files.untrusted import error_message, parse_json
+from ..models.positions import TextPart
+from ..models.sites import ModuleSite, Site, Sites, as_sites, parse_site
 
 # Every hook by its verb, and every dataclass that may be inside a hook, each with its module. These
 # modules import this one, so they are imported when the first hook is written or read.
@@ -64,7 +64,7 @@ def hook_type(verb: object) -> Any:
     """Returns the class of hooks with this verb. Raises `BadHook` for an unknown one."""
     if not isinstance(verb, str) or verb not in HOOK_TYPES:
         raise BadHook(
-            f"there is no hook {described(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
+            f"there is no hook {describe(verb)}: there are {', '.join(sorted(HOOK_TYPES))}"
         )
     return _import(HOOK_TYPES[verb])
 
@@ -73,7 +73,7 @@ def value_type(name: object) -> Any:
     """Returns the dataclass of this name. Raises `BadHook` if none may be inside a hook."""
     if not isinstance(name, str) or name not in VALUE_TYPES:
         raise BadHook(
-            f"a hook holds no value of type {described(name)}: there are {', '.join(VALUE_TYPES)}"
+            f"a hook holds no value of type {describe(name)}: there are {', '.join(VALUE_TYPES)}"
         )
     return _import(VALUE_TYPES[name])
 
@@ -86,7 +86,7 @@ def _import(path: str) -> Any:
 
 def to_json(hook: Any, *, tensors: str = "inline") -> str:
     """Returns the hook as JSON. Equal hooks have equal JSON."""
-    choice(tensors, "tensors", ("inline", "digest"))
+    check_choice(tensors, "tensors", ("inline", "digest"))
     return json.dumps({"hook": hook.verb, **_encode_fields(hook, tensors)}, allow_nan=False)
 
 
@@ -94,11 +94,11 @@ def from_json(text: str) -> Any:
     """Returns the hook that `to_json` wrote."""
     name = repr(text[:60]) if isinstance(text, str) else f"a {type(text).__name__}"
     try:
-        encoded = json_of(text, name, error=BadHook)
+        encoded = parse_json(text, name, error=BadHook)
         verb = encoded.pop("hook")
     except (KeyError, AttributeError, TypeError, BadHook) as error:
         detail = f" ({error})" if isinstance(error, BadHook) else ""
-        raise BadHook(f"this is no hook in JSON: {described(text)}{detail}") from error
+        raise BadHook(f"this is no hook in JSON: {describe(text)}{detail}") from error
     return _decode_fields(hook_type(verb), encoded, verb)
 
 
@@ -123,7 +123,7 @@ def _decode_fields(cls: Any, encoded: dict[str, Any], name: str) -> Any:
         raise
     except Exception as error:
         raise BadHook(
-            f"this {name} in JSON has a value that cannot be read: {reason(error)}"
+            f"this {name} in JSON has a value that cannot be read: {error_message(error)}"
         ) from error
 
 
@@ -137,7 +137,7 @@ def _encode(value: Any, tensors: str) -> Any:
             return {"$sites": list(map(str, value))}
         case Site() | ModuleSite():
             return {"$site": str(value)}
-        case Part():
+        case TextPart():
             return {"$part": value.value}
         case tuple():
             return [_encode(item, tensors) for item in value]
@@ -264,9 +264,9 @@ def _decode_tensor(encoded: Any) -> Tensor:
 def _decode_site(encoded: Any) -> Site | ModuleSite:
     if not isinstance(encoded, str):
         raise BadHook(
-            f"a site in JSON is {described(encoded)}: it is a text, such as 'resid_post.6'"
+            f"a site in JSON is {describe(encoded)}: it is a text, such as 'resid_post.6'"
         )
-    return parse(encoded)
+    return parse_site(encoded)
 
 
 def _decode_sites(encoded: Any) -> Sites:
@@ -289,7 +289,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
     "$sites": _decode_sites,
     "$site": _decode_site,
-    "$part": Part,
+    "$part": TextPart,
     "$tensor": _decode_tensor,
     "$hook": _decode_hook,
     "$function": _refuse_function,

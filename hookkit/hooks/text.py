@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadFile, BadHook, HookkitError, NotOneToken, did_you_mean
-from ..files.untrusted import SHORT, hooks_listed
+from ..files.untrusted import MAX_MESSAGE, read_hook_list
 from ..models.lm import LM
 from .ablation import Ablate, FromPrompt, Patch, Reference, ablate, patch
 from .base import EVERY_STEP, Hook, as_tuple
@@ -37,7 +37,7 @@ from .vector import Vector, load_vector
 MAX_DIGITS = 9  # of the number of a layer or a head
 
 
-@checks_arguments
+@check_arguments
 def parse_hook(text: str, *, lm: LM | None = None) -> Hook:
     """Returns the hook of a short text VERB:WHAT@WHERE, or of the JSON of `Hook.to_json`.
 
@@ -69,7 +69,7 @@ def parse_hook(text: str, *, lm: LM | None = None) -> Hook:
     return PARSERS[spelling.verb](spelling, lm)
 
 
-@checks_arguments
+@check_arguments
 def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Hook]:
     """Returns the hooks of a YAML or JSON file.
 
@@ -80,7 +80,7 @@ def load_hooks(path: str | os.PathLike[str], *, lm: LM | None = None) -> list[Ho
     >>> [str(hook) for hook in load_hooks("hooks.yaml")]
     ['ablate(z.9.3)', "force(' coffee', step=0)"]
     """
-    return [_hook_of_item(item, lm, os.fspath(path)) for item in hooks_listed(path)]
+    return [_hook_of_item(item, lm, os.fspath(path)) for item in read_hook_list(path)]
 
 
 def check_hook(text: Any) -> None:
@@ -104,8 +104,8 @@ def _hook_of_item(item: Any, lm: LM | None, path: str) -> Hook:
     if isinstance(item, Mapping) and "hook" in item:
         return Hook.from_json(json.dumps(item))
     text = str(item)
-    if len(text) > SHORT:
-        text = f"{text[:SHORT]}…"
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[:MAX_MESSAGE]}…"
     # YAML reads `force: coffee` as a mapping, and drops the space
     if isinstance(item, Mapping) and len(item) == 1:
         raise BadHook(
@@ -335,7 +335,7 @@ PARSERS: dict[str, Parser] = {
 PLAIN_TOKEN = re.compile(r"[^\s,=@'\"():](?:[^,=@'\"():]*[^\s,=@'\"():])?")
 
 
-@checks_arguments
+@check_arguments
 def format_hook(hook: Hook) -> str:
     """Returns the shortest text from which `parse_hook` makes an equal hook.
 
@@ -405,7 +405,7 @@ def _format_ablation(hook: Ablate, sites: str) -> str | None:
 def _format_tokens(hook: LogitEdit) -> str:
     words = []
     for name in hook.names:
-        words += map(spelled_token, as_tuple(getattr(hook, name)))
+        words += map(format_token, as_tuple(getattr(hook, name)))
     if isinstance(hook, Boost) and _has_amount_for_each(hook):
         amounts = as_tuple(hook.by)
         words = [f"{word}={amount!r}" for word, amount in zip(words, amounts, strict=True)]
@@ -418,7 +418,7 @@ def _has_amount_for_each(hook: Boost) -> bool:
     return len(as_tuple(hook.by)) == len(hook.tokens)
 
 
-def spelled_token(token: Any) -> str:
+def format_token(token: Any) -> str:
     """Returns a token in the grammar: bare, in quotes, by its id, or as a phrase."""
     if isinstance(token, Phrase):
         return repr(token)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..arguments import shortened
+from ..arguments import shorten
 from ..errors import BadHook
 from ..models.positions import GENERATED, PROMPT, at
 from ..models.tokens import Token
@@ -61,7 +61,7 @@ def parse_parts(text: str) -> Spelling:
     """Splits VERB:WHAT@WHERE. The first @ with values after it ends WHAT."""
     verb, colon, after_verb = text.partition(":")
     verb = verb.strip()
-    shown_text = shortened(text, SHOWN)
+    shown_text = shorten(text, SHOWN)
     if not colon or not re.fullmatch(r"[a-z_]+", verb):
         raise BadHook(
             f"{shown_text!r} spells no hook: write VERB:WHAT@WHERE, such as 'ablate:z.9.3', "
@@ -82,7 +82,7 @@ def parse_parts(text: str) -> Spelling:
     return Spelling(shown_text, verb, after_verb)
 
 
-def place_of(text: str, what: str = "a position") -> Any:
+def parse_place(text: str, what: str = "a position") -> Any:
     """Parses a position or a step: -1, 1:4, [0, 2], at('store') or PROMPT; "all" is None."""
     if text.strip() == "all":
         return None
@@ -90,7 +90,7 @@ def place_of(text: str, what: str = "a position") -> Any:
         return _parse_value(text)
     except _NoValueError:
         raise BadHook(
-            f"{shortened(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], "
+            f"{shorten(text, SHOWN)!r} is no place for {what}: write a number, 1:4, [0,2], "
             "at('store'), PROMPT, GENERATED or all"
         ) from None
 
@@ -226,10 +226,10 @@ def parse_token(text: str, spelling: Spelling) -> Token | Phrase:
             f"{spelling.text!r} names an empty token: write {spelling.verb}: coffee, where the "
             "space is part of the token"
         )
-    return word_of(text)
+    return parse_bare_token(text)
 
 
-def word_of(text: str) -> Token | Phrase:
+def parse_bare_token(text: str) -> Token | Phrase:
     """Returns a token: the text itself with its leading space, '…', id(28) or phrase('…')."""
     bare = text.strip()
     if match := re.fullmatch(r"id\((\d{1,18})\)", bare):
@@ -252,6 +252,6 @@ def parse_amount(text: str, sign: str, spelling: Spelling) -> tuple[str, float]:
     except ValueError:
         example = {"=": " tea=2.5", "*": "mlp_out.4*0.5"}[sign]
         raise BadHook(
-            f"{spelling.text!r} is no amount for {shortened(text, SHOWN)!r}: write "
+            f"{spelling.text!r} is no amount for {shorten(text, SHOWN)!r}: write "
             f"{spelling.verb}:{example}"
         ) from None

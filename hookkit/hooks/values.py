@@ -12,7 +12,7 @@ from .base import Binding, Constant, Here
 from .rounding import convert_like
 
 
-def moved(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
+def convert_once(tensor: Tensor, name: str) -> Callable[[Tensor], Tensor]:
     """Returns a function that gives the tensor in the dtype and on the device of some values.
 
     The function owns the converted tensor and keeps it for the next forward. It raises `BadEdit` if
@@ -36,7 +36,7 @@ def fit_to_values(value: Constant, name: str) -> Callable[[Tensor, Here], Tensor
     The constant may have the axes of the site, or [pos, ...] for the hook's positions, or
     [row, pos, ...]. The result has the dtype and the device of the values.
     """
-    convert = moved(value.tensor, name)
+    convert = convert_once(value.tensor, name)
     return lambda values, here: _fit(convert(values), values, here, name)
 
 

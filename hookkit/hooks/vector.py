@@ -24,24 +24,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import (
-    as_whole,
-    checks_arguments,
-    checks_construction,
-    described,
-    file_of,
-    finite_number,
-    items_of,
+    as_integer,
+    as_items,
+    check_arguments,
+    check_fields,
+    check_file,
+    check_number,
+    describe,
 )
-from ..display import printable, shown
+from ..display import printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.tensors import save_tensors
-from ..files.untrusted import json_of, strings_of, tensors_in
+from ..files.untrusted import check_strings, parse_json, read_tensors
 from ..models.lm import LM
-from ..models.positions import CountLike, PosLike
+from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Row
 from ..models.provenance import about_model, config_hash, weights_hash
-from ..models.sites import AnySite, ModuleSite, Site, Sites, parse
-from ..models.wrappers import adapters_in_use
+from ..models.sites import AnySite, ModuleSite, Site, Sites, parse_site
+from ..models.wrappers import active_adapter_names
 from .base import as_constant
 from .edits import Steer, steer
 
@@ -49,13 +49,13 @@ from .edits import Steer, steer
 SAME = ("weights_sha256", "config_sha256", "adapters")
 
 
-def model_words(lm: LM) -> dict[str, Any]:
+def describe_model(lm: LM) -> dict[str, Any]:
     """Returns the model's name, the hashes of its weights and configuration, and its adapters."""
     return {
         "model": about_model(lm)["model"],
         "weights_sha256": weights_hash(lm),
         "config_sha256": config_hash(lm),
-        "adapters": adapters_in_use(lm.root),
+        "adapters": active_adapter_names(lm.root),
     }
 
 
@@ -72,7 +72,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def check_same_model(about: Mapping[str, Any], lm: LM) -> None:
     """Raises `OtherModel` if a vector was computed with another model."""
-    model = model_words(lm)
+    model = describe_model(lm)
     missing = [name for name in SAME if name not in about]
     problems = missing or differences(about, model)
     if problems:
@@ -84,7 +84,7 @@ def check_same_model(about: Mapping[str, Any], lm: LM) -> None:
         )
 
 
-@checks_construction
+@check_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Vector:
     """A direction at a site, from `mean_difference`, `fit_vector`, `load_vector` … or by hand.
@@ -109,10 +109,10 @@ class Vector:
 
     def __post_init__(self) -> None:
         if isinstance(self.site, str):
-            object.__setattr__(self, "site", parse(self.site))
+            object.__setattr__(self, "site", parse_site(self.site))
         if not isinstance(self.site, Site | ModuleSite):
             raise BadHook(
-                f"site={described(self.site)}: give the place of the vector, such as 'resid_post.6'"
+                f"site={describe(self.site)}: give the place of the vector, such as 'resid_post.6'"
             )
         if self.site.every_layer:
             raise BadHook(
@@ -125,7 +125,7 @@ class Vector:
                 "[d_model]"
             )
         object.__setattr__(self, "tensor", copy)
-        if finite_number(self.norm, "norm") <= 0:
+        if check_number(self.norm, "norm") <= 0:
             raise BadHook(
                 f"norm={self.norm}: give the length of the values at {self.site}, more than 0"
             )
@@ -163,14 +163,14 @@ class Vector:
         tensor = noise / noise.norm() * self.length
         return self._derive(tensor, f"random (seed {seed}), as long as {self.method}")
 
-    @checks_arguments
+    @check_arguments
     def steer(
         self,
         *,
         dose: float | None = None,
         scale: float | None = None,
         pos: PosLike = None,
-        rows: CountLike = None,
+        rows: IndicesLike = None,
     ) -> Steer:
         """Returns a hook that adds the vector at its site.
 
@@ -187,7 +187,7 @@ class Vector:
         if scale is not None:
             return steer(self.site, self.tensor, scale=scale, pos=pos, rows=rows)
         # later digits of the norm depend on the processor that measured it
-        length = float(f"{finite_number(dose, 'dose') * self.norm:.6g}")
+        length = float(f"{check_number(dose, 'dose') * self.norm:.6g}")
         return steer(self.site, self.unit().tensor, scale=length, pos=pos, rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -208,15 +208,13 @@ class Vector:
         return self._add(other, -1, "-")
 
     def __mul__(self, by: float) -> "Vector":
-        return self._derive(
-            self.tensor * finite_number(by, "the factor"), f"{by:g} * {self.method}"
-        )
+        return self._derive(self.tensor * check_number(by, "the factor"), f"{by:g} * {self.method}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, by: float) -> "Vector":
         return self._derive(
-            self.tensor / finite_number(by, "the divisor"), f"{self.method} / {by:g}"
+            self.tensor / check_number(by, "the divisor"), f"{self.method} / {by:g}"
         )
 
     def __neg__(self) -> "Vector":
@@ -259,14 +257,14 @@ class Vector:
             "of the stream's": self.dose,
             "numbers": len(self.tensor),
         }
-        return shown(f"Vector at {self.site}", facts)
+        return render_html(f"Vector at {self.site}", facts)
 
     def __repr__(self) -> str:
         size = f"length {self.length:.3g}, {self.dose:.2g} of the stream's"
         return f"Vector({self.site}: {printable(self.method)}, {size})"
 
 
-@checks_construction
+@check_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Vectors(Sequence[Vector]):
     """Vectors of several sites, in order, by index or by site: `vectors["resid_post.12"]`."""
@@ -274,9 +272,9 @@ class Vectors(Sequence[Vector]):
     all: tuple[Vector, ...]
 
     def __post_init__(self) -> None:
-        vectors = items_of(self.all)
+        vectors = as_items(self.all)
         if vectors is None or not all(isinstance(vector, Vector) for vector in vectors):
-            raise BadHook(f"{described(self.all)} holds no vectors: give a list of hk.Vector")
+            raise BadHook(f"{describe(self.all)} holds no vectors: give a list of hk.Vector")
         if not vectors:
             raise EmptySelection("there is no vector: give at least one")
         object.__setattr__(self, "all", tuple(vectors))
@@ -293,14 +291,14 @@ class Vectors(Sequence[Vector]):
     def __getitem__(self, index: int | str | AnySite | slice) -> "Vector | Vectors":
         if isinstance(index, slice):
             return Vectors(self.all[index])
-        number = as_whole(index)
+        number = as_integer(index)
         if number is not None:
             if not -len(self) <= number < len(self):
                 raise OutOfRange(
                     f"vector {index} was asked for, and there are {len(self)}: 0 to {len(self) - 1}"
                 )
             return self.all[number]
-        site = parse(index) if isinstance(index, str) else index
+        site = parse_site(index) if isinstance(index, str) else index
         for vector in self.all:
             if vector.site == site:
                 return vector
@@ -320,13 +318,13 @@ class Vectors(Sequence[Vector]):
             {"site": vector.site, "length": vector.length, "of the stream's": vector.dose}
             for vector in self.all
         ]
-        return shown(f"Vectors: {self.all[0].method}", rows=rows)
+        return render_html(f"Vectors: {self.all[0].method}", rows=rows)
 
     def __repr__(self) -> str:
         return f"Vectors({printable(self.all[0].method)}; {self.sites})"
 
 
-@checks_arguments
+@check_arguments
 def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False) -> Vector:
     """Returns the vector that `Vector.save` wrote, and checks it against this model.
 
@@ -338,20 +336,20 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
     >>> load_vector(lm, path, any_model=True)
     Vector(resid_post.6: a vector made by hand, length ..., ... of the stream's)
     """
-    tensors, metadata = tensors_in(file_of(path))
+    tensors, metadata = read_tensors(check_file(path))
     header_text = metadata.get("vector")
     if header_text is None or "vector" not in tensors:
         raise BadHook(
             f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote"
         )
     name = f"the steering vector in {Path(path).name!r}"
-    header = strings_of(json_of(header_text, name, finite=False), ("site",), name)
+    header = check_strings(parse_json(header_text, name, finite=False), ("site",), name)
     has_all = {"site", "norm", "about"} <= set(header)
     if not has_all or not isinstance(header["norm"], int | float):
         raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
-    about = strings_of(header["about"], ("method",), f"what {name} says about itself")
+    about = check_strings(header["about"], ("method",), f"what {name} says about itself")
     if not any_model:
         check_same_model(about, lm)
-    vector = Vector(parse(header["site"]), tensors["vector"], header["norm"], about)
+    vector = Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)
     lm.expand(vector.site)  # raises for an unknown site
     return vector

@@ -22,7 +22,7 @@ from ..models.layout import Layout
 from ..models.lm import LM
 from ..models.sites import Site
 from ..runs.run import Run
-from ..runs.taps import reader
+from ..runs.taps import forward_of_site
 
 Map = Callable[[Tensor], Tensor]
 
@@ -148,7 +148,7 @@ def has_site(layout: Layout, name: str, layer: int | None) -> bool:
     return name in layout.names and layout.find(name, layer) is not None
 
 
-def needed(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
+def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
     inner = []
     if heads:
@@ -236,7 +236,7 @@ def _split(
     values = stream.at(inner, layer)
     assert values is not None
     flat = values.flatten(1)
-    project = reader(stream.lm, Site(inner, layer))
+    project = forward_of_site(stream.lm, Site(inner, layer))
     outward, offset = _after_projection(stream, name, layer, project, flat, added)
     direction = vector_jacobian_product(project, flat, outward).double()
     shares = _on_device_of(stream.along, direction * flat.double())

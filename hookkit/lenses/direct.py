@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments, whole_number
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.capture import Capture, capture
 from ..models.devices import device_of
@@ -21,13 +21,13 @@ from ..models.sites import Site
 from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
 from ..runs.run import Run
-from .components import Cells, Map, Part, ResidualStream, freeze_norm, needed, parts_of
+from .components import Cells, Map, Part, ResidualStream, freeze_norm, parts_of, required_sites
 from .model_end import ModelEnd, Read, model_end_of
 
 Tokens = Token | list[Token]
 
 
-@checks_arguments
+@check_arguments
 def direct_logits(
     run: Run,
     token: Tokens,
@@ -64,12 +64,14 @@ def direct_logits(
     >>> table["logit"].sum().round(3), table.nlargest(2, "logit")["component"].tolist()
     (np.float64(20.371), ['mlp_out.29', 'mlp_out.27'])
     """
-    return decomposed(_read_again(run, heads, neurons, pos), token, against)
+    return decompose_logits(_read_again(run, heads, neurons, pos), token, against)
 
 
-def decomposed(run: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
-    """Returns the table of `direct_logits` for a run that captured the `needed` sites of its first
-    rows, after its edits."""
+def decompose_logits(run: Run, token: Tokens, against: Tokens | None = None) -> pd.DataFrame:
+    """Returns the table of `direct_logits` for a run that captured the `required_sites`.
+
+    The captures are those of the run's first rows, after its edits.
+    """
     lm = run.lm
     refuse_no_gradient(lm)
     end = run.captured(f"resid_post.{lm.n_layers - 1}")
@@ -121,7 +123,7 @@ def _read_again(run: Run, heads: bool, neurons: bool, pos: PosLike) -> Run:
             "its text with hk.forward and the hooks that are meant there, and give that run"
         )
     rows = [row[:length] for row, length in zip(run.tokens.tolist(), run.lengths, strict=True)]
-    sites = needed(run.lm, heads=heads, neurons=neurons)
+    sites = required_sites(run.lm, heads=heads, neurons=neurons)
     logits = "last" if pos == -1 else "all"
     return forward(run.lm, rows, *edits, capture(sites, pos=pos), logits=logits)
 
@@ -237,7 +239,7 @@ def _table(parts: Sequence[Part], locations: Sequence[tuple[int, int]]) -> pd.Da
     return table.astype({"layer": "Int64", "head": "Int64", "neuron": "Int64"})
 
 
-@checks_arguments
+@check_arguments
 def logit_terms(
     run: Run, token: Token, *, pos: int = -1, row: int = 0, top: int = 10
 ) -> pd.DataFrame:
@@ -256,7 +258,7 @@ def logit_terms(
     3     bias     0.00
     4    logit    20.37
     """
-    whole_number(top, "top", least=1, meaning="how many dimensions to show,", error=BadHook)
+    check_integer(top, "top", least=1, meaning="how many dimensions to show,", error=BadHook)
     lm = run.lm
     refuse_no_gradient(lm)
     again = _read_again(run, False, False, pos)
@@ -291,7 +293,7 @@ def logit_terms(
     return table.astype({"dim": "Int64"}).reindex(columns=columns)
 
 
-@checks_arguments
+@check_arguments
 def unembedding(lm: LM, token: Token) -> Float[Tensor, " d_model"]:
     """W_U[token]: the direction in the head's input along which a token's logit grows.
 

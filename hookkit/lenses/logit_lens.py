@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments, whole_number
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
 from ..models.lm import LM, Token
-from ..models.positions import CountLike, PosLike
+from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site, SitesLike
-from ..models.tokens import shown_ranks
+from ..models.tokens import ranks_for_table
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts
@@ -38,14 +38,14 @@ class Translator(Protocol):
     ) -> Float[Tensor, "state d_model"]: ...
 
 
-@checks_arguments
+@check_arguments
 def logit_lens(
     lm: LM,
     prompts: Prompts,
     *hooks: Hook,
     sites: SitesLike = "resid_post",
     pos: PosLike = -1,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     top: int = 5,
     watch: Iterable[Token] | Token = (),
     choose: str = "layer",
@@ -80,14 +80,14 @@ def logit_lens(
         )
     watched = watched_ids(lm, watch)
     least = 0 if watched else 1
-    whole_number(top, "top", least=least, most=lm.n_tokens, meaning="how many tokens to show")
+    check_integer(top, "top", least=least, most=lm.n_tokens, meaning="how many tokens to show")
     selected = stream_sites(lm, sites)
     end = Site("resid_post", lm.n_layers - 1)
     captured = (*[site for site in selected if site != end], end)
     run = forward(lm, prompts, *hooks, capture(list(captured), pos=pos, rows=rows), logits=False)
-    states = States(run, captured, through)
+    states = LensStates(run, captured, through)
     prompt_rows = as_batch(lm, prompts).rows
-    table = lens_of(states, hooks, prompt_rows, top, watched, anywhere=choose == "anywhere")
+    table = lens_table(states, hooks, prompt_rows, top, watched, anywhere=choose == "anywhere")
     if end not in selected:
         table = pd.DataFrame(table[table["site"] != str(end)]).reset_index(drop=True)
     return table
@@ -126,7 +126,7 @@ class Cell:
 
 
 @dataclass(frozen=True, eq=False)
-class States:
+class LensStates:
     """The states of a run at some sites; the model's last state is the last one."""
 
     run: Run
@@ -160,8 +160,8 @@ class States:
         return torch.stack([values.to(device) for values in states], 1)
 
 
-def lens_of(
-    states: States,
+def lens_table(
+    states: LensStates,
     hooks: Sequence[Hook],
     rows: tuple[Row, ...],
     top: int,
@@ -207,7 +207,7 @@ def _table(lm: LM, sites: Sequence[Site], cells: Sequence[Cell], readout: Readou
             "logit": readout.logits.double().flatten().numpy(),
             "logprob": readout.logprobs.double().flatten().numpy(),
             "prob": readout.logprobs.double().exp().flatten().numpy(),
-            "rank": shown_ranks(readout.ranks).flatten().numpy(),
+            "rank": ranks_for_table(readout.ranks).flatten().numpy(),
             "entropy": readout.entropy.double().flatten().repeat_interleave(n_tokens).numpy(),
             "kl": readout.kl.double().flatten().repeat_interleave(n_tokens).numpy(),
             "_site": _repeat_each(range(n_sites), n_tokens) * n_cells,
@@ -226,7 +226,7 @@ def _repeat_each(values: Iterable[object], times: int) -> list[object]:
     return repeated
 
 
-@checks_arguments
+@check_arguments
 def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
     """At which sites each token of a lens is the most likely: one row for each row, pos and token.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadPrompt
 from ..hooks.base import Hook
 from ..hooks.capture import capture
@@ -22,7 +22,7 @@ BEFORE_BLOCKS = {"embed": "embedding", "pos_embed": "position embedding"}
 AFTER_BLOCKS = {"final_norm": "final norm", "lm_head": "head"}
 
 
-@checks_arguments
+@check_arguments
 def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 3) -> pd.DataFrame:
     """The path from a prompt to the probabilities of its next token, one row for each stage.
 

@@ -17,13 +17,13 @@ from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
-from ..models.overrides import Lent, without_hooks
+from ..models.overrides import Overrides, skip_hooks
 from ..models.padding import logits_of
-from ..models.prompts import Row, cover, pad_id
+from ..models.prompts import Row, pad_id, positions_of_text
 from ..models.sites import Site
 from ..runs.manager import HookManager, RegisteredHook
-from ..runs.partial import CellRows, SharedForward, passed_by
-from ..runs.taps import HookPoint, input_of, planned
+from ..runs.partial import CellRows, SharedForward, skip_block
+from ..runs.taps import HookPoint, build_hook_points, find_input
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Ending:
         return tap.place.path in (self.begun if tap.place.side == "input" else self.ended)
 
 
-def ending(lm: LM) -> Ending:
+def find_ending(lm: LM) -> Ending:
     """Returns how this model ends, observed in a forward of one token.
 
     Raises `Unsupported` if the model's blocks are not known.
@@ -93,7 +93,7 @@ def _observe_ending(lm: LM) -> Ending:
         return output
 
     manager = _ObservingManager(lm, inside)
-    with Lent() as lent:
+    with Overrides() as lent:
         for number, block in enumerate(blocks):
             lent.around(block, "forward", partial(run_block, number))
         for path, module in lm.root.named_modules():
@@ -122,19 +122,19 @@ class _ObservingManager(HookManager):
         super().__init__(lm, ())
         self.inside = inside
 
-    def _register(self, lent: Lent) -> None:
+    def _register(self, lent: Overrides) -> None:
         silence(self.lm, self.inside, lent, self.acts_here)
         super()._register(lent)
 
 
-def silence(lm: LM, inside: set[int], lent: Lent, acts: Callable[[], bool]) -> None:
+def silence(lm: LM, inside: set[int], lent: Overrides, acts: Callable[[], bool]) -> None:
     """Calls the modules inside the model's blocks without their hooks.
 
     These hooks must not act on a state that is inserted after the blocks.
     """
     for module in lm.root.modules():
         if id(module) in inside and (module._forward_hooks or module._forward_pre_hooks):
-            without_hooks(module, lent, acts)
+            skip_hooks(module, lent, acts)
 
 
 class _StreamEnd(SharedForward):
@@ -152,11 +152,11 @@ class _StreamEnd(SharedForward):
         super().__init__(lm, lanes, rows=len(states), width=1)
         self.kinds, self.states = kinds, states
 
-    def _register(self, lent: Lent) -> None:
+    def _register(self, lent: Overrides) -> None:
         blocks = _blocks_of(self.lm)
         silence(self.lm, _ids_of_modules(blocks), lent, self.acts_here)
         for block, kind in zip(blocks[:-1], self.kinds, strict=False):
-            lent.around(block, "forward", passed_by(kind))
+            lent.around(block, "forward", skip_block(kind))
         output: Any = self.states[:, None]
         if self.kinds[-1]:
             output = (output, *[None] * (self.kinds[-1] - 1))
@@ -210,9 +210,9 @@ class ModelEnd:
         path = self.lm.place(Site("lm_head")).path
 
         def stop(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-            raise _HeadReached(input_of(args, kwargs, 0, path)[0])
+            raise _HeadReached(find_input(args, kwargs, 0, path)[0])
 
-        with Lent() as lent:
+        with Overrides() as lent:
             lent.around(self.lm.submodule(path), "forward", stop)
             try:
                 self._run(states, [])
@@ -227,10 +227,10 @@ class ModelEnd:
 
         def record(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
-            calls.append((input_of(args, kwargs, 0, path)[0], output))
+            calls.append((find_input(args, kwargs, 0, path)[0], output))
             return output
 
-        with Lent() as lent:
+        with Overrides() as lent:
             lent.around(self.lm.submodule(path), "forward", record)
             logits = self._run(states, [])
         head_input, output = calls[-1]
@@ -240,7 +240,7 @@ class ModelEnd:
     def _cells(self, prompts: list[int], pos: int) -> CellRows:
         lengths = list(map(len, self.rows))
         columns: list[Any] = list(map(range, lengths))
-        find = partial(cover, self.lm)
+        find = partial(positions_of_text, self.lm)
         batch = SequenceBatch(
             columns, lengths, self.rows.__getitem__, find, final=True, numbers=prompts
         )
@@ -259,11 +259,11 @@ def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelE
     Raises `Unsupported` if an edit of an outer `with` block acts there, since its rows and
     positions are not known.
     """
-    end = ending(lm)
+    end = find_ending(lm)
     _refuse_outer_edits(lm, end)
     manager = HookManager(lm, ())
     taps = []
-    for tap in planned(lm, list(hooks), manager.reference):
+    for tap in build_hook_points(lm, list(hooks), manager.reference):
         if end.has(tap):
             tap.actions = [action for action in tap.actions if action.change is not None]
             if tap.actions:

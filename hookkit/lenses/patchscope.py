@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadPrompt
 from ..hooks.ablation import ablate
 from ..hooks.base import Hook
@@ -19,7 +19,7 @@ from ..tables.rank_tables import ranks
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 
 
-@checks_arguments
+@check_arguments
 def patchscope(
     lm: LM,
     prompt: Prompts,

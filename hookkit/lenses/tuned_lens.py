@@ -12,9 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments, file_of, finite_number, prompt_rows, seed_of, whole_number
+from ..arguments import (
+    check_arguments,
+    check_file,
+    check_integer,
+    check_number,
+    check_prompts,
+    check_seed,
+)
 from ..errors import BadFile, BadHook, BadPrompt
-from ..files.untrusted import json_of, strings_of, tensors_in
+from ..files.untrusted import check_strings, parse_json, read_tensors
 from ..hooks.capture import capture
 from ..models.lm import LM
 from ..models.prompts import Prompts, as_rows
@@ -74,7 +81,7 @@ class TunedLens:
         return save_tensors(tensors, path, about=about)
 
 
-@checks_arguments
+@check_arguments
 def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLens:
     """The tuned lens that `save` wrote.
 
@@ -85,12 +92,12 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
     >>> load_lens(lens.save("lens.safetensors"), lm=small).history.columns.tolist()
     ['site', 'layer', 'kl_before', 'kl_after']
     """
-    tensors, words = tensors_in(file_of(path))
+    tensors, words = read_tensors(check_file(path))
     if "history" not in words or "about" not in words:
         raise BadHook(f"{os.fspath(path)!r} is no tuned lens: it was not written by TunedLens.save")
     name = f"the tuned lens in {os.fspath(path)!r}"
-    about = json_of(words["about"], name, finite=False)
-    about = strings_of(about, ("weights_sha256", "model"), name)
+    about = parse_json(words["about"], name, finite=False)
+    about = check_strings(about, ("weights_sha256", "model"), name)
     if "weights_sha256" not in about:
         raise BadFile(
             f"{name} does not say which model it is for: give a file that TunedLens.save wrote"
@@ -101,7 +108,7 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
             f"the lens in {path} was trained on {model!r}, whose weights are not those of "
             f"{lm.name!r}"
         )
-    history = _read_history(json_of(words["history"], name), name)
+    history = _read_history(parse_json(words["history"], name), name)
     sites = list(history["site"])
     change = _tensors_of(tensors, "change/", sites, name)
     offset = _tensors_of(tensors, "offset/", sites, name)
@@ -144,7 +151,7 @@ def _check_shapes(changes: list[Tensor], offsets: list[Tensor], name: str) -> No
         raise BadFile(f"{name} has tensors that are no affine translators: it was changed")
 
 
-@checks_arguments
+@check_arguments
 def train_lens(
     lm: LM,
     texts: Prompts,
@@ -174,9 +181,9 @@ def train_lens(
 
     refuse_no_gradient(lm)
     for name, value, least in (("window", window, 2), ("steps", steps, 1), ("states", states, 1)):
-        whole_number(value, name, least=least, error=BadHook)
-    finite_number(lr, "lr", above=0.0, meaning="the length of a step,")
-    seed_of(seed)
+        check_integer(value, name, least=least, error=BadHook)
+    check_number(lr, "lr", above=0.0, meaning="the length of a step,")
+    check_seed(seed)
     end = Site("resid_post", lm.n_layers - 1)
     trained = [site for site in stream_sites(lm, sites) if site != end]
     windows = _windows(lm, texts, window)
@@ -231,7 +238,7 @@ def _windows(lm: LM, texts: Prompts, window: int) -> list[list[int]]:
 def as_long_rows(lm: LM, texts: Prompts) -> Sequence[Sequence[int]]:
     """Returns the tokens of texts of any length."""
     rows: list[Sequence[int]] = []
-    for text in prompt_rows(texts):
+    for text in check_prompts(texts):
         if isinstance(text, str) and lm.tokenizer is not None:
             rows.append(lm.encode(text))
         else:

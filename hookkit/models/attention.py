@@ -1,10 +1,10 @@
 """Values from inside a module's forward: queries, keys, values, scores, pattern and router logits.
 
-These tensors are no module's input or output. `listen` wraps the forward of an attention module (or
-of a router), so that a callback receives each of them by name and returns the tensor to continue
-with. Scores and pattern are computed by the eager attention of the module's own file. If no
-callback changes them, the result of the attention implementation in use (sdpa, flash attention) is
-returned, which keeps the output equal bit for bit.
+These tensors are no module's input or output. `intercept_tensors` wraps the forward of an attention
+module (or of a router), so that a callback receives each of them by name and returns the tensor to
+continue with. Scores and pattern are computed by the eager attention of the module's own file. If
+no callback changes them, the result of the attention implementation in use (sdpa, flash attention)
+is returned, which keeps the output equal bit for bit.
 """
 
 import functools
@@ -26,8 +26,8 @@ from torch.overrides import (
 )
 
 from ..errors import Unsupported
-from .overrides import Lent
-from .views import hidden
+from .overrides import Overrides
+from .views import is_hidden
 
 NAME = "hookkit"  # the attention implementation that is registered with transformers
 
@@ -69,8 +69,8 @@ class _RunningForwards(threading.local):
 _RUNNING = _RunningForwards()
 
 
-def listen(
-    overrides: Lent,
+def intercept_tensors(
+    overrides: Overrides,
     module: nn.Module,
     style: Style,
     requested: frozenset[str],
@@ -145,25 +145,27 @@ class _Unchanged(Exception):
     """Raised when no callback changed scores or pattern, to end eager attention early."""
 
 
-class Mode(TorchFunctionMode):
+class RemovableMode(TorchFunctionMode):
     """A torch function mode that is removed even if Ctrl-C comes while torch sets it aside."""
 
     def __exit__(self, *_: object) -> None:
         if _get_current_function_mode() is self:
             super().__exit__(None, None, None)
         else:
-            keep_modes([mode for mode in modes() if mode is not self])
+            remove_modes_except([mode for mode in current_modes() if mode is not self])
 
 
-def modes() -> list[Any]:
+def current_modes() -> list[Any]:
     """Returns the torch function modes of this thread, the innermost last."""
     return _get_current_function_mode_stack()
 
 
-def keep_modes(modes_to_keep: list[Any]) -> None:
+def remove_modes_except(modes_to_keep: list[Any]) -> None:
     """Removes from this thread's stack every mode of hookkit that is not among these."""
-    current = modes()
-    remaining = [mode for mode in current if mode in modes_to_keep or not isinstance(mode, Mode)]
+    current = current_modes()
+    remaining = [
+        mode for mode in current if mode in modes_to_keep or not isinstance(mode, RemovableMode)
+    ]
     if remaining == current:
         return
     for _ in current:
@@ -172,7 +174,7 @@ def keep_modes(modes_to_keep: list[Any]) -> None:
         _push_mode(mode)
 
 
-class _SoftmaxMode(Mode):
+class _SoftmaxMode(RemovableMode):
     """Passes the input (scores) and output (pattern) of the first softmax to a callback.
 
     `dtype` is the dtype of the masks, which may be narrower than that of the scores. Only the first
@@ -224,7 +226,7 @@ class _SoftmaxMode(Mode):
         old = _with_full_mask(part, self.dtype) if name == "scores" else part
         new = self.callback(name, old)
         if name == "scores" and new is not old:
-            new = torch.where(hidden(old), part, new)  # masked keys stay masked
+            new = torch.where(is_hidden(old), part, new)  # masked keys stay masked
         # a new tensor that requires gradients counts as a change: a capture must be on their path
         if new is old or (torch.equal(new, part) and not new.requires_grad):
             return full
@@ -254,7 +256,7 @@ class _SoftmaxMode(Mode):
         return nn.functional.dropout(pattern, dropout_p) @ value
 
 
-def squares(
+def compute_scores_and_pattern(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
 ) -> dict[str, Tensor]:
     """Returns the "scores" and the "pattern" of a call of `scaled_dot_product_attention`."""
@@ -274,10 +276,10 @@ def _with_full_mask(scores: Tensor, mask_dtype: torch.dtype) -> Tensor:
     smallest = torch.finfo(scores.dtype).min
     if torch.finfo(mask_dtype).min == smallest:
         return scores
-    return scores.masked_fill(hidden(scores, mask_dtype), smallest)
+    return scores.masked_fill(is_hidden(scores, mask_dtype), smallest)
 
 
-class _RouterMode(Mode):
+class _RouterMode(RemovableMode):
     """Passes the output of the first linear map of a router, which is its logits, to a callback."""
 
     def __init__(self, callback: TensorCallback) -> None:
@@ -379,7 +381,7 @@ def _check_equal(
     difference = (eager.detach().float() - fused.detach().float().reshape(eager.shape)).abs()
     difference = difference.amax((-2, -1))
     if mask is not None:  # the output of a padding query, which attends to nothing, may be anything
-        blind = hidden(mask).all(-1)  # [query], or [batch, head, query]
+        blind = is_hidden(mask).all(-1)  # [query], or [batch, head, query]
         if blind.ndim == 3:
             blind = blind.all(1)
         difference = difference.masked_fill(blind.expand_as(difference), 0)

@@ -17,13 +17,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import OutOfRange, Unsupported
-from .positions import OPEN, At, PositionRange, Where, chosen, wish
+from .positions import NO_END, At, PositionRange, Where, resolve_positions, resolve_rows
 
 Columns = range | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Decided:
+class DecidedToken:
     """A token that a hook has decided on, and the hook in words."""
 
     token: int
@@ -70,7 +70,7 @@ class SequenceBatch:
     # The first column for which logits were computed.
     head: int | None = None
     # The decided tokens by model row and column.
-    decided: dict[tuple[int, int], Decided] = field(default_factory=dict)
+    decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
     _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
 
     def wishes(self, where: Where) -> list[PositionRange | None]:
@@ -82,12 +82,12 @@ class SequenceBatch:
     def _resolve(self, where: Where) -> list[PositionRange | None]:
         count = len(self.lengths)
         positions: list[PositionRange | None] = [None] * count
-        for row in chosen(where.rows, count):
+        for row in resolve_rows(where.rows, count):
 
             def cover(at: At, row: int = row) -> tuple[int, ...]:
                 return self.find(self.prompt(row), at)
 
-            positions[row] = wish(where, self.lengths[row], cover)
+            positions[row] = resolve_positions(where, self.lengths[row], cover)
         return positions
 
     def of(self, row: int) -> int:
@@ -343,18 +343,22 @@ class ForwardPass:
         return Selection(self.text, rows, positions, index, valid, whole=False)
 
 
-def contiguous(lengths: Sequence[int], pads: Sequence[int], *, open_end: bool) -> list[Columns]:
+def columns_after_padding(
+    lengths: Sequence[int], pads: Sequence[int], *, open_end: bool
+) -> list[Columns]:
     """Returns the columns of rows that have no gap after `pads` columns of padding.
 
     With `open_end=True`, the rows continue into generated text.
     """
     columns: list[Columns] = []
     for length, pad in zip(lengths, pads, strict=True):
-        columns.append(range(pad, OPEN if open_end else pad + length))
+        columns.append(range(pad, NO_END if open_end else pad + length))
     return columns
 
 
-def masked(mask: Bool[Tensor, "batch pos"], *, generating: bool) -> tuple[list[Columns], list[int]]:
+def columns_of_mask(
+    mask: Bool[Tensor, "batch pos"], *, generating: bool
+) -> tuple[list[Columns], list[int]]:
     """Returns the columns of the real tokens of each row of a mask, and their numbers.
 
     Raises `OutOfRange` for a row without any, and `Unsupported` for a row from which `generate`
@@ -380,7 +384,7 @@ def masked(mask: Bool[Tensor, "batch pos"], *, generating: bool) -> tuple[list[C
         elif ends_in_padding:
             columns.append(range(real[0], real[-1] + 1))
         else:
-            columns.append(range(real[0], OPEN))
+            columns.append(range(real[0], NO_END))
         lengths.append(len(real))
     return columns, lengths
 

@@ -10,14 +10,14 @@ from typing import Any
 import pandas as pd
 
 from ..errors import BadFile, ModelNotFound, did_you_mean
-from .loading import DEFAULT, PACKAGE, cache_folder, default_folder, reading_failed
+from .loading import DEFAULT, PACKAGE, cache_folder, default_folder, explain_load_error
 
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin")
 
 
-def stored() -> pd.DataFrame:
+def stored_models() -> pd.DataFrame:
     """Returns the models stored on this machine, one row for each revision.
 
     Columns: model (its name for `load`; the default model needs none), revision (a commit),
@@ -34,7 +34,7 @@ def stored() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def places() -> pd.DataFrame:
+def model_folders() -> pd.DataFrame:
     """Returns the folders in which models are stored.
 
     Columns: of (what is stored), path, set_by (the environment variables that set it).
@@ -46,7 +46,7 @@ def places() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["of", "path", "set_by"])
 
 
-def fetch(name: str | None = None, revision: str | None = None) -> Path:
+def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
     """Downloads a model, by default the default one, and returns its folder.
 
     Raises `ModelNotFound` for a name that the Hub does not have, and `DownloadFailed` if it does
@@ -63,10 +63,10 @@ def fetch(name: str | None = None, revision: str | None = None) -> Path:
             ignored += [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
         return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the Hub's client fails in many ways
-        raise reading_failed(name, error) from error
+        raise explain_load_error(name, error) from error
 
 
-def remove(name: str, revision: str | None = None) -> float:
+def remove_model(name: str, revision: str | None = None) -> float:
     """Deletes a model or one of its revisions, and returns how many megabytes were freed.
 
     Raises `ModelNotFound` if it is not stored.

@@ -10,9 +10,9 @@ lm = hk.LM(model, tokenizer, row=row)
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, UnknownSite, did_you_mean
-from .families.schema import Family, ModuleLocation, Sizes
+from .families.schema import Family, ModuleLocation, SizeCorrections
 from .families.table import FAMILIES
 from .layout import Layout
 from .lm import LM
@@ -38,7 +38,7 @@ WORDS = (
 PlaceLike: TypeAlias = ModuleLocation | tuple[ModuleLocation, ...]
 
 
-@checks_arguments
+@check_arguments
 def place(
     path: str,
     *,
@@ -79,7 +79,7 @@ def place(
     return ModuleLocation(path, side, item, cut, part, shared, flat, times, over, layers)
 
 
-@checks_arguments
+@check_arguments
 def family(
     name: str,
     *,
@@ -175,7 +175,7 @@ def _check_sites(added: Mapping[str, Any], removed: Mapping[str, str]) -> None:
             raise BadHook(f"the reason why {site!r} is missing is {reason!r}: give a sentence")
 
 
-def _correct_sizes(base: Family, corrections: Mapping[str, int]) -> Sizes:
+def _correct_sizes(base: Family, corrections: Mapping[str, int]) -> SizeCorrections:
     for word, size in corrections.items():
         if word not in WORDS or isinstance(size, bool) or not isinstance(size, int):
             raise BadHook(

@@ -92,7 +92,7 @@ def _weight_reader(offloaded: OffloadedWeight, dtype: torch.dtype) -> Callable[[
     return read
 
 
-def places_of(root: nn.Module) -> dict[str, str]:
+def weight_storages(root: nn.Module) -> dict[str, str]:
     """Returns where each weight is between forwards: a device, "disk", or "meta" for nowhere."""
     offloaded = _offloaded_weights(root)
     storages: dict[str, str] = {}
@@ -113,7 +113,7 @@ def _offload_storage(weights: Any, name: str) -> str:
     return str(weights.state_dict[name].device) if name in weights.state_dict else "disk"
 
 
-def place_at(storages: Mapping[str, str], path: str) -> str:
+def storage_under_path(storages: Mapping[str, str], path: str) -> str:
     """Returns where the weights under a path are, or those of the nearest module around it."""
     while True:
         prefix = f"{path}." if path else ""
@@ -123,7 +123,7 @@ def place_at(storages: Mapping[str, str], path: str) -> str:
         path = path.rpartition(".")[0]
 
 
-def told(block_storages: Iterable[tuple[int, str]]) -> str:
+def describe_storages(block_storages: Iterable[tuple[int, str]]) -> str:
     """Returns where blocks are as text: "cuda:0 in 0-3, disk in 4-7", or "cpu" if all are there."""
     pairs = list(block_storages)
     if len({storage for _, storage in pairs}) == 1:
@@ -136,7 +136,7 @@ def told(block_storages: Iterable[tuple[int, str]]) -> str:
     return ", ".join(texts)
 
 
-def count(root: nn.Module) -> int:
+def count_parameters(root: nn.Module) -> int:
     """Returns the number of parameters.
 
     Tied weights count once, also if accelerate unties them in a forward.
@@ -295,7 +295,7 @@ def check_named(model: nn.Module, device_map: Any) -> None:
             )
 
 
-def distributed(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:
+def make_distributed_config(plan: str | Mapping[str, str], device: Any, device_map: Any) -> Any:
     """Returns transformers' configuration of a model that is split among processes."""
     if device is not None or device_map is not None:
         raise BadHook(

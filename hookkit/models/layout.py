@@ -8,9 +8,9 @@ import pandas as pd
 from torch import nn
 
 from ..errors import MissingSite, OutOfRange, UnknownSite, did_you_mean
-from .families.schema import AxisSplit, Family, ModuleLocation, cut
+from .families.schema import AxisSplit, Family, ModuleLocation, split_axis
 from .families.table import FAMILIES
-from .sites import AXES, KEY_HEADED, WHOLE_MODEL, AnySite, ModuleSite, Site
+from .sites import AXES, SITES_WITH_KEY_HEADS, SITES_WITHOUT_LAYER, AnySite, ModuleSite, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class Layout:
 
     def layers(self, name: str) -> list[int] | None:
         """Returns the blocks that have a site; None for a site that exists once in the model."""
-        if name in WHOLE_MODEL:
+        if name in SITES_WITHOUT_LAYER:
             if self.find(name, None) is None:
                 return []
             return None
@@ -152,7 +152,7 @@ class Layout:
 
     def _check_head(self, site: Site) -> None:
         axis, word = "head", "heads"
-        if site.name in KEY_HEADED:
+        if site.name in SITES_WITH_KEY_HEADS:
             axis, word = "kv_head", "key-value heads"
         heads = self.sizes_of(site.layer)[axis] or 0
         if site.head is not None and site.head >= heads:
@@ -163,7 +163,7 @@ class Layout:
     def cut(self, site: Site) -> AxisSplit | None:
         """Returns which part of the tensor's last axis a site is; None if it is the whole axis."""
         location = self.place(site)
-        return cut(location, self.sizes_of(site.layer)) if location.cut else None
+        return split_axis(location, self.sizes_of(site.layer)) if location.cut else None
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos.
@@ -246,7 +246,7 @@ class Layout:
 MODULES = "name its modules with hk.module(path)"
 
 
-def no_decoder(root: nn.Module, config: Any, head: str | None) -> Family | None:
+def non_decoder_family(root: nn.Module, config: Any, head: str | None) -> Family | None:
     """Returns the row for a model that is no decoder with a head, or None for one that is.
 
     The row has no sites of a decoder; its reasons say what the model is. `head` is the path of the

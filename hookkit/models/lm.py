@@ -19,17 +19,23 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..arguments import checks_construction, checks_keywords, described, whole_numbers
-from ..display import records, shown
+from ..arguments import check_fields, check_integers, check_keywords, describe
+from ..display import first_rows, render_html
 from ..errors import BadArgument, BadHook, HookkitError
-from .devices import count, device_of, place_at, places_of, told
-from .discovery.discover import row_of
+from .devices import (
+    count_parameters,
+    describe_storages,
+    device_of,
+    storage_under_path,
+    weight_storages,
+)
+from .discovery.discover import resolve_family
 from .families.schema import Family, ModuleLocation
 from .layout import Layout, text_config
-from .sites import AXES, WHOLE_MODEL, AnySite, Site, Sites, SitesLike, as_sites
-from .tensor_parallel import Ranks, ranks_of
+from .sites import AXES, SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike, as_sites
+from .tensor_parallel import Ranks, find_ranks
 from .tokens import Token, Vocabulary
-from .wrappers import adapters, adapters_of, unwrapped
+from .wrappers import adapter_names, layer_adapter_names, wrapper_chain
 
 Expand = Callable[[SitesLike], Sites]
 
@@ -78,10 +84,10 @@ class SiteNames:
 
     def _repr_html_(self) -> str:
         rows = [{"site": name, "axes": AXES[name]} for name in self._names()]
-        return shown("sites", rows=rows, most=len(rows))
+        return render_html("sites", rows=rows, most=len(rows))
 
 
-@checks_keywords
+@check_keywords
 def sites(
     of: SiteNames,
     names: str | Iterable[str] | None = None,
@@ -91,13 +97,13 @@ def sites(
 ) -> Sites:
     """Returns the selection of sites with these names, in these layers and heads (default all)."""
     if layers is not None:
-        layers = whole_numbers(layers, "layers", least=0, meaning="the layers, counted from 0,")
+        layers = check_integers(layers, "layers", least=0, meaning="the layers, counted from 0,")
     if heads is not None:
-        heads = whole_numbers(heads, "heads", least=0, meaning="the heads, counted from 0,")
+        heads = check_integers(heads, "heads", least=0, meaning="the heads, counted from 0,")
     if names is None:
         names = of._names()
         if layers is not None:
-            names = [name for name in names if name not in WHOLE_MODEL]
+            names = [name for name in names if name not in SITES_WITHOUT_LAYER]
     selected: list[AnySite] = []
     for named_site in as_sites(names):
         for site in of._expand(_in_layers(named_site, layers)):
@@ -144,8 +150,10 @@ def _devices(lm: "LM", name: str, devices: dict[str, str]) -> str:
         return ""
     layers = lm.layout.layers(name)
     if layers is None:
-        return place_at(devices, lm.place(Site(name)).path or lm.head_path() or "")
-    return told((layer, place_at(devices, lm.place(Site(name, layer)).path)) for layer in layers)
+        return storage_under_path(devices, lm.place(Site(name)).path or lm.head_path() or "")
+    return describe_storages(
+        (layer, storage_under_path(devices, lm.place(Site(name, layer)).path)) for layer in layers
+    )
 
 
 def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
@@ -170,7 +178,7 @@ UNSPLIT_AXES = ("batch", "pos", "query", "key")
 def _adapters(lm: "LM", name: str) -> str:
     names: list[str] = []
     for location in _locations(lm, name).values():
-        names += adapters_of(lm.submodule(location.path))
+        names += layer_adapter_names(lm.submodule(location.path))
     return ", ".join(dict.fromkeys(names))
 
 
@@ -179,7 +187,7 @@ def _locations(lm: "LM", name: str) -> dict[AnySite, ModuleLocation]:
     return lm.located(lm.sites(name)) if name in lm.layout.names else {}
 
 
-@checks_construction
+@check_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A causal language model of transformers and its tokenizer, both unchanged.
@@ -211,11 +219,11 @@ class LM:
             object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer))
         if not isinstance(self.name, str):
             raise BadArgument(
-                f"LM has name={described(self.name)}: give a text, the model's name in results"
+                f"LM has name={describe(self.name)}: give a text, the model's name in results"
             )
         if self.row is not None and not isinstance(self.row, Family):
             raise BadArgument(
-                f"LM has row={described(self.row)}: give a row of the table of families, "
+                f"LM has row={describe(self.row)}: give a row of the table of families, "
                 "hk.family(…)"
             )
 
@@ -228,7 +236,7 @@ class LM:
     @cached_property
     def wrapping(self) -> tuple[nn.Module, ...]:
         """The model, and what `torch.compile` or PEFT wrapped in it, outermost first."""
-        return unwrapped(self.model)
+        return wrapper_chain(self.model)
 
     @cached_property
     def root(self) -> nn.Module:
@@ -238,7 +246,7 @@ class LM:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of PEFT's adapters."""
-        return tuple(adapters(self.wrapping))
+        return tuple(adapter_names(self.wrapping))
 
     @cached_property
     def decoder(self) -> tuple[nn.Module, ...]:
@@ -251,7 +259,7 @@ class LM:
     @cached_property
     def ranks(self) -> Ranks | None:
         """The processes of tensor parallelism; None if this process has the whole model."""
-        return ranks_of(self.root)
+        return find_ranks(self.root)
 
     @property
     def is_writer(self) -> bool:
@@ -271,7 +279,7 @@ class LM:
         """
         if self.row is not None:
             return self.row
-        return row_of(self.root, self.config, self.head_path())
+        return resolve_family(self.root, self.config, self.head_path())
 
     @property
     def two_texts(self) -> bool:
@@ -366,7 +374,7 @@ class LM:
         family = self.family.name
         if self.family.found:
             family += " (found out by a dry run)"
-        size = f"{self.n_layers} layers, {count(self.root) / 1e6:.1f} M parameters"
+        size = f"{self.n_layers} layers, {count_parameters(self.root) / 1e6:.1f} M parameters"
         text = f"{name}: {family}, {size}, on {self.device}"
         if self.adapters:
             text += f"; adapters: {', '.join(self.adapters)}"
@@ -378,8 +386,8 @@ class LM:
         facts = {"class": type(self.root).__name__, "sizes": ", ".join(sizes)}
         table = self.describe()
         columns = ("site", "axes", "layers", "editable")
-        rows = records(table[table["missing"] == ""], *columns, most=len(table))
-        return shown(repr(self), facts, rows, most=len(table))
+        rows = first_rows(table[table["missing"] == ""], *columns, most=len(table))
+        return render_html(repr(self), facts, rows, most=len(table))
 
     # ---- its sites
 
@@ -461,7 +469,7 @@ class LM:
     @property
     def places(self) -> dict[str, str]:
         """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
-        return places_of(self.root)
+        return weight_storages(self.root)
 
     # ---- its tokens
 
@@ -524,7 +532,7 @@ def tokenizer_of(tokenizer: Any) -> Any:
         if all(map(callable, methods)):
             return candidate
     raise BadArgument(
-        f"{described(tokenizer)} is no tokenizer of transformers, and no processor that holds one: "
+        f"{describe(tokenizer)} is no tokenizer of transformers, and no processor that holds one: "
         "give AutoTokenizer.from_pretrained(name), or leave it out and give token ids as prompts"
     )
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, DownloadFailed, HookkitError, ModelNotFound
-from .devices import check_dtype, check_named, check_placement, distributed
+from .devices import check_dtype, check_named, check_placement, make_distributed_config
 from .lm import LM
 
 DEFAULT = "SmolLM2-135M-Instruct"
@@ -51,7 +51,7 @@ NETWORK_ERRORS = (  # parts of the names of exception classes
 )
 
 
-@checks_arguments
+@check_arguments
 def load(
     name: str | os.PathLike[str] | None = None,
     *,
@@ -109,7 +109,7 @@ def load(
     }
     options = {word: value for word, value in options.items() if value is not None}
     if tp_plan is not None:
-        options["distributed_config"] = distributed(tp_plan, device, device_map)
+        options["distributed_config"] = make_distributed_config(tp_plan, device, device_map)
     if name is None:
         source, label = default_folder(), f"{DEFAULT} ({PACKAGE} {VERSION})"
         options = {"dtype": torch.float32, **options, "local_files_only": True}
@@ -306,11 +306,11 @@ def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any,
             model = AutoModelForCausalLM.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise reading_failed(label, error) from error
+        raise explain_load_error(label, error) from error
     return model, tokenizer
 
 
-def reading_failed(label: str, error: BaseException) -> Exception:
+def explain_load_error(label: str, error: BaseException) -> Exception:
     """Returns a hookkit error that explains an error of transformers or of the Hub's client."""
     class_names = _chained_class_names(error)
     reason = str(error).strip().split("\n")[0][:300]

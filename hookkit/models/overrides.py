@@ -1,6 +1,6 @@
 """Temporary changes of a model: wrapped methods, replaced attributes and registered hooks.
 
-`Lent` owns the changes that one `with` block or run has made, and undoes them. This works in
+`Overrides` owns the changes that one `with` block or run has made, and undoes them. This works in
 whatever order blocks end, from any thread, and when Ctrl-C interrupts it. No attribute is set back
 to its value at the start of a block, because another block may have changed it meanwhile: each
 changed attribute has one record, which knows the original value and all current changes.
@@ -24,7 +24,7 @@ EXTRAS = {  # the other dictionaries in which torch lists a hook
 
 
 @runtime_checkable
-class Work(Protocol):
+class MethodReplacement(Protocol):
     """Runs in place of a method, which it receives as `inner` and may call."""
 
     def __call__(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
@@ -35,7 +35,7 @@ class MethodWrapper:
 
     __slots__ = ("applies", "method", "work")
 
-    def __init__(self, work: Work, applies: Callable[[], bool]) -> None:
+    def __init__(self, work: MethodReplacement, applies: Callable[[], bool]) -> None:
         self.work, self.applies = work, applies
         self.method: WrappedMethod | None = None  # the one that it wraps
 
@@ -81,7 +81,7 @@ class _SharedAttribute:
         self.users: set[object] = set()
 
 
-class Lent:
+class Overrides:
     """Owns the changes that one `with` block or run has made to a model.
 
     `give_back` undoes all of them; a second call does nothing. It is also a context manager that
@@ -91,7 +91,7 @@ class Lent:
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
 
-    def __enter__(self) -> "Lent":
+    def __enter__(self) -> "Overrides":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,7 +102,11 @@ class Lent:
             raise
 
     def around(
-        self, owner: Any, name: str, work: Work, applies: Callable[[], bool] | None = None
+        self,
+        owner: Any,
+        name: str,
+        work: MethodReplacement,
+        applies: Callable[[], bool] | None = None,
     ) -> None:
         """Replaces a method by `work(inner, *args, **kwargs)` where `applies()` is true.
 
@@ -208,13 +212,13 @@ def _in_this_thread() -> Callable[[], bool]:
     return lambda: threading.get_ident() == thread
 
 
-def locked_here() -> bool:
+def holds_override_lock() -> bool:
     """True while this thread changes overrides and must not wait for another thread to do so."""
     return _LOCK._is_owned()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def without_hooks(
-    module: nn.Module, overrides: Lent, applies: Callable[[], bool] | None = None
+def skip_hooks(
+    module: nn.Module, overrides: Overrides, applies: Callable[[], bool] | None = None
 ) -> None:
     """Makes calls of a module skip its hooks. The hooks stay registered for other threads."""
 

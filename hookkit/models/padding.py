@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from .lm import LM
-from .overrides import Lent
+from .overrides import Overrides
 
 Side: TypeAlias = Literal["left", "right"]
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
@@ -35,7 +35,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "hookki
 _thread = threading.local()
 
 
-def unseen() -> bool:
+def in_padding_trial() -> bool:
     """True in the forwards of a trial, which hooks must ignore."""
     return getattr(_thread, "in_trial", False)
 
@@ -73,7 +73,7 @@ def padded_inputs(
     return _padding_scheme(lm, side).inputs(ids, positions, width or ids.shape[1])
 
 
-def pads(lm: LM, side: Side) -> bool:
+def can_pad(lm: LM, side: Side) -> bool:
     """True if a row that is padded on this side has the numbers of the row alone."""
     try:
         _padding_scheme(lm, side)
@@ -419,7 +419,7 @@ def _limit(lm: LM, values: Tensor, noise: float) -> float:
 def _trial_conditions(lm: LM) -> Iterator[None]:
     """Runs the model in evaluation mode, without gradients and without hooks of users."""
     modules = list(lm.root.modules())
-    with Lent() as overrides, ExitStack() as stack:
+    with Overrides() as overrides, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(lm.device.type, enabled=False))
         stack.enter_context(_keep_random_state(lm.device))
@@ -444,7 +444,7 @@ def _end_trial() -> None:
     _thread.in_trial = False
 
 
-def _silence_user_hooks(hooks: dict[int, Any], overrides: Lent) -> None:
+def _silence_user_hooks(hooks: dict[int, Any], overrides: Overrides) -> None:
     for number, hook in list(hooks.items()):
         if _is_user_hook(hook):
             overrides.later(partial(_put_back, hooks, number, hook))
@@ -455,7 +455,7 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a hook that does nothing in a trial. In other threads it acts as before."""
 
     def silenced(*args: Any, **kwargs: Any) -> Any:
-        if not unseen():
+        if not in_padding_trial():
             return hook(*args, **kwargs)
         return None
 

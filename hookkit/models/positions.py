@@ -2,7 +2,8 @@
 
 A position is counted in the row's own text, without padding, from 0. A negative position counts
 back from the end of the prompt, also while generating. A slice without an end continues into the
-generated text. `wish` resolves these values into the positions of one row, and `chosen` into rows.
+generated text. `resolve_positions` resolves these values into the positions of one row, and
+`resolve_rows` into rows.
 """
 
 import sys
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from ..arguments import as_whole, checks_keywords, described, whole_number
+from ..arguments import as_integer, check_integer, check_keywords, describe
 from ..errors import BadHook, EmptySelection, OutOfRange
 
-OPEN = sys.maxsize  # the end of a slice that has none
+NO_END = sys.maxsize  # the end of a slice that has none
 
 
-class Part(Enum):
+class TextPart(Enum):
     """A part of the text: the prompt, or what the model generated."""
 
     PROMPT = "prompt"
@@ -27,8 +28,8 @@ class Part(Enum):
         return self.name
 
 
-PROMPT = Part.PROMPT
-GENERATED = Part.GENERATED
+PROMPT = TextPart.PROMPT
+GENERATED = TextPart.GENERATED
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class At:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
             raise EmptySelection(
-                f"at({described(self.text)}) covers no token: give the text that the tokens cover"
+                f"at({describe(self.text)}) covers no token: give the text that the tokens cover"
             )
         if self.which is not None:
-            which = whole_number(self.which, "which", meaning="which occurrence is meant")
+            which = check_integer(self.which, "which", meaning="which occurrence is meant")
             object.__setattr__(self, "which", which)
 
     def __repr__(self) -> str:
@@ -68,7 +69,7 @@ class At:
         return f"at({self.text!r}, which={self.which})"
 
 
-@checks_keywords
+@check_keywords
 def at(text: str, *, which: int | None = None) -> At:
     """Returns the positions of the tokens of each prompt that cover `text`, as a value for `pos=`.
 
@@ -82,13 +83,13 @@ def at(text: str, *, which: int | None = None) -> At:
     return At(text, which)
 
 
-Pos: TypeAlias = int | tuple[int, ...] | Span | At | Part | None
+Pos: TypeAlias = int | tuple[int, ...] | Span | At | TextPart | None
 PosLike: TypeAlias = int | slice | Sequence[int] | Pos | None
-CountLike: TypeAlias = int | slice | Sequence[int] | tuple[int, ...] | Span | None
-Count: TypeAlias = int | tuple[int, ...] | Span | None
+IndicesLike: TypeAlias = int | slice | Sequence[int] | tuple[int, ...] | Span | None
+Indices: TypeAlias = int | tuple[int, ...] | Span | None
 
 PositionRange: TypeAlias = range | tuple[int, ...]
-"""The selected positions of one row in ascending order. A range without an end stops at `OPEN`."""
+"""The selected positions of one row, ascending. A range without an end stops at `NO_END`."""
 
 # Types that can be iterated over and hold no positions.
 NO_NUMBERS = (str, bytes, bytearray, Mapping)
@@ -99,18 +100,18 @@ class Where:
     """The part of a site that a hook selects: which positions or steps, of which rows."""
 
     pos: Pos = None
-    rows: Count = None
-    step: Count = None
+    rows: Indices = None
+    step: Indices = None
 
 
-def as_pos(pos: PosLike) -> Pos:
+def read_position(pos: PosLike) -> Pos:
     """Returns `pos` as a value. Raises `BadHook` if it does not say a position."""
-    if isinstance(pos, At | Part):
+    if isinstance(pos, At | TextPart):
         return pos
-    return as_count(pos, "pos")
+    return read_indices(pos, "pos")
 
 
-def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
+def read_indices(count: IndicesLike, word: str, *, negative: bool = True) -> Indices:
     """Returns one whole number, several, or a slice of them as a value.
 
     `word` is the name of the argument in messages. With `negative=False`, negative numbers raise
@@ -120,7 +121,7 @@ def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
         return None
     if isinstance(count, slice):
         count = Span(count.start, count.stop, count.step)
-    value: Count
+    value: Indices
     if isinstance(count, Span):
         value = _read_span(count, word)
         numbers = [end for end in (value.start, value.stop) if end is not None]
@@ -137,7 +138,7 @@ def as_count(count: CountLike, word: str, *, negative: bool = True) -> Count:
 
 def _holds_numbers(values: Iterable[object]) -> bool:
     """True for a list and the like; False for a text, a mapping or an array that is one number."""
-    return as_whole(values) is None and not isinstance(values, NO_NUMBERS)
+    return as_integer(values) is None and not isinstance(values, NO_NUMBERS)
 
 
 def _read_span(span: Span, word: str) -> Span:
@@ -179,16 +180,18 @@ def _read_several(count: Iterable[object], word: str) -> tuple[int, ...]:
 def _read_whole(number: object, word: str) -> int:
     if isinstance(number, bool):
         raise BadHook(f"{word}={number!r} is not a whole number")
-    whole = as_whole(number)
+    whole = as_integer(number)
     if whole is None:
         forms = "a whole number, a list of them or a slice"
         if word == "pos":
             forms += ", hk.PROMPT, hk.GENERATED or hk.at('text')"
-        raise BadHook(f"{word}={described(number)} is not valid: give {forms}")
+        raise BadHook(f"{word}={describe(number)} is not valid: give {forms}")
     return whole
 
 
-def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> PositionRange:
+def resolve_positions(
+    where: Where, length: int, cover: Callable[[At], tuple[int, ...]]
+) -> PositionRange:
     """Returns the positions that `where` selects in a row whose prompt has `length` tokens.
 
     `cover` returns the positions of the tokens that cover a text.
@@ -198,17 +201,17 @@ def wish(where: Where, length: int, cover: Callable[[At], tuple[int, ...]]) -> P
         return _shift(_resolve(where.step, 0), length - 1)
     pos = where.pos
     if pos is None:
-        return range(OPEN)
+        return range(NO_END)
     if isinstance(pos, At):
         return cover(pos)
-    if pos is Part.PROMPT:
+    if pos is TextPart.PROMPT:
         return range(length)
-    if pos is Part.GENERATED:
-        return range(length, OPEN)
+    if pos is TextPart.GENERATED:
+        return range(length, NO_END)
     return _resolve(pos, length)
 
 
-def chosen(rows: Count, count: int) -> list[int]:
+def resolve_rows(rows: Indices, count: int) -> list[int]:
     """Returns the selected rows of a batch of `count` rows, in order."""
     if rows is None:
         return list(range(count))
@@ -228,7 +231,7 @@ def _resolve(count: int | tuple[int, ...] | Span, length: int) -> PositionRange:
     """Returns the numbers of a value, counted from the start of a row of `length` tokens."""
     if isinstance(count, Span):
         start = _resolve_end(count.start, length, default=0)
-        stop = _resolve_end(count.stop, length, default=OPEN)
+        stop = _resolve_end(count.stop, length, default=NO_END)
         return range(start, stop, count.step or 1)
     numbers = (count,) if isinstance(count, int) else count
     positions = sorted(_from_start(number, length) for number in numbers)
@@ -258,7 +261,7 @@ def _from_start(number: int, length: int) -> int:
 def _shift(positions: PositionRange, offset: int) -> PositionRange:
     if isinstance(positions, range):
         stop = positions.stop
-        if stop != OPEN:
+        if stop != NO_END:
             stop += offset
         return range(positions.start + offset, stop, positions.step)
     return tuple(position + offset for position in positions)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import prompt_rows
-from ..arguments import shortened as shortened
+from ..arguments import check_prompts
+from ..arguments import shorten as shorten
 from ..errors import BadPrompt, OutOfRange, Unsupported
 from .lm import LM
 from .padding import Side as Side
@@ -77,8 +77,8 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
         ids = torch.tensor(rows)
         positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
     else:
-        ids = padded(rows, pad_id(lm), side)
-        positions = padded([range(len(row)) for row in rows], -1, side)
+        ids = pad_rows(rows, pad_id(lm), side)
+        positions = pad_rows([range(len(row)) for row in rows], -1, side)
     return Batch(tuple(rows), ids.to(lm.device), positions, side)
 
 
@@ -89,7 +89,7 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
     """
     is_mapping = isinstance(prompts, Mapping)
     rows: list[Row] = []
-    for number, content in enumerate(prompt_rows(prompts)):
+    for number, content in enumerate(check_prompts(prompts)):
         is_text = isinstance(content, str)
         row = _tokenize(lm, content) if isinstance(content, str) else content
         _check_ids(lm, number, row, from_tokenizer=is_text or is_mapping)
@@ -97,7 +97,7 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
     return rows
 
 
-def padded(
+def pad_rows(
     rows: Sequence[Sequence[int]], fill: int, side: Side = "right"
 ) -> Int[Tensor, "row pos"]:
     """Returns rows of numbers as one tensor, with short rows padded on one side."""
@@ -126,7 +126,7 @@ def _tokenize(lm: LM, text: str) -> Row:
     """Returns the token ids of a text, with the tokenizer's own special tokens."""
     if lm.tokenizer is None:
         raise BadPrompt(
-            f"{shortened(text)!r} is text, and this model came without a tokenizer: give token ids"
+            f"{shorten(text)!r} is text, and this model came without a tokenizer: give token ids"
         )
     return tuple(lm.tokenizer.encode(text)) if text else ()
 
@@ -162,7 +162,7 @@ def _check_length(lm: LM, number: int, row: Row, room: int) -> None:
         )
 
 
-def cover(lm: LM, row: Sequence[int], at: At) -> Row:
+def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
     """Returns the positions of the tokens of a row that cover a text.
 
     Raises `OutOfRange` with the row's text if the text does not occur in it, or if it is not clear
@@ -186,15 +186,15 @@ def _occurrence(text: str, at: At) -> int:
     """Returns the index at which the occurrence that `at` means begins in a text."""
     starts = [start for start in range(len(text)) if text.startswith(at.text, start)]
     if not starts:
-        raise OutOfRange(f"{at!r} was asked for, and {shortened(text)!r} does not have it")
+        raise OutOfRange(f"{at!r} was asked for, and {shorten(text)!r} does not have it")
     if at.which is None and len(starts) > 1:
         raise OutOfRange(
-            f"{at.text!r} occurs {len(starts)} times in {shortened(text)!r}: say which, "
+            f"{at.text!r} occurs {len(starts)} times in {shorten(text)!r}: say which, "
             f"at({at.text!r}, which=0) for the first or which=-1 for the last"
         )
     which = at.which or 0
     if not -len(starts) <= which < len(starts):
         raise OutOfRange(
-            f"{at!r} was asked for, and it occurs {len(starts)} times in {shortened(text)!r}"
+            f"{at!r} was asked for, and it occurs {len(starts)} times in {shorten(text)!r}"
         )
     return starts[which]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .devices import count, weights_of
+from .devices import count_parameters, weights_of
 from .lm import LM
-from .tensor_parallel import whole_weight
+from .tensor_parallel import gather_weight
 
 PACKAGES = (
     "hookkit",
@@ -40,7 +40,7 @@ def about_model(lm: LM) -> dict[str, Any]:
         "device": lm.device.type,
         "attention": getattr(config, "_attn_implementation", None),
         "adapters": list(lm.adapters),
-        "parameters": count(lm.root),
+        "parameters": count_parameters(lm.root),
         "versions": versions(),
     }
 
@@ -78,7 +78,7 @@ def _plain_weights(lm: LM) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
             continue
         value: Any = read()
         if hasattr(value, "full_tensor"):  # split among processes: joined when it is read
-            yield name, lambda value=value: whole_weight(value)
+            yield name, lambda value=value: gather_weight(value)
             continue
         for part_name, part in _tensors_in(name, value):
             yield part_name, lambda part=part: part

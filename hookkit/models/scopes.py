@@ -73,74 +73,74 @@ class Scope:
         return task is None or task.done() or task is _current_task()
 
 
-HERE: ContextVar[tuple[Scope, ...]] = ContextVar("hookkit.scopes", default=())
+CURRENT_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("hookkit.scopes", default=())
 """The scopes of this context. It may contain closed ones."""
 
 
-def enter(scope: Scope, *, alone: bool = False) -> None:
+def enter_scope(scope: Scope, *, alone: bool = False) -> None:
     """Adds a scope to this context.
 
     With `alone`, the other scopes are suspended until it is left.
     """
-    adopt()
-    open_scopes = tuple(other for other in HERE.get() if other.open)
+    adopt_attached_scopes()
+    open_scopes = tuple(other for other in CURRENT_SCOPES.get() if other.open)
     if alone:
         scope.previous = open_scopes
         _ALONE.set(True)
-        HERE.set((scope,))
+        CURRENT_SCOPES.set((scope,))
     else:
         scope.previous = ()
-        HERE.set((*open_scopes, scope))
+        CURRENT_SCOPES.set((*open_scopes, scope))
     if scope.attached:
         with _LOCK:
             _ATTACHED.add(scope)
 
 
-def leave(scope: Scope, *, alone: bool = False) -> None:
-    """Closes a scope. This may be called twice, and in another context than `enter`."""
+def leave_scope(scope: Scope, *, alone: bool = False) -> None:
+    """Closes a scope. This may be called twice, and in another context than `enter_scope`."""
     scope.open = False
     with _LOCK:
         _ATTACHED.discard(scope)
-    if alone and HERE.get() == (scope,):
-        HERE.set(scope.previous)
+    if alone and CURRENT_SCOPES.get() == (scope,):
+        CURRENT_SCOPES.set(scope.previous)
         _ALONE.set(False)
-    elif scope in HERE.get():
-        HERE.set(_all_but(scope))
+    elif scope in CURRENT_SCOPES.get():
+        CURRENT_SCOPES.set(_all_but(scope))
 
 
-def adopt() -> None:
+def adopt_attached_scopes() -> None:
     """Adds the scopes of hk.attach that this thread entered in tasks that have ended."""
     if not _ATTACHED or _ALONE.get():
         return
     with _LOCK:
         attached = list(_ATTACHED)
-    current = HERE.get()
+    current = CURRENT_SCOPES.get()
     adopted = []
     for scope in attached:
         if scope.open and scope not in current and scope.belongs_to_caller():
             adopted.append(scope)
     if adopted:
-        HERE.set((*adopted, *current))
+        CURRENT_SCOPES.set((*adopted, *current))
 
 
 @contextmanager
-def without(scope: Scope) -> Iterator[None]:
+def suspend_scope(scope: Scope) -> Iterator[None]:
     """Suspends a scope in this context, inside a `with` block."""
-    current = HERE.get()
-    HERE.set(_all_but(scope))
+    current = CURRENT_SCOPES.get()
+    CURRENT_SCOPES.set(_all_but(scope))
     try:
         yield
     finally:
-        HERE.set(current)
+        CURRENT_SCOPES.set(current)
 
 
 def _all_but(scope: Scope) -> tuple[Scope, ...]:
-    return tuple(other for other in HERE.get() if other is not scope)
+    return tuple(other for other in CURRENT_SCOPES.get() if other is not scope)
 
 
-def has_scope(root: nn.Module) -> bool:
+def has_open_scope(root: nn.Module) -> bool:
     """True if this context has an open scope on the model, a part of it, or a model around it."""
-    for scope in HERE.get():
+    for scope in CURRENT_SCOPES.get():
         model = scope.model()
         if not scope.open or model is None:
             continue

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
-from ..arguments import as_whole, checks_construction, checks_keywords, described
-from ..display import shown
+from ..arguments import as_integer, check_fields, check_keywords, describe
+from ..display import render_html
 from ..errors import BadHook, EmptySelection, OutOfRange, UnknownSite, did_you_mean
 
 # The axes of every site. k and v have the key-value heads of grouped-query attention, fewer than q.
@@ -48,15 +48,15 @@ AXES: dict[str, str] = {
     "lm_head": "batch pos vocab",
     "logits": "batch pos vocab",
 }
-WHOLE_MODEL = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
-HEADED = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
-KEY_HEADED = frozenset({"k", "v", "k_rot"})
+SITES_WITHOUT_LAYER = frozenset({"embed", "pos_embed", "final_norm", "lm_head", "logits"})
+SITES_WITH_HEADS = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "scores", "pattern"})
+SITES_WITH_KEY_HEADS = frozenset({"k", "v", "k_rot"})
 # Their positions are queries, each with a number for every key.
-SQUARE = frozenset({"scores", "pattern"})
-LOGITS = frozenset({"lm_head", "logits"})
+QUERY_KEY_SITES = frozenset({"scores", "pattern"})
+LOGIT_SITES = frozenset({"lm_head", "logits"})
 
 
-@checks_construction
+@check_fields
 @dataclass(frozen=True, order=True)
 class Site:
     """A named activation: `Site("z", 9, 3)` is head 3 of `z` in block 9.
@@ -71,7 +71,7 @@ class Site:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise UnknownSite(
-                f"a site's name is a text such as 'resid_post', and not {described(self.name)}"
+                f"a site's name is a text such as 'resid_post', and not {describe(self.name)}"
             )
         if self.name not in AXES:
             raise UnknownSite(
@@ -82,15 +82,14 @@ class Site:
             object.__setattr__(self, "layer", _read_index(self.name, "layer", self.layer))
         if self.head is not None:
             object.__setattr__(self, "head", _read_index(self.name, "head", self.head))
-        if self.layer is not None and self.name in WHOLE_MODEL:
+        if self.layer is not None and self.name in SITES_WITHOUT_LAYER:
             raise UnknownSite(
                 f"{self.name!r} exists once in the model and has no layer {self.layer}: "
                 "leave it out"
             )
-        if self.head is not None and self.name not in HEADED:
-            raise UnknownSite(
-                f"{self.name!r} has no heads; the sites with heads are {', '.join(sorted(HEADED))}"
-            )
+        if self.head is not None and self.name not in SITES_WITH_HEADS:
+            names = ", ".join(sorted(SITES_WITH_HEADS))
+            raise UnknownSite(f"{self.name!r} has no heads; the sites with heads are {names}")
         if self.head is not None and self.layer is None:
             raise UnknownSite(
                 f"head {self.head} of {self.name!r} needs a layer: Site({self.name!r}, layer, head)"
@@ -105,10 +104,10 @@ class Site:
     @property
     def every_layer(self) -> bool:
         """True for a layered name without a layer, which stands for all of them."""
-        return self.layer is None and self.name not in WHOLE_MODEL
+        return self.layer is None and self.name not in SITES_WITHOUT_LAYER
 
     def _repr_html_(self) -> str:
-        return shown(f"site {self}", {"axes": self.axes})
+        return render_html(f"site {self}", {"axes": self.axes})
 
     def __str__(self) -> str:
         parts = (self.name, self.layer, self.head)
@@ -117,10 +116,10 @@ class Site:
 
 def _read_index(name: str, word: str, index: object) -> int:
     """Returns a layer or head as a whole number from 0."""
-    number = as_whole(index)
+    number = as_integer(index)
     if number is None:
         raise UnknownSite(
-            f"the {word} of {name!r} is {described(index)}: give a whole number, counted from 0"
+            f"the {word} of {name!r} is {describe(index)}: give a whole number, counted from 0"
         )
     if number < 0:
         raise OutOfRange(f"{word} {number} of {name!r} was asked for: {word}s count from 0 upwards")
@@ -141,17 +140,17 @@ class ModuleSite:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
             raise UnknownSite(
-                f"path={described(self.path)}: give the path of a module as a text, such as "
+                f"path={describe(self.path)}: give the path of a module as a text, such as "
                 "'model.layers.3.mlp'"
             )
         if self.side not in ("input", "output"):
             raise UnknownSite(f"side={self.side!r}: a module has side='input' and side='output'")
         if isinstance(self.item, str) and self.item:
             return
-        item = as_whole(self.item)
+        item = as_integer(self.item)
         if item is None or item < 0:
             raise UnknownSite(
-                f"item={described(self.item)}: give the number of the tensor, counted from 0, or "
+                f"item={describe(self.item)}: give the number of the tensor, counted from 0, or "
                 "a keyword's name"
             )
         object.__setattr__(self, "item", item)
@@ -168,7 +167,7 @@ class ModuleSite:
 AnySite: TypeAlias = Site | ModuleSite
 
 
-@checks_keywords
+@check_keywords
 def module(
     path: str, *, side: Literal["input", "output"] = "output", item: int | str = 0
 ) -> ModuleSite:
@@ -184,7 +183,7 @@ def module(
     return ModuleSite(path, side, item)
 
 
-def parse(text: str) -> AnySite:
+def parse_site(text: str) -> AnySite:
     """Returns the site that a text names.
 
     >>> parse("z.9.3")
@@ -241,7 +240,7 @@ class Sites(Sequence[AnySite]):
         for site in self.chosen:
             axes = site.axes if isinstance(site, Site) else ""
             rows.append({"site": str(site), "axes": axes})
-        return shown(self._count_text(), rows=rows)
+        return render_html(self._count_text(), rows=rows)
 
     def __repr__(self) -> str:
         names = [str(site) for site in self.chosen]
@@ -264,7 +263,7 @@ def as_sites(sites: SitesLike) -> Sites:
     """
     if not isinstance(sites, Iterable | Site | ModuleSite) or isinstance(sites, bytes | Mapping):
         raise UnknownSite(
-            f"{described(sites)} is not a site: give a name such as 'resid_post.6', "
+            f"{describe(sites)} is not a site: give a name such as 'resid_post.6', "
             "hk.Site('resid_post', 6), or a list"
         )
     if isinstance(sites, str | Site | ModuleSite):
@@ -282,10 +281,10 @@ def as_sites(sites: SitesLike) -> Sites:
 
 def _as_site(item: object) -> AnySite:
     if isinstance(item, str):
-        return parse(item)
+        return parse_site(item)
     if not isinstance(item, Site | ModuleSite):
         raise UnknownSite(
-            f"{described(item)} is not a site: give a name such as 'resid_post.6', or "
+            f"{describe(item)} is not a site: give a name such as 'resid_post.6', or "
             "hk.Site('resid_post', 6)"
         )
     return item

@@ -179,7 +179,7 @@ def _checksums(tensor: Tensor) -> list[float]:
 # ---- the model
 
 
-def ranks_of(model: nn.Module) -> Ranks | None:
+def find_ranks(model: nn.Module) -> Ranks | None:
     """Returns the ranks that share a model, or None if this process has the whole model.
 
     Raises `Unsupported` for a model that is distributed in another way than by tensor parallelism.
@@ -222,6 +222,6 @@ def is_writing_process() -> bool:
     return all(ranks.rank == 0 for ranks in _LIVE_RANKS)
 
 
-def whole_weight(weight: Tensor) -> Tensor:
+def gather_weight(weight: Tensor) -> Tensor:
     """Returns a weight whole, if it is split among ranks. Every rank must call this."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # pyright: ignore

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import ModelNotFound, did_you_mean
 from .lm import LM
 
@@ -131,7 +131,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@checks_arguments
+@check_arguments
 def tiny(
     model_type: str, *, seed: int = 0, tokenizer: Any = None, config: dict[str, Any] | None = None
 ) -> LM:

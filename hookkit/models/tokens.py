@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..arguments import read_token as as_token
+from ..arguments import check_token as as_token
 from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
@@ -193,7 +193,7 @@ def rank_among(
     return ranks.masked_fill(value.isnan(), NO_RANK)
 
 
-def shown_ranks(ranks: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
+def ranks_for_table(ranks: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
     """Returns ranks for a table: whole numbers, or floating-point ones if some are NaN."""
     missing = ranks == NO_RANK
     return ranks.double().masked_fill(missing, math.nan) if bool(missing.any()) else ranks

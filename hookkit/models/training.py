@@ -30,7 +30,7 @@ def warn_of_dropout(lm: LM) -> None:
                 f"{dropout}), so that what comes out differs from call to call: call model.eval() "
                 "first",
                 DroppedOut,
-                stacklevel=levels_to_the_user(),
+                stacklevel=user_stacklevel(),
             )
             return
 
@@ -100,7 +100,7 @@ def _gives_gradient(layer: nn.Module, width: int) -> bool:
                 return False
 
 
-def levels_to_the_user() -> int:
+def user_stacklevel() -> int:
     """Returns the `stacklevel` with which the caller's warning names the user's line."""
     level, frame = 0, sys._getframe(1)
     while frame.f_back is not None:
@@ -111,7 +111,7 @@ def levels_to_the_user() -> int:
     return level + 1
 
 
-def checkpointing(root: nn.Module, paths: Iterable[str]) -> list[Any]:
+def checkpointing_parents(root: nn.Module, paths: Iterable[str]) -> list[Any]:
     """Returns the modules around these paths that run their forward again in the backward pass."""
     parents: dict[str, Any] = {}
 
@@ -132,7 +132,7 @@ def _uses_checkpointing(attributes: dict[str, Any]) -> bool:
     return is_enabled and "_gradient_checkpointing_func" in attributes
 
 
-def in_checkpointed_block(root: nn.Module, path: str) -> bool:
+def is_in_checkpointed_block(root: nn.Module, path: str) -> bool:
     """True for a module inside a block that runs again in the backward pass.
 
     Hooks on the block itself do not run again.
@@ -140,12 +140,13 @@ def in_checkpointed_block(root: nn.Module, path: str) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return any(
-        isinstance(module, GradientCheckpointingLayer) for module in checkpointing(root, [path])
+        isinstance(module, GradientCheckpointingLayer)
+        for module in checkpointing_parents(root, [path])
     )
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def freeze_weights(model: nn.Module) -> Iterator[None]:
     """Sets `requires_grad` of all weights to False inside a `with` block.
 
     Afterwards each weight has its previous setting again. Weights are identified by name, because

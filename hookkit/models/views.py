@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch_positions import ForwardPass, Selection
 from .families.schema import AxisSplit, ModuleLocation
 from .layout import Layout
-from .sites import SQUARE, AnySite, Site
+from .sites import QUERY_KEY_SITES, AnySite, Site
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class AttentionView(HeadFirstView):
     def read(self, raw: Tensor, cells: Selection, forward: ForwardPass) -> Tensor:
         unseen = unseen_value(raw.dtype, self.scores)
         if self.scores:
-            raw = raw.masked_fill(hidden(raw), unseen)
+            raw = raw.masked_fill(is_hidden(raw), unseen)
         spans = forward.keys(cells, raw.shape[-1])
         width = max(last for _, last, _ in spans)
         if all(span == (0, width, 0) for span in spans):
@@ -153,7 +153,7 @@ class AttentionView(HeadFirstView):
         return result
 
 
-def hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
+def is_hidden(scores: Tensor, masks: torch.dtype | None = None) -> Tensor:
     """True where a mask hides a key. `masks` is the mask's dtype; by default that of the scores.
 
     The limit is above the dtype's smallest number, because some families scale after masking. In
@@ -170,7 +170,7 @@ def unseen_value(dtype: torch.dtype, scores: bool) -> float:
     return torch.finfo(dtype).min if scores else 0.0
 
 
-def form_of(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
+def view_of(layout: Layout, site: AnySite, location: ModuleLocation) -> SiteView:
     """Returns how a site is stored in the tensor at its module location."""
     # A multiplier is an attribute that users may change, so it is read each time.
     if location.times or location.over:
@@ -206,7 +206,7 @@ def _build_view(layout: Layout, site: AnySite, location: ModuleLocation) -> Site
         return FlatView(head)
     if location.side == "inside":
         assert isinstance(site, Site)
-        if site.name in SQUARE:
+        if site.name in QUERY_KEY_SITES:
             return AttentionView(head, scores=site.name == "scores")
         return HeadFirstView(head, keys=location.item != "query")
     if location.cut:

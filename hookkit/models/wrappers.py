@@ -14,7 +14,7 @@ from ..errors import Unsupported
 DISTRIBUTING = ("torch.nn.parallel", "torch.distributed", "deepspeed")  # packages of such wrappers
 
 
-def unwrapped(model: nn.Module) -> tuple[nn.Module, ...]:
+def wrapper_chain(model: nn.Module) -> tuple[nn.Module, ...]:
     """Returns the model and the models inside it, from the outermost to transformers' own.
 
     For example a PeftModelForCausalLM, its LoraModel and its LlamaForCausalLM. Raises `Unsupported`
@@ -28,10 +28,10 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, ...]:
             "where those run it in this process"
         )
     inner = model._modules.get("_orig_mod") or _inside_peft(model)
-    return (model,) if inner is None else (model, *unwrapped(inner))
+    return (model,) if inner is None else (model, *wrapper_chain(inner))
 
 
-def called(wrapping: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+def wrappers_to_hook(wrapping: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
     """Returns the wrappers whose forward may call the next one's without its hooks.
 
     Hooks must be registered on these too.
@@ -59,7 +59,7 @@ def _adapter_layers(modules: Iterable[nn.Module]) -> list[Any]:
     return [module for module in modules if isinstance(module, BaseTunerLayer)]
 
 
-def adapters(wrapping: tuple[nn.Module, ...]) -> list[str]:
+def adapter_names(wrapping: tuple[nn.Module, ...]) -> list[str]:
     """Returns the names of a model's adapters.
 
     PEFT wraps them around it; transformers adds them inside.
@@ -70,7 +70,7 @@ def adapters(wrapping: tuple[nn.Module, ...]) -> list[str]:
     return list(names)
 
 
-def adapters_of(module: nn.Module) -> list[str]:
+def layer_adapter_names(module: nn.Module) -> list[str]:
     """Returns the names of the adapters of one layer."""
     names: dict[str, None] = {}
     for layer in _adapter_layers([module]):
@@ -81,7 +81,7 @@ def adapters_of(module: nn.Module) -> list[str]:
     return list(names)
 
 
-def adapters_in_use(model: nn.Module) -> list[str]:
+def active_adapter_names(model: nn.Module) -> list[str]:
     """Returns the names of the adapters that are active in some layer and not disabled there."""
     names: set[str] = set()
     for layer in _adapter_layers(model.modules()):

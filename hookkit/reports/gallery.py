@@ -9,18 +9,18 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadFile, BadHook
 from ..files.atomic import write_text
-from ..files.untrusted import inside, is_bare_name, json_in, strings_of
-from .page import is_own_page, rendered
+from ..files.untrusted import check_strings, is_bare_name, path_inside, read_json
+from .page import is_own_page, render_page
 
 PICTURE_SIZE = 640, 360  # pixels, the largest width and height of a picture on the index
 MOST_PIXELS = 80_000_000  # of a picture that is read
 COLUMNS = ["result", "title", "question", "answer", "made", "page"]
 
 
-@checks_arguments
+@check_arguments
 def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     """The results in a folder and in the folders below it, one row for each page.
 
@@ -51,7 +51,7 @@ def results(folder: str | os.PathLike[str]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=COLUMNS)
 
 
-@checks_arguments
+@check_arguments
 def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
     """Write index.html into a folder of results. Returns its path.
 
@@ -80,7 +80,7 @@ def index(folder: str | os.PathLike[str], *, title: str = "Results") -> Path:
         row["picture"] = _encode_picture(Path(folder) / row["result"])
         row["address"] = quote(row["page"])  # a folder's name may begin with "javascript:"
     if is_writing_process():
-        write_text(page, rendered("gallery.html", title=title, results=rows))
+        write_text(page, render_page("gallery.html", title=title, results=rows))
     return page
 
 
@@ -102,11 +102,11 @@ def _read_result(page: Path, top: Path) -> dict[str, str]:
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    path = inside(folder, "about.json")
+    path = path_inside(folder, "about.json")
     if not path.exists():
         return {}
     names = ("title", "question", "answer", "ended", "command")
-    return dict(strings_of(json_in(path, finite=False), names, repr(str(path))))
+    return dict(check_strings(read_json(path, finite=False), names, repr(str(path))))
 
 
 def _encode_picture(folder: Path) -> str:
@@ -142,7 +142,7 @@ def _first_picture(folder: Path) -> Path | None:
     files = _read_about(folder).get("files", ())
     names = [name for name in files if is_bare_name(name)] if isinstance(files, list) else []
     names += sorted(path.name for path in folder.glob("*.png"))
-    paths = [inside(folder, name) for name in names if name.endswith(".png")]
+    paths = [path_inside(folder, name) for name in names if name.endswith(".png")]
     for path in paths:
         if path.is_file():
             return path

@@ -29,13 +29,13 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..arguments import checks_arguments
-from ..display import shown
+from ..arguments import check_arguments
+from ..display import render_html
 from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
-from ..files.untrusted import is_bare_name, json_of, strings_of
-from .typesetting import as_json, as_latex, as_markdown, kind_of, written
+from ..files.untrusted import check_strings, is_bare_name, parse_json
+from .typesetting import as_json, as_latex, as_markdown, column_kind, format_value
 
 MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
 FIRST_ROWS = 24  # of a longer table; its CSV has all rows
@@ -125,7 +125,7 @@ class Report:
         """
         parts = [_render_part(part, self.formats) for part in self.parts]
         has_sortable = any(part.get("sorts") for part in parts)
-        return rendered(
+        return render_page(
             "report.html",
             _read_template("report.js") if has_sortable else "",
             title=self.title,
@@ -193,10 +193,10 @@ class Report:
                 kind = f"table of {len(part.content)} rows"
             rows.append({"name": part.name, "what": kind, "caption": part.caption})
         facts = {"to see it": "write(folder), which gives the page's path"}
-        return shown(f"Report: {self.title}", facts, rows)
+        return render_html(f"Report: {self.title}", facts, rows)
 
 
-@checks_arguments
+@check_arguments
 def report(title: str, *parts: Content, footer: str = "") -> Report:
     """A page of these parts, in order: texts, tables, figures, or `Part(content, name, caption)`.
 
@@ -314,7 +314,7 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
     if match is None:
         return {}
     try:
-        return strings_of(json_of(unescape(match[1].decode()), PAGE), (), PAGE)
+        return check_strings(parse_json(unescape(match[1].decode()), PAGE), (), PAGE)
     except BadFile:
         return {}
 
@@ -367,7 +367,7 @@ def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     if len(table) > len(visible):
         caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
     names = [str(name) for name in visible.columns]
-    styles = list(map(kind_of, names, visible.dtypes))
+    styles = list(map(column_kind, names, visible.dtypes))
     rows = []
     for row in visible.itertuples(index=False):
         rows.append(list(map(_render_cell, row, names, styles)))
@@ -383,7 +383,7 @@ def _constant_columns(table: pd.DataFrame) -> list[str]:
 
 
 def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
-    text = written(value)
+    text = format_value(value)
     if style != "number":
         if not style and len(text) > PROSE_LETTERS:
             style = "prose"
@@ -454,7 +454,7 @@ def _render_svg(figure: Figure, name: str) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{style}"', svg, count=1)
 
 
-def rendered(template: str, script: str = "", **values: Any) -> str:
+def render_page(template: str, script: str = "", **values: Any) -> str:
     """A page from a template, on which the browser may run this script and no other."""
     style, script = Markup(_read_template("page.css")), Markup(script)
     policy = _content_policy(script)

@@ -22,26 +22,26 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import checks_arguments, folder_of
+from ..arguments import check_arguments, check_folder
 from ..display import printable
 from ..errors import BadFile, BadHook, OtherSettings
 from ..files.atomic import (
     Ready,
+    disk_errors_as_bad_file,
     make_folder,
     remove_leftovers,
     sha256,
     write_bytes,
     write_text,
-    writing_to,
 )
 from ..files.tensors import MADE_BY, save_new_tensors
-from ..files.untrusted import is_bare_name, json_in, strings_of
+from ..files.untrusted import check_strings, is_bare_name, read_json
 from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..models.tensor_parallel import is_writing_process
 from ..runs.run import Run
 from .page import PAGE, Part, Report, check_name, part_files, report
-from .results_diff import LAST, in_words, moved
+from .results_diff import LAST, describe_changes, moved
 
 ABOUT = "about.json"
 # What has to be the same in all runs of a folder.
@@ -100,7 +100,7 @@ class Record:
         self.files.append(PAGE)
         self._write_about("finished")
         if is_writing_process() and (self.folder / LAST / ABOUT).is_file():
-            words = f"{self.folder}, against the run before: {in_words(self.moved())}"
+            words = f"{self.folder}, against the run before: {describe_changes(self.moved())}"
             tqdm.write(printable(words), file=sys.stderr)
 
     def moved(self) -> pd.DataFrame:
@@ -215,7 +215,7 @@ class Record:
             write_text(self.folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
-@checks_arguments
+@check_arguments
 def record(
     folder: str | os.PathLike[str],
     *,
@@ -247,7 +247,7 @@ def record(
     >>> with record("results/oat_milk", lm=lm, seed=0) as results:
     ...     table = results.table("ranks", ranks(run))
     """
-    path = folder_of(folder)
+    path = check_folder(folder)
     title = title or path.name.replace("_", " ").capitalize()
     try:
         plain_settings = json.loads(json.dumps(dict(settings or {})))
@@ -269,7 +269,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     )
     if path.is_symlink() or not path.is_file():
         raise BadFile(foreign)
-    about = strings_of(json_in(path, finite=False), ("ended",), repr(str(path)))
+    about = check_strings(read_json(path, finite=False), ("ended",), repr(str(path)))
     hashes = about.get("sha256")
     if about.get(MADE_BY) != "hookkit" or not isinstance(hashes, dict):
         raise BadFile(foreign)
@@ -361,7 +361,7 @@ def _move_earlier_run(folder: Path, earlier: Mapping[str, Any]) -> None:
     make_folder(last)
     if not os.path.lexists(last / ".gitignore"):
         write_text(last / ".gitignore", "*\n")
-    with writing_to(last):
+    with disk_errors_as_bad_file(last):
         for name in (*earlier["sha256"], ABOUT):
             if (folder / name).is_file():
                 (folder / name).replace(last / name)
@@ -371,7 +371,7 @@ def _remove_run(folder: Path, about: Mapping[str, Any]) -> None:
     """Remove a record's unchanged files, and its about.json last."""
     if not about:
         return
-    with writing_to(folder):
+    with disk_errors_as_bad_file(folder):
         for name, value in about["sha256"].items():
             if os.path.lexists(folder / name) and _is_unchanged(folder / name, value):
                 (folder / name).unlink()

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook
-from ..files.untrusted import inside, table_of
+from ..files.untrusted import path_inside, read_table
 
 LAST = ".last"  # in a result's folder: the files of the run before
 TOLERANCE = 1e-4
@@ -26,7 +26,7 @@ COLUMNS = ["table", "same", "cells", "moved", "largest", "column", "note"]
 Tables: TypeAlias = "str | os.PathLike[str] | Mapping[str, pd.DataFrame]"
 
 
-@checks_arguments
+@check_arguments
 def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
     """The differences between the tables of two results, one row for each table.
 
@@ -54,7 +54,7 @@ def moved(before: Tables, after: Tables, *, tolerance: float = TOLERANCE) -> pd.
     return pd.DataFrame(records, columns=COLUMNS)
 
 
-def in_words(table: pd.DataFrame) -> str:
+def describe_changes(table: pd.DataFrame) -> str:
     """The result of `moved` in one line."""
     if table.empty:
         return "there are no tables"
@@ -92,7 +92,7 @@ def _read_tables(source: Tables) -> dict[str, pd.DataFrame]:
     for path in sorted(Path(source).rglob("*.csv")):
         relative = path.relative_to(source)
         if LAST not in relative.parts and path.is_file():
-            tables[_table_name(relative)] = table_of(inside(path.parent, path.name))
+            tables[_table_name(relative)] = read_table(path_inside(path.parent, path.name))
     return tables
 
 
@@ -118,7 +118,7 @@ def _read_committed(folder: Path, revision: str) -> dict[str, pd.DataFrame]:
             if member.name.endswith(".csv") and member.isreg():
                 data = files.extractfile(member)
                 content = io.BytesIO(data.read() if data else b"")
-                tables[_table_name(Path(member.name))] = table_of(content, member.name)
+                tables[_table_name(Path(member.name))] = read_table(content, member.name)
     return tables
 
 

@@ -24,14 +24,14 @@ LATEX = {
 }  # fmt: skip
 
 
-def kind_of(name: str, dtype: Any) -> Kind:
+def column_kind(name: str, dtype: Any) -> Kind:
     """The kind of a column: numbers are aligned right, tokens are in a monospaced font."""
     if pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype):
         return "number"
     return "token" if name.startswith(("token", "top1", "read")) else ""
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a page shows it, "" for a missing value."""
     if value is None or value is pd.NA:
         return ""
@@ -85,7 +85,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     lines = [[_escape_markdown(name) for name in kinds], rule]
     for row in table.itertuples(index=False, name=None):
         cells = zip(row, kinds.values(), strict=True)
-        lines.append([_markdown_cell(written(value), kind) for value, kind in cells])
+        lines.append([_markdown_cell(format_value(value), kind) for value, kind in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -127,7 +127,7 @@ def as_latex(table: pd.DataFrame) -> str:
     for row in table.itertuples(index=False, name=None):
         cells = zip(row, kinds.values(), strict=True)
         lines.append(
-            " & ".join(_latex_cell(written(value), kind) for value, kind in cells) + r" \\"
+            " & ".join(_latex_cell(format_value(value), kind) for value, kind in cells) + r" \\"
         )
     return "\n".join([*lines, r"\hline", r"\end{tabular}"])
 
@@ -154,4 +154,4 @@ def _escape_latex(text: str) -> str:
 
 
 def _column_kinds(table: pd.DataFrame) -> dict[str, Kind]:
-    return {str(name): kind_of(str(name), kind) for name, kind in table.dtypes.items()}
+    return {str(name): column_kind(str(name), kind) for name, kind in table.dtypes.items()}

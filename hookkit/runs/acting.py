@@ -6,8 +6,8 @@ from torch import Tensor
 from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Here
 from ..hooks.capture import Capture, CaptureLast
-from ..hooks.captured_values import CapturedChunk, in_order
-from ..hooks.rounding import narrowed
+from ..hooks.captured_values import CapturedChunk, swap_head_and_query
+from ..hooks.rounding import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.positions import Where
 from ..models.sites import ModuleSite
@@ -148,12 +148,12 @@ def _capture_with_gradients(
         raise Unsupported(
             f"{bound_hook.hook} needs gradients, which are off here (generate always runs without)"
         )
-    leaf = in_order(bound_hook.site, values)
+    leaf = swap_head_and_query(bound_hook.site, values)
     if not leaf.requires_grad:
         leaf = leaf.detach()
     leaf = leaf.clone().requires_grad_()
     leaf.retain_grad()
-    values = in_order(bound_hook.site, leaf)
+    values = swap_head_and_query(bound_hook.site, leaf)
     bound_hook.pieces.append(CapturedChunk(forward_pass.number, selection, values, leaf))
     if bound_hook.view.plain:
         return values.clone()
@@ -177,7 +177,7 @@ def _stored_copy(values: Tensor, capture: Capture, is_copy: bool) -> Tensor:
         )
     device = torch.device(capture.device) if capture.device else values.device
     if dtype != values.dtype and values.is_floating_point():
-        values = narrowed(values, dtype, f"what {capture} keeps")
+        values = convert_dtype(values, dtype, f"what {capture} keeps")
     with torch.inference_mode(False):
         return values.to(
             device=device,

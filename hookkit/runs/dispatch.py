@@ -22,12 +22,12 @@ from ..hooks.decided_tokens import Decisions
 from ..hooks.logits import Force
 from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
-from ..models.padding import unseen
-from ..models.prompts import cover
-from ..models.scopes import HERE, PROGRESS, Scope, adopt, has_scope
+from ..models.padding import in_padding_trial
+from ..models.prompts import positions_of_text
+from ..models.scopes import CURRENT_SCOPES, PROGRESS, Scope, adopt_attached_scopes, has_open_scope
 from ..models.sites import AnySite, Site
 from ..models.views import full_sizes
-from ..models.wrappers import called
+from ..models.wrappers import wrappers_to_hook
 from .acting import apply_hook
 from .generation import (
     Generation,
@@ -38,9 +38,9 @@ from .generation import (
     watch_generate,
     without_compilation,
 )
-from .outcomes import CaptureStore, check_cached, check_possible
+from .outcomes import CaptureStore, check_cached, check_positions
 from .overflow import forget, settle
-from .taps import BoundHook, HookPoint, input_of, logits_hook_point, pick_output, replace_output
+from .taps import BoundHook, HookPoint, find_input, logits_hook_point, pick_output, replace_output
 from .trace import Tracer
 from .tracking import PositionTracker, arguments_by_name
 
@@ -51,7 +51,7 @@ class DispatchState:
     def __init__(self, lm: LM, bound_hooks: Sequence[BoundHook], tracer: Tracer | None) -> None:
         self.lm, self.bound_hooks, self.tracer = lm, bound_hooks, tracer
         self.tracker = PositionTracker(
-            partial(cover, lm), "logits_to_keep" in lm.takes, lm.two_texts
+            partial(positions_of_text, lm), "logits_to_keep" in lm.takes, lm.two_texts
         )
         self.captures = CaptureStore(bound_hooks)
         self.rows: list[list[int]] = []  # the tokens of each sequence of the last `generate`
@@ -83,7 +83,7 @@ class DispatchState:
         text, generation = forward_pass.text, self.tracker.generation
         check_cached(self.bound_hooks, text)
         if text.final or generation is not None:
-            check_possible(self.bound_hooks, text, forward_pass, generation)
+            check_positions(self.bound_hooks, text, forward_pass, generation)
         selections = {id(bound_hook.where): bound_hook.where for bound_hook in self.bound_hooks}
         for where in selections.values():
             text.wishes(where)  # raises for a phrase that is not in the text, or a position below 0
@@ -193,7 +193,7 @@ class HookDispatcher:
             bound_hooks += hook_point.actions
         self.bound_hooks = sorted(bound_hooks, key=lambda bound_hook: bound_hook.number)
         self._stop_early, self._attached = stop_early, attached
-        self._wrappers = called(lm.wrapping)
+        self._wrappers = wrappers_to_hook(lm.wrapping)
         # the modules whose forward is a forward of the model, the outermost first
         self._entry_modules = (*self._wrappers, lm.root, *lm.decoder)
         self._times_left = 0  # how often the block was left
@@ -221,16 +221,16 @@ class HookDispatcher:
 
         Raises `Unsupported` if that cannot be decided.
         """
-        if unseen():
+        if in_padding_trial():
             return False
-        if self._scope in HERE.get():
+        if self._scope in CURRENT_SCOPES.get():
             return self._scope.open
         if not self._attached or not self._scope.open:
             return False
-        adopt()
-        if self._scope in HERE.get():
+        adopt_attached_scopes()
+        if self._scope in CURRENT_SCOPES.get():
             return True
-        if has_scope(self.lm.root):
+        if has_open_scope(self.lm.root):
             return False
         raise Unsupported(ELSEWHERE)
 
@@ -238,11 +238,11 @@ class HookDispatcher:
         """`acts_here`, at a module inside the model."""
         if self._forward_thread == get_ident():
             return True
-        return self._scope.open and self._scope in HERE.get()
+        return self._scope.open and self._scope in CURRENT_SCOPES.get()
 
     def _begins_forward(self, module: nn.Module) -> bool:
         """True if the call of a module begins a forward of the model in which the hooks act."""
-        if not self._scope.open or unseen():
+        if not self._scope.open or in_padding_trial():
             return False
         self._refuse_replica(module)
         if not self.acts_here() or self._is_inside_forward(module):
@@ -307,7 +307,7 @@ class HookDispatcher:
         if module is self._unrelated:
             self._unrelated = None
             return
-        if module is not self._entered or unseen():
+        if module is not self._entered or in_padding_trial():
             return
         if self._forward_thread == get_ident() and not self._hook_thread:
             if self._pass is not None:
@@ -324,7 +324,7 @@ class HookDispatcher:
         """Raises if a module was called in the block, but outside a forward of the model."""
         if self._unrelated is not None or not self._scope.open:
             return
-        if self._scope in HERE.get() and not unseen():
+        if self._scope in CURRENT_SCOPES.get() and not in_padding_trial():
             raise Unsupported(
                 f"{hook_point.place.path!r} was called by itself, outside a forward of "
                 f"{type(self.lm.root).__name__}: its rows and positions are unknown. Call the "
@@ -366,11 +366,11 @@ class HookDispatcher:
     ) -> Any:
         if self._forward_thread != get_ident():
             return self._refuse_outside_forward(hook_point)
-        if self._hook_thread or unseen():
+        if self._hook_thread or in_padding_trial():
             return None
         kwargs = kwargs or {}
         location = hook_point.place
-        tensor, key = input_of(args, kwargs, location.item, location.path)
+        tensor, key = find_input(args, kwargs, location.item, location.path)
         new = self._apply_hooks(hook_point, tensor)
         if new is tensor:
             return None
@@ -384,7 +384,7 @@ class HookDispatcher:
             return self._refuse_outside_forward(hook_point)
         forward_pass, bound_hook = self._pass, hook_point.actions[0]
         selection = None
-        if forward_pass is not None and not self._hook_thread and not unseen():
+        if forward_pass is not None and not self._hook_thread and not in_padding_trial():
             selection = forward_pass.whole(bound_hook.where)
         if (
             forward_pass is None
@@ -417,13 +417,13 @@ class HookDispatcher:
     ) -> Any:
         if self._forward_thread != get_ident():
             return self._refuse_outside_forward(hook_point)
-        if self._hook_thread or unseen():
+        if self._hook_thread or in_padding_trial():
             return None
         output, location = kwargs_and_output[-1], hook_point.place
         tensor = pick_output(output, location)
         module_input = None
         if hook_point.reads_input:
-            module_input, _ = input_of(args, kwargs_and_output[0], 0, location.path)
+            module_input, _ = find_input(args, kwargs_and_output[0], 0, location.path)
         new = self._apply_hooks(hook_point, tensor, module_input)
         if new is tensor:
             return None
@@ -443,7 +443,7 @@ class HookDispatcher:
         if self._forward_thread != get_ident():
             self._refuse_outside_forward(hook_points[name])
             return tensor
-        if self._hook_thread or unseen():
+        if self._hook_thread or in_padding_trial():
             return tensor
         return self._apply_hooks(hook_points[name], tensor)
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadPrompt, EmptySelection
 from ..hooks.base import Hook
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
-from ..models.padding import logits_of, pads
+from ..models.padding import can_pad, logits_of
 from ..models.positions import Where
-from ..models.prompts import Batch, Prompts, as_batch, pad_id, padded
+from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site
 from ..models.training import warn_of_dropout
 from .dispatch import Stop
@@ -31,7 +31,7 @@ from .run import (
 
 
 @outside_inference_mode
-@checks_arguments
+@check_arguments
 def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> Run:
     """Runs the model once over the prompts with these hooks.
 
@@ -79,7 +79,7 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
 def _batch_of(lm: LM, prompts: Prompts, option: LogitsOption) -> Batch:
     """The prompts, padded on the left if only the last logits are computed and the model can."""
     batch = as_batch(lm, prompts)
-    if option == "last" and (not batch.padded or pads(lm, "left")):
+    if option == "last" and (not batch.padded or can_pad(lm, "left")):
         batch = as_batch(lm, list(batch.rows), side="left")
     if batch.padded and lm.config is not None:
         batch.inputs(lm)  # raises if a padded row would not give the same numbers as the row alone
@@ -103,7 +103,7 @@ def _padded_at_the_end(lm: LM, batch: Batch) -> tuple[Tensor, Tensor]:
     """The tokens and the mask of a batch, with the padding at the end of each row."""
     if batch.side == "right":
         return batch.ids, batch.mask
-    return padded(batch.rows, pad_id(lm)).to(batch.ids.device), batch.mask.flip(1)
+    return pad_rows(batch.rows, pad_id(lm)).to(batch.ids.device), batch.mask.flip(1)
 
 
 def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import checks_arguments, described, seed_of, whole_number
+from ..arguments import check_arguments, check_integer, check_seed, describe
 from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture, CaptureLast
@@ -17,7 +17,7 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.padding import check_generation
 from ..models.positions import Where
-from ..models.prompts import Batch, Prompts, as_batch, pad_id, padded
+from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
 from ..models.training import warn_of_dropout
 from .generation import NEUTRAL
@@ -47,7 +47,7 @@ BEAM_RULES = ("early_stopping", "length_penalty")
 
 
 @outside_inference_mode
-@checks_arguments
+@check_arguments
 def generate(
     lm: LM,
     prompts: Prompts,
@@ -74,11 +74,11 @@ def generate(
     [' coffee.\\n']
     """
     tracer = None if trace is None else Tracer(lm, trace, hooks)
-    return traced(lm, prompts, hooks, logits, Draws(lm, seed), tracer, arguments)
+    return generate_with_tracer(lm, prompts, hooks, logits, Draws(lm, seed), tracer, arguments)
 
 
 @outside_inference_mode
-def traced(
+def generate_with_tracer(
     lm: LM,
     prompts: Prompts,
     hooks: tuple[Hook, ...],
@@ -149,8 +149,8 @@ def _run_of(
     ones = [[1] * len(row) for row in rows]
     return Run(
         lm=lm,
-        tokens=padded(rows, pad_id(lm)).to(device),
-        mask=padded(ones, 0).bool().to(device),
+        tokens=pad_rows(rows, pad_id(lm)).to(device),
+        mask=pad_rows(ones, 0).bool().to(device),
         prompt_rows=prompt_rows,
         prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
         hooks=hooks,
@@ -226,17 +226,17 @@ def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> No
     """Raises for an argument that is invalid, or would have no effect on this generation."""
     for name, least in COUNTS.items():
         if arguments.get(name) is not None:
-            whole_number(arguments[name], name, least=least, error=BadArgument)
+            check_integer(arguments[name], name, least=least, error=BadArgument)
     config = _effective_config(lm, arguments)
     if seed is not None:
-        seed_of(seed)
+        check_seed(seed)
     mode = config.get_generation_mode().value
     if mode not in ("greedy_search", "beam_search"):
         return
     for name, neutral in NEUTRAL.items():
         if arguments.get(name) not in (None, neutral):
             raise BadArgument(
-                f"{name}={described(arguments[name])} is a rule of sampling, and this generation "
+                f"{name}={describe(arguments[name])} is a rule of sampling, and this generation "
                 f"takes the most likely token: say do_sample=True, or leave {name} out"
             )
     if mode == "greedy_search":

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hooks.captured_values import SequenceEnd
-from ..hooks.decided_tokens import Decisions, heeding
-from ..models.batch_positions import Columns, SequenceBatch, contiguous, masked
-from ..models.overrides import Lent
+from ..hooks.decided_tokens import Decisions, follow_decisions
+from ..models.batch_positions import Columns, SequenceBatch, columns_after_padding, columns_of_mask
+from ..models.overrides import Overrides
 
 SUPPORTED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # the rules of sampling in the order in which transformers applies them, and the value of each that
@@ -157,14 +157,14 @@ def _lay_out_rows(
 ) -> tuple[list[Columns], list[int]]:
     """The columns and the length of each prompt."""
     if mask is not None:
-        return masked(mask.bool(), generating=True)
+        return columns_of_mask(mask.bool(), generating=True)
     count, width = prompt.shape[:2]
     pad = config.pad_token_id
     if prompt.ndim == 2 and pad is not None and pad not in _token_ids(config.eos_token_id):
         real = prompt != pad  # transformers makes this mask if the caller passes none
         if not bool(real.all()):
-            return masked(real, generating=True)
-    return contiguous([width] * count, [0] * count, open_end=True), [width] * count
+            return columns_of_mask(real, generating=True)
+    return columns_after_padding([width] * count, [0] * count, open_end=True), [width] * count
 
 
 def _prompt_reader(
@@ -292,7 +292,7 @@ class GenerationWatch:
 
     def get_logits_processor(self, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Runs in place of `_get_logits_processor`; adds the decisions and the listener."""
-        return heeding(inner(*args, **kwargs), kwargs, self.decisions, self.listener)
+        return follow_decisions(inner(*args, **kwargs), kwargs, self.decisions, self.listener)
 
     def note_step(self, input_ids: Tensor, done: Tensor) -> None:
         """Notes the rows after a step, and which of them are done."""
@@ -335,7 +335,7 @@ def watch_generate(
     `acts` is true for the calls that belong to it; by default, for those of this thread.
     """
     watch = GenerationWatch(listener, decisions)
-    with Lent() as lent:
+    with Overrides() as lent:
         if listener is not None or decisions is not None:
             lent.around(model, "_get_logits_processor", watch.get_logits_processor, acts)
         lent.around(model, "_get_stopping_criteria", watch.get_stopping_criteria, acts)

@@ -19,29 +19,29 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import NotCaptured, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, Captures, merged
-from ..models.attention import keep_modes, listen, modes
+from ..hooks.captured_values import Captured, Captures, merge_captures
+from ..models.attention import current_modes, intercept_tensors, remove_modes_except
 from ..models.lm import LM, as_lm
-from ..models.overrides import Lent, Work
+from ..models.overrides import MethodReplacement, Overrides
 from ..models.prompts import Batch, as_batch
-from ..models.scopes import HERE, enter, leave, without
+from ..models.scopes import CURRENT_SCOPES, enter_scope, leave_scope, suspend_scope
 from ..models.sites import AnySite, Sites
-from ..models.training import checkpointing, in_checkpointed_block, warn_of_dropout
+from ..models.training import checkpointing_parents, is_in_checkpointed_block, warn_of_dropout
 from ..models.wrappers import refuse_virtual_tokens
 from .dispatch import HookDispatcher, Stop
 from .outcomes import CaptureStore
-from .taps import HookPoint, planned
+from .taps import HookPoint, build_hook_points
 from .trace import Tracer
 
 REFERENCE_BATCH = 16  # prompts of a reference that run together
 LIBRARIES = ("transformers", "accelerate", "peft", "torch")  # whose hooks are no hooks of the user
 
 
-@checks_arguments
+@check_arguments
 def attach(model: LM | nn.Module, *hooks: Hook) -> "HookManager":
     """Returns a context manager: in its block, the hooks act in every forward of a model.
 
@@ -88,10 +88,10 @@ class HookManager(HookDispatcher):
         attached: bool = False,
     ) -> None:
         self.lm = lm  # a reference is captured while the hook points are planned
-        hook_points = planned(lm, hooks, self.reference, observers)
+        hook_points = build_hook_points(lm, hooks, self.reference, observers)
         super().__init__(lm, hook_points, stop_early=stop_early, tracer=tracer, attached=attached)
         self._depth = 0  # how many `with` statements are in the block
-        self._lent = Lent()  # what is registered on the model
+        self._lent = Overrides()  # what is registered on the model
 
     # ---- the block
 
@@ -99,7 +99,7 @@ class HookManager(HookDispatcher):
         try:
             if self._depth == 0:
                 self._reset()
-                enter(self._scope, alone=self.alone)
+                enter_scope(self._scope, alone=self.alone)
                 self._register(self._lent)
             elif not self.acts_here():
                 raise Unsupported(
@@ -141,7 +141,7 @@ class HookManager(HookDispatcher):
         try:
             self._lent.give_back()
         finally:
-            leave(self._scope, alone=self.alone)
+            leave_scope(self._scope, alone=self.alone)
             self._clear_forward()
             self._times_left += was_open
         return was_open
@@ -158,9 +158,9 @@ class HookManager(HookDispatcher):
 
     # ---- what is registered on the model
 
-    def _register(self, lent: Lent) -> None:
+    def _register(self, lent: Overrides) -> None:
         """Registers all hooks. Each is noted first in `lent`, which removes it at the end."""
-        lent.later(partial(_restore_modes, get_ident(), modes()))
+        lent.later(partial(_restore_modes, get_ident(), current_modes()))
         refuse_virtual_tokens(self.lm.wrapping)
         if "torch._dynamo" in sys.modules:
             run_uncompiled(lent)
@@ -172,7 +172,7 @@ class HookManager(HookDispatcher):
         self._register_forward_boundaries(lent)
         self._register_generate(lent)
 
-    def _register_hook_point(self, lent: Lent, hook_point: HookPoint) -> None:
+    def _register_hook_point(self, lent: Overrides, hook_point: HookPoint) -> None:
         """Registers the hooks at one side of a module.
 
         Hooks at the model's own input or output are registered on the wrappers around it too
@@ -194,7 +194,7 @@ class HookManager(HookDispatcher):
             self._register_hook(lent, hook_point, hook_point.module, hook)
 
     def _register_hook(
-        self, lent: Lent, hook_point: HookPoint, module: nn.Module, hook: "RegisteredHook"
+        self, lent: Overrides, hook_point: HookPoint, module: nn.Module, hook: "RegisteredHook"
     ) -> None:
         if hook_point.place.side == "input":
             self._register_first(lent, module, hook)
@@ -210,12 +210,12 @@ class HookManager(HookDispatcher):
             return hook(module, *arguments)
         return None
 
-    def _register_first(self, lent: Lent, module: nn.Module, hook: Any) -> None:
+    def _register_first(self, lent: Overrides, module: nn.Module, hook: Any) -> None:
         """Registers a hook that acts before all others at a module's input."""
         lent.hooked(module, "_forward_pre_hooks", hook)
         module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
-    def _register_inside_hooks(self, lent: Lent) -> None:
+    def _register_inside_hooks(self, lent: Overrides) -> None:
         """Registers the hooks at tensors inside attention modules and routers."""
         by_module: dict[nn.Module, dict[int | str, HookPoint]] = {}
         for hook_point in self.hook_points:
@@ -223,7 +223,7 @@ class HookManager(HookDispatcher):
                 hook_points = by_module.setdefault(hook_point.module, {})
                 hook_points[hook_point.place.item] = hook_point
         for module, hook_points in by_module.items():
-            listen(
+            intercept_tensors(
                 lent,
                 module,
                 self.lm.family.attention,
@@ -233,14 +233,14 @@ class HookManager(HookDispatcher):
                 self._acts_in_forward,
             )
 
-    def _register_checkpointing(self, lent: Lent) -> None:
+    def _register_checkpointing(self, lent: Overrides) -> None:
         """Makes the hooks act when a checkpointed block runs again in the backward pass."""
         paths = (hook_point.place.path for hook_point in self.hook_points)
-        for module in checkpointing(self.lm.root, paths):
+        for module in checkpointing_parents(self.lm.root, paths):
             work = with_recomputation(self._recomputation)
             lent.around(module, "_gradient_checkpointing_func", work, self._acts_in_forward)
 
-    def _register_forward_boundaries(self, lent: Lent) -> None:
+    def _register_forward_boundaries(self, lent: Overrides) -> None:
         """Registers what notes the start and the end of each forward of the model."""
         for module in self._entry_modules:
             self._register_first(lent, module, ForwardBoundary(self._on_forward_start))
@@ -248,7 +248,7 @@ class HookManager(HookDispatcher):
             lent.hooked(module, "_forward_hooks", end)
             module.register_forward_hook(end, always_call=True)
 
-    def _register_generate(self, lent: Lent) -> None:
+    def _register_generate(self, lent: Overrides) -> None:
         if callable(getattr(self.lm.root, "generate", None)):
             lent.around(self.lm.root, "generate", self._generate, self.acts_here)
 
@@ -258,7 +258,7 @@ class HookManager(HookDispatcher):
         if not root.training:
             return
         for hook_point in self.hook_points:
-            if in_checkpointed_block(root, hook_point.place.path):
+            if is_in_checkpointed_block(root, hook_point.place.path):
                 raise Unsupported(
                     f"{hook_point.actions[0].hook} stands in a block with gradient checkpointing, "
                     "which runs again in backward(), without the hook: call "
@@ -277,14 +277,14 @@ class HookManager(HookDispatcher):
                 raise Unsupported(
                     "a generate inside a generate of the same block: give each a block of its own"
                 )
-            with without(self._scope):
+            with suspend_scope(self._scope):
                 return inner(*args, **kwargs)
         plan = self._state.plan_generation(args, kwargs)
         self._clear_forward()  # of a forward that was interrupted
         thread = self._generate_thread = get_ident()
 
         def acts() -> bool:
-            return get_ident() == thread and self._scope in HERE.get()
+            return get_ident() == thread and self._scope in CURRENT_SCOPES.get()
 
         return self._state.generate(plan, inner, args, kwargs, acts)
 
@@ -302,7 +302,7 @@ class HookManager(HookDispatcher):
                 self.lm.model(**inputs)
             for site in sites:
                 parts[site].append(manager.captured(site))
-        return {site: merged(captured) for site, captured in parts.items()}
+        return {site: merge_captures(captured) for site, captured in parts.items()}
 
     def expect(self, batch: Batch) -> None:
         """Sets the prompts of the next forward, so that they are not read back from the device."""
@@ -384,7 +384,7 @@ def let_outer_blocks_go_first(hooks: Any) -> None:
         hooks.move_to_end(key, last=False)
 
 
-def hooks_of_others(root: nn.Module) -> list[str]:
+def find_user_hooks(root: nn.Module) -> list[str]:
     """Returns the paths of the modules that carry hooks of the user's own.
 
     Hooks of libraries do not count. Raises `Unsupported` inside a block of hk.attach.
@@ -408,7 +408,7 @@ def hooks_of_others(root: nn.Module) -> list[str]:
 def _restore_modes(thread: int, before: list[Any]) -> None:
     """Removes the modes of an interrupted forward, in the thread that had these modes before."""
     if get_ident() == thread:
-        keep_modes(before)
+        remove_modes_except(before)
 
 
 # ---- gradient checkpointing
@@ -416,7 +416,7 @@ def _restore_modes(thread: int, before: list[Any]) -> None:
 
 def with_recomputation(
     recomputation: Callable[[], Callable[[], AbstractContextManager[None]]],
-) -> Work:
+) -> MethodReplacement:
     """Returns what runs in place of a model's checkpointing function.
 
     `recomputation` is called in the forward. It returns a context manager, in which the function
@@ -448,7 +448,7 @@ _UNCOMPILED_BLOCKS: set[object] = set()
 _STANCES: list[Any] = []  # the stance of the first block, which restores the one before
 
 
-def run_uncompiled(lent: Lent) -> None:
+def run_uncompiled(lent: Overrides) -> None:
     """Lets compiled code run uncompiled until `lent` is given back.
 
     A compiled model ignores hooks that are registered after its first call.

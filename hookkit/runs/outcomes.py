@@ -1,6 +1,6 @@
 """What the hooks of a block were to do, and what they did.
 
-Before a forward, `check_possible` and `check_cached` compare the positions of hooks with those
+Before a forward, `check_positions` and `check_cached` compare the positions of hooks with those
 that a text can have. During forwards, a `CaptureStore` holds the captures and the firings of each
 text. Afterwards it raises for a hook that never fired, and gives the log.
 """
@@ -22,8 +22,8 @@ from ..hooks.captured_values import (
     Captures,
     LazyCapture,
     SequenceEnd,
-    in_order,
-    joined,
+    join_chunks,
+    swap_head_and_query,
 )
 from ..models.batch_positions import ForwardPass, Selection, SequenceBatch
 from ..models.positions import PositionRange
@@ -45,7 +45,7 @@ LOG_COLUMNS = ["hook", "do", "site", "forward", "row", "positions", "numbers", "
 # ---- checks before a forward
 
 
-def check_possible(
+def check_positions(
     bound_hooks: Iterable[BoundHook],
     text: SequenceBatch,
     forward_pass: ForwardPass,
@@ -436,8 +436,8 @@ def _join_chunks(
         return Captured(site, hook.where, first.values, None, (), (), hook.name)
     is_scores = isinstance(site, Site) and site.name == "scores"
     fill = unseen_value(first.values.dtype, is_scores)
-    values, positions, final_rows = joined(chunks, ending, fill)
-    values = in_order(site, values) if first.leaf is None else first.leaf
+    values, positions, final_rows = join_chunks(chunks, ending, fill)
+    values = swap_head_and_query(site, values) if first.leaf is None else first.leaf
     rows_per_prompt = text.expand if ending.limits is None else 1
     rows = tuple(ending.prompts[row] // rows_per_prompt for row in final_rows)
     prompts = tuple(map(text.prompt, rows))

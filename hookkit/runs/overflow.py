@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import BadEdit
 from ..models.batch_positions import Selection
-from ..models.sites import LOGITS, SQUARE, ModuleSite
+from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, ModuleSite
 from .taps import BoundHook
 
 AT_ONCE = frozenset({"cpu", "meta"})  # devices whose results can be read without waiting
@@ -77,7 +77,7 @@ def broken(
 def _may_have_infinity(bound_hook: BoundHook) -> bool:
     """True at sites where the model itself may have -inf."""
     site = bound_hook.site
-    return isinstance(site, ModuleSite) or site.name in LOGITS or site.name in SQUARE
+    return isinstance(site, ModuleSite) or site.name in LOGIT_SITES or site.name in QUERY_KEY_SITES
 
 
 def _raise_bad_edit(bound_hook: BoundHook, count: int | None) -> None:

@@ -18,12 +18,12 @@ from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
-from ..models.overrides import Lent, Work
+from ..models.overrides import MethodReplacement, Overrides
 from ..models.sites import AnySite
 from .acting import apply_hook
 from .dispatch import replace_input
 from .manager import ForwardBoundary, HookManager
-from .taps import BoundHook, HookPoint, input_of
+from .taps import BoundHook, HookPoint, find_input
 
 Path: TypeAlias = tuple[Any, ...]
 """Where a value is among the arguments of a block: indices and keywords."""
@@ -150,7 +150,7 @@ class SharedForward(HookManager):
 
     # ---- at the blocks
 
-    def _register(self, lent: Lent) -> None:
+    def _register(self, lent: Overrides) -> None:
         super()._register(lent)
         growth, recorder = self.growth, self.recorder
         if growth is None and recorder is None:
@@ -158,7 +158,7 @@ class SharedForward(HookManager):
         for number in range(self.lm.n_layers):
             block = self.lm.submodule(self.lm.family.block.format(layer=number))
             if growth is not None and number < growth.first:
-                lent.around(block, "forward", passed_by(growth.kinds[number]))
+                lent.around(block, "forward", skip_block(growth.kinds[number]))
             elif growth is not None or (recorder is not None and number in recorder.blocks):
                 hook = ForwardBoundary(self._on_block_input, number)
                 self._register_first(lent, block, hook)
@@ -174,7 +174,7 @@ class SharedForward(HookManager):
         if self._forward_thread != get_ident():
             return None
         assert kwargs is not None
-        hidden, key = input_of(args, kwargs, 0, f"block {number}")
+        hidden, key = find_input(args, kwargs, 0, f"block {number}")
         if self.recorder is not None and number in self.recorder.blocks:
             self.recorder.note(number, hidden)
         if self.growth is None:
@@ -320,7 +320,7 @@ def _apply_hook_of_cell(
     return new
 
 
-def passed_by(kind: int) -> Work:
+def skip_block(kind: int) -> MethodReplacement:
     """Returns what runs in place of a block's forward, to skip the block: it returns its input.
 
     `kind` is 0 if the block returns a tensor, or the number of values that it returns.
@@ -329,7 +329,7 @@ def passed_by(kind: int) -> Work:
 
 
 def _return_input(kind: int, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-    hidden, _ = input_of(args, kwargs, 0, "a block")
+    hidden, _ = find_input(args, kwargs, 0, "a block")
     if not kind:
         return hidden
     return (hidden, *[None] * (kind - 1))

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..display import shown
+from ..display import render_html
 from ..errors import EmptySelection, NotCaptured, Unsupported
 from ..files.tensors import save_tensors
 from ..hooks.base import Hook
@@ -26,7 +26,7 @@ from ..hooks.captured_values import Captured, Captures
 from ..models.lm import LM
 from ..models.sites import AnySite, Sites
 from .outcomes import CaptureStore
-from .trace import Recorded
+from .trace import GenerationRecord
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +56,7 @@ class Run:
     output: Any
     _captures: CaptureStore | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    recorded: Recorded | None = None
+    recorded: GenerationRecord | None = None
 
     @property
     def logits(self) -> Float[Tensor, "row pos vocab"]:
@@ -208,7 +208,7 @@ class Run:
             if any(self.generated):
                 cells["written"] = repr(self.generated[row])
             rows.append(cells)
-        return shown(f"Run: {self.settings.get('verb', '')}", facts, rows)
+        return render_html(f"Run: {self.settings.get('verb', '')}", facts, rows)
 
     def __repr__(self) -> str:
         rows = "1 row" if len(self.lengths) == 1 else f"{len(self.lengths)} rows"

@@ -1,8 +1,8 @@
 """Hook points: from the user's hooks to the modules at which they act.
 
-`planned` turns hooks into `HookPoint`s: one for each side of a module at which something is done,
-with the bound hooks that act there in their order. All that can be checked without a forward is
-checked here. Nothing is registered on the model here.
+`build_hook_points` turns hooks into `HookPoint`s: one for each side of a module at which something
+is done, with the bound hooks that act there in their order. All that can be checked without a
+forward is checked here. Nothing is registered on the model here.
 """
 
 import copy
@@ -22,9 +22,9 @@ from ..hooks.captured_values import Captured, CapturedChunk
 from ..models.families.schema import ModuleLocation
 from ..models.lm import LM
 from ..models.positions import Where
-from ..models.sites import LOGITS, AnySite, Site
+from ..models.sites import LOGIT_SITES, AnySite, Site
 from ..models.training import refuse_no_gradient
-from ..models.views import SiteView, form_of
+from ..models.views import SiteView, view_of
 
 Reference = Callable[[Sequence[AnySite], tuple[Any, ...]], dict[AnySite, Captured]]
 """A function that captures sites on the prompts of a reference."""
@@ -69,7 +69,7 @@ class HookPoint:
         return self.place.path, self.place.side, self.place.item
 
 
-def planned(
+def build_hook_points(
     lm: LM, hooks: Sequence[Hook], reference: Reference, observers: Sequence[Hook] = ()
 ) -> list[HookPoint]:
     """Returns the hook points of these hooks, each checked against the model.
@@ -109,8 +109,8 @@ def _add_hook(
         hook_point = _hook_point_at(lm, hook_points, location.tensor)
         if edit is not None and edit.reads_input:
             hook_point.reads_input = True
-        view = form_of(lm.layout, site, location)
-        at_head = isinstance(site, Site) and site.name in LOGITS
+        view = view_of(lm.layout, site, location)
+        at_head = isinstance(site, Site) and site.name in LOGIT_SITES
         hook_point.copies_output = (
             _copies_unchanged(hook)
             and not at_head
@@ -209,7 +209,7 @@ def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
     return hook_point
 
 
-def reader(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
+def forward_of_site(lm: LM, site: AnySite) -> Callable[[Tensor], Tensor]:
     """Returns the forward of the module that reads a site, as a function of the whole site.
 
     This also holds where each process of a split model has a part of the module's weights.
@@ -273,7 +273,7 @@ def replace_output(output: Any, item: int | str, new: Tensor) -> Any:
     return changed
 
 
-def input_of(
+def find_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], item: int | str, where: str
 ) -> tuple[Tensor, int | str]:
     """Returns a tensor that a module was called with, and its index or keyword.

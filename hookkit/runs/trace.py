@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import checks_arguments, read_tokens, whole_number
-from ..display import shown
+from ..arguments import check_arguments, check_integer, check_tokens
+from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.logits import LogitEdit
@@ -38,15 +38,15 @@ class Trace:
 
     def __post_init__(self) -> None:
         meaning = "how many tokens of each stage to keep,"
-        top = whole_number(self.top, "top", least=1, meaning=meaning, error=BadHook)
+        top = check_integer(self.top, "top", least=1, meaning=meaning, error=BadHook)
         object.__setattr__(self, "top", top)
-        object.__setattr__(self, "watch", read_tokens(self.watch, "watch"))
+        object.__setattr__(self, "watch", check_tokens(self.watch, "watch"))
 
     def _repr_html_(self) -> str:
-        return shown("trace", {"top": self.top, "watch": ", ".join(map(repr, self.watch))})
+        return render_html("trace", {"top": self.top, "watch": ", ".join(map(repr, self.watch))})
 
 
-@checks_arguments
+@check_arguments
 def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
     """Returns what `generate(..., trace=trace())` records of every step.
 
@@ -55,7 +55,7 @@ def trace(*, top: int = 5, watch: Iterable[Token] | Token = ()) -> Trace:
     >>> trace(watch=" coffee")
     Trace(top=5, watch=(' coffee',))
     """
-    return Trace(top, read_tokens(watch, "watch"))
+    return Trace(top, check_tokens(watch, "watch"))
 
 
 # ---- the record
@@ -80,16 +80,16 @@ class Stage:
 
 
 @dataclass(eq=False, slots=True)
-class Changed:
+class LogitChange:
     """What one hook changed in one step: the rows, and the ranks of the stored tokens after it."""
 
     hook: Hook
     rows: Bool[Tensor, " row"]
     ranks: Int[Tensor, "row token"]
 
-    def cpu(self) -> "Changed":
+    def cpu(self) -> "LogitChange":
         """Returns the same change in main memory."""
-        return Changed(self.hook, self.rows.cpu(), self.ranks.cpu())
+        return LogitChange(self.hook, self.rows.cpu(), self.ranks.cpu())
 
 
 @dataclass(eq=False, slots=True)
@@ -99,7 +99,7 @@ class Step:
     call: int  # the number of the forward
     ids: Int[Tensor, "row token"]
     stages: dict[str, Stage]
-    changes: list[Changed]  # by the hooks on logits, in their order
+    changes: list[LogitChange]  # by the hooks on logits, in their order
 
     def cpu(self) -> "Step":
         """Returns the same step in main memory. Stages that are one object stay one."""
@@ -127,7 +127,7 @@ class Decision:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class GenerationRecord:
     """The record of a whole generation."""
 
     lm: LM
@@ -194,7 +194,7 @@ class Tracer:
         self._named = list(dict.fromkeys(named))
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self._generation: Generation | None = None
-        self.recorded: Recorded | None = None
+        self.recorded: GenerationRecord | None = None
         self._open_step = _OpenStep()
 
     def begin(self, generation: Generation) -> None:
@@ -245,7 +245,7 @@ class Tracer:
         assert self._generation is not None
         return self._generation
 
-    def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> Recorded:
+    def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> GenerationRecord:
         """Returns the record of the newest step alone.
 
         `tokens` are the tokens that rows chose in it, `lengths` the lengths of their prompts.
@@ -275,8 +275,8 @@ class Tracer:
                 decisions.append(step.decision(row, number, length, token, model_row))
         self.recorded = self._record_of(decisions)
 
-    def _record_of(self, decisions: list[Decision]) -> Recorded:
-        return Recorded(
+    def _record_of(self, decisions: list[Decision]) -> GenerationRecord:
+        return GenerationRecord(
             self.lm,
             self.asked,
             self.generation,
@@ -307,7 +307,7 @@ class Tracer:
         changes = []
         for hook, rows, after in self._open_step.changes:
             ranks = _ranks(after[:, :real], after.gather(1, ids))
-            changes.append(Changed(hook, rows, ranks))
+            changes.append(LogitChange(hook, rows, ranks))
         named_stages = {name: stages[names[name]] for name in STAGES}
         return Step(self._open_step.call, ids, named_stages, changes)
 

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..models.batch_positions import ForwardPass, SequenceBatch, contiguous, masked
-from ..models.positions import OPEN, At
+from ..models.batch_positions import (
+    ForwardPass,
+    SequenceBatch,
+    columns_after_padding,
+    columns_of_mask,
+)
+from ..models.positions import NO_END, At
 from ..models.prompts import Batch
 from .generation import Generation
 from .kv_cache import Caches, cache_in, cache_of, columns_in
@@ -87,7 +92,7 @@ class PositionTracker:
         pads = [0] * len(batch.lengths)
         if batch.side == "left":
             pads = [batch.ids.shape[1] - length for length in batch.lengths]
-        columns = contiguous(batch.lengths, pads, open_end=False)
+        columns = columns_after_padding(batch.lengths, pads, open_end=False)
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )
@@ -202,9 +207,9 @@ class PositionTracker:
         end = past + call.width
         if mask is None:
             lengths = [end] * rows
-            columns = contiguous(lengths, [0] * rows, open_end=True)
+            columns = columns_after_padding(lengths, [0] * rows, open_end=True)
         elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (rows, end):
-            columns, lengths = masked(mask.bool(), generating=False)
+            columns, lengths = columns_of_mask(mask.bool(), generating=False)
         else:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise Unsupported(
@@ -249,7 +254,7 @@ def _check_open_ends(text: SequenceBatch) -> None:
     if text.generating:
         return
     for columns in text.columns:
-        if not isinstance(columns, range) or columns.stop != OPEN:
+        if not isinstance(columns, range) or columns.stop != NO_END:
             raise Unsupported(
                 "this forward goes on after rows that end in padding: pad on the left to decode a "
                 "batch"

@@ -16,8 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from ..models.overrides import locked_here
-from ..models.scopes import adopt
+from ..models.overrides import holds_override_lock
+from ..models.scopes import adopt_attached_scopes
 
 Value = TypeVar("Value")
 
@@ -28,7 +28,7 @@ class Closed(BaseException):
     """Raised in the function where it gives a value that nobody reads any more."""
 
 
-class Turns(Generic[Value]):
+class ThreadedGenerator(Generic[Value]):
     """Iterates over the values of a function.
 
     `close` ends the function at its next value, and waits until it has ended.
@@ -46,7 +46,7 @@ class Turns(Generic[Value]):
         self._torch_state: list[Callable[[], AbstractContextManager[Any]]] = []
 
     def __iter__(self) -> Iterator[Value]:
-        adopt()
+        adopt_attached_scopes()
         self._context, self._torch_state = contextvars.copy_context(), state_of_torch()
         self._starting = True
         self._thread.start()
@@ -89,7 +89,7 @@ class Turns(Generic[Value]):
         if not self._begun.wait(START_TIMEOUT if self._starting else 0):
             return  # if the thread starts after all, it sees that it is closed and changes nothing
         while not self._ended.wait(1.0):
-            if locked_here():
+            if holds_override_lock():
                 # the garbage collector closes it while this thread holds a lock that the function
                 # needs: the function ends by itself
                 return

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..sweeps.summary import over_prompts
 from ..tables import intervals
@@ -24,7 +24,7 @@ LINE = ("vector", "site", "layer")  # the columns that name a vector
 DAMAGE = ("damage_kl", "damage_loss", "perplexity")
 
 
-@checks_arguments
+@check_arguments
 def over_doses(
     table: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def over_doses(
     return means.merge(groups.agg(**aggregations).reset_index(), on=cells)
 
 
-@checks_arguments
+@check_arguments
 def at_damage(
     table: pd.DataFrame, damage: float, *, by: str = "damage_kl", toward: int = 1
 ) -> pd.DataFrame:

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checks_arguments, whole_number
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt
-from ..hooks.base import not_square
+from ..hooks.base import require_vectors
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
-from ..hooks.vector import Vector, Vectors, data_hash, model_words
+from ..hooks.vector import Vector, Vectors, data_hash, describe_model
 from ..models.lm import LM
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, Row, as_batch
@@ -53,8 +53,8 @@ def collect_statistics(
     lm: LM, rows: Sequence[Row], sites: SitesLike, pos: PosLike, batch: int
 ) -> dict[AnySite, SiteStatistics]:
     """Returns the statistics of each of these sites at some positions of each prompt."""
-    whole_number(batch, "batch", least=1, meaning="how many prompts run together,", error=BadHook)
-    selected = not_square(lm.expand(sites), "a steering vector is a mean of")
+    check_integer(batch, "batch", least=1, meaning="how many prompts run together,", error=BadHook)
+    selected = require_vectors(lm.expand(sites), "a steering vector is a mean of")
     prompts: dict[AnySite, list[tuple[Tensor, int, Tensor]]] = {site: [] for site in selected}
     for start in range(0, len(rows), batch):
         texts = list(rows[start : start + batch])
@@ -91,7 +91,7 @@ def median_length(*lengths: Float[Tensor, " token"]) -> float:
     return float(torch.cat(lengths).median())
 
 
-@checks_arguments
+@check_arguments
 def mean_difference(
     lm: LM,
     positive: Prompts,
@@ -132,7 +132,7 @@ def _provenance(
     lm: LM, method: str, pos: PosLike, toward: Sequence[Row], away: Sequence[Row]
 ) -> dict[str, Any]:
     return {
-        **model_words(lm),
+        **describe_model(lm),
         "method": method,
         "pos": repr(pos),
         "prompts": [len(toward), len(away)],
@@ -140,7 +140,7 @@ def _provenance(
     }
 
 
-@checks_arguments
+@check_arguments
 def principal_direction(
     lm: LM,
     positive: Prompts,

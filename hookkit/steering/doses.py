@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import checks_arguments, whole_number
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook, number
 from ..hooks.vector import Vector
@@ -25,7 +25,7 @@ from ..models.positions import PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site
 from ..runs.forward import forward
-from ..sweeps.cells import as_hooks, listed
+from ..sweeps.cells import as_hooks, list_values
 from ..sweeps.sweep import sweep
 from ..tables.distributions import kl_divergence
 from ..tables.metrics import MetricLike
@@ -109,7 +109,7 @@ def _damage_sums(
     return torch.stack([loss, loss_before, kl.sum()]).cpu()
 
 
-@checks_arguments
+@check_arguments
 def dose_response(
     lm: LM,
     prompts: Prompts,
@@ -148,9 +148,9 @@ def dose_response(
     """
     named = _named(vectors)
     meaning = "how many random vectors are to be the control,"
-    whole_number(samples, "samples", least=0, meaning=meaning, error=BadHook)
+    check_integer(samples, "samples", least=0, meaning=meaning, error=BadHook)
     texts = None if neutral is None else neutral_rows(lm, neutral)
-    numbers = [number(dose, "a dose") for dose in listed(doses, "doses")]
+    numbers = [number(dose, "a dose") for dose in list_values(doses, "doses")]
     sampled: list[list[Vector]] = []
     for _, vector in named:
         random = [vector.random(seed=seed + sample) for sample in range(samples)]

@@ -16,20 +16,20 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection
-from ..hooks.base import Hook, inner, not_square, number
+from ..hooks.base import Hook, inner, number, require_vectors
 from ..hooks.edits import edit
-from ..hooks.vector import Vector, data_hash, model_words
+from ..hooks.vector import Vector, data_hash, describe_model
 from ..models.lm import LM
 from ..models.padding import logits_of
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import AnySite, Sites
-from ..models.training import frozen, refuse_no_gradient, warn_of_dropout
+from ..models.training import freeze_weights, refuse_no_gradient, warn_of_dropout
 from ..runs.manager import HookManager
 from ..sweeps.cell_metrics import CellMetrics
-from ..sweeps.inputs import SweepInputs, read
+from ..sweeps.inputs import SweepInputs, read_inputs
 from ..tables.metrics import FunctionMetric, Loss, Metric, MetricLike, as_metrics, loss
 from .directions import BATCH, collect_statistics, median_length
 
@@ -125,14 +125,14 @@ def aim(
     if isinstance(target, str) or is_list:
         target = loss(target)  # pyright: ignore[reportArgumentType]
     metrics = as_metrics(target)  # pyright: ignore[reportArgumentType]
-    sites = not_square(lm.expand(site), "a vector is added to")
+    sites = require_vectors(lm.expand(site), "a vector is added to")
     for items, word in ((metrics, "targets"), (sites, "sites")):
         if len(items) != 1:
             raise BadHook(
                 f"{len(items)} {word} were given, and a vector is fitted to one target at one "
                 "site: name it"
             )
-    inputs = read(lm, prompts, metrics, -1)
+    inputs = read_inputs(lm, prompts, metrics, -1)
     positions = _positions_of(inputs, sites, pos)
     return Aim(lm, sites[0], metrics[0], inputs, positions)
 
@@ -154,7 +154,7 @@ def _positions_of(
     return tuple(positions)
 
 
-@checks_arguments
+@check_arguments
 def fit_vector(
     lm: LM,
     site: str | AnySite,
@@ -209,7 +209,7 @@ def fit_vector(
     norm, width = median_length(stream.lengths), stream.means.shape[1]
     longest = None if dose is None else dose * norm
     warn_of_dropout(lm)
-    with torch.inference_mode(False), frozen(lm.root):
+    with torch.inference_mode(False), freeze_weights(lm.root):
         start = torch.zeros(width)
         if seed is not None:
             random = Vector(fit_aim.site, torch.ones(width), norm).random(seed=seed)
@@ -217,7 +217,7 @@ def fit_vector(
         descent = Descent(fit_aim, steps, lr * norm / width**0.5, longest, batch)
         vector, curve = descent.run(start, progress)
     about = {
-        **model_words(lm),
+        **describe_model(lm),
         "method": "learnt",
         "pos": repr(pos),
         "target": fit_aim.words,

@@ -10,18 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments, described, finite_number, items_of
+from ..arguments import as_items, check_arguments, check_number, describe
 from ..errors import BadHook, BadPrompt
 from ..hooks.ablation import patch
 from ..hooks.base import Hook, number
 from ..hooks.capture import capture
 from ..hooks.edits import steer
 from ..models.lm import LM
-from ..models.positions import At, CountLike, at
-from ..models.prompts import Prompts, Row, as_batch, as_rows, cover
-from ..models.sites import WHOLE_MODEL, Site
+from ..models.positions import At, IndicesLike, at
+from ..models.prompts import Prompts, Row, as_batch, as_rows, positions_of_text
+from ..models.sites import SITES_WITHOUT_LAYER, Site
 from ..runs.forward import forward
-from .cells import as_hooks, listed
+from .cells import as_hooks, list_values
 from .grids import GridPositions, Metrics, Positions, RowPositions, grid_positions
 from .sweep import Settings, sweep
 
@@ -29,7 +29,7 @@ from .sweep import Settings, sweep
 BATCH, WIDTH = 64, 64
 
 
-@checks_arguments
+@check_arguments
 def causal_tracing(
     lm: LM,
     prompts: Prompts,
@@ -66,12 +66,14 @@ def causal_tracing(
     subjects = _check_subjects(subject, len(batch.rows))
     if samples < 1 or window < 1:
         raise BadHook(f"samples={samples} and window={window}: both count from 1")
-    finite_number(noise, "noise", above=0.0, meaning="how many standard deviations are added,")
-    if site in WHOLE_MODEL:
+    check_number(noise, "noise", above=0.0, meaning="how many standard deviations are added,")
+    if site in SITES_WITHOUT_LAYER:
         raise BadHook(f"{site!r} is there once, and causal tracing restores a site layer by layer")
     sites = _sites_by_layer(lm, site, None)
     restored_layers = list(_sites_by_layer(lm, site, layers))
-    spans = [cover(lm, row, item) for row, item in zip(batch.rows, subjects, strict=True)]
+    spans = [
+        positions_of_text(lm, row, item) for row, item in zip(batch.rows, subjects, strict=True)
+    ]
     positions = grid_positions(batch.lengths, [site], pos)
     if positions is None:
         raise BadHook(
@@ -106,17 +108,17 @@ def causal_tracing(
 def _sites_by_layer(lm: LM, name: str, layers: Iterable[int] | None) -> dict[int | None, Site]:
     sites = lm.sites(name)
     if layers is not None:
-        sites = lm.sites(name, layers=listed(layers, "layers"))
+        sites = lm.sites(name, layers=list_values(layers, "layers"))
     return {site.layer: site for site in sites if isinstance(site, Site)}
 
 
 def _check_subjects(subject: str | At | Sequence[str | At], count: int) -> list[At]:
-    items = items_of(subject)
+    items = as_items(subject)
     subjects: list[Any] = [subject] * count if items is None else items
     for item in subjects:
         if not isinstance(item, str | At):
             raise BadPrompt(
-                f"subject={described(item)}: give its text, hk.at(text), or a list with one for "
+                f"subject={describe(item)}: give its text, hk.at(text), or a list with one for "
                 "each prompt"
             )
     if len(subjects) != count:
@@ -133,7 +135,7 @@ def _positions_of_samples(positions: GridPositions, samples: int) -> GridPositio
     for name, row_positions in positions.items():
         expanded[name] = []
         for position, prompts in row_positions:
-            rows: CountLike = prompts
+            rows: IndicesLike = prompts
             if isinstance(prompts, list):
                 rows = []
                 for prompt in prompts:

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..errors import BadHook, Unsupported
 from ..models.prompts import Prompts, as_batch
 from ..runs.run import Run
-from ..tables.metrics import Measure, Said, last_logits
+from ..tables.metrics import Measure, Said, logits_at
 from .cells import check_reached
 from .forwards import BaseForward, run_base
-from .inputs import SweepInputs, read
+from .inputs import SweepInputs, read_inputs
 from .plan import Plan
 from .shortcuts import LIMITS
 
@@ -117,7 +117,7 @@ def _values_of_run(plan: Plan, run: Run, pos: int) -> Values:
             "a run has not read the continuation whose loss is meant: give prompts as the target"
         )
     count = len(plan.inputs)
-    logits = last_logits(run, pos)
+    logits = logits_at(run, pos)
     _check_count(len(logits), count)
     logits = logits.expand(count, -1)
     values: Values = {}
@@ -137,7 +137,7 @@ def _values_of_prompts(plan: Plan, prompts: Prompts, pos: int) -> Values:
     _check_count(len(target_rows), count)
     if len(target_rows) != count:
         target_rows = target_rows * count
-    inputs = read(plan.lm, [list(row) for row in target_rows], plan.metrics, pos)
+    inputs = read_inputs(plan.lm, [list(row) for row in target_rows], plan.metrics, pos)
     check_reached(plan.base_hook_points, inputs)
     values: Values = {}
     for rows in plan.chunks():

@@ -25,10 +25,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import described, items_of, seed_of
+from ..arguments import as_items, check_seed, describe
 from ..errors import BadEdit, BadHook, EmptySelection
 from ..hooks.ablation import Ablate, FromRun
-from ..hooks.base import Binding, Change, EditHook, Here, Hook, not_square, put
+from ..hooks.base import Binding, Change, EditHook, Here, Hook, require_vectors, set_field
 from ..hooks.capture import Capture
 from ..hooks.captured_values import Captured
 from ..models.batch_positions import ForwardPass
@@ -36,8 +36,8 @@ from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
 from ..runs.manager import HookManager
-from ..runs.outcomes import check_possible
-from ..runs.taps import BoundHook, HookPoint, planned
+from ..runs.outcomes import check_positions
+from ..runs.taps import BoundHook, HookPoint, build_hook_points
 from .inputs import SweepInputs
 from .reach import bound_hooks_of
 
@@ -155,7 +155,9 @@ def _check_axes(grid: Grid) -> dict[str, list[Any]]:
                 f"the grid has a dimension {name!r}, which is a column of the table: give it "
                 "another name"
             )
-    axes = {name: listed(values, f"the grid's dimension {name!r}") for name, values in grid.items()}
+    axes = {
+        name: list_values(values, f"the grid's dimension {name!r}") for name, values in grid.items()
+    }
     for name, values in axes.items():
         if not values:
             raise EmptySelection(f"the grid's dimension {name!r} is empty: give at least one value")
@@ -166,7 +168,7 @@ def _check_axes(grid: Grid) -> dict[str, list[Any]]:
     return axes
 
 
-def listed(values: Any, name: str) -> list[Any]:
+def list_values(values: Any, name: str) -> list[Any]:
     """Returns the values of a dimension as a list; numbers of numpy, pandas and torch as Python's.
 
     Raises `BadHook` for a single value, for a collection without an order, and for a value that
@@ -175,8 +177,8 @@ def listed(values: Any, name: str) -> list[Any]:
     is_scalar = getattr(values, "ndim", None) == 0
     if isinstance(values, str | bytes) or is_scalar or not isinstance(values, Iterable):
         raise BadHook(
-            f"{name} is {described(values)}, one value, and a grid has a list of them: "
-            f"[{described(values)}]"
+            f"{name} is {describe(values)}, one value, and a grid has a list of them: "
+            f"[{describe(values)}]"
         )
     is_view = isinstance(values, KeysView | ValuesView)
     if isinstance(values, Mapping | Set | pd.DataFrame) and not is_view:
@@ -220,8 +222,7 @@ def check_takes(hooks: HooksAt, point: Mapping[str, Any]) -> None:
     dimensions = ", ".join(point)
     if not callable(hooks):
         raise BadHook(
-            f"hooks={described(hooks)}: give a function of the grid's values, "
-            f"lambda {dimensions}: …"
+            f"hooks={describe(hooks)}: give a function of the grid's values, lambda {dimensions}: …"
         )
     try:
         inspect.signature(hooks).bind(**point)
@@ -238,11 +239,11 @@ def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """Returns one hook or several as a tuple."""
     if isinstance(hooks, Hook):
         return (hooks,)
-    items = items_of(hooks)
+    items = as_items(hooks)
     for item in (hooks,) if items is None else items:
         if not isinstance(item, Hook):
             raise BadHook(
-                f"{described(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …"
+                f"{describe(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …"
             )
     return tuple(items or ())
 
@@ -254,7 +255,7 @@ def bind_hooks(
     for hook in hooks:
         if isinstance(hook, Capture):
             raise BadHook(f"{hook} in a sweep: a sweep keeps metrics only; capture with hk.forward")
-    hook_points = planned(lm, hooks, references)
+    hook_points = build_hook_points(lm, hooks, references)
     check_reached(hook_points, inputs)
     return hook_points
 
@@ -264,11 +265,11 @@ def check_reached(hook_points: Sequence[HookPoint], inputs: SweepInputs) -> None
     batch = inputs.full
     width = max(batch.lengths)
     whole = ForwardPass(batch, 0, 0, len(inputs), width, range(width), 0)
-    check_possible(bound_hooks_of(hook_points), batch, whole, None)
+    check_positions(bound_hooks_of(hook_points), batch, whole, None)
 
 
 DRAWS = 10  # of a control, by default
-SEEDS = 1_000_003  # more than the draws of any control, so that two seeds share none
+SEED_STRIDE = 1_000_003  # more than the draws of any control, so that two seeds share none
 
 Control: TypeAlias = Literal["random", "resample"] | HooksAt
 
@@ -287,12 +288,12 @@ class Randomised(EditHook):
     def check(self) -> None:
         if not isinstance(self.of, EditHook):
             raise BadHook(
-                f"a random control changes as much as an edit, and {described(self.of)} is none"
+                f"a random control changes as much as an edit, and {describe(self.of)} is none"
             )
         if self.sites != self.of.sites or self.where != self.of.where:
             raise BadHook(f"{self} acts at other places than the edit that it is the control of")
-        not_square(self.sites, "control='random' needs vectors, and changes")
-        put(self, "seed", seed_of(self.seed))
+        require_vectors(self.sites, "control='random' needs vectors, and changes")
+        set_field(self, "seed", check_seed(self.seed))
 
     @property
     def together(self) -> bool:
@@ -378,7 +379,7 @@ def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[
     if callable(control):
         return hooks_at(control, cell.point)
     if control == "random":
-        return tuple(_randomise(hook, seed * SEEDS + draw) for hook in cell.hooks)
+        return tuple(_randomise(hook, seed * SEED_STRIDE + draw) for hook in cell.hooks)
     return tuple(_resample(hook, draw) for hook in cell.hooks)
 
 
@@ -401,7 +402,7 @@ def _count_draws(cells: Sequence[Cell], control: Control, draws: int | None) -> 
 
 def _randomise(hook: Hook, seed: int) -> Hook:
     assert isinstance(hook, EditHook)
-    not_square(hook.sites, "control='random' needs vectors, and changes")
+    require_vectors(hook.sites, "control='random' needs vectors, and changes")
     return Randomised(hook.sites, hook.where, hook, seed)
 
 

@@ -19,10 +19,10 @@ from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, CapturedChunk
 from ..models.lm import LM
 from ..models.sites import AnySite, ModuleSite, Site
-from ..runs.engines.actors import computed
+from ..runs.engines.actors import run_steps
 from ..runs.engines.ray import Ray
 from ..runs.engines.work import Step, Steps
-from ..runs.taps import BoundHook, HookPoint, planned
+from ..runs.taps import BoundHook, HookPoint, build_hook_points
 from .cell_metrics import UNEDITED, CellMetrics, Values, cell_keys, unedited_logits
 from .cells import Cell
 from .forwards import BaseForward, CellPrompt, run_base, run_cell_prompts
@@ -366,12 +366,12 @@ class PlanRun:
             return
         worker = SweepWorker(self.plan)
         steps = (self._steps(rows, worker) for rows in self.plan.chunks())
-        computed(self.engine, self.plan.lm, worker, chain.from_iterable(steps))
+        run_steps(self.engine, self.plan.lm, worker, chain.from_iterable(steps))
 
     def _run_here(self, rows: tuple[int, ...]) -> None:
         worker = SweepWorker(self.plan)
         try:
-            computed(None, self.plan.lm, worker, self._steps(rows, worker))
+            run_steps(None, self.plan.lm, worker, self._steps(rows, worker))
         except RuntimeError as error:
             if not is_out_of_memory(error, self.plan.lm):
                 raise
@@ -412,7 +412,7 @@ class PlanRun:
         cell_prompts = plan.cell_prompts(rows, first_effect)
         jobs = plan.jobs(rows, cell_prompts, self.budget)
         settings = BaseSettings.of_jobs(plan, rows, jobs, sources_match=sources_match)
-        captures = planned(plan.lm, [capture(site) for site in sources], no_reference)
+        captures = build_hook_points(plan.lm, [capture(site) for site in sources], no_reference)
         forward = settings.run(plan, captures)
         chunks = {bound.site: bound.pieces[0] for bound in bound_hooks_of(captures)}
         foreign = find_foreign_source(first_effect, sources, chunks, rows)

@@ -21,7 +21,7 @@ from torch import Tensor, cat
 from ..errors import Unsupported
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
-from ..models.overrides import Lent
+from ..models.overrides import Overrides
 from ..models.padding import logits_of
 from ..models.sites import AnySite, Site
 from ..runs.partial import CellRows, Factors, JoinSchedule, Recorder, SharedForward
@@ -120,7 +120,7 @@ def _allows_narrowing(lm: LM, bound: BoundHook) -> bool:
 def narrow_last_block(lm: LM, width: int) -> Iterator[None]:
     """Inside this context those modules compute the last `width` positions and return zeros for
     the other ones."""
-    with Lent() as lent:
+    with Overrides() as lent:
         for name in NARROWED_INPUTS:
             location = lm.layout.find(name, lm.n_layers - 1)
             if location is not None and location.side == "input":

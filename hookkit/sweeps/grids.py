@@ -13,26 +13,32 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
 
-from ..arguments import checks_arguments, described, items_of, text_of
+from ..arguments import as_items, check_arguments, check_text, describe
 from ..errors import BadHook, BadPrompt, EmptySelection, Unsupported
 from ..hooks.ablation import ablate, patch
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.edits import skip_block, steer
 from ..models.lm import LM
-from ..models.positions import CountLike, Pos, PosLike, as_pos
+from ..models.positions import IndicesLike, Pos, PosLike, read_position
 from ..models.prompts import Prompts, as_batch
-from ..models.sites import HEADED, KEY_HEADED, WHOLE_MODEL, AnySite, Site
+from ..models.sites import (
+    SITES_WITH_HEADS,
+    SITES_WITH_KEY_HEADS,
+    SITES_WITHOUT_LAYER,
+    AnySite,
+    Site,
+)
 from ..runs.forward import forward
 from ..tables.metrics import MetricLike
-from .cells import as_hooks, listed
+from .cells import as_hooks, list_values
 from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
 Positions: TypeAlias = Iterable[PosLike] | Mapping[str, PosLike | Sequence[int]] | None
 """The positions of a grid: a list, or names for them, each with one position or one per prompt."""
 
-RowPositions: TypeAlias = list[tuple[Pos, CountLike]]
+RowPositions: TypeAlias = list[tuple[Pos, IndicesLike]]
 """The positions at a point of a grid, as `pos` and `rows` of one hook or several."""
 
 GridPositions: TypeAlias = Mapping[Any, RowPositions]
@@ -41,7 +47,7 @@ GridPositions: TypeAlias = Mapping[Any, RowPositions]
 ALL_POSITIONS: RowPositions = [(None, None)]
 
 
-@checks_arguments
+@check_arguments
 def patching(
     lm: LM,
     clean: Prompts,
@@ -94,11 +100,11 @@ def patching(
 
 def site_names(sites: str | Sequence[str]) -> list[str]:
     """Returns the names of a grid's sites. Raises `BadHook` if there are none."""
-    items = [sites] if isinstance(sites, str) else items_of(sites)
+    items = [sites] if isinstance(sites, str) else as_items(sites)
     if not items:
-        raise BadHook(f"sites={described(sites)}: name a site, such as 'z', or several in a list")
+        raise BadHook(f"sites={describe(sites)}: name a site, such as 'z', or several in a list")
     meaning = "the name of a site, such as 'z'"
-    return [text_of(item, "sites", meaning=meaning, error=BadHook) for item in items]
+    return [check_text(item, "sites", meaning=meaning, error=BadHook) for item in items]
 
 
 def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:
@@ -114,7 +120,7 @@ def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:
     return target_lengths
 
 
-@checks_arguments
+@check_arguments
 def ablations(
     lm: LM,
     prompts: Prompts,
@@ -177,14 +183,14 @@ def _units_by_layer(
     if units is None:
         return {}
     if not isinstance(units, Mapping):
-        return dict.fromkeys(layers, listed(units, "units"))
+        return dict.fromkeys(layers, list_values(units, "units"))
     for layer in units:
         if layer not in layers:
             raise BadHook(f"units= names layer {layer}, and the grid has the layers {list(layers)}")
-    return {layer: listed(units.get(layer, ()), f"units[{layer}]") for layer in layers}
+    return {layer: list_values(units.get(layer, ()), f"units[{layer}]") for layer in layers}
 
 
-@checks_arguments
+@check_arguments
 def dose(
     lm: LM,
     prompts: Prompts,
@@ -255,10 +261,10 @@ def create_site_grid(
     positions: GridPositions | None,
 ) -> SiteGrid:
     """Returns the grid over sites. Raises if some of them have heads or layers and some do not."""
-    layer_values = None if layers is None else listed(layers, "layers")
-    head_values = None if heads is None else listed(heads, "heads")
-    has_heads = _same_for_all(names, [name in HEADED for name in names], "heads")
-    no_layers = _same_for_all(names, [name in WHOLE_MODEL for name in names], "no layers")
+    layer_values = None if layers is None else list_values(layers, "layers")
+    head_values = None if heads is None else list_values(heads, "heads")
+    has_heads = _same_for_all(names, [name in SITES_WITH_HEADS for name in names], "heads")
+    no_layers = _same_for_all(names, [name in SITES_WITHOUT_LAYER for name in names], "no layers")
     if head_values is not None and not has_heads:
         raise BadHook(f"heads={head_values}: {', '.join(names)} has no heads; leave heads= out")
     if layer_values is not None and no_layers:
@@ -290,7 +296,7 @@ def _same_for_all(names: Sequence[str], has_property: Sequence[bool], word: str)
 
 
 def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int | None]:
-    if name in WHOLE_MODEL:
+    if name in SITES_WITHOUT_LAYER:
         lm.place(Site(name))
         return [None]
     lm.sites(name)  # raises if the model has none
@@ -300,7 +306,7 @@ def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int
 
 
 def _count_heads(lm: LM, name: str, layer: int | None) -> int:
-    return lm.layout.sizes_of(layer)["kv_head" if name in KEY_HEADED else "head"] or 0
+    return lm.layout.sizes_of(layer)["kv_head" if name in SITES_WITH_KEY_HEADS else "head"] or 0
 
 
 def grid_positions(
@@ -308,14 +314,14 @@ def grid_positions(
 ) -> GridPositions | None:
     """Returns the positions of a grid; None for sites with heads without `pos`."""
     if pos is None:
-        return None if names[0] in HEADED else _all_positions(lengths)
+        return None if names[0] in SITES_WITH_HEADS else _all_positions(lengths)
     positions: dict[Any, RowPositions] = {}
     if isinstance(pos, Mapping):
         for name, value in pos.items():
             positions[name] = _named_position(name, value, len(lengths))
     else:
-        for value in listed(pos, "pos"):
-            position = as_pos(value)
+        for value in list_values(pos, "pos"):
+            position = read_position(value)
             positions[position] = [(position, None)]
     if not positions:
         raise EmptySelection("the grid's dimension 'pos' is empty: give at least one position")
@@ -334,12 +340,12 @@ def _all_positions(lengths: Sequence[int]) -> GridPositions:
 def _named_position(name: Any, value: Any, count: int) -> RowPositions:
     """Returns a named position: one for all prompts, or one of each prompt, grouped."""
     if not isinstance(value, list | tuple):
-        return [(as_pos(value), None)]
+        return [(read_position(value), None)]
     if len(value) != count:
         raise BadPrompt(
             f"the position {name!r} is given for {len(value)} prompts, and there are {count}"
         )
     rows: dict[Pos, list[int]] = {}
     for row, position in enumerate(value):
-        rows.setdefault(as_pos(position), []).append(row)
+        rows.setdefault(read_position(position), []).append(row)
     return list(rows.items())

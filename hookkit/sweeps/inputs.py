@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import as_whole
+from ..arguments import as_integer
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padded_inputs
-from ..models.prompts import Prompts, Row, as_batch, cover, pad_id, padded
+from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
 from ..tables.metrics import Loss, Metric
 
 
@@ -81,14 +81,14 @@ class SweepInputs:
 
     def _sequence_batch(self, columns: Sequence[range]) -> SequenceBatch:
         lengths = list(map(len, self.rows))
-        find = partial(cover, self.lm)
+        find = partial(positions_of_text, self.lm)
         return SequenceBatch(list(columns), lengths, self.rows.__getitem__, find, final=True)
 
     def model_inputs(self, rows: Sequence[int], columns: int, width: int) -> dict[str, Tensor]:
         """Returns the arguments of a forward over the last `width` of `columns` columns."""
         lm = self.lm
         lengths = [self.lengths[row] for row in rows]
-        ids = padded([self.fed[row] for row in rows], pad_id(lm), "left")
+        ids = pad_rows([self.fed[row] for row in rows], pad_id(lm), "left")
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
         ids = ids.to(lm.device)
         if set(lengths) == {columns}:
@@ -97,9 +97,9 @@ class SweepInputs:
         return padded_inputs(lm, ids, positions.clamp(min=-1), "left", width)
 
 
-def read(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
+def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
     """Returns the inputs of a sweep whose metrics read position `pos` of each prompt."""
-    if as_whole(pos) is None:
+    if as_integer(pos) is None:
         raise BadHook(
             f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number"
         )

@@ -17,25 +17,25 @@ from typing import IO, Any
 
 import pandas as pd
 
-from ..arguments import folder_of
+from ..arguments import check_folder
 from ..errors import BadFile, BadHook
 from ..files.atomic import (
     add_line,
-    added_to,
-    cut_to_whole_lines,
-    locked,
+    lock_folder,
+    open_to_append,
+    read_complete_lines,
     remove_leftovers,
+    remove_partial_line,
     sha256,
-    whole_lines,
     write_bytes,
     write_text,
 )
-from ..files.untrusted import inside, json_in, json_of, mapping_of
+from ..files.untrusted import check_mapping, parse_json, path_inside, read_json
 from ..hooks import serialization as codec
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
-from ..models.wrappers import adapters_in_use
+from ..models.wrappers import active_adapter_names
 from ..runs.run import Run
-from ..tables.metrics import Metric, columns
+from ..tables.metrics import Metric, column_names
 from .cell_metrics import UNEDITED, Values
 from .plan import Plan
 
@@ -104,26 +104,26 @@ def open_journal(
     if folder is None:
         yield Journal()
         return
-    path = folder_of(folder, "save")
+    path = check_folder(folder, "save")
     ranks = plan.lm.ranks
     if ranks is not None and ranks.rank:
         _describe_sweep(plan, settings)  # all ranks take part in reading the weights
         yield Journal(values=ranks.first(None))  # the values that the first rank has
         return
-    with locked(path, "is running the sweep"):
+    with lock_folder(path, "is running the sweep"):
         _check_description(path, _describe_sweep(plan, settings))
         remove_leftovers(path)
-        cut_to_whole_lines(path / CELLS)
-        values, tables = _read_cells(path / CELLS, len(columns(plan.metrics)))
+        remove_partial_line(path / CELLS)
+        values, tables = _read_cells(path / CELLS, len(column_names(plan.metrics)))
         if ranks is not None:
             values = ranks.first(values)
-        with added_to(path / CELLS) as file:
+        with open_to_append(path / CELLS) as file:
             yield Journal(path, values, file, tables)
 
 
 def _check_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes the description of a sweep, or raises if the folder has another one."""
-    path = inside(folder, DESCRIPTION)
+    path = path_inside(folder, DESCRIPTION)
     for name in (CELLS, TABLE):
         if not path.exists() and os.path.lexists(folder / name):
             raise BadFile(
@@ -132,7 +132,7 @@ def _check_description(folder: Path, description: Mapping[str, Any]) -> None:
             )
     if not path.exists():
         write_text(path, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-    stored = mapping_of(json_in(path, finite=False), f"{DESCRIPTION} of {folder}")
+    stored = check_mapping(read_json(path, finite=False), f"{DESCRIPTION} of {folder}")
     differing = []
     for name, value in description.items():
         if name != "name" and stored.get(name) != value:
@@ -148,9 +148,9 @@ def _read_cells(path: Path, count: int) -> tuple[Values, set[str]]:
     """Reads the finished lines: the `count` values of each cell, and the hashes of tables."""
     values: Values = {}
     tables: set[str] = set()
-    for number, line in enumerate(whole_lines(path), start=1):
+    for number, line in enumerate(read_complete_lines(path), start=1):
         name = f"line {number} of {path}"
-        entries = json_of(line, name, finite=False)
+        entries = parse_json(line, name, finite=False)
         if isinstance(entries, dict):
             tables.add(str(entries.get("table")))
             continue
@@ -183,7 +183,7 @@ def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
         "weights_sha256": weights_hash(lm),
         "config_sha256": config_hash(lm),
         "tokenizer_sha256": tokenizer_hash(lm),
-        "adapters": adapters_in_use(lm.root),
+        "adapters": active_adapter_names(lm.root),
     }
     del model["versions"]
     cells = hashlib.sha256()

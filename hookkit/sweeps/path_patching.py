@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, Unpack
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook
 from ..hooks.ablation import patch
 from ..hooks.base import Hook
@@ -28,7 +28,7 @@ from ..models.prompts import Prompts
 from ..models.sites import AnySite, Site, Sites, SitesLike
 from ..runs.forward import forward
 from ..runs.run import Run
-from ..runs.taps import planned
+from ..runs.taps import build_hook_points
 from ..tables.token_metrics import logit
 from .cells import Cell, as_hooks
 from .execute import PlanRun
@@ -54,7 +54,7 @@ ReceivedValues: TypeAlias = tuple[Captures | None, int]
 run; None if no receiver reads a change."""
 
 
-@checks_arguments
+@check_arguments
 def path_patching(
     lm: LM,
     clean: Prompts,
@@ -185,7 +185,7 @@ def _read_receivers(
 ) -> Mapping[tuple[Any, ...], ReceivedValues]:
     """Runs the first plan. Returns what the receivers read in each cell."""
     for cell in first_plan.cells:
-        captures = planned(first_plan.lm, [capture(read_sites)], no_reference)
+        captures = build_hook_points(first_plan.lm, [capture(read_sites)], no_reference)
         cell.hook_points = [*cell.hook_points, *captures]
     PlanRun(first_plan, Journal(), lambda count: None, first_plan.budget).run()
     return {

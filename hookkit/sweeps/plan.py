@@ -11,8 +11,8 @@ from functools import cached_property
 
 import torch
 
-from ..arguments import whole_number
-from ..display import shown
+from ..arguments import check_integer
+from ..display import render_html
 from ..models.lm import LM
 from ..runs.taps import HookPoint
 from ..tables.metrics import Measure, Metric
@@ -140,7 +140,7 @@ def memory_budget(lm: LM, memory: int | None) -> int:
     """Returns the bytes that a sweep may use beside the model: `memory`, or a quarter of what a
     GPU has free."""
     if memory is not None:
-        return whole_number(
+        return check_integer(
             memory, "memory", least=1, meaning="the bytes that it may use beside the model,"
         )
     if lm.device.type == "cuda":
@@ -304,7 +304,7 @@ class Plan:
         return row_bytes(self.lm, width, columns, n_logits)
 
     def _repr_html_(self) -> str:
-        return shown("Plan of a sweep", text=repr(self))
+        return render_html("Plan of a sweep", text=repr(self))
 
     def __repr__(self) -> str:
         share = self.layer_tokens / max(1, self.naive_layer_tokens)

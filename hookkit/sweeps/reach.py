@@ -24,9 +24,9 @@ from ..hooks.base import EditHook
 from ..hooks.captured_values import Captured
 from ..hooks.edits import Edit
 from ..models.lm import LM
-from ..models.positions import At, PositionRange, Where, wish
-from ..models.prompts import cover
-from ..models.sites import SQUARE, AnySite, ModuleSite, Site
+from ..models.positions import At, PositionRange, Where, resolve_positions
+from ..models.prompts import positions_of_text
+from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site
 from ..runs.taps import BoundHook, HookPoint
 from .inputs import SweepInputs
 
@@ -161,7 +161,9 @@ class FirstEffect:
         """True if a hook's positions are the same in the source's prompt and in a row."""
         if len(source_ids) == len(self.inputs.rows[row]) and not isinstance(where.pos, At):
             return True
-        positions = wish(where, len(source_ids), lambda at: cover(self.lm, source_ids, at))
+        positions = resolve_positions(
+            where, len(source_ids), lambda at: positions_of_text(self.lm, source_ids, at)
+        )
         return positions == self.inputs.full.wishes(where)[row]
 
     def _first_position(self, bound: BoundHook, row: int) -> int:
@@ -199,7 +201,7 @@ def weights_later_keys(bound: BoundHook) -> bool:
     A user's function may change the values of keys that the query does not see, and so does a
     score of zero, since an unseen key's score is -inf. Other edits leave unseen keys unseen.
     """
-    if not isinstance(bound.site, Site) or bound.site.name not in SQUARE:
+    if not isinstance(bound.site, Site) or bound.site.name not in QUERY_KEY_SITES:
         return False
     if isinstance(bound.hook, Edit):
         return True

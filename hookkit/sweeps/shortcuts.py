@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..hooks.edits import steer
 from ..models.lm import LM
-from ..models.overrides import Lent
+from ..models.overrides import Overrides
 from ..models.sites import ModuleSite, Site
 from ..runs.forward import forward
 from ..runs.manager import HookManager
 from ..runs.partial import Path
-from ..runs.taps import planned
+from ..runs.taps import build_hook_points
 from .forwards import (
     CellPrompt,
     Shortcuts,
@@ -181,7 +181,7 @@ def _difference(lm: LM, inputs: SweepInputs, allowed: Shortcuts, expected: Tenso
     cells = _trial_cells(lm)
     hook_points, cell_prompts = [], []
     for number, (layer, pos) in enumerate(cells):
-        hook_points.append(planned(lm, [_trial_edit(lm, layer, pos)], no_reference))
+        hook_points.append(build_hook_points(lm, [_trial_edit(lm, layer, pos)], no_reference))
         for row in range(count):
             start = Start(layer, inputs.lengths[row] + pos)
             cell_prompts.append(CellPrompt(number, row, start))
@@ -229,7 +229,7 @@ class _ShapeRecorder(HookManager):
         self.outputs: dict[tuple[int, int | str], tuple[int, ...]] = {}
         self.kinds: dict[int, int] = {}
 
-    def _register(self, lent: Lent) -> None:
+    def _register(self, lent: Overrides) -> None:
         super()._register(lent)
         for number, module in self.modules.items():
             lent.around(module, "forward", self._recording_forward(number))

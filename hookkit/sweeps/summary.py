@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import BadHook, EmptySelection, OutOfRange
 from ..tables import intervals
 from ..tables.intervals import Estimates
@@ -20,7 +20,7 @@ Effects = Literal["ratio_of_means", "mean_of_ratios"]
 Matrix = Float[np.ndarray, "prompt sample"]
 
 
-@checks_arguments
+@check_arguments
 def over_prompts(
     table: pd.DataFrame,
     *,
@@ -386,7 +386,7 @@ def _widen_gains(
         summary.loc[number, "interval"] = method
 
 
-@checks_arguments
+@check_arguments
 def strongest(
     table: pd.DataFrame,
     *,

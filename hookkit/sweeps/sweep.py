@@ -16,18 +16,18 @@ from typing import Any, TypedDict
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..arguments import checks_arguments, whole_number
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, Interrupted, Unsupported
 from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.prompts import Prompts
 from ..models.sites import ModuleSite
-from ..models.training import levels_to_the_user, warn_of_dropout
-from ..runs.engines.ray import EngineLike, Ray, as_engine
-from ..runs.manager import hooks_of_others
+from ..models.training import user_stacklevel, warn_of_dropout
+from ..runs.engines.ray import EngineLike, Ray, read_engine
+from ..runs.manager import find_user_hooks
 from ..runs.run import Run
 from ..runs.taps import BoundHook, HookPoint
-from ..tables.metrics import MetricLike, as_metrics, columns
+from ..tables.metrics import MetricLike, as_metrics, column_names
 from .cell_metrics import UNEDITED, target_values, verify_cells
 from .cells import (
     RESERVED,
@@ -43,7 +43,7 @@ from .cells import (
 )
 from .execute import PlanRun
 from .forwards import Shortcuts
-from .inputs import SweepInputs, read
+from .inputs import SweepInputs, read_inputs
 from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
 from .reach import bound_hooks_of, is_inside_block, needs_all_positions, weights_later_keys
@@ -64,7 +64,7 @@ class Settings(TypedDict, total=False):
     engine: EngineLike
 
 
-@checks_arguments
+@check_arguments
 def plan(
     lm: LM,
     prompts: Prompts,
@@ -93,7 +93,7 @@ def plan(
             f"a sweep needs a causal language model, and this is a {type(lm.root).__name__}"
         )
     metric_values = as_metrics(metrics)
-    inputs = read(lm, prompts, metric_values, pos)
+    inputs = read_inputs(lm, prompts, metric_values, pos)
     for metric in metric_values:
         metric.bound(lm, len(inputs))  # raises before anything runs
     cells = create_cells(lm, grid, hooks, inputs)
@@ -106,7 +106,9 @@ def plan(
         )
     base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, References(lm)))
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
-    _check_names(cells[0], columns(metric_values), ["draw"] if isinstance(control, str) else [])
+    _check_names(
+        cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
+    )
     if reads_ahead(lm):
         raise Unsupported(
             "this model reads ahead: what it says at a position depends on later tokens; use "
@@ -176,7 +178,7 @@ def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Seque
 
 def _allowed_shortcuts(lm: LM) -> Shortcuts:
     """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
-    modules = hooks_of_others(lm.model)
+    modules = find_user_hooks(lm.model)
     if not modules:
         return shortcuts(lm)
     return no_shortcuts(
@@ -197,7 +199,7 @@ def _mark_cells_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
                 cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
 
 
-@checks_arguments
+@check_arguments
 def sweep(
     lm: LM,
     prompts: Prompts,
@@ -265,10 +267,10 @@ def sweep(
     >>> list(table.columns)
     ['layer', 'row', 'prob', 'prob_before', 'prob_delta']
     """
-    whole_number(
+    check_integer(
         verify, "verify", least=0, meaning="how many cells are run once more by themselves,"
     )
-    ray = as_engine(engine, lm)
+    ray = read_engine(engine, lm)
     sweep_plan = plan(
         lm,
         prompts,
@@ -318,7 +320,7 @@ def _run_plan(
             warnings.warn(
                 f"the sweep was interrupted: {journal.done} of {total} cells are done; {advice}",
                 Interrupted,
-                stacklevel=levels_to_the_user(),
+                stacklevel=user_stacklevel(),
             )
             return plan_run.foreign_sources, False
     return plan_run.foreign_sources, True
@@ -331,7 +333,7 @@ def _table(
     *,
     drawn: bool,
 ) -> pd.DataFrame:
-    metric_names = columns(sweep_plan.metrics)
+    metric_names = column_names(sweep_plan.metrics)
     control_columns = ["control"] if any(cell.control for cell in sweep_plan.cells) else []
     if drawn:
         control_columns.append("draw")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..arguments import as_real, checks_arguments, described, items_of, whole_number
+from ..arguments import as_items, as_number, check_arguments, check_integer, describe
 from ..errors import BadHook, EmptySelection, OutOfRange
 
 
-@checks_arguments
+@check_arguments
 def calibration(
     confidence: Iterable[float], right: Iterable[Any], *, bins: int = 10
 ) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def calibration(
         raise OutOfRange(
             f"a confidence is a probability, 0 to 1, and one is {confidences[invalid][0]}"
         )
-    whole_number(bins, "bins", least=1, meaning="how many bins,")
+    check_integer(bins, "bins", least=1, meaning="how many bins,")
     edges = np.linspace(0, 1, bins + 1)
     numbers = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
     counts = np.bincount(numbers, minlength=bins)
@@ -66,7 +66,7 @@ def calibration(
     return table
 
 
-@checks_arguments
+@check_arguments
 def roc(score: Iterable[float], right: Iterable[Any]) -> pd.DataFrame:
     """The receiver operating characteristic of a score that should be larger for right answers.
 
@@ -123,16 +123,16 @@ def _pairs(numbers: Iterable[float], right: Iterable[Any]) -> tuple[np.ndarray, 
 
 
 def _items(values: Any, name: str) -> list[Any]:
-    items = items_of(values)
+    items = as_items(values)
     if items is None:
         raise BadHook(
-            f"{name}: {described(values)} is one value: give a list with one for each answer"
+            f"{name}: {describe(values)} is one value: give a list with one for each answer"
         )
     return items
 
 
 def _real(item: Any) -> float:
-    number = as_real(item)
+    number = as_number(item)
     if number is None:
-        raise BadHook(f"{described(item)} is no number: give a real number for each answer")
+        raise BadHook(f"{describe(item)} is no number: give a real number for each answer")
     return number

@@ -17,24 +17,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import checks_arguments, read_tokens
-from ..display import records, shown
+from ..arguments import check_arguments, check_tokens
+from ..display import first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
 from ..hooks.conditions import Phrase
 from ..hooks.logits import Force
 from ..models.lm import LM
-from ..models.positions import Where, chosen
+from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import Site, Sites
 from ..models.tokens import Token
-from ..runs.generate import generate, traced
+from ..runs.generate import generate, generate_with_tracer
 from ..runs.random_state import Draws
 from ..runs.run import Run
 from ..runs.trace import Trace, Tracer
 from .distributions import Distribution
-from .rank_tables import Pair, named_tokens, shift_of, summary_table, watched_ids
+from .rank_tables import Pair, named_tokens, shift_table, summary_table, watched_ids
 
 LOGITS = Sites((Site("logits"),))
 
@@ -94,7 +94,7 @@ class Comparison:
         lm = self.run.lm
         watched = watched_ids(lm, self._trace.watch)
         named = named_tokens(lm, self._hooks)
-        return shift_of(self._pairs, self._trace.top, 3, watched, named)
+        return shift_table(self._pairs, self._trace.top, 3, watched, named)
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -133,7 +133,7 @@ class Comparison:
         return Distribution(self.run.lm, location, logits[row, step].float().cpu())
 
     def _repr_html_(self) -> str:
-        return shown(f"Comparison along the {self.along} text", rows=records(self.texts))
+        return render_html(f"Comparison along the {self.along} text", rows=first_rows(self.texts))
 
 
 def _force_tokens(tokens: list[int], row: int) -> Force:
@@ -158,7 +158,7 @@ class Paired(Tracer):
         return torch.full_like(scores, -math.inf).scatter(-1, drawn, 0.0)
 
 
-@checks_arguments
+@check_arguments
 def compare(
     lm: LM,
     prompts: Prompts,
@@ -192,15 +192,15 @@ def compare(
     rows = as_batch(lm, prompts, side="left").rows
     arguments = _for_both_halves(lm, arguments, len(rows))
     edits = tuple([_for_first_rows(hook, len(rows)) for hook in hooks])
-    trace = Trace(top, read_tokens(watch, "watch"))
+    trace = Trace(top, check_tokens(watch, "watch"))
     tracer = Paired(lm, trace, edits)
-    run = traced(lm, [*rows, *rows], edits, False, Draws(lm, seed), tracer, arguments)
+    run = generate_with_tracer(lm, [*rows, *rows], edits, False, Draws(lm, seed), tracer, arguments)
     return Comparison(run, along, trace, edits)
 
 
 def _for_first_rows(hook: Hook, count: int) -> Hook:
     """Returns the same hook, for the first `count` rows of a larger batch."""
-    rows = tuple(chosen(hook.where.rows, count))
+    rows = tuple(resolve_rows(hook.where.rows, count))
     return replace(hook, where=replace(hook.where, rows=rows))
 
 
@@ -271,7 +271,7 @@ class _Halves:
         return torch.cat([edited, baseline])
 
 
-@checks_arguments
+@check_arguments
 def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
     """Generates again, with another token at one step of a row and new tokens after it.
 
@@ -288,7 +288,7 @@ def fork(run: Run, *, step: int, token: Token, row: int = 0) -> Run:
             "this run is of one forward: only what was generated can take another turn"
         )
     _refuse_several_texts(run.lm, run.arguments)
-    chosen(row, len(run.lengths))
+    resolve_rows(row, len(run.lengths))
     start, end = run.prompt_lengths[row], run.lengths[row]
     if not 0 <= step < end - start:
         raise OutOfRange(

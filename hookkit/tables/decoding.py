@@ -12,19 +12,19 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import NotCaptured, OutOfRange
 from ..hooks.base import Hook
 from ..hooks.logits import Ban, Force, Restrict
-from ..models.positions import CountLike, as_count, chosen
-from ..models.tokens import shown_ranks
+from ..models.positions import IndicesLike, read_indices, resolve_rows
+from ..models.tokens import ranks_for_table
 from ..runs.run import Run
-from ..runs.trace import STAGES, Decision, Recorded, Stage
+from ..runs.trace import STAGES, Decision, GenerationRecord, Stage
 from .rank_tables import reasons_of
 
 
-@checks_arguments
-def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.DataFrame:
+@check_arguments
+def decoding(run: Run, *, top: int | None = None, rows: IndicesLike = None) -> pd.DataFrame:
     """Every step's candidates at each stage: the most likely, watched, named and drawn tokens.
 
     Columns: row, step, pos, stage ("model", "edited" or "processed"), token, token_id, logit,
@@ -49,7 +49,9 @@ def decoding(run: Run, *, top: int | None = None, rows: CountLike = None) -> pd.
     return pd.DataFrame(table_rows)
 
 
-def candidate_rows(record: Recorded, decision: Decision, count: int) -> Iterator[dict[str, object]]:
+def candidate_rows(
+    record: GenerationRecord, decision: Decision, count: int
+) -> Iterator[dict[str, object]]:
     """Returns the rows of `decoding` for one step of one row, with `count` tokens of each stage."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     for name in STAGES:
@@ -89,12 +91,12 @@ def _numbers(stage: Stage, row: int, column: int) -> dict[str, float]:
         "logit": stage.logits[row, column].item(),
         "logprob": logprob.item(),
         "prob": logprob.exp().item(),
-        "rank": shown_ranks(stage.ranks[row, column]).item(),
+        "rank": ranks_for_table(stage.ranks[row, column]).item(),
     }
 
 
-@checks_arguments
-def decisions(run: Run, *, rows: CountLike = None) -> pd.DataFrame:
+@check_arguments
+def decisions(run: Run, *, rows: IndicesLike = None) -> pd.DataFrame:
     """One row for each step: the chosen token, its numbers at each stage, and why it was chosen.
 
     Columns: row, step, pos, token, token_id, why (a sentence); logit, prob and rank of the token,
@@ -110,7 +112,7 @@ def decisions(run: Run, *, rows: CountLike = None) -> pd.DataFrame:
     )
 
 
-def decision_row(record: Recorded, decision: Decision) -> dict[str, object]:
+def decision_row(record: GenerationRecord, decision: Decision) -> dict[str, object]:
     """Returns one row of `decisions`."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     columns: dict[str, object] = {
@@ -139,7 +141,7 @@ def decision_row(record: Recorded, decision: Decision) -> dict[str, object]:
     return columns
 
 
-def explain_choice(record: Recorded, decision: Decision) -> str:
+def explain_choice(record: GenerationRecord, decision: Decision) -> str:
     """Returns the sentence that says why a token was chosen."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     column = ids.index(decision.token)
@@ -159,7 +161,7 @@ def explain_choice(record: Recorded, decision: Decision) -> str:
 
 
 def _rank_changes(
-    record: Recorded, ranks: Mapping[str, int], moves: list[tuple[Hook, int, int]]
+    record: GenerationRecord, ranks: Mapping[str, int], moves: list[tuple[Hook, int, int]]
 ) -> Iterator[str]:
     """Returns how hooks and logits processors changed the token's rank."""
     movers = []
@@ -175,7 +177,7 @@ def _rank_changes(
         yield f"the logits processors moved it from rank {ranks['edited']} to {ranks['processed']}"
 
 
-def _choice(record: Recorded, decision: Decision, column: int, rank: int) -> str:
+def _choice(record: GenerationRecord, decision: Decision, column: int, rank: int) -> str:
     """Returns how transformers chose the token."""
     stage, row = decision.record.stages["processed"], decision.model_row
     count, mode, rules = int(stage.candidates[row]), record.generation.mode, record.generation.rules
@@ -204,7 +206,7 @@ def _moves(decision: Decision, column: int) -> Iterator[tuple[Hook, int, int]]:
 
 
 def _force_of(
-    record: Recorded, decision: Decision, moves: list[tuple[Hook, int, int]]
+    record: GenerationRecord, decision: Decision, moves: list[tuple[Hook, int, int]]
 ) -> Force | None:
     """Returns the last force hook that put this token first."""
     for hook, _, rank in reversed(moves):
@@ -213,7 +215,7 @@ def _force_of(
     return None
 
 
-def _removed_first(record: Recorded, decision: Decision) -> list[str]:
+def _removed_first(record: GenerationRecord, decision: Decision) -> list[str]:
     """Returns a sentence if a hook removed the model's own first token, else an empty list."""
     row, ids = decision.model_row, decision.record.ids[decision.model_row].tolist()
     first = int(decision.record.stages["model"].top[row, 0])
@@ -230,7 +232,7 @@ def _removed_first(record: Recorded, decision: Decision) -> list[str]:
     return sentences
 
 
-def _record_of(run: Run) -> Recorded:
+def _record_of(run: Run) -> GenerationRecord:
     if run.recorded is None:
         raise NotCaptured(
             "this run kept no record of its steps: make it with hk.generate(..., trace=hk.trace())"
@@ -238,6 +240,6 @@ def _record_of(run: Run) -> Recorded:
     return run.recorded
 
 
-def _decisions_of(run: Run, record: Recorded, rows: CountLike) -> list[Decision]:
-    selected = set(chosen(as_count(rows, "row", negative=False), len(run.lengths)))
+def _decisions_of(run: Run, record: GenerationRecord, rows: IndicesLike) -> list[Decision]:
+    selected = set(resolve_rows(read_indices(rows, "row", negative=False), len(run.lengths)))
     return [decision for decision in record.decisions if decision.row in selected]

@@ -32,8 +32,16 @@ from torch import Tensor
 from ..errors import EmptySelection, OutOfRange
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
-from ..models.positions import CountLike, PosLike, Where, as_count, as_pos, chosen, wish
-from ..models.prompts import cover
+from ..models.positions import (
+    IndicesLike,
+    PosLike,
+    Where,
+    read_indices,
+    read_position,
+    resolve_positions,
+    resolve_rows,
+)
+from ..models.prompts import positions_of_text
 from ..models.tokens import NO_RANK
 from ..runs.run import Run
 
@@ -74,7 +82,7 @@ def top_tokens(logits: Batch, n_tokens: int, count: int | None) -> Int[Tensor, "
     return order.indices[..., :count]
 
 
-def expected(
+def expectation(
     logprobs: Batch, values: Batch, *, dtype: torch.dtype | None = None
 ) -> Float[Tensor, "*batch"]:
     """Returns the mean of values under each distribution, summed in `dtype`.
@@ -92,14 +100,14 @@ def expected(
 
 def entropy_of(logprobs: Batch) -> Float[Tensor, "*batch"]:
     """Returns -Σ p log p, in nats."""
-    return 0.0 - expected(logprobs, logprobs)  # 0.0 for a certain token, not -0.0
+    return 0.0 - expectation(logprobs, logprobs)  # 0.0 for a certain token, not -0.0
 
 
 def kl_divergence(
     p: Batch, q: Batch, *, dtype: torch.dtype | None = None
 ) -> Float[Tensor, "*batch"]:
     """Returns KL(p ‖ q) in nats, from log-probabilities; rounding may leave it below 0."""
-    return expected(p, p - q, dtype=dtype)
+    return expectation(p, p - q, dtype=dtype)
 
 
 def divergences(before: Batch, after: Batch) -> dict[str, Float[Tensor, "*batch"]]:
@@ -173,7 +181,7 @@ class Distribution:
     @cached_property
     def varentropy(self) -> float:
         """The variance of -log p under p, in nats²; 0 if all candidates are equally likely."""
-        return float(expected(self.exact, (self.exact + self.entropy) ** 2))
+        return float(expectation(self.exact, (self.exact + self.entropy) ** 2))
 
     @cached_property
     def margin(self) -> float:
@@ -186,7 +194,7 @@ class Distribution:
 
 
 def distributions(
-    run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
+    run: Run, *, pos: PosLike = None, step: IndicesLike = None, rows: IndicesLike = None
 ) -> Iterator[Distribution]:
     """Returns the distribution at each selected position of each row, in order.
 
@@ -195,12 +203,14 @@ def distributions(
     """
     captured = run.captured_logits()
     where = Where(
-        as_pos(pos), as_count(rows, "row", negative=False), as_count(step, "step", negative=False)
+        read_position(pos),
+        read_indices(rows, "row", negative=False),
+        read_indices(step, "step", negative=False),
     )
     if where.pos is not None and where.step is not None:
         raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: give one of them")
     request = f"step={step!r}" if step is not None else f"pos={pos!r}"
-    for row in chosen(where.rows, len(captured.rows)):
+    for row in resolve_rows(where.rows, len(captured.rows)):
         prompt_length = len(captured.prompts[row])
         for column, position in _columns_of(run.lm, captured, row, where, request):
             location = {"row": row, "pos": position}
@@ -216,7 +226,9 @@ def _columns_of(
     """Returns the column and the position of each selected position of a row."""
     assert captured.positions is not None
     prompt = captured.prompts[row]
-    selected = wish(where, len(prompt), lambda text: cover(lm, prompt, text))
+    selected = resolve_positions(
+        where, len(prompt), lambda text: positions_of_text(lm, prompt, text)
+    )
     positions = captured.positions[row].tolist()
     available = [position for position in positions if position >= 0]
     missing = False

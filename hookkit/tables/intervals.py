@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 MIN_FOR_BOOTSTRAP = 30  # with fewer values a mean has a t interval
-DRAWN = 10  # with fewer values a figure shows the values and no interval
+MIN_FOR_INTERVAL = 10  # with fewer values a figure shows the values and no interval
 TILT = 2.0  # how fast the tails part with skewness: tanh of TILT standard errors of it
 MIN_TAIL = 0.02  # the smallest share of 1 - confidence that a tail has
 NUMBERS_AT_ONCE = 4_000_000  # how many numbers of a bootstrap are in memory at once

@@ -15,17 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import (
-    as_whole,
-    checks_arguments,
-    checks_keywords,
-    described,
-    items_of,
-    prompt_rows,
-    whole_number,
+    as_integer,
+    as_items,
+    check_arguments,
+    check_integer,
+    check_keywords,
+    check_prompts,
+    describe,
 )
 from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ..models.lm import LM
-from ..models.prompts import shortened
+from ..models.prompts import shorten
 from ..runs.run import Run
 from .distributions import distributions, exact_logprobs, kl_divergence, token_logits
 
@@ -69,17 +69,17 @@ class Metric:
         """Returns the metric of a run at one position of each prompt: [row], on the CPU."""
         if not isinstance(run, Run):
             raise BadArgument(
-                f"a metric measures a run, and was given {described(run)}: "
+                f"a metric measures a run, and was given {describe(run)}: "
                 "metric(hk.forward(lm, prompts))"
             )
         meaning = "the one position of each prompt at which a metric looks,"
-        pos = whole_number(pos, "pos", meaning=meaning, error=BadHook)
+        pos = check_integer(pos, "pos", meaning=meaning, error=BadHook)
         measure = self.bound(run.lm, len(run.lengths))
-        logits = last_logits(run, pos)
+        logits = logits_at(run, pos)
         return measure(Said(logits, range(len(logits)))).cpu()
 
 
-def last_logits(run: Run, pos: int = -1) -> Float[Tensor, "row vocab"]:
+def logits_at(run: Run, pos: int = -1) -> Float[Tensor, "row vocab"]:
     """Returns the logits of a run at one position of each row, float32 on the CPU."""
     return torch.stack([distribution.logits for distribution in distributions(run, pos=pos)])
 
@@ -114,7 +114,7 @@ MetricLike: TypeAlias = Metric | Callable[[Tensor], Tensor]
 def as_metrics(metrics: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
     """Returns one or several metrics or functions of logits as metrics."""
     is_one = isinstance(metrics, Metric) or callable(metrics)
-    items = None if is_one else items_of(metrics)
+    items = None if is_one else as_items(metrics)
     if items is None:
         return (_as_metric(metrics),)
     if not items:
@@ -132,13 +132,13 @@ def _as_metric(item: Any) -> Metric:
         raise BadHook(f"hk.{name} makes a metric and is none: call it, hk.{name}(…)")
     if not callable(item):
         raise BadHook(
-            f"{described(item)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function "
+            f"{describe(item)} is no metric: give hk.logit_diff(…), hk.prob(…) …, or a function "
             "of logits [row, vocab]"
         )
     return FunctionMetric(item)  # pyright: ignore[reportArgumentType]
 
 
-def columns(metrics: Sequence[Metric]) -> list[str]:
+def column_names(metrics: Sequence[Metric]) -> list[str]:
     """Returns the name of each metric's column: prob, prob_2 … if a name occurs several times."""
     counts: dict[str, int] = {}
     names = []
@@ -158,7 +158,7 @@ class Entropy(Metric):
         return lambda inputs: torch.special.entr(inputs.logits.softmax(-1)).sum(-1)
 
 
-@checks_arguments
+@check_arguments
 def entropy() -> Entropy:
     """The entropy of the next token, in nats: how unsure the model is."""
     return Entropy()
@@ -180,7 +180,7 @@ class KL(Metric):
     def bound(self, lm: LM, count: int) -> Measure:
         if self.reference is None:
             return self._from_unedited
-        reference = last_logits(self.reference, self.pos)
+        reference = logits_at(self.reference, self.pos)
         if len(reference) not in (1, count):
             raise BadPrompt(
                 f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
@@ -208,7 +208,7 @@ def _kl_of_logits(
     return kl_divergence(exact_logprobs(before), exact_logprobs(after)).clamp(min=0).float()
 
 
-@checks_arguments
+@check_arguments
 def kl(reference: Run | None = None, *, pos: int = -1) -> KL:
     """KL(reference ‖ run), in nats: how far the next-token distribution is from a reference run's.
 
@@ -245,7 +245,7 @@ class Top1Changed(Metric):
         return measure
 
 
-@checks_arguments
+@check_arguments
 def top1_changed() -> Top1Changed:
     """1 if the most likely token is another than without the edit, else 0.
 
@@ -309,14 +309,14 @@ def _read_continuation(continuation: object) -> str | tuple[int, ...]:
         if not continuation:
             raise BadPrompt("loss was given an empty continuation: give a text")
         return str(continuation)
-    if as_whole(continuation) is not None:
+    if as_integer(continuation) is not None:
         raise BadPrompt(
             f"loss was given {continuation}, one token: a continuation is a text, or ids in a tuple"
         )
-    rows = prompt_rows(continuation)
+    rows = check_prompts(continuation)
     if len(rows) != 1 or isinstance(rows[0], str):
         raise BadPrompt(
-            f"loss was given {described(continuation)} as one continuation: give a text, ids in a "
+            f"loss was given {describe(continuation)} as one continuation: give a text, ids in a "
             "tuple, or a list with one for each prompt"
         )
     return rows[0]
@@ -328,7 +328,7 @@ def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
         ids = continuation
     elif lm.tokenizer is None:
         raise BadPrompt(
-            f"{shortened(continuation)!r} is text, and this model came without a tokenizer: "
+            f"{shorten(continuation)!r} is text, and this model came without a tokenizer: "
             "give token ids"
         )
     else:
@@ -336,7 +336,7 @@ def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
     return tuple([lm.token(token_id) for token_id in ids])
 
 
-@checks_keywords
+@check_keywords
 def loss(continuation: str | list[str] | tuple[int, ...]) -> Loss:
     """The mean loss of a text that follows the prompt, in nats per token.
 

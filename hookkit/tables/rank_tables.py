@@ -20,25 +20,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checks_arguments, read_tokens, whole_number
+from ..arguments import check_arguments, check_integer, check_tokens
 from ..errors import OutOfRange
 from ..hooks.logits import LogitEdit
 from ..models.lm import LM, Token
-from ..models.positions import CountLike, PosLike
-from ..models.tokens import NO_RANK, shown_ranks
+from ..models.positions import IndicesLike, PosLike
+from ..models.tokens import NO_RANK, ranks_for_table
 from ..runs.run import Run
 from .distributions import Distribution, distributions, divergences, scenario, token_texts
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 
 
-@checks_arguments
+@check_arguments
 def ranks(
     run: Run,
     *,
     pos: PosLike = None,
-    step: CountLike = None,
-    rows: CountLike = None,
+    step: IndicesLike = None,
+    rows: IndicesLike = None,
     top: int | None = 10,
     watch: Iterable[Token] | Token = (),
 ) -> pd.DataFrame:
@@ -66,7 +66,7 @@ def ranks(
     return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
 
 
-def _default_pos(pos: PosLike, step: CountLike) -> PosLike:
+def _default_pos(pos: PosLike, step: IndicesLike) -> PosLike:
     """Returns the prompt's last position if neither a position nor a step is selected."""
     return -1 if pos is None and step is None else pos
 
@@ -86,18 +86,18 @@ def _numbers(
         f"logit{suffix}": column(distribution.logits),
         f"logprob{suffix}": column(distribution.logprobs),
         f"prob{suffix}": column(distribution.probs),
-        f"rank{suffix}": shown_ranks(distribution.ranks(ids)).tolist(),
+        f"rank{suffix}": ranks_for_table(distribution.ranks(ids)).tolist(),
     }
 
 
-@checks_arguments
+@check_arguments
 def rank_shift(
     before: Run,
     after: Run,
     *,
     pos: PosLike = None,
-    step: CountLike = None,
-    rows: CountLike = None,
+    step: IndicesLike = None,
+    rows: IndicesLike = None,
     top: int = 10,
     movers: int = 3,
     watch: Iterable[Token] | Token = (),
@@ -116,15 +116,15 @@ def rank_shift(
     pos = _default_pos(pos, step)
     pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
     edited = _edited_tokens(before, after)
-    return shift_of(pairs, top, movers, watched_ids(after.lm, watch), edited)
+    return shift_table(pairs, top, movers, watched_ids(after.lm, watch), edited)
 
 
-def shift_of(
+def shift_table(
     pairs: Iterable[Pair], top: int, movers: int, watched: list[int], edited: list[int]
 ) -> pd.DataFrame:
     """Returns the table of `rank_shift` for distributions before and after."""
     _check_top(top)
-    whole_number(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
+    check_integer(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
     parts = []
     for before, after in pairs:
         why = reasons_of(
@@ -165,7 +165,7 @@ def _with_deltas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(
-    before: Run, after: Run, *, pos: PosLike, step: CountLike, rows: CountLike
+    before: Run, after: Run, *, pos: PosLike, step: IndicesLike, rows: IndicesLike
 ) -> Iterator[Pair]:
     befores = list(distributions(before, pos=pos, step=step, rows=rows))
     afters = list(distributions(after, pos=pos, step=step, rows=rows))
@@ -217,14 +217,14 @@ def named_tokens(lm: LM, hooks: Sequence[object]) -> list[int]:
     return list(dict.fromkeys(tokens))
 
 
-@checks_arguments
+@check_arguments
 def shift_summary(
     before: Run,
     after: Run,
     *,
     pos: PosLike = None,
-    step: CountLike = None,
-    rows: CountLike = None,
+    step: IndicesLike = None,
+    rows: IndicesLike = None,
     top: int = 10,
 ) -> pd.DataFrame:
     """How far the whole distribution moved from one run to another: one row for each position.
@@ -271,9 +271,9 @@ def _first_token(distribution: Distribution, token: int) -> str | None:
     return None if distribution.unknown else repr(distribution.lm.string(token))
 
 
-@checks_arguments
+@check_arguments
 def uncertainty(
-    run: Run, *, pos: PosLike = None, step: CountLike = None, rows: CountLike = None
+    run: Run, *, pos: PosLike = None, step: IndicesLike = None, rows: IndicesLike = None
 ) -> pd.DataFrame:
     """How sure the model is: one row for each selected position, by default all that have logits.
 
@@ -317,9 +317,9 @@ def _uncertainty(distribution: Distribution) -> dict[str, object]:
 
 def watched_ids(lm: LM, watch: Iterable[Token] | Token) -> list[int]:
     """Returns the ids of the tokens of `watch=`."""
-    return [lm.token(token) for token in read_tokens(watch, "watch")]
+    return [lm.token(token) for token in check_tokens(watch, "watch")]
 
 
 def _check_top(top: int | None, *, least: int = 1) -> None:
     if top is not None:
-        whole_number(top, "top", least=least, meaning="how many tokens to show")
+        check_integer(top, "top", least=least, meaning="how many tokens to show")

@@ -15,22 +15,22 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..arguments import checks_arguments, finite_number, items_of, whole_number
+from ..arguments import as_items, check_arguments, check_integer, check_number
 from ..errors import BadHook
-from ..models.positions import CountLike, PosLike
-from ..models.tokens import shown_ranks
+from ..models.positions import IndicesLike, PosLike
+from ..models.tokens import ranks_for_table
 from ..runs.run import Run
 from .distributions import Distribution, distributions, token_texts
 
 Warper = Callable[[Tensor], Tensor]
 
 
-@checks_arguments
+@check_arguments
 def warped(
     run: Run,
     *,
     pos: PosLike = -1,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     temperature: float | Sequence[float] = (),
     top_k: int | Sequence[int] = (),
     top_p: float | Sequence[float] = (),
@@ -58,7 +58,7 @@ def warped(
         raise BadHook(
             "no setting was given: say temperature=(0.5, 1, 2), top_k=(5, 50) or top_p=(0.5, 0.9)"
         )
-    whole_number(top, "top", least=1, meaning="how many tokens to show,")
+    check_integer(top, "top", least=1, meaning="how many tokens to show,")
     parts = []
     for distribution in distributions(run, pos=pos, rows=rows):
         ids = torch.tensor(distribution.top(top))
@@ -78,7 +78,7 @@ def _part(setting: str, distribution: Distribution, ids: Tensor) -> pd.DataFrame
             "token": token_texts(distribution.lm, ids.tolist()),
             "token_id": ids.tolist(),
             "prob": distribution.probs[ids].double().tolist(),
-            "rank": shown_ranks(distribution.ranks(ids)).tolist(),
+            "rank": ranks_for_table(distribution.ranks(ids)).tolist(),
             "kept": (distribution.logits[ids] > -math.inf).tolist(),
             "tokens_kept": int((distribution.real > -math.inf).sum()),
             "entropy": distribution.entropy,
@@ -93,13 +93,13 @@ def _warpers(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Wa
 
     for item in _items(temperature):
         meaning = "a temperature (greedy is top_k=1),"
-        value = finite_number(item, "temperature", above=0.0, meaning=meaning)
+        value = check_number(item, "temperature", above=0.0, meaning=meaning)
         yield f"temperature={value:g}", _as_function(TemperatureLogitsWarper(float(value)))
     for item in _items(top_k):
-        value = whole_number(item, "top_k", least=1, meaning="how many tokens,", error=BadHook)
+        value = check_integer(item, "top_k", least=1, meaning="how many tokens,", error=BadHook)
         yield f"top_k={value}", _as_function(TopKLogitsWarper(value))
     for item in _items(top_p):
-        value = finite_number(item, "top_p", above=0.0, most=1.0, meaning="a probability")
+        value = check_number(item, "top_p", above=0.0, most=1.0, meaning="a probability")
         yield f"top_p={value:g}", _as_function(TopPLogitsWarper(float(value)))
 
 
@@ -108,5 +108,5 @@ def _as_function(warper: Any) -> Warper:
 
 
 def _items(values: Any) -> list[Any]:
-    items = items_of(values)
+    items = as_items(values)
     return [values] if items is None else items

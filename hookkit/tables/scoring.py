@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..arguments import checks_arguments, prompt_rows, whole_number
+from ..arguments import check_arguments, check_integer, check_prompts
 from ..errors import BadHook, BadPrompt
 from ..hooks.ablation import FromPrompt, FromRun, Reference
 from ..hooks.base import Constant, Hook
@@ -45,7 +45,7 @@ class Window:
     pos: int
 
 
-@checks_arguments
+@check_arguments
 def score(
     lm: LM,
     texts: Prompts,
@@ -81,7 +81,7 @@ def score(
     rows, firsts = _rows(lm, texts, after)
     length, step = _window_sizes(lm, window, stride)
     meaning = "how many tokens a forward may have,"
-    whole_number(batch_tokens, "batch_tokens", least=1, meaning=meaning, error=BadHook)
+    check_integer(batch_tokens, "batch_tokens", least=1, meaning=meaning, error=BadHook)
     check_top(top)
     bos = getattr(lm.tokenizer, "bos_token_id", None)
     windows: list[Window] = []
@@ -129,7 +129,7 @@ def _rows(lm: LM, texts: Prompts, after: Prompts | None) -> tuple[list[Row], lis
 def _without_special_tokens(lm: LM, texts: Prompts) -> Prompts:
     """Returns texts as token ids, without the special tokens that begin a prompt."""
     rows: list[Any] = []
-    for text in prompt_rows(texts):
+    for text in check_prompts(texts):
         if isinstance(text, str) and text and lm.tokenizer is not None:
             rows.append(lm.continuation(text))
         else:
@@ -140,7 +140,7 @@ def _without_special_tokens(lm: LM, texts: Prompts) -> Prompts:
 def _window_sizes(lm: LM, window: int | None, stride: int | None) -> tuple[int, int]:
     for name, value, least in (("window", window, 2), ("stride", stride, 1)):
         if value is not None:
-            whole_number(value, name, least=least, meaning="a number of tokens,", error=BadHook)
+            check_integer(value, name, least=least, meaning="a number of tokens,", error=BadHook)
     if window is not None and lm.context is not None and window > lm.context:
         raise BadHook(
             f"window={window} was asked for, and the model's context is {lm.context}: "

@@ -17,17 +17,17 @@ import pandas as pd
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import checks_arguments
+from ..arguments import check_arguments
 from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.prompts import Prompts, as_batch
-from ..runs.generate import traced
+from ..runs.generate import generate_with_tracer
 from ..runs.random_state import Draws
 from ..runs.run import Logits, Run
-from ..runs.trace import Recorded, Trace, Tracer
+from ..runs.trace import GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step
-from ..runs.worker_thread import Turns
+from ..runs.worker_thread import ThreadedGenerator
 from .decoding import candidate_rows, decision_row
 
 
@@ -37,7 +37,7 @@ class StreamStep:
 
     step: int
     text: list[str]
-    record: Recorded
+    record: GenerationRecord
 
     @property
     def decisions(self) -> pd.DataFrame:
@@ -77,7 +77,7 @@ class Stream:
         self._tracer = Tracer(lm, trace, hooks, listener=self._on_step)
         self._generated: list[list[int]] = [[] for _ in self._rows]
         self._ended = [False] * len(self._rows)
-        self._turns: Turns[StreamStep] | None = None
+        self._turns: ThreadedGenerator[StreamStep] | None = None
         self._draws = Draws(lm, seed)
         self._run: Run | None = None
 
@@ -95,7 +95,7 @@ class Stream:
             raise Unsupported(
                 "a stream is gone through once: make another, with the same seed for the same text"
             )
-        self._turns = Turns(self._generate, name="hookkit.stream")
+        self._turns = ThreadedGenerator(self._generate, name="hookkit.stream")
         try:
             with closing(self._turns) as turns:
                 yield from turns
@@ -106,7 +106,7 @@ class Stream:
         raise Unsupported("a stream cannot be copied: make another with the same arguments")
 
     def _generate(self) -> None:
-        self._run = traced(
+        self._run = generate_with_tracer(
             self._lm, self._rows, self._hooks, self._logits, self._draws, self._tracer,
             self._arguments,
         )  # fmt: skip
@@ -134,7 +134,7 @@ class Stream:
             self._turns.give(StreamStep(len(self._tracer.steps) - 1, texts, record))
 
 
-@checks_arguments
+@check_arguments
 def stream(
     lm: LM,
     prompts: Prompts,

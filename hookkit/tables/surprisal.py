@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import checks_arguments, whole_number
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, EmptySelection, OutOfRange
 from ..models.lm import LM
-from ..models.positions import CountLike, as_count, chosen
-from ..models.tokens import rank_among, shown_ranks
+from ..models.positions import IndicesLike, read_indices, resolve_rows
+from ..models.tokens import rank_among, ranks_for_table
 from ..runs.run import Run
 from .distributions import token_logits, token_texts, top_tokens
 
@@ -31,8 +31,8 @@ TOKEN_COLUMNS = ["row", "pos", "token", "token_id"]
 COMPARED = ["logprob", "loss", "prob", "rank"]
 
 
-@checks_arguments
-def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame:
+@check_arguments
+def surprisal(run: Run, *, rows: IndicesLike = None, top: int = 0) -> pd.DataFrame:
     """How well the model predicts each token: of a forward every token but the first, of a generate
     the generated ones.
 
@@ -55,7 +55,7 @@ def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame
     captured = run.captured_logits()
     assert captured.positions is not None
     parts = []
-    for row in chosen(as_count(rows, "row", negative=False), len(captured.rows)):
+    for row in resolve_rows(read_indices(rows, "row", negative=False), len(captured.rows)):
         positions = captured.positions[row]
         predicted = positions + 1
         columns = ((positions >= 0) & (predicted < run.lengths[row])).nonzero().flatten()
@@ -68,7 +68,7 @@ def surprisal(run: Run, *, rows: CountLike = None, top: int = 0) -> pd.DataFrame
 def check_top(top: int) -> None:
     """Raises `OutOfRange` if `top` is no number of alternatives."""
     meaning = "how many alternatives to show at each token (0 for none),"
-    whole_number(top, "top", least=0, meaning=meaning)
+    check_integer(top, "top", least=0, meaning=meaning)
 
 
 def token_numbers(
@@ -102,7 +102,7 @@ def _numbers_of_piece(
         {
             "token_id": ids.tolist(),
             "logprob": logprobs.gather(1, index)[:, 0].double().tolist(),
-            "rank": shown_ranks(ranks).tolist(),
+            "rank": ranks_for_table(ranks).tolist(),
         }
     )
     if top:
@@ -159,12 +159,12 @@ def _table_of_row(lm: LM, row: int, positions: list[int], numbers: pd.DataFrame)
     return table
 
 
-@checks_arguments
+@check_arguments
 def surprisal_shift(
     before: Run | pd.DataFrame,
     after: Run | pd.DataFrame,
     *,
-    rows: CountLike = None,
+    rows: IndicesLike = None,
     worst_first: bool = False,
 ) -> pd.DataFrame:
     """How each token's loss changed between two runs that read the same text.
@@ -204,7 +204,7 @@ def surprisal_shift(
     return pd.DataFrame(table)
 
 
-def _as_surprisal(source: Run | pd.DataFrame, rows: CountLike) -> pd.DataFrame:
+def _as_surprisal(source: Run | pd.DataFrame, rows: IndicesLike) -> pd.DataFrame:
     if isinstance(source, Run):
         return surprisal(source, rows=rows)
     problem = ""
@@ -218,7 +218,7 @@ def _as_surprisal(source: Run | pd.DataFrame, rows: CountLike) -> pd.DataFrame:
             "or score(lm, …)"
         )
     count = max(source["row"].tolist(), default=0) + 1
-    selected = chosen(as_count(rows, "row", negative=False), count)
+    selected = resolve_rows(read_indices(rows, "row", negative=False), count)
     return pd.DataFrame(source[source["row"].isin(selected)]).reset_index(drop=True)
 
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import as_whole, checks_keywords, described, items_of, read_token, read_tokens
+from ..arguments import as_integer, as_items, check_keywords, check_token, check_tokens, describe
 from ..errors import BadHook, BadPrompt, EmptySelection
 from ..models.lm import LM, Token
-from ..models.tokens import rank_among, shown_ranks
+from ..models.tokens import rank_among, ranks_for_table
 from .distributions import token_logits
 from .metrics import Measure, Metric, Said
 
@@ -45,18 +45,18 @@ class Ids:
 def read_answers(answers: object, name: str) -> Answers:
     """Returns answers as a metric stores them: a token, a tuple of tokens that all count, or a list
     with an entry for each prompt."""
-    if isinstance(answers, str) or as_whole(answers) is not None:
-        return read_token(answers, name)
+    if isinstance(answers, str) or as_integer(answers) is not None:
+        return check_token(answers, name)
     if isinstance(answers, tuple):
         return _read_several(answers, name)
     if isinstance(answers, Set):
         raise BadHook(
-            f"{name}={described(answers)} has no order: give a tuple of tokens that count, or a "
+            f"{name}={describe(answers)} has no order: give a tuple of tokens that count, or a "
             "list of them"
         )
-    items = items_of(answers)
+    items = as_items(answers)
     if items is None:
-        return read_token(answers, name)  # raises
+        return check_token(answers, name)  # raises
     if not items:
         raise EmptySelection(f"{name}=[] has no token: a list has an entry for each prompt")
     return [_read_entry(item, name, number) for number, item in enumerate(items)]
@@ -66,18 +66,18 @@ def _read_entry(item: object, name: str, number: int) -> Token | tuple[Token, ..
     """Returns the token, or the tuple of tokens, of one prompt."""
     if isinstance(item, tuple):
         return _read_several(item, name)
-    if not isinstance(item, str) and items_of(item) is not None:
+    if not isinstance(item, str) and as_items(item) is not None:
         raise BadHook(
-            f"{name} has {described(item)} for prompt {number}, which is no token: write several "
+            f"{name} has {describe(item)} for prompt {number}, which is no token: write several "
             "that count as a tuple"
         )
-    return read_token(item, name)
+    return check_token(item, name)
 
 
 def _read_several(answers: tuple[object, ...], name: str) -> tuple[Token, ...]:
     if not answers:
         raise BadHook("a metric was given an empty tuple of tokens: name at least one")
-    return read_tokens(answers, name)
+    return check_tokens(answers, name)
 
 
 def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
@@ -138,7 +138,7 @@ class LogitDiff(Metric):
         return lambda inputs: right.mean(inputs) - wrong.mean(inputs)
 
 
-@checks_keywords
+@check_keywords
 def logit_diff(right: Answers, wrong: Answers) -> LogitDiff:
     """The logit of the right token minus that of the wrong one (the mean of tokens in a tuple).
 
@@ -170,7 +170,7 @@ class Logit(TokenMetric):
         return ids_of(lm, self.token, count).mean
 
 
-@checks_keywords
+@check_keywords
 def logit(token: Answers) -> Logit:
     """The logit of a token; of several tokens in a tuple, their mean."""
     return Logit(token)
@@ -191,7 +191,7 @@ class Logprob(TokenMetric):
         return measure
 
 
-@checks_keywords
+@check_keywords
 def logprob(token: Answers) -> Logprob:
     """The log-probability of a token, in nats; of tokens in a tuple, that of any of them."""
     return Logprob(token)
@@ -207,7 +207,7 @@ class Prob(TokenMetric):
         return lambda inputs: ids.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
 
 
-@checks_keywords
+@check_keywords
 def prob(token: Answers) -> Prob:
     """The probability of a token, 0 to 1; of several tokens in a tuple, their sum."""
     return Prob(token)
@@ -224,12 +224,12 @@ class Rank(TokenMetric):
         def measure(inputs: Said) -> Tensor:
             largest = ids.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
             ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
-            return shown_ranks(ranks).float()
+            return ranks_for_table(ranks).float()
 
         return measure
 
 
-@checks_keywords
+@check_keywords
 def rank(token: Answers) -> Rank:
     """The rank of a token, 1 for the most likely; of several tokens in a tuple, the best one's."""
     return Rank(token)

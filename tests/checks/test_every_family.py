@@ -11,7 +11,7 @@ from tiny_families import ALL, NOT_BY_HAND, made
 import hookkit as hk
 from hookkit.checks.laws import LAWS
 from hookkit.errors import MissingSite
-from hookkit.models.views import hidden
+from hookkit.models.views import is_hidden
 
 IDS = [5, 9, 17, 200, 33, 41, 7, 90, 12]
 # What stands beside attention in a block without it; by hand it is the stream behind it less the stream before it.
@@ -64,8 +64,8 @@ def test_every_site_holds_what_plain_transformers_has_there(case):
             assert torch.equal(found.sort(-1).values, value.sort(-1).values)
             continue
         if site.startswith("scores."):
-            seen = ~hidden(found)
-            assert torch.equal(seen, ~hidden(value)) or name == "falcon alibi"
+            seen = ~is_hidden(found)
+            assert torch.equal(seen, ~is_hidden(value)) or name == "falcon alibi"
             found, value = found.where(seen, 0), value.where(seen, 0)
             if name in (
                 "mpt",

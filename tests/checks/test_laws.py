@@ -6,7 +6,7 @@ import torch
 from conftest import PROMPTS
 
 import hookkit as hk
-from hookkit.models.views import hidden
+from hookkit.models.views import is_hidden
 
 LAYERED = [
     "resid_pre",
@@ -50,8 +50,8 @@ def same_text(site: hk.Site, found: torch.Tensor, expected: torch.Tensor) -> Non
         keys = min(found.shape[-1], expected.shape[-1])
         unseen = torch.finfo(found.dtype).min if site.name == "scores" else 0.0
         assert (found[..., keys:] == unseen).all() and (expected[..., keys:] == unseen).all()
-        seen = ~hidden(expected[..., :keys])
-        assert torch.equal(seen, ~hidden(found[..., :keys]))
+        seen = ~is_hidden(expected[..., :keys])
+        assert torch.equal(seen, ~is_hidden(found[..., :keys]))
         found, expected = found[..., :keys].where(seen, 0), expected[..., :keys].where(seen, 0)
         close(found, expected, 3e-5)
         return
@@ -253,11 +253,11 @@ def test_one_row_alone_is_the_row_in_a_padded_batch_at_every_site(lm, side, pos)
 def test_every_way_of_decoding_gives_what_a_loop_by_hand_gives(lm, way):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
     where = [
-        dict(pos=2),
-        dict(pos=hk.GENERATED),
-        dict(pos=hk.PROMPT),
-        dict(pos=slice(4, 7)),
-        dict(),
+        {"pos": 2},
+        {"pos": hk.GENERATED},
+        {"pos": hk.PROMPT},
+        {"pos": slice(4, 7)},
+        {},
     ]
     ids = rows_of(lm)[0]
     start = len(ids)

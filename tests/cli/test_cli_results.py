@@ -101,8 +101,7 @@ def test_run_and_show_tell_what_moved_and_end_with_1(place):
         "run", "experiments/plain.py", "experiments/silent.py", "--against", "last", status=1
     )
     assert (
-        "has no run before this one" in first.stderr
-        and "writes no results/silent" in first.stderr
+        "has no run before this one" in first.stderr and "writes no results/silent" in first.stderr
     )
     assert [line.split()[3:5] for line in first.stdout.splitlines()[1:]] == [
         ["0", "False"],

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import hookkit as hk
-from hookkit.data.harvest.stored_values import as_stored
+from hookkit.data.harvest.stored_values import to_stored_dtype
 from hookkit.errors import (
     BadHook,
     BadPrompt,
@@ -157,8 +157,8 @@ def test_numbers_too_large_for_the_disk_are_refused(tmp_path, small_tokenizer):
 def test_the_number_that_is_too_large_is_named_by_its_size():
     site = hk.Site("resid_post", 1)
     with pytest.raises(BadHook, match=r"numbers up to 65504, and resid_post.1 has 100000: use"):
-        as_stored(site, torch.tensor([[-1e5, 1.0]]), torch.float16)
-    kept = as_stored(site, torch.tensor([[-65504.0, float("-inf")]]), torch.float16)
+        to_stored_dtype(site, torch.tensor([[-1e5, 1.0]]), torch.float16)
+    kept = to_stored_dtype(site, torch.tensor([[-65504.0, float("-inf")]]), torch.float16)
     assert kept.tolist() == [[-65504.0, float("-inf")]], "what was infinite is no loss"
 
 
@@ -514,10 +514,10 @@ def test_a_shard_that_comes_out_otherwise_is_refused(small_tokenizer, undisturbe
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path, llama, undisturbed):
-    from hookkit.files.atomic import locked
+    from hookkit.files.atomic import lock_folder
 
     with (
-        locked(undisturbed, "is writing the harvest"),
+        lock_folder(undisturbed, "is writing the harvest"),
         pytest.raises(Unsupported, match="another process is writing the harvest in 'undisturbed'"),
     ):
         harvest(llama, undisturbed, texts())

@@ -8,7 +8,7 @@ from conftest import tiny
 from killing import texts
 
 import hookkit as hk
-from hookkit.data.harvest.statistics import merged, moments
+from hookkit.data.harvest.statistics import compute_moments, merge_moments
 from hookkit.errors import (
     BadHook,
     DamagedHarvest,
@@ -120,7 +120,7 @@ def test_a_large_mean_costs_a_small_variance_no_digits():
     values = 1e8 + np.random.default_rng(0).normal(size=(5000, 3))
     total = None
     for part in np.split(values, [7, 8, 1000, 4999]):
-        total = merged(total, moments(torch.tensor(part), covariance=True))
+        total = merge_moments(total, compute_moments(torch.tensor(part), covariance=True))
     assert np.allclose(total.variance.numpy(), values.var(0), rtol=1e-7)
     assert np.allclose(
         (total.products / 5000).numpy(),

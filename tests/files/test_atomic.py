@@ -14,11 +14,11 @@ import torch
 import hookkit as hk
 from hookkit.errors import BadFile, BadHook, HookkitError
 from hookkit.files.atomic import (
-    added_to,
-    cut_to_whole_lines,
-    locked,
+    atomic_file,
+    lock_folder,
+    open_to_append,
     remove_leftovers,
-    whole_file,
+    remove_partial_line,
     write_bytes,
     write_new,
     write_tensors,
@@ -301,7 +301,7 @@ def test_values_of_another_are_no_journal(small, tmp_path):
 
 def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path):
     write_bytes(tmp_path / "f", b"before")
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "f") as making:
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "f") as making:
         making.write_text("half")
         raise ZeroDivisionError
     assert contents(tmp_path) == {"f": b"before"}
@@ -311,7 +311,7 @@ def test_leftovers_are_removed_and_what_is_being_written_is_not(tmp_path):
     (tmp_path / ".f.0a1b2c3d.making").write_text("left")
     (tmp_path / ".g.0a1b2c3d.making").write_text("left")
     (tmp_path / ".f.making").write_text("mine")
-    with whole_file(tmp_path / "f") as making:
+    with atomic_file(tmp_path / "f") as making:
         making.write_text("now")
         thread = threading.Thread(target=remove_leftovers, args=(tmp_path,))
         thread.start()
@@ -339,10 +339,10 @@ def test_a_name_that_is_taken_is_not_written(tmp_path):
 def test_no_line_is_added_to_what_a_link_points_to_or_cut_off_there(tmp_path):
     (tmp_path / "victim").write_text("precious, without an end")
     (tmp_path / "link").symlink_to(tmp_path / "victim")
-    with pytest.raises(BadFile, match="is a link"), added_to(tmp_path / "link"):
+    with pytest.raises(BadFile, match="is a link"), open_to_append(tmp_path / "link"):
         pass
     with pytest.raises(BadFile, match="is a link"):
-        cut_to_whole_lines(tmp_path / "link")
+        remove_partial_line(tmp_path / "link")
     for lock in ("mine", None):
         (tmp_path / ".lock").unlink(missing_ok=True)
         (tmp_path / ".lock").write_text(lock) if lock else (tmp_path / ".lock").symlink_to(
@@ -350,7 +350,7 @@ def test_no_line_is_added_to_what_a_link_points_to_or_cut_off_there(tmp_path):
         )
         with (
             pytest.raises(BadFile, match="not a lock of hookkit's"),
-            locked(tmp_path, "is writing"),
+            lock_folder(tmp_path, "is writing"),
         ):
             pass
     assert (tmp_path / "victim").read_text() == "precious, without an end"

@@ -11,7 +11,14 @@ import torch
 
 import hookkit as hk
 from hookkit.errors import BadFile, BadHook, DamagedHarvest, HookkitError
-from hookkit.files.untrusted import inside, is_bare_name, json_of, table_of, tensors_in, yaml_of
+from hookkit.files.untrusted import (
+    is_bare_name,
+    parse_json,
+    parse_yaml,
+    path_inside,
+    read_table,
+    read_tensors,
+)
 
 DEEP = 100_000
 
@@ -99,8 +106,8 @@ def test_plain_yaml_means_what_json_does():
         "f": "1:30",
         "g": "2024-01-01",
     }
-    assert yaml_of(text, "it") == [{**wanted, "h": "yes", "i": 1000.0, "j": ""}]
-    assert yaml_of('- "ablate:z.9.3"\n- "force: coffee@0"\n', "it") == [
+    assert parse_yaml(text, "it") == [{**wanted, "h": "yes", "i": 1000.0, "j": ""}]
+    assert parse_yaml('- "ablate:z.9.3"\n- "force: coffee@0"\n', "it") == [
         "ablate:z.9.3",
         "force: coffee@0",
     ]
@@ -109,15 +116,15 @@ def test_plain_yaml_means_what_json_does():
 def test_what_cannot_be_read_is_said_of_every_kind_of_file(tmp_path):
     fifth = b"\xef\xbb\xbf[5]"  # with the mark of some editors
     (tmp_path / "marked.json").write_bytes(fifth)
-    assert json_of(fifth, "it") == [5]
+    assert parse_json(fifth, "it") == [5]
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     for name in ("folder", "nowhere.yaml", "latin.json", "a\0b", "/dev/zero"):
         (tmp_path / "folder").mkdir(exist_ok=True)
         path = name if name[0] == "/" or "\0" in name else tmp_path / name
         with pytest.raises(BadFile):
             hk.load_hooks(path)
-        for read in (tensors_in, table_of):
-            if name != "latin.json" and (name != "/dev/zero" or read is tensors_in):
+        for read in (read_tensors, read_table):
+            if name != "latin.json" and (name != "/dev/zero" or read is read_tensors):
                 with pytest.raises(BadFile):
                     read(path)
 
@@ -274,10 +281,10 @@ def test_only_a_bare_name_is_one_in_a_folder(tmp_path):
     ):
         assert not is_bare_name(name)
         with pytest.raises(BadFile, match="no name of a file in that folder"):
-            inside(tmp_path, name)
-    assert inside(tmp_path, "00000.safetensors") == tmp_path / "00000.safetensors"
+            path_inside(tmp_path, name)
+    assert path_inside(tmp_path, "00000.safetensors") == tmp_path / "00000.safetensors"
     (tmp_path / "loop").symlink_to("loop.csv")
-    assert inside(tmp_path, "loop")  # a link that stays
+    assert path_inside(tmp_path, "loop")  # a link that stays
 
 
 # ---- results of others

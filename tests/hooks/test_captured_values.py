@@ -6,7 +6,7 @@ from conftest import PROMPTS
 
 import hookkit as hk
 from hookkit.errors import NotCaptured
-from hookkit.hooks.captured_values import merged
+from hookkit.hooks.captured_values import merge_captures
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_captures_of_several_batches_become_one(llama):
         for prompts in (PROMPTS[:1], PROMPTS[1:])
     ]
     together = hk.forward(llama, PROMPTS, hk.capture("embed")).captured("embed")
-    both = merged(sites)
+    both = merge_captures(sites)
     assert torch.equal(both.values, together.values)
     assert torch.equal(both.positions, together.positions)
     assert both.rows == together.rows and both.prompts == together.prompts

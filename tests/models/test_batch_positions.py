@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hookkit.errors import OutOfRange, Unsupported
-from hookkit.models.batch_positions import ForwardPass, SequenceBatch, masked
-from hookkit.models.positions import GENERATED, PROMPT, Where, as_count, as_pos
+from hookkit.models.batch_positions import ForwardPass, SequenceBatch, columns_of_mask
+from hookkit.models.positions import GENERATED, PROMPT, Where, read_indices, read_position
 
 WISHES = [
     {},
@@ -25,7 +25,7 @@ WISHES = [
 
 
 def text_of(mask: torch.Tensor) -> SequenceBatch:
-    columns, lengths = masked(mask, generating=False)
+    columns, lengths = columns_of_mask(mask, generating=False)
     return SequenceBatch(columns, lengths, lambda row: (7,) * lengths[row], lambda row, at: ())
 
 
@@ -71,9 +71,9 @@ def counted(where: Where, mask: torch.Tensor, past: int) -> dict[tuple[int, int]
 def test_the_cells_are_those_that_counting_one_by_one_finds(wish, side):
     draw = random.Random(f"{wish}{side}")
     where = Where(
-        as_pos(wish.get("pos")),
-        as_count(wish.get("rows"), "row"),
-        as_count(wish.get("step"), "step"),
+        read_position(wish.get("pos")),
+        read_indices(wish.get("rows"), "row"),
+        read_indices(wish.get("step"), "step"),
     )
     for _ in range(20):
         mask, past = random_mask(side, draw), draw.randint(0, 2)
@@ -105,9 +105,9 @@ def test_the_cells_are_those_that_counting_one_by_one_finds(wish, side):
 
 def test_a_row_of_padding_alone_is_refused():
     with pytest.raises(OutOfRange, match="a row of attention_mask is all zeros"):
-        masked(torch.tensor([[True, True], [False, False]]), generating=False)
+        columns_of_mask(torch.tensor([[True, True], [False, False]]), generating=False)
 
 
 def test_generation_from_rows_that_end_in_padding_is_refused():
     with pytest.raises(Unsupported, match="a row ends in padding: pad on the left"):
-        masked(torch.tensor([[True, True], [True, False]]), generating=True)
+        columns_of_mask(torch.tensor([[True, True], [True, False]]), generating=True)

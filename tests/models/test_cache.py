@@ -34,7 +34,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_the_models_are_listed_by_revision(hub):
-    table = stored.stored()
+    table = stored.stored_models()
     assert list(table.columns) == ["model", "revision", "megabytes", "files", "used", "path"]
     assert table["model"].tolist() == [stored.DEFAULT, "lab/small", "lab/small"]
     assert sorted(table["megabytes"]) == [0.2, 0.4, 1.5]
@@ -42,13 +42,13 @@ def test_the_models_are_listed_by_revision(hub):
 
 
 def test_a_revision_is_removed_or_all_of_a_model(hub):
-    assert stored.remove("lab/small", COMMITS[1]) == 0.4
-    assert stored.stored()["revision"].tolist() == ["01234567", COMMITS[0]]
-    assert stored.remove("lab/small") == 0.2
-    assert stored.remove(stored.DEFAULT) == 1.5
-    assert stored.stored().empty
+    assert stored.remove_model("lab/small", COMMITS[1]) == 0.4
+    assert stored.stored_models()["revision"].tolist() == ["01234567", COMMITS[0]]
+    assert stored.remove_model("lab/small") == 0.2
+    assert stored.remove_model(stored.DEFAULT) == 1.5
+    assert stored.stored_models().empty
     with pytest.raises(ModelNotFound, match="the default model, .* is not kept on this machine"):
-        stored.remove(stored.DEFAULT)
+        stored.remove_model(stored.DEFAULT)
 
 
 def test_what_is_not_there_cannot_be_removed(hub):
@@ -56,30 +56,34 @@ def test_what_is_not_there_cannot_be_removed(hub):
         ModelNotFound,
         match="no model 'lab/smal' is kept on this machine; did you mean 'lab/small'?",
     ):
-        stored.remove("lab/smal")
+        stored.remove_model("lab/smal")
     with pytest.raises(ModelNotFound, match="no model 'lab/small' of revision 'd'"):
-        stored.remove("lab/small", "d")
+        stored.remove_model("lab/small", "d")
 
 
 def test_the_commands_list_and_remove_and_ask_first(hub, hookkit):
-    table = stored.stored()
+    table = stored.stored_models()
     assert json.loads(hookkit("models", "list", "--json").stdout) == table.to_dict("records")
     where = hookkit("models", "where").stdout
     assert str(hub / "hub") in where and str(hub / "own") in where
     refused = hookkit("models", "remove", "lab/small")
-    assert refused.exit_code == 2 and "add --yes" in refused.stderr and len(stored.stored()) == 3
+    assert (
+        refused.exit_code == 2
+        and "add --yes" in refused.stderr
+        and len(stored.stored_models()) == 3
+    )
     done = hookkit("models", "remove", "lab/small", "--yes")
     assert (
         done.exit_code == 0
         and "removed lab/small, 0.6 MB" in done.stderr
-        and len(stored.stored()) == 1
+        and len(stored.stored_models()) == 1
     )
 
 
 def test_nothing_is_there_yet(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv("HOOKKIT_CACHE", str(tmp_path / "own"))
-    assert stored.stored().empty
+    assert stored.stored_models().empty
 
 
 def test_a_model_that_the_hub_does_not_give_is_said(hub, hookkit):

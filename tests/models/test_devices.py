@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hookkit as hk
 from hookkit.errors import BadHook, Unsupported
-from hookkit.hooks.values import moved
-from hookkit.models.devices import told
+from hookkit.hooks.values import convert_once
+from hookkit.models.devices import describe_storages
 from hookkit.models.provenance import about_model, weights_hash
 
 ALL = {"": "disk"}
@@ -274,7 +274,7 @@ def test_captures_come_to_the_device_that_is_asked_for(llama):
 
 
 def test_a_vector_is_moved_once_and_not_in_every_forward():
-    like, values = moved(VECTOR.double(), "vector"), torch.zeros(2, 32)
+    like, values = convert_once(VECTOR.double(), "vector"), torch.zeros(2, 32)
     first = like(values)
     assert first.dtype == torch.float32 and like(values + 1) is first
     with torch.inference_mode():
@@ -307,8 +307,10 @@ def test_a_checkup_says_where_the_weights_are(llama, folders):
 
 def test_blocks_are_told_in_runs():
     places = ["cuda:0", "cuda:0", "cuda:1", "cpu", "cpu", "disk"]
-    assert told(enumerate(places)) == "cuda:0 in 0-1, cuda:1 in 2, cpu in 3-4, disk in 5"
-    assert told(enumerate(["cpu"] * 3)) == "cpu"
+    assert (
+        describe_storages(enumerate(places)) == "cuda:0 in 0-1, cuda:1 in 2, cpu in 3-4, disk in 5"
+    )
+    assert describe_storages(enumerate(["cpu"] * 3)) == "cpu"
 
 
 def test_weights_that_accelerate_keeps_in_memory_are_told_from_those_on_the_disk():

@@ -12,7 +12,7 @@ import hookkit as hk
 from hookkit.errors import BadHook, MissingSite, UnknownKeyword, UnknownSite
 from hookkit.models.discovery.discover import discover_family
 from hookkit.models.families.table import FAMILIES
-from hookkit.models.sites import AXES, LOGITS, SQUARE
+from hookkit.models.sites import AXES, LOGIT_SITES, QUERY_KEY_SITES
 from hookkit.models.tiny import EXPERTS, LATENT, SLIDING
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 200], [31, 41, 59]]
@@ -120,7 +120,7 @@ def test_a_family_of_the_table_is_found_again_with_every_site_and_value(model_ty
     assert found.sites() == lm.sites()
     expected, values = (hk.forward(each, IDS, hk.capture(each.sites())) for each in (lm, found))
     for site in lm.sites():
-        assert site.name in SQUARE or found.shape(site) == lm.shape(site), site
+        assert site.name in QUERY_KEY_SITES or found.shape(site) == lm.shape(site), site
         assert torch.equal(values[site], expected[site]), site
 
 
@@ -174,7 +174,7 @@ def test_what_is_offered_of_an_unknown_family(model_type):
         assert everywhere or len(lm.family.missing[name]) > 20, name
     run = hk.forward(lm, IDS, hk.capture(lm.sites()))
     for site in lm.sites():
-        assert site.name in SQUARE or tuple(run[site].shape[2:]) == lm.shape(site), site
+        assert site.name in QUERY_KEY_SITES or tuple(run[site].shape[2:]) == lm.shape(site), site
 
 
 @pytest.mark.parametrize("model_type", UNKNOWN)
@@ -207,7 +207,7 @@ def test_an_edit_at_any_site_of_an_unknown_family_reaches_the_logits(model_type)
     kept = ("router_logits", "experts", "expert_weights")  # a choice of experts may stay the same
     first = {site.name: site for site in reversed(lm.sites())}
     for site in first.values():
-        if site.name not in kept and site.name not in LOGITS:
+        if site.name not in kept and site.name not in LOGIT_SITES:
             assert not torch.equal(hk.forward(lm, IDS, hk.scale(site, 0.5)).logits, plain), site
 
 

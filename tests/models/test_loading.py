@@ -124,7 +124,7 @@ def test_an_unknown_repository_and_a_gated_one_are_told_apart_from_a_missing_net
     def failed(kind):
         error = OSError("said the Hub")
         error.__cause__ = type(kind, (Exception,), {})()
-        return loading.reading_failed("lab/model", error)
+        return loading.explain_load_error("lab/model", error)
 
     assert isinstance(failed("RepositoryNotFoundError"), ModelNotFound)
     assert "check the name" in str(failed("RepositoryNotFoundError"))

@@ -4,32 +4,42 @@ import pytest
 
 import hookkit as hk
 from hookkit.errors import BadHook, EmptySelection, OutOfRange
-from hookkit.models.positions import OPEN, Span, Where, as_count, as_pos, chosen, wish
+from hookkit.models.positions import (
+    NO_END,
+    Span,
+    Where,
+    read_indices,
+    read_position,
+    resolve_positions,
+    resolve_rows,
+)
 
 LENGTH = 6
 
 
 def means(pos=None, step=None):
-    return wish(
-        Where(as_pos(pos), None, as_count(step, "step", negative=False)), LENGTH, lambda at: (2, 3)
+    return resolve_positions(
+        Where(read_position(pos), None, read_indices(step, "step", negative=False)),
+        LENGTH,
+        lambda at: (2, 3),
     )
 
 
 @pytest.mark.parametrize(
     ("pos", "expected"),
     [
-        (None, range(OPEN)),
+        (None, range(NO_END)),
         (0, (0,)),
         (-1, (5,)),
         ([3, 1, -1], (1, 3, 5)),
         (range(2, 4), (2, 3)),
         (slice(2, 4), range(2, 4)),
-        (slice(-2, None), range(4, OPEN)),
+        (slice(-2, None), range(4, NO_END)),
         (slice(None, -1), range(5)),
         (slice(-99, 2), range(2)),
-        (slice(1, None, 2), range(1, OPEN, 2)),
+        (slice(1, None, 2), range(1, NO_END, 2)),
         (hk.PROMPT, range(6)),
-        (hk.GENERATED, range(6, OPEN)),
+        (hk.GENERATED, range(6, NO_END)),
         (hk.at("store"), (2, 3)),
         (9, (9,)),
     ],
@@ -45,7 +55,7 @@ def test_a_position_means(pos, expected):
         (0, (5,)),
         (2, (7,)),
         ([0, 3], (5, 8)),
-        (slice(1, None), range(6, OPEN)),
+        (slice(1, None), range(6, NO_END)),
         (slice(0, 2), range(5, 7)),
     ],
 )
@@ -97,16 +107,16 @@ def test_a_negative_step_or_row_is_refused():
     ],
 )
 def test_rows_mean_prompts_of_the_batch(rows, expected):
-    assert chosen(as_count(rows, "row"), 3) == expected
+    assert resolve_rows(read_indices(rows, "row"), 3) == expected
 
 
 def test_a_row_that_is_not_there_is_refused():
     with pytest.raises(OutOfRange, match="row 3 was asked for, and the batch has 3 rows, 0 to 2"):
-        chosen(as_count(3, "row"), 3)
+        resolve_rows(read_indices(3, "row"), 3)
     with pytest.raises(OutOfRange, match="the batch has 1 row, row 0"):
-        chosen(as_count([0, 1], "row"), 1)
+        resolve_rows(read_indices([0, 1], "row"), 1)
     with pytest.raises(EmptySelection, match="selects none of the batch's 3 rows"):
-        chosen(Span(5, None), 3)
+        resolve_rows(Span(5, None), 3)
 
 
 def test_positions_print_as_they_are_written():

@@ -8,7 +8,7 @@ from conftest import PROMPTS
 import hookkit as hk
 from hookkit.errors import BadPrompt, OutOfRange
 from hookkit.models.positions import At
-from hookkit.models.prompts import as_batch, cover
+from hookkit.models.prompts import as_batch, positions_of_text
 
 
 def test_every_way_to_write_a_prompt_reads_the_same_tokens(llama):
@@ -84,7 +84,7 @@ def test_text_without_a_tokenizer_is_refused(llama):
 
 def covered(lm, text, at, which=None):
     ids = lm.tokenizer.encode(text)
-    return [lm.string(ids[n]) for n in cover(lm, ids, At(at, which))]
+    return [lm.string(ids[n]) for n in positions_of_text(lm, ids, At(at, which))]
 
 
 def test_at_finds_the_tokens_that_cover_a_text(smol):
@@ -94,12 +94,15 @@ def test_at_finds_the_tokens_that_cover_a_text(smol):
     assert covered(smol, text, "John", 0) == covered(smol, text, "John", -1) == [" John"]
     assert covered(smol, text, "he st") == [" the", " store"]
     ids = smol.tokenizer.encode(text)
-    assert cover(smol, ids, At("John", 1))[0] > cover(smol, ids, At("John", 0))[0]
+    assert (
+        positions_of_text(smol, ids, At("John", 1))[0]
+        > positions_of_text(smol, ids, At("John", 0))[0]
+    )
 
 
 def test_at_finds_all_pieces_of_a_character_that_is_several_tokens(smol):
     ids = smol.tokenizer.encode("I drink 🧋 daily")
-    places = cover(smol, ids, At("🧋"))
+    places = positions_of_text(smol, ids, At("🧋"))
     assert len(places) > 1
     assert smol.tokenizer.decode([ids[n] for n in places]).strip() == "🧋"
 

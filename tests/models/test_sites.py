@@ -11,7 +11,7 @@ from hookkit.errors import (
     UnknownKeyword,
     UnknownSite,
 )
-from hookkit.models.sites import AXES, ModuleSite, as_sites, parse
+from hookkit.models.sites import AXES, ModuleSite, as_sites, parse_site
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ from hookkit.models.sites import AXES, ModuleSite, as_sites, parse
     ],
 )
 def test_a_site_is_its_text(text):
-    assert str(parse(text)) == text
-    assert parse(str(parse(text))) == parse(text)
+    assert str(parse_site(text)) == text
+    assert parse_site(str(parse_site(text))) == parse_site(text)
 
 
 def test_a_module_is_named_by_path_and_side():
@@ -45,7 +45,7 @@ def test_a_module_is_named_by_path_and_side():
     ],
 )
 def test_a_site_says_its_axes(site, axes):
-    assert parse(site).axes == axes
+    assert parse_site(site).axes == axes
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest_one():

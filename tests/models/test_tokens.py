@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.reports.shift.named_edits import literal
+from hookkit.reports.shift.named_edits import token_literal
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 EDIT = hk.ablate("attn_out.1")
@@ -73,7 +73,7 @@ def test_a_report_says_which_token_was_first(wide):
     ranks = [1 + int((now > now[token]).sum()) for now, token in zip(after, leading, strict=True)]
     assert first["rank_after"].tolist() == ranks
     for name, logits in (("top1_before", before), ("top1_after", after)):
-        words = [literal(wide, int(said.argmax())) for said in logits]
+        words = [token_literal(wide, int(said.argmax())) for said in logits]
         assert tables["distances"][name].tolist() == words
     changed = [
         int(was.argmax()) != int(now.argmax()) for was, now in zip(before, after, strict=True)
@@ -93,10 +93,10 @@ def test_a_difference_of_models_is_one_of_their_tokens(wide):
         )
         mine = found.tokens[found.tokens["row"] == row]
         assert mine["top1_before"].tolist() == [
-            literal(wide, token) for token in before.argmax(-1).tolist()
+            token_literal(wide, token) for token in before.argmax(-1).tolist()
         ]
         assert mine["top1_after"].tolist() == [
-            literal(wide, token) for token in after.argmax(-1).tolist()
+            token_literal(wide, token) for token in after.argmax(-1).tolist()
         ]
         assert mine["top1_changed"].tolist() == (before.argmax(-1) != after.argmax(-1)).tolist()
     rows = [by_hand.logits(wide.model, ids)[0, :, :count] for ids in IDS]

@@ -8,7 +8,7 @@ import pytest
 
 import hookkit as hk
 from hookkit.errors import BadHook
-from hookkit.reports.results_diff import in_words
+from hookkit.reports.results_diff import describe_changes
 
 TABLE = pd.DataFrame({"token": [" a", " b"], "logit": [1.0, 2000.0], "rank": [1, 2]})
 
@@ -42,7 +42,7 @@ def test_a_text_that_differs_and_a_number_that_is_missing_or_infinite_moved():
     assert (
         only(sure, unsure)["moved"] == 1 and only(sure, unsure)["column"] == ""
     )  # which is of numbers
-    assert in_words(hk.moved({"t": TABLE}, {"t": gone})) == "t: 1 of 6 cells moved"
+    assert describe_changes(hk.moved({"t": TABLE}, {"t": gone})) == "t: 1 of 6 cells moved"
 
 
 def test_other_rows_columns_and_tables_are_named():
@@ -56,7 +56,7 @@ def test_other_rows_columns_and_tables_are_named():
     }
     found = hk.moved(before, after)
     assert found["table"].tolist() == ["a", "b", "c", "e", "f", "d"]
-    assert in_words(found) == (
+    assert describe_changes(found) == (
         "a: has 1 rows, and had 2; b: has other columns: rank; c: is gone; e: has its columns in another order; "
         "d: is new; 1 other tables are the same"
     )

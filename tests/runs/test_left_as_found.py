@@ -123,7 +123,7 @@ def test_a_thousand_blocks_and_dropped_streams_keep_nothing(llama):
 
     def count():
         gc.collect()
-        kinds = (overrides.WrappedMethod, overrides.Lent, scopes.Scope, threading.Thread)
+        kinds = (overrides.WrappedMethod, overrides.Overrides, scopes.Scope, threading.Thread)
         return sum(type(thing) in kinds for thing in gc.get_objects()) + len(overrides._SHARED)
 
     def use():

@@ -398,8 +398,8 @@ def test_a_model_arrives_with_its_own_weights_tied_as_they_were_and_uncopied(fam
     lm = hk.tiny(family, config={"tie_word_embeddings": True})
     with torch.no_grad():
         lm.root.get_input_embeddings().weight.mul_(2)
-    packed = travelling.packed_model(lm)
-    arrived = travelling.unpacked_model(packed)
+    packed = travelling.pack_model(lm)
+    arrived = travelling.unpack_model(packed)
     assert torch.equal(
         arrived.model(torch.tensor([[1, 2, 3]])).logits, lm.model(torch.tensor([[1, 2, 3]])).logits
     )
@@ -411,13 +411,13 @@ def test_a_model_arrives_with_its_own_weights_tied_as_they_were_and_uncopied(fam
 
 
 def test_a_model_that_arrives_with_other_weights_is_refused(small):
-    packed = travelling.packed_model(small)
+    packed = travelling.pack_model(small)
     packed.storages[0] = packed.storages[0].copy()
     packed.storages[0][5] ^= 1
     with pytest.raises(
         OtherModel, match="the weights in the actor have the sha256 .*, and .* was sent"
     ):
-        travelling.unpacked_model(packed)
+        travelling.unpack_model(packed)
 
 
 @pytest.mark.parametrize(

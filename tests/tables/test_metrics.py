@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hookkit as hk
-from hookkit.tables.metrics import as_metrics, columns
+from hookkit.tables.metrics import as_metrics, column_names
 
 PROMPTS = [[17, 250, 3, 88, 41], [5, 9], [200, 14, 77, 120, 31, 8, 300, 66]]
 
@@ -336,7 +336,7 @@ def test_the_metric_of_what_was_generated_is_that_of_the_prompts_last_token(smal
 
 
 def test_columns_are_counted_where_a_metric_is_there_twice():
-    assert columns([hk.prob(1), hk.rank(1), hk.prob(2), hk.prob(3)]) == [
+    assert column_names([hk.prob(1), hk.rank(1), hk.prob(2), hk.prob(3)]) == [
         "prob",
         "rank",
         "prob_2",

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 import hookkit as hk
-from hookkit.figures.style import INK, finished
+from hookkit.figures.style import INK, apply_style
 
 PAIRS, WIDTHS = (1, 10, 50), (15, 60, 240)  # prompts, and tokens of each
 NAMES = [
@@ -141,4 +141,4 @@ def drawn(table: pd.DataFrame) -> Figure:
     axes.set_xlabel("tokens that pass through a block, counted for each block (log)")
     axes.set_ylabel("seconds (log); those of the loop computed from one forward's")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return finished(figure, "A sweep's time grows with the tokens that its plan counts")
+    return apply_style(figure, "A sweep's time grows with the tokens that its plan counts")

@@ -17,20 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...arguments import (
-    as_whole,
-    checks_arguments,
-    checks_construction,
-    described,
-    items_of,
-    one_prompt,
-    read_token,
-    seed_of,
+    as_integer,
+    as_items,
+    check_arguments,
+    check_fields,
+    check_prompt,
+    check_seed,
+    check_token,
+    describe,
 )
-from ...display import count_of, shown
+from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, OutOfRange
 from ...models.lm import LM, Token
-from ...models.prompts import Prompts, Row, as_batch, shortened
-from ...models.tokens import rank_among, shown_ranks
+from ...models.prompts import Prompts, Row, as_batch, shorten
+from ...models.tokens import rank_among, ranks_for_table
 from ...runs.forward import forward
 from ...tables.token_metrics import LogitDiff, logit_diff
 
@@ -40,7 +40,7 @@ CHUNK = 32  # prompts in one forward
 FIELDS = ("clean", "corrupted", "answers", "wrong")
 
 
-@checks_construction
+@check_fields
 @dataclass(frozen=True, repr=False)
 class Pairs:
     """Pairs of prompts with equally many tokens, and a right and a wrong answer to each clean one.
@@ -71,12 +71,12 @@ class Pairs:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise BadPrompt(
-                f"name={described(self.name)}: the name comes first, "
+                f"name={describe(self.name)}: the name comes first, "
                 "Pairs('mine', clean, corrupted, …)"
             )
         for name in FIELDS:
             object.__setattr__(self, name, _check_field(name, getattr(self, name)))
-        object.__setattr__(self, "seed", seed_of(self.seed))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         labels = {name: tuple(positions) for name, positions in self.labels.items()}
         object.__setattr__(self, "labels", labels)
         self._check_lengths()
@@ -115,12 +115,12 @@ class Pairs:
         all_rows = range(len(self))
         if isinstance(which, slice):
             return list(all_rows[which])
-        items = [which] if as_whole(which) is not None else items_of(which)
-        numbers = [as_whole(item) for item in items or ()]
+        items = [which] if as_integer(which) is not None else as_items(which)
+        numbers = [as_integer(item) for item in items or ()]
         if items is None or None in numbers:
             raise OutOfRange(
                 "pairs are chosen by a whole number, a slice or a list of numbers, "
-                f"not by {described(which)}"
+                f"not by {describe(which)}"
             )
         rows: list[int] = []
         for number in numbers:
@@ -145,7 +145,7 @@ class Pairs:
         rows: list[dict[str, object]] = []
         for row in range(len(self)):
             rows.append({name: repr(getattr(self, name)[row]) for name in FIELDS})
-        return shown(f"{len(self)} pairs: {self.name}", rows=rows)
+        return render_html(f"{len(self)} pairs: {self.name}", rows=rows)
 
     def __repr__(self) -> str:
         prompt = self.clean[0]
@@ -154,7 +154,7 @@ class Pairs:
         note = f"; {self.note}" if self.note else ""
         return (
             f"Pairs({self.name}, {count_of(len(self), 'pair')}, seed {self.seed}: "
-            f"{shortened(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}{note})"
+            f"{shorten(prompt)!r} → {self.answers[0]!r}, not {self.wrong[0]!r}{note})"
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -174,7 +174,7 @@ class Pairs:
     def _quoted_tokens(self) -> dict[str, list[str]]:
         return {"answer": [*map(repr, self.answers)], "wrong": [*map(repr, self.wrong)]}
 
-    @checks_arguments
+    @check_arguments
     def check(self, lm: LM) -> pd.DataFrame:
         """Returns how a model answers, one row for each pair. Runs two forwards for every 32 pairs.
 
@@ -198,7 +198,7 @@ class Pairs:
         table = pd.DataFrame(columns)
         return table.assign(right=table["logit_diff_clean"] > 0, top1=table["rank_clean"] == 1)
 
-    @checks_arguments
+    @check_arguments
     def solved(self, lm: LM, *, top1: bool = False) -> "Pairs":
         """Returns the pairs whose answer the model prefers to the wrong one after the clean prompt.
 
@@ -250,14 +250,14 @@ def _take(values: Sequence[Any], rows: list[int]) -> list[Any]:
 
 def _check_field(name: str, value: Any) -> list[Any]:
     """Returns the prompts or the tokens of a field as a list."""
-    items = items_of(value)
+    items = as_items(value)
     if isinstance(value, str):
-        raise BadPrompt(f"{name}={described(value)} is one text: give one for each pair, in a list")
+        raise BadPrompt(f"{name}={describe(value)} is one text: give one for each pair, in a list")
     if items is None or isinstance(value, Set):
-        raise BadPrompt(f"{name}={described(value)}: give one for each pair, in a list")
+        raise BadPrompt(f"{name}={describe(value)}: give one for each pair, in a list")
     if name in ("clean", "corrupted"):
-        return [one_prompt(item, number) for number, item in enumerate(items)]
-    return [read_token(item, name) for item in items]
+        return [check_prompt(item, number) for number, item in enumerate(items)]
+    return [check_token(item, name) for item in items]
 
 
 def checksum(clean: Row, corrupted: Row, answer: int, wrong: int) -> int:
@@ -278,7 +278,7 @@ def _measure(
         "logit_answer": answer_logits.tolist(),
         "logit_wrong": wrong_logits.tolist(),
         "logit_diff": (answer_logits - wrong_logits).tolist(),
-        "rank": shown_ranks(rank_among(vocabulary, answer_logits)).tolist(),
+        "rank": ranks_for_table(rank_among(vocabulary, answer_logits)).tolist(),
     }
 
 

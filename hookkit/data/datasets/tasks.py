@@ -13,7 +13,7 @@ from itertools import chain
 from random import Random
 from typing import TypeAlias
 
-from ...arguments import checks_arguments, whole_number
+from ...arguments import check_arguments, check_integer
 from ...errors import BadPrompt, EmptySelection, did_you_mean
 from ...models.lm import LM, Token
 from ...models.positions import at
@@ -82,7 +82,7 @@ LANDMARKS = """
 """
 
 
-@checks_arguments
+@check_arguments
 def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Returns sentences about a country's capital; the answer is the capital.
 
@@ -105,7 +105,7 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     return PairSampler("capitals", lm, draw, seed).sample(n, same_length=same_length)
 
 
-@checks_arguments
+@check_arguments
 def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Returns sentences about a landmark of a city; the answer is the city.
 
@@ -188,7 +188,7 @@ NAMES = """
 CORRUPT = ("swap", "abc")
 
 
-@checks_arguments
+@check_arguments
 def indirect_object(
     lm: LM, n: int, *, seed: int = 0, corrupt: str = "swap", same_length: bool = False
 ) -> Pairs:
@@ -254,7 +254,7 @@ def _draw_sentence(names: list[str], corrupt: str, source: Random) -> Draw | Non
 # ---- induction
 
 
-@checks_arguments
+@check_arguments
 def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
     """Returns sequences of `length` random tokens that are repeated; the answer is the last token.
 
@@ -275,7 +275,7 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
     >>> pairs.labels["B1"][0], lm.string(pairs.clean[0][7]) == pairs.answers[0]
     (7, True)
     """
-    whole_number(length, "length", least=2, meaning="how many tokens are repeated,")
+    check_integer(length, "length", least=2, meaning="how many tokens are repeated,")
     prefix = _added_prefix(lm)
     prompt_length = len(prefix) + 2 * length - 1
     if lm.context is not None and prompt_length > lm.context:
@@ -364,7 +364,7 @@ STRAIGHT = {
 ITEMS = 4  # in a prompt
 
 
-@checks_arguments
+@check_arguments
 def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Returns four days, months, letters, numbers or ordinals in order; the answer is the next one.
 
@@ -424,7 +424,7 @@ NOUNS = """
 CENTURIES = range(11, 18)
 
 
-@checks_arguments
+@check_arguments
 def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pairs:
     """Returns spans of years without the end; the answer begins a later year, and `wrong` an
     earlier one.

@@ -12,11 +12,11 @@ from itertools import islice
 from random import Random
 from typing import TypeAlias
 
-from ...arguments import seed_of, whole_number
+from ...arguments import check_integer, check_seed
 from ...errors import NotOneToken, TooFew, Unsupported
 from ...models.lm import LM, Token
 from ...models.positions import At
-from ...models.prompts import Row, cover
+from ...models.prompts import Row, positions_of_text
 from .pairs import Pairs, Prompt, checksum
 
 MAX_IDLE_DRAWS = 2000  # draws without a new pair after which the sampler stops
@@ -137,7 +137,7 @@ def _can_follow(lm: LM, prompt: Prompt, answer: Token) -> bool:
 def _position(lm: LM, row: Row, label: Label) -> int:
     if isinstance(label, TokenAfter):
         return _position(lm, row, label.at) + 1
-    return cover(lm, row, label)[-1] if isinstance(label, At) else label
+    return positions_of_text(lm, row, label)[-1] if isinstance(label, At) else label
 
 
 def tokenize(lm: LM, prompt: Prompt) -> Row:
@@ -192,5 +192,5 @@ def require_tokenizer(lm: LM, name: str) -> None:
 
 def check_size_and_seed(n: int, seed: int) -> None:
     """Raises `OutOfRange` for an invalid number of pairs or an invalid seed."""
-    whole_number(n, "n", least=1, meaning="how many pairs to make,")
-    seed_of(seed)
+    check_integer(n, "n", least=1, meaning="how many pairs to make,")
+    check_seed(seed)

@@ -25,17 +25,24 @@ from torch import Tensor
 from ...errors import BadFile, DamagedHarvest, HarvestChanged, HookkitError
 from ...files.atomic import (
     add_line,
-    added_to,
-    cut_to_whole_lines,
+    open_to_append,
+    read_complete_lines,
     remove_leftovers,
-    whole_lines,
+    remove_partial_line,
     write_bytes,
     write_tensors,
 )
-from ...files.untrusted import inside, json_in, json_of, mapping_of, opened_tensors, plain_whole
+from ...files.untrusted import (
+    check_mapping,
+    is_count,
+    open_tensors,
+    parse_json,
+    path_inside,
+    read_json,
+)
 from ...models.lm import LM
 from ...models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
-from ...models.sites import parse
+from ...models.sites import parse_site
 from .texts import Window
 
 SETTINGS, INDEX, SHARD = "harvest.json", "index.jsonl", "{:05d}.safetensors"
@@ -85,7 +92,7 @@ class Shard:
 
     def path(self, folder: Path) -> Path:
         """Returns the path of the file. Raises `DamagedHarvest` for a link out of the folder."""
-        return inside(folder, self.file, error=DamagedHarvest)
+        return path_inside(folder, self.file, error=DamagedHarvest)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class End:
 
 
 def _check_entry(numbers: tuple[Any, ...], hashes: tuple[Any, ...]) -> None:
-    is_valid = all(map(plain_whole, numbers)) and all(isinstance(text, str) for text in hashes)
+    is_valid = all(map(is_count, numbers)) and all(isinstance(text, str) for text in hashes)
     if not is_valid:
         raise ValueError("a number or a hash is invalid")
 
@@ -129,7 +136,7 @@ def describe_model(lm: LM) -> dict[str, Any]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Returns the settings in harvest.json. Raises `DamagedHarvest` if they cannot be read."""
-    path = inside(folder, SETTINGS, error=DamagedHarvest)
+    path = path_inside(folder, SETTINGS, error=DamagedHarvest)
     if not path.exists():
         raise DamagedHarvest(
             f"{folder.name!r} has no {SETTINGS}, so it is no harvest: "
@@ -137,7 +144,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     name = f"{SETTINGS} of {folder.name!r}"
     try:
-        settings = mapping_of(json_in(path), name)
+        settings = check_mapping(read_json(path), name)
     except BadFile as error:
         raise DamagedHarvest(f"{name} cannot be read: {error}; harvest again") from error
     if settings.get("format") != FORMAT:
@@ -158,13 +165,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _check_site(file: str, site: str, kind: Any) -> None:
     """Raises `DamagedHarvest` for an invalid site, shape or dtype."""
     try:
-        parse(site)
+        parse_site(site)
     except HookkitError as error:
         raise DamagedHarvest(f"{file} has an invalid site: {error}") from error
     if not isinstance(kind, dict):
         kind = {}
     shape = kind.get("shape")
-    has_shape = isinstance(shape, list) and all(map(plain_whole, shape))
+    has_shape = isinstance(shape, list) and all(map(is_count, shape))
     if not has_shape or kind.get("dtype") not in DTYPES:
         raise DamagedHarvest(f"{file} has no shape or no dtype for {site!r}: harvest again")
 
@@ -180,7 +187,7 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_bytes(path, text.encode())
-    cut_to_whole_lines(folder / INDEX)
+    remove_partial_line(folder / INDEX)
 
 
 def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -229,10 +236,10 @@ def _shorten(value: Any) -> str:
 def read_index(folder: Path) -> tuple[list[Shard], End | None]:
     """Returns the complete shards in order, and the end of the harvest if it is finished."""
     shards: list[Shard] = []
-    path = inside(folder, INDEX, error=DamagedHarvest)
-    for number, line in enumerate(whole_lines(path), start=1):
+    path = path_inside(folder, INDEX, error=DamagedHarvest)
+    for number, line in enumerate(read_complete_lines(path), start=1):
         try:
-            entry = mapping_of(json_of(line, "it"), "it")
+            entry = check_mapping(parse_json(line, "it"), "it")
             if "texts" in entry:
                 return shards, End(**entry)
             shards.append(Shard(**entry))
@@ -246,7 +253,7 @@ def read_index(folder: Path) -> tuple[list[Shard], End | None]:
 
 def append_to_index(folder: Path, entry: Shard | End) -> None:
     """Adds the line of a complete shard, or the last line, to the index."""
-    with added_to(folder / INDEX) as file:
+    with open_to_append(folder / INDEX) as file:
         add_line(file, json.dumps(dataclasses.asdict(entry)))
 
 
@@ -274,7 +281,7 @@ def _is_shard(path: Path) -> bool:
     if path.is_symlink():
         return False
     try:
-        with opened_tensors(path) as file:
+        with open_tensors(path) as file:
             return {*COLUMNS, *TOKENS} <= set(file.keys())
     except BadFile:
         return False

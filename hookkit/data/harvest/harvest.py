@@ -24,16 +24,16 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from ...arguments import checks_arguments, folder_of
-from ...display import count_of, shown
+from ...arguments import check_arguments, check_folder
+from ...display import count_of, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ...files.atomic import sha256
-from ...files.untrusted import tensors_in
-from ...models.positions import At, PosLike, Where, as_pos
-from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse
+from ...files.untrusted import read_tensors
+from ...models.positions import At, PosLike, Where, read_position
+from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse_site
 from .folder import COLUMNS, TOKENS, End, Shard, read_index, read_settings
 from .statistics import Statistics, StatisticsSum
-from .texts import places
+from .texts import positions_of_row
 
 RowsLike: TypeAlias = int | slice | Sequence[int] | Tensor
 
@@ -41,7 +41,7 @@ TOKEN_COLUMNS = COLUMNS[:4]  # text, piece, pos, token
 CHUNK = 4096  # rows that statistics add at once
 
 
-@checks_arguments
+@check_arguments
 def open_harvest(folder: str | os.PathLike[str]) -> "Harvest":
     """Returns the harvest in a folder. An unfinished harvest has the rows of its complete shards.
 
@@ -51,7 +51,7 @@ def open_harvest(folder: str | os.PathLike[str]) -> "Harvest":
     >>> open_harvest("folder")
     Harvest(6 rows of 2 texts; 1 site: resid_post.6)
     """
-    path = folder_of(folder)
+    path = check_folder(folder)
     about = read_settings(path)
     shards, end = read_index(path)
     return Harvest(about, Shards(path, tuple(shards)), end)
@@ -86,7 +86,7 @@ class Shards:
         if shard not in self._open:
             entry = self.all[shard]
             try:
-                tensors, _ = tensors_in(entry.path(self.folder), error=DamagedHarvest)
+                tensors, _ = read_tensors(entry.path(self.folder), error=DamagedHarvest)
             except DamagedHarvest as error:
                 raise DamagedHarvest(
                     f"{entry.file}, shard {shard} of {len(self.all)}, cannot be read ({error}): "
@@ -250,7 +250,7 @@ def rows_at_positions(shard: Mapping[str, Tensor], where: Where) -> Int[Tensor, 
     for count, sequence in zip(counts, sequences, strict=True):
         positions = shard["pos"][first : first + count].tolist()
         row_of_position = dict(zip(positions, range(first, first + count), strict=True))
-        for position in places(sequence.tolist(), where, _refuse_text):
+        for position in positions_of_row(sequence.tolist(), where, _refuse_text):
             if position not in row_of_position:
                 raise NotCaptured(
                     f"position {position} of text {int(shard['text'][first])} was asked for, and "
@@ -293,7 +293,7 @@ class Harvest:
     @cached_property
     def sites(self) -> Sites:
         """The sites that have values."""
-        return Sites(tuple(map(parse, self.about["sites"])))
+        return Sites(tuple(map(parse_site, self.about["sites"])))
 
     @property
     def texts(self) -> int:
@@ -323,7 +323,7 @@ class Harvest:
             "finished": self.finished,
             "sites": self.sites,
         }
-        return shown("Harvest", facts)
+        return render_html("Harvest", facts)
 
     def __repr__(self) -> str:
         texts = count_of(self.texts, "text")
@@ -336,7 +336,7 @@ class Harvest:
         if name in TOKEN_COLUMNS:
             dtype = torch.int64 if name == "text" else torch.int32
             return Column(self.shards, str(name), (), dtype)
-        site = parse(name) if isinstance(name, str) else name
+        site = parse_site(name) if isinstance(name, str) else name
         if site in self.sites:
             sizes, dtype = self._sizes_and_dtype(site)
             return Column(self.shards, str(site), sizes, dtype)
@@ -365,7 +365,7 @@ class Harvest:
         start, stop = tensors["starts"][sequence : sequence + 2].tolist()
         return tuple(tensors["ids"][start:stop].tolist())
 
-    @checks_arguments
+    @check_arguments
     def table(
         self, rows: RowsLike = slice(None), *, sites: Sequence[str | AnySite] | str = ()
     ) -> pd.DataFrame:
@@ -387,7 +387,7 @@ class Harvest:
             tables.append(_table_of_numbers(name, self[name], numbers))
         return pd.concat(tables, axis=1)
 
-    @checks_arguments
+    @check_arguments
     def batches(
         self,
         size: int,
@@ -412,7 +412,7 @@ class Harvest:
         end = len(self) // size * size if whole else len(self)
         return _iterate_batches(self.shards, columns, size, order, end)
 
-    @checks_arguments
+    @check_arguments
     def statistics(
         self,
         sites: SitesLike | None = None,
@@ -426,7 +426,7 @@ class Harvest:
         `pos` selects the rows at some positions. The values are those on the disk, rounded to their
         dtype.
         """
-        where, total = Where(as_pos(pos)), StatisticsSum(covariance, top)
+        where, total = Where(read_position(pos)), StatisticsSum(covariance, top)
         selected = self.sites if sites is None else as_sites(sites)
         columns = {site: self[site] for site in selected}
         for shard, start in enumerate(self.shards.starts[:-1]):

@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...arguments import as_whole, checks_arguments, file_of, items_of, whole_number
-from ...display import count_of, records, shown
+from ...arguments import as_integer, as_items, check_arguments, check_file, check_integer
+from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange, Unsupported
 from ...files.tensors import save_tensors
-from ...files.untrusted import json_of, mapping_of, plain_whole, tensors_in
+from ...files.untrusted import check_mapping, is_count, parse_json, read_tensors
 from ...models.lm import LM
-from ...models.positions import PosLike, Where, as_pos
+from ...models.positions import PosLike, Where, read_position
 from ...models.provenance import about_model
-from ...models.sites import AnySite, Site, Sites, SitesLike, parse
-from .stored_values import Progress, compute_values, probed, row_numbers
+from ...models.sites import AnySite, Site, Sites, SitesLike, parse_site
+from .stored_values import Progress, compute_values, probe_sites, row_numbers
 from .texts import (
     LOOK_AHEAD,
     Long,
@@ -74,14 +74,14 @@ class Moments:
         return Moments(self.count, self.mean[head], self.spread[head], products)
 
 
-def exact(values: Tensor) -> Float[Tensor, "..."]:
+def to_float64(values: Tensor) -> Float[Tensor, "..."]:
     """Returns the values in float64, on the CPU if the device has no float64."""
     if values.device.type == "mps":
         values = values.cpu()
     return values.double()
 
 
-def moments(values: Float[Tensor, "row ..."], *, covariance: bool = False) -> Moments:
+def compute_moments(values: Float[Tensor, "row ..."], *, covariance: bool = False) -> Moments:
     """Returns the moments of float64 rows. Products are of the last axis."""
     mean = values.mean(0)
     deviations = values - mean
@@ -91,7 +91,7 @@ def moments(values: Float[Tensor, "row ..."], *, covariance: bool = False) -> Mo
     return Moments(len(values), mean, (deviations * deviations).sum(0), products)
 
 
-def merged(first: Moments | None, second: Moments) -> Moments:
+def merge_moments(first: Moments | None, second: Moments) -> Moments:
     """Returns the moments of two sets of rows together."""
     if first is None:
         return second
@@ -133,7 +133,7 @@ class Norms:
 def compute_norms(values: Float[Tensor, "row ..."]) -> Norms:
     """Returns the norms of float64 rows."""
     lengths = values.norm(dim=-1)
-    return Norms(moments(lengths), lengths.amin(0), lengths.amax(0))
+    return Norms(compute_moments(lengths), lengths.amin(0), lengths.amax(0))
 
 
 def merge_norms(first: Norms | None, second: Norms) -> Norms:
@@ -141,7 +141,7 @@ def merge_norms(first: Norms | None, second: Norms) -> Norms:
     if first is None:
         return second
     low, high = torch.minimum(first.min, second.min), torch.maximum(first.max, second.max)
-    return Norms(merged(first.moments, second.moments), low, high)
+    return Norms(merge_moments(first.moments, second.moments), low, high)
 
 
 # ---- largest values
@@ -280,12 +280,12 @@ class SiteStatistics:
     def _unit_index(self, unit: int | tuple[int, ...]) -> tuple[int, ...]:
         meaning = "the number of a unit; with heads, (head, number);"
         index: list[int] = []
-        number = as_whole(unit)
+        number = as_integer(unit)
         if number is not None:
             index.append(number)
         else:
-            for item in items_of(unit) or (unit,):
-                index.append(whole_number(item, "unit", least=0, meaning=meaning))
+            for item in as_items(unit) or (unit,):
+                index.append(check_integer(item, "unit", least=0, meaning=meaning))
         sizes = list(self.mean.shape)
         is_unit = len(index) == len(sizes)
         if is_unit:
@@ -329,7 +329,7 @@ class Statistics:
 
     def __getitem__(self, site: str | AnySite) -> SiteStatistics:
         if isinstance(site, str):
-            site = parse(site)
+            site = parse_site(site)
         if site in self.of_site:
             return self.of_site[site]
         if isinstance(site, Site) and site.head is not None:
@@ -369,8 +369,8 @@ class Statistics:
         return [str(site) for site in self.sites]
 
     def _repr_html_(self) -> str:
-        rows = records(self.table(), "site", "head", "count", "norm_mean", "norm_std")
-        return shown("Statistics", rows=rows)
+        rows = first_rows(self.table(), "site", "head", "count", "norm_mean", "norm_std")
+        return render_html("Statistics", rows=rows)
 
     def __repr__(self) -> str:
         count, texts = next(iter(self.of_site.values())).count, self.about["texts"]
@@ -428,7 +428,7 @@ def _from_tensors(site: AnySite, tensors: Mapping[str, Tensor]) -> SiteStatistic
     return SiteStatistics(site, site_moments, norm, strongest)
 
 
-@checks_arguments
+@check_arguments
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Returns the statistics that `Statistics.save` wrote.
 
@@ -438,24 +438,24 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     >>> load_statistics(found.save("means.safetensors"))["resid_post.6"].mean.shape
     torch.Size([576])
     """
-    tensors, texts = tensors_in(file_of(path), error=DamagedHarvest)
+    tensors, texts = read_tensors(check_file(path), error=DamagedHarvest)
     name = repr(Path(path).name)
     if "statistics" not in texts:
         raise DamagedHarvest(f"{name} has no statistics: give a file that Statistics.save wrote")
-    value = json_of(texts["statistics"], name, error=DamagedHarvest, finite=False)
-    about = mapping_of(value, name, error=DamagedHarvest)
+    value = parse_json(texts["statistics"], name, error=DamagedHarvest, finite=False)
+    about = check_mapping(value, name, error=DamagedHarvest)
     tensors_of_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         site, _, tensor_name = key.rpartition("/")
         tensors_of_site.setdefault(site, {})[tensor_name] = tensor
     sites: Any = about.get("sites")
     has_sites = isinstance(sites, list) and set(map(str, sites)) == set(tensors_of_site)
-    if not has_sites or not plain_whole(about.get("texts")):
+    if not has_sites or not is_count(about.get("texts")):
         raise DamagedHarvest(f"{name} has other sites than it says: it was changed; make it again")
     of_site: dict[AnySite, SiteStatistics] = {}
     try:
         for site in sites:
-            of_site[parse(site)] = _from_tensors(parse(site), tensors_of_site[site])
+            of_site[parse_site(site)] = _from_tensors(parse_site(site), tensors_of_site[site])
         return Statistics(of_site, about)
     except (KeyError, ValueError, RuntimeError) as error:
         raise DamagedHarvest(
@@ -476,7 +476,7 @@ class StatisticsSum:
 
     def __post_init__(self) -> None:
         meaning = "how many tokens are kept for each unit,"
-        whole_number(self.top, "top", least=0, meaning=meaning, error=BadHook)
+        check_integer(self.top, "top", least=0, meaning=meaning, error=BadHook)
 
     def add(
         self,
@@ -494,11 +494,11 @@ class StatisticsSum:
     def _statistics_of_batch(
         self, site: AnySite, values: Tensor, rows: Tensor, tokens: Tensor
     ) -> SiteStatistics:
-        numbers = exact(values)
+        numbers = to_float64(values)
         strongest = None
         if self.top:
             strongest = find_strongest(values.to(numbers.device), rows, tokens, self.top)
-        batch_moments = moments(numbers, covariance=self.covariance)
+        batch_moments = compute_moments(numbers, covariance=self.covariance)
         return SiteStatistics(site, batch_moments, compute_norms(numbers), strongest)
 
     def _merge(self, first: SiteStatistics, second: SiteStatistics) -> SiteStatistics:
@@ -507,7 +507,7 @@ class StatisticsSum:
             strongest = merge_strongest(first.strongest, second.strongest, self.top)
         return SiteStatistics(
             first.site,
-            merged(first.moments, second.moments),
+            merge_moments(first.moments, second.moments),
             merge_norms(first.norm, second.norm),
             strongest,
         )
@@ -539,7 +539,7 @@ def _check_values(site: AnySite, values: Tensor, tokens: Tensor) -> None:
         )
 
 
-@checks_arguments
+@check_arguments
 def statistics(
     lm: LM,
     texts: TextsLike,
@@ -570,8 +570,8 @@ def statistics(
     >>> print(ablate("z.9.3", to=found))
     ablate(z.9.3, to=means)
     """
-    rules = Rules(Where(as_pos(pos)), resolve_context(lm, context), long, unfit)
-    expanded = Sites(tuple(probed(lm, sites, "a statistic")))
+    rules = Rules(Where(read_position(pos)), resolve_context(lm, context), long, unfit)
+    expanded = Sites(tuple(probe_sites(lm, sites, "a statistic")))
     if batch_tokens < 1:
         raise BadHook(f"batch_tokens={batch_tokens!r}: give 1 or more")
     reader, total = TextReader(lm, texts, rules), StatisticsSum(covariance, top)

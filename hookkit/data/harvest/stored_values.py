@@ -1,7 +1,8 @@
 """The values that a harvest stores: computed by a forward of a batch, a row for each kept position.
 
-`probed` finds out which shape and dtype a site has at one position. `Batch` and `ValueComputation`
-are what the engines run, in this process or in others. `Progress` shows how many texts are done.
+`probe_sites` finds out which shape and dtype a site has at one position. `Batch` and
+`ValueComputation` are what the engines run, in this process or in others. `Progress` shows how many
+texts are done.
 """
 
 import time
@@ -19,7 +20,7 @@ from ...hooks.capture import capture
 from ...models.lm import LM
 from ...models.positions import Where
 from ...models.prompts import pad_id
-from ...models.sites import SQUARE, AnySite, ModuleSite, Sites, SitesLike
+from ...models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Sites, SitesLike
 from ...runs.forward import forward
 from .texts import TokenSequence, Window
 
@@ -28,7 +29,7 @@ MAX_NAMED = 8  # texts that an error names
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """The shape and dtype of the values of a site at one position."""
 
     shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class Kind:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def probed(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, Kind]:
+def probe_sites(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, ValueKind]:
     """Returns the shape and dtype of each site, from a forward of two short rows.
 
     Raises `BadHook` for a site without a vector at each position: scores and pattern, or a module
@@ -47,7 +48,7 @@ def probed(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, Kind]:
     """
     expanded = lm.expand(sites)
     for site in expanded:
-        if not isinstance(site, ModuleSite) and site.name in SQUARE:
+        if not isinstance(site, ModuleSite) and site.name in QUERY_KEY_SITES:
             raise BadHook(
                 f"{what} keeps as many numbers for every token, and {site} has one for each query "
                 "and key, more with every token: use hk.forward(lm, texts, hk.capture(site)) on "
@@ -55,7 +56,7 @@ def probed(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, Kind]:
             )
     rows, width = PROBE_SHAPE
     run = forward(lm, [[pad_id(lm)] * width] * rows, capture(expanded), logits=False)
-    kinds: dict[AnySite, Kind] = {}
+    kinds: dict[AnySite, ValueKind] = {}
     for site in expanded:
         captured = run.captured(site)
         shape = captured.values.shape
@@ -65,7 +66,7 @@ def probed(lm: LM, sites: SitesLike, what: str) -> dict[AnySite, Kind]:
                 f"{rows} rows of {width} tokens, without axes batch and pos: "
                 "use hk.forward(lm, texts, hk.capture(site))"
             )
-        kinds[site] = Kind(tuple(shape[2:]), captured.values.dtype)
+        kinds[site] = ValueKind(tuple(shape[2:]), captured.values.dtype)
     return kinds
 
 
@@ -101,7 +102,7 @@ def row_numbers(sequences: Sequence[TokenSequence], starts: Sequence[int]) -> In
     return torch.cat(numbers)
 
 
-def as_stored(site: AnySite, values: Tensor, dtype: torch.dtype) -> Tensor:
+def to_stored_dtype(site: AnySite, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns values on the CPU in the dtype of the shards.
 
     Raises `BadHook` if a number is too large for the dtype.
@@ -139,7 +140,7 @@ class ValueComputation:
     """Computes the values of a batch as they are stored."""
 
     lm: LM
-    kinds: Mapping[AnySite, Kind]
+    kinds: Mapping[AnySite, ValueKind]
     where: Where
 
     def compute(self, batch: Batch) -> dict[AnySite, Tensor]:
@@ -147,7 +148,7 @@ class ValueComputation:
         computed = compute_values(self.lm, batch.sequences, Sites(tuple(self.kinds)), self.where)
         stored: dict[AnySite, Tensor] = {}
         for site, values in computed.items():
-            stored[site] = as_stored(site, values, self.kinds[site].dtype)
+            stored[site] = to_stored_dtype(site, values, self.kinds[site].dtype)
         return stored
 
 

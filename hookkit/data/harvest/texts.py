@@ -16,12 +16,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ...arguments import described, is_one_row, one_prompt, prompt_rows, refuse_container
+from ...arguments import check_prompt, check_prompts, describe, is_token_row, refuse_non_prompts
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
-from ...files.untrusted import json_of
+from ...files.untrusted import parse_json
 from ...models.lm import LM
-from ...models.positions import GENERATED, At, PositionRange, Where, wish
-from ...models.prompts import Row, cover, shortened
+from ...models.positions import GENERATED, At, PositionRange, Where, resolve_positions
+from ...models.prompts import Row, positions_of_text, shorten
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 Long: TypeAlias = Literal["error", "truncate", "split"]
@@ -166,7 +166,9 @@ class TextReader:
         return sequences
 
     def _positions(self, row: Row) -> PositionRange:
-        return places(row, self.rules.where, lambda at: cover(self.lm, row, at))
+        return positions_of_row(
+            row, self.rules.where, lambda at: positions_of_text(self.lm, row, at)
+        )
 
 
 # ---- sources of texts
@@ -177,15 +179,15 @@ def iterate_texts(texts: TextsLike) -> Iterator[Any]:
     if isinstance(texts, str | os.PathLike):
         return _iterate_lines(text_file(texts))
     if isinstance(texts, Mapping) and "input_ids" in texts:
-        return iter(prompt_rows(texts))
+        return iter(check_prompts(texts))
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise BadPrompt(
-            f"texts={described(texts)}: give a list or another iterable of texts or of "
+            f"texts={describe(texts)}: give a list or another iterable of texts or of "
             "rows of token ids, or the path of a file with a text a line (.txt, .jsonl)"
         )
-    refuse_container(texts, rows=True)
-    if is_one_row(texts):
-        return iter(prompt_rows(texts))
+    refuse_non_prompts(texts, rows=True)
+    if is_token_row(texts):
+        return iter(check_prompts(texts))
     return iter(texts)
 
 
@@ -197,7 +199,7 @@ def text_file(texts: str | os.PathLike[str]) -> Path:
         is_file = False
     if not is_file:
         raise BadPrompt(
-            f"{shortened(str(texts))!r} is no file of texts: give the path of one with a text a "
+            f"{shorten(str(texts))!r} is no file of texts: give the path of one with a text a "
             "line (.txt, .jsonl), or for one text the list [text]"
         )
     return Path(texts)
@@ -208,8 +210,8 @@ def count_texts(texts: TextsLike) -> int | None:
     if isinstance(texts, str | os.PathLike):
         with text_file(texts).open("rb") as file:
             return sum(1 for _ in file)
-    if is_one_row(texts) or (isinstance(texts, Mapping) and "input_ids" in texts):
-        return len(prompt_rows(texts))
+    if is_token_row(texts) or (isinstance(texts, Mapping) and "input_ids" in texts):
+        return len(check_prompts(texts))
     return len(texts) if hasattr(texts, "__len__") else None  # pyright: ignore[reportArgumentType]
 
 
@@ -219,7 +221,7 @@ def _iterate_lines(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file):
             data = line.removesuffix(b"\n").removesuffix(b"\r")
             try:
-                text = json_of(data, "it", finite=False) if is_json else data.decode("utf-8")
+                text = parse_json(data, "it", finite=False) if is_json else data.decode("utf-8")
             except (ValueError, BadFile) as error:
                 kind = "JSON" if is_json else "text in UTF-8"
                 raise BadPrompt(
@@ -239,10 +241,10 @@ def text_or_ids(item: Any, number: int) -> str | Row:
     if isinstance(item, Mapping) and "text" in item:
         item = item["text"]
     try:
-        return one_prompt(item, number)
+        return check_prompt(item, number)
     except BadPrompt as error:
         raise BadPrompt(
-            f"text {number}, {shortened(repr(item))}, is no text: "
+            f"text {number}, {shorten(repr(item))}, is no text: "
             f"give texts, or rows of token ids ({error})"
         ) from error
 
@@ -297,12 +299,12 @@ def _fit_to_context(lm: LM, ids: Row, rules: Rules, number: int) -> list[Row]:
     return [(*bos, *ids[start : start + step]) for start in range(len(bos), len(ids), step)]
 
 
-def places(ids: Sequence[int], where: Where, find: Callable[[At], Row]) -> PositionRange:
+def positions_of_row(ids: Sequence[int], where: Where, find: Callable[[At], Row]) -> PositionRange:
     """Returns the positions of a row that `where` selects.
 
     Raises `OutOfRange` for a position that the row does not have; a slice selects those that exist.
     """
-    positions = wish(where, len(ids), find)
+    positions = resolve_positions(where, len(ids), find)
     if isinstance(positions, range):
         stop = max(positions.start, min(positions.stop, len(ids)))
         return range(positions.start, stop, positions.step)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import checks_arguments, folder_of
+from ...arguments import check_arguments, check_folder
 from ...errors import BadHook, EmptySelection, HarvestChanged
-from ...files.atomic import locked
+from ...files.atomic import lock_folder
 from ...models.lm import LM
-from ...models.positions import PosLike, Where, as_pos
+from ...models.positions import PosLike, Where, read_position
 from ...models.sites import AnySite, SitesLike
-from ...runs.engines.actors import computed
-from ...runs.engines.ray import EngineLike, Ray, as_engine
+from ...runs.engines.actors import run_steps
+from ...runs.engines.ray import EngineLike, Ray, read_engine
 from ...runs.engines.work import Step, Steps
 from .folder import (
     FORMAT,
@@ -38,7 +38,7 @@ from .folder import (
     write_shard,
 )
 from .harvest import Harvest, open_harvest
-from .stored_values import Batch, Kind, Progress, ValueComputation, probed, row_numbers
+from .stored_values import Batch, Progress, ValueComputation, ValueKind, probe_sites, row_numbers
 from .texts import (
     LOOK_AHEAD,
     Long,
@@ -57,7 +57,7 @@ SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-@checks_arguments
+@check_arguments
 def harvest(
     lm: LM,
     texts: TextsLike,
@@ -100,10 +100,10 @@ def harvest(
     >>> made["resid_post.6"][-1].shape, made["pos"][:].tolist()
     (torch.Size([576]), [0, 1, 2, 3, 0, 1])
     """
-    ray = as_engine(engine, lm)
+    ray = read_engine(engine, lm)
     context = resolve_context(lm, context)
-    rules = Rules(Where(as_pos(pos)), context, long, unfit)
-    kinds = _stored_kinds(probed(lm, sites, "a harvest"), dtype)
+    rules = Rules(Where(read_position(pos)), context, long, unfit)
+    kinds = _stored_kinds(probe_sites(lm, sites, "a harvest"), dtype)
     if shard_size is None:
         shard_size = max(1, SHARD_BYTES // sum(kind.bytes for kind in kinds.values()))
     for name, value in (("batch_tokens", batch_tokens), ("shard_size", shard_size)):
@@ -120,9 +120,9 @@ def harvest(
         "batch_tokens": batch_tokens,
         "shard_size": shard_size,
     }
-    path, reader = folder_of(folder), TextReader(lm, texts, rules)
+    path, reader = check_folder(folder), TextReader(lm, texts, rules)
     progress = progress and lm.is_writer
-    lock = locked(path, "is writing the harvest") if lm.is_writer else nullcontext()
+    lock = lock_folder(path, "is writing the harvest") if lm.is_writer else nullcontext()
     with lock, Progress(count_texts(texts) if progress else None, progress) as bar:
         if lm.is_writer:
             prepare_folder(path, settings)
@@ -133,22 +133,22 @@ def harvest(
 
 
 def _stored_kinds(
-    kinds: dict[AnySite, Kind], dtype: torch.dtype | str | None
-) -> dict[AnySite, Kind]:
+    kinds: dict[AnySite, ValueKind], dtype: torch.dtype | str | None
+) -> dict[AnySite, ValueKind]:
     """Returns the shapes and dtypes in the shards: `dtype` applies to real numbers only."""
     if dtype is None:
         return kinds
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise BadHook(f"dtype={dtype!r}: values are kept as {', '.join(map(repr, DTYPES))}")
-    result: dict[AnySite, Kind] = {}
+    result: dict[AnySite, ValueKind] = {}
     for site, kind in kinds.items():
         is_real = kind.dtype.is_floating_point
-        result[site] = Kind(kind.shape, getattr(torch, name)) if is_real else kind
+        result[site] = ValueKind(kind.shape, getattr(torch, name)) if is_real else kind
     return result
 
 
-def _kinds_as_json(kinds: dict[AnySite, Kind]) -> dict[str, Any]:
+def _kinds_as_json(kinds: dict[AnySite, ValueKind]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for site, kind in kinds.items():
         dtype = str(kind.dtype).removeprefix("torch.")
@@ -185,7 +185,7 @@ class HarvestWriter:
     """
 
     lm: LM
-    kinds: dict[AnySite, Kind]
+    kinds: dict[AnySite, ValueKind]
     folder: Path
     reader: TextReader
     batch_tokens: int
@@ -198,7 +198,7 @@ class HarvestWriter:
         work = ValueComputation(self.lm, self.kinds, self.reader.rules.where)
         with ThreadPoolExecutor(1) as thread:  # leaving the block waits until a shard is written
             queue = ShardQueue(thread)
-            computed(engine, self.lm, work, self._steps(shards, exists, end, queue))
+            run_steps(engine, self.lm, work, self._steps(shards, exists, end, queue))
             queue.wait()
         self._finish(bool(shards) or queue.has_shards, end)
 

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention import squares
+from ..attention import compute_scores_and_pattern
 from ..families.schema import ModuleLocation
-from ..families.shared import OWN, UNTURNED
+from ..families.shared import NOT_ROTARY, OWN_ATTENTION
 from .dry_run import FunctionCall, ModuleCall, Recording
 from .matching import Match, equal_values, find_heads, is_flat, scale_factor
 
@@ -122,7 +122,7 @@ def _from_fused(owner: ModuleCall, fused: FunctionCall) -> Attention | None:
         wide_key = key.repeat_interleave(shared, dim=1)
         wide_value = value.repeat_interleave(shared, dim=1)
     settings = {name: setting for name, setting in fused.keywords.items() if name != "enable_gqa"}
-    tensors = squares(query, wide_key, wide_value, *further, **settings)
+    tensors = compute_scores_and_pattern(query, wide_key, wide_value, *further, **settings)
     return Attention(owner, "own", query, key, value, tensors["scores"], tensors["pattern"])
 
 
@@ -232,9 +232,9 @@ def _locate_rotated(attention: Attention) -> None:
     )
     for name, item in names:
         if not attention.rotates:
-            attention.missing[name] = UNTURNED[name]
+            attention.missing[name] = NOT_ROTARY[name]
         elif attention.style == "own":
-            attention.missing[name] = OWN[name]
+            attention.missing[name] = OWN_ATTENTION[name]
         elif name == "k_rot" and attention.repeats_keys:
             attention.missing[name] = (
                 UNPROVED + "keys are repeated for each query's head before attention is given them"

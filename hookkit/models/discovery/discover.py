@@ -1,8 +1,8 @@
 """Discovery of the sites of a causal language model that is not in the table of families.
 
 A dry run records one block of each kind. What is proved about it by value gives the locations of
-all blocks. `row_of` returns the family of any model: from the table, by discovery, or one that says
-why there are no sites.
+all blocks. `resolve_family` returns the family of any model: from the table, by discovery, or one
+that says why there are no sites.
 """
 
 import inspect
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.schema import Family, ModuleLocation, Sizes
+from ..families.schema import Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES
-from ..layout import Layout, family_of, no_decoder
-from ..sites import AXES, WHOLE_MODEL
+from ..layout import Layout, family_of, non_decoder_family
+from ..sites import AXES, SITES_WITHOUT_LAYER
 from .attention_sites import HEADED, UNPROVED, find_attention
 from .dry_run import ModuleCall, Recording, dry_run
 from .matching import equal_values, is_sum, scale_factor
 from .mlp_sites import locate_mlp_sites
 from .residual_sites import Block, locate_residual_sites
 
-LAYER_SITES = tuple(name for name in AXES if name not in WHOLE_MODEL)
+LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER)
 NOT_SEEN = UNPROVED + "nothing like it was seen"
 ROWS, WIDTH = 2, 7  # of the token ids of the dry run
 
@@ -31,13 +31,13 @@ Findings = Mapping[int, Block | str]
 """By the number of a block: what was found in it, or the reason why nothing was."""
 
 
-def row_of(model: nn.Module, config: Any, head: str | None) -> Family:
+def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     """Returns the family of a model: its row of the table, or one found by discovery.
 
     `head` is the path of the output embedding, or None. Encoders, encoder-decoders and models
     without a head get the sites that they have, and the reason why others are missing.
     """
-    without_decoder = no_decoder(model, config, head)
+    without_decoder = non_decoder_family(model, config, head)
     if without_decoder is not None:
         return without_decoder
     family = family_of(config, head)
@@ -463,7 +463,7 @@ def _setting_with_value(config: Any, number: float) -> str | None:
 
 def _corrected_sizes(
     model: nn.Module, config: Any, family: Family, kinds: list[int], findings: Findings
-) -> Sizes:
+) -> SizeCorrections:
     """Returns a function that gives the sizes of a block in which its configuration is wrong."""
     layout = Layout(model, config, family)
     by_kind: dict[int, dict[str, int | None]] = {}

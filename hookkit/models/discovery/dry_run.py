@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import Mode, keep_modes, listen, modes
-from ..overrides import Lent, without_hooks
+from ..attention import RemovableMode, current_modes, intercept_tensors, remove_modes_except
+from ..overrides import Overrides, skip_hooks
 
 F = nn.functional
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -63,7 +63,9 @@ class ModuleCall:
     inputs: dict[int | str, Tensor] = field(default_factory=dict)
     outputs: tuple[Any, ...] = ()
     function_calls: list[FunctionCall] = field(default_factory=list)
-    attention_tensors: dict[str, Tensor] = field(default_factory=dict)  # from `listen`, by name
+    attention_tensors: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # from `intercept_tensors`, by name
 
     @property
     def input(self) -> Tensor | None:
@@ -164,13 +166,15 @@ def _run(
 ) -> Recording:
     recorder = _Recorder()
     requested = frozenset(attention_tensors)
-    with Lent() as overrides:
-        overrides.later(partial(keep_modes, modes()))
+    with Overrides() as overrides:
+        overrides.later(partial(remove_modes_except, current_modes()))
         for module in root.modules():
             _disable_dropout_and_hooks(module, overrides)
         for path, module in modules.items():
             if _may_call_attention_interface(module):
-                listen(overrides, module, "interface", requested, recorder.record_attention)
+                intercept_tensors(
+                    overrides, module, "interface", requested, recorder.record_attention
+                )
             overrides.around(module, "forward", recorder.recorded_forward(path, module))
         for module in skipped:
             overrides.around(module, "forward", recorder.skipped_forward)
@@ -180,11 +184,11 @@ def _run(
     return Recording(rows, width, recorder.calls, recorder.counts)
 
 
-def _disable_dropout_and_hooks(module: nn.Module, overrides: Lent) -> None:
+def _disable_dropout_and_hooks(module: nn.Module, overrides: Overrides) -> None:
     if module.training:
         overrides.share(module, "training", lambda training: False)
     if module._forward_hooks or module._forward_pre_hooks:
-        without_hooks(module, overrides)
+        skip_hooks(module, overrides)
 
 
 def _may_call_attention_interface(module: nn.Module) -> bool:
@@ -196,7 +200,7 @@ def _may_call_attention_interface(module: nn.Module) -> bool:
     return eager is not None and hasattr(module.__dict__.get("config"), "_attn_implementation")
 
 
-class _Recorder(Mode):
+class _Recorder(RemovableMode):
     """Records the calls of modules, and the torch functions in them. One dry run owns it."""
 
     def __init__(self) -> None:

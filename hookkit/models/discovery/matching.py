@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..families.schema import ModuleLocation, cut
+from ..families.schema import ModuleLocation, split_axis
 from ..views import FusedView
 
 RELATIVE_TOLERANCE = 1e-5
@@ -102,7 +102,7 @@ def _equal_up_to_order(heads: Tensor, target: Tensor) -> bool:
 def _read_part(
     output: Tensor, layout: str, part: int, sizes: dict[str, int | None]
 ) -> Tensor | None:
-    split = cut(ModuleLocation("", cut=layout, part=part), sizes)
+    split = split_axis(ModuleLocation("", cut=layout, part=part), sizes)
     if not split.total or split.outer * split.total != output.shape[-1] or split.inner is None:
         return None
     heads = FusedView(cut=split).view(output)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..families.schema import ModuleLocation
-from ..families.shared import DENSE, NEURONS
+from ..families.shared import EXPERT_NEURONS, NO_ROUTER
 from .attention_sites import UNPROVED
 from .dry_run import ModuleCall
 from .matching import equal_values, is_flat
@@ -23,9 +23,9 @@ def locate_mlp_sites(block: Block) -> None:
     _locate_mlp_in(block, mlp or linear_calls[0], calls)
     if not linear_calls or not _gives_mlp_output(block, mlp, linear_calls[-1]):
         reason = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
-        block.missing |= dict.fromkeys(NEURONS, reason)
+        block.missing |= dict.fromkeys(EXPERT_NEURONS, reason)
         if _has_experts(mlp or block.call):
-            block.missing |= NEURONS
+            block.missing |= EXPERT_NEURONS
         return
     last = linear_calls[-1]
     block.locations["mlp_post"] = ModuleLocation(last.path, "input", flat=is_flat(last.input))
@@ -163,7 +163,7 @@ def _activation_inputs(calls: list[ModuleCall]) -> list[Tensor]:
 
 def _locate_router(block: Block, calls: list[ModuleCall]) -> None:
     """Locates the sites of a module that rates the experts for each token."""
-    block.missing |= dict.fromkeys(DENSE, "no router was seen in this block's MLP")
+    block.missing |= dict.fromkeys(NO_ROUTER, "no router was seen in this block's MLP")
     for call in calls:
         logits = _router_logits(block, call)
         if logits is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..families.schema import ModuleLocation
-from ..families.shared import PARALLEL
+from ..families.shared import PARALLEL_BLOCK
 from .attention_sites import UNPROVED, Attention
 from .dry_run import ModuleCall, Recording
 from .matching import equal_values, is_flat, is_sum, sum_error, tolerance
@@ -309,4 +309,4 @@ def _locate_resid_mid(block: Block, attention_term: Term | None, mid: Tensor | N
                 call.path, "input", shared=True, flat=is_flat(call.input)
             )
             return
-    block.missing |= PARALLEL
+    block.missing |= PARALLEL_BLOCK

@@ -6,13 +6,13 @@ from typing import Any
 from .schema import Family, ModuleLocation
 from .shared import (
     BY_HEAD,
-    DENSE,
+    EXPERT_NEURONS,
     GATED,
     GATED_TOGETHER,
     HEAD,
     LATENT_KEYS,
-    NEURONS,
-    PARALLEL,
+    NO_ROUTER,
+    PARALLEL_BLOCK,
     ROTARY,
     ROUTER_ELSEWHERE,
     STREAM,
@@ -39,7 +39,7 @@ LLAMA_SITES: dict[str, ModuleLocation] = {
     "final_norm": output_of("model.norm"),
     **HEAD,
 }
-LLAMA_MISSING = {**ROTARY, **DENSE}
+LLAMA_MISSING = {**ROTARY, **NO_ROUTER}
 LLAMA = Family("llama", LLAMA_SITES, LLAMA_MISSING)
 
 # Norms after attention and MLP: their outputs are added to the residual stream.
@@ -63,7 +63,7 @@ def mixture_of_experts(
     return Family(
         name,
         {**sites, **router_sites(router)},
-        {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE},
+        {**ROTARY, **EXPERT_NEURONS, **ROUTER_ELSEWHERE},
     )
 
 
@@ -104,7 +104,7 @@ PHI = Family(
         **mlp_sites(".mlp", "fc1", "fc2"),
         "final_norm": output_of("model.final_layernorm"),
     },
-    {**LLAMA_MISSING, **PARALLEL},
+    {**LLAMA_MISSING, **PARALLEL_BLOCK},
 )
 PHI3 = Family(
     "phi3", {**LLAMA_SITES, **fused_qkv(".self_attn.qkv_proj"), **GATED_TOGETHER}, LLAMA_MISSING
@@ -126,7 +126,7 @@ PERSIMMON = Family(
 def stablelm(config: Any) -> Family:
     """Returns the row for attention and MLP in parallel, or one after the other."""
     if config.use_parallel_residual:
-        return Family("stablelm", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL})
+        return Family("stablelm", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL_BLOCK})
     return Family("stablelm", LLAMA_SITES, LLAMA_MISSING)
 
 
@@ -142,7 +142,7 @@ QWEN3_NEXT = Family(
     },
     {
         **ROTARY,
-        **NEURONS,
+        **EXPERT_NEURONS,
         **ROUTER_ELSEWHERE,
         **dict.fromkeys(
             ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z"),

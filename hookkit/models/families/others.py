@@ -7,15 +7,15 @@ from .schema import Family, ModuleLocation
 from .shared import (
     ALIBI,
     BY_HEAD,
-    DENSE,
     FUSED,
     HEAD,
     NO_ATTENTION,
-    OWN,
-    PARALLEL,
+    NO_ROUTER,
+    NOT_ROTARY,
+    OWN_ATTENTION,
+    PARALLEL_BLOCK,
     ROTARY,
     STREAM,
-    UNTURNED,
     attention_sites,
     fused_qkv,
     input_of,
@@ -38,7 +38,11 @@ GPT2_SITES: Mapping[str, ModuleLocation] = {
     **HEAD,
 }
 GPT2 = Family(
-    "gpt2", GPT2_SITES, {**UNTURNED, **DENSE}, block="transformer.h.{layer}", sizes=multi_head_sizes
+    "gpt2",
+    GPT2_SITES,
+    {**NOT_ROTARY, **NO_ROUTER},
+    block="transformer.h.{layer}",
+    sizes=multi_head_sizes,
 )
 
 
@@ -81,7 +85,7 @@ GPTJ_SITES: Mapping[str, ModuleLocation] = {
 GPTJ = Family(
     "gptj",
     GPTJ_SITES,
-    {**ROTARY, **PARALLEL, **OWN, **DENSE},
+    {**ROTARY, **PARALLEL_BLOCK, **OWN_ATTENTION, **NO_ROUTER},
     block="transformer.h.{layer}",
     attention="own",
     sizes=multi_head_sizes,
@@ -110,9 +114,9 @@ def gpt_neox(config: Any) -> Family:
         "final_norm": output_of("gpt_neox.final_layer_norm"),
         **HEAD,
     }
-    missing = {**ROTARY, **DENSE}
+    missing = {**ROTARY, **NO_ROUTER}
     if config.use_parallel_residual:
-        missing |= PARALLEL
+        missing |= PARALLEL_BLOCK
     else:
         sites["resid_mid"] = input_of(".post_attention_layernorm", shared=True)
     return Family(
@@ -144,7 +148,7 @@ def opt(config: Any) -> Family:
         ),
         **HEAD,
     }
-    missing = {**UNTURNED, **DENSE}
+    missing = {**NOT_ROTARY, **NO_ROUTER}
     exceptions: dict[str, str] = {}
     if config.do_layer_norm_before:
         sites["resid_mid"] = input_of(".final_layer_norm", shared=True, flat=True)
@@ -181,7 +185,7 @@ def bloom(config: Any) -> Family:
         "final_norm": output_of("transformer.ln_f"),
         **HEAD,
     }
-    missing = {**ALIBI, **UNTURNED, **DENSE}
+    missing = {**ALIBI, **NOT_ROTARY, **NO_ROUTER}
     exceptions: dict[str, str] = {}
     if config.apply_residual_connection_post_layernorm:
         sites.pop("resid_mid")
@@ -220,11 +224,11 @@ def falcon(config: Any) -> Family:
         "final_norm": output_of("transformer.ln_f"),
         **HEAD,
     }
-    missing = {**DENSE, **ROTARY, **OWN}
+    missing = {**NO_ROUTER, **ROTARY, **OWN_ATTENTION}
     if config.alibi:
-        missing = {**DENSE, **ALIBI, **UNTURNED}
+        missing = {**NO_ROUTER, **ALIBI, **NOT_ROTARY}
     if parallel:
-        missing |= PARALLEL
+        missing |= PARALLEL_BLOCK
     else:
         sites["resid_mid"] = input_of(".post_attention_layernorm", shared=True)
     return Family(
@@ -255,7 +259,7 @@ MPT = Family(
         "final_norm": output_of("transformer.norm_f"),
         **HEAD,
     },
-    {**ALIBI, **UNTURNED, **DENSE},
+    {**ALIBI, **NOT_ROTARY, **NO_ROUTER},
     block="transformer.blocks.{layer}",
     attention="own",
     sizes=multi_head_sizes,
@@ -276,7 +280,7 @@ MAMBA = Family(
         **dict.fromkeys(
             ("mlp_in", "mlp_pre", "mlp_post", "mlp_out"), "a state-space block has no MLP"
         ),
-        **DENSE,
+        **NO_ROUTER,
     },
     block="backbone.layers.{layer}",
 )

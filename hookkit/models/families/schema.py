@@ -73,8 +73,8 @@ class AxisSplit:
         return self.outer * self.inner, self.width
 
 
-def cut(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
-    """Returns the numbers of a location's `cut` with these sizes."""
+def split_axis(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
+    """Returns the numbers of a location's `split_axis` with these sizes."""
     group, _, text = location.cut.rpartition(":")
     parts = [_numbers(words, sizes) for words in text.split("|")]
     lengths = [math.prod(part) for part in parts]
@@ -86,17 +86,17 @@ def cut(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
 
 
 def _numbers(words: str, sizes: Mapping[str, int | None]) -> list[int]:
-    """Returns each word of a `cut` as a number: the number itself, or the size of that name."""
+    """Returns each word of a split as a number: the number itself, or the size of that name."""
     numbers: list[int] = []
     for word in words.split():
         numbers.append(int(word) if word.isdecimal() else sizes[word] or 0)
     return numbers
 
 
-Places: TypeAlias = Mapping[str, ModuleLocation | tuple[ModuleLocation, ...]]
+SiteLocations: TypeAlias = Mapping[str, ModuleLocation | tuple[ModuleLocation, ...]]
 """Locations by site. Of several, a block uses the first whose module it has."""
 
-Sizes: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None]]
+SizeCorrections: TypeAlias = Callable[[Any, int | None], Mapping[str, int | None]]
 """Returns size corrections for a configuration and a block's number (None: any block)."""
 
 
@@ -116,11 +116,11 @@ class Family:
     """
 
     name: str
-    places: Places
+    places: SiteLocations
     missing: Mapping[str, str] = field(default_factory=dict)
     block: str = "model.layers.{layer}"
     attention: Literal["interface", "own"] = "interface"
-    sizes: Sizes = lambda config, layer: {}
+    sizes: SizeCorrections = lambda config, layer: {}
     exceptions: Mapping[str, str] = field(default_factory=dict)
     found: bool = False
 

@@ -99,22 +99,22 @@ ALIBI = {
     "pos_embed": "positions are ALiBi, a slope added to the attention scores, and are never added "
     "to the stream"
 }
-UNTURNED = {
+NOT_ROTARY = {
     "q_rot": "positions are not rotary: q is what goes into attention",
     "k_rot": "positions are not rotary: k is what goes into attention",
 }
-DENSE = dict.fromkeys(
+NO_ROUTER = dict.fromkeys(
     ("router_logits", "experts", "expert_weights"), "the MLP is one network, without a router"
 )
-ROUTER_ELSEWHERE = dict.fromkeys(DENSE, "this block's MLP is one network, without a router")
-PARALLEL = {
+ROUTER_ELSEWHERE = dict.fromkeys(NO_ROUTER, "this block's MLP is one network, without a router")
+PARALLEL_BLOCK = {
     "resid_mid": "attention and MLP run in parallel: nothing of the stream stands between them"
 }
-OWN = dict.fromkeys(
+OWN_ATTENTION = dict.fromkeys(
     ("q_rot", "k_rot"),
     "this family turns q and k inside its own attention code, which has no boundary there",
 )
-NEURONS = dict.fromkeys(
+EXPERT_NEURONS = dict.fromkeys(
     ("mlp_pre", "mlp_post"),
     "the block's MLP is a mixture of experts: each token's neurons are those of the experts that "
     "it chose, and their code computes an expert's tokens together; see router_logits, experts, "

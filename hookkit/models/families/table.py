@@ -42,9 +42,9 @@ from .others import (
 )
 from .schema import Family
 from .shared import (
+    EXPERT_NEURONS,
     GATED_TOGETHER,
-    NEURONS,
-    PARALLEL,
+    PARALLEL_BLOCK,
     PLAIN,
     ROTARY,
     ROUTER_ELSEWHERE,
@@ -106,8 +106,8 @@ FAMILIES: Mapping[str, Row] = {
     "olmo2": Family("olmo2", ONLY_POST_NORMED, LLAMA_MISSING),
     "olmo3": Family("olmo3", ONLY_POST_NORMED, LLAMA_MISSING),
     "exaone4": Family("exaone4", ONLY_POST_NORMED, LLAMA_MISSING),
-    "cohere": Family("cohere", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL}),
-    "cohere2": Family("cohere2", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL}),
+    "cohere": Family("cohere", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL_BLOCK}),
+    "cohere2": Family("cohere2", WITHOUT_MID, {**LLAMA_MISSING, **PARALLEL_BLOCK}),
     "granite": Family("granite", LLAMA_SITES | SCALED, LLAMA_MISSING),
     "granitemoe": mixture_of_experts(
         "granitemoe",
@@ -120,10 +120,14 @@ FAMILIES: Mapping[str, Row] = {
         router=".block_sparse_moe.router",
     ),
     "deepseek_v2": latent_attention(
-        "deepseek_v2", LLAMA_SITES | router_sites(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
+        "deepseek_v2",
+        LLAMA_SITES | router_sites(),
+        {**ROTARY, **EXPERT_NEURONS, **ROUTER_ELSEWHERE},
     ),
     "deepseek_v3": latent_attention(
-        "deepseek_v3", LLAMA_SITES | router_sites(), {**ROTARY, **NEURONS, **ROUTER_ELSEWHERE}
+        "deepseek_v3",
+        LLAMA_SITES | router_sites(),
+        {**ROTARY, **EXPERT_NEURONS, **ROUTER_ELSEWHERE},
     ),
     "minicpm3": MINICPM3,
     "glm": Family("glm", LLAMA_SITES | GATED_TOGETHER, LLAMA_MISSING),

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...arguments import checks_arguments, finite_number, read_tokens, whole_number
-from ...display import records, shown
+from ...arguments import check_arguments, check_integer, check_number, check_tokens
+from ...display import first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
 from ...figures.diff import stream_map, through_layers, token_bars
 from ...models.lm import LM, Token
-from ...models.positions import PosLike, Where, as_pos
-from ...models.prompts import Prompts, shortened
+from ...models.positions import PosLike, Where, read_position
+from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
-from ...models.sites import AnySite, Site, SitesLike, parse
+from ...models.sites import AnySite, Site, SitesLike, parse_site
 from ..page import Content, Folded, Part, Report, add_files, report
 from ..shift.named_edits import Hooks, as_edit_hooks, tokens_named_by
 from ..shift.shift_page import SHIFT_COLUMNS
@@ -101,7 +101,7 @@ class Difference:
         parting_sites = set(self.parting["site"])
         for site in self.sites["site"]:
             if site in parting_sites:
-                return parse(site)
+                return parse_site(site)
         return None
 
     def _why_left_out(self, what: str) -> str:
@@ -141,7 +141,7 @@ class Difference:
     def _repr_html_(self) -> str:
         facts = {"part first at": self.first or "no site"} if len(self.parting) else {}
         before, after = self.names
-        return shown(f"Difference: {before} and {after}", facts, records(self.prompts))
+        return render_html(f"Difference: {before} and {after}", facts, first_rows(self.prompts))
 
     def __repr__(self) -> str:
         kl, changed = self.tokens["kl"].mean(), self.tokens["top1_changed"].mean()
@@ -206,7 +206,7 @@ def _write_prompts(difference: Difference, prompts: pd.DataFrame) -> Iterable[Co
 
 
 def _quote_prompt(difference: Difference, row: int) -> str:
-    return f"“{shortened(difference.about['prompts'][row])}”"
+    return f"“{shorten(difference.about['prompts'][row])}”"
 
 
 def _write_parting(difference: Difference) -> Iterable[Content]:
@@ -303,7 +303,7 @@ def _describe_model(about: Mapping[str, Any]) -> str:
     return text
 
 
-@checks_arguments
+@check_arguments
 def diff(
     before: LM,
     after: LM,
@@ -347,19 +347,19 @@ def diff(
     Forwards have at most `batch_tokens` tokens (with hooks: one forward of all prompts, so that the
     hooks' rows are the prompts), and keep at most about `memory` bytes of activations and sums
     beside the logits; further sites are read in another pass over the prompts. The stream is kept
-    token by token for the first `shown` prompts.
+    token by token for the first `render_html` prompts.
 
     >>> sites = ["resid_post", "attn_out"]
     >>> result = diff(lm, lm, "I like oat milk in my", hooks_after=skip_block(17), sites=sites)
     >>> str(result.first), round(float(result.tokens["kl"].iloc[-1]), 3)
     ('resid_post.17', 0.082)
     """
-    whole_number(batch_tokens, "batch_tokens", least=1)
-    whole_number(memory, "memory", least=1)
-    whole_number(top, "top", least=1)
-    whole_number(shown, "shown", least=0)
+    check_integer(batch_tokens, "batch_tokens", least=1)
+    check_integer(memory, "memory", least=1)
+    check_integer(top, "top", least=1)
+    check_integer(shown, "shown", least=0)
     meaning = "a part of a vector's length, such as 1e-4,"
-    tolerance = finite_number(tolerance, "tolerance", least=0.0, meaning=meaning, error=OutOfRange)
+    tolerance = check_number(tolerance, "tolerance", least=0.0, meaning=meaning, error=OutOfRange)
     side_before = Side(
         before, as_edit_hooks(hooks_before, "hooks_before"), while_before or nullcontext
     )
@@ -374,15 +374,15 @@ def diff(
     rows = rows_of(before, after, prompts)
     reader = reader_of(before, after)
     shared = shared_sites(before, after, sites)
-    watched = tuple(reader.token(token) for token in read_tokens(watch, "watch"))
+    watched = tuple(reader.token(token) for token in check_tokens(watch, "watch"))
     named = [
         *tokens_named_by(side_before.hooks, before),
         *tokens_named_by(side_after.hooks, after),
     ]
     cka_sites = _select_cka_sites(cka, shared, before, all_sites=sites is not None)
     request = DiffRequest(
-        Where(as_pos(pos)), Where(as_pos(rank_pos)), top, watched, tuple(dict.fromkeys(named)),
-        cka_sites, float(tolerance), shown, batch_tokens, memory,
+        Where(read_position(pos)), Where(read_position(rank_pos)), top, watched,
+        tuple(dict.fromkeys(named)), cka_sites, float(tolerance), shown, batch_tokens, memory,
     )  # fmt: skip
     runs = PairedRuns(reader, side_before, side_after, rows, shared, request)
     runs.read()

@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...data.harvest.texts import places
+from ...data.harvest.texts import positions_of_row
 from ...errors import EmptySelection
 from ...models.lm import LM
 from ...models.positions import Where
-from ...models.prompts import Row, cover
+from ...models.prompts import Row, positions_of_text
 from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
-from ...tables.distributions import Distribution, expected
-from ...tables.rank_tables import shift_of
-from ..shift.named_edits import literal
+from ...tables.distributions import Distribution, expectation
+from ...tables.rank_tables import shift_table
+from ..shift.named_edits import token_literal
 from .pairing import NAME, SharedSites, Side
 from .similarity import (
     COLUMNS,
@@ -77,7 +77,7 @@ def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataF
     table = pd.concat(parts, ignore_index=True)
     table.insert(0, "row", tokens.row)
     table.insert(1, "pos", tokens.pos)
-    table.insert(2, "read", [literal(lm, token) for token in tokens.ids])
+    table.insert(2, "read", [token_literal(lm, token) for token in tokens.ids])
     return table
 
 
@@ -86,11 +86,11 @@ def _compare_logits(
 ) -> pd.DataFrame:
     p, q = _log_softmax(before), _log_softmax(after)
     middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-    js = (expected(p, p - middle) + expected(q, q - middle)) / 2
-    entropy_before, entropy_after = 0.0 - expected(p, p), 0.0 - expected(q, q)
+    js = (expectation(p, p - middle) + expectation(q, q - middle)) / 2
+    entropy_before, entropy_after = 0.0 - expectation(p, p), 0.0 - expectation(q, q)
     columns = {
-        "kl": expected(p, p - q).clamp(min=0.0),  # rounding can give -1e-17
-        "kl_reverse": expected(q, q - p).clamp(min=0.0),
+        "kl": expectation(p, p - q).clamp(min=0.0),  # rounding can give -1e-17
+        "kl_reverse": expectation(q, q - p).clamp(min=0.0),
         "js": js.clamp(min=0.0),
         "entropy_before": entropy_before,
         "entropy_after": entropy_after,
@@ -98,8 +98,8 @@ def _compare_logits(
     }
     table = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
     top_before, top_after = _top_tokens(lm, before), _top_tokens(lm, after)
-    table["top1_before"] = [literal(lm, token) for token in top_before]
-    table["top1_after"] = [literal(lm, token) for token in top_after]
+    table["top1_before"] = [token_literal(lm, token) for token in top_before]
+    table["top1_after"] = [token_literal(lm, token) for token in top_after]
     table["top1_changed"] = [one != other for one, other in zip(top_before, top_after, strict=True)]
     table["loss_before"] = _losses(p, following)
     table["loss_after"] = _losses(q, following)
@@ -265,8 +265,10 @@ class PairedRuns:
             ]
             pairs.append((distributions[0], distributions[1]))
         watched, named = list(self.request.watched), list(self.request.named)
-        table = shift_of(pairs, self.request.top, MOVERS, watched, named)
-        return table.assign(token=[literal(self.reader, token) for token in table["token_id"]])
+        table = shift_table(pairs, self.request.top, MOVERS, watched, named)
+        return table.assign(
+            token=[token_literal(self.reader, token) for token in table["token_id"]]
+        )
 
     def _note_partings(
         self, site: AnySite, tokens: Tokens, difference: Float[Tensor, " token"]
@@ -281,7 +283,7 @@ class PairedRuns:
                     "site": str(site),
                     "layer": layer_of(site),
                     "pos": tokens.pos[number],
-                    "read": literal(self.reader, tokens.ids[number]),
+                    "read": token_literal(self.reader, tokens.ids[number]),
                     "difference": float(difference[number]),
                 }
 
@@ -296,7 +298,7 @@ class PairedRuns:
             columns = {
                 "row": [tokens.row[number] for number in numbers],
                 "pos": [tokens.pos[number] for number in numbers],
-                "read": [literal(self.reader, tokens.ids[number]) for number in numbers],
+                "read": [token_literal(self.reader, tokens.ids[number]) for number in numbers],
                 "layer": site.layer,
                 "difference": token_differences.difference[numbers].tolist(),
                 "cosine": token_differences.cosine[numbers].tolist(),
@@ -306,7 +308,9 @@ class PairedRuns:
     def _positions(self, row: int, where: Where) -> list[int]:
         """The selected positions of a prompt. Raises `OutOfRange` if it does not have one."""
         ids = self.rows[row]
-        return list(places(ids, where, lambda at: cover(self.reader, ids, at)))
+        return list(
+            positions_of_row(ids, where, lambda at: positions_of_text(self.reader, ids, at))
+        )
 
     def _tokens(self, batch: Sequence[int], where: Where) -> tuple[Tokens, tuple[Tensor, Tensor]]:
         """The selected tokens of a batch, and their indices in it: rows and columns."""

@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ...data.harvest.stored_values import Kind, probed
+from ...data.harvest.stored_values import ValueKind, probe_sites
 from ...errors import BadHook, HookkitError, OtherVocabulary
 from ...hooks.base import Hook
 from ...hooks.capture import capture
 from ...models.lm import LM
-from ...models.prompts import Prompts, Row, as_batch, shortened
-from ...models.sites import AXES, LOGITS, AnySite, Site, Sites, SitesLike, as_sites
+from ...models.prompts import Prompts, Row, as_batch, shorten
+from ...models.sites import AXES, LOGIT_SITES, AnySite, Site, Sites, SitesLike, as_sites
 from ...runs.forward import forward
 from ...runs.run import Run
 from ..shift.before_after import first_difference
@@ -34,7 +34,7 @@ SKIPPED = {  # the sites that are compared only if sites= names them, and why; "
 # The sites whose CKA is computed by default.
 CKA_SITES = ("embed", "attn_out", "mlp_out", "resid_post", "final_norm")
 ORDER = {name: number for number, name in enumerate(AXES)}
-LAST_SITES = ("final_norm", *LOGITS)
+LAST_SITES = ("final_norm", *LOGIT_SITES)
 FIRST_PARTING = "the site where they part first"  # in the table left_out
 
 
@@ -75,7 +75,7 @@ def rows_of(before: LM, after: LM, prompts: Prompts) -> tuple[Row, ...]:
             token = _describe_token(reader, row, position)
             other_token = _describe_token(reader, other_row, position)
             raise OtherVocabulary(
-                f"the models read prompt {number}, {shortened(reader.text(row))!r}, as different "
+                f"the models read prompt {number}, {shorten(reader.text(row))!r}, as different "
                 f"tokens: at position {position} {token} and {other_token}. Give both the same "
                 "tokenizer, or give token ids"
             )
@@ -128,7 +128,7 @@ class SharedSites:
     """
 
     sites: tuple[AnySite, ...]
-    kinds: dict[AnySite, tuple[Kind, Kind]]
+    kinds: dict[AnySite, tuple[ValueKind, ValueKind]]
     left_out: list[dict[str, str]]
     no_order: str
 
@@ -171,13 +171,13 @@ def shared_sites(before: LM, after: LM, sites: SitesLike | None) -> SharedSites:
 
 def _probe_kinds(
     before: LM, after: LM, sites: Sites, *, named: bool
-) -> dict[AnySite, tuple[Kind, Kind]]:
+) -> dict[AnySite, tuple[ValueKind, ValueKind]]:
     """What the sites hold in the two models.
 
     Whole numbers have no cosine: `named` sites that hold them raise `BadHook`, others are left out.
     """
-    probed_before = probed(before, sites, "hk.diff")
-    probed_after = probed(after, sites, "hk.diff")
+    probed_before = probe_sites(before, sites, "hk.diff")
+    probed_after = probe_sites(after, sites, "hk.diff")
     kinds = {}
     whole_numbers = []
     for site in sites:
@@ -194,7 +194,7 @@ def _probe_kinds(
     return kinds
 
 
-def _write_size(kind: Kind) -> str:
+def _write_size(kind: ValueKind) -> str:
     return " x ".join(map(str, kind.shape))
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...data.harvest.statistics import Moments, exact, merged, moments
+from ...data.harvest.statistics import Moments, compute_moments, merge_moments, to_float64
 from ...models.sites import AnySite, Site
 
 Vectors = Float[Tensor, "token d"]
@@ -35,7 +35,7 @@ def linear_cka(before: Vectors, after: Float[Tensor, "token e"]) -> float:
     >>> round(linear_cka(x, 3 * x @ rotation + 1), 6), linear_cka(x, torch.ones(20, 7))
     (1.0, nan)
     """
-    x, y = subtract_mean(exact(before)), subtract_mean(exact(after))
+    x, y = subtract_mean(to_float64(before)), subtract_mean(to_float64(after))
     if len(x) >= x.shape[1] + y.shape[1]:
         return _ratio((x.T @ y).square(), (x.T @ x).square(), (y.T @ y).square())
     k, m = x @ x.T, y @ y.T
@@ -74,9 +74,9 @@ class RunningCKA:
         if self._keeps_rows:
             self._rows.append((before.cpu(), after.cpu()))
         else:
-            x = exact(before)
-            rows = torch.cat([x, exact(after).to(x.device)], dim=-1)
-            self._moments = merged(self._moments, moments(rows, covariance=True))
+            x = to_float64(before)
+            rows = torch.cat([x, to_float64(after).to(x.device)], dim=-1)
+            self._moments = merge_moments(self._moments, compute_moments(rows, covariance=True))
 
     def value(self) -> float:
         """The CKA of all rows so far."""

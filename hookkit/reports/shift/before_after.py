@@ -21,21 +21,21 @@ from ...errors import HookkitError
 from ...hooks.base import Hook
 from ...hooks.capture import capture
 from ...hooks.captured_values import Captured, Captures, LazyCapture
-from ...lenses.model_end import ending
+from ...lenses.model_end import find_ending
 from ...models.lm import LM
-from ...models.overrides import Lent
+from ...models.overrides import Overrides
 from ...models.prompts import Row
 from ...models.sites import Site
-from ...models.tokens import rank_among, shown_ranks
+from ...models.tokens import rank_among, ranks_for_table
 from ...runs.forward import forward
 from ...runs.generate import generate
 from ...runs.manager import HookManager
-from ...runs.partial import passed_by
+from ...runs.partial import skip_block
 from ...runs.run import Run
-from ...runs.taps import HookPoint, planned
+from ...runs.taps import HookPoint, build_hook_points
 from ...sweeps.shortcuts import shortcuts
-from ...tables.distributions import Distribution, expected
-from .named_edits import Edit, literal
+from ...tables.distributions import Distribution, expectation
+from .named_edits import Edit, token_literal
 
 # With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.
 MIN_TOKENS = 512
@@ -60,7 +60,7 @@ class ResumePlan:
     @contextmanager
     def record_outputs(self) -> Iterator[None]:
         """Within the `with` block, a forward's outputs are recorded as far as they are needed."""
-        with Lent() as lent:
+        with Overrides() as lent:
             for number in {start - 1 for start in self.starts.values()}:
                 lent.around(self._block(number), "forward", partial(self._record, number))
             yield
@@ -75,10 +75,10 @@ class ResumePlan:
 
         With `start` 0 they are whole forwards.
         """
-        with Lent() as lent:
+        with Overrides() as lent:
             for number in range(start - 1):
-                output_kind = ending(self.lm).kinds[number]
-                lent.around(self._block(number), "forward", passed_by(output_kind))
+                output_kind = find_ending(self.lm).kinds[number]
+                lent.around(self._block(number), "forward", skip_block(output_kind))
             if start:
                 lent.around(self._block(start - 1), "forward", partial(self._replay, start - 1))
             yield
@@ -122,10 +122,10 @@ def _has_hooks(lm: LM) -> bool:
 
 def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
     """The first block that hooks touch: `n_layers` if they act after all blocks, else 0."""
-    model_end = ending(lm)
+    model_end = find_ending(lm)
     blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
     numbers = []
-    for point in planned(lm, list(hooks), HookManager(lm, ()).reference):
+    for point in build_hook_points(lm, list(hooks), HookManager(lm, ()).reference):
         number = _enclosing_block(point, blocks)
         if number is None:
             number = lm.n_layers if model_end.has(point) else 0
@@ -175,7 +175,7 @@ class NextTokenLogits:
 
     @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
-        return 0.0 - expected(self.exact, self.exact)
+        return 0.0 - expectation(self.exact, self.exact)
 
     @property
     def _real_logits(self) -> Logits:
@@ -190,7 +190,7 @@ class NextTokenLogits:
     @property
     def top_names(self) -> list[str | None]:
         """The most likely tokens by name; None where logits are NaN, so that there is none."""
-        names: list[str | None] = [literal(self.lm, token) for token in self.top_tokens]
+        names: list[str | None] = [token_literal(self.lm, token) for token in self.top_tokens]
         for row in self.logits.isnan().any(-1).nonzero().flatten().tolist():
             names[row] = None
         return names
@@ -261,7 +261,7 @@ def watched_of(
     """
     assert after.edit is not None
     n_rows = len(after.logits)
-    tokens_by_name = {literal(after.lm, token): [token] * n_rows for token in watch}
+    tokens_by_name = {token_literal(after.lm, token): [token] * n_rows for token in watch}
     tokens_by_name[TOP_BEFORE] = before.top_tokens
     parts = []
     for name, tokens in tokens_by_name.items():
@@ -271,7 +271,7 @@ def watched_of(
             "control": after.edit.control,
             "draw": after.edit.draw,
             "watched": name,
-            "token": [literal(after.lm, token) for token in tokens],
+            "token": [token_literal(after.lm, token) for token in tokens],
             "token_id": tokens,
         }
         columns |= _numbers_of(before, tokens, "before")
@@ -288,7 +288,7 @@ def _numbers_of(outcome: NextTokenLogits, tokens: list[int], when: str) -> dict[
         f"logit_{when}": _pick(outcome.logits, ids).double().numpy(),
         f"logprob_{when}": logprobs.double().numpy(),
         f"prob_{when}": logprobs.exp().double().numpy(),
-        f"rank_{when}": shown_ranks(outcome.ranks(ids)).numpy(),
+        f"rank_{when}": ranks_for_table(outcome.ranks(ids)).numpy(),
     }
 
 
@@ -314,7 +314,7 @@ def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFram
     (nats), top1_before, top1_after, top1_changed (None where logits are NaN).
     """
     assert after.edit is not None
-    kl = expected(before.exact, before.exact - after.exact).clamp(min=0.0)
+    kl = expectation(before.exact, before.exact - after.exact).clamp(min=0.0)
     top1_changed: list[bool | None] = []
     for name_before, name_after in zip(before.top_names, after.top_names, strict=True):
         is_known = name_before is not None and name_after is not None

@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from ...errors import HookkitError
-from ...lenses.components import needed
-from ...lenses.direct import decomposed
-from ...lenses.logit_lens import States, lens_of, stream_sites
+from ...lenses.components import required_sites
+from ...lenses.direct import decompose_logits
+from ...lenses.logit_lens import LensStates, lens_table, stream_sites
 from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
 from .before_after import NextTokenLogits
-from .named_edits import literal
+from .named_edits import token_literal
 
 NUMBERS = ("logit", "prob", "rank")
 SMALLEST = 1e-4  # logits: a component with a smaller change gets no row of its own
@@ -53,7 +53,7 @@ def lens_sites(lm: LM, *, heads: bool) -> LensSites:
     except HookkitError as error:
         no_lens = str(error)
     try:
-        parts = tuple(needed(lm, heads=heads, neurons=False))
+        parts = tuple(required_sites(lm, heads=heads, neurons=False))
     except HookkitError as error:
         no_parts = str(error)
     return LensSites(lens, parts, no_lens, no_parts)
@@ -97,9 +97,9 @@ def _lens(
     hooks = outcome.run.hooks
     if sites.sites:
         hooks = hooks[:-1]  # without the report's own capture
-    states = States(outcome.run, sites.lens)
+    states = LensStates(outcome.run, sites.lens)
     unique_tokens = list(dict.fromkeys(tokens))
-    return lens_of(states, hooks, tuple(rows), 0, unique_tokens, anywhere=False)
+    return lens_table(states, hooks, tuple(rows), 0, unique_tokens, anywhere=False)
 
 
 def _join_lenses(
@@ -125,7 +125,7 @@ def _join_lenses(
     ]
     table = table[is_shown]
     table = table.assign(edit=edit.name, edited=table["layer"].isin(edit.layers))
-    table["token"] = [literal(after.lm, int(token)) for token in table["token_id"]]
+    table["token"] = [token_literal(after.lm, int(token)) for token in table["token_id"]]
     columns = ["row", "edit", "layer", "site", "edited", "token", "token_id"]
     for name in NUMBERS:
         table[f"{name}_delta"] = table[f"{name}_after"] - table[f"{name}_before"]
@@ -160,15 +160,15 @@ def why_of(
     row_tokens: Any = [*tokens, *padding]
     try:
         if tuple(tokens) not in decompositions:
-            decompositions[tuple(tokens)] = decomposed(before.run, row_tokens)
+            decompositions[tuple(tokens)] = decompose_logits(before.run, row_tokens)
         table = join_decompositions(
-            decompositions[tuple(tokens)], decomposed(after.run, row_tokens)
+            decompositions[tuple(tokens)], decompose_logits(after.run, row_tokens)
         )
     except HookkitError as error:
         return pd.DataFrame(), str(error)
     ids = [tokens[row] for row in table["row"]]
     table.insert(1, "edit", after.edit.name)
-    table.insert(2, "token", [literal(after.lm, token) for token in ids])
+    table.insert(2, "token", [token_literal(after.lm, token) for token in ids])
     table.insert(3, "token_id", ids)
     return table, ""
 

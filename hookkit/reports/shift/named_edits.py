@@ -10,14 +10,14 @@ from typing import TypeAlias
 import pandas as pd
 
 from ...errors import BadHook
-from ...hooks.base import EditHook, Hook, not_square
+from ...hooks.base import EditHook, Hook, require_vectors
 from ...hooks.capture import Capture
 from ...hooks.knockout import Knockout
 from ...hooks.logits import LogitEdit
 from ...models.lm import LM
-from ...models.prompts import shortened
+from ...models.prompts import shorten
 from ...models.sites import Site
-from ...sweeps.cells import SEEDS, Randomised
+from ...sweeps.cells import SEED_STRIDE, Randomised
 
 Hooks: TypeAlias = Hook | Sequence[Hook]
 Controls: TypeAlias = str | Mapping[str, Hooks] | None
@@ -89,7 +89,7 @@ def as_edit_hooks(hooks: Hooks, what: str) -> tuple[Hook, ...]:
     for hook in hooks:
         if not isinstance(hook, Hook) or isinstance(hook, Capture):
             raise BadHook(
-                f"{what} has {shortened(str(hook))}, which changes nothing: give hooks that edit"
+                f"{what} has {shorten(str(hook))}, which changes nothing: give hooks that edit"
             )
     return hooks
 
@@ -107,7 +107,7 @@ def named_edits(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
                 "{'name': hook or hooks}"
             )
         edit_hooks = as_edit_hooks(hooks, "the edit")  # pyright: ignore[reportArgumentType]
-        edits.append(Edit(shortened(" + ".join(map(str, edit_hooks))), edit_hooks))
+        edits.append(Edit(shorten(" + ".join(map(str, edit_hooks))), edit_hooks))
     for edit in edits:
         if not edit.hooks:
             raise BadHook(
@@ -131,7 +131,7 @@ def named_controls(controls: Controls, edits: Sequence[Edit], seed: int, draws: 
     elif controls == "random":
         for edit in edits:
             for draw in range(draws):
-                hooks = _randomise(edit, seed * SEEDS + draw)
+                hooks = _randomise(edit, seed * SEED_STRIDE + draw)
                 result.append(Edit(f"{edit.name} (random)", hooks, edit.name, draw))
     else:
         raise BadHook(
@@ -151,7 +151,7 @@ def _randomise(edit: Edit, seed: int) -> tuple[Hook, ...]:
     hooks = []
     for hook in edit.hooks:
         assert isinstance(hook, EditHook)
-        not_square(
+        require_vectors(
             hook.sites,
             "controls='random' needs vectors (give controls={'name': hook} instead), and changes",
         )
@@ -209,7 +209,7 @@ def table_of(edits: Sequence[Edit]) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def literal(lm: LM, token_id: int) -> str:
+def token_literal(lm: LM, token_id: int) -> str:
     """A token as a Python literal: its text, or its bytes if it is a part of a character."""
     text = lm.string(token_id)
     if "\ufffd" in text and lm.tokenizer is not None and token_id < lm.n_tokens:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ...arguments import checks_arguments, read_tokens, whole_number
+from ...arguments import check_arguments, check_integer, check_tokens
 from ...errors import BadHook, OutOfRange
 from ...figures.shift import (
     PANELS,
@@ -23,14 +23,14 @@ from ...figures.shift import (
 )
 from ...hooks.base import Hook
 from ...models.lm import LM, Token
-from ...models.prompts import Prompts, Row, as_batch, shortened
+from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
 from ...sweeps.summary import over_prompts
 from ...tables.distributions import Distribution
-from ...tables.intervals import DRAWN
-from ...tables.rank_tables import shift_of
+from ...tables.intervals import MIN_FOR_INTERVAL
+from ...tables.rank_tables import shift_table
 from ..page import Content, Folded, Part, Report, add_files, report
-from ..typesetting import written
+from ..typesetting import format_value
 from .before_after import (
     NextTokenLogits,
     add_deltas,
@@ -46,10 +46,10 @@ from .named_edits import (
     Edit,
     Hooks,
     as_edit_hooks,
-    literal,
     named_controls,
     named_edits,
     table_of,
+    token_literal,
 )
 
 SHIFT_COLUMNS = ["token", "logit_before", "logit_after", "logit_delta",
@@ -107,7 +107,7 @@ class ShiftTables:
 
     def prompt(self, row: int) -> str:
         """The beginning of a prompt's text."""
-        return shortened(self.lm.text(self.rows[row]))
+        return shorten(self.lm.text(self.rows[row]))
 
 
 def write_opening(
@@ -177,7 +177,7 @@ def write_means(measured: ShiftTables) -> Iterable[Content]:
     watched = measured.tables["watched"]
     figure = mean_changes(summary, watched, title="What became more and less likely")
     caption = "Intervals are of the mean."
-    if n_prompts < DRAWN:
+    if n_prompts < MIN_FOR_INTERVAL:
         caption = "Small dots are the prompts."
     yield Part(figure, "means", caption)
     caption = (
@@ -200,7 +200,7 @@ def _merge_intervals(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
             means[name], means[f"{name}_low"], means[f"{name}_high"], strict=True
         ):
             if pd.isna(low):
-                texts.append(written(mean))
+                texts.append(format_value(mean))
             else:
                 texts.append(f"{mean:.3g}  [{low:.3g}, {high:.3g}]")
         table[name] = texts
@@ -338,7 +338,7 @@ def _indented_json(hook: Hook) -> str:
     return json.dumps(json.loads(hook.to_json(tensors="digest")), indent=1, ensure_ascii=False)
 
 
-@checks_arguments
+@check_arguments
 def shift_report(
     lm: LM,
     prompts: Prompts,
@@ -385,17 +385,17 @@ def shift_report(
     1       ' coffee'         8827           1
     2  what was first            1           2
     """
-    whole_number(top, "top", least=1)
-    whole_number(generate, "generate", least=0)
-    whole_number(shown, "shown", least=1)
-    whole_number(drawn, "drawn", least=0)
+    check_integer(top, "top", least=1)
+    check_integer(generate, "generate", least=0)
+    check_integer(shown, "shown", least=1)
+    check_integer(drawn, "drawn", least=0)
     all_edits, base_hooks = named_edits(edits), as_edit_hooks(baseline, "the baseline")
     n_draws = _check_draws(draws, controls)
     all_controls = named_controls(controls, all_edits, seed, n_draws)
     if len({edit.name for edit in all_edits}) < len(all_edits):
         raise BadHook("two edits have one name: names stand once")
     rows = as_batch(lm, prompts).rows
-    tokens = [lm.token(token) for token in read_tokens(watch, "watch")]
+    tokens = [lm.token(token) for token in check_tokens(watch, "watch")]
     for edit in all_edits:
         tokens += edit.named_tokens(lm)
     request = _Request(
@@ -507,8 +507,8 @@ def _build_shifts(
     edit = after.edit
     assert edit is not None
     named_tokens = edit.named_tokens(after.lm)
-    table = shift_of(pairs, request.top, MOVERS, request.watch, named_tokens)
-    literals = [literal(after.lm, token) for token in table["token_id"]]
+    table = shift_table(pairs, request.top, MOVERS, request.watch, named_tokens)
+    literals = [token_literal(after.lm, token) for token in table["token_id"]]
     table = add_deltas(table.assign(edit=edit.name, token=literals))
     keys = ["row", "pos", "edit"]
     columns = [name for name in table if name not in (*keys, "why")]

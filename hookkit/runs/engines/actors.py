@@ -27,24 +27,24 @@ from ...models.lm import LM
 from .ray import Ray, actors_of, joined, room
 from .transport import (
     Packed,
-    packed_model,
-    packed_result,
-    packed_work,
-    unpacked_model,
-    unpacked_result,
-    unpacked_work,
+    pack_model,
+    pack_result,
+    pack_work,
+    unpack_model,
+    unpack_result,
+    unpack_work,
 )
-from .work import Step, Steps, Work, computed_here
+from .work import Step, Steps, Work, run_steps_here
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
 CHECK_INTERVAL = 10  # seconds between checks whether a node with room is left
 LOSSES = 5  # how often actors may die at one unit, or in a row before they were ready
 
 
-def computed(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
+def run_steps(engine: Ray | None, lm: LM, work: Work, steps: Steps) -> None:
     """Runs all steps in their order. Units are computed by the engine, or here if it is None."""
     if engine is None:
-        computed_here(work, steps)
+        run_steps_here(work, steps)
         return
     with Crew(engine, lm, work) as crew:
         crew.run(steps)
@@ -65,7 +65,7 @@ class Actor:
     def ready(self, model: Packed, work: Packed) -> "Failure | None":
         """Unpacks the model and the work."""
         try:
-            self.work = unpacked_work(work, unpacked_model(model))
+            self.work = unpack_work(work, unpack_model(model))
             # after the imports of the user's modules, which may set other values
             torch.set_num_threads(self.threads)
             torch.set_float32_matmul_precision(self.precision)
@@ -76,7 +76,7 @@ class Actor:
     def compute(self, unit: Any) -> "Packed | Failure":
         """Returns the result of a unit, or its error."""
         try:
-            return packed_result(self.work.compute(unit))
+            return pack_result(self.work.compute(unit))
         except Exception as error:  # noqa: BLE001  it is raised in the user's process
             return _failure(error)
 
@@ -277,7 +277,7 @@ class Crew:
         except RayError as error:  # the actor died, or its node, with what it had computed
             self._replace(member, error)
             return task
-        task.result = result if isinstance(result, Failure) else unpacked_result(result)
+        task.result = result if isinstance(result, Failure) else unpack_result(result)
         task.done = True
         member.tasks.remove(task)
         return None
@@ -289,7 +289,7 @@ class Crew:
 
         self._stack.enter_context(joined(self.engine))
         self.count = actors_of(self.engine)
-        self._packed = ray.put(packed_model(self.lm)), ray.put(packed_work(self.work, self.lm))
+        self._packed = ray.put(pack_model(self.lm)), ray.put(pack_work(self.work, self.lm))
         self._stack.enter_context(self._killed_at_the_end())
         for _ in range(self.count):
             self._start_actor()

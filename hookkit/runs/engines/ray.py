@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from ...errors import BadHook, MissingExtra, Unsupported
 from ...models.lm import LM
-from .transport import check_travels
+from .transport import check_can_be_sent
 
 ANY_CLUSTER = ("auto", "local")  # addresses that name no cluster in particular
 OLDEST_VERSION = (2, 59)  # the first version whose local cluster requires a token
@@ -76,7 +76,7 @@ def _check_number(name: str, value: Any, *, least: int, types: Any) -> None:
 EngineLike: TypeAlias = Ray | Literal["ray"] | None
 
 
-def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
+def read_engine(engine: EngineLike, lm: LM) -> Ray | None:
     """Returns the engine; None means this process.
 
     Raises `MissingExtra` if Ray is not installed, `Unsupported` if the model cannot be on an actor.
@@ -91,7 +91,7 @@ def as_engine(engine: EngineLike, lm: LM) -> Ray | None:
             "this process"
         )
     check_installed()
-    check_travels(lm, engine.gpus)
+    check_can_be_sent(lm, engine.gpus)
     return engine
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from ...errors import OtherModel, Unsupported
 from ...models.lm import LM
 from ...models.provenance import weights_hash
-from ..manager import hooks_of_others
+from ..manager import find_user_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Packed:
     shared: Sequence[bool]
 
 
-def check_travels(lm: LM, gpus: float) -> None:
+def check_can_be_sent(lm: LM, gpus: float) -> None:
     """Raises `Unsupported` for a model that cannot be sent to an actor with so many GPUs."""
     root, kind = lm.root, type(lm.root).__name__
     _check_whole_model(lm)
@@ -68,7 +68,7 @@ def check_travels(lm: LM, gpus: float) -> None:
 def _check_whole_model(lm: LM) -> None:
     """Raises `Unsupported` for a model with hooks of the user's, or which is not all here."""
     root, kind = lm.root, type(lm.root).__name__
-    hooked_paths = hooks_of_others(lm.model)
+    hooked_paths = find_user_hooks(lm.model)
     if hooked_paths:
         raise Unsupported(
             "the model carries hooks that are not hookkit's (on "
@@ -91,13 +91,13 @@ def _check_whole_model(lm: LM) -> None:
 # ---- models, work and results
 
 
-def packed_model(lm: LM) -> Packed:
+def pack_model(lm: LM) -> Packed:
     """Returns the model with its tokenizer, its name and its row of the families' table."""
     weights = frozenset(weight.untyped_storage().data_ptr() for weight in lm.model.parameters())
     return _pack([lm.model, lm.tokenizer, lm.name, lm.row, weights_hash(lm)], {}, weights)
 
 
-def unpacked_model(packed: Packed) -> LM:
+def unpack_model(packed: Packed) -> LM:
     """Returns the model in an actor; `OtherModel` if its weights are not those that were sent."""
     model, tokenizer, name, row, sent_hash = _unpack(packed, {})
     lm = LM(model, tokenizer, name, row)
@@ -110,14 +110,14 @@ def unpacked_model(packed: Packed) -> LM:
     return lm
 
 
-def packed_work(work: Any, lm: LM) -> Packed:
+def pack_work(work: Any, lm: LM) -> Packed:
     """Returns work for a model, without the model."""
     references = {id(module): ("module", path) for path, module in lm.model.named_modules()}
     references[id(lm)] = ("lm", "")
     return _pack(work, references, frozenset())
 
 
-def unpacked_work(packed: Packed, lm: LM) -> Any:
+def unpack_work(packed: Packed, lm: LM) -> Any:
     """Returns work for a model, with the modules of this copy of the model."""
     referents: dict[tuple[str, str], Any] = {
         ("module", path): module for path, module in lm.model.named_modules()
@@ -126,13 +126,13 @@ def unpacked_work(packed: Packed, lm: LM) -> Any:
     return _unpack(packed, referents)
 
 
-def packed_result(value: Any) -> Packed:
+def pack_result(value: Any) -> Packed:
     """Returns the result of a unit; its tensors will be in Ray's shared memory."""
     packed = _pack(value, {}, frozenset())
     return Packed(packed.data, packed.storages, packed.devices, [True] * len(packed.storages))
 
 
-def unpacked_result(packed: Packed) -> Any:
+def unpack_result(packed: Packed) -> Any:
     """Returns the result of a unit. Its tensors must not be written to."""
     return _unpack(packed, {})
 

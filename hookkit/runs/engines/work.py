@@ -25,7 +25,7 @@ class Work(Protocol):
     def compute(self, unit: Any, /) -> Any: ...
 
 
-def computed_here(work: Work, steps: Steps) -> None:
+def run_steps_here(work: Work, steps: Steps) -> None:
     """Runs steps in this process, each to its end before the next is requested."""
     for step in steps:
         step.then(None if step.unit is None else work.compute(step.unit))
