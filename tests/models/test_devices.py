@@ -404,7 +404,7 @@ import gc, json, sys
 from pathlib import Path
 import torch
 import hookkit as hk
-from hookkit.about import weights_hash
+from hookkit.models.provenance import weights_hash
 
 torch.set_num_threads(1)
 
