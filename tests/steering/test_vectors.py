@@ -760,7 +760,8 @@ def test_tables_may_be_put_together():
 
 def test_without_random_vectors_there_is_no_gain():
     table = made_up()
-    assert np.isnan(hk.at_damage(table[~table["control"]], 0.01)["m_gain"]).all()
+    alone = hk.at_damage(table[~table["control"]], 0.01)
+    assert np.isnan(alone["m_gain"]).all() and set(alone["random_vectors"]) == {0}
 
 
 def test_means_over_doses_take_random_vectors_together():
