@@ -25,7 +25,7 @@ def render_html(
 ) -> str:
     """Returns HTML of a title, of facts by their names, of a table's first rows and of a text.
 
-    >>> shown("Tea", {"token": "<script>"})[-39:]
+    >>> render_html("Tea", {"token": "<script>"})[-39:]
     'token</span> &lt;script&gt;</div></div>'
     """
     parts = [f"<div><b>{escape(title)}</b></div>"]

@@ -186,7 +186,7 @@ def module(
 def parse_site(text: str) -> AnySite:
     """Returns the site that a text names.
 
-    >>> parse("z.9.3")
+    >>> parse_site("z.9.3")
     Site(name='z', layer=9, head=3)
     """
     if ":" in text:

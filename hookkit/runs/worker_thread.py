@@ -49,10 +49,16 @@ class ThreadedGenerator(Generic[Value]):
         adopt_attached_scopes()
         self._context, self._torch_state = contextvars.copy_context(), state_of_torch()
         self._starting = True
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise _interrupt_of(error) from None
         while True:
-            self._writer.release()
-            self._reader.acquire()
+            try:
+                self._writer.release()
+                self._reader.acquire()
+            except RuntimeError as error:
+                raise _interrupt_of(error) from None
             if not self._value:
                 break
             yield self._value.pop()
@@ -81,7 +87,7 @@ class ThreadedGenerator(Generic[Value]):
                 break
             except BaseException as error:  # noqa: BLE001  Ctrl-C waits until the model is restored
                 if first_error is None:
-                    first_error = error
+                    first_error = _interrupt_of(error)
         if first_error is not None:
             raise first_error
 
@@ -117,6 +123,18 @@ class ThreadedGenerator(Generic[Value]):
             for make_context in self._torch_state:
                 stack.enter_context(make_context())
             self._function()
+
+
+def _interrupt_of(error: BaseException) -> BaseException:
+    """Returns the KeyboardInterrupt that Python turned into a RuntimeError, else the error.
+
+    `threading.Condition` raises "release unlocked lock" if Ctrl-C comes while it takes its lock
+    again.
+    """
+    interrupt = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(interrupt, KeyboardInterrupt):
+        return interrupt
+    return error
 
 
 def state_of_torch() -> list[Callable[[], AbstractContextManager[Any]]]:

@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import copy
 import gc
+import itertools
 import pickle
 import random
 import signal
@@ -391,6 +392,24 @@ def test_a_stream_that_is_left_early_cleans_up(llama, way):
 
 
 # ---- Ctrl-C
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_ctrl_c_while_python_waits_for_a_thread_of_a_stream_is_ctrl_c(llama, monkeypatch, at):
+    """Inside `threading.Condition.wait` Python itself turns it into "release unlocked lock"."""
+    before, unedited = state_of(llama.model), plain(llama)
+    restored, count = threading.Condition._acquire_restore, itertools.count(1)
+
+    def interrupted(self, state):
+        if threading.current_thread() is threading.main_thread() and next(count) == at:
+            raise KeyboardInterrupt
+        restored(self, state)
+
+    monkeypatch.setattr(threading.Condition, "_acquire_restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(hk.stream(llama, [IDS], hk.scale("resid_post", 0.9), **SETTINGS))
+    monkeypatch.undo()
+    assert state_of(llama.model) == before and torch.equal(plain(llama), unedited)
 
 
 def test_ctrl_c_at_any_moment_ends_in_a_clean_model(llama):
