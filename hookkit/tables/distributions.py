@@ -63,7 +63,7 @@ def exact_logprobs(logits: Batch) -> Batch:
     return logits.double().log_softmax(dim=-1)
 
 
-def token_logits(logits: Batch, n_tokens: int) -> Batch:
+def token_logits(logits: Batch, n_tokens: int) -> Float[Tensor, "*batch token"]:
     """Returns the logits of the vocabulary's rows that are tokens; all if `n_tokens` is 0."""
     return logits[..., : n_tokens or None]
 
