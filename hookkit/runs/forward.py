@@ -57,9 +57,12 @@ def forward(lm: LM, prompts: Prompts, *hooks: Hook, logits: Logits = "all") -> R
         manager.refuse_checkpoints()
     warn_of_dropout(lm)
     output, started = None, time.perf_counter()
-    with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
-        manager.expect(batch)
-        output = _call_model(lm, batch, option)
+    try:
+        with torch.set_grad_enabled(with_gradients), manager, suppress(Stop):
+            manager.expect(batch)
+            output = _call_model(lm, batch, option)
+    finally:
+        manager.close()  # again, since Ctrl-C may have come before `__exit__` began
     tokens, mask = _padded_at_the_end(lm, batch)
     return Run(
         lm=lm,

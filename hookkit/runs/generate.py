@@ -123,6 +123,8 @@ def generate_with_tracer(
     except NeverFired as error:
         error.run = run()
         raise
+    finally:
+        manager.close()  # again, since Ctrl-C may have come before `__exit__` began
     return run()
 
 

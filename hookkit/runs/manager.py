@@ -6,6 +6,7 @@ block runs again in the backward pass, with the hooks that acted in its forward)
 Compiled code runs uncompiled while a block is open: what was compiled before would not call hooks.
 """
 
+import contextlib
 import functools
 import sys
 import threading
@@ -297,9 +298,12 @@ class HookManager(HookDispatcher):
             batch = as_batch(self.lm, list(prompts[start : start + REFERENCE_BATCH]))
             inputs = batch.inputs(self.lm)
             manager = HookManager(self.lm, [capture(sites)], stop_early=True)
-            with torch.no_grad(), manager, suppress(Stop):
-                manager.expect(batch)
-                self.lm.model(**inputs)
+            try:
+                with torch.no_grad(), manager, suppress(Stop):
+                    manager.expect(batch)
+                    self.lm.model(**inputs)
+            finally:
+                manager.close()  # again, since Ctrl-C may have come before `__exit__` began
             for site in sites:
                 parts[site].append(manager.captured(site))
         return {site: merge_captures(captured) for site, captured in parts.items()}
@@ -407,8 +411,35 @@ def find_user_hooks(root: nn.Module) -> list[str]:
 
 def _restore_modes(thread: int, before: list[Any]) -> None:
     """Removes the modes of an interrupted forward, in the thread that had these modes before."""
-    if get_ident() == thread:
-        remove_modes_except(before)
+    if get_ident() != thread:
+        return
+    error = sys.exc_info()[1]
+    if error is not None and not isinstance(error, Exception):
+        _end_interrupted_contexts(error)
+    remove_modes_except(before)
+
+
+def _end_interrupted_contexts(error: BaseException) -> None:
+    """Ends the context managers of generators that Ctrl-C left between their steps.
+
+    torch sets a mode aside in such a context manager. If Ctrl-C comes just before its body begins,
+    Python ends the generator when the frames of the traceback are freed, which is after the model
+    was restored, and torch puts the mode back then. Clearing these frames ends it now.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        pending += [current.__context__, current.__cause__]
+        step = current.__traceback__
+        while step is not None:
+            if step.tb_frame.f_code.co_filename == contextlib.__file__:
+                with contextlib.suppress(RuntimeError):  # the frame is running
+                    step.tb_frame.clear()
+            step = step.tb_next
 
 
 # ---- gradient checkpointing

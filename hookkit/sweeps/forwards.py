@@ -313,8 +313,11 @@ def _run_model(
     n_computed = inputs.count_logits(prompt_rows, width)
     settings = lm.accepted(use_cache=bool(kwargs), return_dict=True, logits_to_keep=n_computed)
     model_inputs = inputs.model_inputs(rows, columns, width)
-    with torch.no_grad(), shared_forward:
-        output = lm.model(**model_inputs, **settings, **kwargs)
+    try:
+        with torch.no_grad(), shared_forward:
+            output = lm.model(**model_inputs, **settings, **kwargs)
+    finally:
+        shared_forward.close()  # again, since Ctrl-C may have come before `__exit__` began
     logits = logits_of(output)[:, -n_read:]
     if n_read < n_computed:
         return logits.clone()  # so that the other positions are freed

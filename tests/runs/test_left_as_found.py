@@ -4,6 +4,7 @@ Expected numbers come from plain transformers and hooks written by hand.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import gc
@@ -413,6 +414,35 @@ def test_ctrl_c_while_python_waits_for_a_thread_of_a_stream_is_ctrl_c(llama, mon
     assert state_of(llama.model) == before and torch.equal(plain(llama), unedited)
 
 
+INTERRUPTED_ENTER = """
+def enter(self):
+    value = next(self.gen)
+    if is_pressed_in(self.gen.__name__):
+        raise KeyboardInterrupt
+    return value
+"""
+
+
+def test_ctrl_c_while_torch_has_set_a_mode_aside_leaves_no_mode(llama, monkeypatch):
+    """torch puts the mode back when Python frees the generator that set it aside."""
+    before, pressed = state_of(llama.model), []
+
+    def is_pressed_in(name):
+        now = name == "_pop_mode_temporarily" and not pressed
+        pressed.extend([True] * now)
+        return now
+
+    names = {"is_pressed_in": is_pressed_in}
+    exec(compile(INTERRUPTED_ENTER, contextlib.__file__, "exec"), names)
+    monkeypatch.setattr(contextlib._GeneratorContextManager, "__enter__", names["enter"])
+    with pytest.raises(KeyboardInterrupt):
+        hk.forward(llama, [IDS], hk.scale("pattern.1", 0.5))
+    monkeypatch.undo()
+    gc.collect()
+    assert pressed and not torch.overrides._get_current_function_mode_stack()
+    assert state_of(llama.model) == before
+
+
 def test_ctrl_c_at_any_moment_ends_in_a_clean_model(llama):
     draw = random.Random(0)
     before, unedited = state_of(llama.model), plain(llama)
@@ -428,9 +458,11 @@ def test_ctrl_c_at_any_moment_ends_in_a_clean_model(llama):
     for number in range(45):
         try:
             signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, 0.03))
-            end = time.monotonic() + 2  # Python ignores what is raised in a finaliser
-            while time.monotonic() < end:
+            end = time.monotonic() + 2
+            while True:
                 uses[number % 3]()
+                if time.monotonic() > end:  # Python ignores what is raised in a finaliser
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             pressed += 1
         assert same_state(llama.model, before) == []
