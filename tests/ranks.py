@@ -212,7 +212,7 @@ def journalled(lm):
 def same_draws(lm):
     """Draws without a seed are the same on every rank, and differ from call to call."""
     one, two = (hk.generate(lm, IDS, max_new_tokens=12, do_sample=True).tokens for _ in range(2))
-    assert all(rank == one.tolist() for rank in lm.ranks.told(one.tolist()))
+    assert all(rank == one.tolist() for rank in lm.ranks.gather_values(one.tolist()))
     assert one.tolist() != two.tolist()
 
 

@@ -282,7 +282,7 @@ def position_masks(
     for number, (name, row_positions) in enumerate(named.items()):
         for pos, rows in row_positions:
             where = Where(pos, read_indices(rows, "row"))
-            for row, selected in enumerate(prompt_metric.inputs.full.wishes(where)):
+            for row, selected in enumerate(prompt_metric.inputs.full.selected_positions(where)):
                 if selected is not None:
                     masks[number, row, _clip(selected, lengths[row], row, name)] = 1
     return masks

@@ -53,7 +53,7 @@ class PromptMetric:
 
     def prompts(self, rows: Sequence[int]) -> list[list[int]]:
         """Returns the tokens that are run: whole prompts, with a continuation if there is one."""
-        tokens = self.inputs.fed if self.reads_continuation else self.inputs.rows
+        tokens = self.inputs.run_rows if self.reads_continuation else self.inputs.rows
         return [list(tokens[row]) for row in rows]
 
     def run(self, rows: Sequence[int], *hooks: Hook) -> Run:
@@ -73,10 +73,10 @@ class PromptMetric:
     def of_run(self, run: Run, rows: Sequence[int]) -> Float[Tensor, " row"]:
         """Returns the metric of a run of these prompts, differentiable if the run's logits are."""
         captured = run.captured_logits()
-        lengths = [len(self.inputs.fed[row]) for row in rows]
+        lengths = [len(self.inputs.run_rows[row]) for row in rows]
         positions = []
         for row, length in zip(rows, lengths, strict=True):
-            positions.append(length - self.inputs.looks[row])
+            positions.append(length - self.inputs.read_counts[row])
         columns = [captured.column(index, position) for index, position in enumerate(positions)]
         logits = captured.values[torch.arange(len(rows)), torch.tensor(columns)]
         after = None

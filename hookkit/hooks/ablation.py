@@ -95,7 +95,7 @@ def _source_columns(
 
     Both texts resolve `where` for themselves, and their positions are paired in order.
     """
-    positions_of_prompt = here.cells.text.wishes(where)
+    positions_of_prompt = here.cells.text.selected_positions(where)
     columns = torch.zeros_like(here.positions)
     for number, (row, prompt) in enumerate(zip(rows, here.rows, strict=True)):
         ids = source.prompts[row]

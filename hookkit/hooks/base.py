@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from ..arguments import check_number, describe
+from ..arguments import describe
 from ..display import render_html
 from ..errors import BadEdit, BadHook, Unsupported
 from ..models.batch_positions import Selection
@@ -22,8 +22,6 @@ from ..models.positions import IndicesLike, PosLike, Span, Where, read_indices, 
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Sites, as_sites
 from . import serialization
 from .captured_values import Captured
-
-number = check_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,7 +176,7 @@ class Here:
 
     def order(self) -> Int[Tensor, "row pos"]:
         """Returns each position's index among the positions of the hook in its row."""
-        positions_of_prompt = self.cells.text.wishes(self.where)
+        positions_of_prompt = self.cells.text.selected_positions(self.where)
         indices = torch.zeros_like(self.positions)
         for row, prompt in enumerate(self.rows):
             hook_positions = positions_of_prompt[prompt]
@@ -340,11 +338,6 @@ def as_where(pos: PosLike, rows: IndicesLike = None, step: IndicesLike = None) -
         read_indices(rows, "row", negative=False),
         read_indices(step, "step", negative=False),
     )
-
-
-def inner(pos: PosLike, rows: IndicesLike, step: IndicesLike, sites: Sites) -> Where:
-    """Returns where a hook acts. Raises `BadHook` for a step at other sites than logits."""
-    return normalize_where(as_where(pos, rows, step), sites)
 
 
 def normalize_where(where: Where, sites: Sites) -> Where:

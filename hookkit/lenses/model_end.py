@@ -55,9 +55,9 @@ def find_ending(lm: LM) -> Ending:
             f"the blocks of {type(lm.root).__name__} are not known, so nothing can be put "
             "after them"
         )
-    if "ending" not in lm.learnt:
-        lm.learnt["ending"] = _observe_ending(lm)
-    return lm.learnt["ending"]
+    if "ending" not in lm.trial_results:
+        lm.trial_results["ending"] = _observe_ending(lm)
+    return lm.trial_results["ending"]
 
 
 def _blocks_of(lm: LM) -> list[torch.nn.Module]:

@@ -102,12 +102,12 @@ def intercept_tensors(
         finally:
             interceptions.pop(module, None)
 
-    overrides.later(functools.partial(_discard_interrupted, module, callback))
+    overrides.add_cleanup(functools.partial(_discard_interrupted, module, callback))
     if style == "interface" and "router" not in requested:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, _attention)
-        overrides.share(module, "config", _intercepting_config)
+        overrides.replace_attribute(module, "config", _intercepting_config)
     overrides.around(module, "forward", intercepted_forward, applies)
 
 

@@ -73,7 +73,7 @@ class SequenceBatch:
     decided: dict[tuple[int, int], DecidedToken] = field(default_factory=dict)
     _positions: dict[Where, list[PositionRange | None]] = field(default_factory=dict)
 
-    def wishes(self, where: Where) -> list[PositionRange | None]:
+    def selected_positions(self, where: Where) -> list[PositionRange | None]:
         """Returns the positions that `where` selects in each prompt; None for rows without any."""
         if where not in self._positions:
             self._positions[where] = self._resolve(where)
@@ -96,13 +96,13 @@ class SequenceBatch:
             return row // self.expand
         return self.numbers[row]
 
-    def missed(self, where: Where, row: int) -> int | None:
+    def first_missed_position(self, where: Where, row: int) -> int | None:
         """Returns the first selected position of a row that was cached without the hook acting.
 
         These are positions in the cache with which the batch started. Returns None if the hook
         acted at all of them when the cache was filled.
         """
-        positions = self.wishes(where)[row]
+        positions = self.selected_positions(where)[row]
         if positions is None:
             return None
         columns = self.columns[row]
@@ -122,7 +122,7 @@ class SequenceBatch:
         columns = self.columns[row]
         if position >= len(columns) or columns[position] != column or column >= self.seen:
             return False
-        positions = self.wishes(where)[row]
+        positions = self.selected_positions(where)[row]
         if positions is None or position not in positions:
             return False
         return column >= self.start or self._acted_before(where, row, column, position)
@@ -308,7 +308,7 @@ class ForwardPass:
         if self.end is not None:
             last = min(last, self.end)
         lowest = max(first, self.seen) if new else first
-        selected = self.text.wishes(where)
+        selected = self.text.selected_positions(where)
         rows: list[int] = []
         positions: list[PositionRange] = []
         columns: list[Columns] = []

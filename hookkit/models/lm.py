@@ -416,7 +416,7 @@ class LM:
         return {}
 
     @cached_property
-    def learnt(self) -> dict[Any, Any]:
+    def trial_results(self) -> dict[Any, Any]:
         """Results of trials of this model, so that each trial runs once. The LM owns the dict."""
         return {}
 

@@ -96,9 +96,9 @@ class Overrides:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.give_back()
+            self.restore()
         except BaseException:
-            self.give_back()  # Ctrl-C came before the first step
+            self.restore()  # Ctrl-C came before the first step
             raise
 
     def around(
@@ -114,7 +114,7 @@ class Overrides:
         called first.
         """
         wrapper = MethodWrapper(work, applies or _in_this_thread())
-        self.later(functools.partial(_remove_wrapper, owner, name, wrapper))
+        self.add_cleanup(functools.partial(_remove_wrapper, owner, name, wrapper))
         with _LOCK:
             function = owner.__dict__.get(name)
             method = getattr(function, "wrapped_method", None)
@@ -124,10 +124,10 @@ class Overrides:
             method.wrappers[wrapper] = None
             owner.__dict__[name] = method.function
 
-    def share(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    def replace_attribute(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         """Replaces an attribute by `make(its value)` until all blocks that replaced it end."""
         key, user = (id(owner), name), object()
-        self.later(functools.partial(_remove_user, owner, name, user))
+        self.add_cleanup(functools.partial(_remove_user, owner, name, user))
         with _LOCK:
             shared = _SHARED.get(key)
             if shared is None:
@@ -135,15 +135,15 @@ class Overrides:
             shared.users.add(user)
             owner.__dict__[name] = shared.value
 
-    def hooked(self, module: nn.Module, kind: str, hook: Any) -> None:
+    def remove_hook_on_exit(self, module: nn.Module, kind: str, hook: Any) -> None:
         """Removes a hook on cleanup. Call this before the hook is registered in `module.<kind>`."""
-        self.later(functools.partial(_remove_hook, module, kind, hook))
+        self.add_cleanup(functools.partial(_remove_hook, module, kind, hook))
 
-    def later(self, step: Callable[[], None]) -> None:
+    def add_cleanup(self, step: Callable[[], None]) -> None:
         """Adds a step of the cleanup, to run before those added earlier. It may run twice."""
         self._steps.append(step)
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Runs every step, even if some raise, and raises the first error at the end."""
         steps, tries, first_error = self._steps, 0, None
         while steps:

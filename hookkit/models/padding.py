@@ -85,9 +85,9 @@ def can_pad(lm: LM, side: Side) -> bool:
 def _padding_scheme(lm: LM, side: Side) -> PaddingScheme:
     """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right."""
     key = "padding", side, *_trial_key(lm)
-    if key not in lm.learnt:
-        lm.learnt[key] = _choose_scheme(lm, side)
-    scheme = lm.learnt[key]
+    if key not in lm.trial_results:
+        lm.trial_results[key] = _choose_scheme(lm, side)
+    scheme = lm.trial_results[key]
     if isinstance(scheme, str):
         raise Unsupported(scheme)
     return scheme
@@ -113,10 +113,10 @@ def check_generation(
     if chunk_kind is not None and cache is not None:
         check_generation(lm, padded=False, chunk=None, width=width, cache=cache)
     key = "padding", "generate", padded, chunk_kind, cache, *_trial_key(lm)
-    if key not in lm.learnt:
-        lm.learnt[key] = _generation_problem(lm, padded, chunk_kind, cache)
-    if lm.learnt[key] is not None:
-        raise Unsupported(lm.learnt[key])
+    if key not in lm.trial_results:
+        lm.trial_results[key] = _generation_problem(lm, padded, chunk_kind, cache)
+    if lm.trial_results[key] is not None:
+        raise Unsupported(lm.trial_results[key])
 
 
 def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
@@ -423,11 +423,11 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(lm.device.type, enabled=False))
         stack.enter_context(_keep_random_state(lm.device))
-        overrides.later(_end_trial)
+        overrides.add_cleanup(_end_trial)
         _thread.in_trial = True
         for module in modules:
             if module.training:
-                overrides.share(module, "training", lambda _: False)
+                overrides.replace_attribute(module, "training", lambda _: False)
         for module in modules:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 _silence_user_hooks(hooks, overrides)
@@ -447,7 +447,7 @@ def _end_trial() -> None:
 def _silence_user_hooks(hooks: dict[int, Any], overrides: Overrides) -> None:
     for number, hook in list(hooks.items()):
         if _is_user_hook(hook):
-            overrides.later(partial(_put_back, hooks, number, hook))
+            overrides.add_cleanup(partial(_put_back, hooks, number, hook))
             hooks[number] = _silenced(hook)
 
 

@@ -58,7 +58,7 @@ class Ranks:
         self, key: Key, tensor: Tensor, expected: Mapping[int, int] | None
     ) -> Split | None:
         subject = f"what is at the {key[1]} of {key[0] or 'the model'}"
-        shapes: list[list[int]] = self.told(list(tensor.shape))
+        shapes: list[list[int]] = self.gather_values(list(tensor.shape))
         for axis, full in (expected or {}).items():
             sizes = tuple(shape[axis] for shape in shapes)
             if sum(sizes) == full and self.count > 1 and tensor.shape[axis] != full:
@@ -68,7 +68,7 @@ class Ranks:
                     f"{subject} has {list(sizes)} numbers on the ranks along axis "
                     f"{axis % tensor.ndim}, which do not make up {full}: it cannot be put together"
                 )
-        sums = torch.tensor(self.told(_checksums(tensor)))
+        sums = torch.tensor(self.gather_values(_checksums(tensor)))
         same_sums = torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-4, equal_nan=True)
         if not same_sums or any(shape != shapes[0] for shape in shapes):
             raise Unsupported(
@@ -78,7 +78,7 @@ class Ranks:
             )
         return None
 
-    def told(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         """Returns the value of each rank, in their order."""
         values: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(values, value, group=self.group)
@@ -86,15 +86,15 @@ class Ranks:
 
     def first(self, value: Any) -> Any:
         """Returns the value of rank 0."""
-        return self.told(value)[0]
+        return self.gather_values(value)[0]
 
     def least(self, value: int) -> int:
         """Returns the smallest value of all ranks."""
-        return min(self.told(value))
+        return min(self.gather_values(value))
 
     def together(self) -> None:
         """Waits for every rank."""
-        self.told(None)
+        self.gather_values(None)
 
     # ---- parts and wholes
 

@@ -55,9 +55,9 @@ def refuse_no_gradient(lm: LM) -> None:
 
     torch's dynamically quantised layers are an example. Each class of layers is tried once.
     """
-    if "without gradient" not in lm.learnt:
-        lm.learnt["without gradient"] = _without_gradient(lm.root)
-    paths = lm.learnt["without gradient"]
+    if "without gradient" not in lm.trial_results:
+        lm.trial_results["without gradient"] = _without_gradient(lm.root)
+    paths = lm.trial_results["without gradient"]
     if paths:
         kind = type(lm.root.get_submodule(paths[0])).__name__
         raise Unsupported(

@@ -27,7 +27,7 @@ class SiteView:
         """True if the site is exactly the module's tensor."""
         return type(self) is SiteView and self.factor == 1.0
 
-    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
         """Returns a view [batch, pos, ...] of the module's tensor."""
         return tensor
 
@@ -64,7 +64,7 @@ class SiteView:
 class FlatView(SiteView):
     """A site whose tensor has rows and positions on one axis: [(batch pos), ...]."""
 
-    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
         if tensor.ndim > 2:
             return tensor
         return tensor.view(forward.rows, -1, tensor.shape[-1])
@@ -108,7 +108,7 @@ class HeadFirstView(SiteView):
 
     keys: bool = False
 
-    def laid(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
+    def batch_view(self, tensor: Tensor, forward: ForwardPass) -> Tensor:
         return tensor.transpose(1, 2)
 
     def call(self, forward: ForwardPass, tensor: Tensor) -> ForwardPass:

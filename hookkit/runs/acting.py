@@ -35,7 +35,7 @@ def apply_hook(
     view, full = bound_hook.view, tensor
     if not view.plain:
         forward_pass = view.call(forward_pass, tensor)
-        full = view.laid(tensor, forward_pass)
+        full = view.batch_view(tensor, forward_pass)
     shape = full.shape
     if len(shape) < 2 or shape[0] != forward_pass.rows or shape[1] != forward_pass.width:
         full = _with_batch_axis(full, forward_pass.rows)
@@ -98,16 +98,16 @@ def _put(
     if hook_point.place.shared:
         # the block reads this same tensor again: a replacement would reach only the module, and
         # not the residual stream
-        selection.scatter(view.laid(tensor, forward_pass), new)
+        selection.scatter(view.batch_view(tensor, forward_pass), new)
         return tensor
     if selection.whole and type(view) is SiteView:
         # modules may take a view of what they are called with, which needs a contiguous tensor
         return new.contiguous() if tensor.is_contiguous() else new
-    laid_out = view.laid(tensor, forward_pass)
+    laid_out = view.batch_view(tensor, forward_pass)
     expanded = _with_batch_axis(laid_out, forward_pass.rows)
     source = tensor if expanded is laid_out else expanded
     copy = source.clone(memory_format=torch.contiguous_format)
-    selection.scatter(view.view(view.laid(copy, forward_pass)), new)
+    selection.scatter(view.view(view.batch_view(copy, forward_pass)), new)
     return copy
 
 

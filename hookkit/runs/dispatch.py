@@ -86,7 +86,9 @@ class DispatchState:
             check_positions(self.bound_hooks, text, forward_pass, generation)
         selections = {id(bound_hook.where): bound_hook.where for bound_hook in self.bound_hooks}
         for where in selections.values():
-            text.wishes(where)  # raises for a phrase that is not in the text, or a position below 0
+            text.selected_positions(
+                where
+            )  # raises for a phrase that is not in the text, or a position below 0
 
     def plan_generation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
         """Returns what a call of `generate` will do, or raises `Unsupported` with the reason."""

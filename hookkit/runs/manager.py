@@ -140,7 +140,7 @@ class HookManager(HookDispatcher):
         """Removes all hooks from the model. True if they were on it; it may be called twice."""
         was_open, self._depth = self._depth > 0, 0
         try:
-            self._lent.give_back()
+            self._lent.restore()
         finally:
             leave_scope(self._scope, alone=self.alone)
             self._clear_forward()
@@ -161,7 +161,7 @@ class HookManager(HookDispatcher):
 
     def _register(self, lent: Overrides) -> None:
         """Registers all hooks. Each is noted first in `lent`, which removes it at the end."""
-        lent.later(partial(_restore_modes, get_ident(), current_modes()))
+        lent.add_cleanup(partial(_restore_modes, get_ident(), current_modes()))
         refuse_virtual_tokens(self.lm.wrapping)
         if "torch._dynamo" in sys.modules:
             run_uncompiled(lent)
@@ -201,7 +201,7 @@ class HookManager(HookDispatcher):
             self._register_first(lent, module, hook)
             let_outer_blocks_go_first(module._forward_pre_hooks)
             return
-        lent.hooked(module, "_forward_hooks", hook)
+        lent.remove_hook_on_exit(module, "_forward_hooks", hook)
         module.register_forward_hook(hook, prepend=True, with_kwargs=hook_point.reads_input)
         let_outer_blocks_go_first(module._forward_hooks)
 
@@ -213,7 +213,7 @@ class HookManager(HookDispatcher):
 
     def _register_first(self, lent: Overrides, module: nn.Module, hook: Any) -> None:
         """Registers a hook that acts before all others at a module's input."""
-        lent.hooked(module, "_forward_pre_hooks", hook)
+        lent.remove_hook_on_exit(module, "_forward_pre_hooks", hook)
         module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
     def _register_inside_hooks(self, lent: Overrides) -> None:
@@ -246,7 +246,7 @@ class HookManager(HookDispatcher):
         for module in self._entry_modules:
             self._register_first(lent, module, ForwardBoundary(self._on_forward_start))
             end = ForwardBoundary(self._on_forward_end)
-            lent.hooked(module, "_forward_hooks", end)
+            lent.remove_hook_on_exit(module, "_forward_hooks", end)
             module.register_forward_hook(end, always_call=True)
 
     def _register_generate(self, lent: Overrides) -> None:
@@ -485,7 +485,7 @@ def run_uncompiled(lent: Overrides) -> None:
     A compiled model ignores hooks that are registered after its first call.
     """
     block = object()
-    lent.later(partial(_restore_compilation, block))
+    lent.add_cleanup(partial(_restore_compilation, block))
     with _LOCK:
         _UNCOMPILED_BLOCKS.add(block)
         if not _STANCES:

@@ -57,7 +57,7 @@ def check_positions(
     """
     for bound_hook in _one_per_selection(bound_hooks):
         first, end = _columns_read(bound_hook, text, forward_pass, generation)
-        for row, positions in enumerate(text.wishes(bound_hook.where)):
+        for row, positions in enumerate(text.selected_positions(bound_hook.where)):
             if positions is None:
                 continue
             possible = _positions_in(text, row, first, end)
@@ -89,7 +89,7 @@ def check_cached(bound_hooks: Iterable[BoundHook], text: SequenceBatch) -> None:
         if bound_hook.head or (everywhere and bound_hook.change is None):
             continue
         for row in range(len(text.lengths)):
-            position = text.missed(bound_hook.where, row)
+            position = text.first_missed_position(bound_hook.where, row)
             if position is None:
                 continue
             error = Unsupported if everywhere else OutOfRange
@@ -187,7 +187,7 @@ def _unreached_message(
 ) -> str | None:
     """The message for the first position of a hook that the text did not reach; None if none."""
     for bound_hook in _one_per_selection(bound_hooks):
-        positions_by_prompt = text.wishes(bound_hook.where)
+        positions_by_prompt = text.selected_positions(bound_hook.where)
         for number, row in enumerate(ending.prompts):
             if ending.limits is None:
                 positions = positions_by_prompt[row // text.expand]

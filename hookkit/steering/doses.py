@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import check_arguments, check_integer
+from ..arguments import check_arguments, check_integer, check_number
 from ..errors import BadHook, BadPrompt
-from ..hooks.base import Hook, number
+from ..hooks.base import Hook
 from ..hooks.vector import Vector
 from ..models.lm import LM
 from ..models.positions import PosLike
@@ -150,7 +150,7 @@ def dose_response(
     meaning = "how many random vectors are to be the control,"
     check_integer(samples, "samples", least=0, meaning=meaning, error=BadHook)
     texts = None if neutral is None else neutral_rows(lm, neutral)
-    numbers = [number(dose, "a dose") for dose in list_values(doses, "doses")]
+    numbers = [check_number(dose, "a dose") for dose in list_values(doses, "doses")]
     sampled: list[list[Vector]] = []
     for _, vector in named:
         random = [vector.random(seed=seed + sample) for sample in range(samples)]

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, check_number
 from ..errors import BadHook, EmptySelection
-from ..hooks.base import Hook, inner, number, require_vectors
+from ..hooks.base import Hook, as_where, require_vectors
 from ..hooks.edits import edit
 from ..hooks.vector import Vector, data_hash, describe_model
 from ..models.lm import LM
@@ -82,15 +82,15 @@ class Aim:
             before = {}
             with torch.no_grad():
                 for row in range(len(self.inputs)):
-                    before[row] = self._logits([row], [])[0, -self.inputs.looks[row]]
+                    before[row] = self._logits([row], [])[0, -self.inputs.read_counts[row]]
         return CellMetrics(self.inputs, [measure], before)
 
     def _logits(
         self, rows: Sequence[int], hooks: Sequence[Hook]
     ) -> Float[Tensor, "row look vocab"]:
         """Returns the logits at the last positions of these prompts, as many as are read."""
-        lm, count = self.lm, max(self.inputs.looks[row] for row in rows)
-        batch = as_batch(lm, [list(self.inputs.fed[row]) for row in rows], side="left")
+        lm, count = self.lm, max(self.inputs.read_counts[row] for row in rows)
+        batch = as_batch(lm, [list(self.inputs.run_rows[row]) for row in rows], side="left")
         settings = lm.accepted(use_cache=False, return_dict=True, logits_to_keep=count)
         arguments = batch.inputs(lm) | settings
         manager = HookManager(lm, hooks)
@@ -141,11 +141,11 @@ def _positions_of(
     inputs: SweepInputs, sites: Sites, pos: PosLike
 ) -> tuple[tuple[int, ...], ...] | None:
     """Returns the positions of each prompt, on its continuation too; None for all positions."""
-    where = inner(pos, None, None, sites)
+    where = as_where(pos)
     if where.pos is None:
         return None
     positions = []
-    for row, selected in enumerate(inputs.full.wishes(where)):
+    for row, selected in enumerate(inputs.full.selected_positions(where)):
         assert selected is not None
         length = inputs.lengths[row]
         positions.append(tuple([position for position in range(length) if position in selected]))
@@ -194,11 +194,11 @@ def fit_vector(
     >>> fitted.about["curve"][-1] > fitted.about["curve"][0]
     True
     """
-    if steps < 1 or number(lr, "lr") <= 0:
+    if steps < 1 or check_number(lr, "lr") <= 0:
         raise BadHook(
             f"steps={steps!r} and lr={lr!r}: give 1 step or more, and a step longer than 0"
         )
-    if dose is not None and number(dose, "dose") <= 0:
+    if dose is not None and check_number(dose, "dose") <= 0:
         raise BadHook(
             f"dose={dose}: give the longest that the vector may become, as a fraction of the "
             "stream's length"
@@ -222,7 +222,7 @@ def fit_vector(
         "pos": repr(pos),
         "target": fit_aim.words,
         "prompts": [len(rows)],
-        "data_sha256": data_hash(rows, fit_aim.inputs.fed),
+        "data_sha256": data_hash(rows, fit_aim.inputs.run_rows),
         "steps": steps,
         "lr": lr,
         "dose": dose,

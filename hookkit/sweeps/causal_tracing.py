@@ -13,7 +13,7 @@ from torch import Tensor
 from ..arguments import as_items, check_arguments, check_number, describe
 from ..errors import BadHook, BadPrompt
 from ..hooks.ablation import patch
-from ..hooks.base import Hook, number
+from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.edits import steer
 from ..models.lm import LM
@@ -95,7 +95,7 @@ def causal_tracing(
             for position, sample_rows in positions[pos]
         ]
 
-    noise_std = number(noise, "noise") * embedding_std(lm, noise_over)
+    noise_std = check_number(noise, "noise") * embedding_std(lm, noise_over)
     noise_hooks = _noise_hooks(lm, batch.rows, spans, samples, noise_std, seed)
     settings["under"] = [*base_hooks, *noise_hooks]
     axes = {"layer": restored_layers, "pos": list(positions)}

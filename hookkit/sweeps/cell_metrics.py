@@ -70,13 +70,13 @@ class CellMetrics:
 
     def said(self, rows: Sequence[int], logits: Float[Tensor, "row pos vocab"]) -> Said:
         """Returns what the metrics read of these rows."""
-        looks = self.inputs.looks
-        if max(looks) == 1 and not self.inputs.has_continuation:
+        read_counts = self.inputs.read_counts
+        if max(read_counts) == 1 and not self.inputs.has_continuation:
             return Said(logits[:, -1].float(), rows, self.before_logits(rows))
         first, after = [], []
         for row, row_logits in zip(rows, logits, strict=True):
-            first.append(row_logits[-looks[row]])
-            after.append(row_logits[-looks[row] :].float())
+            first.append(row_logits[-read_counts[row]])
+            after.append(row_logits[-read_counts[row] :].float())
         return Said(torch.stack(first).float(), rows, self.before_logits(rows), after)
 
 
@@ -84,9 +84,9 @@ def unedited_logits(plan: Plan, forward: BaseForward) -> UneditedLogits | None:
     """Returns the logits of unedited rows; None if no metric compares with them."""
     if not plan.compares:
         return None
-    looks = plan.inputs.looks
+    read_counts = plan.inputs.read_counts
     pairs = zip(forward.rows, forward.logits, strict=True)
-    return {row: logits[-looks[row]] for row, logits in pairs}
+    return {row: logits[-read_counts[row]] for row, logits in pairs}
 
 
 def _cell_metrics(plan: Plan, rows: tuple[int, ...]) -> CellMetrics:

@@ -309,7 +309,7 @@ def _run_model(
 ) -> Float[Tensor, "row pos vocab"]:
     """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
     lm = inputs.lm
-    n_read = max(inputs.looks[row] for row in prompt_rows)
+    n_read = max(inputs.read_counts[row] for row in prompt_rows)
     n_computed = inputs.count_logits(prompt_rows, width)
     settings = lm.accepted(use_cache=bool(kwargs), return_dict=True, logits_to_keep=n_computed)
     model_inputs = inputs.model_inputs(rows, columns, width)

@@ -26,8 +26,8 @@ class SweepInputs:
     """The prompts of a sweep.
 
     rows              the tokens of each prompt
-    fed               the tokens that are run: up to the metric's position, or with a continuation
-    looks             for each prompt, how many of its last run positions a metric reads: the
+    run_rows          the tokens that are run: up to the metric's position, or with a continuation
+    read_counts       for each prompt, how many of its last run positions a metric reads: the
                       metric's position first; a loss reads all of them
     has_continuation  True if a loss reads a continuation; if that has one token, only the prompt
                       is run
@@ -36,8 +36,8 @@ class SweepInputs:
 
     lm: LM
     rows: tuple[Row, ...]
-    fed: tuple[Row, ...]
-    looks: tuple[int, ...]
+    run_rows: tuple[Row, ...]
+    read_counts: tuple[int, ...]
     has_continuation: bool = False
     all_logits: bool = False
 
@@ -47,24 +47,26 @@ class SweepInputs:
     @property
     def cropped(self) -> bool:
         """True if a prompt has tokens after the metric's position, which are not run."""
-        return any(len(fed) < len(row) for fed, row in zip(self.fed, self.rows, strict=True))
+        return any(
+            len(run_row) < len(row) for run_row, row in zip(self.run_rows, self.rows, strict=True)
+        )
 
     def uncropped(self) -> "SweepInputs":
         """Returns the same inputs with all tokens of each prompt run."""
-        pairs = zip(self.rows, self.fed, strict=True)
-        looks = tuple(len(row) - len(fed) + 1 for row, fed in pairs)
-        return replace(self, fed=self.rows, looks=looks)
+        pairs = zip(self.rows, self.run_rows, strict=True)
+        read_counts = tuple(len(row) - len(run_row) + 1 for row, run_row in pairs)
+        return replace(self, run_rows=self.rows, read_counts=read_counts)
 
     def count_logits(self, rows: Iterable[int], width: int) -> int:
         """Returns for how many of the last `width` positions logits are computed."""
         if self.all_logits:
             return width
-        return max(self.looks[row] for row in rows)
+        return max(self.read_counts[row] for row in rows)
 
     @cached_property
     def lengths(self) -> list[int]:
         """How many tokens of each prompt are run."""
-        return list(map(len, self.fed))
+        return list(map(len, self.run_rows))
 
     def count_columns(self, rows: Iterable[int]) -> int:
         """Returns how many tokens the longest of these rows has."""
@@ -88,7 +90,7 @@ class SweepInputs:
         """Returns the arguments of a forward over the last `width` of `columns` columns."""
         lm = self.lm
         lengths = [self.lengths[row] for row in rows]
-        ids = pad_rows([self.fed[row] for row in rows], pad_id(lm), "left")
+        ids = pad_rows([self.run_rows[row] for row in rows], pad_id(lm), "left")
         ids = torch.nn.functional.pad(ids, (columns - ids.shape[1], 0), value=pad_id(lm))
         ids = ids.to(lm.device)
         if set(lengths) == {columns}:
@@ -110,8 +112,8 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
         if isinstance(metric, Loss) and metric not in losses:
             losses.append(metric)
     if not losses:
-        fed = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
-        return SweepInputs(lm, rows, fed, (1,) * len(rows))
+        run_rows = tuple(row[: end + 1] for row, end in zip(rows, ends, strict=True))
+        return SweepInputs(lm, rows, run_rows, (1,) * len(rows))
     if len(losses) > 1 or pos != -1:
         raise Unsupported(
             f"loss reads a continuation after the prompt, and {len(losses)} were asked for with "
@@ -119,9 +121,9 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
         )
     continuations = losses[0].tokens(lm, len(rows))
     joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
-    fed = as_batch(lm, joined).rows
-    looks = tuple(map(len, continuations))
-    return SweepInputs(lm, rows, fed, looks, has_continuation=True)
+    run_rows = as_batch(lm, joined).rows
+    read_counts = tuple(map(len, continuations))
+    return SweepInputs(lm, rows, run_rows, read_counts, has_continuation=True)
 
 
 def _metric_position(row: int, length: int, pos: Any) -> int:

@@ -238,7 +238,7 @@ class Plan:
 
     def _needed_width(self, cell_prompt: CellPrompt) -> int:
         row = cell_prompt.row
-        return max(self.inputs.looks[row], self.inputs.lengths[row] - cell_prompt.start.pos)
+        return max(self.inputs.read_counts[row], self.inputs.lengths[row] - cell_prompt.start.pos)
 
     @property
     def alone(self) -> list[Cell]:
@@ -348,7 +348,7 @@ class Plan:
             return "at the end of the continuation"
         if self.inputs.cropped:
             return "at the position where the metric looks"
-        if max(self.inputs.looks) > 1:
+        if max(self.inputs.read_counts) > 1:
             return "no: a function receives positions after the one where the metric looks"
         return "at the last position, where the metric looks"
 

@@ -81,14 +81,14 @@ class FirstEffect:
 
     def start_of(self, bound: BoundHook, row: int) -> Start | None:
         """Returns where one hook begins to change a row, as far as the metric can see."""
-        positions = self.inputs.full.wishes(bound.where)[row]
+        positions = self.inputs.full.selected_positions(bound.where)[row]
         if positions is None:
             return None
         length = self.inputs.lengths[row]
         first = 0
         stays_in_place = not needs_all_positions(bound) and not self._is_mixed_later(bound)
         if self.is_after_last_attention(bound.site) and stays_in_place:
-            first = length - self.inputs.looks[row]
+            first = length - self.inputs.read_counts[row]
         if self.sources_match:
             first = max(first, self._shared_prefix(bound, row))
         position = _first_at_least(positions, first)
@@ -164,10 +164,10 @@ class FirstEffect:
         positions = resolve_positions(
             where, len(source_ids), lambda at: positions_of_text(self.lm, source_ids, at)
         )
-        return positions == self.inputs.full.wishes(where)[row]
+        return positions == self.inputs.full.selected_positions(where)[row]
 
     def _first_position(self, bound: BoundHook, row: int) -> int:
-        positions = self.inputs.full.wishes(bound.where)[row]
+        positions = self.inputs.full.selected_positions(bound.where)[row]
         if not positions:
             return len(self.inputs.rows[row])
         return positions[0]

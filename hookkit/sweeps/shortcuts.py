@@ -43,44 +43,44 @@ def shortcuts(lm: LM) -> Shortcuts:
     """Returns what this model allows, with its current settings."""
     attention = getattr(lm.config, "_attn_implementation", None)
     key = "shortcuts", attention, lm.root.training, _dtype(lm)
-    if key not in lm.learnt:
-        lm.learnt[key] = _try_shortcuts(lm)
-    return lm.learnt[key]
+    if key not in lm.trial_results:
+        lm.trial_results[key] = _try_shortcuts(lm)
+    return lm.trial_results[key]
 
 
 def reads_ahead(lm: LM) -> bool:
     """True if the logits at a position depend on a later token; then no position can be skipped."""
     key = "reads_ahead", lm.root.training
-    if key not in lm.learnt:
+    if key not in lm.trial_results:
         ids = list(_trial_inputs(lm).rows[0])
         changed_ids = [*ids[:-1], (ids[-1] + 1) % lm.n_tokens]
         first, repeated, changed = forward(lm, [ids, ids, changed_ids]).logits[:, :-1].float()
         limit = LIMITS.get(_dtype(lm), 2e-5) * float(first.abs().max())
         # With dropout the same row gives different logits, and nothing can be concluded.
         is_stable = float((first - repeated).abs().max()) <= limit
-        lm.learnt[key] = is_stable and float((first - changed).abs().max()) > limit
-    return lm.learnt[key]
+        lm.trial_results[key] = is_stable and float((first - changed).abs().max()) > limit
+    return lm.trial_results[key]
 
 
 def has_rows(lm: LM, site: ModuleSite) -> bool:
     """True if the tensor of a module site is [batch, pos, ...] for every batch size."""
     key = "has_rows", site
-    if key not in lm.learnt:
-        lm.learnt[key] = all(
+    if key not in lm.trial_results:
+        lm.trial_results[key] = all(
             _trial_shape(lm, site, count)[:2] == (count, max(LENGTHS)) for count in (2, 3)
         )
-    return lm.learnt[key]
+    return lm.trial_results[key]
 
 
 def is_called(lm: LM, site: ModuleSite) -> bool:
     """True if a forward calls the module. Fused code bypasses some modules, and evaluation skips
     some."""
     key = "is_called", site.path, lm.root.training
-    if key not in lm.learnt:
+    if key not in lm.trial_results:
         recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
         _run_trial(recorder, lm, _trial_inputs(lm), range(len(LENGTHS)))
-        lm.learnt[key] = 0 in recorder.kinds
-    return lm.learnt[key]
+        lm.trial_results[key] = 0 in recorder.kinds
+    return lm.trial_results[key]
 
 
 def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:

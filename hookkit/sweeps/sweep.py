@@ -138,13 +138,15 @@ def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
     """True if a hook receives a position after the metric's, or lets a query attend to it."""
     if not inputs.cropped or not needs_all_positions(bound):
         return False
-    rows = zip(inputs.full.wishes(bound.where), inputs.fed, inputs.rows, strict=True)
-    for positions, fed, row in rows:
+    rows = zip(
+        inputs.full.selected_positions(bound.where), inputs.run_rows, inputs.rows, strict=True
+    )
+    for positions, run_row, row in rows:
         if positions is None:
             continue
-        if weights_later_keys(bound) and len(fed) < len(row):
+        if weights_later_keys(bound) and len(run_row) < len(row):
             return True
-        if any(position in positions for position in range(len(fed), len(row))):
+        if any(position in positions for position in range(len(run_row), len(row))):
             return True
     return False
 

@@ -333,7 +333,7 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
     clean, corrupted = texts(lm)
     bare = hk.LM(lm.model, lm.tokenizer)
     known = shortcuts(bare)
-    key = next(name for name, value in bare.learnt.items() if value is known)
+    key = next(name for name, value in bare.trial_results.items() if value is known)
     _, grid, hooks = patch_grid(lm, clean)
     wanted = hk.sweep(lm, corrupted, grid, hooks, METRICS)
     for name, words in (
@@ -342,8 +342,10 @@ def test_a_model_that_allows_no_shortcut_is_swept_all_the_same(lm):
     ):
         from dataclasses import replace
 
-        bare.learnt[key] = replace(
-            bare.learnt[key], **{name: False}, why={**bare.learnt[key].why, name: "because"}
+        bare.trial_results[key] = replace(
+            bare.trial_results[key],
+            **{name: False},
+            why={**bare.trial_results[key].why, name: "because"},
         )
         assert words in repr(hk.plan(bare, corrupted, grid, hooks, METRICS))
         found = hk.sweep(bare, corrupted, grid, hooks, METRICS)

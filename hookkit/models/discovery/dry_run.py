@@ -167,7 +167,7 @@ def _run(
     recorder = _Recorder()
     requested = frozenset(attention_tensors)
     with Overrides() as overrides:
-        overrides.later(partial(remove_modes_except, current_modes()))
+        overrides.add_cleanup(partial(remove_modes_except, current_modes()))
         for module in root.modules():
             _disable_dropout_and_hooks(module, overrides)
         for path, module in modules.items():
@@ -186,7 +186,7 @@ def _run(
 
 def _disable_dropout_and_hooks(module: nn.Module, overrides: Overrides) -> None:
     if module.training:
-        overrides.share(module, "training", lambda training: False)
+        overrides.replace_attribute(module, "training", lambda training: False)
     if module._forward_hooks or module._forward_pre_hooks:
         skip_hooks(module, overrides)
 

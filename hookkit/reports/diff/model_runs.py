@@ -21,7 +21,7 @@ from ...models.positions import Where
 from ...models.prompts import Row, positions_of_text
 from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
-from ...tables.distributions import Distribution, expectation
+from ...tables.distributions import Distribution, divergences, entropy_of
 from ...tables.rank_tables import shift_table
 from ..shift.named_edits import token_literal
 from .pairing import NAME, SharedSites, Side
@@ -85,13 +85,12 @@ def _compare_logits(
     lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
 ) -> pd.DataFrame:
     p, q = _log_softmax(before), _log_softmax(after)
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-    js = (expectation(p, p - middle) + expectation(q, q - middle)) / 2
-    entropy_before, entropy_after = 0.0 - expectation(p, p), 0.0 - expectation(q, q)
+    distances = divergences(p, q)
+    entropy_before, entropy_after = entropy_of(p), entropy_of(q)
     columns = {
-        "kl": expectation(p, p - q).clamp(min=0.0),  # rounding can give -1e-17
-        "kl_reverse": expectation(q, q - p).clamp(min=0.0),
-        "js": js.clamp(min=0.0),
+        "kl": distances["kl"],
+        "kl_reverse": distances["kl_reverse"],
+        "js": distances["js"],
         "entropy_before": entropy_before,
         "entropy_after": entropy_after,
         "entropy_delta": entropy_after - entropy_before,
