@@ -9,12 +9,17 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import hookkit as hk
+
+# tqdm's own lock is shared with children: one killed while it holds the lock would stop this process
+tqdm.set_lock(threading.RLock())
 
 SITES = ["resid_post.1", "z.2"]
 SETTINGS = {"batch_tokens": 64, "shard_size": 60, "progress": False}

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import hookkit as hk
+
+# tqdm's own lock is shared with children: one killed while it holds the lock would stop this process
+tqdm.set_lock(threading.RLock())
 
 PROMPTS = [[17, 250, 3, 88, 41], [5, 9, 11], [200, 14, 77, 120, 31, 8, 300, 66]]
 REST = 0.02  # seconds that each edit takes

@@ -11,16 +11,21 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import hookkit as hk
 from hookkit.errors import HookkitError
 from hookkit.reports.page import Part
+
+# tqdm's own lock is shared with children: one killed while it holds the lock would stop this process
+tqdm.set_lock(threading.RLock())
 
 TABLE = pd.DataFrame({"x": range(2000), "token": ["' tea'"] * 2000})
 TENSORS = {"x": torch.arange(200_000, dtype=torch.float32)}
