@@ -28,7 +28,14 @@ from ..arguments import (
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.tokens import Token, rank_among, ranks_for_table
+from ..models.next_token import (
+    entropy_of,
+    margin_of,
+    rank_among,
+    ranks_for_table,
+    token_logits,
+)
+from ..models.tokens import Token
 from .base import Here, set_field
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]
@@ -99,10 +106,9 @@ class Condition:
     def bind(self, lm: LM) -> BoundCondition:
         """Returns the condition for this model's tokens."""
         token = None if self.token is None else lm.token(self.token)
-        vocab_size = lm.n_tokens or None
 
         def holds(logits: Logits, here: Here) -> Bool[Tensor, "row pos"]:
-            values = _measure(self.quantity, logits, token, vocab_size)
+            values = _measure(self.quantity, logits, token, lm.n_tokens)
             is_nan = here.real_cells(values.isnan())
             if bool(is_nan.any()):
                 row = here.rows[int(is_nan.nonzero()[0][0])]
@@ -119,18 +125,17 @@ When: TypeAlias = Condition | Callable[[Any, Any], Any]
 
 
 def _measure(
-    quantity: str, logits: Logits, token: int | None, vocab_size: int | None
+    quantity: str, logits: Logits, token: int | None, n_tokens: int
 ) -> Shaped[Tensor, "row pos"]:
+    if quantity == "margin":
+        return margin_of(logits.float(), n_tokens)
+    if quantity == "rank":
+        return ranks_for_table(rank_among(token_logits(logits, n_tokens), logits[..., token]))
     logprobs = logits.float().log_softmax(dim=-1)
     if quantity == "entropy":
-        return torch.special.entr(logprobs.exp()).sum(dim=-1)
-    if quantity == "margin":
-        top = logits[..., :vocab_size].float().topk(2, dim=-1).values
-        return top[..., 0] - top[..., 1]
-    if quantity == "prob":
-        return logprobs[..., token].exp()
-    assert quantity == "rank" and token is not None
-    return ranks_for_table(rank_among(logits[..., :vocab_size], logits[..., token]))
+        return entropy_of(logprobs)
+    assert quantity == "prob"
+    return logprobs[..., token].exp()
 
 
 def bind_condition(when: When, lm: LM) -> BoundCondition:

@@ -16,10 +16,10 @@ from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
 from ..models.lm import LM, Token
+from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site, SitesLike
-from ..models.tokens import ranks_for_table
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts

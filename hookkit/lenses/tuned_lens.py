@@ -24,12 +24,12 @@ from ..errors import BadFile, BadHook, BadPrompt
 from ..files.untrusted import check_strings, parse_json, read_tensors
 from ..hooks.capture import capture
 from ..models.lm import LM
+from ..models.next_token import kl_divergence
 from ..models.prompts import Prompts, as_rows
 from ..models.provenance import about_model, weights_hash
 from ..models.sites import Site, SitesLike
 from ..models.training import refuse_no_gradient
 from ..runs.forward import forward
-from ..tables.distributions import kl_divergence
 from .logit_lens import stream_sites
 from .model_end import ModelEnd, model_end_of
 

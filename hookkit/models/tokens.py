@@ -1,19 +1,9 @@
-"""The tokens of a model: from text to ids and back, with or without a tokenizer.
+"""The tokens of a model: from text to ids and back, with or without a tokenizer."""
 
-The rank of a token, everywhere in hookkit, is 1 + the number of tokens whose logit is strictly
-larger. A NaN logit has no rank and counts as larger than all others, so no token beside it has rank
-1. In tensors of ranks, no rank is 0; in tables it is NaN, and the column is floating-point then.
-"""
-
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
-
-import torch
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor
 
 from ..arguments import check_token as as_token
 from ..errors import NotOneToken
@@ -22,7 +12,6 @@ Token: TypeAlias = str | int
 SPACE = "▁"  # sentencepiece writes a space as this character
 # Texts that are put before another one, to tokenize it as a continuation.
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
-NO_RANK = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,19 +170,3 @@ class Vocabulary:
         return self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-
-
-def rank_among(
-    logits: Float[Tensor, "*batch token"], value: Float[Tensor, "*batch"]
-) -> Int[Tensor, "*batch"]:
-    """Returns the rank of a value among the logits along the last axis; `NO_RANK` for NaN."""
-    not_larger = logits <= value[..., None]
-    # Counting in int64 takes five times as long on a CPU.
-    ranks = logits.shape[-1] + 1 - not_larger.sum(-1, dtype=torch.int32).long()
-    return ranks.masked_fill(value.isnan(), NO_RANK)
-
-
-def ranks_for_table(ranks: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
-    """Returns ranks for a table: whole numbers, or floating-point ones if some are NaN."""
-    missing = ranks == NO_RANK
-    return ranks.double().masked_fill(missing, math.nan) if bool(missing.any()) else ranks

@@ -23,7 +23,8 @@ from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.logits import LogitEdit
 from ..models.lm import LM
-from ..models.tokens import Token, rank_among
+from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
+from ..models.tokens import Token
 from .generation import Generation
 
 STAGES = ("model", "edited", "processed")
@@ -288,12 +289,11 @@ class Tracer:
     def _step(self, tokens: Int[Tensor, " row"] | None) -> Step:
         """The step that is open; `tokens` are the chosen ones, where each row chose one."""
         logits_by_stage, names = self._open_step.stages()
-        real = self.lm.n_tokens or None  # the vocabulary without padding
-        count = min(self._top_count, logits_by_stage["model"][:, :real].shape[1])
-        tops = {
-            name: logits[:, :real].topk(count, dim=-1) for name, logits in logits_by_stage.items()
-        }
-        parts = [top.indices for top in tops.values()]
+        n_tokens = self.lm.n_tokens
+        real = {name: token_logits(logits, n_tokens) for name, logits in logits_by_stage.items()}
+        count = min(self._top_count, real["model"].shape[1])
+        tops = {name: logits.topk(count, dim=-1).indices for name, logits in real.items()}
+        parts = list(tops.values())
         device, row_count = parts[0].device, len(parts[0])
         if self._always_stored:
             parts.append(torch.tensor(self._always_stored, device=device).expand(row_count, -1))
@@ -301,49 +301,32 @@ class Tracer:
             parts.append(tokens[:, None].to(device))
         ids = torch.cat(parts, dim=1)
         stages = {
-            name: _stage(logits, ids, tops[name], self.asked.top, real)
+            name: _stage(logits, ids, tops[name][:, : self.asked.top], n_tokens)
             for name, logits in logits_by_stage.items()
         }
         changes = []
         for hook, rows, after in self._open_step.changes:
-            ranks = _ranks(after[:, :real], after.gather(1, ids))
+            ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
             changes.append(LogitChange(hook, rows, ranks))
         named_stages = {name: stages[names[name]] for name in STAGES}
         return Step(self._open_step.call, ids, named_stages, changes)
 
 
-def _ranks(
-    vocabulary: Float[Tensor, "row vocab"], logits: Float[Tensor, "row token"]
-) -> Int[Tensor, "row token"]:
-    columns = range(logits.shape[1])
-    return torch.stack([rank_among(vocabulary, logits[:, column]) for column in columns], dim=1)
-
-
 def _stage(
     logits: Float[Tensor, "row vocab"],
     ids: Int[Tensor, "row token"],
-    top: Any,
-    stored_top: int,
-    real: int | None,
+    top: Int[Tensor, "row top"],
+    n_tokens: int,
 ) -> Stage:
     logprobs = logits.log_softmax(dim=-1)
-    probs = logprobs.exp()
-    entropy = torch.special.entr(probs).sum(dim=-1)
-    # the logarithm of a probability of 0 does not matter, but must not be -inf
-    surprise = logprobs.clamp(min=-1e4) + entropy[:, None]
-    real_logits = logits[:, :real]
-    token_logits = logits.gather(1, ids)
-    if top.values.shape[1] > 1:
-        second = top.values[:, 1]
-    else:
-        second = real_logits.topk(2, dim=-1).values[:, 1]
+    real_logits, logits_of_ids = token_logits(logits, n_tokens), logits.gather(1, ids)
     return Stage(
-        logits=token_logits,
+        logits=logits_of_ids,
         logprobs=logprobs.gather(1, ids),
-        ranks=_ranks(real_logits, token_logits),
-        top=top.indices[:, :stored_top],
-        entropy=entropy,
-        varentropy=(probs * surprise.square()).sum(dim=-1),
-        margin=top.values[:, 0] - second,
+        ranks=ranks_among(real_logits, logits_of_ids),
+        top=top,
+        entropy=entropy_of(logprobs),
+        varentropy=varentropy_of(logprobs),
+        margin=margin_of(logits, n_tokens),
         candidates=torch.isfinite(real_logits).sum(dim=-1),
     )

@@ -21,13 +21,13 @@ from ..errors import BadHook, BadPrompt
 from ..hooks.base import Hook
 from ..hooks.vector import Vector
 from ..models.lm import LM
+from ..models.next_token import kl_divergence, values_at
 from ..models.positions import PosLike
 from ..models.prompts import Prompts, Row, as_batch
 from ..models.sites import Site
 from ..runs.forward import forward
 from ..sweeps.cells import as_hooks, list_values
 from ..sweeps.sweep import sweep
-from ..tables.distributions import kl_divergence
 from ..tables.metrics import MetricLike
 from .directions import BATCH
 
@@ -102,9 +102,9 @@ def _damage_sums(
     row: Row, before: Float[Tensor, "pos vocab"], after: Float[Tensor, "pos vocab"]
 ) -> Float[Tensor, " 3"]:
     """Returns the sums over a row's tokens of the loss, the loss before, and KL(before ‖ after)."""
-    tokens = torch.tensor(row[1:], device=after.device)[:, None]
-    loss = -after.gather(1, tokens).sum(dtype=torch.float64)
-    loss_before = -before.gather(1, tokens).sum(dtype=torch.float64)
+    tokens = torch.tensor(row[1:])
+    loss = -values_at(after, tokens).sum(dtype=torch.float64)
+    loss_before = -values_at(before, tokens).sum(dtype=torch.float64)
     kl = kl_divergence(before, after, dtype=torch.float64).clamp(min=0)
     return torch.stack([loss, loss_before, kl.sum()]).cpu()
 

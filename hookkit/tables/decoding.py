@@ -16,8 +16,8 @@ from ..arguments import check_arguments
 from ..errors import NotCaptured, OutOfRange
 from ..hooks.base import Hook
 from ..hooks.logits import Ban, Force, Restrict
+from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, read_indices, resolve_rows
-from ..models.tokens import ranks_for_table
 from ..runs.run import Run
 from ..runs.trace import STAGES, Decision, GenerationRecord, Stage
 from .rank_tables import reasons_of

@@ -1,11 +1,7 @@
-"""Next-token distributions, and the numbers of a distribution that all tables share.
-
-The functions are batched: they take logits or log-probabilities with the vocabulary on the last
-axis. `Distribution` holds the logits of one position, and `distributions` reads them from a run.
+"""Next-token distributions of a run: the logits of one position, and the numbers that tables show.
 
 Log-probabilities are a float32 log-softmax over every row of the model's vocabulary, as in
-decoding. Sums over the vocabulary are taken in float64. Rows of the vocabulary that are no token
-are never ranked and never shown.
+decoding. Sums over the vocabulary are taken in float64.
 
 `scenario` names how a choice between next tokens looks. The first name that fits is used:
 
@@ -32,6 +28,15 @@ from torch import Tensor
 from ..errors import EmptySelection, OutOfRange
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
+from ..models.next_token import (
+    NO_RANK,
+    entropy_of,
+    exact_logprobs,
+    margin_of,
+    token_logits,
+    top_tokens,
+    varentropy_of,
+)
 from ..models.positions import (
     IndicesLike,
     PosLike,
@@ -42,11 +47,9 @@ from ..models.positions import (
     resolve_rows,
 )
 from ..models.prompts import positions_of_text
-from ..models.tokens import NO_RANK
 from ..runs.run import Run
 
 LogitVector: TypeAlias = Float[Tensor, " vocab"]
-Batch: TypeAlias = Float[Tensor, "*batch vocab"]
 
 VERY_CONFIDENT = 0.9  # probability of the first token
 HALF_AS_GOOD = 0.5  # probability of the second token, as a fraction of the first's
@@ -58,69 +61,9 @@ UNKNOWN = "unknown"  # the scenario of logits that are NaN
 SCENARIOS = ("very confident", "two good options", "one clear winner", "uncertain")
 
 
-def exact_logprobs(logits: Batch) -> Batch:
-    """Returns the log-probabilities in float64, for sums over the vocabulary."""
-    return logits.double().log_softmax(dim=-1)
-
-
-def token_logits(logits: Batch, n_tokens: int) -> Float[Tensor, "*batch token"]:
-    """Returns the logits of the vocabulary's rows that are tokens; all if `n_tokens` is 0."""
-    return logits[..., : n_tokens or None]
-
-
 def token_texts(lm: LM, ids: Iterable[int]) -> list[str]:
     """Returns tokens as tables show them: Python strings in quotes."""
     return [repr(lm.string(token)) for token in ids]
-
-
-def top_tokens(logits: Batch, n_tokens: int, count: int | None) -> Int[Tensor, "*batch count"]:
-    """Returns the `count` most likely tokens, most likely first; all tokens for None.
-
-    Of tokens with equal logits the lower id comes first, as in greedy decoding.
-    """
-    order = torch.sort(token_logits(logits, n_tokens), dim=-1, descending=True, stable=True)
-    return order.indices[..., :count]
-
-
-def expectation(
-    logprobs: Batch, values: Batch, *, dtype: torch.dtype | None = None
-) -> Float[Tensor, "*batch"]:
-    """Returns the mean of values under each distribution, summed in `dtype`.
-
-    A value whose probability is 0 does not count, even if it is infinite. A probability that is
-    NaN makes the mean NaN.
-    """
-    probs = logprobs.exp()
-    products = probs * values
-    mean = products.sum(-1, dtype=dtype)
-    if mean.isfinite().all():
-        return mean
-    return torch.where(probs == 0, 0.0, products).sum(-1, dtype=dtype)
-
-
-def entropy_of(logprobs: Batch) -> Float[Tensor, "*batch"]:
-    """Returns -Σ p log p, in nats."""
-    return 0.0 - expectation(logprobs, logprobs)  # 0.0 for a certain token, not -0.0
-
-
-def kl_divergence(
-    p: Batch, q: Batch, *, dtype: torch.dtype | None = None
-) -> Float[Tensor, "*batch"]:
-    """Returns KL(p ‖ q) in nats, from log-probabilities; rounding may leave it below 0."""
-    return expectation(p, p - q, dtype=dtype)
-
-
-def divergences(before: Batch, after: Batch) -> dict[str, Float[Tensor, "*batch"]]:
-    """Returns kl, kl_reverse, js and tv of the distributions with these log-probabilities."""
-    middle = torch.logaddexp(before, after) - math.log(2)
-    values = {
-        "kl": kl_divergence(before, after),
-        "kl_reverse": kl_divergence(after, before),
-        "js": (kl_divergence(before, middle) + kl_divergence(after, middle)) / 2,
-        "tv": (before.exp() - after.exp()).abs().sum(-1) / 2,
-    }
-    # rounding can leave -1e-17; clamp keeps NaN
-    return {name: value.clamp(min=0.0) for name, value in values.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,17 +123,13 @@ class Distribution:
 
     @cached_property
     def varentropy(self) -> float:
-        """The variance of -log p under p, in nats²; 0 if all candidates are equally likely."""
-        return float(expectation(self.exact, (self.exact + self.entropy) ** 2))
+        """The variance of -log p under p, in nats²."""
+        return float(varentropy_of(self.exact))
 
     @cached_property
     def margin(self) -> float:
-        """The largest logit minus the second; infinite if every other token is banned.
-
-        NaN if logits are NaN.
-        """
-        first, second = self.real.topk(2).values.tolist()
-        return first - second if second != -math.inf else math.inf
+        """The largest logit minus the second; NaN if logits are NaN."""
+        return float(margin_of(self.logits.double(), self.lm.n_tokens))
 
 
 def distributions(

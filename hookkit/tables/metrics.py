@@ -25,9 +25,16 @@ from ..arguments import (
 )
 from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ..models.lm import LM
+from ..models.next_token import (
+    entropy_of,
+    exact_logprobs,
+    kl_divergence,
+    token_logits,
+    values_at,
+)
 from ..models.prompts import shorten
 from ..runs.run import Run
-from .distributions import distributions, exact_logprobs, kl_divergence, token_logits
+from .distributions import distributions
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +162,7 @@ class Entropy(Metric):
     name: ClassVar[str] = "entropy"
 
     def bound(self, lm: LM, count: int) -> Measure:
-        return lambda inputs: torch.special.entr(inputs.logits.softmax(-1)).sum(-1)
+        return lambda inputs: entropy_of(inputs.logits.log_softmax(-1))
 
 
 @check_arguments
@@ -297,7 +304,7 @@ class Loss(Metric):
             losses = []
             for row, logits in zip(inputs.rows, inputs.after, strict=True):
                 ids = torch.tensor(tokens[row], device=logits.device)
-                losses.append(-logits.log_softmax(-1).gather(1, ids[:, None]).mean())
+                losses.append(-values_at(logits.log_softmax(-1), ids).mean())
             return torch.stack(losses)
 
         return measure

@@ -24,10 +24,10 @@ from ..arguments import check_arguments, check_integer, check_tokens
 from ..errors import OutOfRange
 from ..hooks.logits import LogitEdit
 from ..models.lm import LM, Token
+from ..models.next_token import NO_RANK, divergences, ranks_for_table
 from ..models.positions import IndicesLike, PosLike
-from ..models.tokens import NO_RANK, ranks_for_table
 from ..runs.run import Run
-from .distributions import Distribution, distributions, divergences, scenario, token_texts
+from .distributions import Distribution, distributions, scenario, token_texts
 
 Pair: TypeAlias = tuple[Distribution, Distribution]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..arguments import as_items, check_arguments, check_integer, check_number
 from ..errors import BadHook
+from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
-from ..models.tokens import ranks_for_table
 from ..runs.run import Run
 from .distributions import Distribution, distributions, token_texts
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, EmptySelection, OutOfRange
 from ..models.lm import LM
+from ..models.next_token import rank_among, ranks_for_table, token_logits, top_tokens, values_at
 from ..models.positions import IndicesLike, read_indices, resolve_rows
-from ..models.tokens import rank_among, ranks_for_table
 from ..runs.run import Run
-from .distributions import token_logits, token_texts, top_tokens
+from .distributions import token_texts
 
 NUMBERS_AT_ONCE = 2**22  # logits in one piece of work: 16 MiB of float32
 TOKEN_COLUMNS = ["row", "pos", "token", "token_id"]
@@ -95,13 +95,12 @@ def _numbers_of_piece(
     lm: LM, logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], top: int
 ) -> pd.DataFrame:
     logits = logits.detach().float()
-    index = ids.to(logits.device)[:, None]
     logprobs = logits.log_softmax(-1)
-    ranks = rank_among(token_logits(logits, lm.n_tokens), logits.gather(1, index)[:, 0])
+    ranks = rank_among(token_logits(logits, lm.n_tokens), values_at(logits, ids))
     table = pd.DataFrame(
         {
             "token_id": ids.tolist(),
-            "logprob": logprobs.gather(1, index)[:, 0].double().tolist(),
+            "logprob": values_at(logprobs, ids).double().tolist(),
             "rank": ranks_for_table(ranks).tolist(),
         }
     )

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..arguments import as_integer, as_items, check_keywords, check_token, check_tokens, describe
 from ..errors import BadHook, BadPrompt, EmptySelection
 from ..models.lm import LM, Token
-from ..models.tokens import rank_among, ranks_for_table
-from .distributions import token_logits
+from ..models.next_token import rank_among, ranks_for_table, token_logits
 from .metrics import Measure, Metric, Said
 
 Answers: TypeAlias = Token | tuple[Token, ...] | list[Token] | list[Token | tuple[Token, ...]]

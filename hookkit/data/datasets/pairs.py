@@ -29,8 +29,8 @@ from ...arguments import (
 from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, OutOfRange
 from ...models.lm import LM, Token
+from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.prompts import Prompts, Row, as_batch, shorten
-from ...models.tokens import rank_among, ranks_for_table
 from ...runs.forward import forward
 from ...tables.token_metrics import LogitDiff, logit_diff
 
@@ -273,12 +273,13 @@ def _measure(
     logits = torch.cat([_last_logits(lm, chunk) for chunk in chunks])
     rows = torch.arange(len(prompts))
     answer_logits, wrong_logits = logits[rows, answers], logits[rows, wrong]
-    vocabulary = logits[:, : lm.n_tokens or None]  # without padding of the vocabulary
     return {
         "logit_answer": answer_logits.tolist(),
         "logit_wrong": wrong_logits.tolist(),
         "logit_diff": (answer_logits - wrong_logits).tolist(),
-        "rank": ranks_for_table(rank_among(vocabulary, answer_logits)).tolist(),
+        "rank": ranks_for_table(
+            rank_among(token_logits(logits, lm.n_tokens), answer_logits)
+        ).tolist(),
     }
 
 

@@ -17,11 +17,18 @@ from torch import Tensor
 from ...data.harvest.texts import positions_of_row
 from ...errors import EmptySelection
 from ...models.lm import LM
+from ...models.next_token import (
+    divergences,
+    entropy_of,
+    exact_logprobs,
+    token_logits,
+    values_at,
+)
 from ...models.positions import Where
 from ...models.prompts import Row, positions_of_text
 from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
-from ...tables.distributions import Distribution, divergences, entropy_of
+from ...tables.distributions import Distribution
 from ...tables.rank_tables import shift_table
 from ..shift.named_edits import token_literal
 from .pairing import NAME, SharedSites, Side
@@ -84,7 +91,7 @@ def distances(lm: LM, before: Logits, after: Logits, tokens: Tokens) -> pd.DataF
 def _compare_logits(
     lm: LM, before: Logits, after: Logits, following: Int[Tensor, " token"]
 ) -> pd.DataFrame:
-    p, q = _log_softmax(before), _log_softmax(after)
+    p, q = exact_logprobs(before.detach().cpu()), exact_logprobs(after.detach().cpu())
     distances = divergences(p, q)
     entropy_before, entropy_after = entropy_of(p), entropy_of(q)
     columns = {
@@ -108,18 +115,13 @@ def _compare_logits(
     return table
 
 
-def _log_softmax(logits: Logits) -> Logits:
-    """In float64, on the CPU."""
-    return logits.detach().cpu().double().log_softmax(-1)
-
-
 def _top_tokens(lm: LM, logits: Logits) -> list[int]:
-    return logits[:, : lm.n_tokens or None].argmax(-1).tolist()
+    return token_logits(logits, lm.n_tokens).argmax(-1).tolist()
 
 
 def _losses(logprobs: Logits, following: Int[Tensor, " token"]) -> list[float]:
     """The loss of each following token, NaN where none follows."""
-    losses = 0.0 - logprobs.gather(1, following.clamp(min=0)[:, None])[:, 0]
+    losses = 0.0 - values_at(logprobs, following.clamp(min=0))
     return losses.masked_fill(following < 0, float("nan")).tolist()
 
 
@@ -243,8 +245,10 @@ class PairedRuns:
         tokens, index = self._tokens(batch, request.where)
         logits_before, logits_after = _select_logits(before, index), _select_logits(after, index)
         self.token_tables.append(distances(reader, logits_before, logits_after, tokens))
-        real = reader.n_tokens or None
-        token_differences = token_distances(logits_before[:, :real], logits_after[:, :real])
+        token_differences = token_distances(
+            token_logits(logits_before, reader.n_tokens),
+            token_logits(logits_after, reader.n_tokens),
+        )
         similarity = self.similarities.setdefault(LOGITS, SiteSimilarity(LOGITS, None))
         similarity.add_distances(token_differences)
         self.logit_distances.append((tokens, token_differences))

@@ -23,10 +23,18 @@ from ...hooks.capture import capture
 from ...hooks.captured_values import Captured, Captures, LazyCapture
 from ...lenses.model_end import find_ending
 from ...models.lm import LM
+from ...models.next_token import (
+    entropy_of,
+    exact_logprobs,
+    kl_divergence,
+    rank_among,
+    ranks_for_table,
+    token_logits,
+    values_at,
+)
 from ...models.overrides import Overrides
 from ...models.prompts import Row
 from ...models.sites import Site
-from ...models.tokens import rank_among, ranks_for_table
 from ...runs.forward import forward
 from ...runs.generate import generate
 from ...runs.manager import HookManager
@@ -34,7 +42,7 @@ from ...runs.partial import skip_block
 from ...runs.run import Run
 from ...runs.taps import HookPoint, build_hook_points
 from ...sweeps.shortcuts import shortcuts
-from ...tables.distributions import Distribution, expectation
+from ...tables.distributions import Distribution
 from .named_edits import Edit, token_literal
 
 # With fewer tokens in all forwards of the edits, a trial of the shortcut costs more than it saves.
@@ -171,16 +179,16 @@ class NextTokenLogits:
     @cached_property
     def exact(self) -> Logits:
         """The log-probabilities in float64, for sums over the vocabulary."""
-        return self.logits.double().log_softmax(-1)
+        return exact_logprobs(self.logits)
 
     @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
-        return 0.0 - expectation(self.exact, self.exact)
+        return entropy_of(self.exact)
 
     @property
     def _real_logits(self) -> Logits:
         """The logits of the real vocabulary."""
-        return self.logits[:, : self.lm.n_tokens or None]
+        return token_logits(self.logits, self.lm.n_tokens)
 
     @cached_property
     def top_tokens(self) -> list[int]:
@@ -197,15 +205,11 @@ class NextTokenLogits:
 
     def ranks(self, ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
         """The ranks of one token for each prompt: 1 + the number of strictly larger logits."""
-        return rank_among(self._real_logits, _pick(self.logits, ids))
+        return rank_among(self._real_logits, values_at(self.logits, ids))
 
     def distribution(self, row: int) -> Distribution:
         position = {"row": row, "pos": self.run.prompt_lengths[row] - 1}
         return Distribution(self.lm, position, self.logits[row])
-
-
-def _pick(values: Logits, ids: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    return values.gather(1, ids[:, None])[:, 0]
 
 
 def run_prompts(
@@ -283,9 +287,9 @@ def watched_of(
 
 def _numbers_of(outcome: NextTokenLogits, tokens: list[int], when: str) -> dict[str, object]:
     ids = torch.tensor(tokens)
-    logprobs = _pick(outcome.logprobs, ids)
+    logprobs = values_at(outcome.logprobs, ids)
     return {
-        f"logit_{when}": _pick(outcome.logits, ids).double().numpy(),
+        f"logit_{when}": values_at(outcome.logits, ids).double().numpy(),
         f"logprob_{when}": logprobs.double().numpy(),
         f"prob_{when}": logprobs.exp().double().numpy(),
         f"rank_{when}": ranks_for_table(outcome.ranks(ids)).numpy(),
@@ -314,7 +318,7 @@ def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFram
     (nats), top1_before, top1_after, top1_changed (None where logits are NaN).
     """
     assert after.edit is not None
-    kl = expectation(before.exact, before.exact - after.exact).clamp(min=0.0)
+    kl = kl_divergence(before.exact, after.exact).clamp(min=0.0)
     top1_changed: list[bool | None] = []
     for name_before, name_after in zip(before.top_names, after.top_names, strict=True):
         is_known = name_before is not None and name_after is not None
