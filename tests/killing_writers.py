@@ -20,7 +20,7 @@ import torch
 
 import hookkit as hk
 from hookkit.errors import HookkitError
-from hookkit.reports.page import Part
+from hookkit.reports.parts import Part
 
 TABLE = pd.DataFrame({"x": range(2000), "token": ["' tea'"] * 2000})
 TENSORS = {"x": torch.arange(200_000, dtype=torch.float32)}
@@ -106,7 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and ".last" not in path.parts
-        and path.name not in ("report.html", "cells.jsonl")
+        and path.name not in ("report.html", "README.md", "cells.jsonl")
     }
 
 

@@ -260,13 +260,16 @@ def show(
     """
     output_format = output.format
     from ..reports.gallery import results
+    from ..reports.readme import README, is_own_readme
 
     if against is not None:
         table = _compare_results(folder, against, tolerance)
         write_result(output, "What moved", {"moved": TableView(table)})
         if not all(table["same"].tolist()):
             raise typer.Exit(FAILED)
-    elif (folder / "report.html").is_file():
+    elif (folder / "report.html").is_file() or (
+        (folder / "about.json").is_file() and is_own_readme(folder / README)
+    ):
         write_result(output, folder.name, _read_result(folder, output_format, rows))
     else:
         view = TableView(results(folder), ("result", "question", "answer"))

@@ -214,7 +214,8 @@ def _format_tables(output_format: str, parts: Parts, main: str | None) -> str:
 
 
 def _build_page(title: str, parts: Parts) -> "Report":
-    from ..reports.page import Part, report
+    from ..reports.page import report
+    from ..reports.parts import Part
 
     page_parts: list[Any] = []
     for name, part in parts.items():

@@ -15,13 +15,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from html import unescape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
@@ -35,53 +35,33 @@ from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_strings, is_bare_name, parse_json
-from .typesetting import as_json, as_latex, as_markdown, column_kind, format_value
+from .parts import (
+    FORMATS,
+    NAME,
+    Content,
+    Folded,
+    Part,
+    check_name,
+    encode_text,
+    part_files,
+    table_formats,
+)
+from .readme import README, is_own_readme, render_readme
+from .typesetting import column_kind, format_value
 
 MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
 FIRST_ROWS = 24  # of a longer table; its CSV has all rows
-MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
 SORTABLE_ROWS = 3  # the fewest rows of a table that the reader can sort
 PROSE_LETTERS = 40  # a longer text in a cell may break into lines
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 # The columns that are coloured by their sign: with 1 positive numbers are green, with -1 negative.
 SIGNED = {"logit_delta": 1, "logprob_delta": 1, "prob_delta": 1, "shift": 1, "rank_delta": -1}
-FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
-    "json": as_json,
-    "md": as_markdown,
-    "tex": as_latex,
-}
 COMPARED = {"before": "before", "after": "after", "delta": "Δ"}
 INDEX_COLUMNS = ("row", "pos", "step")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PAGE = "report.html"
 GENERATOR = b'<meta name="generator" content="hookkit">'  # in the head of every page
 HASHES = re.compile(rb'<meta name="hookkit-files" content="([^"]*)">')
 LONGEST_HEAD = 2**20  # bytes at the beginning of a page that contain its head
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A table or a figure with its name, which is also the name of its file, and a caption.
-
-    If `file` is the name of another part, that part's file has these rows too, and this part is not
-    written to a file of its own.
-    """
-
-    content: pd.DataFrame | Figure
-    name: str
-    caption: str = ""
-    file: str = ""
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A preformatted text that the reader unfolds by its summary."""
-
-    summary: str
-    text: str
-
-
-Content: TypeAlias = str | pd.DataFrame | Figure | Part | Folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +98,10 @@ class Report:
         """The page as text."""
         return self._render({})
 
+    def readme(self) -> str:
+        """The page in Markdown, with links to the files that `write` puts beside it."""
+        return render_readme(self.title, self.parts, self.footer)
+
     def _render(self, hashes: Mapping[str, str]) -> str:
         """The page, with the sha256 of the files beside it.
 
@@ -137,11 +121,12 @@ class Report:
         )
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html, NAME.csv for every table and NAME.png for every figure.
+        """Write report.html, NAME.csv for every table, NAME.png for every figure, and README.md.
 
-        Returns the page's path. What an earlier report wrote in the folder is replaced. Raises
-        `BadFile`, before anything is written, if a file with one of these names was not written by
-        a report, or was changed since.
+        README.md has the page in Markdown, as code hosts show it; a README.md of your own stays as
+        it is. Returns the page's path. What an earlier report wrote in the folder is replaced.
+        Raises `BadFile`, before anything is written, if a file with one of these names was not
+        written by a report, or was changed since.
         """
         # These imports bring torch, which a page that is only read does not need.
         from ..models.tensor_parallel import is_writing_process
@@ -151,6 +136,8 @@ class Report:
         if not is_writing_process():
             return page
         data = self._build_files()
+        if is_own_readme(target / README) or not os.path.lexists(target / README):
+            data[README] = encode_text(self.readme())
         _check_files(target, data)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
         make_folder(target)
@@ -182,7 +169,7 @@ class Report:
                     f"{name!r} cannot name a file of a report: names stand once, and lead to no "
                     "other folder"
                 )
-            data[name] = _encode(text)
+            data[name] = encode_text(text)
         return data
 
     def _repr_html_(self) -> str:
@@ -245,34 +232,6 @@ def add_files(
     return replace(page, data=tuple(data), formats=("csv", *FORMATS), files={"about.json": text})
 
 
-def part_files(part: Part, formats: tuple[str, ...] = ("csv",)) -> dict[str, bytes]:
-    """The files of a part: a table as CSV and in the other formats, or a figure as PNG.
-
-    The same content always gives the same bytes.
-    """
-    if isinstance(part.content, Figure):
-        png = io.BytesIO()
-        part.content.savefig(png, format="png", dpi=150, metadata={"Software": None})
-        return {f"{part.name}.png": png.getvalue()}
-    table = part.content
-    csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    data = {f"{part.name}.csv": _encode(csv)}
-    for kind in table_formats(table, formats):
-        if kind != "csv":
-            data[f"{part.name}.{kind}"] = _encode(FORMATS[kind](table).rstrip("\n") + "\n")
-    return data
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", errors="backslashreplace")
-
-
-def check_name(name: str) -> None:
-    """Raises `BadHook` for a name that cannot be the name of a file without its suffix."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise BadHook(f"{name!r} cannot name a file here: use letters, digits, '-' and '_'")
-
-
 def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
     """Raises `BadFile` if a file that no report wrote would be overwritten."""
     page = folder / PAGE
@@ -317,13 +276,6 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
         return check_strings(parse_json(unescape(match[1].decode()), PAGE), (), PAGE)
     except BadFile:
         return {}
-
-
-def table_formats(table: pd.DataFrame, formats: tuple[str, ...]) -> list[str]:
-    """The formats in which a table is written: a long one is not written as Markdown or LaTeX."""
-    if len(table) <= MOST_PAPER_ROWS:
-        return list(formats)
-    return [kind for kind in formats if kind in ("csv", "json")]
 
 
 def _list_files(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:

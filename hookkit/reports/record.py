@@ -40,7 +40,9 @@ from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..models.tensor_parallel import is_writing_process
 from ..runs.run import Run
-from .page import PAGE, Part, Report, check_name, part_files, report
+from .page import PAGE, Report, report
+from .parts import Part, check_name, encode_text, part_files
+from .readme import README
 from .results_diff import LAST, describe_changes, moved
 
 ABOUT = "about.json"
@@ -95,9 +97,16 @@ class Record:
             return
         seconds = time.perf_counter() - self._started
         footer = f"Made by {_command()} in {seconds:.0f} s; about.json says how."
-        html = self.report(footer).html()
-        self._write_file(PAGE, lambda path, ready: write_text(path, html, ready=ready))
-        self.files.append(PAGE)
+        page = self.report(footer)
+        pages = {PAGE: page.html()}
+        if not os.path.lexists(self.folder / README):
+            pages[README] = self.report().readme()
+        for name, text in pages.items():
+            data = encode_text(text)
+            self._write_file(
+                name, lambda path, ready, data=data: write_bytes(path, data, ready=ready)
+            )
+            self.files.append(name)
         self._write_about("finished")
         if is_writing_process() and (self.folder / LAST / ABOUT).is_file():
             words = f"{self.folder}, against the run before: {describe_changes(self.moved())}"
@@ -228,10 +237,11 @@ def record(
 ) -> Record:
     """A context manager that writes a result's folder.
 
-    The folder has tables, figures, tensors, report.html, and about.json: the model with the hashes
-    of its weights and tokenizer at the start, versions, dtype, device, attention, seed, settings,
-    command, git commit, seconds, and of each recorded run its prompts and hooks. A `with` block
-    that ends in an exception keeps what was written, and about.json says how it ended.
+    The folder has tables, figures, tensors, report.html, README.md, which has the page for a code
+    host (one of your own stays as it is), and about.json: the model with the hashes of its weights
+    and tokenizer at the start, versions, dtype, device, attention, seed, settings, command, git
+    commit, seconds, and of each recorded run its prompts and hooks. A `with` block that ends in an
+    exception keeps what was written, and about.json says how it ended.
 
     settings  what else decides the result, by name, as plain values
     replace   replace a run with another model, seed or settings. Without it such a run raises

@@ -82,7 +82,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     """
     kinds = _column_kinds(table)
     rule = ["---:" if kind == "number" else ":---" for kind in kinds.values()]
-    lines = [[_escape_markdown(name) for name in kinds], rule]
+    lines = [[escape_markdown(name) for name in kinds], rule]
     for row in table.itertuples(index=False, name=None):
         cells = zip(row, kinds.values(), strict=True)
         lines.append([_markdown_cell(format_value(value), kind) for value, kind in cells])
@@ -90,10 +90,11 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def _markdown_cell(text: str, kind: Kind) -> str:
-    return _markdown_code(text) if kind == "token" else _escape_markdown(text)
+    return _markdown_code(text) if kind == "token" else escape_markdown(text)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """A text with the characters escaped that have a meaning in Markdown."""
     escaped = re.sub(r"([\\`*_\[\]<>|#&~!$])", r"\\\1", text)
     return escaped.replace("\r", "").replace("\n", " ⏎ ")
 

@@ -20,7 +20,8 @@ from ...models.positions import PosLike, Where, read_position
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, Site, SitesLike, parse_site
-from ..page import Content, Folded, Part, Report, add_files, report
+from ..page import Report, add_files, report
+from ..parts import Content, Folded, Part
 from ..shift.named_edits import Hooks, as_edit_hooks, tokens_named_by
 from ..shift.shift_page import SHIFT_COLUMNS
 from .model_runs import DiffRequest, PairedRuns

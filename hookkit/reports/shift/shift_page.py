@@ -29,7 +29,8 @@ from ...sweeps.summary import over_prompts
 from ...tables.distributions import Distribution
 from ...tables.intervals import MIN_FOR_INTERVAL
 from ...tables.rank_tables import shift_table
-from ..page import Content, Folded, Part, Report, add_files, report
+from ..page import Report, add_files, report
+from ..parts import Content, Folded, Part
 from ..typesetting import format_value
 from .before_after import (
     NextTokenLogits,
