@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -14,7 +16,6 @@ from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured
 from ..models.lm import LM, Token
 from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
@@ -24,7 +25,7 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts
 from ..tables.rank_tables import watched_ids
-from .model_end import model_end_of
+from .model_end import Cells, cells_of, model_end_of
 from .readout import Readout, numbers, split_for_cache, states_per_chunk
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -112,19 +113,6 @@ def stream_sites(lm: LM, sites: SitesLike) -> tuple[Site, ...]:
     return tuple(selected)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One row and position of the captured values: `index` and `column` there, and what they are.
-
-    `row` is the prompt in the batch, `pos` the position in its text.
-    """
-
-    index: int
-    column: int
-    row: int
-    pos: int
-
-
 @dataclass(frozen=True, eq=False)
 class LensStates:
     """The states of a run at some sites; the model's last state is the last one."""
@@ -133,26 +121,11 @@ class LensStates:
     sites: tuple[Site, ...]
     through: Translator | None = None
 
-    @property
-    def end(self) -> Captured:
-        return self.run.captured(self.sites[-1])
-
-    def cells(self) -> list[Cell]:
-        """Returns each captured row and position."""
-        assert self.end.positions is not None
-        cells = []
-        for index, positions in enumerate(self.end.positions.tolist()):
-            for column, pos in enumerate(positions):
-                if pos >= 0:
-                    cells.append(Cell(index, column, self.end.rows[index], pos))
-        return cells
-
-    def at(self, cells: Sequence[Cell]) -> Float[Tensor, "cell site d_model"]:
+    def at(self, cells: Cells) -> Float[Tensor, "cell site d_model"]:
         """Returns the states of some cells, translated if the lens is a tuned one."""
-        index = [cell.index for cell in cells], [cell.column for cell in cells]
         states = []
         for site in self.sites:
-            values = self.run[site][index]
+            values = self.run[site][cells.index, cells.column]
             if self.through is not None and site != self.sites[-1]:
                 values = self.through.translated(site, values)
             states.append(values)
@@ -170,18 +143,17 @@ def lens_table(
     anywhere: bool,
 ) -> pd.DataFrame:
     """Returns the table of `logit_lens` for states captured in a run of these rows and hooks."""
-    lm, cells, count = states.run.lm, states.cells(), len(states.sites)
+    lm, count = states.run.lm, len(states.sites)
+    cells = cells_of(states.run.captured(states.sites[-1]))
     tail = model_end_of(lm, hooks, rows)
     step = max(1, states_per_chunk(lm.device, lm.sizes["vocab"] or 1) // count)
     parts: list[Readout] = []
     with torch.no_grad():
-        for start in range(0, len(cells), step):
-            chunk = cells[start : start + step]
-            locations: list[tuple[int, int]] = []
-            for cell in chunk:
-                locations += [(cell.row, cell.pos)] * count
-            logits = tail.logits(states.at(chunk).flatten(0, 1), locations).float()
-            pieces = split_for_cache(logits.unflatten(0, (len(chunk), count)))
+        for numbers_of_cells in torch.arange(len(cells.rows)).split(step):
+            chunk = cells.select(numbers_of_cells)
+            cells_of_states = cells.select(numbers_of_cells.repeat_interleave(count))
+            logits = tail.logits(states.at(chunk).flatten(0, 1), cells_of_states).float()
+            pieces = split_for_cache(logits.unflatten(0, (-1, count)))
             buffer = pieces[0].new_empty(2, *pieces[0].shape)
             for piece in pieces:
                 part = numbers(piece, lm.n_tokens, top, watched, buffer, anywhere=anywhere)
@@ -189,41 +161,33 @@ def lens_table(
     return _table(lm, states.sites, cells, Readout.join(parts))
 
 
-def _table(lm: LM, sites: Sequence[Site], cells: Sequence[Cell], readout: Readout) -> pd.DataFrame:
+def _table(lm: LM, sites: Sequence[Site], cells: Cells, readout: Readout) -> pd.DataFrame:
     """Returns the table of a readout; a token that is both leading and watched is shown once."""
-    n_cells, n_sites, n_tokens = readout.ids.shape
+    cell, site, _ = np.indices(readout.ids.shape).reshape(3, -1)  # of each row of the table
     ids = readout.ids.flatten().tolist()
     distinct = sorted(set(ids))
     texts = dict(zip(distinct, token_texts(lm, distinct), strict=True))
-    per_cell = n_sites * n_tokens
+    logprobs = readout.logprobs.double().flatten()
     table = pd.DataFrame(
         {
-            "row": _repeat_each([cell.row for cell in cells], per_cell),
-            "pos": _repeat_each([cell.pos for cell in cells], per_cell),
-            "site": _repeat_each(list(map(str, sites)), n_tokens) * n_cells,
-            "layer": _repeat_each([site.layer for site in sites], n_tokens) * n_cells,
+            "row": cells.rows.numpy()[cell],
+            "pos": cells.positions.numpy()[cell],
+            "site": np.array(list(map(str, sites)), dtype=object)[site],
+            "layer": pd.array([one_site.layer for one_site in sites], dtype="Int64")[site],
             "token": list(map(texts.__getitem__, ids)),
             "token_id": ids,
             "logit": readout.logits.double().flatten().numpy(),
-            "logprob": readout.logprobs.double().flatten().numpy(),
-            "prob": readout.logprobs.double().exp().flatten().numpy(),
+            "logprob": logprobs.numpy(),
+            "prob": logprobs.exp().numpy(),
             "rank": ranks_for_table(readout.ranks).flatten().numpy(),
-            "entropy": readout.entropy.double().flatten().repeat_interleave(n_tokens).numpy(),
-            "kl": readout.kl.double().flatten().repeat_interleave(n_tokens).numpy(),
-            "_site": _repeat_each(range(n_sites), n_tokens) * n_cells,
+            "entropy": readout.entropy.double().numpy()[cell, site],
+            "kl": readout.kl.double().numpy()[cell, site],
+            "_site": site,
         }
     )
-    table["layer"] = table["layer"].astype("Int64")
     table = table.drop_duplicates(["row", "pos", "_site", "token_id"])
     table = table.sort_values(["row", "pos", "_site", "rank", "token_id"], ignore_index=True)
     return table.drop(columns="_site")
-
-
-def _repeat_each(values: Iterable[object], times: int) -> list[object]:
-    repeated: list[object] = []
-    for value in values:
-        repeated += [value] * times
-    return repeated
 
 
 @check_arguments
@@ -256,16 +220,12 @@ def _summary_of_token(part: pd.DataFrame, sites: Sequence[str]) -> dict[str, obj
     best = min(ranks.values(), default=math.nan)
     best_sites = [site for site in sites if ranks.get(site) == best]
     leading = [site for site in sites if ranks.get(site) == 1]
-    since = None
-    for site in reversed(sites):
-        if ranks.get(site) != 1:
-            break
-        since = site
+    to_the_end = list(takewhile(leading.__contains__, reversed(sites)))
     return {
         "best_rank": best,
-        "best_site": best_sites[0] if best_sites else None,
-        "first": leading[0] if leading else None,
-        "since": since,
+        "best_site": next(iter(best_sites), None),
+        "first": next(iter(leading), None),
+        "since": next(reversed(to_the_end), None),
         "last_rank": ranks.get(sites[-1]),
         "last_prob": probs.get(sites[-1]),
     }

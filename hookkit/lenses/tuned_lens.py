@@ -314,7 +314,7 @@ class _Trainer:
 
     def _logprobs(self, states: Tensor) -> Tensor:
         dtype = getattr(self.lm.root, "dtype", torch.float32)
-        return self.tail.logits(states.to(dtype), [(0, 0)] * len(states)).float().log_softmax(-1)
+        return self.tail.logits(states.to(dtype)).float().log_softmax(-1)
 
     def fit_ridge(self, windows: Sequence[list[int]]) -> None:
         """Offers the ridge regressions of the last state's change on each site's state."""

@@ -73,10 +73,8 @@ class HookManager(HookDispatcher):
     The hooks of one block act in the order in which they were passed. Blocks can be nested: the
     hooks of an outer block act first. A block can be entered again after it was left; it then
     starts anew. `observers` are captures of hookkit's own: the user sees them neither in `texts`
-    nor in the log.
+    nor in the log. With `alone`, the hooks of no other block act.
     """
-
-    alone = False  # True for a run in which the hooks of no other block act
 
     def __init__(
         self,
@@ -87,7 +85,9 @@ class HookManager(HookDispatcher):
         stop_early: bool = False,
         tracer: Tracer | None = None,
         attached: bool = False,
+        alone: bool = False,
     ) -> None:
+        self.alone = alone
         self.lm = lm  # a reference is captured while the hook points are planned
         hook_points = build_hook_points(lm, hooks, self.reference, observers)
         super().__init__(lm, hook_points, stop_early=stop_early, tracer=tracer, attached=attached)

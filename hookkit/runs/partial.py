@@ -104,8 +104,9 @@ class SharedForward(HookManager):
         *,
         rows: int,
         width: int,
+        alone: bool = False,
     ) -> None:
-        super().__init__(lm, ())
+        super().__init__(lm, (), alone=alone)
         self.growth, self.recorder = growth, recorder
         self.count = rows  # the number of rows at this moment
         self.width = width
