@@ -78,9 +78,7 @@ def patchscope(
             "site": list(map(str, sources)),
             "layer": pd.array([site.layer for site in sources], dtype="Int64"),
             "target_site": list(map(str, targets)),
-            "token": first_tokens["token"].tolist(),
-            "token_id": first_tokens["token_id"].tolist(),
-            "prob": first_tokens["prob"].tolist(),
+            **first_tokens[["token", "token_id", "prob"]].to_dict("list"),
             "text": run.generated,
         }
     )

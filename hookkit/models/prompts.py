@@ -109,6 +109,26 @@ def pad_rows(
     return torch.tensor(filled)
 
 
+def batches_by_length(
+    lengths: Sequence[int], max_tokens: int, *, one_length: bool = False
+) -> list[list[int]]:
+    """Returns batches of indices into rows of these lengths, the longest rows first.
+
+    A batch has at most `max_tokens` tokens with padding; a longer row has a batch of its own. With
+    `one_length`, for models that take no mask, all rows of a batch are equally long.
+    """
+    result: list[list[int]] = []
+    width = 0  # of the last batch
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fits = bool(result) and width * (len(result[-1]) + 1) <= max_tokens
+        if fits and (not one_length or width == lengths[index]):
+            result[-1].append(index)
+        else:
+            result.append([index])
+            width = lengths[index]
+    return result
+
+
 def pad_id(lm: LM) -> int:
     """Returns the token id of padding: the tokenizer's pad or end token, or 0.
 

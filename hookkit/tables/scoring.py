@@ -21,7 +21,7 @@ from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
 from ..models.lm import LM
 from ..models.positions import Span
-from ..models.prompts import Prompts, Row, as_rows
+from ..models.prompts import Prompts, Row, as_rows, batches_by_length
 from ..models.sites import Site
 from ..runs.forward import forward
 from .surprisal import check_top, surprisal_table, token_numbers
@@ -91,8 +91,9 @@ def score(
     for hook in hooks:
         _check_hook(lm, hook, several_windows=len(texts_in_windows) < len(windows))
     parts: list[tuple[Window, pd.DataFrame]] = []
-    for batch in _batches(windows, batch_tokens, one_length=lm.config is None):
-        parts += _score_batch(lm, batch, hooks, top)
+    lengths = [len(window.ids) for window in windows]
+    for batch in batches_by_length(lengths, batch_tokens, one_length=lm.config is None):
+        parts += _score_batch(lm, [windows[index] for index in batch], hooks, top)
     return surprisal_table(lm, _join_windows(parts))
 
 
@@ -168,23 +169,6 @@ def _windows(
         if end > scored:
             yield Window(text, (*head, *row[start:end]), scored - start + len(head), scored)
         start += step
-
-
-def _batches(windows: Sequence[Window], tokens: int, *, one_length: bool) -> list[list[Window]]:
-    """Returns the windows in batches of at most `tokens` tokens with padding, the longest first.
-
-    With `one_length`, all windows of a batch have the same length.
-    """
-    batches: list[list[Window]] = []
-    width = 0  # of the last batch
-    for window in sorted(windows, key=lambda window: -len(window.ids)):
-        fits = bool(batches) and width * (len(batches[-1]) + 1) <= tokens
-        if fits and (not one_length or width == len(window.ids)):
-            batches[-1].append(window)
-        else:
-            batches.append([window])
-            width = len(window.ids)
-    return batches
 
 
 def _join_windows(

@@ -21,7 +21,7 @@ from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import parse_json
 from ...models.lm import LM
 from ...models.positions import GENERATED, At, PositionRange, Where, resolve_positions
-from ...models.prompts import Row, positions_of_text, shorten
+from ...models.prompts import Row, batches_by_length, positions_of_text, shorten
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 Long: TypeAlias = Literal["error", "truncate", "split"]
@@ -370,26 +370,6 @@ def read_window(reader: TextReader, *, max_rows: float, max_tokens: int) -> Wind
 
 
 def batches(window: Window, max_tokens: int, *, one_length: bool = False) -> list[list[int]]:
-    """Returns batches of indices into the window's sequences, the longest sequences first.
-
-    A batch has at most `max_tokens` tokens with padding; a longer sequence has a batch of its own.
-    With `one_length`, for models that take no mask, all sequences of a batch are equally long.
-    """
+    """Returns batches of indices into the window's sequences; see `batches_by_length`."""
     lengths = [len(sequence.ids) for sequence in window.sequences]
-    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    result: list[list[int]] = []
-    for index in longest_first:
-        if result and _fits(result[-1], index, lengths, max_tokens, one_length):
-            result[-1].append(index)
-        else:
-            result.append([index])
-    return result
-
-
-def _fits(
-    batch: list[int], index: int, lengths: list[int], max_tokens: int, one_length: bool
-) -> bool:
-    width = lengths[batch[0]]
-    if one_length and width != lengths[index]:
-        return False
-    return width * (len(batch) + 1) <= max_tokens
+    return batches_by_length(lengths, max_tokens, one_length=one_length)

@@ -25,7 +25,7 @@ from ...models.next_token import (
     values_at,
 )
 from ...models.positions import Where
-from ...models.prompts import Row, positions_of_text
+from ...models.prompts import Row, batches_by_length, positions_of_text
 from ...models.sites import AnySite, Site, Sites
 from ...runs.run import Run
 from ...tables.distributions import Distribution
@@ -191,18 +191,9 @@ class PairedRuns:
         """
         if self.before.hooks or self.after.hooks:
             return [list(range(len(self.rows)))]
-        needs_one_length = self.before.lm.config is None or self.after.lm.config is None
-        batches: list[list[int]] = []
-        width = 0  # tokens of the longest prompt of the last batch
-        for number in sorted(range(len(self.rows)), key=lambda number: -len(self.rows[number])):
-            length = len(self.rows[number])
-            fits = bool(batches) and width * (len(batches[-1]) + 1) <= self.request.batch_tokens
-            if fits and (length == width or not needs_one_length):
-                batches[-1].append(number)
-            else:
-                batches.append([number])
-                width = length
-        return batches
+        one_length = self.before.lm.config is None or self.after.lm.config is None
+        lengths = list(map(len, self.rows))
+        return batches_by_length(lengths, self.request.batch_tokens, one_length=one_length)
 
     def groups(self, batches: Sequence[Sequence[int]]) -> list[Sites]:
         """The sites in groups that fit into the memory, in the order of computation."""
