@@ -13,17 +13,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import torch
 from torch import Tensor, nn
 
-from ..arguments import (
-    check_choice,
-    check_integers,
-    check_keywords,
-    check_prompts,
-    check_seed,
-    describe,
-)
+from ..arguments import check_choice, check_integers, check_keywords, check_seed, describe
 from ..errors import BadHook, BadPrompt, NotCaptured, OutOfRange
 from ..models.positions import PROMPT, IndicesLike, PosLike, Where, resolve_positions
-from ..models.prompts import positions_of_text
+from ..models.prompts import check_prompts, positions_of_text
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, SitesLike, as_sites
 from ..models.views import unseen_value
 from .base import (

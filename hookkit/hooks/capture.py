@@ -29,8 +29,8 @@ class Capture(Hook):
     def check(self) -> None:
         if self.name is not None:
             meaning = "a name that tells two captures of one site apart"
-            check_text(self.name, "name", meaning=meaning, error=BadHook)
-        set_field(self, "grad", check_flag(self.grad, "grad", error=BadHook))
+            check_text(self.name, "name", meaning)
+        set_field(self, "grad", check_flag(self.grad, "grad"))
         if self.grad and (self.dtype is not None or self.device is not None):
             raise BadHook(
                 "capture(grad=True) keeps the very tensor of the computation: leave dtype and "

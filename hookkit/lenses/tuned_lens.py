@@ -12,13 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import (
-    check_arguments,
-    check_file,
-    check_integer,
-    check_number,
-    check_seed,
-)
+from ..arguments import check_arguments, check_file, check_integer, check_number, check_seed
 from ..errors import BadFile, BadHook, BadPrompt
 from ..files.untrusted import check_strings, parse_json, read_tensors
 from ..hooks.capture import capture

@@ -123,7 +123,7 @@ def storage_under_path(storages: Mapping[str, str], path: str) -> str:
         path = path.rpartition(".")[0]
 
 
-def describe_storages(block_storages: Iterable[tuple[int, str]]) -> str:
+def describe_storages(block_storages: Iterable[tuple[int | None, str]]) -> str:
     """Returns where blocks are as text: "cuda:0 in 0-3, disk in 4-7", or "cpu" if all are there."""
     pairs = list(block_storages)
     if len({storage for _, storage in pairs}) == 1:

@@ -10,10 +10,10 @@ that the model has, for a notebook to complete. The functions after it add colum
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -34,10 +34,12 @@ from .families.schema import Family, ModuleLocation
 from .layout import Layout, text_config
 from .sites import AXES, SITES_WITHOUT_LAYER, AnySite, Site, Sites, SitesLike, as_sites
 from .tensor_parallel import Ranks, find_ranks
-from .tokens import Token, Vocabulary
+from .tokens import Token as Token
+from .tokens import Vocabulary
 from .wrappers import adapter_names, layer_adapter_names, wrapper_chain
 
 Expand = Callable[[SitesLike], Sites]
+UNSPLIT_AXES = ("batch", "pos", "query", "key")
 
 
 class SiteNames:
@@ -106,29 +108,22 @@ def sites(
             names = [name for name in names if name not in SITES_WITHOUT_LAYER]
     selected: list[AnySite] = []
     for named_site in as_sites(names):
-        for site in of._expand(_in_layers(named_site, layers)):
-            selected += _in_heads(site, heads)
+        for site in of._expand(_sites_at(named_site, "layer", layers)):
+            selected += _sites_at(site, "head", heads)
     return of._expand(selected)
 
 
-def _in_layers(site: AnySite, layers: Iterable[int] | None) -> list[AnySite]:
-    if layers is None:
+def _sites_at(
+    site: AnySite, axis: Literal["layer", "head"], numbers: Iterable[int] | None
+) -> list[AnySite]:
+    """Returns a site with each of these layers or heads; the site itself for None."""
+    if numbers is None:
         return [site]
-    if not isinstance(site, Site) or site.layer is not None:
+    if not isinstance(site, Site) or getattr(site, axis) is not None:
         raise BadHook(
-            f"layers= does not apply to {site}: leave layers= out, or give the site's name alone"
+            f"{axis}s= does not apply to {site}: leave {axis}s= out, or give the site's name alone"
         )
-    return [Site(site.name, layer) for layer in layers]
-
-
-def _in_heads(site: AnySite, heads: Iterable[int] | None) -> list[AnySite]:
-    if heads is None:
-        return [site]
-    if not isinstance(site, Site) or site.head is not None:
-        raise BadHook(
-            f"heads= does not apply to {site}: leave heads= out, or give the site's name alone"
-        )
-    return [Site(site.name, site.layer, head) for head in heads]
+    return [replace(site, **{axis: number}) for number in numbers]
 
 
 def _site_table(lm: "LM") -> pd.DataFrame:
@@ -146,14 +141,11 @@ def _site_table(lm: "LM") -> pd.DataFrame:
 
 def _devices(lm: "LM", name: str, devices: dict[str, str]) -> str:
     """Returns where the weights of the modules of a site are; for the logits, those of the head."""
-    if name not in lm.layout.names:
-        return ""
-    layers = lm.layout.layers(name)
-    if layers is None:
-        return storage_under_path(devices, lm.place(Site(name)).path or lm.head_path() or "")
-    return describe_storages(
-        (layer, storage_under_path(devices, lm.place(Site(name, layer)).path)) for layer in layers
-    )
+    storages: list[tuple[int | None, str]] = []
+    for site, location in _locations(lm, name).items():
+        path = location.path or lm.head_path() or ""
+        storages.append((site.layer, storage_under_path(devices, path)))
+    return describe_storages(storages)
 
 
 def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
@@ -161,7 +153,7 @@ def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
     texts: list[str] = []
     for site, location in _locations(lm, name).items():
         split = ranks.splits.get((location.path, location.side, location.item))
-        if split is None or not isinstance(site, Site):
+        if split is None:
             continue
         axes = [axis for axis in site.axes.split() if axis not in UNSPLIT_AXES]
         total = sum(split.sizes)
@@ -172,9 +164,6 @@ def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-UNSPLIT_AXES = ("batch", "pos", "query", "key")
-
-
 def _adapters(lm: "LM", name: str) -> str:
     names: list[str] = []
     for location in _locations(lm, name).values():
@@ -182,14 +171,15 @@ def _adapters(lm: "LM", name: str) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _locations(lm: "LM", name: str) -> dict[AnySite, ModuleLocation]:
+def _locations(lm: "LM", name: str) -> dict[Site, ModuleLocation]:
     """Returns the locations of the sites of one name; empty if the model does not have it."""
-    return lm.located(lm.sites(name)) if name in lm.layout.names else {}
+    locations = lm.located(lm.sites(name)) if name in lm.layout.names else {}
+    return {site: location for site, location in locations.items() if isinstance(site, Site)}
 
 
 @check_fields
 @dataclass(frozen=True, eq=False, repr=False)
-class LM:
+class LM(Vocabulary):
     """A causal language model of transformers and its tokenizer, both unchanged.
 
     With `tokenizer=None`, prompts are token ids. Any other `nn.Module` can be used too: it has no
@@ -310,11 +300,6 @@ class LM:
     def n_layers(self) -> int:
         """The number of blocks."""
         return self.layout.n_layers
-
-    @cached_property
-    def n_tokens(self) -> int:
-        """The number of real tokens. Rows of the vocabulary after them are never ranked."""
-        return self._vocabulary.n_tokens
 
     @cached_property
     def context(self) -> int | None:
@@ -470,50 +455,6 @@ class LM:
     def places(self) -> dict[str, str]:
         """Where each weight is between forwards, by its name: "cpu", "cuda:0" …, or "disk"."""
         return weight_storages(self.root)
-
-    # ---- its tokens
-
-    def token(self, token: Token) -> int:
-        """Returns the id of one token, from its text or from the id itself.
-
-        Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
-        nearest spellings that are one.
-        """
-        return self._vocabulary.token(token)
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without the special tokens that begin a prompt."""
-        return self._vocabulary.encode(text)
-
-    def continuation(self, text: str) -> list[int]:
-        """Returns the token ids of a text that continues another one.
-
-        Its leading space, or none, is kept as it is, also where the tokenizer puts a space before
-        every text.
-        """
-        return self._vocabulary.continuation(text)
-
-    def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """Returns the text that tokens add after others.
-
-        The two texts together are the text of all tokens.
-        """
-        return self._vocabulary.added(before, ids)
-
-    def string(self, token_id: int) -> str:
-        """Returns the text of one token, its leading space included.
-
-        Without a tokenizer, this is the id in angle brackets.
-        """
-        return self._vocabulary.string(token_id)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Returns the text of a row of tokens, special tokens included."""
-        return self._vocabulary.text(ids)
-
-    @cached_property
-    def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer, lambda: self.sizes["vocab"])
 
 
 def _call_method(module: nn.Module, name: str) -> Any:

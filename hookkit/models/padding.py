@@ -20,7 +20,9 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import Unsupported
 from .lm import LM
@@ -38,6 +40,22 @@ _thread = threading.local()
 def in_padding_trial() -> bool:
     """True in the forwards of a trial, which hooks must ignore."""
     return getattr(_thread, "in_trial", False)
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], fill: int, side: Side = "right"
+) -> Int[Tensor, "row pos"]:
+    """Returns rows of numbers as one tensor, with short rows padded on one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], fill: int, side: Side
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Returns rows of token ids as one tensor, and each token's position, -1 in the padding."""
+    positions = [range(len(row)) for row in rows]
+    return pad_rows(rows, fill, side), pad_rows(positions, -1, side)
 
 
 @dataclass(frozen=True)
@@ -106,17 +124,20 @@ def check_generation(
     # "paged" packs prompts into one row, which hooks refuse
     if cache in ("dynamic", "dynamic_full", "paged"):
         cache = None
-    if not padded and chunk_kind is None and cache is None and _position_offset(lm) is None:
+    is_plain = not padded and chunk_kind is None and cache is None
+    if is_plain and _position_offset(lm) is None:
         return
-    if padded and (chunk_kind is not None or cache is not None):
-        check_generation(lm, padded=True, chunk=None, width=width)
+    trials = [(padded, chunk_kind, cache)]
     if chunk_kind is not None and cache is not None:
-        check_generation(lm, padded=False, chunk=None, width=width, cache=cache)
-    key = "padding", "generate", padded, chunk_kind, cache, *_trial_key(lm)
-    if key not in lm.trial_results:
-        lm.trial_results[key] = _generation_problem(lm, padded, chunk_kind, cache)
-    if lm.trial_results[key] is not None:
-        raise Unsupported(lm.trial_results[key])
+        trials.insert(0, (False, None, cache))
+    if padded:
+        trials.insert(0, (True, None, None))
+    for trial in trials:
+        key = "padding", "generate", *trial, *_trial_key(lm)
+        if key not in lm.trial_results:
+            lm.trial_results[key] = _generation_problem(lm, *trial)
+        if lm.trial_results[key] is not None:
+            raise Unsupported(lm.trial_results[key])
 
 
 def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
@@ -203,12 +224,12 @@ def _padding_difference(
     lm: LM, scheme: PaddingScheme, side: Side, rows: list[list[int]], alone: list[Tensor]
 ) -> float:
     """Returns the largest relative difference between rows of a padded batch and the rows alone."""
-    ids, positions = _padded_batch(rows, side, lm.device)
-    values = _forward(lm, scheme.inputs(ids, positions, ids.shape[1]))
-    differences = []
-    for number, row in enumerate(rows):
-        part = values[number, _columns(row, ids.shape[1], side)]
-        differences.append(_relative_difference(part, alone[number]))
+    ids, positions = pad_batch(rows, 0, side)
+    logits = _forward(lm, scheme.inputs(ids.to(lm.device), positions, ids.shape[1]))
+    is_real = (positions >= 0).to(logits.device)
+    differences: list[float] = []
+    for row, expected in enumerate(alone):
+        differences.append(_relative_difference(logits[row, is_real[row]], expected))
     return max(differences)
 
 
@@ -234,23 +255,22 @@ def _refusal(lm: LM, side: Side, noise: float, difference: float) -> str:
 # ---- trials of generate
 
 
-@dataclass(frozen=True)
-class _GenerationTrial:
-    """The relative differences between logits that a trial of `generate` measured."""
-
-    limit: float  # of the other two kinds
-    generate_and_forward: float  # between `generate` and a forward, of one row
-    noise: float  # between an unpadded batch and a row
-    difference: float  # between the batch of the trial and its rows alone
-
-
 def _generation_problem(
     lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
 ) -> str | None:
     """Returns an error message if `generate` gives other logits than a row alone has, else None."""
     name = type(lm.root).__name__
+    rows, chunk = _trial_rows(lm), None
+    if chunk_kind is not None:
+        if chunk_kind[1] == 0:
+            rows = [row[: LONG - 1] for row in rows]
+        chunk = _trial_chunk(chunk_kind, len(rows[0]))
     try:
-        trial = _try_generation(lm, padded, chunk_kind, cache)
+        with _trial_conditions(lm):
+            expected = _forward_unpadded(lm, [rows[1]])[0, -1]
+            alone = [_generated_logits(lm, [row], None)[0] for row in rows]
+            together = _generated_logits(lm, [rows[1], rows[1][::-1]], None)
+            logits = _generated_logits(lm, rows if padded else rows[:1], chunk, cache)
     except Exception as error:  # noqa: BLE001  a model may refuse a trial in any way
         if cache is not None or (not padded and chunk_kind is None):
             return None  # the user's own call raises the same
@@ -258,14 +278,17 @@ def _generation_problem(
             f"a trial of {name}.generate failed ({type(error).__name__}: {str(error)[:200]}): give "
             "prompts of one length, or one at a time, without prefill_chunk_size"
         )
-    if trial.generate_and_forward > trial.limit:
+    noise = _relative_difference(together[0], alone[1])
+    limit = _limit(lm, alone[1], noise)
+    from_forward = _relative_difference(alone[1], expected)
+    if from_forward > limit:
         return (
             f"transformers' generate counts the positions of {name} in another way than its "
-            f"forward does (a trial was off by {trial.generate_and_forward:.1g} of the size of the "
+            f"forward does (a trial was off by {from_forward:.1g} of the size of the "
             "logits): call hk.forward, or write a decoding loop of your own inside hk.attach"
         )
-    difference = trial.difference
-    if difference <= trial.limit:
+    difference = max(map(_relative_difference, logits, alone))
+    if difference <= limit:
         return None
     if cache is not None:
         return (
@@ -280,52 +303,21 @@ def _generation_problem(
             f"trial was off by {difference:.1g} of their size): transformers leaves out what its "
             f"states need there. Leave prefill_chunk_size out{alternative}, or take larger chunks"
         )
-    return _refusal(lm, "left", trial.noise, difference)
-
-
-def _try_generation(
-    lm: LM, padded: bool, chunk_kind: tuple[int, int] | None, cache: str | None
-) -> _GenerationTrial:
-    rows = _trial_rows(lm)
-    chunk = None
-    if chunk_kind is not None:
-        if chunk_kind[1] == 0:
-            rows = [row[: LONG - 1] for row in rows]
-        chunk = _trial_chunk(chunk_kind, len(rows[0]))
-    batch = rows if padded else rows[:1]
-    with _trial_conditions(lm):
-        expected = _forward_unpadded(lm, [rows[1]])[0, -1]
-        alone = [_generated_logits(lm, [row], None) for row in rows]
-        together = _generated_logits(lm, [rows[1], rows[1][::-1]], None)
-        logits = _generated_logits(lm, batch, chunk, cache)
-    noise = _relative_difference(together[0], alone[1][0])
-    differences = [
-        _relative_difference(logits[number], alone[number][0]) for number in range(len(batch))
-    ]
-    return _GenerationTrial(
-        limit=_limit(lm, alone[1], noise),
-        generate_and_forward=_relative_difference(alone[1][0], expected),
-        noise=noise,
-        difference=max(differences),
-    )
+    return _refusal(lm, "left", noise, difference)
 
 
 def _trial_chunk(chunk_kind: tuple[int, int], width: int) -> int:
     """Returns a small chunk size that leaves as many tokens as the user's: none, one, or more."""
     size, remainder = chunk_kind
-    if size == 1:
-        return 1
-    for chunk in range(2, width):
-        if min(width % chunk, 2) == remainder:
-            return chunk
-    return 2
+    chunks = [1] if size == 1 else range(2, width)
+    return next((chunk for chunk in chunks if min(width % chunk, 2) == remainder), 2)
 
 
 def _generated_logits(
     lm: LM, rows: list[list[int]], chunk: int | None, cache: str | None = None
 ) -> Tensor:
     """Returns the logits [row, vocab] of the first generated token, for rows padded on the left."""
-    ids, positions = _padded_batch(rows, "left", lm.device)
+    ids, positions = pad_batch(rows, 0, "left")
     root: Any = lm.root
     options: dict[str, Any] = {"max_new_tokens": 1}
     if chunk is not None:
@@ -335,7 +327,7 @@ def _generated_logits(
         options |= {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": 4}
     output = type(root).generate(
         root,
-        input_ids=ids,
+        input_ids=ids.to(lm.device),
         attention_mask=(positions >= 0).long().to(lm.device),
         do_sample=False,
         num_beams=1,
@@ -353,33 +345,12 @@ def _generated_logits(
 
 def _trial_rows(lm: LM) -> list[list[int]]:
     """Returns two rows of token ids that contain no special token."""
-    table = getattr(lm.root, "get_input_embeddings", lambda: None)()
-    count = min(getattr(table, "num_embeddings", 64), 64)
+    count = min(lm.sizes["vocab"] or 64, 64)
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     special = {getattr(lm.config, name, None) for name in names}
     ids = [number for number in range(3, count) if number not in special] or [0]
     spread = [ids[(11 * number + 5) % len(ids)] for number in range(LONG + SHORT)]
     return [spread[:LONG], spread[LONG:]]
-
-
-def _padded_batch(
-    rows: Sequence[Sequence[int]], side: Side, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Returns ids, 0 in the padding, and positions, -1 in the padding."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.full((len(rows), width), -1)
-    for number, row in enumerate(rows):
-        columns = _columns(row, width, side)
-        ids[number, columns] = torch.tensor(row)
-        positions[number, columns] = torch.arange(len(row))
-    return ids.to(device), positions
-
-
-def _columns(row: Sequence[int], width: int, side: Side) -> slice:
-    """Returns the columns of a row's tokens in a batch that is padded on this side."""
-    start = width - len(row) if side == "left" else 0
-    return slice(start, start + len(row))
 
 
 def _forward_unpadded(lm: LM, rows: list[list[int]]) -> Tensor:
@@ -423,7 +394,7 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(lm.device.type, enabled=False))
         stack.enter_context(_keep_random_state(lm.device))
-        overrides.add_cleanup(_end_trial)
+        overrides.add_cleanup(partial(setattr, _thread, "in_trial", False))
         _thread.in_trial = True
         for module in modules:
             if module.training:
@@ -440,10 +411,6 @@ def _keep_random_state(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
-def _end_trial() -> None:
-    _thread.in_trial = False
-
-
 def _silence_user_hooks(hooks: dict[int, Any], overrides: Overrides) -> None:
     for number, hook in list(hooks.items()):
         if _is_user_hook(hook):
@@ -455,9 +422,7 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a hook that does nothing in a trial. In other threads it acts as before."""
 
     def silenced(*args: Any, **kwargs: Any) -> Any:
-        if not in_padding_trial():
-            return hook(*args, **kwargs)
-        return None
+        return None if in_padding_trial() else hook(*args, **kwargs)
 
     return silenced
 

@@ -1,11 +1,10 @@
 """The tokens of a model: from text to ids and back, with or without a tokenizer."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from ..arguments import check_token as as_token
+from ..arguments import check_token
 from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
@@ -14,28 +13,23 @@ SPACE = "▁"  # sentencepiece writes a space as this character
 ANCHORS = ("\n", ":", "|", "=", "1", "é", "a")
 
 
-@dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A tokenizer, or None, and a function that returns the number of rows of the vocabulary.
-
-    The rows are counted at the first use, because that may need a dry run of the model. The
-    function returns None if the number is not known.
-    """
+    """The tokens of a model as methods of its `LM`, with or without a tokenizer."""
 
     tokenizer: Any
-    count: Callable[[], int | None]
 
-    @cached_property
-    def size(self) -> int | None:
-        """The number of rows of the vocabulary; None if it is not known."""
-        return self.count()
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The length of each axis that the model fixes; None where the family has no such axis."""
+        raise NotImplementedError
 
     @cached_property
     def n_tokens(self) -> int:
-        """The number of rows of the vocabulary that are real tokens."""
+        """The number of real tokens. Rows of the vocabulary after them are never ranked."""
+        rows = self.sizes["vocab"] or 0
         if self.tokenizer is None:
-            return self.size or 0
-        return min(self.size or 0, max(self.tokenizer.get_vocab().values()) + 1)
+            return rows
+        return min(rows, max(self.tokenizer.get_vocab().values()) + 1)
 
     def token(self, token: Token) -> int:
         """Returns the id of one token, from its text or from the id itself.
@@ -43,11 +37,11 @@ class Vocabulary:
         Text that is not exactly one token raises `NotOneToken`, which shows the pieces and the
         nearest spellings that are one.
         """
-        token = as_token(token)
+        token, rows = check_token(token), self.sizes["vocab"]
         if not isinstance(token, str):
-            if self.size is not None and token >= self.size:
+            if rows is not None and token >= rows:
                 raise NotOneToken(
-                    f"token {token} was asked for, and the vocabulary has ids 0 to {self.size - 1}"
+                    f"token {token} was asked for, and the vocabulary has ids 0 to {rows - 1}"
                 )
             return token
         if self.tokenizer is None:
@@ -55,10 +49,10 @@ class Vocabulary:
                 f"{token!r} is text, and this model came without a tokenizer: give token ids"
             )
         ids = self._continuation_or_encoding(token)
-        if self.size is not None and max(ids, default=0) >= self.size:
+        if rows is not None and max(ids, default=0) >= rows:
             raise NotOneToken(
                 f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to "
-                f"{self.size - 1}: give the LM the model's own tokenizer"
+                f"{rows - 1}: give the LM the model's own tokenizer"
             )
         token_id = self._single_token(token, ids)
         if token_id is None:
@@ -81,11 +75,12 @@ class Vocabulary:
     def continuation(self, text: str) -> list[int]:
         """Returns the token ids of a text that continues another one.
 
-        Its leading space, or none, is kept as it is. Sentencepiece tokenizers put a space before
-        every text. With them, the text is tokenized after an anchor text, whose tokens are removed.
+        Its leading space, or none, is kept as it is, also where the tokenizer puts a space before
+        every text.
         """
         if not text or not self._adds_space:
             return self.encode(text)
+        # The text is tokenized after an anchor text, whose tokens are removed.
         for anchor in ANCHORS:
             anchor_ids, all_ids = self.encode(anchor), self.encode(anchor + text)
             ids = all_ids[len(anchor_ids) :]
@@ -117,7 +112,8 @@ class Vocabulary:
         if not spelling:
             return False
         token_id = self._single_token(spelling, self._continuation_or_encoding(spelling))
-        return token_id is not None and (self.size is None or token_id < self.size)
+        rows = self.sizes["vocab"]
+        return token_id is not None and (rows is None or token_id < rows)
 
     def _continuation_or_encoding(self, text: str) -> list[int]:
         try:
@@ -152,7 +148,7 @@ class Vocabulary:
     def added(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Returns the text that tokens add after others.
 
-        It includes their leading space, and a character that they complete.
+        The two texts together are the text of all tokens.
         """
         if not ids:
             return ""

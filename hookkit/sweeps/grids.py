@@ -104,7 +104,7 @@ def site_names(sites: str | Sequence[str]) -> list[str]:
     if not items:
         raise BadHook(f"sites={describe(sites)}: name a site, such as 'z', or several in a list")
     meaning = "the name of a site, such as 'z'"
-    return [check_text(item, "sites", meaning=meaning, error=BadHook) for item in items]
+    return [check_text(item, "sites", meaning) for item in items]
 
 
 def check_pairs(lm: LM, source: Prompts, target: Prompts) -> list[int]:

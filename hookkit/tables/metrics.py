@@ -20,7 +20,6 @@ from ..arguments import (
     check_arguments,
     check_integer,
     check_keywords,
-    check_prompts,
     describe,
 )
 from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
@@ -32,7 +31,7 @@ from ..models.next_token import (
     token_logits,
     values_at,
 )
-from ..models.prompts import shorten
+from ..models.prompts import check_prompts, shorten
 from ..runs.run import Run
 from .distributions import distributions
 

@@ -14,14 +14,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..arguments import check_arguments, check_integer, check_prompts
+from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt
 from ..hooks.ablation import FromPrompt, FromRun, Reference
 from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
 from ..models.lm import LM
 from ..models.positions import Span
-from ..models.prompts import Prompts, Row, as_rows, batches_by_length
+from ..models.prompts import Prompts, Row, as_rows, batches_by_length, check_prompts
 from ..models.sites import Site
 from ..runs.forward import forward
 from .surprisal import check_top, surprisal_table, token_numbers

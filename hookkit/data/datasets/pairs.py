@@ -21,7 +21,6 @@ from ...arguments import (
     as_items,
     check_arguments,
     check_fields,
-    check_prompt,
     check_seed,
     check_token,
     describe,
@@ -30,7 +29,7 @@ from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, OutOfRange
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
-from ...models.prompts import Prompts, Row, as_batch, shorten
+from ...models.prompts import Prompts, Row, as_batch, check_prompt, shorten
 from ...runs.forward import forward
 from ...tables.token_metrics import LogitDiff, logit_diff
 

@@ -16,12 +16,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ...arguments import check_prompt, check_prompts, describe, is_token_row, refuse_non_prompts
+from ...arguments import describe
 from ...errors import BadFile, BadHook, BadPrompt, HarvestChanged, OutOfRange
 from ...files.untrusted import parse_json
 from ...models.lm import LM
 from ...models.positions import GENERATED, At, PositionRange, Where, resolve_positions
-from ...models.prompts import Row, batches_by_length, positions_of_text, shorten
+from ...models.prompts import (
+    Row,
+    batches_by_length,
+    check_prompt,
+    check_prompts,
+    is_token_row,
+    positions_of_text,
+    refuse_non_prompts,
+    shorten,
+)
 
 TextsLike: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 Long: TypeAlias = Literal["error", "truncate", "split"]
