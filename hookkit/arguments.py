@@ -21,29 +21,17 @@ import operator
 import os
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import (
-    Any,
-    Literal,
-    ParamSpec,
-    TypeAlias,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    is_typeddict,
-)
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from .errors import (
     BadArgument,
-    BadFile,
     BadHook,
     EmptySelection,
     HookkitError,
-    NotOneToken,
     OutOfRange,
     UnknownKeyword,
     did_you_mean,
@@ -72,7 +60,8 @@ def describe(value: Any) -> str:
     """Returns a value as messages show it: short values as code, others by their type and shape."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return "an integer of more than 30 digits"
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    shape: Any = getattr(value, "shape", None)
+    dtype = getattr(value, "dtype", None)
     has_shape = isinstance(shape, tuple) and dtype is not None
     if (has_shape and not shape) or _is_short(value):
         return shorten(repr(value))
@@ -214,12 +203,8 @@ def check_number(
             f"{name}={describe(value)} is not a finite number: "
             f"give {about}a real number such as 2.0"
         )
-    is_allowed = (
-        (least is None or number >= least)
-        and (most is None or number <= most)
-        and (above is None or number > above)
-    )
-    if not is_allowed:
+    too_small = (least is not None and number < least) or (above is not None and number <= above)
+    if too_small or (most is not None and number > most):
         limits = {"above": above, "at least": least, "at most": most}
         words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
         raise error(f"{name}={describe(value)}: give {meaning or 'a number'} {' and '.join(words)}")
@@ -240,7 +225,7 @@ def check_flag(value: object, name: str) -> bool:
     return answer
 
 
-# ---- names, texts and paths
+# ---- names and texts
 
 
 def check_choice(value: object, name: str, names: Iterable[str]) -> str:
@@ -261,101 +246,17 @@ def check_text(value: object, name: str, meaning: str) -> str:
     return str(value)
 
 
-def check_path(value: object, name: str = "path") -> Path:
-    """Returns the path of a file or folder, which is a text or a `pathlib.Path`."""
-    if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
-        return Path(value)
-    raise BadArgument(
-        f"{name}={describe(value)} is no path: give the path of a file or folder, "
-        "as a text or a pathlib.Path"
-    )
-
-
-def check_file(value: object, name: str = "path") -> Path:
-    """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
-    path = check_path(value, name)
-    if path.is_dir():
-        raise BadFile(
-            f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it"
-        )
-    if not path.exists():
-        raise BadFile(f"{name}={str(path)!r} does not exist: give the path of a file")
-    return path
-
-
-def check_folder(value: object, name: str = "folder") -> Path:
-    """Returns the path of a folder that may not exist. Raises `BadFile` if part of it is a file."""
-    path = check_path(value, name)
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise BadFile(
-                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: "
-                "give another name"
-            )
-    return path
-
-
-# ---- tokens
-
-
-def check_token(value: object, name: str = "token") -> str | int:
-    """Returns one token: its text, or its id as an int."""
-    if isinstance(value, str):
-        if not value:
-            raise NotOneToken(f"{name}='' is no token: give its text, such as ' coffee', or its id")
-        return str(value)
-    number = as_integer(value)
-    if number is None:
-        raise NotOneToken(
-            f"{name}={describe(value)} is no token: give its text, such as ' coffee', "
-            f"or its id{_token_hint(value)}"
-        )
-    if number < 0:
-        raise NotOneToken(f"{name}={number} is no token: ids count from 0 upwards")
-    return number
-
-
-def _token_hint(value: object) -> str:
-    """Returns the end of the message about a value that is no token."""
-    if isinstance(value, bytes):
-        return "; bytes are no text: decode them first, value.decode()"
-    if as_number(value) is not None:
-        return "; an id is a whole number, int(value)"
-    if as_items(value) is not None:
-        return "; several are given where one token is meant"
-    return ""
-
-
-def check_tokens(
-    values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
-) -> tuple[Any, ...]:
-    """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
-    if isinstance(values, (str, bytes, bool, *also)) or as_integer(values) is not None:
-        values = [values]
-    items = as_items(values)
-    if items is None:
-        check_token(values, name)
-        return ()
-    for index, item in enumerate(items):
-        if not isinstance(item, also):
-            items[index] = check_token(item, name)
-    return tuple(items)
-
-
 # ---- kinds of values by annotations
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: its description, a test for it, and its conversion to the form of the code.
-
-    `names` are the values of a `Literal`.
-    """
+    """A kind of value: its description, a test for it, and its conversion for the code."""
 
     words: str
     fits: Callable[[Any], bool]
     convert: Callable[[Any], Any] = lambda value: value
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # the values of a Literal
 
 
 HOW_TO_GET = {
@@ -401,7 +302,7 @@ def kinds_of(annotation: Any) -> list[Kind] | None:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return [Kind("a mapping, such as a dict", lambda value: isinstance(value, Mapping))]
     kind = origin if origin is os.PathLike else annotation
-    if isinstance(kind, type) and not is_typeddict(kind):
+    if isinstance(kind, type) and not typing.is_typeddict(kind):
         return _kinds_of_class(kind)
     return None
 

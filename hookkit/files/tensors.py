@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..arguments import check_arguments, check_file, check_folder, check_path, describe
+from ..arguments import check_arguments, describe
 from ..errors import BadArgument, BadFile, BadHook
 from .atomic import Ready, write_tensors
-from .untrusted import open_tensors, read_tensors
+from .untrusted import check_file, check_folder, check_path, open_tensors, read_tensors
 
 MADE_BY = "made_by"  # the key in the metadata of files that hookkit wrote
 

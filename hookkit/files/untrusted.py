@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from ..errors import BadFile, BadHook, HookkitError
+from ..arguments import describe
+from ..errors import BadArgument, BadFile, BadHook, HookkitError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -322,7 +323,41 @@ def read_table(
         ) from raised
 
 
-# ---- names and numbers in files
+# ---- paths, names and numbers in files
+
+
+def check_path(value: object, name: str = "path") -> Path:
+    """Returns the path of a file or folder, which is a text or a `pathlib.Path`."""
+    if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
+        return Path(value)
+    raise BadArgument(
+        f"{name}={describe(value)} is no path: give the path of a file or folder, "
+        "as a text or a pathlib.Path"
+    )
+
+
+def check_file(value: object, name: str = "path") -> Path:
+    """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
+    path = check_path(value, name)
+    if path.is_dir():
+        raise BadFile(
+            f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it"
+        )
+    if not path.exists():
+        raise BadFile(f"{name}={str(path)!r} does not exist: give the path of a file")
+    return path
+
+
+def check_folder(value: object, name: str = "folder") -> Path:
+    """Returns the path of a folder that may not exist. Raises `BadFile` if part of it is a file."""
+    path = check_path(value, name)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise BadFile(
+                f"{name}={str(path)!r}: {part.name!r} is a file, and a folder is meant: "
+                "give another name"
+            )
+    return path
 
 
 def is_bare_name(name: Any) -> bool:

@@ -17,14 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..arguments import (
-    check_choice,
-    check_integer,
-    check_keywords,
-    check_number,
-    check_token,
-    check_tokens,
-)
+from ..arguments import check_choice, check_integer, check_keywords, check_number
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
@@ -35,7 +28,7 @@ from ..models.next_token import (
     ranks_for_table,
     token_logits,
 )
-from ..models.tokens import Token
+from ..models.tokens import Token, check_token, check_tokens
 from .base import Here, set_field
 
 Logits: TypeAlias = Float[Tensor, "row pos vocab"]

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import check_keywords, check_number, check_token, check_tokens
+from ..arguments import check_keywords, check_number
 from ..errors import BadEdit, BadHook, NotOneToken
 from ..models.batch_positions import DecidedToken
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where
 from ..models.sites import LOGIT_SITES, AnySite, ModuleSite, Sites, as_sites
-from ..models.tokens import Token
+from ..models.tokens import Token, check_token, check_tokens
 from .base import EVERY_STEP, Binding, Change, EditHook, Here, as_tuple, as_where, set_field
 from .conditions import Condition, Phrase, PhraseStarts, When, bind_condition, check_when
 from .rounding import fitted_number, next_above

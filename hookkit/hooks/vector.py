@@ -23,19 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import (
-    as_integer,
-    as_items,
-    check_arguments,
-    check_fields,
-    check_file,
-    check_number,
-    describe,
-)
+from ..arguments import as_integer, as_items, check_arguments, check_fields, check_number, describe
 from ..display import printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.tensors import save_tensors
-from ..files.untrusted import check_strings, parse_json, read_tensors
+from ..files.untrusted import check_file, check_strings, parse_json, read_tensors
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Row

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_arguments, check_file, check_integer, check_number, check_seed
+from ..arguments import check_arguments, check_integer, check_number, check_seed
 from ..errors import BadFile, BadHook, BadPrompt
-from ..files.untrusted import check_strings, parse_json, read_tensors
+from ..files.untrusted import check_file, check_strings, parse_json, read_tensors
 from ..hooks.capture import capture
 from ..models.lm import LM
 from ..models.next_token import kl_divergence

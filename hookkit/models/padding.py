@@ -17,18 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import Unsupported
+from .batch_positions import Side, pad_rows
 from .lm import LM
 from .overrides import Overrides
 
-Side: TypeAlias = Literal["left", "right"]
 LONG, SHORT = 9, 5  # tokens of the two rows of a trial
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 NOISE_FACTOR = 5  # padding may change logits by this multiple of what an unpadded batch changes
@@ -40,14 +39,6 @@ _thread = threading.local()
 def in_padding_trial() -> bool:
     """True in the forwards of a trial, which hooks must ignore."""
     return getattr(_thread, "in_trial", False)
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], fill: int, side: Side = "right"
-) -> Int[Tensor, "row pos"]:
-    """Returns rows of numbers as one tensor, with short rows padded on one side."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 
 def pad_batch(
@@ -260,11 +251,7 @@ def _generation_problem(
 ) -> str | None:
     """Returns an error message if `generate` gives other logits than a row alone has, else None."""
     name = type(lm.root).__name__
-    rows, chunk = _trial_rows(lm), None
-    if chunk_kind is not None:
-        if chunk_kind[1] == 0:
-            rows = [row[: LONG - 1] for row in rows]
-        chunk = _trial_chunk(chunk_kind, len(rows[0]))
+    rows, chunk = _chunked_rows(_trial_rows(lm), chunk_kind)
     try:
         with _trial_conditions(lm):
             expected = _forward_unpadded(lm, [rows[1]])[0, -1]
@@ -306,11 +293,17 @@ def _generation_problem(
     return _refusal(lm, "left", noise, difference)
 
 
-def _trial_chunk(chunk_kind: tuple[int, int], width: int) -> int:
-    """Returns a small chunk size that leaves as many tokens as the user's: none, one, or more."""
+def _chunked_rows(
+    rows: list[list[int]], chunk_kind: tuple[int, int] | None
+) -> tuple[list[list[int]], int | None]:
+    """Returns rows, and a small chunk size that leaves none, one or more tokens as the user's."""
+    if chunk_kind is None:
+        return rows, None
     size, remainder = chunk_kind
-    chunks = [1] if size == 1 else range(2, width)
-    return next((chunk for chunk in chunks if min(width % chunk, 2) == remainder), 2)
+    width = LONG if remainder else LONG - 1
+    chunks = range(min(size, 2), width)
+    chunk = next((chunk for chunk in chunks if min(width % chunk, 2) == remainder), 2)
+    return [row[:width] for row in rows], chunk
 
 
 def _generated_logits(

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..arguments import as_bool, as_integer, as_items, as_number, describe, is_mapping
 from ..arguments import shorten as shorten
 from ..errors import BadPrompt, OutOfRange, Unsupported
+from .batch_positions import Side as Side
+from .batch_positions import pad_rows as pad_rows
 from .lm import LM
-from .padding import Side as Side
 from .padding import pad_batch, padded_inputs
-from .padding import pad_rows as pad_rows
 from .positions import At
 
 Prompts: TypeAlias = (
@@ -245,7 +245,7 @@ class Batch:
     @property
     def lengths(self) -> list[int]:
         """The number of tokens of each row."""
-        return [len(row) for row in self.rows]
+        return list(map(len, self.rows))
 
     @property
     def padded(self) -> bool:
@@ -279,7 +279,12 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
     """
     rows = as_rows(lm, prompts)
     for number, row in enumerate(rows):
-        _check_length(lm, number, row, room)
+        if lm.context is not None and len(row) + room > lm.context:
+            new = f" and {room} new ones" if room else ""
+            raise BadPrompt(
+                f"prompt {number} has {len(row)} tokens{new}, and the model's context is "
+                f"{lm.context}: shorten it"
+            )
     ids, positions = pad_batch(rows, pad_id(lm), side)
     return Batch(tuple(rows), ids.to(lm.device), positions, side)
 
@@ -289,12 +294,11 @@ def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
 
     Raises `BadPrompt` for empty prompts and for ids outside the vocabulary.
     """
-    is_mapping = isinstance(prompts, Mapping)
     rows: list[Row] = []
     for number, content in enumerate(check_prompts(prompts)):
-        is_text = isinstance(content, str)
         row = _tokenize(lm, content) if isinstance(content, str) else content
-        _check_ids(lm, number, row, from_tokenizer=is_text or is_mapping)
+        from_tokenizer = isinstance(content, str) or isinstance(prompts, Mapping)
+        _check_ids(lm, number, row, from_tokenizer=from_tokenizer)
         rows.append(row)
     return rows
 
@@ -362,23 +366,13 @@ def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:
     )
 
 
-def _check_length(lm: LM, number: int, row: Row, room: int) -> None:
-    context = lm.context
-    if context is not None and len(row) + room > context:
-        new = f" and {room} new ones" if room else ""
-        raise BadPrompt(
-            f"prompt {number} has {len(row)} tokens{new}, and the model's context is {context}: "
-            "shorten it"
-        )
-
-
 def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
     """Returns the positions of the tokens of a row that cover a text.
 
     Raises `OutOfRange` with the row's text if the text does not occur in it, or if it is not clear
     which occurrence is meant.
     """
-    if any(token_id < 0 for token_id in row):
+    if min(row, default=0) < 0:
         raise Unsupported(
             f"{at!r}: the model was given embeddings, whose tokens are unknown; give positions "
             "as numbers"
@@ -386,7 +380,7 @@ def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
     # A token begins where the text of the tokens before it ends. Half a character decodes to "�".
     prefixes = [lm.text(row[: end + 1]) for end in range(len(row))]
     starts = [0] + [len(prefix.rstrip("�")) for prefix in prefixes[:-1]]
-    ends = [len(prefix) for prefix in prefixes]
+    ends = list(map(len, prefixes))
     first = _occurrence(prefixes[-1], at)
     last = first + len(at.text)
     return tuple(n for n in range(len(row)) if starts[n] < last and ends[n] > first)

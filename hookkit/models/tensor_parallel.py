@@ -61,18 +61,20 @@ class Ranks:
         shapes: list[list[int]] = self.gather_values(list(tensor.shape))
         for axis, full in (expected or {}).items():
             sizes = tuple(shape[axis] for shape in shapes)
-            if sum(sizes) == full and self.count > 1 and tensor.shape[axis] != full:
+            if sum(sizes) == full and tensor.shape[axis] != full:
                 return Split(axis % tensor.ndim, sizes)
             if set(sizes) != {full}:
                 raise Unsupported(
                     f"{subject} has {list(sizes)} numbers on the ranks along axis "
                     f"{axis % tensor.ndim}, which do not make up {full}: it cannot be put together"
                 )
-        sums = torch.tensor(self.gather_values(_checksums(tensor)))
+        numbers = tensor.detach().double()
+        checksums = [float(numbers.sum()), float(numbers.abs().sum())]
+        sums = torch.tensor(self.gather_values(checksums))
         same_sums = torch.allclose(sums, sums[:1].expand_as(sums), rtol=1e-4, equal_nan=True)
-        if not same_sums or any(shape != shapes[0] for shape in shapes):
+        if not same_sums or shapes.count(shapes[0]) != len(shapes):
             raise Unsupported(
-                f"{subject} differs from rank to rank ({[tuple(shape) for shape in shapes]}), and "
+                f"{subject} differs from rank to rank ({list(map(tuple, shapes))}), and "
                 "how its parts make up the whole is not known: it cannot be put together. The "
                 "sites of lm.describe() can"
             )
@@ -169,11 +171,6 @@ class _Slice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return ctx.ranks.gather(gradients[0], ctx.split), None, None
-
-
-def _checksums(tensor: Tensor) -> list[float]:
-    numbers = tensor.detach().double()
-    return [float(numbers.sum()), float(numbers.abs().sum())]
 
 
 # ---- the model

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from ..arguments import check_token
+from ..arguments import as_integer, as_items, as_number, describe
 from ..errors import NotOneToken
 
 Token: TypeAlias = str | int
@@ -61,7 +61,7 @@ class Vocabulary:
 
     def _not_one_token(self, text: str, ids: list[int]) -> NotOneToken:
         """Returns the error for a text that is several tokens or none."""
-        pieces = " + ".join(repr(self.string(token_id)) for token_id in ids)
+        pieces = " + ".join(map(repr, map(self.string, ids)))
         spellings = ", ".join(map(repr, self._one_token_spellings(text, ids)))
         return NotOneToken(
             f"{text!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
@@ -162,7 +162,51 @@ class Vocabulary:
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of a row of tokens, special tokens included."""
         if self.tokenizer is None:
-            return " ".join(f"<{token_id}>" for token_id in ids)
+            return " ".join(map(self.string, ids))
         return self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+def check_token(value: object, name: str = "token") -> str | int:
+    """Returns one token: its text, or its id as an int."""
+    if isinstance(value, str):
+        if not value:
+            raise NotOneToken(f"{name}='' is no token: give its text, such as ' coffee', or its id")
+        return str(value)
+    number = as_integer(value)
+    if number is None:
+        raise NotOneToken(
+            f"{name}={describe(value)} is no token: give its text, such as ' coffee', "
+            f"or its id{_token_hint(value)}"
+        )
+    if number < 0:
+        raise NotOneToken(f"{name}={number} is no token: ids count from 0 upwards")
+    return number
+
+
+def _token_hint(value: object) -> str:
+    """Returns the end of the message about a value that is no token."""
+    if isinstance(value, bytes):
+        return "; bytes are no text: decode them first, value.decode()"
+    if as_number(value) is not None:
+        return "; an id is a whole number, int(value)"
+    if as_items(value) is not None:
+        return "; several are given where one token is meant"
+    return ""
+
+
+def check_tokens(
+    values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
+) -> tuple[Any, ...]:
+    """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
+    if isinstance(values, (str, bytes, bool, *also)) or as_integer(values) is not None:
+        values = [values]
+    items = as_items(values)
+    if items is None:
+        check_token(values, name)
+        return ()
+    for index, item in enumerate(items):
+        if not isinstance(item, also):
+            items[index] = check_token(item, name)
+    return tuple(items)

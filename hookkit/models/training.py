@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -113,23 +114,17 @@ def user_stacklevel() -> int:
 
 def checkpointing_parents(root: nn.Module, paths: Iterable[str]) -> list[Any]:
     """Returns the modules around these paths that run their forward again in the backward pass."""
-    parents: dict[str, Any] = {}
-
-    def add_parent(path: str) -> Any:
-        if path not in parents:
-            parent_path, _, name = path.rpartition(".")
-            parents[path] = add_parent(parent_path)._modules[name] if path else root
-        return parents[path]
-
-    for path in paths:
-        if path:
-            add_parent(path.rpartition(".")[0])
-    return [module for module in parents.values() if _uses_checkpointing(vars(module))]
-
-
-def _uses_checkpointing(attributes: dict[str, Any]) -> bool:
-    is_enabled = bool(attributes.get("gradient_checkpointing"))
-    return is_enabled and "_gradient_checkpointing_func" in attributes
+    parent_paths: set[str] = set()
+    for path in filter(None, paths):
+        names = path.split(".")[:-1]
+        parent_paths |= {"", *accumulate(names, lambda parent, name: f"{parent}.{name}")}
+    parents: list[Any] = []
+    for module in map(root.get_submodule, parent_paths):
+        attributes = vars(module)
+        is_enabled = attributes.get("gradient_checkpointing")
+        if is_enabled and "_gradient_checkpointing_func" in attributes:
+            parents.append(module)
+    return parents
 
 
 def is_in_checkpointed_block(root: nn.Module, path: str) -> bool:
@@ -139,10 +134,8 @@ def is_in_checkpointed_block(root: nn.Module, path: str) -> bool:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return any(
-        isinstance(module, GradientCheckpointingLayer)
-        for module in checkpointing_parents(root, [path])
-    )
+    parents = checkpointing_parents(root, [path])
+    return any(isinstance(module, GradientCheckpointingLayer) for module in parents)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import check_arguments, check_folder
+from ..arguments import check_arguments
 from ..display import printable
 from ..errors import BadFile, BadHook, OtherSettings
 from ..files.atomic import (
@@ -35,7 +35,7 @@ from ..files.atomic import (
     write_text,
 )
 from ..files.tensors import MADE_BY, save_new_tensors
-from ..files.untrusted import check_strings, is_bare_name, read_json
+from ..files.untrusted import check_folder, check_strings, is_bare_name, read_json
 from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..models.tensor_parallel import is_writing_process

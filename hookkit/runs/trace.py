@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer, check_tokens
+from ..arguments import check_arguments, check_integer
 from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
 from ..hooks.logits import LogitEdit
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
-from ..models.tokens import Token
+from ..models.tokens import Token, check_tokens
 from .generation import Generation
 
 STAGES = ("model", "edited", "processed")

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import pandas as pd
 
-from ..arguments import check_folder
 from ..errors import BadFile, BadHook
 from ..files.atomic import (
     add_line,
@@ -30,7 +29,7 @@ from ..files.atomic import (
     write_bytes,
     write_text,
 )
-from ..files.untrusted import check_mapping, parse_json, path_inside, read_json
+from ..files.untrusted import check_folder, check_mapping, parse_json, path_inside, read_json
 from ..hooks import serialization as codec
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ..models.wrappers import active_adapter_names

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import check_arguments, check_tokens
+from ..arguments import check_arguments
 from ..display import first_rows, render_html
 from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
@@ -28,7 +28,7 @@ from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
 from ..models.sites import Site, Sites
-from ..models.tokens import Token
+from ..models.tokens import Token, check_tokens
 from ..runs.generate import generate, generate_with_tracer
 from ..runs.random_state import Draws
 from ..runs.run import Run

@@ -20,12 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..arguments import check_arguments, check_integer, check_tokens
+from ..arguments import check_arguments, check_integer
 from ..errors import OutOfRange
 from ..hooks.logits import LogitEdit
 from ..models.lm import LM, Token
 from ..models.next_token import NO_RANK, divergences, ranks_for_table
 from ..models.positions import IndicesLike, PosLike
+from ..models.tokens import check_tokens
 from ..runs.run import Run
 from .distributions import Distribution, distributions, scenario, token_texts
 

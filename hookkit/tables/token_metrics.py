@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import as_integer, as_items, check_keywords, check_token, check_tokens, describe
+from ..arguments import as_integer, as_items, check_keywords, describe
 from ..errors import BadHook, BadPrompt, EmptySelection
 from ..models.lm import LM, Token
 from ..models.next_token import rank_among, ranks_for_table, token_logits
+from ..models.tokens import check_token, check_tokens
 from .metrics import Measure, Metric, Said
 
 Answers: TypeAlias = Token | tuple[Token, ...] | list[Token] | list[Token | tuple[Token, ...]]

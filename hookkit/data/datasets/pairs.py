@@ -16,20 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...arguments import (
-    as_integer,
-    as_items,
-    check_arguments,
-    check_fields,
-    check_seed,
-    check_token,
-    describe,
-)
+from ...arguments import as_integer, as_items, check_arguments, check_fields, check_seed, describe
 from ...display import count_of, render_html
 from ...errors import BadPrompt, EmptySelection, OutOfRange
 from ...models.lm import LM, Token
 from ...models.next_token import rank_among, ranks_for_table, token_logits
 from ...models.prompts import Prompts, Row, as_batch, check_prompt, shorten
+from ...models.tokens import check_token
 from ...runs.forward import forward
 from ...tables.token_metrics import LogitDiff, logit_diff
 

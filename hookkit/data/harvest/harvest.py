@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from ...arguments import check_arguments, check_folder
+from ...arguments import check_arguments
 from ...display import count_of, render_html
 from ...errors import BadHook, DamagedHarvest, EmptySelection, NotCaptured, OutOfRange
 from ...files.atomic import sha256
-from ...files.untrusted import read_tensors
+from ...files.untrusted import check_folder, read_tensors
 from ...models.positions import At, PosLike, Where, read_position
 from ...models.sites import AnySite, Site, Sites, SitesLike, as_sites, parse_site
 from .folder import COLUMNS, TOKENS, End, Shard, read_index, read_settings

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import check_arguments, check_folder
+from ...arguments import check_arguments
 from ...errors import BadHook, EmptySelection, HarvestChanged
 from ...files.atomic import lock_folder
+from ...files.untrusted import check_folder
 from ...models.lm import LM
 from ...models.positions import PosLike, Where, read_position
 from ...models.sites import AnySite, SitesLike

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...arguments import check_arguments, check_integer, check_number, check_tokens
+from ...arguments import check_arguments, check_integer, check_number
 from ...display import first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
 from ...figures.diff import stream_map, through_layers, token_bars
@@ -20,6 +20,7 @@ from ...models.positions import PosLike, Where, read_position
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, Site, SitesLike, parse_site
+from ...models.tokens import check_tokens
 from ..page import Report, add_files, report
 from ..parts import Content, Folded, Part
 from ..shift.named_edits import Hooks, as_edit_hooks, tokens_named_by

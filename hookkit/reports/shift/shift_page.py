@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ...arguments import check_arguments, check_integer, check_tokens
+from ...arguments import check_arguments, check_integer
 from ...errors import BadHook, OutOfRange
 from ...figures.shift import (
     PANELS,
@@ -25,6 +25,7 @@ from ...hooks.base import Hook
 from ...models.lm import LM, Token
 from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
+from ...models.tokens import check_tokens
 from ...sweeps.summary import over_prompts
 from ...tables.distributions import Distribution
 from ...tables.intervals import MIN_FOR_INTERVAL
