@@ -217,14 +217,6 @@ def check_seed(value: object, name: str = "seed") -> int:
     return check_integer(value, name, least=0, most=LARGEST_SEED, meaning=meaning)
 
 
-def check_flag(value: object, name: str) -> bool:
-    """Returns True or False. Other values, such as 0 and 1, are not converted."""
-    answer = as_bool(value)
-    if answer is None:
-        raise BadHook(f"{name}={describe(value)}: give True or False")
-    return answer
-
-
 # ---- names and texts
 
 
@@ -352,10 +344,7 @@ def _is_real_number(value: object) -> bool:
 
 
 def read_as(kinds: Sequence[Kind] | None, value: Any, function: str, name: str) -> Any:
-    """Returns the value as the first kind that it fits, or unchanged if the function checks it.
-
-    Raises `BadArgument` if it fits none.
-    """
+    """Returns the value as the first kind that it fits. With `kinds=None`, it is not checked."""
     if kinds is None:
         return value
     for kind in kinds:
@@ -449,10 +438,7 @@ def _wrap(function: Any, *, checks_values: bool, title: str = "") -> Any:
 
 
 def _read_parameters(signature: inspect.Signature) -> tuple[list[str], dict[str, Any], bool]:
-    """Returns the keywords of a function, the annotations by name, and if it takes any keyword.
-
-    The names of the TypedDict in `**settings: Unpack[Settings]` are keywords too.
-    """
+    """Returns a function's keywords, its annotations by name, and if it takes any keyword."""
     keywords: list[str] = []
     annotations: dict[str, Any] = {}
     takes_any = False

@@ -74,10 +74,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def first_rows(table: Any, *names: str, most: int = MAX_ROWS) -> list[dict[str, object]]:
-    """Returns the first rows of a DataFrame, of these columns or of all, for `render_html`.
-
-    The remaining rows are empty dicts, so that `render_html` counts them.
-    """
+    """Returns the first rows of a DataFrame, and an empty dict for each row after them."""
     if names:
         table = table[list(names)]
     rows = table.rename(columns=str).head(most).to_dict("records")

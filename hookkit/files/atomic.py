@@ -210,10 +210,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Removes temporary files of these names, or of all names, that killed programs left.
-
-    Files that are being written are not removed.
-    """
+    """Removes temporary files of these names (default all) that killed programs left."""
     prefixes = tuple(_prefix(name) for name in names) or (".",)
     try:
         files = os.listdir(folder)

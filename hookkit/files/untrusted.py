@@ -46,20 +46,14 @@ def read_bytes(
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size > most:
-                raise error(_too_large(name, most))
-            data = file.read(most + 1)  # a pipe and a device have no size
-    except HookkitError:
-        raise
+            is_large = stat.S_ISREG(status.st_mode) and status.st_size > most
+            data = b"" if is_large else file.read(most + 1)  # a pipe and a device have no size
     except (OSError, ValueError) as raised:  # ValueError: a name with a null byte
         raise error(f"{name!r} cannot be read: {error_message(raised)}") from raised
-    if len(data) > most:
-        raise error(_too_large(name, most))
+    if is_large or len(data) > most:
+        size = f"{most / 2**20:,.0f} MB"
+        raise error(f"{name!r} has more than {size}, and is not read: give a smaller file")
     return data
-
-
-def _too_large(name: str, most: int) -> str:
-    return f"{name!r} has more than {most / 2**20:,.0f} MB, and is not read: give a smaller file"
 
 
 def read_text(path: str | os.PathLike[str], *, error: Error = BadFile, most: int = LARGEST) -> str:
@@ -157,19 +151,11 @@ def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
-            return False
-    return True
+def _is_deep(value: Any, depth: int = 1) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth > DEEPEST or any(_is_deep(item, depth + 1) for item in items)
 
 
 def _too_deep(name: str) -> str:
@@ -178,6 +164,7 @@ def _too_deep(name: str) -> str:
 
 # ---- YAML
 
+YAML_TAG = "tag:yaml.org,2002:"
 YAML_TYPES = ("null", "bool", "str", "seq", "map")
 YAML_PATTERNS = (  # a type, its pattern, and the first characters of its values
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -209,10 +196,7 @@ def parse_yaml(text: str, name: str, *, error: Error = BadFile) -> Any:
 
 
 def read_hook_list(path: str | os.PathLike[str]) -> list[Any]:
-    """Returns the list in a file of hooks, in YAML, or in JSON if its name ends in .json.
-
-    The entries of the list are not checked.
-    """
+    """Returns the unchecked entries of a file of hooks: YAML, or JSON if its name ends in .json."""
     name = os.fspath(path)
     try:
         text = read_text(path)
@@ -261,19 +245,15 @@ def _json_loader() -> Any:
             return _mapping_of_pairs(pairs)
 
     safe = yaml.SafeLoader.yaml_constructors
-    constructors: dict[Any, Any] = {_yaml_tag(name): safe[_yaml_tag(name)] for name in YAML_TYPES}
+    constructors: dict[Any, Any] = {YAML_TAG + name: safe[YAML_TAG + name] for name in YAML_TYPES}
     constructors[None] = safe[None]
-    constructors[_yaml_tag("int")] = lambda loader, node: _parse_integer(node.value)
-    constructors[_yaml_tag("float")] = lambda loader, node: _parse_finite(node.value)
+    constructors[YAML_TAG + "int"] = lambda loader, node: _parse_integer(node.value)
+    constructors[YAML_TAG + "float"] = lambda loader, node: _parse_finite(node.value)
     Loader.yaml_constructors = constructors
     Loader.yaml_implicit_resolvers = {}
     for name, pattern, first in YAML_PATTERNS:
-        Loader.add_implicit_resolver(_yaml_tag(name), re.compile(rf"(?:{pattern})\Z"), first)
+        Loader.add_implicit_resolver(YAML_TAG + name, re.compile(rf"(?:{pattern})\Z"), first)
     return Loader
-
-
-def _yaml_tag(name: str) -> str:
-    return f"tag:yaml.org,2002:{name}"
 
 
 # ---- tensors and tables

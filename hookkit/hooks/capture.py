@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..arguments import check_flag, check_keywords, check_text, describe
+from ..arguments import as_bool, check_keywords, check_text, describe
 from ..errors import BadHook
 from ..models.positions import IndicesLike, PosLike
 from ..models.sites import Site, Sites, SitesLike, as_sites
@@ -30,8 +30,11 @@ class Capture(Hook):
         if self.name is not None:
             meaning = "a name that tells two captures of one site apart"
             check_text(self.name, "name", meaning)
-        set_field(self, "grad", check_flag(self.grad, "grad"))
-        if self.grad and (self.dtype is not None or self.device is not None):
+        grad = as_bool(self.grad)
+        if grad is None:
+            raise BadHook(f"grad={describe(self.grad)}: give True or False")
+        set_field(self, "grad", grad)
+        if grad and (self.dtype is not None or self.device is not None):
             raise BadHook(
                 "capture(grad=True) keeps the very tensor of the computation: leave dtype and "
                 "device out"

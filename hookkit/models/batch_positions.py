@@ -105,9 +105,10 @@ class SequenceBatch:
         batch = self
         while batch.before is not None:
             batch, row = batch.before, batch.before_rows[row]
-            columns, positions = batch.columns[row], batch.selected_positions(where)[row]
+            columns = batch.columns[row]
             if position >= len(columns) or columns[position] != column or column >= batch.seen:
                 return False
+            positions = batch.selected_positions(where)[row]
             if positions is None or position not in positions:
                 return False
             if column >= batch.start:
@@ -115,10 +116,7 @@ class SequenceBatch:
         return False
 
     def reached(self, row: int, *, head: bool) -> range:
-        """Returns the positions of a prompt that have been read, cached ones included.
-
-        With `head=True`, returns those for which logits were computed.
-        """
+        """Returns the positions of a prompt that have been read; with `head`, those with logits."""
         columns = self.columns[row]
         first = (self.head or 0) if head else 0
         return range(bisect_left(columns, first), bisect_left(columns, self.seen))

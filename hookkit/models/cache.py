@@ -44,10 +44,7 @@ def stored_models() -> pd.DataFrame:
 
 
 def model_folders() -> pd.DataFrame:
-    """Returns the folders in which models are stored.
-
-    Columns: of (what is stored), path, set_by (the environment variables that set it).
-    """
+    """Returns the folders of stored models: of (what), path, set_by (environment variables)."""
     rows = [
         [DEFAULT, str(cache_folder()), "HOOKKIT_CACHE"],
         ["the Hub", str(_hub_folder()), "HF_HOME, HF_HUB_CACHE"],
@@ -78,10 +75,7 @@ def fetch_model(name: str | None = None, revision: str | None = None) -> Path:
 
 
 def remove_model(name: str, revision: str | None = None) -> float:
-    """Deletes a model or one of its revisions, and returns how many megabytes were freed.
-
-    Raises `ModelNotFound` if it is not stored.
-    """
+    """Deletes a model or one of its revisions, and returns how many megabytes were freed."""
     if name == DEFAULT and revision is None:
         return _remove_default()
     stored_hashes = _commit_hashes(name)

@@ -70,10 +70,7 @@ def _offloaded_weights(root: nn.Module) -> dict[str, OffloadedWeight]:
 
 
 def weights_of(root: nn.Module) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """Yields each entry of the state dict: its name, a function that reads it, if it is loaded.
-
-    The function reads an offloaded weight when it is called, so that only one has to be in memory.
-    """
+    """Yields the names of the state dict, functions that read the values, and if each is loaded."""
     offloaded = _offloaded_weights(root)
     for name, value in root.state_dict().items():
         if isinstance(value, Tensor) and value.is_meta and name in offloaded:
@@ -129,10 +126,7 @@ def describe_storages(block_storages: Iterable[tuple[int | None, str]]) -> str:
 
 
 def count_parameters(root: nn.Module) -> int:
-    """Returns the number of parameters.
-
-    Tied weights count once, also if accelerate unties them in a forward.
-    """
+    """Returns the number of parameters. Tied weights count once, also if accelerate unties them."""
     tied = getattr(root, "all_tied_weights_keys", None) or {}
     total = 0
     for name, weight in root.named_parameters():

@@ -10,7 +10,7 @@ that the model has, for a notebook to complete. The functions after it add colum
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -38,7 +38,6 @@ from .tokens import Token as Token
 from .tokens import Vocabulary
 from .wrappers import adapter_names, layer_adapter_names, wrapper_chain
 
-Expand = Callable[[SitesLike], Sites]
 UNSPLIT_AXES = ("batch", "pos", "query", "key")
 
 
@@ -48,8 +47,8 @@ class SiteNames:
     `lm.sites("z", layers=[3])` is a selection, and `lm.sites.z` the selection of all layers.
     """
 
-    def __init__(self, names: Callable[[], list[str]], expand: Expand) -> None:
-        self._names, self._expand = names, expand
+    def __init__(self, lm: "LM") -> None:
+        self._lm = lm
 
     def __call__(
         self,
@@ -59,39 +58,40 @@ class SiteNames:
         heads: Collection[int] | None = None,
         **unknown: Any,
     ) -> Sites:
-        return sites(self, names, layers=layers, heads=heads, **unknown)
+        return sites(self._lm, names, layers=layers, heads=heads, **unknown)
 
     def __getattr__(self, name: str) -> Sites:
         if name.startswith("_"):
             raise AttributeError(name)
         try:
-            return self._expand(name)
+            return self._lm.expand(name)
         except HookkitError as error:
             raise AttributeError(str(error)) from error
 
     def __getitem__(self, site: str) -> Sites:
-        return self._expand(site)
+        return self._lm.expand(site)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._names()]
+        return [*super().__dir__(), *self._lm.layout.names]
 
     def _ipython_key_completions_(self) -> list[str]:
         """Completions after `lm.sites["`: every name, and every layer of each."""
-        names = self._names()
-        all_sites = map(str, self._expand(names))
+        names = self._lm.layout.names
+        all_sites = map(str, self._lm.expand(names))
         return list(dict.fromkeys([*names, *all_sites]))
 
     def __repr__(self) -> str:
-        return f"sites {', '.join(self._names())}: lm.sites(names, layers=, heads=) selects some"
+        names = ", ".join(self._lm.layout.names)
+        return f"sites {names}: lm.sites(names, layers=, heads=) selects some"
 
     def _repr_html_(self) -> str:
-        rows = [{"site": name, "axes": AXES[name]} for name in self._names()]
+        rows = [{"site": name, "axes": AXES[name]} for name in self._lm.layout.names]
         return render_html("sites", rows=rows, most=len(rows))
 
 
 @check_keywords
 def sites(
-    of: SiteNames,
+    of: "LM",
     names: str | Iterable[str] | None = None,
     *,
     layers: Collection[int] | None = None,
@@ -103,14 +103,14 @@ def sites(
     if heads is not None:
         heads = check_integers(heads, "heads", least=0, meaning="the heads, counted from 0,")
     if names is None:
-        names = of._names()
+        names = of.layout.names
         if layers is not None:
             names = [name for name in names if name not in SITES_WITHOUT_LAYER]
     selected: list[AnySite] = []
     for named_site in as_sites(names):
-        for site in of._expand(_sites_at(named_site, "layer", layers)):
+        for site in of.expand(_sites_at(named_site, "layer", layers)):
             selected += _sites_at(site, "head", heads)
-    return of._expand(selected)
+    return of.expand(selected)
 
 
 def _sites_at(
@@ -369,7 +369,7 @@ class LM(Vocabulary):
         >>> lm.sites.resid_post[-1], lm.sites["z.3"]
         (Site(name='resid_post', layer=29, head=None), 1 site: z.3)
         """
-        return SiteNames(lambda: self.layout.names, self.expand)
+        return SiteNames(self)
 
     def located(self, sites: Sites) -> dict[AnySite, ModuleLocation]:
         """Returns the module location of each site of a selection, with all layers written out."""

@@ -226,10 +226,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _resolve_source(name: str) -> Path | str:
-    """Returns an existing path, or the name of a model on the Hub.
-
-    Raises `ModelNotFound` for a name that can only be a path and does not exist.
-    """
+    """Returns an existing path, or the name of a model on the Hub."""
     path = Path(os.path.expanduser(name))
     # os.path.exists is False for a name that is too long for a file; Path.exists would raise
     if os.path.exists(path):

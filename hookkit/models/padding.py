@@ -75,10 +75,7 @@ class PaddingScheme:
 def padded_inputs(
     lm: LM, ids: Tensor, positions: Tensor, side: Side, width: int | None = None
 ) -> dict[str, Tensor]:
-    """Returns the arguments of a forward over the last `width` columns of a padded batch.
-
-    `positions` [row, column] counts each row's tokens from 0, and is -1 in the padding.
-    """
+    """Returns the arguments of a forward over the last columns; `positions` is -1 in padding."""
     return _padding_scheme(lm, side).inputs(ids, positions, width or ids.shape[1])
 
 
@@ -140,11 +137,8 @@ def _chunk_kind(chunk: int | None, width: int) -> tuple[int, int] | None:
 
 def _trial_key(lm: LM) -> tuple[Any, ...]:
     """Returns the properties of a model that may change the outcome of a trial."""
-    return (
-        getattr(lm.config, "_attn_implementation", None),
-        getattr(lm.root, "dtype", None),
-        lm.adapters,
-    )
+    attention = getattr(lm.config, "_attn_implementation", None)
+    return attention, getattr(lm.root, "dtype", None), lm.adapters
 
 
 # ---- trials of one forward
@@ -203,11 +197,9 @@ def _possible_schemes(lm: LM, side: Side) -> list[PaddingScheme]:
 def _position_offset(lm: LM) -> int | None:
     """Returns the first position of a position embedding whose first rows are for padding."""
     for path, module in lm.root.named_modules():
-        is_position_embedding = "position" in path.rpartition(".")[2]
-        if is_position_embedding and isinstance(module, nn.Embedding):
-            padding_index = module.padding_idx
-            if padding_index is not None:
-                return padding_index + 1
+        is_for_positions = "position" in path.rpartition(".")[2]
+        if is_for_positions and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
     return None
 
 

@@ -179,10 +179,7 @@ def _read_whole(number: object, word: str) -> int:
 def resolve_positions(
     where: Where, length: int, cover: Callable[[At], tuple[int, ...]]
 ) -> PositionRange:
-    """Returns the positions that `where` selects in a row whose prompt has `length` tokens.
-
-    `cover` returns the positions of the tokens that cover a text.
-    """
+    """Returns the positions that `where` selects in a row. `cover` returns those of a text."""
     if where.step is not None:
         # The logits that choose step 0 are at the prompt's last token.
         return _shift(_resolve(where.step, 0), length - 1)

@@ -94,10 +94,7 @@ def _are_whole(items: Iterable[object]) -> bool:
 
 
 def refuse_non_prompts(prompts: Any, *, rows: bool = False) -> None:
-    """Raises `BadPrompt` for an object that can be iterated over but does not hold prompts.
-
-    With `rows`, a data set whose rows are mappings is allowed.
-    """
+    """Raises `BadPrompt` for an iterable without prompts. With `rows`, data sets are allowed."""
     kind = type(prompts).__name__
     if isinstance(prompts, bytes | bytearray | memoryview):
         raise BadPrompt(
@@ -290,10 +287,7 @@ def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -
 
 
 def as_rows(lm: LM, prompts: Prompts) -> list[Row]:
-    """Returns the prompts as rows of token ids, of any length.
-
-    Raises `BadPrompt` for empty prompts and for ids outside the vocabulary.
-    """
+    """Returns the prompts as rows of token ids of the vocabulary, of any length."""
     rows: list[Row] = []
     for number, content in enumerate(check_prompts(prompts)):
         row = _tokenize(lm, content) if isinstance(content, str) else content
@@ -324,10 +318,7 @@ def batches_by_length(
 
 
 def pad_id(lm: LM) -> int:
-    """Returns the token id of padding: the tokenizer's pad or end token, or 0.
-
-    The mask hides it from the model.
-    """
+    """Returns the id in the padding, which the mask hides: the pad or end token, or 0."""
     vocab = lm.sizes["vocab"]
     for name in ("pad_token_id", "eos_token_id"):
         token_id = getattr(lm.tokenizer, name, None)
@@ -367,11 +358,7 @@ def _check_ids(lm: LM, number: int, row: Row, *, from_tokenizer: bool) -> None:
 
 
 def positions_of_text(lm: LM, row: Sequence[int], at: At) -> Row:
-    """Returns the positions of the tokens of a row that cover a text.
-
-    Raises `OutOfRange` with the row's text if the text does not occur in it, or if it is not clear
-    which occurrence is meant.
-    """
+    """Returns the positions of the tokens of a row that cover a text."""
     if min(row, default=0) < 0:
         raise Unsupported(
             f"{at!r}: the model was given embeddings, whose tokens are unknown; give positions "

@@ -110,10 +110,7 @@ def config_hash(lm: LM) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Returns the commit of the working directory, with a plus sign if files differ from it.
-
-    Returns None outside of git.
-    """
+    """Returns git's commit, with a plus sign if files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")

@@ -212,10 +212,7 @@ _LIVE_RANKS: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
 def is_writing_process() -> bool:
-    """True if this process writes files: it has rank 0 in every model.
-
-    This is for files of no single model, such as reports. For one model there is `lm.is_writer`.
-    """
+    """True if this process has rank 0 in every model: it writes files of no single model."""
     return all(ranks.rank == 0 for ranks in _LIVE_RANKS)
 
 

@@ -200,13 +200,10 @@ def check_tokens(
     values: object, name: str = "tokens", *, also: tuple[type, ...] = ()
 ) -> tuple[Any, ...]:
     """Returns one token or several, in order. Values of the types `also`, such as phrases, pass."""
-    if isinstance(values, (str, bytes, bool, *also)) or as_integer(values) is not None:
-        values = [values]
     items = as_items(values)
     if items is None:
-        check_token(values, name)
-        return ()
-    for index, item in enumerate(items):
-        if not isinstance(item, also):
-            items[index] = check_token(item, name)
-    return tuple(items)
+        items = [values]
+    tokens: list[Any] = []
+    for item in items:
+        tokens.append(item if isinstance(item, also) else check_token(item, name))
+    return tuple(tokens)

@@ -37,10 +37,7 @@ def warn_of_dropout(lm: LM) -> None:
 
 
 def _describe_dropout(module: nn.Module) -> str | None:
-    """Returns a module's own dropout as text, or None.
-
-    Attention has a probability but no dropout module.
-    """
+    """Returns a module's own dropout as text, or None. Attention has no dropout module."""
     if not module.training:
         return None
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
@@ -52,10 +49,7 @@ def _describe_dropout(module: nn.Module) -> str | None:
 
 
 def refuse_no_gradient(lm: LM) -> None:
-    """Raises `Unsupported` for a model with layers through which there is no gradient.
-
-    torch's dynamically quantised layers are an example. Each class of layers is tried once.
-    """
+    """Raises `Unsupported` for layers without a gradient, such as dynamically quantised ones."""
     if "without gradient" not in lm.trial_results:
         lm.trial_results["without gradient"] = _without_gradient(lm.root)
     paths = lm.trial_results["without gradient"]
@@ -128,10 +122,7 @@ def checkpointing_parents(root: nn.Module, paths: Iterable[str]) -> list[Any]:
 
 
 def is_in_checkpointed_block(root: nn.Module, path: str) -> bool:
-    """True for a module inside a block that runs again in the backward pass.
-
-    Hooks on the block itself do not run again.
-    """
+    """True for a module inside a block that runs again in the backward pass; not for the block."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     parents = checkpointing_parents(root, [path])
