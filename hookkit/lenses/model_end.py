@@ -5,8 +5,7 @@ output. Whatever a family does after its blocks is therefore done by the family'
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +19,11 @@ from ..hooks.base import Hook
 from ..hooks.captured_values import Captured
 from ..models.batch_positions import ForwardPass, SequenceBatch
 from ..models.lm import LM
-from ..models.overrides import MethodReplacement, Overrides, skip_hooks
+from ..models.overrides import MethodReplacement, skip_hooks
 from ..models.padding import logits_of
 from ..models.prompts import Row, pad_id, positions_of_text
 from ..models.sites import Site
-from ..runs.manager import HookManager, RegisteredHook
+from ..runs.manager import HookBlock, RegisteredHook, capture_reference
 from ..runs.partial import CellRows, SharedForward, skip_block
 from ..runs.taps import BoundHook, HookPoint, build_hook_points, find_input
 
@@ -89,13 +88,16 @@ def _observe_ending(lm: LM) -> Ending:
             ended.add(path)
         return output
 
-    with torch.no_grad(), _only_the_end(lm, HookManager(lm, (), alone=True)) as overrides:
+    def wrap_modules(hook_block: HookBlock) -> None:
+        _skip_hooks_inside_blocks(hook_block)
         for number, block in enumerate(blocks):
-            overrides.around(block, "forward", partial(run_block, number))
+            hook_block.overrides.around(block, "forward", partial(run_block, number))
         for path, module in lm.root.named_modules():
             if module not in inside:
-                overrides.around(module, "forward", partial(run_module, path))
-        lm.model(**_inputs(lm, 1))
+                hook_block.overrides.around(module, "forward", partial(run_module, path))
+
+    with torch.no_grad():
+        SharedForward(lm, (), rows=1, width=1).run(_inputs(lm, 1), wrap_modules, alone=True)
     kinds_in_order = tuple([kinds[number] for number in range(len(blocks))])
     return Ending(kinds_in_order, frozenset(begun), frozenset(ended))
 
@@ -113,18 +115,15 @@ def _inputs(lm: LM, rows: int) -> dict[str, Any]:
     return {"input_ids": ids, **lm.accepted(use_cache=False, return_dict=True)}
 
 
-@contextmanager
-def _only_the_end(lm: LM, manager: HookManager) -> Iterator[Overrides]:
-    """Enters a manager, and calls the modules inside the model's blocks without their hooks.
+def _skip_hooks_inside_blocks(hook_block: HookBlock) -> None:
+    """Lets the modules inside the model's blocks be called without their hooks.
 
     Those hooks must not act on a state that is inserted after the blocks. The user's own hooks on
     modules after the blocks still act: they are part of the model's output.
     """
-    with manager, Overrides() as overrides:
-        for module in _modules_inside(_blocks_of(lm)):
-            if module._forward_hooks or module._forward_pre_hooks:
-                skip_hooks(module, overrides, manager.acts_here)
-        yield overrides
+    for module in _modules_inside(_blocks_of(hook_block.lm)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            skip_hooks(module, hook_block.overrides, hook_block.dispatcher.acts_here)
 
 
 class _HeadReached(Exception):
@@ -245,14 +244,19 @@ class ModelEnd:
         output: Any = states[:, None]
         if self.kinds[-1]:
             output = (output, *[None] * (self.kinds[-1] - 1))
-        manager = SharedForward(self.lm, lanes, rows=len(states), width=1, alone=True)
-        with _only_the_end(self.lm, manager) as overrides:
+
+        def replace_modules(hook_block: HookBlock) -> None:
+            _skip_hooks_inside_blocks(hook_block)
+            overrides = hook_block.overrides
             for block, kind in zip(skipped, self.kinds, strict=False):
-                overrides.around(block, "forward", skip_block(kind))
+                overrides.around(block, "forward", partial(skip_block, kind))
             overrides.around(last, "forward", lambda *_, **__: output)
             if head is not None:
                 overrides.around(self.lm.submodule(self._head_path), "forward", head)
-            return logits_of(self.lm.model(**_inputs(self.lm, len(states))))[:, 0]
+
+        shared_forward = SharedForward(self.lm, lanes, rows=len(states), width=1)
+        inputs = _inputs(self.lm, len(states))
+        return logits_of(shared_forward.run(inputs, replace_modules, alone=True))[:, 0]
 
 
 def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelEnd:
@@ -264,7 +268,7 @@ def model_end_of(lm: LM, hooks: Iterable[Hook], rows: tuple[Row, ...]) -> ModelE
     end = find_ending(lm)
     _refuse_outer_edits(lm, end)
     taps = []
-    for tap in build_hook_points(lm, list(hooks), HookManager(lm, ()).reference):
+    for tap in build_hook_points(lm, list(hooks), partial(capture_reference, lm)):
         tap.actions = end.edits(tap)
         if tap.actions:
             taps.append(tap)
@@ -275,7 +279,7 @@ def _refuse_outer_edits(lm: LM, end: Ending) -> None:
     for path in end.ended:
         module = lm.submodule(path)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not isinstance(hook, RegisteredHook) or not hook.manager.acts_here():
+            if not isinstance(hook, RegisteredHook) or not hook.dispatcher.acts_here():
                 continue
             for tap in hook.args:
                 if isinstance(tap, HookPoint) and end.edits(tap):

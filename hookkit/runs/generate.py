@@ -17,20 +17,20 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.padding import check_generation
 from ..models.positions import Where
-from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
+from ..models.prompts import Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
 from ..models.training import warn_of_dropout
-from .generation import NEUTRAL
-from .manager import HookManager
-from .random_state import Draws
-from .run import (
+from .forward import (
     Logits,
     LogitsOption,
-    Run,
     outside_inference_mode,
     read_logits_option,
     refuse_two_texts,
 )
+from .generation import NEUTRAL
+from .manager import HookManager
+from .random_state import Draws
+from .run import Run
 from .trace import Trace, Tracer
 
 FROM_THE_PROMPTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -85,85 +85,73 @@ def generate_with_tracer(
     logits: Logits,
     draws: Draws,
     tracer: Tracer | None,
-    arguments: Mapping[str, Any],
+    arguments: dict[str, Any],
 ) -> Run:
     """`generate`, with a tracer that is called at each step."""
     refuse_two_texts(lm)
     _check_names(lm, arguments)
-    _check_effects(lm, draws.seed, arguments)
+    if draws.seed is not None:
+        check_seed(draws.seed)
+    config = _effective_config(lm, arguments)
+    _check_effects(config.get_generation_mode().value, arguments)
     warn_of_dropout(lm)
     option = read_logits_option(logits)
-    config = _generation_config(lm, arguments)
-    draws.sampling = bool(arguments.get("do_sample", config.do_sample))
+    draws.sampling = bool(config.do_sample)
     batch = as_batch(lm, prompts, side="left", room=arguments.get("max_new_tokens") or 0)
     check_generation(
         lm,
         padded=batch.padded,
-        chunk=_setting(lm, arguments, "prefill_chunk_size"),
+        chunk=getattr(config, "prefill_chunk_size", None),
         width=batch.ids.shape[1],
-        cache=_setting(lm, arguments, "cache_implementation"),
+        cache=config.cache_implementation,
     )
-    observers = _logits_observers(option)
+    # the logits that chose each token, which the user does not see as a hook
+    kind = CaptureLast if option == "last" else Capture
+    observer = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))
+    observers = [] if option == "none" else [observer]
     manager = HookManager(lm, hooks, observers=observers, tracer=tracer)
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    if config.stop_strings:
+        inputs["tokenizer"] = lm.tokenizer
+    if config.pad_token_id is None and "generation_config" not in arguments:
+        inputs["pad_token_id"] = pad_id(lm)
     settings = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
     if draws.seed is not None:
         settings["seed"] = draws.seed
     output: Any = None
     started = time.perf_counter()
 
-    def run() -> Run:
+    def result() -> Run:
         settings["seconds"] = time.perf_counter() - started
-        return _run_of(lm, batch, hooks, manager, settings, arguments, output)
+        rows, device = manager.rows, batch.ids.device
+        sequences_per_prompt = len(rows) // len(batch.rows)
+        prompt_rows = tuple(row // sequences_per_prompt for row in range(len(rows)))
+        ones = [[1] * len(row) for row in rows]
+        return Run(
+            lm=lm,
+            tokens=pad_rows(rows, pad_id(lm)).to(device),
+            mask=pad_rows(ones, 0).bool().to(device),
+            prompt_rows=prompt_rows,
+            prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
+            hooks=hooks,
+            kept=manager.texts[0],
+            kept_logits=_observed_logits(manager, option),
+            settings=settings,
+            output=output,
+            _captures=manager.captures,
+            arguments=arguments,
+            recorded=None if tracer is None else tracer.recorded,
+        )
 
     try:
         with draws, manager:
-            defaults = _defaults(lm, arguments)
-            output = lm.model.generate(**inputs, **defaults, **arguments)  # pyright: ignore
+            output = lm.model.generate(**inputs | arguments)  # pyright: ignore
     except NeverFired as error:
-        error.run = run()
+        error.run = result()
         raise
     finally:
         manager.close()  # again, since Ctrl-C may have come before `__exit__` began
-    return run()
-
-
-def _logits_observers(option: LogitsOption) -> list[Capture]:
-    """The capture of the logits that chose each token, which the user does not see as a hook."""
-    if option == "none":
-        return []
-    kind = CaptureLast if option == "last" else Capture
-    return [kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))]
-
-
-def _run_of(
-    lm: LM,
-    batch: Batch,
-    hooks: tuple[Hook, ...],
-    manager: HookManager,
-    settings: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    output: Any,
-) -> Run:
-    rows, device = manager.rows, batch.ids.device
-    sequences_per_prompt = len(rows) // len(batch.rows)
-    prompt_rows = tuple(row // sequences_per_prompt for row in range(len(rows)))
-    ones = [[1] * len(row) for row in rows]
-    return Run(
-        lm=lm,
-        tokens=pad_rows(rows, pad_id(lm)).to(device),
-        mask=pad_rows(ones, 0).bool().to(device),
-        prompt_rows=prompt_rows,
-        prompt_lengths=tuple(batch.lengths[row] for row in prompt_rows),
-        hooks=hooks,
-        kept=manager.texts[0],
-        kept_logits=_observed_logits(manager, settings["logits"]),
-        settings=settings,
-        output=output,
-        _captures=manager.captures,
-        arguments=arguments,
-        recorded=None if manager.tracer is None else manager.tracer.recorded,
-    )
+    return result()
 
 
 def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | None:
@@ -183,12 +171,7 @@ def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | N
 # ---- the arguments
 
 
-def _generation_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
-    return arguments.get("generation_config") or lm.root.generation_config
-
-
 def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
-    """Raises `UnknownKeyword` for an argument that neither `generate` nor the model has."""
     from transformers import GenerationConfig, GenerationMixin
 
     if not isinstance(lm.root, GenerationMixin):
@@ -216,23 +199,24 @@ def _check_names(lm: LM, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _setting(lm: LM, arguments: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting, from the arguments or from the generation configuration."""
-    value = arguments.get(name)
-    if value is not None:
-        return value
-    return getattr(_generation_config(lm, arguments), name, None)
-
-
-def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> None:
-    """Raises for an argument that is invalid, or would have no effect on this generation."""
+def _effective_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
+    """The generation configuration with the arguments in it; `BadArgument` if it is invalid."""
     for name, least in COUNTS.items():
         if arguments.get(name) is not None:
             check_integer(arguments[name], name, least=least, error=BadArgument)
-    config = _effective_config(lm, arguments)
-    if seed is not None:
-        check_seed(seed)
-    mode = config.get_generation_mode().value
+    config: Any = arguments.get("generation_config") or lm.root.generation_config
+    config = copy.deepcopy(config)
+    updates = {name: value for name, value in arguments.items() if hasattr(config, name)}
+    try:
+        config.update(**updates)
+        config.validate()
+    except (ValueError, TypeError) as error:
+        raise BadArgument(f"transformers' generate refuses its arguments: {error}") from error
+    return config
+
+
+def _check_effects(mode: str, arguments: Mapping[str, Any]) -> None:
+    """Raises for an argument that would have no effect on a generation of this mode."""
     if mode not in ("greedy_search", "beam_search"):
         return
     for name, neutral in NEUTRAL.items():
@@ -247,33 +231,6 @@ def _check_effects(lm: LM, seed: int | None, arguments: Mapping[str, Any]) -> No
                 raise BadArgument(
                     f"{name} is a rule of beam search, and num_beams is 1: leave {name} out"
                 )
-
-
-def _effective_config(lm: LM, arguments: Mapping[str, Any]) -> Any:
-    """The generation configuration with the arguments in it; `BadArgument` if it is invalid."""
-    config: Any = copy.deepcopy(_generation_config(lm, arguments))
-    updates = {name: value for name, value in arguments.items() if hasattr(config, name)}
-    try:
-        config.update(**updates)
-        config.validate()
-    except (ValueError, TypeError) as error:
-        raise BadArgument(f"transformers' generate refuses its arguments: {error}") from error
-    return config
-
-
-def _defaults(lm: LM, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments from the LM: a tokenizer for stop strings, a pad token if the model has none."""
-    config = _generation_config(lm, arguments)
-    defaults: dict[str, Any] = {}
-    if arguments.get("stop_strings") or config.stop_strings:
-        defaults["tokenizer"] = lm.tokenizer
-    if (
-        arguments.get("pad_token_id") is None
-        and config.pad_token_id is None
-        and "generation_config" not in arguments
-    ):
-        defaults["pad_token_id"] = pad_id(lm)
-    return defaults
 
 
 def _as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:

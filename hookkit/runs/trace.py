@@ -75,10 +75,6 @@ class Stage:
     margin: Float[Tensor, " row"]
     candidates: Int[Tensor, " row"]  # the number of tokens whose logit is not -inf
 
-    def cpu(self) -> "Stage":
-        """Returns the same stage in main memory."""
-        return Stage(*(getattr(self, name).cpu() for name in Stage.__slots__))
-
 
 @dataclass(eq=False, slots=True)
 class LogitChange:
@@ -87,10 +83,6 @@ class LogitChange:
     hook: Hook
     rows: Bool[Tensor, " row"]
     ranks: Int[Tensor, "row token"]
-
-    def cpu(self) -> "LogitChange":
-        """Returns the same change in main memory."""
-        return LogitChange(self.hook, self.rows.cpu(), self.ranks.cpu())
 
 
 @dataclass(eq=False, slots=True)
@@ -102,11 +94,13 @@ class Step:
     stages: dict[str, Stage]
     changes: list[LogitChange]  # by the hooks on logits, in their order
 
-    def cpu(self) -> "Step":
-        """Returns the same step in main memory. Stages that are one object stay one."""
-        copies = {id(stage): stage.cpu() for stage in self.stages.values()}
-        stages = {name: copies[id(stage)] for name, stage in self.stages.items()}
-        return Step(self.call, self.ids.cpu(), stages, [change.cpu() for change in self.changes])
+    def move_to_cpu(self) -> None:
+        """Moves all tensors to main memory."""
+        for record in (self, *self.stages.values(), *self.changes):
+            for name in record.__slots__:
+                value = getattr(record, name)
+                if isinstance(value, Tensor):
+                    setattr(record, name, value.cpu())
 
     def decision(self, row: int, step: int, length: int, token: int, model_row: int) -> "Decision":
         """Returns the choice of a token in a row whose prompt has this length."""
@@ -185,16 +179,16 @@ class Tracer:
     hooks: Sequence[Hook]
     listener: Callable[[Tensor, Tensor], None] | None = None
     steps: list[Step] = field(default_factory=list)
+    generation: Generation = field(init=False)  # the current call of `generate`
 
     def __post_init__(self) -> None:
-        self._watched = [self.lm.token(token) for token in self.asked.watch]
+        self._watched = tuple(self.lm.token(token) for token in self.asked.watch)
         named: list[int] = []
         for hook in self.hooks:
             if isinstance(hook, LogitEdit):
                 named += hook.named(self.lm)
-        self._named = list(dict.fromkeys(named))
+        self._named = tuple(dict.fromkeys(named))
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
-        self._generation: Generation | None = None
         self.recorded: GenerationRecord | None = None
         self._open_step = _OpenStep()
 
@@ -205,7 +199,7 @@ class Tracer:
                 "beam sampling draws among beams, and its draws leave no trace: leave trace= out, "
                 "or do_sample"
             )
-        self.steps, self._generation, self.recorded = [], generation, None
+        self.steps, self.generation, self.recorded = [], generation, None
         self._top_count = self.asked.top
         if generation.beams > 1:  # the beams take their tokens from this many of the first
             candidates = max(2, 1 + len(generation.eos)) * generation.beams
@@ -240,12 +234,6 @@ class Tracer:
         if self.listener is not None:
             self.listener(tokens, done)
 
-    @property
-    def generation(self) -> Generation:
-        """The current call of `generate`."""
-        assert self._generation is not None
-        return self._generation
-
     def now(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> GenerationRecord:
         """Returns the record of the newest step alone.
 
@@ -267,23 +255,19 @@ class Tracer:
 
         `sources` returns for a forward the model row in which each final row was.
         """
-        steps = [step.cpu() for step in self.steps]
         decisions = []
+        for step in self.steps:
+            step.move_to_cpu()
         for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
             for number, token in enumerate(tokens[length:]):
-                step = steps[number]
+                step = self.steps[number]
                 model_row = sources(step.call)[row]
                 decisions.append(step.decision(row, number, length, token, model_row))
         self.recorded = self._record_of(decisions)
 
     def _record_of(self, decisions: list[Decision]) -> GenerationRecord:
         return GenerationRecord(
-            self.lm,
-            self.asked,
-            self.generation,
-            tuple(self._watched),
-            tuple(self._named),
-            tuple(decisions),
+            self.lm, self.asked, self.generation, self._watched, self._named, tuple(decisions)
         )
 
     def _step(self, tokens: Int[Tensor, " row"] | None) -> Step:
@@ -294,11 +278,10 @@ class Tracer:
         count = min(self._top_count, real["model"].shape[1])
         tops = {name: logits.topk(count, dim=-1).indices for name, logits in real.items()}
         parts = list(tops.values())
-        device, row_count = parts[0].device, len(parts[0])
-        if self._always_stored:
-            parts.append(torch.tensor(self._always_stored, device=device).expand(row_count, -1))
+        always = torch.tensor(self._always_stored, dtype=torch.long, device=parts[0].device)
+        parts.append(always.expand(len(parts[0]), -1))
         if tokens is not None:
-            parts.append(tokens[:, None].to(device))
+            parts.append(tokens[:, None].to(parts[0].device))
         ids = torch.cat(parts, dim=1)
         stages = {
             name: _stage(logits, ids, tops[name][:, : self.asked.top], n_tokens)

@@ -35,9 +35,8 @@ from ..models.batch_positions import ForwardPass
 from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
-from ..runs.manager import HookManager
-from ..runs.outcomes import check_positions
-from ..runs.taps import BoundHook, HookPoint, build_hook_points
+from ..runs.manager import capture_reference
+from ..runs.taps import BoundHook, HookPoint, build_hook_points, check_positions
 from .inputs import SweepInputs
 from .reach import bound_hooks_of
 
@@ -110,7 +109,7 @@ class References:
         key = prompts, name
         if key not in self.captures:
             expanded = self.lm.expand(sites)
-            self.captures[key] = HookManager(self.lm, ()).reference(expanded, prompts)
+            self.captures[key] = capture_reference(self.lm, expanded, prompts)
         return self.captures[key]
 
 
@@ -265,7 +264,7 @@ def check_reached(hook_points: Sequence[HookPoint], inputs: SweepInputs) -> None
     batch = inputs.full
     width = max(batch.lengths)
     whole = ForwardPass(batch, 0, 0, len(inputs), width, range(width), 0)
-    check_positions(bound_hooks_of(hook_points), batch, whole, None)
+    check_positions(bound_hooks_of(hook_points), whole, None)
 
 
 DRAWS = 10  # of a control, by default

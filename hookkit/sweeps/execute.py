@@ -19,9 +19,8 @@ from ..hooks.capture import capture
 from ..hooks.captured_values import Captured, CapturedChunk
 from ..models.lm import LM
 from ..models.sites import AnySite, ModuleSite, Site
-from ..runs.engines.actors import run_steps
+from ..runs.engines.actors import Step, Steps, run_steps
 from ..runs.engines.ray import Ray
-from ..runs.engines.work import Step, Steps
 from ..runs.taps import BoundHook, HookPoint, build_hook_points
 from .cell_metrics import UNEDITED, CellMetrics, Values, cell_keys, unedited_logits
 from .cells import Cell

@@ -308,16 +308,14 @@ def _run_model(
     prompt_rows: Sequence[int],
 ) -> Float[Tensor, "row pos vocab"]:
     """Returns the logits of `prompt_rows`, from a forward whose inputs are those of `rows`."""
-    lm = inputs.lm
     n_read = max(inputs.read_counts[row] for row in prompt_rows)
     n_computed = inputs.count_logits(prompt_rows, width)
-    settings = lm.accepted(use_cache=bool(kwargs), return_dict=True, logits_to_keep=n_computed)
+    settings = inputs.lm.accepted(
+        use_cache=bool(kwargs), return_dict=True, logits_to_keep=n_computed
+    )
     model_inputs = inputs.model_inputs(rows, columns, width)
-    try:
-        with torch.no_grad(), shared_forward:
-            output = lm.model(**model_inputs, **settings, **kwargs)
-    finally:
-        shared_forward.close()  # again, since Ctrl-C may have come before `__exit__` began
+    with torch.no_grad():
+        output = shared_forward.run({**model_inputs, **settings, **kwargs})
     logits = logits_of(output)[:, -n_read:]
     if n_read < n_computed:
         return logits.clone()  # so that the other positions are freed

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ..hooks.edits import steer
 from ..models.lm import LM
-from ..models.overrides import Overrides
 from ..models.sites import ModuleSite, Site
 from ..runs.forward import forward
-from ..runs.manager import HookManager
-from ..runs.partial import Path
+from ..runs.manager import HookBlock
+from ..runs.partial import Path, SharedForward
 from ..runs.taps import build_hook_points
 from .forwards import (
     CellPrompt,
@@ -77,7 +76,7 @@ def is_called(lm: LM, site: ModuleSite) -> bool:
     some."""
     key = "is_called", site.path, lm.root.training
     if key not in lm.trial_results:
-        recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
+        recorder = _ShapeRecorder({0: lm.submodule(site.path)})
         _run_trial(recorder, lm, _trial_inputs(lm), range(len(LENGTHS)))
         lm.trial_results[key] = 0 in recorder.kinds
     return lm.trial_results[key]
@@ -86,7 +85,7 @@ def is_called(lm: LM, site: ModuleSite) -> bool:
 def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
     """Returns the shape of a module site's tensor with `count` rows; () if there is no tensor, or
     if the module does not run."""
-    recorder = _ShapeRecorder(lm, {0: lm.submodule(site.path)})
+    recorder = _ShapeRecorder({0: lm.submodule(site.path)})
     _run_trial(recorder, lm, _trial_inputs(lm), range(count))
     if site.side == "output":
         return recorder.outputs.get((0, site.item), ())
@@ -216,23 +215,22 @@ def _output_items(output: Any) -> Iterable[tuple[int | str, Any]]:
     return [(0, output)]
 
 
-class _ShapeRecorder(HookManager):
+class _ShapeRecorder:
     """Records the shapes of the inputs and outputs of some numbered modules, and owns them.
 
     kinds  0 for a module that returns a tensor, or the length of its tuple
     """
 
-    def __init__(self, lm: LM, modules: dict[int, nn.Module]) -> None:
-        super().__init__(lm, ())
+    def __init__(self, modules: dict[int, nn.Module]) -> None:
         self.modules = modules
         self.inputs: dict[tuple[int, Path], tuple[int, ...]] = {}
         self.outputs: dict[tuple[int, int | str], tuple[int, ...]] = {}
         self.kinds: dict[int, int] = {}
 
-    def _register(self, lent: Overrides) -> None:
-        super()._register(lent)
+    def wrap_modules(self, block: HookBlock) -> None:
+        """Wraps the forwards of the modules for the time of a block."""
         for number, module in self.modules.items():
-            lent.around(module, "forward", self._recording_forward(number))
+            block.overrides.around(module, "forward", self._recording_forward(number))
 
     def _recording_forward(self, number: int) -> Any:
         def recording_forward(inner: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +279,7 @@ def _lengths_of_axis_0(
     blocks = {}
     for layer in range(lm.n_layers):
         blocks[layer] = lm.submodule(lm.family.block.format(layer=layer))
-    plain, cached = _ShapeRecorder(lm, blocks), _ShapeRecorder(lm, blocks)
+    plain, cached = _ShapeRecorder(blocks), _ShapeRecorder(blocks)
     _run_trial(plain, lm, inputs, range(count))
     with suppress(Exception):  # a model that takes no cache runs without one
         _run_trial(cached, lm, inputs, range(count), cached=True)
@@ -334,5 +332,6 @@ def _run_trial(
         indices = torch.arange(len(rows))
         kwargs["past_key_values"] = prefix_cache(contents, columns - width, lambda: indices)
     model_inputs = inputs.model_inputs(rows, columns, width)
-    with torch.no_grad(), recorder:
-        lm.model(**model_inputs, **settings, **kwargs)
+    shared_forward = SharedForward(lm, [], rows=len(rows), width=width)
+    with torch.no_grad():
+        shared_forward.run({**model_inputs, **settings, **kwargs}, recorder.wrap_modules)

@@ -22,9 +22,10 @@ from ..errors import Unsupported
 from ..hooks.base import Hook
 from ..models.lm import LM
 from ..models.prompts import Prompts, as_batch
+from ..runs.forward import Logits
 from ..runs.generate import generate_with_tracer
 from ..runs.random_state import Draws
-from ..runs.run import Logits, Run
+from ..runs.run import Run
 from ..runs.trace import GenerationRecord, Trace, Tracer
 from ..runs.trace import trace as every_step
 from ..runs.worker_thread import ThreadedGenerator

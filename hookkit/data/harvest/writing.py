@@ -23,9 +23,8 @@ from ...files.untrusted import check_folder
 from ...models.lm import LM
 from ...models.positions import PosLike, Where, read_position
 from ...models.sites import AnySite, SitesLike
-from ...runs.engines.actors import run_steps
+from ...runs.engines.actors import Step, Steps, run_steps
 from ...runs.engines.ray import EngineLike, Ray, read_engine
-from ...runs.engines.work import Step, Steps
 from .folder import (
     FORMAT,
     End,

@@ -37,7 +37,7 @@ from ...models.prompts import Row
 from ...models.sites import Site
 from ...runs.forward import forward
 from ...runs.generate import generate
-from ...runs.manager import HookManager
+from ...runs.manager import capture_reference
 from ...runs.partial import skip_block
 from ...runs.run import Run
 from ...runs.taps import HookPoint, build_hook_points
@@ -86,7 +86,7 @@ class ResumePlan:
         with Overrides() as lent:
             for number in range(start - 1):
                 output_kind = find_ending(self.lm).kinds[number]
-                lent.around(self._block(number), "forward", skip_block(output_kind))
+                lent.around(self._block(number), "forward", partial(skip_block, output_kind))
             if start:
                 lent.around(self._block(start - 1), "forward", partial(self._replay, start - 1))
             yield
@@ -133,7 +133,7 @@ def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
     model_end = find_ending(lm)
     blocks = {lm.family.block.format(layer=number): number for number in range(lm.n_layers)}
     numbers = []
-    for point in build_hook_points(lm, list(hooks), HookManager(lm, ()).reference):
+    for point in build_hook_points(lm, list(hooks), partial(capture_reference, lm)):
         number = _enclosing_block(point, blocks)
         if number is None:
             number = lm.n_layers if model_end.has(point) else 0
