@@ -103,7 +103,8 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
             f"{lm.name!r}"
         )
     history = _read_history(parse_json(words["history"], name), name)
-    return TunedLens(*_read_translators(tensors, list(history["site"]), name), history, about)
+    change, offset = _read_translators(tensors, list(history["site"]), name)
+    return TunedLens(change, offset, history, about)
 
 
 def _read_history(rows: Any, name: str) -> pd.DataFrame:
@@ -118,7 +119,7 @@ def _read_history(rows: Any, name: str) -> pd.DataFrame:
 
 def _read_translators(
     tensors: Mapping[str, Tensor], sites: list[Any], name: str
-) -> list[dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns the changes and the offsets by site, in the order of the history, after checking that
     they are affine translators."""
     translators: list[dict[str, Tensor]] = []
@@ -134,7 +135,7 @@ def _read_translators(
     shapes = {(*square.shape, *offset[site].shape) for site, square in change.items()}
     if shapes != {(width, width, width)}:
         raise BadFile(f"{name} has tensors that are no affine translators: it was changed")
-    return translators
+    return change, offset
 
 
 @check_arguments
