@@ -1,32 +1,27 @@
 """The grammar of hooks as short texts: VERB:WHAT@WHERE.
 
 `parse_parts` splits a text into a `Spelling`; WHAT holds sites or tokens, WHERE a position or step
-and settings. Values are numbers, texts, lists, slices, and calls such as at('store').
+and settings. Values are numbers, texts, lists, slices, and calls such as at('store'). Conditions
+and phrases are imported where a text has one, so that positions are read without torch.
 """
 
 import ast
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import shorten
 from ..errors import BadHook
 from ..models.positions import GENERATED, PROMPT, at
-from ..models.tokens import Token
-from . import conditions
-from .conditions import Phrase
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "at": at,
-    "phrase": conditions.phrase,
-    "entropy_above": conditions.entropy_above,
-    "entropy_below": conditions.entropy_below,
-    "margin_above": conditions.margin_above,
-    "margin_below": conditions.margin_below,
-    "rank_of": conditions.rank_of,
-    "prob_of": conditions.prob_of,
-}
+if TYPE_CHECKING:
+    from ..models.tokens import Token
+    from .conditions import Phrase
+
+CONDITIONS = (
+    "phrase", "entropy_above", "entropy_below", "margin_above", "margin_below", "rank_of",
+    "prob_of",
+)  # fmt: skip
 NAMES: dict[str, Any] = {"PROMPT": PROMPT, "GENERATED": GENERATED, "inf": float("inf")}
 END = r"(-?\d{1,18})?"  # an end of a slice; more digits are no position
 SLICE = re.compile(rf"{END}:{END}(?::(\d{{1,18}}))?")
@@ -160,12 +155,17 @@ def _evaluate(node: ast.expr) -> Any:
             return list(map(_evaluate, node.elts))
         case ast.Name(id=name) if name in NAMES:
             return NAMES[name]
-        case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
-            return _call(FUNCTIONS[name], node)
+        case ast.Call(func=ast.Name(id=name)) if name == "at" or name in CONDITIONS:
+            return _call(name, node)
     raise _NoValueError
 
 
-def _call(function: Callable[..., Any], node: ast.Call) -> Any:
+def _call(name: str, node: ast.Call) -> Any:
+    function = at
+    if name in CONDITIONS:
+        from . import conditions
+
+        function = getattr(conditions, name)
     keywords = {}
     for keyword in node.keywords:
         if keyword.arg is not None:
@@ -214,12 +214,12 @@ def parse_sites(spelling: Spelling) -> tuple[list[str], str]:
     return list(map(str.strip, sites.split(","))), after
 
 
-def parse_tokens(spelling: Spelling) -> list[Token | Phrase]:
+def parse_tokens(spelling: Spelling) -> "list[Token | Phrase]":
     """Returns the tokens of WHAT, in order."""
     return [parse_token(text, spelling) for text in split(spelling.what)]
 
 
-def parse_token(text: str, spelling: Spelling) -> Token | Phrase:
+def parse_token(text: str, spelling: Spelling) -> "Token | Phrase":
     """Returns a token of WHAT. Raises `BadHook` for an empty text."""
     if not text:
         raise BadHook(
@@ -229,7 +229,7 @@ def parse_token(text: str, spelling: Spelling) -> Token | Phrase:
     return parse_bare_token(text)
 
 
-def parse_bare_token(text: str) -> Token | Phrase:
+def parse_bare_token(text: str) -> "Token | Phrase":
     """Returns a token: the text itself with its leading space, '…', id(28) or phrase('…')."""
     bare = text.strip()
     if match := re.fullmatch(r"id\((\d{1,18})\)", bare):
@@ -239,7 +239,7 @@ def parse_bare_token(text: str) -> Token | Phrase:
             value = _parse_value(bare)
         except _NoValueError:
             return text
-        if isinstance(value, str | Phrase) and value:
+        if value and not isinstance(value, list):
             return value
     return text
 
