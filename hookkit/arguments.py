@@ -63,7 +63,11 @@ def describe(value: Any) -> str:
     shape: Any = getattr(value, "shape", None)
     dtype = getattr(value, "dtype", None)
     has_shape = isinstance(shape, tuple) and dtype is not None
-    if (has_shape and not shape) or _is_short(value):
+    if isinstance(value, list | tuple | set | frozenset):
+        is_short = len(value) <= 4 and all(isinstance(item, SIMPLE_TYPES) for item in value)
+    else:
+        is_short = isinstance(value, SIMPLE_TYPES | complex | bytes | slice)
+    if is_short or (has_shape and not shape):
         return shorten(repr(value))
     type_name = type(value).__name__
     article = "an" if type_name[:1].lower() in "aeio" else "a"
@@ -71,13 +75,6 @@ def describe(value: Any) -> str:
         dtype_name = str(dtype).removeprefix("torch.")
         return f"{article} {type_name} of shape {list(shape)} and dtype {dtype_name}"
     return f"{article} {type_name}"
-
-
-def _is_short(value: Any) -> bool:
-    """True for a value without items, and for a collection of at most four such values."""
-    if isinstance(value, list | tuple | set | frozenset):
-        return len(value) <= 4 and all(isinstance(item, SIMPLE_TYPES) for item in value)
-    return isinstance(value, SIMPLE_TYPES | complex | bytes | slice)
 
 
 # ---- conversions: the value, or None for an object of another kind
@@ -282,13 +279,14 @@ CHECKED_PACKAGES = ("hookkit", "torch", "pandas", "matplotlib", "pathlib", "os")
 
 def kinds_of(annotation: Any) -> list[Kind] | None:
     """Returns the kinds that an annotation allows. It is None if the function checks the value."""
-    if annotation is None or annotation is types.NoneType:
-        return [Kind("None", lambda value: value is None)]
     origin = get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return _kinds_of_union(get_args(annotation))
     if origin is Literal:
-        return [_kind_of_literal(get_args(annotation))]
+        values = get_args(annotation)
+        names = tuple(value for value in values if isinstance(value, str))
+        words = " or ".join(map(repr, values))
+        return [Kind(words, lambda value: isinstance(value, str) and value in names, names=names)]
     if origin is Callable:
         return [Kind("a function", callable)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -316,12 +314,6 @@ def _kinds_of_union(members: tuple[Any, ...]) -> list[Kind] | None:
     return result
 
 
-def _kind_of_literal(values: tuple[Any, ...]) -> Kind:
-    names = tuple(value for value in values if isinstance(value, str))
-    words = " or ".join(map(repr, values))
-    return Kind(words, lambda value: isinstance(value, str) and value in names, names=names)
-
-
 def _kinds_of_class(kind: type) -> list[Kind] | None:
     if kind is int:
         return [Kind("a whole number", lambda value: as_integer(value) is not None, as_integer)]
@@ -331,6 +323,8 @@ def _kinds_of_class(kind: type) -> list[Kind] | None:
         return [Kind("True or False", lambda value: as_bool(value) is not None, as_bool)]
     if kind is str:
         return [Kind("a text", lambda value: isinstance(value, str), str)]
+    if kind is types.NoneType:
+        return [Kind("None", lambda value: value is None)]
     package = kind.__module__.split(".")[0]
     if package not in CHECKED_PACKAGES or getattr(kind, "_is_protocol", False):
         return None

@@ -390,18 +390,15 @@ class LM(Vocabulary):
         """Returns the selection with every layer written out, checked against this model."""
         expanded: list[AnySite] = []
         for site in as_sites(sites):
-            for layer_site in self._in_every_layer(site):
-                self.place(layer_site)
-                expanded.append(layer_site)
+            if isinstance(site, Site) and site.every_layer:
+                if site.name not in self.layout.names:
+                    self.place(Site(site.name, 0))  # raises, with the reason
+                layers = self.layout.layers(site.name) or []
+                expanded += [Site(site.name, layer) for layer in layers]
+            else:
+                self.place(site)
+                expanded.append(site)
         return as_sites(expanded)
-
-    def _in_every_layer(self, site: AnySite) -> list[AnySite]:
-        """Returns a layered site without a layer in every block that has it; other sites alone."""
-        if not isinstance(site, Site) or not site.every_layer:
-            return [site]
-        if site.name not in self.layout.names:
-            self.place(Site(site.name, 0))  # raises, with the reason
-        return [Site(site.name, layer) for layer in self.layout.layers(site.name) or []]
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Returns the sizes of a site's axes after batch and pos."""

@@ -14,7 +14,7 @@ hookkit's.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -378,7 +378,10 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
     with Overrides() as overrides, ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(lm.device.type, enabled=False))
-        stack.enter_context(_keep_random_state(lm.device))
+        if lm.device.type in ("cpu", "meta"):
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        else:
+            stack.enter_context(torch.random.fork_rng([lm.device], device_type=lm.device.type))
         overrides.add_cleanup(partial(setattr, _thread, "in_trial", False))
         _thread.in_trial = True
         for module in modules:
@@ -388,12 +391,6 @@ def _trial_conditions(lm: LM) -> Iterator[None]:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 _silence_user_hooks(hooks, overrides)
         yield
-
-
-def _keep_random_state(device: torch.device) -> AbstractContextManager[None]:
-    if device.type in ("cpu", "meta"):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _silence_user_hooks(hooks: dict[int, Any], overrides: Overrides) -> None:

@@ -86,18 +86,6 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Any) -> Any:
-        """Returns the value of rank 0."""
-        return self.gather_values(value)[0]
-
-    def least(self, value: int) -> int:
-        """Returns the smallest value of all ranks."""
-        return min(self.gather_values(value))
-
-    def together(self) -> None:
-        """Waits for every rank."""
-        self.gather_values(None)
-
     # ---- parts and wholes
 
     def whole(self, part: Tensor, split: Split) -> Tensor:

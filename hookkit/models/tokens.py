@@ -56,17 +56,13 @@ class Vocabulary:
             )
         token_id = self._single_token(token, ids)
         if token_id is None:
-            raise self._not_one_token(token, ids)
+            pieces = " + ".join(map(repr, map(self.string, ids)))
+            spellings = ", ".join(map(repr, self._one_token_spellings(token, ids)))
+            raise NotOneToken(
+                f"{token!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
+                f"One token each: {spellings or 'no near spelling, so give an id'}."
+            )
         return token_id
-
-    def _not_one_token(self, text: str, ids: list[int]) -> NotOneToken:
-        """Returns the error for a text that is several tokens or none."""
-        pieces = " + ".join(map(repr, map(self.string, ids)))
-        spellings = ", ".join(map(repr, self._one_token_spellings(text, ids)))
-        return NotOneToken(
-            f"{text!r} is {len(ids)} tokens here ({pieces or 'nothing'}), and one is meant. "
-            f"One token each: {spellings or 'no near spelling, so give an id'}."
-        )
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without the special tokens that begin a prompt."""

@@ -34,7 +34,7 @@ class Draws:
     def __enter__(self) -> None:
         seed = self.seed
         if seed is None and self.lm.ranks is not None:
-            seed = self.lm.ranks.first(int(torch.randint(2**62, ())))
+            seed = self.lm.ranks.gather_values(int(torch.randint(2**62, ())))[0]
         if seed is None and not self.sampling:
             return
         try:

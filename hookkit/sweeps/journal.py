@@ -107,7 +107,7 @@ def open_journal(
     ranks = plan.lm.ranks
     if ranks is not None and ranks.rank:
         _describe_sweep(plan, settings)  # all ranks take part in reading the weights
-        yield Journal(values=ranks.first(None))  # the values that the first rank has
+        yield Journal(values=ranks.gather_values(None)[0])  # the values that the first rank has
         return
     with lock_folder(path, "is running the sweep"):
         _check_description(path, _describe_sweep(plan, settings))
@@ -115,7 +115,7 @@ def open_journal(
         remove_partial_line(path / CELLS)
         values, tables = _read_cells(path / CELLS, len(column_names(plan.metrics)))
         if ranks is not None:
-            values = ranks.first(values)
+            values = ranks.gather_values(values)[0]
         with open_to_append(path / CELLS) as file:
             yield Journal(path, values, file, tables)
 

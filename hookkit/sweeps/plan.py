@@ -145,7 +145,7 @@ def memory_budget(lm: LM, memory: int | None) -> int:
         )
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0] // 4
-        return free if lm.ranks is None else lm.ranks.least(free)
+        return free if lm.ranks is None else min(lm.ranks.gather_values(free))
     return DEFAULT_BUDGET
 
 

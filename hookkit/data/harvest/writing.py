@@ -128,7 +128,7 @@ def harvest(
             prepare_folder(path, settings)
         HarvestWriter(lm, kinds, path, reader, batch_tokens, shard_size, bar).run(ray)
     if lm.ranks is not None:
-        lm.ranks.together()
+        lm.ranks.gather_values(None)  # waits for every rank
     return open_harvest(path)
 
 
@@ -206,7 +206,7 @@ class HarvestWriter:
         """Returns the index and whether each shard exists, as the writing process sees them."""
         shards, end = read_index(self.folder) if self.lm.is_writer else ([], None)
         result = shards, end, [shard.exists(self.folder) for shard in shards]
-        return result if self.lm.ranks is None else self.lm.ranks.first(result)
+        return result if self.lm.ranks is None else self.lm.ranks.gather_values(result)[0]
 
     def _steps(
         self, shards: list[Shard], exists: list[bool], end: End | None, queue: ShardQueue
