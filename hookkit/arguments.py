@@ -141,8 +141,8 @@ def check_integer(
     value: object,
     name: str,
     *,
-    least: int | None = None,
-    most: int | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
     meaning: str = "",
     error: Error = OutOfRange,
 ) -> int:
@@ -152,14 +152,14 @@ def check_integer(
     if number is None:
         about = f"{meaning}, " if meaning else ""
         limits = ""
-        if most is not None:
+        if most < math.inf:
             limits = f" from {least} to {most}"
-        elif least is not None:
+        elif least > -math.inf:
             limits = f" from {least} upwards"
         raise error(f"{name}={describe(value)}: give {about}a whole number{limits}")
-    if least is not None and number < least:
+    if number < least:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at least {least}")
-    if most is not None and number > most:
+    if number > most:
         raise error(f"{name}={number}: give {meaning or 'a whole number'}, at most {most}")
     return number
 
@@ -186,9 +186,9 @@ def check_number(
     value: object,
     name: str,
     *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
     meaning: str = "",
     error: Error = BadHook,
 ) -> float:
@@ -200,10 +200,9 @@ def check_number(
             f"{name}={describe(value)} is not a finite number: "
             f"give {about}a real number such as 2.0"
         )
-    too_small = (least is not None and number < least) or (above is not None and number <= above)
-    if too_small or (most is not None and number > most):
+    if not least <= number <= most or number <= above:
         limits = {"above": above, "at least": least, "at most": most}
-        words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+        words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
         raise error(f"{name}={describe(value)}: give {meaning or 'a number'} {' and '.join(words)}")
     return number
 

@@ -98,32 +98,32 @@ def sites(
     heads: Collection[int] | None = None,
 ) -> Sites:
     """Returns the selection of sites with these names, in these layers and heads (default all)."""
-    if layers is not None:
-        layers = check_integers(layers, "layers", least=0, meaning="the layers, counted from 0,")
-    if heads is not None:
-        heads = check_integers(heads, "heads", least=0, meaning="the heads, counted from 0,")
     if names is None:
         names = of.layout.names
         if layers is not None:
             names = [name for name in names if name not in SITES_WITHOUT_LAYER]
+    selected = as_sites(names)
+    if layers is not None:
+        selected = _at_each(selected, "layer", layers)
+    selected = of.expand(selected)
+    if heads is not None:
+        selected = of.expand(_at_each(selected, "head", heads))
+    return selected
+
+
+def _at_each(sites: Sites, axis: Literal["layer", "head"], numbers: Iterable[int]) -> Sites:
+    """Returns each of the sites in these layers or heads."""
+    meaning = f"the {axis}s, counted from 0,"
+    numbers = check_integers(numbers, f"{axis}s", least=0, meaning=meaning)
     selected: list[AnySite] = []
-    for named_site in as_sites(names):
-        for site in of.expand(_sites_at(named_site, "layer", layers)):
-            selected += _sites_at(site, "head", heads)
-    return of.expand(selected)
-
-
-def _sites_at(
-    site: AnySite, axis: Literal["layer", "head"], numbers: Iterable[int] | None
-) -> list[AnySite]:
-    """Returns a site with each of these layers or heads; the site itself for None."""
-    if numbers is None:
-        return [site]
-    if not isinstance(site, Site) or getattr(site, axis) is not None:
-        raise BadHook(
-            f"{axis}s= does not apply to {site}: leave {axis}s= out, or give the site's name alone"
-        )
-    return [replace(site, **{axis: number}) for number in numbers]
+    for site in sites:
+        if not isinstance(site, Site) or getattr(site, axis) is not None:
+            raise BadHook(
+                f"{axis}s= does not apply to {site}: leave {axis}s= out, or give the site's name "
+                "alone"
+            )
+        selected += [replace(site, **{axis: number}) for number in numbers]
+    return as_sites(selected)
 
 
 def _devices(lm: "LM", weights: dict[str, str], name: str) -> str:

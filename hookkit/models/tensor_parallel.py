@@ -16,7 +16,8 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..errors import Unsupported
 
 Key = tuple[str, str, int | str]
 """A module location: path, side and item."""
+Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,15 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    # ---- parts and wholes
+    # ---- parts and wholes; every rank has the gradient of a whole, and of its own part
 
     def whole(self, part: Tensor, split: Split) -> Tensor:
         """Returns the whole tensor from the part that each rank has."""
-        if part.requires_grad:
-            return _Gather.apply(part, self, split)  # pyright: ignore
-        return self.gather(part, split)
+        return _apply(partial(self.gather, split=split), partial(self.slice, split=split), part)
 
     def part(self, whole: Tensor, split: Split) -> Tensor:
         """Returns this rank's part of a whole tensor."""
-        if whole.requires_grad:
-            return _Slice.apply(whole, self, split)  # pyright: ignore
-        return self.slice(whole, split)
+        return _apply(partial(self.slice, split=split), partial(self.gather, split=split), whole)
 
     def gather(self, part: Tensor, split: Split) -> Tensor:
         """Returns the whole tensor, without a gradient."""
@@ -117,11 +115,7 @@ class Ranks:
         return whole.narrow(split.axis, start, split.sizes[self.rank]).contiguous()
 
     def around(
-        self,
-        key: Key,
-        tensor: Tensor,
-        expected: Mapping[int, int] | None,
-        work: Callable[[Tensor], Tensor],
+        self, key: Key, tensor: Tensor, expected: Mapping[int, int] | None, work: Transform
     ) -> Tensor:
         """Applies `work` to the whole of a tensor, and returns this rank's part of the result."""
         split = self.split(key, tensor, expected)
@@ -132,33 +126,24 @@ class Ranks:
         return tensor if new is whole else self.part(new, split)
 
 
-class _Gather(torch.autograd.Function):
-    """From parts to the whole.
-
-    The gradient is this rank's part of the gradient, which every rank has whole.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, ranks: Ranks, split: Split) -> Tensor:
-        ctx.ranks, ctx.split = ranks, split
-        return ranks.gather(part, split)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.ranks.slice(gradients[0], ctx.split), None, None
+def _apply(function: Transform, gradient_function: Transform, tensor: Tensor) -> Tensor:
+    """Returns `function(tensor)`, whose gradient goes through `gradient_function`."""
+    if not tensor.requires_grad:
+        return function(tensor)
+    return _WithGradient.apply(tensor, function, gradient_function)  # pyright: ignore
 
 
-class _Slice(torch.autograd.Function):
-    """From the whole to this rank's part. The gradient is gathered from those of all parts."""
+class _WithGradient(torch.autograd.Function):
+    """A function without a gradient of its own, and the function for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, ranks: Ranks, split: Split) -> Tensor:
-        ctx.ranks, ctx.split = ranks, split
-        return ranks.slice(whole, split)
+    def forward(ctx: Any, tensor: Tensor, function: Transform, gradient_function: Transform) -> Any:
+        ctx.gradient_function = gradient_function
+        return function(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.ranks.gather(gradients[0], ctx.split), None, None
+        return ctx.gradient_function(gradients[0]), None, None
 
 
 # ---- the model
