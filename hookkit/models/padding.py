@@ -45,8 +45,11 @@ def pad_batch(
     rows: Sequence[Sequence[int]], fill: int, side: Side
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Returns rows of token ids as one tensor, and each token's position, -1 in the padding."""
-    positions = [range(len(row)) for row in rows]
-    return pad_rows(rows, fill, side), pad_rows(positions, -1, side)
+    ids, lengths = pad_rows(rows, fill, side), torch.tensor(list(map(len, rows)))[:, None]
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    if side == "left":
+        positions = positions - (ids.shape[1] - lengths)
+    return ids, positions.where((positions >= 0) & (positions < lengths), -1)
 
 
 @dataclass(frozen=True)
