@@ -23,7 +23,6 @@ from .errors import HookkitError as HookkitError
 from .figures.attention_heads import attention_view as attention_view
 from .figures.calibration import reliability_diagram as reliability_diagram
 from .figures.calibration import roc_curves as roc_curves
-from .figures.decoding import decision_strip as decision_strip
 from .figures.decoding import prob_against as prob_against
 from .figures.decoding import rank_lines as rank_lines
 from .figures.lenses import lens_map as lens_map
@@ -32,7 +31,8 @@ from .figures.ranks import delta_bars as delta_bars
 from .figures.ranks import logit_panels as logit_panels
 from .figures.ranks import logit_scatter as logit_scatter
 from .figures.ranks import rank_bump as rank_bump
-from .figures.surprisal import surprisal_strip as surprisal_strip
+from .figures.strips import decision_strip as decision_strip
+from .figures.strips import surprisal_strip as surprisal_strip
 from .figures.sweeps import heat_map as heat_map
 from .figures.sweeps import interval_lines as interval_lines
 from .figures.vectors import damage_curves as damage_curves

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from ..arguments import check_arguments
 from ..errors import BadHook, did_you_mean
 from ..steering.controls import DAMAGE, over_doses
-from .style import DASHES, INK, MUTED, apply_style, drawable
-from .sweeps import LINES, draw_band, draw_prompts, has_few_prompts
+from .style import DASHES, INK, LINES, MUTED, add_legend, apply_style, drawable
+from .sweeps import draw_spread
 
 UNITS = {
     "damage_kl": "damage: KL on neutral text (nats per token)",
@@ -57,7 +57,7 @@ def damage_curves(
     figure = Figure(figsize=(min(14.0, 3.0 + 5.0 * len(sites)), 4.4), layout="constrained")
     panels = list(figure.subplots(1, len(sites), squeeze=False, sharey=True)[0])
     for axes, site in zip(panels, sites, strict=True):
-        part: Any = table[table["site"] == site]
+        part = pd.DataFrame(table[table["site"] == site])
         _draw_random(axes, part, value, by)
         _draw_vectors(axes, part, value, by, labels or {})
         axes.axhline(0, color=MUTED, lw=0.8)
@@ -66,7 +66,7 @@ def damage_curves(
         axes.set_xlabel(UNITS[by])
         axes.set_title(str(site) if len(sites) > 1 else "", fontsize=10, color=INK)
     panels[0].set_ylabel(f"{value.replace('_', ' ')}, mean of {table['row'].nunique()} prompts")
-    panels[0].legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    add_legend(panels[0])
     return apply_style(figure, title)
 
 
@@ -88,23 +88,16 @@ def _draw_vectors(
 ) -> None:
     prompts: Any = table[~table["control"]]
     means: Any = over_doses(table)
-    means = means[~means["control"]]
-    names: list[str] = list(dict.fromkeys(means["vector"]))
-    for number, name in enumerate(names):
+    vectors: Any = means[~means["control"]].groupby("vector", sort=False)
+    for number, (name, doses) in enumerate(vectors):
         colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
-        label: str | None = drawable(labels.get(name, name))
+        label = {"label": drawable(labels.get(str(name), str(name)))}
         for is_positive in (True, False):
-            line = _select_doses(means, name, is_positive).sort_values("dose", key=abs)
+            line = doses[(doses["dose"] > 0) == is_positive].sort_values("dose", key=abs)
             if line.empty:
                 continue
-            style: dict[str, Any] = {"color": colour, "ls": dashes, "label": label}
+            style: dict[str, Any] = {"color": colour, "ls": dashes, **label}
             axes.plot(line[by], line[value], lw=1.8, marker="o", ms=4, **style)
-            label = None
-            if has_few_prompts(line, value):
-                draw_prompts(axes, _select_doses(prompts, name, is_positive), by, value, colour)
-            else:
-                draw_band(axes, line, by, value, colour)
-
-
-def _select_doses(table: Any, vector: str, is_positive: bool) -> Any:
-    return table[(table["vector"] == vector) & ((table["dose"] > 0) == is_positive)]
+            label = {}
+            is_line = (prompts["vector"] == name) & ((prompts["dose"] > 0) == is_positive)
+            draw_spread(axes, line, prompts[is_line], by, value, colour)

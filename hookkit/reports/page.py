@@ -15,8 +15,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from html import unescape
 from importlib.resources import files
@@ -35,17 +35,7 @@ from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_strings, is_bare_name, parse_json
-from .parts import (
-    FORMATS,
-    NAME,
-    Content,
-    Folded,
-    Part,
-    check_name,
-    encode_text,
-    part_files,
-    table_formats,
-)
+from .parts import NAME, Content, Folded, Part, check_name, encode_text, part_files, table_formats
 from .readme import README, is_own_readme, render_readme
 from .typesetting import column_kind, format_value
 
@@ -103,19 +93,21 @@ class Report:
         return render_readme(self.title, self.parts, self.footer)
 
     def _render(self, hashes: Mapping[str, str]) -> str:
-        """The page, with the sha256 of the files beside it.
-
-        By these hashes a later report recognizes the files as written by a report.
-        """
+        """The page with the sha256 of its files, by which later reports recognize them."""
         parts = [_render_part(part, self.formats) for part in self.parts]
         has_sortable = any(part.get("sorts") for part in parts)
+        data = []
+        for part in self.data:
+            formats = table_formats(part.content, self.formats)
+            files = [f"{part.name}.{kind}" for kind in formats]
+            data.append({"files": files, "caption": part.caption})
         return render_page(
             "report.html",
             _read_template("report.js") if has_sortable else "",
             title=self.title,
             footer=self.footer,
             parts=parts,
-            data=[_list_files(part, self.formats) for part in self.data],
+            data=data,
             files=list(self.files),
             hashes=json.dumps(hashes) if hashes else "",
         )
@@ -217,21 +209,6 @@ def report(title: str, *parts: Content, footer: str = "") -> Report:
     return Report(title, tuple(page_parts), footer)
 
 
-def add_files(
-    page: Report,
-    tables: Mapping[str, pd.DataFrame],
-    captions: Mapping[str, str],
-    about: Mapping[str, Any],
-) -> Report:
-    """The page with about.json and the captioned tables beside it, the tables in all formats."""
-    data = []
-    for name, caption in captions.items():
-        if name in tables and not tables[name].empty:
-            data.append(Part(tables[name], name, caption))
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    return replace(page, data=tuple(data), formats=("csv", *FORMATS), files={"about.json": text})
-
-
 def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
     """Raises `BadFile` if a file that no report wrote would be overwritten."""
     page = folder / PAGE
@@ -242,7 +219,7 @@ def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
     for name, content in data.items():
         path = folder / name
         allowed = hashes.get(name), hashlib.sha256(content).hexdigest()
-        if os.path.lexists(path) and not _has_hash(path, allowed):
+        if os.path.lexists(path) and not has_hash(path, allowed):
             foreign.append(name)
     if foreign:
         raise BadFile(
@@ -251,38 +228,32 @@ def _check_files(folder: Path, data: Mapping[str, bytes]) -> None:
         )
 
 
-def _has_hash(path: Path, hashes: tuple[str | None, ...]) -> bool:
+def has_hash(path: Path, hashes: tuple[str | None, ...]) -> bool:
     """True for a regular file with one of these sha256."""
     return path.is_file() and not path.is_symlink() and sha256(path) in hashes
 
 
 def is_own_page(path: Path) -> bool:
     """True for a page that hookkit wrote: its head says so."""
+    return GENERATOR in _read_head(path)
+
+
+def _read_head(path: Path) -> bytes:
     if path.is_symlink() or not path.is_file():
-        return False
+        return b""
     with path.open("rb") as file:
-        return GENERATOR in file.read(LONGEST_HEAD)
+        return file.read(LONGEST_HEAD)
 
 
 def _read_hashes(page: Path) -> Mapping[str, str]:
     """The sha256 of the files beside a page, as an earlier report noted them on it."""
-    if not is_own_page(page):
-        return {}
-    with page.open("rb") as file:
-        match = HASHES.search(file.read(LONGEST_HEAD))
-    if match is None:
+    match = HASHES.search(_read_head(page))
+    if match is None or not is_own_page(page):
         return {}
     try:
         return check_strings(parse_json(unescape(match[1].decode()), PAGE), (), PAGE)
     except BadFile:
         return {}
-
-
-def _list_files(part: Part, formats: tuple[str, ...]) -> dict[str, Any]:
-    suffixes = ["png"]
-    if isinstance(part.content, pd.DataFrame):
-        suffixes = table_formats(part.content, formats)
-    return {"files": [f"{part.name}.{suffix}" for suffix in suffixes], "caption": part.caption}
 
 
 def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[str, Any]:
@@ -305,33 +276,33 @@ def _render_part(part: str | Part | Folded, formats: tuple[str, ...]) -> dict[st
 
 def _render_table(table: pd.DataFrame, caption: str) -> dict[str, Any]:
     """The header, the cells and the caption of a table for the template."""
-    visible = table if len(table) <= MOST_ROWS else table.head(FIRST_ROWS)
-    # Empty columns, such as the intervals of a mean over one prompt, are only in the CSV.
-    empty = [name for name in table if len(table) and bool(table[name].isna().all())]
-    if len(empty) < table.shape[1]:
-        visible = visible.drop(columns=empty)
-    # The caption names an index column with one value, which leaves room for the other columns.
-    constant = _constant_columns(table)
-    if constant and len(constant) < visible.shape[1]:
-        words = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant).capitalize()
-        caption = f"{caption} {words}.".strip()
-        visible = visible.drop(columns=constant)
-    if len(table) > len(visible):
-        caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
+    visible, caption = _visible_part(table, caption)
     names = [str(name) for name in visible.columns]
     styles = list(map(column_kind, names, visible.dtypes))
     rows = []
     for row in visible.itertuples(index=False):
         rows.append(list(map(_render_cell, row, names, styles)))
+    header = _render_header(names, styles)
     is_sortable = len(rows) >= SORTABLE_ROWS
-    header = _render_header(names, list(styles))
     return {"header": header, "rows": rows, "caption": caption, "sorts": is_sortable}
 
 
-def _constant_columns(table: pd.DataFrame) -> list[str]:
-    if len(table) < 2:
-        return []
-    return [name for name in INDEX_COLUMNS if name in table and len(set(table[name])) == 1]
+def _visible_part(table: pd.DataFrame, caption: str) -> tuple[pd.DataFrame, str]:
+    """The rows and columns that are on the page, and the caption, which mentions the others."""
+    visible = table if len(table) <= MOST_ROWS else table.head(FIRST_ROWS)
+    # Empty columns, such as the intervals of a mean over one prompt, are only in the CSV.
+    empty = table.columns[table.isna().all()]
+    if len(table) and len(empty) < table.shape[1]:
+        visible = visible.drop(columns=empty)
+    # The caption names an index column with one value, which leaves room for the other columns.
+    constant = [name for name in INDEX_COLUMNS if name in table and len(set(table[name])) == 1]
+    if constant and len(table) > 1 and len(constant) < visible.shape[1]:
+        words = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant).capitalize()
+        caption = f"{caption} {words}.".strip()
+        visible = visible.drop(columns=constant)
+    if len(table) > len(visible):
+        caption = f"{caption} The first {len(visible)} of {len(table)} rows.".strip()
+    return visible, caption
 
 
 def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
@@ -350,7 +321,7 @@ def _render_cell(value: Any, name: str, style: str) -> dict[str, Any]:
     return {"text": text, "style": style, "value": f"{value:.12g}"}
 
 
-def _render_header(names: list[str], styles: list[str]) -> list[list[dict[str, Any]]]:
+def _render_header(names: Sequence[str], styles: Sequence[str]) -> list[list[dict[str, Any]]]:
     """The header cells of a table, in one line or two.
 
     Columns NAME_before, NAME_after and NAME_delta in this order share a cell in the first line.
@@ -371,17 +342,12 @@ def _render_header(names: list[str], styles: list[str]) -> list[list[dict[str, A
         else:
             first_line.append(_header_cell(name, style, index))
             index += 1
-    if not second_line:
-        return [first_line]
-    for cell in first_line:
-        if cell["columns"] == 1:
-            cell["lines"] = 2
-    return [first_line, second_line]
+    return [line for line in (first_line, second_line) if line]
 
 
 def _header_cell(text: str, style: str, place: int | None, *, columns: int = 1) -> dict[str, Any]:
     """A header cell. `place` is the column's index, by which the page's script sorts."""
-    return {"text": text, "style": style, "columns": columns, "lines": 1, "place": place}
+    return {"text": text, "style": style, "columns": columns, "place": place}
 
 
 def _render_svg(figure: Figure, name: str) -> str:
@@ -409,7 +375,14 @@ def _render_svg(figure: Figure, name: str) -> str:
 def render_page(template: str, script: str = "", **values: Any) -> str:
     """A page from a template, on which the browser may run this script and no other."""
     style, script = Markup(_read_template("page.css")), Markup(script)
-    policy = _content_policy(script)
+    source = "'none'"
+    if script:
+        digest = hashlib.sha256(script.encode()).digest()
+        source = f"'sha256-{base64.b64encode(digest).decode()}'"
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
+        f"script-src {source}; base-uri 'none'"
+    )
     return _load_template(template).render(style=style, script=script, policy=policy, **values)
 
 
@@ -424,15 +397,3 @@ def _load_template(name: str) -> Template:
 @cache
 def _read_template(name: str) -> str:
     return files("hookkit.reports").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _content_policy(script: str) -> str:
-    """What the browser may do with the page: show it, and run this one script."""
-    source = "'none'"
-    if script:
-        digest = hashlib.sha256(script.encode()).digest()
-        source = f"'sha256-{base64.b64encode(digest).decode()}'"
-    return (
-        "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
-        f"script-src {source}; base-uri 'none'"
-    )

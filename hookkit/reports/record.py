@@ -40,14 +40,15 @@ from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..models.tensor_parallel import is_writing_process
 from ..runs.run import Run
-from .page import PAGE, Report, report
+from .page import PAGE, Report, has_hash, report
 from .parts import Part, check_name, encode_text, part_files
 from .readme import README
 from .results_diff import LAST, describe_changes, moved
 
 ABOUT = "about.json"
 # What has to be the same in all runs of a folder.
-FIXED = ("weights_sha256", "tokenizer_sha256", "dtype", "seed", "settings")
+FIXED = {"weights_sha256": "another model", "tokenizer_sha256": "another tokenizer",
+         "dtype": "", "seed": ""}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -102,11 +103,7 @@ class Record:
         if not os.path.lexists(self.folder / README):
             pages[README] = self.report().readme()
         for name, text in pages.items():
-            data = encode_text(text)
-            self._write_file(
-                name, lambda path, ready, data=data: write_bytes(path, data, ready=ready)
-            )
-            self.files.append(name)
+            self._write_data(name, encode_text(text))
         self._write_about("finished")
         if is_writing_process() and (self.folder / LAST / ABOUT).is_file():
             words = f"{self.folder}, against the run before: {describe_changes(self.moved())}"
@@ -155,7 +152,6 @@ class Record:
             save_new_tensors(tensors, path, ready, words)
 
         self._write_file(file, write)
-        self.files.append(file)
         return self.folder / file
 
     def run(self, name: str, run: Run) -> Run:
@@ -176,32 +172,28 @@ class Record:
             raise BadHook(f"{part.name!r} is recorded already: names stand once")
         # Files are written at once, so that nothing is lost if a later step fails.
         for file, data in part_files(part).items():
-            self._write_file(
-                file, lambda path, ready, data=data: write_bytes(path, data, ready=ready)
-            )
-            self.files.append(file)
+            self._write_data(file, data)
         self.parts.append(part)
 
+    def _write_data(self, file: str, data: bytes) -> None:
+        self._write_file(file, lambda path, ready: write_bytes(path, data, ready=ready))
+
     def _write_file(self, file: str, write: Callable[[Path, Ready], object]) -> None:
-        """Write a file of the record.
+        """Write a file. Its sha256 is noted before it exists, as the program may be killed."""
+        if is_writing_process():
+            path = self.folder / file
+            if os.path.lexists(path):
+                reason = "is there, and no record wrote it"
+                if file in self.files:
+                    reason = "is recorded already: names stand once"
+                raise BadFile(f"{str(path)!r} {reason}; give another name, or move that away")
 
-        Its sha256 is in about.json before the file exists, so that a later record recognizes the
-        file even if the program is killed.
-        """
-        path = self.folder / file
-        if not is_writing_process():
-            return
-        if os.path.lexists(path):
-            reason = "is there, and no record wrote it"
-            if file in self.files:
-                reason = "is recorded already: names stand once"
-            raise BadFile(f"{str(path)!r} {reason}; give another name, or move that away")
+            def note_hash(temporary: Path) -> None:
+                self._hashes[file] = sha256(temporary)
+                self._write_about("running")
 
-        def note_hash(temporary: Path) -> None:
-            self._hashes[file] = sha256(temporary)
-            self._write_about("running")
-
-        write(path, note_hash)
+            write(path, note_hash)
+        self.files.append(file)
 
     def _write_about(self, ended: str) -> None:
         about: dict[str, Any] = {
@@ -317,9 +309,7 @@ def _changed_last_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
 
 def _is_unchanged(path: Path, value: str) -> bool:
     """True if the file does not exist, or has this sha256."""
-    if not os.path.lexists(path):
-        return True
-    return path.is_file() and not path.is_symlink() and sha256(path) == value
+    return not os.path.lexists(path) or has_hash(path, (value,))
 
 
 def _check_conditions(
@@ -329,12 +319,13 @@ def _check_conditions(
     if earlier.get("ended") != "finished":
         return
     changes = []
-    for name in FIXED:
-        before, after = earlier.get(name), conditions.get(name)
-        if name == "settings":
-            before = before or {}
-        if before != after:
-            changes.append(_describe_change(name, before, after))
+    for name, words in FIXED.items():
+        if earlier.get(name) != conditions.get(name):
+            changes.append(words or _describe_change(name, earlier, conditions))
+    before, after = earlier.get("settings") or {}, conditions["settings"]
+    if before != after:
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        changes.append(", ".join(_describe_change(name, before, after) for name in names))
     if changes:
         raise OtherSettings(
             f"{folder} has results of other settings ({'; '.join(changes)}): record into another "
@@ -342,18 +333,8 @@ def _check_conditions(
         )
 
 
-def _describe_change(name: str, before: Any, after: Any) -> str:
-    if name == "settings":
-        changes = []
-        for key in {**before, **after}:
-            if before.get(key) != after.get(key):
-                changes.append(f"{key} was {before.get(key)!r} and is {after.get(key)!r}")
-        return ", ".join(changes)
-    if name == "weights_sha256":
-        return "another model"
-    if name == "tokenizer_sha256":
-        return "another tokenizer"
-    return f"{name} was {before!r} and is {after!r}"
+def _describe_change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    return f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
 
 
 def _move_earlier_run(folder: Path, earlier: Mapping[str, Any]) -> None:

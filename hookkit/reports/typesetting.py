@@ -84,13 +84,12 @@ def as_markdown(table: pd.DataFrame) -> str:
     rule = ["---:" if kind == "number" else ":---" for kind in kinds.values()]
     lines = [[escape_markdown(name) for name in kinds], rule]
     for row in table.itertuples(index=False, name=None):
-        cells = zip(row, kinds.values(), strict=True)
-        lines.append([_markdown_cell(format_value(value), kind) for value, kind in cells])
+        cells = []
+        for value, kind in zip(row, kinds.values(), strict=True):
+            escape = _markdown_code if kind == "token" else escape_markdown
+            cells.append(escape(format_value(value)))
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_cell(text: str, kind: Kind) -> str:
-    return _markdown_code(text) if kind == "token" else escape_markdown(text)
 
 
 def escape_markdown(text: str) -> str:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Literal
 
 import pandas as pd
@@ -66,24 +67,20 @@ class Comparison:
     def texts(self) -> pd.DataFrame:
         """Columns: row, baseline, edited (the generated texts), parts_at (the first step at which
         the tokens differ; empty if they are the same)."""
-        table_rows = []
+        parts_at = []
         for row in range(self.count):
-            table_rows.append(
-                {
-                    "row": row,
-                    "baseline": self.run.generated[row + self.count],
-                    "edited": self.run.generated[row],
-                    "parts_at": self._first_difference(row),
-                }
-            )
-        return pd.DataFrame(table_rows).astype({"parts_at": "Int64"})
-
-    def _first_difference(self, row: int) -> int | None:
-        edited, baseline = self.tokens(row, "edited"), self.tokens(row, "baseline")
-        for step, (one, other) in enumerate(zip(edited, baseline, strict=False)):
-            if one != other:
-                return step
-        return None if edited == baseline else min(len(edited), len(baseline))
+            tokens = self.tokens(row, "baseline"), self.tokens(row, "edited")
+            parts_at.append(first_difference(*tokens))
+        generated = self.run.generated
+        table = pd.DataFrame(
+            {
+                "row": range(self.count),
+                "baseline": generated[self.count :],
+                "edited": generated[: self.count],
+                "parts_at": parts_at,
+            }
+        )
+        return table.astype({"parts_at": "Int64"})
 
     @cached_property
     def shifts(self) -> pd.DataFrame:
@@ -120,20 +117,23 @@ class Comparison:
         pairs = []
         for row, text in enumerate(texts):
             for step in range(len(text)):
-                before = self._distribution(logits, row + self.count, step)
-                after = self._distribution(logits, row, step)
-                pairs.append((before, after))
+                pos = self.run.prompt_lengths[row] - 1 + step
+                location = {"row": row, "pos": pos, "step": step}
+                after, before = logits[row :: self.count, step].float().cpu()
+                pair = [Distribution(self.run.lm, location, side) for side in (before, after)]
+                pairs.append((pair[0], pair[1]))
         return pairs
-
-    def _distribution(
-        self, logits: Float[Tensor, "row step vocab"], row: int, step: int
-    ) -> Distribution:
-        pos = self.run.prompt_lengths[row] - 1 + step
-        location = {"row": row % self.count, "pos": pos, "step": step}
-        return Distribution(self.run.lm, location, logits[row, step].float().cpu())
 
     def _repr_html_(self) -> str:
         return render_html(f"Comparison along the {self.along} text", rows=first_rows(self.texts))
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Returns the index of the first token that differs; None if the sequences are equal."""
+    for index, (one, other) in enumerate(zip_longest(first, second)):
+        if one != other:
+            return index
+    return None
 
 
 def _force_tokens(tokens: list[int], row: int) -> Force:
@@ -239,10 +239,7 @@ def _for_both_halves(lm: LM, arguments: Mapping[str, Any], count: int) -> dict[s
 
 
 class _Halves:
-    """Logits processors, or stopping criteria, for the two halves of a batch.
-
-    It owns a copy of them for the unedited half, so that their state is that of one half.
-    """
+    """Logits processors or stopping criteria for both halves of a batch. Each has its own copy."""
 
     def __init__(self, functions: Sequence[Any], name: str, count: int) -> None:
         from transformers import LogitsProcessorList, StoppingCriteriaList

@@ -127,6 +127,7 @@ def shift_table(
     _check_top(top)
     check_integer(movers, "movers", least=0, meaning="how many tokens that moved most to show,")
     parts = []
+    reasons: list[str] = []
     for before, after in pairs:
         why = reasons_of(
             {
@@ -140,8 +141,10 @@ def shift_table(
         ids = torch.tensor(list(why))
         columns = _token_columns(after, ids)
         columns |= _numbers(before, ids, "_before") | _numbers(after, ids, "_after")
-        parts.append(_with_deltas(pd.DataFrame(columns)).assign(why=list(why.values())))
-    table = pd.concat(parts, ignore_index=True)
+        parts.append(pd.DataFrame(columns))
+        reasons += why.values()
+    table = add_deltas(pd.concat(parts, ignore_index=True), ("logit", "logprob", "prob", "rank"))
+    table = table.assign(shift=-table["rank_delta"], why=reasons)
     return table.sort_values(["row", "pos", "rank_after", "token_id"], ignore_index=True)
 
 
@@ -154,15 +157,18 @@ def reasons_of(tokens_by_reason: Mapping[str, Iterable[int]]) -> dict[int, str]:
     return {token: ", ".join(names) for token, names in reasons.items()}
 
 
-def _with_deltas(table: pd.DataFrame) -> pd.DataFrame:
-    order = [name for name in ("row", "pos", "step", "token", "token_id") if name in table]
-    for name in ("logit", "logprob", "prob", "rank"):
+def add_deltas(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Returns the table with NAME_before, NAME_after, NAME_delta of each name as its last columns.
+
+    A delta is after minus before. It is 0 where both are the same infinite number.
+    """
+    for name in names:
         before, after = table[f"{name}_before"], table[f"{name}_after"]
-        # -inf minus -inf is no change
-        table[f"{name}_delta"] = (after - before).where(after != before, 0)
-        order += [f"{name}_before", f"{name}_after", f"{name}_delta"]
-    table["shift"] = -table["rank_delta"]
-    return pd.DataFrame(table[[*order, "shift"]])
+        deltas = (after - before).where(after != before, 0)
+        table = table.drop(columns=[f"{name}_before", f"{name}_after"]).assign(
+            **{f"{name}_before": before, f"{name}_after": after, f"{name}_delta": deltas}
+        )
+    return table
 
 
 def _pairs(

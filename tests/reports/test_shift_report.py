@@ -17,10 +17,10 @@ from conftest import tokenizer
 import hookkit as hk
 from hookkit.errors import BadArgument, BadHook, OutOfRange
 from hookkit.figures.shift import mean_changes
+from hookkit.reports.comparison import token_literal
 from hookkit.reports.shift import before_after as resuming
 from hookkit.reports.shift.before_after import add_deltas
 from hookkit.reports.shift.inside import most_moved
-from hookkit.reports.shift.named_edits import token_literal
 from hookkit.reports.shift.shift_page import ShiftTables
 
 PROMPTS = ["I like oat milk in my", "We love", "The capital of France is"]

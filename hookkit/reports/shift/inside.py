@@ -18,8 +18,9 @@ from ...lenses.logit_lens import LensStates, lens_table, stream_sites
 from ...models.lm import LM
 from ...models.prompts import Row
 from ...models.sites import Site
+from ...tables.rank_tables import add_deltas
+from ..comparison import token_literals
 from .before_after import NextTokenLogits
-from .named_edits import token_literal
 
 NUMBERS = ("logit", "prob", "rank")
 SMALLEST = 1e-4  # logits: a component with a smaller change gets no row of its own
@@ -27,10 +28,7 @@ SMALLEST = 1e-4  # logits: a component with a smaller change gets no row of its 
 
 @dataclass(frozen=True)
 class LensSites:
-    """The sites to capture for the lens and for the decomposition.
-
-    `no_lens` and `no_parts` say why the model has no lens or no decomposition, "" if it has one.
-    """
+    """The sites of the lens and of the decomposition, or why the model has no lens or no sum."""
 
     lens: tuple[Site, ...]
     parts: tuple[Site, ...]
@@ -45,18 +43,18 @@ class LensSites:
 
 def lens_sites(lm: LM, *, heads: bool) -> LensSites:
     """The sites that the lens and the decomposition read in this model."""
-    lens: tuple[Site, ...] = ()
-    parts: tuple[Site, ...] = ()
+    lens: Sequence[Site] = ()
+    parts: Sequence[Site] = ()
     no_lens, no_parts = "", ""
     try:
         lens = stream_sites(lm, "resid_post")
     except HookkitError as error:
         no_lens = str(error)
     try:
-        parts = tuple(required_sites(lm, heads=heads, neurons=False))
+        parts = required_sites(lm, heads=heads, neurons=False)
     except HookkitError as error:
         no_parts = str(error)
-    return LensSites(lens, parts, no_lens, no_parts)
+    return LensSites(tuple(lens), tuple(parts), no_lens, no_parts)
 
 
 def layers_of(
@@ -75,15 +73,15 @@ def layers_of(
     """
     if sites.no_lens:
         return pd.DataFrame(), sites.no_lens
-    top_before = before.top_tokens[:shown]
-    all_tokens = [*watch, *top_before]
+    shown_tokens = [*watch, *before.top_tokens[:shown]]
+    all_tokens = list(shown_tokens)
     for after in edited:
         all_tokens += after.top_tokens[:shown]
     parts = []
     try:
         lens_before = _lens(before, rows, sites, all_tokens)
         for after in edited:
-            tokens = [*watch, *top_before, *after.top_tokens[:shown]]
+            tokens = [*shown_tokens, *after.top_tokens[:shown]]
             lens_after = _lens(after, rows, sites, tokens)
             parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
     except HookkitError as error:
@@ -119,19 +117,14 @@ def _join_lenses(
         suffixes=("_after", "_before"),
         validate="one_to_one",
     )
-    is_shown = [
-        token in (*watch, before.top_tokens[row], after.top_tokens[row])
-        for row, token in zip(table["row"], table["token_id"], strict=True)
-    ]
-    table = table[is_shown]
-    table = table.assign(edit=edit.name, edited=table["layer"].isin(edit.layers))
-    table["token"] = [token_literal(after.lm, int(token)) for token in table["token_id"]]
-    columns = ["row", "edit", "layer", "site", "edited", "token", "token_id"]
-    for name in NUMBERS:
-        table[f"{name}_delta"] = table[f"{name}_after"] - table[f"{name}_before"]
-        columns += [f"{name}_before", f"{name}_after", f"{name}_delta"]
-    order = ["row", "token_id", "layer"]
-    return table[columns].sort_values(order, kind="stable", ignore_index=True)
+    is_shown = []
+    for row, token in zip(table["row"], table["token_id"], strict=True):
+        is_shown.append(token in (*watch, before.top_tokens[row], after.top_tokens[row]))
+    table = add_deltas(table[is_shown], NUMBERS)
+    table.insert(1, "edit", edit.name)
+    table.insert(4, "edited", table["layer"].isin(edit.layers))
+    table.insert(5, "token", token_literals(after.lm, table["token_id"]))
+    return table.sort_values(["row", "token_id", "layer"], kind="stable", ignore_index=True)
 
 
 def why_of(
@@ -153,7 +146,9 @@ def why_of(
     assert after.edit is not None
     if sites.no_parts:
         return pd.DataFrame(), sites.no_parts
-    if not (_is_finite(before, tokens) and _is_finite(after, tokens)):
+    rows = range(len(tokens))
+    logits = [*before.logits[rows, tokens].tolist(), *after.logits[rows, tokens].tolist()]
+    if not np.isfinite(logits).all():
         reason = "the token's logit is infinite, which is no sum of anything: the edit bans it"
         return pd.DataFrame(), reason
     padding = [0] * (len(after.logits) - len(tokens))
@@ -168,13 +163,9 @@ def why_of(
         return pd.DataFrame(), str(error)
     ids = [tokens[row] for row in table["row"]]
     table.insert(1, "edit", after.edit.name)
-    table.insert(2, "token", [token_literal(after.lm, token) for token in ids])
+    table.insert(2, "token", token_literals(after.lm, ids))
     table.insert(3, "token_id", ids)
     return table, ""
-
-
-def _is_finite(outcome: NextTokenLogits, tokens: Sequence[int]) -> bool:
-    return all(np.isfinite(float(outcome.logits[row, i])) for row, i in enumerate(tokens))
 
 
 def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -185,11 +176,10 @@ def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFra
     )
     numbers = table[["logit_before", "logit_after"]].fillna(0.0)
     table = table.assign(**numbers, logit_delta=numbers["logit_after"] - numbers["logit_before"])
-    names = dict.fromkeys([*before["component"], *after["component"]])
-    order = {name: number for number, name in enumerate(names)}
-    table = table.assign(_order=table["component"].map(order))
-    table = table.sort_values(["row", "_order"], kind="stable")
-    return table.drop(columns="_order").reset_index(drop=True)
+    order = list(dict.fromkeys([*before["component"], *after["component"]]))
+    table["component"] = pd.Categorical(table["component"], order)
+    table = table.sort_values(["row", "component"], kind="stable", ignore_index=True)
+    return table.astype({"component": before["component"].dtype})
 
 
 def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
@@ -205,12 +195,7 @@ def most_moved(why: pd.DataFrame, top: int) -> pd.DataFrame:
     largest = largest.sort_values("logit_delta", ascending=False, kind="stable")
     smaller: Any = why.loc[order[count:], numbers]
     sums = []
-    if len(smaller):
-        sums.append({"component": f"the other {len(smaller)}", **_sum_columns(smaller)})
-    if len(why):
-        sums.append({"component": "sum: the logit", **_sum_columns(why[numbers])})
+    for name, table in ((f"the other {len(smaller)}", smaller), ("sum: the logit", why[numbers])):
+        if len(table):
+            sums.append({"component": name, **table.sum()})
     return pd.concat([largest, pd.DataFrame(sums)], ignore_index=True)
-
-
-def _sum_columns(table: Any) -> dict[str, float]:
-    return {name: float(table[name].sum()) for name in table.columns}
