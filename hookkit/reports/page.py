@@ -98,6 +98,7 @@ class Report:
         has_sortable = any(part.get("sorts") for part in parts)
         data = []
         for part in self.data:
+            assert isinstance(part.content, pd.DataFrame)
             formats = table_formats(part.content, self.formats)
             files = [f"{part.name}.{kind}" for kind in formats]
             data.append({"files": files, "caption": part.caption})

@@ -122,7 +122,8 @@ class Difference:
         table = groups.agg(tokens=("pos", "size"), kl=("kl", "mean"), kl_max=("kl", "max"))
         table["kl_max_pos"] = self.tokens.loc[groups["kl"].idxmax(), "pos"].to_numpy()
         table["top1_changed"] = groups["top1_changed"].sum()
-        table = table.join(groups[["loss_before", "loss_after", "loss_delta"]].mean())
+        losses: Any = groups[["loss_before", "loss_after", "loss_delta"]].mean()
+        table = table.join(losses)
         if not self.parting.empty:
             table["parts_at"] = self.parting.set_index("row")["site"]
         return table.reset_index()
@@ -172,7 +173,7 @@ class Difference:
 def _write_answer(difference: Difference) -> str:
     tokens = difference.tokens
     furthest = tokens.loc[tokens["kl"].idxmax()]
-    prompts = count_of(tokens["row"].nunique(), "prompt")
+    prompts = count_of(len(set(tokens["row"])), "prompt")
     text = (
         f"After {len(tokens):,} tokens of {prompts} the two are "
         f"{tokens['kl'].mean():.3g} nats apart (KL, mean), at most {furthest['kl']:.3g}, after "

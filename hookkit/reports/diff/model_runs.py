@@ -208,7 +208,7 @@ class PairedRuns:
         logits_before, logits_after = (
             _select(run.logits, tokens).detach().float().cpu() for run in (before, after)
         )
-        locations: Any = tokens[["row", "pos"]].to_dict("records")
+        locations: Any = pd.DataFrame(tokens[["row", "pos"]]).to_dict("records")
         pairs = []
         for location, *logits in zip(locations, logits_before, logits_after, strict=True):
             one, other = (Distribution(reader, location, vector) for vector in logits)
@@ -222,7 +222,7 @@ class PairedRuns:
         """Note the prompts that part at this site, and at no site before it."""
         layer = similarity.layer_of(site)
         table = tokens.assign(site=str(site), layer=layer, difference=difference.tolist())
-        parting = table[~(table["difference"] <= self.request.tolerance)]  # with NaN
+        parting: Any = table[~(table["difference"] <= self.request.tolerance)]  # with NaN
         for record in parting.drop_duplicates("row").to_dict("records"):
             self.partings.setdefault(record["row"], record)
 
@@ -230,7 +230,7 @@ class PairedRuns:
         self, site: AnySite, tokens: pd.DataFrame, token_differences: similarity.TokenDistances
     ) -> None:
         """Keep the differences of the stream after each block for the shown prompts."""
-        is_shown = tokens["row"] < self.request.shown
+        is_shown = (tokens["row"] < self.request.shown).to_numpy()
         if isinstance(site, Site) and site.name == "resid_post" and is_shown.any():
             table = tokens.assign(
                 layer=site.layer,

@@ -281,7 +281,7 @@ def add_deltas(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(shift=-table["rank_delta"], decades=decades_of(table))
 
 
-def decades_of(table: pd.DataFrame) -> pd.Series:
+def decades_of(table: pd.DataFrame) -> Any:
     """log10 of rank before over rank after."""
     return np.log10(table["rank_before"] / table["rank_after"])
 
@@ -301,7 +301,7 @@ def distances_of(before: NextTokenLogits, after: NextTokenLogits) -> pd.DataFram
         top1_before=before.top_names,
         top1_after=after.top_names,
     )
-    is_unknown = table["top1_before"].isna() | table["top1_after"].isna()
+    is_unknown: Any = table["top1_before"].isna() | table["top1_after"].isna()
     changed: Any = table["top1_before"] != table["top1_after"]
     if is_unknown.any():
         changed = changed.astype(object).mask(is_unknown, None)
