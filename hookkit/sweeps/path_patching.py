@@ -187,7 +187,7 @@ def _read_receivers(
     for cell in first_plan.cells:
         captures = build_hook_points(first_plan.lm, [capture(read_sites)], no_reference)
         cell.hook_points = [*cell.hook_points, *captures]
-    PlanRun(first_plan, Journal(), lambda count: None, first_plan.budget).run()
+    PlanRun(first_plan, Journal()).run()
     return {
         tuple(cell.point.values()): _received_values(cell, clean_run) for cell in first_plan.cells
     }

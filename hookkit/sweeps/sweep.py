@@ -46,7 +46,13 @@ from .forwards import Shortcuts
 from .inputs import SweepInputs, read_inputs
 from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
-from .reach import bound_hooks_of, is_inside_block, needs_all_positions, weights_later_keys
+from .reach import (
+    INPUT,
+    block_of_module,
+    bound_hooks_of,
+    needs_all_positions,
+    weights_later_keys,
+)
 from .shortcuts import has_rows, no_shortcuts, reads_ahead, shortcuts
 
 
@@ -154,7 +160,7 @@ def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
 def _needs_all_logits(lm: LM, bound: BoundHook) -> bool:
     """True if a hook may use the logits of other positions than the metric's."""
     if isinstance(bound.site, ModuleSite):
-        return not is_inside_block(lm, bound.site.path)
+        return block_of_module(lm, bound.site.path) == INPUT
     return bound.head and needs_all_positions(bound)
 
 
@@ -312,7 +318,7 @@ def _run_plan(
     total = len(sweep_plan.cells) * len(sweep_plan.inputs)
     disable = None if progress is None else not progress
     with tqdm(total=total, initial=journal.done, unit="cell", disable=disable) as bar:
-        plan_run = PlanRun(sweep_plan, journal, bar.update, sweep_plan.budget, engine)
+        plan_run = PlanRun(sweep_plan, journal, bar.update, engine)
         try:
             plan_run.run()
         except KeyboardInterrupt:
