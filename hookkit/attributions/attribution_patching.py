@@ -12,9 +12,8 @@ hk.agreement measures how well such an estimate agrees with patching.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -23,27 +22,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..errors import BadHook, EmptySelection, OutOfRange, Unsupported, did_you_mean
+from ..errors import BadHook, EmptySelection, OutOfRange, did_you_mean
 from ..hooks.base import Hook
 from ..hooks.capture import capture
-from ..hooks.captured_values import Captured, swap_head_and_query
+from ..hooks.captured_values import swap_head_and_query
 from ..models.lm import LM
-from ..models.positions import PositionRange, Where, read_indices
+from ..models.positions import Where, read_indices
 from ..models.prompts import Prompts
 from ..models.sites import SITES_WITH_HEADS, AnySite, Site
-from ..sweeps.cells import as_hooks
+from ..sweeps.cell_metrics import metric_columns
 from ..sweeps.grids import (
     ALL_POSITIONS,
     GridPositions,
     Positions,
     SiteGrid,
-    check_pairs,
     create_site_grid,
     grid_positions,
+    site_names,
 )
 from ..tables.metrics import MetricLike
-from .backward import CAPTURE_NAME, PromptMetric, bind_metric, check_choice, compute_gradients
-from .interpolation import EMBED, EmbeddingPath, Points, check_path_end, mean_gradient, path_points
+from .backward import (
+    CAPTURE_NAME,
+    EMBED,
+    Points,
+    PromptMetric,
+    PromptPair,
+    bind_pair,
+    check_path_end,
+    compute_gradients,
+    mean_gradient,
+    path_points,
+)
 from .qk import check_qk_sites, qk_effects
 
 BATCH = 16  # prompts of one backward: the graph of each is in memory until then
@@ -97,8 +106,6 @@ def attribution(
     >>> list(table.columns)[3:5]
     ['logit_diff', 'logit_diff_before']
     """
-    check_choice("direction", direction, "denoise", "noise")
-    check_choice("method", method, "gradient", "integrated", "qk_fix")
     if method != "integrated" and (steps is not None or points is not None):
         raise BadHook(
             "steps and points are of method='integrated', and have no effect with "
@@ -106,24 +113,38 @@ def attribution(
         )
     steps = 5 if steps is None else steps
     points = points or "start"
-    path_points(steps, points)  # raises
-    names = [sites] if isinstance(sites, str) else list(sites)
-    pair = PromptPair.create(lm, clean, corrupted, metric, direction, under)
-    if by is not None:
-        _check_neurons(by, names)
+    path = path_points(steps, points)
+    names = site_names(sites)
+    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    pair = bind_pair(lm, target, source, metric, under)
+    with_heads = [name for name in names if name in SITES_WITH_HEADS]
+    if by is not None and with_heads:
+        raise BadHook(
+            f"by='neuron' takes sites without heads, and {with_heads[0]} has them: leave by= out"
+        )
     if method == "qk_fix":
         check_qk_sites(names)
     positions = None
     if by is None or pos is not None:
         positions = grid_positions(list(map(len, pair.target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
-    masks = position_masks(pair.target, positions)
-    if method == "qk_fix":
-        scores = pair.qk_scores(grid.sites(), masks)
-    else:
-        n_steps = steps if method == "integrated" else 0
-        scores = pair.scores(grid.sites(), n_steps, points).summed(masks, by is not None)
-    table = _table(pair.target.metric.name, grid, scores, by is not None)
+    grid_sites, masks = grid.sites(), position_masks(pair.target, positions)
+    parts: list[SiteEffects] = []
+    for batch in pair.batches(BATCH):
+        if method == "qk_fix":
+            parts.append(qk_effects(batch, grid_sites, masks))
+            continue
+        before, source_metric, estimates = _first_order_changes(
+            batch, grid_sites, path if method == "integrated" else []
+        )
+        for site, estimate in estimates.items():
+            if by is None and estimate.ndim >= 3:
+                estimate = estimate.sum(-1)
+            rows = batch.target.rows
+            row_masks = masks[:, rows.start : rows.stop, : estimate.shape[1]]
+            estimates[site] = torch.einsum("nrp,rp...->nr...", row_masks, estimate)
+        parts.append((before, source_metric, estimates))
+    table = _table(pair.target.metric.name, grid, parts, by is not None)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
     if method == "integrated":
@@ -132,144 +153,42 @@ def attribution(
     return table
 
 
-def _check_neurons(by: str, names: Sequence[str]) -> None:
-    check_choice("by", by, "neuron")
-    for name in names:
-        if name in SITES_WITH_HEADS:
-            raise BadHook(
-                f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
-            )
+SiteEffects: TypeAlias = tuple[
+    Float[Tensor, " row"], Float[Tensor, " row"], dict[AnySite, Float[Tensor, "mask row ..."]]
+]
+"""For each prompt the metric, the metric of the other prompt, and the effects of each site."""
 
 
-@dataclass(frozen=True, eq=False)
-class SiteScores:
-    """For each prompt the metric, the metric of the other prompt, and the estimates at each site.
+def _first_order_changes(
+    pair: PromptPair, sites: Sequence[Site], path: Sequence[float]
+) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "row pos ..."]]]:
+    """Returns for each prompt the metric, the metric of the other prompt, and the change of the
+    metric for each value of each site, on the CPU; with a path, with the mean gradient on it.
 
-    The estimates are those of every value [row, pos, ...], or with masks of positions summed to
-    [mask, row, ...].
+    For scores and pattern the axes are [row, query, head, key].
     """
-
-    before: Float[Tensor, " row"]
-    target: Float[Tensor, " row"]
-    estimates: Mapping[AnySite, Tensor]
-
-    def summed(self, masks: Float[Tensor, "mask row pos"], by_neuron: bool) -> "SiteScores":
-        """Returns the estimates summed over the positions of each mask, and without `by_neuron`
-        over the last axis."""
-        sums: dict[AnySite, Tensor] = {}
-        for site, estimate in self.estimates.items():
-            if not by_neuron and estimate.ndim >= 3:
-                estimate = estimate.sum(-1)
-            sums[site] = torch.einsum("nrp,rp...->nr...", masks, estimate)
-        return SiteScores(self.before, self.target, sums)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptPair:
-    """The metric of the prompts that are patched (target) and of those patched from (source), with
-    hooks that act in both."""
-
-    target: PromptMetric
-    source: PromptMetric
-    base_hooks: tuple[Hook, ...]
-
-    @classmethod
-    def create(
-        cls,
-        lm: LM,
-        clean: Prompts,
-        corrupted: Prompts,
-        metric: MetricLike,
-        direction: str,
-        base_hooks: Hook | Sequence[Hook],
-    ) -> "PromptPair":
-        """Returns the pair for a direction: "denoise" runs the corrupted prompts, "noise" the clean
-        ones."""
-        target, source = clean, corrupted
-        if direction == "denoise":
-            target, source = corrupted, clean
-        check_pairs(lm, source, target)
-        target_metric = bind_metric(lm, target, metric)
-        if target_metric.reads_continuation:
-            raise Unsupported(
-                "loss reads a continuation, and attribution is of prompts in pairs: take "
-                "hk.logprob of its first token"
-            )
-        return cls(target_metric, bind_metric(lm, source, metric), as_hooks(base_hooks))
-
-    def batches(self, size: int) -> list[range]:
-        """Returns the prompts that run together: all of them if hooks may name rows."""
-        count = len(self.target)
-        if self.base_hooks:
-            size = count
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def scores(self, sites: Sequence[Site], steps: int, points: Points) -> SiteScores:
-        """Returns the estimates at these sites; with `steps`, integrated over as many points."""
-        parts = [self._score_rows(rows, sites, steps, points) for rows in self.batches(BATCH)]
-        estimates: dict[AnySite, Tensor] = {}
-        for site in sites:
-            estimates[site] = _concatenate([part.estimates[site] for part in parts])
-        before = torch.cat([part.before for part in parts])
-        return SiteScores(before, torch.cat([part.target for part in parts]), estimates)
-
-    def qk_scores(self, sites: Sequence[Site], masks: Tensor) -> SiteScores:
-        """Returns the estimates of the QK fix for queries and keys, at each mask of positions."""
-        before, target, effects = [], [], []
-        for rows in self.batches(BATCH):
-            part = qk_effects(self.target, self.source, rows, sites, self.base_hooks, masks)
-            before.append(part[0])
-            target.append(part[1])
-            effects.append(part[2])
-        estimates: dict[AnySite, Tensor] = {}
-        for site in sites:
-            estimates[site] = torch.cat([part[site] for part in effects], 1)
-        return SiteScores(torch.cat(before), torch.cat(target), estimates)
-
-    def _score_rows(
-        self, rows: range, sites: Sequence[Site], steps: int, points: Points
-    ) -> SiteScores:
-        captured_sites = [*sites, EMBED] if steps and EMBED not in sites else sites
-        captures = capture(captured_sites, name=CAPTURE_NAME)
-        source_run = self.source.run(rows, *self.base_hooks, captures)
-        source_metric = self.source.of_run(source_run, rows)
-        source = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
-        if not steps:
-            result = compute_gradients(self.target, rows, sites, self.base_hooks)
-            before, values, gradient = result.metric, result.values, result.gradient
-        else:
-            run = self.target.run(rows, *self.base_hooks, captures)
-            before = self.target.of_run(run, rows)
-            values = {site: run.captured(site, CAPTURE_NAME) for site in captured_sites}
-            end = source[EMBED].values
-            check_path_end(self.target, rows, self.base_hooks, end, source_metric)
-            path = EmbeddingPath(values[EMBED].values, end, steps, points)
-            gradient = mean_gradient(path.gradients(self.target, rows, sites, self.base_hooks))
-        estimates: dict[AnySite, Tensor] = {}
-        for site in sites:
-            estimates[site] = _first_order_change(source[site], values[site], gradient[site])
-        return SiteScores(before, source_metric, estimates)
-
-
-def _first_order_change(source: Captured, target: Captured, gradient: Tensor) -> Tensor:
-    """Returns the change of the metric [row, pos, ...] for each value, on the CPU. For scores and
-    pattern it is [row, query, head, key]."""
-    difference = source.by_place - target.by_place.detach()
-    product = difference * swap_head_and_query(target.site, gradient)
-    return product.to(device="cpu", dtype=torch.float64)
-
-
-def _concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Returns batches of different widths as one, padded with zeros at the end of each row."""
-    shapes = torch.tensor([part.shape for part in parts])
-    widest = shapes[:, 1:].amax(0).tolist()
-    joined = parts[0].new_zeros(sum(map(len, parts)), *widest)
-    start = 0
-    for part in parts:
-        sizes = [slice(size) for size in part.shape[1:]]
-        joined[(slice(start, start + len(part)), *sizes)] = part
-        start += len(part)
-    return joined
+    target = pair.target
+    captured_sites = [*sites, EMBED] if path and EMBED not in sites else sites
+    captures = capture(captured_sites, name=CAPTURE_NAME)
+    source_run = pair.source.run(captures)
+    source_metric = pair.source.of_run(source_run)
+    source = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
+    if not path:
+        result = compute_gradients(target, sites)
+        before, values, gradient = result.metric, result.values, result.gradient
+    else:
+        run = target.run(captures)
+        before = target.of_run(run)
+        values = {site: run.captured(site, CAPTURE_NAME) for site in captured_sites}
+        end = source[EMBED].values
+        check_path_end(pair, end, source_metric)
+        gradient = mean_gradient(target, sites, values[EMBED].values, end, path)
+    changes: dict[AnySite, Tensor] = {}
+    for site in sites:
+        difference = source[site].by_place - values[site].by_place.detach()
+        change = difference * swap_head_and_query(site, gradient[site])
+        changes[site] = change.to(device="cpu", dtype=torch.float64)
+    return before, source_metric, changes
 
 
 def position_masks(
@@ -283,30 +202,30 @@ def position_masks(
         for pos, rows in row_positions:
             where = Where(pos, read_indices(rows, "row"))
             for row, selected in enumerate(prompt_metric.inputs.full.selected_positions(where)):
-                if selected is not None:
-                    masks[number, row, _clip(selected, lengths[row], row, name)] = 1
+                if selected is None:
+                    continue
+                length = lengths[row]
+                if isinstance(selected, range):  # an open slice ends with the prompt
+                    selected = range(selected.start, min(selected.stop, length), selected.step)
+                elif selected[-1] >= length:
+                    raise OutOfRange(
+                        f"position {selected[-1]} of row {row} was asked for (pos={name!r}), and "
+                        f"it has {length} tokens, 0 to {length - 1}"
+                    )
+                masks[number, row, list(selected)] = 1
     return masks
 
 
-def _clip(positions: PositionRange, length: int, row: int, name: Any) -> list[int]:
-    """Returns positions as a list; those of an open slice end with the prompt."""
-    if isinstance(positions, range):
-        return list(range(positions.start, min(positions.stop, length), positions.step))
-    if positions[-1] >= length:
-        raise OutOfRange(
-            f"position {positions[-1]} of row {row} was asked for (pos={name!r}), and it has "
-            f"{length} tokens, 0 to {length - 1}"
-        )
-    return list(positions)
-
-
-def _table(metric: str, grid: SiteGrid, scores: SiteScores, by_neuron: bool) -> pd.DataFrame:
+def _table(
+    metric: str, grid: SiteGrid, parts: Sequence[SiteEffects], by_neuron: bool
+) -> pd.DataFrame:
     """Returns the table of `patching`: the cells in its order, a row for each prompt."""
-    before = scores.before.double().numpy(force=True)
-    distance = (scores.target - scores.before).double().numpy(force=True)
+    before = torch.cat([part[0] for part in parts]).double().numpy(force=True)
+    target = torch.cat([part[1] for part in parts]).double().numpy(force=True)
     count = len(before)
     estimates = {}  # [position, head or neuron, row]
-    for site, estimate in scores.estimates.items():
+    for site in parts[0][2]:
+        estimate = torch.cat([part[2][site] for part in parts], dim=1)
         estimates[site] = estimate.movedim(1, -1).numpy()
     indices = {position: index for index, position in enumerate(grid.axes.get("pos", [None]))}
     columns: dict[str, list[Any]] = {name: [] for name in grid.axes}
@@ -330,14 +249,9 @@ def _table(metric: str, grid: SiteGrid, scores: SiteScores, by_neuron: bool) -> 
     if by_neuron:
         table["unit"] = np.concatenate(units)
     table["row"] = rows
-    table[metric] = before[rows] + delta
-    table[f"{metric}_before"] = before[rows]
-    table[f"{metric}_delta"] = delta
-    table[f"{metric}_target"] = (before + distance)[rows]
-    effect = np.full(len(delta), np.nan)
-    np.divide(delta, distance[rows], out=effect, where=distance[rows] != 0)
-    table[f"{metric}_effect"] = effect
-    return table
+    unedited = before[rows]
+    numbers = metric_columns(metric, unedited + delta, unedited, delta, target[rows])
+    return table.assign(**numbers)
 
 
 # Columns that do not identify a cell.
@@ -368,7 +282,14 @@ def agreement(
     >>> agreement(table, table)["pearson"].round(3).tolist()
     [1.0]
     """
-    value = _value_column(estimate, truth, value)
+    shared = [name for name in estimate.columns if name in truth.columns]
+    deltas = [name for name in shared if name.endswith("_delta")]
+    value = value or next(iter(deltas), None)
+    if value is None or value not in shared:
+        raise BadHook(
+            f"the tables share {', '.join(shared) or 'no column'}, and not "
+            f"{value or 'a _delta'}: say value="
+        )
     cells = _cell_columns(estimate, truth)
     pair = estimate[[*cells, value]].merge(truth[[*cells, value]], on=cells, suffixes=("", "_true"))
     if pair.empty:
@@ -391,19 +312,6 @@ def agreement(
     for name, group in pair.groupby(by, sort=False):
         records.append({by: name, "value": value, **_compare(group, value, top)})
     return pd.DataFrame(records)
-
-
-def _value_column(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None) -> str:
-    shared = [name for name in estimate.columns if name in truth.columns]
-    if value is None:
-        deltas = [name for name in shared if name.endswith("_delta")]
-        value = deltas[0] if deltas else None
-    if value is None or value not in shared:
-        raise BadHook(
-            f"the tables share {', '.join(shared) or 'no column'}, and not "
-            f"{value or 'a _delta'}: say value="
-        )
-    return value
 
 
 def _cell_columns(estimate: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
@@ -433,14 +341,11 @@ def _compare(pair: pd.DataFrame, value: str, top: int) -> dict[str, Any]:
     count = min(top, int(nonzero.sum()))
     largest = set(estimate[nonzero].abs().nlargest(count).index)
     largest_true = set(truth[nonzero].abs().nlargest(count).index)
-    overlap = float("nan")
-    if count:
-        overlap = len(largest & largest_true) / count
     return {
         "n": len(pair),
         "pearson": estimate.corr(truth),
         "spearman": estimate.rank().corr(truth.rank()),
         "same_sign": float(((estimate > 0) == (truth > 0))[nonzero].mean()),
         "top": count,
-        "overlap": overlap,
+        "overlap": len(largest & largest_true) / count if count else float("nan"),
     }

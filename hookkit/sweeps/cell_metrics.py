@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -84,6 +85,24 @@ class CellMetrics:
         for row, row_logits in zip(rows, logits, strict=True):
             after.append(row_logits[-read_counts[row] :].float())
         return Said(torch.stack([row_logits[0] for row_logits in after]), rows, before, after)
+
+
+def metric_columns(
+    name: str,
+    values: Float[np.ndarray, " cell"],
+    before: Float[np.ndarray, " cell"],
+    delta: Float[np.ndarray, " cell"],
+    target: Float[np.ndarray, " cell"] | None,
+) -> dict[str, Float[np.ndarray, " cell"]]:
+    """Returns the columns of a metric: its values, `_before` and `_delta`, with a target also
+    `_target` and `_effect` (NaN where the target is the unedited value)."""
+    columns = {name: values, f"{name}_before": before, f"{name}_delta": delta}
+    if target is not None:
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            distance = target - before
+            effect = np.divide(delta, distance, out=distance * np.nan, where=distance != 0)
+        columns |= {f"{name}_target": target, f"{name}_effect": effect}
+    return columns
 
 
 def _unedited_metrics(plan: Plan, rows: tuple[int, ...]) -> CellMetrics:

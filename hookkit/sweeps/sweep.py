@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ from ..runs.manager import find_user_hooks
 from ..runs.run import Run
 from ..runs.taps import BoundHook, HookPoint
 from ..tables.metrics import MetricLike, as_metrics, column_names
-from .cell_metrics import UNEDITED, target_values, verify_cells
+from .cell_metrics import UNEDITED, metric_columns, target_values, verify_cells
 from .cells import (
     RESERVED,
     Cell,
@@ -341,33 +342,26 @@ def _table(
     *,
     drawn: bool,
 ) -> pd.DataFrame:
-    metric_names = column_names(sweep_plan.metrics)
     control_columns = ["control"] if any(cell.control for cell in sweep_plan.cells) else []
     if drawn:
         control_columns.append("draw")
     records: list[dict[str, Any]] = []
+    numbers: list[list[list[float]]] = []  # of each record: the values, before, in the target
     for cell in sweep_plan.cells:
+        controls = {name: getattr(cell, name) for name in control_columns}
         for row in range(len(sweep_plan.inputs)):
-            if (cell.number, row) not in journal.values:
-                continue
-            record: dict[str, Any] = {**cell.point, "row": row}
-            record |= {name: getattr(cell, name) for name in control_columns}
-            values = journal.values[cell.number, row]
-            before = journal.values[UNEDITED, row]
-            for index, name in enumerate(metric_names):
-                delta = values[index] - before[index]
-                record[name] = values[index]
-                record[f"{name}_before"] = before[index]
-                record[f"{name}_delta"] = delta
-                if targets is not None:
-                    distance = targets[row][index] - before[index]
-                    record[f"{name}_target"] = targets[row][index]
-                    record[f"{name}_effect"] = delta / distance if distance else float("nan")
-            records.append(record)
+            if (cell.number, row) in journal.values:
+                records.append({**cell.point, "row": row, **controls})
+                before = journal.values[UNEDITED, row]
+                target = before if targets is None else targets[row]
+                numbers.append([journal.values[cell.number, row], before, [*target]])
     names = [*sweep_plan.cells[0].point, "row", *control_columns]
-    suffixes = ["", "_before", "_delta"]
-    if targets is not None:
-        suffixes += ["_target", "_effect"]
-    for name in metric_names:
-        names += [name + suffix for suffix in suffixes]
-    return pd.DataFrame(records, columns=names)
+    table = pd.DataFrame(records, columns=names)
+    by_metric = np.array(numbers, dtype=float).reshape(-1, 3, len(sweep_plan.metrics))
+    for index, name in enumerate(column_names(sweep_plan.metrics)):
+        values, before, target = by_metric[:, :, index].T
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            delta = values - before
+        target = None if targets is None else target
+        table = table.assign(**metric_columns(name, values, before, delta, target))
+    return table
