@@ -331,11 +331,16 @@ class Randomised(EditHook):
         site = str(here.site)
         for index, (row, positions) in enumerate(zip(here.rows, here.cells.places, strict=True)):
             for column, position in enumerate(positions):
-                key = repr((self.seed, site, here.cells.text.prompt(row), position))
-                seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-                generator = torch.Generator().manual_seed(seed)
+                tokens = here.cells.text.prompt(row)
+                generator = noise_generator(self.seed, site, tokens, position)
                 noise[index, column] = torch.randn(values.shape[2:], generator=generator)
         return noise.to(values.device)
+
+
+def noise_generator(*key: Any) -> torch.Generator:
+    """Returns a generator that depends only on the key: a seed, the prompt's tokens …"""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def create_controls(

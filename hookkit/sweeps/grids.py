@@ -6,9 +6,8 @@ hk.ablations(lm, prompts, "z", metric, to="mean", over=prompts)                 
 hk.dose(lm, prompts, "resid_post.12", vector, metric, scales=[0, 2, 4])
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
@@ -31,7 +30,7 @@ from ..models.sites import (
 )
 from ..runs.forward import forward
 from ..tables.metrics import MetricLike
-from .cells import as_hooks, list_values
+from .cells import HooksAt, as_hooks, list_values
 from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
@@ -79,22 +78,13 @@ def patching(
     >>> list(table.columns)[:4]
     ['layer', 'pos', 'row', 'logit_diff']
     """
-    if direction not in ("denoise", "noise"):
-        raise BadHook(f"direction={direction!r} is unknown: say 'denoise' or 'noise'")
     names = site_names(sites)
     target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     lengths = check_pairs(lm, source, target)
     grid = create_site_grid(lm, names, layers, heads, grid_positions(lengths, names, pos))
     base_hooks = as_hooks(settings.get("under", ()))
     run = forward(lm, source, *base_hooks, capture(grid.sites()), logits=False)
-
-    def hooks(**point: Any) -> Sequence[Hook] | None:
-        selection = grid.at(point)
-        if selection is None:
-            return None
-        site, row_positions = selection
-        return [patch(site, run, pos=pos, rows=rows) for pos, rows in row_positions]
-
+    hooks = grid.hooks(lambda site, pos, rows: patch(site, run, pos=pos, rows=rows))
     return sweep(lm, target, grid.axes, hooks, metrics, target=source, **settings)
 
 
@@ -160,19 +150,15 @@ def ablations(
         axes["unit"] = sorted(set().union(*units_by_layer.values()))
 
     def hooks(**point: Any) -> Sequence[Hook] | None:
-        selection = grid.at(point)
-        if selection is None:
-            return None
-        site, row_positions = selection
-        ablated_units = None
-        if "unit" in point:
+        unit = None
+        if units_by_layer:
+            unit = [point["unit"]]
             if point["unit"] not in units_by_layer[point["layer"]]:
                 return None
-            ablated_units = [point["unit"]]
-        edits = []
-        for pos, rows in row_positions:
-            edits.append(ablate(site, to=to, over=over, pos=pos, rows=rows, units=ablated_units))
-        return edits
+        at_point = grid.hooks(
+            lambda site, pos, rows: ablate(site, to=to, over=over, pos=pos, rows=rows, units=unit)
+        )
+        return at_point(**point)
 
     return sweep(lm, prompts, axes, hooks, metrics, **settings)
 
@@ -243,6 +229,18 @@ class SiteGrid:
             return site, ALL_POSITIONS
         return site, self.positions[point["pos"]]
 
+    def hooks(self, edit: Callable[[Site, Pos, IndicesLike], Hook]) -> HooksAt:
+        """Returns the function of the grid's values that makes an edit at each of the positions."""
+
+        def at_point(**point: Any) -> list[Hook] | None:
+            selection = self.at(point)
+            if selection is None:
+                return None
+            site, row_positions = selection
+            return [edit(site, pos, rows) for pos, rows in row_positions]
+
+        return at_point
+
     def sites(self) -> list[Site]:
         """Returns all sites of the grid, with all heads."""
         sites = []
@@ -263,36 +261,38 @@ def create_site_grid(
     """Returns the grid over sites. Raises if some of them have heads or layers and some do not."""
     layer_values = None if layers is None else list_values(layers, "layers")
     head_values = None if heads is None else list_values(heads, "heads")
-    has_heads = _same_for_all(names, [name in SITES_WITH_HEADS for name in names], "heads")
-    no_layers = _same_for_all(names, [name in SITES_WITHOUT_LAYER for name in names], "no layers")
+    has_heads = _same_for_all(names, SITES_WITH_HEADS, "heads")
+    no_layers = _same_for_all(names, SITES_WITHOUT_LAYER, "no layers")
     if head_values is not None and not has_heads:
         raise BadHook(f"heads={head_values}: {', '.join(names)} has no heads; leave heads= out")
     if layer_values is not None and no_layers:
         raise BadHook(f"layers={layer_values}: {', '.join(names)} has no layers; leave layers= out")
-    site_layers = {name: _layers_of_site(lm, name, layer_values) for name in names}
+    site_layers: dict[str, list[int | None]] = {}
+    counts = [0]  # of the heads of each site
+    for name in names:
+        site_layers[name] = _layers_of_site(lm, name, layer_values)
+        counts += [_count_heads(lm, name, layer) for layer in site_layers[name]]
+    all_layers = set().union(*site_layers.values()) - {None}
     axes: dict[str, list[Any]] = {}
     if len(names) > 1:
         axes["site"] = list(names)
-    all_layers = set().union(*site_layers.values()) - {None}
     if all_layers:
         axes["layer"] = sorted(all_layers)
-    if head_values is not None:
-        axes["head"] = head_values
-    elif has_heads:
-        pairs = product(names, axes["layer"])
-        axes["head"] = list(range(max(_count_heads(lm, name, layer) for name, layer in pairs)))
+    if has_heads:
+        axes["head"] = list(range(max(counts))) if head_values is None else head_values
     if positions is not None:
         axes["pos"] = list(positions)
     return SiteGrid(lm, names, axes, site_layers, head_values is None, positions)
 
 
-def _same_for_all(names: Sequence[str], has_property: Sequence[bool], word: str) -> bool:
-    """Returns whether all sites have a property. Raises if some have it and some do not."""
-    if len(set(has_property)) > 1:
+def _same_for_all(names: Sequence[str], group: Collection[str], word: str) -> bool:
+    """Returns whether all sites are of a group. Raises if some are and some are not."""
+    are_in_group = {name in group for name in names}
+    if len(are_in_group) > 1:
         raise Unsupported(
             f"of {', '.join(names)} some have {word} and some do not: make a grid of each"
         )
-    return all(has_property)
+    return are_in_group == {True}
 
 
 def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int | None]:
@@ -314,27 +314,21 @@ def grid_positions(
 ) -> GridPositions | None:
     """Returns the positions of a grid; None for sites with heads without `pos`."""
     if pos is None:
-        return None if names[0] in SITES_WITH_HEADS else _all_positions(lengths)
+        if names[0] in SITES_WITH_HEADS:
+            return None
+        # every position that all prompts have, counted from the end if lengths differ
+        shortest = min(lengths)
+        pos = range(shortest) if len(set(lengths)) == 1 else range(-shortest, 0)
     positions: dict[Any, RowPositions] = {}
     if isinstance(pos, Mapping):
         for name, value in pos.items():
             positions[name] = _named_position(name, value, len(lengths))
     else:
-        for value in list_values(pos, "pos"):
-            position = read_position(value)
+        for position in map(read_position, list_values(pos, "pos")):
             positions[position] = [(position, None)]
     if not positions:
         raise EmptySelection("the grid's dimension 'pos' is empty: give at least one position")
     return positions
-
-
-def _all_positions(lengths: Sequence[int]) -> GridPositions:
-    """Returns every position that all prompts have, counted from the end if lengths differ."""
-    shortest = min(lengths)
-    positions = range(shortest)
-    if len(set(lengths)) > 1:
-        positions = range(-shortest, 0)
-    return {position: [(position, None)] for position in positions}
 
 
 def _named_position(name: Any, value: Any, count: int) -> RowPositions:
