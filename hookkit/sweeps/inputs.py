@@ -7,13 +7,11 @@ measured.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import as_integer
-from ..errors import BadHook, OutOfRange, Unsupported
+from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
 from ..models.padding import padded_inputs
@@ -101,10 +99,6 @@ class SweepInputs:
 
 def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
     """Returns the inputs of a sweep whose metrics read position `pos` of each prompt."""
-    if as_integer(pos) is None:
-        raise BadHook(
-            f"the metric looks at one position of each prompt, and pos={pos!r}: give a whole number"
-        )
     rows = as_batch(lm, prompts).rows
     ends = [_metric_position(number, len(row), pos) for number, row in enumerate(rows)]
     losses: list[Loss] = []
@@ -126,10 +120,8 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
     return SweepInputs(lm, rows, run_rows, read_counts, has_continuation=True)
 
 
-def _metric_position(row: int, length: int, pos: Any) -> int:
-    position = pos
-    if pos < 0:
-        position = length + pos
+def _metric_position(row: int, length: int, pos: int) -> int:
+    position = length + pos if pos < 0 else pos
     if not 0 <= position < length:
         raise OutOfRange(
             f"the metric looks at position {pos}, and prompt {row} has {length} tokens: "

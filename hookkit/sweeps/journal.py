@@ -34,7 +34,7 @@ from ..hooks import serialization as codec
 from ..models.provenance import about_model, config_hash, tokenizer_hash, weights_hash
 from ..models.wrappers import active_adapter_names
 from ..runs.run import Run
-from ..tables.metrics import Metric, column_names
+from ..tables.metrics import column_names
 from .cell_metrics import UNEDITED, Values
 from .plan import Plan
 
@@ -189,25 +189,23 @@ def _describe_sweep(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     for cell in plan.cells:
         hooks = [hook.to_json(tensors="digest") for hook in cell.hooks]
         cells.update(json.dumps([ADDRESS.sub("", str(cell)), cell.control, hooks]).encode())
+    metrics: list[dict[str, Any]] = []
+    for metric in plan.metrics:
+        metrics.append({"metric": type(metric).__name__})
+        for parameter in fields(metric):
+            metrics[-1][parameter.name] = _value_as_json(getattr(metric, parameter.name))
     return {
         "name": [model.pop("model"), model.pop("revision")],
         "model": model,
         "prompts": [list(row) for row in plan.inputs.rows],
         "cells": {"count": len(plan.cells), "sha256": cells.hexdigest()},
-        "metrics": [_metric_as_json(metric) for metric in plan.metrics],
+        "metrics": metrics,
         **settings,
     }
 
 
-def _metric_as_json(metric: Metric) -> dict[str, Any]:
-    """Returns a metric as JSON: the source of its function, a digest of its reference."""
-    entry: dict[str, Any] = {"metric": type(metric).__name__}
-    for parameter in fields(metric):
-        entry[parameter.name] = _value_as_json(getattr(metric, parameter.name))
-    return entry
-
-
 def _value_as_json(value: Any) -> Any:
+    """Returns a field of a metric as JSON: the source of a function, a digest of a reference."""
     if isinstance(value, Run):
         logits = codec.tensor_as_json(value.captured_logits().values, "digest")
         return {"tokens": value.tokens.tolist(), "logits": logits}

@@ -36,14 +36,13 @@ from .cells import (
     Control,
     Grid,
     HooksAt,
-    References,
     as_hooks,
     bind_hooks,
+    cached_reference,
     create_cells,
     create_controls,
 )
 from .execute import PlanRun
-from .forwards import Shortcuts
 from .inputs import SweepInputs, read_inputs
 from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
@@ -111,7 +110,7 @@ def plan(
             f"draws={draws!r} and control_seed={control_seed!r} are of a control: say "
             "control='random'"
         )
-    base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, References(lm)))
+    base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, cached_reference(lm)))
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
     _check_names(
         cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
@@ -121,8 +120,16 @@ def plan(
             "this model reads ahead: what it says at a position depends on later tokens; use "
             "hk.forward"
         )
-    allowed = _allowed_shortcuts(lm)
-    _mark_cells_alone(lm, cells, "" if allowed.batch else allowed.why["batch"])
+    modules = find_user_hooks(lm.model)
+    if modules:
+        allowed = no_shortcuts(
+            f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), "
+            "which see whole batches"
+        )
+    else:
+        allowed = shortcuts(lm)
+    for cell in cells:
+        cell.alone = _reason_alone(lm, cell) if allowed.batch else allowed.why["batch"]
     budget = memory_budget(lm, memory)
     return Plan(lm, tuple(cells), inputs, metric_values, base_hook_points, allowed, budget)
 
@@ -145,15 +152,13 @@ def _needs_cropped_positions(bound: BoundHook, inputs: SweepInputs) -> bool:
     """True if a hook receives a position after the metric's, or lets a query attend to it."""
     if not inputs.cropped or not needs_all_positions(bound):
         return False
-    rows = zip(
-        inputs.full.selected_positions(bound.where), inputs.run_rows, inputs.rows, strict=True
-    )
-    for positions, run_row, row in rows:
-        if positions is None:
+    selected_positions = inputs.full.selected_positions(bound.where)
+    for positions, length, row in zip(selected_positions, inputs.lengths, inputs.rows, strict=True):
+        if positions is None or length == len(row):
             continue
-        if weights_later_keys(bound) and len(run_row) < len(row):
+        if weights_later_keys(bound):
             return True
-        if any(position in positions for position in range(len(run_row), len(row))):
+        if any(position in positions for position in range(length, len(row))):
             return True
     return False
 
@@ -185,27 +190,13 @@ def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Seque
                 )
 
 
-def _allowed_shortcuts(lm: LM) -> Shortcuts:
-    """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
-    modules = find_user_hooks(lm.model)
-    if not modules:
-        return shortcuts(lm)
-    return no_shortcuts(
-        f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), which "
-        "see whole batches"
-    )
-
-
-def _mark_cells_alone(lm: LM, cells: Sequence[Cell], reason: str) -> None:
-    """Sets `Cell.alone` of the cells that cannot share a forward."""
-    for cell in cells:
-        cell.alone = reason
-        if reason:
-            continue
-        for bound in cell.bound_hooks:
-            site = bound.site
-            if isinstance(site, ModuleSite) and not has_rows(lm, site):
-                cell.alone = f"{site} has no axes batch and pos, so that rows cannot be told apart"
+def _reason_alone(lm: LM, cell: Cell) -> str:
+    """Returns why a cell cannot share a forward; an empty string if it can."""
+    for bound in cell.bound_hooks:
+        site = bound.site
+        if isinstance(site, ModuleSite) and not has_rows(lm, site):
+            return f"{site} has no axes batch and pos, so that rows cannot be told apart"
+    return ""
 
 
 @check_arguments
