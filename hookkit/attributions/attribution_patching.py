@@ -117,33 +117,20 @@ def attribution(
     names = site_names(sites)
     target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     pair = bind_pair(lm, target, source, metric, under)
-    with_heads = [name for name in names if name in SITES_WITH_HEADS]
-    if by is not None and with_heads:
-        raise BadHook(
-            f"by='neuron' takes sites without heads, and {with_heads[0]} has them: leave by= out"
-        )
-    if method == "qk_fix":
-        check_qk_sites(names)
+    _check_names(names, by, method)
     positions = None
     if by is None or pos is not None:
         positions = grid_positions(list(map(len, pair.target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
     grid_sites, masks = grid.sites(), position_masks(pair.target, positions)
+    if method == "gradient":
+        path = []
     parts: list[SiteEffects] = []
     for batch in pair.batches(BATCH):
         if method == "qk_fix":
             parts.append(qk_effects(batch, grid_sites, masks))
-            continue
-        before, source_metric, estimates = _first_order_changes(
-            batch, grid_sites, path if method == "integrated" else []
-        )
-        for site, estimate in estimates.items():
-            if by is None and estimate.ndim >= 3:
-                estimate = estimate.sum(-1)
-            rows = batch.target.rows
-            row_masks = masks[:, rows.start : rows.stop, : estimate.shape[1]]
-            estimates[site] = torch.einsum("nrp,rp...->nr...", row_masks, estimate)
-        parts.append((before, source_metric, estimates))
+        else:
+            parts.append(_first_order_effects(batch, grid_sites, masks, path, by is not None))
     table = _table(pair.target.metric.name, grid, parts, by is not None)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
@@ -159,14 +146,24 @@ SiteEffects: TypeAlias = tuple[
 """For each prompt the metric, the metric of the other prompt, and the effects of each site."""
 
 
-def _first_order_changes(
-    pair: PromptPair, sites: Sequence[Site], path: Sequence[float]
-) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "row pos ..."]]]:
-    """Returns for each prompt the metric, the metric of the other prompt, and the change of the
-    metric for each value of each site, on the CPU; with a path, with the mean gradient on it.
+def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
+    for name in names:
+        if by is not None and name in SITES_WITH_HEADS:
+            raise BadHook(
+                f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
+            )
+    if method == "qk_fix":
+        check_qk_sites(names)
 
-    For scores and pattern the axes are [row, query, head, key].
-    """
+
+def _first_order_effects(
+    pair: PromptPair,
+    sites: Sequence[Site],
+    masks: Float[Tensor, "mask row pos"],
+    path: Sequence[float],
+    by_neuron: bool,
+) -> SiteEffects:
+    """Returns the effects to first order; with a path, with the mean gradient on it."""
     target = pair.target
     captured_sites = [*sites, EMBED] if path and EMBED not in sites else sites
     captures = capture(captured_sites, name=CAPTURE_NAME)
@@ -183,12 +180,16 @@ def _first_order_changes(
         end = source[EMBED].values
         check_path_end(pair, end, source_metric)
         gradient = mean_gradient(target, sites, values[EMBED].values, end, path)
-    changes: dict[AnySite, Tensor] = {}
+    effects: dict[AnySite, Tensor] = {}
     for site in sites:
         difference = source[site].by_place - values[site].by_place.detach()
-        change = difference * swap_head_and_query(site, gradient[site])
-        changes[site] = change.to(device="cpu", dtype=torch.float64)
-    return before, source_metric, changes
+        change = difference * swap_head_and_query(site, gradient[site])  # [row, pos, ...]
+        change = change.to(device="cpu", dtype=torch.float64)
+        if not by_neuron and change.ndim >= 3:
+            change = change.sum(-1)
+        row_masks = masks[:, target.rows.start : target.rows.stop, : change.shape[1]]
+        effects[site] = torch.einsum("nrp,rp...->nr...", row_masks, change)
+    return before, source_metric, effects
 
 
 def position_masks(
@@ -282,14 +283,7 @@ def agreement(
     >>> agreement(table, table)["pearson"].round(3).tolist()
     [1.0]
     """
-    shared = [name for name in estimate.columns if name in truth.columns]
-    deltas = [name for name in shared if name.endswith("_delta")]
-    value = value or next(iter(deltas), None)
-    if value is None or value not in shared:
-        raise BadHook(
-            f"the tables share {', '.join(shared) or 'no column'}, and not "
-            f"{value or 'a _delta'}: say value="
-        )
+    value = _value_column(estimate, truth, value)
     cells = _cell_columns(estimate, truth)
     pair = estimate[[*cells, value]].merge(truth[[*cells, value]], on=cells, suffixes=("", "_true"))
     if pair.empty:
@@ -312,6 +306,18 @@ def agreement(
     for name, group in pair.groupby(by, sort=False):
         records.append({by: name, "value": value, **_compare(group, value, top)})
     return pd.DataFrame(records)
+
+
+def _value_column(estimate: pd.DataFrame, truth: pd.DataFrame, value: str | None) -> str:
+    shared = [name for name in estimate.columns if name in truth.columns]
+    deltas = [name for name in shared if name.endswith("_delta")]
+    value = value or next(iter(deltas), None)
+    if value is None or value not in shared:
+        raise BadHook(
+            f"the tables share {', '.join(shared) or 'no column'}, and not "
+            f"{value or 'a _delta'}: say value="
+        )
+    return value
 
 
 def _cell_columns(estimate: pd.DataFrame, truth: pd.DataFrame) -> list[str]:

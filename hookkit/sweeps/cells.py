@@ -37,7 +37,7 @@ from ..models.lm import LM
 from ..models.positions import Where
 from ..models.sites import AnySite, Site
 from ..runs.manager import capture_reference
-from ..runs.taps import BoundHook, HookPoint, build_hook_points, check_positions
+from ..runs.taps import BoundHook, HookPoint, Reference, build_hook_points, check_positions
 from .inputs import SweepInputs
 from .reach import bound_hooks_of
 
@@ -80,10 +80,6 @@ def point_name(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in point.items())
 
 
-Reference: TypeAlias = Callable[[Sequence[AnySite], tuple[Any, ...]], Mapping[AnySite, Captured]]
-"""Returns the values at some sites on other prompts, of which hooks insert means or draws."""
-
-
 def cached_reference(lm: LM) -> Reference:
     """Returns a reference that captures all layers of a site at once, and only once."""
 
@@ -91,7 +87,7 @@ def cached_reference(lm: LM) -> Reference:
     def capture_layers(site: str | AnySite, prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
         return capture_reference(lm, lm.expand(site), prompts)
 
-    def reference(sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> Mapping[AnySite, Captured]:
+    def reference(sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
         captures: dict[AnySite, Captured] = {}
         for site in sites:
             if not isinstance(site, Site):
@@ -341,18 +337,21 @@ def create_controls(
     controls: list[Cell] = []
     for draw in range(1 if callable(control) else _count_draws(cells, control, draws)):
         for cell in cells:
-            if callable(control):
-                hooks = hooks_at(control, cell.point)
-            elif control == "random":
-                control_seed = (seed or 0) * SEED_STRIDE + draw
-                hooks = tuple(_randomise(hook, control_seed) for hook in cell.hooks)
-            else:
-                hooks = tuple(_resample(hook, draw) for hook in cell.hooks)
+            hooks = _control_hooks(cell, control, draw, seed or 0)
             if hooks is not None:
                 hook_points = bind_hooks(lm, hooks, inputs, reference)
                 number = len(cells) + len(controls)
                 controls.append(Cell(number, cell.point, hooks, hook_points, True, draw))
     return controls
+
+
+def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[Hook, ...] | None:
+    """Returns the hooks of one draw of a control; None if a function leaves the cell out."""
+    if callable(control):
+        return hooks_at(control, cell.point)
+    if control == "random":
+        return tuple(_randomise(hook, seed * SEED_STRIDE + draw) for hook in cell.hooks)
+    return tuple(_resample(hook, draw) for hook in cell.hooks)
 
 
 def _count_draws(cells: Sequence[Cell], control: str, draws: int | None) -> int:

@@ -251,8 +251,7 @@ def run_cell_prompts(
     n_logits = inputs.count_logits(prompt_rows, width)
     lanes: list[tuple[CellRows, Sequence[HookPoint]]] = []
     start = 0
-    for (_, cell), group in groupby(cell_prompts, key=itemgetter(0, 1)):
-        cell_rows = tuple(cell_prompt.row for cell_prompt in group)
+    for cell, cell_rows in _rows_by_cell(cell_prompts):
         lane = _cell_rows(batch, cell_rows, start, past, width, n_logits)
         lanes.append((lane, hook_points[cell]))
         start += len(cell_rows)
@@ -263,10 +262,11 @@ def run_cell_prompts(
     shared_forward = SharedForward(lm, lanes, schedule, rows=len(rows), width=width)
     if schedule is not None and base_hook_points:
         lane = _cell_rows(batch, base.rows, 0, past, width, n_logits)
-        outside = []
-        for hook_point in base_hook_points:
-            if block_of_module(lm, hook_point.place.path) == INPUT:
-                outside.append(hook_point)
+        outside = [
+            hook_point
+            for hook_point in base_hook_points
+            if block_of_module(lm, hook_point.place.path) == INPUT
+        ]
         shared_forward.act_before_the_blocks(lane, outside)
     cache = None
     if past:
@@ -302,6 +302,12 @@ def _run_model(
     if n_read < n_computed:
         return logits.clone()  # so that the other positions are freed
     return logits
+
+
+def _rows_by_cell(cell_prompts: Sequence[CellPrompt]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Yields the rows of each cell; those that join at the same block are together."""
+    for (_, cell), group in groupby(cell_prompts, key=itemgetter(0, 1)):
+        yield cell, tuple(cell_prompt.row for cell_prompt in group)
 
 
 def _cell_rows(

@@ -30,7 +30,7 @@ from ..models.sites import (
 )
 from ..runs.forward import forward
 from ..tables.metrics import MetricLike
-from .cells import HooksAt, as_hooks, list_values
+from .cells import as_hooks, list_values
 from .sweep import Settings, sweep
 
 Metrics: TypeAlias = MetricLike | Sequence[MetricLike]
@@ -229,7 +229,9 @@ class SiteGrid:
             return site, ALL_POSITIONS
         return site, self.positions[point["pos"]]
 
-    def hooks(self, edit: Callable[[Site, Pos, IndicesLike], Hook]) -> HooksAt:
+    def hooks(
+        self, edit: Callable[[Site, Pos, IndicesLike], Hook]
+    ) -> Callable[..., list[Hook] | None]:
         """Returns the function of the grid's values that makes an edit at each of the positions."""
 
         def at_point(**point: Any) -> list[Hook] | None:

@@ -76,12 +76,7 @@ def path_patching(
     The clean prompts run. The effect is 0 if nothing changed and 1 if the metric became that of the
     corrupted prompts. Columns: layer, head, pos, and those of `sweep`.
     """
-    for name in (senders, *freeze):
-        if name not in COMPONENTS:
-            raise BadHook(
-                f"{name!r} adds nothing to the residual stream by itself: name some of "
-                f"{', '.join(COMPONENTS)}"
-            )
+    _check_components(senders, *freeze)
     receiver_sites = Sites(()) if receivers is None else lm.expand(receivers)
     if not freeze and not receiver_sites:
         raise BadHook(
@@ -123,6 +118,15 @@ def path_patching(
         return hooks
 
     return sweep(lm, clean, grid.axes, receiver_hooks, metrics, target=corrupted, **settings)
+
+
+def _check_components(*names: str) -> None:
+    for name in names:
+        if name not in COMPONENTS:
+            raise BadHook(
+                f"{name!r} adds nothing to the residual stream by itself: name some of "
+                f"{', '.join(COMPONENTS)}"
+            )
 
 
 def _rows_by_length(lengths: Sequence[int], minimum: int) -> list[tuple[int, list[int]]]:

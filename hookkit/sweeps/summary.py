@@ -105,15 +105,13 @@ def _column_names(
     table: pd.DataFrame, by: Sequence[str] | None, values: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
     """Returns the columns that identify a cell, and those that are averaged."""
-    metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
-    own_names = [name for name in table.columns if not name.endswith(COMPANIONS)]
-    metric_names = []
-    for name in own_names:
-        if any(name == metric or name.startswith(f"{metric}_") for metric in metrics):
-            metric_names.append(name)
-    value_names = metric_names if values is None else list(values)
-    others = {*value_names, *NOT_VALUES}
-    cell_names = [name for name in own_names if name not in others] if by is None else list(by)
+    value_names = _metric_columns(table) if values is None else list(values)
+    cell_names = list(by or ())
+    if by is None:
+        for name in table.columns:
+            is_value = name in value_names or name in NOT_VALUES
+            if not is_value and not name.endswith(COMPANIONS):
+                cell_names.append(name)
     for name in (*value_names, *cell_names):
         if name not in table.columns:
             raise BadHook(f"the table has no column {name!r}; it has {', '.join(table.columns)}")
@@ -125,6 +123,16 @@ def _column_names(
     if table.empty:
         raise EmptySelection("the table has no row to average")
     return cell_names, value_names
+
+
+def _metric_columns(table: pd.DataFrame) -> list[str]:
+    metrics = [name.removesuffix("_before") for name in table.columns if name.endswith("_before")]
+    names = []
+    for name in table.columns:
+        belongs = any(name == metric or name.startswith(f"{metric}_") for metric in metrics)
+        if belongs and not name.endswith(COMPANIONS):
+            names.append(name)
+    return names
 
 
 def _as_hashable(value: Any) -> Any:
