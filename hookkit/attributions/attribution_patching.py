@@ -46,11 +46,11 @@ from .backward import (
     EMBED,
     Points,
     PromptMetric,
-    PromptPair,
     bind_pair,
     check_path_end,
     compute_gradients,
     mean_gradient,
+    path_gradients,
     path_points,
 )
 from .qk import check_qk_sites, qk_effects
@@ -115,23 +115,23 @@ def attribution(
     points = points or "start"
     path = path_points(steps, points)
     names = site_names(sites)
-    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    pair = bind_pair(lm, target, source, metric, under)
+    prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    target, source = bind_pair(lm, *prompts, metric, under)
     _check_names(names, by, method)
     positions = None
     if by is None or pos is not None:
-        positions = grid_positions(list(map(len, pair.target.inputs.rows)), names, pos)
+        positions = grid_positions(list(map(len, target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
-    grid_sites, masks = grid.sites(), position_masks(pair.target, positions)
+    grid_sites, masks = grid.sites(), position_masks(target, positions)
     if method == "gradient":
         path = []
     parts: list[SiteEffects] = []
-    for batch in pair.batches(BATCH):
+    for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
         if method == "qk_fix":
-            parts.append(qk_effects(batch, grid_sites, masks))
+            parts.append(qk_effects(*batches, grid_sites, masks))
         else:
-            parts.append(_first_order_effects(batch, grid_sites, masks, path, by is not None))
-    table = _table(pair.target.metric.name, grid, parts, by is not None)
+            parts.append(_first_order_effects(*batches, grid_sites, masks, path, by is not None))
+    table = _table(target.metric.name, grid, parts, by is not None)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
     if method == "integrated":
@@ -157,19 +157,19 @@ def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
 
 
 def _first_order_effects(
-    pair: PromptPair,
+    target: PromptMetric,
+    source: PromptMetric,
     sites: Sequence[Site],
     masks: Float[Tensor, "mask row pos"],
     path: Sequence[float],
     by_neuron: bool,
 ) -> SiteEffects:
     """Returns the effects to first order; with a path, with the mean gradient on it."""
-    target = pair.target
     captured_sites = [*sites, EMBED] if path and EMBED not in sites else sites
     captures = capture(captured_sites, name=CAPTURE_NAME)
-    source_run = pair.source.run(captures)
-    source_metric = pair.source.of_run(source_run)
-    source = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
+    source_run = source.run(captures)
+    source_metric = source.of_run(source_run)
+    source_values = {site: source_run.captured(site, CAPTURE_NAME) for site in captured_sites}
     if not path:
         result = compute_gradients(target, sites)
         before, values, gradient = result.metric, result.values, result.gradient
@@ -177,12 +177,12 @@ def _first_order_effects(
         run = target.run(captures)
         before = target.of_run(run)
         values = {site: run.captured(site, CAPTURE_NAME) for site in captured_sites}
-        end = source[EMBED].values
-        check_path_end(pair, end, source_metric)
-        gradient = mean_gradient(target, sites, values[EMBED].values, end, path)
+        start, end = values[EMBED].values, source_values[EMBED].values
+        check_path_end(target, end, source_metric)
+        gradient = mean_gradient(path_gradients(target, sites, start, end, path))
     effects: dict[AnySite, Tensor] = {}
     for site in sites:
-        difference = source[site].by_place - values[site].by_place.detach()
+        difference = source_values[site].by_place - values[site].by_place.detach()
         change = difference * swap_head_and_query(site, gradient[site])  # [row, pos, ...]
         change = change.to(device="cpu", dtype=torch.float64)
         if not by_neuron and change.ndim >= 3:
@@ -229,8 +229,7 @@ def _table(
         estimate = torch.cat([part[2][site] for part in parts], dim=1)
         estimates[site] = estimate.movedim(1, -1).numpy()
     indices = {position: index for index, position in enumerate(grid.axes.get("pos", [None]))}
-    columns: dict[str, list[Any]] = {name: [] for name in grid.axes}
-    units, deltas = [], []
+    points, deltas = [], []
     for values in itertools.product(*grid.axes.values()):
         point = dict(zip(grid.axes, values, strict=True))
         selection = grid.at(point)
@@ -240,15 +239,15 @@ def _table(
         delta = estimates[Site(site.name, site.layer)][indices[point.get("pos")]]
         if site.head is not None:
             delta = delta[site.head]
-        for name, value in point.items():
-            columns[name] += [value] * delta.size
-        units.append(np.repeat(np.arange(delta.size // count), count))
-        deltas.append(delta.ravel())
-    delta = np.concatenate(deltas)
-    rows = np.tile(np.arange(count), len(delta) // count)
-    table = pd.DataFrame(columns, index=range(len(delta)))
+        points.append(point)
+        deltas.append(delta.reshape(-1, count))  # [neuron, row]
+    repeats = np.repeat(np.arange(len(points)), [delta.size for delta in deltas])
+    table = pd.DataFrame(points).iloc[repeats].reset_index(drop=True)
     if by_neuron:
+        units = [np.repeat(np.arange(len(delta)), count) for delta in deltas]
         table["unit"] = np.concatenate(units)
+    delta = np.concatenate(deltas).ravel()
+    rows = np.tile(np.arange(count), len(delta) // count)
     table["row"] = rows
     unedited = before[rows]
     numbers = metric_columns(metric, unedited + delta, unedited, delta, target[rows])

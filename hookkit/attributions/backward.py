@@ -7,7 +7,7 @@ backward. The weights are frozen meanwhile.
     result.values("resid_pre.6")      # the values themselves
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -130,27 +130,15 @@ def bind_metric(
     return PromptMetric(metrics[0], measure, inputs, range(len(inputs)), tuple(hooks))
 
 
-@dataclass(frozen=True, eq=False)
-class PromptPair:
-    """The metric of the prompts that are patched (target) and of those patched from (source)."""
-
-    target: PromptMetric
-    source: PromptMetric
-
-    def batches(self, size: int) -> Iterator["PromptPair"]:
-        """Yields the pairs of prompts that run together."""
-        for metrics in zip(self.target.batches(size), self.source.batches(size), strict=True):
-            yield PromptPair(*metrics)
-
-
 def bind_pair(
     lm: LM,
     target: Prompts,
     source: Prompts,
     metric: MetricLike,
     hooks: Hook | Sequence[Hook],
-) -> PromptPair:
-    """Returns the metric of two lists of prompts in pairs, with hooks that act in both."""
+) -> tuple[PromptMetric, PromptMetric]:
+    """Returns the metric of the prompts that are patched (target) and of those patched from
+    (source), with hooks that act in both."""
     check_pairs(lm, source, target)
     base_hooks = as_hooks(hooks)
     target_metric = bind_metric(lm, target, metric, hooks=base_hooks)
@@ -159,7 +147,7 @@ def bind_pair(
             "loss reads a continuation, and attribution is of prompts in pairs: take hk.logprob of "
             "its first token"
         )
-    return PromptPair(target_metric, bind_metric(lm, source, metric, hooks=base_hooks))
+    return target_metric, bind_metric(lm, source, metric, hooks=base_hooks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,24 +252,20 @@ def path_gradients(
         yield compute_gradients(at_point, sites, keep_graph=keep_graph)
 
 
-def mean_gradient(
-    prompt_metric: PromptMetric,
-    sites: SitesLike,
-    start: Tensor,
-    end: Tensor,
-    points: Sequence[float],
-) -> dict[AnySite, Tensor]:
-    """Returns the mean gradient at each site over these points."""
+def mean_gradient(results: Iterable[SiteGradients]) -> dict[AnySite, Tensor]:
+    """Returns the mean gradient at each site."""
     sums: dict[AnySite, Tensor] = {}
-    for result in path_gradients(prompt_metric, sites, start, end, points):
+    count = 0
+    for result in results:
+        count += 1
         for site, gradient in result.gradient.items():
             sums[site] = sums[site] + gradient if site in sums else gradient
-    return {site: total / len(points) for site, total in sums.items()}
+    return {site: total / count for site, total in sums.items()}
 
 
-def check_path_end(pair: PromptPair, end: Tensor, source_metric: Tensor) -> None:
+def check_path_end(target: PromptMetric, end: Tensor, source_metric: Tensor) -> None:
     """Raises `Unsupported` if the embeddings of the source's prompts do not give their metric."""
-    at_end = pair.target.with_embeddings(end)
+    at_end = target.with_embeddings(end)
     metric = at_end.of_run(at_end.run())
     if not torch.allclose(metric, source_metric, rtol=1e-3, atol=1e-3):
         raise Unsupported(

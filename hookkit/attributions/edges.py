@@ -36,7 +36,7 @@ from .backward import (
     CAPTURE_NAME,
     EMBED,
     Points,
-    PromptPair,
+    PromptMetric,
     SiteGradients,
     bind_pair,
     check_path_end,
@@ -105,15 +105,15 @@ def edge_attribution(
             "or leave it out"
         )
     path = path_points(steps, points or "start")
-    target, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    pair = bind_pair(lm, target, source, metric, under)
+    prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    target, source = bind_pair(lm, *prompts, metric, under)
     sites = required_sites(lm)
-    count = len(pair.target.rows)
+    count = len(target.rows)
     batch_scores: list[Float[Tensor, "sender receiver"]] = []
     senders: list[EdgeEnd] = []
     receivers: list[EdgeEnd] = []
-    for batch in pair.batches(BATCH):
-        senders, receivers, scores = _score_edges(batch, sites, path)
+    for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
+        senders, receivers, scores = _score_edges(*batches, sites, path)
         batch_scores.append(scores)
     means = torch.stack(batch_scores).sum(0) / count
     order = sorted(range(len(receivers)), key=lambda column: receivers[column].stage)
@@ -123,28 +123,28 @@ def edge_attribution(
             receiver = receivers[column]
             if sender.stage < receiver.stage:
                 records.append((sender.name, receiver.name, float(means[row, column]), count))
-    names = ["sender", "receiver", f"{pair.target.metric.name}_delta", "n"]
+    names = ["sender", "receiver", f"{target.metric.name}_delta", "n"]
     return pd.DataFrame(records, columns=names)
 
 
 def _score_edges(
-    pair: PromptPair, sites: Sequence[Site], path: Sequence[float]
+    target: PromptMetric, source: PromptMetric, sites: Sequence[Site], path: Sequence[float]
 ) -> tuple[list[EdgeEnd], list[EdgeEnd], Float[Tensor, "sender receiver"]]:
     """Returns the senders, the receivers, and the score of each edge, summed over the prompts."""
-    target, lm = pair.target, pair.target.lm
+    lm = target.lm
     captured_sites = [*sites, EMBED] if len(path) > 1 else sites
-    source_run = pair.source.run(capture(captured_sites, name=CAPTURE_NAME))
-    source: dict[AnySite, Captured] = {}
+    source_run = source.run(capture(captured_sites, name=CAPTURE_NAME))
+    source_values: dict[AnySite, Captured] = {}
     for site in captured_sites:
-        source[site] = source_run.captured(site, CAPTURE_NAME)
+        source_values[site] = source_run.captured(site, CAPTURE_NAME)
     result = compute_gradients(target, captured_sites, keep_graph=True)
     check_stream_is_sum(lm, result)
-    senders = compute_senders(lm, result, source)
+    senders = compute_senders(lm, result, source_values)
     differences = _flatten(senders, lm.device)
     results = iter([result])
     if len(path) > 1:
-        start, end = result.values[EMBED].values.detach(), source[EMBED].values
-        check_path_end(pair, end, pair.source.of_run(source_run))
+        start, end = result.values[EMBED].values.detach(), source_values[EMBED].values
+        check_path_end(target, end, source.of_run(source_run))
         results = path_gradients(target, sites, start, end, path, keep_graph=True)
     receivers: list[EdgeEnd] = []
     scores = torch.zeros(())

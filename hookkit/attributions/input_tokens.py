@@ -22,6 +22,7 @@ from .backward import (
     bind_metric,
     compute_gradients,
     mean_gradient,
+    path_gradients,
     path_points,
 )
 
@@ -78,7 +79,8 @@ def token_attribution(
     baseline_metric = at_baseline.of_run(at_baseline.run())
     gradient = result.gradient[EMBED]
     if method == "integrated":
-        gradient = mean_gradient(prompt_metric, EMBED, start, embeddings, path)[EMBED]
+        results = path_gradients(prompt_metric, EMBED, start, embeddings, path)
+        gradient = mean_gradient(results)[EMBED]
     attributions = ((embeddings - start) * gradient).double().sum(-1).cpu()
     table = _table(prompt_metric, attributions)
     if method == "integrated":

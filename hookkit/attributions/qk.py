@@ -23,7 +23,7 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.sites import SITES_WITH_KEY_HEADS, AnySite, Site
 from ..models.views import is_hidden
-from .backward import CAPTURE_NAME, PromptPair, as_float, compute_gradients
+from .backward import CAPTURE_NAME, PromptMetric, as_float, compute_gradients
 
 QK_SITES = ("q", "k", "q_rot", "k_rot")
 
@@ -188,19 +188,22 @@ def softmax(
 
 
 def qk_effects(
-    pair: PromptPair, sites: Sequence[Site], masks: Float[Tensor, "mask row pos"]
+    target: PromptMetric,
+    source: PromptMetric,
+    sites: Sequence[Site],
+    masks: Float[Tensor, "mask row pos"],
 ) -> tuple[Tensor, Tensor, dict[AnySite, Float[Tensor, "mask row head"]]]:
     """Returns the metric of the target's and of the source's prompts, and the effect of each site
     at the positions of each mask."""
-    lm, rows = pair.target.lm, pair.target.rows
+    lm, rows = target.lm, target.rows
     layers = sorted({site.layer for site in sites if site.layer is not None})
     captured_sites: list[Site] = []
     for layer in layers:
         captured_sites += _attention_sites(lm, layer)
     captures = capture(captured_sites, name=f"{CAPTURE_NAME}.qk")
-    source_run = pair.source.run(captures)
+    source_run = source.run(captures)
     patterns = [Site("pattern", layer) for layer in layers]
-    result = compute_gradients(pair.target, patterns, captures)
+    result = compute_gradients(target, patterns, captures)
     limit = LIMITS.get(getattr(lm.root, "dtype", torch.float32), 0.03)
     effects: dict[AnySite, Tensor] = {}
     for layer, pattern in zip(layers, patterns, strict=True):
@@ -220,7 +223,7 @@ def qk_effects(
         for site in sites:
             if site.layer == layer:
                 effects[site] = _site_effect(lm, attention, site, row_masks)
-    return result.metric, pair.source.of_run(source_run), effects
+    return result.metric, source.of_run(source_run), effects
 
 
 def _site_effect(

@@ -30,20 +30,9 @@ from ..runs.taps import HookPoint
 from .inputs import SweepInputs
 from .reach import AFTER_ATTENTION, INPUT, block_of_module, bound_hooks_of, needs_all_positions
 
-KeysAndValues = Sequence[tuple[Tensor, Tensor] | None]
-"""For each layer its keys and values [row, head, pos, d_head]; None if the layer has none."""
 
-
-def keys_and_values(cache: Any) -> KeysAndValues:
-    """Returns the contents of a cache of transformers after a forward."""
-    layers: list[tuple[Tensor, Tensor] | None] = []
-    for layer in cache.layers:
-        layers.append((layer.keys, layer.values) if layer.is_initialized else None)
-    return layers
-
-
-def prefix_cache(contents: KeysAndValues, columns: int, rows: Callable[[], Tensor]) -> Any:
-    """Returns a cache of transformers that holds the first `columns` columns of `contents`.
+def prefix_cache(whole: Any, columns: int, rows: Callable[[], Tensor]) -> Any:
+    """Returns a cache of transformers that holds the first `columns` columns of another one.
 
     The cache stores nothing new. Each update of a layer returns the prefix of the rows that are in
     the batch at that moment, `rows()`, followed by the new keys and values. So the batch can grow
@@ -70,8 +59,11 @@ def prefix_cache(contents: KeysAndValues, columns: int, rows: Callable[[], Tenso
 
     cache: Any = DynamicCache()
     cache.layers = []
-    for layer in contents:
-        cache.layers.append(DynamicLayer() if layer is None else PrefixLayer(*layer))
+    for layer in whole.layers:
+        if layer.is_initialized:
+            cache.layers.append(PrefixLayer(layer.keys, layer.values))
+        else:
+            cache.layers.append(DynamicLayer())  # of a layer without keys and values
     return cache
 
 
@@ -165,14 +157,14 @@ class CellPrompt(NamedTuple):
 class BaseForward:
     """The results of the unedited prompts, from which later forwards start.
 
-    cache   keys and values of every position; None if they were not stored
+    cache   transformers' cache of every position; None if it was not stored
     states  the inputs of the blocks at which a row may join: the last `width` positions
     logits  the logits that the metrics read
     """
 
     rows: tuple[int, ...]
     columns: int
-    cache: KeysAndValues | None
+    cache: Any
     states: Mapping[int, Tensor]
     logits: Float[Tensor, "row pos vocab"]
 
@@ -224,8 +216,7 @@ def run_base(
     )
     stored = DynamicCache() if cache else None
     logits = _run_model(shared_forward, inputs, rows, columns, columns, stored, rows)
-    contents = None if stored is None else keys_and_values(stored)
-    return BaseForward(tuple(rows), columns, contents, recorder.states, logits)
+    return BaseForward(tuple(rows), columns, stored, recorder.states, logits)
 
 
 def run_cell_prompts(
@@ -270,7 +261,6 @@ def run_cell_prompts(
         shared_forward.act_before_the_blocks(lane, outside)
     cache = None
     if past:
-        assert base.cache is not None
         indices = torch.tensor(row_indices)
         cache = prefix_cache(base.cache, past, lambda: indices[: shared_forward.count])
     narrows = shortcuts.last and n_logits < width

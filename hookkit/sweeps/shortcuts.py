@@ -14,21 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hooks.base import Hook
 from ..hooks.edits import steer
 from ..models.lm import LM
 from ..models.sites import ModuleSite, Site
 from ..runs.forward import forward
 from ..runs.manager import HookBlock
 from ..runs.partial import Path, SharedForward
-from ..runs.taps import build_hook_points
-from .forwards import (
-    CellPrompt,
-    Shortcuts,
-    keys_and_values,
-    prefix_cache,
-    run_base,
-    run_cell_prompts,
-)
+from ..runs.taps import HIDDEN_STATES_KEYWORDS, build_hook_points
+from .forwards import CellPrompt, Shortcuts, prefix_cache, run_base, run_cell_prompts
 from .inputs import SweepInputs
 from .reach import INPUT
 
@@ -97,10 +91,7 @@ def _trial_shape(lm: LM, site: ModuleSite, count: int) -> tuple[int, ...]:
     recorder = _record_module(lm, site, count)
     if site.side == "output":
         return recorder.outputs.get((0, site.item), ())
-    names: list[int | str] = [site.item]
-    if site.item == 0:
-        names += ["hidden_states", "input", "x"]
-    for name in names:
+    for name in (site.item, *(HIDDEN_STATES_KEYWORDS if site.item == 0 else ())):
         if (0, (name,)) in recorder.inputs:
             return recorder.inputs[0, (name,)]
     return ()
@@ -157,27 +148,26 @@ def _trial_inputs(lm: LM) -> SweepInputs:
     return SweepInputs(lm, tuple(rows), tuple(rows), (1,) * len(rows))
 
 
-def _trial_cells(lm: LM) -> list[tuple[int, int]]:
-    """Returns the blocks and positions at which the trial edits."""
+def _trial_edits(lm: LM) -> list[tuple[int, int, Callable[..., Hook]]]:
+    """Returns the blocks and positions at which the trial edits, with the edits of some rows."""
     layers = lm.layout.layers("resid_pre") or []
-    edited = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    return list(product(edited, POSITIONS))
-
-
-def _trial_edit(lm: LM, layer: int, pos: int, rows: Any = None) -> Any:
-    site = Site("resid_pre", layer)
-    vector = torch.randn(lm.shape(site), generator=torch.Generator().manual_seed(layer - pos))
-    return steer(site, vector, pos=pos, rows=rows)
+    edits = []
+    for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+        site = Site("resid_pre", layer)
+        for pos in POSITIONS:
+            generator = torch.Generator().manual_seed(layer - pos)
+            vector = torch.randn(lm.shape(site), generator=generator)
+            edits.append((layer, pos, partial(steer, site, vector, pos=pos)))
+    return edits
 
 
 def _expected_logits(inputs: SweepInputs) -> Tensor:
     """Returns the last logits of each cell and prompt [cell row, vocab], from a plain forward."""
     count = len(inputs)
     prompts, edits = [], []
-    for number, (layer, pos) in enumerate(_trial_cells(inputs.lm)):
+    for number, (_, _, edit) in enumerate(_trial_edits(inputs.lm)):
         prompts += [list(row) for row in inputs.rows]
-        rows = list(range(number * count, (number + 1) * count))
-        edits.append(_trial_edit(inputs.lm, layer, pos, rows=rows))
+        edits.append(edit(rows=list(range(number * count, (number + 1) * count))))
     return forward(inputs.lm, prompts, *edits, logits="last").logits[:, -1]
 
 
@@ -185,15 +175,14 @@ def _difference(inputs: SweepInputs, allowed: Shortcuts, expected: Tensor) -> st
     """Returns why these shortcuts do not work for this model; an empty string if they do."""
     lm, count = inputs.lm, len(inputs)
     width = -min(POSITIONS) if allowed.prefix else max(LENGTHS)
-    cells = _trial_cells(lm)
-    hook_points, cell_prompts = [], []
-    for number, (layer, pos) in enumerate(cells):
-        hook_points.append(build_hook_points(lm, [_trial_edit(lm, layer, pos)], no_reference))
+    layers, hook_points, cell_prompts = [], [], []
+    for number, (layer, pos, edit) in enumerate(_trial_edits(lm)):
+        layers.append(layer)
+        hook_points.append(build_hook_points(lm, [edit()], no_reference))
         block = layer if allowed.grow else INPUT
         for row in range(count):
             cell_prompts.append(CellPrompt(block, number, row, inputs.lengths[row] + pos))
     cell_prompts.sort()
-    layers = [layer for layer, _ in cells]
     try:
         base = run_base(inputs, range(count), [], layers, width, cache=allowed.prefix)
         logits = run_cell_prompts(base, inputs, cell_prompts, hook_points, width, allowed)[:, -1]
@@ -314,8 +303,7 @@ def _run_trial(
         if cached:
             width, whole, indices = 2, DynamicCache(), torch.arange(len(rows))
             lm.model(**model_inputs, **settings, past_key_values=whole)
-            contents = keys_and_values(whole)
-            settings["past_key_values"] = prefix_cache(contents, columns - width, lambda: indices)
+            settings["past_key_values"] = prefix_cache(whole, columns - width, lambda: indices)
             model_inputs = inputs.model_inputs(rows, columns, width)
         shared_forward = SharedForward(lm, [], rows=len(rows), width=width)
         shared_forward.run({**model_inputs, **settings}, recorder.wrap_modules)
