@@ -21,7 +21,6 @@ from functools import cache
 from itertools import chain, product
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -165,24 +164,16 @@ def list_values(values: Any, name: str) -> list[Any]:
             f"{name} is a {type(values).__name__}: give its values as a list, in the order that "
             "is meant"
         )
-    items = [_as_python(value) for value in values]
+    items: list[Any] = []
     unique = set()
-    for item in items:
-        if not isinstance(item, Hashable) or isinstance(item, Tensor):
-            continue
-        if item in unique:
-            raise BadHook(f"{name} has {item!r} twice: name each value once")
-        unique.add(item)
+    for value in values:
+        item = value.item() if getattr(value, "ndim", None) == 0 else value
+        if isinstance(item, Hashable) and not isinstance(item, Tensor):
+            if item in unique:
+                raise BadHook(f"{name} has {item!r} twice: name each value once")
+            unique.add(item)
+        items.append(item)
     return items
-
-
-def _as_python(value: Any) -> Any:
-    """Returns a scalar of numpy or torch as Python's own, and anything else as it is."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray | Tensor) and value.ndim == 0:
-        return value.item()
-    return value
 
 
 def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | None:
@@ -209,15 +200,15 @@ def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | Non
 
 def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """Returns one hook or several as a tuple."""
-    if isinstance(hooks, Hook):
-        return (hooks,)
     items = as_items(hooks)
-    for item in (hooks,) if items is None else items:
+    if items is None:
+        items = [hooks]
+    for item in items:
         if not isinstance(item, Hook):
             raise BadHook(
                 f"{describe(item)} is no hook: make one with hk.steer, hk.ablate, hk.force …"
             )
-    return tuple(items or ())
+    return tuple(items)
 
 
 def bind_hooks(
@@ -350,7 +341,12 @@ def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[
     if callable(control):
         return hooks_at(control, cell.point)
     if control == "random":
-        return tuple(_randomise(hook, seed * SEED_STRIDE + draw) for hook in cell.hooks)
+        hooks: list[Hook] = []
+        for hook in cell.hooks:
+            assert isinstance(hook, EditHook)
+            require_vectors(hook.sites, "control='random' needs vectors, and changes")
+            hooks.append(Randomised(hook.sites, hook.where, hook, seed * SEED_STRIDE + draw))
+        return tuple(hooks)
     return tuple(_resample(hook, draw) for hook in cell.hooks)
 
 
@@ -372,12 +368,6 @@ def _count_draws(cells: Sequence[Cell], control: str, draws: int | None) -> int:
             "to patch from: ask for no more, or give more prompts"
         )
     return draws or min(DRAWS, most)
-
-
-def _randomise(hook: Hook, seed: int) -> Hook:
-    assert isinstance(hook, EditHook)
-    require_vectors(hook.sites, "control='random' needs vectors, and changes")
-    return Randomised(hook.sites, hook.where, hook, seed)
 
 
 def _sources(hook: Hook) -> tuple[Captured, ...]:

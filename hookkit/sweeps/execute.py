@@ -90,21 +90,12 @@ def create_task(plan: Plan, base: BaseSettings, job: Job) -> Task:
     return Task(base, job, tuple(names))
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedBase:
-    """The results of one unedited forward."""
-
-    settings: BaseSettings
-    forward: BaseForward
-    cell_metrics: CellMetrics
-
-
 @dataclass(eq=False)
 class SweepWorker:
     """Computes the tasks of a plan. It owns the results of one unedited forward at a time."""
 
     plan: Plan
-    base: LoadedBase | None = field(default=None, init=False)
+    base: tuple[BaseSettings, BaseForward, CellMetrics] | None = field(default=None, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy of the plan has none of the cached properties.
@@ -113,23 +104,24 @@ class SweepWorker:
     def load(self, settings: BaseSettings, forward: BaseForward) -> CellMetrics:
         """Takes the results of an unedited forward. Returns the metrics of its prompts."""
         cell_metrics = CellMetrics.after_base(self.plan, forward)
-        self.base = LoadedBase(settings, forward, cell_metrics)
+        self.base = settings, forward, cell_metrics
         return cell_metrics
 
     def compute(self, task: Task) -> list[Values]:
         """Returns the values of a task: of one forward, or of each part that it was split into
         because memory ran out."""
-        if self.base is None or self.base.settings != task.base:
+        if self.base is None or self.base[0] != task.base:
             self.base = None  # frees the earlier one
             self.load(task.base, task.base.run(self.plan))
-        assert self.base is not None
-        return self._run(self.base, task.job)
+        return self._run(task.job)
 
-    def _run(self, base: LoadedBase, job: Job) -> list[Values]:
+    def _run(self, job: Job) -> list[Values]:
+        assert self.base is not None
         plan = self.plan
+        settings, forward, cell_metrics = self.base
         try:
             logits = run_cell_prompts(
-                base.forward,
+                forward,
                 plan.inputs,
                 job.cell_prompts,
                 plan.hook_points,
@@ -137,15 +129,15 @@ class SweepWorker:
                 plan.shortcuts,
                 plan.base_hook_points,
             )
-            values = base.cell_metrics.values(job.keys, logits)
+            values = cell_metrics.values(job.keys, logits)
         except RuntimeError as error:
             count = len(job.cell_prompts)
             check_out_of_memory(error, plan, count)
             del error
-            parts = [self._run(base, part) for part in job.split((count + 1) // 2)]
+            parts = [self._run(part) for part in job.split((count + 1) // 2)]
             return list(chain.from_iterable(parts))
         for cell_prompt in job.cell_prompts:
-            self._check_fired(cell_prompt, base.settings.sources_match)
+            self._check_fired(cell_prompt, settings.sources_match)
         return [values]
 
     def _check_fired(self, cell_prompt: CellPrompt, sources_match: bool) -> None:
