@@ -32,7 +32,7 @@ from ..models.prompts import Prompts
 from ..models.sites import SITES_WITH_HEADS, AnySite, Site
 from ..sweeps.cell_metrics import metric_columns
 from ..sweeps.grids import (
-    ALL_POSITIONS,
+    AT_ONCE,
     GridPositions,
     Positions,
     SiteGrid,
@@ -118,7 +118,7 @@ def attribution(
     prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     target, source = bind_pair(lm, *prompts, metric, under)
     _check_names(names, by, method)
-    positions = None
+    positions = AT_ONCE
     if by is None or pos is not None:
         positions = grid_positions(list(map(len, target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
@@ -193,13 +193,12 @@ def _first_order_effects(
 
 
 def position_masks(
-    prompt_metric: PromptMetric, positions: GridPositions | None
+    prompt_metric: PromptMetric, positions: GridPositions
 ) -> Float[Tensor, "mask row pos"]:
     """Returns for each value of the dimension `pos` its positions in each prompt, as 1 and 0."""
     lengths = list(map(len, prompt_metric.inputs.rows))
-    named = positions or {None: ALL_POSITIONS}
-    masks = torch.zeros(len(named), len(lengths), max(lengths), dtype=torch.float64)
-    for number, (name, row_positions) in enumerate(named.items()):
+    masks = torch.zeros(len(positions), len(lengths), max(lengths), dtype=torch.float64)
+    for number, (name, row_positions) in enumerate(positions.items()):
         for pos, rows in row_positions:
             where = Where(pos, read_indices(rows, "row"))
             for row, selected in enumerate(prompt_metric.inputs.full.selected_positions(where)):

@@ -22,7 +22,7 @@ from ..models.prompts import Prompts, Row, as_batch, as_rows, positions_of_text
 from ..models.sites import SITES_WITHOUT_LAYER, Site
 from ..runs.forward import forward
 from .cells import as_hooks, list_values, noise_generator
-from .grids import GridPositions, Metrics, Positions, RowPositions, grid_positions
+from .grids import AT_ONCE, GridPositions, Metrics, Positions, RowPositions, grid_positions
 from .sweep import Settings, sweep
 
 # Rows of one forward and tokens of a row, while embeddings are read.
@@ -75,7 +75,7 @@ def causal_tracing(
         positions_of_text(lm, row, item) for row, item in zip(batch.rows, subjects, strict=True)
     ]
     positions = grid_positions(batch.lengths, [site], pos)
-    if positions is None:
+    if positions is AT_ONCE:
         raise BadHook(
             f"{site!r} has heads, all of which are restored together: say at which positions, "
             "with pos="

@@ -8,6 +8,7 @@ hk.dose(lm, prompts, "resid_post.12", vector, metric, scales=[0, 2, 4])
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any, Literal, TypeAlias, Unpack
 
 import pandas as pd
@@ -43,7 +44,8 @@ RowPositions: TypeAlias = list[tuple[Pos, IndicesLike]]
 GridPositions: TypeAlias = Mapping[Any, RowPositions]
 """The positions of a grid, by their value in the dimension `pos`."""
 
-ALL_POSITIONS: RowPositions = [(None, None)]
+AT_ONCE: GridPositions = {None: [(None, None)]}
+"""All positions at once, so that the grid has no dimension of positions."""
 
 
 @check_arguments
@@ -140,7 +142,7 @@ def ablations(
             )
         axes = {"layer": range(lm.n_layers) if layers is None else layers}
         return sweep(lm, prompts, axes, lambda layer: skip_block(layer), metrics, **settings)
-    positions = None
+    positions = AT_ONCE
     if pos is not None:
         positions = grid_positions(as_batch(lm, prompts).lengths, [what], pos)
     grid = create_site_grid(lm, [what], layers, heads, positions)
@@ -206,28 +208,23 @@ class SiteGrid:
     axes       the values of each dimension: site if there are several, layer, head, pos
     layers     the layers of each site; [None] for a site that is not in the blocks
     all_heads  True if the heads are those of each layer, of which some layers may have fewer
-    positions  None if all positions are meant at once
     """
 
     lm: LM
-    names: Sequence[str]
     axes: dict[str, list[Any]]
     layers: dict[str, list[int | None]]
     all_heads: bool
-    positions: GridPositions | None
+    positions: GridPositions
 
     def at(self, point: Mapping[str, Any]) -> tuple[Site, RowPositions] | None:
         """Returns the site and the positions at a point; None if the model has no such site."""
-        name = point.get("site", self.names[0])
+        name = point.get("site", next(iter(self.layers)))
         layer, head = point.get("layer"), point.get("head")
         if layer not in self.layers[name]:
             return None
         if self.all_heads and head is not None and head >= _count_heads(self.lm, name, layer):
             return None
-        site = Site(name, layer, head)
-        if self.positions is None:
-            return site, ALL_POSITIONS
-        return site, self.positions[point["pos"]]
+        return Site(name, layer, head), self.positions[point.get("pos")]
 
     def hooks(
         self, edit: Callable[[Site, Pos, IndicesLike], Hook]
@@ -246,10 +243,8 @@ class SiteGrid:
     def sites(self) -> list[Site]:
         """Returns all sites of the grid, with all heads."""
         sites = []
-        for name in self.names:
-            for layer in self.axes.get("layer", [None]):
-                if self.lm.layout.find(name, layer):
-                    sites.append(Site(name, layer))
+        for name, layers in self.layers.items():
+            sites += [Site(name, layer) for layer in layers]
         return sites
 
 
@@ -258,7 +253,7 @@ def create_site_grid(
     names: Sequence[str],
     layers: Iterable[int] | None,
     heads: Iterable[int] | None,
-    positions: GridPositions | None,
+    positions: GridPositions,
 ) -> SiteGrid:
     """Returns the grid over sites. Raises if some of them have heads or layers and some do not."""
     layer_values = None if layers is None else list_values(layers, "layers")
@@ -269,22 +264,20 @@ def create_site_grid(
         raise BadHook(f"heads={head_values}: {', '.join(names)} has no heads; leave heads= out")
     if layer_values is not None and no_layers:
         raise BadHook(f"layers={layer_values}: {', '.join(names)} has no layers; leave layers= out")
-    site_layers: dict[str, list[int | None]] = {}
-    counts = [0]  # of the heads of each site
-    for name in names:
-        site_layers[name] = _layers_of_site(lm, name, layer_values)
-        counts += [_count_heads(lm, name, layer) for layer in site_layers[name]]
-    all_layers = set().union(*site_layers.values()) - {None}
+    site_layers = {name: _layers_of_site(lm, name, layer_values) for name in names}
     axes: dict[str, list[Any]] = {}
     if len(names) > 1:
         axes["site"] = list(names)
-    if all_layers:
-        axes["layer"] = sorted(all_layers)
-    if has_heads:
-        axes["head"] = list(range(max(counts))) if head_values is None else head_values
-    if positions is not None:
+    if not no_layers:
+        axes["layer"] = sorted(set().union(*site_layers.values()))
+    if head_values is not None:
+        axes["head"] = head_values
+    elif has_heads:
+        pairs = chain.from_iterable(product([name], site_layers[name]) for name in names)
+        axes["head"] = list(range(max(_count_heads(lm, name, layer) for name, layer in pairs)))
+    if positions is not AT_ONCE:
         axes["pos"] = list(positions)
-    return SiteGrid(lm, names, axes, site_layers, head_values is None, positions)
+    return SiteGrid(lm, axes, site_layers, head_values is None, positions)
 
 
 def _same_for_all(names: Sequence[str], group: Collection[str], word: str) -> bool:
@@ -311,13 +304,11 @@ def _count_heads(lm: LM, name: str, layer: int | None) -> int:
     return lm.layout.sizes_of(layer)["kv_head" if name in SITES_WITH_KEY_HEADS else "head"] or 0
 
 
-def grid_positions(
-    lengths: Sequence[int], names: Sequence[str], pos: Positions
-) -> GridPositions | None:
-    """Returns the positions of a grid; None for sites with heads without `pos`."""
+def grid_positions(lengths: Sequence[int], names: Sequence[str], pos: Positions) -> GridPositions:
+    """Returns the positions of a grid; all at once for sites with heads without `pos`."""
     if pos is None:
         if names[0] in SITES_WITH_HEADS:
-            return None
+            return AT_ONCE
         # every position that all prompts have, counted from the end if lengths differ
         shortest = min(lengths)
         pos = range(shortest) if len(set(lengths)) == 1 else range(-shortest, 0)

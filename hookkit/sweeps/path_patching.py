@@ -33,6 +33,7 @@ from ..tables.token_metrics import logit
 from .cells import as_hooks
 from .execute import PlanRun
 from .grids import (
+    AT_ONCE,
     Metrics,
     Positions,
     check_pairs,
@@ -91,7 +92,7 @@ def path_patching(
     captured_sites = list(dict.fromkeys([*frozen, *read_sites]))
     clean_run = forward(lm, clean, *base_hooks, capture(captured_sites), logits=False)
     corrupted_run = forward(lm, corrupted, *base_hooks, capture(lm.sites(senders)), logits=False)
-    positions = None if pos is None else grid_positions(lengths, [senders], pos)
+    positions = AT_ONCE if pos is None else grid_positions(lengths, [senders], pos)
     grid = create_site_grid(lm, [senders], layers, heads, positions)
     corrupt = grid.hooks(lambda site, pos, rows: patch(site, corrupted_run, pos=pos, rows=rows))
 
@@ -111,13 +112,24 @@ def path_patching(
         key = tuple(point.values())
         if key not in received:
             return None
-        source, first = received[key]
-        hooks: list[Hook] = []
-        for length, rows in _rows_by_length(lengths, first):
-            hooks.append(patch(receiver_sites, source, pos=slice(first, length), rows=rows))
-        return hooks
+        return _receiver_patches(receiver_sites, *received[key], lengths)
 
     return sweep(lm, clean, grid.axes, receiver_hooks, metrics, target=corrupted, **settings)
+
+
+def _receiver_patches(
+    receivers: Sites, source: Captures, first: int, lengths: Sequence[int]
+) -> list[Hook]:
+    """Returns the patches of what the receivers read, from the first position on, for the rows of
+    each length."""
+    rows_by_length: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        if length > first:
+            rows_by_length.setdefault(length, []).append(row)
+    hooks: list[Hook] = []
+    for length, rows in sorted(rows_by_length.items()):
+        hooks.append(patch(receivers, source, pos=slice(first, length), rows=rows))
+    return hooks
 
 
 def _check_components(*names: str) -> None:
@@ -127,15 +139,6 @@ def _check_components(*names: str) -> None:
                 f"{name!r} adds nothing to the residual stream by itself: name some of "
                 f"{', '.join(COMPONENTS)}"
             )
-
-
-def _rows_by_length(lengths: Sequence[int], minimum: int) -> list[tuple[int, list[int]]]:
-    """Returns the rows of each length that is larger than `minimum`, in ascending order."""
-    rows: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        if length > minimum:
-            rows.setdefault(length, []).append(row)
-    return sorted(rows.items())
 
 
 def _check_receiver(site: AnySite) -> Site:

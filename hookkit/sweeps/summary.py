@@ -77,9 +77,7 @@ def over_prompts(
     settings = _Settings(confidence, resamples, seed, effects)
     first_rows = [int(rows[0]) for rows in cells.rows]
     summary = table[cell_names].iloc[first_rows].reset_index(drop=True)
-    has_value = np.zeros(len(cells.prompt_cells), dtype=bool)
-    for name in value_names:
-        has_value |= ~np.isnan(cells.by_prompt(name))
+    has_value = np.any([~np.isnan(cells.by_prompt(name)) for name in value_names], axis=0)
     summary["n"] = np.bincount(cells.prompt_cells, weights=has_value).astype(int)
     methods: list[list[str]] = [[] for _ in cells.rows]
     for name in value_names:
