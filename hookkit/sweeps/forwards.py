@@ -253,11 +253,7 @@ def run_cell_prompts(
     shared_forward = SharedForward(lm, lanes, schedule, rows=len(rows), width=width)
     if schedule is not None and base_hook_points:
         lane = _cell_rows(batch, base.rows, 0, past, width, n_logits)
-        outside = [
-            hook_point
-            for hook_point in base_hook_points
-            if block_of_module(lm, hook_point.place.path) == INPUT
-        ]
+        outside = _outside_the_blocks(lm, base_hook_points)
         shared_forward.act_before_the_blocks(lane, outside)
     cache = None
     if past:
@@ -292,6 +288,10 @@ def _run_model(
     if n_read < n_computed:
         return logits.clone()  # so that the other positions are freed
     return logits
+
+
+def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPoint]:
+    return [point for point in hook_points if block_of_module(lm, point.place.path) == INPUT]
 
 
 def _rows_by_cell(cell_prompts: Sequence[CellPrompt]) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -256,14 +256,10 @@ def create_site_grid(
     positions: GridPositions,
 ) -> SiteGrid:
     """Returns the grid over sites. Raises if some of them have heads or layers and some do not."""
-    layer_values = None if layers is None else list_values(layers, "layers")
-    head_values = None if heads is None else list_values(heads, "heads")
     has_heads = _same_for_all(names, SITES_WITH_HEADS, "heads")
     no_layers = _same_for_all(names, SITES_WITHOUT_LAYER, "no layers")
-    if head_values is not None and not has_heads:
-        raise BadHook(f"heads={head_values}: {', '.join(names)} has no heads; leave heads= out")
-    if layer_values is not None and no_layers:
-        raise BadHook(f"layers={layer_values}: {', '.join(names)} has no layers; leave layers= out")
+    head_values = _read_values(heads, "heads", names, exist=has_heads)
+    layer_values = _read_values(layers, "layers", names, exist=not no_layers)
     site_layers = {name: _layers_of_site(lm, name, layer_values) for name in names}
     axes: dict[str, list[Any]] = {}
     if len(names) > 1:
@@ -274,7 +270,8 @@ def create_site_grid(
         axes["head"] = head_values
     elif has_heads:
         pairs = chain.from_iterable(product([name], site_layers[name]) for name in names)
-        axes["head"] = list(range(max(_count_heads(lm, name, layer) for name, layer in pairs)))
+        counts = [_count_heads(lm, name, layer) for name, layer in pairs]
+        axes["head"] = list(range(max(counts, default=0)))
     if positions is not AT_ONCE:
         axes["pos"] = list(positions)
     return SiteGrid(lm, axes, site_layers, head_values is None, positions)
@@ -288,6 +285,18 @@ def _same_for_all(names: Sequence[str], group: Collection[str], word: str) -> bo
             f"of {', '.join(names)} some have {word} and some do not: make a grid of each"
         )
     return are_in_group == {True}
+
+
+def _read_values(
+    values: Iterable[int] | None, word: str, names: Sequence[str], *, exist: bool
+) -> list[int] | None:
+    """Returns the values of a dimension; None for all. Raises if the sites have no such thing."""
+    if values is None:
+        return None
+    items = list_values(values, word)
+    if not exist:
+        raise BadHook(f"{word}={items}: {', '.join(names)} has no {word}; leave {word}= out")
+    return items
 
 
 def _layers_of_site(lm: LM, name: str, layers: Sequence[int] | None) -> list[int | None]:

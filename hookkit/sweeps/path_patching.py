@@ -84,9 +84,7 @@ def path_patching(
             "freeze=() holds nothing, so that every path carries the change: that is hk.patching"
         )
     read_sites = list(dict.fromkeys(_check_receiver(site) for site in receiver_sites))
-    frozen: list[Site] = []
-    for name in freeze:
-        frozen += [Site(name, layer) for layer in lm.layout.layers(name) or []]
+    frozen = _all_layers(lm, freeze)
     lengths = check_pairs(lm, corrupted, clean)
     base_hooks = as_hooks(settings.get("under", ()))
     captured_sites = list(dict.fromkeys([*frozen, *read_sites]))
@@ -130,6 +128,13 @@ def _receiver_patches(
     for length, rows in sorted(rows_by_length.items()):
         hooks.append(patch(receivers, source, pos=slice(first, length), rows=rows))
     return hooks
+
+
+def _all_layers(lm: LM, names: Sequence[str]) -> list[Site]:
+    sites: list[Site] = []
+    for name in names:
+        sites += [Site(name, layer) for layer in lm.layout.layers(name) or []]
+    return sites
 
 
 def _check_components(*names: str) -> None:

@@ -71,12 +71,10 @@ def over_prompts(
         raise BadHook(f"confidence={confidence} is no share: give 0.95 for an interval of 95 %")
     check_integer(resamples, "resamples", least=1, meaning="how many draws a bootstrap has,")
     cell_names, value_names = _column_names(table, by, values)
-    for name in cell_names:
-        table = table.assign(**{name: [_as_hashable(value) for value in table[name]]})
     cells = _Cells(table, cell_names)
     settings = _Settings(confidence, resamples, seed, effects)
     first_rows = [int(rows[0]) for rows in cells.rows]
-    summary = table[cell_names].iloc[first_rows].reset_index(drop=True)
+    summary = cells.table[cell_names].iloc[first_rows].reset_index(drop=True)
     has_value = np.any([~np.isnan(cells.by_prompt(name)) for name in value_names], axis=0)
     summary["n"] = np.bincount(cells.prompt_cells, weights=has_value).astype(int)
     methods: list[list[str]] = [[] for _ in cells.rows]
@@ -110,9 +108,7 @@ def _column_names(
             is_value = name in value_names or name in NOT_VALUES
             if not is_value and not name.endswith(COMPANIONS):
                 cell_names.append(name)
-    for name in (*value_names, *cell_names):
-        if name not in table.columns:
-            raise BadHook(f"the table has no column {name!r}; it has {', '.join(table.columns)}")
+    _check_columns(table, *value_names, *cell_names)
     if not value_names or not cell_names:
         raise BadHook(
             f"this table has columns {', '.join(table.columns)}: give what sweep gave, or say by= "
@@ -121,6 +117,12 @@ def _column_names(
     if table.empty:
         raise EmptySelection("the table has no row to average")
     return cell_names, value_names
+
+
+def _check_columns(table: pd.DataFrame, *names: str) -> None:
+    for name in names:
+        if name not in table.columns:
+            raise BadHook(f"the table has no column {name!r}; it has {', '.join(table.columns)}")
 
 
 def _metric_columns(table: pd.DataFrame) -> list[str]:
@@ -150,6 +152,8 @@ class _Cells:
     """
 
     def __init__(self, table: pd.DataFrame, cell_names: Sequence[str]) -> None:
+        for name in cell_names:
+            table = table.assign(**{name: [_as_hashable(value) for value in table[name]]})
         self.table = table
         row_cells = table.groupby(list(cell_names), sort=False, dropna=False).ngroup().to_numpy()
         ends = np.bincount(row_cells).cumsum()
@@ -373,8 +377,7 @@ def strongest(
     defaults = [name for name in value_names if name.endswith("_effect")]
     defaults += [name for name in value_names if name.endswith("_delta")]
     value = value or [*defaults, *value_names][0]
-    if value not in table.columns:
-        raise BadHook(f"the table has no column {value!r}; it has {', '.join(table.columns)}")
+    _check_columns(table, value)
     key = "prompt" if "prompt" in table.columns else "row"
     count = len(set(table[key].dropna())) if key in table.columns else 0
     if count < 4:

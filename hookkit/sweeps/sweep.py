@@ -43,6 +43,7 @@ from .cells import (
     create_controls,
 )
 from .execute import PlanRun
+from .forwards import Shortcuts
 from .inputs import SweepInputs, read_inputs
 from .journal import Journal, open_journal
 from .plan import Plan, memory_budget
@@ -115,19 +116,7 @@ def plan(
     _check_names(
         cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
     )
-    if reads_ahead(lm):
-        raise Unsupported(
-            "this model reads ahead: what it says at a position depends on later tokens; use "
-            "hk.forward"
-        )
-    modules = find_user_hooks(lm.model)
-    if modules:
-        allowed = no_shortcuts(
-            f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), "
-            "which see whole batches"
-        )
-    else:
-        allowed = shortcuts(lm)
+    allowed = _allowed_shortcuts(lm)
     for cell in cells:
         cell.alone = _reason_alone(lm, cell) if allowed.batch else allowed.why["batch"]
     budget = memory_budget(lm, memory)
@@ -188,6 +177,22 @@ def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Seque
                     f"{metric} makes one of that name: give the dimension, or the metric's "
                     "function, another name"
                 )
+
+
+def _allowed_shortcuts(lm: LM) -> Shortcuts:
+    """Returns what the model allows: nothing if it has hooks of the user's, which see batches."""
+    if reads_ahead(lm):
+        raise Unsupported(
+            "this model reads ahead: what it says at a position depends on later tokens; use "
+            "hk.forward"
+        )
+    modules = find_user_hooks(lm.model)
+    if not modules:
+        return shortcuts(lm)
+    return no_shortcuts(
+        f"the model carries hooks that are not hookkit's (on {modules[0] or 'the model'}), which "
+        "see whole batches"
+    )
 
 
 def _reason_alone(lm: LM, cell: Cell) -> str:
