@@ -146,7 +146,7 @@ class SweepWorker:
         for bound in cell.bound_hooks:
             if bound.change is None or bound.fired:
                 continue
-            if is_never_called(bound, self.plan, [cell_prompt.row], sources_match):
+            if had_to_fire(bound, self.plan, [cell_prompt.row], sources_match):
                 raise NeverFired(
                     f"{bound.hook} never fired at {bound.site} in the sweep's cell {cell}: the "
                     "model never calls this module (some are bypassed by fused code). See "
@@ -154,7 +154,7 @@ class SweepWorker:
                 )
 
 
-def is_never_called(bound: BoundHook, plan: Plan, rows: Sequence[int], sources_match: bool) -> bool:
+def had_to_fire(bound: BoundHook, plan: Plan, rows: Sequence[int], sources_match: bool) -> bool:
     """True if a hook that did not fire would do nothing in forwards of whole prompts either.
 
     An edit may be idle because it acts only where the metric cannot see it. At a module that the
@@ -295,7 +295,7 @@ class PlanRun:
         plan = self.plan
         settings, forward, jobs, cell_prompts = self._run_base(rows)
         for bound in plan.first_effect.base:
-            if not bound.fired and is_never_called(bound, plan, rows, sources_match=False):
+            if not bound.fired and had_to_fire(bound, plan, rows, sources_match=False):
                 raise NeverFired(
                     f"{bound.hook}, which is to act under every cell, never fired at {bound.site}"
                 )

@@ -137,28 +137,27 @@ class Plan:
         `sources_match` is True if patches have the model's own values (see `FirstEffect`).
         """
         key = tuple(rows), sources_match
-        if key not in self._cell_prompts:
-            found = self._find_cell_prompts(rows, sources_match)
-            self._cell_prompts[key] = list(found)
-        return self._cell_prompts[key]
-
-    @cached_property
-    def _cell_prompts(self) -> dict[tuple[tuple[int, ...], bool], list[CellPrompt]]:
-        """Cache of `cell_prompts`, owned by this plan."""
-        return {}
-
-    def _find_cell_prompts(self, rows: Sequence[int], sources_match: bool) -> Iterator[CellPrompt]:
+        if key in self._cell_prompts:
+            return self._cell_prompts[key]
+        cell_prompts: list[CellPrompt] = []
         for cell in self.cells:
             bound_hooks = cell.bound_hooks
             for row in rows:
-                start = (INPUT, 0)
+                start = INPUT, 0
                 if not cell.alone:
                     start = self.first_effect.first_start(
                         bound_hooks, row, sources_match=sources_match
                     )
                 if start is not None:
                     block = start[0] if self.shortcuts.grow else INPUT
-                    yield CellPrompt(block, cell.number, row, start[1])
+                    cell_prompts.append(CellPrompt(block, cell.number, row, start[1]))
+        self._cell_prompts[key] = cell_prompts
+        return cell_prompts
+
+    @cached_property
+    def _cell_prompts(self) -> dict[tuple[tuple[int, ...], bool], list[CellPrompt]]:
+        """Cache of `cell_prompts`, owned by this plan."""
+        return {}
 
     def jobs(
         self, rows: Sequence[int], cell_prompts: Sequence[CellPrompt], budget: int
