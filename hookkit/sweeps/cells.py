@@ -200,7 +200,7 @@ def hooks_at(hooks: HooksAt, point: Mapping[str, Any]) -> tuple[Hook, ...] | Non
 
 def as_hooks(hooks: Hook | Sequence[Hook]) -> tuple[Hook, ...]:
     """Returns one hook or several as a tuple."""
-    items = as_items(hooks)
+    items: list[Any] | None = as_items(hooks)
     if items is None:
         items = [hooks]
     for item in items:

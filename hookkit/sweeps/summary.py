@@ -234,7 +234,7 @@ def _estimate(
     parts: Sequence[Float[np.ndarray, "part value"]], estimate: Callable[[np.ndarray], Estimates]
 ) -> Summary:
     """Returns the estimates of each cell; cells with the same number of values are computed at
-    once, as [cell, part, value]. The count is that of the last part's values."""
+    once, as [cell, part, value]."""
     summary: Summary = {suffix: np.full(len(parts), np.nan) for suffix in SUFFIXES[:-1]}
     summary |= {"_n": np.zeros(len(parts), dtype=int), "interval": np.full(len(parts), "", object)}
     by_count: dict[int, list[int]] = {}
