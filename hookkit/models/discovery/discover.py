@@ -7,7 +7,7 @@ that says why there are no sites.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +17,21 @@ from ..families.schema import Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES
 from ..layout import Layout, family_of, non_decoder_family
 from ..sites import AXES, SITES_WITHOUT_LAYER
-from .attention_sites import HEADED, UNPROVED, find_attention
-from .dry_run import ModuleCall, Recording, dry_run
+from .attention_sites import (
+    HEADED,
+    UNPROVED,
+    FoundSites,
+    find_attention,
+    locate_attention_sites,
+    locate_rotated_sites,
+)
+from .dry_run import ROWS, WIDTH, ModuleCall, Recording, dry_run
 from .matching import equal_values, is_sum, scale_factor
 from .mlp_sites import locate_mlp_sites
 from .residual_sites import Block, locate_residual_sites
 
 LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER)
 NOT_SEEN = UNPROVED + "nothing like it was seen"
-ROWS, WIDTH = 2, 7  # of the token ids of the dry run
 
 Findings = Mapping[int, Block | str]
 """By the number of a block: what was found in it, or the reason why nothing was."""
@@ -84,24 +90,25 @@ def discover_family(model: nn.Module, config: Any) -> Family:
     for number in sorted(set(kinds)):
         findings[number] = _study_block(recording, path.format(layer=number))
     studied = [block for block in findings.values() if isinstance(block, Block)]
+    styles = {block.attention.style for block in studied if block.attention}
     _add_rotated_sites(studied)
-    _remove_mixed_styles(studied)
-    locations, missing = _merge_blocks(model, findings, kinds, path)
-    whole_model = _locate_whole_model_sites(model, config, recording, path)
-    locations |= whole_model.locations
-    missing |= whole_model.missing
+    if len(styles) == 2:
+        _remove_sites_inside_attention(studied)
+    locations, missing = _merge_blocks(findings, kinds, path)
+    for name, site in _locate_whole_model_sites(model, config, recording, path).items():
+        if isinstance(site, str):
+            missing[name] = site
+        else:
+            locations[name] = site
     exceptions: dict[str, str] = {}
     for block in studied:
         exceptions |= block.exceptions
-    for name in AXES:
-        if name not in locations:
-            missing.setdefault(name, NOT_SEEN)
     family = Family(
         getattr(config, "model_type", None) or "unknown",
         locations,
         missing,
         block=path,
-        attention="own" if _attention_styles(studied) == {"own"} else "interface",
+        attention="own" if styles == {"own"} else "interface",
         exceptions=exceptions,
         found=True,
     )
@@ -183,57 +190,35 @@ def _study_block(recording: Recording, path: str) -> Block | str:
     if len(calls) != 1:
         return f"{UNPROVED}the block {path!r} ran {len(calls)} times in one forward"
     (call,) = calls
-    pre, post = recording.by_token(call.input), recording.by_token(call.output)
-    reason = UNPROVED + "the block does not read and give the stream as [batch, pos, d_model]"
-    if pre is None or post is None or pre.shape != post.shape:
-        return reason
-    if call.input is None or call.input.ndim != 3:
-        return reason
-    attention = find_attention(recording, call)
+    pre, post = call.input_by_token, call.output_by_token
+    is_stream = pre is not None and post is not None and pre.shape == post.shape
+    if not is_stream or pre is not call.input:
+        return UNPROVED + "the block does not read and give the stream as [batch, pos, d_model]"
+    block = Block(call, pre, post)
+    attention = find_attention(call)
     if isinstance(attention, str):
-        block = Block(recording, call, None, pre, post)
-        block.missing |= dict.fromkeys(("attn_in", *HEADED), attention)
+        block.sites |= dict.fromkeys(("attn_in", *HEADED), attention)
     else:
-        block = Block(recording, call, attention, pre, post)
-        block.locations |= attention.locations
-        block.missing |= attention.missing
-    block.locations["resid_pre"] = ModuleLocation(path, "input")
-    block.locations["resid_post"] = ModuleLocation(path)
+        block.attention = attention
+        block.sites |= locate_attention_sites(attention, recording.attention_error)
+    block.sites["resid_pre"] = ModuleLocation(path, "input")
+    block.sites["resid_post"] = ModuleLocation(path)
     locate_residual_sites(block)
     locate_mlp_sites(block)
-    _check_output_projection(block)
     return block
-
-
-def _check_output_projection(block: Block) -> None:
-    """Removes z if the output projection gives no attn_out."""
-    if block.attention is None or "z" not in block.locations or "attn_out" in block.locations:
-        return
-    projection = block.attention.output_projection
-    if projection is not None and block.recording.by_token(projection.output) is None:
-        block.locations.pop("z")
-        block.missing["z"] = (
-            UNPROVED + "attention's last projection does not give what attention adds"
-        )
 
 
 # ---- from the studied blocks to all blocks
 
 
-def _attention_styles(blocks: list[Block]) -> set[str]:
-    return {block.attention.style for block in blocks if block.attention}
-
-
-def _remove_mixed_styles(blocks: list[Block]) -> None:
-    """Removes the sites inside attention if not all blocks compute it in the same style."""
-    if len(_attention_styles(blocks)) < 2:
-        return
+def _remove_sites_inside_attention(blocks: list[Block]) -> None:
+    """Removes these sites, because not all blocks compute attention in the same style."""
     reason = UNPROVED + "some blocks compute attention in their own code, and others do not"
     for block in blocks:
         for name in HEADED:
-            if name in block.locations and block.locations[name].side == "inside":
-                block.locations.pop(name)
-                block.missing[name] = reason
+            site = block.sites[name]
+            if isinstance(site, ModuleLocation) and site.side == "inside":
+                block.sites[name] = reason
 
 
 def _add_rotated_sites(blocks: list[Block]) -> None:
@@ -243,14 +228,12 @@ def _add_rotated_sites(blocks: list[Block]) -> None:
         return
     for block, attention in attentions:
         if not attention.rotates and attention.style == "interface":
-            path = attention.call.path
-            block.locations["q_rot"] = ModuleLocation(path, "inside", "query")
-            if not attention.repeats_keys:
-                block.locations["k_rot"] = ModuleLocation(path, "inside", "key")
+            attention.rotates = True
+            block.sites |= locate_rotated_sites(attention)
 
 
 def _merge_blocks(
-    root: nn.Module, findings: Findings, kinds: list[int], path: str
+    findings: Findings, kinds: list[int], path: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the locations of each site over all blocks, and why a kind of block has none.
 
@@ -259,169 +242,62 @@ def _merge_blocks(
     locations: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name in LAYER_SITES:
-        by_kind: dict[int, ModuleLocation | None] = {}
-        distinct: dict[ModuleLocation, None] = {}
+        alternatives: dict[ModuleLocation, list[int]] = {}
         reasons: dict[str, None] = {}
-        for number, block in findings.items():
-            location = _relative_location(block, name, path.format(layer=number))
-            by_kind[number] = location
-            if location is not None:
-                distinct[location] = None
-            else:
-                reasons[_reason(block, name)] = None
-        if distinct:
-            alternatives = tuple(distinct)
-            by_layer = [by_kind[kind] for kind in kinds]
-            if not _first_match_is_right(root, alternatives, by_layer, path):
-                alternatives = tuple(
-                    _restrict_to_layers(location, by_layer) for location in alternatives
-                )
-            locations[name] = alternatives[0] if len(alternatives) == 1 else alternatives
+        for layer, kind in enumerate(kinds):
+            block = findings[kind]
+            site = block.sites.get(name, NOT_SEEN) if isinstance(block, Block) else block
+            if isinstance(site, str):
+                reasons[site] = None
+                continue
+            relative = site.path.removeprefix(path.format(layer=kind)).removeprefix(".")
+            alternatives.setdefault(replace(site, path=f".{relative}"), []).append(layer)
         if reasons:
             missing[name] = "; or ".join(reasons)
+        if len(alternatives) == 1 and not reasons:
+            (locations[name],) = alternatives
+        elif alternatives:
+            locations[name] = tuple(
+                replace(location, layers=tuple(layers)) for location, layers in alternatives.items()
+            )
     return locations, missing
-
-
-def _reason(block: Block | str, name: str) -> str:
-    return block if isinstance(block, str) else block.missing.get(name, NOT_SEEN)
-
-
-def _relative_location(block: Block | str, name: str, path: str) -> ModuleLocation | None:
-    """Returns the location of a site with a path relative to its block, or None."""
-    if isinstance(block, str) or name not in block.locations:
-        return None
-    location = block.locations[name]
-    return replace(location, path="." + location.path.removeprefix(path).removeprefix("."))
-
-
-def _first_match_is_right(
-    root: nn.Module,
-    locations: tuple[ModuleLocation, ...],
-    by_layer: list[ModuleLocation | None],
-    path: str,
-) -> bool:
-    """True if each block's location is the first one whose module the block has."""
-    for layer, expected in enumerate(by_layer):
-        block = root.get_submodule(path.format(layer=layer))
-        paths = {name for name, _ in block.named_modules()}
-        matches = [location for location in locations if location.path.removeprefix(".") in paths]
-        first = matches[0] if matches else None
-        if first != expected:
-            return False
-    return True
-
-
-def _restrict_to_layers(
-    location: ModuleLocation, by_layer: list[ModuleLocation | None]
-) -> ModuleLocation:
-    layers = tuple(layer for layer, other in enumerate(by_layer) if other == location)
-    return replace(location, layers=layers)
 
 
 # ---- the sites that a model has once
 
 
-@dataclass(eq=False)
-class _WholeModelSites:
-    """The locations of embed, pos_embed, final_norm, lm_head and logits, or why they are missing.
-
-    One discovery owns it and fills it.
-    """
-
-    recording: Recording
-    outside: list[ModuleCall]  # the calls outside the blocks, without the token embedding
-    locations: dict[str, ModuleLocation] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-
-    def locate_embed(self, embed: ModuleCall | None, stream: Tensor | None) -> None:
-        output = embed.output if embed else None
-        if embed is None or output is None or stream is None or output.shape != stream.shape:
-            self.missing["embed"] = UNPROVED + (
-                "the token embedding does not run once, with as many numbers for each token as the "
-                "stream has"
-            )
-            return
-        self.locations["embed"] = ModuleLocation(embed.path)
-
-    def locate_pos_embed(
-        self, embed: ModuleCall | None, first_block: ModuleCall | None, stream: Tensor | None
-    ) -> None:
-        """Locates pos_embed: what is added to the token embedding before the first block."""
-        token = self.recording.by_token(embed.output) if embed else None
-        if first_block is None or stream is None or token is None or stream.shape != token.shape:
-            self.missing["pos_embed"] = (
-                UNPROVED + "the first block does not read the token embedding and something more"
-            )
-            return
-        if scale_factor(token, stream) is not None:
-            self.missing["pos_embed"] = (
-                "nothing is added to the token's embedding: positions act inside the blocks"
-            )
-            return
-        for call in self.outside:
-            output = call.output
-            if call.start > first_block.start or output is None or output.ndim != 3:
-                continue
-            if output.shape[1:] != token.shape[1:] or not self.recording.runs_once(call):
-                continue
-            if is_sum([token, output.expand_as(token)], stream):
-                self.locations["pos_embed"] = ModuleLocation(call.path)
-                return
-        self.missing["pos_embed"] = UNPROVED + (
-            "no module's output, added to the token's embedding, is what the first block reads"
-        )
-
-    def locate_final_norm(self, config: Any, head: ModuleCall) -> None:
-        """Locates final_norm: the module whose output, perhaps divided, the head reads."""
-        for call in self.outside:
-            if call.end < head.start and self.recording.runs_once(call):
-                location = _final_norm_location(config, call, head)
-                if location is not None:
-                    self.locations["final_norm"] = location
-                    return
-        subject = "no module outside the blocks"
-        for call in self.outside:
-            if call.start < head.start and equal_values(call.output, head.input):
-                subject = f"{call.path!r}, which runs more than once,"
-                break
-        self.missing["final_norm"] = f"{UNPROVED}{subject} gives what the head reads"
-
-
-def _final_norm_location(config: Any, call: ModuleCall, head: ModuleCall) -> ModuleLocation | None:
-    """Returns the location of a module whose output the head reads, or None."""
-    if head.input is None or call.output is None or call.output.shape != head.input.shape:
-        return None
-    if equal_values(call.output, head.input):
-        return ModuleLocation(call.path)
-    factor = scale_factor(call.output, head.input)
-    if factor is None:
-        return None
-    name = _setting_with_value(config, 1 / factor)
-    return None if name is None else ModuleLocation(call.path, over=name)
-
-
 def _locate_whole_model_sites(
     model: Any, config: Any, recording: Recording, path: str
-) -> _WholeModelSites:
+) -> FoundSites:
+    """Locates embed, pos_embed, final_norm, lm_head and logits."""
     embed = recording.only_call(model.get_input_embeddings())
     head = recording.only_call(model.get_output_embeddings())
     first_block = next(iter(recording.calls_at(path.format(layer=0))), None)
-    stream = recording.by_token(first_block.input) if first_block else None
-    sites = _WholeModelSites(recording, _calls_outside_blocks(recording, path, embed))
-    sites.locations["logits"] = ModuleLocation("", item="logits")
-    sites.locate_embed(embed, stream)
-    sites.locate_pos_embed(embed, first_block, stream)
+    stream = first_block.input_by_token if first_block else None
+    outside = _calls_outside_blocks(recording, path, embed)
+    sites: FoundSites = {
+        "embed": UNPROVED
+        + "the token embedding does not run once, with as many numbers for each token as the "
+        "stream has",
+        "pos_embed": UNPROVED
+        + "the first block does not read the token embedding and something more",
+        "final_norm": UNPROVED
+        + "the head does not read as many numbers of each token as the stream has",
+        "logits": ModuleLocation("", item="logits"),
+    }
+    if embed and first_block and stream is not None:
+        if embed.output is not None and embed.output.shape == stream.shape:
+            sites["embed"] = ModuleLocation(embed.path)
+        token = embed.output_by_token
+        if token is not None and token.shape == stream.shape:
+            earlier = [call for call in outside if call.start < first_block.start]
+            sites["pos_embed"] = _locate_pos_embed(earlier, token, stream)
     if head is None:
         reason = UNPROVED + "the head does not run once in a forward"
-        sites.missing["lm_head"] = sites.missing["final_norm"] = reason
-        return sites
-    sites.locations["lm_head"] = ModuleLocation(head.path)
+        return sites | {"lm_head": reason, "final_norm": reason}
+    sites["lm_head"] = ModuleLocation(head.path)
     if stream is not None and head.input is not None and head.input.shape[-1] == stream.shape[-1]:
-        sites.locate_final_norm(config, head)
-    else:
-        sites.missing["final_norm"] = (
-            UNPROVED + "the head does not read as many numbers of each token as the stream has"
-        )
+        sites["final_norm"] = _locate_final_norm(config, outside, head)
     return sites
 
 
@@ -430,30 +306,63 @@ def _calls_outside_blocks(
 ) -> list[ModuleCall]:
     """Returns the calls that are not in a block and contain none, without the token embedding."""
     excluded: set[ModuleCall | None] = {embed}
+    prefix = path.removesuffix("{layer}")
     for call in recording.calls:
         chain = (*call.enclosing, call)
-        if any(_is_block(other.path, path) for other in chain):
+        if any(other.path.startswith(prefix) for other in chain):
             excluded.update(chain)
     return [call for call in recording.calls if call not in excluded]
 
 
-def _is_block(path: str, block_path: str) -> bool:
-    prefix = block_path.removesuffix("{layer}")
-    return path.startswith(prefix) and path.removeprefix(prefix).isdecimal()
+def _locate_pos_embed(
+    calls: list[ModuleCall], token: Tensor, stream: Tensor
+) -> ModuleLocation | str:
+    """Locates what is added to the token embedding before the first block."""
+    if scale_factor(token, stream) is not None:
+        return "nothing is added to the token's embedding: positions act inside the blocks"
+    for call in calls:
+        output = call.output
+        if output is None or output.ndim != 3 or not call.runs_once:
+            continue
+        is_like_token = output.shape[1:] == token.shape[1:]
+        if is_like_token and is_sum([token, output.expand_as(token)], stream):
+            return ModuleLocation(call.path)
+    return UNPROVED + (
+        "no module's output, added to the token's embedding, is what the first block reads"
+    )
+
+
+def _locate_final_norm(
+    config: Any, calls: list[ModuleCall], head: ModuleCall
+) -> ModuleLocation | str:
+    """Locates the module whose output, perhaps divided by a setting, the head reads."""
+    subject = "no module outside the blocks"
+    for call in calls:
+        output = call.output
+        is_before = call.end < head.start
+        if not is_before or output is None or output.shape != head.input.shape:
+            continue
+        if equal_values(output, head.input):
+            if call.runs_once:
+                return ModuleLocation(call.path)
+            subject = f"{call.path!r}, which runs more than once,"
+            continue
+        factor = scale_factor(output, head.input)
+        name = None if factor is None else _setting_with_value(config, 1 / factor)
+        if name is not None and call.runs_once:
+            return ModuleLocation(call.path, over=name)
+    return f"{UNPROVED}{subject} gives what the head reads"
 
 
 def _setting_with_value(config: Any, number: float) -> str | None:
     """Returns the name of a configuration's setting with this value, or None."""
     for name in dir(config):
-        if name.startswith("_"):
-            continue
         static_value = inspect.getattr_static(config, name, None)
-        if not isinstance(static_value, property | float | int):
+        if name.startswith("_") or not isinstance(static_value, property | float | int):
             continue
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, float | int):
-            continue
-        if abs(value - number) <= 1e-4 * abs(number):
+        is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        if is_number and abs(value - number) <= 1e-4 * abs(number):
             return name
     return None
 
@@ -466,6 +375,7 @@ def _corrected_sizes(
 ) -> SizeCorrections:
     """Returns a function that gives the sizes of a block in which its configuration is wrong."""
     layout = Layout(model, config, family)
+    general: dict[str, int | None] = {}
     by_kind: dict[int, dict[str, int | None]] = {}
     for number, block in findings.items():
         by_kind[number] = {}
@@ -474,9 +384,7 @@ def _corrected_sizes(
             for name, size in _measured_sizes(block).items():
                 if configured.get(name) != size:
                     by_kind[number][name] = size
-    general: dict[str, int | None] = {}
-    for corrections in by_kind.values():
-        general = {**corrections, **general}
+                    general.setdefault(name, size)
 
     def sizes(config: Any, layer: int | None) -> dict[str, int | None]:
         return general if layer is None else by_kind[kinds[layer]]
@@ -490,7 +398,9 @@ def _measured_sizes(block: Block) -> dict[str, int | None]:
         for name in ("head", "kv_head", "d_head", "d_qk", "d_v"):
             sizes[name] = block.attention.sizes[name]
     for site, axis, item in (("router_logits", "expert", 0), ("experts", "choice", 2)):
-        if site in block.locations:
-            router = block.recording.calls_at(block.locations[site].path)[0]
-            sizes[axis] = router.outputs[item].shape[-1]
+        location = block.sites[site]
+        if isinstance(location, ModuleLocation):
+            for call in block.call.inner:
+                if call.path == location.path:
+                    sizes[axis] = call.outputs[item].shape[-1]
     return sizes

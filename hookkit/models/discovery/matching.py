@@ -27,11 +27,6 @@ def equal_values(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(first.reshape(-1), second.reshape(-1))
 
 
-def is_flat(tensor: Tensor | None) -> bool:
-    """True if rows and positions are one axis of a tensor."""
-    return tensor is not None and tensor.ndim == 2
-
-
 def sum_error(terms: list[Tensor], total: Tensor) -> float:
     """Returns how far the sum is from the total at most, relative to the size of its terms."""
     added, size = terms[0], terms[0].abs()
