@@ -256,17 +256,6 @@ class _SoftmaxMode(RemovableMode):
         return nn.functional.dropout(pattern, dropout_p) @ value
 
 
-def compute_scores_and_pattern(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
-) -> dict[str, Tensor]:
-    """Returns the "scores" and the "pattern" of a call of `scaled_dot_product_attention`."""
-    tensors: dict[str, Tensor] = {}
-    _SoftmaxMode(tensors.setdefault, query.dtype).eager_attention(
-        query, key, value, *args, **settings
-    )
-    return tensors
-
-
 def _with_full_mask(scores: Tensor, mask_dtype: torch.dtype) -> Tensor:
     """Returns scores in which masked keys have the smallest number of the scores' own dtype.
 

@@ -236,9 +236,9 @@ def _locate_projections(attention: Attention) -> FoundSites:
 def locate_rotated_sites(attention: Attention) -> FoundSites:
     """Returns q_rot and k_rot."""
     if not attention.rotates:
-        return dict(NOT_ROTARY)
+        return {**NOT_ROTARY}
     if attention.style == "own":
-        return dict(OWN_ATTENTION)
+        return {**OWN_ATTENTION}
     path = attention.call.path
     sites: FoundSites = {
         "q_rot": ModuleLocation(path, "inside", "query"),

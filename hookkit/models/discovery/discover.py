@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..families.schema import Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES
-from ..layout import Layout, family_of, non_decoder_family
+from ..layout import Layout
 from ..sites import AXES, SITES_WITHOUT_LAYER
 from .attention_sites import (
     HEADED,
@@ -31,6 +31,7 @@ from .mlp_sites import locate_mlp_sites
 from .residual_sites import Block, locate_residual_sites
 
 LAYER_SITES = tuple(name for name in AXES if name not in SITES_WITHOUT_LAYER)
+MODULES = "name its modules with hk.module(path)"
 NOT_SEEN = UNPROVED + "nothing like it was seen"
 
 Findings = Mapping[int, Block | str]
@@ -43,22 +44,39 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
     `head` is the path of the output embedding, or None. Encoders, encoder-decoders and models
     without a head get the sites that they have, and the reason why others are missing.
     """
-    without_decoder = non_decoder_family(model, config, head)
-    if without_decoder is not None:
-        return without_decoder
-    family = family_of(config, head)
-    is_in_table = getattr(config, "model_type", None) in FAMILIES
-    if head is None or is_in_table or not _is_causal(model):
-        return family
-    try:
-        return discover_family(model, config)
-    except Exception as error:  # noqa: BLE001  a model may raise anything; the reasons below say it
-        message = " ".join(str(error).split())[:200] or type(error).__name__
+    kind, model_type = type(model).__name__, getattr(config, "model_type", None)
+    is_causal_lm = kind.endswith("ForCausalLM")
+    if getattr(config, "is_encoder_decoder", False):
+        reason = f"{kind} is an encoder-decoder, and named sites are those of decoders; {MODULES}"
+        return Family(model_type or "module", {}, dict.fromkeys(AXES, reason))
+    if head is None:
+        reason = "the model has no unembedding head"
+        if model_type is not None and not is_causal_lm:
+            reason += f": it is a {kind}, load it with AutoModelForCausalLM; {MODULES}"
+        else:
+            reason += f" (a ...ForCausalLM has one); {MODULES}"
+        return Family("module", {}, dict.fromkeys(AXES, reason))
+    row = FAMILIES.get(model_type or "")
+    if row is not None:
+        return replace(row if isinstance(row, Family) else row(config), name=model_type)
+    if not is_causal_lm and getattr(config, "is_decoder", None) is False:
         reason = (
-            "no row of hookkit's table has this model type, and a dry run of it ended with: "
-            f"{message}; use hk.module(path)"
+            f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
+            f"{MODULES}"
         )
-        return replace(family, missing=dict.fromkeys(family.missing, reason))
+    elif not _is_causal(model):
+        reason = f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
+    else:
+        try:
+            return discover_family(model, config)
+        except Exception as error:  # noqa: BLE001  a model may raise anything; the reason says it
+            message = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = (
+                "no row of hookkit's table has this model type, and a dry run of it ended with: "
+                f"{message}; use hk.module(path)"
+            )
+    locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
+    return Family(model_type or "unknown", locations, dict.fromkeys(AXES, reason))
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -79,13 +97,8 @@ def discover_family(model: nn.Module, config: Any) -> Family:
     """
     blocks, path = _find_blocks(model, config)
     kinds = _block_kinds(blocks)
-    repeated = [path.format(layer=number) for number, kind in enumerate(kinds) if kind != number]
-    recording = dry_run(
-        model,
-        _modules_to_record(model, repeated),
-        [model.get_submodule(repeated_path) for repeated_path in repeated],
-        _token_ids(model, config),
-    )
+    repeated = {path.format(layer=number) for number, kind in enumerate(kinds) if kind != number}
+    recording = dry_run(model, repeated, _token_ids(model, config))
     findings: dict[int, Block | str] = {}
     for number in sorted(set(kinds)):
         findings[number] = _study_block(recording, path.format(layer=number))
@@ -135,34 +148,22 @@ def _find_blocks(model: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
 
 def _block_kinds(blocks: nn.ModuleList) -> list[int]:
     """Returns for each block the number of the first one with equal modules, sizes and settings."""
-    first_numbers: dict[Any, int] = {}
-    return [
-        first_numbers.setdefault(_signature(block), number) for number, block in enumerate(blocks)
-    ]
+    signatures = [_signature(block) for block in blocks]
+    return [signatures.index(signature) for signature in signatures]
 
 
-def _signature(block: nn.Module) -> Any:
-    modules = []
+def _signature(block: nn.Module) -> str:
+    parts = []
     for path, module in block.named_modules():
         weights = module.named_parameters(recurse=False)
-        shapes = tuple((name, tuple(weight.shape)) for name, weight in weights)
+        shapes = {name: tuple(weight.shape) for name, weight in weights}
         settings = []
         for name, value in sorted(vars(module).items()):
             is_setting = isinstance(value, bool | int | float | str)
             if is_setting and "layer" not in name and name != "training":
                 settings.append((name, value))
-        modules.append((path, type(module), shapes, tuple(settings)))
-    return tuple(modules)
-
-
-def _modules_to_record(model: nn.Module, repeated: list[str]) -> dict[str, nn.Module]:
-    """Returns all modules by path, except those in blocks whose kind is recorded already."""
-    prefixes = tuple(f"{path}." for path in repeated)
-    modules = {}
-    for path, module in model.named_modules():
-        if path and not f"{path}.".startswith(prefixes):
-            modules[path] = module
-    return modules
+        parts.append((path, type(module), shapes, settings))
+    return repr(parts)
 
 
 def _token_ids(model: Any, config: Any) -> Tensor:
@@ -191,8 +192,7 @@ def _study_block(recording: Recording, path: str) -> Block | str:
         return f"{UNPROVED}the block {path!r} ran {len(calls)} times in one forward"
     (call,) = calls
     pre, post = call.input_by_token, call.output_by_token
-    is_stream = pre is not None and post is not None and pre.shape == post.shape
-    if not is_stream or pre is not call.input:
+    if pre is None or post is None or pre is not call.input or pre.shape != post.shape:
         return UNPROVED + "the block does not read and give the stream as [batch, pos, d_model]"
     block = Block(call, pre, post)
     attention = find_attention(call)
@@ -297,7 +297,7 @@ def _locate_whole_model_sites(
         return sites | {"lm_head": reason, "final_norm": reason}
     sites["lm_head"] = ModuleLocation(head.path)
     if stream is not None and head.input is not None and head.input.shape[-1] == stream.shape[-1]:
-        sites["final_norm"] = _locate_final_norm(config, outside, head)
+        sites["final_norm"] = _locate_final_norm(config, outside, head, head.input)
     return sites
 
 
@@ -333,21 +333,20 @@ def _locate_pos_embed(
 
 
 def _locate_final_norm(
-    config: Any, calls: list[ModuleCall], head: ModuleCall
+    config: Any, calls: list[ModuleCall], head: ModuleCall, head_input: Tensor
 ) -> ModuleLocation | str:
     """Locates the module whose output, perhaps divided by a setting, the head reads."""
     subject = "no module outside the blocks"
     for call in calls:
         output = call.output
-        is_before = call.end < head.start
-        if not is_before or output is None or output.shape != head.input.shape:
+        if call.end > head.start or output is None or output.shape != head_input.shape:
             continue
-        if equal_values(output, head.input):
+        if equal_values(output, head_input):
             if call.runs_once:
                 return ModuleLocation(call.path)
             subject = f"{call.path!r}, which runs more than once,"
             continue
-        factor = scale_factor(output, head.input)
+        factor = scale_factor(output, head_input)
         name = None if factor is None else _setting_with_value(config, 1 / factor)
         if name is not None and call.runs_once:
             return ModuleLocation(call.path, over=name)

@@ -36,7 +36,7 @@ KINDS: dict[Any, str] = {
     F.linear: "linear",
     F.scaled_dot_product_attention: "fused",
 }
-HEAD_TENSORS = ("query", "key", "value")
+HEAD_TENSORS = frozenset({"query", "key", "value"})
 INPUT_KEYWORDS = ("hidden_states", "input", "x")  # the names of a module's main input
 
 
@@ -145,30 +145,24 @@ class Recording:
         return [call for call in self.calls if call.path == path]
 
 
-def dry_run(
-    root: nn.Module, modules: dict[str, nn.Module], skipped: list[nn.Module], ids: Tensor
-) -> Recording:
-    """Runs the model once on token ids [batch, pos] and records these modules, named by path.
+def dry_run(root: nn.Module, skipped: set[str], ids: Tensor) -> Recording:
+    """Runs the model once on token ids [batch, pos] and records its modules.
 
-    Nothing inside the skipped modules is recorded.
+    Nothing inside the modules at the paths `skipped` is recorded.
     """
     try:
-        return _run(root, modules, skipped, ids, (*HEAD_TENSORS, "scores", "pattern"))
+        return _run(root, skipped, ids, HEAD_TENSORS | {"scores", "pattern"})
     except Exception as error:  # noqa: BLE001  without scores, a family may have other sites
-        recording = _run(root, modules, skipped, ids, HEAD_TENSORS)
+        recording = _run(root, skipped, ids, HEAD_TENSORS)
         recording.attention_error = str(error).split("\n")[0] or type(error).__name__
         return recording
 
 
 def _run(
-    root: nn.Module,
-    modules: dict[str, nn.Module],
-    skipped: list[nn.Module],
-    ids: Tensor,
-    attention_tensors: tuple[str, ...],
+    root: nn.Module, skipped: set[str], ids: Tensor, attention_tensors: frozenset[str]
 ) -> Recording:
     recorder = _Recorder()
-    requested = frozenset(attention_tensors)
+    inside_skipped = tuple(f"{path}." for path in skipped)
     with Overrides() as overrides:
         overrides.add_cleanup(partial(remove_modes_except, current_modes()))
         for module in root.modules():
@@ -176,14 +170,16 @@ def _run(
                 overrides.replace_attribute(module, "training", lambda training: False)
             if module._forward_hooks or module._forward_pre_hooks:
                 skip_hooks(module, overrides)
-        for path, module in modules.items():
+        for path, module in root.named_modules():
+            if path in skipped:
+                overrides.around(module, "forward", recorder.skipped_forward)
+            if not path or f"{path}.".startswith(inside_skipped):
+                continue
             if _may_call_attention_interface(module):
                 intercept_tensors(
-                    overrides, module, "interface", requested, recorder.record_attention
+                    overrides, module, "interface", attention_tensors, recorder.record_attention
                 )
             overrides.around(module, "forward", recorder.recorded_forward(path, module))
-        for module in skipped:
-            overrides.around(module, "forward", recorder.skipped_forward)
         with torch.no_grad(), recorder:
             root(input_ids=ids, use_cache=False)
     for call in recorder.calls:

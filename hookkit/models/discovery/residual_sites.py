@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..families.schema import ModuleLocation
 from ..families.shared import PARALLEL_BLOCK
 from .attention_sites import UNPROVED, Attention, FoundSites
 from .dry_run import ModuleCall
@@ -61,9 +60,6 @@ class Block:
     def attention_end(self) -> int:
         """When attention ended, or 0 if there is none."""
         return self.attention.call.end if self.attention else 0
-
-    def has(self, site: str) -> bool:
-        return isinstance(self.sites.get(site), ModuleLocation)
 
 
 def locate_residual_sites(block: Block) -> None:
