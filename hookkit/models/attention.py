@@ -94,10 +94,16 @@ def intercept_tensors(
             outer.callbacks.insert(0, (requested, callback))
             return inner(*args, **kwargs)
         interception = _Interception([(requested, callback)], verified)
-        dtype = _input_dtype((*args, *kwargs.values()))
+        mode: AbstractContextManager[Any] = nullcontext()
+        if "router" in requested:
+            mode = _RouterMode(interception.replace)
+        elif style == "own":
+            mode = _SoftmaxMode(interception.replace, _input_dtype((*args, *kwargs.values())))
+        else:
+            interception.implementation = _configured_implementation(module)
         interceptions[module] = interception
         try:
-            with _interception_mode(module, style, interception, dtype):
+            with mode:
                 return inner(*args, **kwargs)
         finally:
             interceptions.pop(module, None)
@@ -116,17 +122,6 @@ def _discard_interrupted(module: nn.Module, callback: TensorCallback) -> None:
     interception = _RUNNING.interceptions.get(module)
     if interception is not None and interception.first_callback is callback:
         _RUNNING.interceptions.pop(module, None)
-
-
-def _interception_mode(
-    module: nn.Module, style: Style, interception: _Interception, dtype: torch.dtype
-) -> AbstractContextManager[Any]:
-    if interception.needs("router"):
-        return _RouterMode(interception.replace)
-    if style == "own":
-        return _SoftmaxMode(interception.replace, dtype)
-    interception.implementation = _configured_implementation(module)
-    return nullcontext()
 
 
 def _configured_implementation(module: nn.Module) -> str:

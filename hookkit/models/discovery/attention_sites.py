@@ -307,14 +307,10 @@ def _locate_input(attention: Attention) -> ModuleLocation | str:
 
 def _locate_z(attention: Attention) -> ModuleLocation | str:
     """Locates z at the input of the last projection, if it reads the heads' weighted values."""
-    reason = "the last projection of attention does not read the heads' outputs in order"
-    if not attention.projections:
-        return UNPROVED + reason
-    last = attention.projections[-1]
-    if not _are_weighted_values(attention, last.input_by_token):
-        return UNPROVED + reason
-    same_width = attention.sizes["d_qk"] == attention.sizes["d_v"]
-    return last.location("input", cut="head d_head" if same_width else "head d_v")
+    for last in attention.projections[-1:]:
+        if _are_weighted_values(attention, last.input_by_token):
+            return last.location("input", cut="head d_head")
+    return UNPROVED + "the last projection of attention does not read the heads' outputs in order"
 
 
 def _are_weighted_values(attention: Attention, tensor: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.schema import Family, ModuleLocation, SizeCorrections
+from ..families.schema import HEAD_SIZES, Family, ModuleLocation, SizeCorrections
 from ..families.table import FAMILIES
 from ..layout import Layout
 from ..sites import AXES, SITES_WITHOUT_LAYER
@@ -394,7 +394,7 @@ def _corrected_sizes(
 def _measured_sizes(block: Block) -> dict[str, int | None]:
     sizes: dict[str, int | None] = {"d_model": block.pre.shape[-1]}
     if block.attention:
-        for name in ("head", "kv_head", "d_head", "d_qk", "d_v"):
+        for name in HEAD_SIZES:
             sizes[name] = block.attention.sizes[name]
     for site, axis, item in (("router_logits", "expert", 0), ("experts", "choice", 2)):
         location = block.sites[site]

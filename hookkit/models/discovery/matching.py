@@ -110,8 +110,8 @@ def _possible_layouts(
     width: int, heads: int, d_head: int, sizes: dict[str, int | None]
 ) -> list[str]:
     """Returns the layouts that a projection with these heads may have, the likeliest first."""
-    same_width = sizes["d_qk"] == sizes["d_v"]
-    q, v = ("d_head", "d_head") if same_width else ("d_qk", "d_v")
+    q = "d_head" if sizes["d_qk"] == sizes["d_head"] else "d_qk"
+    v = "d_head"
     head_width = q if d_head == sizes["d_qk"] else v
     head_count = "head" if heads == sizes["head"] else "kv_head"
     layouts = [
@@ -124,12 +124,12 @@ def _possible_layouts(
         f"kv_head {q} | kv_head {v}",
         f"kv_head: {q} | {v}",
     ]
-    extra_of_head = width // heads - d_head
-    if extra_of_head > 0 and width % heads == 0:
-        layouts.append(f"{head_count}: {head_width} | {extra_of_head}")
-        layouts.append(f"{head_count}: {extra_of_head} | {head_width}")
-    extra = width - heads * d_head
+    extra, extra_of_head = width - heads * d_head, width // heads - d_head
     if extra > 0:
-        layouts.append(f"{head_count} {head_width} | {extra}")
-        layouts.append(f"{extra} | {head_count} {head_width}")
+        layouts += [
+            f"{head_count}: {head_width} | {extra_of_head}",
+            f"{head_count}: {extra_of_head} | {head_width}",
+            f"{head_count} {head_width} | {extra}",
+            f"{extra} | {head_count} {head_width}",
+        ]
     return layouts

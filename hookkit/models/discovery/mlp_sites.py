@@ -16,23 +16,12 @@ def locate_mlp_sites(block: Block) -> None:
     calls = _calls_without_mlp(block) if mlp is None else mlp.inner
     linear_calls = [call for call in calls if call.is_linear]
     block.sites |= _locate_router(calls)
-    if not calls or (mlp is None and not linear_calls):
+    if calls and (mlp or linear_calls):
+        block.sites["mlp_in"] = _locate_mlp_in(block, mlp or linear_calls[0], calls)
+        block.sites |= _locate_neurons(block, mlp, calls)
+    else:
         reason = UNPROVED + "no MLP was seen in this block"
         block.sites |= dict.fromkeys(("mlp_in", "mlp_pre", "mlp_post"), reason)
-        return
-    block.sites["mlp_in"] = _locate_mlp_in(block, mlp or linear_calls[0], calls)
-    if linear_calls and _gives_mlp_output(block, mlp, linear_calls[-1]):
-        last = linear_calls[-1]
-        block.sites["mlp_post"] = last.location("input")
-        function_calls = (mlp or block.call).function_calls
-        block.sites["mlp_pre"] = _locate_mlp_pre(calls, last, function_calls)
-        return
-    names = [name for name, _ in (mlp or block.call).module.named_modules()]
-    if any("expert" in name for name in names):
-        block.sites |= EXPERT_NEURONS
-    else:
-        reason = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
-        block.sites |= dict.fromkeys(EXPERT_NEURONS, reason)
 
 
 def _find_mlp(block: Block) -> ModuleCall | None:
@@ -91,6 +80,19 @@ def _locate_mlp_in(
     return UNPROVED + "no matrix of the MLP reads what its module is given"
 
 
+def _locate_neurons(block: Block, mlp: ModuleCall | None, calls: list[ModuleCall]) -> FoundSites:
+    """Locates mlp_pre and mlp_post."""
+    owner = mlp or block.call
+    linear_calls = [call for call in calls if call.is_linear]
+    if linear_calls and _gives_mlp_output(block, mlp, linear_calls[-1]):
+        mlp_pre = _locate_mlp_pre(calls, linear_calls[-1], owner.function_calls)
+        return {"mlp_pre": mlp_pre, "mlp_post": linear_calls[-1].location("input")}
+    if any("expert" in name for name, _ in owner.module.named_modules()):
+        return {**EXPERT_NEURONS}
+    reason = UNPROVED + "the MLP's last matrix, if it has one, does not give what the MLP gives"
+    return dict.fromkeys(EXPERT_NEURONS, reason)
+
+
 def _gives_mlp_output(block: Block, mlp: ModuleCall | None, last: ModuleCall) -> bool:
     """True if the last matrix returns the MLP's output, and so reads all neurons of a token."""
     if not last.runs_once or last.input_by_token is None:
@@ -145,7 +147,7 @@ def _locate_router(calls: list[ModuleCall]) -> FoundSites:
         sites: FoundSites = {
             "router_logits": ModuleLocation(call.path, "inside", "router", flat=True)
         }
-        if len(call.outputs) == 3 and _is_choice(call.outputs[1], call.outputs[2], logits):
+        if len(call.outputs) == 3 and _is_choice(*call.outputs):
             sites["expert_weights"] = ModuleLocation(call.path, item=1, flat=True)
             sites["experts"] = ModuleLocation(call.path, item=2, flat=True)
         else:
@@ -167,13 +169,8 @@ def _router_logits(call: ModuleCall) -> Tensor | None:
     return logits if is_output and logits.ndim == 2 and len(logits) == ROWS * WIDTH else None
 
 
-def _is_choice(weights: Tensor, experts: Tensor, logits: Tensor) -> bool:
-    """True for a weight and the number of an expert for each token and choice."""
-    return (
-        weights.is_floating_point()
-        and not experts.is_floating_point()
-        and weights.shape == experts.shape
-        and experts.ndim == 2
-        and len(experts) == len(logits)
-        and experts.shape[-1] <= logits.shape[-1]
-    )
+def _is_choice(_: Tensor, weights: Tensor, experts: Tensor) -> bool:
+    """True for the outputs of a router with a weight and an expert for each token and choice."""
+    if experts.is_floating_point() or not weights.is_floating_point():
+        return False
+    return weights.shape == experts.shape == (ROWS * WIDTH, experts.shape[-1])

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+HEAD_SIZES = ("head", "kv_head", "d_head", "d_qk", "d_v")
+
 Side: TypeAlias = Literal["input", "output", "inside"]
 
 

@@ -65,7 +65,7 @@ def like_llama(
     missing: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Family:
-    """Returns a row with the sites of Llama but for `changes` and `without` one, and more reasons."""
+    """Returns a row with the sites of Llama, except for `changes` and `without`."""
     sites: dict[str, ModuleLocation | tuple[ModuleLocation, ...]] = dict(LLAMA_SITES)
     for change in changes:
         sites |= change
