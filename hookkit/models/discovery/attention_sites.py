@@ -1,6 +1,6 @@
 """Finds the sites of attention by value: which projections give what attention multiplies."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -254,37 +254,33 @@ def locate_rotated_sites(attention: Attention) -> FoundSites:
 def _find_projection(
     attention: Attention, target: Tensor, *, rotates: bool
 ) -> tuple[ModuleCall, Match] | None:
-    """Returns the projection that heads [batch, pos, head, d_head] come from, and where in it."""
-    for call in attention.projections:
-        output = call.output
-        if output is not None and output.ndim == 4 and output.shape[1] == 1:  # of a single head
-            output = output[:, 0]
-        output = by_token(output)
-        if output is None:
-            continue
-        heads = find_heads(output, target, attention.sizes, rotates)
-        if heads is not None:
-            return call, heads
-    return _find_projection_before_norm(attention, target, rotates=rotates)
+    """Returns the projection that heads [batch, pos, head, d_head] come from, and where in it.
 
-
-def _find_projection_before_norm(
-    attention: Attention, target: Tensor, *, rotates: bool
-) -> tuple[ModuleCall, Match] | None:
-    for call in attention.call.inner:
-        if call.is_linear or call.inner:
-            continue
-        before, after = _as_heads(call.input, target), _as_heads(call.output, target)
-        if before is None or after is None or equal_values(before, target):
-            continue
-        compared = slice(0, 1) if rotates else slice(None)
-        if scale_factor(after[:, compared], target[:, compared]) is None:
-            continue
-        projection = _find_projection(attention, before, rotates=rotates)
-        if projection is not None:
-            linear, heads = projection
-            return linear, Match(heads.cut, heads.part, transformed=True)
+    A norm may act between the projection and the heads.
+    """
+    for heads in (target, *_norm_inputs(attention, target, rotates)):
+        for call in attention.projections:
+            output = call.output
+            if output is not None and output.ndim == 4 and output.shape[1] == 1:  # a single head
+                output = output[:, 0]
+            match = find_heads(by_token(output), heads, attention.sizes, rotates)
+            if match is not None:
+                is_transformed = match.transformed or heads is not target
+                return call, replace(match, transformed=is_transformed)
     return None
+
+
+def _norm_inputs(attention: Attention, target: Tensor, rotates: bool) -> list[Tensor]:
+    """Returns what modules read that return the heads, but for a rotation."""
+    compared = slice(0, 1) if rotates else slice(None)
+    inputs = []
+    for call in attention.call.inner:
+        before, after = _as_heads(call.input, target), _as_heads(call.output, target)
+        if call.is_linear or before is None or after is None or equal_values(before, target):
+            continue
+        if scale_factor(after[:, compared], target[:, compared]) is not None:
+            inputs.append(before)
+    return inputs
 
 
 def _as_heads(tensor: Tensor | None, target: Tensor) -> Tensor | None:

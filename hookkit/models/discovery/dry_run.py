@@ -7,7 +7,6 @@ before.
 
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,25 +15,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention import RemovableMode, current_modes, intercept_tensors, remove_modes_except
+from ..attention import (
+    RemovableMode,
+    current_modes,
+    eager_attention_of,
+    intercept_tensors,
+    remove_modes_except,
+)
 from ..families.schema import ModuleLocation
 from ..overrides import Overrides, skip_hooks
 
 ROWS, WIDTH = 2, 7  # of the token ids of a dry run
-F = nn.functional
-SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-BATCHED_MATMUL = (torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm)
-RELU = (F.relu, torch.relu, Tensor.relu)
-TANH = (F.tanh, torch.tanh, Tensor.tanh)
-SIGMOID = (F.sigmoid, torch.sigmoid, Tensor.sigmoid)
-SMOOTH_OR_CLIPPED = (F.silu, F.gelu, F.relu6, F.elu, F.leaky_relu, F.mish, F.softplus, F.hardswish)
-KINDS: dict[Any, str] = {
-    **dict.fromkeys(SOFTMAX, "softmax"),
-    **dict.fromkeys((*MATMUL, *BATCHED_MATMUL), "product"),
-    **dict.fromkeys((*RELU, *TANH, *SIGMOID, *SMOOTH_OR_CLIPPED), "activation"),
-    F.linear: "linear",
-    F.scaled_dot_product_attention: "fused",
+PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")
+SATURATING = ("tanh", "sigmoid")
+RECTIFIERS = ("relu", "relu6", "elu", "leaky_relu", "silu", "gelu", "mish", "softplus", "hardswish")
+KINDS = {  # of the torch functions, and methods of tensors, with these names
+    "softmax": "softmax",
+    "scaled_dot_product_attention": "fused",
+    "linear": "linear",
+    **dict.fromkeys(PRODUCTS, "product"),
+    **dict.fromkeys((*SATURATING, *RECTIFIERS), "activation"),
 }
 HEAD_TENSORS = frozenset({"query", "key", "value"})
 INPUT_KEYWORDS = ("hidden_states", "input", "x")  # the names of a module's main input
@@ -188,12 +188,11 @@ def _run(
 
 
 def _may_call_attention_interface(module: nn.Module) -> bool:
-    module_class = type(module)
-    class_name = module_class.__name__.lower()
+    class_name = type(module).__name__.lower()
     if "attention" not in class_name and "attn" not in class_name:
         return False
-    eager = getattr(sys.modules[module_class.__module__], "eager_attention_forward", None)
-    return eager is not None and hasattr(module.__dict__.get("config"), "_attn_implementation")
+    has_setting = hasattr(module.__dict__.get("config"), "_attn_implementation")
+    return has_setting and eager_attention_of(module) is not None
 
 
 class _Recorder(RemovableMode):
@@ -247,7 +246,7 @@ class _Recorder(RemovableMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = KINDS.get(func)
+        kind = KINDS.get(getattr(func, "__name__", ""))
         if kind is None or not self.stack:
             return func(*args, **kwargs)
         inputs: list[Tensor] = []

@@ -68,13 +68,15 @@ class Match:
 
 
 def find_heads(
-    output: Tensor, target: Tensor, sizes: dict[str, int | None], rotates: bool
+    output: Tensor | None, target: Tensor, sizes: dict[str, int | None], rotates: bool
 ) -> Match | None:
     """Returns where in an output [batch, pos, …] the heads [batch, pos, head, d_head] are.
 
     With `rotates` only the first position is compared, where a rotation is the identity (but may
     reorder the numbers of a head).
     """
+    if output is None:
+        return None
     for layout in _possible_layouts(output.shape[-1], target.shape[2], target.shape[3], sizes):
         for part in range(layout.count("|") + 1):
             heads = _read_part(output, layout, part, sizes)
