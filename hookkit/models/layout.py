@@ -18,7 +18,7 @@ class Layout:
 
     `root` is the model and `config` its configuration, or None. The `LM` owns the layout. The
     fields after `family` are caches; `verified` belongs to `hookkit.models.attention`, and `forms`
-    to `views.form_of`.
+    to `views.view_of`.
     """
 
     root: nn.Module

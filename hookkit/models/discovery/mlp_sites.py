@@ -26,28 +26,27 @@ def locate_mlp_sites(block: Block) -> None:
 
 def _find_mlp(block: Block) -> ModuleCall | None:
     """Returns the module that contains the MLP's matrices, or None if the block itself does."""
-    candidates = _mlp_candidates(block)
-    term = block.mlp_term
+    term, candidates = block.mlp_term, _mlp_candidates(block)
     later = [call for call in candidates if call.start > block.attention_end]
     if term is None:
         return later[0] if block.attention is not None and len(later) == 1 else None
     if any(call.is_linear and call.enclosing[-1] is block.call for call in term.calls):
         return None
-    sources = [call for call in candidates if term.is_from(call)]
-    before_term = [call for call in later if call.end <= term.calls[-1].end]
-    matches = sources or before_term
-    return matches[-1] if matches else None
+    for call in reversed(candidates):
+        if term.is_from(call) or (call in later and call.end <= term.calls[-1].end):
+            return call
+    return None
 
 
 def _mlp_candidates(block: Block) -> list[ModuleCall]:
     """Returns the direct submodules of the block, other than attention, that contain matrices."""
     candidates = []
     for call in block.call.inner:
-        if call.enclosing[-1] is not block.call or call.is_linear or not call.runs_once:
-            continue
-        has_attention = block.attention is not None and block.attention.call.is_within(call)
-        if _has_matrix(call) and not has_attention:
+        is_direct = call.enclosing[-1] is block.call and call.runs_once
+        if is_direct and not call.is_linear and _has_matrix(call):
             candidates.append(call)
+    if block.attention is not None:
+        return [call for call in candidates if not block.attention.call.is_within(call)]
     return candidates
 
 

@@ -6,6 +6,7 @@ resid_post.
 
 import itertools
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from ..families.shared import PARALLEL_BLOCK
 from .attention_sites import UNPROVED, Attention, FoundSites
 from .dry_run import ModuleCall
 from .matching import equal_values, is_sum, sum_error, tolerance
+
+Inputs: TypeAlias = list[tuple[ModuleCall, Tensor]]
+"""The inputs [batch, pos, d_model] of the modules of a block."""
 
 SUM = "the block adds more to the stream than what attention and the MLP give, or multiplies it"
 
@@ -79,10 +83,21 @@ def locate_residual_sites(block: Block) -> None:
     block.mlp_term = mlp_term
     _locate_term(block, "attn_out", attention_term)
     _locate_term(block, "mlp_out", mlp_term)
+    if not mid:
+        reason = (
+            "it is the sum of resid_pre and attn_out, and not both of attn_out and mlp_out were "
+            "found"
+        )
+        block.sites["resid_mid"] = UNPROVED + reason
+        return
     after = block.attention_end
     if attention_term is not None:
         after = max(after, attention_term.start)
-    block.sites |= _locate_resid_mid(inputs, mid, after)
+    reader = _first_reader(inputs, mid, after)
+    if reader is None:
+        block.sites |= PARALLEL_BLOCK
+    else:
+        block.sites["resid_mid"] = reader.location("input", shared=True)
 
 
 def _possible_terms(block: Block) -> list[Term]:
@@ -104,13 +119,11 @@ def _possible_terms(block: Block) -> list[Term]:
     return terms
 
 
-def _stream_inputs(block: Block) -> list[tuple[ModuleCall, Tensor]]:
-    """Returns the inputs [batch, pos, d_model] of the modules outside attention."""
+def _stream_inputs(block: Block) -> Inputs:
     inputs = []
     for call in block.call.inner:
         value = call.input_by_token
-        is_in_attention = block.attention is not None and call.is_within(block.attention.call)
-        if value is not None and value.shape == block.pre.shape and not is_in_attention:
+        if value is not None and value.shape == block.pre.shape and call.runs_once:
             inputs.append((call, value))
     return inputs
 
@@ -133,24 +146,13 @@ def _may_be_attention_term(block: Block, term: Term) -> bool:
 
 def _may_be_pair(block: Block, first: Term, second: Term) -> bool:
     """True if the first may be attention's term and the second the MLP's."""
-    attention_call = block.attention_call
-    if second.calls is first.calls or second.is_from(attention_call):
+    if second.calls is first.calls or second.is_from(block.attention_call):
         return False
-    if not _may_be_attention_term(block, first):
+    if second.start < first.start and not first.is_from(block.attention_call):
         return False
-    if second.start < first.start and not first.is_from(attention_call):
-        return False
-    if _encloses(first, second) or _encloses(second, first):
-        return False
-    return attention_call is not None or not _share_submodule(block, first, second)
-
-
-def _encloses(outer: Term, inner: Term) -> bool:
-    """True if each call of `outer` contains a call of `inner`."""
-    for outer_call in outer.calls:
-        if not any(outer_call in inner_call.enclosing for inner_call in inner.calls):
-            return False
-    return True
+    if block.attention is None:
+        return not _share_submodule(block, first, second)
+    return _may_be_attention_term(block, first)
 
 
 def _share_submodule(block: Block, first: Term, second: Term) -> bool:
@@ -181,14 +183,19 @@ def _locate_only_term(block: Block, terms: list[Term]) -> bool:
 
 
 def _find_in_steps(
-    block: Block, terms: list[Term], inputs: list[tuple[ModuleCall, Tensor]]
+    block: Block, terms: list[Term], inputs: Inputs
 ) -> tuple[Term | None, Term | None, list[Tensor]]:
     """Returns A if a later module reads pre + A, then M if mid + M is post or read later.
 
     Also returns the tensors that add up to mid. Without A, mid may be what any module after
     attention reads, and mid + M must be post.
     """
-    attention_term = _find_attention_term(block, terms, inputs)
+    attention_term = None
+    for term in terms:
+        after, parts = max(term.start, block.attention_end), [block.pre, term.value]
+        if _may_be_attention_term(block, term) and _first_reader(inputs, parts, after):
+            attention_term = term
+            break
     bases: list[list[Tensor]] = []
     if attention_term is not None:
         bases.append([block.pre, attention_term.value])
@@ -199,24 +206,18 @@ def _find_in_steps(
     for base, term in itertools.product(bases, terms):
         if term.is_from(block.attention_call) or term.start < block.attention_end:
             continue
-        totals = [block.post]
-        if attention_term is not None:
-            totals += [value for call, value in inputs if call.start > term.start]
-        if any(is_sum([*base, term.value], total) for total in totals):
+        parts = [*base, term.value]
+        is_read = attention_term is not None and _first_reader(inputs, parts, term.start)
+        if is_read or is_sum(parts, block.post):
             return attention_term, term, base
     return attention_term, None, bases[0] if attention_term is not None else []
 
 
-def _find_attention_term(
-    block: Block, terms: list[Term], inputs: list[tuple[ModuleCall, Tensor]]
-) -> Term | None:
-    for term in terms:
-        if not _may_be_attention_term(block, term):
-            continue
-        after = max(term.start, block.attention_end)
-        for call, value in inputs:
-            if call.start > after and is_sum([block.pre, term.value], value):
-                return term
+def _first_reader(inputs: Inputs, parts: list[Tensor], after: int) -> ModuleCall | None:
+    """Returns the first call after a time whose input is the sum of these parts."""
+    for call, value in inputs:
+        if call.start > after and is_sum(parts, value):
+            return call
     return None
 
 
@@ -245,19 +246,3 @@ def _locate_term(block: Block, name: str, term: Term | None) -> None:
     # A module that replaces attention: a convolution, or linear attention.
     if reads and name == "attn_out" and block.attention is None:
         block.sites["attn_in"] = call.location("input")
-
-
-def _locate_resid_mid(
-    inputs: list[tuple[ModuleCall, Tensor]], mid: list[Tensor], after: int
-) -> FoundSites:
-    """Locates resid_mid at the input of a module between attention and the MLP."""
-    if not mid:
-        reason = (
-            "it is the sum of resid_pre and attn_out, and not both of attn_out and mlp_out were "
-            "found"
-        )
-        return {"resid_mid": UNPROVED + reason}
-    for call, value in inputs:
-        if call.start > after and call.runs_once and is_sum(mid, value):
-            return {"resid_mid": call.location("input", shared=True)}
-    return dict(PARALLEL_BLOCK)

@@ -76,7 +76,7 @@ class AxisSplit:
 
 
 def split_axis(location: ModuleLocation, sizes: Mapping[str, int | None]) -> AxisSplit:
-    """Returns the numbers of a location's `split_axis` with these sizes."""
+    """Returns the numbers of a location's `cut` with these sizes."""
     group, _, text = location.cut.rpartition(":")
     parts = [_numbers(words, sizes) for words in text.split("|")]
     lengths = [math.prod(part) for part in parts]
