@@ -110,7 +110,7 @@ def family(
         reasons | removed,
         block=block or base.block,
         attention=attention or base.attention,
-        sizes=base.sizes if sizes is None else _correct_sizes(base, sizes),
+        sizes=_correct_sizes(base, sizes or {}),
         exceptions={**base.exceptions, **(exceptions or {})},
     )
     if isinstance(like, LM):

@@ -56,7 +56,7 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
         else:
             reason += f" (a ...ForCausalLM has one); {MODULES}"
         return Family("module", {}, dict.fromkeys(AXES, reason))
-    row = FAMILIES.get(model_type or "")
+    row = FAMILIES.get(model_type)
     if row is not None:
         return replace(row if isinstance(row, Family) else row(config), name=model_type)
     if not is_causal_lm and getattr(config, "is_decoder", None) is False:
@@ -64,28 +64,31 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
             f"{kind} is an encoder, and named sites beside head and logits are those of decoders; "
             f"{MODULES}"
         )
-    elif not _is_causal(model):
-        reason = f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
     else:
-        try:
-            return discover_family(model, config)
-        except Exception as error:  # noqa: BLE001  a model may raise anything; the reason says it
-            message = " ".join(str(error).split())[:200] or type(error).__name__
-            reason = (
-                "no row of hookkit's table has this model type, and a dry run of it ended with: "
-                f"{message}; use hk.module(path)"
-            )
+        family = _try_discovery(model, config)
+        if isinstance(family, Family):
+            return family
+        reason = family
     locations = {"lm_head": ModuleLocation(head), "logits": ModuleLocation("", item="logits")}
     return Family(model_type or "unknown", locations, dict.fromkeys(AXES, reason))
 
 
-def _is_causal(model: nn.Module) -> bool:
+def _try_discovery(model: nn.Module, config: Any) -> Family | str:
+    """Returns the family of a causal language model, or the reason why discovery has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    name = type(model).__name__
-    if "CausalLM" in name or "LMHead" in name:
-        return True
-    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind, model_type = type(model).__name__, getattr(config, "model_type", None)
+    is_named_so = "CausalLM" in kind or "LMHead" in kind
+    if not is_named_so and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return f"no family in hookkit's table has model type {model_type!r}; use hk.module(path)"
+    try:
+        return discover_family(model, config)
+    except Exception as error:  # noqa: BLE001  a model may raise anything; the reason says it
+        message = " ".join(str(error).split())[:200] or type(error).__name__
+        return (
+            "no row of hookkit's table has this model type, and a dry run of it ended with: "
+            f"{message}; use hk.module(path)"
+        )
 
 
 def discover_family(model: nn.Module, config: Any) -> Family:
@@ -275,29 +278,28 @@ def _locate_whole_model_sites(
     first_block = next(iter(recording.calls_at(path.format(layer=0))), None)
     stream = first_block.input_by_token if first_block else None
     outside = _calls_outside_blocks(recording, path, embed)
+    no_head = UNPROVED + "the head does not run once in a forward"
     sites: FoundSites = {
         "embed": UNPROVED
         + "the token embedding does not run once, with as many numbers for each token as the "
         "stream has",
         "pos_embed": UNPROVED
         + "the first block does not read the token embedding and something more",
-        "final_norm": UNPROVED
-        + "the head does not read as many numbers of each token as the stream has",
+        "final_norm": no_head,
+        "lm_head": no_head,
         "logits": ModuleLocation("", item="logits"),
     }
-    if embed and first_block and stream is not None:
-        if embed.output is not None and embed.output.shape == stream.shape:
+    if head is not None:
+        sites["lm_head"] = ModuleLocation(head.path)
+        sites["final_norm"] = _locate_final_norm(config, outside, head, stream)
+    token = embed.output_by_token if embed else None
+    if embed is None or first_block is None or stream is None or token is None:
+        return sites
+    if token.shape == stream.shape:
+        if token is embed.output:
             sites["embed"] = ModuleLocation(embed.path)
-        token = embed.output_by_token
-        if token is not None and token.shape == stream.shape:
-            earlier = [call for call in outside if call.start < first_block.start]
-            sites["pos_embed"] = _locate_pos_embed(earlier, token, stream)
-    if head is None:
-        reason = UNPROVED + "the head does not run once in a forward"
-        return sites | {"lm_head": reason, "final_norm": reason}
-    sites["lm_head"] = ModuleLocation(head.path)
-    if stream is not None and head.input is not None and head.input.shape[-1] == stream.shape[-1]:
-        sites["final_norm"] = _locate_final_norm(config, outside, head, head.input)
+        earlier = [call for call in outside if call.start < first_block.start]
+        sites["pos_embed"] = _locate_pos_embed(earlier, token, stream)
     return sites
 
 
@@ -333,9 +335,12 @@ def _locate_pos_embed(
 
 
 def _locate_final_norm(
-    config: Any, calls: list[ModuleCall], head: ModuleCall, head_input: Tensor
+    config: Any, calls: list[ModuleCall], head: ModuleCall, stream: Tensor | None
 ) -> ModuleLocation | str:
     """Locates the module whose output, perhaps divided by a setting, the head reads."""
+    head_input = head.input
+    if stream is None or head_input is None or head_input.shape[-1] != stream.shape[-1]:
+        return UNPROVED + "the head does not read as many numbers of each token as the stream has"
     subject = "no module outside the blocks"
     for call in calls:
         output = call.output

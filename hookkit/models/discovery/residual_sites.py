@@ -23,13 +23,11 @@ SUM = "the block adds more to the stream than what attention and the MLP give, o
 
 @dataclass(eq=False)
 class Term:
-    """What a block may add to the stream [batch, pos, d_model]: an output of modules, times a
-    number that the block has as its attribute `multiplier`, if that is not empty.
-    """
+    """What a block may add to the stream: what these calls return, perhaps times a number."""
 
-    calls: list[ModuleCall]  # that return the output
-    multiplier: str
-    value: Tensor
+    calls: list[ModuleCall]
+    multiplier: str  # the block's attribute with that number, or ""
+    value: Tensor  # [batch, pos, d_model]
 
     @property
     def start(self) -> int:
@@ -77,7 +75,8 @@ def locate_residual_sites(block: Block) -> None:
     elif _locate_only_term(block, terms):
         return
     else:
-        attention_term, mlp_term, mid = _find_in_steps(block, terms, inputs)
+        attention_term = _find_attention_term(block, terms, inputs)
+        mlp_term, mid = _find_mlp_term(block, terms, inputs, attention_term)
         if attention_term is not None and mlp_term is not None:
             block.exceptions["sum"] = SUM
     block.mlp_term = mlp_term
@@ -182,35 +181,35 @@ def _locate_only_term(block: Block, terms: list[Term]) -> bool:
     return False
 
 
-def _find_in_steps(
-    block: Block, terms: list[Term], inputs: Inputs
-) -> tuple[Term | None, Term | None, list[Tensor]]:
-    """Returns A if a later module reads pre + A, then M if mid + M is post or read later.
-
-    Also returns the tensors that add up to mid. Without A, mid may be what any module after
-    attention reads, and mid + M must be post.
-    """
-    attention_term = None
+def _find_attention_term(block: Block, terms: list[Term], inputs: Inputs) -> Term | None:
+    """Returns A if a later module reads pre + A."""
     for term in terms:
         after, parts = max(term.start, block.attention_end), [block.pre, term.value]
         if _may_be_attention_term(block, term) and _first_reader(inputs, parts, after):
-            attention_term = term
-            break
+            return term
+    return None
+
+
+def _find_mlp_term(
+    block: Block, terms: list[Term], inputs: Inputs, attention_term: Term | None
+) -> tuple[Term | None, list[Tensor]]:
+    """Returns M if mid + M is post or read later, and the tensors that add up to mid.
+
+    Without A, mid may be what any module after attention reads, and mid + M must be post.
+    """
     bases: list[list[Tensor]] = []
     if attention_term is not None:
         bases.append([block.pre, attention_term.value])
     elif block.attention is not None:
-        for call, value in inputs:
-            if call.start > block.attention_end and not equal_values(value, block.pre):
-                bases.append([value])
+        bases = [[value] for call, value in inputs if call.start > block.attention_end]
     for base, term in itertools.product(bases, terms):
         if term.is_from(block.attention_call) or term.start < block.attention_end:
             continue
         parts = [*base, term.value]
         is_read = attention_term is not None and _first_reader(inputs, parts, term.start)
         if is_read or is_sum(parts, block.post):
-            return attention_term, term, base
-    return attention_term, None, bases[0] if attention_term is not None else []
+            return term, base
+    return None, bases[0] if attention_term is not None else []
 
 
 def _first_reader(inputs: Inputs, parts: list[Tensor], after: int) -> ModuleCall | None:
