@@ -346,27 +346,28 @@ def _locate_final_norm(
         output = call.output
         if call.end > head.start or output is None or output.shape != head_input.shape:
             continue
-        if equal_values(output, head_input):
+        divisor = _find_divisor(config, output, head_input)
+        if divisor is not None:
             if call.runs_once:
-                return ModuleLocation(call.path)
+                return ModuleLocation(call.path, over=divisor)
             subject = f"{call.path!r}, which runs more than once,"
-            continue
-        factor = scale_factor(output, head_input)
-        name = None if factor is None else _setting_with_value(config, 1 / factor)
-        if name is not None and call.runs_once:
-            return ModuleLocation(call.path, over=name)
     return f"{UNPROVED}{subject} gives what the head reads"
 
 
-def _setting_with_value(config: Any, number: float) -> str | None:
-    """Returns the name of a configuration's setting with this value, or None."""
+def _find_divisor(config: Any, output: Tensor, quotient: Tensor) -> str | None:
+    """Returns the setting by which the output is divided; "" for none; None if it is not so."""
+    if equal_values(output, quotient):
+        return ""
+    factor = scale_factor(quotient, output)
+    if factor is None:
+        return None
     for name in dir(config):
         static_value = inspect.getattr_static(config, name, None)
         if name.startswith("_") or not isinstance(static_value, property | float | int):
             continue
         value = getattr(config, name)
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
-        if is_number and abs(value - number) <= 1e-4 * abs(number):
+        if is_number and abs(value - factor) <= 1e-4 * abs(factor):
             return name
     return None
 
