@@ -56,7 +56,7 @@ def resolve_family(model: nn.Module, config: Any, head: str | None) -> Family:
         else:
             reason += f" (a ...ForCausalLM has one); {MODULES}"
         return Family("module", {}, dict.fromkeys(AXES, reason))
-    row = FAMILIES.get(model_type)
+    row = FAMILIES.get(str(model_type))
     if row is not None:
         return replace(row if isinstance(row, Family) else row(config), name=model_type)
     if not is_causal_lm and getattr(config, "is_decoder", None) is False:
