@@ -50,7 +50,7 @@ class FunctionCall:
     output: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ModuleCall:
     """One call of a module.
 
