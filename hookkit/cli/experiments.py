@@ -185,7 +185,6 @@ def run(
 
 
 def _run_experiment(output: OutputOptions, path: Path) -> dict[str, Any]:
-    """Runs an experiment and returns its name, its time in seconds, and how it ended."""
     output.note(str(path))
     start = time.perf_counter()
     arguments = [sys.executable, *_python_arguments(path)]

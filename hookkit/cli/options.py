@@ -124,7 +124,6 @@ def read_prompt(prompt: str) -> str:
 
 
 def _read_standard_input() -> str:
-    """Returns the text of standard input, or raises `BadPrompt`."""
     if sys.stdin is None or sys.stdin.closed:
         raise BadPrompt(
             "standard input is closed, and - reads a prompt from it: give a text, or --prompts FILE"
@@ -200,7 +199,6 @@ class HookOptions:
     ] = None
 
     def _texts(self) -> list[str]:
-        """Returns the hooks of the command line as texts."""
         texts = list(self.hook or [])
         for verb in VERBS:
             texts += [f"{verb}:{value}" for value in getattr(self, verb) or []]

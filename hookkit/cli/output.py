@@ -295,9 +295,8 @@ def align_columns(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
 
 def largest_rows(table: "pd.DataFrame", name: str, count: int) -> "pd.DataFrame":
     """Returns the rows with the largest absolute values of a column, in descending order."""
-    values: Any = table[name]
-    order = values.abs().sort_values(ascending=False, kind="stable").index
-    return table.loc[order].head(count).reset_index(drop=True)
+    ordered = table.sort_values(name, key=abs, ascending=False, kind="stable", ignore_index=True)
+    return ordered.head(count)
 
 
 def rows_as_dicts(table: Any) -> list[dict[str, Any]]:

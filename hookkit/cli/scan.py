@@ -147,7 +147,6 @@ def leading_tokens(lens: "pd.DataFrame", token_id: int) -> "pd.DataFrame":
 
 
 def _direct(scan: PromptScan) -> TableView:
-    """Returns what each component adds to the logit difference of the two first tokens."""
     first_id, second_id = scan.first_tokens
     table = hk.direct_logits(scan.run, first_id, against=second_id)
     first, second = scan.first_texts
@@ -199,7 +198,6 @@ def _attention(scan: PromptScan) -> TableView:
 
 
 def _attribution(scan: PromptScan) -> TableView:
-    """Returns the attribution of the logit difference to each token of the prompt."""
     if scan.hooks:
         raise Unsupported("gradients are those of the model without hooks: leave the hooks out")
     table = hk.token_attribution(scan.lm, scan.prompt, hk.logit_diff(*scan.first_tokens))
@@ -224,7 +222,6 @@ OPTIONAL_VIEWS: Mapping[str, Callable[[PromptScan], TableView]] = {  # some mode
 def _suggest_commands(
     scan: PromptScan, model: ModelOptions, views: Mapping[str, TableView], *, has_refusals: bool
 ) -> list[str]:
-    """Returns questions, each followed by the command that answers it."""
     first, second = (_option_text(scan.lm, token_id) for token_id in scan.first_tokens)
     first_text, second_text = scan.first_texts
     suggestions = {

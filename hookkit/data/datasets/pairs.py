@@ -94,12 +94,8 @@ class Pairs:
             raise EmptySelection(
                 f"[{which}] selects none of the {len(self)} pairs: choose at least one"
             )
-        fields: dict[str, Any] = {}
-        for name in FIELDS:
-            fields[name] = _take(getattr(self, name), rows)
-        labels: dict[str, tuple[int, ...]] = {}
-        for name, positions in self.labels.items():
-            labels[name] = tuple(_take(positions, rows))
+        fields = {name: _take(getattr(self, name), rows) for name in FIELDS}
+        labels = {name: tuple(_take(values, rows)) for name, values in self.labels.items()}
         checksums = tuple(_take(self.checksums, rows)) if self.checksums else ()
         return replace(self, **fields, labels=labels, checksums=checksums)
 
@@ -108,7 +104,7 @@ class Pairs:
         if isinstance(which, slice):
             return list(all_rows[which])
         items = [which] if as_integer(which) is not None else as_items(which)
-        numbers = [as_integer(item) for item in items or ()]
+        numbers = list(map(as_integer, items or ()))
         if items is None or None in numbers:
             raise OutOfRange(
                 "pairs are chosen by a whole number, a slice or a list of numbers, "
@@ -215,8 +211,8 @@ class Pairs:
 
     def _answer_ids(self, lm: LM) -> tuple[list[int], list[int]]:
         """Returns the ids of the answers and of the wrong ones, and checks the pairs' tokens."""
-        answers = [lm.token(token) for token in self.answers]
-        wrong = [lm.token(token) for token in self.wrong]
+        answers = list(map(lm.token, self.answers))
+        wrong = list(map(lm.token, self.wrong))
         clean_rows = as_batch(lm, _as_prompts(self.clean)).rows
         corrupted_rows = as_batch(lm, _as_prompts(self.corrupted)).rows
         for number, (clean, corrupted) in enumerate(zip(clean_rows, corrupted_rows, strict=True)):
@@ -241,7 +237,6 @@ def _take(values: Sequence[Any], rows: list[int]) -> list[Any]:
 
 
 def _check_field(name: str, value: Any) -> list[Any]:
-    """Returns the prompts or the tokens of a field as a list."""
     items = as_items(value)
     if isinstance(value, str):
         raise BadPrompt(f"{name}={describe(value)} is one text: give one for each pair, in a list")

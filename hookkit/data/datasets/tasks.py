@@ -20,13 +20,12 @@ from ...models.positions import at
 from .pairs import Pairs
 from .templates import (
     Draw,
-    PairSampler,
     TokenAfter,
-    check_size_and_seed,
     is_one_token,
     next_token,
     one_token_words,
     require_tokenizer,
+    sample_pairs,
     tokenize,
 )
 
@@ -99,10 +98,9 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     Pairs(capitals, 50 pairs, seed 0: 'On a map of Peru, the capital is the city of' → ' Lima',
     not ' Vienna')
     """
-    check_size_and_seed(n, seed)
     require_tokenizer(lm, "capitals")
     draw = partial(_draw_fact, _usable_facts(lm, CAPITALS, "capitals"), OF_CAPITALS)
-    return PairSampler("capitals", lm, draw, seed).sample(n, same_length=same_length)
+    return sample_pairs("capitals", lm, draw, n, seed=seed, same_length=same_length)
 
 
 @check_arguments
@@ -120,14 +118,12 @@ def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.landmarks(lm, 50)
     Pairs(landmarks, 50 pairs, seed 0: 'The Acropolis is in the city of' → ' Athens', not ' Berlin')
     """
-    check_size_and_seed(n, seed)
     require_tokenizer(lm, "landmarks")
     draw = partial(_draw_fact, _usable_facts(lm, LANDMARKS, "cities"), OF_LANDMARKS)
-    return PairSampler("landmarks", lm, draw, seed).sample(n, same_length=same_length)
+    return sample_pairs("landmarks", lm, draw, n, seed=seed, same_length=same_length)
 
 
 def _usable_facts(lm: LM, facts: str, what: str) -> list[Fact]:
-    """Returns the facts whose city is one token."""
     pairs = [tuple(fact.strip().rsplit(" ", 1)) for fact in facts.split(";")]
     cities = list(dict.fromkeys(city for _, city in pairs))
     usable = one_token_words(lm, cities, what)
@@ -217,14 +213,13 @@ def indirect_object(
     >>> pairs.answers[0], pairs.wrong[0]
     (' Eve', ' Laura')
     """
-    check_size_and_seed(n, seed)
     require_tokenizer(lm, "indirect_object")
     if corrupt not in CORRUPT:
         raise EmptySelection(
             f"corrupt={corrupt!r} is unknown{did_you_mean(corrupt, CORRUPT)} Say 'swap' or 'abc'"
         )
     draw = partial(_draw_sentence, one_token_words(lm, NAMES.split(), "names"), corrupt)
-    return PairSampler("indirect_object", lm, draw, seed).sample(n, same_length=same_length)
+    return sample_pairs("indirect_object", lm, draw, n, seed=seed, same_length=same_length)
 
 
 def _draw_sentence(names: list[str], corrupt: str, source: Random) -> Draw | None:
@@ -284,7 +279,7 @@ def induction(lm: LM, n: int, *, length: int = 20, seed: int = 0) -> Pairs:
             f"model's context is {lm.context}: give a smaller length"
         )
     draw = partial(_draw_repeat, lm, prefix, length, _answer_namer(lm))
-    return PairSampler("induction", lm, draw, seed).sample(n)
+    return sample_pairs("induction", lm, draw, n, seed=seed)
 
 
 def _added_prefix(lm: LM) -> tuple[int, ...]:
@@ -380,14 +375,13 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     Pairs(successor, 50 pairs, seed 0: 'They come in this order: one, two, three, four,' → ' five',
     not ' seven')
     """
-    check_size_and_seed(n, seed)
     require_tokenizer(lm, "successor")
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}
     words = list(chain.from_iterable(all_series.values()))
     usable_words = set(one_token_words(lm, words, "days, months, letters, numbers and ordinals"))
     usable = {name: words for name, words in all_series.items() if usable_words.issuperset(words)}
     draw = partial(_draw_series, usable)
-    return PairSampler("successor", lm, draw, seed).sample(n, same_length=same_length)
+    return sample_pairs("successor", lm, draw, n, seed=seed, same_length=same_length)
 
 
 def _draw_series(usable: dict[str, list[str]], source: Random) -> Draw | None:
@@ -449,10 +443,9 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
     >>> pairs.answers[0], pairs.wrong[0]
     ('7', '3')
     """
-    check_size_and_seed(n, seed)
     require_tokenizer(lm, "greater_than")
     draw = partial(_draw_year, lm)
-    return PairSampler("greater_than", lm, draw, seed).sample(n, same_length=same_length)
+    return sample_pairs("greater_than", lm, draw, n, seed=seed, same_length=same_length)
 
 
 def _draw_year(lm: LM, source: Random) -> Draw | None:
