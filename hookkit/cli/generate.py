@@ -22,7 +22,7 @@ from ..errors import BadFile, BadHook
 from .app import command, exit_cleanly
 from .options import (
     GenerationOptions,
-    HookOptions,
+    HookedModelOptions,
     ModelOptions,
     Prompt,
     PromptOptions,
@@ -30,7 +30,6 @@ from .options import (
     Texts,
     Top,
     Watch,
-    load_model_and_hooks,
     read_prompt,
 )
 from .output import OutputOptions, TableView, is_terminal, print_line, print_text, rows_as_dicts
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 PANEL = "Write"
 SUMMARY_COLUMNS = (
-    "row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept",
+    "row", "step", "kl", "top1_before", "top1_after", "entropy_before", "entropy_after", "kept"
 )  # fmt: skip
 
 
@@ -52,8 +51,7 @@ SUMMARY_COLUMNS = (
 )
 def generate(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     generation: GenerationOptions,
     output: OutputOptions,
     only_new: Annotated[
@@ -62,7 +60,7 @@ def generate(
 ) -> None:
     """Continue each prompt, with hooks. CSV and JSON have prompt and generated text apart."""
     texts, settings = prompts.read(), generation.arguments()
-    lm, edits, _ = load_model_and_hooks(model, hooks, output)
+    lm, edits, _ = model.load_with_hooks(output)
     import pandas as pd
 
     run = hk.generate(lm, texts, *edits, logits=False, **settings)
@@ -79,8 +77,7 @@ def generate(
 )
 def compare(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     generation: GenerationOptions,
     output: OutputOptions,
     along: Annotated[
@@ -95,7 +92,7 @@ def compare(
     """
     texts, settings = prompts.read(), {**generation.arguments(), "along": along}
     purpose = "a comparison needs a text with hooks and a text without"
-    lm, edits, watched_ids = load_model_and_hooks(model, hooks, output, watch, purpose=purpose)
+    lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
     comparison = hk.compare(lm, texts, *edits, top=top, watch=watched_ids, **settings)
     caption = f"at each step of the {along} text (nats)"
     summary = TableView(comparison.summary, SUMMARY_COLUMNS, caption)
@@ -218,8 +215,7 @@ BAR_WIDTH = 30  # characters of the bar for probability 1
 )
 def trace(
     prompt: Prompt,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     generation: GenerationOptions,
     top: Top = 5,
     watch: Watch = None,
@@ -230,7 +226,7 @@ def trace(
     with exit_cleanly("the steps above were recorded"):
         settings, text = generation.arguments(), read_prompt(prompt)
         output = OutputOptions(quiet=quiet)
-        lm, edits, watched_ids = load_model_and_hooks(model, hooks, output, watch)
+        lm, edits, watched_ids = model.load_with_hooks(output, watch)
         recording = hk.trace(top=top, watch=watched_ids)
         steps = hk.stream(lm, text, *edits, trace=recording, **settings)
         if is_terminal(sys.stdout) and not as_json:

@@ -9,14 +9,12 @@ import hookkit as hk
 from .app import command
 from .options import (
     Against,
-    HookOptions,
-    ModelOptions,
+    HookedModelOptions,
     Pos,
     Prompt,
     PromptOptions,
     Top,
     Watch,
-    load_model_and_hooks,
     parse_positions,
     parse_token,
     read_prompt,
@@ -29,8 +27,7 @@ PANEL = "Look"
 @command('hookkit ranks "I like oat milk in my" --watch " tea" --ban " coffee"', panel=PANEL)
 def ranks(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     top: Top = 10,
     watch: Watch = None,
@@ -38,7 +35,7 @@ def ranks(
 ) -> None:
     """The most likely next tokens after each prompt, and the ranks of the watched tokens."""
     texts, positions = prompts.read(), parse_positions(pos)
-    lm, edits, watched_ids = load_model_and_hooks(model, hooks, output, watch)
+    lm, edits, watched_ids = model.load_with_hooks(output, watch)
     logits = "last" if positions == -1 else "all"
     run = hk.forward(lm, texts, *edits, logits=logits)
     table = hk.ranks(run, pos=positions, top=top, watch=watched_ids)
@@ -49,8 +46,7 @@ def ranks(
 @command('hookkit lens "The Eiffel Tower is in the city of" --watch " Paris" --top 1', panel=PANEL)
 def lens(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     site: Annotated[
         str, Option(help="The stream: resid_post, resid_mid …; or attn_out, mlp_out.")
@@ -61,7 +57,7 @@ def lens(
 ) -> None:
     """The prediction of each layer (the logit lens): its state through the final norm and head."""
     texts, positions = prompts.read(), parse_positions(pos)
-    lm, edits, watched_ids = load_model_and_hooks(model, hooks, output, watch)
+    lm, edits, watched_ids = model.load_with_hooks(output, watch)
     table = hk.logit_lens(lm, texts, *edits, sites=site, pos=positions, top=top, watch=watched_ids)
     columns = ("row", "pos", "site", "rank", "token", "prob", "entropy", "kl")
     figure = (lambda: hk.lens_map(table)) if len(texts) == 1 else None
@@ -74,8 +70,7 @@ def lens(
 )
 def direct(
     prompt: Prompt,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     token: Annotated[str | None, Option(help="The token; the most likely one if left out.")] = None,
     against: Against = None,
@@ -90,7 +85,7 @@ def direct(
 ) -> None:
     """A token's logit as an exact sum over components. CSV and JSON have all of them."""
     text = read_prompt(prompt)
-    lm, edits, _ = load_model_and_hooks(model, hooks, output)
+    lm, edits, _ = model.load_with_hooks(output)
     token_id = None if token is None else lm.token(parse_token(token))
     against_id = None if against is None else lm.token(parse_token(against))
     run = hk.forward(lm, text, *edits)
@@ -117,8 +112,7 @@ def direct(
 @command('hookkit surprisal "We love deep learning" --top 3', panel=PANEL)
 def surprisal(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     top: Annotated[
         int, Option(min=0, help="How many tokens that were expected instead to show.")
@@ -126,7 +120,7 @@ def surprisal(
 ) -> None:
     """The loss of each token of a text in nats, its rank, and the tokens expected instead."""
     texts = prompts.read()
-    lm, edits, _ = load_model_and_hooks(model, hooks, output)
+    lm, edits, _ = model.load_with_hooks(output)
     table = hk.surprisal(hk.forward(lm, texts, *edits), top=top)
     columns = ("row", "pos", "token", "loss", "rank", "prob", "mean_loss", "alternatives")
     figure = (lambda: hk.surprisal_strip(table)) if len(texts) == 1 else None

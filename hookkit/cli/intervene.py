@@ -25,13 +25,12 @@ from .options import (
     Against,
     Device,
     EngineOptions,
-    HookOptions,
+    HookedModelOptions,
     ModelOptions,
     PromptOptions,
     Texts,
     Top,
     Watch,
-    load_model_and_hooks,
     parse_token,
     read_prompt,
     token_ids,
@@ -51,14 +50,14 @@ if TYPE_CHECKING:
 
 SHIFT_COLUMNS = (
     "row", "rank_before", "rank_after", "shift", "token", "prob_before", "prob_after",
-    "logit_delta", "why",
+    "logit_delta", "why"
 )  # fmt: skip
 SUMMARY_COLUMNS = (
-    "row", "top1_before", "top1_after", "kl", "entropy_before", "entropy_after", "kept",
+    "row", "top1_before", "top1_after", "kl", "entropy_before", "entropy_after", "kept"
 )  # fmt: skip
 EFFECT_COLUMNS = (
     "site", "layer", "head", "pos", "token", "logit_diff_before", "logit_diff",
-    "logit_diff_effect",
+    "logit_diff_effect"
 )  # fmt: skip
 
 
@@ -69,8 +68,7 @@ EFFECT_COLUMNS = (
 )
 def shift(
     prompts: PromptOptions,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     top: Top = 10,
     watch: Watch = None,
@@ -96,7 +94,7 @@ def shift(
             "--random and --generate are options of the page: add --html, or --out FOLDER"
         )
     purpose = "a shift compares a run without hooks with a run with them"
-    lm, edits, watched_ids = load_model_and_hooks(model, hooks, output, watch, purpose=purpose)
+    lm, edits, watched_ids = model.load_with_hooks(output, watch, purpose=purpose)
     title = " + ".join(map(str, edits))
     if as_page:
         page = hk.shift_report(
@@ -328,9 +326,7 @@ def _write_sweep(output: OutputOptions, table: "pd.DataFrame") -> None:
 
 
 def _run_sweep(
-    sweep: "Callable[[], pd.DataFrame]",
-    write: "Callable[[pd.DataFrame], None]",
-    save: Path | None,
+    sweep: "Callable[[], pd.DataFrame]", write: "Callable[[pd.DataFrame], None]", save: Path | None
 ) -> None:
     """Runs a sweep and writes its table; after Ctrl-C, the cells so far."""
     table = None
@@ -350,8 +346,7 @@ def _run_sweep(
 @command('hookkit diff default ./tuned "I like oat milk in my" --out folder', panel="Change")
 def diff(
     before: Annotated[
-        str,
-        Argument(metavar="MODEL_A", help="A Hugging Face id, a folder, a .gguf file; default."),
+        str, Argument(metavar="MODEL_A", help="A Hugging Face id, a folder, a .gguf file; default.")
     ],
     after: Annotated[str, Argument(metavar="MODEL_B", help="One of the same vocabulary.")],
     prompts: PromptOptions,

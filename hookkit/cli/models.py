@@ -240,8 +240,7 @@ def remove(
 def harvest(
     texts: Annotated[str, Argument(help="A file with a text a line: .txt, or .jsonl.")],
     sites: Annotated[
-        list[str],
-        Argument(help="The sites, such as resid_post.6; resid_post means every layer."),
+        list[str], Argument(help="The sites, such as resid_post.6; resid_post means every layer.")
     ],
     out: Annotated[str, Option(help="The folder; an unfinished harvest is continued.")],
     model: ModelOptions,

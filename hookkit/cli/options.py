@@ -163,8 +163,8 @@ VERBS = ("ablate", "scale", "skip_block", "steer", "patch", "force", "ban", "boo
 
 
 @dataclass(frozen=True)
-class HookOptions:
-    """The options for the hooks: from a file, as short texts, and the most common ones by verb."""
+class HookedModelOptions(ModelOptions):
+    """The options for a model and its hooks, from a file, as short texts, or by verb."""
 
     hook: Annotated[
         Texts,
@@ -204,11 +204,14 @@ class HookOptions:
             texts += [f"{verb}:{value}" for value in getattr(self, verb) or []]
         return texts
 
-    def check(self, *, purpose: str = "") -> None:
-        """Raises the errors that can be found without a model.
+    def load_with_hooks(
+        self, output: OutputOptions, watch: Texts = None, *, purpose: str = ""
+    ) -> "tuple[hk.LM, list[hk.Hook], list[int]]":
+        """Checks the options, and returns the model, the hooks and the ids of the watched tokens.
 
         With `purpose`, which says what the hooks are for, at least one hook is required.
         """
+        output.check()
         texts = [] if self.hooks is None else read_hook_list(self.hooks)
         texts += self._texts()
         if purpose and not texts:
@@ -221,14 +224,13 @@ class HookOptions:
 
             for text in texts:
                 check_hook(text)
-
-    def read(self, lm: "hk.LM", note: Callable[[str], None]) -> "list[hk.Hook]":
-        """Returns the hooks, those of the file first. `note` receives hints for the user."""
+        lm = self.load(quiet=output.quiet)
+        watched_ids = token_ids(lm, watch)
         hooks = [] if self.hooks is None else hk.load_hooks(self.hooks, lm=lm)
         hooks += [hk.hook(text, lm=lm) for text in self._texts()]
         for hook in hooks:
-            _note_phrases(lm, hook, note)
-        return hooks
+            _note_phrases(lm, hook, output.note)
+        return lm, hooks, watched_ids
 
 
 def _note_phrases(lm: "hk.LM", hook: "hk.Hook", note: Callable[[str], None]) -> None:
@@ -244,25 +246,6 @@ def _note_phrases(lm: "hk.LM", hook: "hk.Hook", note: Callable[[str], None]) -> 
                 f"{words!r} is {len(phrase.ids(lm))} tokens here, and taken as a phrase; "
                 f"{spaced!r} is one token"
             )
-
-
-def load_model_and_hooks(
-    model: ModelOptions,
-    hooks: HookOptions,
-    output: OutputOptions,
-    watch: list[str] | None = None,
-    *,
-    purpose: str = "",
-) -> "tuple[hk.LM, list[hk.Hook], list[int]]":
-    """Checks the options, and returns the model, the hooks and the ids of the watched tokens.
-
-    With `purpose`, which says what the hooks are for, at least one hook is required.
-    """
-    output.check()
-    hooks.check(purpose=purpose)
-    lm = model.load(quiet=output.quiet)
-    watched_ids = token_ids(lm, watch)
-    return lm, hooks.read(lm, output.note), watched_ids
 
 
 @dataclass(frozen=True)

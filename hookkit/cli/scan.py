@@ -15,15 +15,7 @@ import hookkit as hk
 
 from ..errors import EmptySelection, MissingSite, NotOneToken, Unsupported
 from .app import command
-from .options import (
-    HookOptions,
-    ModelOptions,
-    Prompt,
-    Top,
-    Watch,
-    load_model_and_hooks,
-    read_prompt,
-)
+from .options import HookedModelOptions, ModelOptions, Prompt, Top, Watch, read_prompt
 from .output import OutputOptions, TableView, largest_rows
 
 if TYPE_CHECKING:
@@ -35,8 +27,7 @@ if TYPE_CHECKING:
 )
 def scan(
     prompt: Prompt,
-    model: ModelOptions,
-    hooks: HookOptions,
+    model: HookedModelOptions,
     output: OutputOptions,
     top: Top = 5,
     watch: Watch = None,
@@ -48,7 +39,7 @@ def scan(
     """
     output.check(several=True)
     text = read_prompt(prompt)
-    lm, edits, watched_ids = load_model_and_hooks(model, hooks, output, watch)
+    lm, edits, watched_ids = model.load_with_hooks(output, watch)
     prompt_scan = PromptScan(lm, text, edits, top, watched_ids)
     views = {"ranks": _ranks(prompt_scan), "uncertainty": _uncertainty(prompt_scan)}
     refusals: list[str] = []
@@ -232,7 +223,7 @@ def _suggest_commands(
         f"Is the strongest component needed for {first_text!r}?": _ablation_command(views, first),
         f"When does it come to say {first_text!r}?": ["lens", "--watch", first, "--top", "1"],
         "What would it write, and why?": ["trace", "--watch", second, "--max-new-tokens", "12"],
-        f"And without {first_text!r}?": ["compare", "--ban", first, "--max-new-tokens", "12"],
+        f"And without {first_text!r}?": ["compare", "--ban", first, "--max-new-tokens", "12"]
     }  # fmt: skip
     model_words: list[str] = []
     for name in ("model", "revision", "device", "dtype"):

@@ -45,7 +45,7 @@ FORMAT = 1
 SHARD_NAME = re.compile(r"[0-9]{5,}\.safetensors")
 REQUIRED_SETTINGS = ("format", "model", "sites", "pos", "context", "long")
 DTYPES = (
-    "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool",
+    "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions decide the values
 

@@ -39,16 +39,7 @@ from .folder import (
 )
 from .harvest import Harvest, open_harvest
 from .stored_values import Progress, ValueComputation, ValueKind, probe_sites
-from .texts import (
-    Batch,
-    Long,
-    TextReader,
-    TextsLike,
-    Unfit,
-    Window,
-    read_rules,
-    token_columns,
-)
+from .texts import Batch, Long, TextReader, TextsLike, Unfit, Window, read_rules, token_columns
 
 SHARD_BYTES = 128 * 2**20  # of the values in a shard, if shard_size is None
 DTYPES = ("float32", "bfloat16", "float16", "float64")
