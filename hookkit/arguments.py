@@ -108,7 +108,9 @@ def as_bool(value: object) -> bool | None:
     """Returns True or False of Python or numpy as a bool."""
     kind = type(value)
     is_numpy_bool = kind.__module__ == "numpy" and kind.__name__ in ("bool_", "bool")
-    return bool(value) if isinstance(value, bool) or is_numpy_bool else None
+    if isinstance(value, bool) or is_numpy_bool:
+        return bool(value)
+    return None
 
 
 def as_items(values: Any) -> list[Any] | None:
@@ -290,9 +292,10 @@ def kinds_of(annotation: Any) -> list[Kind] | None:
         return [Kind("a function", callable)]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return [Kind("a mapping, such as a dict", lambda value: isinstance(value, Mapping))]
-    kind = origin if origin is os.PathLike else annotation
-    if isinstance(kind, type) and not typing.is_typeddict(kind):
-        return _kinds_of_class(kind)
+    if origin is os.PathLike:
+        return _kinds_of_class(os.PathLike)
+    if isinstance(annotation, type) and not typing.is_typeddict(annotation):
+        return _kinds_of_class(annotation)
     return None
 
 

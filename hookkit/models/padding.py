@@ -407,7 +407,9 @@ def _silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a hook that does nothing in a trial. In other threads it acts as before."""
 
     def silenced(*args: Any, **kwargs: Any) -> Any:
-        return None if in_padding_trial() else hook(*args, **kwargs)
+        if in_padding_trial():
+            return None
+        return hook(*args, **kwargs)
 
     return silenced
 
