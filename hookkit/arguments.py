@@ -209,10 +209,10 @@ def check_number(
     return number
 
 
-def check_seed(value: object, name: str = "seed") -> int:
+def check_seed(value: object) -> int:
     """Returns a seed: a whole number from 0 upwards that fits into 63 bits."""
     meaning = "a seed, so that the same draws can be made again,"
-    return check_integer(value, name, least=0, most=LARGEST_SEED, meaning=meaning)
+    return check_integer(value, "seed", least=0, most=LARGEST_SEED, meaning=meaning)
 
 
 # ---- names and texts

@@ -21,7 +21,7 @@ import hookkit as hk
 
 from ..errors import BadFile, BadHook
 from ..files.atomic import write_new
-from ..files.untrusted import check_strings, path_inside, read_json, read_table
+from ..files.untrusted import check_mapping, path_inside, read_json, read_table
 from .app import FAILED, command
 from .options import ModelName
 from .output import OutputOptions, TableView, print_message, print_text
@@ -276,7 +276,7 @@ def _read_result(folder: Path, output_format: str, rows: int) -> dict[str, Table
     names = ("title", "question", "answer", "command")
     path = path_inside(folder, "about.json")
     try:
-        about = check_strings(read_json(path, finite=False), names, repr(str(path)))
+        about = check_mapping(read_json(path, finite=False), repr(str(path)), *names)
     except BadFile as error:
         raise BadFile(f"{error}; run the experiment again") from error
     texts = {name: about[name] for name in names if about.get(name)}

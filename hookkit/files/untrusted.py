@@ -13,7 +13,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -103,25 +103,15 @@ def read_json(path: str | os.PathLike[str], *, error: Error = BadFile, finite: b
     )
 
 
-def check_mapping(value: Any, name: str, *, error: Error = BadFile) -> dict[str, Any]:
-    """Returns the value if it is a mapping, and raises `error` otherwise."""
+def check_mapping(value: Any, name: str, *texts: str, error: Error = BadFile) -> dict[str, Any]:
+    """Returns the value if it is a mapping whose values of the names in `texts` are texts."""
     if not isinstance(value, dict):
         raise error(f"{name} holds a {type(value).__name__}, where names and values are meant")
+    for key in texts:
+        if not isinstance(value.get(key, ""), str):
+            shown = str(value[key])[:MAX_MESSAGE]
+            raise error(f"{name} has {shown!r} as its {key}, where a text is meant")
     return value
-
-
-def check_strings(
-    value: Any, names: tuple[str, ...], what: str, *, error: Error = BadFile
-) -> Mapping[str, Any]:
-    """Returns the mapping. Raises `error` if one of these names has a value that is not a text."""
-    mapping = check_mapping(value, what, error=error)
-    for name in names:
-        if name in mapping and not isinstance(mapping[name], str):
-            raise error(
-                f"{what} has {str(mapping[name])[:MAX_MESSAGE]!r} as its {name}, where a text is "
-                "meant"
-            )
-    return mapping
 
 
 def _parse_integer(digits: str) -> int:
@@ -316,15 +306,15 @@ def check_path(value: object, name: str = "path") -> Path:
     )
 
 
-def check_file(value: object, name: str = "path") -> Path:
+def check_file(value: object) -> Path:
     """Returns the path of an existing file. Raises `BadFile` if there is none, or a folder."""
-    path = check_path(value, name)
+    path = check_path(value)
     if path.is_dir():
         raise BadFile(
-            f"{name}={str(path)!r} is a folder, and a file is meant: give the path of one in it"
+            f"path={str(path)!r} is a folder, and a file is meant: give the path of one in it"
         )
     if not path.exists():
-        raise BadFile(f"{name}={str(path)!r} does not exist: give the path of a file")
+        raise BadFile(f"path={str(path)!r} does not exist: give the path of a file")
     return path
 
 
@@ -370,7 +360,6 @@ def is_count(value: Any) -> bool:
 
 def error_message(raised: BaseException) -> str:
     """Returns the message of an error in one short line."""
-    message = getattr(raised, "strerror", None) if isinstance(raised, OSError) else None
-    message = message or str(raised) or type(raised).__name__
+    message = getattr(raised, "strerror", None) or str(raised) or type(raised).__name__
     line = " ".join(message.split())
     return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"

@@ -27,7 +27,7 @@ from ..arguments import as_integer, as_items, check_arguments, check_fields, che
 from ..display import printable, render_html
 from ..errors import BadFile, BadHook, EmptySelection, NotCaptured, OtherModel, OutOfRange
 from ..files.tensors import save_tensors
-from ..files.untrusted import check_file, check_strings, parse_json, read_tensors
+from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike
 from ..models.prompts import Row
@@ -335,11 +335,11 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
             f"{Path(path).name!r} has no steering vector: give a file that Vector.save wrote"
         )
     name = f"the steering vector in {Path(path).name!r}"
-    header = check_strings(parse_json(header_text, name, finite=False), ("site",), name)
+    header = check_mapping(parse_json(header_text, name, finite=False), name, "site")
     has_all = {"site", "norm", "about"} <= set(header)
     if not has_all or not isinstance(header["norm"], int | float):
         raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
-    about = check_strings(header["about"], ("method",), f"what {name} says about itself")
+    about = check_mapping(header["about"], f"what {name} says about itself", "method")
     if not any_model:
         check_same_model(about, lm)
     vector = Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import check_arguments, check_integer, check_number, check_seed
 from ..errors import BadFile, BadHook, BadPrompt
-from ..files.untrusted import check_file, check_strings, parse_json, read_tensors
+from ..files.untrusted import check_file, check_mapping, parse_json, read_tensors
 from ..hooks.capture import capture
 from ..models.lm import LM
 from ..models.next_token import kl_divergence
@@ -91,7 +91,7 @@ def load_lens(path: str | os.PathLike[str], *, lm: LM | None = None) -> TunedLen
         raise BadHook(f"{os.fspath(path)!r} is no tuned lens: it was not written by TunedLens.save")
     name = f"the tuned lens in {os.fspath(path)!r}"
     about = parse_json(words["about"], name, finite=False)
-    about = check_strings(about, ("weights_sha256", "model"), name)
+    about = check_mapping(about, name, "weights_sha256", "model")
     if "weights_sha256" not in about:
         raise BadFile(
             f"{name} does not say which model it is for: give a file that TunedLens.save wrote"

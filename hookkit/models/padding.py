@@ -75,23 +75,16 @@ class PaddingScheme:
         return inputs
 
 
-def padded_inputs(
-    lm: LM, ids: Tensor, positions: Tensor, side: Side, width: int | None = None
-) -> dict[str, Tensor]:
-    """Returns the arguments of a forward over the last columns; `positions` is -1 in padding."""
-    return _padding_scheme(lm, side).inputs(ids, positions, width or ids.shape[1])
-
-
 def can_pad(lm: LM, side: Side) -> bool:
     """True if a row that is padded on this side has the numbers of the row alone."""
     try:
-        _padding_scheme(lm, side)
+        padding_scheme(lm, side)
     except Unsupported:
         return False
     return True
 
 
-def _padding_scheme(lm: LM, side: Side) -> PaddingScheme:
+def padding_scheme(lm: LM, side: Side) -> PaddingScheme:
     """Returns the scheme of a model for one side. Raises `Unsupported` if no scheme is right."""
     key = "padding", side, *_trial_key(lm)
     if key not in lm.trial_results:

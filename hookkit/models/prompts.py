@@ -13,7 +13,7 @@ from ..errors import BadPrompt, OutOfRange, Unsupported
 from .batch_positions import Side as Side
 from .batch_positions import pad_rows as pad_rows
 from .lm import LM
-from .padding import pad_batch, padded_inputs
+from .padding import pad_batch, padding_scheme
 from .positions import At
 
 Prompts: TypeAlias = (
@@ -262,7 +262,8 @@ class Batch:
         """
         if not self.padded:
             return {"input_ids": self.ids}
-        return padded_inputs(lm, self.ids, self.positions, self.side)
+        scheme = padding_scheme(lm, self.side)
+        return scheme.inputs(self.ids, self.positions, self.ids.shape[1])
 
 
 def as_batch(lm: LM, prompts: Prompts, *, side: Side = "right", room: int = 0) -> Batch:

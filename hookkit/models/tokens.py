@@ -48,13 +48,12 @@ class Vocabulary:
             raise NotOneToken(
                 f"{token!r} is text, and this model came without a tokenizer: give token ids"
             )
-        ids = self._continuation_or_encoding(token)
+        token_id, ids = self._token_and_pieces(token)
         if rows is not None and max(ids, default=0) >= rows:
             raise NotOneToken(
                 f"{token!r} is token {max(ids)} of the tokenizer, and the model has ids 0 to "
                 f"{rows - 1}: give the LM the model's own tokenizer"
             )
-        token_id = self._single_token(token, ids)
         if token_id is None:
             pieces = " + ".join(map(repr, map(self.string, ids)))
             spellings = ", ".join(map(repr, self._one_token_spellings(token, ids)))
@@ -101,30 +100,26 @@ class Vocabulary:
             for case in (bare, bare.lower(), bare.capitalize(), bare.upper(), *bare.split()):
                 candidates += [f" {case}", case]
         candidates += map(self.string, ids)
-        return [spelling for spelling in dict.fromkeys(candidates) if self._is_token(spelling)]
-
-    def _is_token(self, spelling: str) -> bool:
-        """True if `token` accepts this spelling."""
-        if not spelling:
-            return False
-        token_id = self._single_token(spelling, self._continuation_or_encoding(spelling))
         rows = self.sizes["vocab"]
-        return token_id is not None and (rows is None or token_id < rows)
+        spellings: list[str] = []
+        for spelling in dict.fromkeys(filter(None, candidates)):
+            token_id, _ = self._token_and_pieces(spelling)
+            if token_id is not None and (rows is None or token_id < rows):
+                spellings.append(spelling)
+        return spellings
 
-    def _continuation_or_encoding(self, text: str) -> list[int]:
+    def _token_and_pieces(self, text: str) -> tuple[int | None, list[int]]:
+        """Returns the token that a text is, or None, and the tokens of the text."""
         try:
-            return self.continuation(text)
+            ids = self.continuation(text)
         except NotOneToken:
-            return self.encode(text)
-
-    def _single_token(self, text: str, ids: Sequence[int]) -> int | None:
-        """Returns the token that a text is, by its ids or in the vocabulary; None for others."""
+            ids = self.encode(text)
         if len(ids) == 1 and self.string(ids[0]) == text:
-            return ids[0]
+            return ids[0], ids
         token_id = self.tokenizer.convert_tokens_to_ids(text.replace(" ", SPACE))
         if isinstance(token_id, int) and self.string(token_id) == text:
-            return token_id
-        return None
+            return token_id, ids
+        return None, ids
 
     def string(self, token_id: int) -> str:
         """Returns the text of one token, its leading space included.

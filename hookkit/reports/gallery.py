@@ -15,7 +15,7 @@ import pandas as pd
 from ..arguments import check_arguments
 from ..errors import BadFile, BadHook
 from ..files.atomic import write_text
-from ..files.untrusted import check_strings, is_bare_name, path_inside, read_json
+from ..files.untrusted import check_mapping, is_bare_name, path_inside, read_json
 from .page import PAGE, is_own_page, render_page
 from .readme import MARK, README, is_own_readme
 from .typesetting import escape_markdown
@@ -135,7 +135,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     names = ("title", "question", "answer", "ended", "command")
-    return dict(check_strings(read_json(path, finite=False), names, repr(str(path))))
+    return check_mapping(read_json(path, finite=False), repr(str(path)), *names)
 
 
 def _encode_picture(folder: Path) -> str:

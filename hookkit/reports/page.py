@@ -34,7 +34,7 @@ from ..display import render_html
 from ..errors import BadFile, BadHook
 from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
-from ..files.untrusted import check_strings, is_bare_name, parse_json
+from ..files.untrusted import check_mapping, is_bare_name, parse_json
 from .parts import NAME, Content, Folded, Part, check_name, encode_text, part_files, table_formats
 from .readme import README, is_own_readme, render_readme
 from .typesetting import column_kind, format_value
@@ -252,7 +252,7 @@ def _read_hashes(page: Path) -> Mapping[str, str]:
     if match is None or not is_own_page(page):
         return {}
     try:
-        return check_strings(parse_json(unescape(match[1].decode()), PAGE), (), PAGE)
+        return check_mapping(parse_json(unescape(match[1].decode()), PAGE), PAGE)
     except BadFile:
         return {}
 

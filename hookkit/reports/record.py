@@ -35,7 +35,7 @@ from ..files.atomic import (
     write_text,
 )
 from ..files.tensors import MADE_BY, save_new_tensors
-from ..files.untrusted import check_folder, check_strings, is_bare_name, read_json
+from ..files.untrusted import check_folder, check_mapping, is_bare_name, read_json
 from ..models.lm import LM
 from ..models.provenance import about_model, git_commit, tokenizer_hash, versions, weights_hash
 from ..models.tensor_parallel import is_writing_process
@@ -271,7 +271,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     )
     if path.is_symlink() or not path.is_file():
         raise BadFile(foreign)
-    about = check_strings(read_json(path, finite=False), ("ended",), repr(str(path)))
+    about = check_mapping(read_json(path, finite=False), repr(str(path)), "ended")
     hashes = about.get("sha256")
     if about.get(MADE_BY) != "hookkit" or not isinstance(hashes, dict):
         raise BadFile(foreign)

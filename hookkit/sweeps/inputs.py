@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import OutOfRange, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.padding import padded_inputs
+from ..models.padding import padding_scheme
 from ..models.prompts import Prompts, Row, as_batch, pad_id, pad_rows, positions_of_text
 from ..tables.metrics import Loss, Metric
 
@@ -94,7 +94,7 @@ class SweepInputs:
         if set(lengths) == {columns}:
             return {"input_ids": ids[:, -width:]}
         positions = torch.stack([torch.arange(columns) - (columns - length) for length in lengths])
-        return padded_inputs(lm, ids, positions.clamp(min=-1), "left", width)
+        return padding_scheme(lm, "left").inputs(ids, positions.clamp(min=-1), width)
 
 
 def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -> SweepInputs:
