@@ -323,19 +323,6 @@ class ForwardPass:
         return Selection(self.text, rows, positions, index, valid, whole=False)
 
 
-def columns_after_padding(
-    lengths: Sequence[int], pads: Sequence[int], *, open_end: bool
-) -> list[Columns]:
-    """Returns the columns of rows that have no gap after `pads` columns of padding.
-
-    With `open_end=True`, the rows continue into generated text.
-    """
-    columns: list[Columns] = []
-    for length, pad in zip(lengths, pads, strict=True):
-        columns.append(range(pad, NO_END if open_end else pad + length))
-    return columns
-
-
 def columns_of_mask(
     mask: Bool[Tensor, "batch pos"], *, generating: bool
 ) -> tuple[list[Columns], list[int]]:

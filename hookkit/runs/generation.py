@@ -18,14 +18,9 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..hooks.captured_values import SequenceEnd
 from ..hooks.decided_tokens import Decisions, follow_decisions
-from ..models.batch_positions import (
-    Columns,
-    ForwardPass,
-    SequenceBatch,
-    columns_after_padding,
-    columns_of_mask,
-)
+from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
 from ..models.overrides import Overrides
+from ..models.positions import NO_END
 
 if TYPE_CHECKING:
     from .trace import Tracer
@@ -167,7 +162,7 @@ def _lay_out_rows(
         real = prompt != pad  # transformers makes this mask if the caller passes none
         if not bool(real.all()):
             return columns_of_mask(real, generating=True)
-    return columns_after_padding([width] * count, [0] * count, open_end=True), [width] * count
+    return [range(NO_END)] * count, [width] * count
 
 
 def _read_prompt(

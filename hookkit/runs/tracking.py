@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Unsupported
-from ..models.batch_positions import (
-    ForwardPass,
-    SequenceBatch,
-    columns_after_padding,
-    columns_of_mask,
-)
+from ..models.batch_positions import Columns, ForwardPass, SequenceBatch, columns_of_mask
 from ..models.positions import NO_END, At
 from ..models.prompts import Batch
 from .generation import Generation
@@ -99,10 +94,10 @@ class PositionTracker:
 
     def expect(self, batch: Batch) -> None:
         """Sets the prompts of the next forward. No later forward goes on from it."""
-        pads = [0] * len(batch.lengths)
-        if batch.side == "left":
-            pads = [batch.ids.shape[1] - length for length in batch.lengths]
-        columns = columns_after_padding(batch.lengths, pads, open_end=False)
+        columns: list[Columns] = []
+        for length in batch.lengths:
+            pad = batch.ids.shape[1] - length if batch.side == "left" else 0
+            columns.append(range(pad, pad + length))
         self.expected = SequenceBatch(
             columns, batch.lengths, batch.rows.__getitem__, self.find, final=True
         )
@@ -215,7 +210,7 @@ class PositionTracker:
         end = past + call.width
         if mask is None:
             lengths = [end] * rows
-            columns = columns_after_padding(lengths, [0] * rows, open_end=True)
+            columns: list[Columns] = [range(NO_END)] * rows
         elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (rows, end):
             columns, lengths = columns_of_mask(mask.bool(), generating=False)
         else:
