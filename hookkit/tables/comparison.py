@@ -257,15 +257,16 @@ class _Halves:
             ) from error
 
     def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
-        edited_scores, baseline_scores = scores, scores
-        if isinstance(scores, Tensor):
-            edited_scores, baseline_scores = scores[: self.count], scores[self.count :]
-        elif scores is not None:  # a stopping criterion is given the scores of each step so far
-            edited_scores = tuple([step[: self.count] for step in scores])
-            baseline_scores = tuple([step[self.count :] for step in scores])
-        edited = self.edited(input_ids[: self.count], edited_scores)
-        baseline = self.baseline(input_ids[self.count :], baseline_scores)
-        return torch.cat([edited, baseline])
+        results = []
+        halves = slice(None, self.count), slice(self.count, None)
+        for functions, half in zip((self.edited, self.baseline), halves, strict=True):
+            half_scores = scores
+            if isinstance(scores, Tensor):
+                half_scores = scores[half]
+            elif scores is not None:  # a stopping criterion is given the scores of each step so far
+                half_scores = tuple([step[half] for step in scores])
+            results.append(functions(input_ids[half], half_scores))
+        return torch.cat(results)
 
 
 @check_arguments

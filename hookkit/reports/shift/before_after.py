@@ -133,7 +133,7 @@ def _first_block(lm: LM, hooks: tuple[Hook, ...]) -> int:
 class NextTokenLogits:
     """The logits after each prompt, and the run, which keeps only the shown rows."""
 
-    edit: Edit | None
+    edit: Edit  # with the base hooks for what edits are compared with
     run: Run
     logits: Logits  # float32, on the CPU
     shown: int
@@ -200,21 +200,20 @@ class NextTokenLogits:
 def run_prompts(
     lm: LM,
     rows: Sequence[Row],
-    hooks: tuple[Hook, ...],
-    edit: Edit | None,
+    edit: Edit,
     sites: Sequence[Site],
     shown: int,
     start: int = 0,
     unedited: Captures | None = None,
 ) -> NextTokenLogits:
-    """One forward over all prompts with these hooks. Captures `sites` of the first `shown` prompts.
+    """One forward over all prompts with an edit. Captures `sites` of the first `shown` prompts.
 
     For a forward that begins at block `start`, the captures before it are taken from `unedited`.
     """
     prompts = [list(row) for row in rows]
     computed = [site for site in sites if site.layer is None or site.layer >= start]
     captures = [_capture_last(computed, shown)] if computed else []
-    run = forward(lm, prompts, *hooks, *captures, logits="last")
+    run = forward(lm, prompts, *edit.hooks, *captures, logits="last")
     last_logits = run.captured_logits()
     logits = last_logits.values[:, 0].detach().float().cpu()
     assert last_logits.positions is not None
@@ -225,8 +224,8 @@ def run_prompts(
         rows=last_logits.rows[:shown],
         prompts=last_logits.prompts[:shown],
     )
-    all_hooks = (*hooks, _capture_last(sites, shown)) if sites else hooks
-    run = replace(run, hooks=all_hooks, output=None, kept_logits=shown_logits)
+    hooks = (*edit.hooks, _capture_last(sites, shown)) if sites else edit.hooks
+    run = replace(run, hooks=hooks, output=None, kept_logits=shown_logits)
     if unedited is not None and sites:
         run = replace(run, kept=_add_unedited(run.kept, unedited))
     return NextTokenLogits(edit, run, logits, shown)
@@ -270,7 +269,6 @@ def watched_of(
 def _rows_of(after: NextTokenLogits) -> pd.DataFrame:
     """The columns that say which prompt and edit each row is about."""
     edit = after.edit
-    assert edit is not None
     columns = {"edit": edit.name, "control": edit.control, "draw": edit.draw}
     return pd.DataFrame({"row": range(len(after.logits)), **columns})
 

@@ -4,14 +4,14 @@
 of one token's logit into the components that made it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ...errors import HookkitError
+from ...errors import HookkitError, Unsupported
 from ...lenses.components import required_sites
 from ...lenses.direct import decompose_logits
 from ...lenses.logit_lens import LensStates, lens_table, stream_sites
@@ -43,18 +43,17 @@ class LensSites:
 
 def lens_sites(lm: LM, *, heads: bool) -> LensSites:
     """The sites that the lens and the decomposition read in this model."""
-    lens: Sequence[Site] = ()
-    parts: Sequence[Site] = ()
-    no_lens, no_parts = "", ""
-    try:
-        lens = stream_sites(lm, "resid_post")
-    except HookkitError as error:
-        no_lens = str(error)
-    try:
-        parts = required_sites(lm, heads=heads, neurons=False)
-    except HookkitError as error:
-        no_parts = str(error)
+    lens, no_lens = attempt((), stream_sites, lm, "resid_post")
+    parts, no_parts = attempt((), required_sites, lm, heads=heads, neurons=False)
     return LensSites(tuple(lens), tuple(parts), no_lens, no_parts)
+
+
+def attempt(default: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function returns and "", or `default` and why the model does not allow it."""
+    try:
+        return function(*args, **kwargs), ""
+    except HookkitError as error:
+        return default, str(error)
 
 
 def layers_of(
@@ -64,39 +63,33 @@ def layers_of(
     sites: LensSites,
     watch: Sequence[int],
     shown: int,
-) -> tuple[pd.DataFrame, str]:
-    """The logit lens before and after each edit, and "" or the reason why there is none.
+) -> pd.DataFrame:
+    """The logit lens before and after each edit. Raises `HookkitError` if there is none.
 
     Columns: row, edit, layer, site, edited (whether the edit acts in this block), token, token_id;
     logit, prob and rank, each with _before, _after and _delta. The tokens are the watched ones, and
     the most likely ones before and after.
     """
     if sites.no_lens:
-        return pd.DataFrame(), sites.no_lens
+        raise Unsupported(sites.no_lens)
     shown_tokens = [*watch, *before.top_tokens[:shown]]
     all_tokens = list(shown_tokens)
     for after in edited:
         all_tokens += after.top_tokens[:shown]
+    lens_before = _lens(before, rows, sites, all_tokens)
     parts = []
-    try:
-        lens_before = _lens(before, rows, sites, all_tokens)
-        for after in edited:
-            tokens = [*shown_tokens, *after.top_tokens[:shown]]
-            lens_after = _lens(after, rows, sites, tokens)
-            parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
-    except HookkitError as error:
-        return pd.DataFrame(), str(error)
-    return pd.concat(parts, ignore_index=True), ""
+    for after in edited:
+        lens_after = _lens(after, rows, sites, [*shown_tokens, *after.top_tokens[:shown]])
+        parts.append(_join_lenses(lens_before, lens_after, before, after, watch))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _lens(
     outcome: NextTokenLogits, rows: Sequence[Row], sites: LensSites, tokens: Sequence[int]
 ) -> pd.DataFrame:
-    hooks = outcome.run.hooks
-    if sites.sites:
-        hooks = hooks[:-1]  # without the report's own capture
     states = LensStates(outcome.run, sites.lens)
     unique_tokens = list(dict.fromkeys(tokens))
+    hooks = outcome.edit.hooks
     return lens_table(states, hooks, tuple(rows), 0, unique_tokens, anywhere=False)
 
 
@@ -109,7 +102,6 @@ def _join_lenses(
 ) -> pd.DataFrame:
     """The two lenses side by side, with the tokens that are shown of each prompt."""
     edit = after.edit
-    assert edit is not None
     keys = ["row", "layer", "site", "token_id"]
     table: Any = lens_after[[*keys, *NUMBERS]].merge(
         lens_before[[*keys, *NUMBERS]],
@@ -133,8 +125,10 @@ def why_of(
     tokens: Sequence[int],
     sites: LensSites,
     decompositions: dict[tuple[int, ...], pd.DataFrame],
-) -> tuple[pd.DataFrame, str]:
-    """One token's logit as a sum over components, before and after, and "" or why there is none.
+) -> pd.DataFrame:
+    """One token's logit as a sum over components, before and after.
+
+    Raises `HookkitError` if it is no sum.
 
     `tokens` has the token of each shown prompt. `decompositions` belongs to the caller: it has the
     unedited run's decompositions by their tokens, and a new one is added.
@@ -143,29 +137,25 @@ def why_of(
     logit_delta. The rows of a prompt sum to its token's logits; the row "residual" is the rounding
     error.
     """
-    assert after.edit is not None
     if sites.no_parts:
-        return pd.DataFrame(), sites.no_parts
+        raise Unsupported(sites.no_parts)
     rows = range(len(tokens))
     logits = [*before.logits[rows, tokens].tolist(), *after.logits[rows, tokens].tolist()]
     if not np.isfinite(logits).all():
-        reason = "the token's logit is infinite, which is no sum of anything: the edit bans it"
-        return pd.DataFrame(), reason
+        raise Unsupported(
+            "the token's logit is infinite, which is no sum of anything: the edit bans it"
+        )
     padding = [0] * (len(after.logits) - len(tokens))
     row_tokens: Any = [*tokens, *padding]
-    try:
-        if tuple(tokens) not in decompositions:
-            decompositions[tuple(tokens)] = decompose_logits(before.run, row_tokens)
-        table = join_decompositions(
-            decompositions[tuple(tokens)], decompose_logits(after.run, row_tokens)
-        )
-    except HookkitError as error:
-        return pd.DataFrame(), str(error)
+    if tuple(tokens) not in decompositions:
+        decompositions[tuple(tokens)] = decompose_logits(before.run, row_tokens)
+    after_parts = decompose_logits(after.run, row_tokens)
+    table = join_decompositions(decompositions[tuple(tokens)], after_parts)
     ids = [tokens[row] for row in table["row"]]
     table.insert(1, "edit", after.edit.name)
     table.insert(2, "token", token_literals(after.lm, ids))
     table.insert(3, "token_id", ids)
-    return table, ""
+    return table
 
 
 def join_decompositions(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from ..page import Report
 from ..parts import Content, Part
 from ..typesetting import format_value
 from . import before_after
-from .inside import layers_of, lens_sites, most_moved, why_of
+from .inside import attempt, layers_of, lens_sites, most_moved, why_of
 from .named_edits import (
     Controls,
     Edit,
@@ -38,8 +38,7 @@ from .named_edits import (
     table_of,
 )
 
-SHIFT_COLUMNS = comparison.SHIFT_COLUMNS
-NUMBER_COLUMNS = [name for name in SHIFT_COLUMNS if name not in ("token", "token_id", "why")]
+NUMBER_COLUMNS = comparison.SHIFT_COLUMNS[1:-2]  # without token, why and token_id
 NORM_NOTE = (
     "The final norm is in every part, with the scale that it had, so that parts before the edit "
     "change where the scale does. rest.L is what block L's stream got beside attention and MLP: an "
@@ -186,7 +185,7 @@ def _write_prompt(measured: ShiftTables, row: int, *, drawn: bool) -> Iterable[C
     yield Part(table, f"watched_{row}", caption, file="watched")
     yield "## What rose and fell"
     for number, edit in enumerate(measured.edits):
-        table = pd.DataFrame(measured.of("shifts", row, edit.name)[SHIFT_COLUMNS])
+        table = pd.DataFrame(measured.of("shifts", row, edit.name)[comparison.SHIFT_COLUMNS])
         caption = (
             f"{edit.name}: the first tokens before and after, the largest movers, and why each is "
             "here."
@@ -402,7 +401,9 @@ def _measure(request: _Request) -> ShiftTables:
     resumable = [] if request.base_hooks else [edit.hooks for edit in edits]
     plan = before_after.plan_resuming(lm, rows, resumable)
     with plan.record_outputs():
-        before = before_after.run_prompts(lm, rows, request.base_hooks, None, sites.sites, shown)
+        before = before_after.run_prompts(
+            lm, rows, Edit("", request.base_hooks), sites.sites, shown
+        )
     edited: list[before_after.NextTokenLogits] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
     decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
@@ -411,7 +412,7 @@ def _measure(request: _Request) -> ShiftTables:
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
         with plan.resume_at(start):
             after = before_after.run_prompts(
-                lm, rows, edit.hooks, edit, edit_sites, shown, start, before.run.kept
+                lm, rows, edit, edit_sites, shown, start, before.run.kept
             )
         parts["watched"].append(before_after.watched_of(before, after, request.watch))
         parts["distances"].append(before_after.distances_of(before, after))
@@ -423,14 +424,16 @@ def _measure(request: _Request) -> ShiftTables:
         for row, pair in enumerate(pairs[: request.drawn]):
             ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
         tokens = request.watch[:1] * shown or after.top_tokens[:shown]
-        why, refusals[f"why {edit.name}"] = why_of(before, after, tokens, sites, decompositions)
+        why, refusals[f"why {edit.name}"] = attempt(
+            pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
+        )
         parts["why"].append(why)
         edited.append(before_after.NextTokenLogits(edit, after.run, after.logits[:shown], shown))
     tables = {"edits": table_of(edits)}
     for name, list_of_tables in parts.items():
         tables[name] = _concatenate(list_of_tables)
-    tables["layers"], refusals["layers"] = layers_of(
-        before, edited, rows, sites, request.watch, shown
+    tables["layers"], refusals["layers"] = attempt(
+        pd.DataFrame(), layers_of, before, edited, rows, sites, request.watch, shown
     )
     return ShiftTables(lm, rows, request.edits, request.controls, tables, ranks, refusals)
 
