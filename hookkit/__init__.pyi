@@ -33,9 +33,9 @@ from .figures.ranks import logit_scatter as logit_scatter
 from .figures.ranks import rank_bump as rank_bump
 from .figures.strips import decision_strip as decision_strip
 from .figures.strips import surprisal_strip as surprisal_strip
+from .figures.sweeps import damage_curves as damage_curves
 from .figures.sweeps import heat_map as heat_map
 from .figures.sweeps import interval_lines as interval_lines
-from .figures.vectors import damage_curves as damage_curves
 from .files.tensors import load_tensors as load_tensors
 from .files.tensors import save_tensors as save_tensors
 from .hooks.ablation import ablate as ablate

@@ -13,6 +13,6 @@ from .ranks import logit_scatter as logit_scatter
 from .ranks import rank_bump as rank_bump
 from .strips import decision_strip as decision_strip
 from .strips import surprisal_strip as surprisal_strip
+from .sweeps import damage_curves as damage_curves
 from .sweeps import heat_map as heat_map
 from .sweeps import interval_lines as interval_lines
-from .vectors import damage_curves as damage_curves

@@ -22,10 +22,10 @@ from . import style
 from .style import INK, MARK, MUTED, PAPER, POINT, apply_style, drawable, label_point, new_figure
 
 LABELLED = 6  # the most likely tokens that get their names
-PANELS = (
-    ("logit", "logit (raw)", "Raw logits"),
-    ("prob", "probability", "Softmax: they sum to 1"),
-    ("logprob", "log-probability (nats)", "Log-softmax: logits, shifted by one number"),
+PANELS = (  # column, label of the axis, title, tokens that get their names
+    ("logit", "logit (raw)", "Raw logits", 0),
+    ("prob", "probability", "Softmax: they sum to 1", LABELLED),
+    ("logprob", "log-probability (nats)", "Log-softmax: logits, shifted by one number", 0),
 )
 
 
@@ -56,8 +56,7 @@ def logit_panels(
     _check_one_position(table, "logit")
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     watched = _select_watched(table, watch)
-    for axes, (column, unit, name) in zip(figure.subplots(1, 3), PANELS, strict=True):
-        labelled = LABELLED if column == "prob" else 0
+    for axes, (column, unit, name, labelled) in zip(figure.subplots(1, 3), PANELS, strict=True):
         _draw_scatter(axes, table, column, watched, labelled=labelled)
         axes.set_ylabel(unit)
         axes.set_title(name, fontsize=10, color=INK)

@@ -98,8 +98,7 @@ def _check_vocabularies(before: LM, after: LM) -> None:
     if before.tokenizer is None or after.tokenizer is None or before.tokenizer is after.tokenizer:
         return
     words_before, words_after = _words_by_id(before), _words_by_id(after)
-    ids = sorted({*words_before, *words_after})
-    different = [number for number in ids if words_before.get(number) != words_after.get(number)]
+    different = sorted(dict(words_before.items() ^ words_after.items()))
     if different:
         first = different[0]
         raise OtherVocabulary(
