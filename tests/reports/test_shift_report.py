@@ -161,7 +161,7 @@ def test_decades_are_powers_of_ten_between_the_ranks(llama):
 def test_the_page_shows_of_each_prompt_and_edit_its_own_rows():
     rows = [(0, "a", 1), (0, "b", 2), (1, "a", 3), (1, "b", 4)]
     tables = {"watched": pd.DataFrame(rows, columns=["row", "edit", "number"])}
-    found = ShiftTables(None, (), [], [], tables, {}, {})  # pyright: ignore[reportArgumentType]
+    found = ShiftTables(None, (), (), [], [], [], 1, False, 1, 1, tables)  # pyright: ignore[reportArgumentType]
     assert found.of("watched", 1, "a")["number"].tolist() == [3]
     assert found.of("watched", 0)["number"].tolist() == [1, 2]
     assert list(found.of("watched", 0)) == ["edit", "number"] and list(

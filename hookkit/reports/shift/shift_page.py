@@ -4,7 +4,7 @@ The file measures (`shift_report`, `_measure`), and writes the sections of the p
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class ShiftTables:
-    """All measurements of a report: the tables, by the names of their files.
+    """What a report measures, and its tables by the names of their files, which `_measure` fills.
 
     `ranks` has the ranks of all tokens before and after, by prompt and edit, for the drawn prompts.
     `refusals` has the reasons why a table could not be made, "" where it could.
@@ -71,11 +71,17 @@ class ShiftTables:
 
     lm: LM
     rows: tuple[Row, ...]
+    base_hooks: tuple[Hook, ...]
     edits: list[Edit]
     controls: list[Edit]
-    tables: dict[str, pd.DataFrame]
-    ranks: dict[tuple[int, str], tuple[Any, Any]]
-    refusals: dict[str, str]
+    watch: list[int]
+    top: int
+    heads: bool
+    shown: int
+    drawn: int
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    ranks: dict[tuple[int, str], tuple[Any, ...]] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str, row: int, edit: str | None = None) -> pd.DataFrame:
         """The rows of a table about one prompt and edit; an empty table if there is none."""
@@ -92,13 +98,13 @@ class ShiftTables:
         return shorten(self.lm.text(self.rows[row]))
 
 
-def _write_opening(measured: ShiftTables, baseline: tuple[Hook, ...]) -> Iterable[Content]:
+def _write_opening(measured: ShiftTables) -> Iterable[Content]:
     n_prompts = len(measured.rows)
     yield "# The edits"
     plural = "s" if n_prompts > 1 else ""
     caption = f"What was done, over {n_prompts} prompt{plural}."
-    if baseline:
-        caption += f" The baseline has {' + '.join(map(str, baseline))}."
+    if measured.base_hooks:
+        caption += f" The baseline has {' + '.join(map(str, measured.base_hooks))}."
     yield Part(measured.tables["edits"], "edits", caption)
 
 
@@ -346,12 +352,12 @@ def shift_report(
     tokens = watched_ids(lm, watch)
     for edit in all_edits:
         tokens += named_tokens(lm, edit.hooks)
-    request = _Request(
+    measured = ShiftTables(
         lm, rows, base_hooks, all_edits, all_controls, list(dict.fromkeys(tokens)), top, heads,
         min(shown, len(rows)), drawn,
     )  # fmt: skip
     with torch.no_grad():
-        measured = _measure(request)
+        _measure(measured)
         if generate:
             measured.tables["texts"] = before_after.texts_of(
                 lm, rows, base_hooks, all_edits, generate
@@ -369,79 +375,63 @@ def shift_report(
                 "draws": draws if control_kind else None}  # fmt: skip
     answer = "\n".join(_write_sentence(measured, edit) for edit in measured.edits)
     about = {"title": title, "question": question, "answer": answer}
-    about |= _build_about(measured, request, settings)
-    parts: list[Content] = [*_write_opening(measured, base_hooks), *_write_means(measured)]
-    for row in range(request.shown):
+    about |= _build_about(measured, settings)
+    parts: list[Content] = [*_write_opening(measured), *_write_means(measured)]
+    for row in range(measured.shown):
         parts += _write_prompt(measured, row, drawn=row < drawn)
     parts += _write_settings(measured, about)
     footer = "Deltas are after minus before. Rank 1 is the likeliest."
     return comparison.compose_page(parts, tables, CAPTIONS, about, footer)
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    lm: LM
-    rows: tuple[Row, ...]
-    base_hooks: tuple[Hook, ...]
-    edits: list[Edit]
-    controls: list[Edit]
-    watch: list[int]
-    top: int
-    heads: bool
-    shown: int
-    drawn: int
-
-
-def _measure(request: _Request) -> ShiftTables:
+def _measure(measured: ShiftTables) -> None:
     """Run all forwards, and make all tables but those of texts and means."""
-    lm, rows, shown = request.lm, request.rows, request.shown
-    sites = lens_sites(lm, heads=request.heads)
-    edits = [*request.edits, *request.controls]
+    lm, rows, shown = measured.lm, measured.rows, measured.shown
+    sites = lens_sites(lm, heads=measured.heads)
+    edits = [*measured.edits, *measured.controls]
     # Edits act without the base hooks, so that a forward with base hooks is no start for them.
-    resumable = [] if request.base_hooks else [edit.hooks for edit in edits]
+    resumable = [] if measured.base_hooks else [edit.hooks for edit in edits]
     plan = before_after.plan_resuming(lm, rows, resumable)
     with plan.record_outputs():
         before = before_after.run_prompts(
-            lm, rows, Edit("", request.base_hooks), sites.sites, shown
+            lm, rows, Edit("", measured.base_hooks), sites.sites, shown
         )
     edited: list[before_after.NextTokenLogits] = []
     parts: dict[str, list[pd.DataFrame]] = {"shifts": [], "watched": [], "distances": [], "why": []}
     decompositions: dict[tuple[int, ...], pd.DataFrame] = {}
-    ranks, refusals = {}, {}
     for number, edit in enumerate(edits):
         start, edit_sites = plan.starts.get(number, 0), [] if edit.control else sites.sites
         with plan.resume_at(start):
             after = before_after.run_prompts(
                 lm, rows, edit, edit_sites, shown, start, before.run.kept
             )
-        parts["watched"].append(before_after.watched_of(before, after, request.watch))
+        parts["watched"].append(before_after.watched_of(before, after, measured.watch))
         parts["distances"].append(before_after.distances_of(before, after))
         if edit.control:
             continue
         pairs = list(zip(before.distributions, after.distributions, strict=True))
-        parts["shifts"].append(_build_shifts(pairs, edit, request))
+        parts["shifts"].append(_build_shifts(pairs, edit, measured))
         ids = torch.arange(lm.n_tokens or after.logits.shape[-1])
-        for row, pair in enumerate(pairs[: request.drawn]):
-            ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
-        tokens = request.watch[:1] * shown or after.top_tokens[:shown]
-        why, refusals[f"why {edit.name}"] = attempt(
+        for row, pair in enumerate(pairs[: measured.drawn]):
+            measured.ranks[row, edit.name] = tuple(side.ranks(ids).numpy() for side in pair)
+        tokens = measured.watch[:1] * shown or after.top_tokens[:shown]
+        why, measured.refusals[f"why {edit.name}"] = attempt(
             pd.DataFrame(), why_of, before, after, tokens, sites, decompositions
         )
         parts["why"].append(why)
         edited.append(before_after.NextTokenLogits(edit, after.run, after.logits[:shown], shown))
-    tables = {"edits": table_of(edits)}
+    measured.tables["edits"] = table_of(edits)
     for name, list_of_tables in parts.items():
-        tables[name] = _concatenate(list_of_tables)
-    tables["layers"], refusals["layers"] = attempt(
-        pd.DataFrame(), layers_of, before, edited, rows, sites, request.watch, shown
+        measured.tables[name] = _concatenate(list_of_tables)
+    measured.tables["layers"], measured.refusals["layers"] = attempt(
+        pd.DataFrame(), layers_of, before, edited, rows, sites, measured.watch, shown
     )
-    return ShiftTables(lm, rows, request.edits, request.controls, tables, ranks, refusals)
 
 
-def _build_shifts(pairs: list[Pair], edit: Edit, request: _Request) -> pd.DataFrame:
+def _build_shifts(pairs: list[Pair], edit: Edit, measured: ShiftTables) -> pd.DataFrame:
     """The table of `rank_shift` with the edit's name and with decades."""
-    named = named_tokens(request.lm, edit.hooks)
-    table = comparison.literal_shifts(pairs, request.top, MOVERS, request.watch, named)
+    named = named_tokens(measured.lm, edit.hooks)
+    table = comparison.literal_shifts(pairs, measured.top, MOVERS, measured.watch, named)
     table.insert(2, "edit", edit.name)
     reasons = table.pop("why")
     return table.assign(decades=before_after.decades_of(table), why=reasons)
@@ -452,9 +442,7 @@ def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
-def _build_about(
-    measured: ShiftTables, request: _Request, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _build_about(measured: ShiftTables, settings: dict[str, Any]) -> dict[str, Any]:
     """The values of about.json: the model, the settings, the hooks and the prompts."""
     edit_hooks: dict[str, list[Any]] = {}
     for edit in (*measured.edits, *measured.controls):  # the draws of a control in one list
@@ -462,9 +450,9 @@ def _build_about(
     return {
         **about_model(measured.lm),
         "git_commit": git_commit(),
-        "watch": list(request.watch),
+        "watch": list(measured.watch),
         **settings,
-        "hooks": {"baseline": list(map(_json_of, request.base_hooks)), **edit_hooks},
+        "hooks": {"baseline": list(map(_json_of, measured.base_hooks)), **edit_hooks},
         "prompts": [measured.lm.text(row) for row in measured.rows],
         "tokens": [list(row) for row in measured.rows],
     }
