@@ -23,19 +23,9 @@ from matplotlib.ticker import MaxNLocator
 
 from ..arguments import check_arguments
 from ..errors import BadHook, NotCaptured, OutOfRange, did_you_mean
+from . import style
 from .decoding import STAGES, has_reason, select_row, token_name
-from .style import (
-    GRID,
-    INK,
-    MARK,
-    MUTED,
-    UP,
-    apply_style,
-    check_columns,
-    escape_missing_glyphs,
-    fit_text,
-    text_width,
-)
+from .style import GRID, INK, MARK, MUTED, UP
 
 COLOURS = {
     "surprisal": (MARK, "surprisal of the chosen token (nats)"),
@@ -111,7 +101,7 @@ def decision_strip(
         share = min(cell.value / largest, 1.0)
         _draw_cell(axes, cell, corner, width - 0.05, share, COLOURS[colour][0])
     _draw_caption(axes, "\n".join(caption_lines))
-    apply_style(figure, title or f"What each token was chosen from, {STAGES[stage]}")
+    style.apply_style(figure, title or f"What each token was chosen from, {STAGES[stage]}")
     _draw_opacity_bar(figure, bottom, largest, *COLOURS[colour])
     return figure
 
@@ -151,9 +141,11 @@ def _cell_width(cells: list[_Cell]) -> float:
     """The width in inches that the longest token needs, within CELL_WIDTHS."""
     width = 0.0
     for cell in cells:
-        width = max(width, text_width(escape_missing_glyphs(cell.token), 9.5) + 0.16)
+        width = max(width, style.text_width(style.escape_missing_glyphs(cell.token), 9.5) + 0.16)
         for token in cell.candidates:
-            width = max(width, text_width(escape_missing_glyphs(token["token"]), 7) + 0.52)
+            width = max(
+                width, style.text_width(style.escape_missing_glyphs(token["token"]), 7) + 0.52
+            )
     return float(np.clip(width, *CELL_WIDTHS))
 
 
@@ -166,18 +158,18 @@ def _draw_cell(
     axes.text(x + 0.04, y + 0.085, f"{cell.step}", **small)
     value = f"{cell.value:.2f}" if cell.value < inf else "∞"
     axes.text(x + width - 0.04, y + 0.085, value, ha="right", **small)
-    name, size = fit_text(cell.token, width - 0.1, 9.5)
+    name, size = style.fit_text(cell.token, width - 0.1, 9.5)
     axes.text(x + width / 2, y + 0.27, name, fontsize=size, color=INK, ha="center", va="center")
     for number, token in enumerate(cell.candidates):
         text_y = y + 0.52 + 0.135 * number
-        style: dict[str, Any] = {"color": MUTED, "va": "center"}
+        text_style: dict[str, Any] = {"color": MUTED, "va": "center"}
         if token["drawn"]:
-            style["color"] = INK
+            text_style["color"] = INK
             axes.text(x, text_y, "▸", fontsize=7, color=colour, va="center")
-        name, size = fit_text(token["token"], width - 0.47, 7)
-        axes.text(x + 0.09, text_y, name, fontsize=size, **style)
+        name, size = style.fit_text(token["token"], width - 0.47, 7)
+        axes.text(x + 0.09, text_y, name, fontsize=size, **text_style)
         prob = _format_prob(token["prob"])
-        axes.text(x + width - 0.04, text_y, prob, fontsize=7, ha="right", **style)
+        axes.text(x + width - 0.04, text_y, prob, fontsize=7, ha="right", **text_style)
 
 
 def _format_prob(prob: float) -> str:
@@ -197,7 +189,7 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     Losses are in nats. A token that is a part of a character is followed by its id. Raises
     `OutOfRange` for a row that does not exist, or that has more than 600 tokens.
     """
-    check_columns(table, SURPRISAL_COLUMNS, "surprisal(run)")
+    style.check_columns(table, SURPRISAL_COLUMNS, "surprisal(run)")
     part = pd.DataFrame(table[table["row"] == row]).sort_values("pos", kind="stable")
     if part.empty:
         rows = sorted(set(table["row"].tolist()))
@@ -217,14 +209,14 @@ def surprisal_strip(table: pd.DataFrame, *, row: int = 0, title: str = "") -> Fi
     for cell, (x, line, width) in zip(cells, boxes, strict=True):
         y = TOP + line * PITCH
         _draw_box(axes, (x, y), width, MARK, min(1.0, cell["loss"] / largest))
-        name, size = fit_text(cell["token"], width - 0.08, 9)
+        name, size = style.fit_text(cell["token"], width - 0.08, 9)
         axes.text(x + width / 2, y + 0.14, name, fontsize=size, color=INK, ha="center", va="center")
         loss = f"{cell['loss']:.1f}" if cell["loss"] < inf else "∞"
         axes.text(x + 0.04, y + 0.32, loss, color=INK, **small)
         rank = f"{cell['rank']:,}"
         axes.text(x + width - 0.04, y + 0.32, rank, color=MUTED, ha="right", **small)
     _draw_caption(axes, SURPRISAL_CAPTION)
-    apply_style(figure, title or "What each token cost the model")
+    style.apply_style(figure, title or "What each token cost the model")
     _draw_opacity_bar(figure, bottom, largest, MARK, "loss of the token (nats)")
     return figure
 
@@ -234,7 +226,7 @@ def _place_cells(cells: list[dict]) -> tuple[list[tuple[float, int, float]], int
     boxes, x, line = [], 0.1, 0
     for cell in cells:
         n_digits = len(f"{cell['loss']:.1f}") + len(f"{cell['rank']:,}")
-        width = max(text_width(cell["token"], 9) + 0.12, 0.055 * n_digits + 0.16)
+        width = max(style.text_width(cell["token"], 9) + 0.12, 0.055 * n_digits + 0.16)
         width = min(TOKEN_WIDTHS[1], max(TOKEN_WIDTHS[0], width))
         if x + width > LINE_WIDTH and x > 0.1:
             x, line = 0.1, line + 1
