@@ -36,7 +36,7 @@ from ..figures.style import GRID, INK, MUTED, PAPER
 from ..files.atomic import make_folder, remove_leftovers, sha256, write_bytes, write_text
 from ..files.untrusted import check_mapping, is_bare_name, parse_json
 from .parts import NAME, Content, Folded, Part, check_name, encode_text, part_files, table_formats
-from .readme import README, is_own_readme, render_readme
+from .readme import README, README_HASHES, is_own_readme, render_readme
 from .typesetting import column_kind, format_value
 
 MOST_ROWS = 60  # of a table on the page; of a longer one the page has its first rows
@@ -128,9 +128,8 @@ class Report:
         page = target / PAGE
         if not is_writing_process():
             return page
+        readme = target / README
         data = self._build_files()
-        if is_own_readme(target / README) or not os.path.lexists(target / README):
-            data[README] = encode_text(self.readme())
         _check_files(target, data)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
         make_folder(target)
@@ -138,6 +137,8 @@ class Report:
         for name, content in data.items():
             write_bytes(target / name, content)
         write_text(page, self._render(hashes))
+        if is_own_readme(readme) or not os.path.lexists(readme):
+            write_text(readme, render_readme(self.title, self.parts, self.footer, hashes))
         return page
 
     def write_page(self, folder: str | os.PathLike[str]) -> Path:
@@ -157,7 +158,7 @@ class Report:
             check_name(part.name)
             data |= part_files(part, self.formats)
         for name, text in self.files.items():
-            if not is_bare_name(name) or name == PAGE or name in data:
+            if not is_bare_name(name) or name in (PAGE, README) or name in data:
                 raise BadHook(
                     f"{name!r} cannot name a file of a report: names stand once, and lead to no "
                     "other folder"
@@ -247,12 +248,21 @@ def _read_head(path: Path) -> bytes:
 
 
 def _read_hashes(page: Path) -> Mapping[str, str]:
-    """The sha256 of the files beside a page, as an earlier report noted them on it."""
-    match = HASHES.search(_read_head(page))
-    if match is None or not is_own_page(page):
+    """The sha256 of the files beside a page, as an earlier report noted them.
+
+    They are on the page, and in README.md for a folder whose page is not there.
+    """
+    if is_own_page(page):
+        path, pattern = page, HASHES
+    elif is_own_readme(page.with_name(README)):
+        path, pattern = page.with_name(README), README_HASHES
+    else:
+        return {}
+    match = pattern.search(_read_head(path))
+    if match is None:
         return {}
     try:
-        return check_mapping(parse_json(unescape(match[1].decode()), PAGE), PAGE)
+        return check_mapping(parse_json(unescape(match[1].decode()), path.name), path.name)
     except BadFile:
         return {}
 

@@ -1,7 +1,8 @@
 """README.md beside a page: the same title, texts, tables and figures, for a code host to show."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from .typesetting import as_markdown, escape_markdown
 
 README = "README.md"
 MARK = "<!-- Written by hookkit. -->"  # the first line
+README_HASHES = re.compile(rb"<!-- hookkit-files (.*) -->")
 MOST_ROWS = 12  # of a table; its CSV has all rows
 
 
@@ -23,9 +25,18 @@ def is_own_readme(path: Path) -> bool:
         return file.read(len(MARK)) == MARK.encode()
 
 
-def render_readme(title: str, parts: Iterable[str | Part | Folded], footer: str = "") -> str:
-    """The page in GitHub's Markdown, with links to the files beside it."""
-    blocks = [MARK, f"# {escape_markdown(title)}"]
+def render_readme(
+    title: str,
+    parts: Iterable[str | Part | Folded],
+    footer: str = "",
+    hashes: Mapping[str, str] | None = None,
+) -> str:
+    """The page in GitHub's Markdown, with links to the files beside it and with their sha256."""
+    blocks = [MARK]
+    if hashes:
+        noted = json.dumps(hashes).replace(">", r"\u003e")  # "-->" would end the comment
+        blocks.append(f"<!-- hookkit-files {noted} -->")
+    blocks.append(f"# {escape_markdown(title)}")
     for part in parts:
         if isinstance(part, str):
             blocks.append(_render_text(part))

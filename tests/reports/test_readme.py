@@ -91,6 +91,21 @@ def test_results_without_their_pages_are_listed_and_shown(tmp_path, hookkit):
     assert "Coffee." in hookkit("show", str(tmp_path / "oat milk")).stdout
 
 
+def test_a_report_without_its_page_is_written_again_and_a_changed_file_is_not(tmp_path):
+    def make(number: float) -> None:
+        hk.report("R", Part(pd.DataFrame({"x": [number]}), "t")).write(tmp_path)
+
+    make(1.0)
+    (tmp_path / "report.html").unlink()
+    make(2.0)
+    assert (tmp_path / "t.csv").read_text() == "x\n2\n"
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "t.csv").write_text("x\n3\n")
+    with pytest.raises(hk.errors.BadFile, match=r"t\.csv"):
+        make(4.0)
+    assert (tmp_path / "t.csv").read_text() == "x\n3\n"
+
+
 def test_a_figure_is_a_png_of_256_colours_that_nobody_tells_from_the_drawing():
     figure = drawn()
     full = io.BytesIO()
