@@ -13,7 +13,7 @@ from ..errors import BadHook
 from .typesetting import as_json, as_latex, as_markdown
 
 MOST_PAPER_ROWS = 200  # a longer table is not written as Markdown or LaTeX
-DPI = 150
+DPI = 120  # 1,300 pixels for a figure as wide as a page
 FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
     "json": as_json,
     "md": as_markdown,
