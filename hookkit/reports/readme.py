@@ -14,7 +14,9 @@ from .typesetting import as_markdown, escape_markdown
 README = "README.md"
 MARK = "<!-- Written by hookkit. -->"  # the first line
 README_HASHES = re.compile(rb"<!-- hookkit-files (.*) -->")
-MOST_ROWS = 12  # of a table; its CSV has all rows
+MOST_ROWS = 8  # of a table; its CSV has all of it
+MOST_COLUMNS = 10
+DETAILS = ("_se", "_n")  # ends of the names of columns that a wide table leaves out first
 
 
 def is_own_readme(path: Path) -> bool:
@@ -63,10 +65,13 @@ def _render_text(words: str) -> str:
 def _render_table(part: Part) -> list[str]:
     table: pd.DataFrame = part.content  # pyright: ignore[reportAssignmentType]
     visible = table.head(MOST_ROWS).dropna(axis="columns", how="all")
+    if visible.shape[1] > MOST_COLUMNS:
+        names = [name for name in visible if not str(name).endswith(DETAILS)]
+        visible = visible[names[:MOST_COLUMNS]]
     file = f"{part.file or part.name}.csv"
     words = f"[{file}]({file})"
-    if len(visible) < len(table):
-        words += f": the first {len(visible)} of {len(table)} rows"
+    if visible.shape != table.shape:
+        words += f" has {len(table)} rows and {table.shape[1]} columns"
     if part.caption:
         words = f"{escape_markdown(part.caption)} {words}"
     if visible.empty:
