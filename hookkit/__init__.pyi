@@ -52,11 +52,11 @@ from .hooks.conditions import phrase as phrase
 from .hooks.conditions import prob_of as prob_of
 from .hooks.conditions import rank_of as rank_of
 from .hooks.edits import edit as edit
+from .hooks.edits import knockout as knockout
 from .hooks.edits import project_out as project_out
 from .hooks.edits import scale as scale
 from .hooks.edits import skip_block as skip_block
 from .hooks.edits import steer as steer
-from .hooks.knockout import knockout as knockout
 from .hooks.logit_shifts import boost as boost
 from .hooks.logit_shifts import cap as cap
 from .hooks.logit_shifts import set_rank as set_rank

@@ -1,7 +1,6 @@
 """The hook that copies values: `capture`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -15,16 +14,13 @@ INTEGER_SITES = frozenset({"experts"})  # the sites whose values are integers
 
 
 @dataclass(frozen=True)
-class Capture(Hook):
+class Capture(Hook, verb="capture", takes_step=True):
     """Keeps a copy of the values at the sites. `capture` returns it."""
 
     name: str | None = None
     grad: bool = False
     dtype: str | None = None
     device: str | None = None
-
-    verb: ClassVar[str] = "capture"
-    takes_step: ClassVar[bool] = True
 
     def check(self) -> None:
         if self.name is not None:
@@ -40,12 +36,12 @@ class Capture(Hook):
                 "device out"
             )
         if self.dtype is not None:
-            set_field(self, "dtype", dtype_name(self.dtype, self.sites))
+            set_field(self, "dtype", _dtype_name(self.dtype, self.sites))
         if self.device is not None:
-            set_field(self, "device", device_name(self.device))
+            set_field(self, "device", _device_name(self.device))
 
 
-def dtype_name(dtype: object, sites: Sites) -> str:
+def _dtype_name(dtype: object, sites: Sites) -> str:
     """Returns the name of a dtype. Raises `BadHook` if it cannot hold the values of the sites."""
     name = str(dtype).removeprefix("torch.")
     torch_dtype = getattr(torch, name, None)
@@ -64,7 +60,7 @@ def dtype_name(dtype: object, sites: Sites) -> str:
     return name
 
 
-def device_name(device: object) -> str:
+def _device_name(device: object) -> str:
     """Returns the name of a device. Raises `BadHook` if it cannot hold captured values."""
     try:
         torch_device = torch.device(str(device))
@@ -111,10 +107,7 @@ def capture(
     >>> print(capture("resid_post.6", pos=-1))
     capture(resid_post.6, pos=-1)
     """
+    dtype_text = None if dtype is None else str(dtype)
+    device_text = None if device is None else str(device)
     where = as_where(pos, rows, step)
-    dtype_text, device_text = _text_or_none(dtype), _text_or_none(device)
     return Capture(as_sites(sites), where, name, grad, dtype_text, device_text)
-
-
-def _text_or_none(value: object) -> str | None:
-    return None if value is None else str(value)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import describe
 from ..display import render_html
@@ -91,8 +92,9 @@ class Captured:
         assert self.positions is not None
         columns = []
         for row in self.positions.tolist():
-            real = {position: column for column, position in enumerate(row) if position >= 0}
-            columns.append(real)
+            columns.append(
+                {position: column for column, position in enumerate(row) if position >= 0}
+            )
         return columns
 
     def column(self, row: int, position: int) -> int:
@@ -129,10 +131,9 @@ class LazyCapture:
     compute: Callable[[], Captured] | None
     value: Captured | None = None
 
-    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the computed values."""
-        value = self.captured()
-        return None, {"site": self.site, "name": self.name, "compute": None, "value": value}
+        return LazyCapture, (self.site, self.name, None, self.captured())
 
     def captured(self) -> Captured:
         """Returns the captured values."""
@@ -253,15 +254,10 @@ class CapturedChunk:
         kept_indices = [index for index, row in enumerate(cells.rows) if row in rows]
         if not kept_indices:
             return []
-        kept_cells = replace(
-            cells,
-            rows=[cells.rows[index] for index in kept_indices],
-            places=[cells.places[index] for index in kept_indices],
-            valid=None,
-            whole=False,
-        )
-        values = self.values[torch.tensor(kept_indices, device=self.values.device)]
-        return [CapturedChunk(self.call, kept_cells, values)]
+        rows = [cells.rows[index] for index in kept_indices]
+        places = [cells.places[index] for index in kept_indices]
+        kept_cells = replace(cells, rows=rows, places=places, valid=None, whole=False)
+        return [CapturedChunk(self.call, kept_cells, self.values[kept_indices])]
 
 
 @dataclass(frozen=True)
@@ -315,8 +311,7 @@ def join_chunks(
     all_values, all_positions = [], []
     for chunk in chunks:
         values, chunk_positions = _for_final_rows(chunk, ending.sources(chunk.call))
-        missing = width - values.shape[-1]
-        if missing:
+        if missing := width - values.shape[-1]:
             values = nn.functional.pad(values, (0, missing), value=unseen)
         all_values.append(values)
         all_positions.append(chunk_positions)
@@ -361,22 +356,16 @@ def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, li
 
 def merge_captures(parts: Sequence[Captured]) -> Captured:
     """Joins captures of one site from several batches, whose rows are numbered on."""
-    width = max(part.values.shape[1] for part in parts)
     values, positions, prompts = [], [], []
     for part in parts:
-        values.append(_pad_positions(part.values, width, 0))
-        if part.positions is not None:
-            positions.append(_pad_positions(part.positions, width, -1))
+        assert part.positions is not None
+        values += part.values
+        positions += part.positions
         prompts += part.prompts
     return replace(
         parts[0],
-        values=torch.cat(values),
-        positions=torch.cat(positions),
+        values=pad_sequence(values, batch_first=True),
+        positions=pad_sequence(positions, batch_first=True, padding_value=-1),
         rows=tuple(range(len(prompts))),
         prompts=tuple(prompts),
     )
-
-
-def _pad_positions(values: Tensor, width: int, fill: int) -> Tensor:
-    padding = [0, 0] * (values.ndim - 2) + [0, width - values.shape[1]]
-    return nn.functional.pad(values, padding, value=fill)

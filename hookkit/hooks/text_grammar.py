@@ -7,6 +7,7 @@ and phrases are imported where a text has one, so that positions are read withou
 
 import ast
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ MAX_DEPTH = 20  # nested brackets, and signs before a number
 SETTING = re.compile(r"\s*([a-z_]+)=(.*)", re.DOTALL)
 SITE = r"[A-Za-z_][\w.\[\]-]*(?::(?:input|output)(?::\w+)?)?"
 SITES = re.compile(rf"\s*{SITE}(?:\s*,\s*{SITE})*\s*")
+STEP_VERBS = ("force", "ban", "restrict", "boost", "cap", "swap", "set_rank")
+# the keyword of a position or step without a name; "pos" for other verbs
+POSITION_NAMES = {"knockout": "query", **dict.fromkeys(STEP_VERBS, "step")}
 QUOTES = "'\""
 
 
@@ -40,15 +44,11 @@ class _NoValueError(Exception):
 
 @dataclass(frozen=True)
 class Spelling:
-    """The parts of a hook's text.
-
-    `text` is shown in messages. `position_or_step` is the WHERE without a name.
-    """
+    """The parts of a hook's text, which is shown in messages."""
 
     text: str
     verb: str
     what: str
-    position_or_step: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,10 +70,10 @@ def parse_parts(text: str) -> Spelling:
         if len(after) > MAX_LENGTH or ("@" in after and not has_quote):
             continue
         try:
-            position_or_step, settings = _parse_where(after)
+            settings = _parse_where(after, POSITION_NAMES.get(verb, "pos"))
         except _NoValueError:
             continue
-        return Spelling(shown_text, verb, after_verb[: match.start()], position_or_step, settings)
+        return Spelling(shown_text, verb, after_verb[: match.start()], settings)
     return Spelling(shown_text, verb, after_verb)
 
 
@@ -90,40 +90,32 @@ def parse_place(text: str, what: str = "a position") -> Any:
         ) from None
 
 
-def _parse_where(text: str) -> tuple[Any, dict[str, Any]]:
-    position_or_step, settings = None, {}
+def _parse_where(text: str, position_name: str) -> dict[str, Any]:
+    """Returns the settings of a WHERE; the first may be a position or a step without its name."""
+    settings = {}
     for number, item in enumerate(split(text)):
         if setting := SETTING.fullmatch(item):
-            settings[setting[1]] = _parse_setting(setting[2])
+            settings[setting[1]] = setting[2]  # a text that is no value stands for itself
+            with suppress(_NoValueError):
+                settings[setting[1]] = _parse_value(setting[2])
         elif number == 0:
-            position_or_step = _parse_value(item)
+            settings[position_name] = _parse_value(item)
         else:
             raise _NoValueError
-    return position_or_step, settings
-
-
-def _parse_setting(text: str) -> Any:
-    """Parses a value of the grammar. Any other text stands for itself."""
-    try:
-        return _parse_value(text)
-    except _NoValueError:
-        return text
+    return settings
 
 
 def _parse_value(text: str) -> Any:
     text = text.strip()
     if match := SLICE.fullmatch(text):
-        return slice(*map(_parse_end, match.groups()))
+        ends = [int(end) if end else None for end in match.groups()]
+        return slice(*ends)
     if _is_too_complex(text):
         raise _NoValueError
     try:
         return _evaluate(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
         raise _NoValueError from None
-
-
-def _parse_end(text: str | None) -> int | None:
-    return int(text) if text else None
 
 
 def _is_too_complex(text: str) -> bool:
@@ -166,11 +158,8 @@ def _call(name: str, node: ast.Call) -> Any:
         from . import conditions
 
         function = getattr(conditions, name)
-    keywords = {}
-    for keyword in node.keywords:
-        if keyword.arg is not None:
-            keywords[keyword.arg] = _evaluate(keyword.value)
-    arguments = list(map(_evaluate, node.args))
+    keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
+    arguments = map(_evaluate, node.args)
     try:
         return function(*arguments, **keywords)
     except TypeError as error:
@@ -235,12 +224,10 @@ def parse_bare_token(text: str) -> "Token | Phrase":
     if match := re.fullmatch(r"id\((\d{1,18})\)", bare):
         return int(match[1])
     if bare.startswith(("'", '"', "phrase(")):
-        try:
+        with suppress(_NoValueError):
             value = _parse_value(bare)
-        except _NoValueError:
-            return text
-        if value and not isinstance(value, list):
-            return value
+            if value and not isinstance(value, list):
+                return value
     return text
 
 

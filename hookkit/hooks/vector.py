@@ -174,9 +174,8 @@ class Vector:
                 f"dose={dose} and scale={scale} were both given: a dose sets the length, a scale "
                 "keeps it"
             )
-        if scale is None and dose is None:
-            scale = 1.0
-        if scale is not None:
+        if dose is None:
+            scale = 1.0 if scale is None else scale
             return steer(self.site, self.tensor, scale=scale, pos=pos, rows=rows)
         # later digits of the norm depend on the processor that measured it
         length = float(f"{check_number(dose, 'dose') * self.norm:.6g}")
@@ -227,11 +226,8 @@ class Vector:
                 "the two vectors were made with different models: they differ in "
                 f"{', '.join(differ)}"
             )
-        about: dict[str, Any] = {}
-        for name in ("model", *SAME):
-            value = self.about.get(name, other.about.get(name))
-            if value is not None:
-                about[name] = value
+        joined = {**other.about, **self.about}
+        about = {name: joined[name] for name in ("model", *SAME) if joined.get(name) is not None}
         about["method"] = f"({self.method} {word} {other.method})"
         hashes = [self.about.get("data_sha256"), other.about.get("data_sha256")]
         if any(hashes):
@@ -243,13 +239,8 @@ class Vector:
         return replace(self, tensor=tensor, about={**self.about, "method": method})
 
     def _repr_html_(self) -> str:
-        facts = {
-            "made": self.method,
-            "length": self.length,
-            "of the stream's": self.dose,
-            "numbers": len(self.tensor),
-        }
-        return render_html(f"Vector at {self.site}", facts)
+        facts = {"made": self.method, "length": self.length, "of the stream's": self.dose}
+        return render_html(f"Vector at {self.site}", facts | {"numbers": len(self.tensor)})
 
     def __repr__(self) -> str:
         size = f"length {self.length:.3g}, {self.dose:.2g} of the stream's"

@@ -15,7 +15,7 @@ from ..errors import BadEdit, BadHook, Unsupported
 from ..hooks.base import Here
 from ..hooks.capture import Capture, CaptureLast
 from ..hooks.captured_values import CapturedChunk, swap_head_and_query
-from ..hooks.rounding import convert_dtype
+from ..hooks.values import convert_dtype
 from ..models.batch_positions import ForwardPass, Selection
 from ..models.positions import Where
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, ModuleSite

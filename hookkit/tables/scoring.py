@@ -16,9 +16,9 @@ import torch
 
 from ..arguments import check_arguments, check_integer
 from ..errors import BadHook, BadPrompt
-from ..hooks.ablation import FromPrompt, FromRun, Reference
 from ..hooks.base import Constant, Hook
 from ..hooks.capture import Capture
+from ..hooks.sources import FromPrompt, FromRun, Reference
 from ..models.lm import LM
 from ..models.positions import Span
 from ..models.prompts import Prompts, Row, as_rows, batches_by_length, check_prompts

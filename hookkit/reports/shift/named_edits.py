@@ -12,7 +12,7 @@ from ...arguments import check_integer
 from ...errors import BadHook
 from ...hooks.base import EditHook, Hook, require_vectors
 from ...hooks.capture import Capture
-from ...hooks.knockout import Knockout
+from ...hooks.edits import Knockout
 from ...hooks.logits import LogitEdit
 from ...models.prompts import shorten
 from ...models.sites import Site
