@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arguments import describe
 from ..display import render_html
 from ..errors import BadEdit, BadHook, Unsupported
-from ..models.batch_positions import Selection
+from ..models.batch_positions import Selection, expand_mask
 from ..models.lm import LM
 from ..models.positions import IndicesLike, PosLike, Span, Where, read_indices, read_position
 from ..models.sites import LOGIT_SITES, QUERY_KEY_SITES, AnySite, ModuleSite, Sites, as_sites
@@ -162,10 +162,10 @@ class Here:
     def real_cells(self, mask: Bool[Tensor, "row pos ..."]) -> Bool[Tensor, "row pos ..."]:
         """Returns the mask, False in padding and where the edit's condition does not hold."""
         if self.condition_mask is not None:
-            mask = mask & _expand_to(self.condition_mask, mask.ndim)
+            mask = mask & expand_mask(self.condition_mask, mask)
         if self.selection is None or self.valid is None:
             return mask
-        return mask & _expand_to(self.valid.to(mask.device), mask.ndim)
+        return mask & expand_mask(self.valid, mask)
 
     def order(self) -> Int[Tensor, "row pos"]:
         """Returns each position's index among the positions of the hook in its row."""
@@ -176,11 +176,6 @@ class Here:
             row_indices = list(map(hook_positions.index, self.cells.places[row]))
             indices[row, : len(row_indices)] = torch.tensor(row_indices)
         return indices
-
-
-def _expand_to(mask: Bool[Tensor, "row pos"], ndim: int) -> Bool[Tensor, "row pos ..."]:
-    """Returns the mask with axes of size 1 appended."""
-    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
 
 
 # The prompt's last position and every generated token: where logit edits act by default.

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..arguments import describe
 from ..display import render_html
 from ..errors import NotCaptured
-from ..models.batch_positions import Selection
+from ..models.batch_positions import Selection, expand_mask
 from ..models.positions import Where
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, parse_site
 
@@ -349,9 +349,7 @@ def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, li
     positions = positions[row_index, order]
     device = values.device
     values = values[row_index.to(device), order.to(device)]
-    padding = (positions < 0).to(device)
-    padding = padding.reshape(*padding.shape, *[1] * (values.ndim - 2))
-    return values.masked_fill(padding, 0), positions, rows
+    return values.masked_fill(expand_mask(positions < 0, values), 0), positions, rows
 
 
 def merge_captures(parts: Sequence[Captured]) -> Captured:

@@ -177,7 +177,7 @@ class Selection:
         gathered = values[self._index_on(values.device)]
         if self.valid is None:
             return gathered
-        return gathered.masked_fill(~_expand_mask(self.valid, gathered), 0)
+        return gathered.masked_fill(~expand_mask(self.valid, gathered), 0)
 
     def scatter(self, into: Tensor, values: Tensor) -> None:
         """Writes cells [row, pos, ...] into a tensor [batch, pos, ...], in place."""
@@ -201,7 +201,7 @@ class Selection:
     def real(self, changed: Bool[Tensor, "row pos ..."]) -> Int[Tensor, "row pos"]:
         """Returns how many numbers of each cell are True; 0 in padded cells."""
         if self.valid is not None:
-            changed = changed & _expand_mask(self.valid, changed)
+            changed = changed & expand_mask(self.valid, changed)
         return changed.reshape(*changed.shape[:2], -1).sum(2, dtype=torch.int32)
 
 
@@ -392,6 +392,6 @@ def pad_rows(
     return torch.tensor(filled)
 
 
-def _expand_mask(mask: Tensor, values: Tensor) -> Tensor:
+def expand_mask(mask: Tensor, values: Tensor) -> Tensor:
     """Returns a mask [row, pos] with as many axes as the values, on their device."""
     return mask.to(values.device).reshape(*mask.shape, *[1] * (values.ndim - 2))
