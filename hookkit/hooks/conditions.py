@@ -21,13 +21,7 @@ from ..arguments import check_choice, check_integer, check_keywords, check_numbe
 from ..errors import BadEdit, BadHook, NotOneToken, Unsupported
 from ..models.batch_positions import SequenceBatch
 from ..models.lm import LM
-from ..models.next_token import (
-    entropy_of,
-    margin_of,
-    rank_among,
-    ranks_for_table,
-    token_logits,
-)
+from ..models.next_token import entropy_of, margin_of, rank_among, ranks_for_table, token_logits
 from ..models.tokens import Token, check_token, check_tokens
 from .base import Here, set_field
 

@@ -24,15 +24,7 @@ from .edits import Knockout, Scale, SkipBlock, knockout, project_out, scale, ski
 from .logit_shifts import Boost, SetRank, boost, cap, set_rank, swap
 from .logits import LogitEdit, ban, force, restrict
 from .sources import FromPrompt, Reference
-from .text_grammar import (
-    Spelling,
-    parse_amount,
-    parse_parts,
-    parse_sites,
-    parse_token,
-    parse_tokens,
-    split,
-)
+from .text_grammar import Spelling, parse_amount, parse_parts, parse_sites, parse_token, split
 from .vector import Vector, load_vector
 
 LAYER = re.compile(r"\d{1,9}")
@@ -250,14 +242,10 @@ def _as_phrase(token: Any, lm: LM | None) -> Any:
     return token
 
 
-def _parse_force(spelling: Spelling, lm: LM | None) -> Hook:
-    token = _as_phrase(parse_token(spelling.what, spelling), lm)
-    return force(token, **spelling.settings)
-
-
 def _parse_tokens(function: Callable[..., Hook], spelling: Spelling, lm: LM | None) -> Hook:
-    tokens = parse_tokens(spelling)
-    if spelling.verb == "ban":
+    texts = [spelling.what] if spelling.verb == "force" else split(spelling.what)
+    tokens = [parse_token(text, spelling) for text in texts]
+    if spelling.verb in ("force", "ban"):
         tokens = [_as_phrase(token, lm) for token in tokens]
     if spelling.verb == "swap" and len(tokens) != 2:
         raise BadHook(
@@ -296,7 +284,7 @@ PARSERS: dict[str, Callable[[Spelling, LM | None], Hook]] = {
     "skip_block": _parse_skip_block,
     "knockout": _parse_knockout,
     "capture": partial(_parse_at_sites, capture),
-    "force": _parse_force,
+    "force": partial(_parse_tokens, force),
     "ban": partial(_parse_tokens, ban),
     "restrict": partial(_parse_tokens, restrict),
     "boost": _parse_boost,

@@ -203,11 +203,6 @@ def parse_sites(spelling: Spelling) -> tuple[list[str], str]:
     return list(map(str.strip, sites.split(","))), after
 
 
-def parse_tokens(spelling: Spelling) -> "list[Token | Phrase]":
-    """Returns the tokens of WHAT, in order."""
-    return [parse_token(text, spelling) for text in split(spelling.what)]
-
-
 def parse_token(text: str, spelling: Spelling) -> "Token | Phrase":
     """Returns a token of WHAT. Raises `BadHook` for an empty text."""
     if not text:
