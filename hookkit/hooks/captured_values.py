@@ -87,7 +87,7 @@ class Captured:
         )
 
     @cached_property
-    def _columns(self) -> list[dict[int, int]]:
+    def columns(self) -> list[dict[int, int]]:
         """The index of each position in a row of `values`, for every row."""
         assert self.positions is not None
         columns = []
@@ -99,7 +99,7 @@ class Captured:
 
     def column(self, row: int, position: int) -> int:
         """Returns the index of a position's value in a row of `values`."""
-        columns = self._columns[row]
+        columns = self.columns[row]
         if position not in columns:
             raise NotCaptured(
                 f"position {position} of {self.site} was asked for, and the source has positions "

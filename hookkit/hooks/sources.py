@@ -274,18 +274,16 @@ def _resample(source: Captured, per: Per, seed: int) -> Change:
     assert source.positions is not None
     is_real = source.positions >= 0
     available = source.positions[is_real].unique()
-    cells = is_real.nonzero().tolist()
-    cells_at: dict[int, list[list[int]]] = {}
-    for row, column in cells:
-        cells_at.setdefault(int(source.positions[row, column]), []).append([row, column])
+    cells: list[tuple[int, int]] = is_real.nonzero().tolist()
 
-    def draw(prompt: tuple[int, ...], position: int) -> list[int]:
+    def draw(prompt: tuple[int, ...], position: int) -> tuple[int, int]:
         digest = hashlib.sha256(repr((seed, prompt)).encode()).hexdigest()
         if per == "all":
             return random.Random(f"{digest}{position}").choice(cells)
         # one donor serves all positions of a row for which it is long enough
         donors = random.Random(digest).sample(range(len(source.rows)), len(source.rows))
-        return min(cells_at[position], key=lambda cell: donors.index(cell[0]))
+        donor = next(row for row in donors if position in source.columns[row])
+        return donor, source.columns[donor][position]
 
     def apply(values: Tensor, here: Here) -> Tensor:
         if per == "position":
