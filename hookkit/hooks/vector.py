@@ -62,20 +62,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [name for name in SAME if name in one and name in other and one[name] != other[name]]
 
 
-def check_same_model(about: Mapping[str, Any], lm: LM) -> None:
-    """Raises `OtherModel` if a vector was computed with another model."""
-    model = describe_model(lm)
-    missing = [name for name in SAME if name not in about]
-    problems = missing or differences(about, model)
-    if problems:
-        verb = "says nothing of" if missing else "differs in"
-        raise OtherModel(
-            f"the vector was made with {about.get('model', 'a model without a name')}, and this is "
-            f"{model['model']}; it {verb} {', '.join(problems)}: load it with its own model, or "
-            "say any_model=True if that is meant"
-        )
-
-
 @check_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Vector:
@@ -332,7 +318,15 @@ def load_vector(lm: LM, path: str | os.PathLike[str], *, any_model: bool = False
         raise BadFile(f"{name} has no site, norm or about: give a file that Vector.save wrote")
     about = check_mapping(header["about"], f"what {name} says about itself", "method")
     if not any_model:
-        check_same_model(about, lm)
+        model = describe_model(lm)
+        missing = [name for name in SAME if name not in about]
+        if problems := missing or differences(about, model):
+            verb = "says nothing of" if missing else "differs in"
+            raise OtherModel(
+                f"the vector was made with {about.get('model', 'a model without a name')}, and "
+                f"this is {model['model']}; it {verb} {', '.join(problems)}: load it with its own "
+                "model, or say any_model=True if that is meant"
+            )
     vector = Vector(parse_site(header["site"]), tensors["vector"], header["norm"], about)
     lm.expand(vector.site)  # raises for an unknown site
     return vector
