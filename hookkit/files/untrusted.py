@@ -109,8 +109,8 @@ def check_mapping(value: Any, name: str, *texts: str, error: Error = BadFile) ->
         raise error(f"{name} holds a {type(value).__name__}, where names and values are meant")
     for key in texts:
         if not isinstance(value.get(key, ""), str):
-            shown = str(value[key])[:MAX_MESSAGE]
-            raise error(f"{name} has {shown!r} as its {key}, where a text is meant")
+            value_text = str(value[key])[:MAX_MESSAGE]
+            raise error(f"{name} has {value_text!r} as its {key}, where a text is meant")
     return value
 
 
