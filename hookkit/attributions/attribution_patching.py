@@ -219,7 +219,6 @@ def position_masks(
 def _table(
     metric: str, grid: SiteGrid, parts: Sequence[SiteEffects], by_neuron: bool
 ) -> pd.DataFrame:
-    """Returns the table of `patching`: the cells in its order, a row for each prompt."""
     before = torch.cat([part[0] for part in parts]).double().numpy(force=True)
     target = torch.cat([part[1] for part in parts]).double().numpy(force=True)
     count = len(before)

@@ -151,23 +151,21 @@ def _for_all_prompts(targets: Sequence[Any], plan: Plan) -> Sequence[Any]:
 
 def verify_cells(plan: Plan, values: Values, count: int) -> None:
     """Runs some random cells by themselves. Raises `Unsupported` if one has other values."""
-    cells = sorted({cell for cell, _ in values} - {UNEDITED})
-    for cell in random.Random(0).sample(cells, min(count, len(cells))):
-        for rows in plan.chunks():
-            logits = run_base(plan.inputs, rows, plan.hook_points[cell]).logits
-            cell_metrics = _unedited_metrics(plan, rows)
-            _compare(plan, values, cell_metrics.values(cell_keys(cell, rows), logits))
-
-
-def _compare(plan: Plan, values: Values, expected_values: Values) -> None:
     dtype = getattr(plan.lm.root, "dtype", torch.float64)
     limit = 5 * LIMITS.get(dtype, LIMITS[torch.float64])
-    for (cell, row), expected in expected_values.items():
-        actual = values.get((cell, row), expected)
-        for metric, value, alone in zip(plan.metrics, actual, expected, strict=True):
-            if abs(value - alone) > limit * max(1.0, abs(alone)):
-                raise Unsupported(
-                    f"the cell {plan.cells[cell]} of prompt {row} has {metric.name} {value:.6g}, "
-                    f"and {alone:.6g} when it is run by itself: a shortcut does not hold for this "
-                    "model. Please report it; until then run the cells with hk.forward"
-                )
+    cells = sorted({cell for cell, _ in values} - {UNEDITED})
+    for cell in random.Random(0).sample(cells, min(count, len(cells))):
+        alone: Values = {}
+        for rows in plan.chunks():
+            logits = run_base(plan.inputs, rows, plan.hook_points[cell]).logits
+            alone |= _unedited_metrics(plan, rows).values(cell_keys(cell, rows), logits)
+        for key, expected in alone.items():
+            actual = values.get(key, expected)
+            for metric, value, number in zip(plan.metrics, actual, expected, strict=True):
+                if abs(value - number) > limit * max(1.0, abs(number)):
+                    raise Unsupported(
+                        f"the cell {plan.cells[cell]} of prompt {key[1]} has {metric.name} "
+                        f"{value:.6g}, and {number:.6g} when it is run by itself: a shortcut does "
+                        "not hold for this model. Please report it; until then run the cells with "
+                        "hk.forward"
+                    )

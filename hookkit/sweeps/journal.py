@@ -123,13 +123,13 @@ def open_journal(
 def _check_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes the description of a sweep, or raises if the folder has another one."""
     path = path_inside(folder, DESCRIPTION)
-    for name in (CELLS, TABLE):
-        if not path.exists() and os.path.lexists(folder / name):
-            raise BadFile(
-                f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a folder "
-                "of its own"
-            )
     if not path.exists():
+        for name in (CELLS, TABLE):
+            if os.path.lexists(folder / name):
+                raise BadFile(
+                    f"{folder} has a {name} and no {DESCRIPTION}, so it is no sweep's: give a "
+                    "folder of its own"
+                )
         write_text(path, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     stored = check_mapping(read_json(path, finite=False), f"{DESCRIPTION} of {folder}")
     differing = []

@@ -273,7 +273,6 @@ class Plan:
         return "\n".join(lines)
 
     def _costs(self) -> Iterator[tuple[str, str]]:
-        """Yields the name and the description of each part of the cost."""
         yield "cannot matter", f"{self.filled:,}: filled with the unedited value"
         to_run = f"{self.running:,} in {_count(self.forwards, 'forward')}"
         shared = [job for job in self.all_jobs if not self.cells[job.cell_prompts[0].cell].alone]
@@ -287,7 +286,6 @@ class Plan:
         yield "memory", f"about {self.memory / 2**20:,.0f} MB beside the model"
 
     def _reductions(self) -> Iterator[tuple[str, str]]:
-        """Yields the name and the description of each reduction of the work."""
         stop = "at the last position, where the metric looks"
         if self.inputs.has_continuation:
             stop = "at the end of the continuation"

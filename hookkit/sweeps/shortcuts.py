@@ -277,16 +277,12 @@ def _row_factor(of_two: set[int], of_three: set[int]) -> int | None:
     """Returns how many entries of axis 0 a row has, from the lengths of axis 0 with two rows and
     with three; 0 if it has no rows, None if it varies."""
     of_two, of_three = of_two - {1}, of_three - {1}  # 1 is one entry for all rows
-    if not of_two and not of_three:
+    if of_two == of_three and len(of_two) <= 1:
         return 0
     if len(of_two) != 1 or len(of_three) != 1:
         return None
-    two, three = of_two.pop(), of_three.pop()
-    if two == three:
-        return 0
-    if two % 2 == 0 and two // 2 * 3 == three:
-        return two // 2
-    return None
+    factor, remainder = divmod(of_two.pop(), 2)
+    return factor if not remainder and of_three == {3 * factor} else None
 
 
 def _run_trial(

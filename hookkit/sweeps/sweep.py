@@ -160,7 +160,6 @@ def _needs_all_logits(lm: LM, bound: BoundHook) -> bool:
 
 
 def _check_names(cell: Cell, metric_names: Sequence[str], control_columns: Sequence[str]) -> None:
-    """Raises if two columns of the table would have the same name."""
     for name in control_columns:
         if name in cell.point:
             raise BadHook(
