@@ -106,14 +106,14 @@ def attribution(
     >>> list(table.columns)[3:5]
     ['logit_diff', 'logit_diff_before']
     """
-    if method != "integrated" and (steps is not None or points is not None):
+    path: list[float] = []
+    if method == "integrated":
+        path = path_points(5 if steps is None else steps, points)
+    elif steps is not None or points is not None:
         raise BadHook(
             "steps and points are of method='integrated', and have no effect with "
             f"{method!r}: leave them out"
         )
-    steps = 5 if steps is None else steps
-    points = points or "start"
-    path = path_points(steps, points)
     names = site_names(sites)
     prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     target, source = bind_pair(lm, *prompts, metric, under)
@@ -123,8 +123,6 @@ def attribution(
         positions = grid_positions(list(map(len, target.inputs.rows)), names, pos)
     grid = create_site_grid(lm, names, layers, heads, positions)
     grid_sites, masks = grid.sites(), position_masks(target, positions)
-    if method == "gradient":
-        path = []
     parts: list[SiteEffects] = []
     for batches in zip(target.batches(BATCH), source.batches(BATCH), strict=True):
         if method == "qk_fix":
@@ -134,9 +132,9 @@ def attribution(
     table = _table(target.metric.name, grid, parts, by is not None)
     table.attrs["method"] = method
     table.attrs["direction"] = direction
-    if method == "integrated":
-        table.attrs["steps"] = steps
-        table.attrs["points"] = points
+    if path:
+        table.attrs["steps"] = len(path)
+        table.attrs["points"] = points or "start"
     return table
 
 

@@ -224,13 +224,13 @@ def _check_gradient(site: AnySite, gradient: Tensor | None) -> Tensor:
 # ---- the path from the embeddings of some prompts to those of others
 
 
-def path_points(steps: int, points: Points = "middle") -> list[float]:
+def path_points(steps: int, points: Points | None) -> list[float]:
     """Returns the points of the path at which the gradient is taken, from 0, the prompts that are
     run, to 1, the other prompts.
 
-    "start" is the sum of EAP-IG (Hanna et al. 2024): its first point is the prompts that are run,
-    and the other prompts are no point. Its error is of order 1 / steps, that of "middle" of order
-    1 / steps².
+    "start" (the default) is the sum of EAP-IG (Hanna et al. 2024): its first point is the prompts
+    that are run, and the other prompts are no point. Its error is of order 1 / steps, that of
+    "middle" of order 1 / steps².
     """
     check_integer(steps, "steps", least=1, meaning="how many parts of the way,", error=BadHook)
     offset = 0.5 if points == "middle" else 0.0

@@ -104,7 +104,7 @@ def edge_attribution(
             f"points={points!r} has no effect with steps=1, the plain gradient: give more steps, "
             "or leave it out"
         )
-    path = path_points(steps, points or "start")
+    path = path_points(steps, points)
     prompts = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     target, source = bind_pair(lm, *prompts, metric, under)
     sites = required_sites(lm)

@@ -71,7 +71,7 @@ def token_attribution(
         raise Unsupported(
             "loss reads a continuation after the prompt: take hk.logprob of its first token"
         )
-    path = path_points(steps)
+    path = path_points(steps, "middle")
     result = compute_gradients(prompt_metric, EMBED)
     embeddings = result.values[EMBED].values.detach()
     start = _baseline_embeddings(lm, baseline, embeddings)

@@ -67,8 +67,8 @@ class CellMetrics:
         size = max(1, 2**26 // max(1, logits[0].numel()))
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
-            said = self.said([row for _, row in part], logits[start : start + size])
-            columns = [measure(said).double().tolist() for measure in self.measures]
+            inputs = self.said([row for _, row in part], logits[start : start + size])
+            columns = [measure(inputs).double().tolist() for measure in self.measures]
             for key, *numbers in zip(part, *columns, strict=True):
                 values[key] = numbers
         return values

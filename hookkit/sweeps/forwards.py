@@ -240,12 +240,7 @@ def run_cell_prompts(
     index_of = {row: index for index, row in enumerate(base.rows)}
     row_indices = [index_of[row] for row in prompt_rows]
     n_logits = inputs.count_logits(prompt_rows, width)
-    lanes: list[tuple[CellRows, Sequence[HookPoint]]] = []
-    start = 0
-    for cell, cell_rows in _rows_by_cell(cell_prompts):
-        lane = _cell_rows(batch, cell_rows, start, past, width, n_logits)
-        lanes.append((lane, hook_points[cell]))
-        start += len(cell_rows)
+    lanes = _lanes_of_cells(batch, cell_prompts, hook_points, past, width, n_logits)
     rows, schedule = prompt_rows, None
     if cell_prompts[0].block > INPUT:
         rows = base.rows
@@ -294,10 +289,23 @@ def _outside_the_blocks(lm: LM, hook_points: Sequence[HookPoint]) -> list[HookPo
     return [point for point in hook_points if block_of_module(lm, point.place.path) == INPUT]
 
 
-def _rows_by_cell(cell_prompts: Sequence[CellPrompt]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Yields the rows of each cell; those that join at the same block are together."""
+def _lanes_of_cells(
+    batch: SequenceBatch,
+    cell_prompts: Sequence[CellPrompt],
+    hook_points: Sequence[Sequence[HookPoint]],
+    past: int,
+    width: int,
+    n_logits: int,
+) -> list[tuple[CellRows, Sequence[HookPoint]]]:
+    """Returns the rows of each cell and its hook points; rows that join together are together."""
+    lanes: list[tuple[CellRows, Sequence[HookPoint]]] = []
+    start = 0
     for (_, cell), group in groupby(cell_prompts, key=itemgetter(0, 1)):
-        yield cell, tuple(cell_prompt.row for cell_prompt in group)
+        rows = tuple(cell_prompt.row for cell_prompt in group)
+        lane = _cell_rows(batch, rows, start, past, width, n_logits)
+        lanes.append((lane, hook_points[cell]))
+        start += len(rows)
+    return lanes
 
 
 def _cell_rows(
