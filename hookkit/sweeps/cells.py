@@ -345,7 +345,6 @@ def _control_hooks(cell: Cell, control: Control, draw: int, seed: int) -> tuple[
         hooks: list[Hook] = []
         for hook in cell.hooks:
             assert isinstance(hook, EditHook)
-            require_vectors(hook.sites, "control='random' needs vectors, and changes")
             hooks.append(Randomised(hook.sites, hook.where, hook, seed * SEED_STRIDE + draw))
         return tuple(hooks)
     return tuple(_resample(hook, draw) for hook in cell.hooks)
