@@ -53,7 +53,7 @@ from .backward import (
     path_gradients,
     path_points,
 )
-from .qk import check_qk_sites, qk_effects
+from .qk import QK_SITES, qk_effects
 
 BATCH = 16  # prompts of one backward: the graph of each is in memory until then
 
@@ -150,8 +150,11 @@ def _check_names(names: Sequence[str], by: str | None, method: str) -> None:
             raise BadHook(
                 f"by='neuron' takes sites without heads, and {name} has them: leave by= out"
             )
-    if method == "qk_fix":
-        check_qk_sites(names)
+        if method == "qk_fix" and name not in QK_SITES:
+            raise BadHook(
+                f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {name!r} is "
+                "neither"
+            )
 
 
 def _first_order_effects(

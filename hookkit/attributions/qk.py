@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import BadHook, Unsupported
+from ..errors import Unsupported
 from ..hooks.capture import capture
 from ..hooks.captured_values import Captured
 from ..models.lm import LM
@@ -32,16 +32,6 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 # The share of a query's attention above which the score of a sink can be computed from it.
 MIN_SINK_SHARE = 0.05
-
-
-def check_qk_sites(names: Sequence[str]) -> None:
-    """Raises `BadHook` for a site that is neither queries nor keys."""
-    for name in names:
-        if name not in QK_SITES:
-            raise BadHook(
-                f"method='qk_fix' is of queries and keys ({', '.join(QK_SITES)}), and {name!r} is "
-                "neither"
-            )
 
 
 @dataclass(frozen=True, eq=False)
