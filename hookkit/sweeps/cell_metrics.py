@@ -77,7 +77,7 @@ class CellMetrics:
         """Returns what the metrics read of these rows."""
         before = None
         if self.before is not None:
-            before = torch.stack([self.before[row] for row in rows]).float()
+            before = torch.stack([self.before[row] for row in rows]).float().to(logits.device)
         read_counts = self.inputs.read_counts
         if max(read_counts) == 1 and not self.inputs.has_continuation:
             return Said(logits[:, -1].float(), rows, before)
@@ -133,7 +133,7 @@ def target_values(plan: Plan, target: Run | Prompts, pos: int) -> list[list[floa
         if run_logits is None:
             logits = run_base(inputs, rows, plan.base_hook_points).logits
         else:
-            logits = torch.stack([run_logits[row] for row in rows])[:, None].to(plan.lm.device)
+            logits = torch.stack([run_logits[row] for row in rows])[:, None]
         values |= cell_metrics.values(cell_keys(UNEDITED, rows), logits)
     return [values[UNEDITED, row] for row in range(len(plan.inputs))]
 
