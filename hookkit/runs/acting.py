@@ -49,15 +49,12 @@ def apply_hook(
     """
     if not forward_pass.placed:
         return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
-    view, full = bound_hook.view, tensor
+    view = bound_hook.view
     if not view.plain:
         forward_pass = view.call(forward_pass, tensor)
-        full = view.batch_view(tensor, forward_pass)
-    shape = full.shape
-    if len(shape) < 2 or shape[0] != forward_pass.rows or shape[1] != forward_pass.width:
-        full = _with_batch_axis(full, forward_pass.rows)
-        if not _has_positions(bound_hook, full, forward_pass):
-            return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
+    full = _with_positions(bound_hook, forward_pass, tensor)
+    if full is None:
+        return _apply_to_whole_tensor(bound_hook, forward_pass, tensor)
     at_head = bound_hook.head or full.shape[1] != forward_pass.width
     is_capture = bound_hook.change is None
     selection = forward_pass.cells(bound_hook.where, at_head, is_capture)
@@ -247,23 +244,28 @@ def _with_batch_axis(tensor: Tensor, rows: int) -> Tensor:
     return tensor
 
 
-def _has_positions(bound_hook: BoundHook, full: Tensor, forward_pass: ForwardPass) -> bool:
-    """True if the first axes of a tensor are batch and pos. At a named site they have to be."""
-    width = forward_pass.width
-    fits = (
-        full.ndim >= 2
-        and full.shape[0] == forward_pass.rows
-        and full.shape[1] in (width, len(forward_pass.head))
-    )
+def _with_positions(
+    bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor
+) -> Tensor | None:
+    """The tensor as [batch, pos, ...]; None if it has no such axes. Those of named sites have."""
+    rows, width = forward_pass.rows, forward_pass.width
+    full = tensor
+    if not bound_hook.view.plain:
+        full = bound_hook.view.batch_view(tensor, forward_pass)
+    if full.shape[:2] == forward_pass.shape:
+        return full
+    full = _with_batch_axis(full, rows)
+    fits = full.ndim > 1 and full.shape[0] == rows
+    fits = fits and full.shape[1] in (width, len(forward_pass.head))
     if isinstance(bound_hook.site, ModuleSite):
         is_head_first = full.ndim > 3 and full.shape[1] != width == full.shape[2]
-        return fits and not is_head_first  # [batch, head, pos, d_head]
+        return full if fits and not is_head_first else None  # not [batch, head, pos, d_head]
     if not fits:
         raise BadEdit(
-            f"{bound_hook.site} has shape {list(full.shape)}, and {forward_pass.rows} rows of "
-            f"{width} positions ran"
+            f"{bound_hook.site} has shape {list(full.shape)}, and {rows} rows of {width} positions "
+            "ran"
         )
-    return True
+    return full
 
 
 # ---- results that are not finite
@@ -277,29 +279,38 @@ def check_result(
     if not new.is_floating_point() or getattr(hook, "gives_infinity", False):
         return
     new, old = new.detach(), old.detach()
-    is_at_once = new.device.type in AT_ONCE
-    if is_at_once and bool(torch.isfinite(new.sum(dtype=torch.float32))):
-        return
     has_masks = isinstance(site, ModuleSite) or site.name in SITES_WITH_MASKS
-    if not is_at_once and not has_masks:
-        # two sums cost less than a comparison of every number; float64 cannot overflow in them
-        new_sum, old_sum = new.sum(dtype=torch.float64), old.sum(dtype=torch.float64)
-        bound_hook.overflow_flags.append(torch.isfinite(old_sum) & ~torch.isfinite(new_sum))
+    if new.device.type not in AT_ONCE:
+        if has_masks:
+            flag = _lost(bound_hook, selection, old, new, has_masks).any()
+        else:
+            # two sums cost less than a comparison of every number; float64 cannot overflow in them
+            new_sum, old_sum = new.sum(dtype=torch.float64), old.sum(dtype=torch.float64)
+            flag = torch.isfinite(old_sum) & ~torch.isfinite(new_sum)
+        bound_hook.overflow_flags.append(flag)
         return
-    lost = ~torch.isfinite(new) & torch.isfinite(old)
-    # an edit that inserts other values may insert -inf; arithmetic gives it by overflow only
-    if has_masks and getattr(hook, "puts_in", False):
-        lost = lost & ~torch.isneginf(new)
-    if selection is not None:
-        lost = selection.real(lost)
-    if not is_at_once:
-        bound_hook.overflow_flags.append(lost.any())
+    if bool(torch.isfinite(new.sum(dtype=torch.float32))):
         return
-    count = int(lost.sum())
+    count = int(_lost(bound_hook, selection, old, new, has_masks).sum())
     if count == 1:
         _raise_bad_edit(bound_hook, "a number", "is")
     if count:
         _raise_bad_edit(bound_hook, f"{count} numbers", "are")
+
+
+def _lost(
+    bound_hook: BoundHook,
+    selection: Selection | None,
+    old: Tensor,
+    new: Tensor,
+    has_masks: bool,
+) -> Tensor:
+    """Where an edit made a finite number infinite or NaN; with a selection, how often by cell."""
+    lost = ~torch.isfinite(new) & torch.isfinite(old)
+    # an edit that inserts other values may insert -inf; arithmetic gives it by overflow only
+    if has_masks and getattr(bound_hook.hook, "puts_in", False):
+        lost = lost & ~torch.isneginf(new)
+    return lost if selection is None else selection.real(lost)
 
 
 def settle(bound_hooks: Iterable[BoundHook]) -> None:

@@ -46,10 +46,6 @@ class HookStrategy(Protocol):
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         """Called at the end of a forward."""
 
-    def copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, output: Any) -> bool:
-        """Captures a module's output if it is enough to copy it whole; else returns False."""
-        ...
-
     def apply(
         self,
         hook_point: HookPoint,
@@ -88,7 +84,7 @@ class HookDispatcher:
         *,
         attached: bool,
     ) -> None:
-        self.lm, self.strategy, self.attached = lm, strategy, attached
+        self.lm, self.strategy = lm, strategy
         self.scope = Scope(weakref.ref(lm.root), attached)
         self.hook_thread = 0  # the thread in which a hook's own function runs
         self.entry_modules = entry_modules
@@ -116,7 +112,7 @@ class HookDispatcher:
             return False
         if self.scope in CURRENT_SCOPES.get():
             return self.scope.open
-        if not self.attached or not self.scope.open:
+        if not self.scope.attached or not self.scope.open:
             return False
         adopt_attached_scopes()
         if self.scope in CURRENT_SCOPES.get():
@@ -143,7 +139,7 @@ class HookDispatcher:
         if not self.acts_here() or self._is_inside_forward(module):
             return False
         if not self.strategy.accepts_forward():
-            if self.attached:
+            if self.scope.attached:
                 raise Unsupported(
                     "the model is called while a generate of the same block runs, and the call is "
                     "no step of it: call it after the generate, or give the generate a block of "
@@ -274,20 +270,6 @@ class HookDispatcher:
         if new is tensor:
             return None
         return replace_input(args, kwargs, key, new)
-
-    def on_copied_output(
-        self, hook_point: HookPoint, module: nn.Module, args: Any, output: Any
-    ) -> Any:
-        """`on_output`, with a short path for the most common work: to copy a whole tensor."""
-        forward_pass = self._pass
-        if (
-            forward_pass is not None
-            and self._forward_thread == get_ident()
-            and not (self._recomputing or self.hook_thread or in_padding_trial())
-            and self.strategy.copy_whole(hook_point, forward_pass, output)
-        ):
-            return None
-        return self.on_output(hook_point, module, args, output)
 
     def on_output(
         self, hook_point: HookPoint, module: nn.Module, args: Any, *kwargs_and_output: Any

@@ -17,7 +17,7 @@ from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.padding import check_generation
 from ..models.positions import Where
-from ..models.prompts import Prompts, as_batch, pad_id, pad_rows
+from ..models.prompts import Batch, Prompts, as_batch, pad_id, pad_rows
 from ..models.sites import Site, Sites
 from ..models.training import warn_of_dropout
 from .forward import (
@@ -110,11 +110,6 @@ def generate_with_tracer(
     observer = kind(Sites((Site("logits"),)), Where(step=EVERY_STEP))
     observers = [] if option == "none" else [observer]
     manager = HookManager(lm, hooks, observers=observers, tracer=tracer)
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
-    if config.stop_strings:
-        inputs["tokenizer"] = lm.tokenizer
-    if config.pad_token_id is None and "generation_config" not in arguments:
-        inputs["pad_token_id"] = pad_id(lm)
     settings = {"verb": "generate", "logits": option, "arguments": _as_json(arguments)}
     if draws.seed is not None:
         settings["seed"] = draws.seed
@@ -145,13 +140,24 @@ def generate_with_tracer(
 
     try:
         with draws, manager:
-            output = lm.model.generate(**inputs | arguments)  # pyright: ignore
+            inputs = _inputs(lm, batch, config, arguments)
+            output = lm.model.generate(**inputs, **arguments)  # pyright: ignore
     except NeverFired as error:
         error.run = result()
         raise
     finally:
         manager.close()  # again, since Ctrl-C may have come before `__exit__` began
     return result()
+
+
+def _inputs(lm: LM, batch: Batch, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompts; a tokenizer for stop strings, and a pad token if the model has none."""
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    if config.stop_strings and "tokenizer" not in arguments:
+        inputs["tokenizer"] = lm.tokenizer
+    if config.pad_token_id is None and not {"generation_config", "pad_token_id"} & set(arguments):
+        inputs["pad_token_id"] = pad_id(lm)
+    return inputs
 
 
 def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | None:

@@ -70,7 +70,7 @@ class Generation:
 def plan_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
     """Returns what a call of `model.generate` will do, or raises `Unsupported` with the reason."""
     arguments = dict(kwargs)
-    inputs = args[0] if args else arguments.pop("inputs", None)
+    inputs = (*args, arguments.pop("inputs", None))[0]
     config_argument = _config_argument(args, kwargs)
     arguments.pop("generation_config", None)
     _refuse_arguments(arguments)

@@ -193,13 +193,10 @@ class HookBlock:
         Hooks at the model's own input or output are registered on the wrappers around it too
         (of PEFT, say), because a wrapper may call the model without its hooks.
         """
-        function = self.dispatcher.on_output
+        function, modules = self.dispatcher.on_output, (hook_point.module,)
         if hook_point.place.side == "input":
             function = self.dispatcher.on_input
-        elif hook_point.copies_output:
-            function = self.dispatcher.on_copied_output
         hook = RegisteredHook(function, hook_point)
-        modules = (hook_point.module,)
         if hook_point.module is self.lm.root and self._wrappers:
             hook = RegisteredHook(self.dispatcher.if_outermost, hook)
             modules = (*self._wrappers, self.lm.root)

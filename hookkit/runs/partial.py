@@ -127,7 +127,7 @@ class SharedForward:
             location = hook_point.place
             shared = self._hook_points.get(location)
             if shared is None:
-                shared = HookPoint(hook_point.module, location, [], copies_output=False)
+                shared = HookPoint(hook_point.module, location, [])
                 self._hook_points[location] = shared
             shared.reads_input |= hook_point.reads_input
             shared.actions.extend(hook_point.actions)
@@ -231,9 +231,6 @@ class SharedForward:
     def end_forward(self, forward_pass: ForwardPass, output: Any) -> None:
         for hook_point in self._hook_points.values():
             settle(hook_point.actions)
-
-    def copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, output: Any) -> bool:
-        return False
 
     def finish(self) -> None:
         pass

@@ -64,7 +64,7 @@ class HookPoint:
     place: ModuleLocation
     actions: list[BoundHook]
     reads_input: bool = False  # True if an edit of the output also needs the module's input
-    copies_output: bool = True  # True if all that is done is to copy a whole output tensor
+    copies_output: bool = False  # True if all that is done is to copy a whole output tensor
 
     @property
     def key(self) -> tuple[str, str, int | str]:
@@ -99,7 +99,7 @@ def build_hook_points(
             at_head = isinstance(site, Site) and site.name in LOGIT_SITES
             is_observer = number >= len(hooks)
             bound = BoundHook(number, hook, site, where, view, change, at_head, is_observer)
-            hook_point.copies_output = not hook_point.actions and _is_copy(lm, bound, location)
+            hook_point.copies_output = not hook_point.actions and _is_copy(bound, location)
             hook_point.actions.append(bound)
     return in_order_of_registration(hook_points.values())
 
@@ -130,7 +130,7 @@ def _check_hook(lm: LM, hook: object) -> None:
             refuse_no_gradient(lm)
 
 
-def _is_copy(lm: LM, bound_hook: BoundHook, location: ModuleLocation) -> bool:
+def _is_copy(bound_hook: BoundHook, location: ModuleLocation) -> bool:
     """True if all that a hook does is to copy a whole output, without a conversion or a move."""
     hook = bound_hook.hook
     return (
@@ -141,7 +141,6 @@ def _is_copy(lm: LM, bound_hook: BoundHook, location: ModuleLocation) -> bool:
         and bound_hook.view.plain
         and location.item == 0
         and not location.shared
-        and lm.ranks is None
     )
 
 
@@ -177,7 +176,10 @@ def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
 
     Raises `Unsupported` if an edit changes the logits before a trace can read them.
     """
+    location, traced_point = lm.place(Site("logits")), None
     for hook_point in hook_points:
+        if hook_point.place == location:
+            traced_point = hook_point
         for bound_hook in hook_point.actions:
             is_edit = bound_hook.change is not None
             if is_edit and bound_hook.head and bound_hook.site != Site("logits"):
@@ -185,13 +187,10 @@ def logits_hook_point(lm: LM, hook_points: list[HookPoint]) -> HookPoint:
                     f"{bound_hook.hook} acts at {bound_hook.site}, before the logits that a trace "
                     "reads as the model's own: let it act at 'logits', or leave trace= out"
                 )
-    location = lm.place(Site("logits"))
-    for hook_point in hook_points:
-        if hook_point.place == location:
-            return hook_point
-    hook_point = HookPoint(lm.submodule(location.path), location, [], copies_output=False)
-    hook_points.append(hook_point)
-    return hook_point
+    if traced_point is None:
+        traced_point = HookPoint(lm.submodule(location.path), location, [])
+        hook_points.append(traced_point)
+    return traced_point
 
 
 # ---- checks of positions before a forward
@@ -302,17 +301,17 @@ def _out_of_range_message(
     possible: range,
     generation: Generation | None,
 ) -> str:
-    length = text.lengths[row]
+    length, new_tokens = text.lengths[row], 0
+    if generation is not None:
+        new_tokens = generation.max_width - generation.width
+    meaning = f"{bound_hook.hook} means position {position} of row {row}"
     if bound_hook.where.step is not None:
         meaning = f"{bound_hook.hook} means step {position - length + 1} of row {row}"
-        if generation is None:
-            return (
-                f"{meaning}, and a forward of the prompt has step 0 only: use generate for later "
-                "steps"
-            )
-        new_tokens = generation.max_width - generation.width
-        return f"{meaning}, and at most {new_tokens} tokens are generated: steps count from 0"
-    meaning = f"{bound_hook.hook} means position {position} of row {row}"
+        if generation is not None:
+            return f"{meaning}, and at most {new_tokens} tokens are generated: steps count from 0"
+        return (
+            f"{meaning}, and a forward of the prompt has step 0 only: use generate for later steps"
+        )
     if bound_hook.head and position < possible.start:
         return (
             f"{meaning}, where no logits are computed; they are at positions "
@@ -320,7 +319,6 @@ def _out_of_range_message(
         )
     if generation is None:
         return f"{meaning}, which has {length} tokens: positions 0 to {length - 1}"
-    new_tokens = generation.max_width - generation.width
     return (
         f"{meaning}, and with {new_tokens} new tokens the model reads positions "
         f"{first_to_last(possible)}"

@@ -110,27 +110,6 @@ class TextHooks:
         self.tracker.end_forward(forward_pass, output)
         settle(self.bound_hooks)
 
-    def copy_whole(self, hook_point: HookPoint, forward_pass: ForwardPass, output: Any) -> bool:
-        bound_hook = hook_point.actions[0]
-        selection = forward_pass.whole(bound_hook.where)
-        if (
-            selection is None
-            or type(output) is not Tensor
-            or output.requires_grad
-            or forward_pass.inference
-            or output.shape[:2] != forward_pass.shape
-            or bound_hook.last_pass is forward_pass
-        ):
-            return False
-        bound_hook.last_pass = forward_pass
-        bound_hook.fired += 1
-        number = forward_pass.number
-        bound_hook.pieces.append(CapturedChunk(number, selection, output.clone()))
-        self.captures.firings.append((bound_hook, number, selection, output.shape[2:], None))
-        if self._stop_early:
-            self._stop_if_done(hook_point)
-        return True
-
     def apply(
         self,
         hook_point: HookPoint,
@@ -138,6 +117,28 @@ class TextHooks:
         tensor: Tensor,
         module_input: Tensor | None,
         *,
+        recomputing: bool,
+    ) -> Tensor:
+        is_done = False
+        if hook_point.copies_output and not recomputing:
+            is_done = self._copy_whole(hook_point.actions[0], forward_pass, tensor)
+        if not is_done:
+            tensor = self._apply_in_order(
+                hook_point, forward_pass, tensor, module_input, recomputing
+            )
+        if self._stop_early:
+            self._pending.difference_update(hook_point.actions)
+            if not self._pending:  # the hooks at this hook point were the last ones
+                settle(self.bound_hooks)
+                raise Stop
+        return tensor
+
+    def _apply_in_order(
+        self,
+        hook_point: HookPoint,
+        forward_pass: ForwardPass,
+        tensor: Tensor,
+        module_input: Tensor | None,
         recomputing: bool,
     ) -> Tensor:
         tracer = self.tracer if hook_point is self._traced_point else None
@@ -161,15 +162,26 @@ class TextHooks:
                 tracer.changed(bound_hook.hook, before, tensor)
         if tracer is not None:
             tracer.after(tensor)
-        if self._stop_early:
-            self._stop_if_done(hook_point)
         return tensor
 
-    def _stop_if_done(self, hook_point: HookPoint) -> None:
-        self._pending.difference_update(hook_point.actions)
-        if not self._pending:
-            settle(self.bound_hooks)
-            raise Stop
+    def _copy_whole(self, bound_hook: BoundHook, forward_pass: ForwardPass, tensor: Tensor) -> bool:
+        """Captures a whole tensor by a copy, the most common work. False if other work is due."""
+        selection = forward_pass.whole(bound_hook.where)
+        if (
+            selection is None
+            or type(tensor) is not Tensor
+            or tensor.requires_grad
+            or forward_pass.inference
+            or tensor.shape[:2] != forward_pass.shape
+            or bound_hook.last_pass is forward_pass
+        ):
+            return False
+        bound_hook.last_pass = forward_pass
+        bound_hook.fired += 1
+        number = forward_pass.number
+        bound_hook.pieces.append(CapturedChunk(number, selection, tensor.clone()))
+        self.captures.firings.append((bound_hook, number, selection, tensor.shape[2:], None))
+        return True
 
     def finish(self) -> None:
         self.captures.finish_all()
