@@ -423,3 +423,12 @@ def restrict(
     """
     selected = flatten_tokens(tokens, "restrict")
     return Restrict(as_sites(site), as_where(pos, rows, step), selected, when=when)
+
+
+def named_tokens(lm: LM, hooks: Iterable[object]) -> list[int]:
+    """Returns the tokens that the logit edits among these hooks name, each once."""
+    tokens: list[int] = []
+    for hook in hooks:
+        if isinstance(hook, LogitEdit):
+            tokens += hook.named(lm)
+    return list(dict.fromkeys(tokens))

@@ -21,7 +21,7 @@ from ..arguments import check_arguments, check_integer
 from ..display import render_html
 from ..errors import BadHook, Unsupported
 from ..hooks.base import Hook
-from ..hooks.logits import LogitEdit
+from ..hooks.logits import named_tokens
 from ..models.lm import LM
 from ..models.next_token import entropy_of, margin_of, ranks_among, token_logits, varentropy_of
 from ..models.tokens import Token, check_tokens
@@ -183,11 +183,7 @@ class Tracer:
 
     def __post_init__(self) -> None:
         self._watched = tuple(self.lm.token(token) for token in self.asked.watch)
-        named: list[int] = []
-        for hook in self.hooks:
-            if isinstance(hook, LogitEdit):
-                named += hook.named(self.lm)
-        self._named = tuple(dict.fromkeys(named))
+        self._named = tuple(named_tokens(self.lm, self.hooks))
         self._always_stored = list(dict.fromkeys([*self._watched, *self._named]))
         self.recorded: GenerationRecord | None = None
         self._open_step = _OpenStep()

@@ -24,7 +24,7 @@ from ..errors import BadHook, OutOfRange, Unsupported
 from ..hooks.base import EVERY_STEP, Hook
 from ..hooks.capture import Capture
 from ..hooks.conditions import Phrase
-from ..hooks.logits import Force
+from ..hooks.logits import Force, named_tokens
 from ..models.lm import LM
 from ..models.positions import Where, resolve_rows
 from ..models.prompts import Prompts, as_batch
@@ -35,7 +35,7 @@ from ..runs.random_state import Draws
 from ..runs.run import Run
 from ..runs.trace import Trace, Tracer
 from .distributions import Distribution
-from .rank_tables import Pair, named_tokens, shift_table, summary_table, watched_ids
+from .rank_tables import Pair, shift_table, summary_table, watched_ids
 
 LOGITS = Sites((Site("logits"),))
 

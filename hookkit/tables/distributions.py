@@ -18,7 +18,7 @@ The thresholds are round numbers that sort positions for a reader. A study shoul
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -26,13 +26,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange
-from ..hooks.captured_values import Captured
 from ..models.lm import LM
 from ..models.next_token import (
     NO_RANK,
     entropy_of,
     exact_logprobs,
     margin_of,
+    ranks_for_table,
     token_logits,
     top_tokens,
     varentropy_of,
@@ -114,7 +114,29 @@ class Distribution:
 
     def top(self, count: int | None) -> list[int]:
         """Returns the most likely tokens. See `top_tokens`."""
-        return top_tokens(self.logits, self.lm.n_tokens, count).tolist()
+        return self._by_rank[:count].tolist()
+
+    @cached_property
+    def _by_rank(self) -> Int[Tensor, " token"]:
+        return top_tokens(self.logits, self.lm.n_tokens, None)
+
+    def top_names(self, count: int) -> list[str | None]:
+        """Returns the most likely tokens; None if logits are NaN, so that no token is the first."""
+        return [None] * count if self.unknown else [*token_texts(self.lm, self.top(count))]
+
+    def names(self, ids: Int[Tensor, " n"]) -> dict[str, object]:
+        """Returns the columns of a table that say where the distribution is, and name tokens."""
+        tokens = ids.tolist()
+        return {**self.location, "token": token_texts(self.lm, tokens), "token_id": tokens}
+
+    def numbers(self, ids: Int[Tensor, " n"], suffix: str = "") -> dict[str, object]:
+        """Returns the columns logit, logprob, prob and rank of these tokens."""
+        return {
+            f"logit{suffix}": self.logits[ids].double().tolist(),
+            f"logprob{suffix}": self.logprobs[ids].double().tolist(),
+            f"prob{suffix}": self.probs[ids].double().tolist(),
+            f"rank{suffix}": ranks_for_table(self.ranks(ids)).tolist(),
+        }
 
     @cached_property
     def entropy(self) -> float:
@@ -149,37 +171,25 @@ def distributions(
     if where.pos is not None and where.step is not None:
         raise EmptySelection(f"pos={pos!r} and step={step!r} were both given: give one of them")
     request = f"step={step!r}" if step is not None else f"pos={pos!r}"
+    assert captured.positions is not None
     for row in resolve_rows(where.rows, len(captured.rows)):
-        prompt_length = len(captured.prompts[row])
-        for column, position in _columns_of(run.lm, captured, row, where, request):
+        prompt = captured.prompts[row]
+        cover = partial(positions_of_text, run.lm, prompt)
+        selected = resolve_positions(where, len(prompt), cover)
+        available = [position for position in captured.positions[row].tolist() if position >= 0]
+        positions = [position for position in available if position in selected]
+        is_range = isinstance(selected, range)  # a range may reach beyond the text
+        if not positions or not (is_range or set(selected) <= set(available)):
+            raise OutOfRange(
+                f"{request} was asked for in row {row}, where this run has logits at positions "
+                f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
+            )
+        for position in positions:
             location = {"row": row, "pos": position}
             if where.step is not None:
-                location["step"] = position - prompt_length + 1
-            logits = captured.values[row, column].detach().float().cpu()
-            yield Distribution(run.lm, location, logits)
-
-
-def _columns_of(
-    lm: LM, captured: Captured, row: int, where: Where, request: str
-) -> list[tuple[int, int]]:
-    """Returns the column and the position of each selected position of a row."""
-    assert captured.positions is not None
-    prompt = captured.prompts[row]
-    selected = resolve_positions(
-        where, len(prompt), lambda text: positions_of_text(lm, prompt, text)
-    )
-    positions = captured.positions[row].tolist()
-    available = [position for position in positions if position >= 0]
-    missing = False
-    if not isinstance(selected, range):  # a range may reach beyond the text
-        missing = not set(selected) <= set(available)
-    columns = [(positions.index(pos), pos) for pos in available if pos in selected]
-    if missing or not columns:
-        raise OutOfRange(
-            f"{request} was asked for in row {row}, where this run has logits at positions "
-            f"{available[0]} to {available[-1]} (its prompt has {len(prompt)} tokens)"
-        )
-    return columns
+                location["step"] = position - len(prompt) + 1
+            logits = captured.values[row, captured.column(row, position)]
+            yield Distribution(run.lm, location, logits.detach().float().cpu())
 
 
 def scenario(first: float, second: float) -> str:

@@ -184,34 +184,29 @@ class KL(Metric):
         return "KL()" if self.reference is None else f"KL({self.reference})"
 
     def bound(self, lm: LM, count: int) -> Measure:
-        if self.reference is None:
-            return self._from_unedited
-        reference = logits_at(self.reference, self.pos)
-        if len(reference) not in (1, count):
-            raise BadPrompt(
-                f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
-                "give as many, or one"
-            )
+        reference: Tensor | None = None
+        if self.reference is not None:
+            reference = logits_at(self.reference, self.pos)
+            if len(reference) not in (1, count):
+                raise BadPrompt(
+                    f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
+                    "give as many, or one"
+                )
+            reference = reference.expand(count, -1)
 
         def measure(inputs: Said) -> Tensor:
-            rows = list(inputs.rows) if len(reference) > 1 else [0] * len(inputs.rows)
-            return _kl_of_logits(reference[rows].to(inputs.logits.device), inputs.logits)
+            logits, before = inputs.logits, inputs.before
+            if reference is not None:
+                before = reference[list(inputs.rows)].to(logits.device)
+            if before is None:
+                raise Unsupported(
+                    "kl() without a reference compares a sweep's cells with no edit: "
+                    "give kl(reference_run)"
+                )
+            divergence = kl_divergence(exact_logprobs(before), exact_logprobs(logits))
+            return divergence.clamp(min=0).float()
 
         return measure
-
-    def _from_unedited(self, inputs: Said) -> Tensor:
-        if inputs.before is None:
-            raise Unsupported(
-                "kl() without a reference compares a sweep's cells with no edit: "
-                "give kl(reference_run)"
-            )
-        return _kl_of_logits(inputs.before, inputs.logits)
-
-
-def _kl_of_logits(
-    before: Float[Tensor, "row vocab"], after: Float[Tensor, "row vocab"]
-) -> Float[Tensor, " row"]:
-    return kl_divergence(exact_logprobs(before), exact_logprobs(after)).clamp(min=0).float()
 
 
 @check_arguments
@@ -270,15 +265,15 @@ class Loss(Metric):
 
     def __post_init__(self) -> None:
         continuation: Any = self.continuation
-        if isinstance(continuation, list):
-            if not continuation:
-                raise EmptySelection(
-                    "loss was given an empty list of continuations: a list has one for each prompt"
-                )
-            entries = [_read_continuation(entry) for entry in continuation]
-            object.__setattr__(self, "continuation", entries)
+        if not isinstance(continuation, list):
+            continuation = _read_continuation(continuation)
+        elif continuation:
+            continuation = list(map(_read_continuation, continuation))
         else:
-            object.__setattr__(self, "continuation", _read_continuation(continuation))
+            raise EmptySelection(
+                "loss was given an empty list of continuations: a list has one for each prompt"
+            )
+        object.__setattr__(self, "continuation", continuation)
 
     def tokens(self, lm: LM, count: int) -> list[tuple[int, ...]]:
         """Returns the tokens of each prompt's continuation."""
@@ -329,17 +324,14 @@ def _read_continuation(continuation: object) -> str | tuple[int, ...]:
 
 
 def _tokens_of(lm: LM, continuation: str | tuple[int, ...]) -> tuple[int, ...]:
-    ids: Sequence[int]
-    if not isinstance(continuation, str):
-        ids = continuation
-    elif lm.tokenizer is None:
-        raise BadPrompt(
-            f"{shorten(continuation)!r} is text, and this model came without a tokenizer: "
-            "give token ids"
-        )
-    else:
-        ids = lm.continuation(continuation)
-    return tuple([lm.token(token_id) for token_id in ids])
+    ids: Sequence[int] | str = continuation
+    if isinstance(ids, str):
+        if lm.tokenizer is None:
+            raise BadPrompt(
+                f"{shorten(ids)!r} is text, and this model came without a tokenizer: give token ids"
+            )
+        ids = lm.continuation(ids)
+    return tuple(map(lm.token, ids))
 
 
 @check_keywords

@@ -12,19 +12,17 @@ then named as the most likely one.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from ..arguments import check_arguments, check_integer
 from ..errors import OutOfRange
-from ..hooks.logits import LogitEdit
+from ..hooks.logits import named_tokens
 from ..models.lm import LM, Token
-from ..models.next_token import NO_RANK, divergences, ranks_for_table
+from ..models.next_token import NO_RANK, divergences
 from ..models.positions import IndicesLike, PosLike
 from ..models.tokens import check_tokens
 from ..runs.run import Run
@@ -62,7 +60,7 @@ def ranks(
     parts = []
     for distribution in distributions(run, pos=pos, step=step, rows=rows):
         ids = torch.tensor(list(dict.fromkeys([*distribution.top(top), *watched])))
-        parts.append(pd.DataFrame(_token_columns(distribution, ids) | _numbers(distribution, ids)))
+        parts.append(pd.DataFrame(distribution.names(ids) | distribution.numbers(ids)))
     table = pd.concat(parts, ignore_index=True)
     return table.sort_values(["row", "pos", "rank", "token_id"], ignore_index=True)
 
@@ -70,25 +68,6 @@ def ranks(
 def _default_pos(pos: PosLike, step: IndicesLike) -> PosLike:
     """Returns the prompt's last position if neither a position nor a step is selected."""
     return -1 if pos is None and step is None else pos
-
-
-def _token_columns(distribution: Distribution, ids: Int[Tensor, " n"]) -> dict[str, object]:
-    tokens = token_texts(distribution.lm, ids.tolist())
-    return {**distribution.location, "token": tokens, "token_id": ids.tolist()}
-
-
-def _numbers(
-    distribution: Distribution, ids: Int[Tensor, " n"], suffix: str = ""
-) -> dict[str, object]:
-    def column(values: Float[Tensor, " vocab"]) -> list[float]:
-        return values[ids].double().tolist()
-
-    return {
-        f"logit{suffix}": column(distribution.logits),
-        f"logprob{suffix}": column(distribution.logprobs),
-        f"prob{suffix}": column(distribution.probs),
-        f"rank{suffix}": ranks_for_table(distribution.ranks(ids)).tolist(),
-    }
 
 
 @check_arguments
@@ -116,8 +95,9 @@ def rank_shift(
     """
     pos = _default_pos(pos, step)
     pairs = _pairs(before, after, pos=pos, step=step, rows=rows)
-    edited = _edited_tokens(before, after)
-    return shift_table(pairs, top, movers, watched_ids(after.lm, watch), edited)
+    edited = [*named_tokens(before.lm, before.hooks), *named_tokens(after.lm, after.hooks)]
+    watched = watched_ids(after.lm, watch)
+    return shift_table(pairs, top, movers, watched, list(dict.fromkeys(edited)))
 
 
 def shift_table(
@@ -139,9 +119,8 @@ def shift_table(
             }
         )
         ids = torch.tensor(list(why))
-        columns = _token_columns(after, ids)
-        columns |= _numbers(before, ids, "_before") | _numbers(after, ids, "_after")
-        parts.append(pd.DataFrame(columns))
+        columns = before.numbers(ids, "_before") | after.numbers(ids, "_after")
+        parts.append(pd.DataFrame(after.names(ids) | columns))
         reasons += why.values()
     table = add_deltas(pd.concat(parts, ignore_index=True), ("logit", "logprob", "prob", "rank"))
     table = table.assign(shift=-table["rank_delta"], why=reasons)
@@ -207,23 +186,6 @@ def _movers(before: Distribution, after: Distribution, count: int) -> list[int]:
     return movers
 
 
-def _edited_tokens(*runs: Run) -> list[int]:
-    """Returns the tokens that the runs' logit edits name, each once."""
-    tokens: list[int] = []
-    for run in runs:
-        tokens += named_tokens(run.lm, run.hooks)
-    return list(dict.fromkeys(tokens))
-
-
-def named_tokens(lm: LM, hooks: Sequence[object]) -> list[int]:
-    """Returns the tokens that the logit edits among these hooks name, each once."""
-    tokens: list[int] = []
-    for hook in hooks:
-        if isinstance(hook, LogitEdit):
-            tokens += hook.named(lm)
-    return list(dict.fromkeys(tokens))
-
-
 @check_arguments
 def shift_summary(
     before: Run,
@@ -253,29 +215,19 @@ def summary_table(pairs: Iterable[Pair], top: int = 10) -> pd.DataFrame:
 
 
 def _summary_row(before: Distribution, after: Distribution, top: int) -> dict[str, object]:
-    unknown = before.unknown or after.unknown
-    first_before, first_after = before.top(1)[0], after.top(1)[0]
-    apart = divergences(before.exact, after.exact)
-    common = set(before.top(top)) & set(after.top(top))
-    return {
-        **after.location,
-        **{name: float(value) for name, value in apart.items()},
-        "entropy_before": before.entropy,
-        "entropy_after": after.entropy,
-        "entropy_delta": after.entropy - before.entropy,
-        "margin_before": before.margin,
-        "margin_after": after.margin,
-        "margin_delta": after.margin - before.margin,
-        "top1_before": _first_token(before, first_before),
-        "top1_after": _first_token(after, first_after),
-        "top1_changed": None if unknown else first_before != first_after,
-        "kept": None if unknown else len(common),
-    }
-
-
-def _first_token(distribution: Distribution, token: int) -> str | None:
-    """Returns a most likely token; None if logits are NaN, so that no token is the first."""
-    return None if distribution.unknown else repr(distribution.lm.string(token))
+    distances = divergences(before.exact, after.exact)
+    columns: dict[str, object] = {**after.location}
+    columns |= {name: float(value) for name, value in distances.items()}
+    for name in ("entropy", "margin"):
+        number_before, number_after = getattr(before, name), getattr(after, name)
+        columns[f"{name}_before"], columns[f"{name}_after"] = number_before, number_after
+        columns[f"{name}_delta"] = number_after - number_before
+    (columns["top1_before"],), (columns["top1_after"],) = before.top_names(1), after.top_names(1)
+    columns["top1_changed"] = columns["kept"] = None
+    if not (before.unknown or after.unknown):
+        columns["top1_changed"] = before.top(1) != after.top(1)
+        columns["kept"] = len(set(before.top(top)) & set(after.top(top)))
+    return columns
 
 
 @check_arguments
@@ -295,7 +247,7 @@ def uncertainty(
     table_rows = []
     for distribution in distributions(run, pos=pos, step=step, rows=rows):
         row, position = distribution.location["row"], distribution.location["pos"]
-        token = repr(run.lm.string(int(run.tokens[row, position])))
+        (token,) = token_texts(run.lm, [int(run.tokens[row, position])])
         table_rows.append({**distribution.location, "read": token, **_uncertainty(distribution)})
     return pd.DataFrame(table_rows)
 
@@ -305,18 +257,18 @@ def _uncertainty(distribution: Distribution) -> dict[str, object]:
     nucleus = math.nan
     if not distribution.unknown:
         nucleus = int((probs.cumsum(0) < 0.9 - 1e-9).sum()) + 1
-    first, second = distribution.top(2)
-    first_prob, second_prob = float(distribution.probs[first]), float(distribution.probs[second])
+    first_prob, second_prob = distribution.probs[distribution.top(2)].tolist()
+    first, second = distribution.top_names(2)
     return {
         "entropy": distribution.entropy,
         "varentropy": distribution.varentropy,
         "perplexity": math.exp(distribution.entropy),
         "margin": distribution.margin,
         "prob_margin": float(probs[0] - probs[1]),
-        "top1": _first_token(distribution, first),
+        "top1": first,
         "top1_prob": first_prob,
         "nucleus_90": nucleus,
-        "top2": _first_token(distribution, second),
+        "top2": second,
         "top2_prob": second_prob,
         "scenario": scenario(first_prob, second_prob),
     }

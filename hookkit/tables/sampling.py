@@ -8,21 +8,18 @@ get probability 0, which is shared among those that are kept.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from ..arguments import as_items, check_arguments, check_integer, check_number
 from ..errors import BadHook
-from ..models.next_token import ranks_for_table
 from ..models.positions import IndicesLike, PosLike
 from ..runs.run import Run
-from .distributions import Distribution, distributions, token_texts
-
-Warper = Callable[[Tensor], Tensor]
+from .distributions import distributions
 
 
 @check_arguments
@@ -62,49 +59,40 @@ def warped(
     parts = []
     for distribution in distributions(run, pos=pos, rows=rows):
         ids = torch.tensor(distribution.top(top))
-        parts.append(_part("as it is", distribution, ids))
-        for setting, warper in warpers:
-            logits = warper(distribution.logits[None].clone())[0]
-            result = Distribution(distribution.lm, distribution.location, logits)
-            parts.append(_part(setting, result, ids))
+        for setting, warper in [("as it is", None), *warpers]:
+            result = distribution
+            if warper is not None:  # these three do not read the token ids
+                result = replace(distribution, logits=warper(None, distribution.logits[None])[0])
+            numbers = result.numbers(ids)
+            columns = {
+                **result.location,
+                "setting": setting,
+                **result.names(ids),
+                "prob": numbers["prob"],
+                "rank": numbers["rank"],
+                "kept": (result.logits[ids] > -math.inf).tolist(),
+                "tokens_kept": int((result.real > -math.inf).sum()),
+                "entropy": result.entropy,
+                "perplexity": math.exp(result.entropy),
+            }
+            parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
-def _part(setting: str, distribution: Distribution, ids: Tensor) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            **distribution.location,
-            "setting": setting,
-            "token": token_texts(distribution.lm, ids.tolist()),
-            "token_id": ids.tolist(),
-            "prob": distribution.probs[ids].double().tolist(),
-            "rank": ranks_for_table(distribution.ranks(ids)).tolist(),
-            "kept": (distribution.logits[ids] > -math.inf).tolist(),
-            "tokens_kept": int((distribution.real > -math.inf).sum()),
-            "entropy": distribution.entropy,
-            "perplexity": math.exp(distribution.entropy),
-        }
-    )
-
-
-def _warpers(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Warper]]:
-    """Returns the name of each setting and the function that transformers has for it."""
+def _warpers(temperature: Any, top_k: Any, top_p: Any) -> Iterator[tuple[str, Any]]:
+    """Returns the name of each setting and the warper that transformers has for it."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     for item in _items(temperature):
         meaning = "a temperature (greedy is top_k=1),"
         value = check_number(item, "temperature", above=0.0, meaning=meaning)
-        yield f"temperature={value:g}", _as_function(TemperatureLogitsWarper(float(value)))
+        yield f"temperature={value:g}", TemperatureLogitsWarper(float(value))
     for item in _items(top_k):
         value = check_integer(item, "top_k", least=1, meaning="how many tokens,", error=BadHook)
-        yield f"top_k={value}", _as_function(TopKLogitsWarper(value))
+        yield f"top_k={value}", TopKLogitsWarper(value)
     for item in _items(top_p):
         value = check_number(item, "top_p", above=0.0, most=1.0, meaning="a probability")
-        yield f"top_p={value:g}", _as_function(TopPLogitsWarper(float(value)))
-
-
-def _as_function(warper: Any) -> Warper:
-    return lambda logits: warper(None, logits)  # these three do not read the token ids
+        yield f"top_p={value:g}", TopPLogitsWarper(float(value))
 
 
 def _items(values: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..arguments import as_integer, as_items, check_keywords, describe
 from ..errors import BadHook, BadPrompt, EmptySelection
+from ..models.batch_positions import pad_rows
 from ..models.lm import LM, Token
 from ..models.next_token import rank_among, ranks_for_table, token_logits
 from ..models.tokens import check_token, check_tokens
@@ -85,25 +86,6 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
 
     Raises if an answer is not one token, or if a prompt has none.
     """
-    rows = []
-    for entry in _entries(answers, count):
-        tokens = entry if isinstance(entry, tuple) else (entry,)
-        ids = [lm.token(token) for token in tokens]
-        rows.append(ids)
-    for ids in rows:
-        if len(set(ids)) < len(ids):
-            raise BadHook(
-                f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
-                "name each once"
-            )
-    lengths = torch.tensor(list(map(len, rows)))
-    width = int(lengths.max())
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
-    return Ids(padded, torch.arange(width) < lengths[:, None])
-
-
-def _entries(answers: Answers, count: int) -> Sequence[Token | tuple[Token, ...]]:
-    """Returns the answers of each prompt."""
     if isinstance(answers, tuple) and len(answers) == count > 1:
         raise BadHook(
             f"a metric has a tuple of {count} tokens for {count} prompts, which could mean one "
@@ -117,7 +99,16 @@ def _entries(answers: Answers, count: int) -> Sequence[Token | tuple[Token, ...]
             f"a metric has tokens for {len(entries)} prompts, and there are {count}: a list has "
             "one entry for each prompt, and a tuple holds several tokens of one"
         )
-    return entries
+    rows = []
+    for entry in entries:
+        ids = list(map(lm.token, entry if isinstance(entry, tuple) else (entry,)))
+        if len(set(ids)) < len(ids):
+            raise BadHook(
+                f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
+                "name each once"
+            )
+        rows.append(ids)
+    return Ids(pad_rows(rows, 0), pad_rows(rows, -1) >= 0)
 
 
 @dataclass(frozen=True)
@@ -160,14 +151,22 @@ class TokenMetric(Metric):
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", read_answers(self.token, "token"))
 
+    def bound(self, lm: LM, count: int) -> Measure:
+        ids = ids_of(lm, self.token, count)
+        return lambda inputs: self.measure(lm, ids, inputs)
+
+    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
+        """Returns the metric of each row."""
+        raise AssertionError(f"{type(self).__name__} measures nothing")
+
 
 class Logit(TokenMetric):
     """The logit of a token. Made by `logit`."""
 
     name: ClassVar[str] = "logit"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        return ids_of(lm, self.token, count).mean
+    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
+        return ids.mean(inputs)
 
 
 @check_keywords
@@ -181,14 +180,8 @@ class Logprob(TokenMetric):
 
     name: ClassVar[str] = "logprob"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-
-        def measure(inputs: Said) -> Tensor:
-            logprobs = ids.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf)
-            return logprobs.logsumexp(-1)
-
-        return measure
+    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
+        return ids.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf).logsumexp(-1)
 
 
 @check_keywords
@@ -202,9 +195,8 @@ class Prob(TokenMetric):
 
     name: ClassVar[str] = "prob"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-        return lambda inputs: ids.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
+    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
+        return ids.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
 
 
 @check_keywords
@@ -218,15 +210,10 @@ class Rank(TokenMetric):
 
     name: ClassVar[str] = "rank"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-
-        def measure(inputs: Said) -> Tensor:
-            largest = ids.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
-            ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
-            return ranks_for_table(ranks).float()
-
-        return measure
+    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
+        largest = ids.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
+        ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
+        return ranks_for_table(ranks).float()
 
 
 @check_keywords
