@@ -75,7 +75,7 @@ from .lenses.direct import logit_terms as logit_terms
 from .lenses.direct import unembedding as unembedding
 from .lenses.logit_lens import lens_summary as lens_summary
 from .lenses.logit_lens import logit_lens as logit_lens
-from .lenses.logit_path import logit_path as logit_path
+from .lenses.logit_lens import logit_path as logit_path
 from .lenses.patchscope import patchscope as patchscope
 from .lenses.tuned_lens import TunedLens as TunedLens
 from .lenses.tuned_lens import load_lens as load_lens
@@ -142,7 +142,7 @@ from .tables.rank_tables import rank_shift as rank_shift
 from .tables.rank_tables import ranks as ranks
 from .tables.rank_tables import shift_summary as shift_summary
 from .tables.rank_tables import uncertainty as uncertainty
-from .tables.sampling import warped as warped
+from .tables.rank_tables import warped as warped
 from .tables.scoring import score as score
 from .tables.streaming import Stream as Stream
 from .tables.streaming import stream as stream

@@ -30,31 +30,52 @@ Map = Callable[[Tensor], Tensor]
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-@dataclass(frozen=True, eq=False)
 class FrozenNorm:
-    """A norm, or a linear map, at some states with its scale held.
+    """A norm, or a linear map, at some states [state, d_in] with its scale held.
 
-    inputs   [state, d_in]   the states
-    outputs  [state, d_out]  their images; `offset` [d_out] is the image of zero
-    mean     [state, 1]      what the norm subtracts from each state; 0 for RMSNorm
-    is_norm  [state, 1]      1 if the map is a norm, up to its epsilon; 0 if it is linear
+    `offset` [d_out] is the image of zero. Raises `Unsupported` if the map is neither a norm nor
+    linear; `what` names it in the message.
     """
 
-    map: Map
-    inputs: Float[Tensor, "state d_in"]
-    outputs: Float[Tensor, "state d_out"]
-    offset: Float[Tensor, " d_out"]
-    mean: Float[Tensor, "state 1"]
-    is_norm: Float[Tensor, "state 1"]
+    def __init__(self, map: Map, inputs: Float[Tensor, "state d_in"], what: str) -> None:
+        self.map, self.inputs = map, inputs
+        with torch.no_grad():
+            self.outputs, self.offset = map(inputs), map(torch.zeros_like(inputs[:1]))[0]
+            shifted = map(inputs + inputs.abs().mean(-1, keepdim=True))
+        change, images = (shifted - self.outputs).abs().max(), self.outputs - self.offset
+        self.centred = inputs.double()
+        if float(change) <= 1e-3 * float(images.abs().max()):  # a norm that subtracts the mean
+            self.centred = (inputs - inputs.mean(-1, keepdim=True)).double()
+        images = images.double()
+        gradient = vector_jacobian_product(map, inputs, images)
+        along = (gradient * inputs).double().sum(-1, keepdim=True)
+        # [state, 1]: 1 if the map is a norm, up to its epsilon; 0 if it is linear
+        self.is_norm = 1 - along / _squared_norm(images)
+        self._check(what)
 
     def backward(self, outward: Float[Tensor, "state d_out"]) -> Float[Tensor, "state d_in"]:
         """Returns the input direction whose product with a part is its share in outward · f(x)."""
         outward = outward.to(self.outputs)
-        centred = (self.inputs - self.mean).double()
         shares = outward.double() * (self.outputs - self.offset).double()
         subtracted = shares.sum(-1, keepdim=True) * self.is_norm
         gradient = vector_jacobian_product(self.map, self.inputs, outward).double()
-        return gradient + centred * subtracted / _squared_norm(centred)
+        return gradient + self.centred * subtracted / _squared_norm(self.centred)
+
+    def _check(self, what: str) -> None:
+        """Raises `Unsupported` if the frozen map is wrong for the same numbers in another order,
+        which have the same scale."""
+        flipped = self.inputs.flip(-1)
+        with torch.no_grad():
+            expected = (self.map(flipped) - self.offset).double()
+        length = expected.norm(dim=-1).clamp(min=1e-30)
+        probe = expected / length[:, None]
+        share = (self.backward(probe) * flipped).sum(-1)
+        error = float(((share - (probe * expected).sum(-1)) / length).abs().max())
+        if not error <= AGREE.get(self.inputs.dtype, 1e-4):
+            raise Unsupported(
+                f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by "
+                f"{error:.1g}), so what passes it cannot be split into parts that add up"
+            )
 
 
 def vector_jacobian_product(map: Map, inputs: Tensor, outward: Tensor) -> Tensor:
@@ -67,44 +88,6 @@ def vector_jacobian_product(map: Map, inputs: Tensor, outward: Tensor) -> Tensor
 
 def _squared_norm(values: Tensor) -> Tensor:
     return values.square().sum(-1, keepdim=True).clamp(min=1e-30)
-
-
-def freeze_norm(map: Map, inputs: Float[Tensor, "state d_in"], what: str) -> FrozenNorm:
-    """Returns a map at some states with its scale held.
-
-    Raises `Unsupported` if the map is neither a norm nor linear; `what` names it in the message.
-    """
-    with torch.no_grad():
-        outputs, offset = map(inputs), map(torch.zeros_like(inputs[:1]))[0]
-        shifted = map(inputs + inputs.abs().mean(-1, keepdim=True))
-    change = float((shifted - outputs).abs().max())
-    subtracts_mean = change <= 1e-3 * float((outputs - offset).abs().max())
-    mean = torch.zeros_like(inputs[:, :1])
-    if subtracts_mean:
-        mean = inputs.mean(-1, keepdim=True)
-    centred = (outputs - offset).double()
-    gradient = vector_jacobian_product(map, inputs, centred)
-    along = (gradient * inputs).double().sum(-1, keepdim=True)
-    norm = FrozenNorm(map, inputs, outputs, offset, mean, 1 - along / _squared_norm(centred))
-    _check(norm, what)
-    return norm
-
-
-def _check(norm: FrozenNorm, what: str) -> None:
-    """Raises `Unsupported` if the frozen map is wrong for the same numbers in another order, which
-    have the same scale."""
-    flipped = norm.inputs.flip(-1)
-    with torch.no_grad():
-        expected = (norm.map(flipped) - norm.offset).double()
-    length = expected.norm(dim=-1).clamp(min=1e-30)
-    probe = expected / length[:, None]
-    share = (norm.backward(probe.to(norm.outputs)) * flipped).sum(-1)
-    error = float(((share - (probe * expected).sum(-1)) / length).abs().max())
-    if not error <= AGREE.get(norm.inputs.dtype, 1e-4):
-        raise Unsupported(
-            f"{what} is neither a LayerNorm, an RMSNorm nor linear (its parts' shares miss by "
-            f"{error:.1g}), so what passes it cannot be split into parts that add up"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +255,7 @@ def _after_projection(
             "output after one norm, so it cannot be split: leave heads= and neurons= out, or edits "
             "at that site"
         )
-    frozen_norm = freeze_norm(norm, raw, f"the norm {path!r}")
+    frozen_norm = FrozenNorm(norm, raw, f"the norm {path!r}")
     inward = frozen_norm.backward(outward.to(raw))
     offset = (outward * frozen_norm.offset.double()).sum(-1)
     return inward.to(raw), offset + (inward * zero.double()).sum(-1)

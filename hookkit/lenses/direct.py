@@ -25,9 +25,9 @@ from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts
 from .components import (
+    FrozenNorm,
     Part,
     ResidualStream,
-    freeze_norm,
     parts_of,
     required_sites,
     vector_jacobian_product,
@@ -164,7 +164,7 @@ def _parts(run: Run, cells: Cells, difference: LogitDifference) -> list[Part]:
     lm, logits = run.lm, _logits_at(run, cells)
     end = run.captured(Site("resid_post", lm.n_layers - 1))
     tail, states = model_end_of(lm, (), end.prompts), end.values[cells.index, cells.column]
-    norm = freeze_norm(tail.head_input, states, "what stands between the last block and the head")
+    norm = FrozenNorm(tail.head_input, states, "what stands between the last block and the head")
     with torch.no_grad():
         read = tail.read(states)
     raw, capped, final = map(difference.of, (read.raw, read.logits, logits))
@@ -179,8 +179,8 @@ def _parts(run: Run, cells: Cells, difference: LogitDifference) -> list[Part]:
         Part("edits of the logits", "edit", None, final - capped),
     ]
     residual = final - torch.stack([part.total for part in parts]).sum(0)
-    shown = [part for part in parts if part.kind not in OPTIONAL or part.shares.abs().max() > 1e-5]
-    return [*shown, Part("residual", "residual", None, residual)]
+    listed = [part for part in parts if part.kind not in OPTIONAL or part.shares.abs().max() > 1e-5]
+    return [*listed, Part("residual", "residual", None, residual)]
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

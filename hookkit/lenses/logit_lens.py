@@ -1,4 +1,7 @@
-"""The logit lens: what the model would predict if it stopped at each layer."""
+"""The logit lens: what the model would predict if it stopped at each layer.
+
+`logit_path` shows the whole way of one prompt, from its tokens to the next one.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import check_arguments, check_integer
-from ..errors import BadHook, Unsupported
+from ..errors import BadHook, BadPrompt, Unsupported
 from ..hooks.base import Hook
 from ..hooks.capture import capture
 from ..models.lm import LM, Token
@@ -24,7 +27,7 @@ from ..models.sites import Site, SitesLike
 from ..runs.forward import forward
 from ..runs.run import Run
 from ..tables.distributions import token_texts
-from ..tables.rank_tables import watched_ids
+from ..tables.rank_tables import ranks, watched_ids
 from .model_end import Cells, cells_of, model_end_of
 from .readout import Readout, numbers, split_for_cache, states_per_chunk
 
@@ -215,17 +218,75 @@ def lens_summary(lens: pd.DataFrame) -> pd.DataFrame:
 def _summary_of_token(part: pd.DataFrame, sites: Sequence[str]) -> dict[str, object]:
     """Returns best_rank to last_prob for the rows of one token; `sites` are in order."""
     ranked = part[part["rank"].notna()]
-    ranks = dict(zip(ranked["site"], ranked["rank"], strict=True))
+    ranks_of_sites = dict(zip(ranked["site"], ranked["rank"], strict=True))
     probs = dict(zip(part["site"], part["prob"], strict=True))
-    best = min(ranks.values(), default=math.nan)
-    best_sites = [site for site in sites if ranks.get(site) == best]
-    leading = [site for site in sites if ranks.get(site) == 1]
+    best = min(ranks_of_sites.values(), default=math.nan)
+    best_sites = [site for site in sites if ranks_of_sites.get(site) == best]
+    leading = [site for site in sites if ranks_of_sites.get(site) == 1]
     to_the_end = list(takewhile(leading.__contains__, reversed(sites)))
     return {
         "best_rank": best,
         "best_site": next(iter(best_sites), None),
         "first": next(iter(leading), None),
         "since": next(reversed(to_the_end), None),
-        "last_rank": ranks.get(sites[-1]),
+        "last_rank": ranks_of_sites.get(sites[-1]),
         "last_prob": probs.get(sites[-1]),
     }
+
+
+@check_arguments
+def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 3) -> pd.DataFrame:
+    """The path from a prompt to the probabilities of its next token, one row for each stage.
+
+    Columns: stage, site, axes, shape, norm (the length of the vector at position `pos`), content
+    (token ids, the first numbers of a vector, what the logit lens reads after a block, the leading
+    tokens). Shapes are those of a batch of one.
+
+    >>> path = logit_path(lm, "I like oat milk in my")
+    >>> path.loc[path["stage"] == "embedding", ["axes", "shape"]].values.tolist()
+    [['batch pos d_model', '[1, 6, 576]']]
+    """
+    stages = {Site("embed"): "embedding", Site("pos_embed"): "position embedding"}
+    stages |= {Site("resid_post", layer): f"block {layer}" for layer in range(lm.n_layers)}
+    stages |= {Site("final_norm"): "final norm", Site("lm_head"): "head"}
+    sites = [site for site in stages if site.name in lm.layout.names]
+    run = forward(lm, prompt, *hooks, capture(sites))
+    if len(run.lengths) != 1:
+        raise BadPrompt(f"{len(run.lengths)} prompts were given: a path is that of one")
+    lens = logit_lens(lm, prompt, *hooks, pos=pos, top=1)
+    lens_contents = {}
+    for site, token, prob in zip(lens["site"], lens["token"], lens["prob"], strict=True):
+        lens_contents[site] = f"the lens reads {token} ({prob:.1%})"
+    ids, leading = run.tokens[0].tolist(), ranks(run, pos=pos, top=top)
+    tokens = _join(token_texts(lm, ids), ids, "{}={}")
+    rows: list[dict[str, Any]] = [
+        {"stage": "text", "content": repr(run.text[0])},
+        {"stage": "tokens", "axes": "batch pos", "shape": str([1, len(ids)]), "content": tokens},
+    ]
+    for site in sites:
+        values = run[site]
+        vector = values[0, pos].float()
+        numbers = ", ".join([f"{number:.3g}" for number in vector[:4].tolist()])
+        rows.append(
+            {
+                "stage": stages[site],
+                "site": str(site),
+                "axes": site.axes,
+                "shape": str(list(values.shape)),
+                "norm": float(vector.norm()),
+                "content": lens_contents.get(str(site), f"{numbers}, …"),
+            }
+        )
+    logits = _join(leading["token"], leading["logit"], "{} {:.2f}")
+    probs = _join(leading["token"], leading["prob"], "{} {:.1%}")
+    shape = {"axes": "batch pos vocab", "shape": str(list(run.logits.shape))}
+    rows += [
+        {"stage": "logits", "site": "logits", **shape, "content": logits},
+        {"stage": "probabilities", **shape, "content": probs},
+        {"stage": "next token", "content": leading["token"].tolist()[0]},
+    ]
+    return pd.DataFrame(rows, columns=["stage", "site", "axes", "shape", "norm", "content"])
+
+
+def _join(names: Iterable[str], numbers: Iterable[float], form: str) -> str:
+    return ", ".join(map(form.format, names, numbers))

@@ -93,10 +93,10 @@ def at_damage(
     # sample n is one direction for all vectors of a site
     counts = random.groupby("site")["sample"].nunique().to_dict()
     result["random_vectors"] = result["site"].map(counts).fillna(0).astype(int)
-    places: Any = pd.MultiIndex.from_frame(result[["site", "row"]])
+    prompts_of_sites: Any = pd.MultiIndex.from_frame(result[["site", "row"]])
     for metric in metrics:
         delta = f"{metric}_delta"
-        random_means = random.groupby(["site", "row"])[delta].mean().reindex(places)
+        random_means = random.groupby(["site", "row"])[delta].mean().reindex(prompts_of_sites)
         result[f"{metric}_gain"] = result[delta] - random_means.to_numpy()
         spreads = {site: _random_spread(rows, delta) for site, rows in random.groupby("site")}
         pairs = [spreads.get(site, (np.nan, np.nan)) for site in result["site"]]
