@@ -145,18 +145,13 @@ def has_site(layout: Layout, name: str, layer: int | None) -> bool:
 
 def required_sites(lm: LM, *, heads: bool, neurons: bool) -> list[Site]:
     """Returns the sites to capture: the stream into and out of each block, and what blocks add."""
-    inner = []
-    if heads:
-        inner.append("z")
-    if neurons:
-        inner.append("mlp_post")
+    inner = ["z"] * heads + ["mlp_post"] * neurons
     for name in inner:
         lm.expand(name)  # raises if no block has it
-    sites = [Site(name) for name in ("embed", "pos_embed") if has_site(lm.layout, name, None)]
+    sites = [Site("embed"), Site("pos_embed")]
     for name in ["resid_pre", "attn_out", "mlp_out", "resid_post", *inner]:
-        layers = [layer for layer in range(lm.n_layers) if has_site(lm.layout, name, layer)]
-        sites += [Site(name, layer) for layer in layers]
-    return sites
+        sites += [Site(name, layer) for layer in range(lm.n_layers)]
+    return [site for site in sites if has_site(lm.layout, site.name, site.layer)]
 
 
 def parts_of(stream: ResidualStream, *, heads: bool, neurons: bool) -> Iterator[Part]:

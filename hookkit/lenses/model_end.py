@@ -98,7 +98,7 @@ def _observe_ending(lm: LM) -> Ending:
 
     with torch.no_grad():
         SharedForward(lm, (), rows=1, width=1).run(_inputs(lm, 1), wrap_modules, alone=True)
-    kinds_in_order = tuple([kinds[number] for number in range(len(blocks))])
+    kinds_in_order = tuple(map(kinds.__getitem__, range(len(blocks))))
     return Ending(kinds_in_order, frozenset(begun), frozenset(ended))
 
 
@@ -107,7 +107,7 @@ def _blocks_of(lm: LM) -> list[torch.nn.Module]:
 
 
 def _modules_inside(blocks: Sequence[torch.nn.Module]) -> set[torch.nn.Module]:
-    return set(itertools.chain.from_iterable(block.modules() for block in blocks))
+    return set(itertools.chain.from_iterable(map(torch.nn.Module.modules, blocks)))
 
 
 def _inputs(lm: LM, rows: int) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def read_inputs(lm: LM, prompts: Prompts, metrics: Sequence[Metric], pos: int) -
             f"loss reads a continuation after the prompt, and {len(losses)} were asked for with "
             f"pos={pos}: ask for one, at pos=-1"
         )
-    continuations = losses[0].tokens(lm, len(rows))
+    continuations = losses[0].prepare(lm, len(rows))
     joined = [[*row, *tokens[:-1]] for row, tokens in zip(rows, continuations, strict=True)]
     run_rows = as_batch(lm, joined).rows
     read_counts = tuple(map(len, continuations))

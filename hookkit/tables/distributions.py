@@ -26,17 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import EmptySelection, OutOfRange
+from ..models import next_token
 from ..models.lm import LM
-from ..models.next_token import (
-    NO_RANK,
-    entropy_of,
-    exact_logprobs,
-    margin_of,
-    ranks_for_table,
-    token_logits,
-    top_tokens,
-    varentropy_of,
-)
 from ..models.positions import (
     IndicesLike,
     PosLike,
@@ -89,12 +80,12 @@ class Distribution:
     @cached_property
     def exact(self) -> LogitVector:
         """The log-probabilities in float64."""
-        return exact_logprobs(self.logits)
+        return next_token.exact_logprobs(self.logits)
 
     @property
     def real(self) -> LogitVector:
         """The logits of the rows of the vocabulary that are tokens."""
-        return token_logits(self.logits, self.lm.n_tokens)
+        return next_token.token_logits(self.logits, self.lm.n_tokens)
 
     @cached_property
     def _ascending(self) -> LogitVector:
@@ -105,7 +96,7 @@ class Distribution:
         logits = self.logits[ids].contiguous()
         not_larger = torch.searchsorted(self._ascending, logits, right=True)
         larger = len(self.real) - not_larger  # NaN counts as larger
-        return (larger + 1).masked_fill(logits.isnan(), NO_RANK)
+        return (larger + 1).masked_fill(logits.isnan(), next_token.NO_RANK)
 
     @property
     def unknown(self) -> bool:
@@ -118,7 +109,7 @@ class Distribution:
 
     @cached_property
     def _by_rank(self) -> Int[Tensor, " token"]:
-        return top_tokens(self.logits, self.lm.n_tokens, None)
+        return next_token.top_tokens(self.logits, self.lm.n_tokens, None)
 
     def top_names(self, count: int) -> list[str | None]:
         """Returns the most likely tokens; None if logits are NaN, so that no token is the first."""
@@ -135,23 +126,23 @@ class Distribution:
             f"logit{suffix}": self.logits[ids].double().tolist(),
             f"logprob{suffix}": self.logprobs[ids].double().tolist(),
             f"prob{suffix}": self.probs[ids].double().tolist(),
-            f"rank{suffix}": ranks_for_table(self.ranks(ids)).tolist(),
+            f"rank{suffix}": next_token.ranks_for_table(self.ranks(ids)).tolist(),
         }
 
     @cached_property
     def entropy(self) -> float:
         """-Σ p log p, in nats."""
-        return float(entropy_of(self.exact))
+        return float(next_token.entropy_of(self.exact))
 
     @cached_property
     def varentropy(self) -> float:
         """The variance of -log p under p, in nats²."""
-        return float(varentropy_of(self.exact))
+        return float(next_token.varentropy_of(self.exact))
 
     @cached_property
     def margin(self) -> float:
         """The largest logit minus the second; NaN if logits are NaN."""
-        return float(margin_of(self.logits.double(), self.lm.n_tokens))
+        return float(next_token.margin_of(self.logits.double(), self.lm.n_tokens))
 
 
 def distributions(

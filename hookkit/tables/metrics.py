@@ -8,6 +8,7 @@ the loss of a continuation (`loss`) are in this file. The metrics of tokens are 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -24,13 +25,7 @@ from ..arguments import (
 )
 from ..errors import BadArgument, BadEdit, BadHook, BadPrompt, EmptySelection, Unsupported
 from ..models.lm import LM
-from ..models.next_token import (
-    entropy_of,
-    exact_logprobs,
-    kl_divergence,
-    token_logits,
-    values_at,
-)
+from ..models.next_token import entropy_of, exact_logprobs, kl_divergence, token_logits, values_at
 from ..models.prompts import check_prompts, shorten
 from ..runs.run import Run
 from .distributions import distributions
@@ -69,6 +64,13 @@ class Metric:
 
         Raises if a token is not in the vocabulary, or if a prompt has no token.
         """
+        return partial(self.measure, lm, self.prepare(lm, count))
+
+    def prepare(self, lm: LM, count: int) -> Any:
+        """Returns what `measure` needs beside the logits of these prompts, such as token ids."""
+
+    def measure(self, lm: LM, prepared: Any, inputs: Said) -> Float[Tensor, " row"]:
+        """Returns the metric of each row."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
     def __call__(self, run: Run, *, pos: int = -1) -> Float[Tensor, " row"]:
@@ -100,10 +102,7 @@ class FunctionMetric(Metric):
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self.fn, "__name__", "metric").replace("<lambda>", "metric")
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        return self._measure
-
-    def _measure(self, inputs: Said) -> Tensor:
+    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
         numbers = self.fn(inputs.logits.clone())  # the function may write into its argument
         if isinstance(numbers, Tensor) and numbers.shape == (len(inputs.rows),):
             return numbers.float()
@@ -160,8 +159,8 @@ class Entropy(Metric):
 
     name: ClassVar[str] = "entropy"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        return lambda inputs: entropy_of(inputs.logits.log_softmax(-1))
+    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+        return entropy_of(inputs.logits.log_softmax(-1))
 
 
 @check_arguments
@@ -183,30 +182,28 @@ class KL(Metric):
     def __repr__(self) -> str:
         return "KL()" if self.reference is None else f"KL({self.reference})"
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        reference: Tensor | None = None
-        if self.reference is not None:
-            reference = logits_at(self.reference, self.pos)
-            if len(reference) not in (1, count):
-                raise BadPrompt(
-                    f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
-                    "give as many, or one"
-                )
-            reference = reference.expand(count, -1)
+    def prepare(self, lm: LM, count: int) -> Float[Tensor, "row vocab"] | None:
+        if self.reference is None:
+            return None
+        reference = logits_at(self.reference, self.pos)
+        if len(reference) not in (1, count):
+            raise BadPrompt(
+                f"kl has a reference of {len(reference)} rows, and there are {count} prompts: "
+                "give as many, or one"
+            )
+        return reference.expand(count, -1)
 
-        def measure(inputs: Said) -> Tensor:
-            logits, before = inputs.logits, inputs.before
-            if reference is not None:
-                before = reference[list(inputs.rows)].to(logits.device)
-            if before is None:
-                raise Unsupported(
-                    "kl() without a reference compares a sweep's cells with no edit: "
-                    "give kl(reference_run)"
-                )
-            divergence = kl_divergence(exact_logprobs(before), exact_logprobs(logits))
-            return divergence.clamp(min=0).float()
-
-        return measure
+    def measure(self, lm: LM, prepared: Tensor | None, inputs: Said) -> Tensor:
+        before = inputs.before
+        if prepared is not None:
+            before = prepared[list(inputs.rows)].to(inputs.logits.device)
+        if before is None:
+            raise Unsupported(
+                "kl() without a reference compares a sweep's cells with no edit: "
+                "give kl(reference_run)"
+            )
+        divergence = kl_divergence(exact_logprobs(before), exact_logprobs(inputs.logits))
+        return divergence.clamp(min=0).float()
 
 
 @check_arguments
@@ -231,19 +228,16 @@ class Top1Changed(Metric):
     name: ClassVar[str] = "top1_changed"
     compares: ClassVar[bool] = True
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        def measure(inputs: Said) -> Tensor:
-            if inputs.before is None:
-                raise Unsupported(
-                    "top1_changed compares a sweep's cells with no edit, and a run has none to "
-                    "compare with"
-                )
-            before = token_logits(inputs.before, lm.n_tokens).argmax(-1)
-            after = token_logits(inputs.logits, lm.n_tokens).argmax(-1)
-            unknown = inputs.logits.isnan().any(-1) | inputs.before.isnan().any(-1)
-            return (after != before).float().masked_fill(unknown, torch.nan)
-
-        return measure
+    def measure(self, lm: LM, prepared: None, inputs: Said) -> Tensor:
+        if inputs.before is None:
+            raise Unsupported(
+                "top1_changed compares a sweep's cells with no edit, and a run has none to "
+                "compare with"
+            )
+        before = token_logits(inputs.before, lm.n_tokens).argmax(-1)
+        after = token_logits(inputs.logits, lm.n_tokens).argmax(-1)
+        unknown = inputs.logits.isnan().any(-1) | inputs.before.isnan().any(-1)
+        return (after != before).float().masked_fill(unknown, torch.nan)
 
 
 @check_arguments
@@ -275,7 +269,7 @@ class Loss(Metric):
             )
         object.__setattr__(self, "continuation", continuation)
 
-    def tokens(self, lm: LM, count: int) -> list[tuple[int, ...]]:
+    def prepare(self, lm: LM, count: int) -> list[tuple[int, ...]]:
         """Returns the tokens of each prompt's continuation."""
         continuation = self.continuation
         entries = continuation if isinstance(continuation, list) else [continuation] * count
@@ -286,22 +280,17 @@ class Loss(Metric):
             )
         return [_tokens_of(lm, entry) for entry in entries]
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        tokens = self.tokens(lm, count)
-
-        def measure(inputs: Said) -> Tensor:
-            if inputs.after is None:
-                raise Unsupported(
-                    "loss reads a continuation, which a sweep feeds to the model; a run has none: "
-                    "see surprisal"
-                )
-            losses = []
-            for row, logits in zip(inputs.rows, inputs.after, strict=True):
-                ids = torch.tensor(tokens[row], device=logits.device)
-                losses.append(-values_at(logits.log_softmax(-1), ids).mean())
-            return torch.stack(losses)
-
-        return measure
+    def measure(self, lm: LM, prepared: list[tuple[int, ...]], inputs: Said) -> Tensor:
+        if inputs.after is None:
+            raise Unsupported(
+                "loss reads a continuation, which a sweep feeds to the model; a run has none: "
+                "see surprisal"
+            )
+        losses = []
+        for row, logits in zip(inputs.rows, inputs.after, strict=True):
+            ids = torch.tensor(prepared[row])
+            losses.append(-values_at(logits.log_softmax(-1), ids).mean())
+        return torch.stack(losses)
 
 
 def _read_continuation(continuation: object) -> str | tuple[int, ...]:

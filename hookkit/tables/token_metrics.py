@@ -19,7 +19,7 @@ from ..models.batch_positions import pad_rows
 from ..models.lm import LM, Token
 from ..models.next_token import rank_among, ranks_for_table, token_logits
 from ..models.tokens import check_token, check_tokens
-from .metrics import Measure, Metric, Said
+from .metrics import Metric, Said
 
 Answers: TypeAlias = Token | tuple[Token, ...] | list[Token] | list[Token | tuple[Token, ...]]
 
@@ -124,9 +124,12 @@ class LogitDiff(Metric):
         object.__setattr__(self, "right", read_answers(self.right, "right"))
         object.__setattr__(self, "wrong", read_answers(self.wrong, "wrong"))
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        right, wrong = ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
-        return lambda inputs: right.mean(inputs) - wrong.mean(inputs)
+    def prepare(self, lm: LM, count: int) -> tuple[Ids, Ids]:
+        return ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
+
+    def measure(self, lm: LM, prepared: tuple[Ids, Ids], inputs: Said) -> Tensor:
+        right, wrong = prepared
+        return right.mean(inputs) - wrong.mean(inputs)
 
 
 @check_keywords
@@ -151,13 +154,8 @@ class TokenMetric(Metric):
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", read_answers(self.token, "token"))
 
-    def bound(self, lm: LM, count: int) -> Measure:
-        ids = ids_of(lm, self.token, count)
-        return lambda inputs: self.measure(lm, ids, inputs)
-
-    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
-        """Returns the metric of each row."""
-        raise AssertionError(f"{type(self).__name__} measures nothing")
+    def prepare(self, lm: LM, count: int) -> Ids:
+        return ids_of(lm, self.token, count)
 
 
 class Logit(TokenMetric):
@@ -165,8 +163,8 @@ class Logit(TokenMetric):
 
     name: ClassVar[str] = "logit"
 
-    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
-        return ids.mean(inputs)
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        return prepared.mean(inputs)
 
 
 @check_keywords
@@ -180,8 +178,8 @@ class Logprob(TokenMetric):
 
     name: ClassVar[str] = "logprob"
 
-    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
-        return ids.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf).logsumexp(-1)
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        return prepared.of(inputs.logits.log_softmax(-1), inputs.rows, -math.inf).logsumexp(-1)
 
 
 @check_keywords
@@ -195,8 +193,8 @@ class Prob(TokenMetric):
 
     name: ClassVar[str] = "prob"
 
-    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
-        return ids.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        return prepared.of(inputs.logits.softmax(-1), inputs.rows, 0.0).sum(-1)
 
 
 @check_keywords
@@ -210,8 +208,8 @@ class Rank(TokenMetric):
 
     name: ClassVar[str] = "rank"
 
-    def measure(self, lm: LM, ids: Ids, inputs: Said) -> Tensor:
-        largest = ids.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
+    def measure(self, lm: LM, prepared: Ids, inputs: Said) -> Tensor:
+        largest = prepared.of(inputs.logits, inputs.rows, -math.inf).amax(-1)
         ranks = rank_among(token_logits(inputs.logits, lm.n_tokens), largest)
         return ranks_for_table(ranks).float()
 
