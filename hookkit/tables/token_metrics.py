@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..arguments import as_integer, as_items, check_keywords, describe
+from ..arguments import as_items, check_keywords, describe
 from ..errors import BadHook, BadPrompt, EmptySelection
+from ..hooks.base import as_tuple, set_field
 from ..models.batch_positions import pad_rows
 from ..models.lm import LM, Token
 from ..models.next_token import rank_among, ranks_for_table, token_logits
@@ -46,8 +47,6 @@ class Ids:
 def read_answers(answers: object, name: str) -> Answers:
     """Returns answers as a metric stores them: a token, a tuple of tokens that all count, or a list
     with an entry for each prompt."""
-    if isinstance(answers, str) or as_integer(answers) is not None:
-        return check_token(answers, name)
     if isinstance(answers, tuple):
         return _read_several(answers, name)
     if isinstance(answers, Set):
@@ -57,7 +56,7 @@ def read_answers(answers: object, name: str) -> Answers:
         )
     items = as_items(answers)
     if items is None:
-        return check_token(answers, name)  # raises
+        return check_token(answers, name)
     if not items:
         raise EmptySelection(f"{name}=[] has no token: a list has an entry for each prompt")
     return [_read_entry(item, name, number) for number, item in enumerate(items)]
@@ -101,7 +100,7 @@ def ids_of(lm: LM, answers: Answers, count: int) -> Ids:
         )
     rows = []
     for entry in entries:
-        ids = list(map(lm.token, entry if isinstance(entry, tuple) else (entry,)))
+        ids = list(map(lm.token, as_tuple(entry)))
         if len(set(ids)) < len(ids):
             raise BadHook(
                 f"a metric names token {max(ids, key=ids.count)} twice for one prompt: "
@@ -121,8 +120,8 @@ class LogitDiff(Metric):
     name: ClassVar[str] = "logit_diff"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "right", read_answers(self.right, "right"))
-        object.__setattr__(self, "wrong", read_answers(self.wrong, "wrong"))
+        set_field(self, "right", read_answers(self.right, "right"))
+        set_field(self, "wrong", read_answers(self.wrong, "wrong"))
 
     def prepare(self, lm: LM, count: int) -> tuple[Ids, Ids]:
         return ids_of(lm, self.right, count), ids_of(lm, self.wrong, count)
@@ -152,7 +151,7 @@ class TokenMetric(Metric):
     token: Answers
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token", read_answers(self.token, "token"))
+        set_field(self, "token", read_answers(self.token, "token"))
 
     def prepare(self, lm: LM, count: int) -> Ids:
         return ids_of(lm, self.token, count)
