@@ -187,12 +187,12 @@ class ModelEnd:
             return self._run(states)
         assert cells is not None
         parts = []
-        order = cells.positions.argsort(stable=True).to(states.device)
+        order = cells.positions.argsort(stable=True)
         positions, counts = cells.positions.unique(return_counts=True)
         pieces = order.split(counts.tolist())
         for pos, numbers in zip(positions.tolist(), pieces, strict=True):
             # hooks see a forward of one position
-            lane = self._lane(cells.rows[numbers.cpu()].tolist(), pos)
+            lane = self._lane(cells.rows[numbers].tolist(), pos)
             parts.append(self._run(states[numbers], [(lane, self.taps)]))
         return torch.cat(parts)[order.argsort()]
 

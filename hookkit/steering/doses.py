@@ -159,20 +159,20 @@ def dose_response(
 
 def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
     """Returns each vector with its name; names and sites together are unique."""
-    named: list[tuple[str, Any]] = []
-    if isinstance(vectors, Mapping):
-        for name, group in vectors.items():
-            named += [(str(name), vector) for vector in _as_list(group)]
-    else:
-        named += [(getattr(vector, "method", ""), vector) for vector in _as_list(vectors)]
+    groups: Mapping[Any, Any] = vectors if isinstance(vectors, Mapping) else {None: vectors}
+    named: list[tuple[str, Vector]] = []
+    for name, group in groups.items():
+        is_one = isinstance(group, Vector) or not isinstance(group, Iterable)
+        for vector in [group] if is_one else group:
+            if not isinstance(vector, Vector):
+                raise BadHook(
+                    f"{type(vector).__name__} is no steering vector with a length of the stream: "
+                    "make one with hk.mean_difference, hk.fit_vector …, or "
+                    "hk.Vector(site, tensor, norm)"
+                )
+            named.append((vector.method if name is None else str(name), vector))
     if not named:
         raise BadHook("there is no vector: give at least one")
-    for _, vector in named:
-        if not isinstance(vector, Vector):
-            raise BadHook(
-                f"{type(vector).__name__} is no steering vector with a length of the stream: make "
-                "one with hk.mean_difference, hk.fit_vector …, or hk.Vector(site, tensor, norm)"
-            )
     keys = [(name, vector.site) for name, vector in named]
     for name, site in keys:
         if keys.count((name, site)) > 1:
@@ -180,12 +180,6 @@ def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector
                 f'two vectors are {name!r} at {site}: give them names, {{"one": …, "other": …}}'
             )
     return named
-
-
-def _as_list(vectors: Any) -> list[Any]:
-    if isinstance(vectors, Vector) or not isinstance(vectors, Iterable):
-        return [vectors]
-    return list(vectors)
 
 
 def _with_names(table: pd.DataFrame, named: Sequence[tuple[str, Vector]]) -> pd.DataFrame:
