@@ -47,34 +47,29 @@ class Ids:
 def read_answers(answers: object, name: str) -> Answers:
     """Returns answers as a metric stores them: a token, a tuple of tokens that all count, or a list
     with an entry for each prompt."""
-    if isinstance(answers, tuple):
-        return _read_several(answers, name)
     if isinstance(answers, Set):
         raise BadHook(
             f"{name}={describe(answers)} has no order: give a tuple of tokens that count, or a "
             "list of them"
         )
-    items = as_items(answers)
+    items = None if isinstance(answers, tuple) else as_items(answers)
     if items is None:
-        return check_token(answers, name)
+        return _read_entry(answers, name)
     if not items:
         raise EmptySelection(f"{name}=[] has no token: a list has an entry for each prompt")
-    return [_read_entry(item, name, number) for number, item in enumerate(items)]
+    for number, item in enumerate(items):
+        if not isinstance(item, str | tuple) and as_items(item) is not None:
+            raise BadHook(
+                f"{name} has {describe(item)} for prompt {number}, which is no token: write "
+                "several that count as a tuple"
+            )
+    return [_read_entry(item, name) for item in items]
 
 
-def _read_entry(item: object, name: str, number: int) -> Token | tuple[Token, ...]:
-    """Returns the token, or the tuple of tokens, of one prompt."""
-    if isinstance(item, tuple):
-        return _read_several(item, name)
-    if not isinstance(item, str) and as_items(item) is not None:
-        raise BadHook(
-            f"{name} has {describe(item)} for prompt {number}, which is no token: write several "
-            "that count as a tuple"
-        )
-    return check_token(item, name)
-
-
-def _read_several(answers: tuple[object, ...], name: str) -> tuple[Token, ...]:
+def _read_entry(answers: object, name: str) -> Token | tuple[Token, ...]:
+    """Returns a token, or a tuple of tokens that all count."""
+    if not isinstance(answers, tuple):
+        return check_token(answers, name)
     if not answers:
         raise BadHook("a metric was given an empty tuple of tokens: name at least one")
     return check_tokens(answers, name)
