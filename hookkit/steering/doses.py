@@ -159,7 +159,7 @@ def dose_response(
 
 def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector]]:
     """Returns each vector with its name; names and sites together are unique."""
-    groups: Mapping[Any, Any] = vectors if isinstance(vectors, Mapping) else {None: vectors}
+    groups: dict[Any, Any] = dict(vectors) if isinstance(vectors, Mapping) else {None: vectors}
     named: list[tuple[str, Vector]] = []
     for name, group in groups.items():
         is_one = isinstance(group, Vector) or not isinstance(group, Iterable)

@@ -44,9 +44,9 @@ def calibration(
     check_integer(bins, "bins", least=1, meaning="how many bins,")
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
-    groups = pd.DataFrame({"confidence": confidences, "accuracy": answers}).groupby(bin_of)
+    groups: Any = pd.DataFrame({"confidence": confidences, "accuracy": answers}).groupby(bin_of)
     table = groups.mean().reindex(range(bins)).reset_index(names="bin")
-    counts: Any = groups.size().reindex(range(bins), fill_value=0)
+    counts = groups.size().reindex(range(bins), fill_value=0)
     table = table.assign(low=edges[:-1], high=edges[1:], count=counts)
     table["gap"] = table["confidence"] - table["accuracy"]
     table["error"] = table["gap"].abs().fillna(0.0) * table["count"] / len(confidences)

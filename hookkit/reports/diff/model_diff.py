@@ -14,12 +14,13 @@ from ...arguments import check_arguments, check_integer, check_number
 from ...display import count_of, first_rows, render_html
 from ...errors import BadHook, OutOfRange, Unsupported
 from ...figures.diff import stream_map, through_layers, token_bars
+from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
 from ...models.positions import PosLike, Where, read_position
 from ...models.prompts import Prompts, shorten
 from ...models.provenance import about_model, git_commit, versions
 from ...models.sites import AnySite, Site, SitesLike, parse_site
-from ...tables.rank_tables import named_tokens, watched_ids
+from ...tables.rank_tables import watched_ids
 from .. import comparison
 from ..page import Report
 from ..parts import Content, Part

@@ -15,12 +15,13 @@ from ...arguments import check_arguments, check_integer
 from ...errors import BadHook
 from ...figures import shift as figures
 from ...hooks.base import Hook
+from ...hooks.logits import named_tokens
 from ...models.lm import LM, Token
 from ...models.prompts import Prompts, Row, as_batch, shorten
 from ...models.provenance import about_model, git_commit
 from ...sweeps.summary import over_prompts
 from ...tables.intervals import MIN_FOR_INTERVAL
-from ...tables.rank_tables import Pair, named_tokens, watched_ids
+from ...tables.rank_tables import Pair, watched_ids
 from .. import comparison
 from ..page import Report
 from ..parts import Content, Part
