@@ -127,13 +127,12 @@ def _ids_of_cells(run: Run, token: Tokens, cells: Cells) -> Int[Tensor, " cell"]
         raise BadPrompt(
             f"there are {len(tokens)} tokens for {count} rows: give one for each row, or one"
         )
-    return torch.tensor([run.lm.token(entry) for entry in tokens])[cells.rows]
+    return torch.tensor(list(map(run.lm.token, tokens)))[cells.rows]
 
 
 def _logits_at(run: Run, cells: Cells) -> Float[Tensor, "cell vocab"]:
     captured = run.captured_logits()
-    pairs = zip(cells.index.tolist(), cells.positions.tolist(), strict=True)
-    columns = [captured.column(index, pos) for index, pos in pairs]
+    columns = list(map(captured.column, cells.index.tolist(), cells.positions.tolist()))
     logits = captured.values[cells.index, columns]
     unknown = cells.rows[logits.isnan().any(-1).cpu()].tolist()
     if unknown:
@@ -251,10 +250,10 @@ def logit_terms(
     dims = products.abs().sort(descending=True, stable=True).indices[:top]
     logit = float(captured.values[row, captured.column(row, int(end.positions[row, 0])), token_id])
     raw = float(read.raw[0, token_id])
-    columns = (dims, weight[dims], hidden[dims], products[dims])
-    names = ["dim", "weight", "hidden", "product"]
-    table = pd.DataFrame(dict(zip(names, [column.tolist() for column in columns], strict=True)))
-    table.insert(0, "term", [f"dim {dim}" for dim in dims.tolist()])
+    table = pd.DataFrame({"term": "dim ", "dim": dims.tolist()})
+    table["term"] += table["dim"].astype(str)
+    for name, numbers in (("weight", weight), ("hidden", hidden), ("product", products)):
+        table[name] = numbers[dims].tolist()
     sums = {"others": raw - bias - sum(table["product"]), "bias": bias}
     if abs(logit - raw) > 1e-6 * max(1.0, abs(raw)):
         sums["soft-cap, scale or edit"] = logit - raw

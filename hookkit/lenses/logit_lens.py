@@ -266,7 +266,7 @@ def logit_path(lm: LM, prompt: Prompts, *hooks: Hook, pos: int = -1, top: int = 
     for site in sites:
         values = run[site]
         vector = values[0, pos].float()
-        numbers = ", ".join([f"{number:.3g}" for number in vector[:4].tolist()])
+        numbers = ", ".join(map("{:.3g}".format, vector[:4].tolist()))
         rows.append(
             {
                 "stage": stages[site],

@@ -98,9 +98,10 @@ def at_damage(
         delta = f"{metric}_delta"
         random_means = random.groupby(["site", "row"])[delta].mean().reindex(prompts_of_sites)
         result[f"{metric}_gain"] = result[delta] - random_means.to_numpy()
-        spreads = {site: _random_spread(rows, delta) for site, rows in random.groupby("site")}
-        pairs = [spreads.get(site, (np.nan, np.nan)) for site in result["site"]]
-        result[f"{metric}_random_sd"], result[f"{metric}_random_rest"] = zip(*pairs, strict=True)
+        companions = [f"{metric}_random_sd", f"{metric}_random_rest"]
+        result[companions] = np.nan
+        for site, rows in random.groupby("site"):
+            result.loc[result["site"] == site, companions] = _random_spread(rows, delta)
     return result
 
 

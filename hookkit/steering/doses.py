@@ -78,8 +78,10 @@ def _logprobs(
 ) -> list[Float[Tensor, "pos vocab"]]:
     """Returns the log-probabilities at each token of each row but its last."""
     logits = forward(lm, list(rows), *hooks).logits
-    pairs = zip(logits, rows, strict=True)
-    return [logits_of_row[: len(row) - 1].float().log_softmax(-1) for logits_of_row, row in pairs]
+    logprobs = []
+    for row, logits_of_row in zip(rows, logits, strict=True):
+        logprobs.append(logits_of_row[: len(row) - 1].float().log_softmax(-1))
+    return logprobs
 
 
 def _damage_sums(
@@ -87,9 +89,10 @@ def _damage_sums(
 ) -> Float[Tensor, " 3"]:
     """Returns the sums over a row's tokens of the loss, the loss before, and KL(before ‖ after)."""
     tokens = torch.tensor(row[1:])
-    losses = [-values_at(logprobs, tokens).sum(dtype=torch.float64) for logprobs in (after, before)]
+    loss = -values_at(after, tokens).sum(dtype=torch.float64)
+    loss_before = -values_at(before, tokens).sum(dtype=torch.float64)
     kl = kl_divergence(before, after, dtype=torch.float64).clamp(min=0)
-    return torch.stack([*losses, kl.sum()]).cpu()
+    return torch.stack([loss, loss_before, kl.sum()]).cpu()
 
 
 @check_arguments

@@ -20,7 +20,7 @@ from ..arguments import check_arguments, check_number
 from ..errors import BadHook, EmptySelection
 from ..hooks.base import Hook, as_where, require_vectors
 from ..hooks.edits import edit
-from ..hooks.vector import Vector, data_hash, describe_model
+from ..hooks.vector import Vector
 from ..models.lm import LM
 from ..models.padding import logits_of
 from ..models.positions import PosLike
@@ -31,7 +31,7 @@ from ..runs.manager import HookManager
 from ..sweeps.cell_metrics import CellMetrics
 from ..sweeps.inputs import SweepInputs, read_inputs
 from ..tables.metrics import FunctionMetric, Loss, Metric, MetricLike, as_metrics, loss
-from .directions import BATCH, collect_statistics, median_length
+from .directions import BATCH, collect_statistics, median_length, provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,11 @@ class Aim:
 
     def mean(self, vector: Float[Tensor, " d"]) -> float:
         """Returns the metric's mean over the prompts, with the vector added."""
+        total = 0.0
         with torch.no_grad():
-            totals = [float(self._total(vector, rows)) for rows in self._batches]
-        return sum(totals) / len(self.inputs)
+            for rows in self._batches:
+                total += float(self._total(vector, rows))
+        return total / len(self.inputs)
 
     def mean_and_gradient(self, vector: Float[Tensor, " d"]) -> tuple[float, Float[Tensor, " d"]]:
         """Returns the metric's mean over the prompts, and its gradient for the vector."""
@@ -226,12 +228,9 @@ def fit_vector(
         bar = tqdm(range(steps), unit="step", disable=hidden)
         vector, curve = _descend(fit_aim, start, lr * norm / width**0.5, longest, bar)
     about = {
-        **describe_model(lm),
-        "method": "learnt",
-        "pos": repr(pos),
-        "target": fit_aim.words,
+        **provenance(lm, "learnt", pos, rows, fit_aim.inputs.run_rows),
         "prompts": [len(rows)],
-        "data_sha256": data_hash(rows, fit_aim.inputs.run_rows),
+        "target": fit_aim.words,
         "steps": steps,
         "lr": lr,
         "dose": dose,
