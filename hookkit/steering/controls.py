@@ -93,7 +93,7 @@ def at_damage(
     # sample n is one direction for all vectors of a site
     counts = random.groupby("site")["sample"].nunique().to_dict()
     result["random_vectors"] = result["site"].map(counts).fillna(0).astype(int)
-    prompts_of_sites: Any = pd.MultiIndex.from_frame(result[["site", "row"]])
+    prompts_of_sites: Any = pd.MultiIndex.from_arrays([result["site"], result["row"]])
     for metric in metrics:
         delta = f"{metric}_delta"
         random_means = random.groupby(["site", "row"])[delta].mean().reindex(prompts_of_sites)
@@ -129,7 +129,8 @@ def _interpolate(
 
     It lies between two doses that were run, or between none and the first.
     """
-    rows_at: dict[float, Any] = {dose: rows.set_index("row") for dose, rows in side.groupby("dose")}
+    groups: Any = side.groupby("dose")
+    rows_at: dict[float, Any] = {dose: rows.set_index("row") for dose, rows in groups}
     doses = [0.0, *sorted(rows_at, key=abs)]
     costs = [0.0, *[float(rows_at[dose][by].iloc[0]) for dose in doses[1:]]]
     first = rows_at[doses[1]]

@@ -165,8 +165,9 @@ def _named(vectors: Vector | Sequence[Vector] | Named) -> list[tuple[str, Vector
     groups: dict[Any, Any] = dict(vectors) if isinstance(vectors, Mapping) else {None: vectors}
     named: list[tuple[str, Vector]] = []
     for name, group in groups.items():
-        is_one = isinstance(group, Vector) or not isinstance(group, Iterable)
-        for vector in [group] if is_one else group:
+        is_several = isinstance(group, Iterable) and not isinstance(group, Vector)
+        members: Any = group if is_several else [group]
+        for vector in members:
             if not isinstance(vector, Vector):
                 raise BadHook(
                     f"{type(vector).__name__} is no steering vector with a length of the stream: "

@@ -48,11 +48,11 @@ def calibration(
     table = groups.mean().reindex(range(bins)).reset_index(names="bin")
     counts = groups.size().reindex(range(bins), fill_value=0)
     table = table.assign(low=edges[:-1], high=edges[1:], count=counts)
-    table["gap"] = table["confidence"] - table["accuracy"]
-    table["error"] = table["gap"].abs().fillna(0.0) * table["count"] / len(confidences)
-    columns = ["bin", "low", "high", "count", "confidence", "accuracy", "gap", "error"]
-    table = pd.DataFrame(table[columns])
-    table.attrs["ece"] = round(float(table["error"].sum()), 12)  # without the error of rounding
+    gap = table["confidence"] - table["accuracy"]
+    error = gap.abs().fillna(0.0) * counts / len(confidences)
+    columns = ["bin", "low", "high", "count", "confidence", "accuracy"]
+    table = pd.DataFrame(table[columns]).assign(gap=gap, error=error)
+    table.attrs["ece"] = round(float(error.sum()), 12)  # without the error of rounding
     return table
 
 
