@@ -220,12 +220,16 @@ def _tokenizer_problems(lm: LM) -> list[str]:
 
 def _notes(lm: LM) -> list[str]:
     notes = []
-    if lm.tokenizer is not None and lm.tokenizer.pad_token_id is None:
-        notes.append(
-            "the tokenizer has no pad token: hookkit pads with its end token, which the mask hides"
-        )
-    if lm.tokenizer is not None and lm.tokenizer.padding_side == "right":
-        notes.append("the tokenizer pads on the right: hk.generate pads on the left all the same")
+    if lm.tokenizer is not None:
+        if lm.tokenizer.pad_token_id is None:
+            notes.append(
+                "the tokenizer has no pad token: hookkit pads with its end token, which the mask "
+                "hides"
+            )
+        if lm.tokenizer.padding_side == "right":
+            notes.append(
+                "the tokenizer pads on the right: hk.generate pads on the left all the same"
+            )
     unused = (lm.sizes["vocab"] or 0) - lm.n_tokens
     if unused > 0:
         notes.append(f"{unused} rows of the vocabulary are no token: they are never ranked")

@@ -170,9 +170,10 @@ class Cap(TokensEdit, verb="cap"):
                 limit = fitted_number(self.logit, logits.dtype, "logit")
                 new[..., tokens] = round_down(exact.clamp(max=limit), logits.dtype)
                 return new
-            others = logits.to(exact.dtype, copy=True)
-            others[..., tokens] = -math.inf
-            odds = exact.logsumexp(dim=-1, keepdim=True) - others.logsumexp(dim=-1, keepdim=True)
+            other_logits = logits.to(exact.dtype, copy=True)
+            other_logits[..., tokens] = -math.inf
+            other_odds = other_logits.logsumexp(dim=-1, keepdim=True)
+            odds = exact.logsumexp(dim=-1, keepdim=True) - other_odds
             shift = (math.log(self.prob / (1 - self.prob)) - odds).clamp(max=0)
             new[..., tokens] = round_down(exact + shift, logits.dtype)
             if bool(here.real_cells(~(new.amax(dim=-1) > -math.inf)).any()):
