@@ -255,8 +255,8 @@ class CapturedChunk:
         if not kept_indices:
             return []
         rows = [cells.rows[index] for index in kept_indices]
-        places = [cells.places[index] for index in kept_indices]
-        kept_cells = replace(cells, rows=rows, places=places, valid=None, whole=False)
+        positions = [cells.places[index] for index in kept_indices]
+        kept_cells = replace(cells, rows=rows, places=positions, valid=None, whole=False)
         return [CapturedChunk(self.call, kept_cells, self.values[kept_indices])]
 
 
