@@ -108,7 +108,13 @@ class PromptOptions:
             else:
                 prompts.append(_check_utf8(argument))
         if self.prompts is not None:
-            prompts += _split_lines(_read_prompt_file(self.prompts))
+            try:
+                prompts += _split_lines(read_text(self.prompts).replace("\r\n", "\n"))
+            except BadFile as error:
+                cause = error_message(error.__cause__ or error)
+                raise BadFile(
+                    f"{str(self.prompts)!r} cannot be read as a file of prompts: {cause}"
+                ) from error
         if not prompts:
             raise BadPrompt(
                 "there is no prompt: give a text, --prompts FILE, or - for standard input"
@@ -148,14 +154,6 @@ def _split_lines(text: str) -> list[str]:
     if not text:
         return []
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-
-
-def _read_prompt_file(path: Path) -> str:
-    try:
-        return read_text(path).replace("\r\n", "\n")
-    except BadFile as error:
-        cause = error_message(error.__cause__ or error)
-        raise BadFile(f"{str(path)!r} cannot be read as a file of prompts: {cause}") from error
 
 
 # The verbs that are options, in the order in which their hooks act.

@@ -13,7 +13,6 @@ from zlib import crc32
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ...arguments import as_integer, as_items, check_arguments, check_fields, check_seed, describe
@@ -256,8 +255,11 @@ def _measure(
     lm: LM, prompts: Sequence[Prompt], answers: list[int], wrong: list[int]
 ) -> dict[str, list[Any]]:
     """Returns the columns of `check` for the clean or the corrupted prompts."""
-    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
-    logits = torch.cat([_last_logits(lm, chunk) for chunk in chunks])
+    parts: list[Tensor] = []
+    for start in range(0, len(prompts), CHUNK):
+        run = forward(lm, _as_prompts(prompts[start : start + CHUNK]), logits="last")
+        parts.append(run.logits[:, -1].float().cpu())
+    logits = torch.cat(parts)  # [row, vocab]
     rows = torch.arange(len(prompts))
     answer_logits, wrong_logits = logits[rows, answers], logits[rows, wrong]
     return {
@@ -268,11 +270,6 @@ def _measure(
             rank_among(token_logits(logits, lm.n_tokens), answer_logits)
         ).tolist(),
     }
-
-
-def _last_logits(lm: LM, prompts: Sequence[Prompt]) -> Float[Tensor, "row vocab"]:
-    """Returns the logits after each prompt's last token, in float32 on the CPU."""
-    return forward(lm, _as_prompts(prompts), logits="last").logits[:, -1].float().cpu()
 
 
 def _as_prompts(prompts: Sequence[Prompt]) -> Prompts:

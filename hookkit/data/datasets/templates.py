@@ -44,6 +44,9 @@ class Draw:
     labels: Mapping[str, Label] = field(default_factory=dict)
 
 
+DrawPair: TypeAlias = Callable[[Random], Draw | None]  # None for a pair that is unusable
+
+
 @dataclass(frozen=True)
 class TokenizedDraw:
     """A draw that is usable with the tokenizer. `length` is the number of tokens of a prompt."""
@@ -57,7 +60,7 @@ class TokenizedDraw:
 def sample_pairs(
     name: str,
     lm: LM,
-    draw: Callable[[Random], Draw | None],
+    draw: DrawPair,
     n: int,
     *,
     seed: int,
@@ -102,7 +105,7 @@ def sample_pairs(
 
 
 def _distinct_samples(
-    lm: LM, draw_pair: Callable[[Random], Draw | None], seed: int, length: int | None = None
+    lm: LM, draw_pair: DrawPair, seed: int, length: int | None = None
 ) -> Iterator[TokenizedDraw]:
     """Yields different pairs of a seed, with `length` those of so many tokens."""
     source, previous, idle = Random(seed), set(), 0

@@ -186,22 +186,15 @@ def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     words: list[str] = []
     for name in {**old_values, **new_values}:
         before, after = old_values.get(name), new_values.get(name)
-        if before != after and not _may_differ(name, before):
+        # the path of the model decides nothing, and "error" raised for none of the texts so far
+        may_differ = name == "model.name" or (name in ("long", "unfit") and before == "error")
+        if before != after and not may_differ:
             words.append(f"{name} {_shorten(before)} there and {_shorten(after)} now")
     if words:
         raise HarvestChanged(
             f"{folder.name!r} has a harvest of other settings: {'; '.join(words)}. "
             "Give the same ones to go on, or another folder"
         )
-
-
-def _may_differ(name: str, before: Any) -> bool:
-    """True for settings without effect on the complete shards.
-
-    The model can have another path, and "error" can be replaced, because it raised for none of the
-    texts.
-    """
-    return name == "model.name" or (name in ("long", "unfit") and before == "error")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -269,7 +270,10 @@ class TextReader:
         ids = _tokenize(self.lm, content, self.text)
         try:
             rows = _fit_to_context(self.lm, ids, self.rules, self.text)
-            positions = list(map(self._positions, rows))
+            positions: list[PositionRange] = []
+            for row in rows:
+                find = partial(positions_of_text, self.lm, row)
+                positions.append(positions_of_row(row, self.rules.where, find))
         except (BadPrompt, BadHook, OutOfRange) as error:
             if self.rules.unfit == "skip":
                 return []
@@ -287,11 +291,6 @@ class TextReader:
                     TokenSequence(self.text, piece, row, row_positions, left_out, self.digest)
                 )
         return sequences
-
-    def _positions(self, row: Row) -> PositionRange:
-        return positions_of_row(
-            row, self.rules.where, lambda at: positions_of_text(self.lm, row, at)
-        )
 
 
 # ---- sources of texts
@@ -326,7 +325,16 @@ class TextFile:
 def open_texts(texts: TextsLike) -> Iterable[Any]:
     """Returns the texts of a file or the items of an iterable."""
     if isinstance(texts, str | os.PathLike):
-        return _open_file(texts)
+        try:
+            is_file = Path(texts).is_file()
+        except (OSError, ValueError):  # the text is far too long for a name
+            is_file = False
+        if not is_file:
+            raise BadPrompt(
+                f"{shorten(str(texts))!r} is no file of texts: give the path of one with a text a "
+                "line (.txt, .jsonl), or for one text the list [text]"
+            )
+        return TextFile(Path(texts))
     if isinstance(texts, Mapping) and "input_ids" in texts:
         return check_prompts(texts)
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
@@ -338,29 +346,17 @@ def open_texts(texts: TextsLike) -> Iterable[Any]:
     return check_prompts(texts) if is_token_row(texts) else texts
 
 
-def _open_file(texts: str | os.PathLike[str]) -> TextFile:
-    try:
-        is_file = Path(texts).is_file()
-    except (OSError, ValueError):  # the text is far too long for a name
-        is_file = False
-    if not is_file:
-        raise BadPrompt(
-            f"{shorten(str(texts))!r} is no file of texts: give the path of one with a text a "
-            "line (.txt, .jsonl), or for one text the list [text]"
-        )
-    return TextFile(Path(texts))
-
-
 def text_or_ids(item: Any, number: int) -> str | Row:
     """Returns the text or the token ids of an item of the texts, which may be a mapping."""
-    if isinstance(item, Mapping) and "text" not in item and "input_ids" not in item:
-        names = ", ".join(map(repr, item)) or "nothing"
-        raise BadPrompt(
-            f"text {number} has {names}, and neither 'text' nor 'input_ids': "
-            "give the column that is meant, as (row['content'] for row in texts)"
-        )
-    if isinstance(item, Mapping) and "text" in item:
-        item = item["text"]
+    if isinstance(item, Mapping):
+        if "text" in item:
+            item = item["text"]
+        elif "input_ids" not in item:
+            names = ", ".join(map(repr, item)) or "nothing"
+            raise BadPrompt(
+                f"text {number} has {names}, and neither 'text' nor 'input_ids': "
+                "give the column that is meant, as (row['content'] for row in texts)"
+            )
     try:
         return check_prompt(item, number)
     except BadPrompt as error:
