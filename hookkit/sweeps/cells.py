@@ -16,8 +16,7 @@ from collections.abc import (
     Set,
     ValuesView,
 )
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -80,31 +79,42 @@ def point_name(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in point.items())
 
 
-def cached_reference(lm: LM) -> Reference:
-    """Returns a reference that captures all layers of a site at once, and only once."""
+@dataclass(eq=False)
+class References:
+    """Captures values of other prompts, for hooks that insert means or draws of them.
 
-    @cache
-    def capture_layers(site: str | AnySite, prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
-        return capture_reference(lm, lm.expand(site), prompts)
+    It owns `captures`: all layers of a site are captured at once, and only once.
+    """
 
-    def reference(sites: Sequence[AnySite], prompts: tuple[Any, ...]) -> dict[AnySite, Captured]:
-        captures: dict[AnySite, Captured] = {}
+    lm: LM
+    captures: dict[Any, dict[AnySite, Captured]] = field(default_factory=dict)
+
+    def __call__(
+        self, sites: Sequence[AnySite], prompts: tuple[Any, ...]
+    ) -> dict[AnySite, Captured]:
+        captured: dict[AnySite, Captured] = {}
         for site in sites:
             if not isinstance(site, Site):
-                captures[site] = capture_layers(site, prompts)[site]
+                captured[site] = self._capture_layers(site, prompts)[site]
                 continue
-            captured = capture_layers(site.name, prompts)[Site(site.name, site.layer)]
-            captures[site] = captured if site.head is None else captured.head(site.head)
-        return captures
+            values = self._capture_layers(site.name, prompts)[Site(site.name, site.layer)]
+            captured[site] = values if site.head is None else values.head(site.head)
+        return captured
 
-    return reference
+    def _capture_layers(
+        self, site: str | AnySite, prompts: tuple[Any, ...]
+    ) -> dict[AnySite, Captured]:
+        key = site, prompts
+        if key not in self.captures:
+            self.captures[key] = capture_reference(self.lm, self.lm.expand(site), prompts)
+        return self.captures[key]
 
 
 def create_cells(lm: LM, grid: Grid, hooks: HooksAt, inputs: SweepInputs) -> list[Cell]:
     """Returns every cell of the grid, the last dimension fastest. Checks the hooks against the
     model and the prompts."""
     axes = _check_axes(grid)
-    reference = cached_reference(lm)
+    reference = References(lm)
     cells: list[Cell] = []
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
@@ -325,7 +335,7 @@ def create_controls(
         )
     if control != "random" and seed is not None:
         raise BadHook(f"control_seed={seed!r} goes with control='random': nothing else is drawn")
-    reference = cached_reference(lm)
+    reference = References(lm)
     controls: list[Cell] = []
     for draw in range(1 if callable(control) else _count_draws(cells, control, draws)):
         for cell in cells:

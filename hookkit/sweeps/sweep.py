@@ -36,9 +36,9 @@ from .cells import (
     Control,
     Grid,
     HooksAt,
+    References,
     as_hooks,
     bind_hooks,
-    cached_reference,
     create_cells,
     create_controls,
 )
@@ -111,7 +111,7 @@ def plan(
             f"draws={draws!r} and control_seed={control_seed!r} are of a control: say "
             "control='random'"
         )
-    base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, cached_reference(lm)))
+    base_hook_points = tuple(bind_hooks(lm, as_hooks(under), inputs, References(lm)))
     inputs = _extend_inputs(lm, inputs, cells, base_hook_points)
     _check_names(
         cells[0], column_names(metric_values), ["draw"] if isinstance(control, str) else []
