@@ -33,7 +33,6 @@ from .texts import COLUMNS, Long, TextReader, TextsLike, Unfit, read_rules, toke
 
 TOKEN_COLUMNS = ("text", "piece", "pos", "token_id")  # of `SiteStatistics.top`
 REQUIRED = ("mean", "spread", "norm_mean", "norm_spread", "norm_min", "norm_max")
-LARGEST_INT = torch.iinfo(torch.int64).max
 
 
 # ---- moments and norms
@@ -93,8 +92,7 @@ def merge_moments(first: Moments | None, second: Moments) -> Moments:
 
 # ---- statistics of sites
 
-# The largest values of each unit [top, ...], the largest first, their row numbers, and their tokens
-# [top, ..., 4], by `TOKEN_COLUMNS`. These are also names in the files of statistics.
+# Of the largest values of each unit, the largest first: the values, rows, and `TOKEN_COLUMNS`.
 TOP = ("top_values", "top_rows", "top_places")
 
 
@@ -168,18 +166,14 @@ class SiteStatistics:
 
     def _unit_index(self, unit: int | tuple[int, ...]) -> tuple[int, ...]:
         number = as_integer(unit)
-        index: list[int] = []
-        if number is not None:
-            index.append(number)
-        else:
+        index = [] if number is None else [number]
+        if number is None:
             meaning = "the number of a unit; with heads, (head, number);"
             for item in as_items(unit) or (unit,):
                 index.append(check_integer(item, "unit", least=0, meaning=meaning))
         sizes = list(self.mean.shape)
-        is_unit = len(index) == len(sizes)
-        if is_unit:
-            is_unit = all(0 <= number < size for number, size in zip(index, sizes, strict=True))
-        if not is_unit:
+        limits = zip(index, sizes, strict=False)
+        if len(index) != len(sizes) or any(not 0 <= number < size for number, size in limits):
             raise OutOfRange(
                 f"unit {unit} of {self.site} was asked for, and its units are counted {sizes} "
                 "from 0"
@@ -416,7 +410,7 @@ def largest_values(
     least = flat.topk(top, dim=0).values[-1]
     is_tied = flat == least
     n_tied = top - (flat > least).sum(0)  # how many of the tied values are taken
-    earliest = numbers.masked_fill(~is_tied, LARGEST_INT)
+    earliest = numbers.masked_fill(~is_tied, torch.iinfo(torch.int64).max)
     cutoff = earliest.topk(top, dim=0, largest=False).values.gather(0, n_tied[None] - 1)
     is_taken = (flat > least) | (earliest <= cutoff) & is_tied
     index = is_taken.T.nonzero()[:, 1].reshape(flat.shape[1], top).T
@@ -429,7 +423,6 @@ def largest_values(
 
 
 def _check_values(site: AnySite, values: Tensor, tokens: Tensor) -> None:
-    """Raises an error for values that have no useful mean."""
     if not values.dtype.is_floating_point:
         raise BadHook(f"{site} holds ids or indices, whose mean has no meaning: leave it out")
     if values.ndim not in (2, 3):
