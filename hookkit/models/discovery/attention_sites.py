@@ -258,7 +258,7 @@ def _find_projection(
 
     A norm may act between the projection and the heads.
     """
-    for heads in (target, *_norm_inputs(attention, target, rotates)):
+    for heads in _heads_before_norms(attention, target, rotates):
         for call in attention.projections:
             output = call.output
             if output is not None and output.ndim == 4 and output.shape[1] == 1:  # a single head
@@ -270,17 +270,22 @@ def _find_projection(
     return None
 
 
-def _norm_inputs(attention: Attention, target: Tensor, rotates: bool) -> list[Tensor]:
-    """Returns what modules read that return the heads, but for a rotation."""
+def _heads_before_norms(attention: Attention, target: Tensor, rotates: bool) -> list[Tensor]:
+    """Returns the heads, then what they were before each module (such as a norm) that acts on them.
+
+    A rotation may follow these modules.
+    """
     compared = slice(0, 1) if rotates else slice(None)
-    inputs = []
-    for call in attention.call.inner:
+    stages = [target]
+    for call in reversed(attention.call.inner):
         before, after = _as_heads(call.input, target), _as_heads(call.output, target)
-        if call.is_linear or before is None or after is None or equal_values(before, target):
+        if call.is_linear or before is None or after is None or equal_values(before, after):
             continue
-        if scale_factor(after[:, compared], target[:, compared]) is not None:
-            inputs.append(before)
-    return inputs
+        for heads in stages:
+            if scale_factor(after[:, compared], heads[:, compared]) is not None:
+                stages.append(before)
+                break
+    return stages
 
 
 def _as_heads(tensor: Tensor | None, target: Tensor) -> Tensor | None:
