@@ -52,8 +52,8 @@ def gpt_bigcode(config: Any) -> Family:
     cut, sizes = BY_HEAD, {"kv_head": config.num_attention_heads}
     if config.multi_query:
         cut, sizes = FUSED, {"kv_head": 1}
-    places = {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)}
-    return replace(GPT2, places=places, sizes=lambda config, layer: sizes)
+    sites = {**GPT2_SITES, **fused_qkv(".attn.c_attn", cut)}
+    return replace(GPT2, places=sites, sizes=lambda config, layer: sizes)
 
 
 GPT_NEO = replace(
