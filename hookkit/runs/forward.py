@@ -159,9 +159,7 @@ def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:
         values, positions = values[:, -1:], positions[:, -1:]
     elif option == "last":
         last = torch.tensor(batch.lengths) - 1
-        rows = torch.arange(len(batch.rows))
-        values = values[rows.to(values.device), last.to(values.device)][:, None]
-        positions = last[:, None]
+        values, positions = select_columns(values, last), last[:, None]
     elif batch.padded:
         fill = ~batch.mask[..., None]
         if values.requires_grad:
@@ -170,3 +168,9 @@ def _logits_of(output: Any, batch: Batch, option: LogitsOption) -> Captured:
             values = values.masked_fill_(fill, 0)
     prompts = tuple(range(len(batch.rows)))
     return Captured(Site("logits"), Where(), values, positions, prompts, batch.rows)
+
+
+def select_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """Returns one column of each row of values, as values with one column [row, 1, ...]."""
+    rows = torch.arange(len(columns), device=values.device)
+    return values[rows, columns.to(values.device)][:, None]

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..arguments import check_arguments, check_integer, check_seed, describe
 from ..errors import BadArgument, NeverFired, UnknownKeyword, Unsupported, did_you_mean
 from ..hooks.base import EVERY_STEP, Hook
@@ -26,6 +24,7 @@ from .forward import (
     outside_inference_mode,
     read_logits_option,
     refuse_two_texts,
+    select_columns,
 )
 from .generation import NEUTRAL
 from .manager import HookManager
@@ -168,10 +167,8 @@ def _observed_logits(manager: HookManager, option: LogitsOption) -> Captured | N
         return captured
     assert captured.positions is not None
     last = (captured.positions >= 0).sum(dim=1) - 1
-    rows = torch.arange(len(last))
-    device = captured.values.device
-    values = captured.values[rows.to(device), last.to(device)][:, None]
-    return replace(captured, values=values, positions=captured.positions[rows, last][:, None])
+    values = select_columns(captured.values, last)
+    return replace(captured, values=values, positions=select_columns(captured.positions, last))
 
 
 # ---- the arguments

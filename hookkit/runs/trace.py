@@ -152,19 +152,12 @@ class _OpenStep:
     # by each hook that changed them: the rows in which it did, and the logits after it
     changes: list[tuple[Hook, Tensor, Tensor]] = field(default_factory=list)
 
-    def stages(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Returns the different logits, and for each stage the name under which it is there."""
+    def stages(self) -> dict[str, Tensor]:
+        """Returns the logits of each stage; one tensor with the stage before if it changes none."""
         assert self.model is not None and self.edited is not None and self.processed is not None
-        different = {"model": self.model}
-        # a stage that changes nothing is the one before it
-        names: dict[str, str] = dict.fromkeys(STAGES, "model")
-        if self.edited is not self.model:
-            different["edited"] = self.edited
-            names["edited"] = names["processed"] = "edited"
-        if not torch.equal(self.edited, self.processed):
-            different["processed"] = self.processed
-            names["processed"] = "processed"
-        return different, names
+        is_changed = not torch.equal(self.edited, self.processed)
+        processed = self.processed if is_changed else self.edited
+        return {"model": self.model, "edited": self.edited, "processed": processed}
 
 
 @dataclass(eq=False)
@@ -268,11 +261,13 @@ class Tracer:
 
     def _step(self, tokens: Int[Tensor, " row"] | None) -> Step:
         """The step that is open; `tokens` are the chosen ones, where each row chose one."""
-        logits_by_stage, names = self._open_step.stages()
-        n_tokens = self.lm.n_tokens
-        real = {name: token_logits(logits, n_tokens) for name, logits in logits_by_stage.items()}
-        count = min(self._top_count, real["model"].shape[1])
-        tops = {name: logits.topk(count, dim=-1).indices for name, logits in real.items()}
+        logits_by_name, n_tokens = self._open_step.stages(), self.lm.n_tokens
+        different = {id(logits): logits for logits in logits_by_name.values()}
+        count = min(self._top_count, token_logits(logits_by_name["model"], n_tokens).shape[1])
+        tops = {
+            key: token_logits(logits, n_tokens).topk(count, dim=-1).indices
+            for key, logits in different.items()
+        }
         parts = list(tops.values())
         always = torch.tensor(self._always_stored, dtype=torch.long, device=parts[0].device)
         parts.append(always.expand(len(parts[0]), -1))
@@ -280,15 +275,15 @@ class Tracer:
             parts.append(tokens[:, None].to(parts[0].device))
         ids = torch.cat(parts, dim=1)
         stages = {
-            name: _stage(logits, ids, tops[name][:, : self.asked.top], n_tokens)
-            for name, logits in logits_by_stage.items()
+            key: _stage(logits, ids, tops[key][:, : self.asked.top], n_tokens)
+            for key, logits in different.items()
         }
         changes = []
         for hook, rows, after in self._open_step.changes:
             ranks = ranks_among(token_logits(after, n_tokens), after.gather(1, ids))
             changes.append(LogitChange(hook, rows, ranks))
-        named_stages = {name: stages[names[name]] for name in STAGES}
-        return Step(self._open_step.call, ids, named_stages, changes)
+        by_name = {name: stages[id(logits)] for name, logits in logits_by_name.items()}
+        return Step(self._open_step.call, ids, by_name, changes)
 
 
 def _stage(

@@ -25,15 +25,7 @@ import torch
 from ...errors import ActorLost
 from ...models.lm import LM
 from .ray import Ray, actors_of, joined, room
-from .transport import (
-    Packed,
-    pack_model,
-    pack_result,
-    pack_work,
-    unpack_model,
-    unpack_result,
-    unpack_work,
-)
+from .transport import Packed, pack_model, pack_result, pack_work, unpack, unpack_model
 
 AHEAD = 3  # units in flight, or computed and waiting for an earlier one, for each actor
 CHECK_INTERVAL = 10  # seconds between checks whether a node with room is left
@@ -88,7 +80,7 @@ class Actor:
     def ready(self, model: Packed, work: Packed) -> "Failure | None":
         """Unpacks the model and the work."""
         try:
-            self.work = unpack_work(work, unpack_model(model))
+            self.work = unpack(work, unpack_model(model))
             # after the imports of the user's modules, which may set other values
             torch.set_num_threads(self.threads)
             torch.set_float32_matmul_precision(self.precision)
@@ -273,7 +265,7 @@ class Crew:
             self._replace(member, error)
             return task
         if task is not None:
-            task.result = result if isinstance(result, Failure) else unpack_result(result)
+            task.result = result if isinstance(result, Failure) else unpack(result)
             task.done = True
             member.tasks.remove(task)
             return None
