@@ -143,15 +143,11 @@ class Record:
         """Write tensors, or all captures of a run, as NAME.safetensors. Returns the path."""
         check_name(name)
         file = f"{name}.safetensors"
+        values: Any = tensors
         words = None
         if isinstance(tensors, Run):
-            words = tensors.tensor_words()
-            tensors = tensors.tensors()
-
-        def write(path: Path, ready: Ready) -> None:
-            save_new_tensors(tensors, path, ready, words)
-
-        self._write_file(file, write)
+            values, words = tensors.tensors(), tensors.tensor_words()
+        self._write_file(file, lambda path, ready: save_new_tensors(values, path, ready, words))
         return self.folder / file
 
     def run(self, name: str, run: Run) -> Run:

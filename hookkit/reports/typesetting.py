@@ -125,18 +125,14 @@ def as_latex(table: pd.DataFrame) -> str:
     header = " & ".join(_escape_latex(name) for name in kinds)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", header + r" \\", r"\hline"]
     for row in table.itertuples(index=False, name=None):
-        cells = zip(row, kinds.values(), strict=True)
-        lines.append(
-            " & ".join(_latex_cell(format_value(value), kind) for value, kind in cells) + r" \\"
-        )
+        cells = []
+        for value, kind in zip(row, kinds.values(), strict=True):
+            text = _escape_latex(format_value(value))
+            if text and kind == "token":
+                text = r"\texttt{" + text.replace(" ", r"\textvisiblespace{}") + "}"
+            cells.append(text)
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}"])
-
-
-def _latex_cell(text: str, kind: Kind) -> str:
-    escaped = _escape_latex(text)
-    if text and kind == "token":
-        return r"\texttt{" + escaped.replace(" ", r"\textvisiblespace{}") + "}"
-    return escaped
 
 
 def _escape_latex(text: str) -> str:
