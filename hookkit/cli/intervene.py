@@ -306,7 +306,7 @@ def _write_patching(
     labels = tokens if "pos" in table and "head" not in table else None
     if figure is not None:
         drawing, file_format = hk.heat_map(table, labels=labels), figure.suffix.removeprefix(".")
-        write_file(figure, lambda path: drawing.savefig(path, dpi=150, format=file_format))
+        write_file(figure, lambda target: drawing.savefig(target, dpi=150, format=file_format))
         output.note(f"wrote {figure}")
     reader_table = largest_rows(table, "logit_diff_effect", top)
     if tokens is not None and "pos" in reader_table:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import describe
 from ..display import render_html
-from ..errors import NotCaptured
+from ..errors import BadHook, NotCaptured
 from ..models.batch_positions import Selection, expand_mask
 from ..models.positions import Where
 from ..models.sites import QUERY_KEY_SITES, AnySite, ModuleSite, Site, Sites, parse_site
@@ -352,13 +352,22 @@ def _without_gaps(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, li
     return values.masked_fill(expand_mask(positions < 0, values), 0), positions, rows
 
 
+def positions_of(captured: Captured) -> Tensor:
+    """Returns the positions. Raises `BadHook` for values that have no rows and positions."""
+    if captured.positions is None:
+        raise BadHook(
+            f"the tensor at {captured.site} has no rows and positions of its own: it cannot be "
+            "patched by position, and prompts cannot be a reference for it"
+        )
+    return captured.positions
+
+
 def merge_captures(parts: Sequence[Captured]) -> Captured:
     """Joins captures of one site from several batches, whose rows are numbered on."""
     values, positions, prompts = [], [], []
     for part in parts:
-        assert part.positions is not None
         values += part.values
-        positions += part.positions
+        positions += positions_of(part)
         prompts += part.prompts
     return replace(
         parts[0],

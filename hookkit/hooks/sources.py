@@ -22,7 +22,7 @@ from ..models.prompts import check_prompts, positions_of_text
 from ..models.sites import QUERY_KEY_SITES, ModuleSite, Sites
 from ..models.views import unseen_value
 from .base import Binding, Change, Constant, Here, check_constant, set_field
-from .captured_values import Captured
+from .captured_values import Captured, positions_of
 from .values import check_shape, convert_like, convert_once, fit_to_values
 
 Per: TypeAlias = Literal["position", "all"]
@@ -162,19 +162,17 @@ def _replace_by(tensor: Constant, binding: Binding) -> Change:
 def _captured(source: FromRun | FromPrompt | Reference, binding: Binding) -> Captured:
     """Returns the source's values at one site. Prompts are run first."""
     if isinstance(source, FromPrompt):
-        return binding.reference((source.prompt,))
-    if isinstance(source, Reference) and source.prompts:
-        return binding.reference(source.prompts)
-    return next(captured for captured in source.sources if captured.site == binding.site)
+        captured = binding.reference((source.prompt,))
+    elif isinstance(source, Reference) and source.prompts:
+        captured = binding.reference(source.prompts)
+    else:
+        captured = next(part for part in source.sources if part.site == binding.site)
+    positions_of(captured)  # raises if there are none
+    return captured
 
 
 def _patch(source: Captured, where: Where, lm: LM) -> Change:
     """Returns the change to the source's values at the positions that `where` means in its text."""
-    if source.positions is None:
-        raise BadHook(
-            f"the tensor at {source.site} has no rows and positions of its own: it cannot be "
-            "patched by position"
-        )
 
     def apply(values: Tensor, here: Here) -> Tensor:
         rows = [source.row(prompt) for prompt in here.rows]

@@ -261,7 +261,10 @@ def _parse_boost(spelling: Spelling, lm: LM | None) -> Hook:
     amounts: dict[Any, float] = {}
     for item in split(spelling.what):
         text, amount = parse_amount(item, "=", spelling)
-        amounts[parse_token(text, spelling)] = amount
+        token = parse_token(text, spelling)
+        if token in amounts:
+            raise BadHook(f"{spelling.text!r} boosts {token!r} twice: give each token one amount")
+        amounts[token] = amount
     if len(amounts) == 1:
         token, amount = next(iter(amounts.items()))
         return boost(token, by=amount, **spelling.settings)

@@ -67,7 +67,7 @@ def _render_table(part: Part) -> list[str]:
     visible = table.head(MOST_ROWS).dropna(axis="columns", how="all")
     if visible.shape[1] > MOST_COLUMNS:
         names = [name for name in visible if not str(name).endswith(DETAILS)]
-        visible = visible[names[:MOST_COLUMNS]]
+        visible = visible.loc[:, names[:MOST_COLUMNS]]
     file = f"{part.file or part.name}.csv"
     words = f"[{file}]({file})"
     if visible.shape != table.shape:

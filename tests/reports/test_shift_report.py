@@ -626,3 +626,8 @@ def test_the_first_sentence_says_whether_a_token_moved_and_whether_another_is_fi
     assert said(nothing, second).endswith(f"first is still {one}.")
     assert f"the token {two} goes from rank {rank} (" in said(forced, second)
     assert said(forced, second).endswith(f"first is {two}, and was {one}.")
+
+
+def test_an_edit_is_not_named_as_the_run_without_it(llama):
+    with pytest.raises(BadHook, match="an edit is named 'baseline'"):
+        hk.shift_report(llama, [[5, 6, 7]], {"baseline": hk.ablate("z.1")})

@@ -98,6 +98,11 @@ def named_edits(hooks: Sequence[Hook | Mapping[str, Hooks]]) -> list[Edit]:
                 f"the edit {edit.name!r} has no hook: give one, several, or "
                 "{'name': hook or hooks}"
             )
+        if edit.name == "baseline":
+            raise BadHook(
+                "an edit is named 'baseline', as about.json names the hooks that act in both runs: "
+                "give it another name"
+            )
     if not edits:
         raise BadHook("there is no edit to report on: give hooks, or {'name': hook or hooks}")
     return edits
