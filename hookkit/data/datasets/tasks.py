@@ -21,6 +21,7 @@ from .templates import (
     Draw,
     DrawPair,
     TokenAfter,
+    check_draws,
     is_one_token,
     next_token,
     one_token_words,
@@ -96,6 +97,7 @@ def capitals(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pai
     Pairs(capitals, 50 pairs, seed 0: 'On a map of Peru, the capital is the city of' → ' Lima',
     not ' Vienna')
     """
+    check_draws(n, seed)
     draw = _fact_draw(lm, "capitals", CAPITALS, "capitals", OF_CAPITALS)
     return sample_pairs("capitals", lm, draw, n, seed=seed, same_length=same_length)
 
@@ -115,6 +117,7 @@ def landmarks(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     >>> datasets.landmarks(lm, 50)
     Pairs(landmarks, 50 pairs, seed 0: 'The Acropolis is in the city of' → ' Athens', not ' Berlin')
     """
+    check_draws(n, seed)
     draw = _fact_draw(lm, "landmarks", LANDMARKS, "cities", OF_LANDMARKS)
     return sample_pairs("landmarks", lm, draw, n, seed=seed, same_length=same_length)
 
@@ -212,6 +215,7 @@ def indirect_object(
     >>> pairs.answers[0], pairs.wrong[0]
     (' Eve', ' Laura')
     """
+    check_draws(n, seed)
     require_tokenizer(lm, "indirect_object")
     if corrupt not in CORRUPT:
         raise EmptySelection(
@@ -366,6 +370,7 @@ def successor(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) -> Pa
     Pairs(successor, 50 pairs, seed 0: 'They come in this order: one, two, three, four,' → ' five',
     not ' seven')
     """
+    check_draws(n, seed)
     require_tokenizer(lm, "successor")
     all_series = {name: words.split() for name, words in {**ROUND, **STRAIGHT}.items()}
     words = list(chain.from_iterable(all_series.values()))
@@ -433,6 +438,7 @@ def greater_than(lm: LM, n: int, *, seed: int = 0, same_length: bool = False) ->
     >>> pairs.answers[0], pairs.wrong[0]
     ('7', '3')
     """
+    check_draws(n, seed)
     require_tokenizer(lm, "greater_than")
 
     def draw(source: Random) -> Draw | None:

@@ -57,6 +57,12 @@ class TokenizedDraw:
     checksum: int
 
 
+def check_draws(n: int, seed: int) -> None:
+    """Raises an error for a number of pairs or a seed that cannot be."""
+    check_integer(n, "n", least=1, meaning="how many pairs to make,")
+    check_seed(seed)
+
+
 def sample_pairs(
     name: str,
     lm: LM,
@@ -71,8 +77,7 @@ def sample_pairs(
     `draw` returns a random pair, or None if it is unusable. Raises `TooFew` if there are fewer
     than n.
     """
-    check_integer(n, "n", least=1, meaning="how many pairs to make,")
-    check_seed(seed)
+    check_draws(n, seed)
     samples, of_length = _distinct_samples(lm, draw, seed), ""
     if same_length:
         pilot = islice(_distinct_samples(lm, draw, seed), PILOT_PAIRS)
